@@ -1,0 +1,217 @@
+//! A batch slot: host memory that loader workers fill and the device reads, passed around by ownership.
+//!
+//! A slot travels loader → trainer → backend → loader and is never copied on the host. On CUDA its memory is
+//! page-locked and the copy engine reads it; on the CPU the operations read it where it is.
+
+use crate::error::Result;
+
+/// Memory behind a slot. Implementations: plain aligned memory (CPU), page-locked memory (CUDA).
+pub trait HostMemory: Send {
+    fn bytes(&self) -> &[u8];
+    fn bytes_mut(&mut self) -> &mut [u8];
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pixels {
+    /// `[B, H, W, 3]` u8, normalised on the device.
+    U8,
+    /// `[B, H, W, 3]` f32, already normalised.
+    F32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetKind {
+    /// One class index per sample, i32.
+    Labels,
+    /// `[B, C]` f32: multi-hot or soft.
+    Dense { classes: usize },
+}
+
+/// What one slot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotLayout {
+    /// B: the rank's whole batch.
+    pub samples: usize,
+    /// (H, W)
+    pub image: (usize, usize),
+    pub pixels: Pixels,
+    pub targets: TargetKind,
+}
+
+/// A rectangle `[y0, y1) × [x0, x1)` of pixels; empty means none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct MixBox {
+    pub y0: u16,
+    pub x0: u16,
+    pub y1: u16,
+    pub x1: u16,
+}
+
+impl SlotLayout {
+    /// Values (not bytes) of one image.
+    pub fn image_len(&self) -> usize {
+        self.image.0 * self.image.1 * 3
+    }
+
+    fn pixel_bytes(&self) -> usize {
+        let size = match self.pixels {
+            Pixels::U8 => 1,
+            Pixels::F32 => 4,
+        };
+        self.samples * self.image_len() * size
+    }
+
+    fn target_bytes(&self) -> usize {
+        match self.targets {
+            TargetKind::Labels => self.samples * 4,
+            TargetKind::Dense { classes } => self.samples * classes * 4,
+        }
+    }
+
+    /// Byte offsets of pixels, targets, partner, lambda, boxes, and the end.
+    fn offsets(&self) -> [usize; 6] {
+        let sizes =
+            [self.pixel_bytes(), self.target_bytes(), self.samples * 4, self.samples * 4, self.samples * 8];
+        let mut offsets = [0; 6];
+        for (i, size) in sizes.into_iter().enumerate() {
+            offsets[i + 1] = (offsets[i] + size).next_multiple_of(64);
+        }
+        offsets
+    }
+
+    /// Bytes of host memory that one slot needs.
+    pub fn bytes(&self) -> usize {
+        self.offsets()[5]
+    }
+}
+
+/// One batch: pixels, targets, and how samples are mixed.
+///
+/// Sample i becomes `lambda·x_i + (1-lambda)·x_partner`, both normalised, and the same for its target; where `boxes`
+/// is not empty (cutmix) the partner's pixels replace those inside the box instead, and `lambda` weighs the targets
+/// only. `lambda = 1` with an empty box mixes nothing.
+pub struct Slot {
+    memory: Box<dyn HostMemory>,
+    layout: SlotLayout,
+    /// Samples that are real; the rest is padding that counts for nothing.
+    pub count: usize,
+    /// Place of this batch in the data stream, set by the loader.
+    pub position: u64,
+}
+
+impl Slot {
+    /// `memory` has at least [`SlotLayout::bytes`] bytes, aligned to 64. It starts unmixed with `count = samples`.
+    pub fn new(memory: Box<dyn HostMemory>, layout: SlotLayout) -> Self {
+        assert!(memory.bytes().len() >= layout.bytes(), "slot memory is too small");
+        assert_eq!(memory.bytes().as_ptr() as usize % 64, 0, "slot memory is not aligned");
+        let mut slot = Self { memory, layout, count: layout.samples, position: 0 };
+        slot.clear_mix();
+        slot
+    }
+
+    pub fn layout(&self) -> SlotLayout {
+        self.layout
+    }
+
+    fn part<T: bytemuck::Pod>(&self, index: usize, len: usize) -> &[T] {
+        let start = self.layout.offsets()[index];
+        bytemuck::cast_slice(&self.memory.bytes()[start..start + len * size_of::<T>()])
+    }
+
+    fn part_mut<T: bytemuck::Pod>(&mut self, index: usize, len: usize) -> &mut [T] {
+        let start = self.layout.offsets()[index];
+        bytemuck::cast_slice_mut(&mut self.memory.bytes_mut()[start..start + len * size_of::<T>()])
+    }
+
+    /// `[B, H, W, 3]`. Panics if the slot holds f32 pixels.
+    pub fn images_u8(&self) -> &[u8] {
+        assert_eq!(self.layout.pixels, Pixels::U8);
+        self.part(0, self.layout.samples * self.layout.image_len())
+    }
+    pub fn images_u8_mut(&mut self) -> &mut [u8] {
+        assert_eq!(self.layout.pixels, Pixels::U8);
+        self.part_mut(0, self.layout.samples * self.layout.image_len())
+    }
+    /// `[B, H, W, 3]`. Panics if the slot holds u8 pixels.
+    pub fn images_f32(&self) -> &[f32] {
+        assert_eq!(self.layout.pixels, Pixels::F32);
+        self.part(0, self.layout.samples * self.layout.image_len())
+    }
+    pub fn images_f32_mut(&mut self) -> &mut [f32] {
+        assert_eq!(self.layout.pixels, Pixels::F32);
+        self.part_mut(0, self.layout.samples * self.layout.image_len())
+    }
+    /// `[B]` class indices. Panics if the slot holds dense targets.
+    pub fn labels(&self) -> &[i32] {
+        assert_eq!(self.layout.targets, TargetKind::Labels);
+        self.part(1, self.layout.samples)
+    }
+    pub fn labels_mut(&mut self) -> &mut [i32] {
+        assert_eq!(self.layout.targets, TargetKind::Labels);
+        self.part_mut(1, self.layout.samples)
+    }
+    /// `[B, C]`. Panics if the slot holds labels.
+    pub fn targets(&self) -> &[f32] {
+        let TargetKind::Dense { classes } = self.layout.targets else { panic!("the slot holds labels") };
+        self.part(1, self.layout.samples * classes)
+    }
+    pub fn targets_mut(&mut self) -> &mut [f32] {
+        let TargetKind::Dense { classes } = self.layout.targets else { panic!("the slot holds labels") };
+        self.part_mut(1, self.layout.samples * classes)
+    }
+    /// `[B]` index into this slot of the sample that is mixed in.
+    pub fn partner(&self) -> &[u32] {
+        self.part(2, self.layout.samples)
+    }
+    pub fn partner_mut(&mut self) -> &mut [u32] {
+        self.part_mut(2, self.layout.samples)
+    }
+    /// `[B]` weight of the sample itself.
+    pub fn lambda(&self) -> &[f32] {
+        self.part(3, self.layout.samples)
+    }
+    pub fn lambda_mut(&mut self) -> &mut [f32] {
+        self.part_mut(3, self.layout.samples)
+    }
+    /// `[B]` cutmix boxes.
+    pub fn boxes(&self) -> &[MixBox] {
+        self.part(4, self.layout.samples)
+    }
+    pub fn boxes_mut(&mut self) -> &mut [MixBox] {
+        self.part_mut(4, self.layout.samples)
+    }
+
+    /// No sample is mixed.
+    pub fn clear_mix(&mut self) {
+        self.partner_mut().iter_mut().zip(0u32..).for_each(|(p, i)| *p = i);
+        self.lambda_mut().fill(1.0);
+        self.boxes_mut().fill(MixBox::default());
+    }
+}
+
+/// Plain host memory, aligned to 64 bytes: slots of the CPU backend.
+pub struct PlainMemory {
+    words: Vec<Line>,
+    len: usize,
+}
+
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+impl PlainMemory {
+    pub fn new(len: usize) -> Result<Self> {
+        Ok(Self { words: bytemuck::zeroed_vec(len.div_ceil(64)), len })
+    }
+}
+
+impl HostMemory for PlainMemory {
+    fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.len]
+    }
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        let len = self.len;
+        &mut bytemuck::cast_slice_mut(&mut self.words)[..len]
+    }
+}

@@ -1,0 +1,131 @@
+//! Handles into the flat arenas, and the plan that says how big each arena is.
+//!
+//! The plan is made once from (model, batch, precision): the parameter layout gives the parameter, gradient and
+//! optimiser arenas, the model gives the activations. `vitrum plan` prints it, the backend allocates exactly it, and
+//! nothing else is allocated in a step.
+
+use std::fmt;
+
+/// The flat buffers of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Arena {
+    /// f32 master weights.
+    Params,
+    /// f32 gradients of the trained tensors.
+    Grads,
+    /// First moments; mirrors `Grads`.
+    Moment1,
+    /// Second moments; mirrors `Grads`, or Adafactor's statistics.
+    Moment2,
+    /// Exponential moving average of the weights; mirrors `Params`.
+    Ema,
+    /// Everything that a forward pass keeps and a backward pass needs.
+    Activations,
+}
+
+impl Arena {
+    pub const ALL: [Arena; 6] =
+        [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2, Arena::Ema, Arena::Activations];
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    F32,
+    Bf16,
+}
+
+impl Dtype {
+    pub fn bytes(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        }
+    }
+}
+
+/// A row-major matrix somewhere in an arena: a handle, not memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mat {
+    pub arena: Arena,
+    /// Byte offset of the first element; a multiple of 16.
+    pub offset: usize,
+    pub rows: usize,
+    pub cols: usize,
+    /// Elements from one row to the next; `cols <= ld`.
+    pub ld: usize,
+    pub dtype: Dtype,
+}
+
+impl Mat {
+    /// Bytes from the first element to the end of the last row.
+    pub fn span_bytes(&self) -> usize {
+        if self.rows == 0 { 0 } else { ((self.rows - 1) * self.ld + self.cols) * self.dtype.bytes() }
+    }
+
+    /// The same memory with `rows × cols` seen as `rows·n × cols/n` (or the other way). Needs `ld == cols`.
+    pub fn reshape(self, rows: usize, cols: usize) -> Mat {
+        assert_eq!(self.ld, self.cols, "only a dense matrix can be reshaped");
+        assert_eq!(self.rows * self.cols, rows * cols, "reshape keeps the number of elements");
+        Mat { rows, cols, ld: cols, ..self }
+    }
+
+    /// The first `rows` rows.
+    pub fn first_rows(self, rows: usize) -> Mat {
+        assert!(rows <= self.rows, "{rows} rows of {}", self.rows);
+        Mat { rows, ..self }
+    }
+}
+
+impl fmt::Display for Mat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}+{} [{}, {}] ld {}", self.arena, self.offset, self.rows, self.cols, self.ld)
+    }
+}
+
+/// Tensors start at multiples of this many bytes (cuBLASLt's heuristics assume 256).
+pub const TENSOR_ALIGN: usize = 256;
+/// Rows of parameters are padded to a multiple of this many elements (16-byte accesses in bf16).
+pub const ROW_ALIGN: usize = 8;
+
+/// One line of the memory table.
+#[derive(Clone, Debug)]
+pub struct PlanEntry {
+    pub name: String,
+    pub bytes: usize,
+}
+
+/// Sizes of all arenas, and what lies in the activation arena.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryPlan {
+    sizes: [usize; 6],
+    /// What the activation arena holds, in order of allocation.
+    pub activations: Vec<PlanEntry>,
+}
+
+impl MemoryPlan {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the size of an arena that is laid out elsewhere (parameters, gradients, moments).
+    pub fn set_bytes(&mut self, arena: Arena, bytes: usize) {
+        self.sizes[arena as usize] = bytes;
+    }
+
+    pub fn bytes(&self, arena: Arena) -> usize {
+        self.sizes[arena as usize]
+    }
+
+    pub fn total_bytes(&self) -> usize {
+        self.sizes.iter().sum()
+    }
+
+    /// A matrix in the activation arena.
+    pub fn activation(&mut self, name: impl Into<String>, rows: usize, cols: usize, dtype: Dtype) -> Mat {
+        let offset = self.sizes[Arena::Activations as usize];
+        let bytes = (rows * cols * dtype.bytes()).next_multiple_of(TENSOR_ALIGN);
+        self.sizes[Arena::Activations as usize] = offset + bytes;
+        self.activations.push(PlanEntry { name: name.into(), bytes });
+        Mat { arena: Arena::Activations, offset, rows, cols, ld: cols, dtype }
+    }
+}

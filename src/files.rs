@@ -1,0 +1,76 @@
+//! Files, with errors that name them, and writes that are whole or not there at all.
+
+use std::fs::{self, File};
+use std::io::{BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{At, Error, Result};
+
+/// Reads a whole file.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).at(path.display())
+}
+
+/// Reads a whole UTF-8 file.
+pub fn read_text(path: &Path) -> Result<String> {
+    fs::read_to_string(path).at(path.display())
+}
+
+/// Opens a file for buffered reading.
+pub fn open(path: &Path) -> Result<BufReader<File>> {
+    Ok(BufReader::new(File::open(path).at(path.display())?))
+}
+
+/// Creates a folder and its parents.
+pub fn create_dir(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).at(path.display())
+}
+
+/// Writes a file so that a reader sees the old content, or the new, and never a part: a temporary neighbour is
+/// written, synced and renamed. On any failure (a full disk) the temporary file is removed.
+pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    let temporary = temporary_name(path);
+    let result = (|| {
+        let mut file = std::io::BufWriter::with_capacity(1 << 20, File::create(&temporary)?);
+        write(&mut file)?;
+        file.flush()?;
+        file.get_ref().sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    if let Err(e) = result {
+        let _ = fs::remove_file(&temporary);
+        let full = e.kind() == std::io::ErrorKind::StorageFull;
+        let error = Error::new(format!("{}: {e}", path.display()));
+        return Err(if full {
+            error.hint("the disk is full: free some space, nothing was replaced")
+        } else {
+            error
+        });
+    }
+    if let Some(parent) = path.parent() {
+        sync_dir(parent);
+    }
+    Ok(())
+}
+
+/// Makes a rename inside `dir` durable. Best effort: some file systems cannot sync a folder.
+pub fn sync_dir(dir: &Path) {
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    if let Ok(handle) = File::open(dir) {
+        let _ = handle.sync_all();
+    }
+}
+
+fn temporary_name(path: &Path) -> PathBuf {
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
+}
+
+/// The one cache folder: `$VITRUM_CACHE`, else `~/.cache/vitrum`.
+pub fn cache_dir() -> PathBuf {
+    if let Some(dir) = std::env::var_os("VITRUM_CACHE").filter(|d| !d.is_empty()) {
+        return PathBuf::from(dir);
+    }
+    let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_else(std::env::temp_dir);
+    home.join(".cache/vitrum")
+}

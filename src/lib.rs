@@ -1,0 +1,18 @@
+//! Vitrum pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
+//!
+//! `ARCHITECTURE.md` is the map. Imports point one way: cli → train → (vit, optim, data, weights, dist, report) →
+//! backend.
+
+pub mod backend;
+pub mod cli;
+pub mod data;
+pub mod dist;
+pub mod error;
+pub mod files;
+pub mod optim;
+pub mod recipe;
+pub mod report;
+pub mod rng;
+pub mod train;
+pub mod vit;
+pub mod weights;

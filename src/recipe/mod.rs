@@ -1,0 +1,478 @@
+//! The whole configuration of a run as one typed tree: what a recipe file says, plus `--set path=value`.
+//!
+//! Every key has a default here and nowhere else. [`Recipe::load`] (in `load.rs`) reads a built-in recipe or a file,
+//! applies overrides, and points at the key that is wrong; [`Recipe::model_config`] and its siblings resolve what the
+//! user wrote into what the rest of the program works with. The resolved recipe is written into the run directory and
+//! loads again to the same run.
+
+mod duration;
+mod load;
+mod resolve;
+mod size;
+
+pub use duration::Duration;
+pub use load::{BUILT_IN, Override};
+pub use size::Size;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::{Gelu, LossKind};
+use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
+
+/// One run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Recipe {
+    pub model: ModelSection,
+    pub data: DataSection,
+    pub augment: AugmentSection,
+    pub optim: OptimSection,
+    pub schedule: ScheduleSection,
+    pub loss: LossSection,
+    pub train: TrainSection,
+    pub eval: EvalSection,
+}
+
+/// The architecture. A `variant` gives width, depth, heads, mlp and patch; single keys override it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelSection {
+    /// `B/16`, `Ti/16`, ...
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+    /// `224` or `"224x160"` (height x width).
+    pub image: Size,
+    #[serde(alias = "patch_size", skip_serializing_if = "Option::is_none")]
+    pub patch: Option<Size>,
+    #[serde(alias = "hidden_size", skip_serializing_if = "Option::is_none")]
+    pub width: Option<usize>,
+    #[serde(alias = "num_layers", skip_serializing_if = "Option::is_none")]
+    pub depth: Option<usize>,
+    #[serde(alias = "num_heads", skip_serializing_if = "Option::is_none")]
+    pub heads: Option<usize>,
+    /// Default: 4 · width.
+    #[serde(alias = "mlp_dim", skip_serializing_if = "Option::is_none")]
+    pub mlp: Option<usize>,
+    /// Default: as many as the training data has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classes: Option<usize>,
+    pub pool: PoolKind,
+    pub norm: NormPlace,
+    /// Default: 1 for `pool = "token"`, else 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extra_tokens: Option<usize>,
+    pub posemb: Posemb,
+    pub posemb_join: PosembJoin,
+    pub rep_size: usize,
+    pub layer_scale: f32,
+    pub gelu: Gelu,
+    pub ln_eps: f32,
+    #[serde(alias = "dropout_rate")]
+    pub dropout: f32,
+    #[serde(alias = "attention_dropout_rate")]
+    pub attention_dropout: f32,
+    pub drop_path: f32,
+    pub drop_path_mode: DropPathMode,
+    pub init: InitScheme,
+    pub head_bias: f32,
+}
+
+impl Default for ModelSection {
+    fn default() -> Self {
+        Self {
+            variant: None,
+            image: Size::square(224),
+            patch: None,
+            width: None,
+            depth: None,
+            heads: None,
+            mlp: None,
+            classes: None,
+            pool: PoolKind::Token,
+            norm: NormPlace::Before,
+            extra_tokens: None,
+            posemb: Posemb::Learned,
+            posemb_join: PosembJoin::After,
+            rep_size: 0,
+            layer_scale: 0.0,
+            gelu: Gelu::Tanh,
+            ln_eps: 1e-6,
+            dropout: 0.0,
+            attention_dropout: 0.0,
+            drop_path: 0.0,
+            drop_path_mode: DropPathMode::Linear,
+            init: InitScheme::VitJax,
+            head_bias: 0.0,
+        }
+    }
+}
+
+/// What to do with a record that cannot be decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBadRecord {
+    /// Say which, count it, go on with a replacement sample.
+    Skip,
+    /// Stop, naming it.
+    Error,
+}
+
+/// Where the images come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DataSection {
+    /// A packed data set, an image folder, or `demo` / `demo-hard`. With `train/` and `val/` inside, both are taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train: Option<String>,
+    /// Overrides where validation images come from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub val: Option<String>,
+    pub on_bad_record: OnBadRecord,
+    /// Loader threads; 0: one per core, at most 16.
+    pub workers: usize,
+    /// Batch slots in flight.
+    pub slots: usize,
+}
+
+impl Default for DataSection {
+    fn default() -> Self {
+        Self { train: None, val: None, on_bad_record: OnBadRecord::Skip, workers: 0, slots: 3 }
+    }
+}
+
+/// How a picture of another size becomes the model's input, in training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Crop {
+    /// Pad by `pad` pixels (zeros), then a random window of the input size; larger pictures are resized to it first.
+    Pad,
+    /// Random area and aspect, then resize: torchvision's RandomResizedCrop.
+    Torch,
+    /// Random area and aspect as TensorFlow's `sample_distorted_bounding_box` draws them.
+    Tf,
+    /// Resize the shorter side, then the centre.
+    Center,
+}
+
+/// Per-sample augmentation on the CPU, and mixing on the device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AugmentSection {
+    pub crop: Crop,
+    /// For `crop = "pad"`: pixels on each side.
+    pub pad: usize,
+    /// For random areas: least and most share of the picture.
+    pub area: (f32, f32),
+    /// Horizontal flip with probability 1/2.
+    pub flip: bool,
+    /// Colour jitter in `[0, 1]`: brightness delta, contrast, saturation half-widths, hue delta; 0: off.
+    pub brightness: f32,
+    pub contrast: f32,
+    pub saturation: f32,
+    pub hue: f32,
+    /// Beta parameter of mixup (Zhang et al. 2018); 0: off.
+    pub mixup: f64,
+    /// Share of the batches that are mixed.
+    pub mix_prob: f32,
+    /// Samples among which partners are chosen; 0: the rank's batch.
+    pub mix_group: usize,
+}
+
+impl Default for AugmentSection {
+    fn default() -> Self {
+        Self {
+            crop: Crop::Tf,
+            pad: 0,
+            area: (0.05, 1.0),
+            flip: true,
+            brightness: 0.0,
+            contrast: 0.0,
+            saturation: 0.0,
+            hue: 0.0,
+            mixup: 0.0,
+            mix_prob: 1.0,
+            mix_group: 0,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimName {
+    Sgd,
+    Adam,
+    AdamW,
+    Lion,
+    Adafactor,
+}
+
+/// How weight decay enters: `θ ← θ - decay·θ`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecayMode {
+    /// decay = lr · weight_decay (PyTorch, Optax).
+    Torch,
+    /// decay = schedule · weight_decay, not multiplied by lr (big_vision).
+    BigVision,
+}
+
+/// Which parameters are decayed, where no group says otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DecayOn {
+    All,
+    /// Matrices of dense layers and the patch kernel (big_vision's `.*/kernel`).
+    Kernels,
+    /// Everything but 1-D tensors, biases, tokens and position embedding (timm).
+    Timm,
+}
+
+/// Type of the stored first moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MomentType {
+    F32,
+    Bf16,
+}
+
+/// The optimiser. `lr` is the head's rate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimSection {
+    pub name: OptimName,
+    pub lr: f64,
+    /// Multiply `lr` by batch / this; 0: never.
+    pub lr_scale_batch: usize,
+    pub momentum: f32,
+    pub nesterov: bool,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub eps: f32,
+    /// First moments (and SGD momentum) in f32 or bf16.
+    pub moment: MomentType,
+    pub weight_decay: f64,
+    pub decay_mode: DecayMode,
+    pub decay_on: DecayOn,
+    /// Largest global gradient norm; 0: no clipping.
+    pub clip: f32,
+    /// Clip as PyTorch does (adds 1e-6 to the norm).
+    pub clip_torch: bool,
+    /// Multiplies the rate of everything but the head (and representation layer).
+    pub backbone_lr_mult: f64,
+    /// EMA of the weights; 0: none.
+    pub ema: f32,
+    /// Adafactor: cap and power of the second moment's decay, least size of a factored axis, block-RMS threshold (0: none).
+    pub beta2_cap: f32,
+    pub decay_power: f32,
+    pub min_factor: usize,
+    pub clip_rms: f32,
+    /// First match wins; a pattern is a regular expression that must match a whole parameter name.
+    pub groups: Vec<GroupSection>,
+}
+
+/// Parameters whose (timm or flax) name matches `pattern`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GroupSection {
+    pub pattern: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_mult: Option<f64>,
+    /// Multiplies `weight_decay`; given, it also decides that these parameters are decayed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_mult: Option<f64>,
+    pub frozen: bool,
+    /// A schedule of their own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<ScheduleSection>,
+}
+
+impl Default for OptimSection {
+    fn default() -> Self {
+        Self {
+            name: OptimName::AdamW,
+            lr: 1e-3,
+            lr_scale_batch: 0,
+            momentum: 0.9,
+            nesterov: false,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            moment: MomentType::F32,
+            weight_decay: 0.0,
+            decay_mode: DecayMode::Torch,
+            decay_on: DecayOn::Kernels,
+            clip: 1.0,
+            clip_torch: false,
+            backbone_lr_mult: 1.0,
+            ema: 0.0,
+            beta2_cap: 0.999,
+            decay_power: 0.8,
+            min_factor: 32,
+            clip_rms: 0.0,
+            groups: Vec::new(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    Constant,
+    /// vit_jax, big_vision: warm-up, then half a cosine to 0.
+    Cosine,
+    /// Warm-up, then a line (or `power`) down to `end`.
+    Linear,
+    /// big_vision: `1/sqrt(1 + (t + shift - warmup)/timescale)`.
+    Rsqrt,
+    /// Steps down by `mults` at `boundaries`.
+    Stair,
+    /// timm's cosine, per update.
+    TimmCosine,
+}
+
+/// The learning rate over time. All take the number of updates already done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScheduleSection {
+    pub kind: ScheduleKind,
+    pub warmup: Duration,
+    pub cooldown: Duration,
+    /// Length of the schedule; default: the run's. Longer than the run: the run ends early on the curve.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total: Option<Duration>,
+    /// Linear: absolute end value.
+    pub end: f64,
+    pub power: f64,
+    pub timescale: f64,
+    pub shift: f64,
+    pub boundaries: Vec<u64>,
+    pub mults: Vec<f64>,
+    /// timm: rate at the first update, and least rate.
+    pub warmup_lr: f64,
+    pub min_lr: f64,
+}
+
+impl Default for ScheduleSection {
+    fn default() -> Self {
+        Self {
+            kind: ScheduleKind::Cosine,
+            warmup: Duration::Steps(0),
+            cooldown: Duration::Steps(0),
+            total: None,
+            end: 0.0,
+            power: 1.0,
+            timescale: 10_000.0,
+            shift: 0.0,
+            boundaries: Vec::new(),
+            mults: Vec::new(),
+            warmup_lr: 0.0,
+            min_lr: 0.0,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LossSection {
+    pub kind: LossKind,
+    pub label_smoothing: f32,
+}
+
+impl Default for LossSection {
+    fn default() -> Self {
+        Self { kind: LossKind::Softmax, label_smoothing: 0.0 }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    F32,
+    Bf16,
+}
+
+/// How the run goes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainSection {
+    /// Length of the run. `steps` and `epochs` exclude each other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<f64>,
+    pub batch: usize,
+    /// Samples per forward and backward; 0: the whole batch. Must divide `batch`.
+    pub micro_batch: usize,
+    /// Activations to recompute in the backward: only `none` so far.
+    pub recompute: String,
+    pub precision: Precision,
+    pub seed: u64,
+    pub deterministic: bool,
+    /// Compute threads; 0: one per core. Never changes a bit.
+    pub threads: usize,
+    pub log_every: u64,
+    pub eval_every: u64,
+    /// Default: as `eval_every`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_every: Option<u64>,
+    /// Non-finite steps in a row after which the run stops.
+    pub max_skipped: u64,
+    /// Evaluations without improvement after which the run stops; 0: never.
+    pub patience: u64,
+    /// Least improvement of the validation metric that counts.
+    pub min_delta: f64,
+}
+
+impl Default for TrainSection {
+    fn default() -> Self {
+        Self {
+            steps: None,
+            epochs: None,
+            batch: 128,
+            micro_batch: 0,
+            recompute: "none".into(),
+            precision: Precision::F32,
+            seed: 0,
+            deterministic: false,
+            threads: 0,
+            log_every: 100,
+            eval_every: 500,
+            checkpoint_every: None,
+            max_skipped: 3,
+            patience: 0,
+            min_delta: 0.0,
+        }
+    }
+}
+
+/// What decides which checkpoint is best and when to stop early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Metric {
+    Top1,
+    Loss,
+}
+
+/// How pictures are prepared for evaluation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EvalResize {
+    /// Squash to the input size, bilinear without antialias (vit_jax).
+    Squash,
+    /// Shorter side to `image / crop_ratio`, then the centre.
+    Center,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalSection {
+    pub resize: EvalResize,
+    pub crop_ratio: f32,
+    pub metric: Metric,
+}
+
+impl Default for EvalSection {
+    fn default() -> Self {
+        Self { resize: EvalResize::Squash, crop_ratio: 1.0, metric: Metric::Top1 }
+    }
+}

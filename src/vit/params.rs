@@ -1,0 +1,383 @@
+//! The parameters of a model: names, shapes, places in the flat buffers, initial values.
+//!
+//! Names are timm's, and so are the shapes in files. In memory a tensor is a row-major matrix whose rows are padded to
+//! [`ROW_ALIGN`] elements and whose start is aligned to [`TENSOR_ALIGN`] bytes; padding is zero and stays zero. The
+//! order is stem, blocks, head, so that "everything below block k" is a prefix.
+
+use crate::backend::memory::{Arena, Dtype, Mat, ROW_ALIGN, TENSOR_ALIGN};
+use crate::rng::{Domain, Stream};
+
+use super::config::{InitScheme, ModelConfig, NormPlace, PoolKind, Posemb};
+
+/// What a tensor is for: decides its initial value and how optimisers group it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParamKind {
+    /// `patch_embed.proj.weight`
+    PatchKernel,
+    PatchBias,
+    /// Class and distillation tokens.
+    ExtraToken,
+    PosEmbed,
+    /// The fixed sincos2d table: lives with the parameters, is not one.
+    SincosTable,
+    NormGamma,
+    NormBeta,
+    /// Fused q, k, v (or k, v) projection: initialised one by one; `parts` is 3, 2 or 1.
+    AttentionIn {
+        parts: usize,
+    },
+    AttentionInBias,
+    AttentionOut,
+    AttentionOutBias,
+    MlpKernel,
+    MlpBias,
+    LayerScale,
+    MapProbe,
+    RepKernel,
+    RepBias,
+    HeadKernel,
+    HeadBias,
+}
+
+impl ParamKind {
+    /// A `kernel` in flax's sense: what big_vision and timm decay (big_vision: `.*/kernel`).
+    pub fn is_kernel(self) -> bool {
+        use ParamKind::*;
+        matches!(self, PatchKernel | AttentionIn { .. } | AttentionOut | MlpKernel | RepKernel | HeadKernel)
+    }
+
+    /// Part of the classifier: gets the base learning rate itself.
+    pub fn is_head(self) -> bool {
+        use ParamKind::*;
+        matches!(self, HeadKernel | HeadBias | RepKernel | RepBias)
+    }
+}
+
+/// One tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Param {
+    /// timm's name, as in files.
+    pub name: String,
+    /// Shape in files.
+    pub shape: Vec<usize>,
+    pub kind: ParamKind,
+    /// 0: stem; 1..=L: blocks; L+1: final norm, pooling and head.
+    pub depth: usize,
+    /// In memory: rows of `cols` values, `ld` apart.
+    pub rows: usize,
+    pub cols: usize,
+    pub ld: usize,
+    /// Element offset in [`Arena::Params`].
+    pub offset: usize,
+    /// Element offset in [`Arena::Grads`]; `None`: frozen (or no parameter at all).
+    pub grad_offset: Option<usize>,
+}
+
+impl Param {
+    /// Elements in the flat buffers, with row padding.
+    pub fn padded_len(&self) -> usize {
+        self.rows * self.ld
+    }
+
+    /// Values, without padding.
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Stored in checkpoints and counted as a parameter.
+    pub fn is_parameter(&self) -> bool {
+        self.kind != ParamKind::SincosTable
+    }
+
+    pub fn mat(&self) -> Mat {
+        self.mat_in(Arena::Params, self.offset)
+    }
+
+    pub fn grad(&self) -> Option<Mat> {
+        self.grad_offset.map(|offset| self.mat_in(Arena::Grads, offset))
+    }
+
+    /// The same place in the EMA of the weights.
+    pub fn ema(&self) -> Mat {
+        self.mat_in(Arena::Ema, self.offset)
+    }
+
+    fn mat_in(&self, arena: Arena, offset: usize) -> Mat {
+        Mat { arena, offset: offset * 4, rows: self.rows, cols: self.cols, ld: self.ld, dtype: Dtype::F32 }
+    }
+
+    /// Values in file order (dense, `shape`) → values in memory order (dense, `rows × cols`).
+    pub fn from_file_order(&self, values: &[f32]) -> Vec<f32> {
+        assert_eq!(values.len(), self.len(), "{}: wrong number of values", self.name);
+        match (self.kind, self.shape.as_slice()) {
+            (ParamKind::PatchKernel, &[d, c, ph, pw]) => permute(values, [d, c, ph, pw], [0, 2, 3, 1]),
+            _ => values.to_vec(),
+        }
+    }
+
+    /// The inverse of [`Param::from_file_order`].
+    pub fn to_file_order(&self, values: &[f32]) -> Vec<f32> {
+        assert_eq!(values.len(), self.len(), "{}: wrong number of values", self.name);
+        match (self.kind, self.shape.as_slice()) {
+            (ParamKind::PatchKernel, &[d, c, ph, pw]) => permute(values, [d, ph, pw, c], [0, 3, 1, 2]),
+            _ => values.to_vec(),
+        }
+    }
+}
+
+/// Transposes a dense 4-D array: axis i of the result is axis `axes[i]` of the input.
+fn permute(values: &[f32], shape: [usize; 4], axes: [usize; 4]) -> Vec<f32> {
+    let mut strides = [1; 4];
+    for i in (0..3).rev() {
+        strides[i] = strides[i + 1] * shape[i + 1];
+    }
+    let [n0, n1, n2, n3] = axes.map(|a| shape[a]);
+    let [s0, s1, s2, s3] = axes.map(|a| strides[a]);
+    let mut out = Vec::with_capacity(values.len());
+    for i0 in 0..n0 {
+        for i1 in 0..n1 {
+            for i2 in 0..n2 {
+                for i3 in 0..n3 {
+                    out.push(values[i0 * s0 + i1 * s1 + i2 * s2 + i3 * s3]);
+                }
+            }
+        }
+    }
+    out
+}
+
+/// All tensors of a model, in the order of the flat buffers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamLayout {
+    pub params: Vec<Param>,
+    /// Elements of [`Arena::Params`].
+    pub param_elements: usize,
+    /// Elements of [`Arena::Grads`].
+    pub grad_elements: usize,
+}
+
+impl ParamLayout {
+    /// Lays out a model; `frozen` says which parameters get no gradient and no moments.
+    pub fn new(config: &ModelConfig, frozen: impl Fn(&Param) -> bool) -> Self {
+        let mut b = Builder { params: Vec::new(), depth: 0 };
+        b.model(config);
+        let mut layout = Self { params: b.params, param_elements: 0, grad_elements: 0 };
+        let align = TENSOR_ALIGN / 4;
+        for p in &mut layout.params {
+            p.offset = layout.param_elements;
+            layout.param_elements += p.padded_len().next_multiple_of(align);
+            if p.is_parameter() && !frozen(p) {
+                p.grad_offset = Some(layout.grad_elements);
+                layout.grad_elements += p.padded_len().next_multiple_of(align);
+            }
+        }
+        layout
+    }
+
+    /// The tensor called `name`. Panics if there is none: names come from this layout.
+    pub fn get(&self, name: &str) -> &Param {
+        self.find(name).unwrap_or_else(|| panic!("the model has no parameter `{name}`"))
+    }
+
+    pub fn find(&self, name: &str) -> Option<&Param> {
+        self.params.iter().find(|p| p.name == name)
+    }
+
+    /// Stored parameters: everything but fixed tables.
+    pub fn parameters(&self) -> impl Iterator<Item = &Param> {
+        self.params.iter().filter(|p| p.is_parameter())
+    }
+
+    /// Number of parameters, as papers count them.
+    pub fn count(&self) -> usize {
+        self.parameters().map(Param::len).sum()
+    }
+
+    /// The lowest [`Param::depth`] that is trained: the backward pass ends there. `None`: nothing is.
+    pub fn first_trainable_depth(&self) -> Option<usize> {
+        self.params.iter().filter(|p| p.grad_offset.is_some()).map(|p| p.depth).min()
+    }
+}
+
+struct Builder {
+    params: Vec<Param>,
+    depth: usize,
+}
+
+impl Builder {
+    fn add(&mut self, name: impl Into<String>, shape: &[usize], kind: ParamKind) {
+        let cols = match kind {
+            ParamKind::PatchKernel => shape[1] * shape[2] * shape[3],
+            _ => *shape.last().expect("a tensor has a shape"),
+        };
+        let rows = shape.iter().product::<usize>() / cols;
+        self.params.push(Param {
+            name: name.into(),
+            shape: shape.to_vec(),
+            kind,
+            depth: self.depth,
+            rows,
+            cols,
+            ld: cols.next_multiple_of(ROW_ALIGN),
+            offset: 0,
+            grad_offset: None,
+        });
+    }
+
+    fn linear(&mut self, name: &str, out: usize, input: usize, kernel: ParamKind, bias: ParamKind) {
+        self.add(format!("{name}.weight"), &[out, input], kernel);
+        self.add(format!("{name}.bias"), &[out], bias);
+    }
+
+    fn norm(&mut self, name: &str, width: usize) {
+        self.add(format!("{name}.weight"), &[width], ParamKind::NormGamma);
+        self.add(format!("{name}.bias"), &[width], ParamKind::NormBeta);
+    }
+
+    fn model(&mut self, c: &ModelConfig) {
+        use ParamKind::*;
+        let (d, m) = (c.width, c.mlp);
+        for name in ["cls_token", "dist_token"].into_iter().take(c.extra_tokens) {
+            self.add(name, &[1, 1, d], ExtraToken);
+        }
+        let posemb = if c.posemb == Posemb::Learned { PosEmbed } else { SincosTable };
+        self.add("pos_embed", &[1, c.posemb_rows(), d], posemb);
+        self.add("patch_embed.proj.weight", &[d, 3, c.patch.0, c.patch.1], PatchKernel);
+        self.add("patch_embed.proj.bias", &[d], PatchBias);
+        for i in 0..c.depth {
+            self.depth = i + 1;
+            self.norm(&format!("blocks.{i}.norm1"), d);
+            self.linear(&format!("blocks.{i}.attn.qkv"), 3 * d, d, AttentionIn { parts: 3 }, AttentionInBias);
+            self.linear(&format!("blocks.{i}.attn.proj"), d, d, AttentionOut, AttentionOutBias);
+            if c.layer_scale > 0.0 {
+                self.add(format!("blocks.{i}.ls1.gamma"), &[d], LayerScale);
+            }
+            self.norm(&format!("blocks.{i}.norm2"), d);
+            self.linear(&format!("blocks.{i}.mlp.fc1"), m, d, MlpKernel, MlpBias);
+            self.linear(&format!("blocks.{i}.mlp.fc2"), d, m, MlpKernel, MlpBias);
+            if c.layer_scale > 0.0 {
+                self.add(format!("blocks.{i}.ls2.gamma"), &[d], LayerScale);
+            }
+        }
+        self.depth = c.depth + 1;
+        // timm's name for a norm that follows the pooling; for the class token the two places are one function.
+        let after = c.norm == NormPlace::After && c.pool == PoolKind::Gap;
+        self.norm(if after { "fc_norm" } else { "norm" }, d);
+        if c.pool == PoolKind::Map {
+            self.add("attn_pool.latent", &[1, 1, d], MapProbe);
+            self.linear("attn_pool.q", d, d, AttentionIn { parts: 1 }, AttentionInBias);
+            self.linear("attn_pool.kv", 2 * d, d, AttentionIn { parts: 2 }, AttentionInBias);
+            self.linear("attn_pool.proj", d, d, AttentionOut, AttentionOutBias);
+            self.norm("attn_pool.norm", d);
+            self.linear("attn_pool.mlp.fc1", m, d, MlpKernel, MlpBias);
+            self.linear("attn_pool.mlp.fc2", d, m, MlpKernel, MlpBias);
+        }
+        let features = if c.rep_size > 0 {
+            self.linear("pre_logits", c.rep_size, d, RepKernel, RepBias);
+            c.rep_size
+        } else {
+            d
+        };
+        self.linear("head", c.classes, features, HeadKernel, HeadBias);
+        if c.extra_tokens == 2 {
+            self.linear("head_dist", c.classes, features, HeadKernel, HeadBias);
+        }
+    }
+}
+
+/// The initial values of one tensor, dense in memory order. Same seed, same values, whatever else is in the model.
+pub fn initial_values(config: &ModelConfig, param: &Param, index: usize, seed: u64) -> Vec<f32> {
+    use InitScheme::*;
+    use ParamKind::*;
+    let mut s = Stream::new(seed, Domain::Init, index as u64, 0);
+    let n = param.len();
+    let (fan_in, fan_out) = (param.cols as f64, param.rows as f64);
+    let scheme = config.init;
+    let jax = matches!(scheme, VitJax | BigVision);
+    let timm_jax = matches!(scheme, TimmJax | TimmJaxNlhb);
+    let constant = |v: f32| vec![v; n];
+    let zero = || vec![0.0; n];
+
+    match param.kind {
+        NormGamma => constant(1.0),
+        NormBeta | AttentionInBias | AttentionOutBias => zero(),
+        LayerScale => constant(config.layer_scale),
+        SincosTable => sincos2d(config),
+        PatchKernel if jax || timm_jax => lecun_normal(&mut s, n, fan_in),
+        PatchKernel => uniform(&mut s, n, 1.0 / fan_in.sqrt()),
+        PatchBias if jax || timm_jax => zero(),
+        PatchBias => uniform(&mut s, n, 1.0 / (config.patch_grid().patch_len() as f64).sqrt()),
+        ExtraToken if jax => zero(),
+        ExtraToken if scheme == Deit3 => normal(&mut s, n, 0.02),
+        ExtraToken => normal(&mut s, n, 1e-6),
+        PosEmbed if scheme == BigVision => normal(&mut s, n, 1.0 / (config.width as f64).sqrt()),
+        PosEmbed => normal(&mut s, n, 0.02),
+        MapProbe if jax => uniform(&mut s, n, (6.0 / (1.0 + fan_in)).sqrt()),
+        MapProbe => normal(&mut s, n, 1.0 / fan_in.sqrt()),
+        // Each of q, k and v is a matrix of its own to flax; timm's `jax` mode sees the fused one (narrower by √2).
+        AttentionIn { parts } if jax || scheme == TimmMoco => {
+            uniform(&mut s, n, (6.0 / (fan_in + fan_out / parts as f64)).sqrt())
+        }
+        AttentionIn { .. } | AttentionOut | MlpKernel if jax || timm_jax => {
+            xavier(&mut s, n, fan_in, fan_out)
+        }
+        AttentionOut | MlpKernel | HeadKernel if scheme == TimmMoco => xavier(&mut s, n, fan_in, fan_out),
+        AttentionIn { .. } | AttentionOut | MlpKernel => normal(&mut s, n, 0.02),
+        MlpBias if jax || timm_jax => normal(&mut s, n, 1e-6),
+        MlpBias => zero(),
+        RepKernel => lecun_normal(&mut s, n, fan_in),
+        RepBias => zero(),
+        HeadKernel if jax || timm_jax => zero(),
+        HeadKernel => normal(&mut s, n, 0.02),
+        HeadBias if scheme == TimmJaxNlhb => constant(-(config.classes as f32).ln()),
+        HeadBias => constant(config.head_bias),
+    }
+}
+
+/// Normal truncated at two standard deviations and widened to variance `1/fan_in` (flax's `lecun_normal`).
+fn lecun_normal(s: &mut Stream, n: usize, fan_in: f64) -> Vec<f32> {
+    let std = (1.0 / fan_in).sqrt() / 0.879_625_661_034_239_8;
+    let mut draw = || loop {
+        let x = s.normal();
+        if x.abs() <= 2.0 {
+            return (x * std) as f32;
+        }
+    };
+    (0..n).map(|_| draw()).collect()
+}
+
+fn normal(s: &mut Stream, n: usize, std: f64) -> Vec<f32> {
+    (0..n).map(|_| (s.normal() * std) as f32).collect()
+}
+
+fn uniform(s: &mut Stream, n: usize, bound: f64) -> Vec<f32> {
+    (0..n).map(|_| ((2.0 * s.uniform_f64() - 1.0) * bound) as f32).collect()
+}
+
+/// Glorot and Bengio 2010.
+fn xavier(s: &mut Stream, n: usize, fan_in: f64, fan_out: f64) -> Vec<f32> {
+    uniform(s, n, (6.0 / (fan_in + fan_out)).sqrt())
+}
+
+/// big_vision's fixed position table, `[N, D]`: `[sin(xω) | cos(xω) | sin(yω) | cos(yω)]` with
+/// `ω_j = 10000^(-j / (D/4 - 1))`.
+pub fn sincos2d(config: &ModelConfig) -> Vec<f32> {
+    let (rows, cols) = config.patch_grid().grid();
+    let quarter = config.width / 4;
+    let omega: Vec<f64> =
+        (0..quarter).map(|j| 10_000f64.powf(-(j as f64) / (quarter as f64 - 1.0).max(1.0))).collect();
+    let mut out = Vec::with_capacity(rows * cols * config.width);
+    for y in 0..rows {
+        for x in 0..cols {
+            for position in [x as f64, y as f64] {
+                out.extend(omega.iter().map(|w| (position * w).sin() as f32));
+                out.extend(omega.iter().map(|w| (position * w).cos() as f32));
+            }
+        }
+    }
+    out
+}
