@@ -7,9 +7,8 @@ use crate::recipe::Recipe;
 #[derive(clap::Args)]
 #[command(after_help = super::built_in_help())]
 pub struct Args {
-    /// A built-in recipe or a .toml file
-    #[arg(default_value = "demo")]
-    pub recipe: String,
+    /// A built-in recipe or a .toml file [default: demo]
+    pub recipe: Option<String>,
     #[command(flatten)]
     pub settings: Settings,
     /// Print one JSON object
@@ -18,6 +17,6 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    Recipe::load(Some(&args.recipe), &args.settings.set)?;
+    Recipe::load(args.recipe.as_deref(), &args.settings.set)?;
     Err(not_built("vitrum plan"))
 }
