@@ -480,7 +480,6 @@ pub trait Backend: Send {
 }
 
 /// Opens the device that the user asked for. `Auto` takes the CPU after one line on stderr that says why.
-#[cfg(any())]
 pub fn select(device: Device, threads: usize) -> Result<Box<dyn Backend>> {
     let why = "this version of Vitrum has no CUDA kernels yet";
     match device {
