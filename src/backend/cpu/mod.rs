@@ -1,3 +1,4 @@
 //! The CPU backend (being written).
 pub mod compute;
+pub mod update;
 pub mod view;
