@@ -15,9 +15,10 @@ mod pool;
 mod residual;
 mod sums;
 mod vectorise;
+pub mod update;
 pub mod view;
 
-use interim::{attention, gemm, probe_attention, update};
+use interim::{attention, gemm, probe_attention};
 
 use arenas::{Access, Arenas};
 use compute::{Compute, Isa};
