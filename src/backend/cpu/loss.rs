@@ -162,3 +162,232 @@ fn hits(z: &[f32], truth: impl Fn(usize) -> bool) -> (f32, f32) {
     let hit = |(_, class): &(f32, usize)| *class != usize::MAX && truth(*class);
     (f32::from(u8::from(hit(&best[0]))), f32::from(u8::from(best.iter().any(hit))))
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::cpu::compute::Isa;
+    use crate::backend::cpu::testing::*;
+    use crate::backend::{Backend, Loss, LossKind, Mat, Pixels, Slot, SlotLayout, TargetKind};
+    use crate::rng::{Domain, Stream};
+
+    fn slot(samples: usize, targets: TargetKind) -> Slot {
+        let layout = SlotLayout { samples, image: (1, 1), pixels: Pixels::U8, targets };
+        Bench::new(samples).backend(Isa::Scalar, 1).new_slot(layout).unwrap()
+    }
+
+    fn labelled(labels: &[i32]) -> Slot {
+        let mut slot = slot(labels.len(), TargetKind::Labels);
+        slot.labels_mut().copy_from_slice(labels);
+        slot
+    }
+
+    fn dense(targets: &[f32], classes: usize) -> Slot {
+        let mut slot = slot(targets.len() / classes, TargetKind::Dense { classes });
+        slot.targets_mut().copy_from_slice(targets);
+        slot
+    }
+
+    /// The loss of one sample in f64, written from its definition.
+    fn by_definition(kind: LossKind, z: &[f64], y: &[f64]) -> f64 {
+        match kind {
+            LossKind::Softmax => {
+                let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let lse = largest + z.iter().map(|z| (z - largest).exp()).sum::<f64>().ln();
+                z.iter().zip(y).map(|(z, y)| y * (lse - z)).sum()
+            }
+            LossKind::Sigmoid => {
+                z.iter().zip(y).map(|(z, y)| z.max(0.0) + (-z.abs()).exp().ln_1p() - y * z).sum()
+            }
+        }
+    }
+
+    /// Runs the loss both ways, in place and beside the logits, and shows (d_logits, samples).
+    fn check(
+        b: &mut Bench,
+        logits: &[f32],
+        classes: usize,
+        loss: Loss,
+        slot: impl Fn() -> Slot,
+        show: impl Fn(&[f32], &[f32]),
+    ) {
+        let rows = logits.len() / classes;
+        let (z, d) = (b.put(rows, classes, logits), b.room(rows, classes));
+        let samples = b.room(rows, 3);
+        for out in [d, z] {
+            let run = |k: &mut crate::backend::cpu::CpuBackend| {
+                k.bind_batch(slot()).unwrap();
+                k.loss(loss, z, out, samples).unwrap();
+            };
+            b.everywhere(&[out, samples], run, |r| show(&r[0], &r[1]));
+        }
+    }
+
+    #[test]
+    fn losses_and_slopes_are_those_of_mixed_and_smoothed_targets() {
+        for (samples, classes) in [(1, 2), (5, 7), (3, 1000)] {
+            for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+                for (smoothing, labels) in [(0.0, true), (0.1, true), (0.0, false), (0.2, false)] {
+                    let logits = normal(1, samples * classes, 3.0);
+                    let whole = samples + 2; // the micro-batch starts at sample 2 of the slot
+                    let make = || {
+                        let mut stream = Stream::new(2, Domain::Demo, 0, 0);
+                        let mut slot = if labels {
+                            let labels: Vec<i32> = (0..whole).map(|_| stream.below(classes) as i32).collect();
+                            labelled(&labels)
+                        } else {
+                            let targets: Vec<f32> = (0..whole * classes)
+                                .map(|_| if stream.chance(0.5) { stream.uniform() } else { 0.0 })
+                                .collect();
+                            dense(&targets, classes)
+                        };
+                        for i in 0..whole {
+                            slot.partner_mut()[i] = ((i * 3 + 1) % whole) as u32;
+                            slot.lambda_mut()[i] = if i % 2 == 0 { 0.7 } else { 1.0 };
+                        }
+                        slot
+                    };
+                    let slot = make();
+                    let own = |sample: usize, class: usize| {
+                        if labels {
+                            f64::from(u8::from(slot.labels()[sample] == class as i32))
+                        } else {
+                            f64::from(slot.targets()[sample * classes + class])
+                        }
+                    };
+                    let target = |sample: usize| -> Vec<f64> {
+                        let (lambda, partner) =
+                            (f64::from(slot.lambda()[sample]), slot.partner()[sample] as usize);
+                        let s = f64::from(smoothing);
+                        let mixed = |c| lambda * own(sample, c) + (1.0 - lambda) * own(partner, c);
+                        (0..classes).map(|c| (1.0 - s) * mixed(c) + s / classes as f64).collect()
+                    };
+
+                    let mut b = Bench::new(samples);
+                    (b.micro.first, b.micro.mean_over) = (2, 9);
+                    let loss = Loss { kind, label_smoothing: smoothing };
+                    check(&mut b, &logits, classes, loss, make, |d_logits, result| {
+                        let losses = |z: &[f64]| -> Vec<f64> {
+                            let rows = z.chunks(classes).enumerate();
+                            rows.map(|(i, z)| by_definition(kind, z, &target(2 + i))).collect()
+                        };
+                        let got: Vec<f32> = result.chunks(3).map(|r| r[0]).collect();
+                        assert_close("loss", &got, &losses(&wide(&logits)), 1e-6);
+                        assert_gradient("d_logits", &logits, d_logits, |z| {
+                            losses(z).iter().sum::<f64>() / 9.0
+                        });
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn hits_follow_the_own_label_and_ties_go_to_the_first_class() {
+        let logits = [
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // label 0: first
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // label 4: fifth
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // label 5: sixth
+            [1.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0], // label 2: ties with class 1 and loses
+            [1.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0], // label 1: ties with class 2 and wins
+            [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], // label 5: the sixth of equals
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // no label
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // padding
+        ];
+        let expected = [(1, 1), (0, 1), (0, 0), (0, 1), (1, 1), (0, 0), (0, 0), (0, 0)];
+        let make = || {
+            let mut slot = labelled(&[0, 4, 5, 2, 1, 5, -1, 0]);
+            slot.count = 7;
+            // Mixing must not change what counts as a hit.
+            slot.partner_mut().fill(0);
+            slot.lambda_mut().fill(0.4);
+            slot
+        };
+        let mut b = Bench::new(8);
+        let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
+        check(&mut b, logits.as_flattened(), 7, loss, make, |d_logits, result| {
+            let got: Vec<_> = result.chunks(3).map(|r| (r[1] as i32, r[2] as i32)).collect();
+            assert_eq!(got, expected);
+            assert!(d_logits[7 * 7..].iter().chain(&result[7 * 3..]).all(|v| *v == 0.0), "padding counts");
+        });
+    }
+
+    #[test]
+    fn several_true_classes_each_count_as_a_hit() {
+        let logits = [[1.0, 3.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0]];
+        let targets = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        let mut b = Bench::new(3);
+        let loss = Loss { kind: LossKind::Sigmoid, label_smoothing: 0.0 };
+        check(
+            &mut b,
+            logits.as_flattened(),
+            4,
+            loss,
+            || dense(&targets, 4),
+            |_, result| {
+                let got: Vec<_> = result.chunks(3).map(|r| (r[1] as i32, r[2] as i32)).collect();
+                assert_eq!(got, [(1, 1), (0, 1), (0, 0)]);
+            },
+        );
+    }
+
+    #[test]
+    fn a_logit_that_is_no_number_makes_a_loss_that_is_none() {
+        for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+            let mut b = Bench::new(1);
+            let loss = Loss { kind, label_smoothing: 0.1 };
+            check(
+                &mut b,
+                &[1.0, f32::NAN, 0.0],
+                3,
+                loss,
+                || labelled(&[0]),
+                |_, result| {
+                    assert!(result[0].is_nan());
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn a_label_outside_the_classes_is_an_error() {
+        let mut b = Bench::new(2);
+        let (z, samples): (Mat, Mat) = (b.put(2, 3, &[0.0; 6]), b.room(2, 3));
+        let mut backend = b.backend(Isa::Scalar, 1);
+        backend.bind_batch(labelled(&[1, 3])).unwrap();
+        let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
+        let error = backend.loss(loss, z, z, samples).unwrap_err();
+        assert_eq!(error.message(), "label 3 in a batch for a model of 3 classes");
+    }
+
+    #[test]
+    fn reference_losses_are_met() {
+        let Some(file) = Reference::open("kernels/losses.safetensors") else { return };
+        for i in (0..).take_while(|i| file.has(&format!("l{i}.logits"))) {
+            let get = |name: &str| file.f32(&format!("l{i}.{name}"));
+            let shape = file.shape(&format!("l{i}.logits"));
+            let (samples, classes) = (shape[0], shape[1]);
+            let labels = file.i32(&format!("l{i}.labels"));
+            let cases = [
+                ("softmax_ce.hard", LossKind::Softmax, 0.0, None),
+                ("softmax_ce.smooth0.1", LossKind::Softmax, 0.1, None),
+                ("softmax_ce.soft", LossKind::Softmax, 0.0, Some("soft_labels")),
+                ("sigmoid_bce.multi", LossKind::Sigmoid, 0.0, Some("multi_labels")),
+                ("sigmoid_bce.soft", LossKind::Sigmoid, 0.0, Some("soft_labels")),
+            ];
+            for (case, kind, label_smoothing, targets) in cases {
+                let make = || match targets {
+                    None => labelled(&labels),
+                    Some(name) => dense(&get(name), classes),
+                };
+                let mut b = Bench::new(samples);
+                let loss = Loss { kind, label_smoothing };
+                check(&mut b, &get("logits"), classes, loss, make, |d_logits, result| {
+                    let expected = |name: &str| file.f64(&format!("l{i}.{case}.{name}"));
+                    let got: Vec<f32> = result.chunks(3).map(|r| r[0]).collect();
+                    assert_close(&format!("l{i}.{case}.per_example"), &got, &expected("per_example"), 1e-6);
+                    assert_close(&format!("l{i}.{case}.dlogits"), d_logits, &expected("dlogits"), 1e-6);
+                });
+            }
+        }
+    }
+}

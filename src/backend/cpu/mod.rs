@@ -14,6 +14,8 @@ mod patchify;
 mod pool;
 mod residual;
 mod sums;
+#[cfg(test)]
+mod testing;
 mod vectorise;
 pub mod update;
 pub mod view;
