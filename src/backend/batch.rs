@@ -3,7 +3,7 @@
 //! A slot travels loader → trainer → backend → loader and is never copied on the host. On CUDA its memory is
 //! page-locked and the copy engine reads it; on the CPU the operations read it where it is.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Memory behind a slot. Implementations: plain aligned memory (CPU), page-locked memory (CUDA).
 pub trait HostMemory: Send {
@@ -201,8 +201,16 @@ pub struct PlainMemory {
 struct Line([u8; 64]);
 
 impl PlainMemory {
+    /// `len` zeroed bytes.
     pub fn new(len: usize) -> Result<Self> {
-        Ok(Self { words: bytemuck::zeroed_vec(len.div_ceil(64)), len })
+        let words = bytemuck::allocation::try_zeroed_vec(len.div_ceil(64))
+            .map_err(|()| Error::new(format!("no memory for {len} bytes")))?;
+        Ok(Self { words, len })
+    }
+
+    /// No bytes at all.
+    pub fn empty() -> Self {
+        Self { words: Vec::new(), len: 0 }
     }
 }
 

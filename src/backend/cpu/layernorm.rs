@@ -1,0 +1,459 @@
+//! LayerNorm over rows, with the residual add in front of it where the model needs one. Ba et al. 2016, arXiv:1607.06450.
+//!
+//!     mean = avg(x)   rstd = 1/√(avg((x - mean)²) + eps)   x̂ = (x - mean)·rstd   y = γ·x̂ + β
+//!     u = γ·d_y       d_x = rstd·(u - avg(u) - x̂·avg(u·x̂))   dγ = Σ_R d_y·x̂   dβ = Σ_R d_y
+//!
+//! A row is small enough for the first-level cache, so every row is read from memory once and passed over two or
+//! three times. The mean of a row far from zero rounds by more than its deviation can bear; both directions therefore
+//! measure what the rounded mean left over, `avg(x - mean)`, and take it off.
+
+use super::compute::Compute;
+use super::residual::Residual;
+use super::sums::{CHUNK, Sums};
+use super::vectorise::{sums, vectorised};
+use super::view::{Rows, RowsMut};
+
+/// What is normalised.
+pub(super) enum Input<'a> {
+    Ready(Rows<'a>),
+    /// `sum` is computed first.
+    Join {
+        base: Rows<'a>,
+        residual: Residual<'a>,
+        sum: RowsMut<'a>,
+    },
+}
+
+/// `y = layernorm(input)`; keeps `mean` and `rstd`, one per row.
+pub(super) fn forward(
+    c: &Compute,
+    input: Input,
+    gamma: &[f32],
+    beta: &[f32],
+    eps: f32,
+    y: RowsMut,
+    mean: &mut [f32],
+    rstd: &mut [f32],
+) {
+    let stats = mean.chunks_mut(CHUNK).zip(rstd.chunks_mut(CHUNK));
+    match input {
+        Input::Ready(x) => {
+            let tasks: Vec<_> = y.blocks(CHUNK).into_iter().zip(stats).collect();
+            c.for_each_item(tasks, |((start, mut y), (mean, rstd))| {
+                let x = x.slice(start, start + y.rows);
+                vectorised(
+                    c.isa,
+                    #[inline(always)]
+                    || normalise(x, gamma, beta, eps, &mut y, mean, rstd),
+                );
+            });
+        }
+        Input::Join { base, residual, sum } => {
+            let tasks: Vec<_> = y.blocks(CHUNK).into_iter().zip(sum.blocks(CHUNK)).zip(stats).collect();
+            c.for_each_item(tasks, |(((start, mut y), (_, mut sum)), (mean, rstd))| {
+                vectorised(
+                    c.isa,
+                    #[inline(always)]
+                    || {
+                        residual.add(base, start, &mut sum);
+                        normalise(sum.as_rows(), gamma, beta, eps, &mut y, mean, rstd);
+                    },
+                );
+            });
+        }
+    }
+}
+
+#[inline(always)]
+fn normalise(
+    x: Rows,
+    gamma: &[f32],
+    beta: &[f32],
+    eps: f32,
+    y: &mut RowsMut,
+    mean: &mut [f32],
+    rstd: &mut [f32],
+) {
+    let inverse = 1.0 / x.cols as f32;
+    for r in 0..x.rows {
+        let row = x.row(r);
+        let [total] = sums(
+            [row],
+            #[inline(always)]
+            |[x]| [x],
+        );
+        let near = total * inverse;
+        let [rest, squares] = sums(
+            [row],
+            #[inline(always)]
+            |[x]| [x - near, (x - near) * (x - near)],
+        );
+        let rest = rest * inverse;
+        let variance = (squares * inverse - rest * rest).max(0.0);
+        let scale = 1.0 / (variance + eps).sqrt();
+        for ((y, x), (gamma, beta)) in y.row(r).iter_mut().zip(row).zip(gamma.iter().zip(beta)) {
+            *y = ((x - near) - rest) * scale * gamma + beta;
+        }
+        mean[r] = near + rest;
+        rstd[r] = scale;
+    }
+}
+
+/// What a LayerNorm's backward reads.
+pub(super) struct Saved<'a> {
+    pub(super) x: Rows<'a>,
+    pub(super) gamma: &'a [f32],
+    pub(super) mean: &'a [f32],
+    pub(super) rstd: &'a [f32],
+}
+
+/// The branch side of a LayerNorm's backward.
+pub(super) struct BranchGrad<'a> {
+    pub(super) residual: Residual<'a>,
+    pub(super) d_branch: RowsMut<'a>,
+    pub(super) d_layer_scale: Option<&'a mut [f32]>,
+}
+
+/// `d_sum += layernorm'(d_y)` (assigned if `fresh`), then the branch's share of `d_sum`, and the gradients of γ, β and
+/// the LayerScale: summed in chunks of rows that depend on nothing but the shape.
+pub(super) fn backward(
+    c: &Compute,
+    d_y: Rows,
+    saved: &Saved,
+    d_sum: RowsMut,
+    fresh: bool,
+    branch: Option<BranchGrad>,
+    [d_gamma, d_beta]: [Option<&mut [f32]>; 2],
+    accumulate: bool,
+    scratch: &mut Vec<f32>,
+) {
+    let (rows, width) = (d_y.rows, d_y.cols);
+    let norm_trained = d_gamma.is_some() || d_beta.is_some();
+    let Some(BranchGrad { residual, d_branch, d_layer_scale }) = branch else {
+        let mut sums = Sums::new(scratch, rows, [norm_trained; 2], width);
+        let tasks: Vec<_> = d_sum.blocks(CHUNK).into_iter().zip(sums.chunks()).collect();
+        c.for_each_item(tasks, |((start, mut d_sum), partial)| {
+            vectorised(
+                c.isa,
+                #[inline(always)]
+                || back(d_y, saved, start, &mut d_sum, fresh, partial),
+            );
+        });
+        return sums.finish([d_gamma, d_beta], accumulate);
+    };
+
+    let mut sums = Sums::new(scratch, rows, [norm_trained, norm_trained, d_layer_scale.is_some()], width);
+    let blocks = d_sum.blocks(CHUNK).into_iter().zip(d_branch.blocks(CHUNK));
+    let tasks: Vec<_> = blocks.zip(sums.chunks()).collect();
+    c.for_each_item(tasks, |(((start, mut d_sum), (_, mut d_branch)), [d_gamma, d_beta, d_scale])| {
+        vectorised(
+            c.isa,
+            #[inline(always)]
+            || {
+                back(d_y, saved, start, &mut d_sum, fresh, [d_gamma, d_beta]);
+                residual.back(start, d_sum.as_rows(), &mut d_branch, d_scale);
+            },
+        );
+    });
+    sums.finish([d_gamma, d_beta, d_layer_scale], accumulate);
+}
+
+/// Rows `start..` of the backward; `d_gamma` and `d_beta` are empty if nobody wants them.
+#[inline(always)]
+fn back(
+    d_y: Rows,
+    saved: &Saved,
+    start: usize,
+    d_sum: &mut RowsMut,
+    fresh: bool,
+    [d_gamma, d_beta]: [&mut [f32]; 2],
+) {
+    let Saved { x, gamma, mean, rstd } = saved;
+    let inverse = 1.0 / x.cols as f32;
+    for r in 0..d_sum.rows {
+        let (x, d_y, d_sum) = (x.row(start + r), d_y.row(start + r), d_sum.row(r));
+        let (mean, rstd) = (mean[start + r], rstd[start + r]);
+        let [rest, avg_u, avg_ux] = sums(
+            [x, d_y, gamma],
+            #[inline(always)]
+            |[x, d_y, gamma]| [x - mean, d_y * gamma, d_y * gamma * (x - mean)],
+        )
+        .map(|sum| sum * inverse);
+        let avg_ux = (avg_ux - avg_u * rest) * rstd;
+
+        let n = x.len();
+        let (d_y, gamma, d_sum) = (&d_y[..n], &gamma[..n], &mut d_sum[..n]);
+        let hat = |i: usize| ((x[i] - mean) - rest) * rstd;
+        if fresh {
+            for i in 0..n {
+                d_sum[i] = rstd * (d_y[i] * gamma[i] - avg_u - hat(i) * avg_ux);
+            }
+        } else {
+            for i in 0..n {
+                d_sum[i] += rstd * (d_y[i] * gamma[i] - avg_u - hat(i) * avg_ux);
+            }
+        }
+        if !d_gamma.is_empty() {
+            let (d_gamma, d_beta) = (&mut d_gamma[..n], &mut d_beta[..n]);
+            for i in 0..n {
+                d_gamma[i] += d_y[i] * hat(i);
+                d_beta[i] += d_y[i];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::cpu::testing::*;
+    use crate::backend::mask::BoundMask;
+    use crate::backend::{Backend, Branch, Join, Mask, Mat, Norm, Stats};
+
+    const SHAPES: [(usize, usize, usize); 6] =
+        [(1, 1, 5), (3, 5, 48), (3, 65, 192), (2, 197, 48), (65, 1, 192), (5, 65, 5)];
+
+    fn norm(b: &mut Bench, width: usize, eps: f32) -> (Norm, Vec<f32>, Vec<f32>) {
+        let gamma: Vec<f32> = normal(1, width, 0.3).iter().map(|v| v + 1.0).collect();
+        let beta = normal(2, width, 0.3);
+        let norm = Norm {
+            gamma: b.put(1, width, &gamma),
+            beta: b.put(1, width, &beta),
+            d_gamma: Some(b.room(1, width)),
+            d_beta: Some(b.room(1, width)),
+            eps,
+        };
+        (norm, gamma, beta)
+    }
+
+    /// `Σ weight·layernorm(x)` in f64.
+    fn weighted(x: &[f64], gamma: &[f64], beta: &[f64], weight: &[f64]) -> f64 {
+        let width = gamma.len() as f64;
+        let rows = x.chunks(gamma.len()).zip(weight.chunks(gamma.len()));
+        rows.map(|(x, weight)| {
+            let mean = x.iter().sum::<f64>() / width;
+            let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / width;
+            let rstd = 1.0 / (variance + 1e-6f32 as f64).sqrt();
+            let y = x.iter().zip(gamma.iter().zip(beta)).map(|(x, (g, b))| (x - mean) * rstd * g + b);
+            y.zip(weight).map(|(y, w)| y * w).sum::<f64>()
+        })
+        .sum()
+    }
+
+    #[test]
+    fn every_gradient_is_the_slope_of_the_f64_function() {
+        for (samples, tokens, width) in SHAPES {
+            let rows = samples * tokens;
+            let mut b = Bench::new(samples);
+            let (norm, gamma, beta) = norm(&mut b, width, 1e-6);
+            let (x, d_y, above) =
+                (normal(3, rows * width, 2.0), normal(4, rows * width, 1.0), normal(5, rows * width, 1.0));
+            let join = Join::Ready(b.put(rows, width, &x));
+            let stats = Stats { mean: b.room(rows, 1), rstd: b.room(rows, 1) };
+            let (y, d_y_mat) = (b.room(rows, width), b.put(rows, width, &d_y));
+            let (added, fresh) = (b.put(rows, width, &above), b.room(rows, width));
+            let results = [y, fresh, added, norm.d_gamma.unwrap(), norm.d_beta.unwrap()];
+            let run = |k: &mut crate::backend::cpu::CpuBackend| {
+                k.layernorm(&join, &norm, y, stats).unwrap();
+                k.layernorm_backward(d_y_mat, &join, &norm, stats, added, false, y).unwrap();
+                k.layernorm_backward(d_y_mat, &join, &norm, stats, fresh, true, y).unwrap();
+            };
+            b.everywhere(&results, run, |r| {
+                let (x64, g, be, w) = (wide(&x), wide(&gamma), wide(&beta), wide(&d_y));
+                let total: f64 = r[0].iter().zip(&w).map(|(y, w)| f64::from(*y) * w).sum();
+                let size: f64 = r[0].iter().zip(&w).map(|(y, w)| (f64::from(*y) * w).abs()).sum();
+                assert!((total - weighted(&x64, &g, &be, &w)).abs() <= 1e-6 * size);
+                assert_gradient("d_x", &x, &r[1], |x| weighted(x, &g, &be, &w));
+                assert_gradient("d_gamma", &gamma, &r[3], |g| weighted(&x64, g, &be, &w));
+                assert_gradient("d_beta", &beta, &r[4], |be| weighted(&x64, &g, be, &w));
+                let sum: Vec<f64> = r[1].iter().zip(&above).map(|(d, a)| f64::from(*d + *a)).collect();
+                assert_close("d_sum, added", &r[2], &sum, 2e-7);
+            });
+        }
+    }
+
+    struct Drawn {
+        scale: Vec<f32>,
+        dropout: Mask,
+        drop_path: Mask,
+        tokens: usize,
+    }
+
+    /// `base + drop_path(scale ∘ dropout(branch))` in f64, written from the contract.
+    fn joined(b: &Bench, drawn: &Drawn, base: &[f64], branch: &[f64], scale: &[f64]) -> Vec<f64> {
+        let bind = |mask| BoundMask::new(mask, b.keys, b.micro);
+        let (dropout, path, width) = (bind(drawn.dropout), bind(drawn.drop_path), scale.len());
+        (0..base.len())
+            .map(|i| {
+                let (row, column) = (i / width, i % width);
+                let (sample, token) = (row / drawn.tokens, row % drawn.tokens);
+                let keep = f64::from(dropout.factor(sample, token * width + column));
+                base[i] + f64::from(path.factor(sample, 0)) * keep * scale[column] * branch[i]
+            })
+            .collect()
+    }
+
+    fn branch(b: &mut Bench, drawn: &Drawn, rows: usize, base: &[f32], branch: &[f32]) -> (Branch, Mat) {
+        let width = drawn.scale.len();
+        let d_scale = b.room(1, width);
+        let scale = b.put(1, width, &drawn.scale);
+        let branch = Branch {
+            base: b.put(rows, width, base),
+            branch: b.put(rows, width, branch),
+            layer_scale: Some((scale, Some(d_scale))),
+            dropout: drawn.dropout,
+            drop_path: drawn.drop_path,
+            tokens: drawn.tokens,
+        };
+        (branch, d_scale)
+    }
+
+    #[test]
+    fn the_branch_gets_its_gradient_through_scale_dropout_and_drop_path() {
+        let rates = [(0.3, 0.4), (0.0, 0.5), (0.2, 0.0), (0.0, 0.0)];
+        for ((samples, tokens, width), (dropout, path)) in
+            SHAPES.into_iter().flat_map(|s| rates.map(|r| (s, r)))
+        {
+            let rows = samples * tokens;
+            let mut b = Bench::new(samples);
+            let drawn = Drawn {
+                scale: normal(6, width, 0.5),
+                dropout: Mask { rate: dropout, site: 4 },
+                drop_path: Mask { rate: path, site: 5 },
+                tokens,
+            };
+            let (norm, gamma, beta) = norm(&mut b, width, 1e-6);
+            let (base, value) = (normal(7, rows * width, 1.0), normal(8, rows * width, 1.0));
+            let (d_y, above) = (normal(9, rows * width, 1.0), normal(10, rows * width, 1.0));
+            let (branch, d_scale) = branch(&mut b, &drawn, rows, &base, &value);
+            let sum = b.room(rows, width);
+            let join = Join::Branch { sum, branch };
+            let stats = Stats { mean: b.room(rows, 1), rstd: b.room(rows, 1) };
+            let (y, d_y_mat) = (b.room(rows, width), b.put(rows, width, &d_y));
+            let (d_sum, d_branch) = (b.put(rows, width, &above), b.room(rows, width));
+            b.everywhere(
+                &[sum, d_sum, d_branch, d_scale],
+                |k| {
+                    k.layernorm(&join, &norm, y, stats).unwrap();
+                    k.layernorm_backward(d_y_mat, &join, &norm, stats, d_sum, false, d_branch).unwrap();
+                },
+                |r| {
+                    let (base64, value64, scale64) = (wide(&base), wide(&value), wide(&drawn.scale));
+                    assert_close("sum", &r[0], &joined(&b, &drawn, &base64, &value64, &scale64), 1e-6);
+                    // The stream goes on to `above` and through the norm to `d_y`.
+                    let f = |base: &[f64], value: &[f64], scale: &[f64]| {
+                        let sum = joined(&b, &drawn, base, value, scale);
+                        let on: f64 = sum.iter().zip(&above).map(|(s, a)| s * f64::from(*a)).sum();
+                        on + weighted(&sum, &wide(&gamma), &wide(&beta), &wide(&d_y))
+                    };
+                    assert_gradient("d_base", &base, &r[1], |x| f(x, &value64, &scale64));
+                    assert_gradient("d_branch", &value, &r[2], |x| f(&base64, x, &scale64));
+                    assert_gradient("d_scale", &drawn.scale, &r[3], |x| f(&base64, &value64, x));
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn the_residual_alone_gives_what_it_gives_in_front_of_a_norm() {
+        let (samples, tokens, width) = (3, 65, 48);
+        let rows = samples * tokens;
+        let mut b = Bench::new(samples);
+        b.micro.accumulate = true;
+        let drawn = Drawn {
+            scale: normal(6, width, 0.5),
+            dropout: Mask { rate: 0.1, site: 1 },
+            drop_path: Mask { rate: 0.5, site: 2 },
+            tokens,
+        };
+        let (base, value) = (normal(7, rows * width, 1.0), normal(8, rows * width, 1.0));
+        let d = normal(9, rows * width, 1.0);
+        let (mut branch, d_scale) = branch(&mut b, &drawn, rows, &base, &value);
+        let start = normal(10, width, 1.0);
+        let before = b.put(1, width, &start);
+        branch.layer_scale = branch.layer_scale.map(|(scale, _)| (scale, Some(before)));
+        let (sum, d_sum, d_branch) = (b.room(rows, width), b.put(rows, width, &d), b.room(rows, width));
+        let join = Join::Branch { sum, branch };
+        b.everywhere(
+            &[sum, d_branch, before, d_scale],
+            |k| {
+                k.residual(&join).unwrap();
+                k.residual_backward(&join, d_sum, d_branch).unwrap();
+            },
+            |r| {
+                let (base64, value64, scale64) = (wide(&base), wide(&value), wide(&drawn.scale));
+                assert_close("sum", &r[0], &joined(&b, &drawn, &base64, &value64, &scale64), 1e-6);
+                let f = |value: &[f64], scale: &[f64]| -> f64 {
+                    let sum = joined(&b, &drawn, &base64, value, scale);
+                    sum.iter().zip(&d).map(|(s, d)| s * f64::from(*d)).sum()
+                };
+                assert_gradient("d_branch", &value, &r[1], |x| f(x, &scale64));
+                let added: Vec<f32> = r[2].iter().zip(&start).map(|(d, start)| d - start).collect();
+                assert_gradient("d_scale", &drawn.scale, &added, |x| f(&value64, x));
+                assert!(r[3].iter().all(|v| v.is_nan()), "another vector was written");
+            },
+        );
+    }
+
+    #[test]
+    fn gradients_add_up_over_micro_batches() {
+        let (rows, width) = (130, 48);
+        let mut b = Bench::new(rows);
+        let (norm, ..) = norm(&mut b, width, 1e-6);
+        let join = Join::Ready(b.put(rows, width, &normal(3, rows * width, 1.0)));
+        let stats = Stats { mean: b.room(rows, 1), rstd: b.room(rows, 1) };
+        let (y, d_x) = (b.room(rows, width), b.room(rows, width));
+        let d_y = b.put(rows, width, &normal(4, rows * width, 1.0));
+        let results = [norm.d_gamma.unwrap(), norm.d_beta.unwrap()];
+        let once = std::cell::RefCell::new(Vec::new());
+        let run = |k: &mut crate::backend::cpu::CpuBackend| {
+            k.layernorm(&join, &norm, y, stats).unwrap();
+            k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, y).unwrap();
+            *once.borrow_mut() = results.map(|mat| take(k, mat)).to_vec();
+            k.begin_micro(crate::backend::Micro { accumulate: true, ..b.micro }).unwrap();
+            k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, y).unwrap();
+        };
+        b.everywhere(&results, run, |r| {
+            for (twice, once) in r.iter().zip(once.borrow().iter()) {
+                let expected: Vec<f64> = once.iter().map(|g| 2.0 * f64::from(*g)).collect();
+                assert_close("twice", twice, &expected, 1e-6);
+            }
+        });
+    }
+
+    #[test]
+    fn reference_values_are_met_row_by_row() {
+        let Some(file) = Reference::open("kernels/layernorm.safetensors") else { return };
+        for i in (0..).take_while(|i| file.has(&format!("ln{i}.x"))) {
+            let get = |name: &str| file.f32(&format!("ln{i}.{name}"));
+            let shape = file.shape(&format!("ln{i}.x"));
+            let (rows, width) = (shape[0], shape[1]);
+            let mut b = Bench::new(rows);
+            let norm = Norm {
+                gamma: b.put(1, width, &get("scale")),
+                beta: b.put(1, width, &get("bias")),
+                d_gamma: Some(b.room(1, width)),
+                d_beta: Some(b.room(1, width)),
+                eps: 1e-6,
+            };
+            let join = Join::Ready(b.put(rows, width, &get("x")));
+            let stats = Stats { mean: b.room(rows, 1), rstd: b.room(rows, 1) };
+            let (y, d_x) = (b.room(rows, width), b.room(rows, width));
+            let d_y = b.put(rows, width, &get("dy"));
+            let results = [stats.mean, stats.rstd, y, d_x, norm.d_gamma.unwrap(), norm.d_beta.unwrap()];
+            let run = |k: &mut crate::backend::cpu::CpuBackend| {
+                k.layernorm(&join, &norm, y, stats).unwrap();
+                k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, d_x).unwrap();
+            };
+            b.everywhere(&results, run, |r| {
+                for (got, name) in r.iter().zip(["mean", "rstd", "y", "dx", "dscale", "dbias"]) {
+                    let expected = wide(&get(name));
+                    let by_row = if name == "y" || name == "dx" { width } else { got.len() };
+                    for (row, (got, expected)) in got.chunks(by_row).zip(expected.chunks(by_row)).enumerate()
+                    {
+                        assert_close(&format!("ln{i}.{name}, row {row}"), got, expected, 1e-6);
+                    }
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! Cross-entropy and sigmoid loss on mixed and smoothed targets, their gradient, and whether the sample was a hit.
+//!
+//! The target of a sample is `(1-s)·(λ·own + (1-λ)·partner's) + s/C`; it is evaluated class by class and never
+//! stored. Exponentials are f32 of differences to the largest logit, sums are f64.
+
+use super::compute::Compute;
+use super::view::{Rows, RowsMut};
+use crate::backend::sample_metric::{LOSS, TOP1, TOP5};
+use crate::backend::{Loss, LossKind, Slot, TargetKind};
+use crate::error::{Error, Result};
+
+/// The targets of a batch slot and how they are mixed.
+pub(super) struct Targets<'a> {
+    kind: Kind<'a>,
+    partner: &'a [u32],
+    lambda: &'a [f32],
+    /// Samples that are real.
+    count: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Kind<'a> {
+    Labels(&'a [i32]),
+    Dense(Rows<'a>),
+}
+
+impl<'a> Targets<'a> {
+    /// Fails on a label that is not one of `classes`; -1 is no class at all.
+    pub(super) fn new(slot: &'a Slot, classes: usize) -> Result<Self> {
+        let layout = slot.layout();
+        let kind = match layout.targets {
+            TargetKind::Labels => {
+                let labels = slot.labels();
+                let wrong = labels[..slot.count].iter().find(|l| **l < -1 || **l >= classes as i32);
+                if let Some(label) = wrong {
+                    return Err(Error::new(format!(
+                        "label {label} in a batch for a model of {classes} classes"
+                    ))
+                    .hint("set `model.classes` to the number of classes of the data"));
+                }
+                Kind::Labels(labels)
+            }
+            TargetKind::Dense { classes: given } => {
+                assert_eq!(given, classes, "targets and logits differ in classes");
+                Kind::Dense(Rows::dense(slot.targets(), layout.samples, classes))
+            }
+        };
+        Ok(Self { kind, partner: slot.partner(), lambda: slot.lambda(), count: slot.count })
+    }
+}
+
+impl Kind<'_> {
+    /// What sample `sample` itself says about class `class`.
+    #[inline(always)]
+    fn own(&self, sample: usize, class: usize) -> f64 {
+        match self {
+            Kind::Labels(labels) => f64::from(u8::from(labels[sample] == class as i32)),
+            Kind::Dense(targets) => f64::from(targets.row(sample)[class]),
+        }
+    }
+}
+
+/// Losses and hits of samples `first..` of the batch into `samples: [B, 3]`; the gradient, times `scale`, into
+/// `d_logits: [B, C]`. `logits: None` means that `d_logits` holds them.
+pub(super) fn forward_backward(
+    c: &Compute,
+    loss: Loss,
+    targets: &Targets,
+    first: usize,
+    scale: f64,
+    logits: Option<Rows>,
+    d_logits: RowsMut,
+    samples: RowsMut,
+) {
+    let classes = d_logits.cols;
+    let keep = 1.0 - f64::from(loss.label_smoothing);
+    let floor = f64::from(loss.label_smoothing) / classes as f64;
+
+    let tasks: Vec<_> = d_logits.blocks(1).into_iter().zip(samples.blocks(1)).collect();
+    c.for_each_item(tasks, |((row, mut d_logits), (_, mut result))| {
+        let (z, result) = (d_logits.row(0), result.row(0));
+        let sample = first + row;
+        if sample >= targets.count {
+            z.fill(0.0);
+            result.fill(0.0);
+            return;
+        }
+        if let Some(logits) = logits {
+            z.copy_from_slice(logits.row(row));
+        }
+        let kind = targets.kind;
+        (result[TOP1], result[TOP5]) = hits(z, |class| kind.own(sample, class) != 0.0);
+
+        let (lambda, partner) = (f64::from(targets.lambda[sample]), targets.partner[sample] as usize);
+        let total = if lambda == 1.0 {
+            let target = |class| keep * kind.own(sample, class) + floor;
+            in_place(loss.kind, z, target, scale)
+        } else {
+            let mixed = |class| lambda * kind.own(sample, class) + (1.0 - lambda) * kind.own(partner, class);
+            in_place(loss.kind, z, |class| keep * mixed(class) + floor, scale)
+        };
+        result[LOSS] = total as f32;
+    });
+}
+
+/// The loss of one sample; logits become their gradient times `scale`.
+#[inline(always)]
+fn in_place(kind: LossKind, z: &mut [f32], target: impl Fn(usize) -> f64, scale: f64) -> f64 {
+    match kind {
+        LossKind::Softmax => softmax(z, target, scale),
+        LossKind::Sigmoid => sigmoid(z, target, scale),
+    }
+}
+
+/// `-Σ y·log_softmax(z)`, gradient `Σy·softmax(z) - y`.
+#[inline(always)]
+fn softmax(z: &mut [f32], target: impl Fn(usize) -> f64, scale: f64) -> f64 {
+    let largest = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let (mut mass, mut below, mut sum) = (0.0, 0.0, 0.0);
+    for (class, z) in z.iter_mut().enumerate() {
+        let y = target(class);
+        if y != 0.0 {
+            mass += y;
+            below += y * (f64::from(largest) - f64::from(*z));
+        }
+        *z = (*z - largest).exp();
+        sum += f64::from(*z);
+    }
+    for (class, z) in z.iter_mut().enumerate() {
+        *z = (scale * (f64::from(*z) * (mass / sum) - target(class))) as f32;
+    }
+    mass * sum.ln() + below
+}
+
+/// `Σ softplus(z) - y·z`, gradient `σ(z) - y`.
+#[inline(always)]
+fn sigmoid(z: &mut [f32], target: impl Fn(usize) -> f64, scale: f64) -> f64 {
+    let mut loss = 0.0;
+    for (class, z) in z.iter_mut().enumerate() {
+        let y = target(class);
+        let small = f64::from((-z.abs()).exp());
+        loss += f64::from(z.max(0.0)) + small.ln_1p();
+        if y != 0.0 {
+            loss -= y * f64::from(*z);
+        }
+        let probability = if *z >= 0.0 { 1.0 / (1.0 + small) } else { small / (1.0 + small) };
+        *z = (scale * (probability - y)) as f32;
+    }
+    loss
+}
+
+/// Whether a true class has the largest logit, and one of the five largest; of equal logits the first class counts.
+fn hits(z: &[f32], truth: impl Fn(usize) -> bool) -> (f32, f32) {
+    let mut best = [(f32::NEG_INFINITY, usize::MAX); 5];
+    for (class, z) in z.iter().enumerate() {
+        if *z > best[4].0 {
+            let place = best.iter().position(|(b, _)| z > b).expect("it beats the fifth");
+            best[place..].rotate_right(1);
+            best[place] = (*z, class);
+        }
+    }
+    let hit = |(_, class): &(f32, usize)| *class != usize::MAX && truth(*class);
+    (f32::from(u8::from(hit(&best[0]))), f32::from(u8::from(best.iter().any(hit))))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::backend::cpu::compute::Isa;
+    use crate::backend::cpu::testing::*;
+    use crate::backend::{Backend, Loss, LossKind, Mat, Pixels, Slot, SlotLayout, TargetKind};
+    use crate::rng::{Domain, Stream};
+
+    fn slot(samples: usize, targets: TargetKind) -> Slot {
+        let layout = SlotLayout { samples, image: (1, 1), pixels: Pixels::U8, targets };
+        Bench::new(samples).backend(Isa::Scalar, 1).new_slot(layout).unwrap()
+    }
+
+    fn labelled(labels: &[i32]) -> Slot {
+        let mut slot = slot(labels.len(), TargetKind::Labels);
+        slot.labels_mut().copy_from_slice(labels);
+        slot
+    }
+
+    fn dense(targets: &[f32], classes: usize) -> Slot {
+        let mut slot = slot(targets.len() / classes, TargetKind::Dense { classes });
+        slot.targets_mut().copy_from_slice(targets);
+        slot
+    }
+
+    /// The loss of one sample in f64, written from its definition.
+    fn by_definition(kind: LossKind, z: &[f64], y: &[f64]) -> f64 {
+        match kind {
+            LossKind::Softmax => {
+                let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let lse = largest + z.iter().map(|z| (z - largest).exp()).sum::<f64>().ln();
+                z.iter().zip(y).map(|(z, y)| y * (lse - z)).sum()
+            }
+            LossKind::Sigmoid => {
+                z.iter().zip(y).map(|(z, y)| z.max(0.0) + (-z.abs()).exp().ln_1p() - y * z).sum()
+            }
+        }
+    }
+
+    /// Runs the loss both ways, in place and beside the logits, and shows (d_logits, samples).
+    fn check(
+        b: &mut Bench,
+        logits: &[f32],
+        classes: usize,
+        loss: Loss,
+        slot: impl Fn() -> Slot,
+        show: impl Fn(&[f32], &[f32]),
+    ) {
+        let rows = logits.len() / classes;
+        let (z, d) = (b.put(rows, classes, logits), b.room(rows, classes));
+        let samples = b.room(rows, 3);
+        for out in [d, z] {
+            let run = |k: &mut crate::backend::cpu::CpuBackend| {
+                k.bind_batch(slot()).unwrap();
+                k.loss(loss, z, out, samples).unwrap();
+            };
+            b.everywhere(&[out, samples], run, |r| show(&r[0], &r[1]));
+        }
+    }
+
+    #[test]
+    fn losses_and_slopes_are_those_of_mixed_and_smoothed_targets() {
+        for (samples, classes) in [(1, 2), (5, 7), (3, 1000)] {
+            for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+                for (smoothing, labels) in [(0.0, true), (0.1, true), (0.0, false), (0.2, false)] {
+                    let logits = normal(1, samples * classes, 3.0);
+                    let whole = samples + 2; // the micro-batch starts at sample 2 of the slot
+                    let make = || {
+                        let mut stream = Stream::new(2, Domain::Demo, 0, 0);
+                        let mut slot = if labels {
+                            let labels: Vec<i32> = (0..whole).map(|_| stream.below(classes) as i32).collect();
+                            labelled(&labels)
+                        } else {
+                            let targets: Vec<f32> = (0..whole * classes)
+                                .map(|_| if stream.chance(0.5) { stream.uniform() } else { 0.0 })
+                                .collect();
+                            dense(&targets, classes)
+                        };
+                        for i in 0..whole {
+                            slot.partner_mut()[i] = ((i * 3 + 1) % whole) as u32;
+                            slot.lambda_mut()[i] = if i % 2 == 0 { 0.7 } else { 1.0 };
+                        }
+                        slot
+                    };
+                    let slot = make();
+                    let own = |sample: usize, class: usize| {
+                        if labels {
+                            f64::from(u8::from(slot.labels()[sample] == class as i32))
+                        } else {
+                            f64::from(slot.targets()[sample * classes + class])
+                        }
+                    };
+                    let target = |sample: usize| -> Vec<f64> {
+                        let (lambda, partner) =
+                            (f64::from(slot.lambda()[sample]), slot.partner()[sample] as usize);
+                        let s = f64::from(smoothing);
+                        let mixed = |c| lambda * own(sample, c) + (1.0 - lambda) * own(partner, c);
+                        (0..classes).map(|c| (1.0 - s) * mixed(c) + s / classes as f64).collect()
+                    };
+
+                    let mut b = Bench::new(samples);
+                    (b.micro.first, b.micro.mean_over) = (2, 9);
+                    let loss = Loss { kind, label_smoothing: smoothing };
+                    check(&mut b, &logits, classes, loss, make, |d_logits, result| {
+                        let losses = |z: &[f64]| -> Vec<f64> {
+                            let rows = z.chunks(classes).enumerate();
+                            rows.map(|(i, z)| by_definition(kind, z, &target(2 + i))).collect()
+                        };
+                        let got: Vec<f32> = result.chunks(3).map(|r| r[0]).collect();
+                        assert_close("loss", &got, &losses(&wide(&logits)), 1e-6);
+                        assert_gradient("d_logits", &logits, d_logits, |z| {
+                            losses(z).iter().sum::<f64>() / 9.0
+                        });
+                    });
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn hits_follow_the_own_label_and_ties_go_to_the_first_class() {
+        let logits = [
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // label 0: first
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // label 4: fifth
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // label 5: sixth
+            [1.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0], // label 2: ties with class 1 and loses
+            [1.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0], // label 1: ties with class 2 and wins
+            [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], // label 5: the sixth of equals
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // no label
+            [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0], // padding
+        ];
+        let expected = [(1, 1), (0, 1), (0, 0), (0, 1), (1, 1), (0, 0), (0, 0), (0, 0)];
+        let make = || {
+            let mut slot = labelled(&[0, 4, 5, 2, 1, 5, -1, 0]);
+            slot.count = 7;
+            // Mixing must not change what counts as a hit.
+            slot.partner_mut().fill(0);
+            slot.lambda_mut().fill(0.4);
+            slot
+        };
+        let mut b = Bench::new(8);
+        let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
+        check(&mut b, logits.as_flattened(), 7, loss, make, |d_logits, result| {
+            let got: Vec<_> = result.chunks(3).map(|r| (r[1] as i32, r[2] as i32)).collect();
+            assert_eq!(got, expected);
+            assert!(d_logits[7 * 7..].iter().chain(&result[7 * 3..]).all(|v| *v == 0.0), "padding counts");
+        });
+    }
+
+    #[test]
+    fn several_true_classes_each_count_as_a_hit() {
+        let logits = [[1.0, 3.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0]];
+        let targets = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        let mut b = Bench::new(3);
+        let loss = Loss { kind: LossKind::Sigmoid, label_smoothing: 0.0 };
+        check(
+            &mut b,
+            logits.as_flattened(),
+            4,
+            loss,
+            || dense(&targets, 4),
+            |_, result| {
+                let got: Vec<_> = result.chunks(3).map(|r| (r[1] as i32, r[2] as i32)).collect();
+                assert_eq!(got, [(1, 1), (0, 1), (0, 0)]);
+            },
+        );
+    }
+
+    #[test]
+    fn a_logit_that_is_no_number_makes_a_loss_that_is_none() {
+        for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+            let mut b = Bench::new(1);
+            let loss = Loss { kind, label_smoothing: 0.1 };
+            check(
+                &mut b,
+                &[1.0, f32::NAN, 0.0],
+                3,
+                loss,
+                || labelled(&[0]),
+                |_, result| {
+                    assert!(result[0].is_nan());
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn a_label_outside_the_classes_is_an_error() {
+        let mut b = Bench::new(2);
+        let (z, samples): (Mat, Mat) = (b.put(2, 3, &[0.0; 6]), b.room(2, 3));
+        let mut backend = b.backend(Isa::Scalar, 1);
+        backend.bind_batch(labelled(&[1, 3])).unwrap();
+        let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
+        let error = backend.loss(loss, z, z, samples).unwrap_err();
+        assert_eq!(error.message(), "label 3 in a batch for a model of 3 classes");
+    }
+
+    #[test]
+    fn reference_losses_are_met() {
+        let Some(file) = Reference::open("kernels/losses.safetensors") else { return };
+        for i in (0..).take_while(|i| file.has(&format!("l{i}.logits"))) {
+            let get = |name: &str| file.f32(&format!("l{i}.{name}"));
+            let shape = file.shape(&format!("l{i}.logits"));
+            let (samples, classes) = (shape[0], shape[1]);
+            let labels = file.i32(&format!("l{i}.labels"));
+            let cases = [
+                ("softmax_ce.hard", LossKind::Softmax, 0.0, None),
+                ("softmax_ce.smooth0.1", LossKind::Softmax, 0.1, None),
+                ("softmax_ce.soft", LossKind::Softmax, 0.0, Some("soft_labels")),
+                ("sigmoid_bce.multi", LossKind::Sigmoid, 0.0, Some("multi_labels")),
+                ("sigmoid_bce.soft", LossKind::Sigmoid, 0.0, Some("soft_labels")),
+            ];
+            for (case, kind, label_smoothing, targets) in cases {
+                let make = || match targets {
+                    None => labelled(&labels),
+                    Some(name) => dense(&get(name), classes),
+                };
+                let mut b = Bench::new(samples);
+                let loss = Loss { kind, label_smoothing };
+                check(&mut b, &get("logits"), classes, loss, make, |d_logits, result| {
+                    let expected = |name: &str| file.f64(&format!("l{i}.{case}.{name}"));
+                    let got: Vec<f32> = result.chunks(3).map(|r| r[0]).collect();
+                    assert_close(&format!("l{i}.{case}.per_example"), &got, &expected("per_example"), 1e-6);
+                    assert_close(&format!("l{i}.{case}.dlogits"), d_logits, &expected("dlogits"), 1e-6);
+                });
+            }
+        }
+    }
+}
