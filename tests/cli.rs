@@ -97,6 +97,43 @@ fn a_recipe_file_is_quoted_at_the_line_at_fault() {
 }
 
 #[test]
+fn inspect_says_what_it_cannot_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(path("notes.txt"), "no weights here").unwrap();
+    std::fs::write(path("short.safetensors"), [255; 5]).unwrap();
+    std::fs::create_dir_all(path("set")).unwrap();
+    std::fs::write(path("set/dataset.json"), "{\"version\": 1}").unwrap();
+    for name in ["missing", "notes.txt", "short.safetensors", "set", ""] {
+        let error = starts_with("error: ").and(contains(path(name))).and(contains("panicked").not());
+        vitrum(&["inspect", &path(name)]).code(1).stdout(is_empty()).stderr(error);
+    }
+}
+
+#[test]
+fn inspect_describes_a_packed_data_set() {
+    let folder = tempfile::tempdir().unwrap();
+    let manifest = serde_json::json!({
+        "version": 1, "format": "raw", "image": [32, 48], "records": 1200, "skipped": 1,
+        "classes": ["cat", "dog"],
+        "shards": [{ "file": "a.safetensors", "records": 1200, "checksum": "00" }],
+    });
+    for part in ["train", "val"] {
+        std::fs::create_dir(folder.path().join(part)).unwrap();
+        std::fs::write(folder.path().join(part).join("dataset.json"), manifest.to_string()).unwrap();
+        std::fs::write(folder.path().join(part).join("a.safetensors"), [0; 2048]).unwrap();
+    }
+    let (whole, train) = (folder.path().display().to_string(), folder.path().join("train"));
+    let text = contains("train.records: 1,200\n").and(contains("val.class_names: cat, dog\n"));
+    vitrum(&["inspect", &whole]).success().stdout(text.and(contains("train.image: 32x48\n")));
+    let json = vitrum(&["inspect", &train.display().to_string(), "--json"]).success();
+    let json: serde_json::Value = serde_json::from_slice(&json.get_output().stdout).unwrap();
+    assert_eq!((json["classes"].as_u64(), json["bytes"].as_u64()), (Some(2), Some(2048)));
+    std::fs::remove_file(train.join("a.safetensors")).unwrap();
+    vitrum(&["inspect", &whole]).code(1).stderr(contains("`a.safetensors` is missing"));
+}
+
+#[test]
 fn doctor_describes_any_machine() {
     let line = predicate::str::is_match("(?m)^kernels: (none embedded|embedded for) .*$").unwrap();
     vitrum(&["doctor"]).success().stderr(is_empty()).stdout(line);
