@@ -1,8 +1,9 @@
 //! `vitrum plan`: what a recipe will take, worked out without running it.
 
-use super::{Settings, not_built};
+use super::Settings;
 use crate::error::Result;
 use crate::recipe::Recipe;
+use crate::train::plan::Plan;
 
 #[derive(clap::Args)]
 #[command(after_help = super::built_in_help())]
@@ -17,6 +18,16 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    Recipe::load(args.recipe.as_deref(), &args.settings.set)?;
-    Err(not_built("vitrum plan"))
+    let loaded = Recipe::read(args.recipe.as_deref(), &args.settings.set)?;
+    loaded.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    show(&loaded.recipe, &loaded.name, args.json)
+}
+
+/// What a recipe will take, and the recipe in full. Looks at the data set if it is there, and runs nothing.
+pub fn show(recipe: &Recipe, name: &str, json: bool) -> Result<()> {
+    let plan = Plan::of(recipe)?;
+    if json {
+        return super::print_json(&plan.json(name));
+    }
+    super::print(&plan.text(name))
 }
