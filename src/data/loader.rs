@@ -23,7 +23,7 @@ use super::augment::{self, Buffers, mix};
 use super::dataset::Dataset;
 use super::decode;
 use super::picture::{Picture, View};
-use super::shard::Stored;
+use super::shard::Record;
 
 /// What the batches are for.
 #[derive(Clone, Debug, PartialEq)]
@@ -243,11 +243,11 @@ impl Filler {
             for step in 0..self.dataset.len() {
                 let record = (record + step) % self.dataset.len();
                 let WorkerBuffers { picture, augment: buffers } = &mut *buffers;
-                match view(&self.dataset, record, picture) {
-                    Ok(view) => {
-                        augment::train(augment, view, self.spec.image, &mut draws, buffers, out);
-                        return Ok(Some(self.dataset.label(record)));
-                    }
+                let made = with_pixels(&self.dataset, record, picture, |view| {
+                    augment::train(augment, view, self.spec.image, &mut draws, buffers, out);
+                });
+                match made {
+                    Ok(()) => return Ok(Some(self.dataset.label(record))),
                     Err(error) => self.bad_record(record, error)?,
                 }
             }
@@ -264,11 +264,11 @@ impl Filler {
         let count = (self.dataset.len() - first).min(self.spec.batch);
         let labels = self.each_sample(slot, count, |i, buffers, out| {
             let WorkerBuffers { picture, augment: buffers } = buffers;
-            match view(&self.dataset, first + i, picture) {
-                Ok(view) => {
-                    augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, out);
-                    Ok(Some(self.dataset.label(first + i)))
-                }
+            let made = with_pixels(&self.dataset, first + i, picture, |view| {
+                augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, out);
+            });
+            match made {
+                Ok(()) => Ok(Some(self.dataset.label(first + i))),
                 Err(error) => self.bad_record(first + i, error).map(|()| None),
             }
         })?;
@@ -338,13 +338,18 @@ struct WorkerBuffers {
     augment: Buffers,
 }
 
-/// The pixels of a record: where they are, if they are raw, else decoded into `picture`.
-fn view<'a>(dataset: &'a Dataset, record: usize, picture: &'a mut Picture) -> Result<View<'a>> {
+/// Gives `make` the pixels of a record: as they are stored, or decoded into `picture`.
+fn with_pixels<T>(
+    dataset: &Dataset,
+    record: usize,
+    picture: &mut Picture,
+    make: impl FnOnce(View) -> T,
+) -> Result<T> {
     match dataset.record(record)? {
-        Stored::Raw { pixels, height, width } => Ok(View::new(pixels, height, width)),
-        Stored::Encoded(bytes) => {
-            decode::decode_into(bytes, picture)?;
-            Ok(picture.view())
+        Record::Raw { pixels, height, width } => Ok(make(View::new(&pixels, height, width))),
+        Record::Encoded(bytes) => {
+            decode::decode_into(&bytes, picture)?;
+            Ok(make(picture.view()))
         }
     }
 }

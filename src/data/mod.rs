@@ -10,8 +10,10 @@ pub mod dataset;
 pub mod decode;
 pub mod demo;
 pub mod loader;
+pub mod pack;
 pub mod picture;
 pub mod shard;
+pub mod source;
 
 pub use dataset::{Dataset, Split, pair};
 pub use loader::{Loader, LoaderSpec, Mode};
