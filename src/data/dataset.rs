@@ -239,6 +239,14 @@ impl Dataset {
         }
     }
 
+    /// Bytes of the mapped shards; 0 for what is not packed.
+    pub fn byte_len(&self) -> usize {
+        match &self.records {
+            Records::Packed { shards, .. } => shards.iter().map(Shard::byte_len).sum(),
+            Records::Listed { .. } => 0,
+        }
+    }
+
     /// Keeps `n` samples, spread evenly over the data set (which may be sorted by class).
     pub fn take(mut self, n: usize) -> Self {
         let len = self.len();
@@ -278,7 +286,7 @@ pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<D
 }
 
 /// What a user's `spec` names.
-enum Place {
+pub(super) enum Place {
     Demo(demo::Variant),
     /// The folder of a packed data set.
     Packed(PathBuf),
@@ -292,7 +300,7 @@ enum Place {
 }
 
 impl Place {
-    fn find(spec: &str) -> Result<Self> {
+    pub(super) fn find(spec: &str) -> Result<Self> {
         if let Some(variant) = demo::Variant::parse(spec) {
             return Ok(Place::Demo(variant));
         }
@@ -322,7 +330,7 @@ impl Place {
         }
     }
 
-    fn open(&self, split: Split) -> Result<Dataset> {
+    pub(super) fn open(&self, split: Split) -> Result<Dataset> {
         match self {
             Place::Demo(variant) => open_demo(*variant, split, &files::cache_dir()),
             Place::Packed(dir) => Dataset::open_packed(dir),
@@ -415,4 +423,65 @@ fn store_demo(writer: &ShardWriter, dir: &Path) -> Result<()> {
         shards: vec![ShardEntry { file, records: writer.len(), checksum }],
     };
     manifest.write(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_demo_is_drawn_once_and_then_mapped() {
+        let cache = tempfile::tempdir().unwrap();
+        let drawn = open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap();
+        assert_eq!((drawn.len(), drawn.image()), (demo::len(Split::Val), Some((32, 32))));
+        let shard = cache.path().join("demo-hard-v1/val/00000.safetensors");
+        let written = std::fs::metadata(&shard).unwrap().modified().unwrap();
+        let mapped = open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap();
+        assert_eq!(std::fs::metadata(&shard).unwrap().modified().unwrap(), written);
+        let mut picture = vec![0; 32 * 32 * 3];
+        for index in [0, 7, 1999] {
+            demo::draw(demo::Variant::Hard, Split::Val, index, &mut picture);
+            for dataset in [&drawn, &mapped] {
+                assert_eq!(dataset.label(index), index % 10);
+                let record = dataset.record(index).unwrap();
+                assert_eq!(record, Record::Raw { pixels: picture[..].into(), height: 32, width: 32 });
+            }
+        }
+        assert_eq!(mapped.record_name(12), "square/12");
+
+        // A damaged cache is drawn again.
+        std::fs::write(&shard, b"not a shard").unwrap();
+        assert_eq!(open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap().len(), 2000);
+        assert!(std::fs::metadata(&shard).unwrap().len() > 6_000_000);
+    }
+
+    #[test]
+    fn the_demo_needs_no_cache() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let dataset = open_demo(demo::Variant::Demo, Split::Val, &file.path().join("below/a/file")).unwrap();
+        assert_eq!((dataset.len(), dataset.classes().len()), (2000, 10));
+        assert!(matches!(dataset.record(1999).unwrap(), Record::Raw { height: 32, width: 32, .. }));
+    }
+
+    #[test]
+    fn some_samples_are_taken_from_all_over() {
+        let shard = |labels: std::ops::Range<usize>| {
+            let mut writer = ShardWriter::new(Kind::Encoded);
+            labels.for_each(|label| writer.push(label, &format!("name {label}"), b""));
+            let mut bytes = Vec::new();
+            writer.write(&mut bytes).unwrap();
+            Shard::from_bytes(bytes, 100).unwrap()
+        };
+        let dataset = Dataset {
+            name: "test".into(),
+            classes: (0..100).map(|c| c.to_string()).collect(),
+            records: Records::packed(vec![shard(0..3), shard(3..3), shard(3..50), shard(50..100)]),
+            chosen: None,
+        };
+        assert!((0..100).all(|i| dataset.label(i) == i && dataset.record_name(i) == format!("name {i}")));
+        let some = dataset.take(4);
+        let labels: Vec<_> = (0..some.len()).map(|i| some.label(i)).collect();
+        assert_eq!(labels, [12, 37, 62, 87]);
+        assert_eq!(some.take(2).label(1), 87);
+    }
 }

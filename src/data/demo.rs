@@ -467,7 +467,7 @@ mod tests {
 
     #[test]
     fn neither_pixels_nor_colours_tell_the_class_to_a_linear_model() {
-        let train = pictures(Variant::Demo, Split::Train, 6000);
+        let train = pictures(Variant::Demo, Split::Train, 4000);
         let val = pictures(Variant::Demo, Split::Val, 2000);
         // Means of 2×2 pixels: 768 features, which a linear model over-fits less than 3,072.
         let pooled = |picture: &Vec<u8>| -> Vec<f64> {
@@ -501,12 +501,12 @@ mod tests {
             split.iter().enumerate().map(hint).collect()
         };
         assert!(ridge_accuracy(&told(&train), &told(&val), 100.0) > 0.19);
-        for penalty in [1.0, 100.0, 1000.0] {
+        for penalty in [10.0, 1000.0] {
             let top1 = accuracy(&pooled, penalty);
             println!("ridge on pixels, penalty {penalty}: {:.1} %", 100.0 * top1);
             assert!(top1 <= 0.4, "ridge regression on pixels reaches {top1}");
         }
-        for penalty in [0.001, 0.1, 1.0] {
+        for penalty in [0.001, 0.1] {
             let top1 = accuracy(&histogram, penalty);
             println!("ridge on colours, penalty {penalty}: {:.1} %", 100.0 * top1);
             assert!(top1 <= 0.3, "ridge regression on colour histograms reaches {top1}");
