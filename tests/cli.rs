@@ -111,26 +111,13 @@ fn inspect_says_what_it_cannot_read() {
 }
 
 #[test]
-fn inspect_describes_a_packed_data_set() {
-    let folder = tempfile::tempdir().unwrap();
-    let manifest = serde_json::json!({
-        "version": 1, "format": "raw", "image": [32, 48], "records": 1200, "skipped": 1,
-        "classes": ["cat", "dog"],
-        "shards": [{ "file": "a.safetensors", "records": 1200, "checksum": "00" }],
-    });
-    for part in ["train", "val"] {
-        std::fs::create_dir(folder.path().join(part)).unwrap();
-        std::fs::write(folder.path().join(part).join("dataset.json"), manifest.to_string()).unwrap();
-        std::fs::write(folder.path().join(part).join("a.safetensors"), [0; 2048]).unwrap();
-    }
-    let (whole, train) = (folder.path().display().to_string(), folder.path().join("train"));
-    let text = contains("train.records: 1,200\n").and(contains("val.class_names: cat, dog\n"));
-    vitrum(&["inspect", &whole]).success().stdout(text.and(contains("train.image: 32x48\n")));
-    let json = vitrum(&["inspect", &train.display().to_string(), "--json"]).success();
-    let json: serde_json::Value = serde_json::from_slice(&json.get_output().stdout).unwrap();
-    assert_eq!((json["classes"].as_u64(), json["bytes"].as_u64()), (Some(2), Some(2048)));
-    std::fs::remove_file(train.join("a.safetensors")).unwrap();
-    vitrum(&["inspect", &whole]).code(1).stderr(contains("`a.safetensors` is missing"));
+fn inspect_describes_the_demo_without_drawing_it() {
+    let mut inspect = Command::new(env!("CARGO_BIN_EXE_vitrum"));
+    let inspect = inspect.args(["inspect", "demo", "--json"]).env("VITRUM_CACHE", "/proc/none").assert();
+    let json: serde_json::Value = serde_json::from_slice(&inspect.success().get_output().stdout).unwrap();
+    assert_eq!(json["train"]["records"], 20_000);
+    let text = contains("image: 32x32\n").and(contains("train.records: 20,000\n"));
+    vitrum(&["inspect", "demo"]).success().stdout(text);
 }
 
 #[test]

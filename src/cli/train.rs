@@ -6,8 +6,8 @@ use super::{On, Settings};
 use crate::error::Result;
 use crate::recipe::{Metric, Recipe};
 use crate::report::{Log, Summary, format};
-use crate::train::run::{Ending, RunOptions, RunSummary, default_out};
 use crate::train;
+use crate::train::run::{Ending, RunOptions, RunSummary, default_out};
 
 #[derive(clap::Args)]
 #[command(after_help = super::built_in_help())]
@@ -61,7 +61,8 @@ fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
     let mut summary = Summary::new(format!("{how} {} steps in {}", run.steps, format::seconds(run.seconds)));
     let on = if run.has_val { "validation" } else { "training images" };
     if let Some(last) = &run.last {
-        let text = format!("{} top-1, loss {:.4}, {} images", format::percent(last.top1), last.loss, last.count);
+        let text =
+            format!("{} top-1, loss {:.4}, {} images", format::percent(last.top1), last.loss, last.count);
         summary = summary.fact(on, text);
     }
     if let Some((step, metric)) = run.best {
@@ -69,7 +70,8 @@ fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
             Metric::Top1 => format!("{} top-1", format::percent(metric)),
             Metric::Loss => format!("loss {:.4}", -metric),
         };
-        summary = summary.fact("best", format!("{best} at step {step}: {}/checkpoints/best", run.out.display()));
+        summary =
+            summary.fact("best", format!("{best} at step {step}: {}/checkpoints/best", run.out.display()));
     }
     let out = run.out.display().to_string();
     summary = summary

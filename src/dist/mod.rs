@@ -19,8 +19,10 @@ impl Collective {
         for key in ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"] {
             let size = std::env::var(key).ok().and_then(|v| v.parse::<usize>().ok()).unwrap_or(1);
             if size > 1 {
-                return Err(Error::usage(format!("`{key}={size}`: training on several ranks is not built yet"))
-                    .hint("start one process, without mpirun, srun or torchrun"));
+                return Err(Error::usage(format!(
+                    "`{key}={size}`: training on several ranks is not built yet"
+                ))
+                .hint("start one process, without mpirun, srun or torchrun"));
             }
         }
         Ok(Self { rank: 0, size: 1 })

@@ -37,7 +37,9 @@ impl BatchFile {
             (Ok(t), _) | (_, Ok(t)) => {
                 return Err(Error::new(format!("`images` has type {:?}, not F32 or U8", t.dtype())));
             }
-            _ => return Err(Error::new("no tensor `images` (or `images_u8`)").hint("see `vitrum grad --help`")),
+            _ => {
+                return Err(Error::new("no tensor `images` (or `images_u8`)").hint("see `vitrum grad --help`"));
+            }
         };
         let shape = images.shape();
         let (steps, shape) = match (stacked, shape) {
@@ -50,14 +52,23 @@ impl BatchFile {
         };
         let &[samples, height, width, channels] = shape else { unreachable!("four axes were checked") };
         if channels != 3 || samples == 0 || steps == 0 || height == 0 || width == 0 {
-            return Err(Error::new(format!("`images` has shape {shape:?}: pictures have three channels and a size")));
+            return Err(Error::new(format!(
+                "`images` has shape {shape:?}: pictures have three channels and a size"
+            )));
         }
         let total = steps * samples;
         let (mut labels, mut targets) = (Vec::new(), Vec::new());
         let kind = if let Ok(t) = file.tensor("targets") {
             let classes = *t.shape().last().unwrap_or(&0);
-            if t.dtype() != Dtype::F32 || classes == 0 || t.shape().iter().product::<usize>() != total * classes {
-                return Err(Error::new(format!("`targets` is {:?} {:?}, not F32 [.., B, C]", t.dtype(), t.shape())));
+            if t.dtype() != Dtype::F32
+                || classes == 0
+                || t.shape().iter().product::<usize>() != total * classes
+            {
+                return Err(Error::new(format!(
+                    "`targets` is {:?} {:?}, not F32 [.., B, C]",
+                    t.dtype(),
+                    t.shape()
+                )));
             }
             targets = bytemuck::pod_collect_to_vec(t.data());
             TargetKind::Dense { classes }

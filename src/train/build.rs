@@ -11,7 +11,9 @@ use super::trainer::TrainerOptions;
 /// The recipe's model. `model.classes` must be known by now.
 pub fn model(recipe: &Recipe, mode: Mode) -> Result<Vit> {
     let Some(classes) = recipe.model.classes else {
-        return Err(Error::usage("the number of classes is not known").hint("set it with `--set model.classes=...`"));
+        return Err(
+            Error::usage("the number of classes is not known").hint("set it with `--set model.classes=...`")
+        );
     };
     let config = recipe.model_config(classes)?;
     let frozen = |param: &Param| optim::is_frozen(&recipe.optim, param);

@@ -92,7 +92,13 @@ impl Checkpoints {
         Ok(())
     }
 
-    fn write(&self, folder: &Path, trainer: &mut Trainer, state: &RunState, meta: &CheckpointMeta) -> Result<()> {
+    fn write(
+        &self,
+        folder: &Path,
+        trainer: &mut Trainer,
+        state: &RunState,
+        meta: &CheckpointMeta,
+    ) -> Result<()> {
         files::create_dir(folder)?;
         let meta = CheckpointMeta { step: Some(state.step), ..meta.clone() };
         let config = trainer.model.config.clone();
@@ -189,7 +195,8 @@ fn write_state(path: &Path, backend: &mut dyn Backend, state: &RunState) -> Resu
     for (name, arena) in moments {
         buffers.push((name, backend.read_arena(arena)?));
     }
-    let views = buffers.iter().map(|(name, bytes)| View::new(*name, Dtype::U8, &[bytes.len()], bytes.as_slice()));
+    let views =
+        buffers.iter().map(|(name, bytes)| View::new(*name, Dtype::U8, &[bytes.len()], bytes.as_slice()));
     let json = serde_json::to_string(state).at(path.display())?;
     safetensors::write(path, &[(STATE_KEY.to_string(), json)].into(), views.collect())
 }
@@ -197,7 +204,8 @@ fn write_state(path: &Path, backend: &mut dyn Backend, state: &RunState) -> Resu
 fn read_state(path: &Path, backend: &mut dyn Backend) -> Result<RunState> {
     let file = SafeTensors::open(path)?;
     let json = file.metadata().get(STATE_KEY);
-    let json = json.ok_or_else(|| Error::new(format!("{}: no `{STATE_KEY}` in the metadata", path.display())))?;
+    let json =
+        json.ok_or_else(|| Error::new(format!("{}: no `{STATE_KEY}` in the metadata", path.display())))?;
     let state: RunState = serde_json::from_str(json).at(path.display())?;
     for (name, arena) in [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)] {
         backend

@@ -19,7 +19,13 @@ pub struct EvalReport {
 
 /// Runs the loader dry. Its slots hold at most the model's micro-batch. With `drop_last` a last batch that is not full
 /// is left out, as google-research/vision_transformer does.
-pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Loss, drop_last: bool) -> Result<EvalReport> {
+pub fn evaluate(
+    b: &mut dyn Backend,
+    model: &Vit,
+    loader: &mut Loader,
+    loss: Loss,
+    drop_last: bool,
+) -> Result<EvalReport> {
     let start = Instant::now();
     let mut report = EvalReport::default();
     let mut samples = vec![0.0; model.micro_batch * 3];

@@ -62,7 +62,8 @@ impl Plan {
         let mut lines = vec![format!("recipe   {name}")];
         lines.extend(run::model_lines(&self.model));
         let epochs = self.images.map(|n| self.steps() as f64 * t.batch as f64 / n as f64);
-        let data = self.images.map_or(UNKNOWN_DATA.into(), |n| format!("{} images", format::thousands(n as u64)));
+        let data =
+            self.images.map_or(UNKNOWN_DATA.into(), |n| format!("{} images", format::thousands(n as u64)));
         lines.push(format!("data     {data}"));
         lines.push(format!(
             "train    {} steps of {} = {} images{}",
@@ -77,11 +78,19 @@ impl Plan {
             format::si(t.batch as f64 * self.model.config.train_flops() as f64, "FLOP"),
         ));
         for rate in [1e11, 1e12, 4e14] {
-            lines.push(format!("         {} at {}", format::seconds(self.train_flops() / rate), format::si(rate, "FLOP/s")));
+            lines.push(format!(
+                "         {} at {}",
+                format::seconds(self.train_flops() / rate),
+                format::si(rate, "FLOP/s")
+            ));
         }
         lines.push(format!("lr       {}", self.learning_rates()));
         lines.extend(run::memory_lines(&self.model, &self.optimizer));
-        lines.push(format!("         and {} in {} batch slots", format::bytes(self.slot_bytes as u64), self.recipe.data.slots));
+        lines.push(format!(
+            "         and {} in {} batch slots",
+            format::bytes(self.slot_bytes as u64),
+            self.recipe.data.slots
+        ));
         lines.push("activations".into());
         for (what, bytes) in self.activations() {
             lines.push(format!("  {what:<24} {:>12}", format::bytes(bytes as u64)));

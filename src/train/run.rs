@@ -52,13 +52,17 @@ impl RunData {
         let (mut train, mut val) = data::pair(spec, recipe.data.val.as_deref())?;
         if let Some(n) = options.overfit {
             if n > train.len() {
-                return Err(Error::usage(format!("`--overfit {n}`, but the data set has {} images", train.len()))
-                    .hint(format!("use `--overfit {}` or less", train.len())));
+                return Err(Error::usage(format!(
+                    "`--overfit {n}`, but the data set has {} images",
+                    train.len()
+                ))
+                .hint(format!("use `--overfit {}` or less", train.len())));
             }
             train = train.take(n);
             val = None;
         }
-        let part = val.as_ref().map_or(TRAIN_EVAL_IMAGES, Dataset::len).min(TRAIN_EVAL_IMAGES).min(train.len());
+        let part =
+            val.as_ref().map_or(TRAIN_EVAL_IMAGES, Dataset::len).min(TRAIN_EVAL_IMAGES).min(train.len());
         let train_part = match options.overfit {
             Some(n) => Dataset::open(spec.unwrap_or_default(), Split::Train)?.take(n),
             None => Dataset::open(spec.unwrap_or_default(), Split::Train)?.take(part),
@@ -225,7 +229,11 @@ impl Run {
         for line in model_lines(&trainer.model) {
             log(line);
         }
-        let val = self.data.val.as_ref().map_or("no validation images".into(), |v| format!("{} to validate", v.len()));
+        let val = self
+            .data
+            .val
+            .as_ref()
+            .map_or("no validation images".into(), |v| format!("{} to validate", v.len()));
         log(format!(
             "data     {} images to train on, {val}, {} classes, {}x{} px",
             self.data.train.len(),
@@ -261,7 +269,8 @@ impl Run {
             pixels: Pixels::U8,
             targets: TargetKind::Labels,
         };
-        let slots = (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
+        let slots =
+            (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
             batch: recipe.train.batch,
             image: config.image,
@@ -420,8 +429,11 @@ impl Run {
         if let Some(signal) = signals::pending() {
             self.checkpoint(trainer)?;
             let at = self.checkpoints.path(trainer.step);
-            return Err(Error::stopped(signal, format!("stopped at step {}, saved to {}", trainer.step, at.display()))
-                .hint(format!("go on with `vitrum train ... --out {} --resume`", self.options.out.display())));
+            return Err(Error::stopped(
+                signal,
+                format!("stopped at step {}, saved to {}", trainer.step, at.display()),
+            )
+            .hint(format!("go on with `vitrum train ... --out {} --resume`", self.options.out.display())));
         }
         if trainer.skipped_in_a_row() >= self.recipe.train.max_skipped {
             let last = self.saved_at.map(|step| self.checkpoints.path(step).display().to_string());

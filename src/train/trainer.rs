@@ -20,7 +20,8 @@ pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
     let backend = backend::select(options.device, recipe.train.threads)?;
     let model = build::model(&recipe, Mode::Train)?;
     let optimizer = build::optimizer(&recipe, &model, data.train.len())?;
-    let mut trainer = Trainer::new(backend, model, optimizer, Collective::from_env()?, build::options(&recipe))?;
+    let mut trainer =
+        Trainer::new(backend, model, optimizer, Collective::from_env()?, build::options(&recipe))?;
     let mut run = Run::open(recipe, options, data, &mut trainer)?;
     let mut loader = run.loader(&trainer)?;
 
@@ -121,7 +122,8 @@ impl Trainer {
 
     /// One update from one batch. Returns the slot that is free again, and the step's numbers.
     pub fn step(&mut self, batch: Slot) -> Result<(Option<Slot>, StepReport)> {
-        let micro_batches: Vec<Micro> = (0..self.batch).step_by(self.model.micro_batch).map(|i| self.micro(i)).collect();
+        let micro_batches: Vec<Micro> =
+            (0..self.batch).step_by(self.model.micro_batch).map(|i| self.micro(i)).collect();
         let b = &mut *self.backend;
         let free = b.bind_batch(batch)?;
         b.begin_step(StepKeys { seed: self.seed, step: self.step })?;
@@ -147,7 +149,8 @@ impl Trainer {
     /// The run has gone off the rails: says where, at which rate, and what to try.
     pub fn diverged(&self, last_checkpoint: Option<&str>) -> Error {
         let lr = self.optimizer.lr(self.step.saturating_sub(1));
-        let from = last_checkpoint.map_or("no checkpoint was written yet".into(), |c| format!("last good checkpoint: {c}"));
+        let from = last_checkpoint
+            .map_or("no checkpoint was written yet".into(), |c| format!("last good checkpoint: {c}"));
         Error::new(format!(
             "loss or gradient norm not finite in {} steps in a row, at step {} with learning rate {lr:.3e}; {from}",
             self.skipped_in_a_row, self.step
