@@ -75,8 +75,8 @@ impl Recipe {
             return Err(Error::usage(format!("`train.batch` is {}", t.batch))
                 .hint(format!("use 1 to {MOST_BATCH}, as in `--set train.batch=128`")));
         }
-        if t.micro_batch > 0 && t.batch % t.micro_batch != 0 {
-            let fits = (1..=t.micro_batch).rev().find(|m| t.batch % m == 0).unwrap_or(1);
+        if t.micro_batch > 0 && !t.batch.is_multiple_of(t.micro_batch) {
+            let fits = (1..=t.micro_batch).rev().find(|m| t.batch.is_multiple_of(*m)).unwrap_or(1);
             return Err(Error::usage(format!(
                 "`train.micro_batch` is {}, which does not divide `train.batch` {}",
                 t.micro_batch, t.batch
@@ -151,11 +151,11 @@ impl Recipe {
         for (key, value) in [
             ("optim.lr", o.lr),
             ("optim.weight_decay", o.weight_decay),
-            ("optim.eps", o.eps.into()),
+            ("optim.eps", o.eps),
             ("optim.clip", o.clip.into()),
-            ("optim.clip_rms", o.clip_rms.into()),
+            ("optim.clip_rms", o.clip_rms),
             ("optim.backbone_lr_mult", o.backbone_lr_mult),
-            ("optim.decay_power", o.decay_power.into()),
+            ("optim.decay_power", o.decay_power),
             ("schedule.end", s.end),
             ("schedule.power", s.power),
             ("schedule.warmup_lr", s.warmup_lr),

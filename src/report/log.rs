@@ -36,8 +36,8 @@ impl Log {
     /// A line for the terminal and the file.
     pub fn line(&self, text: &str) {
         let mut inner = self.lock();
-        inner.to_terminal(text);
-        inner.to_file(text);
+        inner.write_terminal(text);
+        inner.write_file(text);
     }
 
     /// `warning: text`
@@ -47,7 +47,7 @@ impl Log {
 
     /// A line for the file alone: what the terminal shows as a bar.
     pub(super) fn file_line(&self, text: &str) {
-        self.lock().to_file(text);
+        self.lock().write_file(text);
     }
 
     pub(super) fn set_bar(&self, bar: Option<ProgressBar>) {
@@ -61,7 +61,7 @@ impl Log {
 
 impl Inner {
     /// A terminal that has gone away stops nothing.
-    fn to_terminal(&self, text: &str) {
+    fn write_terminal(&self, text: &str) {
         let print = || drop(writeln!(std::io::stderr(), "{text}"));
         match &self.bar {
             Some(bar) => bar.suspend(print),
@@ -70,11 +70,11 @@ impl Inner {
     }
 
     /// A log that cannot be written (a full disk) is given up after one warning; the run is worth more.
-    fn to_file(&mut self, text: &str) {
+    fn write_file(&mut self, text: &str) {
         let Some(file) = &mut self.file else { return };
-        if let Err(e) = writeln!(file, "{text}") {
+        if let Err(e) = file.write_all(format!("{text}\n").as_bytes()) {
             self.file = None;
-            self.to_terminal(&format!("warning: `log.txt` cannot be written and ends here: {e}"));
+            self.write_terminal(&format!("warning: `log.txt` cannot be written and ends here: {e}"));
         }
     }
 }

@@ -38,7 +38,9 @@ impl BatchFile {
                 return Err(Error::new(format!("`images` has type {:?}, not F32 or U8", t.dtype())));
             }
             _ => {
-                return Err(Error::new("no tensor `images` (or `images_u8`)").hint("see `vitrum grad --help`"));
+                return Err(
+                    Error::new("no tensor `images` (or `images_u8`)").hint("see `vitrum grad --help`")
+                );
             }
         };
         let shape = images.shape();
