@@ -243,11 +243,11 @@ pub struct OptimSection {
     pub lr: f64,
     /// Multiply `lr` by batch / this; 0: never.
     pub lr_scale_batch: usize,
-    pub momentum: f32,
+    pub momentum: f64,
     pub nesterov: bool,
-    pub beta1: f32,
-    pub beta2: f32,
-    pub eps: f32,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
     /// First moments (and SGD momentum) in f32 or bf16.
     pub moment: MomentType,
     pub weight_decay: f64,
@@ -260,12 +260,12 @@ pub struct OptimSection {
     /// Multiplies the rate of everything but the head (and representation layer).
     pub backbone_lr_mult: f64,
     /// EMA of the weights; 0: none.
-    pub ema: f32,
+    pub ema: f64,
     /// Adafactor: cap and power of the second moment's decay, least size of a factored axis, block-RMS threshold (0: none).
-    pub beta2_cap: f32,
-    pub decay_power: f32,
+    pub beta2_cap: f64,
+    pub decay_power: f64,
     pub min_factor: usize,
-    pub clip_rms: f32,
+    pub clip_rms: f64,
     /// First match wins; a pattern is a regular expression that must match a whole parameter name.
     pub groups: Vec<GroupSection>,
 }
@@ -340,16 +340,21 @@ pub struct ScheduleSection {
     /// Length of the schedule; default: the run's. Longer than the run: the run ends early on the curve.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub total: Option<Duration>,
-    /// Linear: absolute end value.
+    /// Cosine and linear: end value. Absolute, except that under `decay_mode = "big_vision"` the whole schedule is relative
+    /// to `lr`, and with it every rate that stands here.
     pub end: f64,
+    /// Linear: exponent of the way that is left.
     pub power: f64,
+    /// Rsqrt: both in updates.
     pub timescale: f64,
     pub shift: f64,
+    /// Stair: updates at which the rate becomes `mults` of the base.
     pub boundaries: Vec<u64>,
     pub mults: Vec<f64>,
-    /// timm: rate at the first update, and least rate.
+    /// timm: rate at the first update, least rate, and whether the cosine starts after the warm-up instead of beneath it.
     pub warmup_lr: f64,
     pub min_lr: f64,
+    pub warmup_prefix: bool,
 }
 
 impl Default for ScheduleSection {
@@ -367,6 +372,7 @@ impl Default for ScheduleSection {
             mults: Vec::new(),
             warmup_lr: 0.0,
             min_lr: 0.0,
+            warmup_prefix: false,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Plain scalar versions of the matrix products, the attention and the update, until their tuned kernels join.
+//! Plain scalar versions of the matrix products and the attention, until their tuned kernels join.
 
 use crate::backend::{Gelu, Heads};
 
@@ -308,69 +308,5 @@ pub(super) mod probe_attention {
                 }
             }
         }
-    }
-}
-
-pub(super) mod update {
-    use crate::backend::cpu::compute::Compute;
-    use crate::backend::{Rule, Update};
-
-    pub(crate) enum Moment1<'a> {
-        F32(&'a mut [f32]),
-        Bf16(&'a mut [u16]),
-    }
-
-    pub(crate) struct Buffers<'a> {
-        pub(crate) params: &'a mut [f32],
-        pub(crate) grads: &'a [f32],
-        pub(crate) moment1: Moment1<'a>,
-        pub(crate) moment2: &'a mut [f32],
-        pub(crate) ema: Option<&'a mut [f32]>,
-    }
-
-    pub(crate) struct Outcome {
-        pub(crate) grad_norm: f64,
-        pub(crate) skipped: bool,
-    }
-
-    /// SGD and Adam with f32 state.
-    pub(crate) fn update(_: &Compute, update: &Update, buffers: Buffers, loss_is_finite: bool) -> Outcome {
-        let Buffers { params, grads, moment1, moment2, ema } = buffers;
-        let grad_norm = grads.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-        if !grad_norm.is_finite() || !loss_is_finite {
-            return Outcome { grad_norm, skipped: true };
-        }
-        let Moment1::F32(moment1) = moment1 else { unimplemented!("bf16 moments in the interim update") };
-        let factor = match update.clip {
-            Some(max) if update.clip_torch => (f64::from(max) / (grad_norm + 1e-6)).min(1.0) as f32,
-            Some(max) if grad_norm > f64::from(max) => (f64::from(max) / grad_norm) as f32,
-            _ => 1.0,
-        };
-        for segment in update.segments {
-            let group = update.groups[segment.group];
-            for i in 0..segment.len {
-                let (at, s) = (segment.param + i, segment.grad + i);
-                let g = grads[s] * factor;
-                let u = match update.rule {
-                    Rule::Sgd { momentum, nesterov, .. } => {
-                        moment1[s] = g + momentum * moment1[s];
-                        if nesterov { g + momentum * moment1[s] } else { moment1[s] }
-                    }
-                    Rule::Adam { beta1, beta2, eps, .. } => {
-                        moment1[s] = beta1 * moment1[s] + (1.0 - beta1) * g;
-                        moment2[s] = beta2 * moment2[s] + (1.0 - beta2) * g * g;
-                        let m = moment1[s] / (1.0 - beta1.powi(update.t as i32));
-                        let v = moment2[s] / (1.0 - beta2.powi(update.t as i32));
-                        m / (v.sqrt() + eps)
-                    }
-                    other => unimplemented!("{other:?} in the interim update"),
-                };
-                params[at] = params[at] - group.lr * u - group.decay * params[at];
-            }
-        }
-        if let (Some(decay), Some(ema)) = (update.ema_decay, ema) {
-            ema.iter_mut().zip(params).for_each(|(e, p)| *e = decay * *e + (1.0 - decay) * *p);
-        }
-        Outcome { grad_norm, skipped: false }
     }
 }

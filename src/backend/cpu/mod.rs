@@ -16,10 +16,11 @@ mod residual;
 mod sums;
 #[cfg(test)]
 mod testing;
+pub mod update;
 mod vectorise;
 pub mod view;
 
-use interim::{attention, gemm, probe_attention, update};
+use interim::{attention, gemm, probe_attention};
 
 use arenas::{Access, Arenas};
 use compute::{Compute, Isa};
@@ -575,7 +576,7 @@ impl Backend for CpuBackend {
                 update::Moment1::F32(bytemuck::cast_slice_mut(arenas.moment1))
             },
             moment2: arenas.moment2,
-            ema: Some(arenas.ema).filter(|ema| !ema.is_empty()),
+            ema: update.ema_decay.map(|_| arenas.ema),
         };
         self.outcome = update::update(&self.compute, update, buffers, loss_is_finite);
         Ok(())
