@@ -16,6 +16,8 @@ mod residual;
 mod sums;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 pub mod update;
 mod vectorise;
 pub mod view;
