@@ -15,7 +15,7 @@ mod pool;
 mod residual;
 mod sums;
 #[cfg(test)]
-mod testing;
+mod testbed;
 #[cfg(test)]
 mod tests;
 pub mod update;

@@ -1,6 +1,6 @@
 //! The backend as its callers see it: memory, dense layers and attention through the trait, reports and updates.
 
-use super::testing::*;
+use super::testbed::*;
 use super::*;
 use crate::backend::{
     Device, Dtype, Gelu, GroupScalars, LossKind, Pixels, Segment, TargetKind, mask::BoundMask, select,
@@ -76,7 +76,7 @@ fn dense_layers_are_those_of_the_reference() {
         let (rows, input, out) = (x[0], w[0], w[1]);
         let weight: Vec<f32> =
             transposed(file.f64(&format!("m{i}.w")), out, input).iter().map(|v| *v as f32).collect();
-        let mut b = Bench::new(rows);
+        let mut b = Testbed::new(rows);
         let linear = Linear {
             weight: b.put(out, input, &weight),
             bias: b.put(1, out, &get("b")),
@@ -112,9 +112,9 @@ fn dense_layers_are_those_of_the_reference() {
 fn an_mlp_with_dropout_and_a_residual_has_the_slopes_of_the_f64_function() {
     let (samples, tokens, width, hidden) = (3, 5, 48, 21);
     let rows = samples * tokens;
-    let mut b = Bench::new(samples);
+    let mut b = Testbed::new(samples);
     b.micro.first = 1;
-    let layer = |b: &mut Bench, tag: u64, out: usize, input: usize| {
+    let layer = |b: &mut Testbed, tag: u64, out: usize, input: usize| {
         let (w, bias) = (normal(tag, out * input, 0.2), normal(tag + 1, out, 0.2));
         let linear = Linear {
             weight: b.put(out, input, &w),
@@ -164,7 +164,7 @@ fn an_mlp_with_dropout_and_a_residual_has_the_slopes_of_the_f64_function() {
 #[test]
 fn a_tanh_layer_has_the_slopes_of_the_f64_function() {
     let (rows, width, out) = (7, 12, 5);
-    let mut b = Bench::new(rows);
+    let mut b = Testbed::new(rows);
     let (w, bias) = (normal(1, out * width, 0.3), normal(2, out, 0.3));
     let linear = Linear {
         weight: b.put(out, width, &w),
@@ -207,7 +207,7 @@ fn attend(q: &[f64], k: &[&[f64]], v: &[&[f64]], keep: impl Fn(usize) -> f64) ->
 fn attention_has_the_slopes_of_the_f64_function_with_dropout_too() {
     for (samples, tokens, heads, size, rate) in [(2, 5, 3, 5, 0.0), (3, 1, 2, 8, 0.2), (2, 17, 2, 16, 0.2)] {
         let (rows, width) = (samples * tokens, heads * size);
-        let mut b = Bench::new(samples);
+        let mut b = Testbed::new(samples);
         let dropout = Mask { rate, site: 2 };
         let shape = Heads { tokens, heads, head_size: size };
         let (qkv, d_o) = (normal(1, rows * 3 * width, 1.0), normal(2, rows * width, 1.0));
@@ -246,7 +246,7 @@ fn attention_has_the_slopes_of_the_f64_function_with_dropout_too() {
 fn probe_attention_has_the_slopes_of_the_f64_function() {
     let (samples, tokens, heads, size) = (3, 7, 2, 6);
     let width = heads * size;
-    let mut b = Bench::new(samples);
+    let mut b = Testbed::new(samples);
     let shape = Heads { tokens, heads, head_size: size };
     let (q, kv) = (normal(1, width, 1.0), normal(2, samples * tokens * 2 * width, 1.0));
     let d_o = normal(3, samples * width, 1.0);
@@ -279,7 +279,7 @@ fn probe_attention_has_the_slopes_of_the_f64_function() {
 
 #[test]
 fn scale_multiplies_and_spares_the_padding() {
-    let mut b = Bench::new(1);
+    let mut b = Testbed::new(1);
     let all = b.put(70, 8, &normal(1, 560, 1.0));
     let part = Mat { cols: 5, ..all };
     b.everywhere(
