@@ -1,4 +1,4 @@
-//! Plain scalar versions of the matrix products, the attention and the update, until their tuned kernels join.
+//! Plain scalar versions of the matrix products and the attention, until their tuned kernels join.
 
 use crate::backend::{Gelu, Heads};
 

@@ -15,7 +15,10 @@ mod pool;
 mod residual;
 mod sums;
 #[cfg(test)]
-mod testing;
+mod testbed;
+#[cfg(test)]
+mod tests;
+pub mod update;
 mod vectorise;
 pub mod update;
 pub mod view;
@@ -576,7 +579,7 @@ impl Backend for CpuBackend {
                 update::Moment1::F32(bytemuck::cast_slice_mut(arenas.moment1))
             },
             moment2: arenas.moment2,
-            ema: Some(arenas.ema).filter(|ema| !ema.is_empty()),
+            ema: update.ema_decay.map(|_| arenas.ema),
         };
         self.outcome = update::update(&self.compute, update, buffers, loss_is_finite);
         Ok(())

@@ -6,14 +6,14 @@ use crate::backend::{Backend, Dtype, Mat, MemoryPlan, Micro, StepKeys};
 use crate::rng::{Domain, Stream};
 
 /// Operands of one operation, and where they lie.
-pub(super) struct Bench {
+pub(super) struct Testbed {
     plan: MemoryPlan,
     operands: Vec<(Mat, Vec<f32>)>,
     pub(super) keys: StepKeys,
     pub(super) micro: Micro,
 }
 
-impl Bench {
+impl Testbed {
     pub(super) fn new(samples: usize) -> Self {
         Self {
             plan: MemoryPlan::new(),
