@@ -20,7 +20,6 @@ mod testbed;
 mod tests;
 pub mod update;
 mod vectorise;
-pub mod update;
 pub mod view;
 
 use interim::{attention, gemm, probe_attention};
