@@ -5,7 +5,7 @@
 //! `demo-hard`, which are drawn and packed into the cache folder when they are first asked for.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +13,8 @@ use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
 use super::demo;
-use super::shard::{Kind, Shard, ShardWriter, Stored};
+use super::shard::{Kind, Record, Shard, ShardWriter};
+use super::source::Source;
 
 /// Which part of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,6 +117,8 @@ enum Records {
         /// Index of each shard's first record, and the number of all.
         starts: Vec<usize>,
     },
+    /// Not packed.
+    Listed { source: Arc<Source>, split: Split },
 }
 
 impl Records {
@@ -131,6 +134,7 @@ impl Records {
     fn len(&self) -> usize {
         match self {
             Records::Packed { starts, .. } => starts[starts.len() - 1],
+            Records::Listed { source, split } => source.items(*split).len(),
         }
     }
 }
@@ -139,19 +143,7 @@ impl Dataset {
     /// Opens `spec`: a path, `demo` or `demo-hard`. Where it has both splits, `split` says which; a data set without
     /// splits is taken as it is.
     pub fn open(spec: &str, split: Split) -> Result<Self> {
-        if let Some(variant) = demo::Variant::parse(spec) {
-            return open_demo(variant, split, &files::cache_dir());
-        }
-        let path = Path::new(spec);
-        if !path.exists() {
-            return Err(Error::new(format!("{spec}: no such file or folder"))
-                .hint("name a packed data set, a folder of class folders, `demo` or `demo-hard`"));
-        }
-        let dir = split_dir(path, split).unwrap_or_else(|| path.to_owned());
-        if dir.join(MANIFEST).is_file() {
-            return Self::open_packed(&dir);
-        }
-        fail!("{spec}: not a packed data set")
+        Place::find(spec)?.open(split)
     }
 
     /// Opens a folder with a `dataset.json`.
@@ -171,6 +163,15 @@ impl Dataset {
             fail!("{}: the data set is empty", dir.display());
         }
         Ok(Self { name: dir.display().to_string(), classes: manifest.classes, records, chosen: None })
+    }
+
+    fn listed(source: Arc<Source>, split: Split) -> Result<Self> {
+        let name = source.store.path().display().to_string();
+        if source.items(split).is_empty() {
+            fail!("{name}: no pictures in its {} part", split.name());
+        }
+        let classes = source.classes.clone();
+        Ok(Self { name, classes, records: Records::Listed { source, split }, chosen: None })
     }
 
     /// Samples.
@@ -200,6 +201,7 @@ impl Dataset {
                 let (shard, at) = locate(starts, self.place(index));
                 shards[shard].label(at)
             }
+            Records::Listed { source, split } => source.items(*split)[self.place(index)].label,
         }
     }
 
@@ -211,16 +213,18 @@ impl Dataset {
                 let (shard, at) = locate(starts, place);
                 shards[shard].name(at).unwrap_or_else(|| format!("record {place}"))
             }
+            Records::Listed { source, split } => source.items(*split)[place].name.clone(),
         }
     }
 
-    /// The stored bytes of a sample.
-    pub fn record(&self, index: usize) -> Result<Stored<'_>> {
+    /// The stored bytes of a sample. Only a file that is not packed can fail to be read.
+    pub fn record(&self, index: usize) -> Result<Record<'_>> {
         match &self.records {
             Records::Packed { shards, starts } => {
                 let (shard, at) = locate(starts, self.place(index));
                 Ok(shards[shard].record(at))
             }
+            Records::Listed { source, split } => source.store.read(&source.items(*split)[self.place(index)]),
         }
     }
 
@@ -231,6 +235,15 @@ impl Dataset {
                 let first = shards.first()?.image()?;
                 shards.iter().all(|s| s.image() == Some(first)).then_some(first)
             }
+            Records::Listed { .. } => None,
+        }
+    }
+
+    /// Bytes of the mapped shards; 0 for what is not packed.
+    pub fn byte_len(&self) -> usize {
+        match &self.records {
+            Records::Packed { shards, .. } => shards.iter().map(Shard::byte_len).sum(),
+            Records::Listed { .. } => 0,
         }
     }
 
@@ -259,10 +272,11 @@ pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<D
     let train_spec = train.ok_or_else(|| {
         Error::usage("no training data").hint("use `--set data.train=DIR`, or `--set data.train=demo`")
     })?;
-    let train = Dataset::open(train_spec, Split::Train)?;
+    let place = Place::find(train_spec)?;
+    let train = place.open(Split::Train)?;
     let val = match val {
         Some(spec) => Some(Dataset::open(spec, Split::Val)?),
-        None if has_val(train_spec) => Some(Dataset::open(train_spec, Split::Val)?),
+        None if place.has_val() => Some(place.open(Split::Val)?),
         None => None,
     };
     if let Some(val) = &val {
@@ -271,20 +285,69 @@ pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<D
     Ok((train, val))
 }
 
-/// Whether `spec` has a validation split of its own.
-fn has_val(spec: &str) -> bool {
-    demo::Variant::parse(spec).is_some() || split_dir(Path::new(spec), Split::Val).is_some()
+/// What a user's `spec` names.
+pub(super) enum Place {
+    Demo(demo::Variant),
+    /// The folder of a packed data set.
+    Packed(PathBuf),
+    /// A folder with packed data sets in it.
+    PackedSplit {
+        path: PathBuf,
+        train: Option<PathBuf>,
+        val: Option<PathBuf>,
+    },
+    Unpacked(Arc<Source>),
 }
 
-/// The folder of a split inside `path`, if it has one and is no data set itself.
-fn split_dir(path: &Path, split: Split) -> Option<PathBuf> {
-    if path.join(MANIFEST).is_file() {
-        return None;
+impl Place {
+    pub(super) fn find(spec: &str) -> Result<Self> {
+        if let Some(variant) = demo::Variant::parse(spec) {
+            return Ok(Place::Demo(variant));
+        }
+        let path = Path::new(spec);
+        if !path.exists() {
+            return Err(Error::new(format!("{spec}: no such file or folder"))
+                .hint("name a packed data set, a folder of class folders, `demo` or `demo-hard`"));
+        }
+        let is_packed = |dir: &PathBuf| dir.join(MANIFEST).is_file();
+        if is_packed(&path.to_owned()) {
+            return Ok(Place::Packed(path.to_owned()));
+        }
+        let part = |split: Split| split.folders().iter().map(|name| path.join(name)).find(is_packed);
+        match (part(Split::Train), part(Split::Val)) {
+            (None, None) => Ok(Place::Unpacked(Arc::new(Source::open(path)?))),
+            (train, val) => Ok(Place::PackedSplit { path: path.to_owned(), train, val }),
+        }
     }
-    split.folders().iter().map(|name| path.join(name)).find(|dir| dir.is_dir())
+
+    /// Whether validation samples are told apart from training samples.
+    fn has_val(&self) -> bool {
+        match self {
+            Place::Demo(_) => true,
+            Place::Packed(_) => false,
+            Place::PackedSplit { val, .. } => val.is_some(),
+            Place::Unpacked(source) => source.is_split(),
+        }
+    }
+
+    pub(super) fn open(&self, split: Split) -> Result<Dataset> {
+        match self {
+            Place::Demo(variant) => open_demo(*variant, split, &files::cache_dir()),
+            Place::Packed(dir) => Dataset::open_packed(dir),
+            Place::PackedSplit { path, train, val } => {
+                let dir = if split == Split::Train { train } else { val };
+                let dir = dir.as_ref().ok_or_else(|| {
+                    Error::new(format!("{}: no `{}` data set in it", path.display(), split.name()))
+                })?;
+                Dataset::open_packed(dir)
+            }
+            Place::Unpacked(source) => Dataset::listed(source.clone(), split),
+        }
+    }
 }
 
-fn same_classes(train: &[String], val: &[String]) -> Result<()> {
+/// Fails where two class lists differ, and says how.
+pub(super) fn same_classes(train: &[String], val: &[String]) -> Result<()> {
     if train == val {
         return Ok(());
     }
@@ -360,4 +423,65 @@ fn store_demo(writer: &ShardWriter, dir: &Path) -> Result<()> {
         shards: vec![ShardEntry { file, records: writer.len(), checksum }],
     };
     manifest.write(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_demo_is_drawn_once_and_then_mapped() {
+        let cache = tempfile::tempdir().unwrap();
+        let drawn = open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap();
+        assert_eq!((drawn.len(), drawn.image()), (demo::len(Split::Val), Some((32, 32))));
+        let shard = cache.path().join("demo-hard-v1/val/00000.safetensors");
+        let written = std::fs::metadata(&shard).unwrap().modified().unwrap();
+        let mapped = open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap();
+        assert_eq!(std::fs::metadata(&shard).unwrap().modified().unwrap(), written);
+        let mut picture = vec![0; 32 * 32 * 3];
+        for index in [0, 7, 1999] {
+            demo::draw(demo::Variant::Hard, Split::Val, index, &mut picture);
+            for dataset in [&drawn, &mapped] {
+                assert_eq!(dataset.label(index), index % 10);
+                let record = dataset.record(index).unwrap();
+                assert_eq!(record, Record::Raw { pixels: picture[..].into(), height: 32, width: 32 });
+            }
+        }
+        assert_eq!(mapped.record_name(12), "square/12");
+
+        // A damaged cache is drawn again.
+        std::fs::write(&shard, b"not a shard").unwrap();
+        assert_eq!(open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap().len(), 2000);
+        assert!(std::fs::metadata(&shard).unwrap().len() > 6_000_000);
+    }
+
+    #[test]
+    fn the_demo_needs_no_cache() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let dataset = open_demo(demo::Variant::Demo, Split::Val, &file.path().join("below/a/file")).unwrap();
+        assert_eq!((dataset.len(), dataset.classes().len()), (2000, 10));
+        assert!(matches!(dataset.record(1999).unwrap(), Record::Raw { height: 32, width: 32, .. }));
+    }
+
+    #[test]
+    fn some_samples_are_taken_from_all_over() {
+        let shard = |labels: std::ops::Range<usize>| {
+            let mut writer = ShardWriter::new(Kind::Encoded);
+            labels.for_each(|label| writer.push(label, &format!("name {label}"), b""));
+            let mut bytes = Vec::new();
+            writer.write(&mut bytes).unwrap();
+            Shard::from_bytes(bytes, 100).unwrap()
+        };
+        let dataset = Dataset {
+            name: "test".into(),
+            classes: (0..100).map(|c| c.to_string()).collect(),
+            records: Records::packed(vec![shard(0..3), shard(3..3), shard(3..50), shard(50..100)]),
+            chosen: None,
+        };
+        assert!((0..100).all(|i| dataset.label(i) == i && dataset.record_name(i) == format!("name {i}")));
+        let some = dataset.take(4);
+        let labels: Vec<_> = (0..some.len()).map(|i| some.label(i)).collect();
+        assert_eq!(labels, [12, 37, 62, 87]);
+        assert_eq!(some.take(2).label(1), 87);
+    }
 }

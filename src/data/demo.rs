@@ -218,7 +218,7 @@ fn contains(class: usize, x: f32, y: f32) -> bool {
         }
         "crescent" => r2 < 1.0 && (x - 0.5) * (x - 0.5) + y * y > 0.78 * 0.78,
         "arrow" => (y < 0.0 && x.abs() < y + 1.0) || ((0.0..1.0).contains(&y) && x.abs() < 0.32),
-        "house" => (y < 0.0 && x.abs() < (y + 1.0) * 1.05) || ((0.0..0.85).contains(&y) && x.abs() < 0.68),
+        "house" => (y < 0.0 && x.abs() < (y + 1.0) * 0.95) || ((0.0..0.85).contains(&y) && x.abs() < 0.76),
         _ => unreachable!("every class has a shape"),
     }
 }
@@ -467,7 +467,7 @@ mod tests {
 
     #[test]
     fn neither_pixels_nor_colours_tell_the_class_to_a_linear_model() {
-        let train = pictures(Variant::Demo, Split::Train, 6000);
+        let train = pictures(Variant::Demo, Split::Train, 4000);
         let val = pictures(Variant::Demo, Split::Val, 2000);
         // Means of 2×2 pixels: 768 features, which a linear model over-fits less than 3,072.
         let pooled = |picture: &Vec<u8>| -> Vec<f64> {
@@ -494,12 +494,19 @@ mod tests {
             let val: Vec<_> = val.iter().map(features).collect();
             ridge_accuracy(&train, &val, penalty)
         };
-        for penalty in [1.0, 100.0, 1000.0] {
+        // The yardstick itself: a linear model that may see the label finds it.
+        let told = |split: &[Vec<u8>]| -> Vec<Vec<f64>> {
+            let hint =
+                |(i, p): (usize, &Vec<u8>)| pooled(p).into_iter().chain([label(i) as f64 - 4.5]).collect();
+            split.iter().enumerate().map(hint).collect()
+        };
+        assert!(ridge_accuracy(&told(&train), &told(&val), 100.0) > 0.19);
+        for penalty in [10.0, 1000.0] {
             let top1 = accuracy(&pooled, penalty);
             println!("ridge on pixels, penalty {penalty}: {:.1} %", 100.0 * top1);
             assert!(top1 <= 0.4, "ridge regression on pixels reaches {top1}");
         }
-        for penalty in [0.001, 0.1, 1.0] {
+        for penalty in [0.001, 0.1] {
             let top1 = accuracy(&histogram, penalty);
             println!("ridge on colours, penalty {penalty}: {:.1} %", 100.0 * top1);
             assert!(top1 <= 0.3, "ridge regression on colour histograms reaches {top1}");
@@ -510,11 +517,11 @@ mod tests {
     fn the_picture_in_the_readme_is_up_to_date() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/demo.png");
         if std::env::var_os("VITRUM_BLESS").is_some() {
-            std::fs::write(path, contact_sheet(Variant::Demo, 16, 2).unwrap()).unwrap();
+            std::fs::write(path, contact_sheet(Variant::Demo, 12, 2).unwrap()).unwrap();
         }
         let pixels = |bytes: &[u8]| image::load_from_memory(bytes).unwrap().into_rgb8().into_raw();
         let kept = pixels(&std::fs::read(path).expect("docs/demo.png, written by VITRUM_BLESS=1"));
-        let drawn = pixels(&contact_sheet(Variant::Demo, 16, 2).unwrap());
+        let drawn = pixels(&contact_sheet(Variant::Demo, 12, 2).unwrap());
         assert_eq!(kept.len(), drawn.len());
         // Another C library may round a sine differently.
         let far = kept.iter().zip(&drawn).filter(|(a, b)| a.abs_diff(**b) > 2).count();

@@ -23,7 +23,7 @@ use super::augment::{self, Buffers, mix};
 use super::dataset::Dataset;
 use super::decode;
 use super::picture::{Picture, View};
-use super::shard::Stored;
+use super::shard::Record;
 
 /// What the batches are for.
 #[derive(Clone, Debug, PartialEq)]
@@ -243,11 +243,11 @@ impl Filler {
             for step in 0..self.dataset.len() {
                 let record = (record + step) % self.dataset.len();
                 let WorkerBuffers { picture, augment: buffers } = &mut *buffers;
-                match view(&self.dataset, record, picture) {
-                    Ok(view) => {
-                        augment::train(augment, view, self.spec.image, &mut draws, buffers, out);
-                        return Ok(Some(self.dataset.label(record)));
-                    }
+                let made = with_pixels(&self.dataset, record, picture, |view| {
+                    augment::train(augment, view, self.spec.image, &mut draws, buffers, out);
+                });
+                match made {
+                    Ok(()) => return Ok(Some(self.dataset.label(record))),
                     Err(error) => self.bad_record(record, error)?,
                 }
             }
@@ -264,11 +264,11 @@ impl Filler {
         let count = (self.dataset.len() - first).min(self.spec.batch);
         let labels = self.each_sample(slot, count, |i, buffers, out| {
             let WorkerBuffers { picture, augment: buffers } = buffers;
-            match view(&self.dataset, first + i, picture) {
-                Ok(view) => {
-                    augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, out);
-                    Ok(Some(self.dataset.label(first + i)))
-                }
+            let made = with_pixels(&self.dataset, first + i, picture, |view| {
+                augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, out);
+            });
+            match made {
+                Ok(()) => Ok(Some(self.dataset.label(first + i))),
                 Err(error) => self.bad_record(first + i, error).map(|()| None),
             }
         })?;
@@ -338,13 +338,18 @@ struct WorkerBuffers {
     augment: Buffers,
 }
 
-/// The pixels of a record: where they are, if they are raw, else decoded into `picture`.
-fn view<'a>(dataset: &'a Dataset, record: usize, picture: &'a mut Picture) -> Result<View<'a>> {
+/// Gives `make` the pixels of a record: as they are stored, or decoded into `picture`.
+fn with_pixels<T>(
+    dataset: &Dataset,
+    record: usize,
+    picture: &mut Picture,
+    make: impl FnOnce(View) -> T,
+) -> Result<T> {
     match dataset.record(record)? {
-        Stored::Raw { pixels, height, width } => Ok(View::new(pixels, height, width)),
-        Stored::Encoded(bytes) => {
-            decode::decode_into(bytes, picture)?;
-            Ok(picture.view())
+        Record::Raw { pixels, height, width } => Ok(make(View::new(&pixels, height, width))),
+        Record::Encoded(bytes) => {
+            decode::decode_into(&bytes, picture)?;
+            Ok(make(picture.view()))
         }
     }
 }
@@ -364,5 +369,144 @@ fn write_targets(slot: &mut Slot, labels: &[Option<usize>]) {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::batch::PlainMemory;
+    use crate::backend::{Pixels, SlotLayout};
+    use crate::data::dataset::Split;
+    use crate::recipe::Crop;
+
+    fn slots(count: usize, samples: usize, targets: TargetKind) -> Vec<Slot> {
+        let layout = SlotLayout { samples, image: (32, 32), pixels: Pixels::U8, targets };
+        (0..count).map(|_| Slot::new(Box::new(PlainMemory::new(layout.bytes()).unwrap()), layout)).collect()
+    }
+
+    fn demo(split: Split) -> Arc<Dataset> {
+        Arc::new(Dataset::open("demo", split).unwrap())
+    }
+
+    fn spec(mode: Mode, batch: usize, workers: usize) -> LoaderSpec {
+        LoaderSpec {
+            batch,
+            image: (32, 32),
+            mode,
+            start_batch: 0,
+            workers,
+            on_bad_record: OnBadRecord::Error,
+        }
+    }
+
+    fn training(seed: u64) -> Mode {
+        let augment = AugmentSection {
+            crop: Crop::Pad,
+            pad: 2,
+            mixup: 0.2,
+            mix_prob: 0.5,
+            hue: 0.1,
+            ..Default::default()
+        };
+        Mode::Train { augment, seed }
+    }
+
+    /// Everything that a slot says.
+    type Content = (u64, usize, Vec<u8>, Vec<i32>, Vec<u32>, Vec<f32>);
+
+    fn content(slot: &Slot) -> Content {
+        let (labels, partner, lambda) = (slot.labels(), slot.partner(), slot.lambda());
+        let pixels = slot.images_u8().to_vec();
+        (slot.position, slot.count, pixels, labels.to_vec(), partner.to_vec(), lambda.to_vec())
+    }
+
+    fn take(loader: &mut Loader, batches: usize) -> Vec<Content> {
+        let mut taken = Vec::new();
+        for _ in 0..batches {
+            let slot = loader.next().unwrap().expect("a batch");
+            taken.push(content(&slot));
+            loader.recycle(slot);
+        }
+        taken
+    }
+
+    #[test]
+    fn workers_slots_and_restarts_change_nothing() {
+        let data = Arc::new(Dataset::open("demo", Split::Train).unwrap().take(100));
+        let load = |workers, count, start_batch, batches| {
+            let spec = LoaderSpec { start_batch, ..spec(training(5), 24, workers) };
+            take(&mut Loader::new(data.clone(), spec, slots(count, 24, TargetKind::Labels)), batches)
+        };
+        let batches = load(1, 1, 0, 12);
+        assert!(batches == load(2, 3, 0, 12), "two workers");
+        assert!(batches == load(3, 2, 0, 12), "three workers");
+        assert!(batches[7..] == load(2, 2, 7, 5), "from batch 7 on");
+        assert_eq!(batches.iter().map(|b| b.0).collect::<Vec<_>>(), (0..12).collect::<Vec<_>>());
+        assert!(
+            batches.iter().any(|b| b.5[0] < 1.0) && batches.iter().any(|b| b.5[0] == 1.0),
+            "some are mixed"
+        );
+    }
+
+    #[test]
+    fn an_epoch_visits_every_sample_once_even_if_it_ends_inside_a_batch() {
+        let data = Arc::new(Dataset::open("demo", Split::Val).unwrap().take(70));
+        let plain = AugmentSection { crop: Crop::Pad, flip: false, ..Default::default() };
+        let mode = Mode::Train { augment: plain, seed: 1 };
+        let mut loader = Loader::new(data.clone(), spec(mode, 20, 2), slots(2, 20, TargetKind::Labels));
+        let stream: Vec<Vec<u8>> = take(&mut loader, 7)
+            .into_iter()
+            .flat_map(|b| b.2.chunks(32 * 32 * 3).map(<[u8]>::to_vec).collect::<Vec<_>>())
+            .collect();
+        let mut all: Vec<Vec<u8>> = (0..70)
+            .map(|i| match data.record(i).unwrap() {
+                Record::Raw { pixels, .. } => pixels.into_owned(),
+                Record::Encoded(_) => panic!("the demo is raw"),
+            })
+            .collect();
+        all.sort();
+        let sorted = |part: &[Vec<u8>]| {
+            let mut part = part.to_vec();
+            part.sort();
+            part
+        };
+        assert!(sorted(&stream[..70]) == all && sorted(&stream[70..140]) == all);
+        assert!(stream[..70] != stream[70..140], "another order");
+    }
+
+    #[test]
+    fn an_evaluation_gives_every_sample_once_in_order_and_then_ends() {
+        let data = demo(Split::Val);
+        let mode = Mode::Eval { resize: EvalResize::Squash, crop_ratio: 1.0 };
+        let targets = TargetKind::Dense { classes: 10 };
+        let mut loader = Loader::new(data.clone(), spec(mode, 300, 2), slots(2, 300, targets));
+        let mut seen = 0;
+        while let Some(slot) = loader.next().unwrap() {
+            for i in 0..slot.count {
+                let image = &slot.images_u8()[i * 3072..(i + 1) * 3072];
+                let Record::Raw { pixels, .. } = data.record(seen).unwrap() else { panic!("raw") };
+                assert!(image == &pixels[..], "sample {seen}");
+                let row = &slot.targets()[i * 10..(i + 1) * 10];
+                assert!(row.iter().enumerate().all(|(c, y)| *y == f32::from(u8::from(c == seen % 10))));
+                seen += 1;
+            }
+            assert!(slot.images_u8()[slot.count * 3072..].iter().all(|p| *p == 0), "padding");
+            loader.recycle(slot);
+        }
+        assert_eq!(seen, 2000);
+        assert!(loader.next().unwrap().is_none(), "and stays at the end");
+        assert_eq!(loader.into_slots().len(), 2);
+    }
+
+    #[test]
+    fn dropping_a_loader_ends_it_whatever_it_is_doing() {
+        for held in 0..3 {
+            let mut loader =
+                Loader::new(demo(Split::Train), spec(training(1), 64, 2), slots(3, 64, TargetKind::Labels));
+            let mine: Vec<_> = (0..held).map(|_| loader.next().unwrap().unwrap()).collect();
+            assert_eq!(loader.into_slots().len() + mine.len(), 3);
+        }
+        drop(Loader::new(demo(Split::Train), spec(training(1), 64, 1), slots(1, 64, TargetKind::Labels)));
     }
 }

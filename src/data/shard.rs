@@ -10,6 +10,7 @@
 //! A shard is mapped, never read whole; everything that its header and offsets claim is checked when it is opened,
 //! so that taking a record cannot fail.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
@@ -22,13 +23,13 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
-/// Bytes of a record as they are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stored<'a> {
+/// A record as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Record<'a> {
     /// `[H, W, 3]` pixels.
-    Raw { pixels: &'a [u8], height: usize, width: usize },
+    Raw { pixels: Cow<'a, [u8]>, height: usize, width: usize },
     /// A picture file of any supported format.
-    Encoded(&'a [u8]),
+    Encoded(Cow<'a, [u8]>),
 }
 
 /// An open shard.
@@ -153,15 +154,15 @@ impl Shard {
         Some(String::from_utf8_lossy(&self.bytes.as_slice()[range]).into_owned())
     }
 
-    pub fn record(&self, index: usize) -> Stored<'_> {
+    pub fn record(&self, index: usize) -> Record<'_> {
         let bytes = self.bytes.as_slice();
         match &self.body {
             Body::Raw { start, height, width } => {
                 let len = height * width * 3;
                 let pixels = &bytes[start + index * len..][..len];
-                Stored::Raw { pixels, height: *height, width: *width }
+                Record::Raw { pixels: pixels.into(), height: *height, width: *width }
             }
-            Body::Encoded(blob) => Stored::Encoded(&bytes[blob.range(index)]),
+            Body::Encoded(blob) => Record::Encoded(bytes[blob.range(index)].into()),
         }
     }
 
@@ -375,9 +376,9 @@ mod tests {
         assert_eq!(shard.len(), 3);
         let records: Vec<_> =
             (0..3).map(|i| (shard.label(i), shard.name(i).unwrap(), shard.record(i))).collect();
-        assert_eq!(records[0], (1, "cat/a.png".into(), Stored::Encoded(b"first")));
-        assert_eq!(records[1], (0, "dog/b.png".into(), Stored::Encoded(b"")));
-        assert_eq!(records[2], (1, "cat/c.png".into(), Stored::Encoded(b"third one")));
+        assert_eq!(records[0], (1, "cat/a.png".into(), Record::Encoded(b"first"[..].into())));
+        assert_eq!(records[1], (0, "dog/b.png".into(), Record::Encoded(b""[..].into())));
+        assert_eq!(records[2], (1, "cat/c.png".into(), Record::Encoded(b"third one"[..].into())));
 
         let mut writer = ShardWriter::new(Kind::Raw(2, 1));
         writer.push(0, "x", &[1, 2, 3, 4, 5, 6]);
@@ -386,7 +387,10 @@ mod tests {
         writer.write(&mut bytes).unwrap();
         let shard = Shard::from_bytes(bytes, 5).unwrap();
         assert_eq!(shard.image(), Some((2, 1)));
-        assert_eq!(shard.record(1), Stored::Raw { pixels: &[7, 8, 9, 10, 11, 12], height: 2, width: 1 });
+        assert_eq!(
+            shard.record(1),
+            Record::Raw { pixels: [7, 8, 9, 10, 11, 12][..].into(), height: 2, width: 1 }
+        );
     }
 
     #[test]

@@ -97,3 +97,58 @@ fn from_hsv([h, s, v]: [f32; 3]) -> [f32; 3] {
     let pure = [(sixth - 3.0).abs() - 1.0, 2.0 - (sixth - 2.0).abs(), 2.0 - (sixth - 4.0).abs()];
     pure.map(|d| (1.0 - s + s * d.clamp(0.0, 1.0)) * v)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::reference::{Arrays, json};
+    use crate::rng::{Domain, Stream};
+
+    #[test]
+    fn the_operations_are_tensorflows() {
+        let Some(table) = json("augment/tf_image_color.json") else { return };
+        let mut arrays = Arrays::open("augment/tf_image_color.npz").unwrap();
+        let mut compared = 0;
+        for case in table["ops"].as_array().unwrap() {
+            let (key, name) = (case["key"].as_str().unwrap(), case["fn"].as_str().unwrap());
+            let operation = match name {
+                "tf.image.adjust_brightness" => brightness,
+                "tf.image.adjust_contrast" => contrast,
+                "tf.image.adjust_saturation" => saturation,
+                "tf.image.adjust_hue" => hue,
+                _ => continue,
+            };
+            let input = arrays.picture(&format!("image{}", case["image"]));
+            let mut pixels: Vec<f32> = input.pixels.iter().map(|p| f32::from(*p) / 255.0).collect();
+            operation(&mut pixels, case["value"].as_f64().unwrap() as f32);
+            if case["dtype"] == "float32" {
+                let (_, expected) = arrays.get::<f32>(key);
+                let worst = pixels.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(worst <= 2e-6, "{key}: off by {worst}");
+            } else {
+                // TensorFlow's way back to u8; f32 rounding may fall on either side of an integer.
+                let expected = arrays.picture(key).pixels;
+                let ours = pixels.iter().map(|x| (x * 255.5).floor().clamp(0.0, 255.0));
+                let differing = ours.zip(&expected).filter(|(a, b)| *a != f32::from(**b)).count();
+                assert!(differing * 1000 <= expected.len(), "{key}: {differing} values differ");
+            }
+            compared += 1;
+        }
+        assert!(compared > 20, "{compared} cases");
+    }
+
+    #[test]
+    fn jitter_stays_within_its_limits() {
+        let augment = AugmentSection { brightness: 0.2, ..Default::default() };
+        let jitter = Jitter::new(&augment).unwrap();
+        let (mut low, mut high) = (255, 0);
+        for sample in 0..500 {
+            let mut pixels = [128, 128, 128];
+            jitter.apply(&mut Stream::new(1, Domain::Augment, 0, sample), &mut pixels, &mut Vec::new());
+            assert!(pixels[0] == pixels[1] && pixels[1] == pixels[2], "one delta for all channels");
+            (low, high) = (low.min(pixels[0]), high.max(pixels[0]));
+        }
+        assert!((77..=80).contains(&low) && (176..=179).contains(&high), "{low}..{high}");
+        assert_eq!(Jitter::new(&AugmentSection::default()), None);
+    }
+}

@@ -208,3 +208,80 @@ pub fn covering(from: (usize, usize), size: (usize, usize)) -> (usize, usize) {
 pub fn to_u8(value: f32) -> u8 {
     (value + 0.5) as u8 // `as` saturates
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::picture::Picture;
+    use crate::data::reference::Arrays;
+
+    /// Calls `check(name of the input, input, output size)` for each input of `tf_resize.npz`.
+    fn for_each_case(mut check: impl FnMut(&str, &Picture, (usize, usize))) {
+        let Some(mut arrays) = Arrays::open("augment/tf_resize.npz") else { return };
+        let inputs: Vec<String> = arrays.names().into_iter().filter(|n| n.ends_with(".in")).collect();
+        assert!(!inputs.is_empty());
+        for input in inputs {
+            let case = input.trim_end_matches(".in");
+            let size = arrays.get::<f32>(&format!("{case}.bilinear")).0;
+            check(case, &arrays.picture(&input), (size[0], size[1]));
+        }
+    }
+
+    #[test]
+    fn tf_bilinear_and_tf_area_are_tensorflows_to_the_last_bit() {
+        for_each_case(|case, input, size| {
+            let mut arrays = Arrays::open("augment/tf_resize.npz").unwrap();
+            let (_, expected) = arrays.get::<f32>(&format!("{case}.bilinear"));
+            tf_bilinear(input.view(), size, |i, value| assert_eq!(value, expected[i], "{case} bilinear {i}"));
+            let (_, expected) = arrays.get::<f32>(&format!("{case}.area"));
+            tf_area(input.view(), size, |i, value| assert_eq!(value, expected[i], "{case} area {i}"));
+        });
+    }
+
+    #[test]
+    fn pil_is_pillow_to_the_last_bit() {
+        for_each_case(|case, input, size| {
+            let mut arrays = Arrays::open("augment/torch_pil_resize.npz").unwrap();
+            for (filter, name) in [(Filter::Bilinear, "pil_bilinear"), (Filter::Bicubic, "pil_bicubic")] {
+                let mut out = vec![0; size.0 * size.1 * 3];
+                pil(input.view(), size, filter, &mut Vec::new(), &mut out);
+                assert!(out == arrays.picture(&format!("{case}.{name}")).pixels, "{case} {name}");
+            }
+        });
+    }
+
+    #[test]
+    fn a_window_is_resized_as_a_picture_of_its_own() {
+        let pixels: Vec<u8> = (0..30 * 20 * 3).map(|i| (i * 37 % 251) as u8).collect();
+        let window = View::new(&pixels, 30, 20).window(3, 5, 17, 11);
+        let mut copy = vec![0; 17 * 11 * 3];
+        window.copy_to(&mut copy);
+        let copy = View::new(&copy, 17, 11);
+        let resized = |view: View| {
+            let mut out = vec![0; 8 * 9 * 3];
+            pil(view, (8, 9), Filter::Bicubic, &mut Vec::new(), &mut out);
+            tf_bilinear(view, (8, 9), |i, value| out[i] ^= to_u8(value));
+            out
+        };
+        assert_eq!(resized(window), resized(copy));
+    }
+
+    #[test]
+    fn the_same_size_changes_nothing() {
+        let pixels: Vec<u8> = (0..7 * 5 * 3).map(|i| (i * 91 % 256) as u8).collect();
+        let view = View::new(&pixels, 7, 5);
+        let mut out = vec![0; pixels.len()];
+        pil(view, (7, 5), Filter::Bicubic, &mut Vec::new(), &mut out);
+        assert_eq!(out, pixels);
+        tf_bilinear(view, (7, 5), |i, value| assert_eq!(value, f32::from(pixels[i])));
+        tf_area(view, (7, 5), |i, value| assert_eq!(value, f32::from(pixels[i])));
+    }
+
+    #[test]
+    fn covering_keeps_the_ratio_and_covers() {
+        assert_eq!(covering((375, 500), (224, 224)), (224, 298));
+        assert_eq!(covering((500, 375), (224, 224)), (298, 224));
+        assert_eq!(covering((100, 100), (32, 64)), (64, 64));
+        assert_eq!(covering((1, 5000), (8, 8)), (8, 40000));
+    }
+}
