@@ -321,3 +321,6 @@ fn validate(optim: &OptimSection) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
