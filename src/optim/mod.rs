@@ -326,3 +326,6 @@ fn validate(optim: &OptimSection) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
