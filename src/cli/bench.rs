@@ -26,8 +26,8 @@ pub struct Args {
     /// Samples per step
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: Option<u32>,
-    /// What to time
-    #[arg(long, value_enum, default_value_t = What::Train)]
+    /// What to time: train, infer, data or kernels
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = What::Train)]
     pub what: What,
     /// Time the whole, with this data set's loader
     #[arg(long, value_name = "DIR")]

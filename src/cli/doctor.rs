@@ -157,9 +157,11 @@ fn field(text: &str, name: &str) -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_string())
 }
 
-/// Whether `folder`, or the nearest parent that exists, may be written.
+/// Whether files can be made in `folder`, found out by making one: permissions alone do not tell (read-only and special
+/// file systems, root). The folder itself stays; a run would make it too.
 fn writable(folder: &Path) -> bool {
-    let existing = folder.ancestors().find(|p| p.exists() || p.as_os_str().is_empty());
-    let existing = existing.filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    existing.is_dir() && rustix::fs::access(existing, rustix::fs::Access::WRITE_OK).is_ok()
+    let probe = folder.join(format!(".doctor.{}", std::process::id()));
+    let written = fs::create_dir_all(folder).and_then(|()| fs::write(&probe, b"vitrum"));
+    let _ = fs::remove_file(&probe);
+    written.is_ok()
 }

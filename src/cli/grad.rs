@@ -17,7 +17,8 @@ pub struct Args {
     /// Where to write `logits`, `loss` and `grad/NAME`
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    #[arg(long, value_enum, default_value_t = LossKind::Softmax)]
+    /// softmax or sigmoid
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = LossKind::Softmax)]
     pub loss: LossKind,
     /// Targets become (1-S)·onehot + S/C
     #[arg(long, value_name = "S", default_value_t = 0.0)]

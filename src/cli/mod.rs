@@ -27,7 +27,7 @@ use crate::recipe::BUILT_IN;
 
 /// Pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
 #[derive(Parser)]
-#[command(name = "vitrum", version, disable_help_subcommand = true)]
+#[command(name = "vitrum", version)]
 #[command(
     after_help = "Start with `vitrum train`: it trains a small model on pictures that it draws itself."
 )]
@@ -90,8 +90,8 @@ pub struct Settings {
 /// Where to compute.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct On {
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    /// Where to compute: auto, cpu or cuda
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = Device::Auto)]
     pub device: Device,
 }
 

@@ -8,9 +8,8 @@ use crate::train::plan::Plan;
 #[derive(clap::Args)]
 #[command(after_help = super::built_in_help())]
 pub struct Args {
-    /// A built-in recipe or a .toml file
-    #[arg(default_value = "demo")]
-    pub recipe: String,
+    /// A built-in recipe or a .toml file [default: demo]
+    pub recipe: Option<String>,
     #[command(flatten)]
     pub settings: Settings,
     /// Print one JSON object
@@ -19,7 +18,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let loaded = Recipe::read(Some(&args.recipe), &args.settings.set)?;
+    let loaded = Recipe::read(args.recipe.as_deref(), &args.settings.set)?;
     loaded.notes.iter().for_each(|note| eprintln!("note: {note}"));
     show(&loaded.recipe, &loaded.name, args.json)
 }

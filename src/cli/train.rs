@@ -12,9 +12,8 @@ use crate::train;
 #[derive(clap::Args)]
 #[command(after_help = super::built_in_help())]
 pub struct Args {
-    /// A built-in recipe or a .toml file
-    #[arg(default_value = "demo")]
-    pub recipe: String,
+    /// A built-in recipe or a .toml file [default: demo]
+    pub recipe: Option<String>,
     #[command(flatten)]
     pub settings: Settings,
     /// The run's directory [default: runs/RECIPE-DATE]
@@ -34,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let loaded = Recipe::read(Some(&args.recipe), &args.settings.set)?;
+    let loaded = Recipe::read(args.recipe.as_deref(), &args.settings.set)?;
     let log = Log::stderr();
     loaded.notes.iter().for_each(|note| log.line(&format!("note: {note}")));
     if args.dry_run {

@@ -61,15 +61,18 @@ impl Recipe {
         let table = parse(&text, &source)?;
         let written = deserialize(&table)?;
         let (mut recipe, set) = override_table(table, overrides)?;
-        let notes = fit_warmup(&mut recipe, &written, &set)?;
-        recipe.validate()?;
+        let checked = fit_warmup(&mut recipe, &written, &set).and_then(|notes| {
+            recipe.validate()?;
+            Ok(notes)
+        });
+        let notes = checked.map_err(|e| quote(e, &text, &source, &set))?;
         Ok(Loaded { recipe, name, notes })
     }
 
     /// A recipe's text, as in a run directory; `source` names it in errors.
     pub fn from_toml(text: &str, source: &str) -> Result<Recipe> {
         let recipe = deserialize(&parse(text, source)?)?;
-        recipe.validate()?;
+        recipe.validate().map_err(|e| quote(e, text, source, &[]))?;
         Ok(recipe)
     }
 
@@ -117,11 +120,7 @@ fn parse(text: &str, source: &str) -> Result<Table> {
     })?;
     let located = |fault: Fault| {
         let span = locate(text, &fault.path, fault.at_key);
-        let error = Error::usage(place(text, source, span, fault.error.message()));
-        match fault.error.hint_text() {
-            Some(hint) => error.hint(hint),
-            None => error,
-        }
+        put(fault.error, |message| place(text, source, span, message))
     };
     for (section, alias, name) in ALIASES {
         let Some(Value::Table(keys)) = table.get_mut(section) else { continue };
@@ -142,6 +141,28 @@ fn parse(text: &str, source: &str) -> Result<Table> {
 
 fn deserialize(table: &Table) -> Result<Recipe> {
     Recipe::deserialize(table.clone()).map_err(|e| Error::usage(e.message()))
+}
+
+/// Shows the line that a complaint about a value is about, if it is the file's and not the command line's.
+fn quote(error: Error, text: &str, source: &str, set: &[String]) -> Error {
+    // Complaints start with the key: `` `train.batch` is 0 ``.
+    let key = literals(error.message()).into_iter().next().unwrap_or_default();
+    let key = key.split(" = ").next().unwrap_or_default();
+    let path: Vec<String> = key.split('.').map(str::to_string).collect();
+    let span = Some(path).filter(|p| p.len() > 1 && !set.iter().any(|s| s == key));
+    match span.and_then(|path| locate(text, &path, false)) {
+        Some(span) => put(error, |message| place(text, source, Some(span), message)),
+        None => error,
+    }
+}
+
+/// The same error with another message.
+fn put(error: Error, message: impl FnOnce(&str) -> String) -> Error {
+    let replaced = Error::usage(message(error.message()));
+    match error.hint_text() {
+        Some(hint) => replaced.hint(hint),
+        None => replaced,
+    }
 }
 
 /// `FILE, line L, column C: message`, and the line itself with a mark under the place.
@@ -385,7 +406,7 @@ fn wrong_value(path: &[String], value: &Value, message: &str) -> Error {
     let key = dotted(path);
     if let Some(words) = alternatives_of(path) {
         let given = value.as_str().map_or_else(|| describe(value), |text| format!("`{text}`"));
-        let known = format!("use {}", list(&words));
+        let known = format!("use one of {}", list(&words));
         let hint = match value.as_str().and_then(|text| nearest(text, &words)) {
             Some(word) => format!("did you mean `{word}`? {known}"),
             None => known,
@@ -408,8 +429,8 @@ fn wrong_value(path: &[String], value: &Value, message: &str) -> Error {
 fn describe(value: &Value) -> String {
     match value {
         Value::String(text) => format!("the text `{text}`"),
-        Value::Integer(number) => format!("the whole number {number}"),
-        Value::Float(number) => format!("the number {number}"),
+        Value::Integer(number) => number.to_string(),
+        Value::Float(number) => number.to_string(),
         Value::Boolean(truth) => format!("`{truth}`"),
         Value::Datetime(date) => format!("the date {date}"),
         Value::Array(_) => "a list".into(),
@@ -429,18 +450,15 @@ fn dotted(path: &[String]) -> String {
     text
 }
 
-/// `` `a`, `b` or `c` ``
+/// `` `a`, `b`, `c` ``
 fn list<S: AsRef<str>>(words: &[S]) -> String {
     let quoted: Vec<String> = words.iter().map(|word| format!("`{}`", word.as_ref())).collect();
-    match quoted.split_last() {
-        Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
-        _ => quoted.concat(),
-    }
+    quoted.join(", ")
 }
 
 fn nearest<S: AsRef<str>>(word: &str, known: &[S]) -> Option<String> {
     let scored = known.iter().map(|k| (strsim::jaro_winkler(word, k.as_ref()), k.as_ref()));
-    scored.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score >= 0.75).map(|(_, k)| k.to_string())
+    scored.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(score, _)| *score >= 0.8).map(|(_, k)| k.to_string())
 }
 
 fn lower_first(text: &str) -> String {
@@ -499,4 +517,45 @@ fn lengths(recipe: &Recipe) -> Option<(u64, u64, u64)> {
         Some(total) => known(total, run?)?,
     };
     Some((total, known(recipe.schedule.warmup, total)?, known(recipe.schedule.cooldown, total)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(text: &str) -> Vec<String> {
+        text.split('.').map(str::to_string).collect()
+    }
+
+    /// The answers that this file reads out of serde's messages.
+    #[test]
+    fn the_types_tell_their_keys_and_alternatives() {
+        let sections = keys_of(&[]).unwrap();
+        assert_eq!(sections, ["model", "data", "augment", "optim", "schedule", "loss", "train", "eval"]);
+        assert!(keys_of(&path("train")).unwrap().contains(&"steps".to_string()));
+        assert!(keys_of(&path("optim.groups.[0]")).unwrap().contains(&"lr_mult".to_string()));
+        assert_eq!(keys_of(&path("train.steps")), None);
+        assert_eq!(alternatives_of(&path("model.pool")).unwrap(), ["token", "gap", "map"]);
+        assert_eq!(alternatives_of(&path("data.train")), None);
+    }
+
+    #[test]
+    fn every_key_that_a_default_recipe_writes_is_known() {
+        let known: Vec<String> = all_keys().iter().map(|k| dotted(k)).collect();
+        let table = Table::try_from(Recipe::default()).unwrap();
+        for (section, keys) in table {
+            for key in keys.as_table().unwrap().keys() {
+                assert!(known.contains(&format!("{section}.{key}")), "{section}.{key}");
+            }
+        }
+        assert!(known.contains(&"optim.groups[0].schedule.kind".to_string()));
+    }
+
+    #[test]
+    fn aliases_name_keys_that_exist_and_are_no_keys_themselves() {
+        for (section, alias, name) in ALIASES {
+            let keys = keys_of(&path(section)).unwrap();
+            assert!(keys.contains(&name.to_string()) && !keys.contains(&alias.to_string()), "{alias}");
+        }
+    }
 }

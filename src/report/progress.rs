@@ -42,12 +42,13 @@ impl Progress {
             Some(bar) => {
                 self.log.file_line(&text);
                 bar.set_position(line.step);
+                // A narrow terminal cuts the end off: the pace is the least of it.
                 bar.set_message(format!(
-                    "loss {:.4}   top-1 {}   {}   eta {}",
+                    "loss {:.4}  top-1 {}  eta {}  {}",
                     line.loss,
                     format::percent(line.top1),
-                    format::rate(line.img_per_s),
                     format::seconds(self.eta(line.step)),
+                    format::rate(line.img_per_s),
                 ));
             }
         }
@@ -79,7 +80,7 @@ impl Drop for Progress {
 }
 
 fn bar(total: u64, start: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("step {pos}/{len}  {bar:24}  {wide_msg}")
+    let style = ProgressStyle::with_template("step {pos}/{len} {bar:12} {wide_msg}")
         .expect("the template is well formed")
         .progress_chars("━╸─");
     // Five frames a second are enough to see it move.
