@@ -384,14 +384,17 @@ impl JaxTensor {
     }
 }
 
-/// Three steps of our Adafactor over a whole model; returns (weights, first moments as f32).
+/// Sees the step, the weights, their EMA, and the rates and tensors of the update.
+type StepDone<'a> = dyn FnMut(u64, &[f32], &[f32], &[GroupScalars], &[Segment]) + 'a;
+
+/// Three steps of our Adafactor over a whole model; returns the weights.
 fn run_adafactor(
     optim: &OptimSection,
     config: &ModelConfig,
     layout: &ParamLayout,
     isa: Isa,
     threads: usize,
-    step_done: &mut dyn FnMut(u64, &[f32], &[f32], &[GroupScalars], &[Segment]),
+    step_done: &mut StepDone,
 ) -> Vec<f32> {
     let c = Compute::new(isa, threads).unwrap();
     let mut o = Optimizer::new(optim, &linear(), layout, config, RUN).unwrap();
