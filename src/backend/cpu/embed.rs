@@ -109,7 +109,7 @@ fn drop_out(shape: Shape, r: usize, row: &mut [f32], factors: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::cpu::testing::*;
+    use crate::backend::cpu::testbed::*;
     use crate::backend::mask::BoundMask;
     use crate::backend::{Backend, Embed, Mask};
 
@@ -148,7 +148,7 @@ mod tests {
         for (shape, rate) in shapes.into_iter().flat_map(|s| [(s, 0.0), (s, 0.3)]) {
             let (samples, tokens, extra, first, width) = shape;
             let rows = samples * tokens;
-            let mut b = Bench::new(samples);
+            let mut b = Testbed::new(samples);
             b.micro.first = 2;
             let (x, d_y) = (normal(1, rows * width, 1.0), normal(2, rows * width, 1.0));
             let (bias, posemb) = (normal(3, width, 1.0), normal(4, (tokens - first) * width, 1.0));
@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn frozen_parts_get_no_gradient_and_others_add_up() {
         let (samples, tokens, width) = (3, 5, 48);
-        let mut b = Bench::new(samples);
+        let mut b = Testbed::new(samples);
         b.micro.accumulate = true;
         let start = normal(1, tokens * width, 1.0);
         let d_posemb = b.put(tokens, width, &start);

@@ -205,14 +205,14 @@ fn back(
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::cpu::testing::*;
+    use crate::backend::cpu::testbed::*;
     use crate::backend::mask::BoundMask;
     use crate::backend::{Backend, Branch, Join, Mask, Mat, Norm, Stats};
 
     const SHAPES: [(usize, usize, usize); 6] =
         [(1, 1, 5), (3, 5, 48), (3, 65, 192), (2, 197, 48), (65, 1, 192), (5, 65, 5)];
 
-    fn norm(b: &mut Bench, width: usize, eps: f32) -> (Norm, Vec<f32>, Vec<f32>) {
+    fn norm(b: &mut Testbed, width: usize, eps: f32) -> (Norm, Vec<f32>, Vec<f32>) {
         let gamma: Vec<f32> = normal(1, width, 0.3).iter().map(|v| v + 1.0).collect();
         let beta = normal(2, width, 0.3);
         let norm = Norm {
@@ -243,7 +243,7 @@ mod tests {
     fn every_gradient_is_the_slope_of_the_f64_function() {
         for (samples, tokens, width) in SHAPES {
             let rows = samples * tokens;
-            let mut b = Bench::new(samples);
+            let mut b = Testbed::new(samples);
             let (norm, gamma, beta) = norm(&mut b, width, 1e-6);
             let (x, d_y, above) =
                 (normal(3, rows * width, 2.0), normal(4, rows * width, 1.0), normal(5, rows * width, 1.0));
@@ -279,7 +279,7 @@ mod tests {
     }
 
     /// `base + drop_path(scale ∘ dropout(branch))` in f64, written from the contract.
-    fn joined(b: &Bench, drawn: &Drawn, base: &[f64], branch: &[f64], scale: &[f64]) -> Vec<f64> {
+    fn joined(b: &Testbed, drawn: &Drawn, base: &[f64], branch: &[f64], scale: &[f64]) -> Vec<f64> {
         let bind = |mask| BoundMask::new(mask, b.keys, b.micro);
         let (dropout, path, width) = (bind(drawn.dropout), bind(drawn.drop_path), scale.len());
         (0..base.len())
@@ -292,7 +292,7 @@ mod tests {
             .collect()
     }
 
-    fn branch(b: &mut Bench, drawn: &Drawn, rows: usize, base: &[f32], branch: &[f32]) -> (Branch, Mat) {
+    fn branch(b: &mut Testbed, drawn: &Drawn, rows: usize, base: &[f32], branch: &[f32]) -> (Branch, Mat) {
         let width = drawn.scale.len();
         let d_scale = b.room(1, width);
         let scale = b.put(1, width, &drawn.scale);
@@ -314,7 +314,7 @@ mod tests {
             SHAPES.into_iter().flat_map(|s| rates.map(|r| (s, r)))
         {
             let rows = samples * tokens;
-            let mut b = Bench::new(samples);
+            let mut b = Testbed::new(samples);
             let drawn = Drawn {
                 scale: normal(6, width, 0.5),
                 dropout: Mask { rate: dropout, site: 4 },
@@ -357,7 +357,7 @@ mod tests {
     fn the_residual_alone_gives_what_it_gives_in_front_of_a_norm() {
         let (samples, tokens, width) = (3, 65, 48);
         let rows = samples * tokens;
-        let mut b = Bench::new(samples);
+        let mut b = Testbed::new(samples);
         b.micro.accumulate = true;
         let drawn = Drawn {
             scale: normal(6, width, 0.5),
@@ -397,7 +397,7 @@ mod tests {
     #[test]
     fn gradients_add_up_over_micro_batches() {
         let (rows, width) = (130, 48);
-        let mut b = Bench::new(rows);
+        let mut b = Testbed::new(rows);
         let (norm, ..) = norm(&mut b, width, 1e-6);
         let join = Join::Ready(b.put(rows, width, &normal(3, rows * width, 1.0)));
         let stats = Stats { mean: b.room(rows, 1), rstd: b.room(rows, 1) };
@@ -427,7 +427,7 @@ mod tests {
             let get = |name: &str| file.f32(&format!("ln{i}.{name}"));
             let shape = file.shape(&format!("ln{i}.x"));
             let (rows, width) = (shape[0], shape[1]);
-            let mut b = Bench::new(rows);
+            let mut b = Testbed::new(rows);
             let norm = Norm {
                 gamma: b.put(1, width, &get("scale")),
                 beta: b.put(1, width, &get("bias")),

@@ -166,13 +166,13 @@ fn hits(z: &[f32], truth: impl Fn(usize) -> bool) -> (f32, f32) {
 #[cfg(test)]
 mod tests {
     use crate::backend::cpu::compute::Isa;
-    use crate::backend::cpu::testing::*;
+    use crate::backend::cpu::testbed::*;
     use crate::backend::{Backend, Loss, LossKind, Mat, Pixels, Slot, SlotLayout, TargetKind};
     use crate::rng::{Domain, Stream};
 
     fn slot(samples: usize, targets: TargetKind) -> Slot {
         let layout = SlotLayout { samples, image: (1, 1), pixels: Pixels::U8, targets };
-        Bench::new(samples).backend(Isa::Scalar, 1).new_slot(layout).unwrap()
+        Testbed::new(samples).backend(Isa::Scalar, 1).new_slot(layout).unwrap()
     }
 
     fn labelled(labels: &[i32]) -> Slot {
@@ -203,7 +203,7 @@ mod tests {
 
     /// Runs the loss both ways, in place and beside the logits, and shows (d_logits, samples).
     fn check(
-        b: &mut Bench,
+        b: &mut Testbed,
         logits: &[f32],
         classes: usize,
         loss: Loss,
@@ -262,7 +262,7 @@ mod tests {
                         (0..classes).map(|c| (1.0 - s) * mixed(c) + s / classes as f64).collect()
                     };
 
-                    let mut b = Bench::new(samples);
+                    let mut b = Testbed::new(samples);
                     (b.micro.first, b.micro.mean_over) = (2, 9);
                     let loss = Loss { kind, label_smoothing: smoothing };
                     check(&mut b, &logits, classes, loss, make, |d_logits, result| {
@@ -302,7 +302,7 @@ mod tests {
             slot.lambda_mut().fill(0.4);
             slot
         };
-        let mut b = Bench::new(8);
+        let mut b = Testbed::new(8);
         let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
         check(&mut b, logits.as_flattened(), 7, loss, make, |d_logits, result| {
             let got: Vec<_> = result.chunks(3).map(|r| (r[1] as i32, r[2] as i32)).collect();
@@ -315,7 +315,7 @@ mod tests {
     fn several_true_classes_each_count_as_a_hit() {
         let logits = [[1.0, 3.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0]];
         let targets = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0];
-        let mut b = Bench::new(3);
+        let mut b = Testbed::new(3);
         let loss = Loss { kind: LossKind::Sigmoid, label_smoothing: 0.0 };
         check(
             &mut b,
@@ -333,7 +333,7 @@ mod tests {
     #[test]
     fn a_logit_that_is_no_number_makes_a_loss_that_is_none() {
         for kind in [LossKind::Softmax, LossKind::Sigmoid] {
-            let mut b = Bench::new(1);
+            let mut b = Testbed::new(1);
             let loss = Loss { kind, label_smoothing: 0.1 };
             check(
                 &mut b,
@@ -350,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_label_outside_the_classes_is_an_error() {
-        let mut b = Bench::new(2);
+        let mut b = Testbed::new(2);
         let (z, samples): (Mat, Mat) = (b.put(2, 3, &[0.0; 6]), b.room(2, 3));
         let mut backend = b.backend(Isa::Scalar, 1);
         backend.bind_batch(labelled(&[1, 3])).unwrap();
@@ -379,7 +379,7 @@ mod tests {
                     None => labelled(&labels),
                     Some(name) => dense(&get(name), classes),
                 };
-                let mut b = Bench::new(samples);
+                let mut b = Testbed::new(samples);
                 let loss = Loss { kind, label_smoothing };
                 check(&mut b, &get("logits"), classes, loss, make, |d_logits, result| {
                     let expected = |name: &str| file.f64(&format!("l{i}.{case}.{name}"));

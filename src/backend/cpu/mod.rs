@@ -5,22 +5,28 @@
 //! the machine has ([`compute::Isa`]).
 
 mod arenas;
+pub mod attention;
 pub mod compute;
 mod embed;
-mod interim;
+pub mod gemm;
 mod layernorm;
 mod loss;
+pub mod math;
 mod patchify;
 mod pool;
+pub mod probe_attention;
 mod residual;
+pub mod simd;
 mod sums;
 #[cfg(test)]
+mod testbed;
+#[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 pub mod update;
 mod vectorise;
 pub mod view;
-
-use interim::{attention, gemm, probe_attention};
 
 use arenas::{Access, Arenas};
 use compute::{Compute, Isa};
@@ -282,7 +288,7 @@ impl Backend for CpuBackend {
                 let residual = if residual == y {
                     gemm::Residual::InPlace
                 } else {
-                    gemm::Residual::Rows(a.read(residual))
+                    gemm::Residual::From(a.read(residual))
                 };
                 gemm::Epilogue::BiasResidual { bias, residual }
             }
@@ -576,7 +582,7 @@ impl Backend for CpuBackend {
                 update::Moment1::F32(bytemuck::cast_slice_mut(arenas.moment1))
             },
             moment2: arenas.moment2,
-            ema: Some(arenas.ema).filter(|ema| !ema.is_empty()),
+            ema: update.ema_decay.map(|_| arenas.ema),
         };
         self.outcome = update::update(&self.compute, update, buffers, loss_is_finite);
         Ok(())

@@ -142,7 +142,7 @@ impl Mix {
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::cpu::testing::*;
+    use crate::backend::cpu::testbed::*;
     use crate::backend::{
         Backend, Linear, Micro, MixBox, Normalise, PatchGrid, Pixels, Slot, SlotLayout, TargetKind,
     };
@@ -152,7 +152,7 @@ mod tests {
 
     fn slot(samples: usize, image: (usize, usize), pixels: Pixels) -> Slot {
         let layout = SlotLayout { samples, image, pixels, targets: TargetKind::Labels };
-        let bench = Bench::new(samples);
+        let bench = Testbed::new(samples);
         let mut slot = bench.backend(crate::backend::cpu::compute::Isa::Scalar, 1).new_slot(layout).unwrap();
         let mut stream = Stream::new(1, Domain::Demo, 0, 0);
         match pixels {
@@ -199,7 +199,7 @@ mod tests {
                     slot.boxes_mut()[4] = MixBox { y0: 2, x0: 3, y1: 2, x1: 4 }; // empty
                     slot
                 };
-                let mut b = Bench::new(samples - 1);
+                let mut b = Testbed::new(samples - 1);
                 b.micro.first = 1;
                 let patches = b.room((samples - 1) * grid.tokens(), grid.patch_len());
                 let run = |k: &mut crate::backend::cpu::CpuBackend| {
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn inception_values_are_those_of_the_reference_systems_to_the_bit() {
-        let (grid, mut b) = (PatchGrid { image: (16, 16), patch: (16, 16), extra: 0 }, Bench::new(1));
+        let (grid, mut b) = (PatchGrid { image: (16, 16), patch: (16, 16), extra: 0 }, Testbed::new(1));
         let patches = b.room(1, grid.patch_len());
         let make = || {
             let mut slot = slot(1, grid.image, Pixels::U8);
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_bound_batch_comes_back_when_the_next_is_bound() {
-        let bench = Bench::new(2);
+        let bench = Testbed::new(2);
         let mut backend = bench.backend(crate::backend::cpu::compute::Isa::Scalar, 1);
         let mut first = slot(2, (4, 4), Pixels::U8);
         first.position = 7;
@@ -274,7 +274,7 @@ mod tests {
             let ours: Vec<f32> = (0..width * len).map(|i| w[i % len * width + i / len]).collect();
             let rows = samples * grid.patches();
 
-            let mut b = Bench::new(samples);
+            let mut b = Testbed::new(samples);
             b.micro = Micro { first: 0, ..b.micro };
             let linear = Linear {
                 weight: b.put(width, len, &ours),

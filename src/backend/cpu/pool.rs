@@ -44,7 +44,7 @@ pub(super) fn backward(c: &Compute, pool: Pool, d_y: Rows, d_x: RowsMut, fresh: 
 
 #[cfg(test)]
 mod tests {
-    use crate::backend::cpu::testing::*;
+    use crate::backend::cpu::testbed::*;
     use crate::backend::{Backend, Pool};
 
     #[test]
@@ -58,7 +58,7 @@ mod tests {
             ];
             for pool in pools {
                 let n = samples * tokens * width;
-                let mut b = Bench::new(samples);
+                let mut b = Testbed::new(samples);
                 let (x, d_y, above) = (normal(1, n, 1.0), normal(2, samples * width, 1.0), normal(3, n, 1.0));
                 let (x_mat, y) = (b.put(samples * tokens, width, &x), b.room(samples, width));
                 let d_y_mat = b.put(samples, width, &d_y);

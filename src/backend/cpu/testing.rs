@@ -1,178 +1,124 @@
-//! What the tests of the operations share: a bench to lay operands on, reference files, and error measures.
+//! What the kernels' tests share: matrices with guarded padding, numbers, and the reference files.
 
-use super::CpuBackend;
+use std::path::PathBuf;
+
 use super::compute::{Compute, Isa};
-use crate::backend::{Backend, Dtype, Mat, MemoryPlan, Micro, StepKeys};
-use crate::rng::{Domain, Stream};
+use super::view::{Rows, RowsMut};
 
-/// Operands of one operation, and where they lie.
-pub(super) struct Bench {
-    plan: MemoryPlan,
-    operands: Vec<(Mat, Vec<f32>)>,
-    pub(super) keys: StepKeys,
-    pub(super) micro: Micro,
+/// Uniform values in [-1, 1), a function of the seed.
+pub(crate) struct Numbers(u64);
+
+impl Numbers {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+    pub(crate) fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 40) as f32) / (1u32 << 23) as f32 - 1.0
+    }
+    pub(crate) fn vec(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.next()).collect()
+    }
 }
 
-impl Bench {
-    pub(super) fn new(samples: usize) -> Self {
-        Self {
-            plan: MemoryPlan::new(),
-            operands: Vec::new(),
-            keys: StepKeys { seed: 3, step: 17 },
-            micro: Micro { first: 0, samples, global_first: 40, accumulate: false, mean_over: samples },
+/// A matrix whose rows are `gap` apart. The gaps hold NaN: reading them shows, and [`Matrix::values`] checks that
+/// nothing was written there.
+#[derive(Clone, Debug)]
+pub(crate) struct Matrix {
+    pub(crate) data: Vec<f32>,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    ld: usize,
+}
+
+impl Matrix {
+    pub(crate) fn from_values(values: &[f32], rows: usize, cols: usize, gap: usize) -> Self {
+        let ld = cols + gap;
+        let mut data = vec![f32::NAN; rows * ld];
+        for r in 0..rows {
+            data[r * ld..r * ld + cols].copy_from_slice(&values[r * cols..(r + 1) * cols]);
         }
+        Self { data, rows, cols, ld }
     }
-
-    /// A matrix with these values.
-    pub(super) fn put(&mut self, rows: usize, cols: usize, values: &[f32]) -> Mat {
-        assert_eq!(values.len(), rows * cols);
-        let mat = self.plan.activation("operand", rows, cols, Dtype::F32);
-        self.operands.push((mat, values.to_vec()));
-        mat
+    pub(crate) fn random(numbers: &mut Numbers, rows: usize, cols: usize, gap: usize) -> Self {
+        Self::from_values(&numbers.vec(rows * cols), rows, cols, gap)
     }
-
-    /// A matrix for results, which starts full of NaN.
-    pub(super) fn room(&mut self, rows: usize, cols: usize) -> Mat {
-        self.put(rows, cols, &vec![f32::NAN; rows * cols])
+    pub(crate) fn rows(&self) -> Rows<'_> {
+        Rows::new(&self.data, self.rows, self.cols, self.ld)
     }
-
-    /// Runs an operation for every instruction set with 1, 2 and 3 threads, demands the same bits of all three, and
-    /// shows the results of each instruction set to `check`.
-    pub(super) fn everywhere(
-        &self,
-        results: &[Mat],
-        run: impl Fn(&mut CpuBackend),
-        check: impl Fn(&[Vec<f32>]),
-    ) {
-        for isa in Isa::available() {
-            let of = |threads| -> Vec<Vec<f32>> {
-                let mut backend = self.backend(isa, threads);
-                run(&mut backend);
-                results.iter().map(|mat| take(&mut backend, *mat)).collect()
-            };
-            let one = of(1);
-            for threads in [2, 3] {
-                let same = bits(&one) == bits(&of(threads));
-                assert!(same, "{} with {threads} threads gives other bits than with one", isa.name());
-            }
-            check(&one);
+    pub(crate) fn rows_mut(&mut self) -> RowsMut<'_> {
+        RowsMut::new(&mut self.data, self.rows, self.cols, self.ld)
+    }
+    pub(crate) fn at(&self, r: usize, c: usize) -> f64 {
+        assert!(c < self.cols);
+        self.data[r * self.ld + c] as f64
+    }
+    /// The values without the gaps, which must be as they were.
+    pub(crate) fn values(&self) -> Vec<f32> {
+        let mut out = Vec::with_capacity(self.rows * self.cols);
+        for row in self.data.chunks(self.ld) {
+            out.extend_from_slice(&row[..self.cols]);
+            assert!(row[self.cols..].iter().all(|x| x.is_nan()), "something was written between two rows");
         }
+        out
     }
+}
 
-    /// A backend that holds the operands.
-    pub(super) fn backend(&self, isa: Isa, threads: usize) -> CpuBackend {
-        let mut backend = CpuBackend::with(Compute::new(isa, threads).unwrap());
-        backend.allocate(&self.plan).unwrap();
-        for (mat, values) in &self.operands {
-            backend.write(*mat, values).unwrap();
+/// Runs `work` with every instruction set on 1, 2 and 3 threads; all results of an instruction set must have the bits
+/// of the first. Calls `check` with one result per instruction set.
+pub(crate) fn on_every_isa(work: impl Fn(&Compute) -> Vec<f32>, check: impl Fn(Isa, &[f32])) {
+    for isa in Isa::available() {
+        let results = [1, 2, 3].map(|threads| work(&Compute::new(isa, threads).unwrap()));
+        for (i, result) in results.iter().enumerate() {
+            let same = results[0].iter().zip(result).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same && results[0].len() == result.len(), "{isa:?}: {} threads change bits", i + 1);
         }
-        backend.begin_step(self.keys).unwrap();
-        backend.begin_micro(self.micro).unwrap();
-        backend
+        check(isa, &results[0]);
     }
 }
 
-/// The values of a matrix.
-pub(super) fn take(backend: &mut CpuBackend, mat: Mat) -> Vec<f32> {
-    let mut values = vec![0.0; mat.rows * mat.cols];
-    backend.read(mat, &mut values).unwrap();
-    values
+/// `|got - want|₂ / |want|₂`
+pub(crate) fn rel_l2(got: &[f32], want: impl IntoIterator<Item = f64>) -> f64 {
+    let (mut error, mut norm, mut n) = (0.0, 0.0, 0);
+    for (want, got) in want.into_iter().zip(got) {
+        error += (*got as f64 - want).powi(2);
+        norm += want.powi(2);
+        n += 1;
+    }
+    assert_eq!(n, got.len(), "lengths differ");
+    (error / f64::max(norm, f64::MIN_POSITIVE)).sqrt()
 }
 
-fn bits(results: &[Vec<f32>]) -> Vec<Vec<u32>> {
-    results.iter().map(|values| values.iter().map(|v| v.to_bits()).collect()).collect()
+/// A folder of the reference data; says so and gives None where it is absent.
+pub(crate) fn reference(folder: &str) -> Option<PathBuf> {
+    let root = std::env::var_os("VITRUM_REFERENCE")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/reference")));
+    let path = root.join(folder);
+    if !path.is_dir() {
+        println!("skipped: no reference data at {}", path.display());
+        return None;
+    }
+    Some(path)
 }
 
-/// `n` standard normal values times `scale`; `tag` tells tensors apart.
-pub(super) fn normal(tag: u64, n: usize, scale: f32) -> Vec<f32> {
-    let mut stream = Stream::new(11, Domain::Init, tag, n as u64);
-    (0..n).map(|_| scale * stream.normal() as f32).collect()
-}
+/// A safetensors file of f32 tensors.
+pub(crate) struct Tensors(Vec<u8>);
 
-pub(super) fn wide(values: &[f32]) -> Vec<f64> {
-    values.iter().map(|v| f64::from(*v)).collect()
-}
-
-/// `|got - expected|₂ / |expected|₂`
-pub(super) fn rel_l2(got: &[f32], expected: &[f64]) -> f64 {
-    assert_eq!(got.len(), expected.len());
-    let of = |terms: &mut dyn Iterator<Item = f64>| terms.map(|t| t * t).sum::<f64>().sqrt();
-    let error = of(&mut got.iter().zip(expected).map(|(g, e)| f64::from(*g) - e));
-    error / of(&mut expected.iter().copied()).max(f64::MIN_POSITIVE)
-}
-
-#[track_caller]
-pub(super) fn assert_close(what: &str, got: &[f32], expected: &[f64], tolerance: f64) {
-    let error = rel_l2(got, expected);
-    assert!(error <= tolerance, "{what}: relative error {error:.2e}, allowed {tolerance:.0e}");
-}
-
-/// Compares a gradient with central differences of an f64 function of that input, at elements spread over it.
-#[track_caller]
-pub(super) fn assert_gradient(what: &str, at: &[f32], gradient: &[f32], f: impl Fn(&[f64]) -> f64) {
-    assert_eq!(at.len(), gradient.len(), "{what}");
-    let largest = gradient.iter().fold(0.0f32, |m, g| m.max(g.abs()));
-    let mut point = wide(at);
-    let checks = at.len().min(9);
-    for i in 0..checks {
-        let element = (i * at.len() / checks + 7 * i) % at.len();
-        let (x, h) = (point[element], 1e-4);
-        point[element] = x + h;
-        let above = f(&point);
-        point[element] = x - h;
-        let below = f(&point);
-        point[element] = x;
-        let expected = (above - below) / (2.0 * h);
-        let error = (f64::from(gradient[element]) - expected).abs();
-        let allowed = 2e-5 * f64::from(largest) + 1e-7;
-        assert!(error <= allowed, "{what}[{element}]: {} instead of {expected}", gradient[element]);
+impl Tensors {
+    pub(crate) fn open(path: &std::path::Path) -> Self {
+        Self(std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
     }
-}
-
-/// A file of reference values, or `None` after a printed line where the folder is absent.
-pub(super) struct Reference(Vec<u8>);
-
-impl Reference {
-    pub(super) fn open(path: &str) -> Option<Self> {
-        let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/reference");
-        let folder = std::env::var("VITRUM_REFERENCE").unwrap_or_else(|_| default.into());
-        let file = std::path::Path::new(&folder).join(path);
-        match std::fs::read(&file) {
-            Ok(bytes) => Some(Self(bytes)),
-            Err(e) => {
-                println!("skipped: {}: {e}", file.display());
-                None
-            }
-        }
+    pub(crate) fn names(&self) -> Vec<String> {
+        let file = safetensors::SafeTensors::deserialize(&self.0).unwrap();
+        file.names().into_iter().map(|n| n.to_string()).collect()
     }
-
-    fn tensors(&self) -> safetensors::SafeTensors<'_> {
-        safetensors::SafeTensors::deserialize(&self.0).unwrap()
-    }
-
-    pub(super) fn has(&self, name: &str) -> bool {
-        self.tensors().tensor(name).is_ok()
-    }
-
-    pub(super) fn shape(&self, name: &str) -> Vec<usize> {
-        self.tensors().tensor(name).unwrap().shape().to_vec()
-    }
-
-    pub(super) fn f32(&self, name: &str) -> Vec<f32> {
-        let tensors = self.tensors();
-        let tensor = tensors.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!(tensor.dtype(), safetensors::Dtype::F32, "{name}");
-        bytemuck::pod_collect_to_vec(tensor.data())
-    }
-
-    pub(super) fn i32(&self, name: &str) -> Vec<i32> {
-        let tensors = self.tensors();
-        let tensor = tensors.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!(tensor.dtype(), safetensors::Dtype::I32, "{name}");
-        bytemuck::pod_collect_to_vec(tensor.data())
-    }
-
-    pub(super) fn f64(&self, name: &str) -> Vec<f64> {
-        wide(&self.f32(name))
+    /// Shape and values.
+    pub(crate) fn get(&self, name: &str) -> (Vec<usize>, Vec<f32>) {
+        let file = safetensors::SafeTensors::deserialize(&self.0).unwrap();
+        let tensor = file.tensor(name).unwrap_or_else(|e| panic!("`{name}`: {e}"));
+        assert_eq!(tensor.dtype(), safetensors::Dtype::F32, "`{name}`");
+        let values = tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+        (tensor.shape().to_vec(), values.collect())
     }
 }
