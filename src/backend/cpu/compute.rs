@@ -1,6 +1,8 @@
 //! How the CPU backend computes: which instruction set, and which threads.
 
-use std::sync::OnceLock;
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{At, Error, Result};
 
@@ -81,6 +83,9 @@ impl Isa {
 pub struct Compute {
     pub isa: Isa,
     pool: rayon::ThreadPool,
+    /// Idle scratch buffers. They only grow, so that a step allocates nothing once each operation has run.
+    idle: Mutex<Vec<Vec<Line>>>,
+    scratch_bytes: AtomicUsize,
 }
 
 impl Compute {
@@ -93,11 +98,17 @@ impl Compute {
             .thread_name(|i| format!("compute-{i}"))
             .build()
             .at("cannot start the compute threads")?;
-        Ok(Self { isa, pool })
+        Ok(Self { isa, pool, idle: Mutex::new(Vec::new()), scratch_bytes: AtomicUsize::new(0) })
     }
 
     pub fn threads(&self) -> usize {
         self.pool.current_num_threads()
+    }
+
+    /// Runs `work` on a thread of the pool. Operations called from inside start at once, without waking the pool from
+    /// outside each time: wrap a whole step.
+    pub fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        if self.threads() == 1 { work() } else { self.pool.install(work) }
     }
 
     /// Runs `job(i)` for every `i` in `0..n`, in any order, on the pool.
@@ -118,5 +129,63 @@ impl Compute {
         } else {
             self.pool.install(|| items.into_par_iter().with_max_len(1).for_each(job));
         }
+    }
+
+    /// A buffer of at least `len` values with unspecified contents, aligned to 64 bytes; it returns when dropped.
+    pub fn scratch(&self, len: usize) -> Scratch<'_> {
+        let lines = len.div_ceil(LINE);
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        // The smallest that is large enough, else the largest, which then grows.
+        let best = (0..idle.len()).min_by_key(|&i| {
+            let held = idle[i].len();
+            if held >= lines { (0, held) } else { (1, usize::MAX - held) }
+        });
+        let mut buffer = best.map(|i| idle.swap_remove(i)).unwrap_or_default();
+        drop(idle);
+        if buffer.len() < lines {
+            self.scratch_bytes.fetch_add((lines - buffer.len()) * size_of::<Line>(), Ordering::Relaxed);
+            // A new allocation: growing in place would copy contents that nobody needs.
+            buffer = vec![Line([0.0; LINE]); lines];
+        }
+        Scratch { owner: self, buffer, len }
+    }
+
+    /// Bytes of all scratch buffers, idle or in use.
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch_bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// Values of a cache line.
+const LINE: usize = 16;
+
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([f32; LINE]);
+
+/// A buffer borrowed from [`Compute::scratch`].
+pub struct Scratch<'a> {
+    owner: &'a Compute,
+    buffer: Vec<Line>,
+    len: usize,
+}
+
+impl Deref for Scratch<'_> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        &bytemuck::cast_slice(&self.buffer)[..self.len]
+    }
+}
+
+impl DerefMut for Scratch<'_> {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut bytemuck::cast_slice_mut(&mut self.buffer)[..self.len]
+    }
+}
+
+impl Drop for Scratch<'_> {
+    fn drop(&mut self) {
+        let buffer = std::mem::take(&mut self.buffer);
+        self.owner.idle.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
     }
 }

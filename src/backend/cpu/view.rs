@@ -91,3 +91,43 @@ impl<'a> RowsMut<'a> {
         out
     }
 }
+
+/// A matrix that many tasks write at once, each its own elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<'a> {
+    at: *mut f32,
+    rows: usize,
+    cols: usize,
+    pub(crate) ld: usize,
+    owner: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it only hands out a pointer; whoever writes through it promises to touch elements that no other task touches.
+unsafe impl Send for Shared<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    pub(crate) fn new(m: RowsMut<'a>) -> Self {
+        Self {
+            at: m.data.as_mut_ptr(),
+            rows: m.rows,
+            cols: m.cols,
+            ld: m.ld,
+            owner: std::marker::PhantomData,
+        }
+    }
+
+    /// Where the matrix begins.
+    #[inline(always)]
+    pub(crate) fn base(&self) -> *mut f32 {
+        self.at
+    }
+
+    /// The element's place. Valid for the rest of the matrix from there on; no other task may touch what is written.
+    #[inline(always)]
+    pub(crate) fn at(&self, r: usize, c: usize) -> *mut f32 {
+        debug_assert!(r < self.rows && c < self.cols);
+        self.at.wrapping_add(r * self.ld + c)
+    }
+}

@@ -1,0 +1,117 @@
+//! Copies matrices into the panels that the micro-kernel streams.
+//!
+//! A packed right matrix of depth k is cut into panels of `NR = 2·LANES` columns; the last one is a single vector wide
+//! if that is enough. Panel j starts at `j·k`, its rows follow each other, and columns past the end are zero.
+
+use crate::backend::cpu::gemm::tile::panel_vectors;
+use crate::backend::cpu::simd::Simd;
+
+/// Values of a packed right matrix.
+pub fn packed_len<S: Simd>(k: usize, n: usize) -> usize {
+    k * n.next_multiple_of(S::LANES)
+}
+
+/// Packs the panels of `columns` (from a panel's start) of the matrix `B[k, n]` whose element `B[k, j]` is
+/// `from[j·ld + k]`: a weight `[out, in]`, or the keys of an attention head.
+/// # Safety
+/// `from` must be valid for n rows of k values, `to` for [`packed_len`] values.
+#[inline(always)]
+pub unsafe fn pack_transposed<S: Simd>(
+    s: S,
+    from: *const f32,
+    ld: usize,
+    k: usize,
+    n: usize,
+    columns: std::ops::Range<usize>,
+    to: *mut f32,
+) {
+    let mut start = columns.start;
+    while start < columns.end {
+        let width = panel_vectors::<S>(n - start) * S::LANES;
+        let cols = width.min(n - start);
+        // SAFETY: the panel lies at start·k and holds k rows of `width`; sources are rows start..start+cols.
+        unsafe {
+            let (from, to) = (from.add(start * ld), to.add(start * k));
+            let (whole_cols, whole_k) = (cols / 8 * 8, k / 8 * 8);
+            for k0 in (0..whole_k).step_by(8) {
+                for j in (0..whole_cols).step_by(8) {
+                    s.transpose8(from.add(j * ld + k0), ld, to.add(k0 * width + j), width);
+                }
+            }
+            for j in 0..cols {
+                let first = if j < whole_cols { whole_k } else { 0 };
+                for k0 in first..k {
+                    *to.add(k0 * width + j) = *from.add(j * ld + k0);
+                }
+            }
+            for j in cols..width {
+                for k0 in 0..k {
+                    *to.add(k0 * width + j) = 0.0;
+                }
+            }
+        }
+        start += 2 * S::LANES;
+    }
+}
+
+/// Packs the panels of `columns` of the row-major matrix `B[k, n]`.
+/// # Safety
+/// `from` must be valid for k rows of n values, `to` for [`packed_len`] values.
+#[inline(always)]
+pub unsafe fn pack_plain<S: Simd>(
+    s: S,
+    from: *const f32,
+    ld: usize,
+    k: usize,
+    n: usize,
+    columns: std::ops::Range<usize>,
+    to: *mut f32,
+) {
+    let mut start = columns.start;
+    while start < columns.end {
+        let vectors = panel_vectors::<S>(n - start);
+        let width = vectors * S::LANES;
+        for k0 in 0..k {
+            // SAFETY: row k0 of the panel and of the matrix; the head load keeps inside its n columns.
+            unsafe {
+                let (from, to) = (from.add(k0 * ld + start), to.add(start * k + k0 * width));
+                if start + width <= n {
+                    s.store(to, s.load(from));
+                    if vectors == 2 {
+                        s.store(to.add(S::LANES), s.load(from.add(S::LANES)));
+                    }
+                } else {
+                    for v in 0..vectors {
+                        let cols = (n - start - v * S::LANES).min(S::LANES);
+                        s.store(to.add(v * S::LANES), s.load_head(from.add(v * S::LANES), cols));
+                    }
+                }
+            }
+        }
+        start += 2 * S::LANES;
+    }
+}
+
+/// Packs `rows` columns, from column `first` of `cols`, of the row-major matrix `[k, cols]`, as a left matrix: element
+/// (i, k) at `to[k·MR + i]`. Writes a few values past the end.
+/// # Safety
+/// `from` must be valid for k rows of `cols` values, `to` for `(k - 1)·MR + LANES` values. MR ≤ LANES.
+#[inline(always)]
+pub unsafe fn pack_left<S: Simd>(
+    s: S,
+    from: *const f32,
+    ld: usize,
+    k: usize,
+    first: usize,
+    cols: usize,
+    to: *mut f32,
+) {
+    for k0 in 0..k {
+        // SAFETY: the load keeps inside the row; each store's surplus is overwritten by the next row's.
+        unsafe {
+            let from = from.add(k0 * ld + first);
+            let v = if first + S::LANES <= cols { s.load(from) } else { s.load_head(from, cols - first) };
+            s.store(to.add(k0 * S::MR), v);
+        }
+    }
+}
