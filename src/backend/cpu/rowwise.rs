@@ -1,50 +1,47 @@
 //! Loops over the elements of rows, for operations that stream memory: written once, compiled per instruction set.
 //!
-//! Everything here is inlined into a [`super::simd::Task`]; the closures that it takes must be `#[inline(always)]`.
+//! Everything here is inlined into a [`Task`](super::simd::Task). The closures that it takes must be
+//! `#[inline(always)]`, and no closure may go through a function of the standard library (`array::map`), which would be
+//! compiled for the baseline.
 
 use super::simd::Simd;
 
-/// `K` sums of `term` over the elements of `N` slices of one length. Sums of a row run in two vectors of partial sums,
-/// so that an addition need not wait for the one before it.
+/// `K` sums of `term` over the elements of `N` slices of one length. They run in two vectors of partial sums each, so
+/// that an addition need not wait for the one before it.
 #[inline(always)]
 pub(super) fn sums<S: Simd, const N: usize, const K: usize>(
     s: S,
     inputs: [&[f32]; N],
     term: impl Fn([S::V; N]) -> [S::V; K],
 ) -> [f32; K] {
-    let len = common_len(inputs);
-    let mut partial = [[s.splat(0.0); K]; 2];
+    let len = inputs[0].len();
+    for input in inputs {
+        assert_eq!(input.len(), len, "inputs differ in length");
+    }
+    let (mut even, mut odd) = ([s.splat(0.0); K], [s.splat(0.0); K]);
     let mut at = 0;
-    let mut turn = 0;
     while at + 2 * S::LANES <= len {
-        for partial in &mut partial {
-            // SAFETY: `at + LANES <= len`, the length of each input.
-            let terms = term(inputs.map(
-                #[inline(always)]
-                |input| unsafe { s.load(input.as_ptr().add(at)) },
-            ));
-            for k in 0..K {
-                partial[k] = s.add(partial[k], terms[k]);
-            }
-            at += S::LANES;
+        // SAFETY: `at + 2·LANES <= len`, the length of each input.
+        let (first, second) = unsafe { (load(s, inputs, at), load(s, inputs, at + S::LANES)) };
+        let (first, second) = (term(first), term(second));
+        for k in 0..K {
+            even[k] = s.add(even[k], first[k]);
+            odd[k] = s.add(odd[k], second[k]);
         }
+        at += 2 * S::LANES;
     }
     while at < len {
         let n = S::LANES.min(len - at);
         // SAFETY: `n <= LANES` values from `at` on lie inside each input.
-        let terms = term(inputs.map(
-            #[inline(always)]
-            |input| unsafe { s.load_head(input.as_ptr().add(at), n) },
-        ));
+        let terms = term(unsafe { load_head(s, inputs, at, n) });
         for k in 0..K {
-            partial[turn][k] = s.add(partial[turn][k], s.keep_head(terms[k], n, s.splat(0.0)));
+            even[k] = s.add(even[k], s.keep_head(terms[k], n, s.splat(0.0)));
         }
-        turn = 1 - turn;
         at += n;
     }
     let mut sums = [0.0; K];
     for k in 0..K {
-        sums[k] = s.sum(s.add(partial[0][k], partial[1][k]));
+        sums[k] = s.sum(s.add(even[k], odd[k]));
     }
     sums
 }
@@ -54,59 +51,67 @@ pub(super) fn sums<S: Simd, const N: usize, const K: usize>(
 pub(super) fn update<S: Simd, const N: usize, const M: usize>(
     s: S,
     inputs: [&[f32]; N],
-    outputs: [&mut [f32]; M],
+    mut outputs: [&mut [f32]; M],
     f: impl Fn([S::V; N], [S::V; M]) -> [S::V; M],
 ) {
     let len = outputs[0].len();
-    assert_eq!(common_len(inputs), len, "inputs and outputs differ in length");
-    assert!(outputs.iter().all(|output| output.len() == len), "outputs differ in length");
-    let inputs = inputs.map(<[f32]>::as_ptr);
-    let outputs = outputs.map(<[f32]>::as_mut_ptr);
+    for input in inputs {
+        assert_eq!(input.len(), len, "inputs and outputs differ in length");
+    }
+    for output in &outputs {
+        assert_eq!(output.len(), len, "outputs differ in length");
+    }
     let mut at = 0;
     while at + S::LANES <= len {
-        // SAFETY: `at + LANES <= len`, the length of all slices, of which the outputs are borrowed for writing.
+        // SAFETY: `at + LANES <= len`, the length of all slices.
         unsafe {
-            let new = f(
-                inputs.map(
-                    #[inline(always)]
-                    |input| s.load(input.add(at)),
-                ),
-                outputs.map(
-                    #[inline(always)]
-                    |output| s.load(output.add(at)),
-                ),
-            );
+            let mut old = [s.splat(0.0); M];
             for m in 0..M {
-                s.store(outputs[m].add(at), new[m]);
+                old[m] = s.load(outputs[m].as_ptr().add(at));
+            }
+            let new = f(load(s, inputs, at), old);
+            for m in 0..M {
+                s.store(outputs[m].as_mut_ptr().add(at), new[m]);
             }
         }
         at += S::LANES;
     }
     let n = len - at;
     if n > 0 {
-        // SAFETY: as above, for the `n` values that are left.
+        // SAFETY: `n < LANES` values are left in all slices.
         unsafe {
-            let new = f(
-                inputs.map(
-                    #[inline(always)]
-                    |input| s.load_head(input.add(at), n),
-                ),
-                outputs.map(
-                    #[inline(always)]
-                    |output| s.load_head(output.add(at), n),
-                ),
-            );
+            let mut old = [s.splat(0.0); M];
             for m in 0..M {
-                s.store_head(outputs[m].add(at), new[m], n);
+                old[m] = s.load_head(outputs[m].as_ptr().add(at), n);
+            }
+            let new = f(load_head(s, inputs, at, n), old);
+            for m in 0..M {
+                s.store_head(outputs[m].as_mut_ptr().add(at), new[m], n);
             }
         }
     }
 }
 
-/// The one length of all inputs.
+/// # Safety
+/// Each input has at least `at + LANES` values.
 #[inline(always)]
-fn common_len<const N: usize>(inputs: [&[f32]; N]) -> usize {
-    let len = inputs[0].len();
-    assert!(inputs.iter().all(|input| input.len() == len), "inputs differ in length");
-    len
+unsafe fn load<S: Simd, const N: usize>(s: S, inputs: [&[f32]; N], at: usize) -> [S::V; N] {
+    let mut values = [s.splat(0.0); N];
+    for n in 0..N {
+        // SAFETY: the caller's promise.
+        values[n] = unsafe { s.load(inputs[n].as_ptr().add(at)) };
+    }
+    values
+}
+
+/// # Safety
+/// Each input has at least `at + n` values, and `n <= LANES`.
+#[inline(always)]
+unsafe fn load_head<S: Simd, const N: usize>(s: S, inputs: [&[f32]; N], at: usize, n: usize) -> [S::V; N] {
+    let mut values = [s.splat(0.0); N];
+    for i in 0..N {
+        // SAFETY: the caller's promise.
+        values[i] = unsafe { s.load_head(inputs[i].as_ptr().add(at), n) };
+    }
+    values
 }
