@@ -50,7 +50,6 @@ pub(super) fn backward(
     d_extra_tokens: [Option<&mut [f32]>; 2],
     d_posemb: Option<RowsMut>,
     accumulate: bool,
-    scratch: &mut Vec<f32>,
 ) {
     let (tokens, width) = (shape.tokens, d_x.cols);
     if !shape.dropout.is_none() {
@@ -67,11 +66,10 @@ pub(super) fn backward(
     }
 
     // The sum over the samples of each token's row: everything else follows from it.
-    scratch.resize(scratch.len().max(tokens * width), 0.0);
-    let sums = &mut scratch[..tokens * width];
+    let mut sums = c.scratch(tokens * width);
     let d_x = d_x.as_rows();
     let some_tokens = 8;
-    let tasks: Vec<_> = RowsMut::dense(sums, tokens, width).blocks(some_tokens);
+    let tasks: Vec<_> = RowsMut::dense(&mut sums, tokens, width).blocks(some_tokens);
     c.for_each_item(tasks, |(first, mut sums)| {
         sums.data.fill(0.0);
         for sample in 0..d_x.rows / tokens {
@@ -80,7 +78,7 @@ pub(super) fn backward(
             }
         }
     });
-    let sums = Rows::dense(sums, tokens, width);
+    let sums = Rows::dense(&sums, tokens, width);
 
     for (token, d) in d_extra_tokens.into_iter().enumerate() {
         if let Some(d) = d {

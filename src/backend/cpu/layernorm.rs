@@ -9,8 +9,9 @@
 
 use super::compute::Compute;
 use super::residual::Residual;
+use super::rowwise::{sums, update};
+use super::simd::{Simd, Task};
 use super::sums::{CHUNK, Sums};
-use super::vectorise::{sums, vectorised};
 use super::view::{Rows, RowsMut};
 
 /// What is normalised.
@@ -18,7 +19,6 @@ pub(super) enum Input<'a> {
     Ready(Rows<'a>),
     /// `sum` is computed first.
     Join {
-        base: Rows<'a>,
         residual: Residual<'a>,
         sum: RowsMut<'a>,
     },
@@ -39,67 +39,78 @@ pub(super) fn forward(
     match input {
         Input::Ready(x) => {
             let tasks: Vec<_> = y.blocks(CHUNK).into_iter().zip(stats).collect();
-            c.for_each_item(tasks, |((start, mut y), (mean, rstd))| {
+            c.for_each_item(tasks, |((start, y), (mean, rstd))| {
                 let x = x.slice(start, start + y.rows);
-                vectorised(
-                    c.isa,
-                    #[inline(always)]
-                    || normalise(x, gamma, beta, eps, &mut y, mean, rstd),
-                );
+                c.isa.run(Forward { x, gamma, beta, eps, y, mean, rstd });
             });
         }
-        Input::Join { base, residual, sum } => {
+        Input::Join { residual, sum } => {
             let tasks: Vec<_> = y.blocks(CHUNK).into_iter().zip(sum.blocks(CHUNK)).zip(stats).collect();
-            c.for_each_item(tasks, |(((start, mut y), (_, mut sum)), (mean, rstd))| {
-                vectorised(
-                    c.isa,
-                    #[inline(always)]
-                    || {
-                        residual.add(base, start, &mut sum);
-                        normalise(sum.as_rows(), gamma, beta, eps, &mut y, mean, rstd);
-                    },
-                );
+            c.for_each_item(tasks, |(((start, y), (_, mut sum)), (mean, rstd))| {
+                c.isa.run(residual.add(start, &mut sum));
+                c.isa.run(Forward { x: sum.as_rows(), gamma, beta, eps, y, mean, rstd });
             });
         }
     }
 }
 
-#[inline(always)]
-fn normalise(
-    x: Rows,
-    gamma: &[f32],
-    beta: &[f32],
+/// A chunk of rows, forward.
+struct Forward<'a> {
+    x: Rows<'a>,
+    gamma: &'a [f32],
+    beta: &'a [f32],
     eps: f32,
-    y: &mut RowsMut,
-    mean: &mut [f32],
-    rstd: &mut [f32],
-) {
-    let inverse = 1.0 / x.cols as f32;
-    for r in 0..x.rows {
-        let row = x.row(r);
-        let [total] = sums(
-            [row],
-            #[inline(always)]
-            |[x]| [x],
-        );
-        let near = total * inverse;
-        let [rest, squares] = sums(
-            [row],
-            #[inline(always)]
-            |[x]| [x - near, (x - near) * (x - near)],
-        );
-        let rest = rest * inverse;
-        let variance = (squares * inverse - rest * rest).max(0.0);
-        let scale = 1.0 / (variance + eps).sqrt();
-        for ((y, x), (gamma, beta)) in y.row(r).iter_mut().zip(row).zip(gamma.iter().zip(beta)) {
-            *y = ((x - near) - rest) * scale * gamma + beta;
+    y: RowsMut<'a>,
+    mean: &'a mut [f32],
+    rstd: &'a mut [f32],
+}
+
+impl Task for Forward<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let inverse = 1.0 / self.x.cols as f32;
+        for r in 0..self.x.rows {
+            let x = self.x.row(r);
+            let [total] = sums(
+                s,
+                [x],
+                #[inline(always)]
+                |[x]| [x],
+            );
+            let near = total * inverse;
+            let shift = s.splat(near);
+            let [rest, squares] = sums(
+                s,
+                [x],
+                #[inline(always)]
+                |[x]| {
+                    let off = s.sub(x, shift);
+                    [off, s.mul(off, off)]
+                },
+            );
+            let rest = rest * inverse;
+            let rstd = 1.0 / ((squares * inverse - rest * rest).max(0.0) + self.eps).sqrt();
+            let (left, scale) = (s.splat(rest), s.splat(rstd));
+            update(
+                s,
+                [x, self.gamma, self.beta],
+                [self.y.row(r)],
+                #[inline(always)]
+                |[x, gamma, beta], _| {
+                    let hat = s.mul(s.sub(s.sub(x, shift), left), scale);
+                    [s.fma(hat, gamma, beta)]
+                },
+            );
+            self.mean[r] = near + rest;
+            self.rstd[r] = rstd;
         }
-        mean[r] = near + rest;
-        rstd[r] = scale;
     }
 }
 
 /// What a LayerNorm's backward reads.
+#[derive(Clone, Copy)]
 pub(super) struct Saved<'a> {
     pub(super) x: Rows<'a>,
     pub(super) gamma: &'a [f32],
@@ -119,87 +130,125 @@ pub(super) struct BranchGrad<'a> {
 pub(super) fn backward(
     c: &Compute,
     d_y: Rows,
-    saved: &Saved,
+    saved: Saved,
     d_sum: RowsMut,
     fresh: bool,
     branch: Option<BranchGrad>,
     [d_gamma, d_beta]: [Option<&mut [f32]>; 2],
     accumulate: bool,
-    scratch: &mut Vec<f32>,
 ) {
     let (rows, width) = (d_y.rows, d_y.cols);
-    let norm_trained = d_gamma.is_some() || d_beta.is_some();
+    let trained = d_gamma.is_some() || d_beta.is_some();
     let Some(BranchGrad { residual, d_branch, d_layer_scale }) = branch else {
-        let mut sums = Sums::new(scratch, rows, [norm_trained; 2], width);
+        let mut sums = Sums::new(c, rows, [trained; 2], width);
         let tasks: Vec<_> = d_sum.blocks(CHUNK).into_iter().zip(sums.chunks()).collect();
-        c.for_each_item(tasks, |((start, mut d_sum), partial)| {
-            vectorised(
-                c.isa,
-                #[inline(always)]
-                || back(d_y, saved, start, &mut d_sum, fresh, partial),
-            );
+        c.for_each_item(tasks, |((start, mut d_sum), d_norm)| {
+            c.isa.run(Backward { d_y, saved, start, d_sum: &mut d_sum, fresh, d_norm });
         });
         return sums.finish([d_gamma, d_beta], accumulate);
     };
 
-    let mut sums = Sums::new(scratch, rows, [norm_trained, norm_trained, d_layer_scale.is_some()], width);
+    let mut sums = Sums::new(c, rows, [trained, trained, d_layer_scale.is_some()], width);
     let blocks = d_sum.blocks(CHUNK).into_iter().zip(d_branch.blocks(CHUNK));
     let tasks: Vec<_> = blocks.zip(sums.chunks()).collect();
-    c.for_each_item(tasks, |(((start, mut d_sum), (_, mut d_branch)), [d_gamma, d_beta, d_scale])| {
-        vectorised(
-            c.isa,
-            #[inline(always)]
-            || {
-                back(d_y, saved, start, &mut d_sum, fresh, [d_gamma, d_beta]);
-                residual.back(start, d_sum.as_rows(), &mut d_branch, d_scale);
-            },
-        );
+    c.for_each_item(tasks, |(((start, mut d_sum), (_, d_branch)), [d_gamma, d_beta, d_scale])| {
+        c.isa.run(Backward { d_y, saved, start, d_sum: &mut d_sum, fresh, d_norm: [d_gamma, d_beta] });
+        c.isa.run(residual.back(start, d_sum.as_rows(), d_branch, d_scale));
     });
     sums.finish([d_gamma, d_beta, d_layer_scale], accumulate);
 }
 
-/// Rows `start..` of the backward; `d_gamma` and `d_beta` are empty if nobody wants them.
-#[inline(always)]
-fn back(
-    d_y: Rows,
-    saved: &Saved,
+/// Rows `start..` of the backward. `d_norm` are the sums for γ and β, empty if nobody wants them.
+struct Backward<'a, 'd> {
+    d_y: Rows<'a>,
+    saved: Saved<'a>,
     start: usize,
-    d_sum: &mut RowsMut,
+    d_sum: &'a mut RowsMut<'d>,
     fresh: bool,
-    [d_gamma, d_beta]: [&mut [f32]; 2],
-) {
-    let Saved { x, gamma, mean, rstd } = saved;
-    let inverse = 1.0 / x.cols as f32;
-    for r in 0..d_sum.rows {
-        let (x, d_y, d_sum) = (x.row(start + r), d_y.row(start + r), d_sum.row(r));
-        let (mean, rstd) = (mean[start + r], rstd[start + r]);
-        let [rest, avg_u, avg_ux] = sums(
-            [x, d_y, gamma],
-            #[inline(always)]
-            |[x, d_y, gamma]| [x - mean, d_y * gamma, d_y * gamma * (x - mean)],
-        )
-        .map(|sum| sum * inverse);
-        let avg_ux = (avg_ux - avg_u * rest) * rstd;
+    d_norm: [&'a mut [f32]; 2],
+}
 
-        let n = x.len();
-        let (d_y, gamma, d_sum) = (&d_y[..n], &gamma[..n], &mut d_sum[..n]);
-        let hat = |i: usize| ((x[i] - mean) - rest) * rstd;
-        if fresh {
-            for i in 0..n {
-                d_sum[i] = rstd * (d_y[i] * gamma[i] - avg_u - hat(i) * avg_ux);
+impl Task for Backward<'_, '_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Saved { x, gamma, mean, rstd } = self.saved;
+        let [d_gamma, d_beta] = self.d_norm;
+        let inverse = 1.0 / x.cols as f32;
+        for r in 0..self.d_sum.rows {
+            let row = self.start + r;
+            let (x, d_y, d_sum) = (x.row(row), self.d_y.row(row), self.d_sum.row(r));
+            let (shift, scale) = (s.splat(mean[row]), s.splat(rstd[row]));
+            let totals = sums(
+                s,
+                [x, d_y, gamma],
+                #[inline(always)]
+                |[x, d_y, gamma]| {
+                    let (off, u) = (s.sub(x, shift), s.mul(d_y, gamma));
+                    [off, u, s.mul(u, off)]
+                },
+            );
+            let [rest, avg_u, avg_ux] = totals.map(|total| total * inverse);
+            let avg_ux = (avg_ux - avg_u * rest) * rstd[row];
+
+            let grad = RowGrad::<S> {
+                shift,
+                scale,
+                rest: s.splat(rest),
+                avg_u: s.splat(avg_u),
+                avg_ux: s.splat(avg_ux),
+            };
+            if self.fresh {
+                update(
+                    s,
+                    [x, d_y, gamma],
+                    [d_sum],
+                    #[inline(always)]
+                    |[x, d_y, gamma], _| [grad.d_x(s, x, d_y, gamma)],
+                );
+            } else {
+                update(
+                    s,
+                    [x, d_y, gamma],
+                    [d_sum],
+                    #[inline(always)]
+                    |[x, d_y, gamma], [sum]| [s.add(sum, grad.d_x(s, x, d_y, gamma))],
+                );
             }
-        } else {
-            for i in 0..n {
-                d_sum[i] += rstd * (d_y[i] * gamma[i] - avg_u - hat(i) * avg_ux);
+            if !d_gamma.is_empty() {
+                update(
+                    s,
+                    [x, d_y],
+                    [&mut *d_gamma, &mut *d_beta],
+                    #[inline(always)]
+                    |[x, d_y], [d_gamma, d_beta]| [s.fma(d_y, grad.hat(s, x), d_gamma), s.add(d_beta, d_y)],
+                );
             }
         }
-        if !d_gamma.is_empty() {
-            let (d_gamma, d_beta) = (&mut d_gamma[..n], &mut d_beta[..n]);
-            for i in 0..n {
-                d_gamma[i] += d_y[i] * hat(i);
-                d_beta[i] += d_y[i];
-            }
-        }
+    }
+}
+
+/// What the gradients of one row's elements share.
+struct RowGrad<S: Simd> {
+    /// The stored mean, and what its rounding left over.
+    shift: S::V,
+    rest: S::V,
+    scale: S::V,
+    avg_u: S::V,
+    avg_ux: S::V,
+}
+
+impl<S: Simd> RowGrad<S> {
+    #[inline(always)]
+    fn hat(&self, s: S, x: S::V) -> S::V {
+        s.mul(s.sub(s.sub(x, self.shift), self.rest), self.scale)
+    }
+
+    #[inline(always)]
+    fn d_x(&self, s: S, x: S::V, d_y: S::V, gamma: S::V) -> S::V {
+        let centred = s.sub(s.mul(d_y, gamma), self.avg_u);
+        s.mul(self.scale, s.nfma(self.hat(s, x), self.avg_ux, centred))
     }
 }
 

@@ -16,6 +16,7 @@ mod patchify;
 mod pool;
 pub mod probe_attention;
 mod residual;
+mod rowwise;
 pub mod simd;
 mod sums;
 #[cfg(test)]
@@ -25,7 +26,6 @@ mod testing;
 #[cfg(test)]
 mod tests;
 pub mod update;
-mod vectorise;
 pub mod view;
 
 use arenas::{Access, Arenas};
@@ -46,8 +46,6 @@ use crate::error::Result;
 pub struct CpuBackend {
     compute: Compute,
     arenas: Arenas,
-    /// Partial sums; grows to what the largest operation needs, then stays.
-    scratch: Vec<f32>,
     slot: Option<Slot>,
     keys: StepKeys,
     micro: Micro,
@@ -67,7 +65,6 @@ impl CpuBackend {
         Self {
             compute,
             arenas: Arenas::empty(),
-            scratch: Vec::new(),
             slot: None,
             keys: StepKeys { seed: 0, step: 0 },
             micro: Micro { first: 0, samples: 0, global_first: 0, accumulate: false, mean_over: 1 },
@@ -105,7 +102,7 @@ impl CpuBackend {
     }
 }
 
-/// Borrows what a branch reads besides its base.
+/// Borrows what a branch reads.
 fn residual<'a>(
     access: &mut Access<'a>,
     branch: &Branch,
@@ -114,6 +111,7 @@ fn residual<'a>(
     same_shape("residual", branch.base, branch.branch);
     assert_eq!(branch.base.rows % branch.tokens, 0, "residual: rows are whole samples");
     residual::Residual {
+        base: access.read(branch.base),
         branch: access.read(branch.branch),
         layer_scale: branch.layer_scale.map(|(scale, _)| vector(access, scale, branch.base.cols)),
         dropout: bind(branch.dropout),
@@ -264,7 +262,7 @@ impl Backend for CpuBackend {
         let d_posemb = embed.posemb.1.map(|d| a.write(d));
         let d_x = a.write(d_x);
         let accumulate = self.micro.accumulate;
-        embed::backward(&self.compute, shape, d_x, d_bias, d_extra, d_posemb, accumulate, &mut self.scratch);
+        embed::backward(&self.compute, shape, d_x, d_bias, d_extra, d_posemb, accumulate);
         Ok(())
     }
 
@@ -371,11 +369,7 @@ impl Backend for CpuBackend {
             Join::Ready(sum) => layernorm::Input::Ready(a.read(*sum)),
             Join::Branch { sum, branch } => {
                 same_shape("layernorm", *sum, branch.base);
-                layernorm::Input::Join {
-                    base: a.read(branch.base),
-                    residual: residual(&mut a, branch, bind),
-                    sum: a.write(*sum),
-                }
+                layernorm::Input::Join { residual: residual(&mut a, branch, bind), sum: a.write(*sum) }
             }
         };
         let (gamma, beta) = (vector(&mut a, norm.gamma, y.cols), vector(&mut a, norm.beta, y.cols));
@@ -420,8 +414,8 @@ impl Backend for CpuBackend {
         };
         let d_norm = [norm.d_gamma, norm.d_beta].map(|d| vector_grad(&mut a, d, d_y.cols));
         let (d_y, d_sum) = (a.read(d_y), a.write(d_sum));
-        let (c, scratch) = (&self.compute, &mut self.scratch);
-        layernorm::backward(c, d_y, &saved, d_sum, fresh, branch, d_norm, micro.accumulate, scratch);
+        let c = &self.compute;
+        layernorm::backward(c, d_y, saved, d_sum, fresh, branch, d_norm, micro.accumulate);
         Ok(())
     }
 
@@ -431,7 +425,7 @@ impl Backend for CpuBackend {
         let (keys, micro) = (self.keys, self.micro);
         let mut a = Access::new(&mut self.arenas);
         let branch_rows = residual(&mut a, branch, |mask| BoundMask::new(mask, keys, micro));
-        residual::forward(&self.compute, a.read(branch.base), &branch_rows, a.write(*sum));
+        residual::forward(&self.compute, &branch_rows, a.write(*sum));
         Ok(())
     }
 
@@ -444,8 +438,8 @@ impl Backend for CpuBackend {
         let rows = residual(&mut a, branch, |mask| BoundMask::new(mask, keys, micro));
         let d_scale = vector_grad(&mut a, branch.layer_scale.and_then(|(_, d)| d), d_sum.cols);
         let (d_sum, d_branch) = (a.read(d_sum), a.write(d_branch));
-        let (c, scratch) = (&self.compute, &mut self.scratch);
-        residual::backward(c, &rows, d_sum, d_branch, d_scale, micro.accumulate, scratch);
+        let c = &self.compute;
+        residual::backward(c, &rows, d_sum, d_branch, d_scale, micro.accumulate);
         Ok(())
     }
 

@@ -3,14 +3,16 @@
 //! It works on blocks of rows, so that the LayerNorm that follows finds the sum in the cache.
 
 use super::compute::Compute;
+use super::rowwise::update;
+use super::simd::{Simd, Task};
 use super::sums::{CHUNK, Sums};
-use super::vectorise::vectorised;
 use super::view::{Rows, RowsMut};
 use crate::backend::mask::BoundMask;
 
 /// A branch that joins the residual stream. See [`crate::backend::Branch`].
 #[derive(Clone, Copy)]
 pub(super) struct Residual<'a> {
+    pub(super) base: Rows<'a>,                 // [R, D]
     pub(super) branch: Rows<'a>,               // [R, D]
     pub(super) layer_scale: Option<&'a [f32]>, // [D]
     pub(super) dropout: BoundMask,
@@ -19,13 +21,9 @@ pub(super) struct Residual<'a> {
 }
 
 /// `sum = base + …`
-pub(super) fn forward(c: &Compute, base: Rows, residual: &Residual, sum: RowsMut) {
+pub(super) fn forward(c: &Compute, residual: &Residual, sum: RowsMut) {
     c.for_each_item(sum.blocks(CHUNK), |(start, mut sum)| {
-        vectorised(
-            c.isa,
-            #[inline(always)]
-            || residual.add(base, start, &mut sum),
-        );
+        c.isa.run(residual.add(start, &mut sum));
     });
 }
 
@@ -37,62 +35,35 @@ pub(super) fn backward(
     d_branch: RowsMut,
     d_layer_scale: Option<&mut [f32]>,
     accumulate: bool,
-    scratch: &mut Vec<f32>,
 ) {
-    let width = d_sum.cols;
-    let mut sums = Sums::new(scratch, d_sum.rows, [d_layer_scale.is_some()], width);
+    let mut sums = Sums::new(c, d_sum.rows, [d_layer_scale.is_some()], d_sum.cols);
     let tasks: Vec<_> = d_branch.blocks(CHUNK).into_iter().zip(sums.chunks()).collect();
-    c.for_each_item(tasks, |((start, mut d_branch), [d_scale])| {
+    c.for_each_item(tasks, |((start, d_branch), [d_scale])| {
         let d_sum = d_sum.slice(start, start + d_branch.rows);
-        vectorised(
-            c.isa,
-            #[inline(always)]
-            || residual.back(start, d_sum, &mut d_branch, d_scale),
-        );
+        c.isa.run(residual.back(start, d_sum, d_branch, d_scale));
     });
     sums.finish([d_layer_scale], accumulate);
 }
 
-impl Residual<'_> {
-    /// Rows `start..` of the sum.
-    #[inline(always)]
-    pub(super) fn add(&self, base: Rows, start: usize, sum: &mut RowsMut) {
-        let mut factors = vec![1.0; sum.cols];
-        for r in 0..sum.rows {
-            self.factors(start + r, &mut factors);
-            if let Some(scale) = self.layer_scale {
-                multiply(&mut factors, scale);
-            }
-            let (base, branch, sum) = (base.row(start + r), self.branch.row(start + r), sum.row(r));
-            for ((sum, base), (branch, factor)) in sum.iter_mut().zip(base).zip(branch.iter().zip(&factors)) {
-                *sum = base + branch * factor;
-            }
-        }
+impl<'a> Residual<'a> {
+    /// The task that makes rows `start..` of the sum.
+    pub(super) fn add<'s, 'm>(&'s self, start: usize, sum: &'s mut RowsMut<'m>) -> Add<'s, 'a, 'm> {
+        Add { residual: self, start, sum }
     }
 
-    /// Rows `start..` of the backward: writes `d_branch`, adds to the LayerScale's sum if it is wanted (not empty).
-    #[inline(always)]
-    pub(super) fn back(&self, start: usize, d_sum: Rows, d_branch: &mut RowsMut, d_scale: &mut [f32]) {
-        let mut factors = vec![1.0; d_sum.cols];
-        for r in 0..d_sum.rows {
-            self.factors(start + r, &mut factors);
-            let (branch, d_sum, d_branch) = (self.branch.row(start + r), d_sum.row(r), d_branch.row(r));
-            if !d_scale.is_empty() {
-                let terms = d_sum.iter().zip(branch.iter().zip(&factors));
-                for (total, (d, (branch, factor))) in d_scale.iter_mut().zip(terms) {
-                    *total += branch * factor * d;
-                }
-            }
-            if let Some(scale) = self.layer_scale {
-                multiply(&mut factors, scale);
-            }
-            for (d_branch, (d, factor)) in d_branch.iter_mut().zip(d_sum.iter().zip(&factors)) {
-                *d_branch = d * factor;
-            }
-        }
+    /// The task for rows `start..` of the backward: writes `d_branch`, adds to the LayerScale's sum if it is wanted (not
+    /// empty).
+    pub(super) fn back<'s>(
+        &'s self,
+        start: usize,
+        d_sum: Rows<'s>,
+        d_branch: RowsMut<'s>,
+        d_scale: &'s mut [f32],
+    ) -> Back<'s, 'a> {
+        Back { residual: self, start, d_sum, d_branch, d_scale }
     }
 
-    /// What dropout and drop-path together multiply row `r` by. `factors` enters with 1 everywhere or from the row before.
+    /// What dropout and drop-path together multiply row `r` by.
     #[inline(always)]
     fn factors(&self, r: usize, factors: &mut [f32]) {
         let (sample, token) = (r / self.tokens, r % self.tokens);
@@ -102,11 +73,95 @@ impl Residual<'_> {
             return;
         }
         self.dropout.fill(sample, token * factors.len(), factors);
-        factors.iter_mut().for_each(|f| *f *= path);
+        if path != 1.0 {
+            factors.iter_mut().for_each(|f| *f *= path);
+        }
     }
 }
 
-#[inline(always)]
-fn multiply(factors: &mut [f32], scale: &[f32]) {
-    factors.iter_mut().zip(scale).for_each(|(f, s)| *f *= s);
+pub(super) struct Add<'s, 'a, 'm> {
+    residual: &'s Residual<'a>,
+    start: usize,
+    sum: &'s mut RowsMut<'m>,
+}
+
+impl Task for Add<'_, '_, '_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Add { residual, start, sum } = self;
+        let mut factors = vec![0.0; sum.cols];
+        for r in 0..sum.rows {
+            residual.factors(start + r, &mut factors);
+            let (base, branch) = (residual.base.row(start + r), residual.branch.row(start + r));
+            match residual.layer_scale {
+                None => update(
+                    s,
+                    [base, branch, &factors],
+                    [sum.row(r)],
+                    #[inline(always)]
+                    |[base, x, f], _| [s.fma(x, f, base)],
+                ),
+                Some(scale) => {
+                    let inputs = [base, branch, &factors, scale];
+                    update(
+                        s,
+                        inputs,
+                        [sum.row(r)],
+                        #[inline(always)]
+                        |[base, x, f, scale], _| [s.fma(s.mul(x, scale), f, base)],
+                    );
+                }
+            }
+        }
+    }
+}
+
+pub(super) struct Back<'s, 'a> {
+    residual: &'s Residual<'a>,
+    start: usize,
+    d_sum: Rows<'s>,
+    d_branch: RowsMut<'s>,
+    d_scale: &'s mut [f32],
+}
+
+impl Task for Back<'_, '_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Back { residual, start, d_sum, mut d_branch, d_scale } = self;
+        let mut factors = vec![0.0; d_sum.cols];
+        for r in 0..d_sum.rows {
+            residual.factors(start + r, &mut factors);
+            let (branch, d) = (residual.branch.row(start + r), d_sum.row(r));
+            if !d_scale.is_empty() {
+                update(
+                    s,
+                    [d, branch, &factors],
+                    [&mut *d_scale],
+                    #[inline(always)]
+                    |[d, x, f], [sum]| [s.fma(s.mul(x, f), d, sum)],
+                );
+            }
+            let to = [d_branch.row(r)];
+            match residual.layer_scale {
+                None => update(
+                    s,
+                    [d, &factors],
+                    to,
+                    #[inline(always)]
+                    |[d, f], _| [s.mul(d, f)],
+                ),
+                Some(scale) => update(
+                    s,
+                    [d, &factors, scale],
+                    to,
+                    #[inline(always)]
+                    |[d, f, scale], _| [s.mul(s.mul(d, f), scale)],
+                ),
+            }
+        }
+    }
 }

@@ -2,25 +2,22 @@
 //!
 //! Rows go in chunks of [`CHUNK`], each with partial sums of its own, and the chunks are added in order.
 
+use super::compute::{Compute, Scratch};
+
 /// Rows of one chunk. A part of the result's definition: another value gives other bits.
 pub(super) const CHUNK: usize = 64;
 
 /// `K` sums of rows of `width` values, each of them wanted or not.
 pub(super) struct Sums<'a, const K: usize> {
-    partial: &'a mut [f32], // [chunks, wanted, width]
+    partial: Scratch<'a>, // [chunks, wanted, width]
     wanted: [bool; K],
     width: usize,
 }
 
 impl<'a, const K: usize> Sums<'a, K> {
-    /// Takes zeroed room from `scratch`, which only ever grows.
-    pub(super) fn new(scratch: &'a mut Vec<f32>, rows: usize, wanted: [bool; K], width: usize) -> Self {
+    pub(super) fn new(c: &'a Compute, rows: usize, wanted: [bool; K], width: usize) -> Self {
         let count = wanted.iter().filter(|w| **w).count();
-        let len = rows.div_ceil(CHUNK) * count * width;
-        if scratch.len() < len {
-            scratch.resize(len, 0.0);
-        }
-        let partial = &mut scratch[..len];
+        let mut partial = c.scratch(rows.div_ceil(CHUNK) * count * width);
         partial.fill(0.0);
         Self { partial, wanted, width }
     }
