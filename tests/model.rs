@@ -60,7 +60,12 @@ impl Bench {
             values.iter_mut().for_each(|v| *v += 0.15 * s.normal() as f32);
             backend.write(p.mat(), &values).unwrap();
         }
-        let layout = SlotLayout { samples: batch, image: config.image, pixels: Pixels::U8, targets: TargetKind::Labels };
+        let layout = SlotLayout {
+            samples: batch,
+            image: config.image,
+            pixels: Pixels::U8,
+            targets: TargetKind::Labels,
+        };
         let mut slot = backend.new_slot(layout).unwrap();
         slot.images_u8_mut().iter_mut().for_each(|p| *p = s.next_u32() as u8);
         slot.labels_mut().iter_mut().for_each(|l| *l = s.below(config.classes) as i32);
@@ -76,7 +81,8 @@ impl Bench {
         b.begin_report().unwrap();
         for first in (0..self.batch).step_by(self.model.micro_batch) {
             let samples = self.model.micro_batch;
-            let micro = Micro { first, samples, global_first: 0, accumulate: first > 0, mean_over: self.batch };
+            let micro =
+                Micro { first, samples, global_first: 0, accumulate: first > 0, mean_over: self.batch };
             b.begin_micro(micro).unwrap();
             self.model.forward(b, true).unwrap();
             self.model.loss(b, self.loss).unwrap();
@@ -114,7 +120,8 @@ impl Bench {
             let length = direction.iter().map(|d| d * d).sum::<f32>().sqrt();
             let eps = 0.02 / length;
             let mut at = |factor: f32| {
-                let moved: Vec<f32> = values.iter().zip(&direction).map(|(v, d)| v + factor * eps * d).collect();
+                let moved: Vec<f32> =
+                    values.iter().zip(&direction).map(|(v, d)| v + factor * eps * d).collect();
                 self.backend.write(param.mat(), &moved).unwrap();
                 self.run(false)
             };
@@ -149,7 +156,10 @@ fn gradients_of_every_head_and_position_embedding_are_right() {
     check("representation", ModelConfig { rep_size: 11, gelu: Gelu::Erf, ..base() });
     check("class token, positions before", ModelConfig { posemb_join: PosembJoin::Before, ..base() });
     check("distillation", ModelConfig { extra_tokens: 2, ..base() });
-    check("distillation, positions before", ModelConfig { extra_tokens: 2, posemb_join: PosembJoin::Before, ..base() });
+    check(
+        "distillation, positions before",
+        ModelConfig { extra_tokens: 2, posemb_join: PosembJoin::Before, ..base() },
+    );
     let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, ..base() };
     check("gap", gap.clone());
     check("gap, fc_norm", ModelConfig { norm: NormPlace::After, ..gap.clone() });
@@ -158,7 +168,10 @@ fn gradients_of_every_head_and_position_embedding_are_right() {
     let sincos = ModelConfig { posemb: Posemb::Sincos2d, posemb_join: PosembJoin::Before, ..base() };
     check("sincos2d with a class token", sincos);
     check("map", ModelConfig { pool: PoolKind::Map, ..gap.clone() });
-    check("map with a class token and a representation", ModelConfig { pool: PoolKind::Map, rep_size: 7, ..base() });
+    check(
+        "map with a class token and a representation",
+        ModelConfig { pool: PoolKind::Map, rep_size: 7, ..base() },
+    );
     check("one block, rectangular patch", ModelConfig { depth: 1, patch: (2, 6), heads: 2, ..base() });
 }
 
@@ -169,7 +182,10 @@ fn gradients_with_masks_and_layer_scale_are_right() {
     check("attention dropout", ModelConfig { attention_dropout: 0.3, ..base() });
     let path = ModelConfig { drop_path: 0.5, drop_path_mode: DropPathMode::Constant, ..base() };
     check("drop path", path.clone());
-    check("all of them", ModelConfig { layer_scale: 0.5, dropout: 0.1, attention_dropout: 0.1, ..path.clone() });
+    check(
+        "all of them",
+        ModelConfig { layer_scale: 0.5, dropout: 0.1, attention_dropout: 0.1, ..path.clone() },
+    );
     let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, norm: NormPlace::After, ..path.clone() };
     check("drop path, fc_norm", gap);
     check("dropout, map", ModelConfig { pool: PoolKind::Map, dropout: 0.2, ..path });
@@ -206,7 +222,15 @@ fn accumulation_changes_no_mask_and_no_mean() {
 fn frozen_parameters_get_no_gradient_and_leave_the_others_as_they_were() {
     let config = ModelConfig { depth: 3, drop_path: 0.2, ..base() };
     let all = Bench::new(config.clone(), 3, 3, LossKind::Softmax, &[]).gradients();
-    let frozen = ["cls_token", "pos_embed", "patch_embed", "blocks.0", "blocks.1.norm1", "blocks.1.attn", "blocks.2.mlp"];
+    let frozen = [
+        "cls_token",
+        "pos_embed",
+        "patch_embed",
+        "blocks.0",
+        "blocks.1.norm1",
+        "blocks.1.attn",
+        "blocks.2.mlp",
+    ];
     let some = Bench::new(config, 3, 3, LossKind::Softmax, &frozen).gradients();
     assert!(some.len() < all.len());
     for (name, gradient) in &some {

@@ -16,8 +16,8 @@ mod residual;
 mod sums;
 #[cfg(test)]
 mod testing;
-mod vectorise;
 pub mod update;
+mod vectorise;
 pub mod view;
 
 use interim::{attention, gemm, probe_attention};
