@@ -16,6 +16,7 @@ pub mod batch;
 pub mod cpu;
 pub mod mask;
 pub mod memory;
+pub mod timed;
 
 pub use batch::{HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
 pub use memory::{Arena, Dtype, Mat, MemoryPlan};

@@ -1,7 +1,8 @@
 //! `vitrum selftest`: every operation of this machine's device against float64.
 
-use super::{On, not_built};
+use super::{On, print, print_json};
 use crate::error::Result;
+use crate::selftest;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -12,6 +13,12 @@ pub struct Args {
     pub json: bool,
 }
 
-pub fn run(_args: Args) -> Result<()> {
-    Err(not_built("vitrum selftest"))
+pub fn run(args: Args) -> Result<()> {
+    let report = selftest::check(args.on.device)?;
+    if args.json {
+        print_json(&report.json())?
+    } else {
+        print(&report.table())?
+    }
+    report.verdict()
 }
