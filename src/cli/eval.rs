@@ -2,8 +2,14 @@
 
 use std::path::PathBuf;
 
-use super::{On, Settings, not_built};
+use serde_json::json;
+
+use super::{On, Settings, not_built, print, print_json};
+use crate::data::{Dataset, Split};
 use crate::error::Result;
+use crate::report::format;
+use crate::train::loaded::Loaded;
+use crate::vit::Mode;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -35,5 +41,34 @@ pub fn run(args: Args) -> Result<()> {
     if args.protocol.is_some() {
         return Err(not_built("vitrum eval --protocol").hint("leave it out: the file's own protocol is used"));
     }
-    Err(not_built("vitrum eval"))
+    if args.labels.is_some() {
+        return Err(not_built("vitrum eval --labels").hint("leave it out: the data set's own labels are used"));
+    }
+    let overrides = args.settings.model_overrides()?;
+    let data = Dataset::open(&args.data, Split::Val)?;
+    let batch = BATCH.min(data.len());
+    let mut run = Loaded::open(&args.weights, &overrides, args.on.device, batch, Mode::Infer, None)?;
+    let report = run.evaluate(data, args.drop_last)?;
+    if args.json {
+        return print_json(&json!({
+            "weights": args.weights.display().to_string(),
+            "data": args.data,
+            "images": report.count,
+            "top1": report.top1,
+            "top5": report.top5,
+            "loss": report.loss,
+            "img_per_s": report.img_per_s,
+        }));
+    }
+    print(&format!(
+        "{} images   top-1 {}   top-5 {}   loss {:.4}   {}",
+        format::thousands(report.count as u64),
+        format::percent(report.top1),
+        format::percent(report.top5),
+        report.loss,
+        format::rate(report.img_per_s)
+    ))
 }
+
+/// Samples of one pass.
+const BATCH: usize = 64;

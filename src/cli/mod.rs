@@ -24,6 +24,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use crate::backend::Device;
 use crate::error::{At, Error, Kind, Result};
 use crate::recipe::BUILT_IN;
+use crate::weights::ModelOverrides;
 
 /// Pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
 #[derive(Parser)]
@@ -85,6 +86,18 @@ pub struct Settings {
     /// Change one setting of the recipe, as in `train.steps=60`; may be repeated
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub set: Vec<String>,
+}
+
+impl Settings {
+    /// For commands that read a weights file: what it does not say itself, as `model.KEY=VALUE`.
+    pub fn model_overrides(&self) -> Result<ModelOverrides> {
+        let pairs = self.set.iter().map(|setting| match setting.split_once('=') {
+            Some((key, value)) => Ok((key.trim().to_string(), value.trim().to_string())),
+            None => Err(Error::usage(format!("`--set {setting}` has no value"))
+                .hint("write `--set model.KEY=VALUE`, as in `--set model.heads=12`")),
+        });
+        ModelOverrides::from_sets(&pairs.collect::<Result<Vec<_>>>()?)
+    }
 }
 
 /// Where to compute.

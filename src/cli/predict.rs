@@ -1,9 +1,14 @@
 //! `vitrum predict`: the likeliest classes of single pictures.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::{On, Settings, not_built};
+use serde_json::json;
+
+use super::{On, Settings, not_built, print, print_json};
 use crate::error::Result;
+use crate::report::format;
+use crate::train::loaded::{Loaded, Prediction};
+use crate::vit::Mode;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -32,5 +37,29 @@ pub fn run(args: Args) -> Result<()> {
     if args.attention.is_some() {
         return Err(not_built("vitrum predict --attention").hint("leave it out to get the classes"));
     }
-    Err(not_built("vitrum predict"))
+    let overrides = args.settings.model_overrides()?;
+    let mut run = Loaded::open(&args.weights, &overrides, args.on.device, 1, Mode::Infer, None)?;
+    let mut all = Vec::new();
+    for path in &args.images {
+        let top = run.predict(path, args.top as usize)?;
+        if !args.json {
+            print(&text(path, &top))?;
+        }
+        let entry = |p: &Prediction| json!({"class": p.class, "name": p.name, "probability": p.probability});
+        all.push(json!({
+            "image": path.display().to_string(),
+            "top": top.iter().map(entry).collect::<Vec<_>>(),
+        }));
+    }
+    if args.json { print_json(&json!({ "predictions": all })) } else { Ok(()) }
+}
+
+/// The picture, then its classes with a bar each.
+fn text(path: &Path, top: &[Prediction]) -> String {
+    let width = top.iter().map(|p| p.name.chars().count()).max().unwrap_or(0);
+    let row = |p: &Prediction| {
+        let bar = "#".repeat((p.probability * 40.0).round() as usize);
+        format!("  {:<width$}  {:>7}  {bar}\n", p.name, format::percent(p.probability.into()))
+    };
+    format!("{}\n{}", path.display(), top.iter().map(row).collect::<String>())
 }

@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod evaluate;
 pub mod loaded;
 pub mod plan;
+pub mod replay;
 pub mod run;
 pub mod signals;
 pub mod trainer;
