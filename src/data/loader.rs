@@ -100,6 +100,7 @@ impl Loader {
     }
 
     /// The next batch; `None` after the last one of an evaluation. The slot comes back through [`Loader::recycle`].
+    #[expect(clippy::should_implement_trait, reason = "a slot is lent, and an end may be an error")]
     pub fn next(&mut self) -> Result<Option<Slot>> {
         if self.ended {
             return Ok(None);

@@ -1,6 +1,7 @@
 //! Reference outputs for this room's tests: `VITRUM_REFERENCE`, default `../shared/reference`.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::PathBuf;
 
 /// A file of the reference folder; `None`, and a line that says so, where it is absent.
@@ -30,12 +31,19 @@ impl Arrays {
         self.0.file_names().map(|name| name.unwrap().trim_end_matches(".npy").to_owned()).collect()
     }
 
-    /// Shape and values.
-    pub(crate) fn get<T: npyz::Deserialize>(&mut self, name: &str) -> (Vec<usize>, Vec<T>) {
-        let file = self.0.by_name(&format!("{name}.npy")).unwrap_or_else(|_| panic!("no array {name}"));
-        let array = npyz::NpyFile::new(file).unwrap();
-        let shape = array.shape().iter().map(|n| *n as usize).collect();
-        (shape, array.into_vec().unwrap_or_else(|e| panic!("{name}: {e}")))
+    /// Shape and values of an array of u8 or f32, in C order.
+    pub(crate) fn get<T: bytemuck::Pod>(&mut self, name: &str) -> (Vec<usize>, Vec<T>) {
+        let mut bytes = Vec::new();
+        let mut file = self.0.by_name(&format!("{name}.npy")).unwrap_or_else(|_| panic!("no array {name}"));
+        file.read_to_end(&mut bytes).unwrap();
+        // Magic, version 1, length of the header, a Python dictionary, values.
+        let end = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
+        let header = std::str::from_utf8(&bytes[10..end]).unwrap();
+        let descr = if size_of::<T>() == 1 { "'|u1'" } else { "'<f4'" };
+        assert!(header.contains(descr) && header.contains("'fortran_order': False"), "{name}: {header}");
+        let shape = header.split_once("'shape': (").unwrap().1.split_once(')').unwrap().0;
+        let shape = shape.split(',').filter_map(|n| n.trim().parse().ok()).collect();
+        (shape, bytemuck::pod_collect_to_vec::<u8, T>(&bytes[end..]))
     }
 
     /// Height, width and pixels of a picture `[H, W, 3]`.

@@ -24,18 +24,16 @@ impl Jitter {
     pub fn apply(&self, draws: &mut Stream, pixels: &mut [u8], scratch: &mut Vec<f32>) {
         scratch.clear();
         scratch.extend(pixels.iter().map(|p| f32::from(*p) / 255.0));
-        let steps: [(f32, fn(&mut [f32], f32), f32); 4] = [
-            (self.brightness, brightness, 0.0),
-            (self.contrast, contrast, 1.0),
-            (self.saturation, saturation, 1.0),
-            (self.hue, hue, 0.0),
-        ];
-        for (width, operation, middle) in steps {
+        let mut step = |width: f32, middle: f32, operation: fn(&mut [f32], f32)| {
             if width > 0.0 {
                 operation(scratch, middle + draws.range(-width, width));
                 scratch.iter_mut().for_each(|x| *x = x.clamp(0.0, 1.0));
             }
-        }
+        };
+        step(self.brightness, 0.0, brightness);
+        step(self.contrast, 1.0, contrast);
+        step(self.saturation, 1.0, saturation);
+        step(self.hue, 0.0, hue);
         pixels.iter_mut().zip(scratch).for_each(|(p, x)| *p = (*x * 255.0 + 0.5) as u8);
     }
 }
