@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
+use crate::rng::{Domain, Permutation};
 use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
@@ -108,6 +109,8 @@ pub struct Dataset {
     records: Records,
     /// Indices into `records`, where only some are taken.
     chosen: Option<Vec<usize>>,
+    /// Stored label → label, after [`Dataset::with_classes`].
+    relabel: Option<Vec<usize>>,
 }
 
 #[derive(Debug)]
@@ -162,7 +165,7 @@ impl Dataset {
         if records.len() == 0 {
             fail!("{}: the data set is empty", dir.display());
         }
-        Ok(Self { name: dir.display().to_string(), classes: manifest.classes, records, chosen: None })
+        Ok(Self { name: dir.display().to_string(), classes: manifest.classes, records, chosen: None, relabel: None })
     }
 
     fn listed(source: Arc<Source>, split: Split) -> Result<Self> {
@@ -171,7 +174,7 @@ impl Dataset {
             fail!("{name}: no pictures in its {} part", split.name());
         }
         let classes = source.classes.clone();
-        Ok(Self { name, classes, records: Records::Listed { source, split }, chosen: None })
+        Ok(Self { name, classes, records: Records::Listed { source, split }, chosen: None, relabel: None })
     }
 
     /// Samples.
@@ -196,6 +199,11 @@ impl Dataset {
 
     /// Class index of a sample.
     pub fn label(&self, index: usize) -> usize {
+        let stored = self.stored_label(index);
+        self.relabel.as_ref().map_or(stored, |number| number[stored])
+    }
+
+    fn stored_label(&self, index: usize) -> usize {
         match &self.records {
             Records::Packed { shards, starts } => {
                 let (shard, at) = locate(starts, self.place(index));
@@ -247,12 +255,30 @@ impl Dataset {
         }
     }
 
-    /// Keeps `n` samples, spread evenly over the data set (which may be sorted by class).
+    /// Keeps `n` samples, drawn by a fixed key: neither sorted nor interleaved classes bias them.
     pub fn take(mut self, n: usize) -> Self {
-        let len = self.len();
-        let n = n.clamp(1, len);
-        self.chosen = Some((0..n).map(|i| self.place((i * len + len / 2) / n % len)).collect());
+        let order = Permutation::new(self.len(), 0, Domain::Split, 0);
+        let n = n.clamp(1, self.len());
+        self.chosen = Some((0..n).map(|i| self.place(order.at(i))).collect());
         self
+    }
+
+    /// Numbers the labels as `classes` does: a model knows its classes by name. The names must be the same set.
+    pub fn with_classes(mut self, classes: &[String]) -> Result<Self> {
+        let number = |name: &String| {
+            classes.iter().position(|c| c == name).filter(|_| classes.len() == self.classes.len()).ok_or_else(|| {
+                let missing = classes.iter().find(|c| !self.classes.contains(c)).map_or("", String::as_str);
+                Error::new(format!(
+                    "{}: the data set has a class `{name}`, the model has not (it has `{missing}` and {} in all)",
+                    self.name,
+                    classes.len()
+                ))
+                .hint("evaluate on data with the class names that the model was trained on")
+            })
+        };
+        self.relabel = Some(self.classes.iter().map(number).collect::<Result<_>>()?);
+        self.classes = classes.to_vec();
+        Ok(self)
     }
 
     fn place(&self, index: usize) -> usize {
@@ -402,6 +428,7 @@ fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset
                 classes,
                 records: Records::packed(vec![shard]),
                 chosen: None,
+            relabel: None,
             })
         }
     }
@@ -477,11 +504,38 @@ mod tests {
             classes: (0..100).map(|c| c.to_string()).collect(),
             records: Records::packed(vec![shard(0..3), shard(3..3), shard(3..50), shard(50..100)]),
             chosen: None,
+            relabel: None,
         };
         assert!((0..100).all(|i| dataset.label(i) == i && dataset.record_name(i) == format!("name {i}")));
-        let some = dataset.take(4);
-        let labels: Vec<_> = (0..some.len()).map(|i| some.label(i)).collect();
-        assert_eq!(labels, [12, 37, 62, 87]);
-        assert_eq!(some.take(2).label(1), 87);
+        let some = dataset.take(20);
+        let mut labels: Vec<_> = (0..some.len()).map(|i| some.label(i)).collect();
+        labels.sort_unstable();
+        labels.dedup();
+        assert_eq!(labels.len(), 20, "a sample is taken once");
+        assert!(labels[0] < 25 && labels[19] > 75, "{labels:?}");
+        // A class count that divides the stride must not leave classes out.
+        let last_digits: std::collections::HashSet<_> = labels.iter().map(|l| l % 10).collect();
+        assert!(last_digits.len() > 5, "{labels:?}");
+    }
+
+    #[test]
+    fn labels_follow_the_names_of_a_model() {
+        let mut writer = ShardWriter::new(Kind::Encoded);
+        [0, 1, 2].into_iter().for_each(|label| writer.push(label, "name", b""));
+        let mut bytes = Vec::new();
+        writer.write(&mut bytes).unwrap();
+        let names = |text: &str| text.split(' ').map(str::to_string).collect::<Vec<_>>();
+        let dataset = |classes| Dataset {
+            name: "test".into(),
+            classes,
+            records: Records::packed(vec![Shard::from_bytes(bytes.clone(), 3).unwrap()]),
+            chosen: None,
+            relabel: None,
+        };
+        let renamed = dataset(names("ant bee cat")).with_classes(&names("cat ant bee")).unwrap();
+        assert_eq!((0..3).map(|i| renamed.label(i)).collect::<Vec<_>>(), [1, 2, 0]);
+        assert_eq!(renamed.classes(), names("cat ant bee"));
+        let error = dataset(names("ant bee cat")).with_classes(&names("ant bee cow")).err().unwrap();
+        assert!(error.to_string().contains("`cow`"), "{error}");
     }
 }
