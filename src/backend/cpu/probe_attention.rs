@@ -196,3 +196,79 @@ fn add_scaled<S: Simd>(s: S, to: &mut [f32], factor: f32, x: &[f32]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::testing::{Matrix, Numbers, on_every_isa, rel_l2};
+
+    #[test]
+    fn forward_and_backward_equal_f64() {
+        for (seed, (b, t, h, dh)) in
+            [(1, 1, 1, 1), (3, 5, 2, 5), (2, 16, 3, 12), (4, 33, 2, 64), (1, 197, 1, 72)]
+                .into_iter()
+                .enumerate()
+        {
+            let heads = Heads { tokens: t, heads: h, head_size: dh };
+            let width = h * dh;
+            let mut numbers = Numbers::new(seed as u64);
+            let q = numbers.vec(width);
+            let kv = Matrix::random(&mut numbers, b * t, 2 * width, seed % 3);
+            let d_o = Matrix::random(&mut numbers, b, width, seed % 2);
+            let scale = 1.0 / (dh as f64).sqrt();
+            let (mut p, mut o) = (vec![0.0; b * h * t], vec![0.0; b * width]);
+            let (mut d_q, mut d_kv) = (vec![0.0; width], vec![0.0; b * t * 2 * width]);
+            for image in 0..b {
+                for head in 0..h {
+                    let at = |i: usize, e: usize| kv.at(image * t + i, head * dh + e);
+                    let value = |i: usize, e: usize| kv.at(image * t + i, width + head * dh + e);
+                    let g = |e: usize| d_o.at(image, head * dh + e);
+                    let q = |e: usize| q[head * dh + e] as f64;
+                    let s: Vec<f64> =
+                        (0..t).map(|j| (0..dh).map(|e| q(e) * at(j, e)).sum::<f64>() * scale).collect();
+                    let sum: f64 = s.iter().map(|s| s.exp()).sum();
+                    let prob: Vec<f64> = s.iter().map(|s| s.exp() / sum).collect();
+                    let dp: Vec<f64> =
+                        (0..t).map(|j| (0..dh).map(|e| g(e) * value(j, e)).sum::<f64>()).collect();
+                    let mean: f64 = (0..t).map(|j| prob[j] * dp[j]).sum();
+                    for j in 0..t {
+                        p[(image * h + head) * t + j] = prob[j];
+                        let ds = prob[j] * (dp[j] - mean) * scale;
+                        for e in 0..dh {
+                            let col = head * dh + e;
+                            o[image * width + col] += prob[j] * value(j, e);
+                            d_q[col] += ds * at(j, e);
+                            d_kv[(image * t + j) * 2 * width + col] = ds * q(e);
+                            d_kv[(image * t + j) * 2 * width + width + col] = prob[j] * g(e);
+                        }
+                    }
+                }
+            }
+            let want = [&p[..], &o, &d_q, &d_kv];
+            on_every_isa(
+                |c| {
+                    let (mut p, mut d_q) = (vec![0.5; b * h * t], vec![0.5; width]);
+                    let mut o = Matrix::from_values(&vec![0.5; b * width], b, width, 1);
+                    let mut d_kv =
+                        Matrix::from_values(&vec![0.5; b * t * 2 * width], b * t, 2 * width, seed % 4);
+                    forward(c, heads, &q, kv.rows(), &mut p, o.rows_mut());
+                    backward(c, heads, &q, kv.rows(), &p, d_o.rows(), &mut d_q, d_kv.rows_mut());
+                    [p, o.values(), d_q, d_kv.values()].concat()
+                },
+                |isa, mut got| {
+                    for (part, want) in want.iter().enumerate() {
+                        let (head, rest) = got.split_at(want.len());
+                        let error = if want.iter().all(|w| w.abs() < 1e-12) {
+                            // One token: no gradient reaches the scores.
+                            head.iter().fold(0.0, |m, x| f64::max(m, x.abs() as f64))
+                        } else {
+                            rel_l2(head, want.iter().copied())
+                        };
+                        assert!(error < 3e-6, "part {part} of {b} {t} {h} {dh}, {isa:?}: {error:e}");
+                        got = rest;
+                    }
+                },
+            );
+        }
+    }
+}
