@@ -10,6 +10,8 @@
 //!
 //! Decay is always decoupled from the gradient, whatever the rule.
 
+#![forbid(unsafe_code)]
+
 mod groups;
 mod schedule;
 mod table;
@@ -321,3 +323,6 @@ fn validate(optim: &OptimSection) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
