@@ -51,7 +51,7 @@ pub(super) fn sums<S: Simd, const N: usize, const K: usize>(
 pub(super) fn update<S: Simd, const N: usize, const M: usize>(
     s: S,
     inputs: [&[f32]; N],
-    mut outputs: [&mut [f32]; M],
+    outputs: [&mut [f32]; M],
     f: impl Fn([S::V; N], [S::V; M]) -> [S::V; M],
 ) {
     let len = outputs[0].len();
