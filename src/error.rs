@@ -56,6 +56,12 @@ impl Error {
         self
     }
 
+    /// The same message as a failure (exit 1): where a wrong value came from a file and not from the user.
+    pub fn into_failure(mut self) -> Self {
+        self.kind = Kind::Failure;
+        self
+    }
+
     pub fn message(&self) -> &str {
         &self.message
     }

@@ -16,6 +16,7 @@ pub mod batch;
 pub mod cpu;
 pub mod mask;
 pub mod memory;
+pub mod timed;
 
 pub use batch::{HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
 pub use memory::{Arena, Dtype, Mat, MemoryPlan};
@@ -219,7 +220,7 @@ pub struct Loss {
     pub label_smoothing: f32,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LossKind {
     /// `-Σ_c y_c·log_softmax(z)_c`

@@ -1,1 +1,218 @@
-//! (to be written)
+//! The command line: one file per command, each with its `Args` and a `run`. Parsing, wiring and printing; no logic.
+//!
+//! Data goes to stdout or files, progress and errors to stderr. Exit codes: 0 done, 1 a failure that the message
+//! explains, 2 wrong usage, 130 interrupted, 143 terminated.
+
+pub mod bench;
+pub mod doctor;
+pub mod eval;
+pub mod grad;
+pub mod inspect;
+pub mod pack;
+pub mod plan;
+pub mod predict;
+pub mod replay;
+pub mod selftest;
+pub mod train;
+
+use std::ffi::OsString;
+use std::io::{ErrorKind, Write};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::backend::Device;
+use crate::error::{At, Error, Kind, Result};
+use crate::recipe::BUILT_IN;
+use crate::weights::ModelOverrides;
+
+/// Pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
+#[derive(Parser)]
+#[command(name = "vitrum", version)]
+#[command(
+    after_help = "Start with `vitrum train`: it trains a small model on pictures that it draws itself."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a model as a recipe says
+    Train(train::Args),
+    /// Fine-tune a trained model on other data (not built yet)
+    Finetune(NotBuilt),
+    /// Measure a model's accuracy on a data set
+    Eval(eval::Args),
+    /// Say what is in a picture
+    Predict(predict::Args),
+    /// Write pooled features of a data set (not built yet)
+    Features(NotBuilt),
+    /// Fit a linear classifier on features (not built yet)
+    Probe(NotBuilt),
+    /// Turn pictures into a packed data set
+    Pack(pack::Args),
+    /// Draw a contact sheet of augmented samples (not built yet)
+    Preview(NotBuilt),
+    /// Convert weights between layouts (not built yet)
+    Convert(NotBuilt),
+    /// Say what a weights file, a checkpoint or a data set holds
+    Inspect(inspect::Args),
+    /// Write logits, loss and every gradient of one batch
+    Grad(grad::Args),
+    /// Train on stored batches and write the trajectory
+    Replay(replay::Args),
+    /// Work out memory, FLOPs and steps of a recipe; runs nothing
+    Plan(plan::Args),
+    /// Time training or inference on this machine
+    Bench(bench::Args),
+    /// Check every operation on this machine's device against float64
+    Selftest(selftest::Args),
+    /// Say what this machine offers and what Vitrum will use
+    Doctor(doctor::Args),
+}
+
+/// Takes anything, so that the answer is "not built yet" and not a complaint about a flag.
+#[derive(clap::Args)]
+struct NotBuilt {
+    #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    _rest: Vec<OsString>,
+}
+
+/// Settings of a recipe, wherever a command has them.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct Settings {
+    /// Change one setting of the recipe, as in `train.steps=60`; may be repeated
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub set: Vec<String>,
+}
+
+impl Settings {
+    /// For commands that read a weights file: what it does not say itself, as `model.KEY=VALUE`.
+    pub fn model_overrides(&self) -> Result<ModelOverrides> {
+        let pairs = self.set.iter().map(|setting| match setting.split_once('=') {
+            Some((key, value)) => Ok((key.trim().to_string(), value.trim().to_string())),
+            None => Err(Error::usage(format!("`--set {setting}` has no value"))
+                .hint("write `--set model.KEY=VALUE`, as in `--set model.heads=12`")),
+        });
+        ModelOverrides::from_sets(&pairs.collect::<Result<Vec<_>>>()?)
+    }
+}
+
+/// Where to compute.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct On {
+    /// Where to compute: auto, cpu or cuda
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = Device::Auto)]
+    pub device: Device,
+}
+
+/// The whole program.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version are data and end with 0, the rest is wrong usage. A closed pipe is no failure.
+            let _ = e.print();
+            return ExitCode::from(e.exit_code() as u8);
+        }
+    };
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            let stopped = matches!(e.kind(), Kind::Stopped(_));
+            let mut text = if stopped { e.message().to_string() } else { format!("error: {}", e.message()) };
+            if let Some(hint) = e.hint_text() {
+                text += &format!("\nhint: {hint}");
+            }
+            let _ = writeln!(std::io::stderr(), "{text}");
+            ExitCode::from(e.exit_code() as u8)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    let Some(command) = cli.command else {
+        return print(&Cli::command().render_long_help().to_string());
+    };
+    match command {
+        Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Predict(args) => predict::run(args),
+        Command::Pack(args) => pack::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Grad(args) => grad::run(args),
+        Command::Replay(args) => replay::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Selftest(args) => selftest::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Finetune(_) => {
+            let hint = "`vitrum train` trains a new model: see `vitrum train --help`";
+            Err(not_built("vitrum finetune").hint(hint))
+        }
+        Command::Features(_) => Err(not_built("vitrum features")),
+        Command::Probe(_) => Err(not_built("vitrum probe")),
+        Command::Preview(_) => Err(not_built("vitrum preview")),
+        Command::Convert(_) => {
+            let hint = "checkpoints of `vitrum train` already have timm's tensor names, in safetensors";
+            Err(not_built("vitrum convert").hint(hint))
+        }
+    }
+}
+
+/// The refusal of a command or an option that the contract names and this version lacks.
+pub fn not_built(what: &str) -> Error {
+    Error::usage(format!("`{what}` is not built yet"))
+}
+
+/// Writes data to stdout, with a line's end. A reader that has gone (`vitrum ... | head`) is no error.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    match write!(out, "{text}{end}").and_then(|()| out.flush()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.at("stdout"),
+    }
+}
+
+/// One JSON object on stdout, for `--json`.
+pub fn print_json(value: &serde_json::Value) -> Result<()> {
+    print(&serde_json::to_string_pretty(value).expect("a JSON value can be written"))
+}
+
+/// Takes the CPU for `auto`, after one line that says why; `cuda` is refused with the same reason.
+pub fn select_device(wanted: Device) -> Result<()> {
+    let reason = doctor::why_no_cuda();
+    match wanted {
+        Device::Cpu => Ok(()),
+        Device::Auto => {
+            let _ = writeln!(std::io::stderr(), "note: computing on the CPU: {reason}");
+            Ok(())
+        }
+        Device::Cuda => Err(Error::new(format!("cannot compute on a GPU: {reason}"))
+            .hint("use `--device cpu`; `vitrum doctor` says what this machine has")),
+    }
+}
+
+/// The built-in recipes, for help texts: name and first line of each.
+fn built_in_help() -> String {
+    let mut text = String::from("Built-in recipes:\n");
+    for (name, recipe) in BUILT_IN {
+        let title = recipe.lines().next().unwrap_or_default().trim_start_matches("# ");
+        let short = title.split([':', ',']).next().unwrap_or(title);
+        text += &format!("  {name:<16} {short}\n");
+    }
+    text + "\nAny other recipe is the path of a .toml file."
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

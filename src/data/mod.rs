@@ -1,1 +1,44 @@
-//! (to be written)
+//! From pictures on disk to batches in slots.
+//!
+//! A data set is packed once ([`pack`]) into a folder of memory-mapped safetensors shards ([`shard`], [`dataset`]);
+//! image folders, tar archives and CIFAR binaries ([`source`]) train unpacked as well, and [`demo`] draws a data set
+//! of its own. The [`loader`] decodes ([`decode`]) and augments ([`augment`]) with a few workers and writes the
+//! finished pixels once, straight into the batch slots that the device reads.
+
+pub mod augment;
+pub mod dataset;
+pub mod decode;
+pub mod demo;
+mod describe;
+pub mod loader;
+pub mod pack;
+pub mod picture;
+pub mod shard;
+pub mod source;
+
+pub use dataset::{Dataset, Split, pair};
+pub use describe::describe;
+pub use loader::{Loader, LoaderSpec, Mode};
+
+use std::path::Path;
+
+use crate::error::Result;
+use crate::files;
+use crate::recipe::EvalResize;
+
+/// Reads one picture file and prepares it as an evaluation does: `[H, W, 3]` for an `image` of (H, W).
+pub fn read_image(
+    path: &Path,
+    image: (usize, usize),
+    resize: EvalResize,
+    crop_ratio: f32,
+) -> Result<Vec<u8>> {
+    let mut picture = picture::Picture::default();
+    decode::decode_into(&files::read(path)?, &mut picture).map_err(|e| e.at(path.display()))?;
+    let mut out = vec![0; image.0 * image.1 * 3];
+    augment::evaluate(resize, crop_ratio, picture.view(), image, &mut augment::Buffers::default(), &mut out);
+    Ok(out)
+}
+
+#[cfg(test)]
+mod reference;

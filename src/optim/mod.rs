@@ -198,6 +198,11 @@ impl Optimizer {
         self.rates(t, self.head_schedule).0
     }
 
+    /// Decay of the moving average of the weights, where the recipe keeps one.
+    pub fn ema_decay(&self) -> Option<f64> {
+        self.ema_decay
+    }
+
     /// How the batch size scaled the base rate; 1 where the recipe does not ask for it.
     pub fn batch_scale(&self) -> f64 {
         self.batch_scale

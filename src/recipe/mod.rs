@@ -11,7 +11,7 @@ mod resolve;
 mod size;
 
 pub use duration::Duration;
-pub use load::{BUILT_IN, Override};
+pub use load::{BUILT_IN, Loaded};
 pub use size::Size;
 
 use serde::{Deserialize, Serialize};
@@ -33,7 +33,8 @@ pub struct Recipe {
     pub eval: EvalSection,
 }
 
-/// The architecture. A `variant` gives width, depth, heads, mlp and patch; single keys override it.
+/// The architecture. A `variant` gives width, depth, heads, mlp and patch; single keys override it. The names of other
+/// code bases (`hidden_size`, `num_heads`, ...) are accepted for some keys: `ALIASES` in `load.rs`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSection {
@@ -42,16 +43,16 @@ pub struct ModelSection {
     pub variant: Option<String>,
     /// `224` or `"224x160"` (height x width).
     pub image: Size,
-    #[serde(alias = "patch_size", skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub patch: Option<Size>,
-    #[serde(alias = "hidden_size", skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub width: Option<usize>,
-    #[serde(alias = "num_layers", skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub depth: Option<usize>,
-    #[serde(alias = "num_heads", skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub heads: Option<usize>,
     /// Default: 4 · width.
-    #[serde(alias = "mlp_dim", skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub mlp: Option<usize>,
     /// Default: as many as the training data has.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -67,9 +68,7 @@ pub struct ModelSection {
     pub layer_scale: f32,
     pub gelu: Gelu,
     pub ln_eps: f32,
-    #[serde(alias = "dropout_rate")]
     pub dropout: f32,
-    #[serde(alias = "attention_dropout_rate")]
     pub attention_dropout: f32,
     pub drop_path: f32,
     pub drop_path_mode: DropPathMode,

@@ -1,1 +1,273 @@
+//! From what the user wrote to what the program works with: the model's sizes, the run's length, and a refusal of
+//! what makes no sense or is not built yet.
 
+use super::{Duration, ModelSection, Precision, Recipe, Size};
+use crate::error::{Error, Result};
+use crate::vit::config::{ModelConfig, PoolKind, Variant};
+
+/// Far above any published model or run, far below where products of sizes overflow.
+const LIMITS: [(&str, usize); 4] =
+    [("width", 1 << 16), ("depth", 1 << 10), ("mlp", 1 << 18), ("image", 1 << 13)];
+const MOST_CLASSES: usize = 1 << 22;
+const MOST_BATCH: usize = 1 << 20;
+
+impl Recipe {
+    /// The architecture, complete and checked. `classes_of_data` is 0 where no data set has been opened; then the recipe
+    /// must name the classes.
+    pub fn model_config(&self, classes_of_data: usize) -> Result<ModelConfig> {
+        let config = self.model.config(self.model.classes(classes_of_data)?)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Number of updates in the run, over `data_size` pictures per epoch.
+    pub fn steps(&self, data_size: usize) -> Result<u64> {
+        match (self.train.steps, self.train.epochs) {
+            (Some(steps), None) => Ok(steps),
+            (None, Some(epochs)) => {
+                Ok(Duration::Epochs(epochs).to_steps(0, self.train.batch, data_size).max(1))
+            }
+            (Some(_), Some(_)) => Err(Error::usage("`train.steps` and `train.epochs` are both set")
+                .hint("remove one of them, they exclude each other")),
+            (None, None) => Err(Error::usage("the recipe does not say how long to train")
+                .hint("set `train.steps` or `train.epochs`, as in `--set train.steps=1000`")),
+        }
+    }
+
+    /// The recipe with everything that had to be worked out written into it: sizes, classes, steps.
+    pub fn resolved(&self, classes_of_data: usize, data_size: usize) -> Result<Recipe> {
+        let config = self.model_config(classes_of_data)?;
+        let mut recipe = self.clone();
+        recipe.train.steps = Some(self.steps(data_size)?);
+        recipe.train.epochs = None;
+        recipe.train.checkpoint_every.get_or_insert(self.train.eval_every);
+        recipe.model = ModelSection {
+            patch: Some(Size { height: config.patch.0, width: config.patch.1 }),
+            width: Some(config.width),
+            depth: Some(config.depth),
+            heads: Some(config.heads),
+            mlp: Some(config.mlp),
+            classes: Some(config.classes),
+            extra_tokens: Some(config.extra_tokens),
+            ..recipe.model
+        };
+        Ok(recipe)
+    }
+
+    /// Refuses what cannot be trained, naming the key. What depends on the data (classes, epochs) is checked when the
+    /// data is known.
+    pub fn validate(&self) -> Result<()> {
+        self.model.config(self.model.classes.unwrap_or(1))?.validate()?;
+        self.steps(1)?;
+        self.validate_settings()
+    }
+
+    /// Everything but the model and the length of the run.
+    pub(super) fn validate_settings(&self) -> Result<()> {
+        self.check_train()?;
+        self.check_data_and_augment()?;
+        self.check_optim()
+    }
+
+    fn check_train(&self) -> Result<()> {
+        let t = &self.train;
+        if t.batch == 0 || t.batch > MOST_BATCH {
+            return Err(Error::usage(format!("`train.batch` is {}", t.batch))
+                .hint(format!("use 1 to {MOST_BATCH}, as in `--set train.batch=128`")));
+        }
+        if t.micro_batch > 0 && !t.batch.is_multiple_of(t.micro_batch) {
+            let fits = (1..=t.micro_batch).rev().find(|m| t.batch.is_multiple_of(*m)).unwrap_or(1);
+            return Err(Error::usage(format!(
+                "`train.micro_batch` is {}, which does not divide `train.batch` {}",
+                t.micro_batch, t.batch
+            ))
+            .hint(format!("use `--set train.micro_batch={fits}`, or 0 for the whole batch")));
+        }
+        match t.recompute.as_str() {
+            "none" => {}
+            "ln+gelu" | "block" => {
+                return Err(Error::usage(format!(
+                    "`train.recompute = \"{}\"` is not built yet",
+                    t.recompute
+                ))
+                .hint("use `--set train.recompute=none`; a smaller `train.micro_batch` saves memory too"));
+            }
+            other => {
+                return Err(Error::usage(format!("`train.recompute` cannot be `{other}`"))
+                    .hint("use `none` (`ln+gelu` and `block` are planned)"));
+            }
+        }
+        if t.precision == Precision::Bf16 {
+            return Err(Error::usage("`train.precision = \"bf16\"` is not built yet on the CPU")
+                .hint("use `--set train.precision=f32`"));
+        }
+        let counts = [
+            ("train.steps", t.steps),
+            ("train.log_every", Some(t.log_every)),
+            ("train.eval_every", Some(t.eval_every)),
+            ("train.checkpoint_every", t.checkpoint_every),
+            ("train.max_skipped", Some(t.max_skipped)),
+        ];
+        if let Some((key, _)) = counts.into_iter().find(|(_, count)| *count == Some(0)) {
+            return Err(Error::usage(format!("`{key}` is 0")).hint("use a number from 1 up"));
+        }
+        if let Some(epochs) = t.epochs {
+            within("train.epochs", epochs, f64::MIN_POSITIVE, 1e9)?;
+        }
+        within("train.threads", t.threads as f64, 0.0, 4096.0)?;
+        within("train.min_delta", t.min_delta, 0.0, f64::MAX)
+    }
+
+    fn check_data_and_augment(&self) -> Result<()> {
+        let (d, a) = (&self.data, &self.augment);
+        within("data.workers", d.workers as f64, 0.0, 4096.0)?;
+        within("data.slots", d.slots as f64, 2.0, 64.0)?;
+        within("augment.pad", a.pad as f64, 0.0, 4096.0)?;
+        let (least, most) = a.area;
+        if !(least > 0.0 && least <= most && most <= 1.0) {
+            return Err(Error::usage(format!("`augment.area` is [{least}, {most}]")).hint(
+                "give the least and the most share of the picture, as in `--set augment.area=[0.05,1.0]`",
+            ));
+        }
+        for (key, value) in [
+            ("augment.brightness", a.brightness),
+            ("augment.contrast", a.contrast),
+            ("augment.saturation", a.saturation),
+            ("augment.hue", a.hue),
+            ("augment.mix_prob", a.mix_prob),
+            ("eval.crop_ratio", self.eval.crop_ratio),
+            ("loss.label_smoothing", self.loss.label_smoothing),
+        ] {
+            within(key, value.into(), 0.0, 1.0)?;
+        }
+        if self.eval.crop_ratio == 0.0 {
+            return Err(Error::usage("`eval.crop_ratio` is 0").hint("use a share above 0, as in 0.875"));
+        }
+        within("augment.mixup", a.mixup, 0.0, 1e6)
+    }
+
+    fn check_optim(&self) -> Result<()> {
+        let (o, s) = (&self.optim, &self.schedule);
+        for (key, value) in [
+            ("optim.lr", o.lr),
+            ("optim.weight_decay", o.weight_decay),
+            ("optim.eps", o.eps),
+            ("optim.clip", o.clip.into()),
+            ("optim.clip_rms", o.clip_rms),
+            ("optim.backbone_lr_mult", o.backbone_lr_mult),
+            ("optim.decay_power", o.decay_power),
+            ("schedule.end", s.end),
+            ("schedule.power", s.power),
+            ("schedule.warmup_lr", s.warmup_lr),
+            ("schedule.min_lr", s.min_lr),
+        ] {
+            within(key, value, 0.0, f64::MAX)?;
+        }
+        for (key, value) in [
+            ("optim.momentum", o.momentum),
+            ("optim.beta1", o.beta1),
+            ("optim.beta2", o.beta2),
+            ("optim.beta2_cap", o.beta2_cap),
+            ("optim.ema", o.ema),
+        ] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(Error::usage(format!("`{key}` is {value}")).hint("it lies in [0, 1)"));
+            }
+        }
+        for (index, group) in o.groups.iter().enumerate() {
+            let key = format!("optim.groups[{index}]");
+            if let Err(e) = regex_lite::Regex::new(&group.pattern) {
+                return Err(Error::usage(format!("`{key}.pattern` is no regular expression: {e}"))
+                    .hint("patterns match whole parameter names, as in `head[.].*`"));
+            }
+            within(&format!("{key}.lr_mult"), group.lr_mult.unwrap_or(1.0), 0.0, f64::MAX)?;
+            within(&format!("{key}.decay_mult"), group.decay_mult.unwrap_or(1.0), 0.0, f64::MAX)?;
+        }
+        Ok(())
+    }
+}
+
+impl ModelSection {
+    /// From the recipe, else from the data; an error where both speak and differ.
+    fn classes(&self, of_data: usize) -> Result<usize> {
+        match (self.classes, of_data) {
+            (Some(classes), 0) => Ok(classes),
+            (Some(classes), n) if classes == n => Ok(classes),
+            (Some(classes), n) => Err(Error::new(format!(
+                "`model.classes` is {classes}, but the training data has {n} classes"
+            ))
+            .hint(format!("remove `model.classes` or use `--set model.classes={n}`"))),
+            (None, 0) => {
+                Err(Error::usage("`model.classes` is not set and no data set says how many there are")
+                    .hint("use `--set model.classes=1000` or `--set data.train=DIR`"))
+            }
+            (None, n) => Ok(n),
+        }
+    }
+
+    /// The variant's sizes, overridden key by key.
+    fn config(&self, classes: usize) -> Result<ModelConfig> {
+        let variant = self.variant.as_deref().map(Variant::parse).transpose()?;
+        let missing = |key: &str| {
+            Error::usage(format!("the model has no `model.{key}`"))
+                .hint(format!("set `model.variant`, as in `\"S/16\"`, or `model.{key}` itself"))
+        };
+        let side = |size: Size| (size.height, size.width);
+        let of_variant = |f: fn(&Variant) -> usize| variant.as_ref().map(|(v, _)| f(v));
+        let width = self.width.or(of_variant(|v| v.width)).ok_or_else(|| missing("width"))?;
+        let depth = self.depth.or(of_variant(|v| v.depth)).ok_or_else(|| missing("depth"))?;
+        let heads = self.heads.or(of_variant(|v| v.heads)).ok_or_else(|| missing("heads"))?;
+        // A width of its own makes another model: the variant's mlp no longer belongs to it.
+        let mlp = self.mlp.or(of_variant(|v| v.mlp).filter(|_| self.width.is_none()));
+        let patch = self.patch.map(side).or(variant.map(|(_, p)| (p, p))).ok_or_else(|| missing("patch"))?;
+        let image = side(self.image);
+        let sizes = [width, depth, mlp.unwrap_or(0), image.0.max(image.1)];
+        for ((key, most), size) in LIMITS.into_iter().zip(sizes) {
+            within(&format!("model.{key}"), size as f64, 0.0, most as f64)?;
+        }
+        within("model.classes", classes as f64, 0.0, MOST_CLASSES as f64)?;
+        within("model.rep_size", self.rep_size as f64, 0.0, LIMITS[2].1 as f64)?;
+        within("model.head_bias", self.head_bias.into(), -1e6, 1e6)?;
+        let extra_tokens = self.extra_tokens.unwrap_or((self.pool == PoolKind::Token).into());
+        Ok(ModelConfig {
+            image,
+            patch,
+            width,
+            depth,
+            heads,
+            mlp: mlp.unwrap_or(4 * width),
+            classes,
+            pool: self.pool,
+            norm: self.norm,
+            extra_tokens,
+            posemb: self.posemb,
+            posemb_join: self.posemb_join,
+            rep_size: self.rep_size,
+            layer_scale: self.layer_scale,
+            gelu: self.gelu,
+            ln_eps: self.ln_eps,
+            dropout: self.dropout,
+            attention_dropout: self.attention_dropout,
+            drop_path: self.drop_path,
+            drop_path_mode: self.drop_path_mode,
+            init: self.init,
+            head_bias: self.head_bias,
+        })
+    }
+}
+
+/// NaN is outside of everything.
+fn within(key: &str, value: f64, least: f64, most: f64) -> Result<()> {
+    if (least..=most).contains(&value) && value.is_finite() {
+        return Ok(());
+    }
+    let hint = match (least == f64::MIN_POSITIVE, most == f64::MAX) {
+        (true, _) => "use a number above 0".to_string(),
+        (false, true) => format!("use a finite number from {least} up"),
+        (false, false) => format!("use a number from {least} to {most}"),
+    };
+    // A value that came from an f32 is shown as the user wrote it: 1.2, not 1.2000000476837158.
+    let short = value as f32;
+    let shown = if f64::from(short) == value { short.to_string() } else { value.to_string() };
+    Err(Error::usage(format!("`{key}` is {shown}")).hint(hint))
+}

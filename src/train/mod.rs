@@ -1,1 +1,16 @@
-//! (to be written)
+//! The training loop: the trainer's story, evaluation, checkpoints, early stopping.
+
+pub mod batch_file;
+pub mod build;
+pub mod checkpoint;
+pub mod evaluate;
+pub mod loaded;
+pub mod plan;
+pub mod replay;
+pub mod run;
+pub mod signals;
+pub mod trainer;
+
+pub use evaluate::{EvalReport, evaluate};
+pub use run::{RunOptions, RunSummary};
+pub use trainer::{Trainer, train};

@@ -1,3 +1,117 @@
-//! The model, written once, over any backend.
+//! The Vision Transformer, written once over any backend.
+//!
+//! [`config`] says which model, [`params`] where its tensors lie, [`graph`] names every buffer of a pass, [`forward`] and
+//! [`backward`] are straight lines of backend operations, laid out so that each line of one can be read beside its
+//! counterpart in the other. Nothing here names a device, and nothing allocates after [`Vit::new`].
+
+pub mod backward;
 pub mod config;
+pub mod forward;
+pub mod graph;
 pub mod params;
+
+pub use config::ModelConfig;
+pub use params::{Param, ParamLayout};
+
+use crate::backend::{Arena, Backend, Loss, Mat, MemoryPlan, Normalise};
+use crate::error::Result;
+use graph::Graph;
+
+/// What the activations are kept for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Every block keeps what its backward needs, from the first trainable block on.
+    Train,
+    /// All blocks share one set of buffers; there are no gradients.
+    Infer,
+}
+
+/// A model bound to buffers: handles only, no memory. Evaluation uses the same buffers as training, without masks.
+pub struct Vit {
+    pub config: ModelConfig,
+    pub layout: ParamLayout,
+    pub mode: Mode,
+    /// Samples that one pass takes at most.
+    pub micro_batch: usize,
+    pub normalise: Normalise,
+    train: Graph,
+    eval: Graph,
+    plan: MemoryPlan,
+}
+
+impl Vit {
+    /// Lays out parameters and activations for passes of `micro_batch` samples. `frozen` parameters get no gradient.
+    pub fn new(
+        config: ModelConfig,
+        normalise: Normalise,
+        micro_batch: usize,
+        mode: Mode,
+        frozen: impl Fn(&Param) -> bool,
+    ) -> Self {
+        let layout = ParamLayout::new(&config, |p| mode == Mode::Infer || frozen(p));
+        let mut plan = MemoryPlan::new();
+        plan.set_bytes(Arena::Params, layout.param_elements * 4);
+        plan.set_bytes(Arena::Grads, layout.grad_elements * 4);
+        let train = Graph::new(&config, &layout, micro_batch, mode, &mut plan);
+        let eval = train.without_masks();
+        Self { config, layout, mode, micro_batch, normalise, train, eval, plan }
+    }
+
+    /// Parameters, gradients and activations; whoever trains adds the optimiser's arenas.
+    pub fn plan(&self) -> MemoryPlan {
+        self.plan.clone()
+    }
+
+    /// Fills a fresh parameter arena with the initial values of `config.init`.
+    pub fn init(&self, b: &mut dyn Backend, seed: u64) -> Result<()> {
+        for (index, param) in self.layout.params.iter().enumerate() {
+            b.write(param.mat(), &params::initial_values(&self.config, param, index, seed))?;
+        }
+        Ok(())
+    }
+
+    /// Fills in the tables that are no parameters (sincos2d), for weights that come from a file.
+    pub fn init_tables(&self, b: &mut dyn Backend) -> Result<()> {
+        for (index, param) in self.layout.params.iter().enumerate().filter(|(_, p)| !p.is_parameter()) {
+            b.write(param.mat(), &params::initial_values(&self.config, param, index, 0))?;
+        }
+        Ok(())
+    }
+
+    /// Logits of the bound micro-batch, with the masks of training or without.
+    pub fn forward(&self, b: &mut dyn Backend, masks: bool) -> Result<()> {
+        forward::forward(b, if masks { &self.train } else { &self.eval }, self.normalise)
+    }
+
+    /// Per-sample losses and metrics, and the gradient of the logits.
+    pub fn loss(&self, b: &mut dyn Backend, loss: Loss) -> Result<()> {
+        let h = &self.train.head;
+        b.loss(loss, h.logits, h.d_logits, h.samples)?;
+        b.add_to_report(h.samples)
+    }
+
+    /// Gradients of every trained parameter, from the logits' gradient. `masks` as in the forward pass.
+    pub fn backward(&self, b: &mut dyn Backend, masks: bool) -> Result<()> {
+        assert_eq!(
+            self.mode,
+            Mode::Train,
+            "a model laid out for inference keeps nothing for a backward pass"
+        );
+        backward::backward(b, if masks { &self.train } else { &self.eval })
+    }
+
+    /// `[B, C]`
+    pub fn logits(&self) -> Mat {
+        self.train.head.logits
+    }
+
+    /// Loss, top-1, top-5 of each sample: `[B, 3]`.
+    pub fn sample_metrics(&self) -> Mat {
+        self.train.head.samples
+    }
+
+    /// What the head reads: `[B, D]`, or `[B, R]` with a representation layer.
+    pub fn features(&self) -> Mat {
+        self.train.head.features
+    }
+}

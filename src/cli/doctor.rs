@@ -1,0 +1,167 @@
+//! `vitrum doctor`: what this machine offers and what Vitrum will use. Never fails: a machine that lacks something is
+//! what it is there to describe.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{print, print_json};
+use crate::backend::cpu::compute::Isa;
+use crate::error::Result;
+use crate::files;
+use crate::report::format;
+
+/// Why no GPU kernel can be inside this program.
+const NO_KERNELS: &str = "this version has no CUDA kernels yet";
+const JPEG_DECODER: &str = "zune-jpeg, by crate image";
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let machine = Machine::look();
+    if args.json { print_json(&machine.json()) } else { print(&machine.text()) }
+}
+
+/// One sentence, for `--device auto` and `--device cuda`.
+pub fn why_no_cuda() -> String {
+    match gpus() {
+        Ok(names) => format!("{NO_KERNELS} (this machine has {})", names.join(", ")),
+        Err(reason) => format!("{NO_KERNELS}, and {reason}"),
+    }
+}
+
+struct Machine {
+    processor: String,
+    cores: usize,
+    /// What the kernels will run on, or why that cannot be said.
+    isa: std::result::Result<Isa, String>,
+    memory: Option<Memory>,
+    cache: std::path::PathBuf,
+    cache_writable: bool,
+    gpus: std::result::Result<Vec<String>, String>,
+}
+
+/// Bytes.
+struct Memory {
+    total: u64,
+    available: u64,
+}
+
+impl Machine {
+    fn look() -> Self {
+        let cache = files::cache_dir();
+        Self {
+            processor: processor().unwrap_or_else(|| std::env::consts::ARCH.into()),
+            cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            isa: Isa::from_env().map_err(|e| e.message().into()),
+            memory: memory(),
+            cache_writable: writable(&cache),
+            cache,
+            gpus: gpus(),
+        }
+    }
+
+    fn text(&self) -> String {
+        let available = Isa::available().iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", ");
+        let isa = match &self.isa {
+            Ok(isa) => format!("{} (this processor has {available}; `VITRUM_ISA` overrides)", isa.name()),
+            Err(reason) => format!("none: {reason}"),
+        };
+        let memory = match &self.memory {
+            Some(m) => format!("{}, {} available", format::bytes(m.total), format::bytes(m.available)),
+            None => "unknown".into(),
+        };
+        let cache = if self.cache_writable { "writable" } else { "not writable: set `VITRUM_CACHE=DIR`" };
+        let gpu = match &self.gpus {
+            Ok(names) => names.join(", "),
+            Err(reason) => format!("none, {reason}"),
+        };
+        let plural = if self.cores == 1 { "" } else { "s" };
+        [
+            format!("vitrum: {}", env!("CARGO_PKG_VERSION")),
+            format!("processor: {}, {} core{plural}", self.processor, self.cores),
+            format!("instruction set: {isa}"),
+            format!("memory: {memory}"),
+            format!("cache: {} ({cache})", self.cache.display()),
+            format!("jpeg decoder: {JPEG_DECODER}"),
+            format!("kernels: none embedded (built without nvcc: {NO_KERNELS})"),
+            format!("gpu: {gpu}"),
+            format!("will compute on: cpu ({})", why_no_cuda()),
+        ]
+        .join("\n")
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "processor": self.processor,
+            "cores": self.cores,
+            "isa": self.isa.as_ref().map(|isa| isa.name()).ok(),
+            "isa_error": self.isa.as_ref().err(),
+            "isa_available": Isa::available().iter().map(|isa| isa.name()).collect::<Vec<_>>(),
+            "memory_bytes": self.memory.as_ref().map(|m| m.total),
+            "memory_available_bytes": self.memory.as_ref().map(|m| m.available),
+            "cache": self.cache.display().to_string(),
+            "cache_writable": self.cache_writable,
+            "jpeg_decoder": JPEG_DECODER,
+            "kernels": [],
+            "gpus": self.gpus.as_ref().cloned().unwrap_or_default(),
+            "gpu_reason": self.gpus.as_ref().err(),
+            "device": "cpu",
+            "device_reason": why_no_cuda(),
+        })
+    }
+}
+
+fn processor() -> Option<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    field(&text, "model name")
+}
+
+/// What the machine has, or what this container may use of it.
+fn memory() -> Option<Memory> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = |name: &str| field(&text, name)?.strip_suffix("kB")?.trim().parse::<u64>().ok();
+    let mut memory = Memory { total: kib("MemTotal")? << 10, available: kib("MemAvailable")? << 10 };
+    let limit = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    if let Some(most) = limit("/sys/fs/cgroup/memory.max").filter(|most| *most < memory.total) {
+        let used = limit("/sys/fs/cgroup/memory.current").unwrap_or(0);
+        memory = Memory { total: most, available: memory.available.min(most.saturating_sub(used)) };
+    }
+    Some(memory)
+}
+
+/// NVIDIA GPUs that the driver lists, or why there are none. Asks the kernel's driver, not the CUDA library.
+fn gpus() -> std::result::Result<Vec<String>, String> {
+    let folder = Path::new("/proc/driver/nvidia/gpus");
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Err("no NVIDIA driver is loaded (`/proc/driver/nvidia` is absent)".into());
+    };
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("information")).ok())
+        .map(|text| field(&text, "Model").unwrap_or_else(|| "an unnamed NVIDIA GPU".into()))
+        .collect();
+    names.sort();
+    if names.is_empty() { Err("the NVIDIA driver lists no GPU".into()) } else { Ok(names) }
+}
+
+/// The value of a `name: value` line.
+fn field(text: &str, name: &str) -> Option<String> {
+    let line = text.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name))?;
+    Some(line.split_once(':')?.1.trim().to_string())
+}
+
+/// Whether files can be made in `folder`, found out by making one: permissions alone do not tell (read-only and special
+/// file systems, root). The folder itself stays; a run would make it too.
+fn writable(folder: &Path) -> bool {
+    let probe = folder.join(format!(".doctor.{}", std::process::id()));
+    let written = fs::create_dir_all(folder).and_then(|()| fs::write(&probe, b"vitrum"));
+    let _ = fs::remove_file(&probe);
+    written.is_ok()
+}

@@ -1,0 +1,63 @@
+//! `vitrum grad`: logits, loss and every gradient of one batch, for comparison with other implementations.
+
+use std::path::PathBuf;
+
+use super::{On, Settings};
+use crate::backend::{Loss, LossKind};
+use crate::error::{Error, Result};
+use crate::train::batch_file::BatchFile;
+use crate::train::loaded::{Loaded, gradients};
+use crate::vit::Mode;
+use crate::weights::safetensors::{self, View};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A weights file, a checkpoint folder or a run directory (its best, else its last)
+    #[arg(long, value_name = "FILE")]
+    pub weights: PathBuf,
+    /// Safetensors with `images` [B,H,W,3] and `labels` [B] or `targets` [B,C]
+    #[arg(long, value_name = "FILE")]
+    pub batch: PathBuf,
+    /// Where to write `logits`, `loss` and `grad/NAME`
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// softmax or sigmoid
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = LossKind::Softmax)]
+    pub loss: LossKind,
+    /// Targets become (1-S)·onehot + S/C
+    #[arg(long, value_name = "S", default_value_t = 0.0)]
+    pub label_smoothing: f32,
+    #[command(flatten)]
+    pub settings: Settings,
+    #[command(flatten)]
+    pub on: On,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    if !(0.0..=1.0).contains(&args.label_smoothing) {
+        return Err(Error::usage(format!("`--label-smoothing {}`", args.label_smoothing)).hint("use 0 to 1"));
+    }
+    let overrides = args.settings.model_overrides()?;
+    let batch = BatchFile::open(&args.batch, false)?;
+    let (samples, image) = (batch.layout.samples, batch.layout.image);
+    let mut run = Loaded::open(&args.weights, &overrides, args.on.device, samples, Mode::Train, Some(image))?;
+    batch.check_classes(run.model.config.classes)?;
+    let slot = batch.slot(&*run.backend, 0)?;
+    let loss = Loss { kind: args.loss, label_smoothing: args.label_smoothing };
+    let report = gradients(&mut *run.backend, &run.model, loss, slot)?;
+
+    let mut out = vec![("loss".to_string(), vec![1], vec![report.loss as f32])];
+    let classes = run.model.config.classes;
+    let mut logits = vec![0.0; samples * classes];
+    run.backend.read(run.model.logits(), &mut logits)?;
+    out.push(("logits".into(), vec![samples, classes], logits));
+    for param in run.model.layout.parameters() {
+        let mut values = vec![0.0; param.len()];
+        run.backend.read(param.grad().expect("nothing is frozen"), &mut values)?;
+        out.push((format!("grad/{}", param.name), param.shape.clone(), param.to_file_order(&values)));
+    }
+    let views = out.iter().map(|(name, shape, values)| View::f32(name, shape, values)).collect();
+    safetensors::write(&args.out, &Default::default(), views)?;
+    eprintln!("loss {:.6}, gradients of {} tensors in {}", report.loss, out.len() - 2, args.out.display());
+    Ok(())
+}

@@ -1,0 +1,80 @@
+//! `vitrum inspect`: what is this file or folder? Reads headers only.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::{print, print_json};
+use crate::data;
+use crate::error::{Error, Result};
+use crate::report::format;
+use crate::weights;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A weights file, a checkpoint, a run directory, a data set, or `demo`
+    pub path: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let what = describe(&args.path)?;
+    if args.json { print_json(&what) } else { print(&text(&what)) }
+}
+
+/// Weights are a file, or a folder that a run wrote; any other folder, and an archive, is a data set.
+fn describe(path: &Path) -> Result<Value> {
+    let is_demo = ["demo", "demo-hard"].iter().any(|name| path.as_os_str() == *name);
+    if !path.exists() && !is_demo {
+        return Err(Error::new(format!("{}: there is no such file or folder", path.display())));
+    }
+    let of_a_run = path.join("model.safetensors").exists() || path.join("checkpoints").exists();
+    let archive = path.extension().is_some_and(|end| end == "tar" || end == "bin");
+    if of_a_run || (path.is_file() && !archive) { weights::describe(path) } else { data::describe(path) }
+}
+
+/// One `key: value` line per fact, nested ones as `train.records`.
+fn text(what: &Value) -> String {
+    let mut lines = Vec::new();
+    add_lines("", what, &mut lines);
+    lines.join("\n")
+}
+
+fn add_lines(key: &str, value: &Value, lines: &mut Vec<String>) {
+    let last = key.rsplit('.').next().unwrap_or_default();
+    let text = match value {
+        Value::Null => return,
+        Value::Object(fields) => {
+            for (name, inner) in fields {
+                let path = if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+                add_lines(&path, inner, lines);
+            }
+            return;
+        }
+        Value::String(text) => text.clone(),
+        Value::Array(items) => match items.as_slice() {
+            [height, width] if ["image", "patch"].contains(&last) => format!("{height}x{width}"),
+            items => short_list(items),
+        },
+        Value::Number(number) => match (last, number.as_u64()) {
+            ("bytes", Some(bytes)) => format::bytes(bytes),
+            ("params" | "records", Some(count)) => format::thousands(count),
+            _ => number.to_string(),
+        },
+        Value::Bool(truth) => if *truth { "yes" } else { "no" }.into(),
+    };
+    lines.push(format!("{key}: {text}"));
+}
+
+/// The first few, and how many there are.
+fn short_list(items: &[Value]) -> String {
+    const SHOWN: usize = 10;
+    let text = |item: &Value| item.as_str().map_or_else(|| item.to_string(), str::to_string);
+    let mut list = items.iter().take(SHOWN).map(text).collect::<Vec<_>>().join(", ");
+    if items.len() > SHOWN {
+        list += &format!(", ... ({} in all)", items.len());
+    }
+    list
+}

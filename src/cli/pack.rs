@@ -1,0 +1,103 @@
+//! `vitrum pack`: put pictures into the form that trains fastest.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::data::dataset::MANIFEST;
+use crate::data::pack::{self, Format, Options, Packed, Target};
+use crate::error::{At, Error, Result};
+use crate::fail;
+use crate::recipe::OnBadRecord;
+
+/// Packs pictures into a data set.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// An image folder (`CLASS/...`, or `train/CLASS/...` and `val/CLASS/...`), a tar archive of such paths, or a
+    /// CIFAR binary or the folder of such
+    pub source: PathBuf,
+    /// The folder to make; with `--check` alone, SOURCE may itself be a packed data set
+    pub dest: Option<PathBuf>,
+    /// `jpeg` keeps the encoded pictures, `raw` stores pixels of one size [default: raw if all pictures have one size
+    /// of at most 64 pixels, else jpeg]
+    #[arg(long)]
+    pub format: Option<Format>,
+    /// Resize: the shorter side `N`, or `HxW`; raw pixels are then cropped to the centre
+    #[arg(long, value_name = "N|HxW")]
+    pub size: Option<Target>,
+    /// Re-encode every picture as JPEG of this quality
+    #[arg(long, value_name = "Q", value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub quality: Option<u8>,
+    /// What to do with a record that cannot be decoded
+    #[arg(long, value_name = "WHAT", default_value = "skip")]
+    pub on_bad_record: OnBadRecord,
+    /// Verify the packed data set: checksums, and every picture
+    #[arg(long)]
+    pub check: bool,
+}
+
+/// Packs, checks, or both.
+pub fn run(args: Args) -> Result<()> {
+    let packed_before = |dir: &Path| {
+        [dir.to_owned(), dir.join("train"), dir.join("val")].iter().any(|d| d.join(MANIFEST).is_file())
+    };
+    let Some(dest) = &args.dest else {
+        if args.check {
+            return check(&args.source);
+        }
+        return Err(Error::usage("`vitrum pack` needs a folder to pack into").hint("vitrum pack SOURCE DEST"));
+    };
+    if !(args.check && packed_before(dest)) {
+        let options = Options {
+            format: args.format,
+            size: args.size,
+            quality: args.quality,
+            on_bad_record: args.on_bad_record,
+        };
+        let stop = Arc::new(AtomicUsize::new(0));
+        for signal in [SIGINT, SIGTERM] {
+            signal_hook::flag::register_usize(signal, stop.clone(), signal as usize).at("signals")?;
+        }
+        report(&pack::pack(&args.source, dest, options, &stop)?, dest);
+    }
+    if args.check { check(dest) } else { Ok(()) }
+}
+
+fn report(packed: &Packed, dest: &Path) {
+    let parts: Vec<String> = packed
+        .parts
+        .iter()
+        .map(|(split, records, _)| match split {
+            Some(split) => format!("{records} {} records", split.name()),
+            None => format!("{records} records"),
+        })
+        .collect();
+    let skipped: usize = packed.parts.iter().map(|(_, _, skipped)| skipped).sum();
+    let form = match packed.image {
+        Some((height, width)) => format!("raw {width}x{height} pixels"),
+        None => "encoded pictures".into(),
+    };
+    eprintln!(
+        "packed {} of {} classes as {form} into {}, {skipped} skipped",
+        parts.join(" and "),
+        packed.classes,
+        dest.display()
+    );
+}
+
+fn check(dir: &Path) -> Result<()> {
+    let checked = pack::check(dir)?;
+    for fault in &checked.faults {
+        eprintln!("damaged: {fault}");
+    }
+    match checked.faults.len() {
+        0 => {
+            eprintln!("checked {} records in {} shards: all good", checked.records, checked.shards);
+            Ok(())
+        }
+        1 => fail!("{}: the data set has a fault", dir.display()),
+        faults => fail!("{}: the data set has {faults} faults", dir.display()),
+    }
+}

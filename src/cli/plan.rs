@@ -1,0 +1,33 @@
+//! `vitrum plan`: what a recipe will take, worked out without running it.
+
+use super::Settings;
+use crate::error::Result;
+use crate::recipe::Recipe;
+use crate::train::plan::Plan;
+
+#[derive(clap::Args)]
+#[command(after_help = super::built_in_help())]
+pub struct Args {
+    /// A built-in recipe or a .toml file [default: demo]
+    pub recipe: Option<String>,
+    #[command(flatten)]
+    pub settings: Settings,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let loaded = Recipe::read(args.recipe.as_deref(), &args.settings.set)?;
+    loaded.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    show(&loaded.recipe, &loaded.name, args.json)
+}
+
+/// What a recipe will take, and the recipe in full. Looks at the data set if it is there, and runs nothing.
+pub fn show(recipe: &Recipe, name: &str, json: bool) -> Result<()> {
+    let plan = Plan::of(recipe)?;
+    if json {
+        return super::print_json(&plan.json(name));
+    }
+    super::print(&plan.text(name))
+}

@@ -1,0 +1,87 @@
+//! `vitrum train`: from a recipe to a trained model.
+
+use std::path::PathBuf;
+
+use super::{On, Settings};
+use crate::error::Result;
+use crate::recipe::{Metric, Recipe};
+use crate::report::{Log, Summary, format};
+use crate::train;
+use crate::train::run::{Ending, RunOptions, RunSummary, default_out};
+
+#[derive(clap::Args)]
+#[command(after_help = super::built_in_help())]
+pub struct Args {
+    /// A built-in recipe or a .toml file [default: demo]
+    pub recipe: Option<String>,
+    #[command(flatten)]
+    pub settings: Settings,
+    /// The run's directory [default: runs/RECIPE-DATE]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Continue the run in --out from its last checkpoint
+    #[arg(long, requires = "out")]
+    pub resume: bool,
+    /// Check that N samples can be learned by heart: no augmentation, loss below 0.01 within 300 steps
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub overfit: Option<u64>,
+    /// Show the recipe in full and what it would take; train nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub on: On,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let loaded = Recipe::read(args.recipe.as_deref(), &args.settings.set)?;
+    let log = Log::stderr();
+    loaded.notes.iter().for_each(|note| log.line(&format!("note: {note}")));
+    if args.dry_run {
+        return super::plan::show(&loaded.recipe, &loaded.name, false);
+    }
+    let options = RunOptions {
+        out: args.out.unwrap_or_else(|| default_out(&loaded.name)),
+        recipe_name: loaded.name,
+        resume: args.resume,
+        overfit: args.overfit.map(|n| n as usize),
+        device: args.on.device,
+    };
+    let data = loaded.recipe.data.val.clone().or(loaded.recipe.data.train.clone());
+    summarise(&train::train(loaded.recipe, &options)?, data.as_deref()).print(&log);
+    Ok(())
+}
+
+/// What came out, where it is, and what to type next.
+fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
+    let how = match run.ending {
+        Ending::Finished => "trained",
+        Ending::EarlyStop => "stopped early, after",
+        Ending::Learned => "learned by heart in",
+    };
+    let mut summary = Summary::new(format!("{how} {} steps in {}", run.steps, format::seconds(run.seconds)));
+    let on = if run.has_val { "validation" } else { "training images" };
+    if let Some(last) = &run.last {
+        let text =
+            format!("{} top-1, loss {:.4}, {} images", format::percent(last.top1), last.loss, last.count);
+        summary = summary.fact(on, text);
+    }
+    if let Some((step, metric)) = run.best {
+        let best = match run.metric {
+            Metric::Top1 => format!("{} top-1", format::percent(metric)),
+            Metric::Loss => format!("loss {:.4}", -metric),
+        };
+        summary =
+            summary.fact("best", format!("{best} at step {step}: {}/checkpoints/best", run.out.display()));
+    }
+    let out = run.out.display().to_string();
+    summary = summary
+        .fact("weights", format!("{out}/checkpoints/last/model.safetensors (timm's names)"))
+        .fact("curves", format!("{out}/metrics.jsonl"))
+        .fact("recipe", format!("{out}/recipe.toml"));
+    if let Some(data) = data {
+        summary = summary.next("measure it", format!("vitrum eval --weights {out} --data {data}"));
+    }
+    summary
+        .next("ask it", format!("vitrum predict --weights {out} IMAGE..."))
+        .next("look inside", format!("vitrum inspect {out}"))
+}

@@ -1,0 +1,487 @@
+//! A data set that is open for reading: classes, labels, records by index.
+//!
+//! [`Dataset::open`] takes whatever the user names: a packed folder (`dataset.json` and its shards), a folder with
+//! `train/` and `val/` inside, pictures that are not packed at all ([`source`](super::source)), or `demo` and
+//! `demo-hard`, which are drawn and packed into the cache folder when they are first asked for.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{At, Error, Result};
+use crate::{fail, files};
+
+use super::demo;
+use super::shard::{Kind, Record, Shard, ShardWriter};
+use super::source::Source;
+
+/// Which part of a data set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    Train = 0,
+    Val = 1,
+}
+
+impl Split {
+    /// Folder names of the split, the preferred one first.
+    pub const fn folders(self) -> &'static [&'static str] {
+        match self {
+            Split::Train => &["train"],
+            Split::Val => &["val", "validation", "test"],
+        }
+    }
+
+    /// `train` or `val`.
+    pub const fn name(self) -> &'static str {
+        self.folders()[0]
+    }
+}
+
+/// The file that makes a folder a packed data set.
+pub const MANIFEST: &str = "dataset.json";
+
+/// `dataset.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this layout: 1.
+    pub version: u32,
+    /// `raw` or `jpeg`, as in `vitrum pack --format`.
+    pub format: String,
+    /// (H, W) of all pictures, for raw pixels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<(usize, usize)>,
+    pub records: usize,
+    /// Records of the source that could not be used.
+    pub skipped: usize,
+    /// Names in the order of the labels.
+    pub classes: Vec<String>,
+    pub shards: Vec<ShardEntry>,
+}
+
+/// One shard in `dataset.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShardEntry {
+    /// File name, in the folder of `dataset.json`.
+    pub file: String,
+    pub records: usize,
+    /// xxh3-64 of the file, in hex.
+    pub checksum: String,
+}
+
+impl Manifest {
+    pub const VERSION: u32 = 1;
+
+    /// Reads `dataset.json` of a folder.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(MANIFEST);
+        let manifest: Manifest = serde_json::from_str(&files::read_text(&path)?).at(path.display())?;
+        if manifest.version != Self::VERSION {
+            return Err(Error::new(format!(
+                "{}: layout version {}, this program reads version {}",
+                path.display(),
+                manifest.version,
+                Self::VERSION
+            ))
+            .hint("pack the data set again with this version of vitrum"));
+        }
+        if let Some(entry) = manifest.shards.iter().find(|s| s.file.contains(['/', '\\'])) {
+            fail!("{}: shard `{}` is not in the data set's folder", path.display(), entry.file);
+        }
+        Ok(manifest)
+    }
+
+    /// Writes `dataset.json` into a folder.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(self).at(MANIFEST)?;
+        text.push(b'\n');
+        files::write_atomic(&dir.join(MANIFEST), |out| out.write_all(&text))
+    }
+}
+
+/// An open data set.
+#[derive(Debug)]
+pub struct Dataset {
+    /// How messages call it: what the user wrote.
+    name: String,
+    classes: Vec<String>,
+    records: Records,
+    /// Indices into `records`, where only some are taken.
+    chosen: Option<Vec<usize>>,
+}
+
+#[derive(Debug)]
+enum Records {
+    Packed {
+        shards: Vec<Shard>,
+        /// Index of each shard's first record, and the number of all.
+        starts: Vec<usize>,
+    },
+    /// Not packed.
+    Listed { source: Arc<Source>, split: Split },
+}
+
+impl Records {
+    fn packed(shards: Vec<Shard>) -> Self {
+        let mut starts = vec![0];
+        starts.extend(shards.iter().scan(0, |end, shard| {
+            *end += shard.len();
+            Some(*end)
+        }));
+        Records::Packed { shards, starts }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Records::Packed { starts, .. } => starts[starts.len() - 1],
+            Records::Listed { source, split } => source.items(*split).len(),
+        }
+    }
+}
+
+impl Dataset {
+    /// Opens `spec`: a path, `demo` or `demo-hard`. Where it has both splits, `split` says which; a data set without
+    /// splits is taken as it is.
+    pub fn open(spec: &str, split: Split) -> Result<Self> {
+        Place::find(spec)?.open(split)
+    }
+
+    /// Opens a folder with a `dataset.json`.
+    pub fn open_packed(dir: &Path) -> Result<Self> {
+        let manifest = Manifest::read(dir)?;
+        let mut shards = Vec::with_capacity(manifest.shards.len());
+        for entry in &manifest.shards {
+            let path = dir.join(&entry.file);
+            let shard = Shard::open(&path, manifest.classes.len())?;
+            if shard.len() != entry.records {
+                fail!("{}: {} records, but `{MANIFEST}` says {}", path.display(), shard.len(), entry.records);
+            }
+            shards.push(shard);
+        }
+        let records = Records::packed(shards);
+        if records.len() == 0 {
+            fail!("{}: the data set is empty", dir.display());
+        }
+        Ok(Self { name: dir.display().to_string(), classes: manifest.classes, records, chosen: None })
+    }
+
+    fn listed(source: Arc<Source>, split: Split) -> Result<Self> {
+        let name = source.store.path().display().to_string();
+        if source.items(split).is_empty() {
+            fail!("{name}: no pictures in its {} part", split.name());
+        }
+        let classes = source.classes.clone();
+        Ok(Self { name, classes, records: Records::Listed { source, split }, chosen: None })
+    }
+
+    /// Samples.
+    pub fn len(&self) -> usize {
+        self.chosen.as_ref().map_or(self.records.len(), Vec::len)
+    }
+
+    /// Never true: an empty data set cannot be opened.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How messages call the data set.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Class names in the order of the labels.
+    pub fn classes(&self) -> &[String] {
+        &self.classes
+    }
+
+    /// Class index of a sample.
+    pub fn label(&self, index: usize) -> usize {
+        match &self.records {
+            Records::Packed { shards, starts } => {
+                let (shard, at) = locate(starts, self.place(index));
+                shards[shard].label(at)
+            }
+            Records::Listed { source, split } => source.items(*split)[self.place(index)].label,
+        }
+    }
+
+    /// Where a sample came from, for messages.
+    pub fn record_name(&self, index: usize) -> String {
+        let place = self.place(index);
+        match &self.records {
+            Records::Packed { shards, starts } => {
+                let (shard, at) = locate(starts, place);
+                shards[shard].name(at).unwrap_or_else(|| format!("record {place}"))
+            }
+            Records::Listed { source, split } => source.items(*split)[place].name.clone(),
+        }
+    }
+
+    /// The stored bytes of a sample. Only a file that is not packed can fail to be read.
+    pub fn record(&self, index: usize) -> Result<Record<'_>> {
+        match &self.records {
+            Records::Packed { shards, starts } => {
+                let (shard, at) = locate(starts, self.place(index));
+                Ok(shards[shard].record(at))
+            }
+            Records::Listed { source, split } => source.store.read(&source.items(*split)[self.place(index)]),
+        }
+    }
+
+    /// (H, W) of all pictures, where it is known to be one.
+    pub fn image(&self) -> Option<(usize, usize)> {
+        match &self.records {
+            Records::Packed { shards, .. } => {
+                let first = shards.first()?.image()?;
+                shards.iter().all(|s| s.image() == Some(first)).then_some(first)
+            }
+            Records::Listed { .. } => None,
+        }
+    }
+
+    /// Bytes of the mapped shards; 0 for what is not packed.
+    pub fn byte_len(&self) -> usize {
+        match &self.records {
+            Records::Packed { shards, .. } => shards.iter().map(Shard::byte_len).sum(),
+            Records::Listed { .. } => 0,
+        }
+    }
+
+    /// Keeps `n` samples, spread evenly over the data set (which may be sorted by class).
+    pub fn take(mut self, n: usize) -> Self {
+        let len = self.len();
+        let n = n.clamp(1, len);
+        self.chosen = Some((0..n).map(|i| self.place((i * len + len / 2) / n % len)).collect());
+        self
+    }
+
+    fn place(&self, index: usize) -> usize {
+        self.chosen.as_ref().map_or(index, |chosen| chosen[index])
+    }
+}
+
+/// Shard, and index in the shard, of a record.
+fn locate(starts: &[usize], index: usize) -> (usize, usize) {
+    let shard = starts.partition_point(|start| *start <= index) - 1;
+    (shard, index - starts[shard])
+}
+
+/// Training and validation data as a recipe names them: `train` alone gives both where it has both, `val` overrides
+/// where validation samples come from. Both must have the same classes.
+pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<Dataset>)> {
+    let train_spec = train.ok_or_else(|| {
+        Error::usage("no training data").hint("use `--set data.train=DIR`, or `--set data.train=demo`")
+    })?;
+    let place = Place::find(train_spec)?;
+    let train = place.open(Split::Train)?;
+    let val = match val {
+        Some(spec) => Some(Dataset::open(spec, Split::Val)?),
+        None if place.has_val() => Some(place.open(Split::Val)?),
+        None => None,
+    };
+    if let Some(val) = &val {
+        same_classes(train.classes(), val.classes()).map_err(|e| e.at(val.name()))?;
+    }
+    Ok((train, val))
+}
+
+/// What a user's `spec` names.
+pub(super) enum Place {
+    Demo(demo::Variant),
+    /// The folder of a packed data set.
+    Packed(PathBuf),
+    /// A folder with packed data sets in it.
+    PackedSplit {
+        path: PathBuf,
+        train: Option<PathBuf>,
+        val: Option<PathBuf>,
+    },
+    Unpacked(Arc<Source>),
+}
+
+impl Place {
+    pub(super) fn find(spec: &str) -> Result<Self> {
+        if let Some(variant) = demo::Variant::parse(spec) {
+            return Ok(Place::Demo(variant));
+        }
+        let path = Path::new(spec);
+        if !path.exists() {
+            return Err(Error::new(format!("{spec}: no such file or folder"))
+                .hint("name a packed data set, a folder of class folders, `demo` or `demo-hard`"));
+        }
+        let is_packed = |dir: &PathBuf| dir.join(MANIFEST).is_file();
+        if is_packed(&path.to_owned()) {
+            return Ok(Place::Packed(path.to_owned()));
+        }
+        let part = |split: Split| split.folders().iter().map(|name| path.join(name)).find(is_packed);
+        match (part(Split::Train), part(Split::Val)) {
+            (None, None) => Ok(Place::Unpacked(Arc::new(Source::open(path)?))),
+            (train, val) => Ok(Place::PackedSplit { path: path.to_owned(), train, val }),
+        }
+    }
+
+    /// Whether validation samples are told apart from training samples.
+    fn has_val(&self) -> bool {
+        match self {
+            Place::Demo(_) => true,
+            Place::Packed(_) => false,
+            Place::PackedSplit { val, .. } => val.is_some(),
+            Place::Unpacked(source) => source.is_split(),
+        }
+    }
+
+    pub(super) fn open(&self, split: Split) -> Result<Dataset> {
+        match self {
+            Place::Demo(variant) => open_demo(*variant, split, &files::cache_dir()),
+            Place::Packed(dir) => Dataset::open_packed(dir),
+            Place::PackedSplit { path, train, val } => {
+                let dir = if split == Split::Train { train } else { val };
+                let dir = dir.as_ref().ok_or_else(|| {
+                    Error::new(format!("{}: no `{}` data set in it", path.display(), split.name()))
+                })?;
+                Dataset::open_packed(dir)
+            }
+            Place::Unpacked(source) => Dataset::listed(source.clone(), split),
+        }
+    }
+}
+
+/// Fails where two class lists differ, and says how.
+pub(super) fn same_classes(train: &[String], val: &[String]) -> Result<()> {
+    if train == val {
+        return Ok(());
+    }
+    let missing = |from: &[String], of: &[String]| {
+        let names: Vec<_> =
+            of.iter().filter(|c| !from.contains(c)).take(3).map(|c| format!("`{c}`")).collect();
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    };
+    Err(Error::new(format!(
+        "the validation data has {} classes and the training data {}; only in training: {}; only in validation: {}",
+        val.len(),
+        train.len(),
+        missing(val, train),
+        missing(train, val)
+    ))
+    .hint("give both the same class folders (an empty folder counts as a class)"))
+}
+
+/// The demo, from `cache` or drawn now.
+fn open_demo(variant: demo::Variant, split: Split, cache: &Path) -> Result<Dataset> {
+    // One drawing at a time in this process; other processes are harmless (see `store_demo`).
+    static DRAWING: Mutex<()> = Mutex::new(());
+    let _guard = DRAWING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let dir = cache.join(format!("{}-v{}", variant.name(), demo::VERSION)).join(split.name());
+    let mut dataset = match Dataset::open_packed(&dir) {
+        Ok(dataset) if dataset.len() == demo::len(split) => dataset,
+        _ => draw_demo(variant, split, &dir)?,
+    };
+    dataset.name = variant.name().into();
+    Ok(dataset)
+}
+
+/// Draws the demo and packs it into `dir`. Where that cannot be done it stays in memory, after one warning.
+fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset> {
+    let pixels = demo::draw_all(variant, split);
+    let mut writer = ShardWriter::new(Kind::Raw(demo::SIDE, demo::SIDE));
+    for (index, picture) in pixels.chunks_exact(demo::SIDE * demo::SIDE * 3).enumerate() {
+        let label = demo::label(index);
+        writer.push(label, &format!("{}/{index}", demo::CLASSES[label]), picture);
+    }
+    drop(pixels);
+    match store_demo(&writer, dir).and_then(|()| Dataset::open_packed(dir)) {
+        Ok(dataset) => Ok(dataset),
+        Err(error) => {
+            eprintln!("warning: the demo data is not kept in the cache folder: {}", error.message());
+            let mut bytes = Vec::new();
+            writer.write(&mut bytes).at("demo data")?;
+            let classes = demo::CLASSES.map(String::from).to_vec();
+            let shard = Shard::from_bytes(bytes, classes.len())?;
+            Ok(Dataset {
+                name: variant.name().into(),
+                classes,
+                records: Records::packed(vec![shard]),
+                chosen: None,
+            })
+        }
+    }
+}
+
+/// Every file is renamed into its place when it is whole, and `dataset.json` comes last: two runs that draw the demo
+/// at the same time write the same bytes and do not disturb each other.
+fn store_demo(writer: &ShardWriter, dir: &Path) -> Result<()> {
+    files::create_dir(dir)?;
+    let file = "00000.safetensors".to_owned();
+    let checksum = writer.write_file(&dir.join(&file))?;
+    let manifest = Manifest {
+        version: Manifest::VERSION,
+        format: "raw".into(),
+        image: Some((demo::SIDE, demo::SIDE)),
+        records: writer.len(),
+        skipped: 0,
+        classes: demo::CLASSES.map(String::from).to_vec(),
+        shards: vec![ShardEntry { file, records: writer.len(), checksum }],
+    };
+    manifest.write(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_demo_is_drawn_once_and_then_mapped() {
+        let cache = tempfile::tempdir().unwrap();
+        let drawn = open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap();
+        assert_eq!((drawn.len(), drawn.image()), (demo::len(Split::Val), Some((32, 32))));
+        let shard = cache.path().join("demo-hard-v1/val/00000.safetensors");
+        let written = std::fs::metadata(&shard).unwrap().modified().unwrap();
+        let mapped = open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap();
+        assert_eq!(std::fs::metadata(&shard).unwrap().modified().unwrap(), written);
+        let mut picture = vec![0; 32 * 32 * 3];
+        for index in [0, 7, 1999] {
+            demo::draw(demo::Variant::Hard, Split::Val, index, &mut picture);
+            for dataset in [&drawn, &mapped] {
+                assert_eq!(dataset.label(index), index % 10);
+                let record = dataset.record(index).unwrap();
+                assert_eq!(record, Record::Raw { pixels: picture[..].into(), height: 32, width: 32 });
+            }
+        }
+        assert_eq!(mapped.record_name(12), "square/12");
+
+        // A damaged cache is drawn again.
+        std::fs::write(&shard, b"not a shard").unwrap();
+        assert_eq!(open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap().len(), 2000);
+        assert!(std::fs::metadata(&shard).unwrap().len() > 6_000_000);
+    }
+
+    #[test]
+    fn the_demo_needs_no_cache() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let dataset = open_demo(demo::Variant::Demo, Split::Val, &file.path().join("below/a/file")).unwrap();
+        assert_eq!((dataset.len(), dataset.classes().len()), (2000, 10));
+        assert!(matches!(dataset.record(1999).unwrap(), Record::Raw { height: 32, width: 32, .. }));
+    }
+
+    #[test]
+    fn some_samples_are_taken_from_all_over() {
+        let shard = |labels: std::ops::Range<usize>| {
+            let mut writer = ShardWriter::new(Kind::Encoded);
+            labels.for_each(|label| writer.push(label, &format!("name {label}"), b""));
+            let mut bytes = Vec::new();
+            writer.write(&mut bytes).unwrap();
+            Shard::from_bytes(bytes, 100).unwrap()
+        };
+        let dataset = Dataset {
+            name: "test".into(),
+            classes: (0..100).map(|c| c.to_string()).collect(),
+            records: Records::packed(vec![shard(0..3), shard(3..3), shard(3..50), shard(50..100)]),
+            chosen: None,
+        };
+        assert!((0..100).all(|i| dataset.label(i) == i && dataset.record_name(i) == format!("name {i}")));
+        let some = dataset.take(4);
+        let labels: Vec<_> = (0..some.len()).map(|i| some.label(i)).collect();
+        assert_eq!(labels, [12, 37, 62, 87]);
+        assert_eq!(some.take(2).label(1), 87);
+    }
+}

@@ -1,0 +1,75 @@
+//! What `vitrum inspect` says about a data set.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::error::Result;
+
+use super::dataset::{Manifest, Place, Split};
+use super::{demo, source};
+
+/// Describes a packed data set, a folder of such, a source of pictures, or `demo`: form, classes, sizes, samples of
+/// each class. Fails where `path` is none of these.
+pub fn describe(path: &Path) -> Result<Value> {
+    let place = Place::find(&path.display().to_string())?;
+    let mut about = json!({ "kind": "dataset" });
+    match &place {
+        Place::Demo(variant) => {
+            about["format"] = variant.name().into();
+            about["image"] = json!([demo::SIDE, demo::SIDE]);
+            about["train"] = json!({ "records": demo::len(Split::Train) });
+            about["val"] = json!({ "records": demo::len(Split::Val) });
+            about["classes"] = json!(demo::CLASSES);
+        }
+        Place::Packed(dir) => merge(&mut about, packed(&place, dir, Split::Train)?),
+        Place::PackedSplit { train, val, .. } => {
+            for (split, dir) in [(Split::Train, train), (Split::Val, val)] {
+                if let Some(dir) = dir {
+                    about[split.name()] = packed(&place, dir, split)?;
+                }
+            }
+        }
+        Place::Unpacked(source) => {
+            about["format"] = source.store.kind().into();
+            match &source.parts {
+                source::Parts::Whole(items) => merge(&mut about, listed(source, items)),
+                source::Parts::Split { train, val } => {
+                    about["train"] = listed(source, train);
+                    about["val"] = listed(source, val);
+                }
+            }
+            about["classes"] = json!(source.classes);
+        }
+    }
+    Ok(about)
+}
+
+fn packed(place: &Place, dir: &Path, split: Split) -> Result<Value> {
+    let manifest = Manifest::read(dir)?;
+    let dataset = place.open(split)?;
+    let mut per_class = vec![0usize; dataset.classes().len()];
+    (0..dataset.len()).for_each(|i| per_class[dataset.label(i)] += 1);
+    Ok(json!({
+        "format": manifest.format,
+        "image": manifest.image,
+        "records": manifest.records,
+        "skipped": manifest.skipped,
+        "shards": manifest.shards.len(),
+        "bytes": dataset.byte_len(),
+        "records_per_class": per_class,
+        "classes": manifest.classes,
+    }))
+}
+
+fn listed(source: &source::Source, items: &[source::Item]) -> Value {
+    let mut per_class = vec![0usize; source.classes.len()];
+    items.iter().for_each(|item| per_class[item.label] += 1);
+    json!({ "records": items.len(), "records_per_class": per_class })
+}
+
+fn merge(into: &mut Value, from: Value) {
+    if let (Value::Object(into), Value::Object(from)) = (into, from) {
+        into.extend(from);
+    }
+}

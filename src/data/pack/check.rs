@@ -1,0 +1,77 @@
+//! `vitrum pack --check`: is a packed data set what its `dataset.json` says, down to every picture?
+
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+
+use crate::data::dataset::{MANIFEST, Manifest, ShardEntry, Split};
+use crate::data::decode;
+use crate::data::picture::Picture;
+use crate::data::shard::{Record, Shard};
+use crate::error::{Error, Result};
+use crate::fail;
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Checked {
+    pub shards: usize,
+    pub records: usize,
+    /// One sentence for each fault.
+    pub faults: Vec<String>,
+}
+
+/// Checks a packed data set, or those in the split folders of `dir`.
+pub fn check(dir: &Path) -> Result<Checked> {
+    let sets: Vec<PathBuf> = if dir.join(MANIFEST).is_file() {
+        vec![dir.to_owned()]
+    } else {
+        let folders = [Split::Train, Split::Val].into_iter().flat_map(Split::folders);
+        folders.map(|name| dir.join(name)).filter(|d| d.join(MANIFEST).is_file()).collect()
+    };
+    if sets.is_empty() {
+        return Err(Error::new(format!("{}: no packed data set", dir.display()))
+            .hint("pack one with `vitrum pack SOURCE DEST`"));
+    }
+    let mut checked = Checked::default();
+    for set in sets {
+        let manifest = Manifest::read(&set)?;
+        for entry in &manifest.shards {
+            checked.shards += 1;
+            match check_shard(&set.join(&entry.file), entry, manifest.classes.len()) {
+                Ok(faults) => {
+                    checked.records += entry.records;
+                    checked.faults.extend(faults);
+                }
+                Err(error) => checked.faults.push(error.message().to_owned()),
+            }
+        }
+        let listed: usize = manifest.shards.iter().map(|s| s.records).sum();
+        if listed != manifest.records {
+            checked.faults.push(format!(
+                "{}: `records` is {}, but its shards have {listed}",
+                set.join(MANIFEST).display(),
+                manifest.records
+            ));
+        }
+    }
+    Ok(checked)
+}
+
+/// Faults of single records; an error where the shard as a whole is wrong.
+fn check_shard(path: &Path, entry: &ShardEntry, classes: usize) -> Result<Vec<String>> {
+    let shard = Shard::open(path, classes)?;
+    if shard.checksum() != entry.checksum {
+        fail!("{}: the checksum is {}, not {}", path.display(), shard.checksum(), entry.checksum);
+    }
+    if shard.len() != entry.records {
+        fail!("{}: {} records, not {}", path.display(), shard.len(), entry.records);
+    }
+    let fault = |picture: &mut Picture, index: usize| match shard.record(index) {
+        Record::Raw { .. } => None,
+        Record::Encoded(bytes) => decode::decode_into(&bytes, picture).err().map(|e| {
+            let name = shard.name(index).unwrap_or_default();
+            format!("{}: record {index} `{name}`: {}", path.display(), e.message())
+        }),
+    };
+    Ok((0..shard.len()).into_par_iter().map_init(Picture::default, fault).flatten().collect())
+}

@@ -1,0 +1,233 @@
+//! What a record becomes on its way into a shard: kept as it is after a check, resized, or re-encoded.
+
+use std::borrow::Cow;
+use std::str::FromStr;
+
+use image::ImageEncoder;
+use image::codecs::jpeg::JpegEncoder;
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
+use rayon::prelude::*;
+
+use crate::data::augment::resize::{self, Filter};
+use crate::data::decode;
+use crate::data::picture::{Picture, View};
+use crate::data::shard::Record;
+use crate::data::source::{Item, Parts, Source};
+use crate::error::{Error, Result};
+use crate::fail;
+
+use super::{Format, LARGEST_RAW_SIDE, Options};
+
+/// `--size`: the shorter side, or height and width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    Shorter(usize),
+    Exactly(usize, usize),
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let side = |t: &str| t.parse().ok().filter(|n| (1..=16_384).contains(n));
+        let target = match text.split_once('x') {
+            None => side(text).map(Target::Shorter),
+            Some((height, width)) => side(height).zip(side(width)).map(|(h, w)| Target::Exactly(h, w)),
+        };
+        target.ok_or_else(|| "write `N` for the shorter side, or `HxW`, in pixels".into())
+    }
+}
+
+/// Quality of a JPEG that has to be encoded where the user names none.
+const DEFAULT_QUALITY: u8 = 92;
+
+/// The conversion that one pack applies to every record.
+pub(super) enum Converter {
+    /// u8 pixels of this size.
+    Raw { height: usize, width: usize, resize: bool },
+    /// Encoded pictures; `None` twice keeps the bytes.
+    Encoded { size: Option<Target>, quality: Option<u8> },
+}
+
+impl Converter {
+    pub(super) fn new(source: &Source, options: Options) -> Result<Self> {
+        let Options { format, size, quality, .. } = options;
+        if format == Some(Format::Raw) && quality.is_some() {
+            return Err(Error::usage("`--quality` is for JPEG pictures, and raw pixels have none")
+                .hint("leave out `--quality`, or use `--format jpeg`"));
+        }
+        // Raw pixels need one size: the one that is asked for, or the one that all pictures have.
+        let raw = |(height, width), resize| Converter::Raw { height, width, resize };
+        match (format, size) {
+            (Some(Format::Jpeg), _) => Ok(Converter::Encoded { size, quality }),
+            (Some(Format::Raw), Some(Target::Shorter(n))) => Ok(raw((n, n), true)),
+            (Some(Format::Raw), Some(Target::Exactly(h, w))) => Ok(raw((h, w), true)),
+            (Some(Format::Raw), None) => match common_size(source) {
+                Ok(size) => Ok(raw(size, false)),
+                Err(why) => fail_raw(why),
+            },
+            (None, _) if quality.is_some() => Ok(Converter::Encoded { size, quality }),
+            (None, size) => match (common_size(source), size) {
+                (Ok(common), None) if small(common) => Ok(raw(common, false)),
+                (Ok(common), Some(Target::Shorter(n))) if small(common) => Ok(raw((n, n), true)),
+                (Ok(common), Some(Target::Exactly(h, w))) if small(common) => Ok(raw((h, w), true)),
+                _ => Ok(Converter::Encoded { size, quality }),
+            },
+        }
+    }
+
+    pub(super) fn format(&self) -> Format {
+        match self {
+            Converter::Raw { .. } => Format::Raw,
+            Converter::Encoded { .. } => Format::Jpeg,
+        }
+    }
+
+    /// (H, W) of raw pixels.
+    pub(super) fn image(&self) -> Option<(usize, usize)> {
+        match self {
+            Converter::Raw { height, width, .. } => Some((*height, *width)),
+            Converter::Encoded { .. } => None,
+        }
+    }
+
+    /// The bytes to store. Every picture is decoded, so that what is packed can be trained on.
+    pub(super) fn convert<'a>(&self, record: Record<'a>, scratch: &mut Picture) -> Result<Cow<'a, [u8]>> {
+        // A picture that is kept as it came needs no copy.
+        match (self, &record) {
+            (Converter::Encoded { size: None, quality: None }, Record::Encoded(bytes)) => {
+                decode::decode_into(bytes, scratch)?;
+            }
+            (Converter::Raw { height, width, .. }, Record::Raw { height: h, width: w, .. })
+                if (height, width) == (h, w) => {}
+            _ => return self.changed(&record, scratch).map(Cow::Owned),
+        }
+        match record {
+            Record::Raw { pixels, .. } => Ok(pixels),
+            Record::Encoded(bytes) => Ok(bytes),
+        }
+    }
+
+    fn changed(&self, record: &Record, scratch: &mut Picture) -> Result<Vec<u8>> {
+        let picture = match record {
+            Record::Raw { pixels, height, width } => View::new(pixels, *height, *width),
+            Record::Encoded(bytes) => {
+                decode::decode_into(bytes, scratch)?;
+                scratch.view()
+            }
+        };
+        match *self {
+            Converter::Raw { height, width, resize } => {
+                if !resize && picture.size() != (height, width) {
+                    fail!("{} pixels, not {width}x{height}", dimensions(picture.size()));
+                }
+                Ok(fitted(picture, Target::Exactly(height, width)).pixels)
+            }
+            Converter::Encoded { size, quality } => {
+                let fits = size.is_none_or(|size| goal(picture.size(), size).1 == picture.size());
+                match (record, quality) {
+                    (Record::Encoded(bytes), None) if fits => Ok(bytes.to_vec()),
+                    // Pixels without a picture format of their own lose nothing as PNG.
+                    (Record::Raw { .. }, None) if fits => encode_png(picture),
+                    _ => {
+                        let fitted = match size {
+                            Some(size) => fitted(picture, size),
+                            None => fitted(picture, Target::Exactly(picture.height, picture.width)),
+                        };
+                        encode_jpeg(&fitted, quality.unwrap_or(DEFAULT_QUALITY))
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn small((height, width): (usize, usize)) -> bool {
+    height.max(width) <= LARGEST_RAW_SIDE
+}
+
+fn fail_raw(why: String) -> Result<Converter> {
+    Err(Error::new(format!("raw pixels need one size: {why}"))
+        .hint("give one with `--size N`, or keep the encoded pictures with `--format jpeg`"))
+}
+
+/// The size (H, W) of all pictures with a readable header; else a sentence that says why there is none.
+fn common_size(source: &Source) -> Result<(usize, usize), String> {
+    const CHUNK: usize = 1024;
+    let lists: Vec<&[Item]> = match &source.parts {
+        Parts::Whole(items) => vec![items],
+        Parts::Split { train, val } => vec![train, val],
+    };
+    let size = |item: &Item| match source.store.read(item).ok()? {
+        Record::Raw { height, width, .. } => Some((height, width)),
+        Record::Encoded(bytes) => decode::header(&bytes).ok().map(|h| (h.height, h.width)),
+    };
+    let mut common = None;
+    for chunk in lists.iter().flat_map(|items| items.chunks(CHUNK)) {
+        let sizes: Vec<_> = chunk.par_iter().map(size).collect();
+        for (item, size) in chunk.iter().zip(sizes) {
+            let Some(size) = size else { continue };
+            let (first, first_name) = *common.get_or_insert((size, item.name.as_str()));
+            if first != size {
+                return Err(format!(
+                    "`{first_name}` has {}, `{}` has {}",
+                    dimensions(first),
+                    item.name,
+                    dimensions(size)
+                ));
+            }
+        }
+    }
+    common.map(|(size, _)| size).ok_or_else(|| "no picture can be read".into())
+}
+
+/// Width first, as people say it.
+fn dimensions((height, width): (usize, usize)) -> String {
+    format!("{width}x{height}")
+}
+
+/// The size to resize to, and the size of the part of it that is kept.
+fn goal(from: (usize, usize), target: Target) -> ((usize, usize), (usize, usize)) {
+    match target {
+        Target::Shorter(n) => {
+            let whole = resize::covering(from, (n, n));
+            (whole, whole)
+        }
+        Target::Exactly(h, w) => (resize::covering(from, (h, w)), (h, w)),
+    }
+}
+
+/// Resizes (antialiased) so that the target is just covered, then takes the centre.
+fn fitted(picture: View, target: Target) -> Picture {
+    let (whole, kept) = goal(picture.size(), target);
+    let mut resized = Vec::new();
+    let view = if whole == picture.size() {
+        picture
+    } else {
+        resized.resize(whole.0 * whole.1 * 3, 0);
+        resize::pil(picture, whole, Filter::Bicubic, &mut Vec::new(), &mut resized);
+        View::new(&resized, whole.0, whole.1)
+    };
+    let mut pixels = vec![0; kept.0 * kept.1 * 3];
+    view.centre(kept).copy_to(&mut pixels);
+    Picture { height: kept.0, width: kept.1, pixels }
+}
+
+fn encode_jpeg(picture: &Picture, quality: u8) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let (width, height) = (picture.width as u32, picture.height as u32);
+    JpegEncoder::new_with_quality(&mut bytes, quality)
+        .write_image(&picture.pixels, width, height, image::ExtendedColorType::Rgb8)
+        .map_err(|e| Error::new(format!("cannot be encoded: {e}")))?;
+    Ok(bytes)
+}
+
+fn encode_png(picture: View) -> Result<Vec<u8>> {
+    let mut pixels = vec![0; picture.height * picture.width * 3];
+    picture.copy_to(&mut pixels);
+    let mut bytes = Vec::new();
+    PngEncoder::new_with_quality(&mut bytes, CompressionType::Default, FilterType::Adaptive)
+        .write_image(&pixels, picture.width as u32, picture.height as u32, image::ExtendedColorType::Rgb8)
+        .map_err(|e| Error::new(format!("cannot be encoded: {e}")))?;
+    Ok(bytes)
+}

@@ -1,0 +1,105 @@
+//! What is reported of a step and of an evaluation, once for all readers.
+
+use serde::Serialize;
+
+use super::format;
+
+/// Training between two reports. Serialises to a line of `metrics.jsonl`.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepLine {
+    /// Updates finished.
+    pub step: u64,
+    /// Passes over the training data, with fraction.
+    pub epoch: f64,
+    /// Mean over the steps since the last line.
+    pub loss: f64,
+    /// The rate that this update used, of the head.
+    pub lr: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    /// Share of training samples whose largest target was predicted, since the last line.
+    pub top1: f64,
+    pub img_per_s: f64,
+    /// Share of the time in which the step waited for the loader.
+    pub data_wait: f64,
+    /// Model FLOPs over the device's peak, where the peak is known.
+    pub mfu: Option<f64>,
+    /// Updates skipped so far because something was not finite.
+    pub skipped: u64,
+    /// Since the start of this process's training.
+    pub seconds: f64,
+}
+
+impl StepLine {
+    /// `step   420/1770   loss 0.9123   top-1  71.2 %   lr 1.4e-3   1,420 img/s`
+    pub fn text(&self, total: u64) -> String {
+        let width = total.to_string().len();
+        let mut text = format!(
+            "step {:>width$}/{total}   loss {:.4}   top-1 {:>7}   lr {:.1e}   {:>12}",
+            self.step,
+            self.loss,
+            format::percent(self.top1),
+            self.lr,
+            format::rate(self.img_per_s),
+        );
+        // Silence where all is well.
+        if self.data_wait >= 0.05 {
+            text += &format!("   data wait {}", format::percent(self.data_wait));
+        }
+        if self.skipped > 0 {
+            text += &format!("   skipped {}", self.skipped);
+        }
+        text
+    }
+}
+
+/// A model on a data set; shares in `[0, 1]`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Scores {
+    pub loss: f64,
+    pub top1: f64,
+    pub top5: f64,
+    pub images: u64,
+}
+
+/// One evaluation during training. Serialises to the `eval` object of a line of `metrics.jsonl`.
+#[derive(Clone, Debug, Serialize)]
+pub struct EvalLine {
+    #[serde(skip)]
+    pub step: u64,
+    pub epoch: f64,
+    #[serde(flatten)]
+    pub scores: Scores,
+    /// Training top-1 minus validation top-1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gap: Option<f64>,
+    /// The moving average of the weights, where the recipe keeps one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema: Option<Scores>,
+    /// The best so far.
+    pub best: bool,
+    pub img_per_s: f64,
+    pub seconds: f64,
+}
+
+impl EvalLine {
+    /// `eval   295/1770   loss 0.5012   top-1  83.1 %   top-5  98.9 %   gap -2.1 %   best so far`
+    pub fn text(&self, total: u64) -> String {
+        let width = total.to_string().len();
+        let scores = |s: &Scores| {
+            let (top1, top5) = (format::percent(s.top1), format::percent(s.top5));
+            format!("loss {:.4}   top-1 {top1:>7}   top-5 {top5:>7}", s.loss)
+        };
+        let mut text = format!("eval {:>width$}/{total}   {}", self.step, scores(&self.scores));
+        if let Some(ema) = &self.ema {
+            text += &format!("   ema {}", scores(ema));
+        }
+        if let Some(gap) = self.gap {
+            text += &format!("   gap {}", format::percent(gap));
+        }
+        if self.best {
+            text += "   best so far";
+        }
+        text
+    }
+}

@@ -1,0 +1,80 @@
+//! Lines for people: on stderr and in the run's `log.txt`, above the progress bar where there is one.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use indicatif::ProgressBar;
+
+use crate::error::{At, Result};
+
+/// A sink for lines. Clones write to the same place.
+#[derive(Clone)]
+pub struct Log {
+    inner: Arc<Mutex<Inner>>,
+}
+
+struct Inner {
+    file: Option<File>,
+    /// Lines are printed above it.
+    bar: Option<ProgressBar>,
+}
+
+impl Log {
+    /// Only stderr.
+    pub fn stderr() -> Self {
+        Self { inner: Arc::new(Mutex::new(Inner { file: None, bar: None })) }
+    }
+
+    /// Stderr and the file at `path`, which is continued if it exists.
+    pub fn to_file(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(path).at(path.display())?;
+        Ok(Self { inner: Arc::new(Mutex::new(Inner { file: Some(file), bar: None })) })
+    }
+
+    /// A line for the terminal and the file.
+    pub fn line(&self, text: &str) {
+        let mut inner = self.lock();
+        inner.write_terminal(text);
+        inner.write_file(text);
+    }
+
+    /// `warning: text`
+    pub fn warn(&self, text: &str) {
+        self.line(&format!("warning: {text}"));
+    }
+
+    /// A line for the file alone: what the terminal shows as a bar.
+    pub(super) fn file_line(&self, text: &str) {
+        self.lock().write_file(text);
+    }
+
+    pub(super) fn set_bar(&self, bar: Option<ProgressBar>) {
+        self.lock().bar = bar;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// A terminal that has gone away stops nothing.
+    fn write_terminal(&self, text: &str) {
+        let print = || drop(writeln!(std::io::stderr(), "{text}"));
+        match &self.bar {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
+
+    /// A log that cannot be written (a full disk) is given up after one warning; the run is worth more.
+    fn write_file(&mut self, text: &str) {
+        let Some(file) = &mut self.file else { return };
+        if let Err(e) = file.write_all(format!("{text}\n").as_bytes()) {
+            self.file = None;
+            self.write_terminal(&format!("warning: `log.txt` cannot be written and ends here: {e}"));
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! `metrics.jsonl`: one JSON object per line, for machines.
+//!
+//! `{"step", "epoch", "loss", "lr", "grad_norm", ...}` for training, `{"step", "eval": {...}}` for evaluation. Each line
+//! is written whole and at once, so that a killed run leaves at most one broken line, at the end.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{EvalLine, StepLine};
+use crate::error::{At, Result};
+use crate::files;
+
+pub struct MetricsFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl MetricsFile {
+    /// A new file, or with `resume_at_step` the old one without the lines past that step: what the interrupted run did
+    /// after its last checkpoint is done again, and written again.
+    pub fn open(path: &Path, resume_at_step: Option<u64>) -> Result<Self> {
+        match resume_at_step {
+            Some(step) if path.exists() => {
+                let old = files::read(path)?;
+                let kept = lines_up_to(&String::from_utf8_lossy(&old), step);
+                files::write_atomic(path, |out| out.write_all(kept.as_bytes()))?;
+            }
+            _ => drop(File::create(path).at(path.display())?),
+        }
+        let file = OpenOptions::new().append(true).open(path).at(path.display())?;
+        Ok(Self { file, path: path.into() })
+    }
+
+    pub fn step(&mut self, line: &StepLine) -> Result<()> {
+        self.write(line)
+    }
+
+    pub fn eval(&mut self, line: &EvalLine) -> Result<()> {
+        self.write(&json!({ "step": line.step, "eval": line }))
+    }
+
+    fn write(&mut self, line: &impl Serialize) -> Result<()> {
+        let mut text = serde_json::to_string(line).expect("a line of numbers can be written");
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).at(self.path.display())
+    }
+}
+
+/// The whole lines whose step is at most `last`; none for a run that starts over.
+fn lines_up_to(text: &str, last: u64) -> String {
+    let step = |line: &str| serde_json::from_str::<Value>(line).ok()?.get("step")?.as_u64();
+    let keep = |line: &&str| last > 0 && line.ends_with('\n') && step(line).is_some_and(|s| s <= last);
+    text.split_inclusive('\n').filter(keep).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Scores;
+    use super::*;
+
+    fn step_line(step: u64) -> StepLine {
+        StepLine {
+            step,
+            epoch: 0.5,
+            loss: f64::NAN,
+            lr: 1e-3,
+            grad_norm: 1.0,
+            top1: 0.5,
+            img_per_s: 100.0,
+            data_wait: 0.0,
+            mfu: None,
+            skipped: 0,
+            seconds: 1.0,
+        }
+    }
+
+    fn eval_line(step: u64) -> EvalLine {
+        let scores = Scores { loss: 0.5, top1: 0.9, top5: 1.0, images: 2000 };
+        EvalLine {
+            step,
+            epoch: 0.5,
+            scores,
+            gap: Some(0.01),
+            ema: Some(scores),
+            best: true,
+            img_per_s: 1.0,
+            seconds: 1.0,
+        }
+    }
+
+    fn read(path: &Path) -> Vec<Value> {
+        let text = files::read_text(path).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_resumed_run_loses_the_lines_past_its_checkpoint_and_a_broken_last_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = MetricsFile::open(&path, None).unwrap();
+        for step in [100, 200, 300] {
+            metrics.step(&step_line(step)).unwrap();
+            metrics.eval(&eval_line(step)).unwrap();
+        }
+        metrics.file.write_all(b"{\"step\": 200, \"lo").unwrap();
+
+        let mut metrics = MetricsFile::open(&path, Some(200)).unwrap();
+        metrics.step(&step_line(250)).unwrap();
+        let steps: Vec<_> = read(&path).iter().map(|line| line["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, [100, 100, 200, 200, 250]);
+
+        MetricsFile::open(&path, Some(0)).unwrap();
+        assert!(read(&path).is_empty());
+    }
+
+    #[test]
+    fn lines_have_the_keys_that_readers_look_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = MetricsFile::open(&path, Some(5)).unwrap();
+        metrics.step(&step_line(1)).unwrap();
+        metrics.eval(&eval_line(1)).unwrap();
+        let lines = read(&path);
+        for key in ["step", "epoch", "loss", "lr", "grad_norm", "top1", "img_per_s", "data_wait", "mfu"] {
+            assert!(lines[0].get(key).is_some(), "{key}");
+        }
+        assert_eq!(lines[0]["loss"], Value::Null, "JSON has no NaN");
+        assert_eq!(lines[1]["eval"]["top1"], 0.9);
+        assert_eq!(lines[1]["eval"]["ema"]["images"], 2000);
+        assert!(lines[1]["eval"].get("step").is_none());
+    }
+}

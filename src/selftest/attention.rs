@@ -1,0 +1,293 @@
+//! Attention of all tokens to all tokens, and of one learned query to all tokens.
+
+use crate::backend::{Heads, Mask};
+use crate::error::Result;
+
+use super::harness::{Case, Operand, Trial, sum_of};
+
+/// B samples, and how large the scores are: queries and keys are normal with this deviation.
+#[derive(Clone, Copy)]
+struct Shape {
+    samples: usize,
+    heads: Heads,
+    spread: f64,
+    dropout: Mask,
+}
+
+const fn shape(samples: usize, tokens: usize, heads: usize, head_size: usize) -> Shape {
+    Shape { samples, heads: Heads { tokens, heads, head_size }, spread: 1.0, dropout: Mask::NONE }
+}
+
+/// Every token count and head size that ViTs have, and some that leave remainders everywhere.
+const SHAPES: [Shape; 13] = [
+    shape(3, 1, 12, 5),
+    shape(3, 5, 5, 12),
+    shape(3, 5, 3, 64),
+    shape(5, 17, 2, 16),
+    shape(1, 64, 2, 64),
+    shape(3, 65, 5, 12),
+    shape(1, 65, 3, 64),
+    shape(1, 65, 1, 7),
+    shape(1, 197, 2, 32),
+    shape(1, 197, 1, 72),
+    shape(1, 197, 3, 64),
+    shape(1, 257, 1, 80),
+    shape(1, 257, 1, 128),
+];
+
+const DROPOUT: Mask = Mask { rate: 0.2, site: 5 };
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut shapes: Vec<Shape> = SHAPES.to_vec();
+    shapes.extend([1, 3, 5, 8].map(|i| Shape { dropout: DROPOUT, ..SHAPES[i] }));
+    // Scores of several tens: most probabilities are zero, and an exponential without the largest score overflows.
+    shapes.push(Shape { spread: 4.0, ..shape(1, 65, 2, 64) });
+
+    let mut cases = Vec::new();
+    for s in &shapes {
+        let s = *s;
+        cases.push(Case::new("attention", s.title(), move |t| attention(t, s)));
+    }
+    for s in &shapes {
+        let s = *s;
+        cases.push(Case::new("attention_backward", s.title(), move |t| attention_backward(t, s)));
+    }
+    for s in SHAPES {
+        cases.push(Case::new("probe_attention", s.title(), move |t| probe(t, s)));
+    }
+    for s in SHAPES {
+        cases.push(Case::new("probe_attention_backward", s.title(), move |t| probe_backward(t, s)));
+    }
+    cases
+}
+
+impl Shape {
+    fn title(&self) -> String {
+        let Heads { tokens, heads, head_size } = self.heads;
+        let spread = if self.spread > 1.0 { ", large scores" } else { "" };
+        let dropout = if self.dropout.rate > 0.0 { ", dropout" } else { "" };
+        format!("B {} T {tokens} H {heads} Dh {head_size}{spread}{dropout}", self.samples)
+    }
+
+    fn rows(&self) -> usize {
+        self.samples * self.heads.tokens
+    }
+
+    fn width(&self) -> usize {
+        self.heads.heads * self.heads.head_size
+    }
+
+    /// Scores are rounded relative to their size before they are exponents.
+    fn tolerance(&self) -> f64 {
+        if self.spread > 1.0 { 1e-5 } else { 2e-6 }
+    }
+}
+
+/// Scores, probabilities and outputs of one attention with `queries` rows per sample.
+struct Attention {
+    queries: usize,
+    p: Vec<f64>,   // [B, H, queries, T]
+    lse: Vec<f64>, // [B, H, queries]
+    o: Vec<f64>,   // [B, queries, H·Dh]
+}
+
+/// The pieces of packed rows: sample, head and token give `Dh` values.
+trait Part: Fn(usize, usize, usize) -> Vec<f64> {}
+impl<F: Fn(usize, usize, usize) -> Vec<f64>> Part for F {}
+
+/// Part `which` of `[B, T, parts, H, Dh]`.
+fn part(packed: &Operand, heads: Heads, which: usize) -> impl Part {
+    move |sample, head, token| {
+        let start = (which * heads.heads + head) * heads.head_size;
+        packed.row(sample * heads.tokens + token)[start..start + heads.head_size].to_vec()
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The factor of probability `(head, query, key)` of a sample: element `(head·T + query)·T + key` of its mask.
+fn keep(t: &Trial, s: Shape) -> impl Fn(usize, usize, usize, usize) -> f64 {
+    let (bound, tokens, rate) = (t.mask(s.dropout), s.heads.tokens, s.dropout.rate);
+    move |sample, head, query, key| match rate {
+        0.0 => 1.0,
+        _ => f64::from(bound.factor(sample, (head * tokens + query) * tokens + key)),
+    }
+}
+
+/// `o = dropout(softmax(q·kᵀ/√Dh))·v`
+fn attend(
+    s: Shape,
+    queries: usize,
+    q: impl Part,
+    k: impl Part,
+    v: impl Part,
+    keep: impl Fn(usize, usize, usize, usize) -> f64,
+) -> Attention {
+    let Heads { tokens, heads, head_size } = s.heads;
+    let scale = 1.0 / (head_size as f64).sqrt();
+    let mut result =
+        Attention { queries, p: Vec::new(), lse: Vec::new(), o: vec![0.0; s.samples * queries * s.width()] };
+    for b in 0..s.samples {
+        for h in 0..heads {
+            let keys: Vec<_> = (0..tokens).map(|j| k(b, h, j)).collect();
+            let values: Vec<_> = (0..tokens).map(|j| v(b, h, j)).collect();
+            for i in 0..queries {
+                let q = q(b, h, i);
+                let scores: Vec<f64> = keys.iter().map(|k| scale * dot(&q, k)).collect();
+                let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let lse = largest + scores.iter().map(|score| (score - largest).exp()).sum::<f64>().ln();
+                let o = &mut result.o[(b * queries + i) * s.width() + h * head_size..][..head_size];
+                for (j, score) in scores.iter().enumerate() {
+                    let p = (score - lse).exp();
+                    let weight = p * keep(b, h, i, j);
+                    o.iter_mut().zip(&values[j]).for_each(|(o, v)| *o += weight * v);
+                    result.p.push(p);
+                }
+                result.lse.push(lse);
+            }
+        }
+    }
+    result
+}
+
+/// Gradients of queries, keys and values, each `[B, rows, H·Dh]`.
+struct Gradients {
+    q: Vec<f64>,
+    k: Vec<f64>,
+    v: Vec<f64>,
+}
+
+/// The backward of [`attend`].
+fn attend_backward(
+    s: Shape,
+    a: &Attention,
+    q: impl Part,
+    k: impl Part,
+    v: impl Part,
+    keep: impl Fn(usize, usize, usize, usize) -> f64,
+    d_o: &Operand,
+) -> Gradients {
+    let Heads { tokens, heads, head_size } = s.heads;
+    let (width, scale) = (s.width(), 1.0 / (head_size as f64).sqrt());
+    let zeros = |rows: usize| vec![0.0; s.samples * rows * width];
+    let mut d = Gradients { q: zeros(a.queries), k: zeros(tokens), v: zeros(tokens) };
+    for b in 0..s.samples {
+        for h in 0..heads {
+            let keys: Vec<_> = (0..tokens).map(|j| k(b, h, j)).collect();
+            let values: Vec<_> = (0..tokens).map(|j| v(b, h, j)).collect();
+            for i in 0..a.queries {
+                let q = q(b, h, i);
+                let p = &a.p[((b * heads + h) * a.queries + i) * tokens..][..tokens];
+                let query = (b * a.queries + i) * width + h * head_size;
+                let d_o = &d_o.values[query..query + head_size];
+                let d_p: Vec<f64> = (0..tokens).map(|j| keep(b, h, i, j) * dot(d_o, &values[j])).collect();
+                let mean = dot(p, &d_p);
+                for j in 0..tokens {
+                    let d_score = p[j] * (d_p[j] - mean) * scale;
+                    let weight = p[j] * keep(b, h, i, j);
+                    let key = (b * tokens + j) * width + h * head_size;
+                    for e in 0..head_size {
+                        d.q[query + e] += d_score * keys[j][e];
+                        d.k[key + e] += d_score * q[e];
+                        d.v[key + e] += weight * d_o[e];
+                    }
+                }
+            }
+        }
+    }
+    d
+}
+
+/// `[rows, parts·width]` from one `[rows, width]` per part.
+fn pack(parts: &[&[f64]], width: usize) -> Vec<f64> {
+    let rows = parts[0].len() / width;
+    (0..rows).flat_map(|r| parts.iter().flat_map(move |p| p[r * width..(r + 1) * width].to_vec())).collect()
+}
+
+fn qkv(t: &mut Trial, s: Shape) -> Operand {
+    let mut values = t.normal(s.rows() * 3 * s.width(), 1.0);
+    for row in values.chunks_mut(3 * s.width()) {
+        row[..2 * s.width()].iter_mut().for_each(|x| *x *= s.spread);
+    }
+    t.given(s.rows(), 3 * s.width(), values)
+}
+
+fn attention(t: &mut Trial, s: Shape) -> Result<()> {
+    t.samples(s.samples, false);
+    let qkv = qkv(t, s);
+    let o = t.output(s.rows(), s.width());
+    let lse = t.output(s.samples * s.heads.heads, s.heads.tokens);
+    let [q, k, v] = [0, 1, 2].map(|which| part(&qkv, s.heads, which));
+    let expected = attend(s, s.heads.tokens, q, k, v, keep(t, s));
+
+    t.start()?.attention(s.heads, qkv.mat, o.mat, lse.mat, s.dropout)?;
+    t.compare("o", &o, &expected.o, s.tolerance())?;
+    t.compare("lse", &lse, &expected.lse, s.tolerance())
+}
+
+fn attention_backward(t: &mut Trial, s: Shape) -> Result<()> {
+    t.samples(s.samples, false);
+    let qkv = qkv(t, s);
+    let [q, k, v] = [0, 1, 2].map(|which| part(&qkv, s.heads, which));
+    let forward = attend(s, s.heads.tokens, &q, &k, &v, keep(t, s));
+    let o = t.given(s.rows(), s.width(), forward.o.clone());
+    let lse = t.given(s.samples * s.heads.heads, s.heads.tokens, forward.lse.clone());
+    let d_o = t.input(s.rows(), s.width(), 1.0);
+    let d_qkv = t.output(s.rows(), 3 * s.width());
+    let d = attend_backward(s, &forward, q, k, v, keep(t, s), &d_o);
+
+    t.start()?.attention_backward(s.heads, qkv.mat, o.mat, lse.mat, s.dropout, d_o.mat, d_qkv.mat)?;
+    let got = t.take(&d_qkv)?;
+    let width = s.width();
+    // With one token the probabilities are 1 whatever the scores: what is left of their gradients is rounding.
+    let floor = 1e-6;
+    for (i, (name, expected)) in [("d_q", &d.q), ("d_k", &d.k), ("d_v", &d.v)].into_iter().enumerate() {
+        let got: Vec<f64> =
+            got.chunks(3 * width).flat_map(|row| row[i * width..(i + 1) * width].to_vec()).collect();
+        let tolerance = if s.heads.tokens == 1 { floor } else { 2.0 * s.tolerance() };
+        t.judge(name, &got, expected, width, tolerance);
+    }
+    Ok(())
+}
+
+/// A query, the same for every sample, and keys and values of all tokens.
+fn probe_operands(t: &mut Trial, s: Shape) -> (Operand, Operand) {
+    t.samples(s.samples, false);
+    (t.input(1, s.width(), 1.0), t.input(s.rows(), 2 * s.width(), 1.0))
+}
+
+/// The one query of head `head`.
+fn query(q: &Operand, heads: Heads) -> impl Part {
+    move |_, head, _| q.values[head * heads.head_size..][..heads.head_size].to_vec()
+}
+
+fn probe(t: &mut Trial, s: Shape) -> Result<()> {
+    let (q, kv) = probe_operands(t, s);
+    let p = t.output(s.samples * s.heads.heads, s.heads.tokens);
+    let o = t.output(s.samples, s.width());
+    let [k, v] = [0, 1].map(|which| part(&kv, s.heads, which));
+    let expected = attend(s, 1, query(&q, s.heads), k, v, |_, _, _, _| 1.0);
+
+    t.start()?.probe_attention(s.heads, q.mat, kv.mat, p.mat, o.mat)?;
+    t.compare("p", &p, &expected.p, s.tolerance())?;
+    t.compare("o", &o, &expected.o, s.tolerance())
+}
+
+fn probe_backward(t: &mut Trial, s: Shape) -> Result<()> {
+    let (q, kv) = probe_operands(t, s);
+    let [k, v] = [0, 1].map(|which| part(&kv, s.heads, which));
+    let forward = attend(s, 1, query(&q, s.heads), &k, &v, |_, _, _, _| 1.0);
+    let p = t.given(s.samples * s.heads.heads, s.heads.tokens, forward.p.clone());
+    let d_o = t.input(s.samples, s.width(), 1.0);
+    let d_q = t.output(1, s.width());
+    let d_kv = t.output(s.rows(), 2 * s.width());
+    let d = attend_backward(s, &forward, query(&q, s.heads), k, v, |_, _, _, _| 1.0, &d_o);
+    let summed: Vec<f64> = (0..s.width()).map(|c| d.q.iter().skip(c).step_by(s.width()).sum()).collect();
+
+    t.start()?.probe_attention_backward(s.heads, q.mat, kv.mat, p.mat, d_o.mat, d_q.mat, d_kv.mat)?;
+    let tolerance = 2.0 * s.tolerance() + sum_of(s.samples);
+    t.compare("d_q", &d_q, &summed, tolerance)?;
+    t.compare("d_kv", &d_kv, &pack(&[&d.k, &d.v], s.width()), tolerance)
+}

@@ -1,0 +1,470 @@
+//! Lays out one case, runs it, and judges it.
+//!
+//! A [`Trial`] first collects operands, then opens the device ([`Trial::start`]), runs the operation, and compares. All
+//! memory that the case did not give a value is poisoned: the activation arena with NaN, so that an output that is not
+//! written and a read outside an operand both show. At the end every arena is compared byte for byte with what it
+//! held, except where an output was compared: a write to the wrong place shows too.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use half::bf16;
+
+use crate::backend::mask::BoundMask;
+use crate::backend::memory::{ROW_ALIGN, TENSOR_ALIGN};
+use crate::backend::{Arena, Backend, Dtype, Linear, Mask, Mat, MemoryPlan, Micro, StepKeys};
+use crate::error::Result;
+use crate::fail;
+use crate::rng::{Domain, Stream};
+
+use super::CaseResult;
+
+/// The unit roundoff of f32.
+const ROUND: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// What an f32 result of a few operations may differ by: ten times the 1e-7 that other libraries show.
+pub(super) const ELEMENTWISE: f64 = 1e-6;
+
+/// What a sum of `n` products of random sign may differ by, in f32: added one after the other, its rounding errors
+/// walk √n steps of a size like its own, and the shortest sums have a few roundings more.
+pub(super) fn sum_of(n: usize) -> f64 {
+    ROUND * (8.0 + 2.0 * (n as f64).sqrt())
+}
+
+type Body = dyn Fn(&mut Trial) -> Result<()>;
+
+/// One row of the table of cases.
+pub(super) struct Case {
+    operation: &'static str,
+    case: String,
+    body: Box<Body>,
+}
+
+impl Case {
+    pub(super) fn new(
+        operation: &'static str,
+        case: impl Into<String>,
+        body: impl Fn(&mut Trial) -> Result<()> + 'static,
+    ) -> Self {
+        Self { operation, case: case.into(), body: Box::new(body) }
+    }
+
+    pub(super) fn operation(&self) -> &'static str {
+        self.operation
+    }
+
+    pub(super) fn title(&self) -> String {
+        format!("{}: {}", self.operation, self.case)
+    }
+
+    pub(super) fn run(&self, make: &dyn Fn() -> Result<Box<dyn Backend>>) -> CaseResult {
+        let mut trial = Trial::new(make);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            (self.body)(&mut trial)?;
+            trial.nothing_else_changed()
+        }));
+        let trouble = match outcome {
+            Ok(Ok(())) => None,
+            Ok(Err(e)) => Some(e.message().to_string()),
+            Err(panic) => Some(format!("panic: {}", panic_message(&*panic))),
+        };
+        let result = |error, tolerance, passed, note| CaseResult {
+            operation: self.operation,
+            case: self.case.clone(),
+            error,
+            tolerance,
+            passed,
+            note,
+        };
+        let worst = trial.checks.iter().max_by(|a, b| a.excess().total_cmp(&b.excess()));
+        match (worst, trouble) {
+            (Some(c), trouble) => {
+                let note = trouble.clone().unwrap_or_else(|| c.note.clone());
+                result(c.error, c.tolerance, trouble.is_none() && c.passes(), note)
+            }
+            (None, Some(trouble)) => result(f64::INFINITY, 0.0, false, trouble),
+            (None, None) => result(f64::INFINITY, 0.0, false, "the case compares nothing".into()),
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or(panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
+}
+
+/// A matrix of the case: where it lies, and the values it starts with, dense, as the device has them.
+#[derive(Clone)]
+pub(super) struct Operand {
+    pub(super) mat: Mat,
+    pub(super) values: Vec<f64>,
+}
+
+impl Operand {
+    pub(super) fn row(&self, r: usize) -> &[f64] {
+        &self.values[r * self.mat.cols..][..self.mat.cols]
+    }
+}
+
+/// One comparison.
+struct Check {
+    error: f64,
+    tolerance: f64,
+    note: String,
+}
+
+impl Check {
+    fn passes(&self) -> bool {
+        self.error <= self.tolerance
+    }
+
+    fn excess(&self) -> f64 {
+        match self.error <= self.tolerance {
+            true if self.tolerance == 0.0 => 0.0,
+            true => self.error / self.tolerance,
+            false => 1.0 + self.error,
+        }
+    }
+}
+
+/// One case on its way.
+pub(super) struct Trial<'a> {
+    make: &'a dyn Fn() -> Result<Box<dyn Backend>>,
+    plan: MemoryPlan,
+    /// f32 operands, in the order in which they were placed.
+    writes: Vec<(Mat, Vec<f32>)>,
+    /// What every arena holds when the operation starts.
+    images: Vec<(Arena, Vec<u8>)>,
+    /// What the operation may change.
+    outputs: Vec<Mat>,
+    backend: Option<Box<dyn Backend>>,
+    keys: StepKeys,
+    micro: Micro,
+    draws: u64,
+    checks: Vec<Check>,
+}
+
+/// Bytes of a NaN that no arithmetic makes.
+const POISON: [u8; 4] = 0x7fc5_a5a5u32.to_le_bytes();
+
+impl<'a> Trial<'a> {
+    fn new(make: &'a dyn Fn() -> Result<Box<dyn Backend>>) -> Self {
+        Self {
+            make,
+            plan: MemoryPlan::new(),
+            writes: Vec::new(),
+            images: Vec::new(),
+            outputs: Vec::new(),
+            backend: None,
+            keys: StepKeys { seed: 0x5eed_0000_0007, step: 3 },
+            micro: Micro { first: 0, samples: 1, global_first: 0, accumulate: false, mean_over: 1 },
+            draws: 0,
+            checks: Vec::new(),
+        }
+    }
+
+    // Operands --------------------------------------------------------------------------------------------------
+
+    /// Standard normal values times `scale`, rounded to bf16 so that a device of any precision gets the same inputs.
+    pub(super) fn normal(&mut self, n: usize, scale: f64) -> Vec<f64> {
+        let mut stream = self.stream();
+        (0..n).map(|_| bf16::from_f64(scale * stream.normal()).to_f64()).collect()
+    }
+
+    /// A stream of draws that no other of this case shares.
+    pub(super) fn stream(&mut self) -> Stream {
+        self.draws += 1;
+        Stream::new(0, Domain::Init, self.draws, 0)
+    }
+
+    /// A dense activation with given values, stored as f32.
+    pub(super) fn given(&mut self, rows: usize, cols: usize, values: Vec<f64>) -> Operand {
+        self.activation(rows, cols, cols, values)
+    }
+
+    /// A dense activation with normal values.
+    pub(super) fn input(&mut self, rows: usize, cols: usize, scale: f64) -> Operand {
+        let values = self.normal(rows * cols, scale);
+        self.given(rows, cols, values)
+    }
+
+    /// [`Trial::input`] with a gap behind every row if `gap`.
+    pub(super) fn input_with_gap(&mut self, rows: usize, cols: usize, scale: f64, gap: bool) -> Operand {
+        let values = self.normal(rows * cols, scale);
+        self.activation(rows, cols, leading(cols, gap), values)
+    }
+
+    /// A dense activation that the operation has to fill: NaN.
+    pub(super) fn output(&mut self, rows: usize, cols: usize) -> Operand {
+        self.output_with_gap(rows, cols, false)
+    }
+
+    pub(super) fn output_with_gap(&mut self, rows: usize, cols: usize, gap: bool) -> Operand {
+        self.activation(rows, cols, leading(cols, gap), vec![f64::NAN; rows * cols])
+    }
+
+    fn activation(&mut self, rows: usize, cols: usize, ld: usize, values: Vec<f64>) -> Operand {
+        let room = self.plan.activation("operand", rows, ld, Dtype::F32);
+        // A guard, so that a write past the end meets poison and not the next operand.
+        self.plan.activation("guard", 1, TENSOR_ALIGN / 4, Dtype::F32);
+        self.place(Mat { cols, ..room }, values)
+    }
+
+    /// A parameter with normal values around `mean`; rows are padded with zeros as those of the model are.
+    pub(super) fn param(&mut self, rows: usize, cols: usize, mean: f64, scale: f64) -> Operand {
+        let values =
+            self.normal(rows * cols, scale).iter().map(|x| bf16::from_f64(mean + x).to_f64()).collect();
+        let mat = self.padded(Arena::Params, rows, cols);
+        self.place(mat, values)
+    }
+
+    /// The gradient of a parameter: NaN, or values to add to if the micro-batch accumulates.
+    pub(super) fn grad(&mut self, of: &Operand, accumulate: bool) -> Operand {
+        let n = of.values.len();
+        let values = if accumulate { self.normal(n, 1.0) } else { vec![f64::NAN; n] };
+        let mat = self.padded(Arena::Grads, of.mat.rows, of.mat.cols);
+        self.place(mat, values)
+    }
+
+    /// A dense layer `[out, in]`; `trained` says whether weight and bias have gradients.
+    pub(super) fn linear(&mut self, out: usize, input: usize, trained: [bool; 2], accumulate: bool) -> Dense {
+        let weight = self.param(out, input, 0.0, 1.0 / (input as f64).sqrt());
+        let bias = self.param(1, out, 0.0, 0.5);
+        let d_weight = trained[0].then(|| self.grad(&weight, accumulate));
+        let d_bias = trained[1].then(|| self.grad(&bias, accumulate));
+        Dense { weight, bias, d_weight, d_bias }
+    }
+
+    fn padded(&mut self, arena: Arena, rows: usize, cols: usize) -> Mat {
+        let ld = if rows == 1 { cols } else { cols.next_multiple_of(ROW_ALIGN) };
+        let offset = self.plan.bytes(arena);
+        self.plan.set_bytes(arena, offset + (rows * ld * 4).next_multiple_of(TENSOR_ALIGN));
+        Mat { arena, offset, rows, cols, ld, dtype: Dtype::F32 }
+    }
+
+    fn place(&mut self, mat: Mat, values: Vec<f64>) -> Operand {
+        assert_eq!(values.len(), mat.rows * mat.cols, "{mat}: one value per element");
+        let stored: Vec<f32> = values.iter().map(|v| *v as f32).collect();
+        let values = stored.iter().map(|v| f64::from(*v)).collect();
+        self.writes.push((mat, stored));
+        Operand { mat, values }
+    }
+
+    /// Gives a whole arena by its bytes.
+    pub(super) fn arena(&mut self, arena: Arena, bytes: Vec<u8>) {
+        self.plan.set_bytes(arena, bytes.len());
+        self.images.push((arena, bytes));
+    }
+
+    // Running ---------------------------------------------------------------------------------------------------
+
+    /// The keys and the micro-batch of the case; before [`Trial::mask`] and [`Trial::start`].
+    pub(super) fn micro(&mut self, micro: Micro) {
+        self.micro = micro;
+    }
+
+    /// `samples` samples in the middle of a larger batch.
+    pub(super) fn samples(&mut self, samples: usize, accumulate: bool) {
+        self.micro(Micro { first: 2, samples, global_first: 40, accumulate, mean_over: samples + 3 });
+    }
+
+    pub(super) fn mask(&self, mask: Mask) -> BoundMask {
+        BoundMask::new(mask, self.keys, self.micro)
+    }
+
+    /// The device as it is before anything was allocated.
+    pub(super) fn open(&self) -> Result<Box<dyn Backend>> {
+        (self.make)()
+    }
+
+    /// Opens the device, fills its arenas and begins the step.
+    pub(super) fn start(&mut self) -> Result<&mut dyn Backend> {
+        let mut backend = self.open()?;
+        backend.allocate(&self.plan)?;
+        for arena in Arena::ALL {
+            if self.images.iter().all(|(given, _)| *given != arena) {
+                let mut image = vec![0; self.plan.bytes(arena)];
+                if arena == Arena::Activations {
+                    image.chunks_exact_mut(4).for_each(|word| word.copy_from_slice(&POISON));
+                }
+                self.images.push((arena, image));
+            }
+        }
+        for (arena, image) in &self.images {
+            backend.write_arena(*arena, image)?;
+        }
+        for (mat, values) in &self.writes {
+            backend.write(*mat, values)?;
+            let (_, image) =
+                self.images.iter_mut().find(|(arena, _)| *arena == mat.arena).expect("all are there");
+            for (r, row) in values.chunks_exact(mat.cols).enumerate() {
+                let at = mat.offset + r * mat.ld * 4;
+                image[at..at + 4 * mat.cols].copy_from_slice(bytemuck::cast_slice(row));
+            }
+        }
+        backend.begin_step(self.keys)?;
+        backend.begin_micro(self.micro)?;
+        Ok(&mut **self.backend.insert(backend))
+    }
+
+    pub(super) fn backend(&mut self) -> &mut dyn Backend {
+        &mut **self.backend.as_mut().expect("the case has started")
+    }
+
+    // Judging ---------------------------------------------------------------------------------------------------
+
+    /// Compares an output with what it should hold.
+    pub(super) fn compare(
+        &mut self,
+        name: &str,
+        output: &Operand,
+        expected: &[f64],
+        tolerance: f64,
+    ) -> Result<()> {
+        let got = self.take(output)?;
+        self.judge(name, &got, expected, output.mat.cols, tolerance);
+        Ok(())
+    }
+
+    /// [`Trial::compare`] row by row, where one row's size would hide another's error. A row is taken to be at least
+    /// `floor` long: what is left of larger values that cancel has an error of their size.
+    pub(super) fn compare_rows(
+        &mut self,
+        name: &str,
+        output: &Operand,
+        expected: &[f64],
+        floor: f64,
+        tolerance: f64,
+    ) -> Result<()> {
+        let got = self.take(output)?;
+        let cols = output.mat.cols;
+        for (r, (got, expected)) in got.chunks(cols).zip(expected.chunks(cols)).enumerate() {
+            self.judge_above(&format!("{name} row {r}"), got, expected, cols, floor, tolerance);
+        }
+        Ok(())
+    }
+
+    /// The present values of an output, which the operation was allowed to change.
+    pub(super) fn take(&mut self, output: &Operand) -> Result<Vec<f64>> {
+        let mut got = vec![0.0; output.values.len()];
+        self.backend().read(output.mat, &mut got)?;
+        self.outputs.push(output.mat);
+        Ok(got.into_iter().map(f64::from).collect())
+    }
+
+    /// Compares values with float64.
+    pub(super) fn judge(&mut self, name: &str, got: &[f64], expected: &[f64], cols: usize, tolerance: f64) {
+        self.judge_above(name, got, expected, cols, 0.0, tolerance);
+    }
+
+    fn judge_above(
+        &mut self,
+        name: &str,
+        got: &[f64],
+        expected: &[f64],
+        cols: usize,
+        floor: f64,
+        tolerance: f64,
+    ) {
+        assert_eq!(got.len(), expected.len(), "{name}: one expected value per element");
+        let size = expected.iter().map(|e| e * e).sum::<f64>().sqrt().max(floor);
+        let largest = expected.iter().fold(floor, |a, e| a.max(e.abs()));
+        let (mut distance, mut worst, mut at) = (0.0, 0.0, 0);
+        for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+            // Two equal infinities are no distance apart, anything that is not finite otherwise is endlessly far.
+            let difference = if got == expected { 0.0 } else { (got - expected).abs() };
+            let difference = if difference.is_nan() { f64::INFINITY } else { difference };
+            distance += difference * difference;
+            if difference > worst {
+                (worst, at) = (difference, i);
+            }
+        }
+        let distance = distance.sqrt();
+        let error = match size {
+            0.0 => worst,
+            _ if distance.is_finite() => (distance / size).max(0.1 * worst / largest),
+            _ => f64::INFINITY,
+        };
+        let mut note = name.to_string();
+        if !(error <= tolerance) {
+            let (r, c, cols) = (at / cols.max(1), at % cols.max(1), cols);
+            note += &format!(
+                ": error {error:.1e}, tolerance {tolerance:.1e}; of {} rows of {cols}, element [{r}, {c}] is {} and should be {}",
+                got.len() / cols.max(1),
+                got[at],
+                expected[at]
+            );
+        }
+        self.checks.push(Check { error, tolerance, note });
+    }
+
+    /// A fact that holds or does not.
+    pub(super) fn expect(&mut self, what: &str, holds: bool) {
+        let note = if holds { what.to_string() } else { format!("does not hold: {what}") };
+        self.checks.push(Check { error: f64::from(u8::from(!holds)), tolerance: 0.0, note });
+    }
+
+    /// The bytes of an arena, for cases that gave them.
+    pub(super) fn arena_now(&mut self, arena: Arena) -> Result<Vec<u8>> {
+        self.backend().read_arena(arena)
+    }
+
+    /// The whole arena may have changed: the case looks at it itself.
+    pub(super) fn may_change(&mut self, arena: Arena) {
+        let cols = self.plan.bytes(arena) / 2;
+        self.outputs.push(Mat { arena, offset: 0, rows: 1, cols, ld: cols, dtype: Dtype::Bf16 });
+    }
+
+    /// Fails if a byte outside the outputs has another value than at the start.
+    fn nothing_else_changed(&mut self) -> Result<()> {
+        for (arena, mut image) in std::mem::take(&mut self.images) {
+            let mut now = self.backend().read_arena(arena)?;
+            if now.len() != image.len() {
+                fail!("{arena:?} has {} bytes instead of {}", now.len(), image.len());
+            }
+            for mat in self.outputs.iter().filter(|mat| mat.arena == arena) {
+                for r in 0..mat.rows {
+                    let size = mat.dtype.bytes();
+                    let row = mat.offset + r * mat.ld * size..mat.offset + (r * mat.ld + mat.cols) * size;
+                    now[row.clone()].fill(0);
+                    image[row].fill(0);
+                }
+            }
+            if let Some(at) = (0..now.len()).find(|i| now[*i] != image[*i]) {
+                let mat =
+                    self.writes.iter().map(|(mat, _)| mat).rfind(|m| m.arena == arena && m.offset <= at);
+                let place = mat.map(|mat| format!(" (at or behind {mat})")).unwrap_or_default();
+                fail!("byte {at} of {arena:?} was changed{place}, which the operation must leave alone");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A leading dimension for rows of `cols`.
+fn leading(cols: usize, gap: bool) -> usize {
+    if gap { (cols + 1).next_multiple_of(ROW_ALIGN) + ROW_ALIGN } else { cols }
+}
+
+/// A dense layer's operands.
+pub(super) struct Dense {
+    pub(super) weight: Operand,
+    pub(super) bias: Operand,
+    pub(super) d_weight: Option<Operand>,
+    pub(super) d_bias: Option<Operand>,
+}
+
+impl Dense {
+    pub(super) fn handles(&self) -> Linear {
+        Linear {
+            weight: self.weight.mat,
+            bias: self.bias.mat,
+            d_weight: self.d_weight.as_ref().map(|d| d.mat),
+            d_bias: self.d_bias.as_ref().map(|d| d.mat),
+        }
+    }
+}
+
+/// `start + sum` where the micro-batch accumulates, else `sum`: what a gradient should hold.
+pub(super) fn accumulated(grad: &Operand, accumulate: bool, sum: &[f64]) -> Vec<f64> {
+    grad.values.iter().zip(sum).map(|(start, sum)| if accumulate { start + sum } else { *sum }).collect()
+}

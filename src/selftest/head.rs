@@ -1,0 +1,331 @@
+//! Pooling, scaling, losses, and what a step reports.
+
+use half::bf16;
+
+use crate::backend::{
+    Loss, LossKind, Micro, Pixels, Pool, Rule, Slot, SlotLayout, StepKeys, StepReport, TargetKind, Update,
+};
+use crate::error::Result;
+
+use super::harness::{Case, ELEMENTWISE, Trial, sum_of};
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let pools = [
+        (3, 60, Pool::Token { tokens: 5, index: 0 }),
+        (5, 192, Pool::Token { tokens: 65, index: 1 }),
+        (5, 60, Pool::Token { tokens: 1, index: 0 }),
+        (3, 60, Pool::Mean { tokens: 5, first: 0 }),
+        (1, 192, Pool::Mean { tokens: 197, first: 1 }),
+        (5, 64, Pool::Mean { tokens: 257, first: 2 }),
+        (7, 5, Pool::Mean { tokens: 1, first: 0 }),
+    ];
+    for (samples, width, p) in pools {
+        let title = format!("B {samples} D {width}, {p:?}");
+        cases.push(Case::new("pool", title, move |t| pool(t, samples, width, p)));
+    }
+    for (samples, width, p) in pools {
+        for fresh in [true, false] {
+            let title = format!("B {samples} D {width}, {p:?}{}", if fresh { ", fresh" } else { "" });
+            cases
+                .push(Case::new("pool_backward", title, move |t| pool_backward(t, samples, width, p, fresh)));
+        }
+    }
+    for (rows, cols, gap) in [(1, 7, false), (65, 60, true), (257, 10, false)] {
+        let title = format!("[{rows}, {cols}]{}", if gap { ", gaps between rows" } else { "" });
+        cases.push(Case::new("scale", title, move |t| scale(t, rows, cols, gap)));
+    }
+    for objective in objectives() {
+        cases.push(Case::new(objective.operation(), objective.title(), move |t| loss(t, objective)));
+    }
+    cases.push(Case::new("report", "two micro-batches, one padded", report));
+    cases
+}
+
+// Pooling --------------------------------------------------------------------------------------------------------
+
+/// T, and the rows of a sample that are pooled.
+fn pooled(pool: Pool) -> (usize, std::ops::Range<usize>) {
+    match pool {
+        Pool::Token { tokens, index } => (tokens, index..index + 1),
+        Pool::Mean { tokens, first } => (tokens, first..tokens),
+    }
+}
+
+fn pool(t: &mut Trial, samples: usize, width: usize, pool: Pool) -> Result<()> {
+    let (tokens, rows) = pooled(pool);
+    t.samples(samples, false);
+    let x = t.input(samples * tokens, width, 1.0);
+    let y = t.output(samples, width);
+    let mut expected = vec![0.0; samples * width];
+    for (i, y) in expected.iter_mut().enumerate() {
+        let (sample, c) = (i / width, i % width);
+        *y = rows.clone().map(|row| x.row(sample * tokens + row)[c]).sum::<f64>() / rows.len() as f64;
+    }
+    t.start()?.pool(pool, x.mat, y.mat)?;
+    t.compare("y", &y, &expected, sum_of(rows.len()))
+}
+
+fn pool_backward(t: &mut Trial, samples: usize, width: usize, pool: Pool, fresh: bool) -> Result<()> {
+    let (tokens, rows) = pooled(pool);
+    t.samples(samples, false);
+    let d_y = t.input(samples, width, 1.0);
+    let size = samples * tokens;
+    let d_x = if fresh { t.output(size, width) } else { t.input(size, width, 1.0) };
+    let expected: Vec<f64> = (0..size * width)
+        .map(|i| {
+            let (sample, token, c) = (i / width / tokens, i / width % tokens, i % width);
+            let before = if fresh { 0.0 } else { d_x.values[i] };
+            let share = if rows.contains(&token) { 1.0 / rows.len() as f64 } else { 0.0 };
+            before + share * d_y.row(sample)[c]
+        })
+        .collect();
+    t.start()?.pool_backward(pool, d_y.mat, d_x.mat, fresh)?;
+    t.compare("d_x", &d_x, &expected, ELEMENTWISE)
+}
+
+fn scale(t: &mut Trial, rows: usize, cols: usize, gap: bool) -> Result<()> {
+    let x = t.input_with_gap(rows, cols, 1.0, gap);
+    let expected: Vec<f64> = x.values.iter().map(|x| 0.3f32 as f64 * x).collect();
+    t.start()?.scale(x.mat, 0.3)?;
+    t.compare("x", &x, &expected, ELEMENTWISE)
+}
+
+// Losses ---------------------------------------------------------------------------------------------------------
+
+/// One setting of [`loss`](crate::backend::Backend::loss).
+#[derive(Clone, Copy)]
+struct Objective {
+    kind: LossKind,
+    classes: usize,
+    targets: Targets,
+    smoothing: f32,
+    mixed: bool,
+    /// The gradient takes the place of the logits.
+    in_place: bool,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Targets {
+    Labels,
+    /// Any number of classes per sample, also none.
+    MultiHot,
+    /// A distribution.
+    Soft,
+}
+
+fn objectives() -> Vec<Objective> {
+    let mut objectives = Vec::new();
+    let mut i = 0;
+    for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+        for classes in [1, 3, 7, 10, 1001] {
+            for targets in [Targets::Labels, Targets::MultiHot, Targets::Soft] {
+                for smoothing in [0.0, 0.125] {
+                    for mixed in [false, true] {
+                        i += 1;
+                        let in_place = i % 3 == 0;
+                        objectives.push(Objective { kind, classes, targets, smoothing, mixed, in_place });
+                    }
+                }
+            }
+        }
+    }
+    // One class has nothing to choose between under softmax.
+    objectives.retain(|o| o.classes > 1 || o.kind == LossKind::Sigmoid);
+    objectives
+}
+
+impl Objective {
+    fn operation(&self) -> &'static str {
+        match self.kind {
+            LossKind::Softmax => "loss softmax",
+            LossKind::Sigmoid => "loss sigmoid",
+        }
+    }
+
+    fn title(&self) -> String {
+        let targets = match self.targets {
+            Targets::Labels => "labels",
+            Targets::MultiHot => "multi-hot targets",
+            Targets::Soft => "soft targets",
+        };
+        let smoothing = if self.smoothing > 0.0 { ", smoothing" } else { "" };
+        let mixed = if self.mixed { ", mixed" } else { "" };
+        let in_place = if self.in_place { ", in place" } else { "" };
+        format!("{} classes, {targets}{smoothing}{mixed}{in_place}", self.classes)
+    }
+
+    fn layout(&self) -> SlotLayout {
+        let targets = match self.targets {
+            Targets::Labels => TargetKind::Labels,
+            _ => TargetKind::Dense { classes: self.classes },
+        };
+        SlotLayout { samples: SLOT, image: (1, 1), pixels: Pixels::U8, targets }
+    }
+}
+
+/// Samples of the slot, those that are real, and those of the micro-batch, whose last two are padding.
+const SLOT: usize = 9;
+const COUNT: usize = 7;
+const FIRST: usize = 2;
+const SAMPLES: usize = 7;
+
+/// Partners stay among the real samples; the third sample is not mixed.
+const PARTNER: [u32; SLOT] = [6, 5, 4, 3, 2, 1, 0, 7, 8];
+const LAMBDA: [f32; SLOT] = [0.75, 0.5, 0.3125, 1.0, 0.875, 0.59375, 0.125, 1.0, 1.0];
+
+fn loss(t: &mut Trial, o: Objective) -> Result<()> {
+    let classes = o.classes;
+    let mean_over = 11;
+    t.micro(Micro { first: FIRST, samples: SAMPLES, global_first: 20, accumulate: false, mean_over });
+
+    let mut logits = t.normal(SAMPLES * classes, 3.0);
+    // Logits of the first row would overflow, those of the second are all but equal.
+    logits[..classes].iter_mut().for_each(|z| *z = bf16::from_f64(60.0 * *z).to_f64());
+    logits[classes..2 * classes].iter_mut().for_each(|z| *z = bf16::from_f64(5.0 + 0.01 * *z).to_f64());
+    let logits = t.given(SAMPLES, classes, logits);
+    let separate = t.output(SAMPLES, classes);
+    let d_logits = if o.in_place { logits.clone() } else { separate };
+    let samples = t.output(SAMPLES, 3);
+
+    // What each sample of the slot says by itself.
+    let mut stream = t.stream();
+    let labels: Vec<i32> = (0..SLOT).map(|_| stream.below(classes) as i32).collect();
+    let own: Vec<f32> = (0..SLOT * classes)
+        .map(|i| match o.targets {
+            Targets::Labels => f32::from(u8::from(labels[i / classes] == (i % classes) as i32)),
+            Targets::MultiHot => f32::from(u8::from(stream.chance(0.4) && i / classes != 4)),
+            Targets::Soft if classes > 1 => bf16::from_f32(stream.range(0.0, 2.0 / classes as f32)).to_f32(),
+            Targets::Soft => 0.75,
+        })
+        .collect();
+
+    let (mut losses, mut gradient) = (vec![0.0; SAMPLES * 3], vec![0.0; SAMPLES * classes]);
+    for row in 0..COUNT - FIRST {
+        let (sample, partner) = (FIRST + row, PARTNER[FIRST + row] as usize);
+        let lambda = if o.mixed { f64::from(LAMBDA[sample]) } else { 1.0 };
+        let smoothing = f64::from(o.smoothing);
+        let y: Vec<f64> = (0..classes)
+            .map(|c| {
+                let [own, other] = [sample, partner].map(|s| f64::from(own[s * classes + c]));
+                let mixed = lambda * own + (1.0 - lambda) * other;
+                (1.0 - smoothing) * mixed + smoothing / classes as f64
+            })
+            .collect();
+        let z = logits.row(row);
+        let (loss, d) = match o.kind {
+            LossKind::Softmax => softmax(z, &y),
+            LossKind::Sigmoid => sigmoid(z, &y),
+        };
+        let mut order: Vec<usize> = (0..classes).collect();
+        order.sort_by(|a, b| z[*b].total_cmp(&z[*a]));
+        let hit = |top: usize| order.iter().take(top).any(|c| own[sample * classes + c] != 0.0);
+        losses[row * 3..][..3].copy_from_slice(&[
+            loss,
+            f64::from(u8::from(hit(1))),
+            f64::from(u8::from(hit(5))),
+        ]);
+        for (to, d) in gradient[row * classes..][..classes].iter_mut().zip(d) {
+            *to = d / mean_over as f64;
+        }
+    }
+
+    let backend = t.start()?;
+    let mut slot = backend.new_slot(o.layout())?;
+    match o.targets {
+        Targets::Labels => slot.labels_mut().copy_from_slice(&labels),
+        _ => slot.targets_mut().copy_from_slice(&own),
+    }
+    if o.mixed {
+        slot.partner_mut().copy_from_slice(&PARTNER);
+        slot.lambda_mut().copy_from_slice(&LAMBDA);
+    }
+    spoil_padding(&mut slot, o.targets);
+    backend.bind_batch(slot)?;
+    let loss = Loss { kind: o.kind, label_smoothing: o.smoothing };
+    backend.loss(loss, logits.mat, d_logits.mat, samples.mat)?;
+
+    let got = t.take(&samples)?;
+    let column = |values: &[f64], c: usize| values.iter().skip(c).step_by(3).copied().collect::<Vec<_>>();
+    // A loss near zero is a difference of logits: its error has the size of the logits' rounding.
+    t.judge("loss", &column(&got, 0), &column(&losses, 0), 1, sum_of(classes));
+    t.judge("top-1", &column(&got, 1), &column(&losses, 1), 1, 0.0);
+    t.judge("top-5", &column(&got, 2), &column(&losses, 2), 1, 0.0);
+    // A probability of nearly 1 less a target of 1 keeps the rounding of both.
+    t.compare_rows("d_logits", &d_logits, &gradient, 0.1 / mean_over as f64, 2.0 * ELEMENTWISE)
+}
+
+/// Samples past the count hold what an earlier batch left there.
+fn spoil_padding(slot: &mut Slot, targets: Targets) {
+    slot.count = COUNT;
+    match targets {
+        Targets::Labels => slot.labels_mut()[COUNT..].fill(i32::MAX),
+        _ => {
+            let classes = slot.targets().len() / SLOT;
+            slot.targets_mut()[COUNT * classes..].fill(f32::NAN);
+        }
+    }
+}
+
+/// `-Σ y·log_softmax(z)`, and its gradient.
+fn softmax(z: &[f64], y: &[f64]) -> (f64, Vec<f64>) {
+    let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let lse = largest + z.iter().map(|z| (z - largest).exp()).sum::<f64>().ln();
+    let mass: f64 = y.iter().sum();
+    let loss = z.iter().zip(y).map(|(z, y)| y * (lse - z)).sum();
+    (loss, z.iter().zip(y).map(|(z, y)| mass * (z - lse).exp() - y).collect())
+}
+
+/// `Σ softplus(z) - y·z`, and its gradient.
+fn sigmoid(z: &[f64], y: &[f64]) -> (f64, Vec<f64>) {
+    let softplus = |z: f64| z.max(0.0) + (-z.abs()).exp().ln_1p();
+    let loss = z.iter().zip(y).map(|(z, y)| softplus(*z) - y * z).sum();
+    (loss, z.iter().zip(y).map(|(z, y)| 1.0 / (1.0 + (-z).exp()) - y).collect())
+}
+
+// Reports --------------------------------------------------------------------------------------------------------
+
+fn report(t: &mut Trial) -> Result<()> {
+    // Seven real samples in two micro-batches of four; the mean is over the real ones.
+    let micro = |first| Micro { first, samples: 4, global_first: 0, accumulate: first > 0, mean_over: 7 };
+    t.micro(micro(0));
+    let mut rows = Vec::new();
+    let mut stream = t.stream();
+    for sample in 0..8 {
+        let loss = bf16::from_f32(stream.range(0.0, 5.0)).to_f64();
+        let row = [loss, f64::from(u8::from(sample % 3 == 0)), f64::from(u8::from(sample % 2 == 0))];
+        rows.extend(if sample < 7 { row } else { [0.0; 3] });
+    }
+    let halves = [t.given(4, 3, rows[..12].to_vec()), t.given(4, 3, rows[12..].to_vec())];
+    let weight = t.param(5, 7, 0.0, 1.0);
+    let grad = t.grad(&weight, true);
+    let norm = grad.values.iter().map(|g| g * g).sum::<f64>().sqrt();
+    let column = |c: usize| rows.iter().skip(c).step_by(3).sum::<f64>() / 7.0;
+    let expected = [column(0), column(1), column(2), norm];
+
+    t.start()?;
+    // Twice the same step, because an asynchronous device reports the step before. Without segments nothing moves.
+    let mut got = StepReport::default();
+    for step in 0..2 {
+        let backend = t.backend();
+        backend.begin_step(StepKeys { seed: 1, step })?;
+        backend.begin_report()?;
+        for (i, half) in halves.iter().enumerate() {
+            backend.begin_micro(micro(4 * i))?;
+            backend.add_to_report(half.mat)?;
+        }
+        backend.update(&Update {
+            rule: Rule::Lion { beta1: 0.9, beta2: 0.99, bf16: false },
+            segments: &[],
+            groups: &[],
+            t: step + 1,
+            clip: None,
+            clip_torch: false,
+            ema_decay: None,
+        })?;
+        got = backend.report()?;
+    }
+    t.judge("report", &[got.loss, got.top1, got.top5, got.grad_norm], &expected, 4, ELEMENTWISE);
+    t.expect("the update was not skipped", !got.skipped);
+    Ok(())
+}

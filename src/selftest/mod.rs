@@ -1,0 +1,158 @@
+//! The proof of a device: every operation of [`Backend`] against a plain float64 reference.
+//!
+//! It knows a backend through the trait alone, so one table of cases proves them all. Each file holds the cases of a
+//! group of operations, with their references as loops that can be read beside the operation's documentation;
+//! [`harness`] places operands, poisons what an operation has to write, and looks for writes elsewhere.
+//!
+//! ```no_run
+//! use vitrum::backend::{Device, select};
+//! let results = vitrum::selftest::run(&|| select(Device::Cpu, 0), Some("attention"));
+//! assert!(results.iter().all(|result| result.passed));
+//! ```
+
+mod attention;
+mod harness;
+mod head;
+mod matmul;
+mod memory;
+mod norm;
+mod reference;
+mod stem;
+#[cfg(test)]
+mod tests;
+mod update;
+
+use std::time::Instant;
+
+use crate::backend::{Backend, Device, select};
+use crate::error::{Error, Result};
+
+use harness::Case;
+
+/// How one case ended.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct CaseResult {
+    /// The method of [`Backend`], with its variant where that is a kernel of its own: `matmul gelu`.
+    pub operation: &'static str,
+    /// Sizes and settings.
+    pub case: String,
+    /// The worst of the case's comparisons by error over tolerance: its relative L2 distance from float64, or a tenth of
+    /// its largest deviation over the largest value, if that is more.
+    pub error: f64,
+    pub tolerance: f64,
+    pub passed: bool,
+    /// Which output was the worst, or what went wrong.
+    pub note: String,
+}
+
+/// Runs every case whose `operation: case` contains `filter`, each on a fresh device from `make`. A case that fails,
+/// panics included, never keeps the others from running.
+pub fn run(make: &dyn Fn() -> Result<Box<dyn Backend>>, filter: Option<&str>) -> Vec<CaseResult> {
+    let wanted = |case: &&Case| filter.is_none_or(|filter| case.title().contains(filter));
+    cases().iter().filter(wanted).map(|case| case.run(make)).collect()
+}
+
+fn cases() -> Vec<Case> {
+    let groups = [
+        memory::cases(),
+        stem::cases(),
+        matmul::cases(),
+        norm::cases(),
+        attention::cases(),
+        head::cases(),
+        update::cases(),
+    ];
+    let mut cases: Vec<Case> = groups.into_iter().flatten().collect();
+    // The cases of an operation stand together, operations in the order of their first case.
+    let operations: Vec<_> = cases.iter().map(Case::operation).collect();
+    cases.sort_by_key(|case| operations.iter().position(|operation| *operation == case.operation()));
+    cases
+}
+
+/// All results on one device.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Report {
+    /// [`Backend::describe`]
+    pub device: String,
+    pub seconds: f64,
+    pub cases: Vec<CaseResult>,
+}
+
+/// Proves the device that the user asked for. Fails only if it cannot be opened; see [`Report::verdict`].
+pub fn check(device: Device) -> Result<Report> {
+    // Every case opens the device anew: `auto` is settled here, so that its line is printed once.
+    let device = match device {
+        Device::Auto if select(Device::Cuda, 0).is_ok() => Device::Cuda,
+        other => other,
+    };
+    let name = select(device, 0)?.describe();
+    let device = if device == Device::Auto { Device::Cpu } else { device };
+
+    let start = Instant::now();
+    let cases = run(&|| select(device, 0), None);
+    Ok(Report { device: name, seconds: start.elapsed().as_secs_f64(), cases })
+}
+
+impl Report {
+    pub fn failed(&self) -> impl Iterator<Item = &CaseResult> {
+        self.cases.iter().filter(|case| !case.passed)
+    }
+
+    /// An error that names the operations that failed.
+    pub fn verdict(&self) -> Result<()> {
+        let failed = self.failed().count();
+        if failed == 0 {
+            return Ok(());
+        }
+        let mut operations: Vec<_> = self.failed().map(|case| format!("`{}`", case.operation)).collect();
+        operations.dedup();
+        Err(Error::new(format!(
+            "{failed} of {} cases failed on {}: {}",
+            self.cases.len(),
+            self.device,
+            operations.join(", ")
+        ))
+        .hint("compute on the CPU with `--device cpu`, and report this table"))
+    }
+
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "device": self.device,
+            "seconds": self.seconds,
+            "cases": self.cases.len(),
+            "failed": self.failed().count(),
+            "passed": self.failed().count() == 0,
+            "results": self.cases,
+        })
+    }
+
+    /// One line per operation with its worst case, then one per failure.
+    pub fn table(&self) -> String {
+        let mut text = format!("{}\n\n", self.device);
+        text += &format!("{:<28} {:>5}  {:>11}  {:>9}\n", "operation", "cases", "worst error", "tolerance");
+        for group in self.cases.chunk_by(|a, b| a.operation == b.operation) {
+            let worst = group.iter().max_by(|a, b| a.excess().total_cmp(&b.excess())).expect("not empty");
+            let verdict = if group.iter().all(|case| case.passed) { "ok" } else { "FAILED" };
+            text += &format!(
+                "{:<28} {:>5}  {:>11.1e}  {:>9.1e}  {verdict}\n",
+                worst.operation,
+                group.len(),
+                worst.error,
+                worst.tolerance
+            );
+        }
+        for case in self.failed() {
+            text += &format!("\nFAILED {}: {}\n       {}\n", case.operation, case.case, case.note);
+        }
+        let passed = self.cases.len() - self.failed().count();
+        text + &format!("\n{passed} of {} cases passed in {:.1} s\n", self.cases.len(), self.seconds)
+    }
+}
+
+impl CaseResult {
+    /// How far the error is above (more than 1) or below its tolerance; a failure is above any success.
+    fn excess(&self) -> f64 {
+        let ratio = if self.tolerance > 0.0 { self.error / self.tolerance } else { self.error };
+        if self.passed { ratio } else { ratio.max(1.0) + 1.0 }
+    }
+}

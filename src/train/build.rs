@@ -1,0 +1,44 @@
+//! From a resolved recipe to the parts of a trainer.
+
+use crate::backend::{Loss, Normalise};
+use crate::error::{Error, Result};
+use crate::optim::{self, Optimizer, RunLength};
+use crate::recipe::Recipe;
+use crate::vit::{Mode, Param, Vit};
+
+use super::trainer::TrainerOptions;
+
+/// The recipe's model. `model.classes` must be known by now.
+pub fn model(recipe: &Recipe, mode: Mode) -> Result<Vit> {
+    let Some(classes) = recipe.model.classes else {
+        return Err(
+            Error::usage("the number of classes is not known").hint("set it with `--set model.classes=...`")
+        );
+    };
+    let config = recipe.model_config(classes)?;
+    let frozen = |param: &Param| optim::is_frozen(&recipe.optim, param);
+    Ok(Vit::new(config, Normalise::INCEPTION, micro_batch(recipe), mode, frozen))
+}
+
+/// The recipe's optimiser for a data set of `data_size` images.
+pub fn optimizer(recipe: &Recipe, model: &Vit, data_size: usize) -> Result<Optimizer> {
+    let run = RunLength { steps: recipe.steps(data_size)?, batch: recipe.train.batch, data_size };
+    Optimizer::new(&recipe.optim, &recipe.schedule, &model.layout, &model.config, run)
+}
+
+/// Batch, seed and objective.
+pub fn options(recipe: &Recipe) -> TrainerOptions {
+    TrainerOptions {
+        loss: Loss { kind: recipe.loss.kind, label_smoothing: recipe.loss.label_smoothing },
+        batch: recipe.train.batch,
+        seed: recipe.train.seed,
+    }
+}
+
+/// Samples of one forward and backward.
+pub fn micro_batch(recipe: &Recipe) -> usize {
+    match recipe.train.micro_batch {
+        0 => recipe.train.batch,
+        n => n,
+    }
+}

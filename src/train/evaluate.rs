@@ -1,0 +1,68 @@
+//! Every image of a data set exactly once, without masks: loss, top-1, top-5.
+
+use std::time::Instant;
+
+use crate::backend::{Backend, Loss, Micro, StepKeys, sample_metric};
+use crate::data::Loader;
+use crate::error::Result;
+use crate::vit::Vit;
+
+/// The result of an evaluation; means over `count` images.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct EvalReport {
+    pub count: usize,
+    pub loss: f64,
+    pub top1: f64,
+    pub top5: f64,
+    pub img_per_s: f64,
+}
+
+/// Runs the loader dry. Its slots hold at most the model's micro-batch. With `drop_last` a last batch that is not full
+/// is left out, as google-research/vision_transformer does.
+pub fn evaluate(
+    b: &mut dyn Backend,
+    model: &Vit,
+    loader: &mut Loader,
+    loss: Loss,
+    drop_last: bool,
+) -> Result<EvalReport> {
+    let start = Instant::now();
+    let mut report = EvalReport::default();
+    let mut samples = vec![0.0; model.micro_batch * 3];
+    b.begin_step(StepKeys { seed: 0, step: 0 })?;
+    while let Some(slot) = loader.next()? {
+        let count = slot.count;
+        if drop_last && count < slot.layout().samples {
+            loader.recycle(slot);
+            continue;
+        }
+        if let Some(free) = b.bind_batch(slot)? {
+            loader.recycle(free);
+        }
+        b.begin_micro(Micro {
+            first: 0,
+            samples: model.micro_batch,
+            global_first: 0,
+            accumulate: false,
+            mean_over: model.micro_batch,
+        })?;
+        model.forward(b, false)?;
+        model.loss(b, loss)?;
+        b.read(model.sample_metrics(), &mut samples)?;
+        for sample in samples.chunks_exact(3).take(count) {
+            report.loss += f64::from(sample[sample_metric::LOSS]);
+            report.top1 += f64::from(sample[sample_metric::TOP1]);
+            report.top5 += f64::from(sample[sample_metric::TOP5]);
+        }
+        report.count += count;
+    }
+    if let Some(free) = b.unbind_batch() {
+        loader.recycle(free);
+    }
+    let n = report.count.max(1) as f64;
+    report.loss /= n;
+    report.top1 /= n;
+    report.top5 /= n;
+    report.img_per_s = report.count as f64 / start.elapsed().as_secs_f64().max(1e-9);
+    Ok(report)
+}

@@ -1,0 +1,146 @@
+//! A model from a weights file, on a device and ready to run: what `eval`, `predict` and `grad` start from.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::backend::{
+    self, Backend, Device, Loss, LossKind, Micro, Pixels, Slot, SlotLayout, StepKeys, StepReport, TargetKind,
+};
+use crate::data::{self, Dataset, Loader, LoaderSpec};
+use crate::error::{Error, Result};
+use crate::recipe::OnBadRecord;
+use crate::vit::{Mode, Vit};
+use crate::weights::{self, CheckpointMeta, ModelFile, ModelOverrides};
+
+use super::evaluate::{EvalReport, evaluate};
+
+/// Weights, model and device.
+pub struct Loaded {
+    pub backend: Box<dyn Backend>,
+    pub model: Vit,
+    pub meta: CheckpointMeta,
+}
+
+impl Loaded {
+    /// Reads the file and puts its weights on the device, for passes of `batch` samples of `image` (height, width);
+    /// `None` takes the size that the file was made for.
+    pub fn open(
+        path: &Path,
+        overrides: &ModelOverrides,
+        device: Device,
+        batch: usize,
+        mode: Mode,
+        image: Option<(usize, usize)>,
+    ) -> Result<Self> {
+        let mut file = weights::open(path, overrides)?;
+        if let Some(image) = image {
+            file.set_image(image)?;
+        }
+        file.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        let mut backend = backend::select(device, 0)?;
+        let model = Vit::new(file.config.clone(), file.meta.normalise, batch, mode, |_| false);
+        backend.allocate(&model.plan())?;
+        load_weights(&file, &model, &mut *backend)?;
+        Ok(Self { backend, model, meta: file.meta })
+    }
+
+    /// Evaluates a data set as the file's metadata says. Classes are matched by name where the file has names.
+    pub fn evaluate(&mut self, data: Dataset, drop_last: bool) -> Result<EvalReport> {
+        let config = &self.model.config;
+        if data.classes().len() != config.classes {
+            return Err(Error::new(format!(
+                "the data set has {} classes, the model {}",
+                data.classes().len(),
+                config.classes
+            ))
+            .hint("evaluate on the data set that the model was trained for"));
+        }
+        let data = match &self.meta.classes {
+            Some(names) => data.with_classes(names)?,
+            None => data,
+        };
+        let spec = LoaderSpec {
+            batch: self.model.micro_batch,
+            image: config.image,
+            mode: data::Mode::Eval { resize: self.meta.resize, crop_ratio: self.meta.crop_ratio },
+            start_batch: 0,
+            workers: 0,
+            on_bad_record: OnBadRecord::Skip,
+        };
+        let slots = (0..2).map(|_| self.backend.new_slot(self.slot_layout())).collect::<Result<_>>()?;
+        let mut loader = Loader::new(Arc::new(data), spec, slots);
+        let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
+        evaluate(&mut *self.backend, &self.model, &mut loader, loss, drop_last)
+    }
+
+    /// The likeliest `top` classes of one picture, the first being the likeliest.
+    pub fn predict(&mut self, picture: &Path, top: usize) -> Result<Vec<Prediction>> {
+        let mut slot = self.backend.new_slot(self.slot_layout())?;
+        let pixels = data::read_image(picture, self.model.config.image, self.meta.resize, self.meta.crop_ratio)?;
+        slot.images_u8_mut().copy_from_slice(&pixels);
+        let b = &mut *self.backend;
+        b.bind_batch(slot)?;
+        b.begin_step(StepKeys { seed: 0, step: 0 })?;
+        b.begin_micro(Micro { first: 0, samples: 1, global_first: 0, accumulate: false, mean_over: 1 })?;
+        self.model.forward(b, false)?;
+        let mut logits = vec![0.0; self.model.config.classes];
+        b.read(self.model.logits(), &mut logits)?;
+        Ok(likeliest(&logits, top, self.meta.classes.as_deref()))
+    }
+
+    fn slot_layout(&self) -> SlotLayout {
+        SlotLayout {
+            samples: self.model.micro_batch,
+            image: self.model.config.image,
+            pixels: Pixels::U8,
+            targets: TargetKind::Labels,
+        }
+    }
+}
+
+/// One class of a picture.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    pub class: usize,
+    /// The class's name, or its number where the file has no names.
+    pub name: String,
+    /// Softmax of the logits.
+    pub probability: f32,
+}
+
+fn likeliest(logits: &[f32], top: usize, names: Option<&[String]>) -> Vec<Prediction> {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|z| f64::from(z - largest).exp()).sum();
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+    let prediction = |class: usize| Prediction {
+        class,
+        name: names.and_then(|n| n.get(class)).cloned().unwrap_or_else(|| class.to_string()),
+        probability: (f64::from(logits[class] - largest).exp() / sum) as f32,
+    };
+    order.into_iter().take(top).map(prediction).collect()
+}
+
+/// Writes a file's weights into the model's parameters, and fills in its fixed tables.
+pub fn load_weights(file: &ModelFile, model: &Vit, backend: &mut dyn Backend) -> Result<()> {
+    weights::load_into(file, &model.layout, |param, values| backend.write(param.mat(), values))?;
+    model.init_tables(backend)
+}
+
+/// Loss and gradients of one whole batch, without masks and without an update.
+pub fn gradients(b: &mut dyn Backend, model: &Vit, loss: Loss, batch: Slot) -> Result<StepReport> {
+    b.bind_batch(batch)?;
+    b.begin_step(StepKeys { seed: 0, step: 0 })?;
+    b.begin_report()?;
+    b.begin_micro(Micro {
+        first: 0,
+        samples: model.micro_batch,
+        global_first: 0,
+        accumulate: false,
+        mean_over: model.micro_batch,
+    })?;
+    model.forward(b, false)?;
+    model.loss(b, loss)?;
+    model.backward(b, false)?;
+    b.report()
+}

@@ -1,0 +1,165 @@
+//! What a run will take, worked out and not run: memory to the byte, floating-point operations, steps.
+
+use serde_json::{Value, json};
+
+use crate::backend::{Arena, MemoryPlan, Pixels, SlotLayout, TargetKind};
+use crate::data::{self, Dataset};
+use crate::error::Result;
+use crate::optim::Optimizer;
+use crate::recipe::{Duration, Recipe};
+use crate::report::format;
+use crate::vit::{Mode, Vit};
+
+use super::{Trainer, build, run};
+
+/// The images of ImageNet-21k's training split as big_vision counts them: what `b16/imagenet21k` is made for.
+const UNKNOWN_DATA: &str = "not opened";
+
+/// A recipe with everything that follows from it.
+pub struct Plan {
+    pub recipe: Recipe,
+    pub model: Vit,
+    pub optimizer: Optimizer,
+    pub memory: MemoryPlan,
+    /// Bytes of the batch slots in host memory.
+    pub slot_bytes: usize,
+    /// Training images, if the data set is there.
+    pub images: Option<usize>,
+}
+
+impl Plan {
+    /// Opens the data set to learn its size and classes, if the recipe names one that exists.
+    pub fn of(recipe: &Recipe) -> Result<Self> {
+        recipe.validate()?;
+        let data = open(recipe)?;
+        let images = data.as_ref().map(Dataset::len);
+        // Without data an epoch has no length; recipes in steps do not need it.
+        let size = images.unwrap_or(recipe.train.batch);
+        let recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
+        let model = build::model(&recipe, Mode::Train)?;
+        let optimizer = build::optimizer(&recipe, &model, size)?;
+        let layout = SlotLayout {
+            samples: recipe.train.batch,
+            image: model.config.image,
+            pixels: Pixels::U8,
+            targets: TargetKind::Labels,
+        };
+        let slot_bytes = layout.bytes() * recipe.data.slots;
+        Ok(Self { memory: Trainer::plan(&model, &optimizer), recipe, model, optimizer, slot_bytes, images })
+    }
+
+    fn steps(&self) -> u64 {
+        self.recipe.train.steps.expect("a resolved recipe has its steps")
+    }
+
+    fn train_flops(&self) -> f64 {
+        self.steps() as f64 * self.recipe.train.batch as f64 * self.model.config.train_flops() as f64
+    }
+
+    /// For people: header, memory table, compute, the first and last learning rates, the recipe in full.
+    pub fn text(&self, name: &str) -> String {
+        let t = &self.recipe.train;
+        let mut lines = vec![format!("recipe   {name}")];
+        lines.extend(run::model_lines(&self.model));
+        let epochs = self.images.map(|n| self.steps() as f64 * t.batch as f64 / n as f64);
+        let data =
+            self.images.map_or(UNKNOWN_DATA.into(), |n| format!("{} images", format::thousands(n as u64)));
+        lines.push(format!("data     {data}"));
+        lines.push(format!(
+            "train    {} steps of {} = {} images{}",
+            format::thousands(self.steps()),
+            t.batch,
+            format::thousands(self.steps() * t.batch as u64),
+            epochs.map_or(String::new(), |e| format!(", {e:.1} epochs"))
+        ));
+        lines.push(format!(
+            "compute  {} in all, {} per step (3 x forward, matrix products only)",
+            format::si(self.train_flops(), "FLOP"),
+            format::si(t.batch as f64 * self.model.config.train_flops() as f64, "FLOP"),
+        ));
+        for rate in [1e11, 1e12, 4e14] {
+            lines.push(format!(
+                "         {} at {}",
+                format::seconds(self.train_flops() / rate),
+                format::si(rate, "FLOP/s")
+            ));
+        }
+        lines.push(format!("lr       {}", self.learning_rates()));
+        lines.extend(run::memory_lines(&self.model, &self.optimizer));
+        lines.push(format!(
+            "         and {} in {} batch slots",
+            format::bytes(self.slot_bytes as u64),
+            self.recipe.data.slots
+        ));
+        lines.push("activations".into());
+        for (what, bytes) in self.activations() {
+            lines.push(format!("  {what:<24} {:>12}", format::bytes(bytes as u64)));
+        }
+        lines.push(String::new());
+        lines.push(self.recipe.to_toml());
+        lines.join("\n")
+    }
+
+    /// Rates at a few steps that tell the schedule.
+    fn learning_rates(&self) -> String {
+        let steps = self.steps();
+        let warmup = match self.recipe.schedule.warmup {
+            Duration::Steps(n) => n,
+            other => other.to_steps(steps, self.recipe.train.batch, self.images.unwrap_or(1)),
+        };
+        let mut at = vec![0, warmup, steps / 2, steps - 1];
+        at.sort_unstable();
+        at.dedup();
+        let rate = |t: u64| format!("{:.3e} at step {t}", self.optimizer.lr(t.min(steps - 1)));
+        at.into_iter().map(rate).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The activation arena, summed over blocks: `qkv` stands for all `block i qkv`.
+    pub fn activations(&self) -> Vec<(String, usize)> {
+        let mut sums: Vec<(String, usize)> = Vec::new();
+        for entry in &self.memory.activations {
+            let words: Vec<&str> = entry.name.split(' ').collect();
+            let what = match words.as_slice() {
+                ["block", _, rest @ ..] => format!("blocks: {}", rest.join(" ")),
+                _ => entry.name.clone(),
+            };
+            match sums.iter_mut().find(|(name, _)| *name == what) {
+                Some((_, bytes)) => *bytes += entry.bytes,
+                None => sums.push((what, entry.bytes)),
+            }
+        }
+        sums
+    }
+
+    /// For programs.
+    pub fn json(&self, name: &str) -> Value {
+        let bytes = |arena: Arena| self.memory.bytes(arena);
+        json!({
+            "recipe": name,
+            "params": self.model.layout.count(),
+            "tokens": self.model.config.tokens(),
+            "images": self.images,
+            "steps": self.steps(),
+            "batch": self.recipe.train.batch,
+            "train_flops": self.train_flops(),
+            "train_flops_per_image": self.model.config.train_flops(),
+            "memory": {
+                "total_bytes": self.memory.total_bytes(),
+                "params_bytes": bytes(Arena::Params),
+                "grads_bytes": bytes(Arena::Grads),
+                "optimizer_bytes": bytes(Arena::Moment1) + bytes(Arena::Moment2),
+                "ema_bytes": bytes(Arena::Ema),
+                "activations_bytes": bytes(Arena::Activations),
+                "slots_bytes": self.slot_bytes,
+            },
+            "config": self.recipe.to_toml(),
+        })
+    }
+}
+
+/// The training data, if the recipe names some. The demo's size is known without drawing it; a path that does not exist is
+/// an error here as it is in training.
+fn open(recipe: &Recipe) -> Result<Option<Dataset>> {
+    let Some(spec) = recipe.data.train.as_deref() else { return Ok(None) };
+    Dataset::open(spec, data::Split::Train).map(Some)
+}

@@ -1,0 +1,71 @@
+//! Training on stored batches in their order, without augmentation: a trajectory that anyone can compare.
+
+use crate::backend::{self, Device, StepReport};
+use crate::dist::Collective;
+use crate::error::Result;
+use crate::recipe::{Recipe, Size};
+use crate::vit::{Mode, ModelConfig};
+use crate::weights::{ModelFile, Tensors};
+
+use super::batch_file::BatchFile;
+use super::checkpoint::read_weights;
+use super::loaded::load_weights;
+use super::{Trainer, build};
+
+/// What came of it; one value per update.
+pub struct Trajectory {
+    /// Before the update.
+    pub losses: Vec<f64>,
+    /// Before clipping.
+    pub grad_norms: Vec<f64>,
+    /// The head's rate that the update used.
+    pub lrs: Vec<f64>,
+    /// After the last update.
+    pub weights: Tensors,
+}
+
+/// The default recipe with this model and length; `--set` changes the rest.
+pub fn recipe(config: &ModelConfig, batch: usize, steps: u64) -> Recipe {
+    let mut recipe = Recipe::default();
+    let (model, c) = (&mut recipe.model, config);
+    let size = |(height, width): (usize, usize)| Size { height, width };
+    (model.image, model.patch) = (size(c.image), Some(size(c.patch)));
+    (model.width, model.depth, model.heads) = (Some(c.width), Some(c.depth), Some(c.heads));
+    (model.mlp, model.classes, model.extra_tokens) = (Some(c.mlp), Some(c.classes), Some(c.extra_tokens));
+    (model.pool, model.norm) = (c.pool, c.norm);
+    (model.posemb, model.posemb_join) = (c.posemb, c.posemb_join);
+    (model.rep_size, model.layer_scale) = (c.rep_size, c.layer_scale);
+    (model.gelu, model.ln_eps) = (c.gelu, c.ln_eps);
+    recipe.train.batch = batch;
+    recipe.train.steps = Some(steps);
+    recipe
+}
+
+/// One update per batch, in file order. `watch` is told every step.
+pub fn run(
+    recipe: &Recipe,
+    file: &ModelFile,
+    batches: &BatchFile,
+    device: Device,
+    mut watch: impl FnMut(u64, &StepReport),
+) -> Result<Trajectory> {
+    let steps = batches.steps;
+    let backend = backend::select(device, recipe.train.threads)?;
+    let model = build::model(recipe, Mode::Train)?;
+    let optimizer = build::optimizer(recipe, &model, steps * recipe.train.batch)?;
+    let mut trainer = Trainer::new(backend, model, optimizer, Collective::from_env()?, build::options(recipe))?;
+    load_weights(file, &trainer.model, &mut *trainer.backend)?;
+    trainer.weights_changed()?;
+
+    let mut out = Trajectory { losses: vec![], grad_norms: vec![], lrs: vec![], weights: Tensors::new() };
+    for step in 0..steps {
+        let batch = batches.slot(&*trainer.backend, step)?;
+        let (_, report) = trainer.step(batch)?;
+        out.losses.push(report.loss);
+        out.grad_norms.push(report.grad_norm);
+        out.lrs.push(trainer.optimizer.lr(step as u64));
+        watch(trainer.step, &report);
+    }
+    out.weights = read_weights(&trainer.model, &mut *trainer.backend, backend::Arena::Params)?;
+    Ok(out)
+}

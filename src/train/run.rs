@@ -1,0 +1,579 @@
+//! A run and its directory: the data it reads, the reports it writes, its checkpoints, and how it ends.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::backend::{Device, Loss, Pixels, Slot, SlotLayout, StepReport, TargetKind};
+use crate::data::{self, Dataset, Loader, LoaderSpec, Split};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::optim::Optimizer;
+use crate::recipe::{Crop, Metric, Recipe, ScheduleKind};
+use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, format};
+use crate::vit::Vit;
+use crate::weights::CheckpointMeta;
+
+use super::checkpoint::{Best, Checkpoints, RunState};
+use super::evaluate::{EvalReport, evaluate};
+use super::{Trainer, signals};
+
+/// What the command line says about a run, besides the recipe.
+#[derive(Clone, Debug)]
+pub struct RunOptions {
+    /// The recipe's name, for the header.
+    pub recipe_name: String,
+    pub out: PathBuf,
+    pub resume: bool,
+    /// Learn this many images by heart: a check of the whole machinery.
+    pub overfit: Option<usize>,
+    pub device: Device,
+}
+
+/// Images to train on, and to validate with.
+pub struct RunData {
+    pub train: Arc<Dataset>,
+    pub val: Option<Arc<Dataset>>,
+    /// Training images that are evaluated as well, without augmentation: the gap to `val` shows overfitting.
+    train_part: Arc<Dataset>,
+    overfit: Option<usize>,
+}
+
+/// An overfit run has this many steps to reach [`OVERFIT_LOSS`].
+const OVERFIT_STEPS: u64 = 300;
+const OVERFIT_LOSS: f64 = 0.01;
+/// Training images that are evaluated beside the validation set, without augmentation.
+const TRAIN_EVAL_IMAGES: usize = 2000;
+
+impl RunData {
+    /// Opens what `data.train` and `data.val` name.
+    pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
+        let spec = recipe.data.train.as_deref();
+        let (mut train, mut val) = data::pair(spec, recipe.data.val.as_deref())?;
+        if let Some(n) = options.overfit {
+            if n > train.len() {
+                return Err(Error::usage(format!(
+                    "`--overfit {n}`, but the data set has {} images",
+                    train.len()
+                ))
+                .hint(format!("use `--overfit {}` or less", train.len())));
+            }
+            train = train.take(n);
+            val = None;
+        }
+        let part =
+            val.as_ref().map_or(TRAIN_EVAL_IMAGES, Dataset::len).min(TRAIN_EVAL_IMAGES).min(train.len());
+        let train_part = match options.overfit {
+            Some(n) => Dataset::open(spec.unwrap_or_default(), Split::Train)?.take(n),
+            None => Dataset::open(spec.unwrap_or_default(), Split::Train)?.take(part),
+        };
+        Ok(Self {
+            train: Arc::new(train),
+            val: val.map(Arc::new),
+            train_part: Arc::new(train_part),
+            overfit: options.overfit,
+        })
+    }
+
+    /// Fills in what the data decides (classes, an overfit run's settings), and checks what depends on its size.
+    pub fn resolve(&self, mut recipe: Recipe) -> Result<Recipe> {
+        let images = self.train.len();
+        if self.overfit.is_some() {
+            overfit(&mut recipe, images);
+        }
+        if recipe.train.batch > images {
+            return Err(Error::new(format!(
+                "`train.batch` is {}, but the data set has {images} images",
+                recipe.train.batch
+            ))
+            .hint(format!("use `--set train.batch={images}` or less")));
+        }
+        recipe.resolved(self.train.classes().len(), images)
+    }
+}
+
+/// Nothing random, nothing that holds the model back.
+fn overfit(recipe: &mut Recipe, images: usize) {
+    let (model, augment) = (&mut recipe.model, &mut recipe.augment);
+    (model.dropout, model.attention_dropout, model.drop_path) = (0.0, 0.0, 0.0);
+    (augment.crop, augment.flip, augment.mixup) = (Crop::Center, false, 0.0);
+    (augment.brightness, augment.contrast, augment.saturation, augment.hue) = (0.0, 0.0, 0.0, 0.0);
+    recipe.loss.label_smoothing = 0.0;
+    recipe.optim.weight_decay = 0.0;
+    recipe.schedule.kind = ScheduleKind::Constant;
+    recipe.schedule.warmup = crate::recipe::Duration::Steps(10);
+    recipe.schedule.total = None;
+    recipe.train.batch = recipe.train.batch.min(images);
+    recipe.train.micro_batch = 0;
+    recipe.train.log_every = recipe.train.log_every.min(10);
+    recipe.train.steps = Some(OVERFIT_STEPS);
+    recipe.train.epochs = None;
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    Finished,
+    /// The validation metric stopped improving.
+    EarlyStop,
+    /// An overfit run reached its loss.
+    Learned,
+}
+
+/// What a finished run leaves behind.
+#[derive(Clone, Debug)]
+pub struct RunSummary {
+    pub out: PathBuf,
+    pub steps: u64,
+    pub ending: Ending,
+    pub seconds: f64,
+    pub last: Option<EvalReport>,
+    pub best: Option<(u64, f64)>,
+    pub has_val: bool,
+    pub metric: Metric,
+}
+
+/// The parts of a run that are not the trainer.
+pub struct Run {
+    pub steps: u64,
+    recipe: Recipe,
+    options: RunOptions,
+    data: RunData,
+    checkpoints: Checkpoints,
+    state: RunState,
+    saved_at: Option<u64>,
+    meta: CheckpointMeta,
+    metrics: MetricsFile,
+    log: Log,
+    progress: Progress,
+    last_eval: Option<EvalReport>,
+    /// Of the last reported window.
+    last_loss: Option<f64>,
+    start: Instant,
+    window: Window,
+}
+
+/// Sums since the last line of the log.
+struct Window {
+    since: Instant,
+    /// Seconds since then that were not spent on steps (evaluation, checkpoints).
+    outside: f64,
+    steps: u64,
+    waited: f64,
+    loss: f64,
+    top1: f64,
+}
+
+impl Window {
+    fn new(waited: f64) -> Self {
+        Self { since: Instant::now(), outside: 0.0, steps: 0, waited, loss: 0.0, top1: 0.0 }
+    }
+}
+
+impl Run {
+    /// Prepares the run directory, restores the last checkpoint if asked, and prints the header.
+    pub fn open(recipe: Recipe, options: &RunOptions, data: RunData, trainer: &mut Trainer) -> Result<Self> {
+        let out = &options.out;
+        let checkpoints = Checkpoints::new(out);
+        let has_run = out.join("recipe.toml").exists() || !checkpoints.steps().is_empty();
+        if has_run && !options.resume {
+            return Err(Error::new(format!("{} holds a run already", out.display()))
+                .hint("go on with it by `--resume`, or choose another folder with `--out DIR`"));
+        }
+        files::create_dir(out)?;
+        let text = recipe.to_toml();
+        let state = if options.resume { checkpoints.resume(trainer)? } else { None };
+        if let Some(state) = &state {
+            same_recipe(&state.recipe, &text)?;
+        }
+        files::write_atomic(&out.join("recipe.toml"), |w| w.write_all(text.as_bytes()))?;
+        let resumed = state.as_ref().map(|s| s.step);
+        let log = Log::to_file(&out.join("log.txt"))?;
+        let metrics = MetricsFile::open(&out.join("metrics.jsonl"), resumed)?;
+        let steps = recipe.train.steps.expect("a resolved recipe has its steps");
+        let meta = CheckpointMeta {
+            classes: Some(data.train.classes().to_vec()),
+            normalise: trainer.model.normalise,
+            resize: recipe.eval.resize,
+            crop_ratio: recipe.eval.crop_ratio,
+            ..CheckpointMeta::default()
+        };
+        let state = state.unwrap_or_else(|| RunState { recipe: text, ..RunState::default() });
+        let run = Self {
+            steps,
+            checkpoints,
+            saved_at: resumed,
+            meta,
+            metrics,
+            progress: Progress::new(&log, steps, trainer.step),
+            log,
+            last_loss: None,
+            last_eval: None,
+            start: Instant::now(),
+            window: Window::new(0.0),
+            state,
+            options: options.clone(),
+            data,
+            recipe,
+        };
+        run.print_header(trainer, resumed);
+        signals::install()?;
+        Ok(run)
+    }
+
+    fn print_header(&self, trainer: &Trainer, resumed: Option<u64>) {
+        let (config, recipe) = (&trainer.model.config, &self.recipe);
+        let log = |line: String| self.log.line(&line);
+        log(format!("run      {}  ({})", self.options.out.display(), self.options.recipe_name));
+        log(format!("device   {}", trainer.backend.describe()));
+        for line in model_lines(&trainer.model) {
+            log(line);
+        }
+        let val = self
+            .data
+            .val
+            .as_ref()
+            .map_or("no validation images".into(), |v| format!("{} to validate", v.len()));
+        log(format!(
+            "data     {} images to train on, {val}, {} classes, {}x{} px",
+            self.data.train.len(),
+            config.classes,
+            config.image.0,
+            config.image.1
+        ));
+        log(format!(
+            "train    {} steps of {} = {:.1} epochs, {} lr {:.2e}, {:?} schedule",
+            self.steps,
+            recipe.train.batch,
+            self.steps as f64 * recipe.train.batch as f64 / self.data.train.len() as f64,
+            format!("{:?}", recipe.optim.name).to_lowercase(),
+            recipe.optim.lr * trainer.optimizer.batch_scale(),
+            recipe.schedule.kind
+        ));
+        for line in memory_lines(&trainer.model, &trainer.optimizer) {
+            log(line);
+        }
+        if let Some(step) = resumed {
+            log(format!("resume   from checkpoints/step-{step}"));
+        } else if self.options.resume {
+            log("resume   no checkpoint found: starting fresh".into());
+        }
+    }
+
+    /// The training loader, from the batch after the last finished step.
+    pub fn loader(&self, trainer: &Trainer) -> Result<Loader> {
+        let (recipe, config) = (&self.recipe, &trainer.model.config);
+        let layout = SlotLayout {
+            samples: recipe.train.batch,
+            image: config.image,
+            pixels: Pixels::U8,
+            targets: TargetKind::Labels,
+        };
+        let slots =
+            (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
+        let spec = LoaderSpec {
+            batch: recipe.train.batch,
+            image: config.image,
+            mode: data::Mode::Train { augment: recipe.augment.clone(), seed: recipe.train.seed },
+            start_batch: trainer.step,
+            workers: recipe.data.workers,
+            on_bad_record: recipe.data.on_bad_record,
+        };
+        Ok(Loader::new(self.data.train.clone(), spec, slots))
+    }
+
+    /// The next batch. Training loaders never run dry.
+    pub fn next_batch(&self, loader: &mut Loader) -> Result<Slot> {
+        loader.next()?.ok_or_else(|| Error::new("the data loader ended before the run"))
+    }
+
+    /// Counts a step, and writes a line when one is due.
+    pub fn log(&mut self, trainer: &Trainer, report: &StepReport, loader: &Loader) -> Result<()> {
+        self.window.steps += 1;
+        self.window.loss += report.loss;
+        self.window.top1 += report.top1;
+        let step = trainer.step;
+        let due = step % self.recipe.train.log_every == 0 || step == self.steps;
+        let batch = self.recipe.train.batch as f64;
+        let seconds = (self.window.since.elapsed().as_secs_f64() - self.window.outside).max(1e-9);
+        let waited = loader.wait_seconds() - self.window.waited;
+        let img_per_s = self.window.steps as f64 * batch / seconds;
+        let line = StepLine {
+            step,
+            epoch: self.epoch(step),
+            loss: self.window.loss / self.window.steps as f64,
+            lr: trainer.optimizer.lr(step - 1),
+            grad_norm: report.grad_norm,
+            top1: self.window.top1 / self.window.steps as f64,
+            img_per_s,
+            data_wait: waited / seconds,
+            mfu: None,
+            skipped: trainer.skipped,
+            seconds: self.start.elapsed().as_secs_f64(),
+        };
+        self.progress.tick(step);
+        if due {
+            self.metrics.step(&line)?;
+            self.progress.step(&line);
+            self.last_loss = Some(line.loss);
+            self.window = Window::new(loader.wait_seconds());
+        }
+        Ok(())
+    }
+
+    pub fn evaluation_is_due(&self, step: u64) -> bool {
+        step % self.recipe.train.eval_every == 0 || step == self.steps
+    }
+
+    pub fn checkpoint_is_due(&self, step: u64) -> bool {
+        let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every);
+        step % every == 0 || step == self.steps || self.state.best.is_some_and(|b| b.step == step)
+    }
+
+    /// Validation images, some training images without augmentation, and the same with the EMA of the weights.
+    pub fn evaluate(&mut self, trainer: &mut Trainer, training: &mut Loader) -> Result<()> {
+        let began = Instant::now();
+        if let Some(free) = trainer.backend.unbind_batch() {
+            training.recycle(free);
+        }
+        let (val, part) = (self.data.val.clone(), self.data.train_part.clone());
+        let on_part = self.evaluate_on(trainer, &part)?;
+        let on_val = val.as_ref().map(|val| self.evaluate_on(trainer, val)).transpose()?;
+        let ema = val.as_ref().filter(|_| trainer.optimizer.ema_decay().is_some());
+        let on_ema = ema.map(|val| self.evaluate_ema_on(trainer, val)).transpose()?;
+        let report = on_val.unwrap_or(on_part);
+        let best = on_val.is_some_and(|report| self.judge(trainer.step, &report));
+        let line = EvalLine {
+            step: trainer.step,
+            epoch: self.epoch(trainer.step),
+            scores: scores(&report),
+            gap: on_val.map(|val| on_part.top1 - val.top1),
+            ema: on_ema.as_ref().map(scores),
+            best,
+            img_per_s: report.img_per_s,
+            seconds: began.elapsed().as_secs_f64(),
+        };
+        self.metrics.eval(&line)?;
+        self.progress.eval(&line);
+        self.last_eval = Some(report);
+        self.window.outside += began.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    fn evaluate_ema_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
+        trainer.backend.swap_ema()?;
+        let report = self.evaluate_on(trainer, dataset);
+        trainer.backend.swap_ema()?;
+        report
+    }
+
+    fn evaluate_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
+        let loss = Loss { label_smoothing: 0.0, ..trainer.loss };
+        let (model, recipe) = (&trainer.model, &self.recipe);
+        let layout = SlotLayout {
+            samples: model.micro_batch,
+            image: model.config.image,
+            pixels: Pixels::U8,
+            targets: TargetKind::Labels,
+        };
+        let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
+        let spec = LoaderSpec {
+            batch: model.micro_batch,
+            image: model.config.image,
+            mode: data::Mode::Eval { resize: recipe.eval.resize, crop_ratio: recipe.eval.crop_ratio },
+            start_batch: 0,
+            workers: recipe.data.workers,
+            on_bad_record: recipe.data.on_bad_record,
+        };
+        let mut loader = Loader::new(dataset.clone(), spec, slots);
+        evaluate(&mut *trainer.backend, model, &mut loader, loss, false)
+    }
+
+    /// Is this the best so far?
+    fn judge(&mut self, step: u64, report: &EvalReport) -> bool {
+        let metric = match self.recipe.eval.metric {
+            Metric::Top1 => report.top1,
+            Metric::Loss => -report.loss,
+        };
+        let better = self.state.best.is_none_or(|b| metric > b.metric + self.recipe.train.min_delta);
+        if better && metric.is_finite() {
+            self.state.best = Some(Best { step, metric });
+            self.state.stale_evals = 0;
+        } else {
+            self.state.stale_evals += 1;
+        }
+        self.state.best.is_some_and(|b| b.step == step)
+    }
+
+    fn epoch(&self, step: u64) -> f64 {
+        step as f64 * self.recipe.train.batch as f64 / self.data.train.len() as f64
+    }
+
+    /// Writes a checkpoint of the trainer as it is.
+    pub fn checkpoint(&mut self, trainer: &mut Trainer) -> Result<()> {
+        if self.saved_at == Some(trainer.step) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        self.state.step = trainer.step;
+        self.state.skipped = trainer.skipped;
+        self.state.skipped_in_a_row = trainer.skipped_in_a_row();
+        self.checkpoints.save(trainer, &self.state, &self.meta)?;
+        self.saved_at = Some(trainer.step);
+        self.window.outside += began.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Signals, divergence, early stopping, an overfit run that has learned.
+    pub fn should_end(&mut self, trainer: &mut Trainer) -> Result<Option<Ending>> {
+        if let Some(signal) = signals::pending() {
+            self.checkpoint(trainer)?;
+            let at = self.checkpoints.path(trainer.step);
+            return Err(Error::stopped(
+                signal,
+                format!("stopped at step {}, saved to {}", trainer.step, at.display()),
+            )
+            .hint(format!("go on with `vitrum train ... --out {} --resume`", self.options.out.display())));
+        }
+        if trainer.skipped_in_a_row() >= self.recipe.train.max_skipped {
+            let last = self.saved_at.map(|step| self.checkpoints.path(step).display().to_string());
+            return Err(trainer.diverged(last.as_deref()));
+        }
+        let patience = self.recipe.train.patience;
+        if patience > 0 && self.state.stale_evals >= patience {
+            self.checkpoint(trainer)?;
+            return Ok(Some(Ending::EarlyStop));
+        }
+        if self.data.overfit.is_some() && self.window.steps == 0 && self.last_loss_is_learned() {
+            return Ok(Some(Ending::Learned));
+        }
+        Ok(None)
+    }
+
+    fn last_loss_is_learned(&self) -> bool {
+        self.last_loss.is_some_and(|loss| loss < OVERFIT_LOSS)
+    }
+
+    /// Closes the reports and says how it went.
+    pub fn finish(mut self, trainer: &mut Trainer, ending: Ending) -> Result<RunSummary> {
+        self.checkpoint(trainer)?;
+        if self.data.overfit.is_some() && !self.last_loss_is_learned() {
+            let loss = self.last_loss.unwrap_or(f64::NAN);
+            return Err(Error::new(format!(
+                "the model did not learn {} images by heart: loss {loss:.4} after {} steps, not below {OVERFIT_LOSS}",
+                self.data.overfit.unwrap_or(0),
+                trainer.step
+            ))
+            .hint("look at the images and labels, then at `optim.lr`"));
+        }
+        Ok(RunSummary {
+            out: self.options.out.clone(),
+            steps: trainer.step,
+            ending,
+            seconds: self.start.elapsed().as_secs_f64(),
+            last: self.last_eval,
+            best: self.state.best.map(|b| (b.step, b.metric)),
+            has_val: self.data.val.is_some(),
+            metric: self.recipe.eval.metric,
+        })
+    }
+}
+
+fn scores(report: &EvalReport) -> Scores {
+    Scores { loss: report.loss, top1: report.top1, top5: report.top5, images: report.count as u64 }
+}
+
+/// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ.
+fn same_recipe(saved: &str, now: &str) -> Result<()> {
+    let free = ["threads", "workers", "slots", "log_every", "checkpoint_every"];
+    let keep = |text: &str| -> Vec<String> {
+        let is_free = |line: &&str| !free.iter().any(|key| line.starts_with(&format!("{key} =")));
+        text.lines().filter(is_free).map(str::to_owned).collect()
+    };
+    let (saved, now) = (keep(saved), keep(now));
+    let differs = |(a, b): &(&String, &String)| a != b;
+    match saved.iter().zip(&now).find(differs) {
+        None if saved.len() == now.len() => Ok(()),
+        pair => {
+            let (was, is) = pair.map_or(("...".into(), "...".into()), |(a, b)| (a.clone(), b.clone()));
+            Err(Error::new(format!("the run was started with another recipe: `{was}`, now `{is}`"))
+                .hint("resume with the same recipe and `--set` options, or start anew with another `--out`"))
+        }
+    }
+}
+
+/// What the model is, for headers.
+pub fn model_lines(model: &Vit) -> Vec<String> {
+    let c = &model.config;
+    vec![
+        format!(
+            "model    ViT width {} depth {} heads {} mlp {} patch {}x{}, {} tokens, pool {}, {:.2} M parameters",
+            c.width,
+            c.depth,
+            c.heads,
+            c.mlp,
+            c.patch.0,
+            c.patch.1,
+            c.tokens(),
+            format!("{:?}", c.pool).to_lowercase(),
+            model.layout.count() as f64 / 1e6
+        ),
+        format!(
+            "         gelu {}, ln_eps {:e}, init {:?}, {:.3} GFLOP per image to train",
+            format!("{:?}", c.gelu).to_lowercase(),
+            c.ln_eps,
+            c.init,
+            c.train_flops() as f64 / 1e9
+        ),
+    ]
+}
+
+/// What the run allocates, for headers and `vitrum plan`.
+pub fn memory_lines(model: &Vit, optimizer: &Optimizer) -> Vec<String> {
+    use crate::backend::Arena::*;
+    let plan = Trainer::plan(model, optimizer);
+    let size = |bytes: usize| format::bytes(bytes as u64);
+    vec![format!(
+        "memory   {}: parameters {}, gradients {}, optimiser {}, ema {}, activations {}",
+        size(plan.total_bytes()),
+        size(plan.bytes(Params)),
+        size(plan.bytes(Grads)),
+        size(plan.bytes(Moment1) + plan.bytes(Moment2)),
+        size(plan.bytes(Ema)),
+        size(plan.bytes(Activations)),
+    )]
+}
+
+/// `runs/RECIPE-DATE`, where nothing else is named.
+pub fn default_out(recipe_name: &str) -> PathBuf {
+    let stem = Path::new(recipe_name).with_extension("").to_string_lossy().replace(['/', '\\'], "-");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    Path::new("runs").join(format!("{stem}-{}", utc_stamp(now)))
+}
+
+/// `20261124-150405` (days to a civil date: Howard Hinnant's algorithm).
+fn utc_stamp(unix: u64) -> String {
+    let (days, seconds) = ((unix / 86_400) as i64, unix % 86_400);
+    let z = days + 719_468;
+    let era = z.div_euclid(146_097);
+    let doe = z.rem_euclid(146_097);
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
+    let year = yoe + era * 400 + i64::from(month <= 2);
+    let (h, m, s) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}{month:02}{day:02}-{h:02}{m:02}{s:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stamp_is_the_utc_date() {
+        assert_eq!(utc_stamp(0), "19700101-000000");
+        assert_eq!(utc_stamp(951_827_696), "20000229-123456");
+        assert_eq!(utc_stamp(1_795_532_645), "20261124-150405");
+    }
+}

@@ -1,0 +1,187 @@
+//! Training, as a story: [`train`] reads top to bottom; [`Trainer::step`] is one update.
+//!
+//! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. The run directory, its
+//! checkpoints and its reports are the business of [`super::run`].
+
+use crate::backend::{self, Arena, Backend, Loss, MemoryPlan, Micro, Slot, StepKeys, StepReport};
+use crate::dist::Collective;
+use crate::error::{Error, Result};
+use crate::optim::Optimizer;
+use crate::recipe::Recipe;
+use crate::vit::{Mode, Vit};
+
+use super::build;
+use super::run::{Ending, Run, RunData, RunOptions, RunSummary};
+
+/// Trains one recipe from its first step, or from its last checkpoint, to its end.
+pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
+    let data = RunData::open(&recipe, options)?;
+    let recipe = data.resolve(recipe)?;
+    let backend = backend::select(options.device, recipe.train.threads)?;
+    let model = build::model(&recipe, Mode::Train)?;
+    let optimizer = build::optimizer(&recipe, &model, data.train.len())?;
+    let mut trainer =
+        Trainer::new(backend, model, optimizer, Collective::from_env()?, build::options(&recipe))?;
+    let mut run = Run::open(recipe, options, data, &mut trainer)?;
+    let mut loader = run.loader(&trainer)?;
+
+    let mut ending = Ending::Finished;
+    while trainer.step < run.steps {
+        let batch = run.next_batch(&mut loader)?;
+        let (free, report) = trainer.step(batch)?;
+        free.into_iter().for_each(|slot| loader.recycle(slot));
+        run.log(&trainer, &report, &loader)?;
+        if run.evaluation_is_due(trainer.step) {
+            run.evaluate(&mut trainer, &mut loader)?;
+        }
+        if run.checkpoint_is_due(trainer.step) {
+            run.checkpoint(&mut trainer)?;
+        }
+        if let Some(early) = run.should_end(&mut trainer)? {
+            ending = early;
+            break;
+        }
+    }
+    run.finish(&mut trainer, ending)
+}
+
+/// A model in training on one device.
+pub struct Trainer {
+    pub backend: Box<dyn Backend>,
+    pub model: Vit,
+    pub optimizer: Optimizer,
+    pub collective: Collective,
+    pub loss: Loss,
+    /// Samples of a whole batch on this rank; a multiple of the model's micro-batch.
+    pub batch: usize,
+    pub seed: u64,
+    /// Finished steps, skipped ones included.
+    pub step: u64,
+    /// Steps whose update was skipped because something was not finite.
+    pub skipped: u64,
+    skipped_in_a_row: u64,
+}
+
+/// What a [`Trainer`] needs besides its parts.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainerOptions {
+    pub loss: Loss,
+    pub batch: usize,
+    pub seed: u64,
+}
+
+impl Trainer {
+    /// Allocates everything the run will need, and draws the initial weights.
+    pub fn new(
+        mut backend: Box<dyn Backend>,
+        model: Vit,
+        optimizer: Optimizer,
+        collective: Collective,
+        options: TrainerOptions,
+    ) -> Result<Self> {
+        assert_eq!(model.mode, Mode::Train, "a trainer needs a model with gradients");
+        assert_eq!(options.batch % model.micro_batch, 0, "the micro-batch divides the batch");
+        backend.allocate(&Self::plan(&model, &optimizer))?;
+        model.init(&mut *backend, options.seed)?;
+        let TrainerOptions { loss, batch, seed } = options;
+        let mut trainer = Self {
+            backend,
+            model,
+            optimizer,
+            collective,
+            loss,
+            batch,
+            seed,
+            step: 0,
+            skipped: 0,
+            skipped_in_a_row: 0,
+        };
+        trainer.weights_changed()?;
+        Ok(trainer)
+    }
+
+    /// Bytes of every arena of a run: what `vitrum plan` prints and [`Trainer::new`] allocates.
+    pub fn plan(model: &Vit, optimizer: &Optimizer) -> MemoryPlan {
+        let mut plan = model.plan();
+        plan.set_bytes(Arena::Moment1, optimizer.moment1_bytes());
+        plan.set_bytes(Arena::Moment2, optimizer.moment2_bytes());
+        if optimizer.ema_decay().is_some() {
+            plan.set_bytes(Arena::Ema, plan.bytes(Arena::Params));
+        }
+        plan
+    }
+
+    /// Call after writing weights from outside: the EMA starts from them.
+    pub fn weights_changed(&mut self) -> Result<()> {
+        if self.optimizer.ema_decay().is_some() {
+            let weights = self.backend.read_arena(Arena::Params)?;
+            self.backend.write_arena(Arena::Ema, &weights)?;
+        }
+        Ok(())
+    }
+
+    /// One update from one batch. Returns the slot that is free again, and the step's numbers.
+    pub fn step(&mut self, batch: Slot) -> Result<(Option<Slot>, StepReport)> {
+        let micro_batches: Vec<Micro> =
+            (0..self.batch).step_by(self.model.micro_batch).map(|i| self.micro(i)).collect();
+        let b = &mut *self.backend;
+        let free = b.bind_batch(batch)?;
+        b.begin_step(StepKeys { seed: self.seed, step: self.step })?;
+        b.begin_report()?;
+        for micro in micro_batches {
+            b.begin_micro(micro)?;
+            self.model.forward(b, true)?;
+            self.model.loss(b, self.loss)?;
+            self.model.backward(b, true)?;
+        }
+        self.collective.all_reduce_gradients(b)?;
+        b.update(&self.optimizer.update(self.step))?;
+        let report = b.report()?;
+        self.count(&report);
+        Ok((free, report))
+    }
+
+    /// Steps in a row that were skipped, up to now.
+    pub fn skipped_in_a_row(&self) -> u64 {
+        self.skipped_in_a_row
+    }
+
+    /// The run has gone off the rails: says where, at which rate, and what to try.
+    pub fn diverged(&self, last_checkpoint: Option<&str>) -> Error {
+        let lr = self.optimizer.lr(self.step.saturating_sub(1));
+        let from = last_checkpoint
+            .map_or("no checkpoint was written yet".into(), |c| format!("last good checkpoint: {c}"));
+        Error::new(format!(
+            "loss or gradient norm not finite in {} steps in a row, at step {} with learning rate {lr:.3e}; {from}",
+            self.skipped_in_a_row, self.step
+        ))
+        .hint("lower `optim.lr`, lengthen `schedule.warmup`, or set `optim.clip=1`")
+    }
+
+    fn micro(&self, first: usize) -> Micro {
+        Micro {
+            first,
+            samples: self.model.micro_batch,
+            global_first: (self.collective.rank * self.batch) as u64,
+            accumulate: first > 0,
+            mean_over: self.batch * self.collective.size,
+        }
+    }
+
+    fn count(&mut self, report: &StepReport) {
+        self.step += 1;
+        if report.skipped {
+            self.skipped += 1;
+            self.skipped_in_a_row += 1;
+        } else {
+            self.skipped_in_a_row = 0;
+        }
+    }
+
+    /// Continues after `step` finished steps (a resumed run).
+    pub fn resume_at(&mut self, step: u64, skipped: u64, skipped_in_a_row: u64) {
+        self.step = step;
+        self.skipped = skipped;
+        self.skipped_in_a_row = skipped_in_a_row;
+    }
+}

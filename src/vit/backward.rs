@@ -1,0 +1,90 @@
+//! The backward pass: gradient of the logits → gradients of the parameters. The numbers are those of
+//! [`super::forward`], descending. It ends at the first trained block.
+
+use crate::backend::{Backend, Epilogue, InputGrad, Join, Mat};
+use crate::error::Result;
+
+use super::graph::{Block, Graph, Head, MapHead, Scratch, Stem, Tail};
+
+/// Gradients of every trained parameter.
+pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
+    head(b, &g.head)?;
+    tail(b, &g.tail, g.last.sum(), &g.scratch)?;
+    b.residual_backward(&g.last, g.scratch.d_x, g.scratch.d_branch)?;
+    for layer in g.blocks[g.first_trained_block..].iter().rev() {
+        block(b, layer, &g.scratch)?;
+    }
+    if g.train_stem {
+        stem(b, &g.stem, &g.scratch)?;
+    }
+    Ok(())
+}
+
+/// Leaves the gradient of the pooled vector in `d_pooled`.
+fn head(b: &mut dyn Backend, h: &Head) -> Result<()> {
+    b.scale(h.d_logits, 1.0 / h.heads.len() as f32)?; // 3
+    for (linear, features, _, d_features) in &h.heads {
+        let d_x = match &h.rep {
+            Some(_) => InputGrad::Tanh { d: *d_features, y: *features },
+            None => InputGrad::Plain(*d_features),
+        };
+        b.matmul_backward(h.d_logits, *features, linear, d_x)?; // 2
+    }
+    if let Some(rep) = &h.rep {
+        b.matmul_backward(rep.d_pre, rep.pooled, &rep.linear, InputGrad::Plain(rep.d_pooled))?; // 1
+    }
+    Ok(())
+}
+
+/// From `d_pooled` to `d_x`, the gradient of the residual stream.
+fn tail(b: &mut dyn Backend, t: &Tail, x: Mat, s: &Scratch) -> Result<()> {
+    match t {
+        Tail::PoolNorm { pools, pooled, norm, stats, .. } => {
+            let d_sum = s.d_ln.first_rows(pooled.rows);
+            b.layernorm_backward(s.d_pooled, &Join::Ready(*pooled), norm, *stats, d_sum, true, s.d_branch)?; // 2
+            for (i, (pool, part)) in pools.iter().enumerate() {
+                let d_part =
+                    Mat { offset: d_sum.offset + (part.offset - pooled.offset), rows: part.rows, ..d_sum };
+                b.pool_backward(*pool, d_part, s.d_x, i == 0)?; // 1
+            }
+            Ok(())
+        }
+        Tail::NormPool { norm, stats, pool, .. } => {
+            b.pool_backward(*pool, s.d_pooled, s.d_ln, true)?; // 2
+            b.layernorm_backward(s.d_ln, &Join::Ready(x), norm, *stats, s.d_x, true, s.d_branch) // 1
+        }
+        Tail::Map(map) => map_head(b, map, x, s),
+    }
+}
+
+fn map_head(b: &mut dyn Backend, m: &MapHead, x: Mat, s: &Scratch) -> Result<()> {
+    let Epilogue::BiasGelu { pre, form, dropout } = m.gelu else { unreachable!("the MLP has a GELU") };
+    let d_a = s.d_pooled;
+    b.matmul_backward(d_a, m.act, &m.fc2, InputGrad::Gelu { d_pre: m.d_pre, pre, form, dropout })?; // 8
+    b.matmul_backward(m.d_pre, m.ln, &m.fc1, InputGrad::Plain(m.d_ln))?; // 7
+    b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, false, s.d_branch)?; // 6
+    b.matmul_backward(d_a, m.o, &m.proj, InputGrad::Plain(m.d_o))?; // 5
+    b.probe_attention_backward(m.heads, m.q_out, m.kv_out, m.p, m.d_o, m.d_q, m.d_kv)?; // 4
+    b.matmul_backward(m.d_kv, m.tokens, &m.kv, InputGrad::Plain(s.d_ln))?; // 3
+    b.matmul_backward(m.d_q, m.probe, &m.q, m.d_probe)?; // 2
+    b.layernorm_backward(s.d_ln, &Join::Ready(x), &m.norm, m.stats, s.d_x, true, s.d_branch) // 1
+}
+
+/// Enters with the gradient of the block's output in `d_x` (and of its MLP branch in `d_branch`), leaves with those of
+/// its input.
+fn block(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
+    let Epilogue::BiasGelu { pre, form, dropout } = a.gelu else { unreachable!("the MLP has a GELU") };
+    let d_act = InputGrad::Gelu { d_pre: s.d_pre, pre, form, dropout };
+    b.matmul_backward(s.d_branch, a.act, &a.fc2, d_act)?; // 7
+    b.matmul_backward(s.d_pre, a.ln2, &a.fc1, InputGrad::Plain(s.d_ln))?; // 6
+    b.layernorm_backward(s.d_ln, &a.mid, &a.norm2, a.stats2, s.d_x, false, s.d_branch)?; // 5
+    b.matmul_backward(s.d_branch, a.o, &a.proj, InputGrad::Plain(s.d_o))?; // 4
+    b.attention_backward(a.heads, a.qkv_out, a.o, a.lse, a.attention_dropout, s.d_o, s.d_qkv)?; // 3
+    b.matmul_backward(s.d_qkv, a.ln1, &a.qkv, InputGrad::Plain(s.d_ln))?; // 2
+    b.layernorm_backward(s.d_ln, &a.x, &a.norm1, a.stats1, s.d_x, false, s.d_branch) // 1
+}
+
+fn stem(b: &mut dyn Backend, a: &Stem, s: &Scratch) -> Result<()> {
+    b.embed_backward(&a.embed, s.d_x)?; // 3
+    b.matmul_backward(s.d_x, a.patches, &a.patch_embed, InputGrad::None) // 2
+}

@@ -1,0 +1,390 @@
+//! Which model is in a file: sizes from shapes, the rest from the file's metadata, and what the user sets wins.
+
+use super::layouts::{LayoutKind, Plan, Shapes};
+use super::names::block_of;
+use super::tensor::shape_text;
+use crate::backend::Gelu;
+use crate::error::{Error, Result};
+use crate::fail;
+use crate::vit::config::{DropPathMode, ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
+
+/// What `--set model.KEY=VALUE` can say about a file that does not say it itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ModelOverrides {
+    pub heads: Option<usize>,
+    pub gelu: Option<Gelu>,
+    pub ln_eps: Option<f32>,
+    pub pool: Option<PoolKind>,
+    pub norm: Option<NormPlace>,
+    pub posemb: Option<Posemb>,
+    pub posemb_join: Option<PosembJoin>,
+    /// (H, W)
+    pub image: Option<(usize, usize)>,
+}
+
+/// Pixels per side; a false number must not overflow a product.
+const MAX_SIDE: usize = 1 << 16;
+/// Width, mlp, classes; far beyond any model, for the same reason.
+const MAX_WIDTH: usize = 1 << 22;
+const MAX_DEPTH: usize = 1 << 12;
+
+impl ModelOverrides {
+    const KEYS: [&str; 8] = ["heads", "gelu", "ln_eps", "pool", "norm", "posemb", "posemb_join", "image"];
+
+    /// From the pairs of `--set`, as in (`model.heads`, `4`). An unknown key or a wrong value is wrong usage.
+    pub fn from_sets(sets: &[(String, String)]) -> Result<Self> {
+        let mut out = Self::default();
+        for (key, value) in sets {
+            let wrong = |expected: &str| {
+                Error::usage(format!("`{key}` is `{value}`"))
+                    .hint(format!("{expected}, as in `--set {key}={}`", example(key)))
+            };
+            match key.strip_prefix("model.").unwrap_or_default() {
+                "heads" => {
+                    out.heads =
+                        Some(value.parse().ok().filter(|h| *h > 0).ok_or_else(|| wrong("give a number"))?)
+                }
+                "ln_eps" => out.ln_eps = Some(value.parse().map_err(|_| wrong("give a number"))?),
+                "image" => out.image = Some(parse_image(value).ok_or_else(|| wrong("give `H` or `HxW`"))?),
+                "gelu" => out.gelu = Some(choice(value).ok_or_else(|| wrong("`tanh` or `erf`"))?),
+                "pool" => out.pool = Some(choice(value).ok_or_else(|| wrong("`token`, `gap` or `map`"))?),
+                "norm" => {
+                    out.norm = Some(choice(value).ok_or_else(|| wrong("`before` or `after` the pooling"))?)
+                }
+                "posemb" => out.posemb = Some(choice(value).ok_or_else(|| wrong("`learned` or `sincos2d`"))?),
+                "posemb_join" => {
+                    out.posemb_join = Some(
+                        choice(value).ok_or_else(|| wrong("`before` or `after` the class token joins"))?,
+                    )
+                }
+                _ => return Err(unknown_key(key)),
+            }
+        }
+        Ok(out)
+    }
+}
+
+fn example(key: &str) -> &'static str {
+    match key {
+        "model.heads" => "12",
+        "model.ln_eps" => "1e-6",
+        "model.image" => "224",
+        "model.gelu" => "tanh",
+        "model.pool" => "gap",
+        "model.posemb" => "learned",
+        _ => "before",
+    }
+}
+
+/// One of a serde enum's names.
+fn choice<T: serde::de::DeserializeOwned>(value: &str) -> Option<T> {
+    serde_json::from_value(value.into()).ok()
+}
+
+fn parse_image(text: &str) -> Option<(usize, usize)> {
+    let (h, w) = text.split_once('x').unwrap_or((text, text));
+    let side = |s: &str| s.trim().parse().ok().filter(|s| (1..=MAX_SIDE).contains(s));
+    Some((side(h)?, side(w)?))
+}
+
+fn unknown_key(key: &str) -> Error {
+    let keys = ModelOverrides::KEYS.map(|k| format!("model.{k}"));
+    let nearest = keys.iter().max_by(|a, b| strsim::jaro(a, key).total_cmp(&strsim::jaro(b, key)));
+    Error::usage(format!("`{key}` cannot be set for a weights file")).hint(format!(
+        "did you mean `{}`? There are {}; sizes come from the tensors",
+        nearest.expect("there are keys"),
+        keys.join(", ")
+    ))
+}
+
+/// What the shapes say.
+#[derive(Debug)]
+pub(super) struct Sizes {
+    pub(super) width: usize,
+    pub(super) depth: usize,
+    pub(super) mlp: usize,
+    pub(super) classes: usize,
+    pub(super) patch: (usize, usize),
+    pub(super) rep_size: usize,
+    pub(super) extra_tokens: usize,
+    pub(super) posemb_rows: Option<usize>,
+    layer_scale: bool,
+    map: bool,
+    fc_norm: bool,
+}
+
+impl Sizes {
+    pub(super) fn of(shapes: &Shapes) -> Result<Self> {
+        let matrix = |name: &str| match shapes.get(name).map(Vec::as_slice) {
+            Some(&[rows, cols]) => Ok((rows, cols)),
+            Some(other) => {
+                Err(Error::new(format!("tensor `{name}` has shape {}, not two axes", shape_text(other))))
+            }
+            None => Err(Error::new(format!("no tensor `{name}`"))),
+        };
+        let (width, patch) = match shapes.get("patch_embed.proj.weight").map(Vec::as_slice) {
+            Some(&[d, 3, ph, pw]) => (d, (ph, pw)),
+            Some(&[_, channels, _, _]) => {
+                fail!("the patch kernel takes {channels} channels; pictures have 3")
+            }
+            Some(other) => fail!("the patch kernel has shape {}, not four axes", shape_text(other)),
+            None => fail!("no patch kernel (`patch_embed.proj.weight`, in flax `embedding/kernel`)"),
+        };
+        if patch.0.max(patch.1) > MAX_SIDE {
+            fail!("a patch of {} x {} pixels", patch.0, patch.1);
+        }
+        let posemb_rows = match shapes.get("pos_embed").map(Vec::as_slice) {
+            None => None,
+            Some(&[1, rows, _]) => Some(rows),
+            Some(other) => {
+                fail!("the position embedding has shape {}, not [1, tokens, D]", shape_text(other))
+            }
+        };
+        let sizes = Self {
+            width,
+            patch,
+            depth: depth(shapes)?,
+            mlp: matrix("blocks.0.mlp.fc1.weight")?.0,
+            classes: matrix("head.weight")
+                .map_err(|e| {
+                    e.hint("features without a classifier cannot be used yet: give a model with a head")
+                })?
+                .0,
+            rep_size: if shapes.contains_key("pre_logits.weight") {
+                matrix("pre_logits.weight")?.0
+            } else {
+                0
+            },
+            extra_tokens: ["cls_token", "dist_token"].iter().filter(|t| shapes.contains_key(**t)).count(),
+            posemb_rows,
+            layer_scale: shapes.contains_key("blocks.0.ls1.gamma"),
+            map: shapes.contains_key("attn_pool.latent"),
+            fc_norm: shapes.contains_key("fc_norm.weight"),
+        };
+        let widest = sizes.width.max(sizes.mlp).max(sizes.classes).max(sizes.rep_size);
+        if widest > MAX_WIDTH || sizes.depth > MAX_DEPTH {
+            fail!("{} blocks and a layer of {widest} are no model", sizes.depth);
+        }
+        Ok(sizes)
+    }
+
+    fn pool(&self) -> PoolKind {
+        match () {
+            () if self.map => PoolKind::Map,
+            // timm has this norm only where it averages.
+            () if self.extra_tokens > 0 && !self.fc_norm => PoolKind::Token,
+            () => PoolKind::Gap,
+        }
+    }
+}
+
+/// Blocks are numbered from 0 without gaps.
+fn depth(shapes: &Shapes) -> Result<usize> {
+    let blocks: std::collections::BTreeSet<usize> =
+        shapes.keys().filter_map(|n| block_of(n, "blocks.", '.')).map(|(i, _)| i).collect();
+    match blocks.iter().enumerate().find(|(expected, found)| expected != *found) {
+        Some((missing, _)) => fail!("block {missing} is missing"),
+        None if blocks.is_empty() => {
+            fail!("no blocks (`blocks.0...`, in flax `Transformer/encoderblock_0/...`)")
+        }
+        None => Ok(blocks.len()),
+    }
+}
+
+/// A model's configuration, and what had to be assumed.
+#[derive(Debug)]
+pub(super) struct Detected {
+    pub(super) config: ModelConfig,
+    /// The image size is known, not only the number of patches.
+    pub(super) grid_known: bool,
+    /// Neither the file nor the user said how many heads there are.
+    pub(super) heads_assumed: bool,
+}
+
+/// `stored` is the configuration in the file's own metadata.
+pub(super) fn detect(
+    plan: &Plan,
+    stored: Option<ModelConfig>,
+    overrides: &ModelOverrides,
+) -> Result<Detected> {
+    let sizes = Sizes::of(&plan.shapes)?;
+    let from_metadata = stored.is_some();
+    let mut config = match stored {
+        Some(config) => check_stored(config, &sizes)?,
+        None => from_sizes(&sizes, plan.kind),
+    };
+    if let Some(heads) = plan.heads {
+        config.heads = heads;
+    }
+    let o = overrides;
+    config.heads = o.heads.unwrap_or(config.heads);
+    config.gelu = o.gelu.unwrap_or(config.gelu);
+    config.ln_eps = o.ln_eps.unwrap_or(config.ln_eps);
+    config.pool = o.pool.unwrap_or(config.pool);
+    config.norm = o.norm.unwrap_or(config.norm);
+    config.posemb = o.posemb.unwrap_or(config.posemb);
+
+    let heads_known = from_metadata || plan.heads.is_some() || o.heads.is_some();
+    if !heads_known {
+        if sizes.width % 64 != 0 {
+            return Err(Error::new(format!(
+                "the number of heads is not in the file, and its width {} is no multiple of 64",
+                sizes.width
+            ))
+            .hint("give it with `--set model.heads=N`"));
+        }
+        config.heads = sizes.width / 64;
+    }
+
+    let grid_known = settle_grid(&mut config, &sizes, plan, from_metadata, overrides)?;
+    // What the file says is not the user's mistake.
+    config
+        .validate()
+        .map_err(|e| if *overrides == ModelOverrides::default() { e.into_failure() } else { e })?;
+    Ok(Detected { config, grid_known, heads_assumed: !heads_known })
+}
+
+/// The defaults of a layout at the sizes of a file; grid and heads are settled later.
+fn from_sizes(sizes: &Sizes, kind: LayoutKind) -> ModelConfig {
+    let (gelu, ln_eps, init) = kind.defaults();
+    ModelConfig {
+        image: sizes.patch,
+        patch: sizes.patch,
+        width: sizes.width,
+        depth: sizes.depth,
+        heads: 1,
+        mlp: sizes.mlp,
+        classes: sizes.classes,
+        pool: sizes.pool(),
+        norm: if sizes.fc_norm { NormPlace::After } else { NormPlace::Before },
+        extra_tokens: sizes.extra_tokens,
+        posemb: if sizes.posemb_rows.is_some() { Posemb::Learned } else { Posemb::Sincos2d },
+        posemb_join: PosembJoin::After,
+        rep_size: sizes.rep_size,
+        // The initial value is not in the file; that the scale exists is.
+        layer_scale: if sizes.layer_scale { 1e-4 } else { 0.0 },
+        gelu,
+        ln_eps,
+        dropout: 0.0,
+        attention_dropout: 0.0,
+        drop_path: 0.0,
+        drop_path_mode: DropPathMode::Linear,
+        init,
+        head_bias: 0.0,
+    }
+}
+
+/// The metadata must describe the tensors beside it; nothing larger than them may be built from it.
+fn check_stored(config: ModelConfig, sizes: &Sizes) -> Result<ModelConfig> {
+    let pairs = [
+        ("width", config.width, sizes.width),
+        ("depth", config.depth, sizes.depth),
+        ("mlp", config.mlp, sizes.mlp),
+        ("classes", config.classes, sizes.classes),
+        ("patch height", config.patch.0, sizes.patch.0),
+        ("patch width", config.patch.1, sizes.patch.1),
+        ("rep_size", config.rep_size, sizes.rep_size),
+        ("extra_tokens", config.extra_tokens, sizes.extra_tokens),
+    ];
+    for (key, said, found) in pairs {
+        if said != found {
+            fail!("the metadata says {key} {said}, the tensors say {found}");
+        }
+    }
+    if config.image.0.max(config.image.1) > MAX_SIDE {
+        fail!("the metadata says an image of {} x {} pixels", config.image.0, config.image.1);
+    }
+    Ok(config)
+}
+
+/// Finds image size and `posemb_join` from the rows of the position embedding; true if the image size is known.
+fn settle_grid(
+    config: &mut ModelConfig,
+    sizes: &Sizes,
+    plan: &Plan,
+    from_metadata: bool,
+    overrides: &ModelOverrides,
+) -> Result<bool> {
+    let rows = if config.posemb == Posemb::Learned { sizes.posemb_rows } else { None };
+    let extra = sizes.extra_tokens;
+    let square = |n: usize| n > 0 && n.isqrt().pow(2) == n;
+    let patches_of = |image: (usize, usize)| (image.0 / sizes.patch.0) * (image.1 / sizes.patch.1);
+
+    if !from_metadata {
+        config.posemb_join = plan.join.unwrap_or(match (rows, overrides.image) {
+            _ if extra == 0 => PosembJoin::After,
+            (None, _) => PosembJoin::Before,
+            (Some(rows), Some(image)) if rows == patches_of(image) => PosembJoin::Before,
+            (Some(rows), None) if square(rows) && !square(rows.saturating_sub(extra)) => PosembJoin::Before,
+            _ => PosembJoin::After,
+        });
+    }
+    config.posemb_join = overrides.posemb_join.unwrap_or(config.posemb_join);
+
+    if let Some(image) = overrides.image {
+        config.image = image;
+    } else if !from_metadata {
+        let with_rows = if config.posemb_join == PosembJoin::After { extra } else { 0 };
+        let patches = rows.map_or(1, |rows| rows.saturating_sub(with_rows).max(1));
+        let side = patches.isqrt();
+        let known = rows.is_some() && square(patches);
+        // Where the grid is not known, one row of patches keeps the number of tokens right.
+        let grid = if known { (side, side) } else { (1, patches) };
+        config.image = (grid.0 * sizes.patch.0, grid.1.saturating_mul(sizes.patch.1));
+        return Ok(known);
+    }
+    if let Some(rows) = rows {
+        check_rows(config, rows)?;
+    }
+    Ok(true)
+}
+
+/// The position embedding must have one row per token.
+pub(super) fn check_rows(config: &ModelConfig, rows: usize) -> Result<()> {
+    let ((h, w), (ph, pw)) = (config.image, config.patch);
+    if h % ph != 0 || w % pw != 0 || rows == config.posemb_rows() {
+        return Ok(()); // an image that the patch does not divide is refused by `validate`
+    }
+    Err(Error::new(format!(
+        "the position embedding has {rows} rows; an image of {h}x{w} with patch {ph}x{pw} needs {}",
+        config.posemb_rows()
+    ))
+    .hint("use pictures of the size that the model was trained on; resizing the embedding is not built yet"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sets(pairs: &[(&str, &str)]) -> Result<ModelOverrides> {
+        let pairs: Vec<_> = pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        ModelOverrides::from_sets(&pairs)
+    }
+
+    #[test]
+    fn overrides_parse_and_wrong_ones_are_wrong_usage() {
+        let o = sets(&[
+            ("model.image", "16x24"),
+            ("model.gelu", "erf"),
+            ("model.ln_eps", "1e-12"),
+            ("model.heads", "3"),
+        ]);
+        let o = o.unwrap();
+        assert_eq!(
+            (o.image, o.gelu, o.ln_eps, o.heads),
+            (Some((16, 24)), Some(Gelu::Erf), Some(1e-12), Some(3))
+        );
+
+        for (key, value, hint) in [
+            ("model.gelu", "relu", "`tanh` or `erf`, as in `--set model.gelu=tanh`"),
+            ("model.heads", "0", "give a number, as in `--set model.heads=12`"),
+            ("model.image", "16x", "give `H` or `HxW`, as in `--set model.image=224`"),
+            ("model.head", "3", "did you mean `model.heads`?"),
+            ("optim.lr", "3", "did you mean"),
+        ] {
+            let error = sets(&[(key, value)]).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.hint_text().unwrap().starts_with(hint), "{error}");
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Which layout a file has, and how its tensors become ours. Layouts are told apart by names alone, not by container.
+
+mod flax;
+mod timm;
+
+use std::collections::BTreeMap;
+
+use super::detect::ModelOverrides;
+use super::names::Form;
+use super::tensor::{Tensor, Tensors, shape_text};
+use crate::backend::Gelu;
+use crate::error::{Error, Result};
+use crate::fail;
+use crate::recipe::EvalResize;
+use crate::vit::config::{InitScheme, PosembJoin};
+
+pub use flax::{from_flax_tensors, to_flax_tensors};
+
+/// Whose names and shapes a file uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LayoutKind {
+    /// Our own: timm's names, with the configuration in the metadata.
+    Vitrum,
+    /// flax names of google-research/vision_transformer, in either numbering.
+    VitJax,
+    /// flax names of big_vision.
+    BigVision,
+    /// timm's state dict.
+    Timm,
+}
+
+impl LayoutKind {
+    /// GELU form, LayerNorm epsilon and initialisation of the code that the layout comes from.
+    pub(super) fn defaults(self) -> (Gelu, f32, InitScheme) {
+        match self {
+            LayoutKind::VitJax | LayoutKind::Vitrum => (Gelu::Tanh, 1e-6, InitScheme::VitJax),
+            LayoutKind::BigVision => (Gelu::Tanh, 1e-6, InitScheme::BigVision),
+            LayoutKind::Timm => (Gelu::Erf, 1e-6, InitScheme::Timm),
+        }
+    }
+
+    /// How that code resizes pictures for evaluation: the way, and the share of the resized picture that is kept.
+    pub(super) fn eval_protocol(self) -> (EvalResize, f32) {
+        match self {
+            LayoutKind::VitJax | LayoutKind::Vitrum => (EvalResize::Squash, 1.0),
+            LayoutKind::BigVision => (EvalResize::Center, 0.875),
+            LayoutKind::Timm => (EvalResize::Center, 0.9),
+        }
+    }
+}
+
+/// Shapes under the names of a file.
+pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// Where each of our tensors is found in a file, and what the names alone say about the model.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) kind: LayoutKind,
+    /// Our name → its parts, in order.
+    pub(super) sources: BTreeMap<String, Vec<Source>>,
+    /// Our name → our shape.
+    pub(super) shapes: Shapes,
+    /// H, where a shape tells it.
+    pub(super) heads: Option<usize>,
+    /// Where the layout decides it; else the rows of the position embedding do.
+    pub(super) join: Option<PosembJoin>,
+    /// The position embedding has a row for the class token, to be added to it: big_vision reading an older file.
+    pub(super) fold_class_row: bool,
+}
+
+/// A piece of a file that becomes (part of) one of our tensors.
+#[derive(Clone, Debug)]
+pub(super) struct Source {
+    pub(super) file_name: String,
+    /// Index into a leading depth axis, where a file stacks the blocks.
+    pub(super) layer: Option<usize>,
+    pub(super) shape: Vec<usize>,
+    pub(super) form: Form,
+}
+
+/// Recognises the layout. A hybrid or a Mixer is refused by that name.
+pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> {
+    refuse_other_models(shapes)?;
+    refuse_empty(shapes)?;
+    let any = |test: &dyn Fn(&str) -> bool| shapes.keys().any(|name| test(name));
+    if any(&|n| n.ends_with("embeddings.patch_embeddings.projection.weight")) {
+        return Err(Error::new("these are HuggingFace names, a layout that is not read yet")
+            .hint("export the model from timm, or give its vit_jax `.npz`"));
+    }
+    if any(&|n| n.starts_with("patch_embed.") || n.starts_with("blocks.")) {
+        return timm::plan(shapes);
+    }
+    if any(&|n| n.contains("embedding/kernel") || n.contains("Transformer/")) {
+        return flax::plan(shapes, overrides);
+    }
+    let some: Vec<String> = shapes.keys().take(3).map(|n| format!("`{n}`")).collect();
+    let holds = if some.is_empty() { "no tensors".to_string() } else { some.join(", ") + ", ..." };
+    Err(Error::new(format!("not a Vision Transformer's weights: it holds {holds}")))
+}
+
+/// Names that give away a model that shares most of its names with a Vision Transformer.
+fn refuse_other_models(shapes: &Shapes) -> Result<()> {
+    const HYBRID: [&str; 5] =
+        ["conv_root", "gn_root", "block1/unit", "block1/unit1", "patch_embed.backbone."];
+    const MIXER: [&str; 5] =
+        ["MixerBlock_", "token_mixing", "channel_mixing", "pre_head_layer_norm", "mlp_tokens."];
+    for name in shapes.keys() {
+        let says = |marks: &[&str]| marks.iter().any(|mark| name.contains(mark));
+        if says(&HYBRID) {
+            return Err(Error::new(format!(
+                "`{name}` shows that this is a hybrid (a ResNet in front of a Vision Transformer), which is not supported"
+            ))
+            .hint("use a model without `R` in its name, such as `B_16`"));
+        }
+        if says(&MIXER) {
+            return Err(Error::new(format!(
+                "`{name}` shows that this is an MLP-Mixer, not a Vision Transformer"
+            ))
+            .hint("use a Vision Transformer, such as `B_16`"));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_empty(shapes: &Shapes) -> Result<()> {
+    match shapes.iter().find(|(_, shape)| shape.contains(&0)) {
+        Some((name, shape)) => fail!("tensor `{name}` is empty: shape {}", shape_text(shape)),
+        None => Ok(()),
+    }
+}
+
+impl Plan {
+    pub(super) fn new(kind: LayoutKind) -> Self {
+        Self {
+            kind,
+            sources: BTreeMap::new(),
+            shapes: BTreeMap::new(),
+            heads: None,
+            join: None,
+            fold_class_row: false,
+        }
+    }
+
+    /// Works out our shapes from the sources'. Parts that are missing or disagree are errors.
+    pub(super) fn finish(mut self) -> Result<Self> {
+        for (own, sources) in &mut self.sources {
+            sources.sort_by_key(|s| s.form.part());
+            let (_, parts) = sources[0].form.part();
+            let present: Vec<usize> = sources.iter().map(|s| s.form.part().0).collect();
+            if present != (0..parts).collect::<Vec<_>>() {
+                let names: Vec<String> = sources.iter().map(|s| format!("`{}`", s.file_name)).collect();
+                fail!("{} of the {parts} parts of `{own}`: only {}", present.len(), names.join(", "));
+            }
+            let first = &sources[0];
+            let Some(mut shape) = first.form.own_shape(&first.shape) else {
+                fail!("tensor `{}` has shape {}", first.file_name, shape_text(&first.shape));
+            };
+            if let Some(other) = sources.iter().find(|s| s.shape != first.shape) {
+                fail!(
+                    "tensor `{}` has shape {}, `{}` has {}",
+                    first.file_name,
+                    shape_text(&first.shape),
+                    other.file_name,
+                    shape_text(&other.shape)
+                );
+            }
+            if parts > 1 {
+                shape[0] *= parts;
+            }
+            self.shapes.insert(own.clone(), shape);
+        }
+        if self.fold_class_row {
+            self.shapes.get_mut("pos_embed").expect("checked by the layout")[1] -= 1;
+        }
+        Ok(self)
+    }
+
+    /// Takes one tensor out into a plan of its own.
+    pub(super) fn take(&mut self, own: &str) -> Option<Plan> {
+        let mut taken = Plan::new(self.kind);
+        taken.fold_class_row = self.fold_class_row;
+        taken.sources.insert(own.to_string(), self.sources.remove(own)?);
+        taken.shapes.insert(own.to_string(), self.shapes.remove(own)?);
+        Some(taken)
+    }
+
+    /// Reads and converts every tensor; `read` takes a name of the file.
+    pub(super) fn load(self, mut read: impl FnMut(&str) -> Result<Tensor>) -> Result<Tensors> {
+        let mut tensors = Tensors::new();
+        let mut stacked: BTreeMap<String, Tensor> = BTreeMap::new();
+        for (own, sources) in &self.sources {
+            let mut values = Vec::with_capacity(self.shapes[own].iter().product());
+            for s in sources {
+                let part = match s.layer {
+                    None => read_finite(&s.file_name, &mut read)?,
+                    Some(layer) => {
+                        if !stacked.contains_key(&s.file_name) {
+                            stacked.insert(s.file_name.clone(), read_finite(&s.file_name, &mut read)?);
+                        }
+                        let len: usize = s.shape.iter().product();
+                        let all = &stacked[&s.file_name].values;
+                        Tensor::new(s.shape.clone(), all[layer * len..(layer + 1) * len].to_vec())
+                    }
+                };
+                let part = s.form.own_values(part);
+                if values.is_empty() { values = part } else { values.extend(part) }
+            }
+            if self.fold_class_row && own == "pos_embed" {
+                let width = *self.shapes[own].last().expect("checked by the layout");
+                let row: Vec<f32> = values.drain(..width).collect();
+                if let Some(cls) = tensors.get_mut("cls_token") {
+                    cls.values.iter_mut().zip(&row).for_each(|(c, r)| *c += r);
+                }
+            }
+            tensors.insert(own.clone(), Tensor::new(self.shapes[own].clone(), values));
+        }
+        Ok(tensors)
+    }
+}
+
+fn read_finite(name: &str, read: &mut impl FnMut(&str) -> Result<Tensor>) -> Result<Tensor> {
+    let tensor = read(name)?;
+    match tensor.non_finite() {
+        None => Ok(tensor),
+        Some(value) => Err(Error::new(format!("tensor `{name}` holds {value}"))
+            .hint("the weights are broken: take an earlier checkpoint")),
+    }
+}

@@ -1,0 +1,69 @@
+//! What a checkpoint says about itself beside its tensors: how to feed it, what its classes are called, where it is from.
+
+use serde::{Deserialize, Serialize};
+
+use super::layouts::LayoutKind;
+use crate::backend::Normalise;
+use crate::recipe::EvalResize;
+
+/// Stored as JSON under [`META_KEY`]; the image size is in the model's configuration. Unknown keys are ignored and
+/// missing ones have defaults, so that old and new checkpoints can be read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CheckpointMeta {
+    /// One name per class, in the order of the logits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classes: Option<Vec<String>>,
+    pub normalise: Normalise,
+    /// How pictures are prepared for evaluation.
+    pub resize: EvalResize,
+    /// For [`EvalResize::Center`]: the share of the resized shorter side that is kept.
+    pub crop_ratio: f32,
+    /// The recipe's name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recipe: Option<String>,
+    /// What it was trained on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
+    /// Finished updates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<f64>,
+    /// Validation top-1 in [0, 1] at that step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top1: Option<f64>,
+    /// The program that wrote it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub made_by: Option<String>,
+}
+
+/// Metadata key of the model's configuration (JSON of `ModelConfig`).
+pub const MODEL_KEY: &str = "vitrum.model";
+/// Metadata key of [`CheckpointMeta`].
+pub const META_KEY: &str = "vitrum.meta";
+
+impl Default for CheckpointMeta {
+    fn default() -> Self {
+        Self::of_layout(LayoutKind::Vitrum)
+    }
+}
+
+impl CheckpointMeta {
+    /// For a file that says nothing: the protocol of the code that its layout comes from.
+    pub(super) fn of_layout(kind: LayoutKind) -> Self {
+        let (resize, crop_ratio) = kind.eval_protocol();
+        Self {
+            classes: None,
+            normalise: Normalise::INCEPTION,
+            resize,
+            crop_ratio,
+            recipe: None,
+            data: None,
+            step: None,
+            epoch: None,
+            top1: None,
+            made_by: None,
+        }
+    }
+}

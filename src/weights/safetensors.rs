@@ -1,0 +1,302 @@
+//! The safetensors container: named arrays with string metadata, read by range and written in one pass.
+//!
+//! Reading takes the header first and checks it against the size of the file, so that nothing is allocated that the
+//! file does not hold. Writing pads the header until the data starts at a multiple of 64 bytes.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+pub use ::safetensors::Dtype;
+use ::safetensors::tensor::Metadata;
+use half::{bf16, f16};
+
+use super::tensor::{Tensor, shape_text};
+use crate::error::{At, Error, Result};
+use crate::{fail, files};
+
+/// The data starts at a multiple of this many bytes.
+const DATA_ALIGN: usize = 64;
+/// The format's own limit.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// An open file whose header has been checked.
+#[derive(Debug)]
+pub struct SafeTensors {
+    path: PathBuf,
+    file: File,
+    data_start: u64,
+    metadata: BTreeMap<String, String>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Byte range behind `data_start`.
+    begin: u64,
+    bytes: usize,
+}
+
+impl SafeTensors {
+    /// Reads the header. Errors name the file and say whether it is truncated or something else altogether.
+    pub fn open(path: &Path) -> Result<Self> {
+        let place = path.display();
+        let file = File::open(path).at(place)?;
+        let length = file.metadata().at(path.display())?.len();
+        let broken =
+            |why: String| Err(Error::new(format!("{}: not a whole safetensors file: {why}", path.display())));
+
+        let mut prefix = [0; 8];
+        if length < 8 {
+            return broken(format!("only {length} bytes"));
+        }
+        file.read_exact_at(&mut prefix, 0).at(path.display())?;
+        let header = u64::from_le_bytes(prefix);
+        if header > MAX_HEADER_BYTES || header + 8 > length {
+            return broken(format!("it announces {header} bytes of header and has {length} in all"));
+        }
+        let mut text = vec![0; header as usize];
+        file.read_exact_at(&mut text, 8).at(path.display())?;
+        let parsed: Metadata = match serde_json::from_slice(&text) {
+            Ok(parsed) => parsed,
+            Err(e) => return broken(format!("its header does not parse: {e}")),
+        };
+        let (found, expected) = (length - 8 - header, parsed.data_len() as u64);
+        if found != expected {
+            return broken(format!("it has {found} bytes of data where its header lists {expected}"));
+        }
+
+        let mut tensors = BTreeMap::new();
+        for (name, info) in parsed.tensors() {
+            let (begin, end) = info.data_offsets;
+            let entry = Entry {
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                begin: begin as u64,
+                bytes: end - begin,
+            };
+            tensors.insert(name, entry);
+        }
+        let metadata = parsed.metadata().clone().unwrap_or_default().into_iter().collect();
+        Ok(Self { path: path.into(), file, data_start: 8 + header, metadata, tensors })
+    }
+
+    /// `__metadata__`, empty if there is none.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// In alphabetical order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    pub fn shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.entry(name)?.shape)
+    }
+
+    pub fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.entry(name)?.dtype)
+    }
+
+    /// Where a tensor's bytes lie in the file: offset and length.
+    pub fn range(&self, name: &str) -> Result<(u64, usize)> {
+        let entry = self.entry(name)?;
+        Ok((self.data_start + entry.begin, entry.bytes))
+    }
+
+    /// The stored bytes (little-endian).
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let (offset, length) = self.range(name)?;
+        let mut bytes = vec![0; length];
+        self.file.read_exact_at(&mut bytes, offset).at(self.place(name))?;
+        Ok(bytes)
+    }
+
+    /// F32, F16, BF16 or F64 as f32.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let entry = self.entry(name)?;
+        let count = entry.shape.iter().product();
+        let values = match entry.dtype {
+            Dtype::F32 => {
+                let mut values = vec![0f32; count];
+                let offset = self.data_start + entry.begin;
+                self.file.read_exact_at(bytemuck::cast_slice_mut(&mut values), offset).at(self.place(name))?;
+                values
+            }
+            Dtype::F16 => decode(&self.bytes(name)?, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => decode(&self.bytes(name)?, |b| bf16::from_le_bytes(b).to_f32()),
+            Dtype::F64 => decode(&self.bytes(name)?, |b| f64::from_le_bytes(b) as f32),
+            other => fail!("{}: holds {other}, not floating-point numbers", self.place(name)),
+        };
+        Ok(Tensor::new(entry.shape.clone(), values))
+    }
+
+    /// F64 or F32 as f64.
+    pub fn f64(&self, name: &str) -> Result<Vec<f64>> {
+        match self.entry(name)?.dtype {
+            Dtype::F64 => Ok(decode(&self.bytes(name)?, f64::from_le_bytes)),
+            _ => Ok(self.tensor(name)?.values.into_iter().map(f64::from).collect()),
+        }
+    }
+
+    /// Integers of up to 64 bits as i64.
+    pub fn i64(&self, name: &str) -> Result<Vec<i64>> {
+        let bytes = self.bytes(name)?;
+        Ok(match self.entry(name)?.dtype {
+            Dtype::U8 => decode(&bytes, |[b]: [u8; 1]| i64::from(b)),
+            Dtype::I32 => decode(&bytes, |b| i64::from(i32::from_le_bytes(b))),
+            Dtype::U32 => decode(&bytes, |b| i64::from(u32::from_le_bytes(b))),
+            Dtype::I64 => decode(&bytes, i64::from_le_bytes),
+            other => fail!("{}: holds {other}, not integers", self.place(name)),
+        })
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.tensors
+            .get(name)
+            .ok_or_else(|| Error::new(format!("{}: no tensor `{name}`", self.path.display())))
+    }
+
+    fn place(&self, name: &str) -> String {
+        format!("{}: tensor `{name}`", self.path.display())
+    }
+}
+
+fn decode<const N: usize, T>(bytes: &[u8], one: impl Fn([u8; N]) -> T) -> Vec<T> {
+    bytes.chunks_exact(N).map(|b| one(b.try_into().expect("chunks of N"))).collect()
+}
+
+/// One tensor to be written; borrows its values where it can.
+#[derive(Clone, Debug)]
+pub struct View<'a> {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Cow<'a, [u8]>,
+}
+
+impl<'a> View<'a> {
+    /// Panics if the bytes do not fill the shape.
+    pub fn new(
+        name: impl Into<String>,
+        dtype: Dtype,
+        shape: &[usize],
+        bytes: impl Into<Cow<'a, [u8]>>,
+    ) -> Self {
+        let view = Self { name: name.into(), dtype, shape: shape.to_vec(), bytes: bytes.into() };
+        let bits = shape.iter().product::<usize>() * dtype.bitsize();
+        assert_eq!(
+            bits,
+            view.bytes.len() * 8,
+            "`{}` {}: wrong number of bytes",
+            view.name,
+            shape_text(shape)
+        );
+        view
+    }
+
+    pub fn f32(name: impl Into<String>, shape: &[usize], values: &'a [f32]) -> Self {
+        Self::new(name, Dtype::F32, shape, bytemuck::cast_slice(values))
+    }
+
+    pub fn f64(name: impl Into<String>, shape: &[usize], values: &'a [f64]) -> Self {
+        Self::new(name, Dtype::F64, shape, bytemuck::cast_slice(values))
+    }
+
+    pub fn i64(name: impl Into<String>, shape: &[usize], values: &'a [i64]) -> Self {
+        Self::new(name, Dtype::I64, shape, bytemuck::cast_slice(values))
+    }
+}
+
+/// Writes a whole file or none. Wider types come first, so that every tensor is aligned to its type; otherwise the
+/// order is kept.
+pub fn write(path: &Path, metadata: &BTreeMap<String, String>, mut tensors: Vec<View<'_>>) -> Result<()> {
+    tensors.sort_by_key(|t| std::cmp::Reverse(t.dtype.bitsize()));
+    let mut header = serde_json::Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".into(), serde_json::json!(metadata));
+    }
+    let mut offset = 0;
+    for t in &tensors {
+        let end = offset + t.bytes.len();
+        let info = serde_json::json!({
+            "dtype": t.dtype.to_string(), "shape": t.shape, "data_offsets": [offset, end],
+        });
+        assert!(header.insert(t.name.clone(), info).is_none(), "`{}` is written twice", t.name);
+        offset = end;
+    }
+    let mut text = serde_json::Value::Object(header).to_string().into_bytes();
+    text.resize((8 + text.len()).next_multiple_of(DATA_ALIGN) - 8, b' ');
+
+    files::write_atomic(path, |out| {
+        out.write_all(&(text.len() as u64).to_le_bytes())?;
+        out.write_all(&text)?;
+        tensors.iter().try_for_each(|t| out.write_all(&t.bytes))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_and_the_data_is_aligned() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+        let half: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+        let views = vec![
+            View::new("u", Dtype::U8, &[3], vec![1, 2, 3]),
+            View::f32("b/weight", &[2, 1], &[f32::MIN_POSITIVE, -0.0]),
+            View::new("h", Dtype::BF16, &[2], half),
+            View::f64("d", &[1], &[0.1]),
+            View::i64("i", &[2], &[-1, i64::MAX]),
+        ];
+        write(&path, &metadata, views).unwrap();
+
+        let file = SafeTensors::open(&path).unwrap();
+        assert_eq!(file.metadata(), &metadata);
+        assert_eq!(file.names().collect::<Vec<_>>(), ["b/weight", "d", "h", "i", "u"]);
+        let b = file.tensor("b/weight").unwrap();
+        assert_eq!((b.shape.as_slice(), b.values[0]), (&[2, 1][..], f32::MIN_POSITIVE));
+        assert_eq!(b.values[1].to_bits(), (-0.0f32).to_bits());
+        assert_eq!(file.tensor("h").unwrap().values, [1.5, -2.0]);
+        assert_eq!(file.f64("d").unwrap(), [0.1]);
+        assert_eq!(file.i64("i").unwrap(), [-1, i64::MAX]);
+        assert_eq!(file.i64("u").unwrap(), [1, 2, 3]);
+        assert_eq!(file.data_start % 64, 0);
+        for (name, size) in [("d", 8), ("i", 8), ("b/weight", 4), ("h", 2)] {
+            assert_eq!(file.range(name).unwrap().0 % size, 0, "{name}");
+        }
+        let official = std::fs::read(&path).unwrap();
+        assert_eq!(::safetensors::SafeTensors::deserialize(&official).unwrap().len(), 5);
+    }
+
+    #[test]
+    fn errors_name_the_file_and_the_tensor() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.safetensors");
+        write(&path, &BTreeMap::new(), vec![View::i64("step", &[1], &[3])]).unwrap();
+        let file = SafeTensors::open(&path).unwrap();
+        let message = file.tensor("step").unwrap_err().message().to_string();
+        assert!(
+            message.ends_with("a.safetensors: tensor `step`: holds I64, not floating-point numbers"),
+            "{message}"
+        );
+        assert!(file.bytes("absent").unwrap_err().message().ends_with("a.safetensors: no tensor `absent`"));
+
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+        let message = SafeTensors::open(&path).unwrap_err().message().to_string();
+        assert!(message.contains("it has 7 bytes of data where its header lists 8"), "{message}");
+    }
+}

@@ -1,0 +1,149 @@
+//! The command line from outside: exit codes and messages that need no training.
+
+use assert_cmd::Command;
+use assert_cmd::assert::Assert;
+use predicates::prelude::*;
+use predicates::str::{contains, is_empty, starts_with};
+
+fn vitrum(args: &[&str]) -> Assert {
+    Command::new(env!("CARGO_BIN_EXE_vitrum")).args(args).assert()
+}
+
+/// Wrong usage: exit 2, nothing on stdout, and these two lines on stderr.
+fn refused(args: &[&str], error: &str, hint: &str) {
+    let text = format!("error: {error}\nhint: {hint}\n");
+    vitrum(args).code(2).stdout(is_empty()).stderr(text);
+}
+
+#[test]
+fn without_a_command_the_help_is_printed() {
+    for args in [&[][..], &["--help"]] {
+        let help = contains("Usage: vitrum").and(contains("train").and(contains("doctor")));
+        vitrum(args).success().stdout(help);
+    }
+    vitrum(&["--version"]).success().stdout(format!("vitrum {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn train_help_lists_the_built_in_recipes() {
+    let names = ["demo", "demo-hard", "mini/cifar10", "b16/imagenet21k"];
+    for name in names {
+        vitrum(&["train", "--help"]).success().stdout(contains(format!("\n  {name} ")));
+    }
+}
+
+#[test]
+fn unknown_commands_and_flags_are_wrong_usage() {
+    vitrum(&["trian"]).code(2).stdout(is_empty()).stderr(contains("'train'"));
+    vitrum(&["train", "--no-such-flag"]).code(2).stderr(contains("--no-such-flag"));
+    vitrum(&["eval"]).code(2).stderr(contains("--weights"));
+    vitrum(&["train", "--device", "tpu"]).code(2).stderr(contains("auto, cpu, cuda"));
+    vitrum(&["train", "--overfit", "0"]).code(2);
+    vitrum(&["predict", "--weights", "x.safetensors"]).code(2).stderr(contains("IMAGE"));
+}
+
+#[test]
+fn what_is_not_built_yet_says_so_whatever_its_flags() {
+    for command in ["finetune", "features", "probe", "preview", "convert"] {
+        let text = format!("error: `vitrum {command}` is not built yet\n");
+        vitrum(&[command]).code(2).stderr(starts_with(text.clone()));
+        vitrum(&[command, "--weights", "x", "--sweep", "a=1,2", "y"]).code(2).stderr(starts_with(text));
+    }
+    let attention = ["predict", "--weights", "x", "--attention", "maps", "a.png"];
+    vitrum(&attention).code(2).stderr(starts_with("error: `vitrum predict --attention` is not built yet"));
+    let protocol = ["eval", "--weights", "x", "--data", "y", "--protocol", "all"];
+    vitrum(&protocol).code(2).stderr(starts_with("error: `vitrum eval --protocol` is not built yet"));
+    vitrum(&["bench", "--what", "kernels"]).code(2).stderr(contains("not built yet"));
+}
+
+#[test]
+fn wrong_settings_are_refused_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let train = |set: &str, error: &str, hint: &str| {
+        refused(&["train", "--out", out.to_str().unwrap(), "--set", set], error, hint);
+    };
+    train("train.stpes=60", "unknown key `train.stpes`", "did you mean `train.steps`?");
+    train("train.batch=0", "`train.batch` is 0", "use 1 to 1048576, as in `--set train.batch=128`");
+    train(
+        "model.heads=5",
+        "`model.heads` is 5, which does not divide `model.width` 128",
+        "use `--set model.heads=4`",
+    );
+    train(
+        "model.image=30",
+        "the patch height 8 does not divide the image height 30",
+        "use `--set model.image=24` or another `model.patch`",
+    );
+    train("model.pool=mean", "`model.pool` cannot be `mean`", "use one of `token`, `gap`, `map`");
+    train(
+        "train.recompute=block",
+        "`train.recompute = \"block\"` is not built yet",
+        "use `--set train.recompute=none`; a smaller `train.micro_batch` saves memory too",
+    );
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_recipe_file_is_quoted_at_the_line_at_fault() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("mine.toml");
+    std::fs::write(&path, "[train]\nbatch = \"big\"\n").unwrap();
+    let place = format!("error: {}, line 2, column 9: `train.batch` is the text `big`", path.display());
+    vitrum(&["train", path.to_str().unwrap()])
+        .code(2)
+        .stderr(starts_with(place).and(contains("        ^^^^^")));
+    vitrum(&["plan", "no/such/recipe"]).code(2).stderr(starts_with("error: there is no recipe"));
+}
+
+#[test]
+fn inspect_says_what_it_cannot_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(path("notes.txt"), "no weights here").unwrap();
+    std::fs::write(path("short.safetensors"), [255; 5]).unwrap();
+    std::fs::create_dir_all(path("set")).unwrap();
+    std::fs::write(path("set/dataset.json"), "{\"version\": 1}").unwrap();
+    for name in ["missing", "notes.txt", "short.safetensors", "set", ""] {
+        let error = starts_with("error: ").and(contains(path(name))).and(contains("panicked").not());
+        vitrum(&["inspect", &path(name)]).code(1).stdout(is_empty()).stderr(error);
+    }
+}
+
+#[test]
+fn inspect_describes_the_demo_without_drawing_it() {
+    let mut inspect = Command::new(env!("CARGO_BIN_EXE_vitrum"));
+    let inspect = inspect.args(["inspect", "demo", "--json"]).env("VITRUM_CACHE", "/proc/none").assert();
+    let json: serde_json::Value = serde_json::from_slice(&inspect.success().get_output().stdout).unwrap();
+    assert_eq!(json["train"]["records"], 20_000);
+    let text = contains("image: 32x32\n").and(contains("train.records: 20,000\n"));
+    vitrum(&["inspect", "demo"]).success().stdout(text);
+}
+
+#[test]
+fn doctor_describes_any_machine() {
+    let line = predicate::str::is_match("(?m)^kernels: (none embedded|embedded for) .*$").unwrap();
+    vitrum(&["doctor"]).success().stderr(is_empty()).stdout(line);
+    let json = vitrum(&["doctor", "--json"]).success().get_output().stdout.clone();
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    assert!(json["cores"].as_u64().unwrap() > 0);
+    assert!(["scalar", "avx2", "avx512"].contains(&json["isa"].as_str().unwrap()));
+}
+
+#[test]
+fn doctor_reports_a_wrong_environment_instead_of_failing() {
+    let mut doctor = Command::new(env!("CARGO_BIN_EXE_vitrum"));
+    doctor.arg("doctor").env("VITRUM_ISA", "mmx").env("VITRUM_CACHE", "/proc/none/vitrum");
+    doctor.assert().success().stdout(contains("`VITRUM_ISA=mmx`").and(contains("not writable")));
+}
+
+/// A reader that closes the pipe early (`vitrum doctor | head -1`) sees no panic.
+#[test]
+fn a_closed_pipe_is_no_failure() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut doctor = std::process::Command::new(env!("CARGO_BIN_EXE_vitrum"));
+    let child = doctor.arg("doctor").stdout(writer).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+}

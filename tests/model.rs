@@ -1,0 +1,241 @@
+//! The model's own gradients, for every architecture that the configuration can say: the backward pass against central
+//! differences of the loss along random directions, with dropout, drop-path and accumulation.
+
+use vitrum::backend::cpu::CpuBackend;
+use vitrum::backend::{
+    Backend, Gelu, Loss, LossKind, Micro, MixBox, Normalise, Pixels, Slot, SlotLayout, StepKeys, TargetKind,
+};
+use vitrum::rng::{Domain, Stream};
+use vitrum::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
+use vitrum::vit::{Mode, ModelConfig, Param, Vit};
+
+fn base() -> ModelConfig {
+    ModelConfig {
+        image: (8, 12),
+        patch: (4, 4),
+        width: 24,
+        depth: 2,
+        heads: 3,
+        mlp: 20,
+        classes: 5,
+        pool: PoolKind::Token,
+        norm: NormPlace::Before,
+        extra_tokens: 1,
+        posemb: Posemb::Learned,
+        posemb_join: PosembJoin::After,
+        rep_size: 0,
+        layer_scale: 0.0,
+        gelu: Gelu::Tanh,
+        ln_eps: 1e-6,
+        dropout: 0.0,
+        attention_dropout: 0.0,
+        drop_path: 0.0,
+        drop_path_mode: DropPathMode::Linear,
+        init: InitScheme::Deit3,
+        head_bias: 0.0,
+    }
+}
+
+struct Bench {
+    backend: CpuBackend,
+    model: Vit,
+    loss: Loss,
+    batch: usize,
+}
+
+impl Bench {
+    fn new(config: ModelConfig, batch: usize, micro: usize, loss: LossKind, frozen: &[&str]) -> Self {
+        config.validate().unwrap();
+        let mut backend = CpuBackend::new(2).unwrap();
+        let is_frozen = |p: &Param| frozen.iter().any(|f| p.name.starts_with(f));
+        let model = Vit::new(config.clone(), Normalise::INCEPTION, micro, Mode::Train, is_frozen);
+        backend.allocate(&model.plan()).unwrap();
+        assert_eq!(backend.allocated_bytes(), model.plan().total_bytes());
+        let mut s = Stream::new(3, Domain::Init, 99, 0);
+        model.init(&mut backend, 1).unwrap();
+        // Away from zero and from small weights, so that every path carries a gradient.
+        for p in model.layout.parameters() {
+            let mut values = vec![0.0; p.len()];
+            backend.read(p.mat(), &mut values).unwrap();
+            values.iter_mut().for_each(|v| *v += 0.15 * s.normal() as f32);
+            backend.write(p.mat(), &values).unwrap();
+        }
+        let layout = SlotLayout {
+            samples: batch,
+            image: config.image,
+            pixels: Pixels::U8,
+            targets: TargetKind::Labels,
+        };
+        let mut slot = backend.new_slot(layout).unwrap();
+        slot.images_u8_mut().iter_mut().for_each(|p| *p = s.next_u32() as u8);
+        slot.labels_mut().iter_mut().for_each(|l| *l = s.below(config.classes) as i32);
+        mix(&mut slot);
+        backend.bind_batch(slot).unwrap();
+        Self { backend, model, loss: Loss { kind: loss, label_smoothing: 0.1 }, batch }
+    }
+
+    /// Loss of the whole batch; gradients too where asked.
+    fn run(&mut self, backward: bool) -> f64 {
+        let b = &mut self.backend;
+        b.begin_step(StepKeys { seed: 7, step: 11 }).unwrap();
+        b.begin_report().unwrap();
+        for first in (0..self.batch).step_by(self.model.micro_batch) {
+            let samples = self.model.micro_batch;
+            let micro =
+                Micro { first, samples, global_first: 0, accumulate: first > 0, mean_over: self.batch };
+            b.begin_micro(micro).unwrap();
+            self.model.forward(b, true).unwrap();
+            self.model.loss(b, self.loss).unwrap();
+            if backward {
+                self.model.backward(b, true).unwrap();
+            }
+        }
+        b.report().unwrap().loss
+    }
+
+    fn gradients(&mut self) -> Vec<(String, Vec<f32>)> {
+        self.run(true);
+        let mut gradients = Vec::new();
+        for p in self.model.layout.parameters() {
+            if let Some(gradient) = p.grad() {
+                let mut values = vec![0.0; p.len()];
+                self.backend.read(gradient, &mut values).unwrap();
+                gradients.push((p.name.clone(), values));
+            }
+        }
+        gradients
+    }
+
+    /// Each tensor's gradient against a difference of the loss.
+    fn check(&mut self, what: &str) {
+        let gradients = self.gradients();
+        for (name, gradient) in &gradients {
+            let param = self.model.layout.get(name).clone();
+            let mut values = vec![0.0; param.len()];
+            self.backend.read(param.mat(), &mut values).unwrap();
+            let mut s = Stream::new(17, Domain::Init, param.offset as u64, 1);
+            // Signs of the gradient with random weights: the slope adds up instead of cancelling.
+            let direction: Vec<f32> = gradient.iter().map(|g| g.signum() * (0.5 + s.uniform())).collect();
+            let slope: f64 = gradient.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
+            let length = direction.iter().map(|d| d * d).sum::<f32>().sqrt();
+            let eps = 0.02 / length;
+            let mut at = |factor: f32| {
+                let moved: Vec<f32> =
+                    values.iter().zip(&direction).map(|(v, d)| v + factor * eps * d).collect();
+                self.backend.write(param.mat(), &moved).unwrap();
+                self.run(false)
+            };
+            // Fourth order, so that the step can be long enough for f32.
+            let numeric = (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * f64::from(eps));
+            self.backend.write(param.mat(), &values).unwrap();
+            let noise = 1e-6 / f64::from(eps);
+            let error = (numeric - slope).abs();
+            assert!(
+                error < 3e-3 * slope.abs() + noise,
+                "{what}: `{name}`: difference {numeric:.6}, gradient {slope:.6} (noise {noise:.1e})"
+            );
+        }
+    }
+}
+
+/// Mixup on all samples, cutmix on the first.
+fn mix(slot: &mut Slot) {
+    let n = slot.layout().samples as u32;
+    slot.partner_mut().iter_mut().zip(0..).for_each(|(p, i)| *p = (i + n - 1) % n);
+    slot.lambda_mut().fill(0.7);
+    slot.boxes_mut()[0] = MixBox { y0: 1, x0: 2, y1: 5, x1: 7 };
+}
+
+fn check(what: &str, config: ModelConfig) {
+    Bench::new(config, 3, 3, LossKind::Softmax, &[]).check(what);
+}
+
+#[test]
+fn gradients_of_every_head_and_position_embedding_are_right() {
+    check("class token", base());
+    check("representation", ModelConfig { rep_size: 11, gelu: Gelu::Erf, ..base() });
+    check("class token, positions before", ModelConfig { posemb_join: PosembJoin::Before, ..base() });
+    check("distillation", ModelConfig { extra_tokens: 2, ..base() });
+    check(
+        "distillation, positions before",
+        ModelConfig { extra_tokens: 2, posemb_join: PosembJoin::Before, ..base() },
+    );
+    let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, ..base() };
+    check("gap", gap.clone());
+    check("gap, fc_norm", ModelConfig { norm: NormPlace::After, ..gap.clone() });
+    check("gap over patches beside a class token", ModelConfig { extra_tokens: 1, ..gap.clone() });
+    check("sincos2d", ModelConfig { posemb: Posemb::Sincos2d, ..gap.clone() });
+    let sincos = ModelConfig { posemb: Posemb::Sincos2d, posemb_join: PosembJoin::Before, ..base() };
+    check("sincos2d with a class token", sincos);
+    check("map", ModelConfig { pool: PoolKind::Map, ..gap.clone() });
+    check(
+        "map with a class token and a representation",
+        ModelConfig { pool: PoolKind::Map, rep_size: 7, ..base() },
+    );
+    check("one block, rectangular patch", ModelConfig { depth: 1, patch: (2, 6), heads: 2, ..base() });
+}
+
+#[test]
+fn gradients_with_masks_and_layer_scale_are_right() {
+    check("layer scale", ModelConfig { layer_scale: 0.3, ..base() });
+    check("dropout", ModelConfig { dropout: 0.2, ..base() });
+    check("attention dropout", ModelConfig { attention_dropout: 0.3, ..base() });
+    let path = ModelConfig { drop_path: 0.5, drop_path_mode: DropPathMode::Constant, ..base() };
+    check("drop path", path.clone());
+    check(
+        "all of them",
+        ModelConfig { layer_scale: 0.5, dropout: 0.1, attention_dropout: 0.1, ..path.clone() },
+    );
+    let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, norm: NormPlace::After, ..path.clone() };
+    check("drop path, fc_norm", gap);
+    check("dropout, map", ModelConfig { pool: PoolKind::Map, dropout: 0.2, ..path });
+}
+
+#[test]
+fn gradients_of_the_sigmoid_loss_are_right() {
+    Bench::new(base(), 3, 3, LossKind::Sigmoid, &[]).check("sigmoid");
+}
+
+#[test]
+fn accumulation_changes_no_mask_and_no_mean() {
+    let config = ModelConfig {
+        dropout: 0.2,
+        attention_dropout: 0.2,
+        drop_path: 0.3,
+        drop_path_mode: DropPathMode::Constant,
+        ..base()
+    };
+    let whole = Bench::new(config.clone(), 6, 6, LossKind::Softmax, &[]).gradients();
+    let largest = whole.iter().flat_map(|(_, g)| g).fold(0.0f32, |m, g| m.max(g.abs()));
+    for micro in [3, 2, 1] {
+        let split = Bench::new(config.clone(), 6, micro, LossKind::Softmax, &[]).gradients();
+        for ((name, a), (_, b)) in whole.iter().zip(&split) {
+            let norm: f32 = a.iter().map(|x| x * x).sum::<f32>().sqrt();
+            let difference: f32 = a.iter().zip(b).map(|(x, y)| (x - y) * (x - y)).sum::<f32>().sqrt();
+            let bound = 1e-5 * norm + 1e-6 * largest;
+            assert!(difference <= bound, "micro-batch {micro}: `{name}` differs by {difference} of {norm}");
+        }
+    }
+}
+
+#[test]
+fn frozen_parameters_get_no_gradient_and_leave_the_others_as_they_were() {
+    let config = ModelConfig { depth: 3, drop_path: 0.2, ..base() };
+    let all = Bench::new(config.clone(), 3, 3, LossKind::Softmax, &[]).gradients();
+    let frozen = [
+        "cls_token",
+        "pos_embed",
+        "patch_embed",
+        "blocks.0",
+        "blocks.1.norm1",
+        "blocks.1.attn",
+        "blocks.2.mlp",
+    ];
+    let some = Bench::new(config, 3, 3, LossKind::Softmax, &frozen).gradients();
+    assert!(some.len() < all.len());
+    for (name, gradient) in &some {
+        assert!(!frozen.iter().any(|f| name.starts_with(f)), "{name}");
+        let same = all.iter().find(|(n, _)| n == name).unwrap();
+        assert_eq!(&same.1, gradient, "{name}");
+    }
+}
