@@ -6,17 +6,28 @@
 
 /// One block of four independent 32-bit words: the Philox4x32 bijection with ten rounds.
 #[inline(always)]
-pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let [mut c0, mut c1, mut c2, mut c3] = counter;
-    let [mut k0, mut k1] = key;
-    for _ in 0..10 {
-        let p0 = u64::from(c0) * 0xD251_1F53;
-        let p1 = u64::from(c2) * 0xCD9E_8D57;
-        (c0, c1, c2, c3) = ((p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32);
-        k0 = k0.wrapping_add(0x9E37_79B9);
-        k1 = k1.wrapping_add(0xBB67_AE85);
+pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    for _ in 0..PHILOX_ROUNDS {
+        counter = philox_round(counter, key);
+        key = philox_next_key(key);
     }
-    [c0, c1, c2, c3]
+    counter
+}
+
+pub(crate) const PHILOX_ROUNDS: usize = 10;
+
+/// One round of [`philox`], for code that draws many blocks at once.
+#[inline(always)]
+pub(crate) fn philox_round([c0, c1, c2, c3]: [u32; 4], [k0, k1]: [u32; 2]) -> [u32; 4] {
+    let p0 = u64::from(c0) * 0xD251_1F53;
+    let p1 = u64::from(c2) * 0xCD9E_8D57;
+    [(p1 >> 32) as u32 ^ c1 ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c3 ^ k1, p0 as u32]
+}
+
+/// The key of the next round.
+#[inline(always)]
+pub(crate) fn philox_next_key([k0, k1]: [u32; 2]) -> [u32; 2] {
+    [k0.wrapping_add(0x9E37_79B9), k1.wrapping_add(0xBB67_AE85)]
 }
 
 /// What a stream of draws is for. Streams of different domains never share a number.

@@ -5,7 +5,10 @@
 //! read as a number in [0, 1), are at least `rate`. `kernels/philox.cuh` is to draw the same.
 
 use super::{Mask, Micro, StepKeys};
-use crate::rng::{Domain, philox, unit};
+use crate::rng::{Domain, PHILOX_ROUNDS, philox, philox_next_key, philox_round, unit};
+
+/// Philox blocks that [`BoundMask::fill`] draws side by side.
+const LANES: usize = 16;
 
 /// A mask bound to a step and to the samples of a micro-batch.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +60,20 @@ impl BoundMask {
     }
 
     /// The factors of elements `start .. start + out.len()` of one sample.
+    #[inline(always)]
     pub fn fill(&self, sample: usize, start: usize, out: &mut [f32]) {
+        let (head, rest) = out.split_at_mut(out.len().min(start.wrapping_neg() % 4));
+        self.fill_slowly(sample, start, head);
+        let mut element = start + head.len();
+        let (groups, tail) = rest.as_chunks_mut::<{ 4 * LANES }>();
+        for group in groups {
+            self.fill_group(sample, (element / 4) as u32, group);
+            element += group.len();
+        }
+        self.fill_slowly(sample, element, tail);
+    }
+
+    fn fill_slowly(&self, sample: usize, start: usize, out: &mut [f32]) {
         let mut i = 0;
         while i < out.len() {
             let element = start + i;
@@ -65,6 +81,28 @@ impl BoundMask {
             for (factor, to) in block[element % 4..].iter().zip(&mut out[i..]) {
                 *to = *factor;
                 i += 1;
+            }
+        }
+    }
+
+    /// [`BoundMask::factors4`] for `LANES` blocks side by side, round by round, which compilers turn into vectors.
+    #[inline(always)]
+    fn fill_group(&self, sample: usize, block: u32, out: &mut [f32; 4 * LANES]) {
+        let sample = (self.first_sample + sample as u64) as u32;
+        let mut c0: [u32; LANES] = std::array::from_fn(|lane| block.wrapping_add(lane as u32));
+        let (mut c1, mut c2, mut c3) = ([sample; LANES], [self.site; LANES], [self.step; LANES]);
+        let mut key = self.key;
+        for _ in 0..PHILOX_ROUNDS {
+            for lane in 0..LANES {
+                let counter = [c0[lane], c1[lane], c2[lane], c3[lane]];
+                [c0[lane], c1[lane], c2[lane], c3[lane]] = philox_round(counter, key);
+            }
+            key = philox_next_key(key);
+        }
+        let scale = self.scale();
+        for (lane, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            for (out, word) in out.iter_mut().zip([c0[lane], c1[lane], c2[lane], c3[lane]]) {
+                *out = if unit(word) < self.rate { 0.0 } else { scale };
             }
         }
     }
@@ -86,6 +124,19 @@ mod tests {
         let dropped = factors.iter().filter(|f| **f == 0.0).count();
         assert!((dropped as f64 / 1e5 - 0.3).abs() < 0.01, "{dropped} of 100000 dropped");
         assert!(factors.iter().all(|f| *f == 0.0 || *f == 1.0 / 0.7));
+    }
+
+    #[test]
+    fn filling_a_row_gives_the_factor_of_each_element() {
+        let mask = mask(0.4, 7, 1 << 33, 5);
+        for (start, len) in
+            [(0, 64), (1, 200), (3, 2), (2, 67), (63, 129), (4, 0), (u32::MAX as usize * 4, 130)]
+        {
+            let mut factors = vec![f32::NAN; len];
+            mask.fill(2, start, &mut factors);
+            let expected: Vec<f32> = (start..start + len).map(|element| mask.factor(2, element)).collect();
+            assert_eq!(factors, expected, "{len} elements from {start}");
+        }
     }
 
     #[test]

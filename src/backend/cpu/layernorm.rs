@@ -470,6 +470,40 @@ mod tests {
     }
 
     #[test]
+    fn rows_far_from_zero_keep_their_digits() {
+        let (rows, width) = (5, 100);
+        let x: Vec<f32> = normal(3, rows * width, 0.1).iter().map(|x| x + 1000.0).collect();
+        let d_y = normal(4, rows * width, 1.0);
+        let mut b = Testbed::new(rows);
+        let (norm, gamma, beta) = norm(&mut b, width, 1e-6);
+        let join = Join::Ready(b.put(rows, width, &x));
+        let stats = Stats { mean: b.room(rows, 1), rstd: b.room(rows, 1) };
+        let (y, d_x, d_y_mat) = (b.room(rows, width), b.room(rows, width), b.put(rows, width, &d_y));
+        let run = |k: &mut crate::backend::cpu::CpuBackend| {
+            k.layernorm(&join, &norm, y, stats).unwrap();
+            k.layernorm_backward(d_y_mat, &join, &norm, stats, d_x, true, d_x).unwrap();
+        };
+        b.everywhere(&[y, d_x], run, |r| {
+            for (row, (x, d_y)) in x.chunks(width).zip(d_y.chunks(width)).enumerate() {
+                let (x, d_y, n) = (wide(x), wide(d_y), width as f64);
+                let mean = x.iter().sum::<f64>() / n;
+                let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n;
+                let rstd = 1.0 / (variance + f64::from(1e-6f32)).sqrt();
+                let hat: Vec<f64> = x.iter().map(|x| (x - mean) * rstd).collect();
+                let u: Vec<f64> = d_y.iter().zip(&gamma).map(|(d, g)| d * f64::from(*g)).collect();
+                let avg_u = u.iter().sum::<f64>() / n;
+                let avg_ux = u.iter().zip(&hat).map(|(u, x)| u * x).sum::<f64>() / n;
+                let y: Vec<f64> =
+                    (0..width).map(|i| hat[i] * f64::from(gamma[i]) + f64::from(beta[i])).collect();
+                let d_x: Vec<f64> = (0..width).map(|i| rstd * (u[i] - avg_u - hat[i] * avg_ux)).collect();
+                let of_row = row * width..(row + 1) * width;
+                assert_close("y", &r[0][of_row.clone()], &y, 1e-6);
+                assert_close("d_x", &r[1][of_row], &d_x, 1e-6);
+            }
+        });
+    }
+
+    #[test]
     fn reference_values_are_met_row_by_row() {
         let Some(file) = Reference::open("kernels/layernorm.safetensors") else { return };
         for i in (0..).take_while(|i| file.has(&format!("ln{i}.x"))) {
