@@ -187,7 +187,7 @@ impl Joined {
         });
         let rate = |on: bool, rate: f32| if on { rate } else { 0.0 };
         let dropout = Mask { rate: rate(b.dropout, 0.25), site: 3 };
-        let drop_path = Mask { rate: rate(b.drop_path, 0.4), site: 4 };
+        let drop_path = Mask { rate: rate(b.drop_path, 0.4), site: 7 };
         let (elements, paths) = (t.mask(dropout), t.mask(drop_path));
         let mut factors = Vec::new();
         for sample in 0..s.samples {
@@ -197,6 +197,9 @@ impl Joined {
                 if b.dropout { path * f64::from(elements.factor(sample, element)) } else { path }
             }));
         }
+        let kept =
+            factors.chunks(s.tokens * s.width).filter(|sample| sample.iter().any(|f| *f != 0.0)).count();
+        assert!(!b.drop_path || (1..s.samples).contains(&kept), "drop-path has to keep and to drop samples");
         Self {
             base: t.input(s.rows(), s.width, 1.0),
             branch: t.input(s.rows(), s.width, 1.0),

@@ -166,7 +166,7 @@ impl Broken {
                 let mut values = vec![0.0; output.rows * output.cols];
                 self.inner.read(output, &mut values)?;
                 let size = values.iter().map(|v| v * v).sum::<f32>().sqrt();
-                self.inner.write(last, &[values[values.len() - 1] + 1e-3 * size + 1e-6])
+                self.inner.write(last, &[values[values.len() - 1] + 1e-3 * size.max(1.0)])
             }
             Fault::Unwritten => self.inner.write(last, &[f32::NAN]),
             Fault::Stray => self.inner.write(Mat { offset: last.offset + 4, ..last }, &[1.0]),
