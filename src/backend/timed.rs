@@ -37,6 +37,11 @@ impl Timed {
         Self { inner, times: Times::default() }
     }
 
+    /// Without the clock.
+    pub fn into_inner(self) -> Box<dyn Backend> {
+        self.inner
+    }
+
     pub fn times(&self) -> Times {
         self.times.clone()
     }

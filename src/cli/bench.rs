@@ -1,9 +1,10 @@
 //! `vitrum bench`: how fast a model trains or infers on this machine.
 
-use std::path::PathBuf;
-
-use super::{On, Settings, not_built};
+use super::{On, Settings, not_built, print, print_json};
+use crate::data::{Dataset, Split};
 use crate::error::Result;
+use crate::recipe::{Recipe, ScheduleKind};
+use crate::train::bench::{self, Options};
 
 /// What to time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -31,7 +32,16 @@ pub struct Args {
     pub what: What,
     /// Time the whole, with this data set's loader
     #[arg(long, value_name = "DIR")]
-    pub data: Option<PathBuf>,
+    pub data: Option<String>,
+    /// Rounds; their median is reported
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
+    /// Least time of one round
+    #[arg(long, value_name = "S", default_value_t = 3.0)]
+    pub seconds: f64,
+    /// Say where the time goes, operation by operation
+    #[arg(long)]
+    pub profile: bool,
     #[command(flatten)]
     pub settings: Settings,
     #[command(flatten)]
@@ -43,8 +53,37 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     match args.what {
-        What::Train | What::Infer => Err(not_built("vitrum bench")),
-        What::Data => Err(not_built("vitrum bench --what data").hint("use `--what train --data DIR`")),
-        What::Kernels => Err(not_built("vitrum bench --what kernels").hint("use `cargo bench`")),
+        What::Train | What::Infer => {}
+        What::Data => return Err(not_built("vitrum bench --what data").hint("use `--what train --data DIR`")),
+        What::Kernels => return Err(not_built("vitrum bench --what kernels").hint("use `cargo bench`")),
     }
+    let recipe = recipe(&args)?;
+    let options = Options {
+        train: args.what == What::Train,
+        device: args.on.device,
+        rounds: args.rounds as usize,
+        seconds: args.seconds,
+        profile: args.profile,
+        data: args.data.clone(),
+    };
+    let measured = bench::run(&recipe, &args.model, &options)?;
+    if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
+}
+
+/// What is timed: the objective and the optimiser of `peers_cpu.py`, so that the figures can stand side by side.
+fn recipe(args: &Args) -> Result<Recipe> {
+    let mut recipe = Recipe::default();
+    recipe.model.variant = Some(args.model.clone());
+    recipe.model.classes = Some(1000);
+    recipe.train.batch = args.batch.map_or(16, |n| n as usize);
+    recipe.train.steps = Some(1_000_000);
+    recipe.loss.label_smoothing = 0.1;
+    recipe.optim.weight_decay = 0.05;
+    recipe.schedule.kind = ScheduleKind::Constant;
+    if let Some(data) = &args.data {
+        recipe.model.classes = Some(Dataset::open(data, Split::Train)?.classes().len());
+    }
+    let recipe = recipe.with(&args.settings.set)?;
+    recipe.validate()?;
+    Ok(recipe)
 }

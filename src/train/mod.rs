@@ -1,6 +1,7 @@
 //! The training loop: the trainer's story, evaluation, checkpoints, early stopping.
 
 pub mod batch_file;
+pub mod bench;
 pub mod build;
 pub mod checkpoint;
 pub mod evaluate;
