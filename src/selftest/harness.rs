@@ -30,7 +30,7 @@ pub(super) fn sum_of(n: usize) -> f64 {
     ROUND * (8.0 + 2.0 * (n as f64).sqrt())
 }
 
-type Body = dyn Fn(&mut Trial) -> Result<()>;
+pub(super) type Body = dyn Fn(&mut Trial) -> Result<()>;
 
 /// One row of the table of cases.
 pub(super) struct Case {
@@ -385,7 +385,7 @@ impl<'a> Trial<'a> {
             _ => f64::INFINITY,
         };
         let mut note = name.to_string();
-        if !(error <= tolerance) {
+        if error > tolerance {
             let (r, c, cols) = (at / cols.max(1), at % cols.max(1), cols);
             note += &format!(
                 ": error {error:.1e}, tolerance {tolerance:.1e}; of {} rows of {cols}, element [{r}, {c}] is {} and should be {}",

@@ -3,7 +3,7 @@
 use crate::backend::{Branch, Join, Mask, Norm, Stats};
 use crate::error::Result;
 
-use super::harness::{Case, ELEMENTWISE, Operand, Trial, accumulated, sum_of};
+use super::harness::{Body, Case, ELEMENTWISE, Operand, Trial, accumulated, sum_of};
 
 /// B samples of T rows of D values.
 #[derive(Clone, Copy)]
@@ -58,7 +58,7 @@ const fn between(layer_scale: LayerScale, dropout: bool, drop_path: bool) -> Bet
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    let mut push = |operation, title, body: Box<dyn Fn(&mut Trial) -> Result<()>>| {
+    let mut push = |operation, title, body: Box<Body>| {
         cases.push(Case::new(operation, title, body));
     };
     for s in SHAPES {
