@@ -3,6 +3,8 @@
 //! Data goes to stdout or files, progress and errors to stderr. Exit codes: 0 done, 1 a failure that the message
 //! explains, 2 wrong usage, 130 interrupted, 143 terminated.
 
+#![forbid(unsafe_code)]
+
 pub mod bench;
 pub mod doctor;
 pub mod eval;
