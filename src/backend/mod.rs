@@ -496,9 +496,10 @@ pub trait Backend: Send {
 pub fn select(device: Device, threads: usize) -> Result<Box<dyn Backend>> {
     let why = "this version of Vitrum has no CUDA kernels yet";
     match device {
-        Device::Cuda => Err(Error::new(format!("no CUDA: {why}")).hint("use `--device cpu`")),
+        Device::Cuda => Err(Error::new(format!("cannot compute on a GPU: {why}"))
+            .hint("use `--device cpu`; `vitrum doctor` says what this machine has")),
         Device::Auto => {
-            eprintln!("device: cpu ({why})");
+            eprintln!("note: computing on the CPU: {why}");
             Ok(Box::new(cpu::CpuBackend::new(threads)?))
         }
         Device::Cpu => Ok(Box::new(cpu::CpuBackend::new(threads)?)),

@@ -184,20 +184,6 @@ pub fn print_json(value: &serde_json::Value) -> Result<()> {
     print(&serde_json::to_string_pretty(value).expect("a JSON value can be written"))
 }
 
-/// Takes the CPU for `auto`, after one line that says why; `cuda` is refused with the same reason.
-pub fn select_device(wanted: Device) -> Result<()> {
-    let reason = doctor::why_no_cuda();
-    match wanted {
-        Device::Cpu => Ok(()),
-        Device::Auto => {
-            let _ = writeln!(std::io::stderr(), "note: computing on the CPU: {reason}");
-            Ok(())
-        }
-        Device::Cuda => Err(Error::new(format!("cannot compute on a GPU: {reason}"))
-            .hint("use `--device cpu`; `vitrum doctor` says what this machine has")),
-    }
-}
-
 /// The built-in recipes, for help texts: name and first line of each.
 fn built_in_help() -> String {
     let mut text = String::from("Built-in recipes:\n");

@@ -72,35 +72,39 @@ pub(super) fn forward_backward(
     d_logits: RowsMut,
     samples: RowsMut,
 ) {
-    let classes = d_logits.cols;
-    let keep = 1.0 - f64::from(loss.label_smoothing);
-    let floor = f64::from(loss.label_smoothing) / classes as f64;
-
-    let tasks: Vec<_> = d_logits.blocks(1).into_iter().zip(samples.blocks(1)).collect();
-    c.for_each_item(tasks, |((row, mut d_logits), (_, mut result))| {
-        let (z, result) = (d_logits.row(0), result.row(0));
-        let sample = first + row;
-        if sample >= targets.count {
-            z.fill(0.0);
-            result.fill(0.0);
-            return;
+    let some = 8;
+    let tasks: Vec<_> = d_logits.blocks(some).into_iter().zip(samples.blocks(some)).collect();
+    c.for_each_item(tasks, |((start, mut d_logits), (_, mut results))| {
+        for r in 0..d_logits.rows {
+            let (z, result) = (d_logits.row(r), results.row(r));
+            if first + start + r >= targets.count {
+                z.fill(0.0);
+                result.fill(0.0);
+                continue;
+            }
+            if let Some(logits) = logits {
+                z.copy_from_slice(logits.row(start + r));
+            }
+            one_sample(loss, targets, first + start + r, scale, z, result);
         }
-        if let Some(logits) = logits {
-            z.copy_from_slice(logits.row(row));
-        }
-        let kind = targets.kind;
-        (result[TOP1], result[TOP5]) = hits(z, |class| kind.own(sample, class) != 0.0);
-
-        let (lambda, partner) = (f64::from(targets.lambda[sample]), targets.partner[sample] as usize);
-        let total = if lambda == 1.0 {
-            let target = |class| keep * kind.own(sample, class) + floor;
-            in_place(loss.kind, z, target, scale)
-        } else {
-            let mixed = |class| lambda * kind.own(sample, class) + (1.0 - lambda) * kind.own(partner, class);
-            in_place(loss.kind, z, |class| keep * mixed(class) + floor, scale)
-        };
-        result[LOSS] = total as f32;
     });
+}
+
+/// Turns the logits `z` of a sample into their gradient, and fills in its loss and hits.
+fn one_sample(loss: Loss, targets: &Targets, sample: usize, scale: f64, z: &mut [f32], result: &mut [f32]) {
+    let Targets { kind, partner, lambda, .. } = *targets;
+    (result[TOP1], result[TOP5]) = hits(z, |class| kind.own(sample, class) != 0.0);
+
+    let keep = 1.0 - f64::from(loss.label_smoothing);
+    let floor = f64::from(loss.label_smoothing) / z.len() as f64;
+    let (lambda, partner) = (f64::from(lambda[sample]), partner[sample] as usize);
+    let total = if lambda == 1.0 {
+        in_place(loss.kind, z, |class| keep * kind.own(sample, class) + floor, scale)
+    } else {
+        let mixed = |class| lambda * kind.own(sample, class) + (1.0 - lambda) * kind.own(partner, class);
+        in_place(loss.kind, z, |class| keep * mixed(class) + floor, scale)
+    };
+    result[LOSS] = total as f32;
 }
 
 /// The loss of one sample; logits become their gradient times `scale`.
