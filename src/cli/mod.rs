@@ -110,6 +110,11 @@ pub struct On {
     pub device: Device,
 }
 
+/// Every command with its arguments, for what must agree with them: the documentation.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// The whole program.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
