@@ -92,10 +92,10 @@ pub unsafe fn pack_plain<S: Simd>(
     }
 }
 
-/// Packs `rows` columns, from column `first` of `cols`, of the row-major matrix `[k, cols]`, as a left matrix: element
-/// (i, k) at `to[k·MR + i]`. Writes a few values past the end.
+/// Packs MR columns, from column `first` of `cols`, of the row-major matrix `[k, cols]`, as a left matrix: element
+/// (i, k) at `to[k·LANES + i]`. What lies in between is not read by anyone.
 /// # Safety
-/// `from` must be valid for k rows of `cols` values, `to` for `(k - 1)·MR + LANES` values. MR ≤ LANES.
+/// `from` must be valid for k rows of `cols` values, `to` for `k·LANES` values.
 #[inline(always)]
 pub unsafe fn pack_left<S: Simd>(
     s: S,
@@ -107,11 +107,11 @@ pub unsafe fn pack_left<S: Simd>(
     to: *mut f32,
 ) {
     for k0 in 0..k {
-        // SAFETY: the load keeps inside the row; each store's surplus is overwritten by the next row's.
+        // SAFETY: the load keeps inside the row.
         unsafe {
             let from = from.add(k0 * ld + first);
             let v = if first + S::LANES <= cols { s.load(from) } else { s.load_head(from, cols - first) };
-            s.store(to.add(k0 * S::MR), v);
+            s.store(to.add(k0 * S::LANES), v);
         }
     }
 }

@@ -24,6 +24,9 @@ pub struct Tile {
     pub add: bool,
 }
 
+/// Rows of B between its prefetch and its use.
+const AHEAD: usize = 8;
+
 /// The micro-kernel of one instruction set and size.
 /// # Safety of calling
 /// The instruction set must exist, and A, B and C must be valid over the whole tile; C overlaps neither A nor B.
@@ -44,10 +47,13 @@ pub unsafe fn tile<S: Simd, const M: usize, const N: usize>(s: S, t: &Tile) {
             }
         }
         let (mut a, mut b) = (t.a, t.b);
+        let mut ahead = b.wrapping_add(AHEAD * t.b_k);
         for _ in 0..t.k {
             let mut row = [s.splat(0.0); N];
             for v in 0..N {
                 row[v] = s.load(b.add(v * S::LANES));
+                // B comes from the L2 cache; where its rows are far apart the hardware does not see them coming.
+                s.prefetch(ahead.wrapping_add(v * S::LANES));
             }
             for i in 0..M {
                 let x = s.splat(*a.add(i * t.a_row));
@@ -57,6 +63,7 @@ pub unsafe fn tile<S: Simd, const M: usize, const N: usize>(s: S, t: &Tile) {
             }
             a = a.wrapping_add(t.a_k);
             b = b.wrapping_add(t.b_k);
+            ahead = ahead.wrapping_add(t.b_k);
         }
         for i in 0..M {
             for v in 0..N {
