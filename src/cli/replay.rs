@@ -6,8 +6,8 @@ use super::{On, Settings};
 use crate::error::Result;
 use crate::train::batch_file::BatchFile;
 use crate::train::replay;
-use crate::weights::safetensors::{self, View};
 use crate::weights;
+use crate::weights::safetensors::{self, View};
 
 #[derive(clap::Args)]
 pub struct Args {

@@ -293,7 +293,7 @@ impl Run {
         self.window.loss += report.loss;
         self.window.top1 += report.top1;
         let step = trainer.step;
-        let due = step % self.recipe.train.log_every == 0 || step == self.steps;
+        let due = step.is_multiple_of(self.recipe.train.log_every) || step == self.steps;
         let batch = self.recipe.train.batch as f64;
         let seconds = (self.window.since.elapsed().as_secs_f64() - self.window.outside).max(1e-9);
         let waited = loader.wait_seconds() - self.window.waited;
@@ -322,12 +322,12 @@ impl Run {
     }
 
     pub fn evaluation_is_due(&self, step: u64) -> bool {
-        step % self.recipe.train.eval_every == 0 || step == self.steps
+        step.is_multiple_of(self.recipe.train.eval_every) || step == self.steps
     }
 
     pub fn checkpoint_is_due(&self, step: u64) -> bool {
         let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every);
-        step % every == 0 || step == self.steps || self.state.best.is_some_and(|b| b.step == step)
+        step.is_multiple_of(every) || step == self.steps || self.state.best.is_some_and(|b| b.step == step)
     }
 
     /// Validation images, some training images without augmentation, and the same with the EMA of the weights.

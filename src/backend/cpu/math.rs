@@ -93,7 +93,7 @@ pub struct TanhForm;
 pub struct ErfForm;
 
 /// `2√(2/π)`
-const TWO_C: f32 = 1.595_769_1;
+const TWO_C: f32 = 1.595_769;
 const CUBIC: f32 = 0.044_715;
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 
