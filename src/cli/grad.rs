@@ -18,7 +18,7 @@ pub struct Args {
     /// Safetensors with `images` [B,H,W,3] and `labels` [B] or `targets` [B,C]
     #[arg(long, value_name = "FILE")]
     pub batch: PathBuf,
-    /// Where to write `logits`, `loss` and `grad/NAME`
+    /// Where to write `logits` [B,C], `loss` [1] and `grad/NAME`, all F32
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// softmax or sigmoid

@@ -17,7 +17,7 @@ pub struct Args {
     /// Safetensors with `images_u8` [S,B,H,W,3] or `images`, and `labels` [S,B]
     #[arg(long, value_name = "FILE")]
     pub batches: PathBuf,
-    /// Where to write `losses`, `grad_norms`, `lrs` and `final/NAME`
+    /// Where to write `losses`, `grad_norms`, `lrs` [S] (F64) and `final/NAME` (F32)
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     #[command(flatten)]

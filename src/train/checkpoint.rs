@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ::safetensors::tensor::Dtype;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::backend::{Arena, Backend};
 use crate::error::{At, Error, Result};
@@ -31,6 +31,10 @@ pub struct RunState {
     pub best: Option<Best>,
     /// Evaluations since the best one.
     pub stale_evals: u64,
+    /// Of the steps since the last line of the log: a checkpoint may fall between two lines.
+    pub window: Sums,
+    /// The loss of the last line of the log.
+    pub last_loss: Option<f64>,
     /// The recipe of the run, to refuse a resume under another one.
     pub recipe: String,
     /// The matmul algorithms in use; empty on the CPU, which has one.
@@ -41,6 +45,21 @@ pub struct RunState {
 pub struct Best {
     pub step: u64,
     pub metric: f64,
+}
+
+/// What a line of the log is the mean of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sums {
+    pub steps: u64,
+    #[serde(deserialize_with = "number_or_nan")]
+    pub loss: f64,
+    #[serde(deserialize_with = "number_or_nan")]
+    pub top1: f64,
+}
+
+/// JSON has no NaN and holds `null` in its place.
+fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
 /// Where [`RunState`] lies in the metadata of `state.safetensors`.
@@ -73,12 +92,18 @@ impl Checkpoints {
     }
 
     /// Writes a checkpoint of the trainer, points `last` (and `best`) at it, and removes those that are neither.
-    pub fn save(&self, trainer: &mut Trainer, state: &RunState, meta: &CheckpointMeta) -> Result<()> {
-        let hidden = self.dir.join(format!(".step-{}.{}.tmp", state.step, std::process::id()));
-        let written = self.write(&hidden, trainer, state, meta).and_then(|()| {
+    ///
+    /// False: the weights are not finite. Nothing was written, and the last good checkpoint is still there.
+    pub fn save(&self, trainer: &mut Trainer, state: &RunState, meta: &CheckpointMeta) -> Result<bool> {
+        let weights = read_weights(&trainer.model, &mut *trainer.backend, Arena::Params)?;
+        if !weights.values().flat_map(|t| &t.values).all(|value| value.is_finite()) {
+            return Ok(false);
+        }
+        let hidden = self.hidden(state.step);
+        let written = self.write(&hidden, trainer, &weights, state, meta).and_then(|()| {
             let target = self.path(state.step);
             if target.exists() {
-                fs::remove_dir_all(&target).at(target.display())?;
+                self.remove(state.step);
             }
             fs::rename(&hidden, &target).at(target.display())
         });
@@ -89,21 +114,21 @@ impl Checkpoints {
         files::sync_dir(&self.dir);
         self.link(state)?;
         self.prune(state);
-        Ok(())
+        Ok(true)
     }
 
     fn write(
         &self,
         folder: &Path,
         trainer: &mut Trainer,
+        weights: &Tensors,
         state: &RunState,
         meta: &CheckpointMeta,
     ) -> Result<()> {
         files::create_dir(folder)?;
         let meta = CheckpointMeta { step: Some(state.step), ..meta.clone() };
         let config = trainer.model.config.clone();
-        let tensors = read_weights(&trainer.model, &mut *trainer.backend, Arena::Params)?;
-        weights::save(&folder.join("model.safetensors"), &config, &tensors, &meta)?;
+        weights::save(&folder.join("model.safetensors"), &config, weights, &meta)?;
         if trainer.optimizer.ema_decay().is_some() {
             let tensors = read_weights(&trainer.model, &mut *trainer.backend, Arena::Ema)?;
             weights::save(&folder.join("ema.safetensors"), &config, &tensors, &meta)?;
@@ -128,12 +153,22 @@ impl Checkpoints {
         fs::rename(&temporary, &link).at(link.display())
     }
 
+    /// Hides a checkpoint, then removes it: a killed run leaves no half of one under its name. Best effort.
+    fn remove(&self, step: u64) {
+        let hidden = self.hidden(step).with_extension("old.tmp");
+        let _ = fs::rename(self.path(step), &hidden).and_then(|()| fs::remove_dir_all(&hidden));
+    }
+
+    fn hidden(&self, step: u64) -> PathBuf {
+        self.dir.join(format!(".step-{step}.{}.tmp", std::process::id()))
+    }
+
     /// Removes what is neither last nor best, and leftovers of killed writers. Best effort.
     fn prune(&self, state: &RunState) {
         let best = state.best.map(|b| b.step);
         for step in self.steps() {
             if step != state.step && Some(step) != best {
-                let _ = fs::remove_dir_all(self.path(step));
+                self.remove(step);
             }
         }
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
@@ -144,16 +179,25 @@ impl Checkpoints {
         }
     }
 
-    /// Restores the newest whole checkpoint. `None`: there is none, the run starts fresh.
-    pub fn resume(&self, trainer: &mut Trainer) -> Result<Option<RunState>> {
+    /// Restores the newest whole checkpoint, unless `check` objects to its state. `None`: there is none, the run starts
+    /// fresh.
+    pub fn resume(
+        &self,
+        trainer: &mut Trainer,
+        check: impl FnOnce(&RunState) -> Result<()>,
+    ) -> Result<Option<RunState>> {
         let Some(step) = self.steps().last().copied() else { return Ok(None) };
         let folder = self.path(step);
         let restore = |trainer: &mut Trainer| -> Result<RunState> {
+            let stored = SafeTensors::open(&folder.join("state.safetensors"))?;
+            let state = read_state(&stored, &folder)?;
+            check(&state)?;
             load_weights(&folder.join("model.safetensors"), trainer, Arena::Params)?;
             if trainer.optimizer.ema_decay().is_some() {
                 load_weights(&folder.join("ema.safetensors"), trainer, Arena::Ema)?;
             }
-            read_state(&folder.join("state.safetensors"), &mut *trainer.backend)
+            read_moments(&stored, &folder, &mut *trainer.backend)?;
+            Ok(state)
         };
         let state = restore(trainer).map_err(|e| match e.hint_text() {
             Some(_) => e,
@@ -201,16 +245,18 @@ fn write_state(path: &Path, backend: &mut dyn Backend, state: &RunState) -> Resu
     safetensors::write(path, &[(STATE_KEY.to_string(), json)].into(), views.collect())
 }
 
-fn read_state(path: &Path, backend: &mut dyn Backend) -> Result<RunState> {
-    let file = SafeTensors::open(path)?;
-    let json = file.metadata().get(STATE_KEY);
+fn read_state(file: &SafeTensors, folder: &Path) -> Result<RunState> {
+    let place = folder.join("state.safetensors");
     let json =
-        json.ok_or_else(|| Error::new(format!("{}: no `{STATE_KEY}` in the metadata", path.display())))?;
-    let state: RunState = serde_json::from_str(json).at(path.display())?;
+        file.metadata().get(STATE_KEY).ok_or_else(|| Error::new(format!("no `{STATE_KEY}` in the metadata")));
+    serde_json::from_str(json.at(place.display())?).at(place.display())
+}
+
+fn read_moments(file: &SafeTensors, folder: &Path, backend: &mut dyn Backend) -> Result<()> {
     for (name, arena) in [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)] {
         backend
             .write_arena(arena, &file.bytes(name)?)
-            .map_err(|e| e.at(format!("{}: `{name}`", path.display())))?;
+            .map_err(|e| e.at(format!("{}: `{name}`", folder.join("state.safetensors").display())))?;
     }
-    Ok(state)
+    Ok(())
 }

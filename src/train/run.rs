@@ -14,7 +14,7 @@ use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, form
 use crate::vit::Vit;
 use crate::weights::CheckpointMeta;
 
-use super::checkpoint::{Best, Checkpoints, RunState};
+use super::checkpoint::{Best, Checkpoints, RunState, Sums};
 use super::evaluate::{EvalReport, evaluate};
 use super::{Trainer, signals};
 
@@ -147,26 +147,23 @@ pub struct Run {
     log: Log,
     progress: Progress,
     last_eval: Option<EvalReport>,
-    /// Of the last reported window.
-    last_loss: Option<f64>,
     start: Instant,
-    window: Window,
+    pace: Pace,
 }
 
-/// Sums since the last line of the log.
-struct Window {
+/// Times since the last line of the log, in this process.
+struct Pace {
     since: Instant,
+    steps: u64,
     /// Seconds since then that were not spent on steps (evaluation, checkpoints).
     outside: f64,
-    steps: u64,
+    /// The loader's waiting time at that line.
     waited: f64,
-    loss: f64,
-    top1: f64,
 }
 
-impl Window {
+impl Pace {
     fn new(waited: f64) -> Self {
-        Self { since: Instant::now(), outside: 0.0, steps: 0, waited, loss: 0.0, top1: 0.0 }
+        Self { since: Instant::now(), steps: 0, outside: 0.0, waited }
     }
 }
 
@@ -182,10 +179,10 @@ impl Run {
         }
         files::create_dir(out)?;
         let text = recipe.to_toml();
-        let state = if options.resume { checkpoints.resume(trainer)? } else { None };
-        if let Some(state) = &state {
-            same_recipe(&state.recipe, &text)?;
-        }
+        let state = match options.resume {
+            true => checkpoints.resume(trainer, |state| same_recipe(&state.recipe, &text))?,
+            false => None,
+        };
         files::write_atomic(&out.join("recipe.toml"), |w| w.write_all(text.as_bytes()))?;
         let resumed = state.as_ref().map(|s| s.step);
         let log = Log::to_file(&out.join("log.txt"))?;
@@ -207,10 +204,9 @@ impl Run {
             metrics,
             progress: Progress::new(&log, steps, trainer.step),
             log,
-            last_loss: None,
             last_eval: None,
             start: Instant::now(),
-            window: Window::new(0.0),
+            pace: Pace::new(0.0),
             state,
             options: options.clone(),
             data,
@@ -289,23 +285,25 @@ impl Run {
 
     /// Counts a step, and writes a line when one is due.
     pub fn log(&mut self, trainer: &Trainer, report: &StepReport, loader: &Loader) -> Result<()> {
-        self.window.steps += 1;
-        self.window.loss += report.loss;
-        self.window.top1 += report.top1;
+        let sums = &mut self.state.window;
+        sums.steps += 1;
+        sums.loss += report.loss;
+        sums.top1 += report.top1;
+        self.pace.steps += 1;
+        let (sums, pace) = (self.state.window, &self.pace);
         let step = trainer.step;
         let due = step.is_multiple_of(self.recipe.train.log_every) || step == self.steps;
         let batch = self.recipe.train.batch as f64;
-        let seconds = (self.window.since.elapsed().as_secs_f64() - self.window.outside).max(1e-9);
-        let waited = loader.wait_seconds() - self.window.waited;
-        let img_per_s = self.window.steps as f64 * batch / seconds;
+        let seconds = (pace.since.elapsed().as_secs_f64() - pace.outside).max(1e-9);
+        let waited = loader.wait_seconds() - pace.waited;
         let line = StepLine {
             step,
             epoch: self.epoch(step),
-            loss: self.window.loss / self.window.steps as f64,
+            loss: sums.loss / sums.steps as f64,
             lr: trainer.optimizer.lr(step - 1),
             grad_norm: report.grad_norm,
-            top1: self.window.top1 / self.window.steps as f64,
-            img_per_s,
+            top1: sums.top1 / sums.steps as f64,
+            img_per_s: pace.steps as f64 * batch / seconds,
             data_wait: waited / seconds,
             mfu: None,
             skipped: trainer.skipped,
@@ -315,8 +313,9 @@ impl Run {
         if due {
             self.metrics.step(&line)?;
             self.progress.step(&line);
-            self.last_loss = Some(line.loss);
-            self.window = Window::new(loader.wait_seconds());
+            self.state.last_loss = Some(line.loss);
+            self.state.window = Sums::default();
+            self.pace = Pace::new(loader.wait_seconds());
         }
         Ok(())
     }
@@ -325,9 +324,13 @@ impl Run {
         step.is_multiple_of(self.recipe.train.eval_every) || step == self.steps
     }
 
-    pub fn checkpoint_is_due(&self, step: u64) -> bool {
+    /// Never while steps are skipped: the checkpoint before the trouble is worth more.
+    pub fn checkpoint_is_due(&self, trainer: &Trainer) -> bool {
+        let step = trainer.step;
         let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every);
-        step.is_multiple_of(every) || step == self.steps || self.state.best.is_some_and(|b| b.step == step)
+        let is_best = self.state.best.is_some_and(|b| b.step == step);
+        let due = step.is_multiple_of(every) || step == self.steps || is_best;
+        due && trainer.skipped_in_a_row() == 0
     }
 
     /// Validation images, some training images without augmentation, and the same with the EMA of the weights.
@@ -356,7 +359,7 @@ impl Run {
         self.metrics.eval(&line)?;
         self.progress.eval(&line);
         self.last_eval = Some(report);
-        self.window.outside += began.elapsed().as_secs_f64();
+        self.pace.outside += began.elapsed().as_secs_f64();
         Ok(())
     }
 
@@ -409,7 +412,8 @@ impl Run {
         step as f64 * self.recipe.train.batch as f64 / self.data.train.len() as f64
     }
 
-    /// Writes a checkpoint of the trainer as it is.
+    /// Writes a checkpoint of the trainer as it is. Weights that are not finite are not saved: such a run ends soon, by
+    /// [`Run::ended`].
     pub fn checkpoint(&mut self, trainer: &mut Trainer) -> Result<()> {
         if self.saved_at == Some(trainer.step) {
             return Ok(());
@@ -418,47 +422,57 @@ impl Run {
         self.state.step = trainer.step;
         self.state.skipped = trainer.skipped;
         self.state.skipped_in_a_row = trainer.skipped_in_a_row();
-        self.checkpoints.save(trainer, &self.state, &self.meta)?;
-        self.saved_at = Some(trainer.step);
-        self.window.outside += began.elapsed().as_secs_f64();
+        if self.checkpoints.save(trainer, &self.state, &self.meta)? {
+            self.saved_at = Some(trainer.step);
+        } else {
+            self.log
+                .warn(&format!("step {}: the weights are not finite, no checkpoint written", trainer.step));
+        }
+        self.pace.outside += began.elapsed().as_secs_f64();
         Ok(())
     }
 
-    /// Signals, divergence, early stopping, an overfit run that has learned.
-    pub fn should_end(&mut self, trainer: &mut Trainer) -> Result<Option<Ending>> {
-        if let Some(signal) = signals::pending() {
-            self.checkpoint(trainer)?;
-            let at = self.checkpoints.path(trainer.step);
-            return Err(Error::stopped(
-                signal,
-                format!("stopped at step {}, saved to {}", trainer.step, at.display()),
-            )
-            .hint(format!("go on with `vitrum train ... --out {} --resume`", self.options.out.display())));
-        }
+    /// Asked before every step, the first of a resumed run too. Divergence and signals are errors.
+    pub fn ended(&mut self, trainer: &mut Trainer) -> Result<Option<Ending>> {
         if trainer.skipped_in_a_row() >= self.recipe.train.max_skipped {
-            let last = self.saved_at.map(|step| self.checkpoints.path(step).display().to_string());
-            return Err(trainer.diverged(last.as_deref()));
+            return Err(self.diverged(trainer));
         }
         let patience = self.recipe.train.patience;
-        if patience > 0 && self.state.stale_evals >= patience {
-            self.checkpoint(trainer)?;
-            return Ok(Some(Ending::EarlyStop));
-        }
-        if self.data.overfit.is_some() && self.window.steps == 0 && self.last_loss_is_learned() {
+        if self.data.overfit.is_some() && self.state.window.steps == 0 && self.last_loss_is_learned() {
             return Ok(Some(Ending::Learned));
         }
-        Ok(None)
+        if patience > 0 && self.state.stale_evals >= patience {
+            return Ok(Some(Ending::EarlyStop));
+        }
+        if trainer.step >= self.steps {
+            return Ok(Some(Ending::Finished));
+        }
+        let Some(signal) = signals::pending() else { return Ok(None) };
+        self.checkpoint(trainer)?;
+        let saved = self.saved_at.map_or("no checkpoint was written yet".into(), |step| {
+            format!("saved to {}", self.checkpoints.path(step).display())
+        });
+        Err(Error::stopped(signal, format!("stopped at step {}, {saved}", trainer.step))
+            .hint(format!("go on with the same command and `--out {} --resume`", self.options.out.display())))
+    }
+
+    fn diverged(&self, trainer: &Trainer) -> Error {
+        let last = self.saved_at.map(|step| self.checkpoints.path(step).display().to_string());
+        trainer.diverged(last.as_deref())
     }
 
     fn last_loss_is_learned(&self) -> bool {
-        self.last_loss.is_some_and(|loss| loss < OVERFIT_LOSS)
+        self.state.last_loss.is_some_and(|loss| loss < OVERFIT_LOSS)
     }
 
     /// Closes the reports and says how it went.
     pub fn finish(mut self, trainer: &mut Trainer, ending: Ending) -> Result<RunSummary> {
         self.checkpoint(trainer)?;
+        if self.saved_at != Some(trainer.step) {
+            return Err(self.diverged(trainer));
+        }
         if self.data.overfit.is_some() && !self.last_loss_is_learned() {
-            let loss = self.last_loss.unwrap_or(f64::NAN);
+            let loss = self.state.last_loss.unwrap_or(f64::NAN);
             return Err(Error::new(format!(
                 "the model did not learn {} images by heart: loss {loss:.4} after {} steps, not below {OVERFIT_LOSS}",
                 self.data.overfit.unwrap_or(0),

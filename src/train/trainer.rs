@@ -11,7 +11,7 @@ use crate::recipe::Recipe;
 use crate::vit::{Mode, Vit};
 
 use super::build;
-use super::run::{Ending, Run, RunData, RunOptions, RunSummary};
+use super::run::{Run, RunData, RunOptions, RunSummary};
 
 /// Trains one recipe from its first step, or from its last checkpoint, to its end.
 pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
@@ -25,8 +25,10 @@ pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
     let mut run = Run::open(recipe, options, data, &mut trainer)?;
     let mut loader = run.loader(&trainer)?;
 
-    let mut ending = Ending::Finished;
-    while trainer.step < run.steps {
+    let ending = loop {
+        if let Some(ending) = run.ended(&mut trainer)? {
+            break ending;
+        }
         let batch = run.next_batch(&mut loader)?;
         let (free, report) = trainer.step(batch)?;
         free.into_iter().for_each(|slot| loader.recycle(slot));
@@ -34,14 +36,10 @@ pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
         if run.evaluation_is_due(trainer.step) {
             run.evaluate(&mut trainer, &mut loader)?;
         }
-        if run.checkpoint_is_due(trainer.step) {
+        if run.checkpoint_is_due(&trainer) {
             run.checkpoint(&mut trainer)?;
         }
-        if let Some(early) = run.should_end(&mut trainer)? {
-            ending = early;
-            break;
-        }
-    }
+    };
     run.finish(&mut trainer, ending)
 }
 
@@ -149,13 +147,14 @@ impl Trainer {
     /// The run has gone off the rails: says where, at which rate, and what to try.
     pub fn diverged(&self, last_checkpoint: Option<&str>) -> Error {
         let lr = self.optimizer.lr(self.step.saturating_sub(1));
+        let what = match self.skipped_in_a_row {
+            0 => "the weights are not finite any more".into(),
+            n => format!("loss or gradient norm not finite in {n} steps in a row"),
+        };
         let from = last_checkpoint
             .map_or("no checkpoint was written yet".into(), |c| format!("last good checkpoint: {c}"));
-        Error::new(format!(
-            "loss or gradient norm not finite in {} steps in a row, at step {} with learning rate {lr:.3e}; {from}",
-            self.skipped_in_a_row, self.step
-        ))
-        .hint("lower `optim.lr`, lengthen `schedule.warmup`, or set `optim.clip=1`")
+        Error::new(format!("step {}, learning rate {lr:.3e}: {what}; {from}", self.step))
+            .hint("lower `optim.lr`, lengthen `schedule.warmup`, or set `optim.clip=1`")
     }
 
     fn micro(&self, first: usize) -> Micro {
