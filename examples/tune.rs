@@ -1,3 +1,7 @@
+//! Single kernels at the shapes of models: CPU time of one thread against the measured peak. For tuning; needs AVX2.
+
+#![allow(clippy::undocumented_unsafe_blocks, reason = "a tool for tuning, no part of the program")]
+
 use vitrum::backend::cpu::{attention, compute::*, gemm, view::*};
 use vitrum::backend::{Gelu, Heads};
 fn cpu_ns() -> f64 {
