@@ -45,8 +45,12 @@ fn trainer(variant: &str, image: usize, classes: usize, batch: usize) -> Trainer
 
 fn batch_of(trainer: &Trainer) -> Slot {
     let config = &trainer.model.config;
-    let layout =
-        SlotLayout { samples: trainer.batch, image: config.image, pixels: Pixels::U8, targets: TargetKind::Labels };
+    let layout = SlotLayout {
+        samples: trainer.batch,
+        image: config.image,
+        pixels: Pixels::U8,
+        targets: TargetKind::Labels,
+    };
     let mut slot = trainer.backend.new_slot(layout).unwrap();
     let mut draws = Stream::new(0, Domain::Demo, u64::MAX, 0);
     slot.images_u8_mut().iter_mut().for_each(|p| *p = draws.next_u32() as u8);

@@ -1,3 +1,5 @@
+//! The program; all of it is in [`vitrum::cli`].
+
 use std::process::ExitCode;
 
 fn main() -> ExitCode {

@@ -120,7 +120,7 @@ impl Stream {
         (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
     }
 
-    /// Beta(alpha, alpha) by Jöhnk's method for alpha <= 1 and by two gammas (Marsaglia and Tsang 2000) above.
+    /// Beta(alpha, alpha) from two gammas (Marsaglia and Tsang 2000).
     pub fn beta(&mut self, alpha: f64) -> f64 {
         let (x, y) = (self.gamma(alpha), self.gamma(alpha));
         if x + y > 0.0 { x / (x + y) } else { f64::from(u8::from(self.chance(0.5))) }

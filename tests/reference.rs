@@ -23,7 +23,8 @@ fn reference() -> Option<PathBuf> {
 }
 
 fn folders(of: &Path) -> Vec<PathBuf> {
-    let mut all: Vec<_> = std::fs::read_dir(of).unwrap().flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect();
+    let mut all: Vec<_> =
+        std::fs::read_dir(of).unwrap().flatten().map(|e| e.path()).filter(|p| p.is_dir()).collect();
     all.sort();
     all
 }
@@ -89,8 +90,15 @@ fn logits_losses_and_every_gradient_equal_the_reference() {
         let side = |i: usize| config["image"][i].as_u64().unwrap() as usize;
         let samples = io.shape("images_u8").unwrap()[0];
         let path = case.join("params.npz");
-        let mut run =
-            Loaded::open(&path, &Default::default(), Device::Cpu, samples, Mode::Train, Some((side(0), side(1)))).unwrap();
+        let mut run = Loaded::open(
+            &path,
+            &Default::default(),
+            Device::Cpu,
+            samples,
+            Mode::Train,
+            Some((side(0), side(1))),
+        )
+        .unwrap();
 
         let mut files: BTreeMap<&str, Tensors> = BTreeMap::new();
         let stored = SafeTensors::open(&case.join("grads.safetensors")).unwrap();
@@ -104,11 +112,17 @@ fn logits_losses_and_every_gradient_equal_the_reference() {
         }
 
         for (loss, kind, smooth) in LOSSES {
-            let label_smoothing = if smooth { config["label_smoothing"].as_f64().unwrap() as f32 } else { 0.0 };
+            let label_smoothing =
+                if smooth { config["label_smoothing"].as_f64().unwrap() as f32 } else { 0.0 };
             let batch = slot(&run, &io, loss);
-            let report = gradients(&mut *run.backend, &run.model, Loss { kind, label_smoothing }, batch).unwrap();
+            let report =
+                gradients(&mut *run.backend, &run.model, Loss { kind, label_smoothing }, batch).unwrap();
             let want = io.f64(&format!("loss.{loss}.f64")).unwrap()[0];
-            assert!((report.loss - want).abs() <= 1e-5 * want.abs(), "{name}: loss {loss}: {} for {want}", report.loss);
+            assert!(
+                (report.loss - want).abs() <= 1e-5 * want.abs(),
+                "{name}: loss {loss}: {} for {want}",
+                report.loss
+            );
 
             let mut logits = vec![0.0; samples * run.model.config.classes];
             run.backend.read(run.model.logits(), &mut logits).unwrap();
@@ -158,7 +172,11 @@ fn optim_settings(kind: &str, o: &serde_json::Value) -> Vec<String> {
         return set;
     }
     if kind.starts_with("adamw") || kind == "torch_adamw" {
-        add(&format!("optim.name=adamw optim.lr={} optim.weight_decay={}", number("adam_lr"), number("wd_torch")));
+        add(&format!(
+            "optim.name=adamw optim.lr={} optim.weight_decay={}",
+            number("adam_lr"),
+            number("wd_torch")
+        ));
         match kind {
             "adamw_kernels" => add(&format!("optim.beta2=0.95 optim.clip={clip}")),
             _ => add("optim.clip=0 optim.decay_on=all"),
@@ -176,8 +194,14 @@ fn optim_settings(kind: &str, o: &serde_json::Value) -> Vec<String> {
         "bv_sgd_nesterov" => add("optim.name=sgd optim.momentum=0.9 optim.nesterov=true"),
         "bv_frozen" => {
             add("optim.name=adam");
-            let head = format!("{{pattern='head/.*', schedule={{kind='linear', warmup={}, total={}}}}}", o["warmup"], o["total_steps"]);
-            let norm = format!("{{pattern='Transformer/encoder_norm/.*', schedule={{kind='rsqrt', timescale=7.0, warmup=2, total={}}}}}", o["total_steps"]);
+            let head = format!(
+                "{{pattern='head/.*', schedule={{kind='linear', warmup={}, total={}}}}}",
+                o["warmup"], o["total_steps"]
+            );
+            let norm = format!(
+                "{{pattern='Transformer/encoder_norm/.*', schedule={{kind='rsqrt', timescale=7.0, warmup=2, total={}}}}}",
+                o["total_steps"]
+            );
             set.push(format!("optim.groups=[{head}, {norm}, {{pattern='.*', frozen=true}}]"));
         }
         "bv_lr_mults" => {
@@ -192,7 +216,9 @@ fn optim_settings(kind: &str, o: &serde_json::Value) -> Vec<String> {
         "bv_rsqrt_cooldown" => {
             add("optim.name=adam");
             set.retain(|s| !s.starts_with("schedule.kind") && !s.starts_with("schedule.total"));
-            set.extend(["schedule.kind=rsqrt", "schedule.timescale=5", "schedule.cooldown=4"].map(str::to_string));
+            set.extend(
+                ["schedule.kind=rsqrt", "schedule.timescale=5", "schedule.cooldown=4"].map(str::to_string),
+            );
         }
         other => panic!("the reference has an optimiser that this test does not know: `{other}`"),
     }
@@ -207,10 +233,11 @@ fn optimiser_trajectories_equal_the_reference() {
     let mut kinds = Vec::new();
     for entry in std::fs::read_dir(&folder).unwrap().flatten() {
         let path = entry.path();
-        let stored = match path.extension().is_some_and(|e| e == "safetensors").then(|| SafeTensors::open(&path)) {
-            Some(Ok(stored)) if stored.contains("traj.losses") => stored,
-            _ => continue,
-        };
+        let stored =
+            match path.extension().is_some_and(|e| e == "safetensors").then(|| SafeTensors::open(&path)) {
+                Some(Ok(stored)) if stored.contains("traj.losses") => stored,
+                _ => continue,
+            };
         let kind = stored.metadata()["kind"].clone();
         let settings: serde_json::Value = serde_json::from_str(&stored.metadata()["optim"]).unwrap();
         let bf16 = kind.contains("bf16") || kind == "bv_adafactor";
@@ -223,20 +250,27 @@ fn optimiser_trajectories_equal_the_reference() {
         let near = |what: &str, got: &[f64], bound: f64| {
             let want = stored.f64(&format!("traj.{what}")).unwrap();
             for (step, (g, w)) in got.iter().zip(&want).enumerate() {
-                assert!((g - w).abs() <= bound * w.abs().max(1.0), "{kind}: {what} at step {step}: {g}, not {w}");
+                assert!(
+                    (g - w).abs() <= bound * w.abs().max(1.0),
+                    "{kind}: {what} at step {step}: {g}, not {w}"
+                );
             }
         };
         near("losses", &got.losses, if bf16 { 3e-4 } else { 2e-6 });
         near("grad_norms", &got.grad_norms, if bf16 { 3e-3 } else { 1e-5 });
         near("lrs", &got.lrs, 1e-7); // stored from f32
 
-        let to_flax = |tensors| weights::to_flax_tensors(&file.config, Numbering::Published, tensors).unwrap();
+        let to_flax =
+            |tensors| weights::to_flax_tensors(&file.config, Numbering::Published, tensors).unwrap();
         let (end, start) = (to_flax(&got.weights), to_flax(&file.tensors));
         let (mut step_error, mut step_norm) = (0.0, 0.0);
         for (name, tensor) in end.iter().filter(|(name, _)| !name.ends_with("/key/bias")) {
             let want = stored.tensor(&format!("final:{name}")).unwrap();
             let error = rel_l2(&tensor.values, &want.values);
-            assert!(error <= if bf16 { 5e-3 } else { 3e-6 }, "{kind}: `{name}` differs by {error:.1e} at the end");
+            assert!(
+                error <= if bf16 { 5e-3 } else { 3e-6 },
+                "{kind}: `{name}` differs by {error:.1e} at the end"
+            );
             for ((g, w), s) in tensor.values.iter().zip(&want.values).zip(&start[name].values) {
                 step_error += f64::from(g - w).powi(2);
                 step_norm += f64::from(w - s).powi(2);
@@ -265,7 +299,8 @@ fn timm_trajectories_equal_the_reference() {
     ] {
         let mut set = optim_settings("adamw_all", &o);
         set.extend(extra.into_iter().map(str::to_string));
-        let recipe = replay::recipe(&file.config, batches.layout.samples, batches.steps as u64).with(&set).unwrap();
+        let recipe =
+            replay::recipe(&file.config, batches.layout.samples, batches.steps as u64).with(&set).unwrap();
         let got = replay::run(&recipe, &file, &batches, Device::Cpu, |_, _| {}).unwrap();
         let want = stored.f64(&format!("{case}.losses_f64")).unwrap();
         for (step, (g, w)) in got.losses.iter().zip(want).enumerate() {
@@ -328,7 +363,8 @@ fn a_short_training_run_follows_the_reference() {
         weights::save(&trained, &file.config, &tensors, &file.meta).unwrap();
         let test_shape = data.shape("test_images").unwrap();
         let mut run =
-            Loaded::open(&trained, &Default::default(), Device::Cpu, test_shape[0], Mode::Train, None).unwrap();
+            Loaded::open(&trained, &Default::default(), Device::Cpu, test_shape[0], Mode::Train, None)
+                .unwrap();
         let layout = SlotLayout {
             samples: test_shape[0],
             image: batches.layout.image,
@@ -343,6 +379,10 @@ fn a_short_training_run_follows_the_reference() {
         let report = gradients(&mut *run.backend, &run.model, loss, slot).unwrap();
         let want = *curves.f64(&format!("{name}.f64.test_acc")).unwrap().last().unwrap();
         let images = test_shape[0] as f64;
-        assert!((report.top1 - want).abs() * images <= 2.01, "{name}: test accuracy {}, not {want}", report.top1);
+        assert!(
+            (report.top1 - want).abs() * images <= 2.01,
+            "{name}: test accuracy {}, not {want}",
+            report.top1
+        );
     }
 }

@@ -42,7 +42,9 @@ pub fn run(args: Args) -> Result<()> {
         return Err(not_built("vitrum eval --protocol").hint("leave it out: the file's own protocol is used"));
     }
     if args.labels.is_some() {
-        return Err(not_built("vitrum eval --labels").hint("leave it out: the data set's own labels are used"));
+        return Err(
+            not_built("vitrum eval --labels").hint("leave it out: the data set's own labels are used")
+        );
     }
     let overrides = args.settings.model_overrides()?;
     let data = Dataset::open(&args.data, Split::Val)?;

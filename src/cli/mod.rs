@@ -3,6 +3,8 @@
 //! Data goes to stdout or files, progress and errors to stderr. Exit codes: 0 done, 1 a failure that the message
 //! explains, 2 wrong usage, 130 interrupted, 143 terminated.
 
+#![forbid(unsafe_code)]
+
 pub mod bench;
 pub mod doctor;
 pub mod eval;
@@ -106,6 +108,11 @@ pub struct On {
     /// Where to compute: auto, cpu or cuda
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = Device::Auto)]
     pub device: Device,
+}
+
+/// Every command with its arguments, for what must agree with them: the documentation.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// The whole program.

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
-use crate::rng::{Domain, Permutation};
 use crate::error::{At, Error, Result};
+use crate::rng::{Domain, Permutation};
 use crate::{fail, files};
 
 use super::demo;
@@ -165,7 +165,13 @@ impl Dataset {
         if records.len() == 0 {
             fail!("{}: the data set is empty", dir.display());
         }
-        Ok(Self { name: dir.display().to_string(), classes: manifest.classes, records, chosen: None, relabel: None })
+        Ok(Self {
+            name: dir.display().to_string(),
+            classes: manifest.classes,
+            records,
+            chosen: None,
+            relabel: None,
+        })
     }
 
     fn listed(source: Arc<Source>, split: Split) -> Result<Self> {
@@ -428,7 +434,7 @@ fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset
                 classes,
                 records: Records::packed(vec![shard]),
                 chosen: None,
-            relabel: None,
+                relabel: None,
             })
         }
     }

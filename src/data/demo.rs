@@ -22,12 +22,14 @@ pub const CLASSES: [&str; 10] =
     ["disc", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow", "house"];
 
 /// Changes whenever the pictures do: the cache folder keeps one data set per version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Supersamples along each axis of a pixel.
 const SAMPLES: usize = 4;
-/// Least distance in RGB (each channel 0 to 1) between a shape and everything it lies on or under.
-const CONTRAST: f32 = 0.45;
+/// Least difference in brightness (0 to 1) between a shape and the darker things that it lies on or under.
+const CONTRAST: f32 = 0.3;
+/// Largest value of a channel of those.
+const DIM: f32 = 0.6;
 const SEED: u64 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,20 +156,21 @@ impl Scene {
     fn draw(variant: Variant, class: usize, draws: &mut Stream) -> Self {
         let radius = draws.range(8.0, 13.0);
         let turn = draws.range(-1.0, 1.0) * variant.largest_turn();
-        let stretch = 1.2f32.powf(draws.range(-1.0, 1.0));
-        // A shape may reach two pixels out of the picture.
-        let room = SIDE as f32 - 2.0 * (radius - 2.0);
-        let centre = [radius - 2.0 + room * draws.uniform(), radius - 2.0 + room * draws.uniform()];
+        let stretch = 1.15f32.powf(draws.range(-1.0, 1.0));
+        let room = SIDE as f32 - 2.0 * radius;
+        let centre = [radius + room * draws.uniform(), radius + room * draws.uniform()];
         let (sin, cos) = turn.sin_cos();
         let (sx, sy) = (1.0 / (radius * stretch), stretch / radius);
         let to_shape = [[cos * sx, sin * sx], [-sin * sy, cos * sy]];
 
-        let grounds = [any_colour(draws), any_colour(draws)];
+        let par = |k: &str, d: f32| std::env::var(k).ok().and_then(|v| v.parse().ok()).unwrap_or(d);
+        let first = dim_colour(draws);
+        let grounds = [first, lerp(first, dim_colour(draws), par("ALPHA", 1.0))];
         let ground = Ground::draw(draws);
-        let colour = contrasting(draws, |c| from_segment(c, grounds[0], grounds[1]));
+        let colour = brighter(draws, brightness(grounds[0]).max(brightness(grounds[1])) + CONTRAST);
         let occluder = draws.chance(0.5).then(|| {
             let occluder = Occluder::draw(draws, centre, radius);
-            (occluder, contrasting(draws, |c| distance(c, colour)))
+            (occluder, dim_colour(draws))
         });
         let reach = radius * stretch.max(1.0 / stretch) * 1.1 + 1.0;
         Self { class, centre, to_shape, reach, colour, ground, grounds, occluder }
@@ -344,37 +347,24 @@ impl Occluder {
     }
 }
 
-fn any_colour(draws: &mut Stream) -> Colour {
-    std::array::from_fn(|_| draws.uniform())
+/// A colour of a ground or an occluder.
+fn dim_colour(draws: &mut Stream) -> Colour {
+    std::array::from_fn(|_| draws.range(0.0, DIM))
 }
 
-/// The first random colour that `far` puts beyond [`CONTRAST`], or the farthest of many.
-fn contrasting(draws: &mut Stream, far: impl Fn(Colour) -> f32) -> Colour {
-    let mut best = (0.0, [0.0; 3]);
-    for _ in 0..64 {
-        let colour = any_colour(draws);
-        let distance = far(colour);
-        if distance >= CONTRAST {
+/// A colour of at least this brightness.
+fn brighter(draws: &mut Stream, least: f32) -> Colour {
+    loop {
+        let colour = std::array::from_fn(|_| draws.uniform());
+        if brightness(colour) >= least {
             return colour;
         }
-        if distance >= best.0 {
-            best = (distance, colour);
-        }
     }
-    best.1
 }
 
-fn distance(a: Colour, b: Colour) -> f32 {
-    a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt()
-}
-
-/// Distance of a colour from all blends of `a` and `b`.
-fn from_segment(colour: Colour, a: Colour, b: Colour) -> f32 {
-    let dot = |u: Colour, v: Colour| u.iter().zip(v).map(|(u, v)| u * v).sum::<f32>();
-    let sub = |u: Colour, v: Colour| std::array::from_fn(|i| u[i] - v[i]);
-    let (along, to) = (sub(b, a), sub(colour, a));
-    let t = (dot(to, along) / dot(along, along).max(1e-6)).clamp(0.0, 1.0);
-    distance(colour, lerp(a, b, t))
+/// Luma (Rec. 601).
+fn brightness([r, g, b]: Colour) -> f32 {
+    0.299 * r + 0.587 * g + 0.114 * b
 }
 
 fn lerp(a: Colour, b: Colour, t: f32) -> Colour {

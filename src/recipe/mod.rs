@@ -5,6 +5,8 @@
 //! user wrote into what the rest of the program works with. The resolved recipe is written into the run directory and
 //! loads again to the same run.
 
+#![forbid(unsafe_code)]
+
 mod duration;
 mod load;
 mod resolve;

@@ -3,6 +3,8 @@
 //! Everything here goes to stderr or into files; stdout belongs to data. A line says the same thing in the terminal
 //! and in the log; machines read `metrics.jsonl`.
 
+#![forbid(unsafe_code)]
+
 pub mod format;
 mod lines;
 mod log;

@@ -89,10 +89,10 @@ impl BatchFile {
 
     /// Refuses labels outside `0..classes` and targets of another width.
     pub fn check_classes(&self, classes: usize) -> Result<()> {
-        if let TargetKind::Dense { classes: given } = self.layout.targets {
-            if given != classes {
-                fail!("{}: `targets` has {given} classes, the model has {classes}", self.path.display());
-            }
+        if let TargetKind::Dense { classes: given } = self.layout.targets
+            && given != classes
+        {
+            fail!("{}: `targets` has {given} classes, the model has {classes}", self.path.display());
         }
         if let Some(label) = self.labels.iter().find(|l| **l < 0 || **l as usize >= classes) {
             fail!("{}: label {label}, but the model has {classes} classes", self.path.display());

@@ -104,7 +104,7 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
 /// What is timed.
 enum Subject {
     Train(Box<Trainer>),
-    Infer { backend: Box<dyn Backend>, model: Vit },
+    Infer { backend: Box<dyn Backend>, model: Box<Vit> },
 }
 
 impl Subject {
@@ -119,7 +119,7 @@ impl Subject {
         let model = build::model(recipe, Mode::Infer)?;
         backend.allocate(&model.plan())?;
         model.init(&mut *backend, recipe.train.seed)?;
-        Ok(Self::Infer { backend, model })
+        Ok(Self::Infer { backend, model: Box::new(model) })
     }
 
     fn backend(&self) -> &dyn Backend {
@@ -255,9 +255,7 @@ impl Measured {
     }
 
     pub fn json(&self) -> Value {
-        let operation = |(name, calls, seconds): &(&str, usize, f64)| {
-            json!({"operation": name, "calls": calls, "ms_per_step": seconds / self.steps as f64 * 1e3})
-        };
+        let operation = |(name, calls, seconds): &(&str, usize, f64)| json!({"operation": name, "calls": calls, "ms_per_step": seconds / self.steps as f64 * 1e3});
         json!({
             "engine": concat!("vitrum ", env!("CARGO_PKG_VERSION")),
             "device": self.device,

@@ -1,5 +1,7 @@
 //! The training loop: the trainer's story, evaluation, checkpoints, early stopping.
 
+#![forbid(unsafe_code)]
+
 pub mod batch_file;
 pub mod bench;
 pub mod build;

@@ -12,7 +12,7 @@ use crate::vit::{Mode, Vit};
 
 use super::{Trainer, build, run};
 
-/// The images of ImageNet-21k's training split as big_vision counts them: what `b16/imagenet21k` is made for.
+/// For a recipe whose data set is not there.
 const UNKNOWN_DATA: &str = "not opened";
 
 /// A recipe with everything that follows from it.

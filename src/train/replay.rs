@@ -53,7 +53,8 @@ pub fn run(
     let backend = backend::select(device, recipe.train.threads)?;
     let model = build::model(recipe, Mode::Train)?;
     let optimizer = build::optimizer(recipe, &model, steps * recipe.train.batch)?;
-    let mut trainer = Trainer::new(backend, model, optimizer, Collective::from_env()?, build::options(recipe))?;
+    let mut trainer =
+        Trainer::new(backend, model, optimizer, Collective::from_env()?, build::options(recipe))?;
     load_weights(file, &trainer.model, &mut *trainer.backend)?;
     trainer.weights_changed()?;
 

@@ -292,7 +292,7 @@ impl Run {
         self.pace.steps += 1;
         let (sums, pace) = (self.state.window, &self.pace);
         let step = trainer.step;
-        let due = step % self.recipe.train.log_every == 0 || step == self.steps;
+        let due = step.is_multiple_of(self.recipe.train.log_every) || step == self.steps;
         let batch = self.recipe.train.batch as f64;
         let seconds = (pace.since.elapsed().as_secs_f64() - pace.outside).max(1e-9);
         let waited = loader.wait_seconds() - pace.waited;
@@ -321,14 +321,15 @@ impl Run {
     }
 
     pub fn evaluation_is_due(&self, step: u64) -> bool {
-        step % self.recipe.train.eval_every == 0 || step == self.steps
+        step.is_multiple_of(self.recipe.train.eval_every) || step == self.steps
     }
 
     /// Never while steps are skipped: the checkpoint before the trouble is worth more.
     pub fn checkpoint_is_due(&self, trainer: &Trainer) -> bool {
         let step = trainer.step;
         let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every);
-        let due = step % every == 0 || step == self.steps || self.state.best.is_some_and(|b| b.step == step);
+        let is_best = self.state.best.is_some_and(|best| best.step == step);
+        let due = step.is_multiple_of(every) || step == self.steps || is_best;
         due && trainer.skipped_in_a_row() == 0
     }
 

@@ -205,9 +205,10 @@ impl ModelConfig {
         if let Some((key, _)) = sizes.into_iter().find(|(_, size)| *size == 0) {
             return wrong(format!("`model.{key}` is 0"), format!("set it with `--set model.{key}=...`"));
         }
-        if self.width % self.heads != 0 {
-            let fits =
-                (1..=self.width).filter(|h| self.width % h == 0).min_by_key(|h| h.abs_diff(self.heads));
+        if !self.width.is_multiple_of(self.heads) {
+            let fits = (1..=self.width)
+                .filter(|h| self.width.is_multiple_of(*h))
+                .min_by_key(|h| h.abs_diff(self.heads));
             return wrong(
                 format!(
                     "`model.heads` is {}, which does not divide `model.width` {}",
@@ -229,7 +230,7 @@ impl ModelConfig {
                 );
             }
         }
-        if self.posemb == Posemb::Sincos2d && self.width % 4 != 0 {
+        if self.posemb == Posemb::Sincos2d && !self.width.is_multiple_of(4) {
             return wrong(
                 format!("`model.posemb = \"sincos2d\"` needs a width that 4 divides, not {}", self.width),
                 "use `--set model.posemb=learned`".into(),

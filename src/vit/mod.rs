@@ -4,6 +4,8 @@
 //! [`backward`] are straight lines of backend operations, laid out so that each line of one can be read beside its
 //! counterpart in the other. Nothing here names a device, and nothing allocates after [`Vit::new`].
 
+#![forbid(unsafe_code)]
+
 pub mod backward;
 pub mod config;
 pub mod forward;

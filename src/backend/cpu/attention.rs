@@ -14,7 +14,7 @@
 use super::compute::Compute;
 use super::gemm::pack::{pack_plain, pack_transposed, packed_len};
 use super::gemm::tile::{Left, Product, Right, TileBuffer, product};
-use super::math::exp;
+use super::math::{exp2, ln};
 use super::simd::{MAX_MR, Simd, Task};
 use super::view::{Rows, RowsMut, Shared};
 use crate::backend::Heads;
@@ -22,6 +22,7 @@ use crate::backend::mask::BoundMask;
 
 /// Values of P, and of dS, that the backward keeps: T·T up to 512 tokens, a block of queries above.
 const SCORES: usize = 512 * 512;
+const LOG2_E: f32 = std::f32::consts::LOG2_E;
 /// Tasks per thread.
 const TASKS_PER_THREAD: usize = 8;
 
@@ -161,7 +162,7 @@ impl Task for ForwardTask<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { c, job, items } = self;
         let Heads { tokens: t, head_size: dh, .. } = job.heads;
-        let ld = score_row(t);
+        let (ld, scale) = (score_row(t), 1.0 / (dh as f32).sqrt());
         let lens = [packed_len::<S>(dh, t), packed_len::<S>(t, dh), S::MR * ld, t];
         let mut scratch = c.scratch(lens.iter().map(|l| l.next_multiple_of(16)).sum());
         let mut cutter = Cutter(&mut scratch);
@@ -192,18 +193,17 @@ impl Task for ForwardTask<'_> {
                 };
                 // SAFETY: rows i..end of the head; `scores` holds MR rows of `ld ≥ t`.
                 unsafe { product(s, &to_scores, &mut buffer) };
-                let mut inverse = [0.0; MAX_MR];
+                let (mut sums, mut most) = ([1.0; MAX_MR], [0.0; MAX_MR]);
                 for r in 0..rows {
                     let row = &mut scores[r * ld..r * ld + ld];
-                    let (sum, lse) = softmax(s, row, t, dh);
-                    inverse[r] = 1.0 / sum;
-                    // SAFETY: the query's own element.
-                    unsafe { *job.lse.at(0, item * t + i + r) = lse };
+                    (sums[r], most[r]) = softmax(s, row, t, scale);
                     if let Some(mask) = &job.dropout {
                         mask.fill(head.image, (head.head * t + i + r) * t, factors);
                         row.iter_mut().zip(&*factors).for_each(|(p, f)| *p *= f);
                     }
                 }
+                // SAFETY: the queries' own elements.
+                unsafe { log_sums(s, &sums[..rows], &most[..rows], job.lse.at(0, item * t + i)) };
                 let o = job.o.at(head.row + i, head.col);
                 let to_output = Product {
                     m: rows,
@@ -218,8 +218,8 @@ impl Task for ForwardTask<'_> {
                 // SAFETY: rows and columns of this head in o, which belong to this task.
                 unsafe {
                     product(s, &to_output, &mut buffer);
-                    for (r, &factor) in inverse.iter().enumerate().take(rows) {
-                        scale_row(s, o.add(r * job.o.ld), dh, factor);
+                    for r in 0..rows {
+                        scale_row(s, o.add(r * job.o.ld), dh, 1.0 / sums[r]);
                     }
                 }
             }
@@ -227,37 +227,58 @@ impl Task for ForwardTask<'_> {
     }
 }
 
-/// Replaces scaled scores by `e^(s - max)`; gives the sum of these and `lse`.
+/// Replaces scores s by `e^(scale·(s - max))`; gives the sum of these and `scale·max`.
 #[inline(always)]
-fn softmax<S: Simd>(s: S, row: &mut [f32], t: usize, head_size: usize) -> (f32, f32) {
-    let scale = 1.0 / (head_size as f32).sqrt();
+fn softmax<S: Simd>(s: S, row: &mut [f32], t: usize, scale: f32) -> (f32, f32) {
     let lowest = s.splat(f32::NEG_INFINITY);
     let at = row.as_mut_ptr();
     let (whole, rest) = (t / S::LANES * S::LANES, t % S::LANES);
     // SAFETY: vectors below t, and one of `rest` lanes.
     unsafe {
         let mut most = lowest;
-        for j in (0..whole).step_by(S::LANES) {
+        let mut j = 0;
+        while j < whole {
             most = s.max(most, s.load(at.add(j)));
+            j += S::LANES;
         }
         if rest > 0 {
             most = s.max(most, s.keep_head(s.load_head(at.add(whole), rest), rest, lowest));
         }
-        let most = s.largest(most) * scale;
-        let (factor, shift) = (s.splat(scale), s.splat(-most));
+        let most = s.largest(most);
+        let factor = scale * LOG2_E;
+        let (factor, shift) = (s.splat(factor), s.splat(-most * factor));
         let mut sum = s.splat(0.0);
-        for j in (0..whole).step_by(S::LANES) {
-            let p = exp(s, s.fma(s.load(at.add(j)), factor, shift));
+        let mut j = 0;
+        while j < whole {
+            let p = exp2(s, s.fma(s.load(at.add(j)), factor, shift));
             sum = s.add(sum, p);
             s.store(at.add(j), p);
+            j += S::LANES;
         }
         if rest > 0 {
-            let p = exp(s, s.fma(s.load_head(at.add(whole), rest), factor, shift));
+            let p = exp2(s, s.fma(s.load_head(at.add(whole), rest), factor, shift));
             sum = s.add(sum, s.keep_head(p, rest, s.splat(0.0)));
             s.store_head(at.add(whole), p, rest);
         }
-        let sum = s.sum(sum);
-        (sum, most + sum.ln())
+        (s.sum(sum), most * scale)
+    }
+}
+
+/// `lse = most + ln(sum)` of some rows.
+/// # Safety
+/// `lse` must be valid for writes of as many values.
+#[inline(always)]
+unsafe fn log_sums<S: Simd>(s: S, sums: &[f32], most: &[f32], lse: *mut f32) {
+    let mut i = 0;
+    while i < sums.len() {
+        let n = S::LANES.min(sums.len() - i);
+        // SAFETY: n elements from i on, of three arrays of one length.
+        unsafe {
+            let sum = s.keep_head(s.load_head(sums.as_ptr().add(i), n), n, s.splat(1.0));
+            let most = s.load_head(most.as_ptr().add(i), n);
+            s.store_head(lse.add(i), s.add(most, ln(s, sum)), n);
+        }
+        i += n;
     }
 }
 
@@ -304,7 +325,7 @@ impl Task for BackwardTask<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { c, job, items } = self;
         let Heads { tokens: t, heads, head_size: dh } = job.heads;
-        let (ld, width) = (score_row(t), heads * dh);
+        let (ld, width, scale) = (score_row(t), heads * dh, 1.0 / (dh as f32).sqrt());
         // Queries at a time.
         let most = (SCORES / ld).max(S::MR).min(t);
         let (across, along) = (packed_len::<S>(dh, t), packed_len::<S>(t, dh));
@@ -366,7 +387,7 @@ impl Task for BackwardTask<'_> {
                                 }
                                 None => None,
                             };
-                            d_scores(s, p, ds, lse[query], dot, dh, mask);
+                            d_scores(s, p, ds, lse[query], dot, scale, mask);
                         }
                         let d_query = Product {
                             m: rows,
@@ -435,11 +456,11 @@ fn d_scores<S: Simd>(
     ds: &mut [f32],
     lse: f32,
     dot: f32,
-    head_size: usize,
+    scale: f32,
     mask: Option<&[f32]>,
 ) {
-    let scale = s.splat(1.0 / (head_size as f32).sqrt());
-    let (minus_lse, dot) = (s.splat(-lse), s.splat(dot));
+    let (to_log2, minus_lse) = (s.splat(scale * LOG2_E), s.splat(-lse * LOG2_E));
+    let (scale, dot) = (s.splat(scale), s.splat(dot));
     let t = p.len();
     let (p, ds) = (p.as_mut_ptr(), ds.as_mut_ptr());
     let mut j = 0;
@@ -451,7 +472,7 @@ fn d_scores<S: Simd>(
             let (p, ds) = (p.add(j), ds.add(j));
             let score = if whole { s.load(p) } else { s.load_head(p, len) };
             let mut dp = if whole { s.load(ds) } else { s.load_head(ds, len) };
-            let prob = exp(s, s.fma(score, scale, minus_lse));
+            let prob = exp2(s, s.fma(score, to_log2, minus_lse));
             let mut kept = prob;
             if let Some(mask) = mask {
                 let factor = s.load_head(mask.as_ptr().add(j), len);

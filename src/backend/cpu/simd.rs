@@ -42,6 +42,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `1/a` for `1 ≤ a < 2^126`, to two units in the last place.
+    fn recip(self, a: Self::V) -> Self::V {
+        self.div(self.splat(1.0), a)
+    }
     /// `a·b + c`; rounded once where the instruction set has it.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `c - a·b`
@@ -57,6 +61,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn round(self, a: Self::V) -> Self::V;
     /// `a·2^n` for whole `n` in -252..=252, with gradual underflow.
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
+    /// `(m, e)` with `a = m·2^e` and m in [1, 2), for normal positive a.
+    fn split_exponent(self, a: Self::V) -> (Self::V, Self::V);
     /// Sum of the lanes.
     fn sum(self, a: Self::V) -> f32;
     /// The largest lane.
@@ -247,6 +253,11 @@ impl Simd for Scalar {
         })
     }
     #[inline(always)]
+    fn split_exponent(self, a: Four) -> (Four, Four) {
+        let mantissa = map1(a, |a| f32::from_bits(a.to_bits() & 0x007f_ffff | 0x3f80_0000));
+        (mantissa, map1(a, |a| ((a.to_bits() >> 23) as i32 - 127) as f32))
+    }
+    #[inline(always)]
     fn sum(self, a: Four) -> f32 {
         (a[0] + a[2]) + (a[1] + a[3])
     }
@@ -402,6 +413,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn split_exponent(self, a: __m256) -> (__m256, __m256) {
+        // SAFETY: proof.
+        unsafe {
+            let bits = _mm256_castps_si256(a);
+            let fraction = _mm256_and_si256(bits, _mm256_set1_epi32(0x007f_ffff));
+            let mantissa = _mm256_or_si256(fraction, _mm256_set1_epi32(0x3f80_0000));
+            let exponent = _mm256_sub_epi32(_mm256_srli_epi32::<23>(bits), _mm256_set1_epi32(127));
+            (_mm256_castsi256_ps(mantissa), _mm256_cvtepi32_ps(exponent))
+        }
+    }
+    #[inline(always)]
     fn sum(self, a: __m256) -> f32 {
         // SAFETY: proof.
         unsafe {
@@ -534,6 +556,15 @@ impl Simd for Avx512 {
         unsafe { _mm512_div_ps(a, b) }
     }
     #[inline(always)]
+    fn recip(self, a: __m512) -> __m512 {
+        // SAFETY: proof.
+        unsafe {
+            // 14 bits, and one step of Newton's method.
+            let r = _mm512_rcp14_ps(a);
+            _mm512_fmadd_ps(_mm512_fnmadd_ps(a, r, _mm512_set1_ps(1.0)), r, r)
+        }
+    }
+    #[inline(always)]
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: proof.
         unsafe { _mm512_fmadd_ps(a, b, c) }
@@ -572,6 +603,11 @@ impl Simd for Avx512 {
     fn scale2(self, a: __m512, n: __m512) -> __m512 {
         // SAFETY: proof.
         unsafe { _mm512_scalef_ps(a, n) }
+    }
+    #[inline(always)]
+    fn split_exponent(self, a: __m512) -> (__m512, __m512) {
+        // SAFETY: proof.
+        unsafe { (_mm512_getmant_ps::<_MM_MANT_NORM_1_2, _MM_MANT_SIGN_SRC>(a), _mm512_getexp_ps(a)) }
     }
     #[inline(always)]
     fn sum(self, a: __m512) -> f32 {

@@ -360,7 +360,7 @@ impl Task for WeightTask<'_> {
         let nr = 2 * S::LANES;
         let columns = (L2_VALUES / most.max(1) / nr).max(1) * nr;
         let in_place = n % S::LANES == 0;
-        let left_len = m_blocks * S::MR * most + S::LANES;
+        let left_len = m_blocks * S::LANES * most;
         let mut scratch = c.scratch(left_len + if in_place { 0 } else { pack::packed_len::<S>(most, n) });
         let (left, right) = scratch.split_at_mut(left_len);
         let mut buffer = TileBuffer::new();
@@ -372,7 +372,7 @@ impl Task for WeightTask<'_> {
             unsafe {
                 for block in 0..m_blocks {
                     let i = block * m / m_blocks;
-                    let to = left.as_mut_ptr().add(block * S::MR * most);
+                    let to = left.as_mut_ptr().add(block * S::LANES * most);
                     let from = d_y.data.as_ptr().wrapping_add(k0 * d_y.ld);
                     pack::pack_left(s, from, d_y.ld, k, start + i, d_y.cols, to);
                 }
@@ -391,7 +391,7 @@ impl Task for WeightTask<'_> {
                             m: end - i,
                             n: columns.min(n - first),
                             k,
-                            a: Left { at: left.as_ptr().add(block * S::MR * most), row: 1, k: S::MR },
+                            a: Left { at: left.as_ptr().add(block * S::LANES * most), row: 1, k: S::LANES },
                             b: match b {
                                 Right::InPlace { ld, .. } => Right::InPlace { at, ld },
                                 Right::Packed { k, .. } => Right::Packed { at, k },

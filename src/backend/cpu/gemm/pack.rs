@@ -33,20 +33,22 @@ pub unsafe fn pack_transposed<S: Simd>(
         unsafe {
             let (from, to) = (from.add(start * ld), to.add(start * k));
             let (whole_cols, whole_k) = (cols / 8 * 8, k / 8 * 8);
+            if cols < width {
+                let last = cols / S::LANES * S::LANES;
+                for k0 in 0..k {
+                    s.store(to.add(k0 * width + last), s.splat(0.0));
+                }
+            }
             for k0 in (0..whole_k).step_by(8) {
                 for j in (0..whole_cols).step_by(8) {
                     s.transpose8(from.add(j * ld + k0), ld, to.add(k0 * width + j), width);
                 }
             }
-            for j in 0..cols {
-                let first = if j < whole_cols { whole_k } else { 0 };
-                for k0 in first..k {
+            // What is no block of 8×8, with k outside: the other order turns into scattered stores.
+            for k0 in 0..k {
+                let first = if k0 < whole_k { whole_cols } else { 0 };
+                for j in first..cols {
                     *to.add(k0 * width + j) = *from.add(j * ld + k0);
-                }
-            }
-            for j in cols..width {
-                for k0 in 0..k {
-                    *to.add(k0 * width + j) = 0.0;
                 }
             }
         }
@@ -92,10 +94,10 @@ pub unsafe fn pack_plain<S: Simd>(
     }
 }
 
-/// Packs `rows` columns, from column `first` of `cols`, of the row-major matrix `[k, cols]`, as a left matrix: element
-/// (i, k) at `to[k·MR + i]`. Writes a few values past the end.
+/// Packs MR columns, from column `first` of `cols`, of the row-major matrix `[k, cols]`, as a left matrix: element
+/// (i, k) at `to[k·LANES + i]`. What lies in between is not read by anyone.
 /// # Safety
-/// `from` must be valid for k rows of `cols` values, `to` for `(k - 1)·MR + LANES` values. MR ≤ LANES.
+/// `from` must be valid for k rows of `cols` values, `to` for `k·LANES` values.
 #[inline(always)]
 pub unsafe fn pack_left<S: Simd>(
     s: S,
@@ -107,11 +109,11 @@ pub unsafe fn pack_left<S: Simd>(
     to: *mut f32,
 ) {
     for k0 in 0..k {
-        // SAFETY: the load keeps inside the row; each store's surplus is overwritten by the next row's.
+        // SAFETY: the load keeps inside the row.
         unsafe {
             let from = from.add(k0 * ld + first);
             let v = if first + S::LANES <= cols { s.load(from) } else { s.load_head(from, cols - first) };
-            s.store(to.add(k0 * S::MR), v);
+            s.store(to.add(k0 * S::LANES), v);
         }
     }
 }

@@ -1,3 +1,5 @@
+//! Products against float64 loops, over sizes that no tile divides; the same bits for any cut and any threads.
+
 use super::*;
 use crate::backend::cpu::testing::{Matrix, Numbers, Tensors, on_every_isa, reference, rel_l2};
 use crate::backend::mask::BoundMask;

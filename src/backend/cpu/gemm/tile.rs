@@ -43,19 +43,27 @@ pub unsafe fn tile<S: Simd, const M: usize, const N: usize>(s: S, t: &Tile) {
                 }
             }
         }
-        let (mut a, mut b) = (t.a, t.b);
+        // Rows of A by fours from a few bases: four strides are addressing modes, more would be a chain of additions.
+        let mut a = [t.a; 3];
+        for (four, base) in a.iter_mut().enumerate() {
+            *base = base.wrapping_add(4 * four * t.a_row);
+        }
+        let offset = [0, t.a_row, 2 * t.a_row, 3 * t.a_row];
+        let mut b = t.b;
         for _ in 0..t.k {
             let mut row = [s.splat(0.0); N];
             for v in 0..N {
                 row[v] = s.load(b.add(v * S::LANES));
             }
             for i in 0..M {
-                let x = s.splat(*a.add(i * t.a_row));
+                let x = s.splat(*a[i / 4].add(offset[i % 4]));
                 for v in 0..N {
                     acc[i][v] = s.fma(x, row[v], acc[i][v]);
                 }
             }
-            a = a.wrapping_add(t.a_k);
+            for base in a.iter_mut().take(M.div_ceil(4)) {
+                *base = base.wrapping_add(t.a_k);
+            }
             b = b.wrapping_add(t.b_k);
         }
         for i in 0..M {
