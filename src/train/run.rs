@@ -177,7 +177,7 @@ impl Run {
             return Err(Error::new(format!("{} holds a run already", out.display()))
                 .hint("go on with it by `--resume`, or choose another folder with `--out DIR`"));
         }
-        files::create_dir(out)?;
+        files::create_dir(out).map_err(|e| e.hint("choose another folder with `--out DIR`"))?;
         let text = recipe.to_toml();
         let state = match options.resume {
             true => checkpoints.resume(trainer, |state| same_recipe(&state.recipe, &text))?,
