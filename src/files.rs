@@ -1,7 +1,7 @@
 //! Files, with errors that name them, and writes that are whole or not there at all.
 
 use std::fs::{self, File};
-use std::io::{BufReader, Write};
+use std::io::{BufReader, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{At, Error, Result};
@@ -39,12 +39,11 @@ pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::
     })();
     if let Err(e) = result {
         let _ = fs::remove_file(&temporary);
-        let full = e.kind() == std::io::ErrorKind::StorageFull;
         let error = Error::new(format!("{}: {e}", path.display()));
-        return Err(if full {
-            error.hint("the disk is full: free some space, nothing was replaced")
-        } else {
-            error
+        return Err(match e.kind() {
+            ErrorKind::StorageFull => error.hint("the disk is full: free some space, nothing was replaced"),
+            ErrorKind::FileTooLarge => error.hint("raise the limit with `ulimit -f`, nothing was replaced"),
+            _ => error,
         });
     }
     if let Some(parent) = path.parent() {

@@ -177,7 +177,7 @@ impl Run {
             return Err(Error::new(format!("{} holds a run already", out.display()))
                 .hint("go on with it by `--resume`, or choose another folder with `--out DIR`"));
         }
-        files::create_dir(out)?;
+        files::create_dir(out).map_err(|e| e.hint("choose another folder with `--out DIR`"))?;
         let text = recipe.to_toml();
         let state = match options.resume {
             true => checkpoints.resume(trainer, |state| same_recipe(&state.recipe, &text))?,
@@ -328,7 +328,7 @@ impl Run {
     pub fn checkpoint_is_due(&self, trainer: &Trainer) -> bool {
         let step = trainer.step;
         let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every);
-        let is_best = self.state.best.is_some_and(|b| b.step == step);
+        let is_best = self.state.best.is_some_and(|best| best.step == step);
         let due = step.is_multiple_of(every) || step == self.steps || is_best;
         due && trainer.skipped_in_a_row() == 0
     }

@@ -1,0 +1,306 @@
+//! Whole runs of the program, from outside: stopped, killed, resumed, diverging, learning.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use support::{
+    Outcome, Random, command, finish, metrics, names, outcome, path, settings, stripes, train, vitrum, wait,
+};
+use vitrum::backend::{self, Device};
+use vitrum::dist::Collective;
+use vitrum::recipe::Recipe;
+use vitrum::train::{Trainer, build};
+use vitrum::vit::Mode;
+use vitrum::weights::safetensors::SafeTensors;
+
+/// A run that goes through without a break.
+fn unbroken(name: &str) -> Outcome {
+    let out = path(name);
+    vitrum(&train(&out, &[])).ok();
+    outcome(&out)
+}
+
+fn start(args: &[String]) -> Child {
+    command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Polls until `arrived`, or until the process has ended by itself.
+fn watch(child: &mut Child, mut arrived: impl FnMut() -> bool) {
+    let limit = Instant::now() + Duration::from_secs(120);
+    while !arrived() && child.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < limit, "nothing happened for two minutes");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+fn lines(run: &str) -> usize {
+    std::fs::read(Path::new(run).join("metrics.jsonl"))
+        .map_or(0, |t| t.iter().filter(|b| **b == b'\n').count())
+}
+
+fn has_hidden_checkpoint(run: &str) -> bool {
+    names(Path::new(run).join("checkpoints")).iter().any(|name| name.starts_with(".step-"))
+}
+
+#[test]
+fn resume_after_kill_has_the_bits_of_an_unbroken_run() {
+    const KILLS: usize = 20;
+    let want = unbroken("unbroken");
+    let mut random = Random(20);
+    let (mut kills, mut in_a_checkpoint, mut before_any, mut runs) = (0, 0, 0, 0);
+    while kills < KILLS || in_a_checkpoint == 0 || before_any == 0 {
+        runs += 1;
+        assert!(
+            runs < 100,
+            "{kills} kills, {in_a_checkpoint} in a checkpoint, {before_any} before the first"
+        );
+        let out = path(&format!("killed-{runs}"));
+        for _ in 0..1 + random.below(3) {
+            let mut child = start(&train(&out, &["--resume"]));
+            // One in three waits for a checkpoint to be written, the others for a moment between two lines.
+            let from = lines(&out);
+            let more = random.below(5) as usize;
+            watch(&mut child, || {
+                Path::new(&out).join("metrics.jsonl").exists() && lines(&out) >= from.min(8) + more
+            });
+            match random.below(3) {
+                0 => watch(&mut child, || has_hidden_checkpoint(&out)),
+                _ => std::thread::sleep(Duration::from_micros(random.below(15_000))),
+            }
+            child.kill().unwrap();
+            if wait(child).code != 128 + 9 {
+                break;
+            }
+            kills += 1;
+            in_a_checkpoint += usize::from(has_hidden_checkpoint(&out));
+            before_any += usize::from(!Path::new(&out).join("checkpoints/last").exists());
+        }
+        vitrum(&train(&out, &["--resume"])).ok();
+        assert_eq!(outcome(&out), want, "run {runs}, after {kills} kills");
+    }
+    println!("{kills} kills: {in_a_checkpoint} in a checkpoint, {before_any} before the first; {runs} runs");
+}
+
+#[test]
+fn a_signal_saves_the_run_and_resume_has_the_bits_of_an_unbroken_run() {
+    let want = unbroken("not-stopped");
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        let stopped = (0..20).any(|attempt| {
+            let out = path(&format!("stopped-{code}-{attempt}"));
+            let mut child = start(&train(&out, &[]));
+            watch(&mut child, || lines(&out) > 0);
+            let _ = kill_process(Pid::from_child(&child), signal);
+            let done = wait(child);
+            if done.code == 0 {
+                return false; // It was faster than the signal.
+            }
+            let done = done.exits(code).says(&["stopped at step ", "saved to ", "hint: ", "--resume"]);
+            let saved = done.stderr.split("saved to ").nth(1).unwrap().lines().next().unwrap();
+            let last = std::fs::canonicalize(Path::new(&out).join("checkpoints/last")).unwrap();
+            assert_eq!(std::fs::canonicalize(saved).unwrap(), last);
+            vitrum(&train(&out, &["--resume"])).ok();
+            assert_eq!(outcome(&out), want);
+            true
+        });
+        assert!(stopped, "the run always ended before the signal");
+    }
+}
+
+#[test]
+fn threads_and_workers_change_no_bit() {
+    let run = |name: &str, threads: usize, workers: usize| {
+        let out = path(name);
+        let more = [format!("train.threads={threads}"), format!("data.workers={workers}")];
+        vitrum(&train(&out, &[&more[0], &more[1]])).ok();
+        let mut outcome = outcome(&out);
+        // The recipe in the state's metadata names the threads.
+        outcome.files.retain(|(name, ..)| name != "state.safetensors");
+        outcome
+    };
+    let one = run("one", 1, 1);
+    for n in [2, 3] {
+        assert_eq!(run(&format!("threads-{n}"), n, 1), one, "{n} threads");
+        assert_eq!(run(&format!("workers-{n}"), 1, n), one, "{n} workers");
+    }
+}
+
+/// The mean training loss of the first and the last line.
+fn first_and_last_loss(run: &str) -> (f64, f64) {
+    let losses: Vec<f64> = metrics(run).iter().filter_map(|line| line["loss"].as_f64()).collect();
+    (losses[0], *losses.last().unwrap())
+}
+
+#[test]
+fn every_instruction_set_learns() {
+    let known = ["scalar", "avx2", "avx512"];
+    let machine = vitrum(&["doctor", "--json"]).ok().json()["isa"].as_str().unwrap().to_owned();
+    let best = known.iter().position(|isa| *isa == machine).unwrap();
+    for isa in &known[..=best] {
+        let out = path(isa);
+        let mut command = command(&train(&out, &["train.steps=60", "augment.mixup=0"]));
+        finish({
+            command.env("VITRUM_ISA", isa);
+            command
+        })
+        .ok()
+        .says(&[isa]);
+        let (first, last) = first_and_last_loss(&out);
+        assert!(last < 0.8 * first, "{isa}: loss {first}, then {last}");
+    }
+    println!("instruction sets: {}", known[..=best].join(", "));
+}
+
+/// Three kinds of stripes at any phase and colour: chance is 33 %.
+#[test]
+fn a_short_run_learns() {
+    let out = path("learns");
+    let more = ["train.steps=300", "train.eval_every=100", "model.dropout=0", "model.attention_dropout=0"];
+    vitrum(&train(&out, &more)).ok();
+    let eval = metrics(&out).into_iter().rfind(|line| line.get("eval").is_some()).unwrap();
+    let top1 = eval["eval"]["top1"].as_f64().unwrap();
+    assert_eq!(eval["step"], 300);
+    assert!(top1 >= 0.9, "{eval}");
+    let (first, last) = first_and_last_loss(&out);
+    assert!(last < 0.6 * first, "loss {first}, then {last}");
+}
+
+/// With an empty cache, as a first user has it.
+#[test]
+fn a_short_run_on_the_demo_shows_a_falling_loss() {
+    let out = path("demo");
+    let short = [
+        "train",
+        "--out",
+        &out,
+        "--set",
+        "train.steps=60",
+        "--set",
+        "train.batch=64",
+        "--set",
+        "model.depth=2",
+    ];
+    let done = vitrum(&short).ok();
+    let (first, last) = first_and_last_loss(&out);
+    assert!(last < first - 0.005, "loss {first}, then {last}");
+    assert!(done.stdout.is_empty(), "{}", done.stdout);
+    let done = done.says(&["trained 60 steps", "checkpoints/last", "vitrum eval", "vitrum predict"]);
+    // What it says to type next works as it stands.
+    let eval = done.stderr.lines().find(|line| line.contains("vitrum eval")).unwrap();
+    let eval: Vec<&str> = eval.split("vitrum ").nth(1).unwrap().split(' ').collect();
+    assert!(vitrum(&eval).ok().stdout.starts_with("2,000 images"), "{eval:?}");
+}
+
+#[test]
+fn overfit_learns_by_heart_or_fails() {
+    let out = path("overfit");
+    let more = ["--overfit", "16"];
+    vitrum(&train(&out, &more)).ok().says(&["learned by heart"]);
+    let (_, last) = first_and_last_loss(&out);
+    assert!(last < 0.01, "loss {last}");
+    let step = metrics(&out).last().unwrap()["step"].as_u64().unwrap();
+    assert!(step <= 300, "{step} steps");
+
+    let out = path("overfit-not");
+    let more = ["--overfit", "16", "optim.lr=0"];
+    let what = ["did not learn 16 images by heart", "after 300 steps", "hint: "];
+    vitrum(&train(&out, &more)).exits(1).says(&what);
+}
+
+#[test]
+fn a_dry_run_shows_the_recipe_and_writes_nothing() {
+    let out = path("dry");
+    let done = vitrum(&train(&out, &["--dry-run"])).ok();
+    for text in ["width 24", "24 steps of 16", "memory ", "[model]", "checkpoint_every = 5"] {
+        assert!(done.stdout.contains(text), "`{text}` is not in: {}", done.stdout);
+    }
+    assert!(!Path::new(&out).exists());
+}
+
+#[test]
+fn a_run_allocates_what_the_plan_says() {
+    let cases: [&[&str]; 6] = [
+        &[],
+        &["optim.ema=0", "train.micro_batch=0"],
+        &["optim.name=sgd", "optim.moment=bf16"],
+        &["optim.name=adafactor", "model.pool=map", "model.layer_scale=0.1"],
+        &["optim.groups=[{pattern='.*qkv.*', frozen=true}]", "model.pool=token", "model.posemb=learned"],
+        &[
+            "optim.name=lion",
+            "model.rep_size=20",
+            "model.posemb=sincos2d",
+            "model.pool=gap",
+            "loss.kind=sigmoid",
+        ],
+    ];
+    for more in cases {
+        let set: Vec<String> = settings().into_iter().chain(more.iter().map(|s| s.to_string())).collect();
+        let mut args = vec!["plan".to_owned(), "demo".into(), "--json".into()];
+        args.extend(set.iter().flat_map(|s| ["--set".to_owned(), s.clone()]));
+        let plan = vitrum(&args).ok().json();
+
+        let recipe = Recipe::read(Some("demo"), &set).unwrap().recipe.resolved(3, 96).unwrap();
+        let model = build::model(&recipe, Mode::Train).unwrap();
+        let optimizer = build::optimizer(&recipe, &model, 96).unwrap();
+        let (backend, one) = (backend::select(Device::Cpu, 1).unwrap(), Collective::from_env().unwrap());
+        let trainer = Trainer::new(backend, model, optimizer, one, build::options(&recipe)).unwrap();
+        let memory = &plan["memory"];
+        assert_eq!(memory["total_bytes"], trainer.backend.allocated_bytes(), "{more:?}");
+        let parts = ["params", "grads", "optimizer", "ema", "activations"];
+        let sum: u64 = parts.iter().map(|part| memory[format!("{part}_bytes")].as_u64().unwrap()).sum();
+        assert_eq!(memory["total_bytes"], sum, "{more:?}");
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_is_skipped_then_stops_the_run() {
+    for (name, lr) in [("diverged", "1e30"), ("overflowed", "1e39")] {
+        let out = path(name);
+        let set = format!("optim.lr={lr}");
+        let more =
+            [&set, "optim.clip=0", "schedule.warmup=4", "train.log_every=1", "train.checkpoint_every=1"];
+        let done = vitrum(&train(&out, &more)).exits(1);
+        let metrics = metrics(&out);
+        let last = metrics.iter().rfind(|line| line.get("lr").is_some()).unwrap();
+        assert_eq!(last["skipped"], 3);
+        let step = format!("step {}, learning rate {lr}", last["step"], lr = lr.replace("1e", "1.000e"));
+        let done = done.says(&[&step, "not finite in 3 steps in a row", "hint: lower `optim.lr`"]);
+        let good = done.stderr.split("last good checkpoint: ").nth(1).unwrap().lines().next().unwrap();
+
+        let file = SafeTensors::open(&Path::new(good).join("model.safetensors")).unwrap();
+        for tensor in file.names() {
+            let finite = file.tensor(tensor).unwrap().values.iter().all(|x| x.is_finite());
+            assert!(finite, "{good}: `{tensor}`");
+        }
+        let kept = good.rsplit('-').next().unwrap().parse::<u64>().unwrap();
+        assert!(kept <= last["step"].as_u64().unwrap() - 3, "saved at step {kept}, among the skipped ones");
+    }
+}
+
+#[test]
+fn a_finished_run_stays_as_it_is_when_it_is_resumed() {
+    for (name, more) in [
+        ("finished", vec![]),
+        (
+            "stopped-early",
+            vec!["train.patience=1", "train.min_delta=1", "train.eval_every=4", "train.steps=400"],
+        ),
+        ("learned", vec!["--overfit", "16"]),
+    ] {
+        let out = path(name);
+        vitrum(&train(&out, &more)).ok();
+        let want = outcome(&out);
+        vitrum(&train(&out, &[&more[..], &["--resume"]].concat())).ok();
+        assert_eq!(outcome(&out), want, "{name}");
+    }
+    assert_eq!(metrics(&path("stopped-early")).last().unwrap()["step"], 8);
+    assert_eq!(
+        names(Path::new(stripes()).join("train")),
+        ["across", "checks", "down"],
+        "the data is untouched"
+    );
+}

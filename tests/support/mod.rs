@@ -1,0 +1,218 @@
+//! What the tests of the program share: running it, and a small data set that they draw themselves.
+
+// Every test binary compiles this file, and none uses all of it.
+#![allow(dead_code, unreachable_pub)]
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+
+use image::{Rgb, RgbImage};
+use serde_json::Value;
+
+/// What a finished process left.
+pub struct Done {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Done {
+    /// Done without a failure.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        self.exits(0)
+    }
+
+    /// Ended with this code, and not by a panic.
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+        self
+    }
+
+    /// Says all of this on stderr.
+    #[track_caller]
+    pub fn says(self, texts: &[&str]) -> Self {
+        for text in texts {
+            assert!(self.stderr.contains(text), "`{text}` is not in: {}", self.stderr);
+        }
+        self
+    }
+
+    /// The one JSON object on stdout.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {}", self.stdout))
+    }
+}
+
+/// The program with these arguments. It takes the tests' own cache, and no setting from the environment.
+pub fn command<S: AsRef<OsStr>>(args: &[S]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vitrum"));
+    command.args(args).env("VITRUM_CACHE", cache()).env_remove("VITRUM_ISA").stdin(Stdio::null());
+    command
+}
+
+/// Runs the program to its end.
+pub fn vitrum<S: AsRef<OsStr>>(args: &[S]) -> Done {
+    finish(command(args))
+}
+
+pub fn finish(mut command: Command) -> Done {
+    wait(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+}
+
+/// Waits for a process; one that a signal ended has the code `128 + signal`, as in a shell.
+pub fn wait(child: Child) -> Done {
+    use std::os::unix::process::ExitStatusExt;
+    let output = child.wait_with_output().unwrap();
+    let signal = output.status.signal().unwrap_or(0);
+    Done {
+        code: output.status.code().unwrap_or(128 + signal),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+/// A folder of this test binary, empty at its start.
+pub fn scratch() -> &'static Path {
+    static SCRATCH: OnceLock<PathBuf> = OnceLock::new();
+    SCRATCH.get_or_init(|| {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(env!("CARGO_CRATE_NAME"));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).unwrap();
+        dir
+    })
+}
+
+fn cache() -> PathBuf {
+    scratch().join("cache")
+}
+
+/// `scratch()/name` as text, for arguments.
+pub fn path(name: &str) -> String {
+    scratch().join(name).display().to_string()
+}
+
+/// An image folder of three classes, told apart by the direction of their stripes: 96 PNG files to train on and 40 to
+/// validate with, 16x16 pixels, each with its own colours, phase and noise.
+pub fn stripes() -> &'static str {
+    static STRIPES: OnceLock<String> = OnceLock::new();
+    STRIPES.get_or_init(|| {
+        let mut random = Random(7);
+        for (split, count) in [("train", 96), ("val", 40)] {
+            for i in 0..count {
+                let (class, folder) = (i % 3, ["across", "checks", "down"][i % 3]);
+                let dir = scratch().join("stripes").join(split).join(folder);
+                std::fs::create_dir_all(&dir).unwrap();
+                stripe(class, &mut random).save(dir.join(format!("{i:03}.png"))).unwrap();
+            }
+        }
+        path("stripes")
+    })
+}
+
+fn stripe(class: usize, random: &mut Random) -> RgbImage {
+    let (shift, dark, light) = (random.below(4), random.below(60), 140 + random.below(60));
+    RgbImage::from_fn(16, 16, |x, y| {
+        let along = |at: u32| (u64::from(at) + shift) / 2 % 2;
+        let on = match class {
+            0 => along(y) == 1,
+            1 => along(x) == along(y),
+            _ => along(x) == 1,
+        };
+        let base = if on { light } else { dark };
+        Rgb(std::array::from_fn(|_| (base + random.below(40)) as u8))
+    })
+}
+
+/// The settings of a small run on [`stripes`], as `--set` takes them: a ViT of width 24, depth 2, 3 heads on 16 tokens,
+/// batches of 16 in two parts, six steps to an epoch, and everything random that there is.
+pub fn settings() -> Vec<String> {
+    let settings = [
+        "data.train=STRIPES model.image=16 model.patch=4 model.width=24 model.depth=2 model.heads=3",
+        "model.dropout=0.1 model.attention_dropout=0.1 model.drop_path=0.1 augment.crop=pad augment.pad=2",
+        "augment.mixup=0.2 augment.mix_prob=0.5 augment.brightness=0.1 optim.lr=3e-3 optim.ema=0.9",
+        "train.batch=16 train.micro_batch=8 train.steps=24 train.log_every=4 train.eval_every=8",
+        "train.checkpoint_every=5",
+    ];
+    settings.iter().flat_map(|line| line.split(' ')).map(|s| s.replace("STRIPES", stripes())).collect()
+}
+
+/// The arguments of a run with [`settings`]; those in `more` (`KEY=VALUE`, or a flag) come last and win.
+pub fn train(out: &str, more: &[&str]) -> Vec<String> {
+    let mut args: Vec<String> = ["train", "demo", "--out", out].map(str::to_owned).to_vec();
+    for more in settings().iter().map(String::as_str).chain(more.iter().copied()) {
+        if !more.starts_with("--") && more.contains('=') {
+            args.push("--set".into());
+        }
+        args.push(more.into());
+    }
+    args
+}
+
+/// Everything that a run computed: the bytes of its last checkpoint's files, and its metrics without the times.
+#[derive(Debug, PartialEq)]
+pub struct Outcome {
+    pub metrics: Vec<Value>,
+    /// Name, checksum and size.
+    pub files: Vec<(String, u64, usize)>,
+    /// What is in the folder of checkpoints.
+    pub checkpoints: Vec<String>,
+}
+
+pub fn outcome(run: &str) -> Outcome {
+    let last = Path::new(run).join("checkpoints/last");
+    let file = |name: &str| {
+        let bytes = std::fs::read(last.join(name)).unwrap();
+        (name.to_owned(), xxhash_rust::xxh3::xxh3_64(&bytes), bytes.len())
+    };
+    Outcome {
+        metrics: metrics(run),
+        files: ["model.safetensors", "ema.safetensors", "state.safetensors"].map(file).to_vec(),
+        checkpoints: names(last.parent().unwrap()),
+    }
+}
+
+/// The lines of `metrics.jsonl`, without what depends on the clock.
+pub fn metrics(run: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(Path::new(run).join("metrics.jsonl")).unwrap();
+    let timeless = |line: &str| {
+        let mut line: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        remove_times(&mut line);
+        line
+    };
+    text.lines().map(timeless).collect()
+}
+
+fn remove_times(value: &mut Value) {
+    let Some(fields) = value.as_object_mut() else { return };
+    for key in ["seconds", "img_per_s", "data_wait"] {
+        fields.remove(key);
+    }
+    fields.values_mut().for_each(remove_times);
+}
+
+/// The names in a folder, sorted.
+pub fn names(dir: impl AsRef<Path>) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// SplitMix64 (Steele et al. 2014): the same numbers in every run of the tests.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % bound
+    }
+}
