@@ -29,6 +29,8 @@ pub fn exp<S: Simd>(s: S, x: S::V) -> S::V {
 
 /// `2^x` for x at most 127: two units in the last place, for half of [`exp`]'s price. Callers fold log2 e into the
 /// computation of x, whose rounding then counts |x|·2^-24 in the result.
+// A fitted coefficient, close to ln 2 and not equal to it.
+#[allow(clippy::approx_constant)]
 #[inline(always)]
 pub fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     let x = s.max(s.splat(-150.0), x);
@@ -93,7 +95,7 @@ pub struct TanhForm;
 pub struct ErfForm;
 
 /// `2√(2/π)`
-const TWO_C: f32 = 1.595_769_1;
+const TWO_C: f32 = 1.595_769_2;
 const CUBIC: f32 = 0.044_715;
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 
@@ -328,7 +330,7 @@ pub(crate) mod tests {
             for (x, y) in x.iter().zip(y) {
                 let want = (*x as f64).ln();
                 assert!(
-                    (y as f64 - want).abs() < 3.0 * EPS * want.abs(),
+                    (y as f64 - want).abs() <= 3.0 * EPS * want.abs(),
                     "{isa:?}: ln {x} = {y}, not {want}"
                 );
             }
