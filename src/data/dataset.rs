@@ -467,7 +467,7 @@ mod tests {
         let cache = tempfile::tempdir().unwrap();
         let drawn = open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap();
         assert_eq!((drawn.len(), drawn.image()), (demo::len(Split::Val), Some((32, 32))));
-        let shard = cache.path().join("demo-hard-v1/val/00000.safetensors");
+        let shard = cache.path().join(format!("demo-hard-v{}/val/00000.safetensors", demo::VERSION));
         let written = std::fs::metadata(&shard).unwrap().modified().unwrap();
         let mapped = open_demo(demo::Variant::Hard, Split::Val, cache.path()).unwrap();
         assert_eq!(std::fs::metadata(&shard).unwrap().modified().unwrap(), written);
