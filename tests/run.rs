@@ -173,20 +173,12 @@ fn a_short_run_learns() {
 #[test]
 fn a_short_run_on_the_demo_shows_a_falling_loss() {
     let out = path("demo");
-    let short = [
-        "train",
-        "--out",
-        &out,
-        "--set",
-        "train.steps=60",
-        "--set",
-        "train.batch=64",
-        "--set",
-        "model.depth=2",
-    ];
-    let done = vitrum(&short).ok();
+    let short = ["train.steps=60", "train.batch=64", "train.log_every=10", "model.depth=2"];
+    let sets = short.iter().flat_map(|setting| ["--set", setting]);
+    let args: Vec<&str> = ["train", "--out", &out].into_iter().chain(sets).collect();
+    let done = vitrum(&args).ok();
     let (first, last) = first_and_last_loss(&out);
-    assert!(last < first - 0.005, "loss {first}, then {last}");
+    assert!(last < first - 0.05, "loss {first}, then {last}");
     assert!(done.stdout.is_empty(), "{}", done.stdout);
     let done = done.says(&["trained 60 steps", "checkpoints/last", "vitrum eval", "vitrum predict"]);
     // What it says to type next works as it stands.

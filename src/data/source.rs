@@ -104,17 +104,8 @@ impl Source {
     /// Refuses a source from which nothing can be learnt.
     fn check(&self) -> Result<()> {
         let items = self.items(Split::Train);
-        let used: BTreeSet<usize> = items.iter().map(|item| item.label).collect();
-        match used.first() {
-            None => return Err(Error::new("no pictures in class folders").hint(CLASS_FOLDERS)),
-            Some(only) if used.len() == 1 => {
-                return Err(Error::new(format!(
-                    "only one class, `{}`; a classifier needs two or more",
-                    self.classes[*only]
-                ))
-                .hint(CLASS_FOLDERS));
-            }
-            Some(_) => {}
+        if items.is_empty() {
+            return Err(Error::new("no pictures in class folders").hint(CLASS_FOLDERS));
         }
         let is_picture = |item: &Item| match self.store.read(item) {
             Ok(Record::Encoded(bytes)) => Format::of(&bytes).is_ok(),
@@ -123,6 +114,12 @@ impl Source {
         };
         if !items.iter().any(is_picture) {
             fail!("no JPEG or PNG picture among its {} files", items.len());
+        }
+        let first = items[0].label;
+        if items.iter().all(|item| item.label == first) {
+            let only = &self.classes[first];
+            return Err(Error::new(format!("only one class, `{only}`; a classifier needs two or more"))
+                .hint(CLASS_FOLDERS));
         }
         Ok(())
     }
