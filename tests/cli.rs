@@ -67,7 +67,7 @@ fn wrong_settings_are_refused_before_anything_is_written() {
     train("train.batch=0", "`train.batch` is 0", "use 1 to 1048576, as in `--set train.batch=128`");
     train(
         "model.heads=5",
-        "`model.heads` is 5, which does not divide `model.width` 128",
+        "`model.heads` is 5, which does not divide `model.width` 64",
         "use `--set model.heads=4`",
     );
     train(

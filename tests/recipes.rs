@@ -95,7 +95,7 @@ fn a_resolved_recipe_says_every_size_and_still_describes_the_same_run() {
     assert_eq!(again, resolved);
 
     let epochs = demo(&["train.epochs=2"]).resolved(10, 20_000).unwrap();
-    assert_eq!((epochs.train.steps, epochs.train.epochs), (Some(313), None));
+    assert_eq!((epochs.train.steps, epochs.train.epochs), (Some(625), None));
 }
 
 #[test]
@@ -122,6 +122,7 @@ fn set_takes_a_value_as_its_key_wants_it() {
         "augment.crop=torch",
         "data.train=1000",
         "model.pool=\"token\"",
+        "model.posemb=learned",
         " train.seed = 7 ",
         "schedule.warmup=100_000 examples",
     ]);
@@ -149,7 +150,7 @@ fn the_seeds_names_are_accepted_and_replace_ours() {
 fn the_later_of_steps_and_epochs_decides() {
     let recipe = demo(&["train.epochs=2.5"]);
     assert_eq!((recipe.train.steps, recipe.train.epochs), (None, Some(2.5)));
-    assert_eq!(recipe.steps(20_000).unwrap(), 391);
+    assert_eq!(recipe.steps(20_000).unwrap(), 781);
     let recipe = demo(&["train.epochs=2.5", "train.steps=60"]);
     assert_eq!((recipe.train.steps, recipe.train.epochs), (Some(60), None));
     assert_eq!(demo(&["train.epochs=0.001"]).steps(100).unwrap(), 1, "a run has at least one step");
@@ -311,13 +312,13 @@ fn what_cannot_be_trained_is_refused_by_its_key() {
         (&["train.steps=0"], "`train.steps` is 0"),
         (&["train.epochs=0"], "`train.epochs` is 0"),
         (&["train.epochs=nan"], "`train.epochs` is NaN"),
-        (&["train.micro_batch=48"], "`train.micro_batch` is 48, which does not divide `train.batch` 128"),
+        (&["train.micro_batch=48"], "`train.micro_batch` is 48, which does not divide `train.batch` 64"),
         (&["train.log_every=0"], "`train.log_every` is 0"),
         (&["train.precision=bf16"], "`train.precision = \"bf16\"` is not built yet on the CPU"),
         (&["train.recompute=block"], "`train.recompute = \"block\"` is not built yet"),
         (&["train.recompute=all"], "`train.recompute` cannot be `all`"),
         (&["data.slots=1"], "`data.slots` is 1"),
-        (&["model.heads=5"], "`model.heads` is 5, which does not divide `model.width` 128"),
+        (&["model.heads=5"], "`model.heads` is 5, which does not divide `model.width` 64"),
         (&["model.heads=0"], "`model.heads` is 0"),
         (&["model.image=30"], "the patch height 8 does not divide the image height 30"),
         (&["model.image=0"], "`model.image` is 0"),
