@@ -5,8 +5,10 @@
 //! their scores stay in L1. The forward keeps only `lse = ln Σ_j e^(s_j)` of each query; the backward recomputes the
 //! probabilities from it (Dao et al. 2022, arXiv:2205.14135):
 //!
-//!     P = e^(scale·Q·Kᵀ - lse)    dP = dO·Vᵀ    dS = scale·P∘(dP - rowsum(dO∘O))
-//!     dQ = dS·K    dK = dSᵀ·Q    dV = Pᵀ·dO
+//! ```text
+//! P = e^(scale·Q·Kᵀ - lse)    dP = dO·Vᵀ    dS = scale·P∘(dP - rowsum(dO∘O))
+//! dQ = dS·K    dK = dSᵀ·Q    dV = Pᵀ·dO
+//! ```
 //!
 //! P and dS of a block of queries lie in scratch of at most [`SCORES`] values each (or MR rows): nothing of the size of
 //! B·H·T·T exists. Under dropout, P in `P·V` and `Pᵀ·dO`, and dP, are multiplied by the mask; `lse` knows nothing of it.

@@ -1,7 +1,9 @@
 //! LayerNorm over rows, with the residual add in front of it where the model needs one. Ba et al. 2016, arXiv:1607.06450.
 //!
-//!     mean = avg(x)   rstd = 1/√(avg((x - mean)²) + eps)   x̂ = (x - mean)·rstd   y = γ·x̂ + β
-//!     u = γ·d_y       d_x = rstd·(u - avg(u) - x̂·avg(u·x̂))   dγ = Σ_R d_y·x̂   dβ = Σ_R d_y
+//! ```text
+//! mean = avg(x)   rstd = 1/√(avg((x - mean)²) + eps)   x̂ = (x - mean)·rstd   y = γ·x̂ + β
+//! u = γ·d_y       d_x = rstd·(u - avg(u) - x̂·avg(u·x̂))   dγ = Σ_R d_y·x̂   dβ = Σ_R d_y
+//! ```
 //!
 //! A row is small enough for the first-level cache, so every row is read from memory once and passed over two or
 //! three times. The mean of a row far from zero rounds by more than its deviation can bear; both directions therefore
