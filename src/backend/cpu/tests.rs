@@ -28,7 +28,10 @@ fn weighted(values: &[f64], weights: &[f32]) -> f64 {
 fn the_device_of_the_command_line_opens_and_describes_itself() {
     let backend = select(Device::Cpu, 2).unwrap();
     assert!(backend.describe().starts_with("cpu, 2 threads, "), "{}", backend.describe());
-    assert_eq!(select(Device::Cuda, 1).err().unwrap().hint_text(), Some("use `--device cpu`; `vitrum doctor` says what this machine has"));
+    assert_eq!(
+        select(Device::Cuda, 1).err().unwrap().hint_text(),
+        Some("use `--device cpu`; `vitrum doctor` says what this machine has")
+    );
 }
 
 #[test]
