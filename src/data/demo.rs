@@ -1,9 +1,9 @@
 //! The embedded demo: ten shapes on busy grounds, drawn on the spot, so that a fresh clone trains without a download.
 //!
 //! The classes differ by shape alone. Size, place, rotation, aspect and all colours are drawn independently of the
-//! class, and half of the shapes are partly hidden: a linear model on the pixels or on the colours learns
-//! little, a small Vision Transformer nearly everything. A shape is brighter than the ground and what hides it. Picture `index` of a split is a function of
-//! (seed, split, index), whoever draws it and in whatever order.
+//! class, and half of the shapes are partly hidden: a linear model on the pixels or on the colours learns little, a
+//! small Vision Transformer nearly everything. A shape is brighter than the ground and than what hides it. Picture
+//! `index` of a split is a function of (seed, split, index), whoever draws it and in whatever order.
 
 use std::f32::consts::{FRAC_PI_4, PI, TAU};
 

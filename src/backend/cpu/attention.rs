@@ -186,7 +186,7 @@ impl Task for ForwardTask<'_> {
                     n: t,
                     k: dh,
                     a: Left { at: head.q.wrapping_add(i * ld_qkv), row: ld_qkv, k: 1 },
-                    b: Right::Packed { at: keys.as_ptr(), k: dh },
+                    b: Right { at: keys.as_ptr(), k: dh },
                     c: scores.as_mut_ptr(),
                     c_row: ld,
                     add: false,
@@ -210,7 +210,7 @@ impl Task for ForwardTask<'_> {
                     n: dh,
                     k: t,
                     a: Left { at: scores.as_ptr(), row: ld, k: 1 },
-                    b: Right::Packed { at: values.as_ptr(), k: t },
+                    b: Right { at: values.as_ptr(), k: t },
                     c: o,
                     c_row: job.o.ld,
                     add: false,
@@ -218,8 +218,8 @@ impl Task for ForwardTask<'_> {
                 // SAFETY: rows and columns of this head in o, which belong to this task.
                 unsafe {
                     product(s, &to_output, &mut buffer);
-                    for r in 0..rows {
-                        scale_row(s, o.add(r * job.o.ld), dh, 1.0 / sums[r]);
+                    for (r, sum) in sums[..rows].iter().enumerate() {
+                        scale_row(s, o.add(r * job.o.ld), dh, 1.0 / sum);
                     }
                 }
             }
@@ -363,7 +363,7 @@ impl Task for BackwardTask<'_> {
                             n: t,
                             k: dh,
                             a: Left { at: head.q.add(i * ld_qkv), row: ld_qkv, k: 1 },
-                            b: Right::Packed { at: keys_t.as_ptr(), k: dh },
+                            b: Right { at: keys_t.as_ptr(), k: dh },
                             c: p.as_mut_ptr().add(at),
                             c_row: ld,
                             add: false,
@@ -371,7 +371,7 @@ impl Task for BackwardTask<'_> {
                         product(s, &scores, &mut buffer);
                         let d_probabilities = Product {
                             a: Left { at: d_o.add(i * ld_do), row: ld_do, k: 1 },
-                            b: Right::Packed { at: values_t.as_ptr(), k: dh },
+                            b: Right { at: values_t.as_ptr(), k: dh },
                             c: ds.as_mut_ptr().add(at),
                             ..scores
                         };
@@ -394,7 +394,7 @@ impl Task for BackwardTask<'_> {
                             n: dh,
                             k: t,
                             a: Left { at: ds.as_ptr().add(at), row: ld, k: 1 },
-                            b: Right::Packed { at: keys.as_ptr(), k: t },
+                            b: Right { at: keys.as_ptr(), k: t },
                             c: place(0, i),
                             c_row: job.d_qkv.ld,
                             add: false,
@@ -413,7 +413,7 @@ impl Task for BackwardTask<'_> {
                         n: dh,
                         k,
                         a: Left { at: ds.as_ptr(), row: 1, k: ld },
-                        b: Right::Packed { at: queries.as_ptr(), k },
+                        b: Right { at: queries.as_ptr(), k },
                         c: place(1, 0),
                         c_row: job.d_qkv.ld,
                         add: first > 0,
@@ -421,7 +421,7 @@ impl Task for BackwardTask<'_> {
                     product(s, &d_key, &mut buffer);
                     let d_value = Product {
                         a: Left { at: p.as_ptr(), row: 1, k: ld },
-                        b: Right::Packed { at: d_out.as_ptr(), k },
+                        b: Right { at: d_out.as_ptr(), k },
                         c: place(2, 0),
                         ..d_key
                     };

@@ -5,16 +5,19 @@
 //! Tasks are ranges of rows. Within a task the loops go over column blocks that stay in the L2 cache, blocks of k, rows
 //! by MR (their values of A stay in L1) and panels; the micro-kernel ([`tile`]) does the rest. After the last block of k a
 //! tile goes through its epilogue ([`epilogue`]) while it is hot. The gradient of the weight sums over all rows, so
-//! there tasks are ranges of the output and each packs its own columns of `d_y`.
+//! there tasks are parts of the output, and each packs its own columns of `d_y` and x block by block.
 //!
 //! No sum is ever split between threads: results have the same bits for any number of them.
+
+// Arrays of vectors are walked by index: iterators would need closures, which lose the instruction set.
+#![allow(clippy::needless_range_loop)]
 
 pub mod epilogue;
 pub mod pack;
 pub mod tile;
 
 use super::compute::Compute;
-use super::simd::{MAX_MR, Simd, Task};
+use super::simd::{MAX_MR, MAX_NR, Simd, Task};
 use super::view::{Rows, RowsMut, Shared};
 use crate::backend::Gelu;
 pub use epilogue::Dropout;
@@ -253,7 +256,7 @@ impl Task for RowTask<'_> {
     fn run<S: Simd>(self, s: S) {
         let RowTask { g, packed, start, end } = self;
         let (k, n, nr) = (g.a.cols, g.n, 2 * S::LANES);
-        let right = Right::Packed { at: packed.as_ptr(), k };
+        let right = Right { at: packed.as_ptr(), k };
         let mut buffer = TileBuffer::new();
         let k_blocks = k.div_ceil(K_BLOCK).max(1);
         let columns = (L2_VALUES / k.clamp(1, K_BLOCK) / nr).max(1) * nr;
@@ -275,7 +278,6 @@ impl Task for RowTask<'_> {
                         // SAFETY: rows r..r+rows belong to this task, columns j..j+cols lie in the matrices; a tile that
                         // would reach past the columns lies in the buffer, which holds any tile.
                         unsafe {
-                            let (b, b_k) = right.panel(j, k0, width);
                             let direct = !complete && cols == width && (kb > 0 || !g.from_output);
                             let (to, to_row) = if direct {
                                 (g.partial.at(r, j), g.partial.ld)
@@ -290,8 +292,8 @@ impl Task for RowTask<'_> {
                                 a: g.a.data.as_ptr().add(r * g.a.ld + k0),
                                 a_row: g.a.ld,
                                 a_k: 1,
-                                b,
-                                b_k,
+                                b: right.panel(j, k0, width),
+                                b_k: width,
                                 c: to,
                                 c_row: to_row,
                                 add,
@@ -314,7 +316,7 @@ impl Task for RowTask<'_> {
 // The gradient of the weight --------------------------------------------------------------------------------------
 
 /// Depth of a block of rows: MR columns of `d_y` over it stay in L1, and the block of x in L2.
-const ROW_BLOCK: usize = 256;
+const ROW_BLOCK: usize = 384;
 
 /// `d_w[out, in] (+)= d_y[R, out]ᵀ·x[R, in]`.
 /// # Panics
@@ -327,80 +329,78 @@ pub fn weight_grad(c: &Compute, d_y: Rows, x: Rows, accumulate: bool, d_w: RowsM
         return;
     }
     let d_w = Shared::new(d_w);
-    // Every task reads all of x: few tasks, of many rows.
-    let blocks = out.div_ceil(MAX_MR);
-    let tasks = blocks.min(c.threads() * if blocks >= 8 * c.threads() { 2 } else { 1 });
-    c.for_each(tasks, |i| {
-        let start = i * blocks / tasks * MAX_MR;
-        let end = ((i + 1) * blocks / tasks * MAX_MR).min(out);
-        c.isa.run(WeightTask { c, d_y, x, accumulate, d_w, start, end });
+    let (down, across) = weight_tasks(c.threads(), out, cols);
+    let (blocks, panels) = (out.div_ceil(MAX_MR), cols.div_ceil(MAX_NR));
+    c.for_each(down * across, |task| {
+        let (i, j) = (task / across, task % across);
+        let rows = i * blocks / down * MAX_MR..out.min((i + 1) * blocks / down * MAX_MR);
+        let columns = j * panels / across * MAX_NR..cols.min((j + 1) * panels / across * MAX_NR);
+        c.isa.run(WeightTask { c, d_y, x, accumulate, d_w, rows, columns });
     });
 }
 
-/// Rows `start..end` of `d_w`.
+/// How many parts the rows and the columns of `d_w` are cut into. Each task reads all rows of its columns of `d_y` and
+/// x, so the longer side is cut first, and into few parts.
+fn weight_tasks(threads: usize, out: usize, cols: usize) -> (usize, usize) {
+    const LEAST: usize = 2 * MAX_NR;
+    let (long, short) = (out.max(cols), out.min(cols));
+    if threads == 1 || long < 2 * LEAST {
+        return (1, 1);
+    }
+    let wanted = if long >= threads * 4 * LEAST { 2 * threads } else { threads };
+    let along = wanted.min(long / LEAST);
+    let across = wanted.div_ceil(along).min((short / LEAST).max(1));
+    if out >= cols { (along, across) } else { (across, along) }
+}
+
+/// A part of `d_w`.
 struct WeightTask<'a> {
     c: &'a Compute,
     d_y: Rows<'a>,
     x: Rows<'a>,
     accumulate: bool,
     d_w: Shared<'a>,
-    start: usize,
-    end: usize,
+    rows: std::ops::Range<usize>,
+    columns: std::ops::Range<usize>,
 }
 
 impl Task for WeightTask<'_> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let WeightTask { c, d_y, x, accumulate, d_w, start, end } = self;
-        let (m, n, rows) = (end - start, x.cols, x.rows);
-        let k_blocks = rows.div_ceil(ROW_BLOCK).max(1);
-        let most = rows.div_ceil(k_blocks);
-        let m_blocks = m.div_ceil(S::MR);
-        let nr = 2 * S::LANES;
-        let columns = (L2_VALUES / most.max(1) / nr).max(1) * nr;
-        let in_place = n % S::LANES == 0;
-        let left_len = m_blocks * S::LANES * most;
-        let mut scratch = c.scratch(left_len + if in_place { 0 } else { pack::packed_len::<S>(most, n) });
-        let (left, right) = scratch.split_at_mut(left_len);
+        let WeightTask { c, d_y, x, accumulate, d_w, rows, columns } = self;
+        let (m, n, depth) = (rows.len(), columns.len(), x.rows);
+        let k_blocks = depth.div_ceil(ROW_BLOCK).max(1);
+        let most = depth.div_ceil(k_blocks);
+        let (panels, nr) = (m.div_ceil(S::MR), 2 * S::LANES);
+        let step = (L2_VALUES / most.max(1) / nr).max(1) * nr;
+        let mut left = c.scratch(panels * S::LANES * most);
+        let mut right = c.scratch(pack::packed_len::<S>(most, step.min(n)));
         let mut buffer = TileBuffer::new();
         for kb in 0..k_blocks {
-            let (k0, k1) = (kb * rows / k_blocks, (kb + 1) * rows / k_blocks);
+            let (k0, k1) = (kb * depth / k_blocks, (kb + 1) * depth / k_blocks);
             let k = k1 - k0;
-            // SAFETY: rows k0..k1 of both matrices; columns start..end of d_y; rows start..end of d_w belong to this task;
-            // the scratch was made large enough for the longest block.
+            // SAFETY: rows k0..k1 of both matrices; the scratch was made large enough for the longest block. The part
+            // of d_w belongs to this task.
             unsafe {
-                for block in 0..m_blocks {
-                    let i = block * m / m_blocks;
-                    let to = left.as_mut_ptr().add(block * S::LANES * most);
-                    let from = d_y.data.as_ptr().wrapping_add(k0 * d_y.ld);
-                    pack::pack_left(s, from, d_y.ld, k, start + i, d_y.cols, to);
-                }
-                let at = x.data.as_ptr().wrapping_add(k0 * x.ld);
-                let b = if in_place {
-                    Right::InPlace { at, ld: x.ld }
-                } else {
-                    pack::pack_plain(s, at, x.ld, k, n, 0..n, right.as_mut_ptr());
-                    Right::Packed { at: right.as_ptr(), k }
-                };
-                for first in (0..n).step_by(columns) {
-                    for block in 0..m_blocks {
-                        let (i, end) = (block * m / m_blocks, (block + 1) * m / m_blocks);
-                        let (at, _) = b.panel(first, 0, if n - first > S::LANES { nr } else { S::LANES });
-                        let p = Product {
-                            m: end - i,
-                            n: columns.min(n - first),
+                let from = d_y.data.as_ptr().wrapping_add(k0 * d_y.ld);
+                pack::pack_left(s, from, d_y.ld, k, d_y.cols, rows.clone(), left.as_mut_ptr());
+                for first in (0..n).step_by(step) {
+                    let here = step.min(n - first);
+                    let from = x.data.as_ptr().wrapping_add(k0 * x.ld + columns.start + first);
+                    pack::pack_plain(s, from, x.ld, k, here, 0..here, right.as_mut_ptr());
+                    for i in (0..m).step_by(S::MR) {
+                        let part = Product {
+                            m: S::MR.min(m - i),
+                            n: here,
                             k,
-                            a: Left { at: left.as_ptr().add(block * S::LANES * most), row: 1, k: S::LANES },
-                            b: match b {
-                                Right::InPlace { ld, .. } => Right::InPlace { at, ld },
-                                Right::Packed { k, .. } => Right::Packed { at, k },
-                            },
-                            c: d_w.at(start + i, first),
+                            a: Left { at: left.as_ptr().add(i / S::MR * S::LANES * k), row: 1, k: S::LANES },
+                            b: Right { at: right.as_ptr(), k },
+                            c: d_w.at(rows.start + i, columns.start + first),
                             c_row: d_w.ld,
                             add: accumulate || kb > 0,
                         };
-                        product(s, &p, &mut buffer);
+                        product(s, &part, &mut buffer);
                     }
                 }
             }

@@ -56,7 +56,10 @@ pub unsafe fn pack_transposed<S: Simd>(
     }
 }
 
-/// Packs the panels of `columns` of the row-major matrix `B[k, n]`.
+/// Rows that are copied together: long enough runs on both sides.
+const GROUP: usize = 8;
+
+/// Packs the panels of `columns` (from a panel's start) of the row-major matrix `B[k, n]`.
 /// # Safety
 /// `from` must be valid for k rows of n values, `to` for [`packed_len`] values.
 #[inline(always)]
@@ -69,51 +72,65 @@ pub unsafe fn pack_plain<S: Simd>(
     columns: std::ops::Range<usize>,
     to: *mut f32,
 ) {
-    let mut start = columns.start;
-    while start < columns.end {
-        let vectors = panel_vectors::<S>(n - start);
-        let width = vectors * S::LANES;
-        for k0 in 0..k {
-            // SAFETY: row k0 of the panel and of the matrix; the head load keeps inside its n columns.
-            unsafe {
-                let (from, to) = (from.add(k0 * ld + start), to.add(start * k + k0 * width));
-                if start + width <= n {
-                    s.store(to, s.load(from));
-                    if vectors == 2 {
-                        s.store(to.add(S::LANES), s.load(from.add(S::LANES)));
-                    }
-                } else {
+    let mut group = 0;
+    while group < k {
+        let end = k.min(group + GROUP);
+        let mut start = columns.start;
+        while start < columns.end {
+            let vectors = panel_vectors::<S>(n - start);
+            let width = vectors * S::LANES;
+            let whole = start + width <= n;
+            for k0 in group..end {
+                // SAFETY: row k0 of the panel and of the matrix; the head load keeps inside its n columns.
+                unsafe {
+                    let (from, to) = (from.add(k0 * ld + start), to.add(start * k + k0 * width));
                     for v in 0..vectors {
-                        let cols = (n - start - v * S::LANES).min(S::LANES);
-                        s.store(to.add(v * S::LANES), s.load_head(from.add(v * S::LANES), cols));
+                        let from = from.add(v * S::LANES);
+                        let x = if whole {
+                            s.load(from)
+                        } else {
+                            s.load_head(from, (n - start - v * S::LANES).min(S::LANES))
+                        };
+                        s.store(to.add(v * S::LANES), x);
                     }
                 }
             }
+            start += 2 * S::LANES;
         }
-        start += 2 * S::LANES;
+        group = end;
     }
 }
 
-/// Packs MR columns, from column `first` of `cols`, of the row-major matrix `[k, cols]`, as a left matrix: element
-/// (i, k) at `to[k·LANES + i]`. What lies in between is not read by anyone.
+/// Packs `columns` of the row-major matrix `[k, cols]` as a left matrix, in panels of MR columns: element (i, k) of panel
+/// p at `to[(p·depth + k)·LANES + i]`, depth = k. The lanes past MR hold what nobody reads.
 /// # Safety
-/// `from` must be valid for k rows of `cols` values, `to` for `k·LANES` values.
+/// `from` must be valid for k rows of `cols` values, `to` for `k·LANES` values per panel.
 #[inline(always)]
 pub unsafe fn pack_left<S: Simd>(
     s: S,
     from: *const f32,
     ld: usize,
     k: usize,
-    first: usize,
     cols: usize,
+    columns: std::ops::Range<usize>,
     to: *mut f32,
 ) {
-    for k0 in 0..k {
-        // SAFETY: the load keeps inside the row.
-        unsafe {
-            let from = from.add(k0 * ld + first);
-            let v = if first + S::LANES <= cols { s.load(from) } else { s.load_head(from, cols - first) };
-            s.store(to.add(k0 * S::LANES), v);
+    let panels = columns.len().div_ceil(S::MR);
+    let mut group = 0;
+    while group < k {
+        let end = k.min(group + GROUP);
+        for panel in 0..panels {
+            let first = columns.start + panel * S::MR;
+            for k0 in group..end {
+                // SAFETY: the load keeps inside the row.
+                unsafe {
+                    let from = from.add(k0 * ld + first);
+                    let x =
+                        if first + S::LANES <= cols { s.load(from) } else { s.load_head(from, cols - first) };
+                    s.store(to.add((panel * k + k0) * S::LANES), x);
+                }
+            }
         }
+        group = end;
     }
 }

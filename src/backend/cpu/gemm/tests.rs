@@ -6,7 +6,7 @@ use crate::backend::mask::BoundMask;
 use crate::backend::{Mask, Micro, StepKeys};
 
 /// (R, in, out): one of everything, numbers that nothing divides, several blocks of k, of columns and of rows.
-const SHAPES: [(usize, usize, usize); 15] = [
+const SHAPES: [(usize, usize, usize); 16] = [
     (1, 1, 1),
     (2, 1, 7),
     (3, 5, 7),
@@ -20,6 +20,7 @@ const SHAPES: [(usize, usize, usize); 15] = [
     (197, 70, 96),
     (300, 12, 33),
     (61, 800, 43),
+    (40, 130, 150),
     (30, 385, 500),
     (65, 64, 1300),
 ];

@@ -82,34 +82,31 @@ pub struct Left {
     pub k: usize,
 }
 
-/// The right matrix of a product, read in panels of two vectors (one where no more columns are left).
+/// The right matrix of a product, as [`super::pack`] made it: panels of two vectors of columns (one where no more
+/// columns are left), one after the other, each `k` rows of its width, padded with zeros.
 #[derive(Clone, Copy)]
-pub enum Right {
-    /// By [`super::pack`]: panels one after the other, each `k` rows of its width, padded with zeros.
-    Packed { at: *const f32, k: usize },
-    /// Row-major; the number of columns must be a multiple of `LANES`.
-    InPlace { at: *const f32, ld: usize },
+pub struct Right {
+    pub at: *const f32,
+    pub k: usize,
 }
 
 impl Right {
-    /// Where the panel of `width` columns from `j` starts at row `k`, and the distance of its rows.
-    /// # Safety
-    /// The panel must exist.
+    /// Where the panel of `width` columns from `j` has its row `k`.
     #[inline(always)]
-    pub unsafe fn panel(self, j: usize, k: usize, width: usize) -> (*const f32, usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                Right::Packed { at, k: depth } => (at.add(j * depth + k * width), width),
-                Right::InPlace { at, ld } => (at.add(k * ld + j), ld),
-            }
-        }
+    pub fn panel(self, j: usize, k: usize, width: usize) -> *const f32 {
+        self.at.wrapping_add(j * self.k + k * width)
     }
 }
 
 /// Room for the largest tile: where a tile lies that is not a whole part of its matrix.
 #[repr(align(64))]
 pub struct TileBuffer([f32; MAX_MR * MAX_NR]);
+
+impl Default for TileBuffer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 impl TileBuffer {
     #[inline(always)]
@@ -187,7 +184,6 @@ pub unsafe fn product<S: Simd>(s: S, p: &Product, buffer: &mut TileBuffer) {
             // SAFETY: rows i..end and columns j..j+cols lie in the matrices; a tile that would reach past the columns
             // goes through the buffer, which holds any tile.
             unsafe {
-                let (b, b_k) = p.b.panel(j, 0, width);
                 let c = p.c.add(i * p.c_row + j);
                 let whole = cols == width;
                 let (to, to_row) = if whole { (c, p.c_row) } else { (buffer.at(), width) };
@@ -199,8 +195,8 @@ pub unsafe fn product<S: Simd>(s: S, p: &Product, buffer: &mut TileBuffer) {
                     a: p.a.at.add(i * p.a.row),
                     a_row: p.a.row,
                     a_k: p.a.k,
-                    b,
-                    b_k,
+                    b: p.b.panel(j, 0, width),
+                    b_k: width,
                     c: to,
                     c_row: to_row,
                     add: p.add,
