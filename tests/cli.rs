@@ -61,7 +61,9 @@ fn wrong_settings_are_refused_before_anything_is_written() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
     let train = |set: &str, error: &str, hint: &str| {
-        refused(&["train", "--out", out.to_str().unwrap(), "--set", set], error, hint);
+        let sizes = ["--set", "model.width=128", "--set", "model.patch=8"];
+        let args = ["train", "--out", out.to_str().unwrap(), "--set", set];
+        refused(&[&args[..3], &sizes, &args[3..]].concat(), error, hint);
     };
     train("train.stpes=60", "unknown key `train.stpes`", "did you mean `train.steps`?");
     train("train.batch=0", "`train.batch` is 0", "use 1 to 1048576, as in `--set train.batch=128`");

@@ -110,7 +110,7 @@ fn settings_that_make_no_run_are_wrong_usage() {
         done
     };
     of_file("[model]\nwidth = \"wide\"\n").exits(2).says(&["mine.toml, line 2", "`model.width`"]);
-    of_file("[model]\nvariant = \"Ti/16\"\n[data]\ntrain = \"/no/such/folder\"\n")
+    of_file("[model]\nvariant = \"Ti/16\"\n[data]\ntrain = \"/no/such/folder\"\n[train]\nsteps = 5\n")
         .exits(1)
         .says(&["/no/such/folder", "no such file or folder"]);
     of_file("[model\n").exits(2).says(&["mine.toml, line 1"]);
