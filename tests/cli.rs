@@ -74,8 +74,8 @@ fn wrong_settings_are_refused_before_anything_is_written() {
     );
     train(
         "model.image=30",
-        "the patch height 8 does not divide the image height 30",
-        "use `--set model.image=24` or another `model.patch`",
+        "the patch height 4 does not divide the image height 30",
+        "use `--set model.image=28` or another `model.patch`",
     );
     train("model.pool=mean", "`model.pool` cannot be `mean`", "use one of `token`, `gap`, `map`");
     train(
