@@ -69,13 +69,13 @@ fn wrong_settings_are_refused_before_anything_is_written() {
     train("train.batch=0", "`train.batch` is 0", "use 1 to 1048576, as in `--set train.batch=128`");
     train(
         "model.heads=5",
-        "`model.heads` is 5, which does not divide `model.width` 64",
+        "`model.heads` is 5, which does not divide `model.width` 128",
         "use `--set model.heads=4`",
     );
     train(
         "model.image=30",
-        "the patch height 4 does not divide the image height 30",
-        "use `--set model.image=28` or another `model.patch`",
+        "the patch height 8 does not divide the image height 30",
+        "use `--set model.image=24` or another `model.patch`",
     );
     train("model.pool=mean", "`model.pool` cannot be `mean`", "use one of `token`, `gap`, `map`");
     train(
