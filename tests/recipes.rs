@@ -320,7 +320,7 @@ fn what_cannot_be_trained_is_refused_by_its_key() {
         (&["data.slots=1"], "`data.slots` is 1"),
         (&["model.heads=5"], "`model.heads` is 5, which does not divide `model.width` 64"),
         (&["model.heads=0"], "`model.heads` is 0"),
-        (&["model.image=30"], "the patch height 8 does not divide the image height 30"),
+        (&["model.image=30"], "the patch height 4 does not divide the image height 30"),
         (&["model.image=0"], "`model.image` is 0"),
         (&["model.dropout=1"], "`model.dropout` is 1"),
         (&["model.width=999999999999"], "`model.width` is 999999999999"),
