@@ -254,6 +254,13 @@ pub struct Micro {
     pub mean_over: usize,
 }
 
+impl Micro {
+    /// A batch of `samples` that is taken in one pass, on one rank.
+    pub fn whole(samples: usize) -> Self {
+        Self { first: 0, samples, global_first: 0, accumulate: false, mean_over: samples }
+    }
+}
+
 /// Keys of everything random inside a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepKeys {

@@ -100,8 +100,8 @@ impl Manifest {
     }
 }
 
-/// An open data set.
-#[derive(Debug)]
+/// An open data set. Clones share what is mapped.
+#[derive(Clone, Debug)]
 pub struct Dataset {
     /// How messages call it: what the user wrote.
     name: String,
@@ -113,10 +113,10 @@ pub struct Dataset {
     relabel: Option<Vec<usize>>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Records {
     Packed {
-        shards: Vec<Shard>,
+        shards: Arc<Vec<Shard>>,
         /// Index of each shard's first record, and the number of all.
         starts: Vec<usize>,
     },
@@ -131,7 +131,7 @@ impl Records {
             *end += shard.len();
             Some(*end)
         }));
-        Records::Packed { shards, starts }
+        Records::Packed { shards: Arc::new(shards), starts }
     }
 
     fn len(&self) -> usize {

@@ -147,16 +147,9 @@ impl Subject {
                 free
             }
             Self::Infer { backend, model } => {
-                let samples = model.micro_batch;
                 let free = backend.bind_batch(batch)?;
                 backend.begin_step(StepKeys { seed: 0, step: 0 })?;
-                backend.begin_micro(Micro {
-                    first: 0,
-                    samples,
-                    global_first: 0,
-                    accumulate: false,
-                    mean_over: samples,
-                })?;
+                backend.begin_micro(Micro::whole(model.micro_batch))?;
                 model.forward(&mut **backend, false)?;
                 free
             }

@@ -39,13 +39,7 @@ pub fn evaluate(
         if let Some(free) = b.bind_batch(slot)? {
             loader.recycle(free);
         }
-        b.begin_micro(Micro {
-            first: 0,
-            samples: model.micro_batch,
-            global_first: 0,
-            accumulate: false,
-            mean_over: model.micro_batch,
-        })?;
+        b.begin_micro(Micro::whole(model.micro_batch))?;
         model.forward(b, false)?;
         model.loss(b, loss)?;
         b.read(model.sample_metrics(), &mut samples)?;

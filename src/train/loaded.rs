@@ -82,7 +82,7 @@ impl Loaded {
         let b = &mut *self.backend;
         b.bind_batch(slot)?;
         b.begin_step(StepKeys { seed: 0, step: 0 })?;
-        b.begin_micro(Micro { first: 0, samples: 1, global_first: 0, accumulate: false, mean_over: 1 })?;
+        b.begin_micro(Micro::whole(1))?;
         self.model.forward(b, false)?;
         let mut logits = vec![0.0; self.model.config.classes];
         b.read(self.model.logits(), &mut logits)?;
@@ -133,13 +133,7 @@ pub fn gradients(b: &mut dyn Backend, model: &Vit, loss: Loss, batch: Slot) -> R
     b.bind_batch(batch)?;
     b.begin_step(StepKeys { seed: 0, step: 0 })?;
     b.begin_report()?;
-    b.begin_micro(Micro {
-        first: 0,
-        samples: model.micro_batch,
-        global_first: 0,
-        accumulate: false,
-        mean_over: model.micro_batch,
-    })?;
+    b.begin_micro(Micro::whole(model.micro_batch))?;
     model.forward(b, false)?;
     model.loss(b, loss)?;
     model.backward(b, false)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{Device, Loss, Pixels, Slot, SlotLayout, StepReport, TargetKind};
-use crate::data::{self, Dataset, Loader, LoaderSpec, Split};
+use crate::data::{self, Dataset, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::Optimizer;
@@ -61,12 +61,8 @@ impl RunData {
             train = train.take(n);
             val = None;
         }
-        let part =
-            val.as_ref().map_or(TRAIN_EVAL_IMAGES, Dataset::len).min(TRAIN_EVAL_IMAGES).min(train.len());
-        let train_part = match options.overfit {
-            Some(n) => Dataset::open(spec.unwrap_or_default(), Split::Train)?.take(n),
-            None => Dataset::open(spec.unwrap_or_default(), Split::Train)?.take(part),
-        };
+        let part = val.as_ref().map_or(TRAIN_EVAL_IMAGES, Dataset::len).min(TRAIN_EVAL_IMAGES);
+        let train_part = train.clone().take(part);
         Ok(Self {
             train: Arc::new(train),
             val: val.map(Arc::new),

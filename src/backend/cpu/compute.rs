@@ -105,12 +105,6 @@ impl Compute {
         self.pool.current_num_threads()
     }
 
-    /// Runs `work` on a thread of the pool. Operations called from inside start at once, without waking the pool from
-    /// outside each time: wrap a whole step.
-    pub fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        if self.threads() == 1 { work() } else { self.pool.install(work) }
-    }
-
     /// Runs `job(i)` for every `i` in `0..n`, in any order, on the pool.
     pub fn for_each(&self, n: usize, job: impl Fn(usize) + Sync + Send) {
         use rayon::prelude::*;
