@@ -172,7 +172,7 @@ __device__ __forceinline__ float shfl_idx(float v, u32 lane) {
 __device__ __forceinline__ u32 shfl_idx(u32 v, u32 lane) {
   return __shfl_sync(0xffffffffu, v, lane);
 }
-__device__ __forceinline__ u32 ballot(bool v) {
+__device__ __forceinline__ u32 warp_ballot(bool v) {
   return __ballot_sync(0xffffffffu, v);
 }
 
