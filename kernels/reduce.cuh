@@ -54,3 +54,58 @@ __device__ __forceinline__ float block_max(float v, float* scratch) {
   block_sync();
   return v;
 }
+
+// Several sums at the price of one: `scratch` has room for N values per warp.
+template <u32 N, typename V>
+__device__ __forceinline__ void block_sums(V (&v)[N], V* scratch) {
+#pragma unroll
+  for (u32 i = 0; i < N; ++i) v[i] = warp_sum(v[i]);
+  if (threadIdx.x % WARP == 0) {
+#pragma unroll
+    for (u32 i = 0; i < N; ++i) scratch[threadIdx.x / WARP * N + i] = v[i];
+  }
+  block_sync();
+#pragma unroll
+  for (u32 i = 0; i < N; ++i) v[i] = scratch[i];
+  for (u32 warp = 1; warp < blockDim.x / WARP; ++warp) {
+#pragma unroll
+    for (u32 i = 0; i < N; ++i) v[i] += scratch[warp * N + i];
+  }
+  block_sync();
+}
+__device__ __forceinline__ u32 block_min(u32 v, u32* scratch) {
+#pragma unroll
+  for (u32 mask = WARP / 2; mask > 0; mask /= 2) v = min_u32(v, shfl_xor(v, mask));
+  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
+  block_sync();
+  v = scratch[0];
+  for (u32 warp = 1; warp < blockDim.x / WARP; ++warp) v = min_u32(v, scratch[warp]);
+  block_sync();
+  return v;
+}
+
+// ---- sums over rows ---------------------------------------------------------------------------------------------------
+
+// Kernels that sum over rows own columns: lane l of every warp holds columns 8l to 8l + 7 of a stretch of 256, the
+// block's eight warps take different rows. At the end this adds the eight warps up, in order, into `out`, which is the
+// block's own slice of partial sums; `sum_partials` adds the blocks.
+constexpr u32 COLUMN_THREADS = 256;
+constexpr u32 COLUMN_WARPS = COLUMN_THREADS / WARP;
+constexpr u32 COLUMN_STRETCH = WARP * VEC;
+constexpr u32 COLUMN_SMEM_BYTES = COLUMN_WARPS * COLUMN_STRETCH * 4;
+
+__device__ __forceinline__ void store_column_sums(const float (&v)[VEC], float* scratch, float* out, u32 first, u32 columns) {
+  u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  // The two halves of a lane's columns lie 128 words apart: 16-byte stores of neighbouring lanes then touch all banks.
+  float* mine = scratch + warp * COLUMN_STRETCH + lane * 4;
+  st16(mine, {as_u32(v[0]), as_u32(v[1]), as_u32(v[2]), as_u32(v[3])});
+  st16(mine + 128, {as_u32(v[4]), as_u32(v[5]), as_u32(v[6]), as_u32(v[7])});
+  block_sync();
+  u32 word = threadIdx.x;
+  u32 column = first + word % 128 / 4 * VEC + word / 128 * 4 + word % 4;
+  float sum = scratch[word];
+#pragma unroll
+  for (u32 w = 1; w < COLUMN_WARPS; ++w) sum += scratch[w * COLUMN_STRETCH + word];
+  if (column < columns) out[column] = sum;
+  block_sync();
+}

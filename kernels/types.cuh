@@ -173,3 +173,23 @@ __device__ __forceinline__ void round8(float (&v)[VEC]) {
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = as_stored<T>(v[i]);
 }
+
+// ---- where a thread works ---------------------------------------------------------------------------------------------
+
+// Elementwise kernels give each thread eight neighbouring elements of one row; blocks follow the rows.
+struct Place {
+  u32 row, column;
+  u32 n;  // valid elements; 0: the thread has nothing to do
+};
+__device__ __forceinline__ Place place_of_thread(u32 rows, u32 columns) {
+  u32 per_row = ceil_div(columns, VEC);
+  u32 index = blockIdx.x * blockDim.x + threadIdx.x;
+  u32 row = index / per_row;
+  u32 column = (index - row * per_row) * VEC;
+  return {row, column, row < rows ? valid8(column, columns) : 0};
+}
+// Where row `row` starts.
+template <typename T>
+__device__ __forceinline__ T* row_of(T* p, u32 row, u32 ld) {
+  return p + static_cast<u64>(row) * ld;
+}
