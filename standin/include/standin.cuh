@@ -10,6 +10,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
+#include "site.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -19,15 +23,6 @@
 #define __align__(n) alignas(n)
 
 namespace standin {
-
-// A place in a kernel's source.
-struct Site {
-  const char* file;
-  int line;
-  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    return {file, line};
-  }
-};
 
 struct Dim3 {
   uint32_t x, y, z;
@@ -57,16 +52,14 @@ struct Kernel {
 
 void register_kernel(const Kernel& kernel);
 
+// Reads the arguments without hooks: they lie in the launch's memory, not in the card's.
+template <class... A, size_t... I>
+__attribute__((no_sanitize_thread)) void call_with(void (*f)(A...), void* const* arguments, std::index_sequence<I...>) {
+  f(*static_cast<A*>(arguments[I])...);
+}
 template <class... A>
-__attribute__((no_sanitize_thread, noinline)) void call_kernel(void (*function)(), void* const* arguments) {
-  size_t next = 0;
-  auto argument = [&](auto* type) { return *reinterpret_cast<decltype(type)>(arguments[next++]); };
-  (void)argument;
-  // A braced list is evaluated from left to right, the arguments of a call are not.
-  struct Call {
-    Call(void (*f)(A...), A... a) { f(a...); }
-  } call{reinterpret_cast<void (*)(A...)>(function), argument(static_cast<A*>(nullptr))...};
-  (void)call;
+__attribute__((no_sanitize_thread)) void call_kernel(void (*function)(), void* const* arguments) {
+  call_with(reinterpret_cast<void (*)(A...)>(function), arguments, std::index_sequence_for<A...>());
 }
 
 template <class... A>
@@ -304,7 +297,7 @@ inline u32 shfl_idx(u32 v, u32 lane, standin::Site site = standin::Site::here())
 inline float shfl_idx(float v, u32 lane, standin::Site site = standin::Site::here()) {
   return __uint_as_float(standin::shuffle_index(__float_as_uint(v), lane, site));
 }
-inline u32 ballot(bool v, standin::Site site = standin::Site::here()) {
+inline u32 warp_ballot(bool v, standin::Site site = standin::Site::here()) {
   return standin::vote(v, site);
 }
 

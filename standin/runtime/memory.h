@@ -1,0 +1,49 @@
+// The card's memory: one reserved range of addresses, what is allocated in it, and what is known of each byte.
+//
+// A device pointer is the host address of its byte, so kernels use it as it is; whatever lies outside the range is
+// not the card's. Allocations are 256-byte aligned with a gap of 4 KiB between them, so that running over an end is
+// always seen. For each two-byte granule there is a state (allocated? written?) and the last accesses (see `check.h`).
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace standin {
+
+// Who touched a granule last; each word is a packed access, 0 for nobody.
+struct Trace {
+  uint64_t writer, reader, other_reader;
+};
+
+// Bits of a granule's state; the first two are for its first and second byte, the next two likewise.
+constexpr uint8_t kAllocated = 0x3, kWritten = 0xc;
+
+struct Device {
+  uint8_t* base = nullptr;
+  size_t bytes = 0;
+  uint8_t* state = nullptr;  // one per granule
+  Trace* trace = nullptr;    // one per granule
+
+  bool contains(uint64_t address) const { return address - reinterpret_cast<uint64_t>(base) < bytes; }
+  size_t granule(uint64_t address) const { return (address - reinterpret_cast<uint64_t>(base)) / 2; }
+  // Are all bytes allocated? Is the first one written?
+  bool allocated(uint64_t address, size_t size) const;
+  // The first byte of the range that was never written, or `size`.
+  size_t first_unwritten(uint64_t address, size_t size) const;
+  void mark_written(uint64_t address, size_t size);
+  void mark_unwritten(uint64_t address, size_t size);
+};
+
+extern Device device;
+
+// 0 if the card is full.
+uint64_t allocate(size_t bytes);
+// False if no allocation starts there.
+bool release(uint64_t address);
+void memory_info(size_t* free_bytes, size_t* total);
+// Where an address lies with respect to the allocations nearest to it, for a report.
+const char* nearest_allocation(uint64_t address, char* buffer, size_t bytes);
+// Forgets all accesses of the past (the launch numbers start again).
+void forget_traces();
+
+}  // namespace standin
