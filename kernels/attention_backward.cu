@@ -223,7 +223,7 @@ __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const
 QUERIES_BACKWARD(attention_backward_queries_bf16_d32, 32, 32, 2, 4, 2)
 QUERIES_BACKWARD(attention_backward_queries_bf16_d64, 64, 32, 2, 4, 2)
 QUERIES_BACKWARD(attention_backward_queries_bf16_d80, 80, 32, 2, 4, 2)
-QUERIES_BACKWARD(attention_backward_queries_bf16_d128, 128, 32, 1, 8, 1)
+QUERIES_BACKWARD(attention_backward_queries_bf16_d128, 128, 16, 1, 8, 1)
 
 KEYS_BACKWARD(attention_backward_keys_bf16_d32, 32, 32, 2, 4, 2)
 KEYS_BACKWARD(attention_backward_keys_bf16_d64, 64, 32, 2, 4, 2)
