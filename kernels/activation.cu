@@ -175,7 +175,7 @@ __device__ __forceinline__ void scale(T* x, u32 ld, float factor, u32 rows, u32 
                                      const float* b, u32 form, T* pre, u32 ld_pre, T* y, u32 ld_y, u32 rows, u32 columns) { \
     bias_gelu<T>(cells, mask, rows_per_sample, z, ld_z, b, form, pre, ld_pre, y, ld_y, rows, columns);                      \
   }                                                                                                                         \
-  KERNEL(gelu_backward_##suffix, 256, 4)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* d, u32 ld_d,        \
+  KERNEL(gelu_backward_##suffix, 256, 3)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* d, u32 ld_d,        \
                                          const T* pre, u32 ld_pre, u32 form, u32 rows, u32 columns) {                       \
     gelu_backward<T>(cells, mask, rows_per_sample, d, ld_d, pre, ld_pre, form, rows, columns);                              \
   }                                                                                                                         \

@@ -6,9 +6,9 @@
 // Tensors   logits, d_logits [B, C] in T (may be the same matrix); samples f32 [B, 3]: loss, top-1, top-5
 //           targets of the slot: labels i32 (-1: none), or f32 [samples, C]. Padding samples give zeros.
 // Numerics  f32 storage: sums and differences in f64, as the CPU has them. bf16 storage: f32; the logits' own rounding is larger.
-// Launch    one block per sample. A thread holds 8·HELD logits in registers between the passes (the largest; the sums; the
-//           gradient), so each is read from memory once; classes past what the block holds are read again through L2.
-//           bf16: up to 2,048 classes with 256 threads, `_wide` up to 24,576 with 512.
+// Launch    one block per sample; three passes over its logits (the largest; the sums; the gradient). Rows of bf16 wait in
+//           shared memory between the passes, so each logit is read from memory once; where a row does not fit (more than
+//           48,000 classes on the smallest card) and in f32 the later passes read through L2.
 // Bytes     4 per logit in bf16; dense targets 4 more (8 where mixed), and again from L2 for each pass.
 // Order     classes of a thread, lanes, warps.
 // Source    Szegedy et al. 2016 (smoothing); Beyer et al. 2020 (sigmoid loss).
@@ -101,40 +101,38 @@ __device__ __forceinline__ void target8(const Target<Real>& t, u32 first, u32 n,
 
 // ---- the row ----------------------------------------------------------------------------------------------------------
 
-// The logits of one sample, spread over the block.
-template <typename T, u32 HELD>
+// The logits of one sample, spread over the block: a thread sees the same classes in every pass.
+template <typename T>
 struct Row {
-  const T* logits;
+  const T* from;
   u32 classes;
-  Raw8<T> held[HELD];
-
-  __device__ __forceinline__ Row(const T* logits, u32 classes) : logits(logits), classes(classes) {
-#pragma unroll
-    for (u32 k = 0; k < HELD; ++k) {
-      u32 first = (threadIdx.x + k * blockDim.x) * VEC;
-      held[k] = fetch8(logits + first, valid8(first, classes));
-    }
-  }
 
   // f(first class, valid classes, their logits) for this thread's classes, ascending.
   template <typename F>
   __device__ __forceinline__ void each(F f) const {
-    float z[VEC];
-#pragma unroll
-    for (u32 k = 0; k < HELD; ++k) {
-      u32 first = (threadIdx.x + k * blockDim.x) * VEC;
-      if (first < classes) {
-        unpack8(held[k], z);
-        f(first, valid8(first, classes), z);
-      }
-    }
-    for (u32 first = (threadIdx.x + HELD * blockDim.x) * VEC; first < classes; first += blockDim.x * VEC) {
+    for (u32 first = threadIdx.x * VEC; first < classes; first += blockDim.x * VEC) {
       u32 n = valid8(first, classes);
-      load8(logits + first, n, z);
+      float z[VEC];
+      load8(from + first, n, z);
       f(first, n, z);
     }
   }
 };
+
+constexpr u32 SCRATCH_BYTES = 512;
+
+// Copies a row into shared memory, past the scratch: a thread waits for its own classes only.
+__device__ __forceinline__ Row<bf16> stage(const bf16* logits, u32 classes) {
+  bf16* to = reinterpret_cast<bf16*>(smem_base() + SCRATCH_BYTES);
+  for (u32 first = threadIdx.x * VEC; first < classes; first += blockDim.x * VEC) cp_async16(to + first, logits + first, true);
+  cp_async_commit();
+  cp_async_wait<0>();
+  return {to, classes};
+}
+// f32 rows may start anywhere: they stay where they are.
+__device__ __forceinline__ Row<float> stage(const float* logits, u32 classes) {
+  return {logits, classes};
+}
 
 // The true class that is ahead of all other true classes.
 struct Truth {
@@ -146,10 +144,10 @@ __device__ __forceinline__ float lowest() {
   return as_f32(0xff800000u);
 }
 
-template <typename T, u32 HELD, typename Real>
-__device__ __forceinline__ Truth find_truth(const Row<T, HELD>& row, const Target<Real>& t, u8* scratch) {
+template <typename T, typename Real>
+__device__ __forceinline__ Truth find_truth(const T* logits, const Row<T>& row, const Target<Real>& t, u8* scratch) {
   if (!t.own) {
-    float logit = t.own_label == NO_CLASS ? lowest() : load1(row.logits + t.own_label);
+    float logit = t.own_label == NO_CLASS ? lowest() : load1(logits + t.own_label);
     block_sync();  // the gradient may take the place of the logits
     return {logit, t.own_label};
   }
@@ -206,8 +204,8 @@ __device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossAr
 
 // ---- losses -----------------------------------------------------------------------------------------------------------
 
-template <typename T, u32 HELD>
-__device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossArgs& args, const T* logits, u32 ld, T* d_logits, u32 ld_d,
+template <typename T>
+__device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossArgs& args, u32 staged, const T* logits, u32 ld, T* d_logits, u32 ld_d,
                                              float* samples, u32 ld_samples) {
   using Real = typename Accumulator<T>::Real;
   SlotView slot = cells->slot;
@@ -215,9 +213,10 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
   float* sample = row_of(samples, blockIdx.x, ld_samples);
   if (clear_padding(slot, args, d_row, sample)) return;
   u8* scratch = smem_base();
-  Row<T, HELD> row(row_of(logits, blockIdx.x, ld), args.classes);
+  const T* z_row = row_of(logits, blockIdx.x, ld);
+  Row<T> row = staged ? stage(z_row, args.classes) : Row<T>{z_row, args.classes};
   Target<Real> target = target_of<Real>(slot, args, args.first + blockIdx.x);
-  Truth truth = find_truth(row, target, scratch);
+  Truth truth = find_truth(z_row, row, target, scratch);
 
   float largest = lowest();
   row.each([&](u32, u32 n, const float(&z)[VEC]) {
@@ -258,8 +257,8 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
   store_sample(sample, static_cast<float>(sums[1] * log(sums[0]) + sums[2]), truth, ahead);
 }
 
-template <typename T, u32 HELD>
-__device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossArgs& args, const T* logits, u32 ld, T* d_logits, u32 ld_d,
+template <typename T>
+__device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossArgs& args, u32 staged, const T* logits, u32 ld, T* d_logits, u32 ld_d,
                                              float* samples, u32 ld_samples) {
   using Real = typename Accumulator<T>::Real;
   SlotView slot = cells->slot;
@@ -267,9 +266,10 @@ __device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossA
   float* sample = row_of(samples, blockIdx.x, ld_samples);
   if (clear_padding(slot, args, d_row, sample)) return;
   u8* scratch = smem_base();
-  Row<T, HELD> row(row_of(logits, blockIdx.x, ld), args.classes);
+  const T* z_row = row_of(logits, blockIdx.x, ld);
+  Row<T> row = staged ? stage(z_row, args.classes) : Row<T>{z_row, args.classes};
   Target<Real> target = target_of<Real>(slot, args, args.first + blockIdx.x);
-  Truth truth = find_truth(row, target, scratch);
+  Truth truth = find_truth(z_row, row, target, scratch);
 
   Real sums[1] = {}, scale = static_cast<Real>(args.scale);
   u32 ahead = 0;
@@ -294,16 +294,16 @@ __device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossA
   store_sample(sample, static_cast<float>(sums[0]), truth, ahead);
 }
 
-#define LOSS(suffix, T, HELD, threads, blocks)                                                                               \
-  HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, const T* logits, u32 ld,         \
-                                                     T* d_logits, u32 ld_d, float* samples, u32 ld_samples) {                \
-    softmax_loss<T, HELD>(cells, args, logits, ld, d_logits, ld_d, samples, ld_samples);                                     \
+// `staged`: the launch has shared memory for 512 bytes and a row of bf16.
+#define LOSS(suffix, T, threads, blocks)                                                                                     \
+  HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, const T* logits,     \
+                                                     u32 ld, T* d_logits, u32 ld_d, float* samples, u32 ld_samples) {        \
+    softmax_loss<T>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);                                   \
   }                                                                                                                          \
-  HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, const T* logits, u32 ld,         \
-                                                     T* d_logits, u32 ld_d, float* samples, u32 ld_samples) {                \
-    sigmoid_loss<T, HELD>(cells, args, logits, ld, d_logits, ld_d, samples, ld_samples);                                     \
+  HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, const T* logits,     \
+                                                     u32 ld, T* d_logits, u32 ld_d, float* samples, u32 ld_samples) {        \
+    sigmoid_loss<T>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);                                   \
   }
 
-LOSS(bf16, bf16, 1, 256, 4)
-LOSS(bf16_wide, bf16, 6, 512, 2)
-LOSS(f32, float, 1, 256, 2)
+LOSS(bf16, bf16, 512, 2)
+LOSS(f32, float, 256, 2)

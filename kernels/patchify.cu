@@ -77,12 +77,17 @@ __device__ __forceinline__ float normalised<bf16>(float pixel, float mean, float
   return fmaf(pixel, scale, -mean * scale);
 }
 
+// Channel c mod 3, by selects: arguments that are indexed would be copied to local memory.
+__device__ __forceinline__ float from(u32 c, const float (&v)[3]) {
+  return c % 3 == 0 ? v[0] : c % 3 == 1 ? v[1] : v[2];
+}
+
 // Values from place `x` of a patch row on: channel x % 3 first.
 template <typename T>
 __device__ __forceinline__ void normalise8(const Normalise& k, u32 x, float (&v)[VEC]) {
   u32 c = x % 3;
-  float mean[3] = {k.mean[c], k.mean[(c + 1) % 3], k.mean[(c + 2) % 3]};
-  float std[3] = {k.std[c], k.std[(c + 1) % 3], k.std[(c + 2) % 3]};
+  float mean[3] = {from(c, k.mean), from(c + 1, k.mean), from(c + 2, k.mean)};
+  float std[3] = {from(c, k.std), from(c + 1, k.std), from(c + 2, k.std)};
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = normalised<T>(v[i], mean[i % 3], std[i % 3]);
 }

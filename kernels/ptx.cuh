@@ -226,3 +226,13 @@ __device__ __forceinline__ void fence_device() {
 }
 
 #endif  // VITRUM_STANDIN
+
+// Nothing at all, but the compiler can no longer know that `v` is what it was: values derived from it are computed anew
+// instead of being kept in registers from one pass over a row to the next.
+__device__ __forceinline__ void opaque(u32& v) {
+#ifdef VITRUM_STANDIN
+  (void)v;
+#else
+  asm volatile("" : "+r"(v));
+#endif
+}

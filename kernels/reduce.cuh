@@ -87,12 +87,11 @@ __device__ __forceinline__ u32 block_min(u32 v, u32* scratch) {
 // ---- sums over rows ---------------------------------------------------------------------------------------------------
 
 // Kernels that sum over rows own columns: lane l of every warp holds columns 8l to 8l + 7 of a stretch of 256, the
-// block's eight warps take different rows. At the end this adds the eight warps up, in order, into `out`, which is the
-// block's own slice of partial sums; `sum_partials` adds the blocks.
-constexpr u32 COLUMN_THREADS = 256;
-constexpr u32 COLUMN_WARPS = COLUMN_THREADS / WARP;
+// block's warps (eight at most) take different rows. At the end this adds the warps up, in order, into `out`, which is
+// the block's own slice of partial sums; `sum_partials` adds the blocks.
+constexpr u32 COLUMN_WARPS = 8;
 constexpr u32 COLUMN_STRETCH = WARP * VEC;
-constexpr u32 COLUMN_SMEM_BYTES = COLUMN_WARPS * COLUMN_STRETCH * 4;
+// Shared memory that it needs: COLUMN_WARPS · COLUMN_STRETCH · 4 = 8 KiB.
 
 __device__ __forceinline__ void store_column_sums(const float (&v)[VEC], float* scratch, float* out, u32 first, u32 columns) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -101,11 +100,11 @@ __device__ __forceinline__ void store_column_sums(const float (&v)[VEC], float* 
   st16(mine, {as_u32(v[0]), as_u32(v[1]), as_u32(v[2]), as_u32(v[3])});
   st16(mine + 128, {as_u32(v[4]), as_u32(v[5]), as_u32(v[6]), as_u32(v[7])});
   block_sync();
-  u32 word = threadIdx.x;
-  u32 column = first + word % 128 / 4 * VEC + word / 128 * 4 + word % 4;
-  float sum = scratch[word];
-#pragma unroll
-  for (u32 w = 1; w < COLUMN_WARPS; ++w) sum += scratch[w * COLUMN_STRETCH + word];
-  if (column < columns) out[column] = sum;
+  for (u32 word = threadIdx.x; word < COLUMN_STRETCH; word += blockDim.x) {
+    u32 column = first + word % 128 / 4 * VEC + word / 128 * 4 + word % 4;
+    float sum = scratch[word];
+    for (u32 w = 1; w < blockDim.x / WARP; ++w) sum += scratch[w * COLUMN_STRETCH + word];
+    if (column < columns) out[column] = sum;
+  }
   block_sync();
 }

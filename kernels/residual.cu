@@ -78,7 +78,7 @@ __device__ __forceinline__ void residual_scale_backward(const StepCells* cells, 
                                              T* d_branch, u32 ld_branch, u32 rows, u32 columns) {                            \
     residual_backward<T>(cells, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                                    \
   }                                                                                                                          \
-  KERNEL(residual_scale_backward_##suffix, 256, 3)(const StepCells* cells, BranchArgs args, const T* branch, u32 ld_x,       \
+  KERNEL(residual_scale_backward_##suffix, 256, 2)(const StepCells* cells, BranchArgs args, const T* branch, u32 ld_x,       \
                                                    const T* d_sum, u32 ld_sum, T* d_branch, u32 ld_branch, u32 rows,         \
                                                    u32 columns, float* partials, u32 pitch) {                                \
     residual_scale_backward<T>(cells, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows, columns, partials, pitch); \

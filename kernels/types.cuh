@@ -131,6 +131,14 @@ __device__ __forceinline__ void unpack8(const Raw8<float>& r, float (&v)[VEC]) {
   v[4] = as_f32(r.b.x), v[5] = as_f32(r.b.y), v[6] = as_f32(r.b.z), v[7] = as_f32(r.b.w);
 }
 
+// Lets the registers go in which the compiler would keep the unpacked values: the next pass unpacks again.
+__device__ __forceinline__ void forget_unpacked(vec4& v) {
+  opaque(v.x), opaque(v.y), opaque(v.z), opaque(v.w);
+}
+__device__ __forceinline__ void forget_unpacked(Raw8<bf16>& r) {
+  forget_unpacked(r.a);
+}
+
 __device__ __forceinline__ vec4 pack8(const float (&v)[VEC]) {
   return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
 }
