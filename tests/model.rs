@@ -48,7 +48,8 @@ impl Bench {
         config.validate().unwrap();
         let mut backend = CpuBackend::new(2).unwrap();
         let is_frozen = |p: &Param| frozen.iter().any(|f| p.name.starts_with(f));
-        let model = Vit::new(config.clone(), Normalise::INCEPTION, micro, Mode::Train, is_frozen);
+        let model =
+            Vit::new(config.clone(), Normalise::INCEPTION, micro, Mode::Train, Storage::CPU, is_frozen);
         backend.allocate(&model.plan()).unwrap();
         assert_eq!(backend.allocated_bytes(), model.plan().total_bytes());
         let mut s = Stream::new(3, Domain::Init, 99, 0);

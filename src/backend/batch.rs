@@ -70,7 +70,7 @@ impl SlotLayout {
     }
 
     /// Byte offsets of pixels, targets, partner, lambda, boxes, and the end.
-    fn offsets(&self) -> [usize; 6] {
+    pub(super) fn offsets(&self) -> [usize; 6] {
         let sizes =
             [self.pixel_bytes(), self.target_bytes(), self.samples * 4, self.samples * 4, self.samples * 8];
         let mut offsets = [0; 6];
@@ -112,6 +112,11 @@ impl Slot {
 
     pub fn layout(&self) -> SlotLayout {
         self.layout
+    }
+
+    /// All of it, for the copy engine.
+    pub(super) fn memory(&self) -> &[u8] {
+        &self.memory.bytes()[..self.layout.bytes()]
     }
 
     fn part<T: bytemuck::Pod>(&self, index: usize, len: usize) -> &[T] {

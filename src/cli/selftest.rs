@@ -1,6 +1,7 @@
 //! `vitrum selftest`: every operation of this machine's device against float64.
 
 use super::{On, print, print_json};
+use crate::backend::Options;
 use crate::error::Result;
 use crate::selftest;
 
@@ -14,7 +15,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let report = selftest::check(args.on.device)?;
+    let report = selftest::check(args.on.device, &Options::default())?;
     if args.json {
         print_json(&report.json())?
     } else {

@@ -18,7 +18,7 @@ pub use size::Size;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Gelu, LossKind};
+use crate::backend::{Gelu, LossKind, Precision};
 use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
 
 /// One run.
@@ -391,13 +391,6 @@ impl Default for LossSection {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    F32,
-    Bf16,
-}
-
 /// How the run goes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -414,7 +407,12 @@ pub struct TrainSection {
     pub recompute: String,
     pub precision: Precision,
     pub seed: u64,
+    /// Matrix product algorithms by rule, not by timing: two fresh runs agree to the bit on a GPU too.
     pub deterministic: bool,
+    /// On a GPU: record the step once and replay it.
+    pub graph: bool,
+    /// On a GPU: wait after every kernel, so that an error names it. Slow.
+    pub check_launches: bool,
     /// Compute threads; 0: one per core. Never changes a bit.
     pub threads: usize,
     pub log_every: u64,
@@ -438,9 +436,11 @@ impl Default for TrainSection {
             batch: 128,
             micro_batch: 0,
             recompute: "none".into(),
-            precision: Precision::F32,
+            precision: Precision::Auto,
             seed: 0,
             deterministic: false,
+            graph: true,
+            check_launches: false,
             threads: 0,
             log_every: 100,
             eval_every: 500,

@@ -218,7 +218,7 @@ fn attention(t: &mut Trial, s: Shape) -> Result<()> {
     t.samples(s.samples, false);
     let qkv = qkv(t, s);
     let o = t.output(s.rows(), s.width());
-    let lse = t.output(s.samples * s.heads.heads, s.heads.tokens);
+    let lse = t.statistics_output(s.samples * s.heads.heads, s.heads.tokens);
     let [q, k, v] = [0, 1, 2].map(|which| part(&qkv, s.heads, which));
     let expected = attend(s, s.heads.tokens, q, k, v, keep(t, s));
 
@@ -233,7 +233,7 @@ fn attention_backward(t: &mut Trial, s: Shape) -> Result<()> {
     let [q, k, v] = [0, 1, 2].map(|which| part(&qkv, s.heads, which));
     let forward = attend(s, s.heads.tokens, &q, &k, &v, keep(t, s));
     let o = t.given(s.rows(), s.width(), forward.o.clone());
-    let lse = t.given(s.samples * s.heads.heads, s.heads.tokens, forward.lse.clone());
+    let lse = t.statistics(s.samples * s.heads.heads, s.heads.tokens, forward.lse.clone());
     let d_o = t.input(s.rows(), s.width(), 1.0);
     let d_qkv = t.output(s.rows(), 3 * s.width());
     let d = attend_backward(s, &forward, q, k, v, keep(t, s), &d_o);
@@ -265,7 +265,7 @@ fn query(q: &Operand, heads: Heads) -> impl Part {
 
 fn probe(t: &mut Trial, s: Shape) -> Result<()> {
     let (q, kv) = probe_operands(t, s);
-    let p = t.output(s.samples * s.heads.heads, s.heads.tokens);
+    let p = t.statistics_output(s.samples * s.heads.heads, s.heads.tokens);
     let o = t.output(s.samples, s.width());
     let [k, v] = [0, 1].map(|which| part(&kv, s.heads, which));
     let expected = attend(s, 1, query(&q, s.heads), k, v, |_, _, _, _| 1.0);
@@ -279,7 +279,7 @@ fn probe_backward(t: &mut Trial, s: Shape) -> Result<()> {
     let (q, kv) = probe_operands(t, s);
     let [k, v] = [0, 1].map(|which| part(&kv, s.heads, which));
     let forward = attend(s, 1, query(&q, s.heads), &k, &v, |_, _, _, _| 1.0);
-    let p = t.given(s.samples * s.heads.heads, s.heads.tokens, forward.p.clone());
+    let p = t.statistics(s.samples * s.heads.heads, s.heads.tokens, forward.p.clone());
     let d_o = t.input(s.samples, s.width(), 1.0);
     let d_q = t.output(1, s.width());
     let d_kv = t.output(s.rows(), 2 * s.width());

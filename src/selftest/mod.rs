@@ -5,8 +5,8 @@
 //! [`harness`] places operands, poisons what an operation has to write, and looks for writes elsewhere.
 //!
 //! ```no_run
-//! use vitrum::backend::{Device, select};
-//! let results = vitrum::selftest::run(&|| select(Device::Cpu, 0), Some("attention"));
+//! use vitrum::backend::{Device, Options, select};
+//! let results = vitrum::selftest::run(&|| select(Device::Cpu, &Options::default()), Some("attention"));
 //! assert!(results.iter().all(|result| result.passed));
 //! ```
 
@@ -24,7 +24,7 @@ mod update;
 
 use std::time::Instant;
 
-use crate::backend::{Backend, Device, select};
+use crate::backend::{Backend, Device, Options, select};
 use crate::error::{Error, Result};
 
 use harness::Case;
@@ -79,17 +79,17 @@ pub struct Report {
 }
 
 /// Proves the device that the user asked for. Fails only if it cannot be opened; see [`Report::verdict`].
-pub fn check(device: Device) -> Result<Report> {
+pub fn check(device: Device, options: &Options) -> Result<Report> {
     // Every case opens the device anew: `auto` is settled here, so that its line is printed once.
     let device = match device {
-        Device::Auto if select(Device::Cuda, 0).is_ok() => Device::Cuda,
+        Device::Auto if select(Device::Cuda, options).is_ok() => Device::Cuda,
         other => other,
     };
-    let name = select(device, 0)?.describe();
+    let name = select(device, options)?.describe();
     let device = if device == Device::Auto { Device::Cpu } else { device };
 
     let start = Instant::now();
-    let cases = run(&|| select(device, 0), None);
+    let cases = run(&|| select(device, options), None);
     Ok(Report { device: name, seconds: start.elapsed().as_secs_f64(), cases })
 }
 

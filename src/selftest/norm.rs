@@ -274,7 +274,7 @@ fn layernorm(t: &mut Trial, s: Shape, between: Option<Between>) -> Result<()> {
     let gamma = t.param(1, s.width, 1.0, 0.3);
     let beta = t.param(1, s.width, 0.0, 0.5);
     let y = t.output(s.rows(), s.width);
-    let [mean, rstd] = [0, 1].map(|_| t.output(s.rows(), 1));
+    let [mean, rstd] = [0, 1].map(|_| t.statistics_output(s.rows(), 1));
 
     let sum = joined.as_ref().map_or(x.values.clone(), Joined::sum);
     let (means, rstds) = statistics(&sum, s.width);
@@ -304,8 +304,8 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
         None => hard_rows(t, s),
     };
     let (means, rstds) = statistics(&x.values, s.width);
-    let mean = t.given(s.rows(), 1, means.clone());
-    let rstd = t.given(s.rows(), 1, rstds.clone());
+    let mean = t.statistics(s.rows(), 1, means.clone());
+    let rstd = t.statistics(s.rows(), 1, rstds.clone());
     let gamma = t.param(1, s.width, 1.0, 0.3);
     let beta = t.param(1, s.width, 0.0, 0.5);
     let d_gamma = trained[0].then(|| t.grad(&gamma, accumulate));

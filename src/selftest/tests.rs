@@ -4,8 +4,8 @@ use super::*;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::compute::{Compute, Isa};
 use crate::backend::{
-    Arena, Dtype, Embed, Epilogue, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan, Micro, Norm,
-    Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Update,
+    Arena, Body, Dtype, Embed, Epilogue, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan, Micro,
+    Norm, Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
 };
 
 fn cpu(isa: Isa, threads: usize) -> Result<Box<dyn Backend>> {
@@ -190,6 +190,16 @@ macro_rules! pass_on {
 impl Backend for Broken {
     fn describe(&self) -> String {
         self.inner.describe()
+    }
+    fn storage(&self) -> Storage {
+        self.inner.storage()
+    }
+    fn synchronize(&mut self) -> Result<()> {
+        self.inner.synchronize()
+    }
+    fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
+        body(self)?;
+        update.map_or(Ok(()), |update| self.update(update))
     }
     fn allocated_bytes(&self) -> usize {
         self.inner.allocated_bytes()

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::backend::{Arena, MemoryPlan, Pixels, SlotLayout, TargetKind};
+use crate::backend::{Arena, MemoryPlan, Pixels, SlotLayout, Storage, TargetKind};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::optim::Optimizer;
@@ -36,7 +36,7 @@ impl Plan {
         // Without data an epoch has no length; recipes in steps do not need it.
         let size = images.unwrap_or(recipe.train.batch);
         let recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
-        let model = build::model(&recipe, Mode::Train)?;
+        let model = build::model(&recipe, Mode::Train, Storage::CPU)?;
         let optimizer = build::optimizer(&recipe, &model, size)?;
         let layout = SlotLayout {
             samples: recipe.train.batch,

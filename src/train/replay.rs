@@ -50,8 +50,8 @@ pub fn run(
     mut watch: impl FnMut(u64, &StepReport),
 ) -> Result<Trajectory> {
     let steps = batches.steps;
-    let backend = backend::select(device, recipe.train.threads)?;
-    let model = build::model(recipe, Mode::Train)?;
+    let backend = backend::select(device, &build::device_options(recipe))?;
+    let model = build::model(recipe, Mode::Train, backend.storage())?;
     let optimizer = build::optimizer(recipe, &model, steps * recipe.train.batch)?;
     let mut trainer =
         Trainer::new(backend, model, optimizer, Collective::from_env()?, build::options(recipe))?;

@@ -4,8 +4,8 @@
 //! which masks), so that the passes have no `if`. Shapes: R = B·T rows.
 
 use crate::backend::{
-    Branch, Dtype, Embed, Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, MemoryPlan, Norm, PatchGrid,
-    Pool, Stats,
+    Branch, Embed, Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, MemoryPlan, Norm, PatchGrid, Pool,
+    Stats,
 };
 
 use super::Mode;
@@ -188,13 +188,13 @@ impl Builder<'_> {
     }
 
     fn mat(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
-        self.plan.activation(name, rows, cols, Dtype::F32)
+        self.plan.activation(name, rows, cols)
     }
 
     fn stats(&mut self, name: &str, rows: usize) -> Stats {
         Stats {
-            mean: self.mat(format!("{name} mean"), rows, 1),
-            rstd: self.mat(format!("{name} rstd"), rows, 1),
+            mean: self.plan.statistics(format!("{name} mean"), rows, 1),
+            rstd: self.plan.statistics(format!("{name} rstd"), rows, 1),
         }
     }
 
@@ -236,7 +236,7 @@ impl Kept {
             stats1: b.stats(&format!("{name} ln1"), r),
             qkv: b.mat(format!("{name} qkv"), r, 3 * d),
             o: b.mat(format!("{name} o"), r, d),
-            lse: b.mat(format!("{name} lse"), b.samples * heads, tokens),
+            lse: b.plan.statistics(format!("{name} lse"), b.samples * heads, tokens),
             mid: b.mat(format!("{name} mid"), r, d),
             ln2: b.mat(format!("{name} ln2"), r, d),
             stats2: b.stats(&format!("{name} ln2"), r),
@@ -403,8 +403,8 @@ impl Graph {
             (PoolKind::Token, _) => {
                 let n = c.extra_tokens;
                 let pooled = b.mat("pooled", n * samples, d);
-                let part =
-                    |i: usize| Mat { offset: pooled.offset + i * samples * d * 4, rows: samples, ..pooled };
+                let part_bytes = samples * pooled.ld * pooled.dtype.bytes();
+                let part = |i: usize| Mat { offset: pooled.offset + i * part_bytes, rows: samples, ..pooled };
                 Tail::PoolNorm {
                     pools: (0..n).map(|index| (Pool::Token { tokens, index }, part(index))).collect(),
                     pooled,
@@ -451,7 +451,7 @@ impl Graph {
             q_out: b.mat("map q", 1, d),
             kv: b.linear("attn_pool.kv"),
             kv_out: b.mat("map kv", x.rows, 2 * d),
-            p: b.mat("map p", n * c.heads, tokens),
+            p: b.plan.statistics("map p", n * c.heads, tokens),
             o: b.mat("map o", n, d),
             proj: b.linear("attn_pool.proj"),
             a: b.mat("map a", n, d),
@@ -492,7 +492,7 @@ impl Graph {
         };
         let part = |of: Mat, i: usize| match of.rows {
             0 => of,
-            _ => Mat { offset: of.offset + i * n * of.ld * 4, rows: n, ..of },
+            _ => Mat { offset: of.offset + i * n * of.ld * of.dtype.bytes(), rows: n, ..of },
         };
         let epilogues = [Epilogue::Bias, Epilogue::BiasResidual(logits)];
         let heads = ["head", "head_dist"][..c.extra_tokens.clamp(1, 2)]
@@ -507,7 +507,7 @@ impl Graph {
             heads,
             logits,
             d_logits: b.mat("d_logits", n, c.classes),
-            samples: b.mat("samples", n, 3),
+            samples: b.plan.statistics("samples", n, 3),
         }
     }
 

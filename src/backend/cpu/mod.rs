@@ -35,9 +35,9 @@ use gemm::Dropout;
 use super::mask::BoundMask;
 use super::sample_metric::{LOSS, TOP1, TOP5};
 use super::{
-    Arena, Backend, Branch, Embed, Epilogue, Heads, HostMemory, InputGrad, Join, Linear, Loss, Mask, Mat,
-    MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Rule, Slot, SlotLayout, Stats, StepKeys, StepReport,
-    Update,
+    Arena, Backend, Body, Branch, Embed, Epilogue, Heads, HostMemory, InputGrad, Join, Linear, Loss, Mask,
+    Mat, MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Rule, Slot, SlotLayout, Stats, StepKeys,
+    StepReport, Storage, Update,
 };
 use crate::backend::batch::PlainMemory;
 use crate::error::Result;
@@ -147,6 +147,10 @@ impl Backend for CpuBackend {
 
     // Memory ----------------------------------------------------------------------------------------------------
 
+    fn storage(&self) -> Storage {
+        Storage::CPU
+    }
+
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.arenas = Arenas::new(plan)?;
         Ok(())
@@ -215,6 +219,15 @@ impl Backend for CpuBackend {
     fn begin_micro(&mut self, micro: Micro) -> Result<()> {
         assert!(micro.samples > 0 && micro.mean_over > 0, "a micro-batch without samples");
         self.micro = micro;
+        Ok(())
+    }
+
+    fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
+        body(self)?;
+        update.map_or(Ok(()), |update| self.update(update))
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
         Ok(())
     }
 
