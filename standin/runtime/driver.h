@@ -45,6 +45,10 @@ struct Machine {
   int break_captures(int code);
 };
 
-Machine& machine();
+STANDIN_EXPORT Machine& machine();
+// The stream behind a handle.
+STANDIN_EXPORT Stream* stream_for(void* handle);
+// Breaks the context with this error, and returns it.
+STANDIN_EXPORT int fail_sticky(int code);
 
 }  // namespace standin

@@ -6,6 +6,8 @@
 #include <functional>
 #include <vector>
 
+#include "export.h"
+
 namespace standin {
 
 struct Kernel;
@@ -14,8 +16,8 @@ struct Kernel;
 const Kernel* find_kernel(const char* name);
 std::vector<const Kernel*> all_kernels();
 
-uint32_t host_threads();
+STANDIN_EXPORT uint32_t host_threads();
 // `body(0)` to `body(count - 1)` at the same time; returns when all have.
-void parallel(uint32_t count, const std::function<void(uint32_t)>& body);
+STANDIN_EXPORT void parallel(uint32_t count, const std::function<void(uint32_t)>& body);
 
 }  // namespace standin

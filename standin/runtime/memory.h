@@ -43,6 +43,8 @@ bool release(uint64_t address);
 void memory_info(size_t* free_bytes, size_t* total);
 // Where an address lies with respect to the allocations nearest to it, for a report.
 const char* nearest_allocation(uint64_t address, char* buffer, size_t bytes);
+// Takes everything allocated for written.
+void trust_all();
 // Forgets all accesses of the past (the launch numbers start again).
 void forget_traces();
 

@@ -3,8 +3,9 @@
 
 #include <stdint.h>
 
-#include <atomic>
 #include <string>
+
+#include "export.h"
 
 namespace standin {
 
@@ -39,7 +40,7 @@ struct Options {
   std::string skip_barrier;      // FILE:LINE: the barrier there does nothing
 };
 
-const Options& options();
+STANDIN_EXPORT const Options& options();
 
 // Sets what `text` names and leaves the rest. False, with the offending part in `wrong`, if it cannot be read.
 bool configure(const char* text, std::string* wrong);

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../include/site.h"
+#include "export.h"
 
 namespace standin {
 
@@ -18,13 +19,13 @@ struct Report {
   std::string text;
 };
 
-std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
+STANDIN_EXPORT std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
 
 // `file:line` of a call, and of a code address with the functions it was inlined into (through `addr2line`).
 std::string place(Site site);
 std::string place(const void* pc);
 
 // Prints a report and keeps it for `standin_report`.
-void publish(const Report& report);
+STANDIN_EXPORT void publish(const Report& report);
 
 }  // namespace standin

@@ -96,17 +96,29 @@ int replay(Graph& graph, Stream& stream) {
   return 0;
 }
 
-int touch(const Running& running, uint64_t address, size_t bytes, bool write, const char* what) {
+int touch(const Running& running, uint64_t address, size_t bytes, Access access, const char* what) {
   if (bytes == 0) return 0;
   Checks checks = options().checks;
+  bool write = access == Access::write;
+  const char* does = write ? "writes" : "reads";
   char at[160];
-  if (!device.allocated(address, bytes)) {
-    publish({kIllegalAddress, format("%s: %s %zu bytes at %p: %s", what, write ? "writes" : "reads", bytes,
+  bool inside = checks == Checks::off ? device.allocated(address, 1) && device.allocated(address + bytes - 1, 1)
+                                      : device.allocated(address, bytes);
+  if (!inside) {
+    publish({kIllegalAddress, format("out of bounds: %s %s %zu bytes at %p: %s", what, does, bytes,
                                      reinterpret_cast<void*>(address), nearest_allocation(address, at, sizeof at))});
     return kIllegalAddress;
   }
+  if (checks == Checks::off) return 0;
   if (write) device.mark_written(address, bytes);
   if (checks != Checks::on) return 0;
+  size_t unwritten = access == Access::read ? device.first_unwritten(address, bytes) : bytes;
+  if (unwritten < bytes) {
+    uint64_t a = address + unwritten;
+    publish({kLaunchFailed, format("uninitialised: %s reads %p, %s, which nobody wrote", what, reinterpret_cast<void*>(a),
+                                   nearest_allocation(a, at, sizeof at))});
+    return kLaunchFailed;
+  }
   uint64_t word = Touch{running.tag, 0, 0, 1}.packed();
   auto check = [&](uint64_t other, uint64_t a, const char* kind) {
     if (!other) return true;
@@ -114,8 +126,7 @@ int touch(const Running& running, uint64_t address, size_t bytes, bool write, co
     if (tag == running.tag || ordered_before(tag, running.ordered)) return true;
     publish({kLaunchFailed,
              format("race between streams: %s %s %p, %s, which an operation on stream %u has %s without an event in between",
-                    what, write ? "writes" : "reads", reinterpret_cast<void*>(a),
-                    nearest_allocation(a, at, sizeof at), stream_of(tag), kind)});
+                    what, does, reinterpret_cast<void*>(a), nearest_allocation(a, at, sizeof at), stream_of(tag), kind)});
     return false;
   };
   for (uint64_t a = address & ~uint64_t{1}; a < address + bytes; a += 2) {

@@ -12,6 +12,8 @@
 #include <memory>
 #include <vector>
 
+#include "export.h"
+
 namespace standin {
 
 constexpr uint32_t kStreams = 64;
@@ -72,14 +74,15 @@ struct Capture {
 };
 
 // Runs work on a stream, or records it there. Returns a driver error code.
-int submit(Stream* stream, Work work);
+STANDIN_EXPORT int submit(Stream* stream, Work work);
 // Was what launch `tag` did ordered before whoever has `ordered`?
 bool ordered_before(uint32_t tag, const uint64_t* ordered);
 // The stream's number, for a report.
 uint32_t stream_of(uint32_t tag);
 
-// A whole-range access of the running operation: bounds, initialisation, order between streams. Returns an error code
-// and publishes a report if it is wrong.
-int touch(const Running& running, uint64_t address, size_t bytes, bool write, const char* what);
+// A whole-range access of the running operation: bounds, order between streams, and for `Access::read` whether all
+// bytes were written (`copy` moves them as they are). Returns an error code and publishes a report if it is wrong.
+enum class Access { copy, read, write };
+STANDIN_EXPORT int touch(const Running& running, uint64_t address, size_t bytes, Access access, const char* what);
 
 }  // namespace standin
