@@ -10,7 +10,7 @@
 //           are no atomics and no f32 dQ in HBM. Up to 256 tokens of Dh 64, attention_backward_head.cu needs but 5.
 // Numerics  f32 scores and sums, P and dS rounded to bf16 for the products; scale once, at the end.
 // Launch    grid B·H·tiles; WARPS warps of 16·M16 rows each; tile t takes strips t·strips/tiles ...
-// Pipeline  as attention_forward.cu: a ring of three, one barrier per block.
+// Pipeline  as attention_forward.cu: a ring of three, one barrier per block, a short last block.
 // Bytes     `queries` 12·D, `keys` 12·D per token; 16·D would be the least for both together.
 // Order     every sum runs over the tokens in order, in one warp. Same device, same bits.
 // Source    Dao et al. 2022, arXiv:2205.14135.
@@ -36,6 +36,48 @@ struct Share {
     }
 };
 
+// What a warp knows of its 16·M16 queries, and their gradient after the keys so far.
+template <u32 DH, u32 M16>
+struct QuerySums {
+    Accumulator<M16, DH / 8> d_q;
+    float lse[M16][2], delta[M16][2];  // lse·log2(e); infinity past the last token
+
+    // Adds KEYS keys, rows 0 .. of `keys` and `values`. Queries are rows `own ..` of `queries` and `d_out`; `query` and
+    // `key` are the tokens of the first of each.
+    template <u32 KEYS>
+    __device__ __forceinline__ void add(Tile<DH> queries, Tile<DH> d_out, u32 own, Tile<DH> keys, Tile<DH> values,
+                                        KeepBits keep, float to_log2, size_t head, u32 query, u32 key, u32 tokens) {
+        const u32 lane_row = lane_id() >> 2, lane_column = 2 * (lane_id() & 3);
+        Accumulator<M16, KEYS / 8> p, d_s;
+        p.clear();
+        add_products<DH>(p, queries, own, keys, 0);
+        d_s.clear();
+        add_products<DH>(d_s, d_out, own, values, 0);
+        const bool ragged = key + KEYS > tokens;
+#pragma unroll
+        for (u32 n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+            for (u32 m = 0; m < M16; ++m)
+#pragma unroll
+                for (u32 h = 0; h < 2; ++h) {
+                    const u32 column = key + 8 * n;
+                    u32 kept = 0;
+                    if (keep && column < tokens)
+                        kept = keep.word(head, query + 16 * m + 8 * h + lane_row, column, tokens) >>
+                               (column % 32 + lane_column);
+#pragma unroll
+                    for (u32 i = 0; i < 2; ++i) {
+                        const float weight = exp2_approx(p.at[m][n][2 * h + i] * to_log2 - lse[m][h]);
+                        float& gradient = d_s.at[m][n][2 * h + i];
+                        if (keep) gradient = kept >> i & 1 ? gradient * keep.scale : 0.0f;
+                        gradient = weight * (gradient - delta[m][h]);
+                        if (ragged && column + lane_column + i >= tokens) gradient = 0.0f;
+                    }
+                }
+        add_weighted<DH>(d_q, d_s, keys, 0);
+    }
+};
+
 template <u32 DH, u32 KEYS, u32 M16, u32 WARPS>
 __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld, const float* lse,
                                                  u32 lse_ld, float* delta, u32 delta_ld, KeepBits keep, const bf16* d_o,
@@ -58,9 +100,9 @@ __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, co
     const u32 blocks = ceil_div(tokens, KEYS);
     const auto fetch = [&](u32 block, u32 stage) {
         if (block < blocks) {
-            const u32 key = block * KEYS;
-            keys(stage).copy_async(0, KEYS, k + size_t(key) * qkv_ld, qkv_ld, tokens - key, chunks);
-            values(stage).copy_async(0, KEYS, v + size_t(key) * qkv_ld, qkv_ld, tokens - key, chunks);
+            const u32 key = block * KEYS, rows = is_tail(tokens - key, KEYS) ? TAIL : KEYS;
+            keys(stage).copy_async(0, rows, k + size_t(key) * qkv_ld, qkv_ld, tokens - key, chunks);
+            values(stage).copy_async(0, rows, v + size_t(key) * qkv_ld, qkv_ld, tokens - key, chunks);
         }
         cp_async_commit();
     };
@@ -69,58 +111,33 @@ __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, co
     fetch(0, 0);
     fetch(1, 1);
 
-    const u32 lane_row = lane_id() >> 2, lane_column = 2 * (lane_id() & 3);
-    const float to_log2 = scale * LOG2_E;
-    float shift[M16][2], own_delta[M16][2];
+    QuerySums<DH, M16> sums;
+    sums.d_q.clear();
 #pragma unroll
     for (u32 m = 0; m < M16; ++m)
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
-            const u32 query = first + row + 16 * m + 8 * h + lane_row;
+            const u32 query = first + row + 16 * m + 8 * h + (lane_id() >> 2);
             const bool exists = share.busy && query < tokens;
             const u32 at = exists ? query : 0;
             const float sum = row_delta(o + size_t(at) * o_ld, d_o + size_t(at) * d_o_ld, chunks, lane_id() & 3);
-            own_delta[m][h] = exists ? sum : 0.0f;
-            shift[m][h] = exists ? lse[head.index * lse_ld + query] * LOG2_E : INFINITY;
-            if (exists && lane_column == 0) delta[head.index * delta_ld + query] = sum;
+            sums.delta[m][h] = exists ? sum : 0.0f;
+            sums.lse[m][h] = exists ? lse[head.index * lse_ld + query] * LOG2_E : INFINITY;
+            if (exists && (lane_id() & 3) == 0) delta[head.index * delta_ld + query] = sum;
         }
 
-    Accumulator<M16, DH / 8> d_q;
-    d_q.clear();
     u32 stage = 0, next = 2;
     for (u32 block = 0; block < blocks; ++block) {
         cp_async_wait<1>();
         block_sync();
         fetch(block + 2, next);
-        if (share.busy) {
-            Accumulator<M16, KEYS / 8> p, d_s;
-            p.clear();
-            add_products<DH>(p, queries, row, keys(stage), 0);
-            d_s.clear();
-            add_products<DH>(d_s, d_out, row, values(stage), 0);
-            const u32 first_key = block * KEYS;
-            const bool ragged = first_key + KEYS > tokens;
-#pragma unroll
-            for (u32 n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-                for (u32 m = 0; m < M16; ++m)
-#pragma unroll
-                    for (u32 h = 0; h < 2; ++h) {
-                        u32 kept = 0;
-                        if (keep && first_key + 8 * n < tokens)
-                            kept = keep.word(head.index, first + row + 16 * m + 8 * h + lane_row, first_key + 8 * n,
-                                             tokens) >> ((first_key + 8 * n) % 32 + lane_column);
-#pragma unroll
-                        for (u32 i = 0; i < 2; ++i) {
-                            const float weight = exp2_approx(p.at[m][n][2 * h + i] * to_log2 - shift[m][h]);
-                            float& gradient = d_s.at[m][n][2 * h + i];
-                            if (keep) gradient = kept >> i & 1 ? gradient * keep.scale : 0.0f;
-                            gradient = weight * (gradient - own_delta[m][h]);
-                            if (ragged && first_key + 8 * n + lane_column + i >= tokens) gradient = 0.0f;
-                        }
-                    }
-            add_weighted<DH>(d_q, d_s, keys(stage), 0);
-        }
+        const u32 key = block * KEYS;
+        if (share.busy && is_tail(tokens - key, KEYS))
+            sums.template add<TAIL>(queries, d_out, row, keys(stage), values(stage), keep, scale * LOG2_E, head.index,
+                                    first + row, key, tokens);
+        else if (share.busy)
+            sums.template add<KEYS>(queries, d_out, row, keys(stage), values(stage), keep, scale * LOG2_E, head.index,
+                                    first + row, key, tokens);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
         next = next == STAGES - 1 ? 0 : next + 1;
     }
@@ -130,7 +147,7 @@ __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, co
 #pragma unroll
     for (u32 m = 0; m < M16; ++m) factor[m][0] = factor[m][1] = scale;
     bf16* to = d_qkv + (head.row + first + row) * d_qkv_ld + head.column;
-    store_rows<DH>(d_q, factor, queries, row, to, d_qkv_ld, tokens - first - row, chunks);
+    store_rows<DH>(sums.d_q, factor, queries, row, to, d_qkv_ld, tokens - first - row, chunks);
 }
 
 template <u32 DH, u32 QUERIES, u32 M16, u32 WARPS>
@@ -157,9 +174,9 @@ __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const
     const u32 blocks = ceil_div(tokens, QUERIES);
     const auto fetch = [&](u32 block, u32 stage) {
         if (block < blocks) {
-            const u32 query = block * QUERIES;
-            queries(stage).copy_async(0, QUERIES, q + size_t(query) * qkv_ld, qkv_ld, tokens - query, chunks);
-            d_out(stage).copy_async(0, QUERIES, d_o + size_t(query) * d_o_ld, d_o_ld, tokens - query, chunks);
+            const u32 query = block * QUERIES, rows = is_tail(tokens - query, QUERIES) ? TAIL : QUERIES;
+            queries(stage).copy_async(0, rows, q + size_t(query) * qkv_ld, qkv_ld, tokens - query, chunks);
+            d_out(stage).copy_async(0, rows, d_o + size_t(query) * d_o_ld, d_o_ld, tokens - query, chunks);
         }
         cp_async_commit();
     };
@@ -169,8 +186,8 @@ __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const
     fetch(1, 1);
     for (u32 query = threadIdx.x; query < blocks * QUERIES; query += blockDim.x) {
         const bool exists = query < tokens;
-        terms.at(query)[0] = exists ? lse[head.index * lse_ld + query] * LOG2_E : INFINITY;
-        terms.at(query)[1] = exists ? delta[head.index * delta_ld + query] : 0.0f;
+        terms.put(query, exists ? lse[head.index * lse_ld + query] * LOG2_E : INFINITY,
+                  exists ? delta[head.index * delta_ld + query] : 0.0f);
     }
 
     KeySums<DH, M16> sums;
@@ -180,9 +197,13 @@ __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const
         cp_async_wait<1>();
         block_sync();
         fetch(block + 2, next);
-        if (share.busy)
+        const u32 query = block * QUERIES;
+        if (share.busy && is_tail(tokens - query, QUERIES))
+            sums.template add<TAIL>(keys, values, row, queries(stage), d_out(stage), 0, terms, keep, scale * LOG2_E,
+                                    head.index, first + row, query, tokens);
+        else if (share.busy)
             sums.template add<QUERIES>(keys, values, row, queries(stage), d_out(stage), 0, terms, keep,
-                                       scale * LOG2_E, head.index, first + row, block * QUERIES, tokens);
+                                       scale * LOG2_E, head.index, first + row, query, tokens);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
         next = next == STAGES - 1 ? 0 : next + 1;
     }

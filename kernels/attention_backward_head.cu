@@ -19,12 +19,13 @@ namespace {
 constexpr u32 WARPS = 8, STRIP = 32, QUERIES = 32;
 
 // Pairs of neighbouring queries of dSᵀ, as the accumulators hold them, into rows `row ..` of a tile of 32 queries.
-__device__ __forceinline__ void keep_scores(const Accumulator<2, 4>& d_s, Tile<QUERIES> to, u32 row) {
+template <u32 N8>
+__device__ __forceinline__ void keep_scores(const Accumulator<2, N8>& d_s, Tile<QUERIES> to, u32 row) {
     const u32 g = lane_id() >> 2, q = lane_id() & 3;
 #pragma unroll
     for (u32 m = 0; m < 2; ++m)
 #pragma unroll
-        for (u32 n = 0; n < 4; ++n)
+        for (u32 n = 0; n < N8; ++n)
 #pragma unroll
             for (u32 h = 0; h < 2; ++h)
                 st4(to.chunk(row + 16 * m + 8 * h + g, n) + 4 * q,
@@ -70,8 +71,7 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
         const u32 at = exists ? query : 0;
         const float delta = row_delta(o + size_t(at) * o_ld, d_o + size_t(at) * d_o_ld, chunks, lane_id() & 3);
         if ((lane_id() & 3) == 0) {
-            terms.at(query)[0] = exists ? lse[head.index * lse_ld + query] * LOG2_E : INFINITY;
-            terms.at(query)[1] = exists ? delta : 0.0f;
+            terms.put(query, exists ? lse[head.index * lse_ld + query] * LOG2_E : INFINITY, exists ? delta : 0.0f);
         }
     }
 
@@ -83,6 +83,7 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
     // dQ of a block whose dSᵀ all warps have written, by way of the block's rows of Q, which nobody reads any more.
     const auto finish_queries = [&](u32 block) {
         const u32 m = warp_id() & 1, n = warp_id() >> 1, row = block * QUERIES + 16 * m;
+        if (row >= tokens) return;
         const Tile<QUERIES> from = scores(block);
         float d_q[2][4] = {};
         const u32 steps = ceil_div(tokens, 16);
@@ -102,7 +103,9 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
                 st4(queries.chunk(row + 8 * h + lane_row, 2 * n + i) + 4 * lane_column,
                     pack_bf16(scale * d_q[i][2 * h], scale * d_q[i][2 * h + 1]));
         warp_sync();
-        const u32 query = row + (lane_id() >> 1), chunk = 2 * n + (lane_id() & 1);
+        // Eight lanes take every second of eight rows, which lie in different banks; two lanes, one sector.
+        const u32 query = row + 2 * (lane_id() >> 1 & 3) + (lane_id() >> 3 & 1) + 8 * (lane_id() >> 4);
+        const u32 chunk = 2 * n + (lane_id() & 1);
         if (query < tokens && chunk < chunks)
             st16(d_qkv + size_t(query) * d_qkv_ld + 8 * chunk, ld16(queries.chunk(query, chunk)));
     };
@@ -113,12 +116,15 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
         else
             cp_async_wait<0>();
         block_sync();
-        if (busy) {
-            const Accumulator<2, 4> d_s =
-                sums.template add<QUERIES>(keys, values, own, queries, d_out, block * QUERIES, terms, keep,
-                                           scale * LOG2_E, head.index, own, block * QUERIES, tokens);
-            keep_scores(d_s, scores(block), own);
-        }
+        const u32 query = block * QUERIES;
+        if (busy && is_tail(tokens - query, QUERIES))
+            keep_scores(sums.template add<TAIL>(keys, values, own, queries, d_out, query, terms, keep, scale * LOG2_E,
+                                                head.index, own, query, tokens),
+                        scores(block), own);
+        else if (busy)
+            keep_scores(sums.template add<QUERIES>(keys, values, own, queries, d_out, query, terms, keep,
+                                                   scale * LOG2_E, head.index, own, query, tokens),
+                        scores(block), own);
         if (block > 0) finish_queries(block - 1);
     }
     block_sync();

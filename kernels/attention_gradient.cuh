@@ -15,9 +15,11 @@
 struct RowTerms {
     u32 start;  // bytes from the start of shared memory
 
-    __device__ __forceinline__ float* at(u32 query) const {
-        return reinterpret_cast<float*>(smem_base() + start) + 2 * query;
+    __device__ __forceinline__ void put(u32 query, float lse, float delta) const {
+        st8(smem_base() + start + 8 * query, {as_u32(lse), as_u32(delta)});
     }
+    // Of an even query and the next.
+    __device__ __forceinline__ vec4 pair(u32 query) const { return ld16(smem_base() + start + 8 * query); }
 };
 
 // The sums of a warp that owns 16·M16 keys.
@@ -42,7 +44,7 @@ struct KeySums {
         add_products<DH>(d_s, values, own, d_out, from);
 #pragma unroll
         for (u32 n = 0; n < QUERIES / 8; ++n) {
-            const vec4 pair = ld16(terms.at(query + 8 * n + lane_column));
+            const vec4 pair = terms.pair(query + 8 * n + lane_column);
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
                 const u32 column = query + 8 * n + lane_column + i;

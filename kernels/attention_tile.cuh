@@ -18,6 +18,10 @@ constexpr float LN_2 = 0.6931471805599453f;
 __device__ __forceinline__ u32 lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ u32 warp_id() { return threadIdx.x >> 5; }
 
+// A last block of so few rows is computed as that many, not as a whole block.
+constexpr u32 TAIL = 16;
+__device__ __forceinline__ bool is_tail(u32 left, u32 block) { return left <= TAIL && block > TAIL; }
+
 template <u32 DH>
 struct Tile {
     static_assert(DH == 32 || DH == 64 || DH == 80 || DH == 128, "a swizzle is known for these widths");
