@@ -7,27 +7,14 @@
 use super::Cuda;
 use super::blas::{Fused, Matrix, Operands, Shape};
 use super::driver::Address;
-use super::launch::{Argument, launch, variant};
+use super::launch::{MaskArgs, launch, variant};
 use crate::backend::{Dtype, Epilogue, Gelu, InputGrad, Linear, Mask, Mat};
 use crate::error::{Error, Result};
-
-/// `MaskArgs` of `kernels/philox.cuh`: a mask as it is in every step.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(super) struct MaskArgs {
-    rate: f32,
-    site: u32,
-    first_sample: u32,
-}
-
-// SAFETY: three words, as in `kernels/philox.cuh`.
-unsafe impl Argument for MaskArgs {}
 
 impl Cuda {
     /// A mask over the samples of the micro-batch.
     pub(super) fn mask(&self, mask: Mask) -> MaskArgs {
-        let first = self.micro.global_first + self.micro.first as u64;
-        MaskArgs { rate: mask.rate, site: mask.site, first_sample: first as u32 }
+        MaskArgs::new(mask, &self.micro)
     }
 
     /// Rows of one sample among `rows` rows of the micro-batch.

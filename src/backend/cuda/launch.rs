@@ -2,6 +2,8 @@
 
 use std::ffi::c_void;
 
+use crate::backend::{Mask, Micro};
+
 /// What may be passed to a kernel: plain data with the same layout on both sides.
 ///
 /// # Safety
@@ -18,6 +20,26 @@ unsafe impl Argument for i32 {}
 unsafe impl Argument for f32 {}
 // SAFETY: as above.
 unsafe impl Argument for f64 {}
+
+/// `MaskArgs` of `kernels/philox.cuh`: a mask as it is in every step.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct MaskArgs {
+    pub(super) rate: f32,
+    pub(super) site: u32,
+    /// Index in the global batch of the micro-batch's first sample, its low 32 bits.
+    pub(super) first_sample: u32,
+}
+
+// SAFETY: three words, as in `kernels/philox.cuh`.
+unsafe impl Argument for MaskArgs {}
+
+impl MaskArgs {
+    pub(super) fn new(mask: Mask, micro: &Micro) -> Self {
+        let first = micro.global_first + micro.first as u64;
+        Self { rate: mask.rate, site: mask.site, first_sample: first as u32 }
+    }
+}
 
 /// The address of an argument that outlives the launch.
 pub(super) fn address_of<T: Argument>(value: &T) -> *mut c_void {

@@ -16,6 +16,7 @@ pub mod images;
 mod launch;
 mod norm;
 pub mod probe;
+mod probe_attention;
 mod stem;
 mod update;
 
@@ -36,6 +37,8 @@ const ROW_ALIGN: usize = 8;
 const WORKSPACE: usize = 96 << 20;
 /// The part of it that cuBLASLt may use; the rest is for own kernels.
 const BLAS_WORKSPACE: usize = 64 << 20;
+/// Scratch of one operation's own kernels.
+const SCRATCH: usize = WORKSPACE - BLAS_WORKSPACE;
 
 /// A GPU as a device.
 pub struct Cuda {
@@ -151,7 +154,7 @@ impl Cuda {
 
     /// Scratch for partial sums of one operation.
     fn scratch(&self, bytes: usize) -> Address {
-        assert!(bytes <= WORKSPACE - BLAS_WORKSPACE, "an operation asks for {bytes} bytes of scratch");
+        assert!(bytes <= SCRATCH, "an operation asks for {bytes} bytes of scratch");
         self.arena(Arena::Workspace).address + BLAS_WORKSPACE as u64
     }
 
@@ -422,7 +425,7 @@ impl Backend for Cuda {
     }
 
     fn probe_attention(&mut self, heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat) -> Result<()> {
-        attention::probe_attention(self, heads, q, kv, p, o)
+        probe_attention::probe_attention(self, heads, q, kv, p, o)
     }
 
     fn probe_attention_backward(
@@ -435,7 +438,7 @@ impl Backend for Cuda {
         d_q: Mat,
         d_kv: Mat,
     ) -> Result<()> {
-        attention::probe_attention_backward(self, heads, q, kv, p, d_o, d_q, d_kv)
+        probe_attention::probe_attention_backward(self, heads, q, kv, p, d_o, d_q, d_kv)
     }
 
     // Head ------------------------------------------------------------------------------------------------------
