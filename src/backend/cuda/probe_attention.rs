@@ -42,9 +42,22 @@ pub(super) fn probe_attention(cuda: &mut Cuda, heads: Heads, q: Mat, kv: Mat, p:
     assert_eq!((o.rows, o.cols, o.dtype), (images, q.cols, q.dtype), "probe attention: shape of o");
     let grid = [(images * heads.heads) as u32, 1, 1];
     launch!(
-        cuda, variant!(q.dtype, "probe_attention"), grid, THREADS, shared(heads),
-        cuda.at(q), cuda.at(kv), kv.ld as u32, cuda.at(p), head_ld(heads, p), cuda.at(o), o.ld as u32, scale(heads),
-        heads.tokens as u32, heads.heads as u32, heads.head_size as u32,
+        cuda,
+        variant!(q.dtype, "probe_attention"),
+        grid,
+        THREADS,
+        shared(heads),
+        cuda.at(q),
+        cuda.at(kv),
+        kv.ld as u32,
+        cuda.at(p),
+        head_ld(heads, p),
+        cuda.at(o),
+        o.ld as u32,
+        scale(heads),
+        heads.tokens as u32,
+        heads.heads as u32,
+        heads.head_size as u32,
     )
 }
 
@@ -68,14 +81,36 @@ pub(super) fn probe_attention_backward(
     let parts = cuda.scratch(4 * images * q.cols);
     let grid = [(images * heads.heads) as u32, 1, 1];
     launch!(
-        cuda, variant!(q.dtype, "probe_attention_backward"), grid, THREADS, shared(heads),
-        cuda.at(q), cuda.at(kv), kv.ld as u32, cuda.at(p), head_ld(heads, p), cuda.at(d_o), d_o.ld as u32, parts,
-        cuda.at(d_kv), d_kv.ld as u32, scale(heads),
-        heads.tokens as u32, heads.heads as u32, heads.head_size as u32,
+        cuda,
+        variant!(q.dtype, "probe_attention_backward"),
+        grid,
+        THREADS,
+        shared(heads),
+        cuda.at(q),
+        cuda.at(kv),
+        kv.ld as u32,
+        cuda.at(p),
+        head_ld(heads, p),
+        cuda.at(d_o),
+        d_o.ld as u32,
+        parts,
+        cuda.at(d_kv),
+        d_kv.ld as u32,
+        scale(heads),
+        heads.tokens as u32,
+        heads.heads as u32,
+        heads.head_size as u32,
     )?;
     let width = q.cols as u32;
     launch!(
-        cuda, variant!(q.dtype, "probe_attention_backward_query"), [width.div_ceil(THREADS), 1, 1], THREADS, 0,
-        parts, cuda.at(d_q), images as u32, width,
+        cuda,
+        variant!(q.dtype, "probe_attention_backward_query"),
+        [width.div_ceil(THREADS), 1, 1],
+        THREADS,
+        0,
+        parts,
+        cuda.at(d_q),
+        images as u32,
+        width,
     )
 }
