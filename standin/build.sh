@@ -3,16 +3,17 @@
 #
 #   standin/build.sh OUT [KERNEL.cu…]      default: every kernels/*.cu
 #
-# Leaves libcuda.so and libcublasLt.so in OUT. Compiles only what changed, on as many cores as there are. CXX and
-# STANDIN_FLAGS are honoured.
+# Leaves libcuda.so and libcublasLt.so in OUT. Compiles only what changed, on as many cores as there are. CXX,
+# STANDIN_FLAGS and STANDIN_OBJECTS (a folder to keep object files in) are honoured.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
 shift
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-objects=$out/objects
+objects=${STANDIN_OBJECTS:-$out/objects}
 mkdir -p "$objects"
+objects=$(cd "$objects" && pwd)
 cxx=${CXX:-g++}
 [ $# -gt 0 ] || set -- $(ls "$here"/../kernels/*.cu 2>/dev/null || true)
 
