@@ -54,6 +54,7 @@ struct Target {
 
 constexpr u32 NO_CLASS = 0xffffffffu;
 
+// A label that is no class counts like none; the host has refused such a batch.
 __device__ __forceinline__ u32 label_of(const SlotView& slot, u32 sample, u32 classes) {
   u32 label = static_cast<u32>(static_cast<const i32*>(slot.targets)[sample]);
   return label < classes ? label : NO_CLASS;

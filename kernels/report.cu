@@ -1,7 +1,7 @@
-// What a step reports: sums over the samples in f64, and the finished report in a ring that the host reads one step late.
+// What a step reports: sums over the samples in f64, and the finished report, which the host reads one step late.
 //
 // Math      sums = Σ samples of (loss, top-1, top-5), micro-batch after micro-batch; report = sums / mean_over
-// Tensors   samples f32 [B, 3]; ring: StepReport [slots]
+// Tensors   samples f32 [B, 3]
 // Launch    one block each; begin and close are one thread.
 // Bytes     12 per sample.
 // Order     a thread's samples, lanes, warps, micro-batches.
@@ -27,11 +27,10 @@ KERNEL(report_add, 256, 1)(ReportSums* report, const float* samples, u32 ld, u32
   for (u32 i = 0; i < 3; ++i) report->sums[i] += sums[i];
 }
 
-// The finished report of step t goes to slot t mod `slots`.
+// The finished report, for the host to fetch.
 KERNEL(report_close, 32, 1)(const StepCells* cells, const ReportSums* report, const UpdateCells* update, double mean_over,
-                            StepReport* ring, u32 slots) {
+                            StepReport* out) {
   if (threadIdx.x != 0) return;
-  StepReport* out = ring + cells->step % slots;
   out->loss = report->sums[0] / mean_over;
   out->top1 = report->sums[1] / mean_over;
   out->top5 = report->sums[2] / mean_over;

@@ -76,8 +76,11 @@ struct HeuristicResult {
 // Parts of k for each algorithm number. They differ in the order of summation, so in the last bits.
 constexpr uint32_t kSplits[] = {1, 2, 3, 4, 6, 8};
 
+// Whether a refusal is printed: a product that fails is, a question that is answered with no is not.
+bool loud = false;
+
 int refuse(int status, const std::string& why) {
-  publish({status, "cublasLtMatmul: " + why});
+  publish({status, "cublasLtMatmul: " + why}, loud);
   return status;
 }
 
@@ -199,8 +202,10 @@ bool take(T* to, const void* from, size_t bytes) {
   return true;
 }
 
-std::unique_lock<std::recursive_mutex> enter() {
-  return std::unique_lock<std::recursive_mutex>(machine().lock);
+std::unique_lock<std::recursive_mutex> enter(bool refusals_are_printed) {
+  std::unique_lock<std::recursive_mutex> guard(machine().lock);
+  loud = refusals_are_printed;
+  return guard;
 }
 
 // Touches the columns of a matrix that the product uses.
@@ -378,7 +383,7 @@ API cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const voi
 API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const Layout* a, const Layout* b, const Layout* c,
                                    const Layout* out, const Preference* preference, int wanted, HeuristicResult* results,
                                    int* found) {
-  auto guard = enter();
+  auto guard = enter(false);
   *found = 0;
   if (!handle || !d || !a || !b || !c || !out || !preference || wanted < 1) return kBadValue;
   Matmul p{};
@@ -386,7 +391,7 @@ API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const L
   if (options().refuse_matmul) return kUnsupported;
   uint32_t align = *std::min_element(preference->align, preference->align + 4);
   if (align < 16) return refuse(kUnsupported, format("alignment of %u bytes: nothing fast is found below 16", align));
-  for (uint32_t number = 0; number < std::size(kSplits) && *found < wanted; ++number) {
+  for (uint32_t number = 0; number < std::size(kSplits) && *found < std::min(wanted, options().algorithms); ++number) {
     uint32_t split = kSplits[number];
     size_t workspace = workspace_for(p, split);
     if (split > p.k || workspace > preference->workspace) continue;
@@ -404,7 +409,7 @@ API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const L
 
 API cublasLtMatmulAlgoCheck(Handle* handle, const Description* d, const Layout* a, const Layout* b, const Layout* c,
                             const Layout* out, const Algorithm* algorithm, HeuristicResult* result) {
-  auto guard = enter();
+  auto guard = enter(false);
   if (!handle || !d || !a || !b || !c || !out || !algorithm || !result) return kBadValue;
   Matmul p{};
   if (int status = understand(*d, *a, *b, *c, *out, &p)) return status;
@@ -439,7 +444,7 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
                    const void* b, const Layout* b_layout, const void* beta, const void* c, const Layout* c_layout, void* out,
                    const Layout* out_layout, const Algorithm* algorithm, void* workspace, size_t workspace_bytes,
                    void* stream) {
-  auto guard = enter();
+  auto guard = enter(true);
   if (!handle) return kBadHandle;
   if (!d || !alpha || !beta || !a || !b || !out || !a_layout || !b_layout || !c_layout || !out_layout) return kBadValue;
   if (machine().sticky) return kFailed;

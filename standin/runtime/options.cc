@@ -42,6 +42,7 @@ bool set(Options& o, const std::string& key, const std::string& value) {
   else if (key == "fail_code") o.fail_code = static_cast<int>(number());
   else if (key == "fail_pinned") o.fail_pinned = number();
   else if (key == "refuse_algorithm") o.refuse_algorithm = static_cast<int>(number());
+  else if (key == "algorithms") o.algorithms = static_cast<int>(number());
   else if (key == "refuse_matmul") o.refuse_matmul = number() != 0;
   else if (key == "skip_barrier") o.skip_barrier = value;
   else return false;

@@ -27,7 +27,7 @@ struct Options {
   int multiprocessors = 132;
   int driver = 13000;
   uint64_t memory = 4ull << 30;
-  std::string name = "stand-in GPU";
+  std::string name = "Vitrum stand-in GPU";
   uint64_t blaslt = 130000;  // cublasLtGetVersion
 
   // Faults. Counters go from 1; 0: never.
@@ -36,6 +36,7 @@ struct Options {
   int fail_code = 719;           // with this error
   uint64_t fail_pinned = 0;      // the n-th page-locked allocation finds no memory
   int refuse_algorithm = -1;     // AlgoCheck and Matmul refuse this algorithm number
+  int algorithms = 100;         // the heuristic finds at most so many
   bool refuse_matmul = false;    // the heuristic finds nothing
   std::string skip_barrier;      // FILE:LINE: the barrier there does nothing
 };

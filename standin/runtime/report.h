@@ -25,7 +25,7 @@ STANDIN_EXPORT std::string format(const char* pattern, ...) __attribute__((forma
 std::string place(Site site);
 std::string place(const void* pc);
 
-// Prints a report and keeps it for `standin_report`.
-STANDIN_EXPORT void publish(const Report& report);
+// Keeps a report for `standin_report`, and prints it unless the caller may have expected it.
+STANDIN_EXPORT void publish(const Report& report, bool print = true);
 
 }  // namespace standin

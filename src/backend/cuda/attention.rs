@@ -1,11 +1,13 @@
-//! Attention on a card: which kernel takes a head, how its rows are shared out, and what it needs of shared memory.
+//! Attention on a card: which kernel takes a head, how its rows are shared out, and what it needs of shared
+//! memory.
 //!
-//! Heads in bf16 whose values fill whole 16-byte chunks go to tensor cores, in the next larger of four widths; all
-//! others, and f32, to the plain kernels. Backward, one block owns a head of up to [`HEAD_TOKENS`] tokens where its
-//! rows fit into shared memory; longer ones take two kernels, one that owns queries and one that owns keys.
+//! Heads in bf16 whose values fill whole 16-byte chunks go to tensor cores, in the next larger of four
+//! widths; all others, and f32, to the plain kernels. Backward, one block owns a head of up to
+//! [`HEAD_TOKENS`] tokens where its rows fit into shared memory; longer ones take two kernels, one that owns
+//! queries and one that owns keys.
 //!
-//! With dropout the probabilities to keep are drawn first, one bit each, into scratch; where the bits of all images do
-//! not fit, the images are taken in groups.
+//! With dropout the probabilities to keep are drawn first, one bit each, into scratch; where the bits of all
+//! images do not fit, the images are taken in groups.
 
 use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
@@ -29,8 +31,8 @@ const fn tiled(kernel: &'static str, width: usize, block: usize, strip: usize, w
     Tiled { kernel, width, block, strip, warps }
 }
 
-/// Wider heads keep more sums in registers, and so fewer scores at a time; at 128 a warp owns 16 rows, not 32, except
-/// forward, where there is one sum and not two.
+/// Wider heads keep more sums in registers, and so fewer scores at a time; at 128 a warp owns 16 rows, not
+/// 32, except forward, where there is one sum and not two.
 const FORWARD: [Tiled; 4] = [
     tiled("attention_forward_bf16_d32", 32, 64, 32, 4),
     tiled("attention_forward_bf16_d64", 64, 64, 32, 4),
@@ -190,19 +192,8 @@ impl Work {
         let [tokens, heads, _] = self.sizes();
         let blocks = (images * self.keep_words()).div_ceil(256) as u32;
         let cells = cuda.cells.address();
-        launch!(
-            cuda,
-            "attention_keep",
-            [blocks, 1, 1],
-            256,
-            0,
-            keep,
-            cells,
-            mask,
-            images as u32,
-            heads,
-            tokens
-        )
+        launch! { cuda, "attention_keep", [blocks, 1, 1], 256, 0, keep, cells, mask, images as u32, heads,
+        tokens }
     }
 
     /// A matrix of `[B·T, ..]` from image `first` on.
@@ -256,48 +247,19 @@ pub(super) fn attention(
                 let k = &FORWARD[tile];
                 let tiles = k.tiles(heads.tokens);
                 let grid = [(images * heads.heads * tiles) as u32, 1, 1];
-                launch!(
-                    cuda,
-                    k.kernel,
-                    grid,
-                    k.threads(),
-                    k.shared(1) as u32,
-                    qkv.at,
-                    qkv.ld,
-                    o.at,
-                    o.ld,
-                    lse.at,
-                    lse.ld,
-                    keep,
-                    keep_scale,
-                    scale,
-                    t,
-                    h,
-                    dh,
+                launch! {
+                    cuda, k.kernel, grid, k.threads(), k.shared(1) as u32,
+                    qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, keep, keep_scale, scale, t, h, dh,
                     tiles as u32,
-                )?;
+                }?;
             }
             None => {
                 let shared = plain_shared(3, 1, heads.head_size) as u32;
-                launch!(
-                    cuda,
-                    variant!(work.dtype, "attention_forward"),
-                    work.plain_grid(images),
-                    PLAIN_THREADS,
+                launch! {
+                    cuda, variant!(work.dtype, "attention_forward"), work.plain_grid(images), PLAIN_THREADS,
                     shared,
-                    qkv.at,
-                    qkv.ld,
-                    o.at,
-                    o.ld,
-                    lse.at,
-                    lse.ld,
-                    keep,
-                    keep_scale,
-                    scale,
-                    t,
-                    h,
-                    dh,
-                )?;
+                    qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, keep, keep_scale, scale, t, h, dh,
+                }?;
             }
         }
     }
@@ -334,29 +296,13 @@ pub(super) fn attention_backward(
         let lse = work.per_head(cuda, lse, first);
         let (keep_scale, scale, [t, h, dh]) = (work.keep_scale(), work.scale(), work.sizes());
         if whole_head {
-            launch!(
-                cuda,
-                "attention_backward_head_bf16_d64",
-                [(images * heads.heads) as u32, 1, 1],
-                HEAD_THREADS,
+            launch! {
+                cuda, "attention_backward_head_bf16_d64", [(images * heads.heads) as u32, 1, 1], HEAD_THREADS,
                 head_shared(heads.tokens) as u32,
-                qkv.at,
-                qkv.ld,
-                o.at,
-                o.ld,
-                lse.at,
-                lse.ld,
-                keep,
-                keep_scale,
-                d_o.at,
-                d_o.ld,
-                d_qkv.at,
+                qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, keep, keep_scale, d_o.at, d_o.ld, d_qkv.at,
                 d_qkv.ld,
-                scale,
-                t,
-                h,
-                dh,
-            )?;
+                scale, t, h, dh,
+            }?;
             continue;
         }
         match tile {
@@ -364,111 +310,37 @@ pub(super) fn attention_backward(
                 let k = &BACKWARD_QUERIES[tile];
                 let tiles = k.tiles(heads.tokens);
                 let grid = [(images * heads.heads * tiles) as u32, 1, 1];
-                launch!(
-                    cuda,
-                    k.kernel,
-                    grid,
-                    k.threads(),
-                    k.shared(2) as u32,
-                    qkv.at,
-                    qkv.ld,
-                    o.at,
-                    o.ld,
-                    lse.at,
-                    lse.ld,
-                    delta,
-                    delta_ld,
-                    keep,
-                    keep_scale,
-                    d_o.at,
+                launch! {
+                    cuda, k.kernel, grid, k.threads(), k.shared(2) as u32,
+                    qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at,
                     d_o.ld,
-                    d_qkv.at,
-                    d_qkv.ld,
-                    scale,
-                    t,
-                    h,
-                    dh,
-                    tiles as u32,
-                )?;
+                    d_qkv.at, d_qkv.ld, scale, t, h, dh, tiles as u32,
+                }?;
                 let k = &BACKWARD_KEYS[tile];
                 let tiles = k.tiles(heads.tokens);
                 let grid = [(images * heads.heads * tiles) as u32, 1, 1];
                 let shared = k.shared(2) + row_terms(heads.tokens, k.block);
-                launch!(
-                    cuda,
-                    k.kernel,
-                    grid,
-                    k.threads(),
-                    shared as u32,
-                    qkv.at,
-                    qkv.ld,
-                    lse.at,
-                    lse.ld,
-                    delta,
-                    delta_ld,
-                    keep,
-                    keep_scale,
-                    d_o.at,
-                    d_o.ld,
-                    d_qkv.at,
-                    d_qkv.ld,
-                    scale,
-                    t,
-                    h,
-                    dh,
-                    tiles as u32,
-                )?;
+                launch! {
+                    cuda, k.kernel, grid, k.threads(), shared as u32,
+                    qkv.at, qkv.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at, d_o.ld,
+                    d_qkv.at, d_qkv.ld, scale, t, h, dh, tiles as u32,
+                }?;
             }
             None => {
                 let grid = work.plain_grid(images);
-                launch!(
-                    cuda,
-                    variant!(work.dtype, "attention_backward_queries"),
-                    grid,
-                    PLAIN_THREADS,
+                launch! {
+                    cuda, variant!(work.dtype, "attention_backward_queries"), grid, PLAIN_THREADS,
                     plain_shared(4, 1, heads.head_size) as u32,
-                    qkv.at,
-                    qkv.ld,
-                    o.at,
-                    o.ld,
-                    lse.at,
-                    lse.ld,
-                    delta,
-                    delta_ld,
-                    keep,
-                    keep_scale,
-                    d_o.at,
+                    qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at,
                     d_o.ld,
-                    d_qkv.at,
-                    d_qkv.ld,
-                    scale,
-                    t,
-                    h,
-                    dh,
-                )?;
-                launch!(
-                    cuda,
-                    variant!(work.dtype, "attention_backward_keys"),
-                    grid,
-                    PLAIN_THREADS,
+                    d_qkv.at, d_qkv.ld, scale, t, h, dh,
+                }?;
+                launch! {
+                    cuda, variant!(work.dtype, "attention_backward_keys"), grid, PLAIN_THREADS,
                     plain_shared(4, 2, heads.head_size) as u32,
-                    qkv.at,
-                    qkv.ld,
-                    lse.at,
-                    lse.ld,
-                    delta,
-                    delta_ld,
-                    keep,
-                    keep_scale,
-                    d_o.at,
-                    d_o.ld,
-                    d_qkv.at,
-                    d_qkv.ld,
-                    scale,
-                    t,
-                    h,
-                    dh,
-                )?;
+                    qkv.at, qkv.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at, d_o.ld,
+                    d_qkv.at, d_qkv.ld, scale, t, h, dh,
+                }?;
             }
         }
     }

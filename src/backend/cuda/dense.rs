@@ -8,6 +8,7 @@ use super::Cuda;
 use super::blas::{Fused, Matrix, Operands, Shape};
 use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
+use super::sums;
 use crate::backend::{Dtype, Epilogue, Gelu, InputGrad, Linear, Mask, Mat};
 use crate::error::{Error, Result};
 
@@ -173,7 +174,7 @@ pub(super) fn matmul_backward(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear, d_x
         }
     }
     if let Some(d_bias) = w.d_bias.filter(|_| !bias_is_done) {
-        column_sums(cuda, d_y, d_bias)?;
+        sums::column_sums(cuda, d_y, d_bias)?;
     }
 
     // After the weights' gradients, because `d_x` may take the place of `x`.
@@ -278,9 +279,4 @@ fn tanh_backward(cuda: &Cuda, d: Mat, y: Mat) -> Result<()> {
     let name = variant!(d.dtype, "tanh_backward");
     let (grid, at, of) = (elementwise_grid(d.rows, d.cols), cuda.at(d), cuda.at(y));
     launch!(cuda, name, grid, 256, 0, at, d.ld as u32, of, y.ld as u32, d.rows as u32, d.cols as u32)
-}
-
-/// `out (+)= Σ over rows of x`, in two stages.
-pub(super) fn column_sums(_: &Cuda, _x: Mat, _out: Mat) -> Result<()> {
-    Err(Error::new("column_sums: not written yet"))
 }

@@ -220,6 +220,17 @@ impl Gpu {
         }
     }
 
+    /// Device → page-locked host, in the stream's order.
+    ///
+    /// The caller keeps `to` alive and unread until the stream has passed the copy.
+    pub(super) fn download_async(&self, from: Address, to: &mut [u8], stream: Stream) -> Result<()> {
+        // SAFETY: the caller's promise above.
+        unsafe {
+            let code = sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), self.stream(stream));
+            check(code, "copy from the card")
+        }
+    }
+
     /// Device → device, in the compute stream's order.
     pub(super) fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
         // SAFETY: callers pass ranges inside their own buffers.

@@ -18,6 +18,7 @@ mod norm;
 pub mod probe;
 mod probe_attention;
 mod stem;
+mod sums;
 mod update;
 
 use super::{
@@ -53,6 +54,8 @@ pub struct Cuda {
     keys: StepKeys,
     micro: Micro,
     update: update::State,
+    /// Classes of the loss that was asked for last: labels of later batches are checked when they are bound.
+    classes: Option<usize>,
     /// Recorded work: a training step, an evaluation pass.
     recorded: [Recorded; 2],
 }
@@ -110,6 +113,7 @@ impl Cuda {
             keys: StepKeys { seed: 0, step: 0 },
             micro: Micro { first: 0, samples: 0, global_first: 0, accumulate: false, mean_over: 1 },
             update: update::State::default(),
+            classes: None,
             recorded: [Recorded::Never, Recorded::Never],
             gpu,
         })
@@ -174,7 +178,7 @@ impl Cuda {
 
     fn record(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
         body(self)?;
-        update.map_or(Ok(()), |update| self.update(update))
+        update.map_or(Ok(()), |update| update::update(self, update))
     }
 }
 
@@ -284,6 +288,7 @@ impl Backend for Cuda {
     /// Starts the copy and returns; the slot that was bound before has long been copied.
     fn bind_batch(&mut self, slot: Slot) -> Result<Option<Slot>> {
         self.gpu.make_current()?;
+        self.classes.map_or(Ok(()), |classes| head::check_labels(&slot, classes))?;
         let bytes = slot.layout().bytes();
         let place = 1 - self.batch.current;
         let room = match self.batch.places[place].take() {
@@ -475,6 +480,8 @@ impl Backend for Cuda {
     }
 
     fn update(&mut self, update: &Update) -> Result<()> {
+        self.cells.set_rates(update);
+        self.cells.send(&self.gpu)?;
         update::update(self, update)
     }
 

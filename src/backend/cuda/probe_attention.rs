@@ -1,4 +1,5 @@
-//! The attention of a MAP head on a card: one block per image and head, and a sum over the images for the query.
+//! The attention of a MAP head on a card: one block per image and head, and a sum over the images for the
+//! query.
 
 use super::Cuda;
 use super::launch::{launch, variant};
@@ -41,24 +42,12 @@ pub(super) fn probe_attention(cuda: &mut Cuda, heads: Heads, q: Mat, kv: Mat, p:
     let images = images(heads, q, kv, p);
     assert_eq!((o.rows, o.cols, o.dtype), (images, q.cols, q.dtype), "probe attention: shape of o");
     let grid = [(images * heads.heads) as u32, 1, 1];
-    launch!(
-        cuda,
-        variant!(q.dtype, "probe_attention"),
-        grid,
-        THREADS,
-        shared(heads),
-        cuda.at(q),
-        cuda.at(kv),
-        kv.ld as u32,
-        cuda.at(p),
-        head_ld(heads, p),
-        cuda.at(o),
-        o.ld as u32,
+    launch! {
+        cuda, variant!(q.dtype, "probe_attention"), grid, THREADS, shared(heads),
+        cuda.at(q), cuda.at(kv), kv.ld as u32, cuda.at(p), head_ld(heads, p), cuda.at(o), o.ld as u32,
         scale(heads),
-        heads.tokens as u32,
-        heads.heads as u32,
-        heads.head_size as u32,
-    )
+        heads.tokens as u32, heads.heads as u32, heads.head_size as u32,
+    }
 }
 
 /// `d_q: [1, H·Dh]`, summed over the images in order, and `d_kv: [B·T, 2·H·Dh]` from `d_o: [B, H·Dh]`.
@@ -80,37 +69,17 @@ pub(super) fn probe_attention_backward(
     assert_eq!(d_kv.dtype, q.dtype, "probe attention: type of d_kv");
     let parts = cuda.scratch(4 * images * q.cols);
     let grid = [(images * heads.heads) as u32, 1, 1];
-    launch!(
-        cuda,
-        variant!(q.dtype, "probe_attention_backward"),
-        grid,
-        THREADS,
-        shared(heads),
-        cuda.at(q),
-        cuda.at(kv),
-        kv.ld as u32,
-        cuda.at(p),
-        head_ld(heads, p),
-        cuda.at(d_o),
-        d_o.ld as u32,
+    launch! {
+        cuda, variant!(q.dtype, "probe_attention_backward"), grid, THREADS, shared(heads),
+        cuda.at(q), cuda.at(kv), kv.ld as u32, cuda.at(p), head_ld(heads, p), cuda.at(d_o), d_o.ld as u32,
         parts,
-        cuda.at(d_kv),
-        d_kv.ld as u32,
-        scale(heads),
-        heads.tokens as u32,
-        heads.heads as u32,
-        heads.head_size as u32,
-    )?;
+        cuda.at(d_kv), d_kv.ld as u32, scale(heads),
+        heads.tokens as u32, heads.heads as u32, heads.head_size as u32,
+    }?;
     let width = q.cols as u32;
-    launch!(
-        cuda,
-        variant!(q.dtype, "probe_attention_backward_query"),
-        [width.div_ceil(THREADS), 1, 1],
-        THREADS,
+    launch! {
+        cuda, variant!(q.dtype, "probe_attention_backward_query"), [width.div_ceil(THREADS), 1, 1], THREADS,
         0,
-        parts,
-        cuda.at(d_q),
-        images as u32,
-        width,
-    )
+        parts, cuda.at(d_q), images as u32, width,
+    }
 }
