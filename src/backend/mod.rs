@@ -20,7 +20,7 @@ pub mod memory;
 pub mod timed;
 
 pub use batch::{HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
-pub use memory::{Arena, Dtype, Mat, MemoryPlan, Storage};
+pub use memory::{Arena, Dtype, Mat, MemoryPlan, Recompute, Storage};
 
 use crate::error::{Error, Result};
 
@@ -485,6 +485,9 @@ pub trait Backend: Send {
     fn matmul(&mut self, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()>;
     /// From `d_y: [R, out]`: the gradients of weight and bias (where they are trained) and of the input.
     fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()>;
+
+    /// `y = dropout(gelu(pre))`: what [`Epilogue::BiasGelu`] stored, from what it kept.
+    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()>;
 
     // LayerNorm and the residual stream -------------------------------------------------------------------------
 
