@@ -561,6 +561,17 @@ pub trait Backend: Send {
     fn report(&mut self) -> Result<StepReport>;
 }
 
+/// How the device stores what a run needs, without opening it where the user names it: a plan for a GPU can be made
+/// anywhere.
+pub fn planned_storage(device: Device, precision: Precision) -> Storage {
+    let options = Options { precision, ..Options::default() };
+    match device {
+        Device::Cpu => Storage::CPU,
+        Device::Auto if cuda::Cuda::open(&options).is_err() => Storage::CPU,
+        Device::Auto | Device::Cuda => cuda::Cuda::storage_of(precision),
+    }
+}
+
 /// Opens the device that the user asked for. `Auto` takes the CPU after one line on stderr that says why.
 ///
 /// # Errors

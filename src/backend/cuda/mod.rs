@@ -124,6 +124,11 @@ impl Cuda {
         self.gpu.card()
     }
 
+    /// `cublasLtGetVersion`
+    pub fn cublaslt_version(&self) -> usize {
+        self.blas.version()
+    }
+
     /// How a card stores activations in a precision.
     pub fn storage_of(precision: Precision) -> Storage {
         let activations = match precision {
