@@ -192,8 +192,10 @@ impl Work {
         let [tokens, heads, _] = self.sizes();
         let blocks = (images * self.keep_words()).div_ceil(256) as u32;
         let cells = cuda.cells.address();
-        launch! { cuda, "attention_keep", [blocks, 1, 1], 256, 0, keep, cells, mask, images as u32, heads,
-        tokens }
+        launch! {
+            cuda, "attention_keep", [blocks, 1, 1], 256, 0,
+            keep, cells, mask, images as u32, heads, tokens,
+        }
     }
 
     /// A matrix of `[B·T, ..]` from image `first` on.
