@@ -376,7 +376,7 @@ impl<'a> Trial<'a> {
     }
 
     /// What an output's storage allows: a value in bf16 is rounded once more, and read by what follows.
-    fn tolerance(&self, output: &Operand, exact: f64) -> f64 {
+    pub(super) fn tolerance(&self, output: &Operand, exact: f64) -> f64 {
         let rounded = output.mat.dtype == Dtype::Bf16;
         if rounded { exact.max(BF16_TOLERANCE) } else { exact }
     }

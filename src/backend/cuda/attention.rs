@@ -192,8 +192,10 @@ impl Work {
         let [tokens, heads, _] = self.sizes();
         let blocks = (images * self.keep_words()).div_ceil(256) as u32;
         let cells = cuda.cells.address();
-        launch! { cuda, "attention_keep", [blocks, 1, 1], 256, 0, keep, cells, mask, images as u32, heads,
-        tokens }
+        launch! {
+            cuda, "attention_keep", [blocks, 1, 1], 256, 0,
+            keep, cells, mask, images as u32, heads, tokens,
+        }
     }
 
     /// A matrix of `[B·T, ..]` from image `first` on.
@@ -345,4 +347,70 @@ pub(super) fn attention_backward(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A100: usize = 163 << 10;
+    /// Ada and the small Amperes.
+    const SMALL: usize = 99 << 10;
+
+    /// Instances at the foot of a kernel file: `MACRO(name, width, block, m16, warps, ctas)`.
+    fn instances(source: &str, name: &str) -> Vec<(String, [usize; 5])> {
+        let head = format!("{name}(attention_");
+        let lines = source.lines().filter(|line| line.starts_with(&head));
+        lines
+            .map(|line| {
+                let inside = line.trim_start_matches(name).trim_matches(['(', ')']);
+                let mut parts = inside.split(", ");
+                let kernel = parts.next().unwrap().to_string();
+                let numbers: Vec<usize> = parts.map(|n| n.parse().unwrap()).collect();
+                (kernel, numbers.try_into().unwrap())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn tables_say_what_the_kernels_were_instantiated_with() {
+        let forward = include_str!("../../../kernels/attention_forward.cu");
+        let backward = include_str!("../../../kernels/attention_backward.cu");
+        for (source, name, table) in [
+            (forward, "FORWARD", &FORWARD),
+            (backward, "QUERIES_BACKWARD", &BACKWARD_QUERIES),
+            (backward, "KEYS_BACKWARD", &BACKWARD_KEYS),
+        ] {
+            let instances = instances(source, name);
+            assert_eq!(instances.len(), table.len(), "{name}: kernels and lines of the table");
+            for (k, (kernel, [width, block, m16, warps, _])) in table.iter().zip(instances) {
+                let said = (k.kernel, k.width, k.block, k.strip, k.warps);
+                assert_eq!(said, (kernel.as_str(), width, block, 16 * m16, warps), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_query_has_a_warp_whatever_the_length() {
+        for k in FORWARD.iter().chain(&BACKWARD_QUERIES).chain(&BACKWARD_KEYS) {
+            for tokens in 1..1100 {
+                let (tiles, strips) = (k.tiles(tokens), tokens.div_ceil(k.strip));
+                let most = (0..tiles).map(|t| (t + 1) * strips / tiles - t * strips / tiles).max();
+                assert!(most <= Some(k.warps), "{}: {tokens} tokens in {tiles} tiles", k.kernel);
+            }
+        }
+    }
+
+    #[test]
+    fn shared_memory_suffices_where_it_must() {
+        assert!(head_shared(HEAD_TOKENS) <= A100, "a short head on an A100: {}", head_shared(HEAD_TOKENS));
+        for tile in 0..FORWARD.len() {
+            let keys = &BACKWARD_KEYS[tile];
+            // Two blocks of the forward share a multiprocessor of an A100 (164 KB, 1 KB lost to each).
+            assert!(2 * (FORWARD[tile].shared(1) + 1024) <= 164 << 10, "forward, tile {tile}");
+            assert!(BACKWARD_QUERIES[tile].shared(2) <= SMALL, "queries, tile {tile}");
+            assert!(keys.shared(2) + row_terms(1025, keys.block) <= SMALL, "keys, tile {tile}");
+        }
+        assert!(plain_shared(4, 2, MAX_HEAD_SIZE) <= SMALL, "the plain kernels");
+    }
 }

@@ -10,7 +10,7 @@ use crate::error::Result;
 /// Parameter groups that a step may have.
 pub(super) const MAX_GROUPS: usize = 512;
 /// Copies of the cells: as many steps may be asked for before the first is done.
-const RING: usize = 4;
+const RING: usize = 8;
 
 /// `SlotView` of `kernels/step.cuh`.
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
@@ -54,6 +54,8 @@ pub(super) struct Cells {
     now: StepCells,
     rates: Vec<Rates>,
     pixels: Pixels,
+    /// The device has other values.
+    stale: bool,
 }
 
 impl Cells {
@@ -66,6 +68,7 @@ impl Cells {
             now: StepCells::default(),
             rates: vec![Rates::default(); MAX_GROUPS],
             pixels: Pixels::U8,
+            stale: true,
         })
     }
 
@@ -86,6 +89,7 @@ impl Cells {
 
     pub(super) fn set_keys(&mut self, keys: StepKeys) {
         (self.now.seed, self.now.step) = (keys.seed, keys.step);
+        self.stale = true;
     }
 
     /// The slot's contents are, or will be, at `base`.
@@ -94,18 +98,23 @@ impl Cells {
         let (count, samples) = (slot.count as u32, slot.layout().samples as u32);
         self.pixels = slot.layout().pixels;
         self.now.slot = SlotView { pixels, targets, partner, lambda, boxes, count, samples };
+        self.stale = true;
     }
 
     pub(super) fn set_rates(&mut self, update: &Update) {
         assert!(update.groups.len() <= MAX_GROUPS, "{} parameter groups are too many", update.groups.len());
         self.now.t = update.t;
+        self.stale = true;
         for (to, &GroupScalars { lr, decay }) in self.rates.iter_mut().zip(update.groups) {
             *to = Rates { lr, decay };
         }
     }
 
-    /// Sends the present values, in the order of the compute stream.
+    /// Sends the present values, if they are new, in the order of the compute stream.
     pub(super) fn send(&mut self, gpu: &Gpu) -> Result<()> {
+        if !std::mem::take(&mut self.stale) {
+            return Ok(());
+        }
         let (copy, sent) = &mut self.ring[self.next];
         self.next = (self.next + 1) % RING;
         sent.synchronize()?;

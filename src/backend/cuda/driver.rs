@@ -160,6 +160,8 @@ impl Gpu {
         check(code, "allocate device memory")?;
         let buffer = Buffer { gpu: self.clone(), address, bytes };
         self.fill(address, 0, bytes)?;
+        // The next to touch it may be the copy stream, which waits for no event of this fill.
+        self.synchronize(Stream::Compute)?;
         Ok(buffer)
     }
 

@@ -303,6 +303,7 @@ impl Backend for Cuda {
         let before = self.batch.current;
         self.gpu.record_event(&self.batch.read[before], Stream::Compute)?;
         self.cells.bind(&slot, room.address);
+        self.cells.send(&self.gpu)?;
         self.batch.places[place] = Some(room);
         self.batch.current = place;
         let free = self.batch.slot.replace(slot);
