@@ -409,7 +409,7 @@ pub struct Update<'a> {
     pub ema_decay: Option<f64>,
 }
 
-/// What a step reports. On a device that works asynchronously these are the numbers of the step before.
+/// What a step reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepReport {
     /// Mean loss over the batch.
@@ -560,7 +560,7 @@ pub trait Backend: Send {
     fn add_to_report(&mut self, samples: Mat) -> Result<()>;
     /// Global norm, clip, optimiser, EMA. Belongs to [`Backend::step`]'s end. Skips itself if the loss or the norm is not finite.
     fn update(&mut self, update: &Update) -> Result<()>;
-    /// The report of the last step (asynchronous devices: of the one before).
+    /// The report of the last step; waits for it.
     fn report(&mut self) -> Result<StepReport>;
 }
 
