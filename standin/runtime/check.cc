@@ -245,6 +245,11 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
         set(trace.reader,
             Touch{mine.tag, number, whose, kManyTimes | (me.barriers_passed & (kManyTimes - 1))}.packed());
       }
+    } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
+      // They read before a barrier that this thread has passed: who comes after this read comes after theirs, too.
+      set(trace.reader, word);
+    } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
+      set(trace.reader, word);  // all of them read before a barrier that this thread has passed
     } else {
       uint32_t warp = me.index / kLanes;
       uint32_t whose = last.thread == warp ? warp : kManyWarps;
