@@ -1,15 +1,17 @@
-// Everything elementwise around a matmul that no cuBLASLt epilogue covers: bias, residual, GELU, tanh, dropout, scaling.
+// Everything elementwise around a matmul that no cuBLASLt epilogue covers: bias, residual, GELU, tanh,
+// dropout, scaling.
 //
 // Math      gelu(x) = x·w(x).  tanh form: w = ½(1 + tanh t) = 1/(1 + e^(-2t)), t = √(2/π)(x + 0.044715 x³)
 //           erf form: w = Φ(x) = ½ erfc(-x/√2).   gelu' = w + x·w'
 //           bias_gelu: pre = z + b, y = dropout(gelu(pre))   gelu_backward: d = dropout'(d)·gelu'(pre)
 //           bias_tanh: y = tanh(z + b)   tanh_backward: d = d·(1 - y²)
-// Tensors   matrices [R, C] in T, each with its own leading dimension; outputs may take the place of inputs of the same shape.
-//           bias f32 [C]
-// Numerics  f32. y is computed from pre as it was stored, which is what the backward sees. Both forms keep their relative
-//           accuracy far on the negative side: nothing is subtracted from 1.
+// Tensors   matrices [R, C] in T, each with its own leading dimension; outputs may take the place of inputs
+//           of the same shape. bias f32 [C]
+// Numerics  f32. y is computed from pre as it was stored, which is what the backward sees. Both forms keep
+//           their relative accuracy far on the negative side: nothing is subtracted from 1.
 // Launch    one thread per 8 values, 256 threads per block.
-// Bytes     per value of bf16: bias_gelu 6, gelu_backward 6, bias_residual 6, bias_tanh and bias 4, dropout and scale 4.
+// Bytes     per value of bf16: bias_gelu 6, gelu_backward 6, bias_residual 6, bias_tanh and bias 4, dropout
+//           and scale 4.
 // Source    Hendrycks and Gimpel 2016 (GELU); Srivastava et al. 2014 (dropout).
 #include "philox.cuh"
 
@@ -40,8 +42,8 @@ __device__ __forceinline__ float gelu_slope(float x, u32 form) {
 }
 
 // The factors of eight values of row `row`, of which a sample has `rows_per_sample`.
-__device__ __forceinline__ void drop8(MaskArgs args, const StepCells* cells, u32 rows_per_sample, u32 columns, const Place& at,
-                                      float (&v)[VEC]) {
+__device__ __forceinline__ void drop8(MaskArgs args, const StepCells* cells, u32 rows_per_sample, u32 columns,
+                                      const Place& at, float (&v)[VEC]) {
   if (args.rate == 0.0f) return;
   float f[VEC];
   Mask mask = bind_mask(args, cells);
@@ -70,8 +72,8 @@ __device__ __forceinline__ void bias(const float* bias, T* y, u32 ld, u32 rows, 
 }
 
 template <typename T>
-__device__ __forceinline__ void bias_residual(const T* z, u32 ld_z, const float* bias, const T* residual, u32 ld_residual, T* y, u32 ld_y,
-                                              u32 rows, u32 columns) {
+__device__ __forceinline__ void bias_residual(const T* z, u32 ld_z, const float* bias, const T* residual,
+                                              u32 ld_residual, T* y, u32 ld_y, u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   float v[VEC], r[VEC];
@@ -84,8 +86,9 @@ __device__ __forceinline__ void bias_residual(const T* z, u32 ld_z, const float*
 }
 
 template <typename T>
-__device__ __forceinline__ void bias_gelu(const StepCells* cells, MaskArgs dropout, u32 rows_per_sample, const T* z, u32 ld_z,
-                                          const float* bias, u32 form, T* pre, u32 ld_pre, T* y, u32 ld_y, u32 rows, u32 columns) {
+__device__ __forceinline__ void bias_gelu(const StepCells* cells, MaskArgs dropout, u32 rows_per_sample,
+                                          const T* z, u32 ld_z, const float* bias, u32 form, T* pre,
+                                          u32 ld_pre, T* y, u32 ld_y, u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   float v[VEC];
@@ -100,8 +103,9 @@ __device__ __forceinline__ void bias_gelu(const StepCells* cells, MaskArgs dropo
 }
 
 template <typename T>
-__device__ __forceinline__ void gelu_backward(const StepCells* cells, MaskArgs dropout, u32 rows_per_sample, T* d, u32 ld_d, const T* pre,
-                                              u32 ld_pre, u32 form, u32 rows, u32 columns) {
+__device__ __forceinline__ void gelu_backward(const StepCells* cells, MaskArgs dropout, u32 rows_per_sample,
+                                              T* d, u32 ld_d, const T* pre, u32 ld_pre, u32 form, u32 rows,
+                                              u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   T* p = row_of(d, at.row, ld_d) + at.column;
@@ -115,7 +119,8 @@ __device__ __forceinline__ void gelu_backward(const StepCells* cells, MaskArgs d
 }
 
 template <typename T>
-__device__ __forceinline__ void bias_tanh(const T* z, u32 ld_z, const float* bias, T* y, u32 ld_y, u32 rows, u32 columns) {
+__device__ __forceinline__ void bias_tanh(const T* z, u32 ld_z, const float* bias, T* y, u32 ld_y, u32 rows,
+                                          u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   float v[VEC];
@@ -141,7 +146,8 @@ __device__ __forceinline__ void tanh_backward(T* d, u32 ld_d, const T* y, u32 ld
 
 // Behind an epilogue that knows no dropout: the mask commutes with everything elementwise.
 template <typename T>
-__device__ __forceinline__ void dropout(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* x, u32 ld, u32 rows, u32 columns) {
+__device__ __forceinline__ void dropout(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* x,
+                                        u32 ld, u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   T* p = row_of(x, at.row, ld) + at.column;
@@ -163,34 +169,37 @@ __device__ __forceinline__ void scale(T* x, u32 ld, float factor, u32 rows, u32 
   store8(p, at.n, v);
 }
 
-#define ACTIVATION(suffix, T)                                                                                               \
-  KERNEL(bias_##suffix, 256, 4)(const float* b, T* y, u32 ld, u32 rows, u32 columns) {                                      \
-    bias<T>(b, y, ld, rows, columns);                                                                                       \
-  }                                                                                                                         \
-  KERNEL(bias_residual_##suffix, 256, 4)(const T* z, u32 ld_z, const float* b, const T* residual, u32 ld_residual, T* y,    \
-                                         u32 ld_y, u32 rows, u32 columns) {                                                 \
-    bias_residual<T>(z, ld_z, b, residual, ld_residual, y, ld_y, rows, columns);                                            \
-  }                                                                                                                         \
-  KERNEL(bias_gelu_##suffix, 256, 4)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, const T* z, u32 ld_z,      \
-                                     const float* b, u32 form, T* pre, u32 ld_pre, T* y, u32 ld_y, u32 rows, u32 columns) { \
-    bias_gelu<T>(cells, mask, rows_per_sample, z, ld_z, b, form, pre, ld_pre, y, ld_y, rows, columns);                      \
-  }                                                                                                                         \
-  KERNEL(gelu_backward_##suffix, 256, 3)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* d, u32 ld_d,        \
-                                         const T* pre, u32 ld_pre, u32 form, u32 rows, u32 columns) {                       \
-    gelu_backward<T>(cells, mask, rows_per_sample, d, ld_d, pre, ld_pre, form, rows, columns);                              \
-  }                                                                                                                         \
-  KERNEL(bias_tanh_##suffix, 256, 4)(const T* z, u32 ld_z, const float* b, T* y, u32 ld_y, u32 rows, u32 columns) {         \
-    bias_tanh<T>(z, ld_z, b, y, ld_y, rows, columns);                                                                       \
-  }                                                                                                                         \
-  KERNEL(tanh_backward_##suffix, 256, 4)(T* d, u32 ld_d, const T* y, u32 ld_y, u32 rows, u32 columns) {                     \
-    tanh_backward<T>(d, ld_d, y, ld_y, rows, columns);                                                                      \
-  }                                                                                                                         \
-  KERNEL(dropout_##suffix, 256, 4)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* x, u32 ld, u32 rows,      \
-                                   u32 columns) {                                                                           \
-    dropout<T>(cells, mask, rows_per_sample, x, ld, rows, columns);                                                         \
-  }                                                                                                                         \
-  KERNEL(scale_##suffix, 256, 4)(T* x, u32 ld, float factor, u32 rows, u32 columns) {                                       \
-    scale<T>(x, ld, factor, rows, columns);                                                                                 \
+#define ACTIVATION(suffix, T)                                                                                \
+  KERNEL(bias_##suffix, 256, 4)(const float* b, T* y, u32 ld, u32 rows, u32 columns) {                       \
+    bias<T>(b, y, ld, rows, columns);                                                                        \
+  }                                                                                                          \
+  KERNEL(bias_residual_##suffix, 256, 4)(const T* z, u32 ld_z, const float* b, const T* residual,            \
+                                         u32 ld_residual, T* y, u32 ld_y, u32 rows, u32 columns) {           \
+    bias_residual<T>(z, ld_z, b, residual, ld_residual, y, ld_y, rows, columns);                             \
+  }                                                                                                          \
+  KERNEL(bias_gelu_##suffix, 256, 4)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, const T* z, \
+                                     u32 ld_z, const float* b, u32 form, T* pre, u32 ld_pre, T* y, u32 ld_y, \
+                                     u32 rows, u32 columns) {                                                \
+    bias_gelu<T>(cells, mask, rows_per_sample, z, ld_z, b, form, pre, ld_pre, y, ld_y, rows, columns);       \
+  }                                                                                                          \
+  KERNEL(gelu_backward_##suffix, 256, 3)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* d,   \
+                                         u32 ld_d, const T* pre, u32 ld_pre, u32 form, u32 rows,             \
+                                         u32 columns) {                                                      \
+    gelu_backward<T>(cells, mask, rows_per_sample, d, ld_d, pre, ld_pre, form, rows, columns);               \
+  }                                                                                                          \
+  KERNEL(bias_tanh_##suffix, 256, 4)(const T* z, u32 ld_z, const float* b, T* y, u32 ld_y, u32 rows,         \
+                                     u32 columns) {                                                          \
+    bias_tanh<T>(z, ld_z, b, y, ld_y, rows, columns);                                                        \
+  }                                                                                                          \
+  KERNEL(tanh_backward_##suffix, 256, 4)(T * d, u32 ld_d, const T* y, u32 ld_y, u32 rows, u32 columns) {     \
+    tanh_backward<T>(d, ld_d, y, ld_y, rows, columns);                                                       \
+  }                                                                                                          \
+  KERNEL(dropout_##suffix, 256, 4)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* x, u32 ld, \
+                                   u32 rows, u32 columns) {                                                  \
+    dropout<T>(cells, mask, rows_per_sample, x, ld, rows, columns);                                          \
+  }                                                                                                          \
+  KERNEL(scale_##suffix, 256, 4)(T * x, u32 ld, float factor, u32 rows, u32 columns) {                       \
+    scale<T>(x, ld, factor, rows, columns);                                                                  \
   }
 
 ACTIVATION(bf16, bf16)

@@ -1,29 +1,37 @@
-// Adafactor in big_vision's form: a second moment that is kept as row and column means, and what follows from it.
+// Adafactor in big_vision's form: a second moment that is kept as row and column means, and what follows.
 //
-// Math      G = (clip·g)² + 1e-30, β = min(cap, 1 - t^-power).   Factored: R = β·R + (1-β)·mean_cols G, C = β·C + (1-β)·mean_rows G,
-//           u = g·(R/mean R)^-½·C^-½.   In full: V = β·V + (1-β)·G, u = g·V^-½.   u is divided by max(1, rms(u)/clip_rms);
-//           m = μ·m + (1-μ)·u, θ = θ - lr·m - decay·θ
-// Tensors   a tensor is [outer, rows, cols] by strides over the flat buffers, cut into tiles of 64 × 64: `tensors` and `tiles` are
-//           tables that the host lays out once. State f32: [outer, rows] and then [outer, cols], or the tensor in full.
-//           Scratch: f64 partial sums of each tile's rows and columns, f32 factors, f64 sums of squares per tile, f32 scales.
+// Math      G = (clip·g)² + 1e-30   β = min(cap, 1 - t^-power)
+//           factored: R = β·R + (1-β)·mean_cols G, C = β·C + (1-β)·mean_rows G, u = g·(R/mean R)^-½·C^-½
+//           in full: V = β·V + (1-β)·G, u = g·V^-½
+//           u is divided by max(1, rms(u)/clip_rms);   m = μ·m + (1-μ)·u   θ = θ - lr·m - decay·θ
+// Tensors   a tensor is [outer, rows, cols] by strides over the flat buffers, cut into tiles of 64 × 64:
+//           `tensors` and `tiles` are tables that the host lays out once. State f32: [outer, rows] and then
+//           [outer, cols], or the tensor in full. Scratch: f64 partial sums of each tile's rows and columns,
+//           f32 factors, f64 sums of squares per tile, f32 scales.
 // Numerics  sums in f64. Elements are f32; the global clip factor is applied to g before anything else.
-// Launch    statistics (tile by tile) → factors (one block per tensor) → with clip_rms: squares (tiles), scales (tensors) →
-//           update (tiles). 256 threads: 64 along the axis that is contiguous in memory, 4 across.
-// Bytes     per parameter: gradient 4 in each of statistics, squares and update (the norm took 4 before), θ 8, m 8 or 4, copy 2.
-// Order     a tile's rows and columns ascending, tiles ascending; nothing is added in an order that depends on timing.
-// Source    Shazeer and Stern 2018; Zhai et al. 2022 (the form, with a bf16 first moment); Optax `scale_by_factored_rms`.
+// Launch    statistics (tile by tile) → factors (one block per tensor) → with clip_rms: squares (tiles),
+//           scales (tensors) → update (tiles). 256 threads: 64 along the axis that is contiguous in memory, 4
+//           across.
+// Bytes     per parameter: gradient 4 in each of statistics, squares and update (the norm took 4 before), θ
+//           8, m 8 or 4, copy 2.
+// Order     a tile's rows and columns ascending, tiles ascending; nothing is added in an order that depends
+//           on timing.
+// Source    Shazeer and Stern 2018; Zhai et al. 2022 (the form, with a bf16 first moment); Optax
+//           `scale_by_factored_rms`.
 #include "reduce.cuh"
 #include "step.cuh"
 
 constexpr u32 TILE = 64;
-constexpr u32 TILE_PITCH = TILE + 1;  // rows and columns of the tile in shared memory start in different banks
-constexpr double TINY = 1e-30;        // keeps a gradient of zero from a division by zero
+// Rows and columns of the tile in shared memory start in different banks.
+constexpr u32 TILE_PITCH = TILE + 1;
+// Keeps a gradient of zero from a division by zero.
+constexpr double TINY = 1e-30;
 
 struct AdafactorTensor {
-  u64 param, grad, state;          // first elements: weights, gradients and first moments, second moments
-  u64 row_sums, col_sums;          // in the f64 scratch: [col_tiles, outers·rows], [row_tiles, outers·cols]
-  u64 factors;                     // in the f32 scratch: [outers·rows], [outers·cols]
-  u32 outers, outer1;              // outer index = o0·outer1 + o1
+  u64 param, grad, state;  // first elements: weights, gradients and first moments, second moments
+  u64 row_sums, col_sums;  // in the f64 scratch: [col_tiles, outers·rows], [row_tiles, outers·cols]
+  u64 factors;             // in the f32 scratch: [outers·rows], [outers·cols]
+  u32 outers, outer1;      // outer index = o0·outer1 + o1
   u32 rows, cols;
   u32 outer_stride0, outer_stride1, row_stride, col_stride;
   u32 row_tiles, col_tiles;
@@ -42,9 +50,9 @@ struct AdafactorBuffers {
   const float* grads;
   void* moment1;
   float* moment2;
-  float* ema;      // null: none
-  bf16* copy;      // null: none
-  double* sums;    // rows and columns of tiles
+  float* ema;    // null: none
+  bf16* copy;    // null: none
+  double* sums;  // rows and columns of tiles
   float* factors;
   double* squares;  // [tiles]
   float* scales;    // [tensors]; null: no clip_rms
@@ -52,7 +60,7 @@ struct AdafactorBuffers {
   float keep1, add1;  // μ, 1 - μ
 };
 
-// ---- tiles ------------------------------------------------------------------------------------------------------------
+// ---- tiles ------------------------------------------------------------------------------------------------
 
 // One element of a tensor.
 struct Element {
@@ -67,7 +75,8 @@ template <typename F>
 __device__ __forceinline__ void each_element(const AdafactorTensor& t, const AdafactorTile& tile, F f) {
   u32 fast = threadIdx.x % TILE, slow_step = blockDim.x / TILE;
   bool along_cols = t.col_stride <= t.row_stride;
-  u64 outer = static_cast<u64>(tile.outer / t.outer1) * t.outer_stride0 + static_cast<u64>(tile.outer % t.outer1) * t.outer_stride1;
+  u64 outer = static_cast<u64>(tile.outer / t.outer1) * t.outer_stride0 +
+              static_cast<u64>(tile.outer % t.outer1) * t.outer_stride1;
   for (u32 slow = threadIdx.x / TILE; slow < TILE; slow += slow_step) {
     u32 row = tile.row + (along_cols ? slow : fast), col = tile.col + (along_cols ? fast : slow);
     if (row >= t.rows || col >= t.cols) continue;
@@ -78,11 +87,11 @@ __device__ __forceinline__ void each_element(const AdafactorTensor& t, const Ada
   }
 }
 
-// ---- kernels ----------------------------------------------------------------------------------------------------------
+// ---- kernels ----------------------------------------------------------------------------------------------
 
 // Factored: the sums of squares of the tile's rows and columns. In full: the new second moments.
-KERNEL(adafactor_statistics, 256, 4)(const UpdateCells* cells, AdafactorBuffers b, const AdafactorTensor* tensors,
-                                     const AdafactorTile* tiles) {
+KERNEL(adafactor_statistics, 256, 4)(const UpdateCells* cells, AdafactorBuffers b,
+                                     const AdafactorTensor* tensors, const AdafactorTile* tiles) {
   UpdateCells c = *cells;
   if (c.skip) return;
   AdafactorTile tile = tiles[blockIdx.x];
@@ -114,15 +123,18 @@ KERNEL(adafactor_statistics, 256, 4)(const UpdateCells* cells, AdafactorBuffers 
   }
   u32 row = tile.row + line, col = tile.col + line;
   if (is_row && row < t.rows) {
-    b.sums[t.row_sums + static_cast<u64>(tile.col / TILE) * t.outers * t.rows + tile.outer * t.rows + row] = sum;
+    b.sums[t.row_sums + static_cast<u64>(tile.col / TILE) * t.outers * t.rows + tile.outer * t.rows + row] =
+        sum;
   }
   if (!is_row && col < t.cols) {
-    b.sums[t.col_sums + static_cast<u64>(tile.row / TILE) * t.outers * t.cols + tile.outer * t.cols + col] = sum;
+    b.sums[t.col_sums + static_cast<u64>(tile.row / TILE) * t.outers * t.cols + tile.outer * t.cols + col] =
+        sum;
   }
 }
 
 // β·s + (1-β)·(Σ partials/n + 1e-30): the new mean of one row or column, stored.
-__device__ __forceinline__ float new_mean(const UpdateCells& c, float* state, const double* partials, u32 count, u32 stride, u32 n) {
+__device__ __forceinline__ float new_mean(const UpdateCells& c, float* state, const double* partials,
+                                          u32 count, u32 stride, u32 n) {
   double sum = 0.0;
   for (u32 i = 0; i < count; ++i) sum += partials[static_cast<u64>(i) * stride];
   float mean = c.keep2 * *state + c.add2 * static_cast<float>(sum / static_cast<double>(n) + TINY);
@@ -131,7 +143,8 @@ __device__ __forceinline__ float new_mean(const UpdateCells& c, float* state, co
 }
 
 // Means and factors of tensor blockIdx.x.
-KERNEL(adafactor_factors, 256, 2)(const UpdateCells* cells, AdafactorBuffers b, const AdafactorTensor* tensors) {
+KERNEL(adafactor_factors, 256, 2)(const UpdateCells* cells, AdafactorBuffers b,
+                                  const AdafactorTensor* tensors) {
   UpdateCells c = *cells;
   AdafactorTensor t = tensors[blockIdx.x];
   if (c.skip || !t.factored) return;
@@ -159,15 +172,16 @@ KERNEL(adafactor_factors, 256, 2)(const UpdateCells* cells, AdafactorBuffers b, 
 }
 
 // What g is multiplied by, apart from the tensor's scale.
-__device__ __forceinline__ float direction(const AdafactorBuffers& b, const AdafactorTensor& t, const Element& e) {
+__device__ __forceinline__ float direction(const AdafactorBuffers& b, const AdafactorTensor& t,
+                                           const Element& e) {
   if (!t.factored) return 1.0f / sqrtf(b.moment2[t.state + e.state]);
   const float* factors = b.factors + t.factors;
   return factors[e.row_factor] * factors[e.col_factor];
 }
 
 // Σu² of each tile.
-KERNEL(adafactor_squares, 256, 4)(const UpdateCells* cells, AdafactorBuffers b, const AdafactorTensor* tensors,
-                                  const AdafactorTile* tiles) {
+KERNEL(adafactor_squares, 256, 4)(const UpdateCells* cells, AdafactorBuffers b,
+                                  const AdafactorTensor* tensors, const AdafactorTile* tiles) {
   UpdateCells c = *cells;
   if (c.skip) return;
   AdafactorTile tile = tiles[blockIdx.x];
@@ -182,7 +196,8 @@ KERNEL(adafactor_squares, 256, 4)(const UpdateCells* cells, AdafactorBuffers b, 
 }
 
 // 1 / max(1, rms(u)/clip_rms) of tensor blockIdx.x.
-KERNEL(adafactor_scales, 256, 4)(const UpdateCells* cells, AdafactorBuffers b, const AdafactorTensor* tensors, double clip_rms) {
+KERNEL(adafactor_scales, 256, 4)(const UpdateCells* cells, AdafactorBuffers b, const AdafactorTensor* tensors,
+                                 double clip_rms) {
   if (cells->skip) return;
   AdafactorTensor t = tensors[blockIdx.x];
   double sum[1] = {};
@@ -194,8 +209,9 @@ KERNEL(adafactor_scales, 256, 4)(const UpdateCells* cells, AdafactorBuffers b, c
 }
 
 template <typename M>
-__device__ __forceinline__ void adafactor_update(const UpdateCells* cells, const AdafactorBuffers& b, const AdafactorTensor* tensors,
-                                                 const AdafactorTile* tiles, const GroupScalars* groups) {
+__device__ __forceinline__ void adafactor_update(const UpdateCells* cells, const AdafactorBuffers& b,
+                                                 const AdafactorTensor* tensors, const AdafactorTile* tiles,
+                                                 const GroupScalars* groups) {
   UpdateCells c = *cells;
   if (c.skip) return;
   AdafactorTile tile = tiles[blockIdx.x];
@@ -216,11 +232,13 @@ __device__ __forceinline__ void adafactor_update(const UpdateCells* cells, const
   });
 }
 
-KERNEL(adafactor_update_f32, 256, 4)(const UpdateCells* cells, AdafactorBuffers buffers, const AdafactorTensor* tensors,
-                                     const AdafactorTile* tiles, const GroupScalars* groups) {
+KERNEL(adafactor_update_f32, 256, 4)(const UpdateCells* cells, AdafactorBuffers buffers,
+                                     const AdafactorTensor* tensors, const AdafactorTile* tiles,
+                                     const GroupScalars* groups) {
   adafactor_update<float>(cells, buffers, tensors, tiles, groups);
 }
-KERNEL(adafactor_update_bf16, 256, 4)(const UpdateCells* cells, AdafactorBuffers buffers, const AdafactorTensor* tensors,
-                                      const AdafactorTile* tiles, const GroupScalars* groups) {
+KERNEL(adafactor_update_bf16, 256, 4)(const UpdateCells* cells, AdafactorBuffers buffers,
+                                      const AdafactorTensor* tensors, const AdafactorTile* tiles,
+                                      const GroupScalars* groups) {
   adafactor_update<bf16>(cells, buffers, tensors, tiles, groups);
 }

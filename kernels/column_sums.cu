@@ -1,15 +1,19 @@
 // Sums over the rows of a matrix: bias gradients, and the last stage of every gradient that is such a sum.
 //
-// Math      column_sums: partials[b, c] = Σ over the rows of block b of x[r, c].   sum_partials: out[c] (+)= Σ_b partials[b, c]
+// Math      column_sums: partials[b, c] = Σ over the rows of block b of x[r, c]
+//           sum_partials: out[c] (+)= Σ_b partials[b, c]
 // Tensors   x [R, C] in T   partials f32 [blocks, sums, pitch], pitch = C rounded up to 8   out f32 [C]
-// Launch    column_sums: grid (stretches of 256 columns, slices of rows), one warp per row, a lane owns 8 columns for all
-//           its rows; 8 KiB of shared memory once at the end. sum_partials: 32 columns per block, eight warps share the partials.
+// Launch    column_sums: grid (stretches of 256 columns, slices of rows), one warp per row, a lane owns 8
+//           columns for all its rows; 8 KiB of shared memory once at the end. sum_partials: 32 columns per
+//           block, eight warps share the partials.
 // Bytes     2 per value in bf16; the partials are slices·C·8, a few percent.
-// Order     rows of a warp, warps, slices (eight interleaved runs of them, then those): fixed by the launch shape.
+// Order     rows of a warp, warps, slices (eight interleaved runs of them, then those): fixed by the launch
+//           shape.
 #include "reduce.cuh"
 
 template <typename T>
-__device__ __forceinline__ void column_sums(const T* x, u32 ld, u32 rows, u32 columns, float* partials, u32 pitch) {
+__device__ __forceinline__ void column_sums(const T* x, u32 ld, u32 rows, u32 columns, float* partials,
+                                            u32 pitch) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 first = blockIdx.x * COLUMN_STRETCH;
   u32 column = first + lane * VEC, n = valid8(column, columns);
@@ -38,8 +42,8 @@ struct SumOutputs {
 };
 
 // Sum blockIdx.y: `count` partials, `stride` elements apart, each with its sums `pitch` elements apart.
-KERNEL(sum_partials, 256, 4)(const float* partials, u32 count, u32 stride, u32 pitch, u32 columns, SumOutputs outputs,
-                             u32 accumulate) {
+KERNEL(sum_partials, 256, 4)(const float* partials, u32 count, u32 stride, u32 pitch, u32 columns,
+                             SumOutputs outputs, u32 accumulate) {
   float* out = blockIdx.y == 0 ? outputs.out[0] : blockIdx.y == 1 ? outputs.out[1] : outputs.out[2];
   if (!out) return;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

@@ -1,12 +1,14 @@
 // What joins the patch embedding's matmul output in place: bias, extra tokens, position embedding, dropout.
 //
-// Math      token t of a sample:  x += bias (patch rows) or extra_token[t] (extra rows);  x += posemb[t - posemb_first] from
-//           posemb_first on;  x = dropout(x).   Backward: d_x = dropout'(d_x) in place; S[t] = Σ_samples d_x[t];
-//           d_extra[t] = S[t]   d_posemb[t - posemb_first] = S[t]   d_bias = Σ_{t ≥ extra} S[t]
-// Tensors   x, d_x [B·T, D] in T, in place   bias, extra tokens [D], posemb [T - posemb_first, D], gradients: f32
-//           partials: f32 [slices, T, pitch], pitch = D rounded up to 8.
-// Launch    forward: one thread per 8 values. Backward: one thread per 8 columns of a token and slice of the batch; then one
-//           thread per column of a token adds the slices; `sum_partials` adds the tokens for the bias.
+// Math      token t of a sample: x += bias (patch rows) or extra_token[t] (extra rows);
+//           x += posemb[t - posemb_first] from posemb_first on; x = dropout(x)
+//           backward: d_x = dropout'(d_x) in place; S[t] = Σ_samples d_x[t], d_extra[t] = S[t],
+//           d_posemb[t - posemb_first] = S[t], d_bias = Σ S[t] over t ≥ extra
+// Tensors   x, d_x [B·T, D] in T, in place   bias, extra tokens [D], posemb [T - posemb_first, D] and all
+//           gradients: f32   partials f32 [slices, T, pitch], pitch = D rounded up to 8.
+// Launch    forward: one thread per 8 values. Backward: one thread per 8 columns of a token and slice of the
+//           batch; then one thread per column of a token adds the slices; `sum_partials` adds the tokens for
+//           the bias.
 // Bytes     forward 4 per value (bf16; bias and positions come from L2); backward 2, or 4 with dropout.
 // Order     samples within a slice, slices, tokens: each in ascending order.
 // Source    Dosovitskiy et al. 2021.
@@ -19,7 +21,8 @@ struct EmbedShape {
 };
 
 // The factors of eight values of a token.
-__device__ __forceinline__ void drop8(const Mask& mask, u32 sample, u32 token, u32 width, u32 column, float (&v)[VEC]) {
+__device__ __forceinline__ void drop8(const Mask& mask, u32 sample, u32 token, u32 width, u32 column,
+                                      float (&v)[VEC]) {
   if (mask.rate == 0.0f) return;
   float f[VEC];
   mask_factors8(mask, sample, token * width + column, f);
@@ -35,8 +38,9 @@ __device__ __forceinline__ void add8(const float* p, u32 n, float (&v)[VEC]) {
 }
 
 template <typename T>
-__device__ __forceinline__ void embed(const StepCells* cells, const EmbedShape& s, MaskArgs dropout, T* x, u32 ld, const float* bias,
-                                      const float* extra0, const float* extra1, const float* posemb, u32 posemb_ld) {
+__device__ __forceinline__ void embed(const StepCells* cells, const EmbedShape& s, MaskArgs dropout, T* x,
+                                      u32 ld, const float* bias, const float* extra0, const float* extra1,
+                                      const float* posemb, u32 posemb_ld) {
   Place at = place_of_thread(s.samples * s.tokens, s.width);
   if (at.n == 0) return;
   u32 sample = at.row / s.tokens, token = at.row % s.tokens;
@@ -52,8 +56,8 @@ __device__ __forceinline__ void embed(const StepCells* cells, const EmbedShape& 
 
 // Slice blockIdx.y of gridDim.y of the batch. `partials` is null where no parameter is trained.
 template <typename T>
-__device__ __forceinline__ void embed_backward(const StepCells* cells, const EmbedShape& s, MaskArgs dropout, T* d_x, u32 ld,
-                                               float* partials, u32 pitch) {
+__device__ __forceinline__ void embed_backward(const StepCells* cells, const EmbedShape& s, MaskArgs dropout,
+                                               T* d_x, u32 ld, float* partials, u32 pitch) {
   Place at = place_of_thread(s.tokens, s.width);
   if (at.n == 0) return;
   u32 token = at.row;
@@ -78,7 +82,6 @@ __device__ __forceinline__ void embed_backward(const StepCells* cells, const Emb
       load8(p, at.n, v);
       drop8(mask, sample, token, s.width, at.column, v);
       store8(p, at.n, v);
-      round8<T>(v);
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) sum[i] += v[i];
     }
@@ -90,24 +93,24 @@ __device__ __forceinline__ void put(float* p, float v, u32 accumulate) {
   *p = accumulate ? *p + v : v;
 }
 
-#define EMBED(suffix, T)                                                                                                  \
-  KERNEL(embed_##suffix, 256, 4)(const StepCells* cells, EmbedShape shape, MaskArgs dropout, T* x, u32 ld,                \
-                                 const float* bias, const float* extra0, const float* extra1, const float* posemb,        \
-                                 u32 posemb_ld) {                                                                         \
-    embed<T>(cells, shape, dropout, x, ld, bias, extra0, extra1, posemb, posemb_ld);                                      \
-  }                                                                                                                       \
-  KERNEL(embed_backward_##suffix, 256, 4)(const StepCells* cells, EmbedShape shape, MaskArgs dropout, T* d_x, u32 ld,     \
-                                          float* partials, u32 pitch) {                                                   \
-    embed_backward<T>(cells, shape, dropout, d_x, ld, partials, pitch);                                                   \
+#define EMBED(suffix, T)                                                                                   \
+  KERNEL(embed_##suffix, 256, 4)(const StepCells* cells, EmbedShape shape, MaskArgs dropout, T* x, u32 ld, \
+                                 const float* bias, const float* extra0, const float* extra1,              \
+                                 const float* posemb, u32 posemb_ld) {                                     \
+    embed<T>(cells, shape, dropout, x, ld, bias, extra0, extra1, posemb, posemb_ld);                       \
+  }                                                                                                        \
+  KERNEL(embed_backward_##suffix, 256, 4)(const StepCells* cells, EmbedShape shape, MaskArgs dropout,      \
+                                          T* d_x, u32 ld, float* partials, u32 pitch) {                    \
+    embed_backward<T>(cells, shape, dropout, d_x, ld, partials, pitch);                                    \
   }
 
 EMBED(bf16, bf16)
 EMBED(f32, float)
 
-// Adds the slices of each token's column; hands the sum to the gradients that want it (null: not trained) and leaves it
-// in slice 0 for the bias. One thread per column of a token.
-KERNEL(embed_gradients, 256, 4)(EmbedShape shape, float* partials, u32 pitch, u32 slices, float* d_extra0, float* d_extra1,
-                                float* d_posemb, u32 posemb_ld, u32 accumulate) {
+// Adds the slices of each token's column; hands the sum to the gradients that want it (null: not trained) and
+// leaves it in slice 0 for the bias. One thread per column of a token.
+KERNEL(embed_gradients, 256, 4)(EmbedShape shape, float* partials, u32 pitch, u32 slices, float* d_extra0,
+                                float* d_extra1, float* d_posemb, u32 posemb_ld, u32 accumulate) {
   u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   u32 token = index / shape.width, column = index % shape.width;
   if (token >= shape.tokens) return;

@@ -1,21 +1,25 @@
-// LayerNorm over the last axis, with the residual add in front of it where the model needs one, and its backward.
+// LayerNorm over the last axis, with the residual add in front of it where the model needs one, and its
+// backward.
 //
 // Math      mean = avg(x)  rstd = 1/√(avg((x - mean)²) + eps)  x̂ = (x - mean)·rstd  y = γ·x̂ + β
 //           u = γ·d_y   d_sum (+)= rstd·(u - avg(u) - x̂·avg(u·x̂))   dγ = Σ_R d_y·x̂   dβ = Σ_R d_y
-//           join: x = base + drop_path(layer_scale ∘ dropout(branch)) is made and stored first, and its backward gives
-//           d_branch from d_sum.
+//           join: x = base + drop_path(layer_scale ∘ dropout(branch)) is made and stored first, and its
+//           backward gives d_branch from d_sum.
 // Tensors   x y d_y d_sum base branch d_branch [R, D] in T   mean rstd f32 [R]   γ β layer_scale f32 [D]
 //           partials f32 [blocks, 2 (γ, β), pitch], pitch = D rounded up to 8. d_sum is read unless `fresh`.
-// Numerics  f32, two passes over registers. The mean of a row far from zero rounds by more than its deviation can bear: both
-//           directions measure what the rounded mean left over, avg(x - mean), and take it off. A joined sum is normalised as it
-//           was stored, so that the backward sees the same values.
-// Launch    bf16, D ≤ 1280: one warp per row, 6 or 8 rows per block, the row in registers (instance N holds D in (256(N-1), 256N]),
-//           blocks loop over rows. A lane owns the same columns of every row, so dγ and dβ stay in its registers until the
-//           block's warps are added up once. f32 and D > 1280 take the `_wide` kernels: a warp per row that walks it
-//           several times through L1, and `layernorm_gradients`, in which lanes own columns, for dγ and dβ.
-// Bytes     per value of bf16: forward 4 (join 8), backward 8, or 6 fresh (join + 2), 8R of statistics, and the partials.
+// Numerics  f32, two passes over registers. The mean of a row far from zero rounds by more than its deviation
+//           can bear: both directions measure what the rounded mean left over, avg(x - mean), and take it
+//           off. A joined sum is normalised as it was stored, so that the backward sees the same values.
+// Launch    bf16, D ≤ 1280: one warp per row, 6 or 8 rows per block, the row in registers (instance N holds D
+//           in (256(N-1), 256N]), blocks loop over rows. A lane owns the same columns of every row, so dγ and
+//           dβ stay in its registers until the block's warps are added up once. f32 and D > 1280 take the
+//           `_wide` kernels: a warp per row that walks it several times through L1, and
+//           `layernorm_gradients`, in which lanes own columns, for dγ and dβ.
+// Bytes     per value of bf16: forward 4 (join 8), backward 8, or 6 fresh (join + 2), 8R of statistics, and
+//           the partials.
 // Order     rows of a warp, warps, blocks (`sum_partials`): fixed by the launch shape.
-// Source    Ba et al. 2016, arXiv:1607.06450. Two-stage γ and β gradients with columns owned by lanes: Apex, llm.c.
+// Source    Ba et al. 2016, arXiv:1607.06450. Two-stage γ and β gradients with columns owned by lanes: Apex,
+//           llm.c.
 #include "reduce.cuh"
 #include "residual.cuh"
 
@@ -24,7 +28,8 @@ __device__ __forceinline__ u32 rows_of_block() {
   return blockDim.x / WARP;
 }
 
-// How many of a lane's eight elements of stretch `j` exist: all but the last stretch are whole by the choice of the instance.
+// How many of a lane's eight elements of stretch `j` exist: all but the last stretch are whole by the choice
+// of the instance.
 template <u32 STRETCHES>
 __device__ __forceinline__ u32 held(u32 j, u32 column, u32 columns) {
   return j + 1 < STRETCHES ? VEC : valid8(column, columns);
@@ -33,14 +38,15 @@ __device__ __forceinline__ u32 column_of(u32 j) {
   return j * COLUMN_STRETCH + threadIdx.x % WARP * VEC;
 }
 
-// ---- forward ----------------------------------------------------------------------------------------------------------
+// ---- forward ----------------------------------------------------------------------------------------------
 
 struct RowStats {
   float near, rest, rstd;  // the mean is near + rest
 };
 
 // Two sums over the row give its statistics: around `near`, the rounded mean.
-__device__ __forceinline__ RowStats row_stats(float near, float sum_off, float sum_squares, float inverse, float eps) {
+__device__ __forceinline__ RowStats row_stats(float near, float sum_off, float sum_squares, float inverse,
+                                              float eps) {
   float rest = warp_sum(sum_off) * inverse;
   float variance = fmaxf(warp_sum(sum_squares) * inverse - rest * rest, 0.0f);
   return {near, rest, 1.0f / sqrtf(variance + eps)};
@@ -54,7 +60,8 @@ __device__ __forceinline__ void store_stats(RowStats s, float* mean, float* rstd
 }
 
 template <typename T>
-__device__ __forceinline__ void store_normalised(const float (&x)[VEC], RowStats s, const float* gamma, const float* beta, T* y, u32 n) {
+__device__ __forceinline__ void store_normalised(const float (&x)[VEC], RowStats s, const float* gamma,
+                                                 const float* beta, T* y, u32 n) {
   float g[VEC], b[VEC], v[VEC];
   load8(gamma, n, g);
   load8(beta, n, b);
@@ -65,8 +72,9 @@ __device__ __forceinline__ void store_normalised(const float (&x)[VEC], RowStats
 
 // Normalises a row held in registers.
 template <u32 STRETCHES>
-__device__ __forceinline__ void normalise_row(const float (&x)[STRETCHES][VEC], const float* gamma, const float* beta, float eps, bf16* y,
-                                              float* mean, float* rstd, u32 row, u32 columns) {
+__device__ __forceinline__ void normalise_row(const float (&x)[STRETCHES][VEC], const float* gamma,
+                                              const float* beta, float eps, bf16* y, float* mean, float* rstd,
+                                              u32 row, u32 columns) {
   float inverse = 1.0f / static_cast<float>(columns);
   float total = 0.0f;
 #pragma unroll
@@ -105,8 +113,9 @@ __device__ __forceinline__ void fetch_row(const bf16* x, u32 columns, Raw8<bf16>
 }
 
 template <u32 STRETCHES>
-__device__ __forceinline__ void layernorm(const bf16* x, u32 ld_x, const float* gamma, const float* beta, float eps, bf16* y, u32 ld_y,
-                                          float* mean, float* rstd, u32 rows, u32 columns) {
+__device__ __forceinline__ void layernorm(const bf16* x, u32 ld_x, const float* gamma, const float* beta,
+                                          float eps, bf16* y, u32 ld_y, float* mean, float* rstd, u32 rows,
+                                          u32 columns) {
   u32 stride = gridDim.x * rows_of_block();
   u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP;
   Raw8<bf16> raw[STRETCHES];
@@ -122,10 +131,11 @@ __device__ __forceinline__ void layernorm(const bf16* x, u32 ld_x, const float* 
 }
 
 template <u32 STRETCHES>
-__device__ __forceinline__ void layernorm_join(const StepCells* cells, const BranchArgs& args, const bf16* base, u32 ld_base,
-                                               const bf16* branch, u32 ld_branch, bf16* sum, u32 ld_sum, const float* gamma,
-                                               const float* beta, float eps, bf16* y, u32 ld_y, float* mean, float* rstd, u32 rows,
-                                               u32 columns) {
+__device__ __forceinline__ void layernorm_join(const StepCells* cells, const BranchArgs& args,
+                                               const bf16* base, u32 ld_base, const bf16* branch,
+                                               u32 ld_branch, bf16* sum, u32 ld_sum, const float* gamma,
+                                               const float* beta, float eps, bf16* y, u32 ld_y, float* mean,
+                                               float* rstd, u32 rows, u32 columns) {
   Branch b = bind_branch(args, cells, columns);
   u32 stride = gridDim.x * rows_of_block();
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows; row += stride) {
@@ -158,10 +168,12 @@ __device__ __forceinline__ void layernorm_join(const StepCells* cells, const Bra
 
 // Any width: the row is read three times, once from memory.
 template <typename T>
-__device__ __forceinline__ void layernorm_wide(const T* x, u32 ld_x, const float* gamma, const float* beta, float eps, T* y, u32 ld_y,
-                                               float* mean, float* rstd, u32 rows, u32 columns) {
+__device__ __forceinline__ void layernorm_wide(const T* x, u32 ld_x, const float* gamma, const float* beta,
+                                               float eps, T* y, u32 ld_y, float* mean, float* rstd, u32 rows,
+                                               u32 columns) {
   float inverse = 1.0f / static_cast<float>(columns);
-  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows; row += gridDim.x * rows_of_block()) {
+  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
+       row += gridDim.x * rows_of_block()) {
     const T* in = row_of(x, row, ld_x);
     T* out = row_of(y, row, ld_y);
     float total = 0.0f, v[VEC];
@@ -192,7 +204,7 @@ __device__ __forceinline__ void layernorm_wide(const T* x, u32 ld_x, const float
   }
 }
 
-// ---- backward ---------------------------------------------------------------------------------------------------------
+// ---- backward ---------------------------------------------------------------------------------------------
 
 // What the gradients of one row's elements share.
 struct RowGrad {
@@ -207,7 +219,8 @@ __device__ __forceinline__ float d_x(const RowGrad& g, float x, float u) {
 }
 
 // Three sums over the row: x - mean, u, u·(x - mean).
-__device__ __forceinline__ RowGrad row_grad(float mean, float rstd, float off, float u, float u_off, float inverse) {
+__device__ __forceinline__ RowGrad row_grad(float mean, float rstd, float off, float u, float u_off,
+                                            float inverse) {
   float rest = warp_sum(off) * inverse;
   float avg_u = warp_sum(u) * inverse;
   float avg_u_off = warp_sum(u_off) * inverse;
@@ -217,13 +230,15 @@ __device__ __forceinline__ RowGrad row_grad(float mean, float rstd, float off, f
 // Where JOIN, `d_branch` gets its share of d_sum, rounded as it was stored; a trained LayerScale takes
 // `residual_scale_backward` instead.
 template <u32 STRETCHES, bool JOIN>
-__device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x, const float* gamma,
-                                                   const float* mean, const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh,
-                                                   const Branch& branch, bf16* d_branch, u32 ld_branch, u32 rows, u32 columns,
+__device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x,
+                                                   const float* gamma, const float* mean, const float* rstd,
+                                                   bf16* d_sum, u32 ld_sum, u32 fresh, const Branch& branch,
+                                                   bf16* d_branch, u32 ld_branch, u32 rows, u32 columns,
                                                    float* partials, u32 pitch) {
   float inverse = 1.0f / static_cast<float>(columns);
   float d_gamma[STRETCHES][VEC] = {}, d_beta[STRETCHES][VEC] = {};
-  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows; row += gridDim.x * rows_of_block()) {
+  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
+       row += gridDim.x * rows_of_block()) {
     const bf16 *x_row = row_of(x, row, ld_x), *d_y_row = row_of(d_y, row, ld_dy);
     bf16* d_sum_row = row_of(d_sum, row, ld_sum);
     Raw8<bf16> xs[STRETCHES], ds[STRETCHES], sums[STRETCHES];
@@ -295,11 +310,13 @@ __device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, c
 
 // Any width: d_sum alone, and what the mean's rounding left over in each row, for `layernorm_gradients`.
 template <typename T>
-__device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy, const T* x, u32 ld_x, const float* gamma, const float* mean,
-                                                        const float* rstd, T* d_sum, u32 ld_sum, u32 fresh, float* rests, u32 rows,
-                                                        u32 columns) {
+__device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy, const T* x, u32 ld_x,
+                                                        const float* gamma, const float* mean,
+                                                        const float* rstd, T* d_sum, u32 ld_sum, u32 fresh,
+                                                        float* rests, u32 rows, u32 columns) {
   float inverse = 1.0f / static_cast<float>(columns);
-  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows; row += gridDim.x * rows_of_block()) {
+  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
+       row += gridDim.x * rows_of_block()) {
     const T *x_row = row_of(x, row, ld_x), *d_y_row = row_of(d_y, row, ld_dy);
     T* d_sum_row = row_of(d_sum, row, ld_sum);
     float row_mean = mean[row], v[VEC], d[VEC], g[VEC], s[VEC];
@@ -334,12 +351,14 @@ __device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy,
 
 // dγ and dβ of any width: partials of slice blockIdx.y of the rows.
 template <typename T>
-__device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, const T* x, u32 ld_x, const float* mean, const float* rstd,
-                                                    const float* rests, u32 rows, u32 columns, float* partials, u32 pitch) {
+__device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, const T* x, u32 ld_x,
+                                                    const float* mean, const float* rstd, const float* rests,
+                                                    u32 rows, u32 columns, float* partials, u32 pitch) {
   u32 first = blockIdx.x * COLUMN_STRETCH;
   u32 column = first + threadIdx.x % WARP * VEC, n = valid8(column, columns);
   float d_gamma[VEC] = {}, d_beta[VEC] = {};
-  for (u32 row = blockIdx.y * COLUMN_WARPS + threadIdx.x / WARP; row < rows; row += gridDim.y * COLUMN_WARPS) {
+  for (u32 row = blockIdx.y * COLUMN_WARPS + threadIdx.x / WARP; row < rows;
+       row += gridDim.y * COLUMN_WARPS) {
     float v[VEC], d[VEC];
     load8(row_of(x, row, ld_x) + column, n, v);
     load8(row_of(d_y, row, ld_dy) + column, n, d);
@@ -356,33 +375,37 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
   store_column_sums(d_beta, scratch, mine + pitch, first, columns);
 }
 
-// ---- entry points -----------------------------------------------------------------------------------------------------
+// ---- entry points -----------------------------------------------------------------------------------------
 
-// Instance N holds rows of up to 256·N values. Blocks of a multiprocessor: as many as the registers of the row allow.
-#define LAYERNORM(N, forward_blocks, join_blocks, backward_threads, backward_blocks)                                                                \
-  HOT_KERNEL(layernorm_bf16_##N, 256, forward_blocks)(const bf16* x, u32 ld_x, const float* gamma, const float* beta, float eps,  \
-                                                      bf16* y, u32 ld_y, float* mean, float* rstd, u32 rows, u32 columns) {       \
-    layernorm<N>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                                                  \
-  }                                                                                                                               \
-  HOT_KERNEL(layernorm_join_bf16_##N, 256, join_blocks)(                                                                          \
-      const StepCells* cells, BranchArgs args, const bf16* base, u32 ld_base, const bf16* branch, u32 ld_branch, bf16* sum,       \
-      u32 ld_sum, const float* gamma, const float* beta, float eps, bf16* y, u32 ld_y, float* mean, float* rstd, u32 rows,        \
-      u32 columns) {                                                                                                              \
-    layernorm_join<N>(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, gamma, beta, eps, y, ld_y, mean, rstd, rows,    \
-                      columns);                                                                                                   \
-  }                                                                                                                               \
-  HOT_KERNEL(layernorm_backward_bf16_##N, backward_threads, backward_blocks)(                                                                  \
-      const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x, const float* gamma, const float* mean, const float* rstd, bf16* d_sum, \
-      u32 ld_sum, u32 fresh, u32 rows, u32 columns, float* partials, u32 pitch) {                                                 \
-    layernorm_backward<N, false>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, Branch{}, nullptr, 0, rows,        \
-                                 columns, partials, pitch);                                                                       \
-  }                                                                                                                               \
-  HOT_KERNEL(layernorm_backward_join_bf16_##N, backward_threads, backward_blocks)(                                                             \
-      const StepCells* cells, BranchArgs args, const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x, const float* gamma,           \
-      const float* mean, const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh, bf16* d_branch, u32 ld_branch, u32 rows,          \
-      u32 columns, float* partials, u32 pitch) {                                                                                  \
-    layernorm_backward<N, true>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, bind_branch(args, cells, columns),  \
-                                d_branch, ld_branch, rows, columns, partials, pitch);                                             \
+// Instance N holds rows of up to 256·N values. Blocks of a multiprocessor: as many as the registers of the
+// row allow.
+#define LAYERNORM(N, forward_blocks, join_blocks, backward_threads, backward_blocks)                         \
+  HOT_KERNEL(layernorm_bf16_##N, 256, forward_blocks)(const bf16* x, u32 ld_x, const float* gamma,           \
+                                                      const float* beta, float eps, bf16* y, u32 ld_y,       \
+                                                      float* mean, float* rstd, u32 rows, u32 columns) {     \
+    layernorm<N>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                             \
+  }                                                                                                          \
+  HOT_KERNEL(layernorm_join_bf16_##N, 256, join_blocks)(                                                     \
+      const StepCells* cells, BranchArgs args, const bf16* base, u32 ld_base, const bf16* branch,            \
+      u32 ld_branch, bf16* sum, u32 ld_sum, const float* gamma, const float* beta, float eps, bf16* y,       \
+      u32 ld_y, float* mean, float* rstd, u32 rows, u32 columns) {                                           \
+    layernorm_join<N>(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, gamma, beta, eps, y, ld_y, \
+                      mean, rstd, rows, columns);                                                            \
+  }                                                                                                          \
+  HOT_KERNEL(layernorm_backward_bf16_##N, backward_threads, backward_blocks)(                                \
+      const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x, const float* gamma, const float* mean,            \
+      const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh, u32 rows, u32 columns, float* partials,         \
+      u32 pitch) {                                                                                           \
+    layernorm_backward<N, false>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, Branch{},     \
+                                 nullptr, 0, rows, columns, partials, pitch);                                \
+  }                                                                                                          \
+  HOT_KERNEL(layernorm_backward_join_bf16_##N, backward_threads, backward_blocks)(                           \
+      const StepCells* cells, BranchArgs args, const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x,          \
+      const float* gamma, const float* mean, const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh,          \
+      bf16* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                    \
+    layernorm_backward<N, true>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh,                \
+                                bind_branch(args, cells, columns), d_branch, ld_branch, rows, columns,       \
+                                partials, pitch);                                                            \
   }
 
 // The backward's sums of a row of 768 do not leave 256 threads enough of them.
@@ -392,20 +415,22 @@ LAYERNORM(3, 3, 2, 192, 2)
 LAYERNORM(4, 2, 2, 256, 1)
 LAYERNORM(5, 2, 2, 256, 1)
 
-#define LAYERNORM_WIDE(suffix, T)                                                                                                  \
-  KERNEL(layernorm_##suffix##_wide, 256, 4)(const T* x, u32 ld_x, const float* gamma, const float* beta, float eps, T* y,          \
-                                            u32 ld_y, float* mean, float* rstd, u32 rows, u32 columns) {                           \
-    layernorm_wide<T>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                                              \
-  }                                                                                                                                \
-  KERNEL(layernorm_backward_##suffix##_wide, 256, 4)(const T* d_y, u32 ld_dy, const T* x, u32 ld_x, const float* gamma,            \
-                                                     const float* mean, const float* rstd, T* d_sum, u32 ld_sum, u32 fresh,        \
-                                                     float* rests, u32 rows, u32 columns) {                                        \
-    layernorm_backward_wide<T>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, rests, rows, columns);                \
-  }                                                                                                                                \
-  KERNEL(layernorm_gradients_##suffix, 256, 4)(const T* d_y, u32 ld_dy, const T* x, u32 ld_x, const float* mean,                   \
-                                               const float* rstd, const float* rests, u32 rows, u32 columns, float* partials,      \
-                                               u32 pitch) {                                                                        \
-    layernorm_gradients<T>(d_y, ld_dy, x, ld_x, mean, rstd, rests, rows, columns, partials, pitch);                                \
+#define LAYERNORM_WIDE(suffix, T)                                                                          \
+  KERNEL(layernorm_##suffix##_wide, 256, 4)(const T* x, u32 ld_x, const float* gamma, const float* beta,   \
+                                            float eps, T* y, u32 ld_y, float* mean, float* rstd, u32 rows, \
+                                            u32 columns) {                                                 \
+    layernorm_wide<T>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                      \
+  }                                                                                                        \
+  KERNEL(layernorm_backward_##suffix##_wide, 256, 4)(                                                      \
+      const T* d_y, u32 ld_dy, const T* x, u32 ld_x, const float* gamma, const float* mean,                \
+      const float* rstd, T* d_sum, u32 ld_sum, u32 fresh, float* rests, u32 rows, u32 columns) {           \
+    layernorm_backward_wide<T>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, rests, rows,  \
+                               columns);                                                                   \
+  }                                                                                                        \
+  KERNEL(layernorm_gradients_##suffix, 256, 4)(const T* d_y, u32 ld_dy, const T* x, u32 ld_x,              \
+                                               const float* mean, const float* rstd, const float* rests,   \
+                                               u32 rows, u32 columns, float* partials, u32 pitch) {        \
+    layernorm_gradients<T>(d_y, ld_dy, x, ld_x, mean, rstd, rests, rows, columns, partials, pitch);        \
   }
 
 LAYERNORM_WIDE(bf16, bf16)

@@ -1,14 +1,19 @@
-// Cross-entropy and sigmoid loss on mixed and smoothed targets: loss, hits and the gradient of the logits in one kernel.
+// Cross-entropy and sigmoid loss on mixed and smoothed targets: loss, hits and the gradient of the logits in
+// one kernel.
 //
-// Math      y_c = (1-s)·(λ·own_c + (1-λ)·partner_c) + s/C.   softmax: loss = Σy·ln Σe^(z-m) + Σ y·(m - z), d = Σy·softmax(z) - y
-//           sigmoid: loss = Σ softplus(z) - y·z, d = σ(z) - y.   d_logits = d·scale, scale = 1/mean_over
-//           hits: a class with own_c ≠ 0 is ranked by how many logits beat it; of equal logits the first class is ahead.
+// Math      y_c = (1-s)·(λ·own_c + (1-λ)·partner_c) + s/C
+//           softmax: loss = Σy·ln Σe^(z-m) + Σ y·(m - z), d = Σy·softmax(z) - y
+//           sigmoid: loss = Σ softplus(z) - y·z, d = σ(z) - y;   d_logits = d·scale, scale = 1/mean_over
+//           hits: a class with own_c ≠ 0 is ranked by how many logits beat it; of equal logits the first class
+//           is ahead.
 // Tensors   logits, d_logits [B, C] in T (may be the same matrix); samples f32 [B, 3]: loss, top-1, top-5
 //           targets of the slot: labels i32 (-1: none), or f32 [samples, C]. Padding samples give zeros.
-// Numerics  f32 storage: sums and differences in f64, as the CPU has them. bf16 storage: f32; the logits' own rounding is larger.
-// Launch    one block per sample; three passes over its logits (the largest; the sums; the gradient). Rows of bf16 wait in
-//           shared memory between the passes, so each logit is read from memory once; where a row does not fit (more than
-//           48,000 classes on the smallest card) and in f32 the later passes read through L2.
+// Numerics  f32 storage: sums and differences in f64, as the CPU has them. bf16 storage: f32; the logits' own
+//           rounding is larger.
+// Launch    one block per sample; three passes over its logits (the largest; the sums; the gradient). Rows of
+//           bf16 wait in shared memory between the passes, so each logit is read from memory once; where a
+//           row does not fit (more than 48,000 classes on the smallest card) and in f32 the later passes read
+//           through L2.
 // Bytes     4 per logit in bf16; dense targets 4 more (8 where mixed), and again from L2 for each pass.
 // Order     classes of a thread, lanes, warps.
 // Source    Szegedy et al. 2016 (smoothing); Beyer et al. 2020 (sigmoid loss).
@@ -16,11 +21,11 @@
 #include "step.cuh"
 
 struct LossArgs {
-  double scale;      // of the gradient
+  double scale;  // of the gradient
   float smoothing;
   u32 classes;
-  u32 dense;         // targets are f32 [samples, C]
-  u32 first;         // index in the slot of the micro-batch's first sample
+  u32 dense;  // targets are f32 [samples, C]
+  u32 first;  // index in the slot of the micro-batch's first sample
 };
 
 // The type of sums and of differences that cancel.
@@ -42,7 +47,7 @@ __device__ __forceinline__ float exp_of(float x, double) {
   return expf(x);
 }
 
-// ---- targets ----------------------------------------------------------------------------------------------------------
+// ---- targets ----------------------------------------------------------------------------------------------
 
 // What a sample should have said.
 template <typename Real>
@@ -65,7 +70,12 @@ __device__ __forceinline__ Target<Real> target_of(const SlotView& slot, const Lo
   Real keep = Real(1) - static_cast<Real>(args.smoothing);
   Real lambda = static_cast<Real>(slot.lambda[sample]);
   bool mixed = lambda != Real(1);
-  Target<Real> t = {nullptr, nullptr, NO_CLASS, NO_CLASS, keep * lambda, mixed ? keep * (Real(1) - lambda) : Real(0),
+  Target<Real> t = {nullptr,
+                    nullptr,
+                    NO_CLASS,
+                    NO_CLASS,
+                    keep * lambda,
+                    mixed ? keep * (Real(1) - lambda) : Real(0),
                     static_cast<Real>(args.smoothing) / static_cast<Real>(args.classes)};
   u32 partner = mixed ? slot.partner[sample] : sample;
   if (args.dense) {
@@ -88,7 +98,8 @@ __device__ __forceinline__ void target8(const Target<Real>& t, u32 first, u32 n,
     if (t.partner) load8(t.partner + first, n, partner);
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) {
-      y[i] = t.own_weight * static_cast<Real>(own[i]) + t.partner_weight * static_cast<Real>(partner[i]) + t.floor;
+      y[i] = t.own_weight * static_cast<Real>(own[i]) + t.partner_weight * static_cast<Real>(partner[i]) +
+             t.floor;
     }
   } else {
 #pragma unroll
@@ -100,7 +111,7 @@ __device__ __forceinline__ void target8(const Target<Real>& t, u32 first, u32 n,
   }
 }
 
-// ---- the row ----------------------------------------------------------------------------------------------------------
+// ---- the row ----------------------------------------------------------------------------------------------
 
 // The logits of one sample, spread over the block: a thread sees the same classes in every pass.
 template <typename T>
@@ -125,7 +136,8 @@ constexpr u32 SCRATCH_BYTES = 512;
 // Copies a row into shared memory, past the scratch: a thread waits for its own classes only.
 __device__ __forceinline__ Row<bf16> stage(const bf16* logits, u32 classes) {
   bf16* to = reinterpret_cast<bf16*>(smem_base() + SCRATCH_BYTES);
-  for (u32 first = threadIdx.x * VEC; first < classes; first += blockDim.x * VEC) cp_async16(to + first, logits + first, true);
+  for (u32 first = threadIdx.x * VEC; first < classes; first += blockDim.x * VEC)
+    cp_async16(to + first, logits + first, true);
   cp_async_commit();
   cp_async_wait<0>();
   return {to, classes};
@@ -146,14 +158,15 @@ __device__ __forceinline__ float lowest() {
 }
 
 template <typename T, typename Real>
-__device__ __forceinline__ Truth find_truth(const T* logits, const Row<T>& row, const Target<Real>& t, u8* scratch) {
+__device__ __forceinline__ Truth find_truth(const T* logits, const Row<T>& row, const Target<Real>& t,
+                                            u8* scratch) {
   if (!t.own) {
     float logit = t.own_label == NO_CLASS ? lowest() : load1(logits + t.own_label);
     block_sync();  // the gradient may take the place of the logits
     return {logit, t.own_label};
   }
   float best = lowest();
-  row.each([&](u32 first, u32 n, const float(&z)[VEC]) {
+  row.each([&](u32 first, u32 n, const float (&z)[VEC]) {
     float own[VEC];
     load8(t.own + first, n, own);
 #pragma unroll
@@ -162,7 +175,7 @@ __device__ __forceinline__ Truth find_truth(const T* logits, const Row<T>& row, 
   });
   best = block_max(best, reinterpret_cast<float*>(scratch));
   u32 label = NO_CLASS;
-  row.each([&](u32 first, u32 n, const float(&z)[VEC]) {
+  row.each([&](u32 first, u32 n, const float (&z)[VEC]) {
     float own[VEC];
     load8(t.own + first, n, own);
 #pragma unroll
@@ -193,7 +206,8 @@ __device__ __forceinline__ void store_sample(float* sample, float loss, const Tr
 
 // A padding sample counts for nothing. True if this is one.
 template <typename T>
-__device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossArgs& args, T* d_logits, float* sample) {
+__device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossArgs& args, T* d_logits,
+                                              float* sample) {
   if (args.first + blockIdx.x < slot.count) return false;
   float zeros[VEC] = {};
   for (u32 first = threadIdx.x * VEC; first < args.classes; first += blockDim.x * VEC) {
@@ -203,11 +217,12 @@ __device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossAr
   return true;
 }
 
-// ---- losses -----------------------------------------------------------------------------------------------------------
+// ---- losses -----------------------------------------------------------------------------------------------
 
 template <typename T>
-__device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossArgs& args, u32 staged, const T* logits, u32 ld, T* d_logits, u32 ld_d,
-                                             float* samples, u32 ld_samples) {
+__device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossArgs& args, u32 staged,
+                                             const T* logits, u32 ld, T* d_logits, u32 ld_d, float* samples,
+                                             u32 ld_samples) {
   using Real = typename Accumulator<T>::Real;
   SlotView slot = cells->slot;
   T* d_row = row_of(d_logits, blockIdx.x, ld_d);
@@ -220,7 +235,7 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
   Truth truth = find_truth(z_row, row, target, scratch);
 
   float largest = lowest();
-  row.each([&](u32, u32 n, const float(&z)[VEC]) {
+  row.each([&](u32, u32 n, const float (&z)[VEC]) {
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) largest = i < n ? fmaxf(largest, z[i]) : largest;
   });
@@ -229,7 +244,7 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
   // Σe^(z-m), Σy, Σy·(m - z)
   Real sums[3] = {};
   u32 ahead = 0;
-  row.each([&](u32 first, u32 n, const float(&z)[VEC]) {
+  row.each([&](u32 first, u32 n, const float (&z)[VEC]) {
     Real y[VEC];
     target8(target, first, n, y);
     ahead += beaten_by(truth, first, n, z);
@@ -245,7 +260,7 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
   ahead = block_sum(ahead, reinterpret_cast<u32*>(scratch));
 
   Real ratio = sums[1] / sums[0], scale = static_cast<Real>(args.scale);
-  row.each([&](u32 first, u32 n, const float(&z)[VEC]) {
+  row.each([&](u32 first, u32 n, const float (&z)[VEC]) {
     Real y[VEC];
     float d[VEC];
     target8(target, first, n, y);
@@ -259,8 +274,9 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
 }
 
 template <typename T>
-__device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossArgs& args, u32 staged, const T* logits, u32 ld, T* d_logits, u32 ld_d,
-                                             float* samples, u32 ld_samples) {
+__device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossArgs& args, u32 staged,
+                                             const T* logits, u32 ld, T* d_logits, u32 ld_d, float* samples,
+                                             u32 ld_samples) {
   using Real = typename Accumulator<T>::Real;
   SlotView slot = cells->slot;
   T* d_row = row_of(d_logits, blockIdx.x, ld_d);
@@ -274,7 +290,7 @@ __device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossA
 
   Real sums[1] = {}, scale = static_cast<Real>(args.scale);
   u32 ahead = 0;
-  row.each([&](u32 first, u32 n, const float(&z)[VEC]) {
+  row.each([&](u32 first, u32 n, const float (&z)[VEC]) {
     Real y[VEC];
     float d[VEC];
     target8(target, first, n, y);
@@ -296,14 +312,16 @@ __device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossA
 }
 
 // `staged`: the launch has shared memory for 512 bytes and a row of bf16.
-#define LOSS(suffix, T, threads, blocks)                                                                                     \
-  HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, const T* logits,     \
-                                                     u32 ld, T* d_logits, u32 ld_d, float* samples, u32 ld_samples) {        \
-    softmax_loss<T>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);                                   \
-  }                                                                                                                          \
-  HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, const T* logits,     \
-                                                     u32 ld, T* d_logits, u32 ld_d, float* samples, u32 ld_samples) {        \
-    sigmoid_loss<T>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);                                   \
+#define LOSS(suffix, T, threads, blocks)                                                                \
+  HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, \
+                                                     const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
+                                                     float* samples, u32 ld_samples) {                  \
+    softmax_loss<T>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);              \
+  }                                                                                                     \
+  HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, \
+                                                     const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
+                                                     float* samples, u32 ld_samples) {                  \
+    sigmoid_loss<T>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);              \
   }
 
 LOSS(bf16, bf16, 512, 2)

@@ -2,12 +2,14 @@
 //
 // Math      v = (pixel - mean_c) / std_c for u8 (f32 pixels are normalised already)
 //           mixup: λ·own + (1 - λ)·partner   cutmix: the partner's value inside the box, the own outside
-// Tensors   pixels [samples, H, W, 3]   patches [B·T, patch_h·patch_w·3] with `extra` zero rows in front of each sample;
-//           within a patch the order is row, column, channel, so a row of a patch is contiguous on both sides.
+// Tensors   pixels [samples, H, W, 3]   patches [B·T, patch_h·patch_w·3] with `extra` zero rows in front of
+//           each sample; within a patch the order is row, column, channel, so a row of a patch is contiguous
+//           on both sides.
 // Numerics  f32. bf16 output: one fma with 1/std, then one rounding; f32 output divides, as the CPU does.
 // Launch    one thread per 8 values of a patch row (one 16-byte store of bf16), 256 threads per block.
-// Bytes     per value 1 read (2 where mixed) and 2 written in bf16. Where rows of a patch are multiples of 8 values and the
-//           image's too (patch 8, 16, 32) pixels come 8 bytes at a time, else byte by byte through L1 (patch 14).
+// Bytes     per value 1 read (2 where mixed) and 2 written in bf16. Where rows of a patch are multiples of 8
+//           values and the image's too (patch 8, 16, 32) pixels come 8 bytes at a time, else byte by byte
+//           through L1 (patch 14).
 // Source    Dosovitskiy et al. 2021 (patches); Zhang et al. 2018 (mixup); Yun et al. 2019 (cutmix).
 #include "step.cuh"
 #include "types.cuh"
@@ -24,10 +26,10 @@ struct Normalise {
 
 // Eight values of a patch from value `first` on: where they lie in the image.
 struct PatchRun {
-  u32 corner;        // offset of the patch's first value
-  u32 pitch, run;    // values of an image row, of a patch row
-  u32 y, x;          // patch row of the first value, and its place in there
-  bool contiguous;   // the eight lie side by side
+  u32 corner;       // offset of the patch's first value
+  u32 pitch, run;   // values of an image row, of a patch row
+  u32 y, x;         // patch row of the first value, and its place in there
+  bool contiguous;  // the eight lie side by side
 };
 
 __device__ __forceinline__ void step_run(const PatchRun& at, u32& y, u32& x) {
@@ -93,18 +95,21 @@ __device__ __forceinline__ void normalise8(const Normalise& k, u32 x, float (&v)
 }
 
 template <typename T>
-__device__ __forceinline__ void fetch_values(const u8* image, const PatchRun& at, u32 n, const Normalise& k, float (&v)[VEC]) {
+__device__ __forceinline__ void fetch_values(const u8* image, const PatchRun& at, u32 n, const Normalise& k,
+                                             float (&v)[VEC]) {
   read_pixels(image, at, n, v);
   normalise8<T>(k, at.x, v);  // a patch row is a multiple of 3 values: the channels go on in the next one
 }
 template <typename T>
-__device__ __forceinline__ void fetch_values(const float* image, const PatchRun& at, u32 n, const Normalise&, float (&v)[VEC]) {
+__device__ __forceinline__ void fetch_values(const float* image, const PatchRun& at, u32 n, const Normalise&,
+                                             float (&v)[VEC]) {
   read_pixels(image, at, n, v);
 }
 
 template <typename Pixel, typename T>
-__device__ __forceinline__ void patchify(const StepCells* cells, const PatchShape& shape, const Normalise& normalise, u32 first,
-                                         T* patches, u32 ld, u32 rows) {
+__device__ __forceinline__ void patchify(const StepCells* cells, const PatchShape& shape,
+                                         const Normalise& normalise, u32 first, T* patches, u32 ld,
+                                         u32 rows) {
   u32 run = shape.patch_width * 3;
   Place at = place_of_thread(rows, shape.patch_height * run);
   if (at.n == 0) return;
@@ -144,10 +149,10 @@ __device__ __forceinline__ void patchify(const StepCells* cells, const PatchShap
 }
 
 // `first`: index in the slot of the micro-batch's first sample. `rows` = B·T.
-#define PATCHIFY(name, Pixel, T)                                                                                        \
-  HOT_KERNEL(name, 256, 4)(const StepCells* cells, PatchShape shape, Normalise normalise, u32 first, T* patches, u32 ld, \
-                           u32 rows) {                                                                                  \
-    patchify<Pixel, T>(cells, shape, normalise, first, patches, ld, rows);                                              \
+#define PATCHIFY(name, Pixel, T)                                                                     \
+  HOT_KERNEL(name, 256, 4)(const StepCells* cells, PatchShape shape, Normalise normalise, u32 first, \
+                           T* patches, u32 ld, u32 rows) {                                           \
+    patchify<Pixel, T>(cells, shape, normalise, first, patches, ld, rows);                           \
   }
 
 PATCHIFY(patchify_u8_bf16, u8, bf16)

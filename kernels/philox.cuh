@@ -1,9 +1,9 @@
-// Dropout masks that are drawn and never stored: Philox4x32-10 (Salmon et al. 2011), draw for draw what `src/rng.rs` and
-// `src/backend/mask.rs` give on the CPU.
+// Dropout masks that are drawn and never stored: Philox4x32-10 (Salmon et al. 2011), draw for draw what
+// `src/rng.rs` and `src/backend/mask.rs` give on the CPU.
 //
-// One block of four words decides four neighbouring elements of one sample. Counter: (element / 4, sample, site, step
-// low); key: (seed low, seed high ^ step high ^ domain). An element keeps its value if its word's top 24 bits, read as a
-// number in [0, 1), are at least `rate`; kept values are divided by 1 - rate.
+// One block of four words decides four neighbouring elements of one sample. Counter: (element / 4, sample,
+// site, step low); key: (seed low, seed high ^ step high ^ domain). An element keeps its value if its word's
+// top 24 bits, read as a number in [0, 1), are at least `rate`; kept values are divided by 1 - rate.
 #pragma once
 
 #include "step.cuh"
@@ -75,7 +75,8 @@ __device__ __forceinline__ float mask_factor(const Mask& m, u32 sample, u32 elem
   return mask_of_word(m, i == 0 ? words[0] : i == 1 ? words[1] : i == 2 ? words[2] : words[3]);
 }
 
-// The factors of eight elements from `element` on. A multiple of 4, as all but odd widths have it, takes two draws.
+// The factors of eight elements from `element` on. A multiple of 4, as all but odd widths have it, takes two
+// draws.
 __device__ __forceinline__ void mask_factors8(const Mask& m, u32 sample, u32 element, float (&f)[VEC]) {
   u32 a[4], b[4];
   mask_words4(m, sample, element / 4, a);

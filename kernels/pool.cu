@@ -4,7 +4,8 @@
 //           d_x[t] (+)= d_y/(last - first) inside, and 0 outside (only where `fresh`)
 // Tensors   x, d_x [B·T, D], y, d_y [B, D], all in T
 // Launch    one thread per 8 columns: of a sample (forward, walks its tokens), of a row (backward).
-// Bytes     bf16: forward 2 per value of the pooled tokens; backward 2 per value of all tokens fresh, else 4 per value of the pooled.
+// Bytes     bf16: forward 2 per value of the pooled tokens; backward 2 per value of all tokens fresh, else 4
+//           per value of the pooled.
 // Order     tokens ascending.
 #include "types.cuh"
 
@@ -33,7 +34,8 @@ __device__ __forceinline__ void pool(const PoolShape& s, const T* x, u32 ld_x, T
 }
 
 template <typename T>
-__device__ __forceinline__ void pool_backward(const PoolShape& s, const T* d_y, u32 ld_y, T* d_x, u32 ld_x, u32 fresh) {
+__device__ __forceinline__ void pool_backward(const PoolShape& s, const T* d_y, u32 ld_y, T* d_x, u32 ld_x,
+                                              u32 fresh) {
   Place at = place_of_thread(s.samples * s.tokens, s.width);
   if (at.n == 0) return;
   u32 sample = at.row / s.tokens, token = at.row % s.tokens;
@@ -49,12 +51,13 @@ __device__ __forceinline__ void pool_backward(const PoolShape& s, const T* d_y, 
   store8(p, at.n, v);
 }
 
-#define POOL(suffix, T)                                                                                                    \
-  KERNEL(pool_##suffix, 256, 4)(PoolShape shape, const T* x, u32 ld_x, T* y, u32 ld_y) {                                   \
-    pool<T>(shape, x, ld_x, y, ld_y);                                                                                      \
-  }                                                                                                                        \
-  KERNEL(pool_backward_##suffix, 256, 4)(PoolShape shape, const T* d_y, u32 ld_y, T* d_x, u32 ld_x, u32 fresh) {           \
-    pool_backward<T>(shape, d_y, ld_y, d_x, ld_x, fresh);                                                                  \
+#define POOL(suffix, T)                                                                             \
+  KERNEL(pool_##suffix, 256, 4)(PoolShape shape, const T* x, u32 ld_x, T* y, u32 ld_y) {            \
+    pool<T>(shape, x, ld_x, y, ld_y);                                                               \
+  }                                                                                                 \
+  KERNEL(pool_backward_##suffix, 256, 4)(PoolShape shape, const T* d_y, u32 ld_y, T* d_x, u32 ld_x, \
+                                         u32 fresh) {                                               \
+    pool_backward<T>(shape, d_y, ld_y, d_x, ld_x, fresh);                                           \
   }
 
 POOL(bf16, bf16)

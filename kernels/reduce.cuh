@@ -1,4 +1,5 @@
-// Sums and maxima over a warp and over a block, always in one fixed order: the same inputs give the same bits.
+// Sums and maxima over a warp and over a block, always in one fixed order: the same inputs give the same
+// bits.
 #pragma once
 
 #include "types.cuh"
@@ -15,7 +16,8 @@ __device__ __forceinline__ double shfl_xor(double v, u32 mask) {
   return bits.d;
 }
 
-// A butterfly: every lane ends with the same bits, because each addition has the same two operands in both lanes.
+// A butterfly: every lane ends with the same bits, because each addition has the same two operands in both
+// lanes.
 template <typename V>
 __device__ __forceinline__ V warp_sum(V v) {
 #pragma unroll
@@ -33,8 +35,8 @@ __device__ __forceinline__ u32 warp_sum_u32(u32 v) {
   return v;
 }
 
-// What each warp found, combined by every thread in the order of the warps. `scratch` has room for one value per
-// warp; it may be used again right after. All threads of the block take part, whole warps.
+// What each warp found, combined by every thread in the order of the warps. `scratch` has room for one value
+// per warp; it may be used again right after. All threads of the block take part, whole warps.
 template <typename V>
 __device__ __forceinline__ V block_sum(V v, V* scratch) {
   v = warp_sum(v);
@@ -84,18 +86,20 @@ __device__ __forceinline__ u32 block_min(u32 v, u32* scratch) {
   return v;
 }
 
-// ---- sums over rows ---------------------------------------------------------------------------------------------------
+// ---- sums over rows ---------------------------------------------------------------------------------------
 
-// Kernels that sum over rows own columns: lane l of every warp holds columns 8l to 8l + 7 of a stretch of 256, the
-// block's warps (eight at most) take different rows. At the end this adds the warps up, in order, into `out`, which is
-// the block's own slice of partial sums; `sum_partials` adds the blocks.
+// Kernels that sum over rows own columns: lane l of every warp holds columns 8l to 8l + 7 of a stretch of
+// 256, the block's warps (eight at most) take different rows. At the end this adds the warps up, in order,
+// into `out`, which is the block's own slice of partial sums; `sum_partials` adds the blocks.
 constexpr u32 COLUMN_WARPS = 8;
 constexpr u32 COLUMN_STRETCH = WARP * VEC;
 // Shared memory that it needs: COLUMN_WARPS · COLUMN_STRETCH · 4 = 8 KiB.
 
-__device__ __forceinline__ void store_column_sums(const float (&v)[VEC], float* scratch, float* out, u32 first, u32 columns) {
+__device__ __forceinline__ void store_column_sums(const float (&v)[VEC], float* scratch, float* out,
+                                                  u32 first, u32 columns) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  // The two halves of a lane's columns lie 128 words apart: 16-byte stores of neighbouring lanes then touch all banks.
+  // The two halves of a lane's columns lie 128 words apart: 16-byte stores of neighbouring lanes then touch
+  // all banks.
   float* mine = scratch + warp * COLUMN_STRETCH + lane * 4;
   st16(mine, {as_u32(v[0]), as_u32(v[1]), as_u32(v[2]), as_u32(v[3])});
   st16(mine + 128, {as_u32(v[4]), as_u32(v[5]), as_u32(v[6]), as_u32(v[7])});

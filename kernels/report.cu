@@ -1,6 +1,6 @@
-// What a step reports: sums over the samples in f64, and the finished report, which the host reads one step late.
+// What a step reports: sums over the samples in f64; the host reads the finished report one step late.
 //
-// Math      sums = Σ samples of (loss, top-1, top-5), micro-batch after micro-batch; report = sums / mean_over
+// Math      sums = Σ samples of (loss, top-1, top-5) over all micro-batches   report = sums / mean_over
 // Tensors   samples f32 [B, 3]
 // Launch    one block each; begin and close are one thread.
 // Bytes     12 per sample.
@@ -28,8 +28,8 @@ KERNEL(report_add, 256, 1)(ReportSums* report, const float* samples, u32 ld, u32
 }
 
 // The finished report, for the host to fetch.
-KERNEL(report_close, 32, 1)(const StepCells* cells, const ReportSums* report, const UpdateCells* update, double mean_over,
-                            StepReport* out) {
+KERNEL(report_close, 32, 1)(const StepCells* cells, const ReportSums* report, const UpdateCells* update,
+                            double mean_over, StepReport* out) {
   if (threadIdx.x != 0) return;
   out->loss = report->sums[0] / mean_over;
   out->top1 = report->sums[1] / mean_over;

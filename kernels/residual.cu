@@ -4,17 +4,19 @@
 //           d_branch = factors·layer_scale·d_sum   d_layer_scale[c] = Σ_R factors·branch·d_sum
 // Tensors   base, branch, sum, d_sum, d_branch [R, D] in T; sum may be base, d_branch may be d_sum
 //           layer_scale f32 [D]; partials f32 [slices, pitch]
-// Launch    elementwise kernels: one thread per 8 values. `residual_scale_backward`: grid (stretches of 256 columns, slices
-//           of rows), a lane owns 8 columns; `sum_partials` ends the sum.
+// Launch    elementwise kernels: one thread per 8 values. `residual_scale_backward`: grid (stretches of 256
+//           columns, slices of rows), a lane owns 8 columns; `sum_partials` ends the sum.
 // Bytes     forward 6 per value in bf16, backward 4, with the LayerScale gradient 6.
 // Order     rows of a warp, warps, slices.
-// Source    Srivastava et al. 2014 (dropout); Huang et al. 2016 (drop-path); Touvron et al. 2021 (LayerScale).
+// Source    Srivastava et al. 2014 (dropout); Huang et al. 2016 (drop-path); Touvron et al. 2021
+//           (LayerScale).
 #include "reduce.cuh"
 #include "residual.cuh"
 
 template <typename T>
-__device__ __forceinline__ void residual(const StepCells* cells, const BranchArgs& args, const T* base, u32 ld_base, const T* branch,
-                                         u32 ld_branch, T* sum, u32 ld_sum, u32 rows, u32 columns) {
+__device__ __forceinline__ void residual(const StepCells* cells, const BranchArgs& args, const T* base,
+                                         u32 ld_base, const T* branch, u32 ld_branch, T* sum, u32 ld_sum,
+                                         u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   float v[VEC], x[VEC], f[VEC];
@@ -28,8 +30,9 @@ __device__ __forceinline__ void residual(const StepCells* cells, const BranchArg
 }
 
 template <typename T>
-__device__ __forceinline__ void residual_backward(const StepCells* cells, const BranchArgs& args, const T* d_sum, u32 ld_sum,
-                                                  T* d_branch, u32 ld_branch, u32 rows, u32 columns) {
+__device__ __forceinline__ void residual_backward(const StepCells* cells, const BranchArgs& args,
+                                                  const T* d_sum, u32 ld_sum, T* d_branch, u32 ld_branch,
+                                                  u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   float d[VEC], f[VEC];
@@ -43,9 +46,10 @@ __device__ __forceinline__ void residual_backward(const StepCells* cells, const 
 
 // Also the LayerScale's gradient.
 template <typename T>
-__device__ __forceinline__ void residual_scale_backward(const StepCells* cells, const BranchArgs& args, const T* branch, u32 ld_x,
-                                                        const T* d_sum, u32 ld_sum, T* d_branch, u32 ld_branch, u32 rows,
-                                                        u32 columns, float* partials, u32 pitch) {
+__device__ __forceinline__ void residual_scale_backward(const StepCells* cells, const BranchArgs& args,
+                                                        const T* branch, u32 ld_x, const T* d_sum, u32 ld_sum,
+                                                        T* d_branch, u32 ld_branch, u32 rows, u32 columns,
+                                                        float* partials, u32 pitch) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 first = blockIdx.x * COLUMN_STRETCH;
   u32 column = first + lane * VEC, n = valid8(column, columns);
@@ -69,19 +73,22 @@ __device__ __forceinline__ void residual_scale_backward(const StepCells* cells, 
   store_column_sums(total, scratch, row_of(partials, blockIdx.y, pitch), first, columns);
 }
 
-#define RESIDUAL(suffix, T)                                                                                                  \
-  KERNEL(residual_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const T* base, u32 ld_base, const T* branch,    \
-                                    u32 ld_branch, T* sum, u32 ld_sum, u32 rows, u32 columns) {                              \
-    residual<T>(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, rows, columns);                                  \
-  }                                                                                                                          \
-  KERNEL(residual_backward_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const T* d_sum, u32 ld_sum,            \
-                                             T* d_branch, u32 ld_branch, u32 rows, u32 columns) {                            \
-    residual_backward<T>(cells, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                                    \
-  }                                                                                                                          \
-  KERNEL(residual_scale_backward_##suffix, 256, 2)(const StepCells* cells, BranchArgs args, const T* branch, u32 ld_x,       \
-                                                   const T* d_sum, u32 ld_sum, T* d_branch, u32 ld_branch, u32 rows,         \
-                                                   u32 columns, float* partials, u32 pitch) {                                \
-    residual_scale_backward<T>(cells, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows, columns, partials, pitch); \
+#define RESIDUAL(suffix, T)                                                                                  \
+  KERNEL(residual_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const T* base, u32 ld_base,     \
+                                    const T* branch, u32 ld_branch, T* sum, u32 ld_sum, u32 rows,            \
+                                    u32 columns) {                                                           \
+    residual<T>(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, rows, columns);                  \
+  }                                                                                                          \
+  KERNEL(residual_backward_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const T* d_sum,        \
+                                             u32 ld_sum, T* d_branch, u32 ld_branch, u32 rows,               \
+                                             u32 columns) {                                                  \
+    residual_backward<T>(cells, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                    \
+  }                                                                                                          \
+  KERNEL(residual_scale_backward_##suffix, 256, 2)(                                                          \
+      const StepCells* cells, BranchArgs args, const T* branch, u32 ld_x, const T* d_sum, u32 ld_sum,        \
+      T* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                       \
+    residual_scale_backward<T>(cells, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows, columns, \
+                               partials, pitch);                                                             \
   }
 
 RESIDUAL(bf16, bf16)

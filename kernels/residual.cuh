@@ -1,5 +1,6 @@
-// What may stand between a branch and the residual stream: dropout per element, LayerScale per column, drop-path per
-// sample (Huang et al. 2016; Touvron et al. 2021). Used by the LayerNorms that make the sum first, and by `residual.cu`.
+// What may stand between a branch and the residual stream: dropout per element, LayerScale per column,
+// drop-path per sample (Huang et al. 2016; Touvron et al. 2021). Used by the LayerNorms that make the sum
+// first, and by `residual.cu`.
 #pragma once
 
 #include "philox.cuh"
@@ -18,7 +19,8 @@ struct Branch {
 };
 
 __device__ __forceinline__ Branch bind_branch(const BranchArgs& args, const StepCells* cells, u32 columns) {
-  return {args.layer_scale, bind_mask(args.dropout, cells), bind_mask(args.drop_path, cells), args.tokens, columns};
+  return {args.layer_scale, bind_mask(args.dropout, cells), bind_mask(args.drop_path, cells), args.tokens,
+          columns};
 }
 
 // What drop-path multiplies a row by.
@@ -27,7 +29,8 @@ __device__ __forceinline__ float path_factor(const Branch& b, u32 row) {
 }
 
 // What dropout and drop-path together multiply eight elements of a row by.
-__device__ __forceinline__ void mask_factors(const Branch& b, u32 row, u32 column, float path, float (&f)[VEC]) {
+__device__ __forceinline__ void mask_factors(const Branch& b, u32 row, u32 column, float path,
+                                             float (&f)[VEC]) {
   if (b.dropout.rate == 0.0f) {
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) f[i] = path;
@@ -39,7 +42,8 @@ __device__ __forceinline__ void mask_factors(const Branch& b, u32 row, u32 colum
 }
 
 // The same and LayerScale: what an element of the branch is multiplied by on its way into the sum.
-__device__ __forceinline__ void branch_factors(const Branch& b, u32 row, u32 column, u32 n, float path, float (&f)[VEC]) {
+__device__ __forceinline__ void branch_factors(const Branch& b, u32 row, u32 column, u32 n, float path,
+                                               float (&f)[VEC]) {
   mask_factors(b, row, column, path, f);
   if (!b.layer_scale) return;
   float scale[VEC];

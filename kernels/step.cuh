@@ -1,5 +1,6 @@
-// What changes from step to step, in device memory: a captured step is replayed with the same arguments, so everything
-// that its kernels must see anew they read from here. The host copies a fresh `StepCells` in front of each replay.
+// What changes from step to step, in device memory: a captured step is replayed with the same arguments, so
+// everything that its kernels must see anew they read from here. The host copies a fresh `StepCells` in front
+// of each replay.
 //
 // Shared with Rust (`#[repr(C)]`, same names): sizes are asserted on both sides.
 #pragma once
@@ -13,13 +14,13 @@ struct MixBox {
 
 // The bound batch, as it lies in device memory.
 struct SlotView {
-  const void* pixels;    // [samples, H, W, 3], u8, or f32 already normalised
-  const void* targets;   // i32 [samples], or f32 [samples, C]
-  const u32* partner;    // [samples]: which sample is mixed in
-  const float* lambda;   // [samples]: the weight of the sample itself
-  const MixBox* boxes;   // [samples]: cutmix
-  u32 count;             // samples that are real; the rest is padding
-  u32 samples;           // samples of the slot
+  const void* pixels;   // [samples, H, W, 3], u8, or f32 already normalised
+  const void* targets;  // i32 [samples], or f32 [samples, C]
+  const u32* partner;   // [samples]: which sample is mixed in
+  const float* lambda;  // [samples]: the weight of the sample itself
+  const MixBox* boxes;  // [samples]: cutmix
+  u32 count;            // samples that are real; the rest is padding
+  u32 samples;          // samples of the slot
 };
 
 struct StepCells {
@@ -34,7 +35,8 @@ struct GroupScalars {
   float lr, decay;
 };
 
-// Running sums of a step's report: loss, top-1, top-5 over the samples so far. Written and read by kernels only.
+// Running sums of a step's report: loss, top-1, top-5 over the samples so far. Written and read by kernels
+// only.
 struct ReportSums {
   double sums[3];
 };
@@ -49,13 +51,14 @@ struct StepReport {
 
 // What the update kernels need to know before they start, worked out by one block: `update_prepare`.
 struct UpdateCells {
-  double grad_norm;                    // before clipping
-  float clip;                          // multiplies the gradient
-  u32 skip;                            // the loss or the norm is not finite: change nothing
-  float correct1, correct2;            // Adam: 1/(1 - β₁^t), 1/√(1 - β₂^t)
-  float keep2, add2;                   // Adafactor: β of the second moment at t, and 1 - β
+  double grad_norm;          // before clipping
+  float clip;                // multiplies the gradient
+  u32 skip;                  // the loss or the norm is not finite: change nothing
+  float correct1, correct2;  // Adam: 1/(1 - β₁^t), 1/√(1 - β₂^t)
+  float keep2, add2;         // Adafactor: β of the second moment at t, and 1 - β
 };
 
 static_assert(sizeof(MixBox) == 8 && sizeof(SlotView) == 48 && sizeof(StepCells) == 72, "shared with Rust");
-static_assert(sizeof(GroupScalars) == 8 && sizeof(ReportSums) == 24 && sizeof(StepReport) == 48, "shared with Rust");
+static_assert(sizeof(GroupScalars) == 8 && sizeof(ReportSums) == 24 && sizeof(StepReport) == 48,
+              "shared with Rust");
 static_assert(sizeof(UpdateCells) == 32, "shared with Rust");

@@ -1,11 +1,12 @@
 // Storage types and the access that every kernel of rows is made of: eight neighbouring elements.
 //
-// A kernel is a template over T, float or bf16: how a matrix lies in memory. Arithmetic is f32. Eight elements are one
-// 16-byte access of bf16 or two of f32. At the right end of a row fewer are valid: loads give 0 for the others, stores
-// leave them alone. Loads of bf16 may run into the row's padding, whose values are dropped.
+// A kernel is a template over T, float or bf16: how a matrix lies in memory. Arithmetic is f32. Eight
+// elements are one 16-byte access of bf16 or two of f32. At the right end of a row fewer are valid: loads
+// give 0 for the others, stores leave them alone. Loads of bf16 may run into the row's padding, whose values
+// are dropped.
 //
-// Alignment: bf16 rows start at multiples of 16 bytes. f32 rows that do not (a leading dimension that is no multiple
-// of 4: small test shapes) are read and written element by element.
+// Alignment: bf16 rows start at multiples of 16 bytes. f32 rows that do not (a leading dimension that is no
+// multiple of 4: small test shapes) are read and written element by element.
 #pragma once
 
 #include "ptx.cuh"
@@ -14,7 +15,7 @@
 constexpr u32 VEC = 8;
 constexpr u32 WARP = 32;
 
-// ---- bits -------------------------------------------------------------------------------------------------------------
+// ---- bits -------------------------------------------------------------------------------------------------
 
 union Bits32 {
   float f;
@@ -45,7 +46,7 @@ __device__ __forceinline__ bool is_aligned16(const void* p) {
   return (reinterpret_cast<u64>(p) & 15) == 0;
 }
 
-// ---- single values ----------------------------------------------------------------------------------------------------
+// ---- single values ----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float load1(const float* p) {
   return *p;
@@ -72,9 +73,10 @@ __device__ __forceinline__ float as_stored<bf16>(float v) {
   return bf16_lo(pack_bf16(v, 0.0f));
 }
 
-// ---- eight values as they were loaded ---------------------------------------------------------------------------------
+// ---- eight values as they were loaded ---------------------------------------------------------------------
 
-// Eight elements in registers, not yet unpacked: 4 registers of bf16, 8 of f32. Loads far ahead of their use hold these.
+// Eight elements in registers, not yet unpacked: 4 registers of bf16, 8 of f32. Loads far ahead of their use
+// hold these.
 template <typename T>
 struct Raw8;
 template <>
@@ -143,7 +145,7 @@ __device__ __forceinline__ vec4 pack8(const float (&v)[VEC]) {
   return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
 }
 
-// ---- eight values in f32 ----------------------------------------------------------------------------------------------
+// ---- eight values in f32 ----------------------------------------------------------------------------------
 
 template <typename T>
 __device__ __forceinline__ void load8(const T* p, u32 n, float (&v)[VEC]) {
@@ -182,7 +184,7 @@ __device__ __forceinline__ void round8(float (&v)[VEC]) {
   for (u32 i = 0; i < VEC; ++i) v[i] = as_stored<T>(v[i]);
 }
 
-// ---- where a thread works ---------------------------------------------------------------------------------------------
+// ---- where a thread works ---------------------------------------------------------------------------------
 
 // Elementwise kernels give each thread eight neighbouring elements of one row; blocks follow the rows.
 struct Place {

@@ -1,24 +1,27 @@
-// The optimiser step over the flat buffers: global norm, clip, SGD / Adam / Lion, weight decay, EMA, and the bf16 working copy
-// of the weights, each value read once and written once. (Adafactor: `adafactor.cu`.)
+// The optimiser step over the flat buffers: global norm, clip, SGD / Adam / Lion, weight decay, EMA, and the
+// bf16 working copy of the weights, each value read once and written once. (Adafactor: `adafactor.cu`.)
 //
 // Math      g' = clip·g, clip = min(1, max/norm) (Optax) or min(1, max/(norm + 1e-6)) (PyTorch)
 //           sgd   m = g' + μ·m, u = m (Nesterov: g' + μ·m)
 //           adam  m = β₁·m + (1-β₁)·g', v = β₂·v + (1-β₂)·g'², u = m/(1-β₁^t) / (√v/√(1-β₂^t) + eps)
 //           lion  u = sign(β₁·m + (1-β₁)·g'), m = β₂·m + (1-β₂)·g'
 //           all   θ = θ - lr·u - decay·θ   ema = d·ema + (1-d)·θ   copy = bf16(θ)
-// Tensors   params, ema f32 and copy bf16 share one layout; grads f32, moments (first: f32 or bf16) another. `chunks` maps runs
-//           of up to 4,096 elements of one group to both.
-// Numerics  the norm in f64 over the gradient as it is; constants that need it were rounded once, from f64, by the host or by
-//           `update_prepare`. A loss or norm that is not finite skips the update: nothing is written.
-// Launch    three kernels: sums of squares (persistent), one block that works out `UpdateCells`, and the update, which walks the
-//           chunks; 4 elements per thread, 16-byte accesses. No host involved: the clip factor is read from device memory.
-// Bytes     per parameter, Adam with bf16 copy: norm 4, update 4 + 8 + 8 + 8 + 2 = 30; EMA 8 more; bf16 moment 4 less.
+// Tensors   params, ema f32 and copy bf16 share one layout; grads f32, moments (first: f32 or bf16) another.
+//           `chunks` maps runs of up to 4,096 elements of one group to both.
+// Numerics  the norm in f64 over the gradient as it is; constants that need it were rounded once, from f64,
+//           by the host or by `update_prepare`. A loss or norm that is not finite skips the update: nothing
+//           is written.
+// Launch    three kernels: sums of squares (persistent), one block that works out `UpdateCells`, and the
+//           update, which walks the chunks; 4 elements per thread, 16-byte accesses. No host involved: the
+//           clip factor is read from device memory.
+// Bytes     per parameter, Adam with bf16 copy: norm 4, update 4 + 8 + 8 + 8 + 2 = 30; EMA 8 more; bf16
+//           moment 4 less.
 // Order     the norm: a thread's elements, lanes, warps, blocks.
 // Source    Kingma and Ba 2015; Loshchilov and Hutter 2019; Chen et al. 2023; Pascanu et al. 2013 (clipping).
 #include "reduce.cuh"
 #include "step.cuh"
 
-// ---- norm and constants -----------------------------------------------------------------------------------------------
+// ---- norm and constants -----------------------------------------------------------------------------------
 
 // `count` is a multiple of 4; padding is zero.
 HOT_KERNEL(gradient_squares, 256, 4)(const float* grads, u64 count, double* partials) {
@@ -52,8 +55,8 @@ __device__ __forceinline__ float clip_factor(const UpdateConstants& k, double no
   return norm < k.max_norm ? 1.0f : static_cast<float>(k.max_norm / norm);
 }
 
-KERNEL(update_prepare, 256, 1)(const StepCells* cells, const ReportSums* report, const double* partials, u32 count,
-                               UpdateConstants k, UpdateCells* out) {
+KERNEL(update_prepare, 256, 1)(const StepCells* cells, const ReportSums* report, const double* partials,
+                               u32 count, UpdateConstants k, UpdateCells* out) {
   double sum[1] = {};
   for (u32 i = threadIdx.x; i < count; i += blockDim.x) sum[0] += partials[i];
   block_sums(sum, reinterpret_cast<double*>(smem_base()));
@@ -72,7 +75,7 @@ KERNEL(update_prepare, 256, 1)(const StepCells* cells, const ReportSums* report,
   out->add2 = static_cast<float>(1.0 - keep2);
 }
 
-// ---- rules ------------------------------------------------------------------------------------------------------------
+// ---- rules ------------------------------------------------------------------------------------------------
 
 // The constants of a rule, rounded from f64 once; those beside a bf16 moment are bf16 numbers, as in JAX.
 struct RuleConstants {
@@ -111,7 +114,7 @@ struct Lion {
   }
 };
 
-// ---- the pass ---------------------------------------------------------------------------------------------------------
+// ---- the pass ---------------------------------------------------------------------------------------------
 
 // A run of elements of one group: offsets in the layout of the weights and in that of the gradients.
 struct UpdateChunk {
@@ -172,8 +175,9 @@ __device__ __forceinline__ void store4(bf16* p, u32 n, const float (&v)[QUAD]) {
 }
 
 template <typename Rule, typename M>
-__device__ __forceinline__ void update(const UpdateCells* cells, const UpdateBuffers& b, const UpdateChunk* chunks, u32 count,
-                                       const GroupScalars* groups, Rule rule) {
+__device__ __forceinline__ void update(const UpdateCells* cells, const UpdateBuffers& b,
+                                       const UpdateChunk* chunks, u32 count, const GroupScalars* groups,
+                                       Rule rule) {
   UpdateCells c = *cells;
   if (c.skip) return;
   M* moment1 = static_cast<M*>(b.moment1);
@@ -208,10 +212,10 @@ __device__ __forceinline__ void update(const UpdateCells* cells, const UpdateBuf
 }
 
 // Kernels are named by the rule and by the type of the stored first moment.
-#define UPDATE(name, Rule, M)                                                                                         \
-  HOT_KERNEL(name, 256, 4)(const UpdateCells* cells, UpdateBuffers buffers, const UpdateChunk* chunks, u32 count,     \
-                           const GroupScalars* groups, RuleConstants constants) {                                     \
-    update<Rule, M>(cells, buffers, chunks, count, groups, Rule{constants});                                          \
+#define UPDATE(name, Rule, M)                                                                          \
+  HOT_KERNEL(name, 256, 4)(const UpdateCells* cells, UpdateBuffers buffers, const UpdateChunk* chunks, \
+                           u32 count, const GroupScalars* groups, RuleConstants constants) {           \
+    update<Rule, M>(cells, buffers, chunks, count, groups, Rule{constants});                           \
   }
 
 UPDATE(update_sgd_f32, Sgd, float)
@@ -221,9 +225,10 @@ UPDATE(update_adam_bf16, Adam, bf16)
 UPDATE(update_lion_f32, Lion, float)
 UPDATE(update_lion_bf16, Lion, bf16)
 
-// ---- copies of the weights --------------------------------------------------------------------------------------------
+// ---- copies of the weights --------------------------------------------------------------------------------
 
-// copy = bf16(weights): once at the start, and whenever the host has written weights. `count` is a multiple of 4.
+// copy = bf16(weights): once at the start, and whenever the host has written weights. `count` is a multiple
+// of 4.
 KERNEL(cast_bf16, 256, 4)(const float* weights, bf16* copy, u64 count) {
   u64 i = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
   if (i >= count) return;

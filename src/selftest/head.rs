@@ -130,6 +130,12 @@ fn objectives() -> Vec<Objective> {
             }
         }
     }
+    // More classes than the threads of a block take at once.
+    for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+        for (classes, targets, in_place) in [(2051, Targets::Soft, true), (5003, Targets::Labels, false)] {
+            objectives.push(Objective { kind, classes, targets, smoothing: 0.125, mixed: true, in_place });
+        }
+    }
     // One class has nothing to choose between under softmax.
     objectives.retain(|o| o.classes > 1 || o.kind == LossKind::Sigmoid);
     objectives

@@ -3,13 +3,11 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "memory.h"
+
 namespace standin {
 
 thread_local Block* current_block __attribute__((tls_model("initial-exec"))) = nullptr;
-
-namespace {
-constexpr size_t kPage = 4096;
-}
 
 Block::Block() : fibers_(kMaxThreads), ready_(kMaxThreads) {
   size_t bytes = kMaxThreads * kStack;

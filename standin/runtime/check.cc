@@ -208,6 +208,13 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
   };
 
   uint64_t word = Touch{mine.tag, mine.block, mine.thread, mine.time & (kManyTimes - 1)}.packed();
+  PageTrace& page = device.page(address);
+  if (uint64_t writer = get(page.bulk.writer)) ordered(writer, "written", address);
+  if (write) {
+    ordered(get(page.bulk.reader), "read", address);
+    ordered(get(page.bulk.other_reader), "read", address);
+  }
+  if (!__atomic_load_n(&page.touched, __ATOMIC_RELAXED)) __atomic_store_n(&page.touched, true, __ATOMIC_RELAXED);
   for (uint64_t a = address & ~uint64_t{1}; a < address + size; a += 2) {
     Trace& trace = device.trace[device.granule(a)];
     uint64_t writer = get(trace.writer);
@@ -245,6 +252,11 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
         set(trace.reader,
             Touch{mine.tag, number, whose, kManyTimes | (me.barriers_passed & (kManyTimes - 1))}.packed());
       }
+    } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
+      // They read before a barrier that this thread has passed: who comes after this read comes after theirs, too.
+      set(trace.reader, word);
+    } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
+      set(trace.reader, word);  // all of them read before a barrier that this thread has passed
     } else {
       uint32_t warp = me.index / kLanes;
       uint32_t whose = last.thread == warp ? warp : kManyWarps;

@@ -40,14 +40,17 @@ void open_range() {
     void* base = reserve(bytes);
     void* state = reserve(bytes / 2);
     void* trace = reserve(bytes / 2 * sizeof(Trace));
-    if (base && state && trace) {
-      device = {static_cast<uint8_t*>(base), bytes, static_cast<uint8_t*>(state), static_cast<Trace*>(trace)};
+    void* pages = reserve(bytes / kPage * sizeof(PageTrace));
+    if (base && state && trace && pages) {
+      device = {static_cast<uint8_t*>(base), bytes, static_cast<uint8_t*>(state), static_cast<Trace*>(trace),
+                static_cast<PageTrace*>(pages)};
       free_room[reinterpret_cast<uint64_t>(base) + kGap] = bytes - 2 * kGap;
       return;
     }
     if (base) munmap(base, bytes);
     if (state) munmap(state, bytes / 2);
     if (trace) munmap(trace, bytes / 2 * sizeof(Trace));
+    if (pages) munmap(pages, bytes / kPage * sizeof(PageTrace));
   }
   fprintf(stderr, "stand-in GPU: no room for the card's memory in the address space\n");
   abort();
@@ -57,6 +60,17 @@ size_t room_for(size_t bytes) {
   return (bytes + kAlign - 1) / kAlign * kAlign + kGap;
 }
 
+}  // namespace
+
+namespace {
+// No two allocations share a page: the gap between them is one.
+void clear_traces(uint64_t start, size_t bytes) {
+  for (uint64_t a = start & ~uint64_t{kPage - 1}; a < start + bytes; a += kPage) {
+    PageTrace& page = device.page(a);
+    if (page.touched) memset(device.trace + device.granule(a), 0, kPage / 2 * sizeof(Trace));
+    page = {};
+  }
+}
 }  // namespace
 
 uint64_t allocate(size_t bytes) {
@@ -90,7 +104,7 @@ bool release(uint64_t address) {
   live.erase(it);
   used -= bytes;
   memset(device.state + first, 0, (bytes + 1) / 2);
-  memset(device.trace + first, 0, (bytes + 1) / 2 * sizeof(Trace));
+  clear_traces(address, bytes);
   auto next = free_room.lower_bound(address);
   if (next != free_room.end() && address + room == next->first) {
     room += next->second;
@@ -150,51 +164,70 @@ void trust_all() {
 void forget_traces() {
   std::lock_guard<std::mutex> guard(lock);
   for (auto& [start, bytes] : live) {
-    memset(device.trace + device.granule(start), 0, (bytes + 1) / 2 * sizeof(Trace));
+    clear_traces(start, bytes);
   }
-}
-
-bool Device::allocated(uint64_t address, size_t size) const {
-  if (size == 0) return true;
-  if (!contains(address) || !contains(address + size - 1)) return false;
-  for (uint64_t a = address; a < address + size; ++a) {
-    if (a % 2 == 0 && a + 1 < address + size && (state[granule(a)] & kAllocated) == kAllocated) {
-      ++a;
-      continue;
-    }
-    if (!(state[granule(a)] >> (a & 1) & 1)) return false;
-  }
-  return true;
-}
-
-size_t Device::first_unwritten(uint64_t address, size_t size) const {
-  for (uint64_t a = address; a < address + size; ++a) {
-    if (a % 2 == 0 && a + 1 < address + size && (state[granule(a)] & kWritten) == kWritten) {
-      ++a;
-      continue;
-    }
-    if (!(state[granule(a)] >> (2 + (a & 1)) & 1)) return a - address;
-  }
-  return size;
 }
 
 namespace {
-void set_written(Device& d, uint64_t address, size_t size, bool written) {
-  for (uint64_t a = address; a < address + size;) {
-    bool whole = a % 2 == 0 && a + 1 < address + size;
-    uint8_t bits = static_cast<uint8_t>(whole ? kWritten : 4 << (a & 1));
-    uint8_t* at = d.state + d.granule(a);
-    // Blocks on several host threads may mark the two bytes of one granule.
-    if (written) {
-      if ((__atomic_load_n(at, __ATOMIC_RELAXED) & bits) != bits) __atomic_fetch_or(at, bits, __ATOMIC_RELAXED);
-    } else {
-      __atomic_fetch_and(at, static_cast<uint8_t>(~bits), __ATOMIC_RELAXED);
-    }
-    a += whole ? 2 : 1;
+
+// The first granule from `at` on, before `end`, whose state lacks a bit of `bits`; `end` if there is none.
+size_t first_without(const uint8_t* state, size_t at, size_t end, uint8_t bits) {
+  uint64_t all = 0x0101010101010101ull * bits, eight;
+  while (at + 8 <= end) {
+    memcpy(&eight, state + at, 8);
+    if ((eight & all) != all) break;
+    at += 8;
   }
+  while (at < end && (state[at] & bits) == bits) ++at;
+  return at;
 }
+
+// The first byte of the range without `bit` (that of a granule's first byte), or `size`.
+size_t first_byte_without(const Device& d, uint64_t address, size_t size, uint8_t bit) {
+  uint64_t at = address, end = address + size;
+  if (at % 2 && at < end) {
+    if (!(d.state[d.granule(at)] & bit << 1)) return 0;
+    ++at;
+  }
+  size_t whole = d.granule(at), last = d.granule(end);  // `end` may be the first byte past the range
+  size_t found = first_without(d.state, whole, last, static_cast<uint8_t>(bit * 3));
+  if (found < last) return at + 2 * (found - whole) - address + (d.state[found] & bit ? 1 : 0);
+  if (end % 2 && end > at && !(d.state[last] & bit)) return size - 1;
+  return size;
+}
+
+void set_written(Device& d, uint64_t address, size_t size, bool written) {
+  uint64_t at = address, end = address + size;
+  // Blocks on several host threads may mark the two bytes of one granule.
+  auto one = [&](size_t granule, uint8_t bits) {
+    uint8_t* state = d.state + granule;
+    if (!written) __atomic_fetch_and(state, static_cast<uint8_t>(~bits), __ATOMIC_RELAXED);
+    else if ((__atomic_load_n(state, __ATOMIC_RELAXED) & bits) != bits) __atomic_fetch_or(state, bits, __ATOMIC_RELAXED);
+  };
+  if (at % 2 && at < end) {
+    one(d.granule(at), 8);
+    ++at;
+  }
+  size_t whole = d.granule(at), last = d.granule(end);
+  if (last - whole > 64) {
+    // All allocated, by the caller's check.
+    memset(d.state + whole, written ? kAllocated | kWritten : kAllocated, last - whole);
+  } else {
+    for (size_t g = whole; g < last; ++g) one(g, kWritten);
+  }
+  if (end % 2 && end > at) one(last, 4);
+}
+
 }  // namespace
 
+bool Device::allocated(uint64_t address, size_t size) const {
+  if (size == 0) return true;
+  if (!contains(address) || !contains(address + size)) return false;
+  return first_byte_without(*this, address, size, 1) == size;
+}
+size_t Device::first_unwritten(uint64_t address, size_t size) const {
+  return first_byte_without(*this, address, size, 4);
+}
 void Device::mark_written(uint64_t address, size_t size) {
   set_written(*this, address, size, true);
 }

@@ -15,6 +15,14 @@ struct Trace {
   uint64_t writer, reader, other_reader;
 };
 
+// The same for a page of 4 KiB, left by copies, fills and products that covered all of it. Both count: an access comes
+// after what its granule says and after what its page says.
+struct PageTrace {
+  Trace bulk;
+  bool touched;  // some granule of the page has a trace of its own
+};
+constexpr size_t kPage = 4096;
+
 // Bits of a granule's state; the first two are for its first and second byte, the next two likewise.
 constexpr uint8_t kAllocated = 0x3, kWritten = 0xc;
 
@@ -23,10 +31,11 @@ struct Device {
   size_t bytes = 0;
   uint8_t* state = nullptr;  // one per granule
   Trace* trace = nullptr;    // one per granule
+  PageTrace* pages = nullptr;
 
   bool contains(uint64_t address) const { return address - reinterpret_cast<uint64_t>(base) < bytes; }
   size_t granule(uint64_t address) const { return (address - reinterpret_cast<uint64_t>(base)) / 2; }
-  // Are all bytes allocated? Is the first one written?
+  PageTrace& page(uint64_t address) const { return pages[(address - reinterpret_cast<uint64_t>(base)) / kPage]; }
   bool allocated(uint64_t address, size_t size) const;
   // The first byte of the range that was never written, or `size`.
   size_t first_unwritten(uint64_t address, size_t size) const;

@@ -121,7 +121,7 @@ int touch(const Running& running, uint64_t address, size_t bytes, Access access,
   }
   uint64_t word = Touch{running.tag, 0, 0, 1}.packed();
   auto check = [&](uint64_t other, uint64_t a, const char* kind) {
-    if (!other) return true;
+    if (!other || other == word) return true;
     uint32_t tag = Touch::of(other).tag;
     if (tag == running.tag || ordered_before(tag, running.ordered)) return true;
     publish({kLaunchFailed,
@@ -129,18 +129,43 @@ int touch(const Running& running, uint64_t address, size_t bytes, Access access,
                     what, does, reinterpret_cast<void*>(a), nearest_allocation(a, at, sizeof at), stream_of(tag), kind)});
     return false;
   };
-  for (uint64_t a = address & ~uint64_t{1}; a < address + bytes; a += 2) {
-    Trace& trace = device.trace[device.granule(a)];
-    if (trace.writer != word && !check(trace.writer, a, "written")) return kLaunchFailed;
+  // Is this access ordered after what the trace says?
+  auto after = [&](const Trace& trace, uint64_t a) {
+    return check(trace.writer, a, "written") &&
+           (!write || (check(trace.reader, a, "read") && check(trace.other_reader, a, "read")));
+  };
+  auto leave = [&](Trace& trace) {
     if (write) {
-      if (!check(trace.reader, a, "read") || !check(trace.other_reader, a, "read")) return kLaunchFailed;
       trace = {word, 0, 0};
     } else if (trace.reader != word) {
-      if (trace.reader && !ordered_before(Touch::of(trace.reader).tag, running.ordered)) {
-        trace.other_reader = trace.reader;
-      }
+      // The last readers that nothing orders before this one stay known.
+      if (trace.reader && !ordered_before(Touch::of(trace.reader).tag, running.ordered)) trace.other_reader = trace.reader;
       trace.reader = word;
     }
+  };
+  uint64_t first = address & ~uint64_t{1}, end = address + bytes, base = reinterpret_cast<uint64_t>(device.base);
+  while (first < end) {
+    uint64_t page_start = base + (first - base) / kPage * kPage, stop = page_start + kPage < end ? page_start + kPage : end;
+    PageTrace& page = device.page(first);
+    if (!after(page.bulk, first)) return kLaunchFailed;
+    bool whole = first == page_start && stop == page_start + kPage;
+    if (page.touched || !whole) {
+      for (uint64_t a = first; a < stop; a += 2) {
+        Trace& trace = device.trace[device.granule(a)];
+        if (!after(trace, a)) return kLaunchFailed;
+        if (!whole) leave(trace);
+      }
+    }
+    if (!whole) {
+      page.touched = true;
+    } else {
+      leave(page.bulk);
+      if (write && page.touched) {
+        memset(&device.trace[device.granule(first)], 0, kPage / 2 * sizeof(Trace));
+        page.touched = false;
+      }
+    }
+    first = stop;
   }
   return 0;
 }
