@@ -8,6 +8,7 @@
 pub mod bench;
 pub mod doctor;
 pub mod eval;
+pub mod finetune;
 pub mod grad;
 pub mod inspect;
 pub mod pack;
@@ -43,8 +44,8 @@ struct Cli {
 enum Command {
     /// Train a model as a recipe says
     Train(train::Args),
-    /// Fine-tune a trained model on other data (not built yet)
-    Finetune(NotBuilt),
+    /// Fine-tune a trained model on other data
+    Finetune(finetune::Args),
     /// Measure a model's accuracy on a data set
     Eval(eval::Args),
     /// Say what is in a picture
@@ -145,6 +146,7 @@ fn run(cli: Cli) -> Result<()> {
     };
     match command {
         Command::Train(args) => train::run(args),
+        Command::Finetune(args) => finetune::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Pack(args) => pack::run(args),
@@ -155,10 +157,6 @@ fn run(cli: Cli) -> Result<()> {
         Command::Bench(args) => bench::run(args),
         Command::Selftest(args) => selftest::run(args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Finetune(_) => {
-            let hint = "`vitrum train` trains a new model: see `vitrum train --help`";
-            Err(not_built("vitrum finetune").hint(hint))
-        }
         Command::Features(_) => Err(not_built("vitrum features")),
         Command::Probe(_) => Err(not_built("vitrum probe")),
         Command::Preview(_) => Err(not_built("vitrum preview")),
