@@ -5,6 +5,7 @@
 //! is that (`detect`): sizes from shapes, the rest from metadata and from the user. Our own names and shapes are
 //! timm's ([`crate::vit::params`]); conversions move values and compute none.
 
+mod adapt;
 mod detect;
 mod layouts;
 mod meta;
@@ -15,6 +16,7 @@ mod tensor;
 #[cfg(test)]
 mod tests;
 
+pub use adapt::{AdaptTarget, HeadPolicy, PosembDialect, RepLayer, adapt};
 pub use detect::ModelOverrides;
 pub use layouts::{LayoutKind, from_flax_tensors, to_flax_tensors};
 pub use meta::{CheckpointMeta, META_KEY, MODEL_KEY};

@@ -12,7 +12,7 @@ use crate::vit::config::{NormPlace, PoolKind, PosembJoin};
 use crate::vit::params::initial_values;
 
 /// The folder of reference outputs; a test without it says so and passes.
-fn reference() -> Option<PathBuf> {
+pub(super) fn reference() -> Option<PathBuf> {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/reference");
     let dir = PathBuf::from(std::env::var_os("VITRUM_REFERENCE").unwrap_or(default.into()));
     if !dir.is_dir() {
@@ -48,7 +48,7 @@ fn image_of(case: &Path) -> ModelOverrides {
 }
 
 /// A small model with every value different.
-fn sample(config: &ModelConfig) -> Tensors {
+pub(super) fn sample(config: &ModelConfig) -> Tensors {
     let layout = ParamLayout::new(config, |_| false);
     let mut s = Stream::new(7, Domain::Init, 1 << 40, 0);
     let tensor = |p: &Param, s: &mut Stream| {
@@ -57,13 +57,13 @@ fn sample(config: &ModelConfig) -> Tensors {
     layout.parameters().map(|p| (p.name.clone(), tensor(p, &mut s))).collect()
 }
 
-fn tiny() -> ModelConfig {
+pub(super) fn tiny() -> ModelConfig {
     let mut config = ModelConfig::variant("testing/4", 16, 3).unwrap();
     (config.width, config.heads, config.mlp, config.depth) = (12, 3, 20, 2);
     config
 }
 
-fn write_flax(path: &Path, prefix: &str, tensors: &Tensors) {
+pub(super) fn write_flax(path: &Path, prefix: &str, tensors: &Tensors) {
     let members: Vec<_> = tensors
         .iter()
         .map(|(name, t)| {
@@ -81,7 +81,7 @@ fn bits(tensors: &Tensors) -> Vec<(&str, &[usize], Vec<u32>)> {
 }
 
 #[track_caller]
-fn assert_same(a: &Tensors, b: &Tensors) {
+pub(super) fn assert_same(a: &Tensors, b: &Tensors) {
     assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
     for (x, y) in bits(a).into_iter().zip(bits(b)) {
         assert!(x == y, "`{}` differs", x.0);
@@ -89,7 +89,7 @@ fn assert_same(a: &Tensors, b: &Tensors) {
 }
 
 #[track_caller]
-fn assert_fails(result: Result<ModelFile>, code: i32, parts: &[&str]) {
+pub(super) fn assert_fails(result: Result<ModelFile>, code: i32, parts: &[&str]) {
     let error = result.map(|_| ()).expect_err("should be refused");
     let text = error.to_string();
     assert_eq!(error.exit_code(), code, "{text}");
