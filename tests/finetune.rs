@@ -380,4 +380,20 @@ fn fine_tuning_starts_from_what_vit_jax_loads() {
         let furthest = got.values.iter().zip(&want.values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(furthest <= 1e-6, "{name}: {furthest}");
     }
+    // What the head reads of the reference's pictures, through the decoder, the resized positions and the model.
+    let features = path("features.safetensors");
+    vitrum(&["features", "--weights", &out, "--data", &data, "--out", &features]).ok();
+    let got = SafeTensors::open(Path::new(&features)).unwrap();
+    assert_eq!(got.i64("labels").unwrap(), [0, 1]);
+    let (got, want) = (got.tensor("features").unwrap(), want.tensor("features").unwrap());
+    assert_eq!(got.shape, want.shape);
+    let largest = want.values.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+    let furthest = got.values.iter().zip(&want.values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(furthest <= 1e-5 * largest.max(1.0), "{furthest} of {largest}");
+
+    // The same without fine-tuning: `eval` and its kin resize positions where they are asked to.
+    let file = folder.join("finetune_pretrained.npz").display().to_string();
+    let direct = path("direct.safetensors");
+    let args = ["features", "--weights", &file, "--data", &data, "--out", &direct, "--set", &image];
+    vitrum(&args).ok().says(&["position embedding resized"]);
 }

@@ -8,12 +8,14 @@
 pub mod bench;
 pub mod doctor;
 pub mod eval;
+pub mod features;
 pub mod finetune;
 pub mod grad;
 pub mod inspect;
 pub mod pack;
 pub mod plan;
 pub mod predict;
+pub mod probe;
 pub mod replay;
 pub mod selftest;
 pub mod train;
@@ -50,10 +52,10 @@ enum Command {
     Eval(eval::Args),
     /// Say what is in a picture
     Predict(predict::Args),
-    /// Write pooled features of a data set (not built yet)
-    Features(NotBuilt),
-    /// Fit a linear classifier on features (not built yet)
-    Probe(NotBuilt),
+    /// Write pooled features of a data set
+    Features(features::Args),
+    /// Measure how good a model's features are, without training it
+    Probe(probe::Args),
     /// Turn pictures into a packed data set
     Pack(pack::Args),
     /// Draw a contact sheet of augmented samples (not built yet)
@@ -148,6 +150,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Train(args) => train::run(args),
         Command::Finetune(args) => finetune::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Features(args) => features::run(args),
+        Command::Probe(args) => probe::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Pack(args) => pack::run(args),
         Command::Inspect(args) => inspect::run(args),
@@ -157,8 +161,6 @@ fn run(cli: Cli) -> Result<()> {
         Command::Bench(args) => bench::run(args),
         Command::Selftest(args) => selftest::run(args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Features(_) => Err(not_built("vitrum features")),
-        Command::Probe(_) => Err(not_built("vitrum probe")),
         Command::Preview(_) => Err(not_built("vitrum preview")),
         Command::Convert(_) => {
             let hint = "checkpoints of `vitrum train` already have timm's tensor names, in safetensors";
