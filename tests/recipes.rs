@@ -299,11 +299,9 @@ fn files_are_recipes_named_after_themselves() {
 fn a_missing_recipe_lists_the_built_in_ones() {
     let (message, hint) = usage(load("dmeo", &[]).unwrap_err());
     assert_eq!(message, "there is no recipe `dmeo`");
-    assert_eq!(
-        hint,
-        "did you mean `demo`? built in are `demo`, `demo-hard`, `mini/cifar10`, `b16/imagenet21k`; \
-         or give the path of a .toml file"
-    );
+    let names = BUILT_IN.map(|(name, _)| format!("`{name}`")).join(", ");
+    let expected = format!("did you mean `demo`? built in are {names}; or give the path of a .toml file");
+    assert_eq!(hint, expected);
     assert_eq!(usage(load("no/such.toml", &[]).unwrap_err()).0, "there is no file `no/such.toml`");
 }
 
