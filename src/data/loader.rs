@@ -21,8 +21,8 @@ use crate::rng::{Domain, Permutation, Stream};
 
 use super::augment::{self, Buffers, mix};
 use super::dataset::Dataset;
-use super::decode;
-use super::picture::{Picture, View};
+use super::decode::Decoder;
+use super::picture::{View, Window};
 use super::shard::Record;
 
 /// What the batches are for.
@@ -243,9 +243,11 @@ impl Filler {
             // A record that cannot be decoded is replaced by the next one that can.
             for step in 0..self.dataset.len() {
                 let record = (record + step) % self.dataset.len();
-                let WorkerBuffers { picture, augment: buffers } = &mut *buffers;
-                let made = with_pixels(&self.dataset, record, picture, |view| {
+                let WorkerBuffers { decoder, augment: buffers } = &mut *buffers;
+                let made = self.dataset.record(record).and_then(|stored| {
+                    let view = pixels(&stored, decoder, |of| augment::window(augment, of, &mut draws))?;
                     augment::train(augment, view, self.spec.image, &mut draws, buffers, out);
+                    Ok(())
                 });
                 match made {
                     Ok(()) => return Ok(Some(self.dataset.label(record))),
@@ -264,9 +266,11 @@ impl Filler {
         let first = slot.position as usize * self.spec.batch;
         let count = (self.dataset.len() - first).min(self.spec.batch);
         let labels = self.each_sample(slot, count, |i, buffers, out| {
-            let WorkerBuffers { picture, augment: buffers } = buffers;
-            let made = with_pixels(&self.dataset, first + i, picture, |view| {
+            let WorkerBuffers { decoder, augment: buffers } = buffers;
+            let made = self.dataset.record(first + i).and_then(|stored| {
+                let view = pixels(&stored, decoder, Window::whole)?;
                 augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, out);
+                Ok(())
             });
             match made {
                 Ok(()) => Ok(Some(self.dataset.label(first + i))),
@@ -335,23 +339,22 @@ impl Filler {
 
 #[derive(Default)]
 struct WorkerBuffers {
-    picture: Picture,
+    decoder: Decoder,
     augment: Buffers,
 }
 
-/// Gives `make` the pixels of a record: as they are stored, or decoded into `picture`.
-fn with_pixels<T>(
-    dataset: &Dataset,
-    record: usize,
-    picture: &mut Picture,
-    make: impl FnOnce(View) -> T,
-) -> Result<T> {
-    match dataset.record(record)? {
-        Record::Raw { pixels, height, width } => Ok(make(View::new(&pixels, height, width))),
-        Record::Encoded(bytes) => {
-            decode::decode_into(&bytes, picture)?;
-            Ok(make(picture.view()))
+/// The window of a record that `choose` picks, told its (H, W): a part of what is stored, or decoded.
+fn pixels<'a>(
+    record: &'a Record,
+    decoder: &'a mut Decoder,
+    choose: impl FnOnce((usize, usize)) -> Window,
+) -> Result<View<'a>> {
+    match record {
+        Record::Raw { pixels, height, width } => {
+            let w = choose((*height, *width));
+            Ok(View::new(pixels, *height, *width).window(w.y, w.x, w.height, w.width))
         }
+        Record::Encoded(bytes) => decoder.window(bytes, choose),
     }
 }
 

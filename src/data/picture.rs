@@ -15,6 +15,22 @@ impl Picture {
     }
 }
 
+/// Which part of a picture, in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    pub y: usize,
+    pub x: usize,
+    pub height: usize,
+    pub width: usize,
+}
+
+impl Window {
+    /// All of a picture of (H, W).
+    pub fn whole((height, width): (usize, usize)) -> Self {
+        Self { y: 0, x: 0, height, width }
+    }
+}
+
 /// A window of a picture: rows of `width · 3` bytes, `stride` bytes apart.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {

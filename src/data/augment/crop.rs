@@ -1,16 +1,7 @@
 //! Which part of a picture a sample shows.
 
-use crate::data::picture::View;
+use crate::data::picture::{View, Window};
 use crate::rng::Stream;
-
-/// A window of a picture, in pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    pub y: usize,
-    pub x: usize,
-    pub height: usize,
-    pub width: usize,
-}
 
 /// Width over height of a random window, in both laws; TensorFlow's upper end is 1.33 exactly.
 const TF_ASPECT: (f32, f32) = (0.75, 1.33);

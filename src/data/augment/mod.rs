@@ -12,7 +12,7 @@ pub mod resize;
 use crate::recipe::{AugmentSection, Crop, EvalResize};
 use crate::rng::Stream;
 
-use super::picture::View;
+use super::picture::{View, Window};
 use resize::Filter;
 
 /// Memory that a worker uses again for every sample.
@@ -22,6 +22,15 @@ pub struct Buffers {
     resized: Vec<u8>,
     between: Vec<u8>,
     floats: Vec<f32>,
+}
+
+/// Which part of a picture of `of` (H, W) a training sample shows: the first of its draws.
+pub fn window(augment: &AugmentSection, of: (usize, usize), draws: &mut Stream) -> Window {
+    match augment.crop {
+        Crop::Tf => crop::tf_window(draws, of, augment.area),
+        Crop::Torch => crop::torch_window(draws, of, augment.area),
+        Crop::Center | Crop::Pad => Window::whole(of),
+    }
 }
 
 /// Makes a training sample of `size` (H, W). `out`, `[H, W, 3]`, is written once, in order, and never read.
@@ -36,16 +45,8 @@ pub fn train(
     let Buffers { sample, resized, between, floats } = buffers;
     sample.resize(out.len(), 0);
     match augment.crop {
-        Crop::Tf => {
-            let w = crop::tf_window(draws, picture.size(), augment.area);
-            let window = picture.window(w.y, w.x, w.height, w.width);
-            resize::tf_bilinear(window, size, |i, value| sample[i] = resize::to_u8(value));
-        }
-        Crop::Torch => {
-            let w = crop::torch_window(draws, picture.size(), augment.area);
-            let window = picture.window(w.y, w.x, w.height, w.width);
-            resize::pil(window, size, Filter::Bilinear, between, sample);
-        }
+        Crop::Tf => resize::tf_bilinear(picture, size, |i, value| sample[i] = resize::to_u8(value)),
+        Crop::Torch => resize::pil(picture, size, Filter::Bilinear, between, sample),
         Crop::Center => cover(picture, size, resized, between).centre(size).copy_to(sample),
         Crop::Pad => {
             let picture = cover(picture, size, resized, between);
