@@ -12,6 +12,7 @@ pub mod demo;
 mod describe;
 pub mod jpeg;
 pub mod loader;
+pub mod order;
 pub mod pack;
 pub mod picture;
 pub mod shard;
@@ -37,7 +38,8 @@ pub fn read_image(
     let mut picture = picture::Picture::default();
     decode::decode_into(&files::read(path)?, &mut picture).map_err(|e| e.at(path.display()))?;
     let mut out = vec![0; image.0 * image.1 * 3];
-    augment::evaluate(resize, crop_ratio, picture.view(), image, &mut augment::Buffers::default(), &mut out);
+    let target = augment::Target::U8(&mut out);
+    augment::evaluate(resize, crop_ratio, picture.view(), image, &mut augment::Buffers::default(), target);
     Ok(out)
 }
 

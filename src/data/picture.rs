@@ -73,6 +73,12 @@ impl<'a> View<'a> {
         self.window((self.height - size.0) / 2, (self.width - size.1) / 2, size.0, size.1)
     }
 
+    /// The window of `size` in the middle as torchvision places it: half of an odd remainder is rounded to even.
+    pub fn centre_rounded(&self, size: (usize, usize)) -> View<'a> {
+        let start = |room: usize| (room as f64 / 2.0).round_ties_even() as usize;
+        self.window(start(self.height - size.0), start(self.width - size.1), size.0, size.1)
+    }
+
     /// Copies the pixels to `out`, `[H, W, 3]` without gaps.
     pub fn copy_to(&self, out: &mut [u8]) {
         assert_eq!(out.len(), self.height * self.width * 3);

@@ -9,7 +9,7 @@ use crate::data::{self, Dataset, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::Optimizer;
-use crate::recipe::{Crop, Metric, Recipe, ScheduleKind};
+use crate::recipe::{AugmentSection, Metric, Recipe, ScheduleKind};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, format};
 use crate::vit::Vit;
 use crate::weights::CheckpointMeta;
@@ -90,10 +90,9 @@ impl RunData {
 
 /// Nothing random, nothing that holds the model back.
 fn overfit(recipe: &mut Recipe, images: usize) {
-    let (model, augment) = (&mut recipe.model, &mut recipe.augment);
+    let model = &mut recipe.model;
     (model.dropout, model.attention_dropout, model.drop_path) = (0.0, 0.0, 0.0);
-    (augment.crop, augment.flip, augment.mixup) = (Crop::Center, false, 0.0);
-    (augment.brightness, augment.contrast, augment.saturation, augment.hue) = (0.0, 0.0, 0.0, 0.0);
+    recipe.augment = AugmentSection::none();
     recipe.loss.label_smoothing = 0.0;
     recipe.optim.weight_decay = 0.0;
     recipe.schedule.kind = ScheduleKind::Constant;

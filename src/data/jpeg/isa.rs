@@ -268,7 +268,7 @@ mod tests {
             let mut out = [0; 64];
             Portable.idct(&block, &mut out, 8);
             for (ours, exact) in out.iter().zip(definition(&block)) {
-                assert!((f64::from(*ours) - exact.clamp(0.0, 255.0)).abs() < 0.55, "{ours} {exact}");
+                assert!((f64::from(*ours) - exact.clamp(0.0, 255.0)).abs() < 0.6, "{ours} {exact}");
             }
         }
     }

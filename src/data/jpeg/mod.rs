@@ -391,8 +391,9 @@ mod tests {
                 let mut bytes = bytes.clone();
                 for _ in 0..1 + draws.below(8) {
                     if !bytes.is_empty() {
-                        let at =
-                            draws.below(bytes.len().min(if draws.chance(0.5) { 700 } else { usize::MAX }));
+                        // Half of the damage goes where the tables are.
+                        let most = if draws.chance(0.5) { 700 } else { usize::MAX };
+                        let at = draws.below(bytes.len().min(most));
                         bytes[at] = draws.next_u32() as u8;
                     }
                 }
