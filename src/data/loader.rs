@@ -442,7 +442,7 @@ fn close_up<T: Copy + Default>(pixels: &mut [T], image_len: usize, kept: &[usize
 }
 
 /// The window of a record that `choose` picks, told its (H, W): a part of what is stored, or decoded.
-fn pixels<'a>(
+pub fn pixels<'a>(
     record: &'a Record,
     decoder: &'a mut Decoder,
     choose: impl FnOnce((usize, usize)) -> Window,

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{Device, Loss, Pixels, Slot, SlotLayout, StepReport, TargetKind};
-use crate::data::{self, Dataset, Loader, LoaderSpec};
+use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::Optimizer;
-use crate::recipe::{AugmentSection, Metric, Recipe, ScheduleKind};
+use crate::recipe::{AugmentSection, Metric, Recipe, ScheduleKind, SlotPixels};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, format};
 use crate::vit::Vit;
 use crate::weights::CheckpointMeta;
@@ -85,6 +85,14 @@ impl RunData {
             .hint(format!("use `--set train.batch={images}` or less")));
         }
         recipe.resolved(self.train.classes().len(), images)
+    }
+}
+
+/// Class indices, or rows of zeros and ones where samples may have several classes.
+fn targets(dataset: &Dataset) -> TargetKind {
+    match dataset.is_multi_label() {
+        true => TargetKind::Dense { classes: dataset.classes().len() },
+        false => TargetKind::Labels,
     }
 }
 
@@ -257,8 +265,11 @@ impl Run {
         let layout = SlotLayout {
             samples: recipe.train.batch,
             image: config.image,
-            pixels: Pixels::U8,
-            targets: TargetKind::Labels,
+            pixels: match recipe.data.pixels {
+                SlotPixels::U8 => Pixels::U8,
+                SlotPixels::F32 => Pixels::F32,
+            },
+            targets: targets(&self.data.train),
         };
         let slots =
             (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
@@ -270,7 +281,12 @@ impl Run {
             workers: recipe.data.workers,
             on_bad_record: recipe.data.on_bad_record,
         };
-        Ok(Loader::new(self.data.train.clone(), spec, slots))
+        let delivery = Delivery {
+            shuffle_window: recipe.data.shuffle_window,
+            normalise: trainer.model.normalise,
+            ..Delivery::default()
+        };
+        Ok(Loader::with(self.data.train.clone(), spec, delivery, slots))
     }
 
     /// The next batch. Training loaders never run dry.
@@ -372,7 +388,7 @@ impl Run {
             samples: model.micro_batch,
             image: model.config.image,
             pixels: Pixels::U8,
-            targets: TargetKind::Labels,
+            targets: targets(dataset),
         };
         let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {

@@ -219,7 +219,8 @@ fn encode_jpeg(picture: &Picture, quality: u8) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn encode_png(picture: View) -> Result<Vec<u8>> {
+/// A picture as a PNG file.
+pub fn encode_png(picture: View) -> Result<Vec<u8>> {
     let mut pixels = vec![0; picture.height * picture.width * 3];
     picture.copy_to(&mut pixels);
     let mut bytes = Vec::new();

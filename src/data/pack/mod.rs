@@ -10,7 +10,7 @@ mod convert;
 mod stage;
 
 pub use check::{Checked, check};
-pub use convert::Target;
+pub use convert::{Target, encode_png};
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
