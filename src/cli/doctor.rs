@@ -8,13 +8,13 @@ use serde_json::{Value, json};
 
 use super::{print, print_json};
 use crate::backend::cpu::compute::Isa;
+use crate::data::decode::JpegPath;
 use crate::error::Result;
 use crate::files;
 use crate::report::format;
 
 /// Why no GPU kernel can be inside this program.
 const NO_KERNELS: &str = "this version has no CUDA kernels yet";
-const JPEG_DECODER: &str = "zune-jpeg, by crate image";
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -89,7 +89,7 @@ impl Machine {
             format!("instruction set: {isa}"),
             format!("memory: {memory}"),
             format!("cache: {} ({cache})", self.cache.display()),
-            format!("jpeg decoder: {JPEG_DECODER}"),
+            format!("jpeg decoder: {}", JpegPath::chosen().describe()),
             format!("kernels: none embedded (built without nvcc: {NO_KERNELS})"),
             format!("gpu: {gpu}"),
             format!("will compute on: cpu ({})", why_no_cuda()),
@@ -109,7 +109,7 @@ impl Machine {
             "memory_available_bytes": self.memory.as_ref().map(|m| m.available),
             "cache": self.cache.display().to_string(),
             "cache_writable": self.cache_writable,
-            "jpeg_decoder": JPEG_DECODER,
+            "jpeg_decoder": JpegPath::chosen().describe(),
             "kernels": [],
             "gpus": self.gpus.as_ref().cloned().unwrap_or_default(),
             "gpu_reason": self.gpus.as_ref().err(),

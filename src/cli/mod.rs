@@ -15,6 +15,7 @@ pub mod inspect;
 pub mod pack;
 pub mod plan;
 pub mod predict;
+pub mod preview;
 pub mod probe;
 pub mod replay;
 pub mod selftest;
@@ -58,8 +59,8 @@ enum Command {
     Probe(probe::Args),
     /// Turn pictures into a packed data set
     Pack(pack::Args),
-    /// Draw a contact sheet of augmented samples (not built yet)
-    Preview(NotBuilt),
+    /// Draw a contact sheet of augmented samples
+    Preview(preview::Args),
     /// Convert weights between layouts (not built yet)
     Convert(NotBuilt),
     /// Say what a weights file, a checkpoint or a data set holds
@@ -161,7 +162,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Bench(args) => bench::run(args),
         Command::Selftest(args) => selftest::run(args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Preview(_) => Err(not_built("vitrum preview")),
+        Command::Preview(args) => preview::run(args),
         Command::Convert(_) => {
             let hint = "checkpoints of `vitrum train` already have timm's tensor names, in safetensors";
             Err(not_built("vitrum convert").hint(hint))

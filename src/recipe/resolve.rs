@@ -41,6 +41,7 @@ impl Recipe {
         recipe.train.steps = Some(self.steps(data_size)?);
         recipe.train.epochs = None;
         recipe.train.checkpoint_every.get_or_insert(self.train.eval_every);
+        recipe.augment = recipe.augment.effective();
         recipe.model = ModelSection {
             patch: Some(Size { height: config.patch.0, width: config.patch.1 }),
             width: Some(config.width),
@@ -138,6 +139,9 @@ impl Recipe {
             ("augment.saturation", a.saturation),
             ("augment.hue", a.hue),
             ("augment.mix_prob", a.mix_prob),
+            ("augment.mix_switch", a.mix_switch),
+            ("augment.color_jitter", a.color_jitter),
+            ("augment.erase", a.erase),
             ("eval.crop_ratio", self.eval.crop_ratio),
             ("loss.label_smoothing", self.loss.label_smoothing),
         ] {
@@ -146,7 +150,15 @@ impl Recipe {
         if self.eval.crop_ratio == 0.0 {
             return Err(Error::usage("`eval.crop_ratio` is 0").hint("use a share above 0, as in 0.875"));
         }
-        within("augment.mixup", a.mixup, 0.0, 1e6)
+        within("augment.mixup", a.mixup, 0.0, 1e6)?;
+        within("augment.cutmix", a.cutmix, 0.0, 1e6)?;
+        within("augment.resize", a.resize as f64, 0.0, LIMITS[3].1 as f64)?;
+        let least = self.model.image.height.max(self.model.image.width);
+        if a.resize > 0 && a.resize < least {
+            return Err(Error::usage(format!("`augment.resize` is {}, less than `model.image`", a.resize))
+                .hint(format!("use {least} or more")));
+        }
+        a.check()
     }
 
     fn check_optim(&self) -> Result<()> {
