@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod convert;
 pub mod doctor;
 pub mod eval;
 pub mod grad;
@@ -57,8 +58,8 @@ enum Command {
     Pack(pack::Args),
     /// Draw a contact sheet of augmented samples (not built yet)
     Preview(NotBuilt),
-    /// Convert weights between layouts (not built yet)
-    Convert(NotBuilt),
+    /// Convert weights between layouts
+    Convert(convert::Args),
     /// Say what a weights file, a checkpoint or a data set holds
     Inspect(inspect::Args),
     /// Write logits, loss and every gradient of one batch
@@ -162,10 +163,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Features(_) => Err(not_built("vitrum features")),
         Command::Probe(_) => Err(not_built("vitrum probe")),
         Command::Preview(_) => Err(not_built("vitrum preview")),
-        Command::Convert(_) => {
-            let hint = "checkpoints of `vitrum train` already have timm's tensor names, in safetensors";
-            Err(not_built("vitrum convert").hint(hint))
-        }
+        Command::Convert(args) => convert::run(args),
     }
 }
 
