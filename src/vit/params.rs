@@ -216,7 +216,8 @@ impl Builder {
             ParamKind::PatchKernel => shape[1] * shape[2] * shape[3],
             _ => *shape.last().expect("a tensor has a shape"),
         };
-        let rows = shape.iter().product::<usize>() / cols;
+        // A head of no classes has no values.
+        let rows = shape.iter().product::<usize>() / cols.max(1);
         self.params.push(Param {
             name: name.into(),
             shape: shape.to_vec(),

@@ -37,6 +37,11 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
+/// Whether `path` is a short name, and no file that happens to be called so.
+pub fn is_short_name(path: &Path) -> bool {
+    !path.exists() && path.to_str().is_some_and(|text| ShortName::parse(text).is_some())
+}
+
 /// A folder's weights file: of a checkpoint, of a HuggingFace model, or of a run (its best checkpoint, else its last).
 fn in_folder(path: &Path) -> Result<PathBuf> {
     if !path.is_dir() {

@@ -541,36 +541,68 @@ fn a_run_directory_gives_its_best_checkpoint() {
 #[test]
 fn damaged_bytes_never_panic() {
     let dir = tempfile::tempdir().unwrap();
-    let (npz, st) = (dir.path().join("w.npz"), dir.path().join("w.safetensors"));
+    let paths = ["w.npz", "packed.npz", "w.safetensors", "hf.safetensors"].map(|name| dir.path().join(name));
     let config = ModelConfig { depth: 1, width: 4, heads: 1, mlp: 4, patch: (2, 2), image: (4, 4), ..tiny() };
     let tensors = sample(&config);
-    save(&st, &config, &tensors, &CheckpointMeta::default()).unwrap();
-    write_flax(&npz, "", &to_flax_tensors(&config, Numbering::Published, &tensors).unwrap());
+    let flax = to_flax_tensors(&config, Numbering::Published, &tensors).unwrap();
+    write_flax(&paths[0], "", &flax);
+    let member = |(name, t): (&String, &Tensor)| {
+        (name.clone(), npy("<f4", false, &t.shape, bytemuck::cast_slice(&t.values)))
+    };
+    write_npz(&paths[1], true, &flax.iter().map(member).collect::<Vec<_>>());
+    save(&paths[2], &config, &tensors, &CheckpointMeta::default()).unwrap();
+    let folder = dir.path().join("hf");
+    convert(&paths[2], &folder, Some(Format::Hf), &ModelOverrides::default()).unwrap();
+    std::fs::rename(folder.join("model.safetensors"), &paths[3]).unwrap();
+
     let mut s = Stream::new(3, Domain::Split, 0, 0);
-    for path in [&npz, &st] {
+    for path in &paths {
         let whole = std::fs::read(path).unwrap();
-        let damaged = dir.path().join("damaged");
+        check_bytes(&whole, path).unwrap();
         let mut refused = 0;
-        for round in 0..500 {
-            let mut bytes = whole.clone();
-            if round % 4 == 0 {
-                bytes.truncate(s.next_u32() as usize % whole.len());
+        for round in 0..1000 {
+            let bytes = damaged(&whole, round, &mut s);
+            refused += usize::from(check_bytes(&bytes, path).is_err());
+        }
+        assert!(refused > 300, "{}: only {refused} of 1000 were refused", path.display());
+    }
+}
+
+/// Cuts, flips bits, repeats or moves a piece, or writes a number that readers stumble over. Half of the changes hit
+/// the first bytes, where headers are.
+fn damaged(whole: &[u8], round: usize, s: &mut Stream) -> Vec<u8> {
+    let mut bytes = whole.to_vec();
+    for _ in 0..1 + round % 3 {
+        let mut below = |n: usize| s.next_u32() as usize % n.max(1);
+        let near = if round % 2 == 0 { bytes.len() } else { bytes.len().min(3000) };
+        let at = below(near);
+        match below(6) {
+            0 => bytes.truncate(at),
+            1 => {
+                let piece = bytes[at..(at + below(64)).min(bytes.len())].to_vec();
+                let to = below(near);
+                bytes.splice(to..to, piece);
             }
-            for _ in 0..1 + round % 3 {
-                // Half of the flips hit the ends, where headers and directories are.
-                let n = bytes.len().max(1);
-                let at = s.next_u32() as usize % n;
-                let at = if round % 2 == 0 { at } else { (at % 3000).min(n - 1) };
+            2 => drop(bytes.drain(at..(at + below(16)).min(bytes.len()))),
+            3 => {
+                let number = [0u64, 1, u64::MAX, 1 << 63, 1 << 31, 0xffff][below(6)].to_le_bytes();
+                let end = (at + [1, 2, 4, 8][below(4)]).min(bytes.len());
+                bytes[at..end].copy_from_slice(&number[..end - at]);
+            }
+            4 => {
+                let digits = b"9876543210,[]{}\":'()";
                 if let Some(byte) = bytes.get_mut(at) {
-                    *byte ^= 1 << (s.next_u32() % 8);
+                    *byte = digits[below(digits.len())];
                 }
             }
-            std::fs::write(&damaged, &bytes).unwrap();
-            let _ = describe(&damaged);
-            refused += usize::from(open(&damaged, &ModelOverrides::default()).is_err());
+            _ => {
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte ^= 1 << below(8);
+                }
+            }
         }
-        assert!(refused > 150, "{}: only {refused} of 500 were refused", path.display());
     }
+    bytes
 }
 
 #[test]
