@@ -9,11 +9,14 @@ pub mod bench;
 pub mod convert;
 pub mod doctor;
 pub mod eval;
+pub mod features;
+pub mod finetune;
 pub mod grad;
 pub mod inspect;
 pub mod pack;
 pub mod plan;
 pub mod predict;
+pub mod probe;
 pub mod replay;
 pub mod selftest;
 pub mod train;
@@ -44,16 +47,16 @@ struct Cli {
 enum Command {
     /// Train a model as a recipe says
     Train(train::Args),
-    /// Fine-tune a trained model on other data (not built yet)
-    Finetune(NotBuilt),
+    /// Fine-tune a trained model on other data
+    Finetune(finetune::Args),
     /// Measure a model's accuracy on a data set
     Eval(eval::Args),
     /// Say what is in a picture
     Predict(predict::Args),
-    /// Write pooled features of a data set (not built yet)
-    Features(NotBuilt),
-    /// Fit a linear classifier on features (not built yet)
-    Probe(NotBuilt),
+    /// Write pooled features of a data set
+    Features(features::Args),
+    /// Measure how good a model's features are, without training it
+    Probe(probe::Args),
     /// Turn pictures into a packed data set
     Pack(pack::Args),
     /// Draw a contact sheet of augmented samples (not built yet)
@@ -146,7 +149,10 @@ fn run(cli: Cli) -> Result<()> {
     };
     match command {
         Command::Train(args) => train::run(args),
+        Command::Finetune(args) => finetune::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Features(args) => features::run(args),
+        Command::Probe(args) => probe::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Pack(args) => pack::run(args),
         Command::Inspect(args) => inspect::run(args),
@@ -156,12 +162,6 @@ fn run(cli: Cli) -> Result<()> {
         Command::Bench(args) => bench::run(args),
         Command::Selftest(args) => selftest::run(args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Finetune(_) => {
-            let hint = "`vitrum train` trains a new model: see `vitrum train --help`";
-            Err(not_built("vitrum finetune").hint(hint))
-        }
-        Command::Features(_) => Err(not_built("vitrum features")),
-        Command::Probe(_) => Err(not_built("vitrum probe")),
         Command::Preview(_) => Err(not_built("vitrum preview")),
         Command::Convert(args) => convert::run(args),
     }

@@ -18,7 +18,7 @@ use super::shard::{Kind, Record, Shard, ShardWriter};
 use super::source::Source;
 
 /// Which part of a data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Split {
     Train = 0,
     Val = 1,
@@ -111,6 +111,8 @@ pub struct Dataset {
     chosen: Option<Vec<usize>>,
     /// Stored label → label, after [`Dataset::with_classes`].
     relabel: Option<Vec<usize>>,
+    /// A sample's label is its own number, after [`Dataset::numbered`].
+    numbered: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -171,6 +173,7 @@ impl Dataset {
             records,
             chosen: None,
             relabel: None,
+            numbered: false,
         })
     }
 
@@ -180,7 +183,14 @@ impl Dataset {
             fail!("{name}: no pictures in its {} part", split.name());
         }
         let classes = source.classes.clone();
-        Ok(Self { name, classes, records: Records::Listed { source, split }, chosen: None, relabel: None })
+        Ok(Self {
+            name,
+            classes,
+            records: Records::Listed { source, split },
+            chosen: None,
+            relabel: None,
+            numbered: false,
+        })
     }
 
     /// Samples.
@@ -205,6 +215,9 @@ impl Dataset {
 
     /// Class index of a sample.
     pub fn label(&self, index: usize) -> usize {
+        if self.numbered {
+            return index;
+        }
         let stored = self.stored_label(index);
         self.relabel.as_ref().map_or(stored, |number| number[stored])
     }
@@ -285,6 +298,12 @@ impl Dataset {
         self.relabel = Some(self.classes.iter().map(number).collect::<Result<_>>()?);
         self.classes = classes.to_vec();
         Ok(self)
+    }
+
+    /// Gives every sample its own number for a label: for a pass that has to know which sample it sees.
+    pub fn numbered(mut self) -> Self {
+        self.numbered = true;
+        self
     }
 
     fn place(&self, index: usize) -> usize {
@@ -435,6 +454,7 @@ fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset
                 records: Records::packed(vec![shard]),
                 chosen: None,
                 relabel: None,
+                numbered: false,
             })
         }
     }
@@ -511,6 +531,7 @@ mod tests {
             records: Records::packed(vec![shard(0..3), shard(3..3), shard(3..50), shard(50..100)]),
             chosen: None,
             relabel: None,
+            numbered: false,
         };
         assert!((0..100).all(|i| dataset.label(i) == i && dataset.record_name(i) == format!("name {i}")));
         let some = dataset.take(20);
@@ -537,6 +558,7 @@ mod tests {
             records: Records::packed(vec![Shard::from_bytes(bytes.clone(), 3).unwrap()]),
             chosen: None,
             relabel: None,
+            numbered: false,
         };
         let renamed = dataset(names("ant bee cat")).with_classes(&names("cat ant bee")).unwrap();
         assert_eq!((0..3).map(|i| renamed.label(i)).collect::<Vec<_>>(), [1, 2, 0]);

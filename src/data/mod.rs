@@ -10,6 +10,7 @@ pub mod dataset;
 pub mod decode;
 pub mod demo;
 mod describe;
+pub mod imagenet;
 pub mod loader;
 pub mod pack;
 pub mod picture;

@@ -11,6 +11,8 @@ use crate::recipe::{DecayOn, GroupSection, OptimSection};
 use crate::vit::names::flax_parts;
 use crate::vit::params::{Param, ParamKind};
 
+use super::layers;
+
 /// What flax would call one tensor: all of a parameter, or the q, k or v share of a fused one.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Part {
@@ -72,6 +74,9 @@ pub(crate) fn place(index: usize, group: &GroupSection) -> String {
 /// is a layout, and for it. A tensor is frozen as a whole; patterns that are wrong are reported by
 /// [`super::Optimizer::new`].
 pub fn is_frozen(optim: &OptimSection, param: &Param) -> bool {
+    if layers::is_held(optim, param) {
+        return true;
+    }
     if !optim.groups.iter().any(|group| group.frozen) {
         return false;
     }

@@ -14,6 +14,7 @@ mod size;
 
 pub use duration::Duration;
 pub use load::{BUILT_IN, Loaded};
+pub use resolve::GivenSizes;
 pub use size::Size;
 
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,9 @@ pub struct Recipe {
     pub loss: LossSection,
     pub train: TrainSection,
     pub eval: EvalSection,
+    /// Given, the run starts from trained weights: `model` may leave open what their file says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finetune: Option<FinetuneSection>,
 }
 
 /// The architecture. A `variant` gives width, depth, heads, mlp and patch; single keys override it. The names of other
@@ -236,6 +240,16 @@ pub enum MomentType {
     Bf16,
 }
 
+/// Both count the stem as 0, block i as i + 1 and the head as L + 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerNumbering {
+    /// timm: the final norm belongs to the last block; a norm or an attention pool behind the pooling, to the head.
+    Timm,
+    /// BEiT, MAE: the final norm belongs to the head.
+    Beit,
+}
+
 /// The optimiser. `lr` is the head's rate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -260,6 +274,14 @@ pub struct OptimSection {
     pub clip_torch: bool,
     /// Multiplies the rate of everything but the head (and representation layer).
     pub backbone_lr_mult: f64,
+    /// Each layer's rate is this share of the rate of the layer above it (Bao et al. 2022, arXiv:2106.08254); 1: off.
+    pub layer_decay: f64,
+    /// How layers are counted for `layer_decay`.
+    pub layer_numbering: LayerNumbering,
+    /// Train the head (and representation layer) alone.
+    pub freeze_backbone: bool,
+    /// Keep the stem and this many blocks as they are.
+    pub freeze_blocks: usize,
     /// EMA of the weights; 0: none.
     pub ema: f64,
     /// Adafactor: cap and power of the second moment's decay, least size of a factored axis, block-RMS threshold (0: none).
@@ -305,6 +327,10 @@ impl Default for OptimSection {
             clip: 1.0,
             clip_torch: false,
             backbone_lr_mult: 1.0,
+            layer_decay: 1.0,
+            layer_numbering: LayerNumbering::Timm,
+            freeze_backbone: false,
+            freeze_blocks: 0,
             ema: 0.0,
             beta2_cap: 0.999,
             decay_power: 0.8,
@@ -482,4 +508,64 @@ impl Default for EvalSection {
     fn default() -> Self {
         Self { resize: EvalResize::Squash, crop_ratio: 1.0, metric: Metric::Top1 }
     }
+}
+
+/// What becomes of the classifier of a weights file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum HeadPolicy {
+    /// Kept where the classes agree. Where both sides have names, each class takes the row of its name, and a class
+    /// without one starts at zero; without names, another number of classes means a new head.
+    #[default]
+    Auto,
+    /// Always a new head of zeros: vit_jax, even where the classes agree.
+    Reset,
+    /// An error unless the classes agree.
+    Keep,
+}
+
+/// What becomes of the tanh layer in front of the head (`pre_logits`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RepLayer {
+    /// Goes with the head: kept where any row of the head is, else dropped, as vit_jax fine-tunes.
+    #[default]
+    Auto,
+    Keep,
+    Drop,
+}
+
+/// Whose way of resizing position embeddings and patch kernels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PosembDialect {
+    /// That of the code that the file's layout comes from.
+    #[default]
+    Auto,
+    /// `scipy.ndimage.zoom(order=1)`: linear, the corners of both grids aligned. Without SciPy's zeros, see
+    /// [`PosembDialect::ScipyZoomExact`].
+    VitJax,
+    /// The same as [`PosembDialect::VitJax`].
+    BigVision,
+    /// SciPy to the letter: where the last coordinate exceeds the grid by a rounding error (28 to 48 patches per side,
+    /// among others) the last row and column are zero.
+    ScipyZoomExact,
+    /// timm's own files: bicubic with antialiasing.
+    Timm,
+    /// timm reading an `.npz`: bilinear between half-pixel centres, no antialiasing.
+    TimmNpz,
+    /// HuggingFace and DeiT: bicubic (a = -0.75), no antialiasing.
+    Hf,
+}
+
+/// The weights that a run starts from. Without this section its model is new.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FinetuneSection {
+    /// A weights file, a checkpoint folder or a run directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights: Option<String>,
+    pub head: HeadPolicy,
+    pub rep_layer: RepLayer,
+    pub posemb: PosembDialect,
 }

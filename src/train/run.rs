@@ -28,15 +28,20 @@ pub struct RunOptions {
     /// Learn this many images by heart: a check of the whole machinery.
     pub overfit: Option<usize>,
     pub device: Device,
+    /// Lines for the header: where the weights come from, and what was done to them.
+    pub notes: Vec<String>,
 }
 
-/// Images to train on, and to validate with.
+/// Images to train on, and to validate with. Clones share them.
+#[derive(Clone)]
 pub struct RunData {
     pub train: Arc<Dataset>,
     pub val: Option<Arc<Dataset>>,
     /// Training images that are evaluated as well, without augmentation: the gap to `val` shows overfitting.
     train_part: Arc<Dataset>,
     overfit: Option<usize>,
+    /// `data.train` and `data.val`, as the recipe has them.
+    names: (Option<String>, Option<String>),
 }
 
 /// An overfit run has this many steps to reach [`OVERFIT_LOSS`].
@@ -68,7 +73,13 @@ impl RunData {
             val: val.map(Arc::new),
             train_part: Arc::new(train_part),
             overfit: options.overfit,
+            names: (recipe.data.train.clone(), recipe.data.val.clone()),
         })
+    }
+
+    /// Whether a recipe names these data sets.
+    pub fn is_of(&self, recipe: &Recipe) -> bool {
+        self.names == (recipe.data.train.clone(), recipe.data.val.clone())
     }
 
     /// Fills in what the data decides (classes, an overfit run's settings), and checks what depends on its size.
@@ -221,6 +232,7 @@ impl Run {
         for line in model_lines(&trainer.model) {
             log(line);
         }
+        self.options.notes.iter().cloned().for_each(log);
         let val = self
             .data
             .val

@@ -7,11 +7,10 @@ mod head;
 mod interpolate;
 mod pinv;
 
-use serde::{Deserialize, Serialize};
-
 use self::interpolate::{Axis, Resampling};
 use super::{LayoutKind, ModelFile, Tensor};
 use crate::error::{Error, Result};
+pub use crate::recipe::{HeadPolicy, PosembDialect, RepLayer};
 use crate::vit::config::{ModelConfig, Posemb, PosembJoin};
 
 const KERNEL: &str = "patch_embed.proj.weight";
@@ -30,55 +29,6 @@ pub struct AdaptTarget {
     pub head: HeadPolicy,
     pub rep_layer: RepLayer,
     pub posemb: PosembDialect,
-}
-
-/// What becomes of the classifier.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum HeadPolicy {
-    /// Kept where the classes agree. Where both sides have names, each class takes the row of its name, and a class
-    /// without one starts at zero; without names, another number of classes means a new head.
-    #[default]
-    Auto,
-    /// Always a new head of zeros: vit_jax, even where the classes agree.
-    Reset,
-    /// An error unless the classes agree.
-    Keep,
-}
-
-/// What becomes of the tanh layer in front of the head (`pre_logits`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum RepLayer {
-    /// Goes with the head: kept where any row of the head is, else dropped, as vit_jax fine-tunes.
-    #[default]
-    Auto,
-    Keep,
-    Drop,
-}
-
-/// Whose way of resizing position embeddings and patch kernels.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum PosembDialect {
-    /// That of the code that the file's layout comes from.
-    #[default]
-    Auto,
-    /// `scipy.ndimage.zoom(order=1)`: linear, the corners of both grids aligned. Without SciPy's zeros, see
-    /// [`PosembDialect::ScipyZoomExact`].
-    VitJax,
-    /// The same as [`PosembDialect::VitJax`].
-    BigVision,
-    /// SciPy to the letter: where the last coordinate exceeds the grid by a rounding error (28 to 48 patches per side,
-    /// among others) the last row and column are zero.
-    ScipyZoomExact,
-    /// timm's own files: bicubic with antialiasing.
-    Timm,
-    /// timm reading an `.npz`: bilinear between half-pixel centres, no antialiasing.
-    TimmNpz,
-    /// HuggingFace and DeiT: bicubic (a = -0.75), no antialiasing.
-    Hf,
 }
 
 impl PosembDialect {
