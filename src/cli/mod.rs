@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod convert;
 pub mod doctor;
 pub mod eval;
 pub mod features;
@@ -61,8 +62,8 @@ enum Command {
     Pack(pack::Args),
     /// Draw a contact sheet of augmented samples
     Preview(preview::Args),
-    /// Convert weights between layouts (not built yet)
-    Convert(NotBuilt),
+    /// Convert weights between layouts
+    Convert(convert::Args),
     /// Say what a weights file, a checkpoint or a data set holds
     Inspect(inspect::Args),
     /// Write logits, loss and every gradient of one batch
@@ -77,13 +78,6 @@ enum Command {
     Selftest(selftest::Args),
     /// Say what this machine offers and what Vitrum will use
     Doctor(doctor::Args),
-}
-
-/// Takes anything, so that the answer is "not built yet" and not a complaint about a flag.
-#[derive(clap::Args)]
-struct NotBuilt {
-    #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    _rest: Vec<OsString>,
 }
 
 /// Settings of a recipe, wherever a command has them.
@@ -163,10 +157,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Selftest(args) => selftest::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Preview(args) => preview::run(args),
-        Command::Convert(_) => {
-            let hint = "checkpoints of `vitrum train` already have timm's tensor names, in safetensors";
-            Err(not_built("vitrum convert").hint(hint))
-        }
+        Command::Convert(args) => convert::run(args),
     }
 }
 

@@ -25,6 +25,10 @@ pub(super) fn replace(file: &mut ModelFile, target: &AdaptTarget, notes: &mut Ve
         (Some(0), _) => return Err(Error::usage("`model.classes` is 0")),
         (Some(classes), _) => classes,
         (None, Some(names)) => names.len(),
+        (None, None) if old == 0 => {
+            return Err(Error::new("it has no head, and nothing says how many classes there are to be")
+                .hint("give the data set, or `--set model.classes=N`"));
+        }
         (None, None) => old,
     };
     let drop_rep = |rows: &Rows| match target.rep_layer {
@@ -45,11 +49,12 @@ pub(super) fn replace(file: &mut ModelFile, target: &AdaptTarget, notes: &mut Ve
 
     if drop_rep {
         notes.push(format!("representation layer of {} dropped", file.config.rep_size));
-        file.tensors.retain(|name, _| !name.starts_with("pre_logits."));
+        ["pre_logits.weight", "pre_logits.bias"].iter().for_each(|name| file.tensors.remove(name));
         file.config.rep_size = 0;
     }
     match &rows {
         Rows::AsTheyAre => notes.push(format!("head kept: {classes} classes")),
+        Rows::Zero if old == 0 => notes.push(format!("head added: {classes} classes, all zero")),
         Rows::Zero => notes.push(format!("head of {old} classes replaced: {classes} classes, all zero")),
         Rows::ByName(sources) => {
             let found = sources.iter().flatten().count();
@@ -57,11 +62,18 @@ pub(super) fn replace(file: &mut ModelFile, target: &AdaptTarget, notes: &mut Ve
         }
     }
     let features = if file.config.rep_size > 0 { file.config.rep_size } else { file.config.width };
-    for name in ["head", "head_dist"] {
-        for (leaf, cols) in [("weight", features), ("bias", 1)] {
-            if let Some(tensor) = file.tensors.get_mut(&format!("{name}.{leaf}")) {
-                change_rows(tensor, &rows, classes, cols);
-            }
+    let heads = if file.config.extra_tokens == 2 { &["head", "head_dist"][..] } else { &["head"] };
+    for head in heads {
+        for (leaf, shape) in [("weight", vec![classes, features]), ("bias", vec![classes])] {
+            let name = format!("{head}.{leaf}");
+            let values = match &rows {
+                Rows::AsTheyAre => continue,
+                Rows::Zero => vec![0.0; shape.iter().product()],
+                Rows::ByName(sources) => {
+                    pick(&file.tensors.values(&name)?, sources, shape[1..].iter().product())
+                }
+            };
+            file.tensors.insert(&name, Tensor::new(shape, values));
         }
     }
     if !matches!(rows, Rows::AsTheyAre) {
@@ -102,18 +114,13 @@ fn choose_rows(file: &ModelFile, target: &AdaptTarget, classes: usize) -> Result
     Ok(if sources.iter().any(Option::is_some) { Rows::ByName(sources) } else { Rows::Zero })
 }
 
-/// A tensor of `[old, cols]` (or `[old]`) becomes one of `classes` rows.
-fn change_rows(tensor: &mut Tensor, rows: &Rows, classes: usize, cols: usize) {
-    let mut values = vec![0.0; classes * cols];
-    match rows {
-        Rows::AsTheyAre => return,
-        Rows::Zero => {}
-        Rows::ByName(sources) => {
-            for (new, old) in sources.iter().enumerate().filter_map(|(new, old)| Some((new, (*old)?))) {
-                values[new * cols..][..cols].copy_from_slice(&tensor.values[old * cols..][..cols]);
-            }
+/// Rows of `cols` values from where `sources` says; zeros where it says nothing.
+fn pick(values: &[f32], sources: &[Option<usize>], cols: usize) -> Vec<f32> {
+    let mut out = vec![0.0; sources.len() * cols];
+    for (row, source) in out.chunks_mut(cols).zip(sources) {
+        if let Some(source) = source {
+            row.copy_from_slice(&values[source * cols..][..cols]);
         }
     }
-    let shape = if tensor.shape.len() == 2 { vec![classes, cols] } else { vec![classes] };
-    *tensor = Tensor::new(shape, values);
+    out
 }

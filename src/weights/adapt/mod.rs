@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 pub use crate::recipe::{HeadPolicy, PosembDialect, RepLayer};
 use crate::vit::config::{ModelConfig, Posemb, PosembJoin};
 
+const KERNEL: &str = "patch_embed.proj.weight";
+const POSEMB: &str = "pos_embed";
+
 /// What the adapted model is to be; `None` leaves the file's own.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AdaptTarget {
@@ -35,6 +38,7 @@ impl PosembDialect {
             LayoutKind::Vitrum | LayoutKind::VitJax => Self::VitJax,
             LayoutKind::BigVision => Self::BigVision,
             LayoutKind::Timm => Self::Timm,
+            LayoutKind::HuggingFace => Self::Hf,
         }
     }
 
@@ -68,8 +72,8 @@ impl PosembDialect {
 
 /// Makes the model of `file` fit `target`. Beside it: what was done, one line each, to be told to the user.
 ///
-/// Errors: a target that is no model (exit 2); a head that `target` wants kept and that does not fit; a grid that has to
-/// be resized and is not known.
+/// Errors: a target that is no model (exit 2); a head that `target` wants kept and that does not fit; no classes for
+/// a file without a head; a grid that has to be resized and is not known.
 pub fn adapt(mut file: ModelFile, target: &AdaptTarget) -> Result<(ModelFile, Vec<String>)> {
     let dialect = target.posemb.resolve(file.layout);
     let mut notes = Vec::new();
@@ -95,11 +99,11 @@ fn resize_patches(
         None => old.image,
     };
     let new = ModelConfig { image, patch, ..old.clone() };
-    new.validate()?;
+    super::detect::validate(&new)?;
 
     if patch != old.patch {
-        let kernel = file.tensors.get_mut("patch_embed.proj.weight").expect("every model has a patch kernel");
-        *kernel = resize_kernel(kernel, patch, dialect.kernels());
+        let kernel = file.tensors.get(KERNEL)?;
+        file.tensors.insert(KERNEL, resize_kernel(&kernel, patch, dialect.kernels()));
         notes.push(format!(
             "patch kernel resized from {} to {}, pseudo-inverse of {} (FlexiViT)",
             by(old.patch),
@@ -116,8 +120,8 @@ fn resize_patches(
                 return Err(unknown_grid());
             }
             let rows = if old.posemb_join == PosembJoin::After { old.extra_tokens } else { 0 };
-            let posemb = file.tensors.get_mut("pos_embed").expect("learned positions are a tensor");
-            *posemb = resize_positions(posemb, rows, from, to, dialect.positions());
+            let posemb = file.tensors.get(POSEMB)?;
+            file.tensors.insert(POSEMB, resize_positions(&posemb, rows, from, to, dialect.positions()));
             notes.push(format!(
                 "position embedding resized from {} to {} patches as `{}` does it: {}",
                 by(from),

@@ -92,7 +92,8 @@ fn loading_for_fine_tuning_gives_vit_jaxs_parameters() {
             "head of 21 classes replaced: 5 classes, all zero",
         ]
     );
-    let flax = to_flax_tensors(&adapted.config, Numbering::Published, &adapted.tensors).unwrap();
+    let flax =
+        to_flax_tensors(&adapted.config, Numbering::Published, &adapted.tensors.all().unwrap()).unwrap();
     for name in after.names().filter(|n| !["images_u8", "features"].contains(n)) {
         let expected = after.tensor(name).unwrap();
         let got = flax.get(name).unwrap_or_else(|| panic!("no `{name}`"));
@@ -138,7 +139,7 @@ fn nothing_changes_where_nothing_has_to() {
     };
     let (after, notes) = adapt(before, &target).unwrap();
     assert_eq!(notes, ["head kept: 3 classes"]);
-    assert_same(&after.tensors, &tensors);
+    assert_same(&after.tensors.all().unwrap(), &tensors);
     assert_eq!(after.config, config);
 }
 
@@ -158,12 +159,12 @@ fn heads_are_kept_by_name_by_number_or_not_at_all() {
     // By name: c and a are found, d starts at zero, and the representation layer that the rows belong to stays.
     let by_name = AdaptTarget { class_names: names(&["c", "d", "a", "e"]), ..Default::default() };
     let (file, tensors) = adapted(of, by_name.clone()).unwrap();
-    let (old, new) = (&tensors["head.weight"].values, &file.tensors["head.weight"].values);
+    let (old, new) = (&tensors["head.weight"].values, &file.tensors.values("head.weight").unwrap());
     assert_eq!(
         (&new[..5], &new[5..10], &new[10..15], &new[15..]),
         (&old[10..], &[0.0; 5][..], &old[..5], &[0.0; 5][..])
     );
-    assert_eq!(file.tensors["head.bias"].values[2], tensors["head.bias"].values[0]);
+    assert_eq!(file.tensors.values("head.bias").unwrap()[2], tensors["head.bias"].values[0]);
     assert_eq!((file.config.classes, file.config.rep_size), (4, 5));
     assert_eq!(file.meta.classes, by_name.class_names);
 
@@ -174,9 +175,9 @@ fn heads_are_kept_by_name_by_number_or_not_at_all() {
         (of, AdaptTarget { head: HeadPolicy::Reset, ..Default::default() }),
     ] {
         let (file, _) = adapted(of, target.clone()).unwrap();
-        assert!(file.tensors["head.weight"].values.iter().all(|v| *v == 0.0));
-        assert_eq!((file.config.rep_size, file.tensors.contains_key("pre_logits.bias")), (0, false));
-        assert_eq!(file.tensors["head.weight"].shape, [target.classes.unwrap_or(3), 12]);
+        assert!(file.tensors.values("head.weight").unwrap().iter().all(|v| *v == 0.0));
+        assert_eq!((file.config.rep_size, file.tensors.contains("pre_logits.bias")), (0, false));
+        assert_eq!(file.tensors.shape("head.weight").unwrap(), [target.classes.unwrap_or(3), 12]);
         assert_eq!(file.meta.classes, target.class_names);
     }
 
@@ -184,7 +185,7 @@ fn heads_are_kept_by_name_by_number_or_not_at_all() {
     let keep = AdaptTarget { head: HeadPolicy::Keep, ..Default::default() };
     let (file, tensors) =
         adapted(None, AdaptTarget { class_names: names(&["p", "q", "r"]), ..keep.clone() }).unwrap();
-    assert_same(&file.tensors, &tensors);
+    assert_same(&file.tensors.all().unwrap(), &tensors);
     assert_eq!(file.meta.classes, names(&["p", "q", "r"]));
     for (target, says) in [
         (AdaptTarget { classes: Some(4), ..keep.clone() }, "its head has 3 classes, and 4 are wanted"),
@@ -197,7 +198,7 @@ fn heads_are_kept_by_name_by_number_or_not_at_all() {
     }
     let kept_rep = AdaptTarget { head: HeadPolicy::Reset, rep_layer: RepLayer::Keep, ..Default::default() };
     let (file, _) = adapted(of, kept_rep).unwrap();
-    assert_eq!((file.config.rep_size, file.tensors["head.weight"].shape.as_slice()), (5, &[3, 5][..]));
+    assert_eq!((file.config.rep_size, file.tensors.shape("head.weight").unwrap()), (5, &[3, 5][..]));
 }
 
 #[test]
@@ -207,8 +208,8 @@ fn a_distilled_model_gets_two_new_heads() {
     let target = AdaptTarget { image: Some((24, 16)), classes: Some(9), ..Default::default() };
     let (file, _) = adapt(file, &target).unwrap();
     assert_whole(&file);
-    assert_eq!(file.tensors["head_dist.bias"], Tensor::new([9], vec![0.0; 9]));
-    assert_eq!(file.tensors["pos_embed"].shape, [1, 2 + 24, 12]);
+    assert_eq!(file.tensors.get("head_dist.bias").unwrap(), Tensor::new([9], vec![0.0; 9]));
+    assert_eq!(file.tensors.shape("pos_embed").unwrap(), [1, 2 + 24, 12]);
 }
 
 #[test]
@@ -233,7 +234,10 @@ fn any_grid_and_patch_gives_a_whole_model_whose_extra_rows_are_untouched() {
                 assert_eq!(resized, config.posemb == Posemb::Learned);
                 if resized {
                     let rows = ..rows * config.width;
-                    assert_eq!(file.tensors["pos_embed"].values[rows], tensors["pos_embed"].values[rows]);
+                    assert_eq!(
+                        file.tensors.values("pos_embed").unwrap()[rows],
+                        tensors["pos_embed"].values[rows]
+                    );
                 }
             }
         }
