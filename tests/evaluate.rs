@@ -117,7 +117,8 @@ fn features_are_what_the_head_reads() {
 
     // The head on top of them gives the accuracy that `eval` measures.
     let model = vitrum::weights::open(Path::new(trained()), &Default::default()).unwrap();
-    let (weight, bias) = (&model.tensors["head.weight"].values, &model.tensors["head.bias"].values);
+    let (weight, bias) =
+        (model.tensors.get("head.weight").unwrap().values, model.tensors.get("head.bias").unwrap().values);
     let features = stored.tensor("features").unwrap().values;
     let right = features.chunks(24).zip(labels()).filter(|(x, label)| {
         let logit = |c: usize| bias[c] + x.iter().zip(&weight[c * 24..]).map(|(x, w)| x * w).sum::<f32>();

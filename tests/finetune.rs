@@ -89,7 +89,7 @@ fn run(out: &str, data: &str, more: &[&str]) -> Done {
 /// Tensors of a run's last checkpoint.
 fn tensors(run: &str) -> Tensors {
     let file = Path::new(run).join("checkpoints/last/model.safetensors");
-    weights::open(&file, &Default::default()).unwrap().tensors
+    weights::open(&file, &Default::default()).unwrap().tensors.all().unwrap()
 }
 
 /// Names of the tensors that are not the same in both, to the bit.
@@ -370,7 +370,8 @@ fn fine_tuning_starts_from_what_vit_jax_loads() {
     vitrum(&args).ok().says(&["position embedding resized", "representation layer of", "all zero"]);
 
     let file = weights::open(Path::new(&out), &Default::default()).unwrap();
-    let own = weights::to_flax_tensors(&file.config, Numbering::Published, &file.tensors).unwrap();
+    let own =
+        weights::to_flax_tensors(&file.config, Numbering::Published, &file.tensors.all().unwrap()).unwrap();
     let names: BTreeMap<&str, ()> =
         want.names().filter(|n| !["images_u8", "features"].contains(n)).map(|n| (n, ())).collect();
     assert_eq!(own.keys().map(String::as_str).collect::<Vec<_>>(), names.keys().copied().collect::<Vec<_>>());
