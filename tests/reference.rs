@@ -372,7 +372,7 @@ fn a_short_training_run_follows_the_reference() {
             targets: TargetKind::Labels,
         };
         let mut slot = run.backend.new_slot(layout).unwrap();
-        slot.images_u8_mut().copy_from_slice(&data.bytes("test_images").unwrap());
+        slot.images_u8_mut().copy_from_slice(data.bytes("test_images").unwrap());
         let test_labels = data.i64("test_labels").unwrap();
         slot.labels_mut().iter_mut().zip(test_labels).for_each(|(to, label)| *to = label as i32);
         let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };

@@ -25,8 +25,6 @@ pub fn run(args: Args) -> Result<()> {
     let overrides = args.settings.model_overrides()?;
     let (layout, notes) = weights::convert(&args.input, &args.output, args.to, &overrides)?;
     notes.iter().for_each(|note| eprintln!("warning: {note}"));
-    let layout =
-        serde_json::to_value(layout).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default();
-    eprintln!("{} ({layout}) -> {}", args.input.display(), args.output.display());
+    eprintln!("{} ({}) -> {}", args.input.display(), layout.name(), args.output.display());
     Ok(())
 }

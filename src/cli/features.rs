@@ -10,7 +10,6 @@ use crate::report::format;
 use crate::train::loaded::Loaded;
 use crate::train::pass::Protocol;
 use crate::train::probe;
-use crate::vit::Mode;
 use crate::weights::safetensors::{self, View};
 
 #[derive(clap::Args)]
@@ -44,7 +43,7 @@ pub fn run(args: Args) -> Result<()> {
     let overrides = args.settings.model_overrides()?;
     let data = Dataset::open(&args.data, args.split)?;
     let batch = BATCH.min(data.len());
-    let mut model = Loaded::open(&args.weights, &overrides, args.on.device, batch, Mode::Infer, None)?;
+    let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
     let protocol = protocol.unwrap_or_else(|| model.protocol());
     let samples = probe::features(&mut model, &data, protocol)?;
 

@@ -13,7 +13,6 @@ use crate::train::loaded::Loaded;
 use crate::train::pass::Protocol;
 use crate::train::probe::{self, chosen};
 use crate::train::ridge::Samples;
-use crate::vit::Mode;
 
 /// What is fitted to the features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -77,7 +76,7 @@ pub fn run(args: Args) -> Result<()> {
         train = train.take(images as usize);
     }
     let batch = BATCH.min(train.len()).min(val.len());
-    let mut model = Loaded::open(&args.weights, &overrides, args.on.device, batch, Mode::Infer, None)?;
+    let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
     let protocol = protocol.unwrap_or_else(|| model.protocol());
     let mut features = |data: &Dataset| probe::features(&mut model, data, protocol);
     let (of_train, of_val) = (features(&train)?, features(&val)?);

@@ -301,7 +301,7 @@ fn jax_tensors(param: &Param, c: &ModelConfig) -> Vec<JaxTensor> {
     // File order → place in the buffer, found by sending the numbers 0.. through the layout.
     let numbers: Vec<f32> = (0..param.len()).map(|i| i as f32).collect();
     let mut place_of = vec![0; param.len()];
-    for (k, file_index) in param.from_file_order(&numbers).into_iter().enumerate() {
+    for (k, file_index) in param.from_file_order(&numbers).iter().enumerate() {
         place_of[*file_index as usize] = param.offset + k / param.cols * param.ld + k % param.cols;
     }
     let tensor = |(shape, file_index): (Vec<usize>, Place)| {

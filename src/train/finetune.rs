@@ -47,9 +47,9 @@ impl Start {
     /// refuses.
     pub fn load(loaded: &Loaded, data: &RunData) -> Result<Start> {
         let need = Need::of(loaded, &data.train)?;
-        let file = weights::open(Path::new(&need.path), &need.overrides)?;
+        let file = weights::open_backbone(Path::new(&need.path), &need.overrides)?;
         agree(loaded, &file)?;
-        let layout = format!("{:?}", file.layout).to_lowercase();
+        let layout = file.layout.name();
         let mut notes = vec![format!("{} (layout {layout})", file.path.display())];
         notes.extend(file.notes.iter().cloned());
         let (weights, done) = weights::adapt(file, &need.target)?;

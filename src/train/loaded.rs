@@ -8,7 +8,7 @@ use crate::backend::{
 use crate::data;
 use crate::error::Result;
 use crate::vit::{Mode, Vit};
-use crate::weights::{self, AdaptTarget, CheckpointMeta, ModelFile, ModelOverrides};
+use crate::weights::{self, AdaptTarget, CheckpointMeta, ModelFile, ModelOverrides, RepLayer};
 
 /// Weights, model and device.
 pub struct Loaded {
@@ -34,9 +34,28 @@ impl Loaded {
                 file.set_image(image)?;
                 file
             }
-            (Mode::Infer, None) => open_at(path, overrides)?,
+            (Mode::Infer, None) => open_at(path, overrides, weights::open)?,
             (Mode::Train, None) => weights::open(path, overrides)?,
         };
+        Self::on_device(file, device, batch, mode)
+    }
+
+    /// The same for features, of a file that need not have a classifier: it gets one of a single class.
+    pub fn open_backbone(
+        path: &Path,
+        overrides: &ModelOverrides,
+        device: Device,
+        batch: usize,
+    ) -> Result<Self> {
+        let mut file = open_at(path, overrides, weights::open_backbone)?;
+        if file.config.classes == 0 {
+            let one = AdaptTarget { classes: Some(1), rep_layer: RepLayer::Keep, ..AdaptTarget::default() };
+            file = weights::adapt(file, &one)?.0;
+        }
+        Self::on_device(file, device, batch, Mode::Infer)
+    }
+
+    fn on_device(file: ModelFile, device: Device, batch: usize, mode: Mode) -> Result<Self> {
         file.notes.iter().for_each(|note| eprintln!("note: {note}"));
         let mut backend = backend::select(device, 0)?;
         let model = Vit::new(file.config.clone(), file.meta.normalise, batch, mode, |_| false);
@@ -72,13 +91,17 @@ impl Loaded {
 }
 
 /// Reads a model for pictures of `overrides.image`; where its positions are for others, they are resized.
-fn open_at(path: &Path, overrides: &ModelOverrides) -> Result<ModelFile> {
-    let as_it_is = weights::open(path, overrides);
+fn open_at(
+    path: &Path,
+    overrides: &ModelOverrides,
+    open: impl Fn(&Path, &ModelOverrides) -> Result<ModelFile>,
+) -> Result<ModelFile> {
+    let as_it_is = open(path, overrides);
     if overrides.image.is_none() || as_it_is.is_ok() {
         return as_it_is;
     }
     // Whatever else is wrong with the file is wrong without the size, too.
-    let file = weights::open(path, &ModelOverrides { image: None, ..overrides.clone() })?;
+    let file = open(path, &ModelOverrides { image: None, ..overrides.clone() })?;
     let target = AdaptTarget { image: overrides.image, ..AdaptTarget::default() };
     let (mut file, notes) = weights::adapt(file, &target)?;
     file.notes.extend(notes);

@@ -574,7 +574,7 @@ fn damaged(whole: &[u8], round: usize, s: &mut Stream) -> Vec<u8> {
     let mut bytes = whole.to_vec();
     for _ in 0..1 + round % 3 {
         let mut below = |n: usize| s.next_u32() as usize % n.max(1);
-        let near = if round % 2 == 0 { bytes.len() } else { bytes.len().min(3000) };
+        let near = if round.is_multiple_of(2) { bytes.len() } else { bytes.len().min(3000) };
         let at = below(near);
         match below(6) {
             0 => bytes.truncate(at),

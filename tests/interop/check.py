@@ -220,6 +220,7 @@ def check_transformers(folder):
 
 
 def main():
+    transformers.utils.logging.disable_progress_bar()
     print(f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}")
     version = json.dumps(vitrum("--version").stdout.strip())
     print(f"vitrum {version}; relative differences of logits, at most {TOLERANCE}")

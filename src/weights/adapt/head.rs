@@ -106,10 +106,10 @@ fn choose_rows(file: &ModelFile, target: &AdaptTarget, classes: usize) -> Result
     }
     let place: HashMap<&str, usize> = theirs.iter().enumerate().map(|(i, n)| (n.as_str(), i)).collect();
     let sources: Vec<Option<usize>> = ours.iter().map(|name| place.get(name.as_str()).copied()).collect();
-    if target.head == HeadPolicy::Keep {
-        if let Some((missing, _)) = ours.iter().zip(&sources).find(|(_, source)| source.is_none()) {
-            fail!("its head has no class `{missing}`");
-        }
+    if target.head == HeadPolicy::Keep
+        && let Some((missing, _)) = ours.iter().zip(&sources).find(|(_, source)| source.is_none())
+    {
+        fail!("its head has no class `{missing}`");
     }
     Ok(if sources.iter().any(Option::is_some) { Rows::ByName(sources) } else { Rows::Zero })
 }

@@ -4,8 +4,10 @@ use super::{Shapes, huggingface};
 use crate::error::Error;
 use crate::vit::names::{block_of, flax_parts, from_flax, to_linen};
 
-/// The layouts, and whether they have such a name.
-const LAYOUTS: [(&str, fn(&str) -> bool); 3] = [
+/// Whether a layout has such a name.
+type Known = fn(&str) -> bool;
+
+const LAYOUTS: [(&str, Known); 3] = [
     ("timm's", is_timm),
     ("vit_jax's", is_flax),
     ("HuggingFace's", |name| huggingface::own_name(name).is_some()),
@@ -32,14 +34,13 @@ pub(super) fn refuse(shapes: &Shapes) -> Error {
             }
         }
     }
-    let fits = |prefix: &str, known: fn(&str) -> bool| {
+    let fits = |prefix: &str, known: Known| {
         shapes.keys().filter_map(|name| name.strip_prefix(prefix)).filter(|name| known(name)).count()
     };
     let tries =
         prefixes.iter().flat_map(|p| LAYOUTS.map(|(layout, known)| (fits(p, known), *p, layout, known)));
     // The first of equals: a shorter prefix.
-    let best = tries
-        .fold((0, "", "", is_timm as fn(&str) -> bool), |best, one| if one.0 > best.0 { one } else { best });
+    let best = tries.fold((0, "", "", is_timm as Known), |best, one| if one.0 > best.0 { one } else { best });
     let (count, prefix, layout, known) = best;
     let some: Vec<String> = shapes.keys().take(3).map(|n| format!("`{n}`")).collect();
     let holds = if some.is_empty() { "no tensors".to_string() } else { some.join(", ") + ", ..." };

@@ -36,6 +36,11 @@ pub enum LayoutKind {
 }
 
 impl LayoutKind {
+    /// As `vitrum inspect` calls it.
+    pub fn name(self) -> String {
+        serde_json::to_value(self).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default()
+    }
+
     /// GELU form, LayerNorm epsilon and initialisation of the code that the layout comes from.
     pub(super) fn defaults(self) -> (Gelu, f32, InitScheme) {
         match self {
@@ -184,13 +189,12 @@ impl Plan {
         }
         if let Some([_, channels, _, _]) =
             self.shapes.get_mut("patch_embed.proj.weight").map(Vec::as_mut_slice)
+            && *channels != 3
         {
-            if *channels != 3 {
-                self.notes.push(format!(
-                    "the patch kernel takes {channels} channels: made one for 3, repeated and scaled as timm does it"
-                ));
-                self.channels = Some(std::mem::replace(channels, 3));
-            }
+            self.notes.push(format!(
+                "the patch kernel takes {channels} channels: made one for 3, repeated and scaled as timm does it"
+            ));
+            self.channels = Some(std::mem::replace(channels, 3));
         }
         Ok(self)
     }
