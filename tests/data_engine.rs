@@ -380,7 +380,8 @@ fn damaged_files_of_every_kind_never_panic() {
         for _ in 0..150 {
             let mut bytes = whole.clone();
             for _ in 0..1 + random(4) {
-                let at = random(bytes.len().min(if random(2) == 0 { 600 } else { usize::MAX }));
+                let most = if random(2) == 0 { 600 } else { usize::MAX };
+                let at = random(bytes.len().min(most));
                 bytes[at] = random(256) as u8;
             }
             if random(3) == 0 {
