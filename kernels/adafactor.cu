@@ -59,6 +59,7 @@ struct AdafactorBuffers {
   float ema_keep, ema_add;
   float keep1, add1;  // μ, 1 - μ
 };
+static_assert(sizeof(AdafactorBuffers) == 96, "shared with Rust");
 
 // ---- tiles ------------------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@
 //           can bear: both directions measure what the rounded mean left over, avg(x - mean), and take it
 //           off. A joined sum is normalised as it was stored, so that the backward sees the same values.
 // Launch    bf16, D ≤ 1280: one warp per row, 6 or 8 rows per block, the row in registers (instance N holds D
-//           in (256(N-1), 256N]), blocks loop over rows. A lane owns the same columns of every row, so dγ and
-//           dβ stay in its registers until the block's warps are added up once. f32 and D > 1280 take the
-//           `_wide` kernels: a warp per row that walks it several times through L1, and
-//           `layernorm_gradients`, in which lanes own columns, for dγ and dβ.
+//           in (256(N-1), 256N]), blocks loop over rows. A lane owns the same columns of every row, so γ
+//           and β (forward), dγ and dβ (backward) stay in its registers; the block's warps are added up once.
+//           f32 and D > 1280 take the `_wide` kernels: a warp per row that walks it several times through L1,
+//           and `layernorm_gradients`, in which lanes own columns, for dγ and dβ.
 // Bytes     per value of bf16: forward 4 (join 8), backward 8, or 6 fresh (join + 2), 8R of statistics, and
 //           the partials.
 // Order     rows of a warp, warps, blocks (`sum_partials`): fixed by the launch shape.
@@ -59,22 +59,47 @@ __device__ __forceinline__ void store_stats(RowStats s, float* mean, float* rstd
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store_normalised(const float (&x)[VEC], RowStats s, const float* gamma,
-                                                 const float* beta, T* y, u32 n) {
+// γ and β of eight columns: from memory (L1) each time, or held by the lane, whose columns are the same in
+// every row.
+struct AffineInMemory {
+  const float *gamma, *beta;
+  __device__ __forceinline__ void get(u32, u32 column, u32 n, float (&g)[VEC], float (&b)[VEC]) const {
+    load8(gamma + column, n, g);
+    load8(beta + column, n, b);
+  }
+};
+template <u32 STRETCHES>
+struct AffineInRegisters {
+  float g[STRETCHES][VEC], b[STRETCHES][VEC];
+  __device__ __forceinline__ AffineInRegisters(const float* gamma, const float* beta, u32 columns) {
+#pragma unroll
+    for (u32 j = 0; j < STRETCHES; ++j) {
+      u32 column = column_of(j), n = held<STRETCHES>(j, column, columns);
+      load8(gamma + column, n, g[j]);
+      load8(beta + column, n, b[j]);
+    }
+  }
+  __device__ __forceinline__ void get(u32 j, u32, u32, float (&g)[VEC], float (&b)[VEC]) const {
+#pragma unroll
+    for (u32 i = 0; i < VEC; ++i) g[i] = this->g[j][i], b[i] = this->b[j][i];
+  }
+};
+
+template <typename T, typename Affine>
+__device__ __forceinline__ void store_normalised(const float (&x)[VEC], RowStats s, const Affine& affine,
+                                                 u32 j, T* y_row, u32 column, u32 n) {
   float g[VEC], b[VEC], v[VEC];
-  load8(gamma, n, g);
-  load8(beta, n, b);
+  affine.get(j, column, n, g, b);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = fmaf((x[i] - s.near - s.rest) * s.rstd, g[i], b[i]);
-  store8(y, n, v);
+  store8(y_row + column, n, v);
 }
 
 // Normalises a row held in registers.
-template <u32 STRETCHES>
-__device__ __forceinline__ void normalise_row(const float (&x)[STRETCHES][VEC], const float* gamma,
-                                              const float* beta, float eps, bf16* y, float* mean, float* rstd,
-                                              u32 row, u32 columns) {
+template <u32 STRETCHES, typename Affine>
+__device__ __forceinline__ void normalise_row(const float (&x)[STRETCHES][VEC], const Affine& affine,
+                                              float eps, bf16* y, float* mean, float* rstd, u32 row,
+                                              u32 columns) {
   float inverse = 1.0f / static_cast<float>(columns);
   float total = 0.0f;
 #pragma unroll
@@ -99,7 +124,7 @@ __device__ __forceinline__ void normalise_row(const float (&x)[STRETCHES][VEC], 
 #pragma unroll
   for (u32 j = 0; j < STRETCHES; ++j) {
     u32 column = column_of(j), n = held<STRETCHES>(j, column, columns);
-    if (n > 0) store_normalised(x[j], stats, gamma + column, beta + column, y + column, n);
+    if (n > 0) store_normalised(x[j], stats, affine, j, y, column, n);
   }
 }
 
@@ -118,6 +143,7 @@ __device__ __forceinline__ void layernorm(const bf16* x, u32 ld_x, const float* 
                                           u32 columns) {
   u32 stride = gridDim.x * rows_of_block();
   u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP;
+  AffineInRegisters<STRETCHES> affine(gamma, beta, columns);
   Raw8<bf16> raw[STRETCHES];
   if (row < rows) fetch_row(row_of(x, row, ld_x), columns, raw);
   for (; row < rows; row += stride) {
@@ -126,7 +152,7 @@ __device__ __forceinline__ void layernorm(const bf16* x, u32 ld_x, const float* 
     for (u32 j = 0; j < STRETCHES; ++j) unpack8(raw[j], v[j]);
     // The next row is on its way while this one is worked on.
     if (row + stride < rows) fetch_row(row_of(x, row + stride, ld_x), columns, raw);
-    normalise_row(v, gamma, beta, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
+    normalise_row(v, affine, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
   }
 }
 
@@ -162,7 +188,7 @@ __device__ __forceinline__ void layernorm_join(const StepCells* cells, const Bra
       round8<bf16>(v[j]);
       if (n > 0) store8(sum_row + column, n, v[j]);
     }
-    normalise_row(v, gamma, beta, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
+    normalise_row(v, AffineInMemory{gamma, beta}, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
   }
 }
 
@@ -199,7 +225,7 @@ __device__ __forceinline__ void layernorm_wide(const T* x, u32 ld_x, const float
     for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
       u32 n = valid8(column, columns);
       load8(in + column, n, v);
-      store_normalised(v, stats, gamma + column, beta + column, out + column, n);
+      store_normalised(v, stats, AffineInMemory{gamma, beta}, 0, out, column, n);
     }
   }
 }
@@ -410,10 +436,10 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
 
 // The backward's sums of a row of 768 do not leave 256 threads enough of them.
 LAYERNORM(1, 4, 4, 256, 3)
-LAYERNORM(2, 4, 3, 256, 2)
-LAYERNORM(3, 3, 2, 192, 2)
-LAYERNORM(4, 2, 2, 256, 1)
-LAYERNORM(5, 2, 2, 256, 1)
+LAYERNORM(2, 3, 3, 256, 2)
+LAYERNORM(3, 2, 2, 192, 2)
+LAYERNORM(4, 1, 2, 256, 1)
+LAYERNORM(5, 1, 2, 256, 1)
 
 #define LAYERNORM_WIDE(suffix, T)                                                                          \
   KERNEL(layernorm_##suffix##_wide, 256, 4)(const T* x, u32 ld_x, const float* gamma, const float* beta,   \

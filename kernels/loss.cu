@@ -27,6 +27,7 @@ struct LossArgs {
   u32 dense;  // targets are f32 [samples, C]
   u32 first;  // index in the slot of the micro-batch's first sample
 };
+static_assert(sizeof(LossArgs) == 24, "shared with Rust");
 
 // The type of sums and of differences that cancel.
 template <typename T>

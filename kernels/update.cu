@@ -45,6 +45,7 @@ struct UpdateConstants {
   u32 torch_clip;
   u32 reserved;
 };
+static_assert(sizeof(UpdateConstants) == 48, "shared with Rust");
 
 __device__ __forceinline__ float clip_factor(const UpdateConstants& k, double norm) {
   if (k.max_norm == 0.0) return 1.0f;
@@ -84,6 +85,7 @@ struct RuleConstants {
   float eps;
   u32 nesterov;
 };
+static_assert(sizeof(RuleConstants) == 24, "shared with Rust");
 
 // (g, m, v) → u; m and v become what is stored.
 struct Sgd {
@@ -121,6 +123,7 @@ struct UpdateChunk {
   u64 param, grad;
   u32 len, group;
 };
+static_assert(sizeof(UpdateChunk) == 24, "shared with Rust");
 
 struct UpdateBuffers {
   float* params;
@@ -131,6 +134,7 @@ struct UpdateBuffers {
   bf16* copy;      // null: none
   float ema_keep, ema_add;
 };
+static_assert(sizeof(UpdateBuffers) == 56, "shared with Rust");
 
 constexpr u32 QUAD = 4;
 

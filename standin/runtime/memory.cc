@@ -17,7 +17,7 @@ Device device;
 
 namespace {
 
-constexpr size_t kGap = 4096, kAlign = 256;
+constexpr size_t kGap = 4096, kAlign = 256, kPoisoned = 4 << 20;
 
 std::mutex lock;
 std::map<uint64_t, size_t> live;       // start → bytes asked for
@@ -89,8 +89,8 @@ uint64_t allocate(size_t bytes) {
     size_t first = device.granule(start);
     memset(device.state + first, kAllocated, bytes / 2);
     if (bytes % 2) device.state[first + bytes / 2] = 1;
-    // Fresh memory holds what looks like no number at all: NaN in f32 and bf16.
-    memset(reinterpret_cast<void*>(start), 0xff, bytes);
+    // Fresh memory holds what looks like no number at all: NaN in f32 and bf16. The start of a large arena will do.
+    memset(reinterpret_cast<void*>(start), 0xff, bytes < kPoisoned ? bytes : kPoisoned);
     return start;
   }
   return 0;

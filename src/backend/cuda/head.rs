@@ -74,6 +74,7 @@ struct LossArgs {
 
 // SAFETY: one f64 and four words.
 unsafe impl Argument for LossArgs {}
+const _: () = assert!(size_of::<LossArgs>() == 24);
 
 /// Shared memory in front of the logits that wait there.
 const LOSS_SCRATCH: usize = 512;

@@ -42,10 +42,10 @@ macro_rules! instance {
 /// As at the foot of `kernels/layernorm.cu`.
 const INSTANCES: [Instance; 5] = [
     instance!(1, 4, 4, 256, 3),
-    instance!(2, 4, 3, 256, 2),
-    instance!(3, 3, 2, 192, 2),
-    instance!(4, 2, 2, 256, 1),
-    instance!(5, 2, 2, 256, 1),
+    instance!(2, 3, 3, 256, 2),
+    instance!(3, 2, 2, 192, 2),
+    instance!(4, 1, 2, 256, 1),
+    instance!(5, 1, 2, 256, 1),
 ];
 /// Threads of a block where nothing else is said.
 const THREADS: u32 = 256;
@@ -390,4 +390,23 @@ pub(super) fn residual_backward(cuda: &mut Cuda, join: &Join, d_sum: Mat, d_bran
         partials.pitch,
     )?;
     partials.finish(cuda, &[branch.layer_scale.and_then(|(_, d)| d)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn launches_are_those_that_the_kernels_were_compiled_for() {
+        let source = include_str!("../../../kernels/layernorm.cu");
+        let lines: Vec<Vec<usize>> = source
+            .lines()
+            .filter_map(|line| line.strip_prefix("LAYERNORM(")?.strip_suffix(')'))
+            .map(|numbers| numbers.split(", ").map(|n| n.parse().unwrap()).collect())
+            .collect();
+        let table = INSTANCES.iter().enumerate().map(|(i, k)| {
+            vec![i + 1, k.forward_blocks, k.join_blocks, k.backward_threads as usize, k.backward_blocks]
+        });
+        assert_eq!(lines, table.collect::<Vec<_>>());
+    }
 }

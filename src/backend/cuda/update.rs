@@ -151,6 +151,8 @@ struct UpdateChunk {
     group: u32,
 }
 
+const _: () = assert!(size_of::<UpdateChunk>() == 24 && size_of::<RawReport>() == 48);
+
 /// Elements of a chunk: four rounds of a block.
 const CHUNK: usize = 4096;
 /// The update's blocks of a multiprocessor.
@@ -203,6 +205,7 @@ struct UpdateConstants {
 
 // SAFETY: five f64 and two words.
 unsafe impl Argument for UpdateConstants {}
+const _: () = assert!(size_of::<UpdateConstants>() == 48);
 
 /// `RuleConstants` of `kernels/update.cu`.
 #[derive(Clone, Copy)]
@@ -235,6 +238,7 @@ struct UpdateBuffers {
 
 // SAFETY: six addresses and two words.
 unsafe impl Argument for UpdateBuffers {}
+const _: () = assert!(size_of::<UpdateBuffers>() == 56);
 
 /// A constant that multiplies the stored first moment: JAX converts it to the moment's type first.
 fn beside_moment(value: f64, bf16: bool) -> f32 {

@@ -72,6 +72,8 @@ struct AdafactorBuffers {
 
 // SAFETY: ten addresses and four words.
 unsafe impl Argument for AdafactorBuffers {}
+const _: () = assert!(size_of::<AdafactorBuffers>() == 96);
+const _: () = assert!(size_of::<Tensor>() == 104 && size_of::<Tile>() == 16);
 
 /// The tables of an update, and the scratch that its kernels hand to each other.
 pub(super) struct Tables {
