@@ -50,12 +50,7 @@ fn unknown_commands_and_flags_are_wrong_usage() {
 }
 
 #[test]
-fn what_is_not_built_yet_says_so_whatever_its_flags() {
-    for command in ["preview", "convert"] {
-        let text = format!("error: `vitrum {command}` is not built yet\n");
-        vitrum(&[command]).code(2).stderr(starts_with(text.clone()));
-        vitrum(&[command, "--weights", "x", "--sweep", "a=1,2", "y"]).code(2).stderr(starts_with(text));
-    }
+fn what_is_not_built_yet_says_so() {
     let attention = ["predict", "--weights", "x", "--attention", "maps", "a.png"];
     vitrum(&attention).code(2).stderr(starts_with("error: `vitrum predict --attention` is not built yet"));
     vitrum(&["bench", "--what", "kernels"]).code(2).stderr(contains("not built yet"));

@@ -2,12 +2,14 @@
 
 mod support;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use serde_json::Value;
 
 use support::{Done, names, path, scratch, stripes, train, vitrum};
+use vitrum::data::{Dataset, Split, imagenet};
+use vitrum::train::score::Truth;
 use vitrum::weights::safetensors::SafeTensors;
 
 /// A run on [`stripes`]: three classes, 16 pixels, 40 pictures to validate.
@@ -117,8 +119,7 @@ fn features_are_what_the_head_reads() {
 
     // The head on top of them gives the accuracy that `eval` measures.
     let model = vitrum::weights::open(Path::new(trained()), &Default::default()).unwrap();
-    let (weight, bias) =
-        (model.tensors.get("head.weight").unwrap().values, model.tensors.get("head.bias").unwrap().values);
+    let [weight, bias] = ["head.weight", "head.bias"].map(|name| model.tensors.get(name).unwrap().values);
     let features = stored.tensor("features").unwrap().values;
     let right = features.chunks(24).zip(labels()).filter(|(x, label)| {
         let logit = |c: usize| bias[c] + x.iter().zip(&weight[c * 24..]).map(|(x, w)| x * w).sum::<f32>();
@@ -151,4 +152,25 @@ fn probes_find_in_the_features_what_training_put_there() {
     // A data set without a validation part has nothing to score on.
     let train = Path::new(stripes()).join("train").display().to_string();
     vitrum(&["probe", "--weights", trained(), "--data", &train]).exits(1).says(&["no validation part"]);
+}
+
+/// A model of 1,000 classes without names is taken for ImageNet's, and so are folders named after WordNet ids, also
+/// where only some are there.
+#[test]
+fn folders_named_after_wordnet_ids_meet_the_published_heads() {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data");
+    let folder = std::env::var_os("VITRUM_TEST_DATA").map_or(default, PathBuf::from).join("imagenet-mini");
+    if !folder.is_dir() {
+        println!("skipped: no pictures at {}", folder.display());
+        return;
+    }
+    let data = Dataset::open(folder.to_str().unwrap(), Split::Val).unwrap();
+    let truth = Truth::of(&data, 1000, None).unwrap();
+    let class = |i: usize| imagenet::class_of(&data.classes()[data.label(i)]).unwrap();
+    let expected: Vec<usize> = (0..data.len()).map(class).collect();
+    let list = file("imagenet.json", &serde_json::to_string(&expected).unwrap());
+    assert_eq!(truth, Truth::read(Path::new(&list), &data, 1000, None).unwrap());
+    assert!(expected.iter().any(|class| *class > 500));
+    let error = Truth::of(&data, 999, None).unwrap_err();
+    assert!(error.message().contains("the model 999"), "{error}");
 }

@@ -7,9 +7,10 @@ use serde_json::{Value, json};
 use super::{On, Settings, print, print_json};
 use crate::data::{Dataset, Split};
 use crate::error::Result;
+use crate::recipe::PROTOCOLS;
 use crate::report::{format, table};
 use crate::train::loaded::Loaded;
-use crate::train::pass::{Output, PROTOCOLS, PassReport, Protocol};
+use crate::train::pass::{Output, PassReport, Protocol};
 use crate::train::score::{Score, Truth};
 use crate::vit::Mode;
 

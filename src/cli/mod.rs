@@ -16,6 +16,7 @@ pub mod inspect;
 pub mod pack;
 pub mod plan;
 pub mod predict;
+pub mod preview;
 pub mod probe;
 pub mod replay;
 pub mod selftest;
@@ -59,8 +60,8 @@ enum Command {
     Probe(probe::Args),
     /// Turn pictures into a packed data set
     Pack(pack::Args),
-    /// Draw a contact sheet of augmented samples (not built yet)
-    Preview(NotBuilt),
+    /// Draw a contact sheet of augmented samples
+    Preview(preview::Args),
     /// Convert weights between layouts
     Convert(convert::Args),
     /// Say what a weights file, a checkpoint or a data set holds
@@ -77,13 +78,6 @@ enum Command {
     Selftest(selftest::Args),
     /// Say what this machine offers and what Vitrum will use
     Doctor(doctor::Args),
-}
-
-/// Takes anything, so that the answer is "not built yet" and not a complaint about a flag.
-#[derive(clap::Args)]
-struct NotBuilt {
-    #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    _rest: Vec<OsString>,
 }
 
 /// Settings of a recipe, wherever a command has them.
@@ -162,7 +156,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Bench(args) => bench::run(args),
         Command::Selftest(args) => selftest::run(args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Preview(_) => Err(not_built("vitrum preview")),
+        Command::Preview(args) => preview::run(args),
         Command::Convert(args) => convert::run(args),
     }
 }

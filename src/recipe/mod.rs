@@ -7,11 +7,15 @@
 
 #![forbid(unsafe_code)]
 
+mod augment;
 mod duration;
 mod load;
 mod resolve;
 mod size;
 
+pub use augment::{
+    AugmentSection, Crop, Dialect, EraseMode, Interpolation, Level, MixLaw, MixMode, RandAugment,
+};
 pub use duration::Duration;
 pub use load::{BUILT_IN, Loaded};
 pub use resolve::GivenSizes;
@@ -19,7 +23,7 @@ pub use size::Size;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Gelu, LossKind};
+use crate::backend::{Gelu, LossKind, Precision, Recompute};
 use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
 
 /// One run.
@@ -137,66 +141,30 @@ pub struct DataSection {
     pub workers: usize,
     /// Batch slots in flight.
     pub slots: usize,
+    /// Records are shuffled within windows of this many neighbours (for disks that seek); 0: over the whole epoch.
+    pub shuffle_window: usize,
+    /// Type of the pixels in a slot. `f32` keeps the fractions of a resize, for comparisons with references.
+    pub pixels: SlotPixels,
+}
+
+/// See [`DataSection::pixels`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SlotPixels {
+    U8,
+    F32,
 }
 
 impl Default for DataSection {
     fn default() -> Self {
-        Self { train: None, val: None, on_bad_record: OnBadRecord::Skip, workers: 0, slots: 3 }
-    }
-}
-
-/// How a picture of another size becomes the model's input, in training.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Crop {
-    /// Pad by `pad` pixels (zeros), then a random window of the input size; larger pictures are resized to it first.
-    Pad,
-    /// Random area and aspect, then resize: torchvision's RandomResizedCrop.
-    Torch,
-    /// Random area and aspect as TensorFlow's `sample_distorted_bounding_box` draws them.
-    Tf,
-    /// Resize the shorter side, then the centre.
-    Center,
-}
-
-/// Per-sample augmentation on the CPU, and mixing on the device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AugmentSection {
-    pub crop: Crop,
-    /// For `crop = "pad"`: pixels on each side.
-    pub pad: usize,
-    /// For random areas: least and most share of the picture.
-    pub area: (f32, f32),
-    /// Horizontal flip with probability 1/2.
-    pub flip: bool,
-    /// Colour jitter in `[0, 1]`: brightness delta, contrast, saturation half-widths, hue delta; 0: off.
-    pub brightness: f32,
-    pub contrast: f32,
-    pub saturation: f32,
-    pub hue: f32,
-    /// Beta parameter of mixup (Zhang et al. 2018); 0: off.
-    pub mixup: f64,
-    /// Share of the batches that are mixed.
-    pub mix_prob: f32,
-    /// Samples among which partners are chosen; 0: the rank's batch.
-    pub mix_group: usize,
-}
-
-impl Default for AugmentSection {
-    fn default() -> Self {
         Self {
-            crop: Crop::Tf,
-            pad: 0,
-            area: (0.05, 1.0),
-            flip: true,
-            brightness: 0.0,
-            contrast: 0.0,
-            saturation: 0.0,
-            hue: 0.0,
-            mixup: 0.0,
-            mix_prob: 1.0,
-            mix_group: 0,
+            train: None,
+            val: None,
+            on_bad_record: OnBadRecord::Skip,
+            workers: 0,
+            slots: 3,
+            shuffle_window: 0,
+            pixels: SlotPixels::U8,
         }
     }
 }
@@ -417,13 +385,6 @@ impl Default for LossSection {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    F32,
-    Bf16,
-}
-
 /// How the run goes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -436,11 +397,16 @@ pub struct TrainSection {
     pub batch: usize,
     /// Samples per forward and backward; 0: the whole batch. Must divide `batch`.
     pub micro_batch: usize,
-    /// Activations to recompute in the backward: only `none` so far.
-    pub recompute: String,
+    /// Activations that the backward works out again to save memory: `none`, `ln+gelu` or `block`.
+    pub recompute: Recompute,
     pub precision: Precision,
     pub seed: u64,
+    /// Matrix product algorithms by rule, not by timing: two fresh runs agree to the bit on a GPU too.
     pub deterministic: bool,
+    /// On a GPU: record the step once and replay it.
+    pub graph: bool,
+    /// On a GPU: wait after every kernel, so that an error names it. Slow.
+    pub check_launches: bool,
     /// Compute threads; 0: one per core. Never changes a bit.
     pub threads: usize,
     pub log_every: u64,
@@ -463,10 +429,12 @@ impl Default for TrainSection {
             epochs: None,
             batch: 128,
             micro_batch: 0,
-            recompute: "none".into(),
-            precision: Precision::F32,
+            recompute: Recompute::None,
+            precision: Precision::Auto,
             seed: 0,
             deterministic: false,
+            graph: true,
+            check_launches: false,
             threads: 0,
             log_every: 100,
             eval_every: 500,
@@ -492,9 +460,28 @@ pub enum Metric {
 pub enum EvalResize {
     /// Squash to the input size, bilinear without antialias (vit_jax).
     Squash,
-    /// Shorter side to `image / crop_ratio`, then the centre.
+    /// Shorter side to `image / crop_ratio`, antialiased bicubic, then the centre (timm, DeiT).
     Center,
+    /// Shorter side to `image / crop_ratio` by areas, fractions cut, then the centre (big_vision).
+    AreaCenter,
+    /// Squash to `image / crop_ratio`, bilinear without antialias, fractions cut, then the centre (big_vision's few-shot).
+    SquashCenter,
+    /// Squash to the input size, antialiased bilinear (HuggingFace).
+    SquashSmooth,
 }
+
+/// The evaluation protocols of published results by name: how to resize, and `crop_ratio`.
+pub const PROTOCOLS: [(&str, EvalResize, f32); 9] = [
+    ("vit_jax", EvalResize::Squash, 1.0),
+    ("big_vision", EvalResize::AreaCenter, 224.0 / 256.0),
+    ("big_vision_transfer", EvalResize::AreaCenter, 384.0 / 448.0),
+    ("big_vision_fewshot", EvalResize::SquashCenter, 224.0 / 256.0),
+    ("timm", EvalResize::Center, 0.9),
+    ("timm_384", EvalResize::Center, 1.0),
+    ("deit", EvalResize::Center, 0.875),
+    ("deit3", EvalResize::Center, 1.0),
+    ("hf", EvalResize::SquashSmooth, 1.0),
+];
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -1,7 +1,7 @@
 //! From what the user wrote to what the program works with: the model's sizes, the run's length, and a refusal of
 //! what makes no sense or is not built yet.
 
-use super::{Duration, ModelSection, Precision, Recipe, Size};
+use super::{Duration, ModelSection, Recipe, Size};
 use crate::error::{Error, Result};
 use crate::vit::config::{ModelConfig, PoolKind, Variant};
 
@@ -41,6 +41,7 @@ impl Recipe {
         recipe.train.steps = Some(self.steps(data_size)?);
         recipe.train.epochs = None;
         recipe.train.checkpoint_every.get_or_insert(self.train.eval_every);
+        recipe.augment = recipe.augment.effective();
         recipe.model = ModelSection {
             patch: Some(Size { height: config.patch.0, width: config.patch.1 }),
             width: Some(config.width),
@@ -86,24 +87,6 @@ impl Recipe {
             ))
             .hint(format!("use `--set train.micro_batch={fits}`, or 0 for the whole batch")));
         }
-        match t.recompute.as_str() {
-            "none" => {}
-            "ln+gelu" | "block" => {
-                return Err(Error::usage(format!(
-                    "`train.recompute = \"{}\"` is not built yet",
-                    t.recompute
-                ))
-                .hint("use `--set train.recompute=none`; a smaller `train.micro_batch` saves memory too"));
-            }
-            other => {
-                return Err(Error::usage(format!("`train.recompute` cannot be `{other}`"))
-                    .hint("use `none` (`ln+gelu` and `block` are planned)"));
-            }
-        }
-        if t.precision == Precision::Bf16 {
-            return Err(Error::usage("`train.precision = \"bf16\"` is not built yet on the CPU")
-                .hint("use `--set train.precision=f32`"));
-        }
         let counts = [
             ("train.steps", t.steps),
             ("train.log_every", Some(t.log_every)),
@@ -138,6 +121,9 @@ impl Recipe {
             ("augment.saturation", a.saturation),
             ("augment.hue", a.hue),
             ("augment.mix_prob", a.mix_prob),
+            ("augment.mix_switch", a.mix_switch),
+            ("augment.color_jitter", a.color_jitter),
+            ("augment.erase", a.erase),
             ("eval.crop_ratio", self.eval.crop_ratio),
             ("loss.label_smoothing", self.loss.label_smoothing),
         ] {
@@ -146,7 +132,15 @@ impl Recipe {
         if self.eval.crop_ratio == 0.0 {
             return Err(Error::usage("`eval.crop_ratio` is 0").hint("use a share above 0, as in 0.875"));
         }
-        within("augment.mixup", a.mixup, 0.0, 1e6)
+        within("augment.mixup", a.mixup, 0.0, 1e6)?;
+        within("augment.cutmix", a.cutmix, 0.0, 1e6)?;
+        within("augment.resize", a.resize as f64, 0.0, LIMITS[3].1 as f64)?;
+        let least = self.model.image.height.max(self.model.image.width);
+        if a.resize > 0 && a.resize < least {
+            return Err(Error::usage(format!("`augment.resize` is {}, less than `model.image`", a.resize))
+                .hint(format!("use {least} or more")));
+        }
+        a.check()
     }
 
     fn check_optim(&self) -> Result<()> {

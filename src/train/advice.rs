@@ -34,7 +34,7 @@ pub fn lines(recipe: &Recipe, images: usize) -> Vec<String> {
         ));
     }
     lines.push(format!(
-        "augmentation: {} for {} pictures from scratch (AugReg); published transfers use crop and flip alone",
+        "augmentation: augment.level={} for {} pictures from scratch (AugReg); published transfers use crop and flip alone",
         level(images),
         format::thousands(images as u64)
     ));
@@ -56,9 +56,9 @@ pub fn lines(recipe: &Recipe, images: usize) -> Vec<String> {
 /// The strength of augmentation that AugReg's grid favours when a model is trained from scratch.
 fn level(images: usize) -> &'static str {
     match images {
-        0..100_000 => "strong (RandAugment 2x20, mixup 0.5 to 0.8)",
-        100_000..2_000_000 => "medium (RandAugment 2x15, mixup 0.2 to 0.5)",
-        _ => "light (RandAugment 2x10 or none, mixup 0.2 or none)",
+        0..100_000 => "strong1",
+        100_000..2_000_000 => "medium1",
+        _ => "light1",
     }
 }
 

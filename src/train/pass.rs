@@ -9,17 +9,9 @@ use std::time::Instant;
 use crate::backend::{Micro, StepKeys};
 use crate::data::{self, Dataset, Loader, LoaderSpec};
 use crate::error::{Error, Result};
-use crate::recipe::{EvalResize, OnBadRecord};
+use crate::recipe::{EvalResize, OnBadRecord, PROTOCOLS};
 
 use super::loaded::Loaded;
-
-/// The evaluation protocols of published results by name: how to resize, and the share that is kept.
-pub const PROTOCOLS: [(&str, EvalResize, f32); 4] = [
-    ("vit_jax", EvalResize::Squash, 1.0),
-    ("timm", EvalResize::Center, 0.9),
-    ("timm_384", EvalResize::Center, 1.0),
-    ("deit", EvalResize::Center, 0.875),
-];
 
 /// Which rows of the model are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

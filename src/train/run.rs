@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{Device, Loss, Pixels, Slot, SlotLayout, StepReport, TargetKind};
-use crate::data::{self, Dataset, Loader, LoaderSpec};
+use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::Optimizer;
-use crate::recipe::{Crop, Metric, Recipe, ScheduleKind};
+use crate::recipe::{AugmentSection, Metric, Recipe, ScheduleKind, SlotPixels};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, format};
 use crate::vit::Vit;
 use crate::weights::CheckpointMeta;
@@ -99,12 +99,19 @@ impl RunData {
     }
 }
 
+/// Class indices, or rows of zeros and ones where samples may have several classes.
+fn targets(dataset: &Dataset) -> TargetKind {
+    match dataset.is_multi_label() {
+        true => TargetKind::Dense { classes: dataset.classes().len() },
+        false => TargetKind::Labels,
+    }
+}
+
 /// Nothing random, nothing that holds the model back.
 fn overfit(recipe: &mut Recipe, images: usize) {
-    let (model, augment) = (&mut recipe.model, &mut recipe.augment);
+    let model = &mut recipe.model;
     (model.dropout, model.attention_dropout, model.drop_path) = (0.0, 0.0, 0.0);
-    (augment.crop, augment.flip, augment.mixup) = (Crop::Center, false, 0.0);
-    (augment.brightness, augment.contrast, augment.saturation, augment.hue) = (0.0, 0.0, 0.0, 0.0);
+    recipe.augment = AugmentSection::none();
     recipe.loss.label_smoothing = 0.0;
     recipe.optim.weight_decay = 0.0;
     recipe.schedule.kind = ScheduleKind::Constant;
@@ -270,8 +277,11 @@ impl Run {
         let layout = SlotLayout {
             samples: recipe.train.batch,
             image: config.image,
-            pixels: Pixels::U8,
-            targets: TargetKind::Labels,
+            pixels: match recipe.data.pixels {
+                SlotPixels::U8 => Pixels::U8,
+                SlotPixels::F32 => Pixels::F32,
+            },
+            targets: targets(&self.data.train),
         };
         let slots =
             (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
@@ -283,7 +293,12 @@ impl Run {
             workers: recipe.data.workers,
             on_bad_record: recipe.data.on_bad_record,
         };
-        Ok(Loader::new(self.data.train.clone(), spec, slots))
+        let delivery = Delivery {
+            shuffle_window: recipe.data.shuffle_window,
+            normalise: trainer.model.normalise,
+            ..Delivery::default()
+        };
+        Ok(Loader::with(self.data.train.clone(), spec, delivery, slots))
     }
 
     /// The next batch. Training loaders never run dry.
@@ -385,7 +400,7 @@ impl Run {
             samples: model.micro_batch,
             image: model.config.image,
             pixels: Pixels::U8,
-            targets: TargetKind::Labels,
+            targets: targets(dataset),
         };
         let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
@@ -555,7 +570,7 @@ pub fn memory_lines(model: &Vit, optimizer: &Optimizer) -> Vec<String> {
     use crate::backend::Arena::*;
     let plan = Trainer::plan(model, optimizer);
     let size = |bytes: usize| format::bytes(bytes as u64);
-    vec![format!(
+    let mut line = format!(
         "memory   {}: parameters {}, gradients {}, optimiser {}, ema {}, activations {}",
         size(plan.total_bytes()),
         size(plan.bytes(Params)),
@@ -563,7 +578,13 @@ pub fn memory_lines(model: &Vit, optimizer: &Optimizer) -> Vec<String> {
         size(plan.bytes(Moment1) + plan.bytes(Moment2)),
         size(plan.bytes(Ema)),
         size(plan.bytes(Activations)),
-    )]
+    );
+    // What only a GPU needs.
+    if plan.bytes(Workspace) > 0 {
+        line +=
+            &format!(", bf16 copy {}, workspace {}", size(plan.bytes(Working)), size(plan.bytes(Workspace)));
+    }
+    vec![line]
 }
 
 /// `runs/RECIPE-DATE`, where nothing else is named.

@@ -21,7 +21,7 @@ impl Truth {
     /// where both speak of that, else by number.
     pub fn of(data: &Dataset, classes: usize, names: Option<&[String]>) -> Result<Truth> {
         let number = numbering(data, classes, names)?;
-        Ok(Truth((0..data.len()).map(|i| vec![number[data.label(i)]]).collect()))
+        Ok(Truth((0..data.len()).map(|i| data.labels(i).map(|label| number[label]).collect()).collect()))
     }
 
     /// Labels from a file, in place of the data set's own. Either text, a line for each picture with its classes (names
