@@ -83,7 +83,7 @@ fn erased(slot: &Slot, sample: usize, normalise: Normalise) -> Vec<f32> {
 /// The names of a sample's classes, and of its partner's with the shares.
 fn label(slot: &Slot, sample: usize, names: &[String], room: usize) -> String {
     let own = |i: usize| match slot.layout().targets {
-        TargetKind::Labels => names[slot.labels()[i] as usize].clone(),
+        TargetKind::Labels => short_name(&names[slot.labels()[i] as usize]).to_owned(),
         TargetKind::Dense { classes } => {
             let row = &slot.targets()[i * classes..][..classes];
             let has: Vec<&str> =
@@ -99,11 +99,19 @@ fn label(slot: &Slot, sample: usize, names: &[String], room: usize) -> String {
     }
     parts.sort_by(|a, b| b.0.total_cmp(&a.0));
     // Each name gets half of the room, less its share.
-    let each = (room / 2).saturating_sub(4).max(2);
+    let each = (room / 2).saturating_sub(5).max(2);
     let short = |(share, name): &(f32, String)| {
-        format!("{}{:02.0}", name.chars().take(each).collect::<String>(), share * 100.0)
+        format!("{} {:02.0}", name.chars().take(each).collect::<String>(), share * 100.0)
     };
     format!("{} {}", short(&parts[0]), short(&parts[1]))
+}
+
+/// A name without the number that WordNet gives it.
+fn short_name(name: &str) -> &str {
+    let rest = name.split_once('_').filter(|(number, _)| {
+        number.len() == 9 && number.starts_with('n') && number[1..].bytes().all(|b| b.is_ascii_digit())
+    });
+    rest.map_or(name, |(_, rest)| rest)
 }
 
 fn put(sheet: &mut Picture, y: usize, x: usize, colour: &[u8]) {
@@ -168,8 +176,8 @@ mod tests {
         assert_eq!(at(GAP, GAP + 96 + GAP), 100);
         let second = GAP + 8 * scale + LINE + GAP;
         assert_eq!((at(second, GAP), at(second + 3 * scale, GAP)), (10, 200), "cut in above");
-        assert_eq!(label(&slot, 0, &names, 24), "ant50 cat50");
-        assert_eq!(label(&slot, 2, &names, 24), "cat90 ant10");
+        assert_eq!(label(&slot, 0, &names, 24), "ant 50 cat 50");
+        assert_eq!(label(&slot, 2, &names, 24), "cat 90 ant 10");
         assert_eq!(label(&slot, 1, &names, 2), "be");
     }
 }

@@ -335,8 +335,11 @@ impl fmt::Display for RandAugment {
 #[serde(try_from = "String", into = "String")]
 pub struct Level(usize);
 
+/// Names in big_vision's configurations and in the released files, magnitude, α of mixup.
+type LevelRow = (&'static str, &'static str, Option<f64>, f64);
+
 /// Name in the configurations, name in the released files, RandAugment's magnitude, mixup's α.
-const LEVELS: [(&str, &str, Option<f64>, f64); 7] = [
+const LEVELS: [LevelRow; 7] = [
     ("none", "none", None, 0.0),
     ("light1", "light0", Some(0.0), 0.0),
     ("light2", "light1", Some(10.0), 0.2),
@@ -357,10 +360,9 @@ impl FromStr for Level {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let find =
-            |name: &str, column: fn(&(&'static str, &'static str, Option<f64>, f64)) -> &'static str| {
-                LEVELS.iter().position(|level| column(level) == name)
-            };
+        let find = |name: &str, column: fn(&LevelRow) -> &'static str| {
+            LEVELS.iter().position(|level| column(level) == name)
+        };
         let found = match text.split_once(':') {
             Some(("config", name)) => find(name, |l| l.0),
             Some(("released", name)) => find(name, |l| l.1),

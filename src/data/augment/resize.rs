@@ -21,7 +21,6 @@ pub struct Scratch {
     line: Vec<u8>,
     /// Source rows resized across: which row, and its values.
     across: [(usize, Vec<f32>); 2],
-    sums: Vec<i32>,
 }
 
 /// Where resized values go: `[H, W, 3]` in order, from the scale of u8.
@@ -218,6 +217,8 @@ impl Filter {
     }
 }
 
+/// Values of a row that are summed up at a time.
+const BLOCK: usize = 32;
 /// Bits behind the point of Pillow's integer weights.
 const PIL_BITS: u32 = 22;
 
@@ -241,7 +242,7 @@ impl Task for Pil<'_> {
     #[inline(always)]
     fn run(self) {
         let Self { src, size, filter, scratch, out } = self;
-        let Scratch { columns, rows, between, line, sums, .. } = scratch;
+        let Scratch { columns, rows, between, line, .. } = scratch;
         columns.fill(src.width, size.1, filter);
         rows.fill(src.height, size.0, filter);
         let length = size.1 * 3;
@@ -259,10 +260,12 @@ impl Task for Pil<'_> {
             line.push(0);
             for x in 0..size.1 {
                 let (from, weights) = columns.tap(x);
+                let taps = &line[from * 3..][..weights.len() * 3 + 1];
                 let mut sum = [1i32 << (PIL_BITS - 1); 4];
-                for (source, weight) in line[from * 3..].windows(4).step_by(3).zip(weights) {
+                for (k, weight) in weights.iter().enumerate() {
+                    let four: [u8; 4] = taps[k * 3..k * 3 + 4].try_into().unwrap();
                     for i in 0..4 {
-                        sum[i] += weight * i32::from(source[i]);
+                        sum[i] += weight * i32::from(four[i]);
                     }
                 }
                 target[x * 3..x * 3 + 4].copy_from_slice(&sum.map(clip));
@@ -272,14 +275,31 @@ impl Task for Pil<'_> {
             out.copy_from_slice(&between[..out.len()]);
             return;
         }
-        sums.resize(length, 0);
         for (y, target) in out.chunks_exact_mut(length).enumerate() {
             let (from, weights) = rows.tap(y);
-            sums.fill(1 << (PIL_BITS - 1));
-            for (source, weight) in between[from * length..].chunks_exact(length).zip(weights) {
-                sums.iter_mut().zip(source).for_each(|(sum, value)| *sum += weight * i32::from(*value));
+            let sources = &between[from * length..][..weights.len() * length];
+            let mut columns = target.chunks_exact_mut(BLOCK);
+            for (block, target) in columns.by_ref().enumerate() {
+                // Sums stay in registers from tap to tap.
+                let mut sum = [1i32 << (PIL_BITS - 1); BLOCK];
+                for (k, weight) in weights.iter().enumerate() {
+                    let at = k * length + block * BLOCK;
+                    let values: &[u8; BLOCK] = sources[at..at + BLOCK].try_into().unwrap();
+                    for i in 0..BLOCK {
+                        sum[i] += weight * i32::from(values[i]);
+                    }
+                }
+                for i in 0..BLOCK {
+                    target[i] = clip(sum[i]);
+                }
             }
-            target.iter_mut().zip(sums.iter()).for_each(|(t, s)| *t = clip(*s));
+            let rest = columns.into_remainder();
+            let start = length - rest.len();
+            for (i, target) in rest.iter_mut().enumerate() {
+                let column = |k: usize| i32::from(sources[k * length + start + i]);
+                let taps = weights.iter().enumerate().map(|(k, weight)| weight * column(k));
+                *target = clip((1 << (PIL_BITS - 1)) + taps.sum::<i32>());
+            }
         }
     }
 }
