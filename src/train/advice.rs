@@ -58,7 +58,7 @@ fn level(images: usize) -> &'static str {
     match images {
         0..100_000 => "strong1",
         100_000..2_000_000 => "medium1",
-        _ => "light1",
+        _ => "light2",
     }
 }
 
@@ -82,7 +82,7 @@ mod tests {
         assert!(!says(&["train.steps=500"], 3_000, "train.patience"));
         assert!(says(&[], 100, "10 pictures per class") && !says(&[], 3_000, "per class"));
         assert!(
-            says(&[], 3_000, "strong") && says(&[], 1_281_167, "medium") && says(&[], 14_000_000, "light")
+            says(&[], 3_000, "strong") && says(&[], 1_281_167, "medium") && says(&[], 14_000_000, "light2")
         );
         assert!(says(&["model.width=1024"], 100, "dropout") && !says(&["model.width=768"], 100, "dropout"));
         assert!(says(&["optim.weight_decay=0.01"], 100, "weight decay") && !says(&[], 100, "weight decay"));
