@@ -1,8 +1,10 @@
-// The machine: every PTX instruction and every compiler builtin that the kernels use, one function per instruction.
+// The machine: every PTX instruction and every compiler builtin that the kernels use, one function per
+// instruction.
 //
-// Kernels are written against these names alone. nvcc reads the second half of this file; a host C++ compiler with
-// VITRUM_STANDIN defined reads `standin/include/standin.cuh` instead, where each function has a twin that the
-// stand-in GPU runs, checks and counts. So there is no inline assembly, no `__shared__` and no `<<< >>>` anywhere else.
+// Kernels are written against these names alone. nvcc reads the second half of this file; a host C++ compiler
+// with VITRUM_STANDIN defined reads `standin/include/standin.cuh` instead, where each function has a twin
+// that the stand-in GPU runs, checks and counts. So there is no inline assembly, no `__shared__` and no `<<<
+// >>>` anywhere else.
 //
 // Lanes: l is the lane, g = l / 4, q = l % 4. Elements of a packed register are counted from its low half.
 #pragma once
@@ -34,13 +36,14 @@ struct bf16 {
 #else
 
 // KERNEL(name, most threads of a block, least blocks of a multiprocessor) (arguments…) { … }
-// Arguments are plain data: pointers, integers, floats, small structs; 4 KiB together. Templates never cross this line.
+// Arguments are plain data: pointers, integers, floats, small structs; 4 KiB together. Templates never cross
+// this line.
 #define KERNEL(name, max_threads, min_blocks) \
   extern "C" __global__ void __launch_bounds__(max_threads, min_blocks) name
 // A kernel in which a register spill fails the strict build.
 #define HOT_KERNEL(name, max_threads, min_blocks) KERNEL(name, max_threads, min_blocks)
 
-// ---- shared memory ----------------------------------------------------------------------------------------------------
+// ---- shared memory ----------------------------------------------------------------------------------------
 
 // The block's one dynamic buffer, 1024-byte aligned; carve it up by offsets. There is no other shared memory.
 __device__ __forceinline__ u8* smem_base() {
@@ -53,7 +56,7 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
-// ---- loads and stores -------------------------------------------------------------------------------------------------
+// ---- loads and stores -------------------------------------------------------------------------------------
 
 // One access of 16, 8 or 4 bytes, at a multiple of its size, in global or shared memory.
 __device__ __forceinline__ vec4 ld16(const void* p) {
@@ -77,8 +80,8 @@ __device__ __forceinline__ void st4(void* p, u32 v) {
   *reinterpret_cast<u32*>(p) = v;
 }
 
-// ld.global.nc.L1::no_allocate (sm_70): 16 bytes of global memory that nobody writes during the kernel and that this
-// block reads once.
+// ld.global.nc.L1::no_allocate (sm_70): 16 bytes of global memory that nobody writes during the kernel and
+// that this block reads once.
 __device__ __forceinline__ vec4 ld16_stream(const void* p) {
   vec4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -87,10 +90,11 @@ __device__ __forceinline__ vec4 ld16_stream(const void* p) {
   return v;
 }
 
-// ---- asynchronous copies (sm_80) --------------------------------------------------------------------------------------
+// ---- asynchronous copies (sm_80) --------------------------------------------------------------------------
 
-// cp.async.cg: 16 bytes from global to shared memory, past L1; zeros where `valid` is false (then nothing is read).
-// The bytes are there for the issuing thread after `cp_async_wait`, for the others after a barrier that follows it.
+// cp.async.cg: 16 bytes from global to shared memory, past L1; zeros where `valid` is false (then nothing is
+// read). The bytes are there for the issuing thread after `cp_async_wait`, for the others after a barrier
+// that follows it.
 __device__ __forceinline__ void cp_async16(void* smem, const void* gmem, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
@@ -107,10 +111,11 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- matrices of a warp -----------------------------------------------------------------------------------------------
+// ---- matrices of a warp -----------------------------------------------------------------------------------
 
-// ldmatrix (sm_75): row i of 8×8 matrix m (16-bit elements) lies at the address that lane 8m + i gives, 16-byte aligned.
-// Lane l gets of each matrix row g, columns 2q and 2q + 1; transposed: rows 2q and 2q + 1 of column g.
+// ldmatrix (sm_75): row i of 8×8 matrix m (16-bit elements) lies at the address that lane 8m + i gives,
+// 16-byte aligned. Lane l gets of each matrix row g, columns 2q and 2q + 1; transposed: rows 2q and 2q + 1 of
+// column g.
 __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -144,7 +149,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const u32 (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- barriers and warp collectives ------------------------------------------------------------------------------------
+// ---- barriers and warp collectives ------------------------------------------------------------------------
 
 // All threads of the block, from one place in the source; orders their memory accesses.
 __device__ __forceinline__ void block_sync() {
@@ -176,10 +181,10 @@ __device__ __forceinline__ u32 warp_ballot(bool v) {
   return __ballot_sync(0xffffffffu, v);
 }
 
-// ---- arithmetic -------------------------------------------------------------------------------------------------------
+// ---- arithmetic -------------------------------------------------------------------------------------------
 
-// Approximations of the special-function unit, subnormals flushed: within 2 ulp (ex2), 1 ulp (rcp), 2^-22 relative
-// (rsqrt, lg2 outside [0.5, 2]).
+// Approximations of the special-function unit, subnormals flushed: within 2 ulp (ex2), 1 ulp (rcp), 2^-22
+// relative (rsqrt, lg2 outside [0.5, 2]).
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -214,7 +219,7 @@ __device__ __forceinline__ float bf16_hi(u32 packed) {
   return __uint_as_float(packed & 0xffff0000u);
 }
 
-// ---- between blocks ---------------------------------------------------------------------------------------------------
+// ---- between blocks ---------------------------------------------------------------------------------------
 
 // Integers only: a sum of floats would depend on the order. Returns the value before.
 __device__ __forceinline__ u32 atomic_add(u32* p, u32 v) {
@@ -227,8 +232,8 @@ __device__ __forceinline__ void fence_device() {
 
 #endif  // VITRUM_STANDIN
 
-// Nothing at all, but the compiler can no longer know that `v` is what it was: values derived from it are computed anew
-// instead of being kept in registers from one pass over a row to the next.
+// Nothing at all, but the compiler can no longer know that `v` is what it was: values derived from it are
+// computed anew instead of being kept in registers from one pass over a row to the next.
 __device__ __forceinline__ void opaque(u32& v) {
 #ifdef VITRUM_STANDIN
   (void)v;

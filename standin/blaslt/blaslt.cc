@@ -1,8 +1,9 @@
 // cuBLASLt, as much of it as large matrix products need: libcublasLt.so's own names, attributes and refusals.
 //
-// What the real library documents as not supported is refused here with its status; what it would take and then do
-// slowly (rows that are not a multiple of 16 bytes apart) is refused too, so that no such call goes unnoticed. Names
-// and numbers follow NVIDIA's cuBLAS documentation (CUDA 13.0), sections "Using the cuBLASLt API".
+// What the real library documents as not supported is refused here with its status; what it would take and
+// then do slowly (rows that are not a multiple of 16 bytes apart) is refused too, so that no such call goes
+// unnoticed. Names and numbers follow NVIDIA's cuBLAS documentation (CUDA 13.0), sections "Using the cuBLASLt
+// API".
 #include <stdio.h>
 #include <string.h>
 
@@ -20,7 +21,14 @@ using namespace standin;
 
 namespace {
 
-enum Status { kSuccess = 0, kBadHandle = 1, kBadValue = 7, kArchMismatch = 8, kFailed = 13, kUnsupported = 15 };
+enum Status {
+  kSuccess = 0,
+  kBadHandle = 1,
+  kBadValue = 7,
+  kArchMismatch = 8,
+  kFailed = 13,
+  kUnsupported = 15
+};
 enum DataType { kR32F = 0, kR16BF = 14 };
 enum ComputeType { k32F = 68, k32FPedantic = 69, k32FFastTF32 = 77 };
 
@@ -104,11 +112,13 @@ bool epilogue_of(uint32_t number, Epilogue* e) {
 }
 
 // Fills in all but the pointers and factors. kSuccess, or the status with which the real library refuses.
-int understand(const Description& d, const Layout& a, const Layout& b, const Layout& c, const Layout& out, Matmul* p) {
+int understand(const Description& d, const Layout& a, const Layout& b, const Layout& c, const Layout& out,
+               Matmul* p) {
   if (d.compute != k32F && d.compute != k32FPedantic && d.compute != k32FFastTF32) {
     return refuse(kUnsupported, format("compute type %d", d.compute));
   }
-  if (d.scale != kR32F) return refuse(kUnsupported, format("scale type %d with a 32-bit compute type", d.scale));
+  if (d.scale != kR32F)
+    return refuse(kUnsupported, format("scale type %d with a 32-bit compute type", d.scale));
   if ((a.type != kR32F && a.type != kR16BF) || a.type != b.type) {
     return refuse(kUnsupported, format("types %d and %d of A and B", a.type, b.type));
   }
@@ -116,18 +126,22 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
   if (out.type != kR32F && !(out.type == kR16BF && a.type == kR16BF)) {
     return refuse(kUnsupported, format("type %d of D with type %d of A and B", out.type, a.type));
   }
-  if (d.compute == k32FFastTF32 && a.type != kR32F) return refuse(kUnsupported, "TF32 with inputs that are not f32");
+  if (d.compute == k32FFastTF32 && a.type != kR32F)
+    return refuse(kUnsupported, "TF32 with inputs that are not f32");
   for (const Layout* l : {&a, &b, &c, &out}) {
     if (l->order != 0 || l->batches != 1) return refuse(kUnsupported, "row-major or batched layouts");
     if (l->rows == 0 || l->cols == 0) return refuse(kBadValue, "an empty matrix");
     if (l->ld < static_cast<int64_t>(l->rows)) {
-      return refuse(kBadValue, format("a leading dimension of %lld for %llu rows", static_cast<long long>(l->ld),
-                                      static_cast<unsigned long long>(l->rows)));
+      return refuse(kBadValue,
+                    format("a leading dimension of %lld for %llu rows", static_cast<long long>(l->ld),
+                           static_cast<unsigned long long>(l->rows)));
     }
     uint32_t size = l->type == kR32F ? 4 : 2;
     if (l->ld * size % 16) {
-      return refuse(kUnsupported, format("a leading dimension of %lld elements of %u bytes: columns are not 16-byte aligned",
-                                         static_cast<long long>(l->ld), size));
+      return refuse(
+          kUnsupported,
+          format("a leading dimension of %lld elements of %u bytes: columns are not 16-byte aligned",
+                 static_cast<long long>(l->ld), size));
     }
   }
   p->transpose_a = d.transpose_a != 0;
@@ -138,8 +152,9 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
   uint64_t k = p->transpose_b ? b.cols : b.rows;
   if (k != p->k || out.rows != p->m || out.cols != p->n || c.rows != p->m || c.cols != p->n) {
     auto u = [](uint64_t v) { return static_cast<unsigned long long>(v); };
-    return refuse(kBadValue, format("op(A) is %llu × %llu, op(B) %llu × %llu, C %llu × %llu, D %llu × %llu", u(p->m), u(p->k),
-                                    u(k), u(p->n), u(c.rows), u(c.cols), u(out.rows), u(out.cols)));
+    return refuse(kBadValue,
+                  format("op(A) is %llu × %llu, op(B) %llu × %llu, C %llu × %llu, D %llu × %llu", u(p->m),
+                         u(p->k), u(k), u(p->n), u(c.rows), u(c.cols), u(out.rows), u(out.cols)));
   }
   p->input = a.type == kR32F ? Type::f32 : Type::bf16;
   p->output = out.type == kR32F ? Type::f32 : Type::bf16;
@@ -156,12 +171,15 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
   const Epilogue& e = p->epilogue;
   if (e.aux_out || e.dgelu) {
     if (d.aux_ld < static_cast<int64_t>(p->m) || d.aux_ld % 8) {
-      return refuse(kBadValue, format("EPILOGUE_AUX_LD %lld: at least the %llu rows of D, and a multiple of 8",
-                                      static_cast<long long>(d.aux_ld), static_cast<unsigned long long>(p->m)));
+      return refuse(kBadValue,
+                    format("EPILOGUE_AUX_LD %lld: at least the %llu rows of D, and a multiple of 8",
+                           static_cast<long long>(d.aux_ld), static_cast<unsigned long long>(p->m)));
     }
-    if (d.aux_type != -1 && d.aux_type != out.type) return refuse(kUnsupported, "an aux type that is not D's");
+    if (d.aux_type != -1 && d.aux_type != out.type)
+      return refuse(kUnsupported, "an aux type that is not D's");
   }
-  if (d.bias_type != -1 && d.bias_type != out.type) return refuse(kUnsupported, "a bias type that is not D's");
+  if (d.bias_type != -1 && d.bias_type != out.type)
+    return refuse(kUnsupported, "a bias type that is not D's");
   if (options().capability < 80 && p->input == Type::bf16) return refuse(kArchMismatch, "bf16 before sm_80");
   return kSuccess;
 }
@@ -169,9 +187,9 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
 // One number for all that an algorithm depends on.
 uint64_t fingerprint(const Matmul& p, uint32_t epilogue) {
   uint64_t h = 0xcbf29ce484222325ull;
-  for (uint64_t v : {p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.ldd, uint64_t{p.transpose_a}, uint64_t{p.transpose_b},
-                     static_cast<uint64_t>(p.input), static_cast<uint64_t>(p.output), uint64_t{p.tf32}, uint64_t{epilogue},
-                     options().blaslt}) {
+  for (uint64_t v : {p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.ldd, uint64_t{p.transpose_a},
+                     uint64_t{p.transpose_b}, static_cast<uint64_t>(p.input), static_cast<uint64_t>(p.output),
+                     uint64_t{p.tf32}, uint64_t{epilogue}, options().blaslt}) {
     for (int i = 0; i < 8; ++i) h = (h ^ (v >> (8 * i) & 0xff)) * 0x100000001b3ull;
   }
   return h;
@@ -209,8 +227,8 @@ std::unique_lock<std::recursive_mutex> enter(bool refusals_are_printed) {
 }
 
 // Touches the columns of a matrix that the product uses.
-int touch_matrix(const Running& running, const void* base, uint64_t rows, uint64_t columns, uint64_t ld, Type type,
-                 Access access, const char* what) {
+int touch_matrix(const Running& running, const void* base, uint64_t rows, uint64_t columns, uint64_t ld,
+                 Type type, Access access, const char* what) {
   uint64_t size = bytes_of(type), start = reinterpret_cast<uint64_t>(base);
   if (ld == rows) return touch(running, start, rows * columns * size, access, what);
   for (uint64_t j = 0; j < columns; ++j) {
@@ -229,7 +247,8 @@ int run(const Running& running, const Matmul& p) {
     return touch_matrix(running, at, rows, columns, ld, p.output, Access::write, what);
   };
   int code = in(p.a, p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k, p.lda, p.input, "a matmul's A");
-  if (!code) code = in(p.b, p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n, p.ldb, p.input, "a matmul's B");
+  if (!code)
+    code = in(p.b, p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n, p.ldb, p.input, "a matmul's B");
   if (!code && p.beta != 0) code = in(p.c, p.m, p.n, p.ldc, p.output, "a matmul's C");
   if (!code && e.bias) code = in(p.bias, p.m, 1, p.m, p.output, "a matmul's bias");
   if (!code && e.dgelu) code = in(p.aux, p.m, p.n, p.ld_aux, p.output, "a matmul's aux");
@@ -247,7 +266,7 @@ int run(const Running& running, const Matmul& p) {
 
 #define API extern "C" __attribute__((visibility("default"))) int
 
-// ---- the library ------------------------------------------------------------------------------------------------------
+// ---- the library ------------------------------------------------------------------------------------------
 
 extern "C" __attribute__((visibility("default"))) size_t cublasLtGetVersion() {
   return options().blaslt;
@@ -284,7 +303,7 @@ API cublasLtDestroy(Handle* handle) {
   return kSuccess;
 }
 
-// ---- descriptions -----------------------------------------------------------------------------------------------------
+// ---- descriptions -----------------------------------------------------------------------------------------
 
 API cublasLtMatmulDescCreate(Description** description, int compute, int scale) {
   *description = new Description{compute, scale};
@@ -314,7 +333,8 @@ API cublasLtMatmulDescSetAttribute(Description* d, int attribute, const void* va
   }
   return good ? kSuccess : kBadValue;
 }
-API cublasLtMatmulDescGetAttribute(const Description* d, int attribute, void* value, size_t bytes, size_t* written) {
+API cublasLtMatmulDescGetAttribute(const Description* d, int attribute, void* value, size_t bytes,
+                                   size_t* written) {
   const void* from;
   size_t size;
   switch (attribute) {
@@ -372,17 +392,20 @@ API cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const voi
     case 0: good = take(&search, value, bytes) && search == 0; break;  // best fit
     case 1: good = take(&p->workspace, value, bytes); break;
     case 3: good = take(&p->reductions, value, bytes); break;
-    case 5: case 6: case 7: case 8: good = take(&p->align[attribute - 5], value, bytes); break;
+    case 5:
+    case 6:
+    case 7:
+    case 8: good = take(&p->align[attribute - 5], value, bytes); break;
     default: good = true;
   }
   return good ? kSuccess : kBadValue;
 }
 
-// ---- algorithms -------------------------------------------------------------------------------------------------------
+// ---- algorithms -------------------------------------------------------------------------------------------
 
-API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const Layout* a, const Layout* b, const Layout* c,
-                                   const Layout* out, const Preference* preference, int wanted, HeuristicResult* results,
-                                   int* found) {
+API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const Layout* a, const Layout* b,
+                                   const Layout* c, const Layout* out, const Preference* preference,
+                                   int wanted, HeuristicResult* results, int* found) {
   auto guard = enter(false);
   *found = 0;
   if (!handle || !d || !a || !b || !c || !out || !preference || wanted < 1) return kBadValue;
@@ -390,12 +413,16 @@ API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const L
   if (int status = understand(*d, *a, *b, *c, *out, &p)) return status;
   if (options().refuse_matmul) return kUnsupported;
   uint32_t align = *std::min_element(preference->align, preference->align + 4);
-  if (align < 16) return refuse(kUnsupported, format("alignment of %u bytes: nothing fast is found below 16", align));
-  for (uint32_t number = 0; number < std::size(kSplits) && *found < std::min(wanted, options().algorithms); ++number) {
+  if (align < 16)
+    return refuse(kUnsupported, format("alignment of %u bytes: nothing fast is found below 16", align));
+  for (uint32_t number = 0; number < std::size(kSplits) && *found < std::min(wanted, options().algorithms);
+       ++number) {
     uint32_t split = kSplits[number];
     size_t workspace = workspace_for(p, split);
     if (split > p.k || workspace > preference->workspace) continue;
-    if (split > 1 && (bias_sums(p.epilogue) || p.epilogue.aux_out || p.epilogue.dgelu || !(preference->reductions & 2))) continue;
+    if (split > 1 &&
+        (bias_sums(p.epilogue) || p.epilogue.aux_out || p.epilogue.dgelu || !(preference->reductions & 2)))
+      continue;
     HeuristicResult& r = results[(*found)++];
     r = {};
     r.algorithm = {kAlgorithm, number, split, align, fingerprint(p, d->epilogue), workspace, {}};
@@ -407,8 +434,9 @@ API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const L
   return *found ? kSuccess : kUnsupported;
 }
 
-API cublasLtMatmulAlgoCheck(Handle* handle, const Description* d, const Layout* a, const Layout* b, const Layout* c,
-                            const Layout* out, const Algorithm* algorithm, HeuristicResult* result) {
+API cublasLtMatmulAlgoCheck(Handle* handle, const Description* d, const Layout* a, const Layout* b,
+                            const Layout* c, const Layout* out, const Algorithm* algorithm,
+                            HeuristicResult* result) {
   auto guard = enter(false);
   if (!handle || !d || !a || !b || !c || !out || !algorithm || !result) return kBadValue;
   Matmul p{};
@@ -438,15 +466,16 @@ API cublasLtMatmulAlgoConfigGetAttribute(const Algorithm* algorithm, int attribu
   return kSuccess;
 }
 
-// ---- the product ------------------------------------------------------------------------------------------------------
+// ---- the product ------------------------------------------------------------------------------------------
 
-API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, const void* a, const Layout* a_layout,
-                   const void* b, const Layout* b_layout, const void* beta, const void* c, const Layout* c_layout, void* out,
-                   const Layout* out_layout, const Algorithm* algorithm, void* workspace, size_t workspace_bytes,
-                   void* stream) {
+API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, const void* a,
+                   const Layout* a_layout, const void* b, const Layout* b_layout, const void* beta,
+                   const void* c, const Layout* c_layout, void* out, const Layout* out_layout,
+                   const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream) {
   auto guard = enter(true);
   if (!handle) return kBadHandle;
-  if (!d || !alpha || !beta || !a || !b || !out || !a_layout || !b_layout || !c_layout || !out_layout) return kBadValue;
+  if (!d || !alpha || !beta || !a || !b || !out || !a_layout || !b_layout || !c_layout || !out_layout)
+    return kBadValue;
   if (machine().sticky) return kFailed;
   Matmul p{};
   if (int status = understand(*d, *a_layout, *b_layout, *c_layout, *out_layout, &p)) return status;
@@ -457,14 +486,17 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
   p.split = 1;
   uint32_t align = 16;
   if (algorithm) {
-    if (int status = validate(*algorithm, p, d->epilogue)) return refuse(status, "an algorithm that was found for another product");
+    if (int status = validate(*algorithm, p, d->epilogue))
+      return refuse(status, "an algorithm that was found for another product");
     p.split = algorithm->split;
     align = std::max(align, algorithm->align);
     size_t needed = workspace_for(p, p.split);
     if (needed && (!workspace || workspace_bytes < needed)) {
-      return refuse(kBadValue, format("a workspace of %zu bytes where the algorithm needs %zu", workspace_bytes, needed));
+      return refuse(kBadValue, format("a workspace of %zu bytes where the algorithm needs %zu",
+                                      workspace_bytes, needed));
     }
-    if (needed && reinterpret_cast<uint64_t>(workspace) % 16) return refuse(kBadValue, "a workspace that is not 16-byte aligned");
+    if (needed && reinterpret_cast<uint64_t>(workspace) % 16)
+      return refuse(kBadValue, "a workspace that is not 16-byte aligned");
   }
   struct Pointer {
     const char* name;
@@ -473,12 +505,14 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
     uint32_t align;
   };
   // C and the workspace may be absent; the bias is read one element at a time.
-  for (const Pointer& q : {Pointer{"A", a, true, align}, Pointer{"B", b, true, align}, Pointer{"C", c, c != nullptr, align},
-                           Pointer{"D", out, true, align}, Pointer{"aux", p.aux, e.aux_out || e.dgelu, 16},
-                           Pointer{"bias", p.bias, e.bias || bias_sums(e), bytes_of(p.output)}}) {
+  for (const Pointer& q :
+       {Pointer{"A", a, true, align}, Pointer{"B", b, true, align}, Pointer{"C", c, c != nullptr, align},
+        Pointer{"D", out, true, align}, Pointer{"aux", p.aux, e.aux_out || e.dgelu, 16},
+        Pointer{"bias", p.bias, e.bias || bias_sums(e), bytes_of(p.output)}}) {
     if (q.used && reinterpret_cast<uint64_t>(q.at) % q.align) {
-      return refuse(kBadValue, format("%s at %p is not %u-byte aligned, as the algorithm was told it would be", q.name, q.at,
-                                      q.align));
+      return refuse(kBadValue,
+                    format("%s at %p is not %u-byte aligned, as the algorithm was told it would be", q.name,
+                           q.at, q.align));
     }
   }
   p.a = a;
@@ -491,7 +525,8 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
     memcpy(&p.beta, beta, 4);
     if (p.beta != 0 && !c) return refuse(kBadValue, "beta without C");
   }
-  if (p.c == p.d && p.ldc != p.ldd) return refuse(kBadValue, "C and D in one place with different leading dimensions");
+  if (p.c == p.d && p.ldc != p.ldd)
+    return refuse(kBadValue, "C and D in one place with different leading dimensions");
   size_t scratch = workspace_for(p, p.split);
   int code = submit(stream_for(stream), [=](const Running& running) {
     Matmul now = p;
@@ -501,7 +536,8 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
     }
     if (scratch) {
       // Two products that share a workspace on unordered streams spoil each other.
-      if (int code = touch(running, reinterpret_cast<uint64_t>(workspace), scratch, Access::write, "a matmul's workspace")) {
+      if (int code = touch(running, reinterpret_cast<uint64_t>(workspace), scratch, Access::write,
+                           "a matmul's workspace")) {
         return fail_sticky(code);
       }
     }

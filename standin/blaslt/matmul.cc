@@ -21,7 +21,8 @@ uint16_t to_bf16(float x) {
   return static_cast<uint16_t>(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 float load(Type type, const void* p, uint64_t at) {
-  return type == Type::f32 ? static_cast<const float*>(p)[at] : from_bf16(static_cast<const uint16_t*>(p)[at]);
+  return type == Type::f32 ? static_cast<const float*>(p)[at]
+                           : from_bf16(static_cast<const uint16_t*>(p)[at]);
 }
 void store(Type type, void* p, uint64_t at, float value) {
   if (type == Type::f32) static_cast<float*>(p)[at] = value;
@@ -31,8 +32,8 @@ float to_tf32(float x) {
   return __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, x) + 0x1000) & ~0x1fffu);
 }
 
-// A matrix as f32 in strips of `width` rows (of columns for B), k running slowest within a strip; short strips end in
-// zeros. `stride` steps along the strip's width, `k_stride` along k.
+// A matrix as f32 in strips of `width` rows (of columns for B), k running slowest within a strip; short
+// strips end in zeros. `stride` steps along the strip's width, `k_stride` along k.
 std::vector<float> packed(const Matmul& p, const void* from, uint64_t extent, uint64_t width, uint64_t stride,
                           uint64_t k_stride) {
   uint64_t strips = (extent + width - 1) / width;
@@ -56,8 +57,8 @@ std::vector<float> packed(const Matmul& p, const void* from, uint64_t extent, ui
 }
 
 // One tile: acc[j][i] = sum over k of a[k][i] · b[k][j].
-__attribute__((target_clones("avx512f", "avx2", "default"))) void tile(const float* a, const float* b, uint64_t k,
-                                                                       float* result) {
+__attribute__((target_clones("avx512f", "avx2", "default"))) void tile(const float* a, const float* b,
+                                                                       uint64_t k, float* result) {
   float acc[kColumns][kRows] = {};
   for (uint64_t at = 0; at < k; ++at) {
     for (uint64_t j = 0; j < kColumns; ++j) {
@@ -86,7 +87,8 @@ void run_matmul(const Matmul& p) {
   const Epilogue& e = p.epilogue;
   uint32_t workers = p.m * p.n * p.k > 1 << 16 ? host_threads() : 1;
 
-  // A worker takes a row of tiles, so that sums over the columns of D stay in one pair of hands and in one order.
+  // A worker takes a row of tiles, so that sums over the columns of D stay in one pair of hands and in one
+  // order.
   std::atomic<uint64_t> next{0};
   parallel(workers, [&](uint32_t) {
     for (uint64_t rt; (rt = next++) < row_tiles;) {

@@ -1,8 +1,9 @@
 // The host's half of `kernels/ptx.cuh`: the vocabulary of CUDA C++ and a twin for every instruction.
 //
-// A kernel compiled against this file is an ordinary function that the stand-in GPU calls once per thread, each call on
-// a stack of its own. Plain loads and stores reach the runtime through the hooks of `-fsanitize=thread`; instructions
-// that a host lacks are the functions declared here. Barriers and collectives remember the line they were called from.
+// A kernel compiled against this file is an ordinary function that the stand-in GPU calls once per thread,
+// each call on a stack of its own. Plain loads and stores reach the runtime through the hooks of
+// `-fsanitize=thread`; instructions that a host lacks are the functions declared here. Barriers and
+// collectives remember the line they were called from.
 #pragma once
 
 #include <math.h>
@@ -28,7 +29,7 @@ struct Dim3 {
   uint32_t x, y, z;
 };
 
-// ---- registration -----------------------------------------------------------------------------------------------------
+// ---- registration -----------------------------------------------------------------------------------------
 
 struct Bound {
   const char* name;
@@ -54,7 +55,8 @@ void register_kernel(const Kernel& kernel);
 
 // Reads the arguments without hooks: they lie in the launch's memory, not in the card's.
 template <class... A, size_t... I>
-__attribute__((no_sanitize_thread)) void call_with(void (*f)(A...), void* const* arguments, std::index_sequence<I...>) {
+__attribute__((no_sanitize_thread)) void call_with(void (*f)(A...), void* const* arguments,
+                                                   std::index_sequence<I...>) {
   f(*static_cast<A*>(arguments[I])...);
 }
 template <class... A>
@@ -75,26 +77,30 @@ struct Declared;
 
 }  // namespace standin
 
-// KERNEL(name, …) ends in the name of a macro that swallows the parameter list which follows it, so that the function
-// can be declared, registered under its name with the types of its arguments, and then defined.
-#define KERNEL(name, max_threads, min_blocks) STANDIN_BOUND(__COUNTER__, name, max_threads, min_blocks, false) STANDIN_KERNEL
-#define HOT_KERNEL(name, max_threads, min_blocks) STANDIN_BOUND(__COUNTER__, name, max_threads, min_blocks, true) STANDIN_KERNEL
-#define STANDIN_BOUND(n, name, max_threads, min_blocks, hot) STANDIN_BOUND_(n, name, max_threads, min_blocks, hot)
-#define STANDIN_BOUND_(n, name, max_threads, min_blocks, hot)                                   \
-  template <>                                                                                   \
-  struct standin::Declared<n> {                                                                 \
-    static constexpr standin::Bound bound() {                                                   \
-      return {#name, max_threads, min_blocks, hot, {__FILE__, __LINE__}};                       \
-    }                                                                                           \
+// KERNEL(name, …) ends in the name of a macro that swallows the parameter list which follows it, so that the
+// function can be declared, registered under its name with the types of its arguments, and then defined.
+#define KERNEL(name, max_threads, min_blocks) \
+  STANDIN_BOUND(__COUNTER__, name, max_threads, min_blocks, false) STANDIN_KERNEL
+#define HOT_KERNEL(name, max_threads, min_blocks) \
+  STANDIN_BOUND(__COUNTER__, name, max_threads, min_blocks, true) STANDIN_KERNEL
+#define STANDIN_BOUND(n, name, max_threads, min_blocks, hot) \
+  STANDIN_BOUND_(n, name, max_threads, min_blocks, hot)
+#define STANDIN_BOUND_(n, name, max_threads, min_blocks, hot)             \
+  template <>                                                             \
+  struct standin::Declared<n> {                                           \
+    static constexpr standin::Bound bound() {                             \
+      return {#name, max_threads, min_blocks, hot, {__FILE__, __LINE__}}; \
+    }                                                                     \
   };
 #define STANDIN_KERNEL(...) STANDIN_KERNEL_(__COUNTER__, (__VA_ARGS__))
 #define STANDIN_KERNEL_(n, parameters) STANDIN_KERNEL__(n, parameters)
-#define STANDIN_KERNEL__(n, parameters)                                                                          \
-  static void standin_kernel_##n parameters;                                                                     \
-  static const standin::Registrar standin_registrar_##n(standin::Declared<n - 1>::bound(), &standin_kernel_##n); \
+#define STANDIN_KERNEL__(n, parameters)                                                    \
+  static void standin_kernel_##n parameters;                                               \
+  static const standin::Registrar standin_registrar_##n(standin::Declared<n - 1>::bound(), \
+                                                        &standin_kernel_##n);              \
   static void standin_kernel_##n parameters
 
-// ---- where a thread is ------------------------------------------------------------------------------------------------
+// ---- where a thread is ------------------------------------------------------------------------------------
 
 namespace standin {
 // Constant for as long as a kernel's function runs.
@@ -114,7 +120,7 @@ inline u8* smem_base() {
   return standin::shared_memory();
 }
 
-// ---- loads and stores -------------------------------------------------------------------------------------------------
+// ---- loads and stores -------------------------------------------------------------------------------------
 
 // One access of the full width, as the hooks see it: a struct copy would be split by the compiler.
 namespace standin {
@@ -149,7 +155,7 @@ __forceinline__ vec4 ld16_stream(const void* p) {
   return ld16(p);
 }
 
-// ---- asynchronous copies, matrices, barriers, collectives, atomics ----------------------------------------------------
+// ---- asynchronous copies, matrices, barriers, collectives, atomics ----------------------------------------
 
 namespace standin {
 void copy_async16(void* shared, const void* global, bool valid, Site site);
@@ -189,7 +195,8 @@ inline void ldmatrix_x2(u32 (&r)[2], const void* row, standin::Site site = stand
 inline void ldmatrix_x2_trans(u32 (&r)[2], const void* row, standin::Site site = standin::Site::here()) {
   standin::ldmatrix(r, row, 2, true, site);
 }
-inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], standin::Site site = standin::Site::here()) {
+inline void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2],
+                     standin::Site site = standin::Site::here()) {
   standin::mma_m16n8k16(d, a, b, site);
 }
 
@@ -203,7 +210,7 @@ inline void named_sync(u32 id, u32 threads, standin::Site site = standin::Site::
   standin::barrier(id, threads, site);
 }
 
-// ---- CUDA's names for bits and numbers --------------------------------------------------------------------------------
+// ---- CUDA's names for bits and numbers --------------------------------------------------------------------
 
 __forceinline__ float __uint_as_float(u32 bits) {
   return __builtin_bit_cast(float, bits);
@@ -256,12 +263,12 @@ __forceinline__ float rsqrtf(float a) {
 __forceinline__ double rsqrt(double a) {
   return 1.0 / sqrt(a);
 }
-#define STANDIN_MIN_MAX(type)                   \
-  __forceinline__ type min(type a, type b) {    \
-    return b < a ? b : a;                       \
-  }                                             \
-  __forceinline__ type max(type a, type b) {    \
-    return a < b ? b : a;                       \
+#define STANDIN_MIN_MAX(type)                \
+  __forceinline__ type min(type a, type b) { \
+    return b < a ? b : a;                    \
+  }                                          \
+  __forceinline__ type max(type a, type b) { \
+    return a < b ? b : a;                    \
   }
 STANDIN_MIN_MAX(int)
 STANDIN_MIN_MAX(unsigned)
@@ -283,7 +290,7 @@ __forceinline__ double max(double a, double b) {
   return fmax(a, b);
 }
 
-// ---- shuffles, approximations, bf16 -----------------------------------------------------------------------------------
+// ---- shuffles, approximations, bf16 -----------------------------------------------------------------------
 
 inline u32 shfl_xor(u32 v, u32 mask, standin::Site site = standin::Site::here()) {
   return standin::shuffle_xor(v, mask, site);

@@ -15,8 +15,8 @@ Block::Block() : fibers_(kMaxThreads), ready_(kMaxThreads) {
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   // Aligned to 1024 as kernels may expect, with room before and after that faults.
   size_t room = (kMaxShared + 2 * kPage) / kPage * kPage + 4 * kPage;
-  shared_map_ = static_cast<uint8_t*>(
-      mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  shared_map_ =
+      static_cast<uint8_t*>(mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (stacks_ == MAP_FAILED || shared_map_ == MAP_FAILED) abort();
   shared = shared_map_ + kPage;
 }
@@ -26,7 +26,7 @@ Block::~Block() {
   munmap(shared_map_, (kMaxShared + 2 * kPage) / kPage * kPage + 4 * kPage);
 }
 
-// ---- scheduling -------------------------------------------------------------------------------------------------------
+// ---- scheduling -------------------------------------------------------------------------------------------
 
 void fiber_main() {
   Block& block = *current_block;
@@ -73,7 +73,8 @@ void Block::make_ready(Fiber* fiber) {
   ready_[(ready_head_ + ready_count_++) % kMaxThreads] = fiber;
 }
 
-// Leaves `from` for the next fiber, on a stack of its own if it is new; for the main context if there is none.
+// Leaves `from` for the next fiber, on a stack of its own if it is new; for the main context if there is
+// none.
 void Block::start_next(Context& from) {
   Fiber* next = pick();
   running = next;
@@ -109,11 +110,13 @@ void Block::finish() {
   Fiber& me = *running;
   Warp& warp = warps_[me.index / kLanes];
   if (!me.copies.empty()) {
-    fail(kLaunchFailed, format("%s returned with %zu asynchronous copies in flight", who(me).c_str(), me.copies.size()));
+    fail(kLaunchFailed,
+         format("%s returned with %zu asynchronous copies in flight", who(me).c_str(), me.copies.size()));
   }
   if (warp.arrived) {
-    fail(kLaunchFailed, format("%s returned while lanes %08x of its warp wait in %s at %s", who(me).c_str(), warp.arrived,
-                               warp.kind == Collective::sync ? "warp_sync" : "a warp collective", place(warp.site).c_str()));
+    fail(kLaunchFailed,
+         format("%s returned while lanes %08x of its warp wait in %s at %s", who(me).c_str(), warp.arrived,
+                warp.kind == Collective::sync ? "warp_sync" : "a warp collective", place(warp.site).c_str()));
   }
   for (uint32_t id = 0; id < kBarriers; ++id) {
     if (barriers_[id].arrived && (id == 0 || barriers_[id].expected == threads_)) {
@@ -143,7 +146,8 @@ bool Block::run(Launch& of, uint64_t which) {
   failed_ = false;
   ready_head_ = ready_count_ = 0;
   free_stacks_.clear();
-  for (uint32_t s = 0; s < stacks_made_; ++s) free_stacks_.push_back(stacks_ + (stacks_made_ - 1 - s) * kStack);
+  for (uint32_t s = 0; s < stacks_made_; ++s)
+    free_stacks_.push_back(stacks_ + (stacks_made_ - 1 - s) * kStack);
   clocks_.resize(threads_);
   Clock* beginning = clocks_.fresh(threads_);
   for (uint32_t t = 0; t < threads_; ++t) {
@@ -196,9 +200,10 @@ void Block::fail(int code, const std::string& text) {
     std::lock_guard<std::mutex> guard(launch->lock);
     if (launch->report.code == 0) {
       launch->report.code = code;
-      launch->report.text = format("kernel `%s` (launch %llu, block %u,%u,%u): ", launch->kernel->bound.name,
-                                   static_cast<unsigned long long>(launch->number), index.x, index.y, index.z) +
-                            text;
+      launch->report.text =
+          format("kernel `%s` (launch %llu, block %u,%u,%u): ", launch->kernel->bound.name,
+                 static_cast<unsigned long long>(launch->number), index.x, index.y, index.z) +
+          text;
     }
   }
   launch->failed = true;
@@ -232,9 +237,10 @@ void Block::report_deadlock() {
   text += format("%u returned", returned);
   std::lock_guard<std::mutex> guard(launch->lock);
   if (launch->report.code == 0) {
-    launch->report = {kLaunchFailed, format("kernel `%s` (launch %llu, block %u,%u,%u): ", launch->kernel->bound.name,
-                                            static_cast<unsigned long long>(launch->number), index.x, index.y, index.z) +
-                                         text};
+    launch->report = {kLaunchFailed,
+                      format("kernel `%s` (launch %llu, block %u,%u,%u): ", launch->kernel->bound.name,
+                             static_cast<unsigned long long>(launch->number), index.x, index.y, index.z) +
+                          text};
   }
   launch->failed = true;
   failed_ = true;
@@ -248,7 +254,7 @@ std::string Block::where(const void* pc, Site site) const {
   return pc ? place(pc) : place(site);
 }
 
-// ---- barriers ---------------------------------------------------------------------------------------------------------
+// ---- barriers ---------------------------------------------------------------------------------------------
 
 bool Block::skips(Site site) const {
   const std::string& skipped = launch->options->skip_barrier;
@@ -263,8 +269,8 @@ void Block::barrier(uint32_t id, uint32_t threads, Site site) {
   if (id >= kBarriers) fail(kLaunchFailed, format("barrier %u does not exist (%s)", id, place(site).c_str()));
   if (expected % kLanes || expected > threads_) {
     if (threads || expected > threads_) {
-      fail(kLaunchFailed, format("barrier %u for %u threads in a block of %u: whole warps of this block (%s)", id, expected,
-                                 threads_, place(site).c_str()));
+      fail(kLaunchFailed, format("barrier %u for %u threads in a block of %u: whole warps of this block (%s)",
+                                 id, expected, threads_, place(site).c_str()));
     }
   }
   Barrier& b = barriers_[id];
@@ -276,11 +282,12 @@ void Block::barrier(uint32_t id, uint32_t threads, Site site) {
                                  place(site).c_str(), done_));
     }
   } else if (b.expected != expected) {
-    fail(kLaunchFailed, format("barrier %u: %s expects %u threads at %s, others expect %u at %s", id, who(me).c_str(),
-                               expected, place(site).c_str(), b.expected, place(b.site).c_str()));
+    fail(kLaunchFailed,
+         format("barrier %u: %s expects %u threads at %s, others expect %u at %s", id, who(me).c_str(),
+                expected, place(site).c_str(), b.expected, place(b.site).c_str()));
   } else if (b.site.line != site.line || strcmp(b.site.file, site.file)) {
-    fail(kLaunchFailed, format("barrier %u: %s comes from %s, others wait at %s", id, who(me).c_str(), place(site).c_str(),
-                               place(b.site).c_str()));
+    fail(kLaunchFailed, format("barrier %u: %s comes from %s, others wait at %s", id, who(me).c_str(),
+                               place(site).c_str(), place(b.site).c_str()));
   }
   b.waiting.push_back(&me);
   ++me.barriers_passed;
@@ -321,7 +328,7 @@ void Block::flush_log(uint32_t w) {
   counters_.warp_met(logs, warps_[w].lanes);
 }
 
-// ---- warp collectives -------------------------------------------------------------------------------------------------
+// ---- warp collectives -------------------------------------------------------------------------------------
 
 namespace {
 
@@ -403,8 +410,7 @@ void Block::complete(Warp& warp, Collective kind) {
   void* const* operands = warp.operands;
   switch (kind) {
     case Collective::none:
-    case Collective::sync:
-      break;
+    case Collective::sync: break;
     case Collective::shuffle_xor:
       for (uint32_t l = 0; l < kLanes; ++l) {
         auto& s = *static_cast<Shuffle*>(operands[l]);
@@ -423,12 +429,8 @@ void Block::complete(Warp& warp, Collective kind) {
       for (uint32_t l = 0; l < kLanes; ++l) static_cast<Vote*>(operands[l])->result = result;
       break;
     }
-    case Collective::ldmatrix:
-      compute_ldmatrix(operands);
-      break;
-    case Collective::mma:
-      compute_mma(operands);
-      break;
+    case Collective::ldmatrix: compute_ldmatrix(operands); break;
+    case Collective::mma: compute_mma(operands); break;
   }
 }
 
@@ -437,19 +439,19 @@ void Block::collective(Collective kind, void* operand, Site site, const char* na
   uint32_t w = me.index / kLanes;
   Warp& warp = warps_[w];
   if (warp.lanes != kLanes) {
-    fail(kLaunchFailed, format("%s at %s in a warp of %u lanes: the block's size must be a multiple of 32", name,
-                               place(site).c_str(), warp.lanes));
+    fail(kLaunchFailed, format("%s at %s in a warp of %u lanes: the block's size must be a multiple of 32",
+                               name, place(site).c_str(), warp.lanes));
   }
   if (warp.returned) {
-    fail(kLaunchFailed, format("%s calls %s at %s after lanes %08x of its warp have returned", who(me).c_str(), name,
-                               place(site).c_str(), warp.returned));
+    fail(kLaunchFailed, format("%s calls %s at %s after lanes %08x of its warp have returned",
+                               who(me).c_str(), name, place(site).c_str(), warp.returned));
   }
   if (warp.arrived == 0) {
     warp.kind = kind;
     warp.site = site;
   } else if (warp.kind != kind || warp.site.line != site.line || strcmp(warp.site.file, site.file)) {
-    fail(kLaunchFailed, format("%s calls %s at %s while lanes %08x of its warp wait at %s", who(me).c_str(), name,
-                               place(site).c_str(), warp.arrived, place(warp.site).c_str()));
+    fail(kLaunchFailed, format("%s calls %s at %s while lanes %08x of its warp wait at %s", who(me).c_str(),
+                               name, place(site).c_str(), warp.arrived, place(warp.site).c_str()));
   }
   warp.operands[me.lane()] = operand;
   warp.arrived |= 1u << me.lane();
@@ -484,13 +486,15 @@ void Block::ldmatrix(uint32_t* registers, const void* row, uint32_t matrices, bo
   if (running->lane() < 8 * matrices) {
     uint64_t address = reinterpret_cast<uint64_t>(row), offset = address - reinterpret_cast<uint64_t>(shared);
     if (offset >= launch->shared_bytes || offset + 16 > launch->shared_bytes) {
-      fail(kIllegalAddress, format("%s: ldmatrix row outside the %u bytes of shared memory (offset %lld) at %s",
-                                   who(*running).c_str(), launch->shared_bytes, static_cast<long long>(offset),
-                                   place(site).c_str()));
+      fail(kIllegalAddress,
+           format("%s: ldmatrix row outside the %u bytes of shared memory (offset %lld) at %s",
+                  who(*running).c_str(), launch->shared_bytes, static_cast<long long>(offset),
+                  place(site).c_str()));
     }
     if (offset % 16) {
-      fail(kMisaligned, format("%s: ldmatrix row at offset %llu, not a multiple of 16, at %s", who(*running).c_str(),
-                               static_cast<unsigned long long>(offset), place(site).c_str()));
+      fail(kMisaligned,
+           format("%s: ldmatrix row at offset %llu, not a multiple of 16, at %s", who(*running).c_str(),
+                  static_cast<unsigned long long>(offset), place(site).c_str()));
     }
     if (checking_ == Checks::on) access_shared(static_cast<uint32_t>(offset), 16, false, nullptr, site);
     if (counting_) running->log.push_back({site.file + site.line, offset, 16, false, true, true});
@@ -498,15 +502,15 @@ void Block::ldmatrix(uint32_t* registers, const void* row, uint32_t matrices, bo
   collective(Collective::ldmatrix, &operand, site, "ldmatrix");
 }
 
-// ---- asynchronous copies ----------------------------------------------------------------------------------------------
+// ---- asynchronous copies ----------------------------------------------------------------------------------
 
 void Block::copy_async16(void* to, const void* from, bool valid, Site site) {
   Fiber& me = *running;
   uint64_t offset = reinterpret_cast<uint64_t>(to) - reinterpret_cast<uint64_t>(shared);
   if (offset >= launch->shared_bytes || offset + 16 > launch->shared_bytes) {
-    fail(kIllegalAddress, format("%s: cp_async16 to outside the %u bytes of shared memory (offset %lld) at %s",
-                                 who(me).c_str(), launch->shared_bytes, static_cast<long long>(offset),
-                                 place(site).c_str()));
+    fail(kIllegalAddress,
+         format("%s: cp_async16 to outside the %u bytes of shared memory (offset %lld) at %s",
+                who(me).c_str(), launch->shared_bytes, static_cast<long long>(offset), place(site).c_str()));
   }
   if (offset % 16) {
     fail(kMisaligned, format("%s: cp_async16 to offset %llu, not a multiple of 16, at %s", who(me).c_str(),
@@ -558,7 +562,7 @@ void Block::copy_async_wait(uint32_t newest, Site site) {
   me.copies.resize(kept);
 }
 
-// ---- the twins that kernels call --------------------------------------------------------------------------------------
+// ---- the twins that kernels call --------------------------------------------------------------------------
 
 Dim3 thread_index() {
   return current_block->running->thread;

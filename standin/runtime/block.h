@@ -1,8 +1,9 @@
 // One block of threads, run by one host thread: every CUDA thread is a fiber with a stack of its own.
 //
-// A fiber runs until it waits (for a barrier, for the other lanes of its warp) or returns; then the next ready one goes
-// on. The order is first come, first served, or random with a seed. When nobody can run and somebody waits, that is a
-// deadlock. An error leaves the fiber for the block's main context and ends the launch.
+// A fiber runs until it waits (for a barrier, for the other lanes of its warp) or returns; then the next
+// ready one goes on. The order is first come, first served, or random with a seed. When nobody can run and
+// somebody waits, that is a deadlock. An error leaves the fiber for the block's main context and ends the
+// launch.
 #pragma once
 
 #include <stdint.h>
@@ -32,9 +33,9 @@ struct Launch {
   Dim3 grid, block;
   uint32_t shared_bytes;
   void* const* arguments;
-  uint32_t tag;              // 1 to 65535: the launch in the traces of global memory
-  const uint64_t* ordered;   // per stream: what happened there before this launch
-  uint64_t number;           // counted from the start, for reports
+  uint32_t tag;             // 1 to 65535: the launch in the traces of global memory
+  const uint64_t* ordered;  // per stream: what happened there before this launch
+  uint64_t number;          // counted from the start, for reports
   const Options* options;
 
   uint64_t blocks() const { return uint64_t{grid.x} * grid.y * grid.z; }
@@ -64,7 +65,7 @@ struct Fiber {
   uint32_t index = 0;        // in the block
   Dim3 thread{};
   State state = State::ready;
-  Site site{};                // where it waits
+  Site site{};  // where it waits
   const char* waits_for = "";
   // What it knows of the others, and its own time.
   Clock* clock = nullptr;

@@ -1,9 +1,11 @@
-// The checks of single accesses: where they go, whether the bytes were ever written, and who else touched them.
+// The checks of single accesses: where they go, whether the bytes were ever written, and who else touched
+// them.
 //
-// Shared memory: FastTrack (Flanagan and Freund, PLDI 2009). A granule remembers its last writer and its concurrent
-// readers with their times; an access that does not come after them by the accessor's vector clock is a race, in
-// whichever order the two happened to run. Global memory: the same within a block; between blocks of a launch any
-// conflict is a race unless it went through a fence and an atomic; between launches the clocks of the streams decide.
+// Shared memory: FastTrack (Flanagan and Freund, PLDI 2009). A granule remembers its last writer and its
+// concurrent readers with their times; an access that does not come after them by the accessor's vector clock
+// is a race, in whichever order the two happened to run. Global memory: the same within a block; between
+// blocks of a launch any conflict is a race unless it went through a fence and an atomic; between launches
+// the clocks of the streams decide.
 #include "check.h"
 
 #include <dlfcn.h>
@@ -22,19 +24,21 @@ void Block::access(uint64_t address, uint32_t size, bool write, const void* pc, 
   uint64_t offset = address - reinterpret_cast<uint64_t>(shared);
   bool in_shared = offset < kMaxShared;
   if (counting_) {
-    me.log.push_back({pc ? pc : site.file + site.line, in_shared ? offset : address, static_cast<uint16_t>(size), write,
-                      in_shared, false});
+    me.log.push_back({pc ? pc : site.file + site.line, in_shared ? offset : address,
+                      static_cast<uint16_t>(size), write, in_shared, false});
   }
   if (checking_ == Checks::off) return;
   if (size > 1 && size <= 16 && address % size) {
-    fail(kMisaligned, format("misaligned: %s %s %u bytes at %p at %s", who(me).c_str(), write ? "writes" : "reads", size,
-                             reinterpret_cast<void*>(address), where(pc, site).c_str()));
+    fail(kMisaligned,
+         format("misaligned: %s %s %u bytes at %p at %s", who(me).c_str(), write ? "writes" : "reads", size,
+                reinterpret_cast<void*>(address), where(pc, site).c_str()));
   }
   if (in_shared || offset + kMaxShared < 2 * kMaxShared) {
     if (offset + size > launch->shared_bytes || !in_shared) {
-      fail(kIllegalAddress, format("out of bounds: %s %s %u bytes at offset %lld of %u bytes of shared memory at %s",
-                                   who(me).c_str(), write ? "writes" : "reads", size, static_cast<long long>(offset),
-                                   launch->shared_bytes, where(pc, site).c_str()));
+      fail(kIllegalAddress,
+           format("out of bounds: %s %s %u bytes at offset %lld of %u bytes of shared memory at %s",
+                  who(me).c_str(), write ? "writes" : "reads", size, static_cast<long long>(offset),
+                  launch->shared_bytes, where(pc, site).c_str()));
     }
     if (checking_ == Checks::on) access_shared(static_cast<uint32_t>(offset), size, write, pc, site);
   } else if (device.contains(address)) {
@@ -44,7 +48,7 @@ void Block::access(uint64_t address, uint32_t size, bool write, const void* pc, 
   }
 }
 
-// ---- shared memory ----------------------------------------------------------------------------------------------------
+// ---- shared memory ----------------------------------------------------------------------------------------
 
 void Block::access_shared(uint32_t offset, uint32_t size, bool write, const void* pc, Site site) {
   Fiber& me = *running;
@@ -52,12 +56,13 @@ void Block::access_shared(uint32_t offset, uint32_t size, bool write, const void
   for (uint32_t g = offset / 2; g <= (offset + size - 1) / 2; ++g) {
     Cell& cell = cells_[g];
     if (cell.flags & kCellInFlight) {
-      fail(kLaunchFailed, format("copy in flight: %s %s shared byte %u, which an asynchronous copy of %s still fills, at %s",
-                                 who(me).c_str(), does, 2 * g, who(cell.writer).c_str(), where(pc, site).c_str()));
+      fail(kLaunchFailed,
+           format("copy in flight: %s %s shared byte %u, which an asynchronous copy of %s still fills, at %s",
+                  who(me).c_str(), does, 2 * g, who(cell.writer).c_str(), where(pc, site).c_str()));
     }
     if (!write && !(cell.flags & kCellWritten)) {
-      fail(kLaunchFailed, format("uninitialised: %s reads shared byte %u, which nobody wrote, at %s", who(me).c_str(), 2 * g,
-                                 where(pc, site).c_str()));
+      fail(kLaunchFailed, format("uninitialised: %s reads shared byte %u, which nobody wrote, at %s",
+                                 who(me).c_str(), 2 * g, where(pc, site).c_str()));
     }
     if (size == 1) {
       // Two threads may own the two bytes of a granule: no race check.
@@ -65,14 +70,16 @@ void Block::access_shared(uint32_t offset, uint32_t size, bool write, const void
       continue;
     }
     if (cell.write_time && !knows(me, cell.writer, cell.write_time)) {
-      fail(kLaunchFailed, format("race: %s %s shared byte %u, which %s has written without a barrier in between, at %s",
-                                 who(me).c_str(), does, 2 * g, who(cell.writer).c_str(), where(pc, site).c_str()));
+      fail(kLaunchFailed,
+           format("race: %s %s shared byte %u, which %s has written without a barrier in between, at %s",
+                  who(me).c_str(), does, 2 * g, who(cell.writer).c_str(), where(pc, site).c_str()));
     }
     if (write) {
       uint32_t reader;
       if (!others_ordered(cell, &reader)) {
-        fail(kLaunchFailed, format("race: %s writes shared byte %u, which %s has read without a barrier in between, at %s",
-                                   who(me).c_str(), 2 * g, who(reader).c_str(), where(pc, site).c_str()));
+        fail(kLaunchFailed,
+             format("race: %s writes shared byte %u, which %s has read without a barrier in between, at %s",
+                    who(me).c_str(), 2 * g, who(reader).c_str(), where(pc, site).c_str()));
       }
       cell.flags |= kCellWritten;
       cell.writer = static_cast<uint16_t>(me.index);
@@ -125,7 +132,7 @@ bool Block::others_ordered(const Cell& cell, uint32_t* who) const {
   return true;
 }
 
-// ---- global memory ----------------------------------------------------------------------------------------------------
+// ---- global memory ----------------------------------------------------------------------------------------
 
 namespace {
 
@@ -156,8 +163,9 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
   Fiber& me = *running;
   const char* does = write ? "writes" : "reads";
   if (!device.allocated(address, size)) {
-    fail(kIllegalAddress, format("out of bounds: %s %s %u bytes at %p, %s, at %s", who(me).c_str(), does, size,
-                                 reinterpret_cast<void*>(address), allocation(address).c_str(), where(pc, site).c_str()));
+    fail(kIllegalAddress,
+         format("out of bounds: %s %s %u bytes at %p, %s, at %s", who(me).c_str(), does, size,
+                reinterpret_cast<void*>(address), allocation(address).c_str(), where(pc, site).c_str()));
   }
   if (checking_ != Checks::on) {
     if (write) device.mark_written(address, size);
@@ -165,8 +173,9 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
   }
   // A wide read may run over a row's end into padding that was never written: its first bytes count.
   if (!write && device.first_unwritten(address, size) == 0) {
-    fail(kLaunchFailed, format("uninitialised: %s reads %u bytes at %p, %s, which nobody wrote, at %s", who(me).c_str(), size,
-                               reinterpret_cast<void*>(address), allocation(address).c_str(), where(pc, site).c_str()));
+    fail(kLaunchFailed, format("uninitialised: %s reads %u bytes at %p, %s, which nobody wrote, at %s",
+                               who(me).c_str(), size, reinterpret_cast<void*>(address),
+                               allocation(address).c_str(), where(pc, site).c_str()));
   }
   if (write) {
     device.mark_written(address, size);
@@ -181,17 +190,18 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
     Touch other = Touch::of(word);
     if (other.tag != launch->tag) {
       if (ordered_before(other.tag, launch->ordered)) return;
-      fail(kLaunchFailed,
-           format("race between streams: %s %s %p, %s, which an operation on stream %u has %s without an event in between, at %s",
-                  who(me).c_str(), does, reinterpret_cast<void*>(at), allocation(at).c_str(), stream_of(other.tag), kind,
-                  where(pc, site).c_str()));
+      fail(kLaunchFailed, format("race between streams: %s %s %p, %s, which an operation on stream %u has %s "
+                                 "without an event in between, at %s",
+                                 who(me).c_str(), does, reinterpret_cast<void*>(at), allocation(at).c_str(),
+                                 stream_of(other.tag), kind, where(pc, site).c_str()));
     }
     if (other.block != number) {
       if (acquired(other.block)) return;
-      std::string whose = other.block == kManyBlocks ? "several blocks have" : format("block %u has", other.block);
-      fail(kLaunchFailed, format("race between blocks: %s %s %p, %s, which %s %s, at %s", who(me).c_str(), does,
-                                 reinterpret_cast<void*>(at), allocation(at).c_str(), whose.c_str(), kind,
-                                 where(pc, site).c_str()));
+      std::string whose =
+          other.block == kManyBlocks ? "several blocks have" : format("block %u has", other.block);
+      fail(kLaunchFailed, format("race between blocks: %s %s %p, %s, which %s %s, at %s", who(me).c_str(),
+                                 does, reinterpret_cast<void*>(at), allocation(at).c_str(), whose.c_str(),
+                                 kind, where(pc, site).c_str()));
     }
     bool known;
     if (other.time & kManyTimes) {
@@ -201,10 +211,11 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
       known = other.thread == me.index || (me.clock->time[other.thread] & (kManyTimes - 1)) >= other.time;
     }
     if (known) return;
-    fail(kLaunchFailed, format("race: %s %s global %p, %s, which %s of the block has %s without a barrier in between, at %s",
-                               who(me).c_str(), does, reinterpret_cast<void*>(at), allocation(at).c_str(),
-                               other.time & kManyTimes ? "another thread" : who(other.thread).c_str(), kind,
-                               where(pc, site).c_str()));
+    fail(kLaunchFailed,
+         format("race: %s %s global %p, %s, which %s of the block has %s without a barrier in between, at %s",
+                who(me).c_str(), does, reinterpret_cast<void*>(at), allocation(at).c_str(),
+                other.time & kManyTimes ? "another thread" : who(other.thread).c_str(), kind,
+                where(pc, site).c_str()));
   };
 
   uint64_t word = Touch{mine.tag, mine.block, mine.thread, mine.time & (kManyTimes - 1)}.packed();
@@ -214,7 +225,8 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
     ordered(get(page.bulk.reader), "read", address);
     ordered(get(page.bulk.other_reader), "read", address);
   }
-  if (!__atomic_load_n(&page.touched, __ATOMIC_RELAXED)) __atomic_store_n(&page.touched, true, __ATOMIC_RELAXED);
+  if (!__atomic_load_n(&page.touched, __ATOMIC_RELAXED))
+    __atomic_store_n(&page.touched, true, __ATOMIC_RELAXED);
   for (uint64_t a = address & ~uint64_t{1}; a < address + size; a += 2) {
     Trace& trace = device.trace[device.granule(a)];
     uint64_t writer = get(trace.writer);
@@ -253,14 +265,16 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
             Touch{mine.tag, number, whose, kManyTimes | (me.barriers_passed & (kManyTimes - 1))}.packed());
       }
     } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
-      // They read before a barrier that this thread has passed: who comes after this read comes after theirs, too.
+      // They read before a barrier that this thread has passed: who comes after this read comes after theirs,
+      // too.
       set(trace.reader, word);
     } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
       set(trace.reader, word);  // all of them read before a barrier that this thread has passed
     } else {
       uint32_t warp = me.index / kLanes;
       uint32_t whose = last.thread == warp ? warp : kManyWarps;
-      uint64_t many = Touch{mine.tag, number, whose, kManyTimes | (me.barriers_passed & (kManyTimes - 1))}.packed();
+      uint64_t many =
+          Touch{mine.tag, number, whose, kManyTimes | (me.barriers_passed & (kManyTimes - 1))}.packed();
       if (many != reader) set(trace.reader, many);
     }
   }
@@ -270,8 +284,8 @@ uint32_t Block::atomic_add(uint32_t* p, uint32_t v, Site site) {
   Fiber& me = *running;
   uint64_t address = reinterpret_cast<uint64_t>(p);
   if (address % 4) {
-    fail(kMisaligned, format("misaligned: %s adds atomically at %p at %s", who(me).c_str(), static_cast<void*>(p),
-                             place(site).c_str()));
+    fail(kMisaligned, format("misaligned: %s adds atomically at %p at %s", who(me).c_str(),
+                             static_cast<void*>(p), place(site).c_str()));
   }
   uint64_t offset = address - reinterpret_cast<uint64_t>(shared);
   bool in_shared = offset < launch->shared_bytes;
@@ -284,13 +298,15 @@ uint32_t Block::atomic_add(uint32_t* p, uint32_t v, Site site) {
     if (in_shared) {
       Cell* cells = &cells_[offset / 2];
       if (!(cells[0].flags & kCellWritten)) {
-        fail(kLaunchFailed, format("uninitialised: %s adds atomically to shared byte %llu, which nobody wrote, at %s",
-                                   who(me).c_str(), static_cast<unsigned long long>(offset), place(site).c_str()));
+        fail(kLaunchFailed,
+             format("uninitialised: %s adds atomically to shared byte %llu, which nobody wrote, at %s",
+                    who(me).c_str(), static_cast<unsigned long long>(offset), place(site).c_str()));
       }
     } else {
       if (device.first_unwritten(address, 4) != 4) {
-        fail(kLaunchFailed, format("uninitialised: %s adds atomically at %p, %s, which nobody wrote, at %s", who(me).c_str(),
-                                   static_cast<void*>(p), allocation(address).c_str(), place(site).c_str()));
+        fail(kLaunchFailed,
+             format("uninitialised: %s adds atomically at %p, %s, which nobody wrote, at %s", who(me).c_str(),
+                    static_cast<void*>(p), allocation(address).c_str(), place(site).c_str()));
       }
       std::lock_guard<std::mutex> guard(launch->lock);
       auto& seen = launch->published[address];
@@ -308,7 +324,7 @@ uint32_t Block::atomic_add(uint32_t* p, uint32_t v, Site site) {
   return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
 }
 
-// ---- anything else ----------------------------------------------------------------------------------------------------
+// ---- anything else ----------------------------------------------------------------------------------------
 
 namespace {
 
@@ -369,31 +385,31 @@ void Block::access_elsewhere(uint64_t address, uint32_t size, bool write, const 
 
 }  // namespace standin
 
-// ---- the hooks that `-fsanitize=thread` calls -------------------------------------------------------------------------
+// ---- the hooks that `-fsanitize=thread` calls -------------------------------------------------------------
 
 using standin::current_block;
 using standin::Site;
 
-#define HOOK(bytes)                                                                                          \
-  extern "C" void __tsan_read##bytes(void* p) {                                                              \
-    standin::Block* b = current_block;                                                                       \
-    if (b && b->watching)                                                                                    \
-      b->access(reinterpret_cast<uint64_t>(p), bytes, false, __builtin_return_address(0), Site{});           \
-  }                                                                                                          \
-  extern "C" void __tsan_write##bytes(void* p) {                                                             \
-    standin::Block* b = current_block;                                                                       \
-    if (b && b->watching)                                                                                    \
-      b->access(reinterpret_cast<uint64_t>(p), bytes, true, __builtin_return_address(0), Site{});            \
-  }                                                                                                          \
-  extern "C" void __tsan_unaligned_read##bytes(void* p) {                                                    \
-    standin::Block* b = current_block;                                                                       \
-    if (b && b->watching)                                                                                    \
-      b->access(reinterpret_cast<uint64_t>(p), bytes, false, __builtin_return_address(0), Site{});           \
-  }                                                                                                          \
-  extern "C" void __tsan_unaligned_write##bytes(void* p) {                                                   \
-    standin::Block* b = current_block;                                                                       \
-    if (b && b->watching)                                                                                    \
-      b->access(reinterpret_cast<uint64_t>(p), bytes, true, __builtin_return_address(0), Site{});            \
+#define HOOK(bytes)                                                                                \
+  extern "C" void __tsan_read##bytes(void* p) {                                                    \
+    standin::Block* b = current_block;                                                             \
+    if (b && b->watching)                                                                          \
+      b->access(reinterpret_cast<uint64_t>(p), bytes, false, __builtin_return_address(0), Site{}); \
+  }                                                                                                \
+  extern "C" void __tsan_write##bytes(void* p) {                                                   \
+    standin::Block* b = current_block;                                                             \
+    if (b && b->watching)                                                                          \
+      b->access(reinterpret_cast<uint64_t>(p), bytes, true, __builtin_return_address(0), Site{});  \
+  }                                                                                                \
+  extern "C" void __tsan_unaligned_read##bytes(void* p) {                                          \
+    standin::Block* b = current_block;                                                             \
+    if (b && b->watching)                                                                          \
+      b->access(reinterpret_cast<uint64_t>(p), bytes, false, __builtin_return_address(0), Site{}); \
+  }                                                                                                \
+  extern "C" void __tsan_unaligned_write##bytes(void* p) {                                         \
+    standin::Block* b = current_block;                                                             \
+    if (b && b->watching)                                                                          \
+      b->access(reinterpret_cast<uint64_t>(p), bytes, true, __builtin_return_address(0), Site{});  \
   }
 HOOK(1)
 HOOK(2)
@@ -408,7 +424,8 @@ extern "C" void __tsan_read_range(void* p, size_t bytes) {
   if (!b || !b->watching) return;
   uint64_t a = reinterpret_cast<uint64_t>(p);
   for (size_t i = 0; i < bytes; i += 4) {
-    b->access(a + i, bytes - i < 4 ? static_cast<uint32_t>(bytes - i) : 4, false, __builtin_return_address(0), Site{});
+    b->access(a + i, bytes - i < 4 ? static_cast<uint32_t>(bytes - i) : 4, false, __builtin_return_address(0),
+              Site{});
   }
 }
 extern "C" void __tsan_write_range(void* p, size_t bytes) {
@@ -416,7 +433,8 @@ extern "C" void __tsan_write_range(void* p, size_t bytes) {
   if (!b || !b->watching) return;
   uint64_t a = reinterpret_cast<uint64_t>(p);
   for (size_t i = 0; i < bytes; i += 4) {
-    b->access(a + i, bytes - i < 4 ? static_cast<uint32_t>(bytes - i) : 4, true, __builtin_return_address(0), Site{});
+    b->access(a + i, bytes - i < 4 ? static_cast<uint32_t>(bytes - i) : 4, true, __builtin_return_address(0),
+              Site{});
   }
 }
 extern "C" void __tsan_init() {}
@@ -436,7 +454,8 @@ struct OutOfBounds {
 extern "C" void __ubsan_handle_out_of_bounds_abort(OutOfBounds* data, uint64_t at) {
   standin::Block* b = current_block;
   if (!b) abort();
-  b->fail(standin::kIllegalAddress,
-          standin::format("out of bounds: index %lld of a local array at %s", static_cast<long long>(at),
-                          standin::place(Site{data->where.file, static_cast<int>(data->where.line)}).c_str()));
+  b->fail(
+      standin::kIllegalAddress,
+      standin::format("out of bounds: index %lld of a local array at %s", static_cast<long long>(at),
+                      standin::place(Site{data->where.file, static_cast<int>(data->where.line)}).c_str()));
 }

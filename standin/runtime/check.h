@@ -5,9 +5,9 @@
 
 namespace standin {
 
-constexpr uint32_t kManyBlocks = 0xfffff;   // in the block field: readers in several blocks
-constexpr uint32_t kManyTimes = 0x20000;    // in the time field: several threads of the block have read
-constexpr uint32_t kManyWarps = 1023;       // in the thread field of those: of several warps; else the warp
+constexpr uint32_t kManyBlocks = 0xfffff;  // in the block field: readers in several blocks
+constexpr uint32_t kManyTimes = 0x20000;   // in the time field: several threads of the block have read
+constexpr uint32_t kManyWarps = 1023;      // in the thread field of those: of several warps; else the warp
 
 struct Touch {
   uint32_t tag, block, thread, time;

@@ -1,6 +1,7 @@
 // Vector clocks: what a thread of a block knows of the others' progress.
 //
-// Threads that met at a barrier know the same, so a clock is shared between them and replaced when they meet again.
+// Threads that met at a barrier know the same, so a clock is shared between them and replaced when they meet
+// again.
 #pragma once
 
 #include <stdint.h>

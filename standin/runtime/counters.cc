@@ -31,8 +31,9 @@ void Counters::add(const Counters& o) {
 
 namespace {
 
-// Passes over the 32 banks that one warp access takes, and the least that its distinct words would need. The lanes
-// that go together: 32 for accesses of up to 4 bytes, 16 for 8, 8 for 16 (and for the rows of ldmatrix).
+// Passes over the 32 banks that one warp access takes, and the least that its distinct words would need. The
+// lanes that go together: 32 for accesses of up to 4 bytes, 16 for 8, 8 for 16 (and for the rows of
+// ldmatrix).
 void count_wavefronts(const Logged* const* lanes, uint32_t count, uint64_t* wavefronts, uint64_t* ideal) {
   uint32_t together = lanes[0]->size <= 4 ? 32 : lanes[0]->size == 8 ? 16 : 8;
   for (uint32_t start = 0; start < count; start += together) {
@@ -59,8 +60,8 @@ void count_wavefronts(const Logged* const* lanes, uint32_t count, uint64_t* wave
 }  // namespace
 
 void Counters::warp_met(std::vector<Logged>* const* logs, uint32_t lanes) {
-  // The k-th access of each lane at one place in the code is one access of the warp. Lanes mostly agree on the order;
-  // those that went another way are taken up when their own first access comes.
+  // The k-th access of each lane at one place in the code is one access of the warp. Lanes mostly agree on
+  // the order; those that went another way are taken up when their own first access comes.
   size_t at[32] = {};
   for (;;) {
     const Logged* leader = nullptr;
@@ -73,7 +74,9 @@ void Counters::warp_met(std::vector<Logged>* const* logs, uint32_t lanes) {
     for (uint32_t l = 0; l < lanes; ++l) {
       if (at[l] >= logs[l]->size()) continue;
       const Logged& a = (*logs[l])[at[l]];
-      if (a.pc != leader->pc || a.shared != leader->shared || a.write != leader->write || a.size != leader->size) continue;
+      if (a.pc != leader->pc || a.shared != leader->shared || a.write != leader->write ||
+          a.size != leader->size)
+        continue;
       group[count++] = &a;
       ++at[l];
     }
@@ -114,12 +117,13 @@ std::string counters_json(const Launch& launch) {
       "\"shared_write\":{\"instructions\":%llu,\"wavefronts\":%llu,\"ideal\":%llu},"
       "\"mma\":%llu,\"ldmatrix\":%llu,\"shuffles\":%llu,\"block_barriers\":%llu,\"warp_barriers\":%llu,"
       "\"async_copies\":%llu,\"atomics\":%llu}",
-      launch.kernel->bound.name, n(launch.number), launch.grid.x, launch.grid.y, launch.grid.z, launch.block.x,
-      launch.block.y, launch.block.z, launch.shared_bytes, n(c.global_read.instructions), n(c.global_read.bytes),
-      n(c.global_read.sectors), n(c.read_sectors.size()), n(c.global_write.instructions), n(c.global_write.bytes),
-      n(c.global_write.sectors), n(c.written_sectors.size()), n(c.shared_reads), n(c.shared_read_wavefronts),
-      n(c.shared_read_ideal), n(c.shared_writes), n(c.shared_write_wavefronts), n(c.shared_write_ideal), n(c.mma),
-      n(c.ldmatrix), n(c.shuffles), n(c.block_barriers), n(c.warp_barriers), n(c.copies), n(c.atomics));
+      launch.kernel->bound.name, n(launch.number), launch.grid.x, launch.grid.y, launch.grid.z,
+      launch.block.x, launch.block.y, launch.block.z, launch.shared_bytes, n(c.global_read.instructions),
+      n(c.global_read.bytes), n(c.global_read.sectors), n(c.read_sectors.size()),
+      n(c.global_write.instructions), n(c.global_write.bytes), n(c.global_write.sectors),
+      n(c.written_sectors.size()), n(c.shared_reads), n(c.shared_read_wavefronts), n(c.shared_read_ideal),
+      n(c.shared_writes), n(c.shared_write_wavefronts), n(c.shared_write_ideal), n(c.mma), n(c.ldmatrix),
+      n(c.shuffles), n(c.block_barriers), n(c.warp_barriers), n(c.copies), n(c.atomics));
 }
 
 }  // namespace standin

@@ -1,7 +1,8 @@
 // The CUDA driver API, as much of it as a program like Vitrum uses: libcuda.so's own names and error codes.
 //
-// Work runs at the moment it is issued, unless its stream is being captured; then its bytes are kept and it runs at
-// each launch of the graph. Names, types and codes follow NVIDIA's CUDA Driver API reference (CUDA 13.0).
+// Work runs at the moment it is issued, unless its stream is being captured; then its bytes are kept and it
+// runs at each launch of the graph. Names, types and codes follow NVIDIA's CUDA Driver API reference
+// (CUDA 13.0).
 #include "driver.h"
 
 #include <stdio.h>
@@ -158,24 +159,30 @@ int bad_launch(const char* name, int code, const std::string& why) {
   return code;
 }
 
-int launch_kernel(Function* f, Dim3 grid, Dim3 block, uint32_t shared_bytes, void* stream, void** parameters) {
+int launch_kernel(Function* f, Dim3 grid, Dim3 block, uint32_t shared_bytes, void* stream,
+                  void** parameters) {
   const Bound& bound = f->kernel->bound;
   uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (!grid.x || !grid.y || !grid.z || !threads) return bad_launch(bound.name, kInvalidValue, "an empty grid or block");
+  if (!grid.x || !grid.y || !grid.z || !threads)
+    return bad_launch(bound.name, kInvalidValue, "an empty grid or block");
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
-    return bad_launch(bound.name, kInvalidValue, format("a grid of %u,%u,%u (y and z at most 65535)", grid.x, grid.y, grid.z));
+    return bad_launch(bound.name, kInvalidValue,
+                      format("a grid of %u,%u,%u (y and z at most 65535)", grid.x, grid.y, grid.z));
   }
   if (threads > kMaxThreads || block.x > 1024 || block.y > 1024 || block.z > 64) {
-    return bad_launch(bound.name, kInvalidValue, format("a block of %u,%u,%u (1024 threads at most)", block.x, block.y, block.z));
+    return bad_launch(bound.name, kInvalidValue,
+                      format("a block of %u,%u,%u (1024 threads at most)", block.x, block.y, block.z));
   }
   if (threads > bound.max_threads) {
-    return bad_launch(bound.name, kOutOfResources, format("%llu threads, but its launch bound is %u",
-                                                          static_cast<unsigned long long>(threads), bound.max_threads));
+    return bad_launch(bound.name, kOutOfResources,
+                      format("%llu threads, but its launch bound is %u",
+                             static_cast<unsigned long long>(threads), bound.max_threads));
   }
   if (shared_bytes > f->shared_limit) {
-    return bad_launch(bound.name, kInvalidValue,
-                      format("%u bytes of shared memory, but %u are allowed (cuFuncSetAttribute raises it to %d at most)",
-                             shared_bytes, f->shared_limit, limits().shared_optin));
+    return bad_launch(
+        bound.name, kInvalidValue,
+        format("%u bytes of shared memory, but %u are allowed (cuFuncSetAttribute raises it to %d at most)",
+               shared_bytes, f->shared_limit, limits().shared_optin));
   }
   auto call = std::make_shared<KernelCall>();
   call->kernel = f->kernel;
@@ -186,9 +193,11 @@ int launch_kernel(Function* f, Dim3 grid, Dim3 block, uint32_t shared_bytes, voi
     const Argument& a = f->kernel->arguments[i];
     size_t at = (call->bytes.size() + a.align - 1) / a.align * a.align;
     call->bytes.resize(at + a.size);
-    if (call->bytes.size() > 4096 || i == 256) return bad_launch(bound.name, kInvalidValue, "arguments beyond 4096 bytes");
+    if (call->bytes.size() > 4096 || i == 256)
+      return bad_launch(bound.name, kInvalidValue, "arguments beyond 4096 bytes");
     if (!parameters || !parameters[i]) {
-      return bad_launch(bound.name, kInvalidValue, format("argument %u of %u is missing", i, f->kernel->argument_count));
+      return bad_launch(bound.name, kInvalidValue,
+                        format("argument %u of %u is missing", i, f->kernel->argument_count));
     }
     memcpy(call->bytes.data() + at, parameters[i], a.size);
     call->offsets.push_back(at);
@@ -196,7 +205,8 @@ int launch_kernel(Function* f, Dim3 grid, Dim3 block, uint32_t shared_bytes, voi
   return submit(stream_for(stream), [call](const Running& running) { return call->run(running); });
 }
 
-int copy(void* stream, uint64_t to, bool to_device, uint64_t from, bool from_device, size_t bytes, const char* what) {
+int copy(void* stream, uint64_t to, bool to_device, uint64_t from, bool from_device, size_t bytes,
+         const char* what) {
   if (bytes == 0) return 0;
   return submit(stream_for(stream), [=](const Running& running) {
     if (from_device) {
@@ -251,7 +261,8 @@ const ErrorText kErrors[] = {
     {201, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {209, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
     {214, "CUDA_ERROR_ECC_UNCORRECTABLE", "uncorrectable ECC error encountered"},
-    {222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the provided PTX was compiled with an unsupported toolchain."},
+    {222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+     "the provided PTX was compiled with an unsupported toolchain."},
     {400, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {500, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {600, "CUDA_ERROR_NOT_READY", "device not ready"},
@@ -261,14 +272,16 @@ const ErrorText kErrors[] = {
     {716, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
     {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
     {801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
-    {803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "system has unsupported display driver / cuda driver combination"},
+    {803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+     "system has unsupported display driver / cuda driver combination"},
     {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
     {901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
     {903, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "capture was not initiated in this stream"},
     {904, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED", "capturing stream has unjoined work"},
     {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
      "operation would make the legacy stream depend on a capturing blocking stream"},
-    {907, "CUDA_ERROR_CAPTURED_EVENT", "operation not permitted on an event last recorded in a capturing stream"},
+    {907, "CUDA_ERROR_CAPTURED_EVENT",
+     "operation not permitted on an event last recorded in a capturing stream"},
     {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
@@ -279,16 +292,16 @@ using namespace standin;
 
 // Every function: takes the lock, refuses before cuInit, and repeats the error that broke the context.
 #define API extern "C" __attribute__((visibility("default"))) int
-#define ENTER                                                             \
-  Machine& m = machine();                                                 \
-  std::lock_guard<std::recursive_mutex> guard(m.lock);                    \
+#define ENTER                                          \
+  Machine& m = machine();                              \
+  std::lock_guard<std::recursive_mutex> guard(m.lock); \
   (void)m
-#define ENTER_CONTEXT                        \
-  ENTER;                                     \
+#define ENTER_CONTEXT                         \
+  ENTER;                                      \
   if (!m.initialized) return kNotInitialized; \
   if (m.sticky) return m.sticky
 
-// ---- the driver and its cards -----------------------------------------------------------------------------------------
+// ---- the driver and its cards -----------------------------------------------------------------------------
 
 API cuInit(unsigned) {
   ENTER;
@@ -334,30 +347,34 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
   const Options& o = options();
   DeviceLimits l = limits();
   switch (attribute) {
-    case 1: case 2: case 3: *value = 1024; break;   // threads of a block; its x and y
-    case 4: *value = 64; break;                     // its z
-    case 5: *value = 0x7fffffff; break;             // a grid's x
-    case 6: case 7: *value = 65535; break;          // its y and z
-    case 8: *value = 48 << 10; break;               // shared memory of a block
-    case 9: *value = 64 << 10; break;               // constant memory
-    case 10: *value = 32; break;                    // lanes of a warp
-    case 12: case 82: *value = 65536; break;        // registers of a block, of a multiprocessor
-    case 13: *value = 1000000; break;               // clock, kHz
+    case 1:
+    case 2:
+    case 3: *value = 1024; break;        // threads of a block; its x and y
+    case 4: *value = 64; break;          // its z
+    case 5: *value = 0x7fffffff; break;  // a grid's x
+    case 6:
+    case 7: *value = 65535; break;     // its y and z
+    case 8: *value = 48 << 10; break;  // shared memory of a block
+    case 9: *value = 64 << 10; break;  // constant memory
+    case 10: *value = 32; break;       // lanes of a warp
+    case 12:
+    case 82: *value = 65536; break;    // registers of a block, of a multiprocessor
+    case 13: *value = 1000000; break;  // clock, kHz
     case 16: *value = o.multiprocessors; break;
-    case 31: *value = 1; break;                     // concurrent kernels
-    case 36: *value = 1000000; break;               // memory clock, kHz
-    case 37: *value = 4096; break;                  // memory bus, bits
-    case 38: *value = 50 << 20; break;              // L2
-    case 39: *value = l.threads; break;             // threads of a multiprocessor
-    case 40: *value = 2; break;                     // copy engines
-    case 41: *value = 1; break;                     // unified addresses
+    case 31: *value = 1; break;          // concurrent kernels
+    case 36: *value = 1000000; break;    // memory clock, kHz
+    case 37: *value = 4096; break;       // memory bus, bits
+    case 38: *value = 50 << 20; break;   // L2
+    case 39: *value = l.threads; break;  // threads of a multiprocessor
+    case 40: *value = 2; break;          // copy engines
+    case 41: *value = 1; break;          // unified addresses
     case 75: *value = o.capability / 10; break;
     case 76: *value = o.capability % 10; break;
-    case 78: *value = 1; break;                     // stream priorities
+    case 78: *value = 1; break;  // stream priorities
     case 81: *value = l.shared_multiprocessor; break;
     case 97: *value = l.shared_optin; break;
-    case 106: *value = l.blocks; break;             // blocks of a multiprocessor
-    case 111: *value = 1 << 10; break;              // shared memory the system keeps of each block
+    case 106: *value = l.blocks; break;  // blocks of a multiprocessor
+    case 111: *value = 1 << 10; break;   // shared memory the system keeps of each block
     default:
       if (attribute < 1 || attribute > 160) return kInvalidValue;
       *value = 0;
@@ -365,7 +382,7 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
   return 0;
 }
 
-// ---- contexts ---------------------------------------------------------------------------------------------------------
+// ---- contexts ---------------------------------------------------------------------------------------------
 
 API cuDevicePrimaryCtxRetain(void** context, int) {
   ENTER_CONTEXT;
@@ -424,7 +441,7 @@ API cuProfilerStop() {
   return 0;
 }
 
-// ---- memory -----------------------------------------------------------------------------------------------------------
+// ---- memory -----------------------------------------------------------------------------------------------
 
 API cuMemGetInfo_v2(size_t* free_bytes, size_t* total) {
   ENTER_CONTEXT;
@@ -538,7 +555,7 @@ API cuMemsetD32_v2(uint64_t at, uint32_t value, size_t count) {
   return cuMemsetD32Async(at, value, count, nullptr);
 }
 
-// ---- streams and events -----------------------------------------------------------------------------------------------
+// ---- streams and events -----------------------------------------------------------------------------------
 
 API cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
   ENTER_CONTEXT;
@@ -664,7 +681,7 @@ API cuEventElapsedTime(float* milliseconds, void* start, void* end) {
   return cuEventElapsedTime_v2(milliseconds, start, end);
 }
 
-// ---- modules, functions, launches -------------------------------------------------------------------------------------
+// ---- modules, functions, launches -------------------------------------------------------------------------
 
 API cuModuleLoadData(void** module, const void*) {
   ENTER_CONTEXT;
@@ -743,12 +760,13 @@ API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int
   *blocks = std::min({by_threads, by_shared, l.blocks});
   return 0;
 }
-API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                   unsigned shared_bytes, void* stream, void** parameters, void** extra) {
+API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared_bytes, void* stream, void** parameters, void** extra) {
   ENTER_CONTEXT;
   if (!function) return kInvalidHandle;
   if (extra) return kNotSupported;
-  return launch_kernel(static_cast<Function*>(function), {gx, gy, gz}, {bx, by, bz}, shared_bytes, stream, parameters);
+  return launch_kernel(static_cast<Function*>(function), {gx, gy, gz}, {bx, by, bz}, shared_bytes, stream,
+                       parameters);
 }
 API cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
   ENTER_CONTEXT;
@@ -758,7 +776,7 @@ API cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
   });
 }
 
-// ---- graphs -----------------------------------------------------------------------------------------------------------
+// ---- graphs -----------------------------------------------------------------------------------------------
 
 API cuStreamBeginCapture_v2(void* stream, int mode) {
   ENTER_CONTEXT;
@@ -801,7 +819,8 @@ API cuStreamEndCapture(void* stream, void** graph) {
 API cuGraphGetNodes(void* graph, void** nodes, size_t* count) {
   ENTER_CONTEXT;
   auto& all = *static_cast<Graph*>(graph)->nodes;
-  size_t work = static_cast<size_t>(std::count_if(all.begin(), all.end(), [](const Node& n) { return n.kind == Node::work; }));
+  size_t work = static_cast<size_t>(
+      std::count_if(all.begin(), all.end(), [](const Node& n) { return n.kind == Node::work; }));
   for (size_t i = 0; nodes && i < *count && i < work; ++i) nodes[i] = nullptr;
   *count = work;
   return 0;
@@ -845,7 +864,7 @@ API cuGraphExecDestroy(void* executable) {
   return m.sticky;
 }
 
-// ---- errors -----------------------------------------------------------------------------------------------------------
+// ---- errors -----------------------------------------------------------------------------------------------
 
 API cuGetErrorName(int code, const char** text) {
   for (const ErrorText& e : kErrors) {
@@ -862,9 +881,10 @@ API cuGetErrorString(int code, const char** text) {
   return kInvalidValue;
 }
 
-// ---- the stand-in's own functions -------------------------------------------------------------------------------------
+// ---- the stand-in's own functions -------------------------------------------------------------------------
 
-// Sets options while the program runs; the text is that of VITRUM_STANDIN. kInvalidValue if it cannot be read.
+// Sets options while the program runs; the text is that of VITRUM_STANDIN. kInvalidValue if it cannot be
+// read.
 API standin_configure(const char* text) {
   ENTER;
   std::string wrong;
@@ -876,7 +896,8 @@ API standin_configure(const char* text) {
   fprintf(stderr, "stand-in GPU: cannot read `%s`\n", wrong.c_str());
   return kInvalidValue;
 }
-// Mends the context after an error and starts all counts of faults again; options go back to the environment's.
+// Mends the context after an error and starts all counts of faults again; options go back to the
+// environment's.
 API standin_reset() {
   ENTER;
   if (options().checks == Checks::off) trust_all();
@@ -896,6 +917,7 @@ API standin_discard(uint64_t address, size_t bytes) {
 // The number of kernels; the name of the n-th in `name`.
 API standin_kernel(int which, const char** name) {
   std::vector<const Kernel*> all = all_kernels();
-  if (name && which >= 0 && which < static_cast<int>(all.size())) *name = all[static_cast<size_t>(which)]->bound.name;
+  if (name && which >= 0 && which < static_cast<int>(all.size()))
+    *name = all[static_cast<size_t>(which)]->bound.name;
   return static_cast<int>(all.size());
 }

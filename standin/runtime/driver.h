@@ -14,9 +14,10 @@ namespace standin {
 
 // The driver's error codes that are used here.
 constexpr int kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kNoDevice = 100, kInvalidDevice = 101,
-              kInvalidImage = 200, kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500, kNotReady = 600,
-              kOutOfResources = 701, kNotSupported = 801, kCaptureUnsupported = 900, kCaptureInvalidated = 901,
-              kCaptureUnmatched = 903, kCaptureUnjoined = 904, kCaptureImplicit = 906, kCapturedEvent = 907;
+              kInvalidImage = 200, kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500,
+              kNotReady = 600, kOutOfResources = 701, kNotSupported = 801, kCaptureUnsupported = 900,
+              kCaptureInvalidated = 901, kCaptureUnmatched = 903, kCaptureUnjoined = 904,
+              kCaptureImplicit = 906, kCapturedEvent = 907;
 
 // A captured graph, or one that can be launched.
 struct Graph {
@@ -31,8 +32,8 @@ int replay(Graph& graph, Stream& stream);
 struct Machine {
   std::recursive_mutex lock;  // held by every call: the host's threads take turns
   bool initialized = false;
-  int sticky = 0;             // the error that broke the context; every later call returns it
-  StreamClock host;           // what the host has waited for
+  int sticky = 0;    // the error that broke the context; every later call returns it
+  StreamClock host;  // what the host has waited for
   Stream legacy;
   Stream* streams[kStreams] = {};
   uint64_t slot_time[kStreams] = {};

@@ -31,8 +31,8 @@ void* reserve(size_t bytes) {
   return p;
 }
 
-// Reserves the range at the first allocation. Twice the card's memory, for gaps and fragments; smaller ranges are
-// tried where the system refuses so many addresses.
+// Reserves the range at the first allocation. Twice the card's memory, for gaps and fragments; smaller ranges
+// are tried where the system refuses so many addresses.
 void open_range() {
   if (device.base) return;
   for (size_t bytes = 2 * options().memory + (64 << 20); bytes >= (64 << 20); bytes /= 2) {
@@ -89,7 +89,8 @@ uint64_t allocate(size_t bytes) {
     size_t first = device.granule(start);
     memset(device.state + first, kAllocated, bytes / 2);
     if (bytes % 2) device.state[first + bytes / 2] = 1;
-    // Fresh memory holds what looks like no number at all: NaN in f32 and bf16. The start of a large arena will do.
+    // Fresh memory holds what looks like no number at all: NaN in f32 and bf16. The start of a large arena
+    // will do.
     memset(reinterpret_cast<void*>(start), 0xff, bytes < kPoisoned ? bytes : kPoisoned);
     return start;
   }
@@ -202,7 +203,8 @@ void set_written(Device& d, uint64_t address, size_t size, bool written) {
   auto one = [&](size_t granule, uint8_t bits) {
     uint8_t* state = d.state + granule;
     if (!written) __atomic_fetch_and(state, static_cast<uint8_t>(~bits), __ATOMIC_RELAXED);
-    else if ((__atomic_load_n(state, __ATOMIC_RELAXED) & bits) != bits) __atomic_fetch_or(state, bits, __ATOMIC_RELAXED);
+    else if ((__atomic_load_n(state, __ATOMIC_RELAXED) & bits) != bits)
+      __atomic_fetch_or(state, bits, __ATOMIC_RELAXED);
   };
   if (at % 2 && at < end) {
     one(d.granule(at), 8);

@@ -1,8 +1,10 @@
-// The card's memory: one reserved range of addresses, what is allocated in it, and what is known of each byte.
+// The card's memory: one reserved range of addresses, what is allocated in it, and what is known of each
+// byte.
 //
-// A device pointer is the host address of its byte, so kernels use it as it is; whatever lies outside the range is
-// not the card's. Allocations are 256-byte aligned with a gap of 4 KiB between them, so that running over an end is
-// always seen. For each two-byte granule there is a state (allocated? written?) and the last accesses (see `check.h`).
+// A device pointer is the host address of its byte, so kernels use it as it is; whatever lies outside the
+// range is not the card's. Allocations are 256-byte aligned with a gap of 4 KiB between them, so that running
+// over an end is always seen. For each two-byte granule there is a state (allocated? written?) and the last
+// accesses (see `check.h`).
 #pragma once
 
 #include <stddef.h>
@@ -15,8 +17,8 @@ struct Trace {
   uint64_t writer, reader, other_reader;
 };
 
-// The same for a page of 4 KiB, left by copies, fills and products that covered all of it. Both count: an access comes
-// after what its granule says and after what its page says.
+// The same for a page of 4 KiB, left by copies, fills and products that covered all of it. Both count: an
+// access comes after what its granule says and after what its page says.
 struct PageTrace {
   Trace bulk;
   bool touched;  // some granule of the page has a trace of its own
@@ -35,7 +37,9 @@ struct Device {
 
   bool contains(uint64_t address) const { return address - reinterpret_cast<uint64_t>(base) < bytes; }
   size_t granule(uint64_t address) const { return (address - reinterpret_cast<uint64_t>(base)) / 2; }
-  PageTrace& page(uint64_t address) const { return pages[(address - reinterpret_cast<uint64_t>(base)) / kPage]; }
+  PageTrace& page(uint64_t address) const {
+    return pages[(address - reinterpret_cast<uint64_t>(base)) / kPage];
+  }
   bool allocated(uint64_t address, size_t size) const;
   // The first byte of the range that was never written, or `size`.
   size_t first_unwritten(uint64_t address, size_t size) const;

@@ -55,7 +55,8 @@ bool set_all(Options& o, const std::string& text, std::string* wrong) {
     if (end == std::string::npos) end = text.size();
     std::string part = text.substr(at, end - at);
     size_t equals = part.find('=');
-    if (!part.empty() && (equals == std::string::npos || !set(o, part.substr(0, equals), part.substr(equals + 1)))) {
+    if (!part.empty() &&
+        (equals == std::string::npos || !set(o, part.substr(0, equals), part.substr(equals + 1)))) {
       *wrong = part;
       return false;
     }

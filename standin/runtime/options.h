@@ -1,4 +1,5 @@
-// What `VITRUM_STANDIN=key=value,…` and `standin_configure` set: the checks, the schedule, the card, the faults.
+// What `VITRUM_STANDIN=key=value,…` and `standin_configure` set: the checks, the schedule, the card, the
+// faults.
 #pragma once
 
 #include <stdint.h>
@@ -36,14 +37,15 @@ struct Options {
   int fail_code = 719;           // with this error
   uint64_t fail_pinned = 0;      // the n-th page-locked allocation finds no memory
   int refuse_algorithm = -1;     // AlgoCheck and Matmul refuse this algorithm number
-  int algorithms = 100;         // the heuristic finds at most so many
+  int algorithms = 100;          // the heuristic finds at most so many
   bool refuse_matmul = false;    // the heuristic finds nothing
   std::string skip_barrier;      // FILE:LINE: the barrier there does nothing
 };
 
 STANDIN_EXPORT const Options& options();
 
-// Sets what `text` names and leaves the rest. False, with the offending part in `wrong`, if it cannot be read.
+// Sets what `text` names and leaves the rest. False, with the offending part in `wrong`, if it cannot be
+// read.
 bool configure(const char* text, std::string* wrong);
 void reset_options();  // to the defaults and the environment
 

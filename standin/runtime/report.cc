@@ -41,7 +41,8 @@ std::string place(const void* pc) {
   Dl_info info;
   if (!dladdr(pc, &info) || !info.dli_fname) return format("code address %p", pc);
   // The hook returns to the instruction after the access: look one byte before.
-  size_t offset = static_cast<size_t>(static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase)) - 1;
+  size_t offset =
+      static_cast<size_t>(static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase)) - 1;
   std::string unknown = format("%s+0x%zx", short_path(info.dli_fname).c_str(), offset);
   FILE* pipe = popen(format("addr2line -ifCe '%s' 0x%zx 2>/dev/null", info.dli_fname, offset).c_str(), "r");
   if (!pipe) return unknown;

@@ -80,12 +80,8 @@ int replay(Graph& graph, Stream& stream) {
       case Node::work:
         if (int code = run_now(lane, node.run)) return code;
         break;
-      case Node::record:
-        events[node.event] = lane.clock;
-        break;
-      case Node::wait:
-        lane.clock.join(events[node.event]);
-        break;
+      case Node::record: events[node.event] = lane.clock; break;
+      case Node::wait: lane.clock.join(events[node.event]); break;
       case Node::outside:
         node.target->clock = lane.clock;
         node.target->recorded = true;
@@ -102,11 +98,13 @@ int touch(const Running& running, uint64_t address, size_t bytes, Access access,
   bool write = access == Access::write;
   const char* does = write ? "writes" : "reads";
   char at[160];
-  bool inside = checks == Checks::off ? device.allocated(address, 1) && device.allocated(address + bytes - 1, 1)
-                                      : device.allocated(address, bytes);
+  bool inside = checks == Checks::off
+                    ? device.allocated(address, 1) && device.allocated(address + bytes - 1, 1)
+                    : device.allocated(address, bytes);
   if (!inside) {
-    publish({kIllegalAddress, format("out of bounds: %s %s %zu bytes at %p: %s", what, does, bytes,
-                                     reinterpret_cast<void*>(address), nearest_allocation(address, at, sizeof at))});
+    publish({kIllegalAddress,
+             format("out of bounds: %s %s %zu bytes at %p: %s", what, does, bytes,
+                    reinterpret_cast<void*>(address), nearest_allocation(address, at, sizeof at))});
     return kIllegalAddress;
   }
   if (checks == Checks::off) return 0;
@@ -115,8 +113,8 @@ int touch(const Running& running, uint64_t address, size_t bytes, Access access,
   size_t unwritten = access == Access::read ? device.first_unwritten(address, bytes) : bytes;
   if (unwritten < bytes) {
     uint64_t a = address + unwritten;
-    publish({kLaunchFailed, format("uninitialised: %s reads %p, %s, which nobody wrote", what, reinterpret_cast<void*>(a),
-                                   nearest_allocation(a, at, sizeof at))});
+    publish({kLaunchFailed, format("uninitialised: %s reads %p, %s, which nobody wrote", what,
+                                   reinterpret_cast<void*>(a), nearest_allocation(a, at, sizeof at))});
     return kLaunchFailed;
   }
   uint64_t word = Touch{running.tag, 0, 0, 1}.packed();
@@ -124,9 +122,10 @@ int touch(const Running& running, uint64_t address, size_t bytes, Access access,
     if (!other || other == word) return true;
     uint32_t tag = Touch::of(other).tag;
     if (tag == running.tag || ordered_before(tag, running.ordered)) return true;
-    publish({kLaunchFailed,
-             format("race between streams: %s %s %p, %s, which an operation on stream %u has %s without an event in between",
-                    what, does, reinterpret_cast<void*>(a), nearest_allocation(a, at, sizeof at), stream_of(tag), kind)});
+    publish({kLaunchFailed, format("race between streams: %s %s %p, %s, which an operation on stream %u has "
+                                   "%s without an event in between",
+                                   what, does, reinterpret_cast<void*>(a),
+                                   nearest_allocation(a, at, sizeof at), stream_of(tag), kind)});
     return false;
   };
   // Is this access ordered after what the trace says?
@@ -139,13 +138,16 @@ int touch(const Running& running, uint64_t address, size_t bytes, Access access,
       trace = {word, 0, 0};
     } else if (trace.reader != word) {
       // The last readers that nothing orders before this one stay known.
-      if (trace.reader && !ordered_before(Touch::of(trace.reader).tag, running.ordered)) trace.other_reader = trace.reader;
+      if (trace.reader && !ordered_before(Touch::of(trace.reader).tag, running.ordered))
+        trace.other_reader = trace.reader;
       trace.reader = word;
     }
   };
-  uint64_t first = address & ~uint64_t{1}, end = address + bytes, base = reinterpret_cast<uint64_t>(device.base);
+  uint64_t first = address & ~uint64_t{1}, end = address + bytes,
+           base = reinterpret_cast<uint64_t>(device.base);
   while (first < end) {
-    uint64_t page_start = base + (first - base) / kPage * kPage, stop = page_start + kPage < end ? page_start + kPage : end;
+    uint64_t page_start = base + (first - base) / kPage * kPage,
+             stop = page_start + kPage < end ? page_start + kPage : end;
     PageTrace& page = device.page(first);
     if (!after(page.bulk, first)) return kLaunchFailed;
     bool whole = first == page_start && stop == page_start + kPage;

@@ -1,8 +1,9 @@
 // Streams, events, captured graphs: what is ordered before what.
 //
-// Work runs when it is issued, so a stream needs no queue; it keeps a vector clock instead. An operation on a stream
-// advances that stream's entry; waiting for an event takes over what the event had seen. Two launches that touch the
-// same bytes without being ordered this way are a race, whichever order they happened to run in.
+// Work runs when it is issued, so a stream needs no queue; it keeps a vector clock instead. An operation on a
+// stream advances that stream's entry; waiting for an event takes over what the event had seen. Two launches
+// that touch the same bytes without being ordered this way are a race, whichever order they happened to run
+// in.
 #pragma once
 
 #include <stddef.h>
@@ -80,9 +81,11 @@ bool ordered_before(uint32_t tag, const uint64_t* ordered);
 // The stream's number, for a report.
 uint32_t stream_of(uint32_t tag);
 
-// A whole-range access of the running operation: bounds, order between streams, and for `Access::read` whether all
-// bytes were written (`copy` moves them as they are). Returns an error code and publishes a report if it is wrong.
+// A whole-range access of the running operation: bounds, order between streams, and for `Access::read`
+// whether all bytes were written (`copy` moves them as they are). Returns an error code and publishes a
+// report if it is wrong.
 enum class Access { copy, read, write };
-STANDIN_EXPORT int touch(const Running& running, uint64_t address, size_t bytes, Access access, const char* what);
+STANDIN_EXPORT int touch(const Running& running, uint64_t address, size_t bytes, Access access,
+                         const char* what);
 
 }  // namespace standin
