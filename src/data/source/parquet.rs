@@ -168,3 +168,72 @@ fn picture(row: &Row) -> Option<Vec<u8>> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use parquet::column::writer::ColumnWriter;
+    use parquet::data_type::ByteArray;
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+
+    use super::*;
+    use crate::data::dataset::Split;
+    use crate::data::shard::Record;
+
+    /// A PNG of one pixel.
+    fn png(colour: u8) -> Vec<u8> {
+        crate::data::encode_png(crate::data::picture::View::new(&[colour; 3], 1, 1)).unwrap()
+    }
+
+    #[test]
+    fn pictures_and_labels_come_from_their_rows() {
+        let temp = tempfile::tempdir().unwrap();
+        let schema = "message m { optional group image { optional binary bytes; optional binary path (UTF8); } \
+                      optional int64 label; }";
+        for (file, first) in [("train-0.parquet", 0u8), ("test-0.parquet", 100)] {
+            let schema = Arc::new(parse_message_type(schema).unwrap());
+            let out = File::create(temp.path().join(file)).unwrap();
+            let mut writer = SerializedFileWriter::new(out, schema, Default::default()).unwrap();
+            for group in 0..2u8 {
+                let mut rows = writer.next_row_group().unwrap();
+                let mut index = 0;
+                while let Some(mut column) = rows.next_column().unwrap() {
+                    match column.untyped() {
+                        ColumnWriter::ByteArrayColumnWriter(column) => {
+                            let value =
+                                |i: u8| if index == 0 { png(first + group * 10 + i) } else { vec![b'x'] };
+                            let values: Vec<ByteArray> = (0..3).map(|i| value(i).into()).collect();
+                            column.write_batch(&values, Some(&[2; 3]), None).unwrap();
+                        }
+                        ColumnWriter::Int64ColumnWriter(column) => {
+                            column.write_batch(&[0, 1, 0], Some(&[1; 3]), None).unwrap();
+                        }
+                        _ => panic!("another column"),
+                    }
+                    column.close().unwrap();
+                    index += 1;
+                }
+                rows.close().unwrap();
+            }
+            writer.close().unwrap();
+        }
+        let source = Source::open(temp.path()).unwrap();
+        assert_eq!((source.classes.len(), source.is_split()), (2, true));
+        for (split, first) in [(Split::Train, 0), (Split::Val, 100)] {
+            let items = source.items(split);
+            assert_eq!(items.iter().map(|i| i.label).collect::<Vec<_>>(), [0, 1, 0, 0, 1, 0]);
+            // Backwards, too: the group that was read last is not the one that is asked for.
+            for (i, item) in items.iter().enumerate().rev() {
+                let colour = first + i as u8 / 3 * 10 + i as u8 % 3;
+                assert_eq!(
+                    source.store.read(item).unwrap(),
+                    Record::Encoded(png(colour).into()),
+                    "{}",
+                    item.name
+                );
+            }
+        }
+        fs::write(temp.path().join("val-9.parquet"), b"PAR1 and no more").unwrap();
+        assert!(Source::open(temp.path()).unwrap_err().message().contains("val-9.parquet"));
+    }
+}
