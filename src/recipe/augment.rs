@@ -335,10 +335,9 @@ impl fmt::Display for RandAugment {
 #[serde(try_from = "String", into = "String")]
 pub struct Level(usize);
 
-/// Names in big_vision's configurations and in the released files, magnitude, α of mixup.
+/// Name in the configurations, name in the released files, RandAugment's magnitude, mixup's α.
 type LevelRow = (&'static str, &'static str, Option<f64>, f64);
 
-/// Name in the configurations, name in the released files, RandAugment's magnitude, mixup's α.
 const LEVELS: [LevelRow; 7] = [
     ("none", "none", None, 0.0),
     ("light1", "light0", Some(0.0), 0.0),
