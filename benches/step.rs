@@ -37,7 +37,7 @@ fn trainer(variant: &str, image: usize, classes: usize, batch: usize) -> Trainer
         Recipe::default().with(&set).unwrap()
     };
     let backend: Box<dyn Backend> = Box::new(CpuBackend::new(0).unwrap());
-    let model = build::model(&recipe, Mode::Train).unwrap();
+    let model = build::model(&recipe, Mode::Train, backend.storage()).unwrap();
     let optimizer = build::optimizer(&recipe, &model, batch).unwrap();
     let collective = Collective { rank: 0, size: 1 };
     Trainer::new(backend, model, optimizer, collective, build::options(&recipe)).unwrap()

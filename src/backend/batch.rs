@@ -102,7 +102,7 @@ impl SlotLayout {
     }
 
     /// Byte offsets of pixels, targets, partner, lambda, boxes, pixel lambda, erased boxes, and the end.
-    fn offsets(&self) -> [usize; 8] {
+    pub(super) fn offsets(&self) -> [usize; 8] {
         let n = self.samples;
         let sizes = [self.pixel_bytes(), self.target_bytes(), n * 4, n * 4, n * 8, n * 4, n * 16];
         let mut offsets = [0; 8];
@@ -146,6 +146,11 @@ impl Slot {
 
     pub fn layout(&self) -> SlotLayout {
         self.layout
+    }
+
+    /// All of it, for the copy engine.
+    pub(super) fn memory(&self) -> &[u8] {
+        &self.memory.bytes()[..self.layout.bytes()]
     }
 
     fn part<T: bytemuck::Pod>(&self, index: usize, len: usize) -> &[T] {

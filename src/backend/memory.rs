@@ -21,9 +21,16 @@ pub enum Arena {
     Ema,
     /// Everything that a forward pass keeps and a backward pass needs.
     Activations,
+    /// bf16 copy of `Params` with the same element offsets; only where matrix products read bf16.
+    Working,
+    /// Partial sums and scratch of a device's own operations; holds nothing between two of them.
+    Workspace,
 }
 
 impl Arena {
+    /// How many there are.
+    pub const COUNT: usize = 8;
+    /// The arenas whose contents mean something from one operation to the next and that nothing else determines.
     pub const ALL: [Arena; 6] =
         [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2, Arena::Ema, Arena::Activations];
 }
@@ -82,6 +89,47 @@ impl fmt::Display for Mat {
     }
 }
 
+/// Activations that the backward works out again instead of finding them kept. No level changes a bit of the
+/// gradients, save that a GPU's fused GELU differs from its own by rounding.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+pub enum Recompute {
+    #[default]
+    #[serde(rename = "none")]
+    None,
+    /// LayerNorm outputs and the MLP's activation: 12 of 32 widths per token, for a few per cent of time.
+    #[serde(rename = "ln+gelu")]
+    LnGelu,
+    /// All of a block but its input: one more forward pass.
+    #[serde(rename = "block")]
+    Block,
+}
+
+/// How a device stores what a run needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Storage {
+    /// Type of activations and of their gradients. Statistics, metrics, parameters and moments are f32 everywhere.
+    pub activations: Dtype,
+    /// Rows of activations are padded to a multiple of this many elements.
+    pub row_align: usize,
+    /// Bytes of [`Arena::Workspace`].
+    pub workspace: usize,
+    /// What is not kept. The run's choice, not the device's.
+    pub recompute: Recompute,
+}
+
+impl Storage {
+    /// Dense f32 in main memory.
+    pub const CPU: Storage =
+        Storage { activations: Dtype::F32, row_align: 1, workspace: 0, recompute: Recompute::None };
+
+    /// Matrix products read a bf16 copy of the weights.
+    pub fn has_working_copy(&self) -> bool {
+        self.activations == Dtype::Bf16
+    }
+}
+
 /// Tensors start at multiples of this many bytes (cuBLASLt's heuristics assume 256).
 pub const TENSOR_ALIGN: usize = 256;
 /// Rows of parameters are padded to a multiple of this many elements (16-byte accesses in bf16).
@@ -95,37 +143,63 @@ pub struct PlanEntry {
 }
 
 /// Sizes of all arenas, and what lies in the activation arena.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct MemoryPlan {
-    sizes: [usize; 6],
+    storage: Storage,
+    sizes: [usize; Arena::COUNT],
     /// What the activation arena holds, in order of allocation.
     pub activations: Vec<PlanEntry>,
 }
 
 impl MemoryPlan {
-    pub fn new() -> Self {
-        Self::default()
+    pub fn new(storage: Storage) -> Self {
+        let mut plan = Self { storage, sizes: [0; Arena::COUNT], activations: Vec::new() };
+        plan.sizes[Arena::Workspace as usize] = storage.workspace;
+        plan
+    }
+
+    pub fn storage(&self) -> Storage {
+        self.storage
     }
 
     /// Sets the size of an arena that is laid out elsewhere (parameters, gradients, moments).
     pub fn set_bytes(&mut self, arena: Arena, bytes: usize) {
         self.sizes[arena as usize] = bytes;
+        if arena == Arena::Params && self.storage.has_working_copy() {
+            self.sizes[Arena::Working as usize] = bytes / 2;
+        }
     }
 
     pub fn bytes(&self, arena: Arena) -> usize {
         self.sizes[arena as usize]
     }
 
+    /// Bytes of the arena with this index.
+    pub fn bytes_at(&self, index: usize) -> usize {
+        self.sizes[index]
+    }
+
     pub fn total_bytes(&self) -> usize {
         self.sizes.iter().sum()
     }
 
-    /// A matrix in the activation arena.
-    pub fn activation(&mut self, name: impl Into<String>, rows: usize, cols: usize, dtype: Dtype) -> Mat {
+    /// A matrix in the activation arena, in the device's type and with its padding.
+    pub fn activation(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
+        let Storage { activations, row_align, .. } = self.storage;
+        let ld = if rows == 1 { cols } else { cols.next_multiple_of(row_align) };
+        Mat { cols, ..self.place(name.into(), rows, ld, activations) }
+    }
+
+    /// A dense f32 matrix in the activation arena: statistics and metrics.
+    pub fn statistics(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
+        self.place(name.into(), rows, cols, Dtype::F32)
+    }
+
+    fn place(&mut self, name: String, rows: usize, cols: usize, dtype: Dtype) -> Mat {
         let offset = self.sizes[Arena::Activations as usize];
         let bytes = (rows * cols * dtype.bytes()).next_multiple_of(TENSOR_ALIGN);
         self.sizes[Arena::Activations as usize] = offset + bytes;
-        self.activations.push(PlanEntry { name: name.into(), bytes });
+        self.activations.push(PlanEntry { name, bytes });
         Mat { arena: Arena::Activations, offset, rows, cols, ld: cols, dtype }
     }
 }

@@ -14,12 +14,13 @@
 
 pub mod batch;
 pub mod cpu;
+pub mod cuda;
 pub mod mask;
 pub mod memory;
 pub mod timed;
 
 pub use batch::{Erase, HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
-pub use memory::{Arena, Dtype, Mat, MemoryPlan};
+pub use memory::{Arena, Dtype, Mat, MemoryPlan, Recompute, Storage};
 
 use crate::error::{Error, Result};
 
@@ -30,6 +31,56 @@ pub enum Device {
     Auto,
     Cpu,
     Cuda,
+}
+
+/// The numbers that a run computes with. Statistics, losses, master weights, gradients and moments are f32 in each.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// bf16 on a GPU, f32 on the CPU.
+    #[default]
+    Auto,
+    /// IEEE single precision throughout.
+    F32,
+    /// f32 in memory; matrix products round their operands to 10 bits of mantissa.
+    Tf32,
+    /// bf16 activations and matrix operands, f32 accumulation.
+    Bf16,
+}
+
+/// How a device is to be opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub precision: Precision,
+    /// CPU threads; 0: one per core.
+    pub threads: usize,
+    /// Record a step once and replay it.
+    pub graph: bool,
+    /// Wait after every kernel, so that an error names it.
+    pub check_launches: bool,
+    /// Take matrix product algorithms by rule, not by timing.
+    pub deterministic: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            precision: Precision::Auto,
+            threads: 0,
+            graph: true,
+            check_launches: false,
+            deterministic: false,
+        }
+    }
+}
+
+impl Options {
+    /// Everything by default, with this many CPU threads.
+    pub fn threads(threads: usize) -> Self {
+        Self { threads, ..Self::default() }
+    }
 }
 
 /// A dense layer's parameters: `y = x·weightᵀ + bias`.
@@ -358,7 +409,7 @@ pub struct Update<'a> {
     pub ema_decay: Option<f64>,
 }
 
-/// What a step reports. On a device that works asynchronously these are the numbers of the step before.
+/// What a step reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepReport {
     /// Mean loss over the batch.
@@ -371,6 +422,9 @@ pub struct StepReport {
     pub skipped: bool,
 }
 
+/// A pass of operations over a backend.
+pub type Body<'a> = &'a mut dyn FnMut(&mut dyn Backend) -> Result<()>;
+
 /// A device. Operations panic on shapes that do not fit together (the caller's mistake) and return an error when the
 /// device fails.
 pub trait Backend: Send {
@@ -379,6 +433,8 @@ pub trait Backend: Send {
 
     // Memory ----------------------------------------------------------------------------------------------------
 
+    /// How this device stores activations; plans are made for it.
+    fn storage(&self) -> Storage;
     /// Allocates every arena, zeroed. Called once, before anything else.
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()>;
     /// Bytes held in arenas: equals [`MemoryPlan::total_bytes`].
@@ -407,6 +463,12 @@ pub trait Backend: Send {
 
     fn begin_step(&mut self, keys: StepKeys) -> Result<()>;
     fn begin_micro(&mut self, micro: Micro) -> Result<()>;
+    /// Runs `body`, then the update. Called again and again with bodies that do the same work, so that a device may
+    /// record the work once and replay it: between two calls only the bound batch, the keys of
+    /// [`Backend::begin_step`], and the update's `t` and `groups` differ.
+    fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()>;
+    /// Waits until everything that was asked for is done.
+    fn synchronize(&mut self) -> Result<()>;
 
     // Patch embedding -------------------------------------------------------------------------------------------
 
@@ -423,6 +485,9 @@ pub trait Backend: Send {
     fn matmul(&mut self, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()>;
     /// From `d_y: [R, out]`: the gradients of weight and bias (where they are trained) and of the input.
     fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()>;
+
+    /// `y = dropout(gelu(pre))`: what [`Epilogue::BiasGelu`] stored, from what it kept.
+    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()>;
 
     // LayerNorm and the residual stream -------------------------------------------------------------------------
 
@@ -493,22 +558,43 @@ pub trait Backend: Send {
     fn begin_report(&mut self) -> Result<()>;
     /// Adds the `samples: [B, 3]` of a micro-batch to the step's report, in order.
     fn add_to_report(&mut self, samples: Mat) -> Result<()>;
-    /// Global norm, clip, optimiser, EMA. Skips itself if the loss or the norm is not finite.
+    /// Global norm, clip, optimiser, EMA. Belongs to [`Backend::step`]'s end. Skips itself if the loss or the norm is not finite.
     fn update(&mut self, update: &Update) -> Result<()>;
-    /// The report of the last step (asynchronous devices: of the one before).
+    /// The report of the last step; waits for it.
     fn report(&mut self) -> Result<StepReport>;
 }
 
-/// Opens the device that the user asked for. `Auto` takes the CPU after one line on stderr that says why.
-pub fn select(device: Device, threads: usize) -> Result<Box<dyn Backend>> {
-    let why = "this version of Vitrum has no CUDA kernels yet";
+/// How the device stores what a run needs, without opening it where the user names it: a plan for a GPU can be made
+/// anywhere.
+pub fn planned_storage(device: Device, precision: Precision) -> Storage {
+    let options = Options { precision, ..Options::default() };
     match device {
-        Device::Cuda => Err(Error::new(format!("cannot compute on a GPU: {why}"))
-            .hint("use `--device cpu`; `vitrum doctor` says what this machine has")),
-        Device::Auto => {
-            eprintln!("note: computing on the CPU: {why}");
-            Ok(Box::new(cpu::CpuBackend::new(threads)?))
+        Device::Cpu => Storage::CPU,
+        Device::Auto if cuda::Cuda::open(&options).is_err() => Storage::CPU,
+        Device::Auto | Device::Cuda => cuda::Cuda::storage_of(precision),
+    }
+}
+
+/// Opens the device that the user asked for. `Auto` takes the CPU after one line on stderr that says why.
+///
+/// # Errors
+/// The device cannot be used, or does not compute in the precision that is asked for.
+pub fn select(device: Device, options: &Options) -> Result<Box<dyn Backend>> {
+    let cpu = || -> Result<Box<dyn Backend>> {
+        if !matches!(options.precision, Precision::Auto | Precision::F32) {
+            return Err(Error::usage("the CPU computes in f32").hint("use `--set train.precision=f32`"));
         }
-        Device::Cpu => Ok(Box::new(cpu::CpuBackend::new(threads)?)),
+        Ok(Box::new(cpu::CpuBackend::new(options.threads)?))
+    };
+    match device {
+        Device::Cpu => cpu(),
+        Device::Cuda => Ok(Box::new(cuda::Cuda::open(options).map_err(|e| e.at("cannot compute on a GPU"))?)),
+        Device::Auto => match cuda::Cuda::open(options) {
+            Ok(cuda) => Ok(Box::new(cuda)),
+            Err(why) => {
+                eprintln!("note: computing on the CPU: {}", why.message());
+                cpu()
+            }
+        },
     }
 }

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::{
-    Arena, Backend, Embed, Epilogue, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan, Micro,
-    Norm, Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Update,
+    Arena, Backend, Body, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
+    Micro, Norm, Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
 };
 use crate::error::Result;
 
@@ -49,6 +49,8 @@ impl Timed {
     fn time<R>(&mut self, operation: &'static str, call: impl FnOnce(&mut dyn Backend) -> R) -> R {
         let start = Instant::now();
         let result = call(&mut *self.inner);
+        // A failure shows in the next operation's own result.
+        let _ = self.inner.synchronize();
         self.times.add(operation, start.elapsed().as_secs_f64());
         result
     }
@@ -90,6 +92,10 @@ impl Backend for Timed {
     }
 
     // Memory ----------------------------------------------------------------------------------------------------
+
+    fn storage(&self) -> Storage {
+        self.inner.storage()
+    }
 
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.time("allocate", |b| b.allocate(plan))
@@ -143,6 +149,16 @@ impl Backend for Timed {
         self.time("begin_micro", |b| b.begin_micro(micro))
     }
 
+    /// Never recorded: every operation passes the clock.
+    fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
+        body(self)?;
+        update.map_or(Ok(()), |update| self.update(update))
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.inner.synchronize()
+    }
+
     // Patch embedding -------------------------------------------------------------------------------------------
 
     fn patchify(&mut self, grid: PatchGrid, normalise: Normalise, patches: Mat) -> Result<()> {
@@ -179,6 +195,10 @@ impl Backend for Timed {
             InputGrad::Tanh { .. } => "matmul_backward tanh",
         };
         self.time(operation, |b| b.matmul_backward(d_y, x, w, d_x))
+    }
+
+    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
+        self.time("gelu", |b| b.gelu(pre, form, dropout, y))
     }
 
     // LayerNorm and the residual stream -------------------------------------------------------------------------
@@ -304,8 +324,8 @@ mod tests {
     fn calls_are_counted_by_operation_and_forgotten_on_request() {
         let mut timed = Timed::new(Box::new(CpuBackend::new(1).unwrap()));
         let times = timed.times();
-        let mut plan = MemoryPlan::new();
-        let x = plan.activation("x", 2, 3, crate::backend::Dtype::F32);
+        let mut plan = MemoryPlan::new(Storage::CPU);
+        let x = plan.activation("x", 2, 3);
         timed.allocate(&plan).unwrap();
         times.reset();
         timed.write(x, &[1.0; 6]).unwrap();

@@ -7,14 +7,14 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{print, print_json};
+use crate::backend::Options;
 use crate::backend::cpu::compute::Isa;
+use crate::backend::cuda::driver::Card;
+use crate::backend::cuda::{Cuda, images, probe};
 use crate::data::decode::JpegPath;
 use crate::error::Result;
 use crate::files;
 use crate::report::format;
-
-/// Why no GPU kernel can be inside this program.
-const NO_KERNELS: &str = "this version has no CUDA kernels yet";
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -28,14 +28,6 @@ pub fn run(args: Args) -> Result<()> {
     if args.json { print_json(&machine.json()) } else { print(&machine.text()) }
 }
 
-/// One sentence, for `--device auto` and `--device cuda`.
-pub fn why_no_cuda() -> String {
-    match gpus() {
-        Ok(names) => format!("{NO_KERNELS} (this machine has {})", names.join(", ")),
-        Err(reason) => format!("{NO_KERNELS}, and {reason}"),
-    }
-}
-
 struct Machine {
     processor: String,
     cores: usize,
@@ -44,7 +36,21 @@ struct Machine {
     memory: Option<Memory>,
     cache: std::path::PathBuf,
     cache_writable: bool,
+    /// What the kernel's driver lists, whether or not it can be used.
     gpus: std::result::Result<Vec<String>, String>,
+    cuda: std::result::Result<Gpu, Unusable>,
+}
+
+/// A GPU that Vitrum will use.
+struct Gpu {
+    card: Card,
+    cublaslt: usize,
+}
+
+/// Why there is none, and what to do about it.
+struct Unusable {
+    reason: String,
+    hint: Option<String>,
 }
 
 /// Bytes.
@@ -64,6 +70,7 @@ impl Machine {
             cache_writable: writable(&cache),
             cache,
             gpus: gpus(),
+            cuda: look_for_cuda(),
         }
     }
 
@@ -78,9 +85,17 @@ impl Machine {
             None => "unknown".into(),
         };
         let cache = if self.cache_writable { "writable" } else { "not writable: set `VITRUM_CACHE=DIR`" };
-        let gpu = match &self.gpus {
-            Ok(names) => names.join(", "),
-            Err(reason) => format!("none, {reason}"),
+        let gpu = match (&self.cuda, &self.gpus) {
+            (Ok(gpu), _) => gpu.text(),
+            (Err(_), Ok(names)) => names.join(", "),
+            (Err(_), Err(reason)) => format!("none, {reason}"),
+        };
+        let device = match &self.cuda {
+            Ok(_) => "will compute on: cuda".into(),
+            Err(Unusable { reason, hint }) => {
+                let hint = hint.as_ref().map_or(String::new(), |hint| format!("; {hint}"));
+                format!("will compute on: cpu (no CUDA: {reason}{hint})")
+            }
         };
         let plural = if self.cores == 1 { "" } else { "s" };
         [
@@ -90,9 +105,10 @@ impl Machine {
             format!("memory: {memory}"),
             format!("cache: {} ({cache})", self.cache.display()),
             format!("jpeg decoder: {}", JpegPath::chosen().describe()),
-            format!("kernels: none embedded (built without nvcc: {NO_KERNELS})"),
+            format!("kernels: {}", images::summary()),
+            format!("needs: {}", needs()),
             format!("gpu: {gpu}"),
-            format!("will compute on: cpu ({})", why_no_cuda()),
+            device,
         ]
         .join("\n")
     }
@@ -110,13 +126,59 @@ impl Machine {
             "cache": self.cache.display().to_string(),
             "cache_writable": self.cache_writable,
             "jpeg_decoder": JpegPath::chosen().describe(),
-            "kernels": [],
+            "kernels": images::kernel_count(),
+            "kernel_targets": if images::WHY_NONE.is_none() { images::TARGETS } else { &[] },
+            "kernels_reason": images::WHY_NONE,
             "gpus": self.gpus.as_ref().cloned().unwrap_or_default(),
             "gpu_reason": self.gpus.as_ref().err(),
-            "device": "cpu",
-            "device_reason": why_no_cuda(),
+            "device": if self.cuda.is_ok() { "cuda" } else { "cpu" },
+            "device_reason": self.cuda.as_ref().err().map(|e| &e.reason),
+            "cuda": self.cuda.as_ref().ok().map(Gpu::json),
         })
     }
+}
+
+/// Opens the card as a run would.
+fn look_for_cuda() -> std::result::Result<Gpu, Unusable> {
+    match Cuda::open(&Options::default()) {
+        Ok(cuda) => Ok(Gpu { card: cuda.card().clone(), cublaslt: cuda.cublaslt_version() }),
+        Err(e) => Err(Unusable { reason: e.message().into(), hint: e.hint_text().map(Into::into) }),
+    }
+}
+
+impl Gpu {
+    fn text(&self) -> String {
+        let Card { name, capability: (major, minor), multiprocessors, total_memory, driver_version, .. } =
+            &self.card;
+        format!(
+            "{name}, sm_{major}{minor}, {multiprocessors} multiprocessors, {}, driver for CUDA {}, cuBLASLt {}",
+            format::bytes(*total_memory as u64),
+            probe::dotted(*driver_version),
+            self.cublaslt
+        )
+    }
+
+    fn json(&self) -> Value {
+        let (major, minor) = self.card.capability;
+        json!({
+            "name": self.card.name,
+            "capability": format!("{major}.{minor}"),
+            "multiprocessors": self.card.multiprocessors,
+            "memory_bytes": self.card.total_memory,
+            "driver": probe::dotted(self.card.driver_version),
+            "cublaslt": self.cublaslt,
+        })
+    }
+}
+
+/// The oldest parts that a GPU run accepts.
+fn needs() -> String {
+    let driver = probe::dotted(probe::oldest_driver());
+    format!(
+        "for a GPU: Ampere (sm_80) or newer, a driver for CUDA {driver} or newer, cuBLASLt {} or newer; \
+         to build: nvcc 12.4 or newer",
+        probe::OLDEST_CUBLASLT / 10_000
+    )
 }
 
 fn processor() -> Option<String> {

@@ -65,7 +65,7 @@ pub fn run(args: Args) -> Result<()> {
         let data = RunData::open(&loaded.recipe, &options)?;
         let start = Start::load(&loaded, &data)?;
         start.header(&loaded, &data)?.iter().for_each(|line| log.line(line));
-        return super::plan::show(&start.complete(&loaded, &data)?, &loaded.name, false);
+        return super::plan::show(&start.complete(&loaded, &data)?, &loaded.name, args.on.device, false);
     }
     if args.sweep.is_empty() {
         let data = loaded.recipe.data.val.clone().or(loaded.recipe.data.train.clone());

@@ -1,6 +1,7 @@
 //! `vitrum plan`: what a recipe will take, worked out without running it.
 
-use super::Settings;
+use super::{On, Settings};
+use crate::backend::Device;
 use crate::error::Result;
 use crate::recipe::Recipe;
 use crate::train::plan::Plan;
@@ -12,6 +13,8 @@ pub struct Args {
     pub recipe: Option<String>,
     #[command(flatten)]
     pub settings: Settings,
+    #[command(flatten)]
+    pub on: On,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -20,12 +23,12 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let loaded = Recipe::read(args.recipe.as_deref(), &args.settings.set)?;
     loaded.notes.iter().for_each(|note| eprintln!("note: {note}"));
-    show(&loaded.recipe, &loaded.name, args.json)
+    show(&loaded.recipe, &loaded.name, args.on.device, args.json)
 }
 
 /// What a recipe will take, and the recipe in full. Looks at the data set if it is there, and runs nothing.
-pub fn show(recipe: &Recipe, name: &str, json: bool) -> Result<()> {
-    let plan = Plan::of(recipe)?;
+pub fn show(recipe: &Recipe, name: &str, device: Device, json: bool) -> Result<()> {
+    let plan = Plan::of(recipe, device)?;
     if json {
         return super::print_json(&plan.json(name));
     }

@@ -1,6 +1,7 @@
 //! `vitrum selftest`: every operation of this machine's device against float64.
 
 use super::{On, print, print_json};
+use crate::backend::{Options, Precision};
 use crate::error::Result;
 use crate::selftest;
 
@@ -8,17 +9,21 @@ use crate::selftest;
 pub struct Args {
     #[command(flatten)]
     pub on: On,
+    /// Only in this precision: f32, tf32 or bf16 (default: every one that the device is used in)
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = Precision::Auto)]
+    pub precision: Precision,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let report = selftest::check(args.on.device)?;
+    let options = Options { precision: args.precision, ..Options::default() };
+    let reports = selftest::check(args.on.device, &options)?;
     if args.json {
-        print_json(&report.json())?
+        print_json(&selftest::json(&reports))?
     } else {
-        print(&report.table())?
+        reports.iter().try_for_each(|report| print(&report.table()))?
     }
-    report.verdict()
+    selftest::verdict(&reports)
 }

@@ -38,7 +38,7 @@ pub fn run(args: Args) -> Result<()> {
     let log = Log::stderr();
     loaded.notes.iter().for_each(|note| log.line(&format!("note: {note}")));
     if args.dry_run {
-        return super::plan::show(&loaded.recipe, &loaded.name, false);
+        return super::plan::show(&loaded.recipe, &loaded.name, args.on.device, false);
     }
     let options = RunOptions {
         out: args.out.unwrap_or_else(|| default_out(&loaded.name)),

@@ -9,6 +9,8 @@ mod archive;
 mod cifar;
 mod index;
 mod manifest;
+#[cfg(feature = "parquet")]
+mod parquet;
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -75,6 +77,9 @@ enum Place {
     Member { archive: usize, offset: usize, len: usize },
     /// In one of the binaries: 1,024 red, 1,024 green and 1,024 blue values.
     Planes { file: usize, offset: usize },
+    /// A row of a Parquet file.
+    #[cfg(feature = "parquet")]
+    Row { file: usize, group: usize, row: usize },
 }
 
 /// Where the records' bytes are.
@@ -89,6 +94,8 @@ enum StoreKind {
     Folder,
     Archives(Vec<Mmap>),
     Binaries(Vec<Mmap>),
+    #[cfg(feature = "parquet")]
+    Parquet(parquet::Files),
 }
 
 /// Side of CIFAR's pictures.
@@ -99,6 +106,18 @@ impl Source {
     /// Lists `path`: a folder, a tar archive, a CIFAR binary or a folder of such.
     pub fn open(path: &Path) -> Result<Self> {
         let (binaries, archives) = (cifar::files_of(path)?, archive::files_of(path)?);
+        #[cfg(feature = "parquet")]
+        let tables = parquet::files_of(path)?;
+        #[cfg(feature = "parquet")]
+        if !tables.is_empty() {
+            let source = parquet::open(path, &tables)?;
+            source.check().map_err(|e| e.at(path.display()))?;
+            return Ok(source);
+        }
+        if cfg!(not(feature = "parquet")) && path.extension().is_some_and(|e| e == "parquet") {
+            return Err(Error::new(format!("{}: this build reads no Parquet", path.display()))
+                .hint("build with `cargo build --release --features parquet`"));
+        }
         let source = if !binaries.is_empty() {
             cifar::open(path, &binaries)
         } else if !archives.is_empty() {
@@ -180,6 +199,10 @@ impl Store {
                 let pixels = (0..CIFAR_PIXELS).flat_map(|i| [0, 1, 2].map(|c| planes[c * CIFAR_PIXELS + i]));
                 Ok(Record::Raw { pixels: pixels.collect(), height: CIFAR_SIDE, width: CIFAR_SIDE })
             }
+            #[cfg(feature = "parquet")]
+            (StoreKind::Parquet(files), Place::Row { file, group, row }) => {
+                Ok(Record::Encoded(files.read(*file, *group, *row)?))
+            }
             _ => unreachable!("an item is read from the store that listed it"),
         }
     }
@@ -193,7 +216,7 @@ impl Store {
     pub fn display(&self, item: &Item) -> String {
         match self.kind {
             StoreKind::Folder => self.path.join(&item.name).display().to_string(),
-            StoreKind::Archives(_) | StoreKind::Binaries(_) => item.name.clone(),
+            _ => item.name.clone(),
         }
     }
 
@@ -203,8 +226,17 @@ impl Store {
             StoreKind::Folder => "folder",
             StoreKind::Archives(_) => "tar",
             StoreKind::Binaries(_) => "cifar",
+            #[cfg(feature = "parquet")]
+            StoreKind::Parquet(_) => "parquet",
         }
     }
+}
+
+/// Whether a file is named like the validation part of a data set.
+fn is_val(name: &str) -> bool {
+    let name = name.to_lowercase();
+    let has = |split: Split| split.folders().iter().any(|folder| name.contains(folder));
+    has(Split::Val) && !has(Split::Train)
 }
 
 /// Relative paths with `/`: what a folder or an archive contains.

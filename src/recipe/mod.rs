@@ -23,7 +23,7 @@ pub use size::Size;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Gelu, LossKind};
+use crate::backend::{Gelu, LossKind, Precision, Recompute};
 use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
 
 /// One run.
@@ -385,13 +385,6 @@ impl Default for LossSection {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    F32,
-    Bf16,
-}
-
 /// How the run goes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -404,11 +397,16 @@ pub struct TrainSection {
     pub batch: usize,
     /// Samples per forward and backward; 0: the whole batch. Must divide `batch`.
     pub micro_batch: usize,
-    /// Activations to recompute in the backward: only `none` so far.
-    pub recompute: String,
+    /// Activations that the backward works out again to save memory: `none`, `ln+gelu` or `block`.
+    pub recompute: Recompute,
     pub precision: Precision,
     pub seed: u64,
+    /// Matrix product algorithms by rule, not by timing: two fresh runs agree to the bit on a GPU too.
     pub deterministic: bool,
+    /// On a GPU: record the step once and replay it.
+    pub graph: bool,
+    /// On a GPU: wait after every kernel, so that an error names it. Slow.
+    pub check_launches: bool,
     /// Compute threads; 0: one per core. Never changes a bit.
     pub threads: usize,
     pub log_every: u64,
@@ -431,10 +429,12 @@ impl Default for TrainSection {
             epochs: None,
             batch: 128,
             micro_batch: 0,
-            recompute: "none".into(),
-            precision: Precision::F32,
+            recompute: Recompute::None,
+            precision: Precision::Auto,
             seed: 0,
             deterministic: false,
+            graph: true,
+            check_launches: false,
             threads: 0,
             log_every: 100,
             eval_every: 500,

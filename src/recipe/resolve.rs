@@ -1,7 +1,7 @@
 //! From what the user wrote to what the program works with: the model's sizes, the run's length, and a refusal of
 //! what makes no sense or is not built yet.
 
-use super::{Duration, ModelSection, Precision, Recipe, Size};
+use super::{Duration, ModelSection, Recipe, Size};
 use crate::error::{Error, Result};
 use crate::vit::config::{ModelConfig, PoolKind, Variant};
 
@@ -86,24 +86,6 @@ impl Recipe {
                 t.micro_batch, t.batch
             ))
             .hint(format!("use `--set train.micro_batch={fits}`, or 0 for the whole batch")));
-        }
-        match t.recompute.as_str() {
-            "none" => {}
-            "ln+gelu" | "block" => {
-                return Err(Error::usage(format!(
-                    "`train.recompute = \"{}\"` is not built yet",
-                    t.recompute
-                ))
-                .hint("use `--set train.recompute=none`; a smaller `train.micro_batch` saves memory too"));
-            }
-            other => {
-                return Err(Error::usage(format!("`train.recompute` cannot be `{other}`"))
-                    .hint("use `none` (`ln+gelu` and `block` are planned)"));
-            }
-        }
-        if t.precision == Precision::Bf16 {
-            return Err(Error::usage("`train.precision = \"bf16\"` is not built yet on the CPU")
-                .hint("use `--set train.precision=f32`"));
         }
         let counts = [
             ("train.steps", t.steps),

@@ -11,7 +11,7 @@ use half::bf16;
 
 use crate::backend::mask::BoundMask;
 use crate::backend::memory::{ROW_ALIGN, TENSOR_ALIGN};
-use crate::backend::{Arena, Backend, Dtype, Linear, Mask, Mat, MemoryPlan, Micro, StepKeys};
+use crate::backend::{Arena, Backend, Dtype, Linear, Mask, Mat, MemoryPlan, Micro, StepKeys, Storage};
 use crate::error::Result;
 use crate::fail;
 use crate::rng::{Domain, Stream};
@@ -57,7 +57,9 @@ impl Case {
     }
 
     pub(super) fn run(&self, make: &dyn Fn() -> Result<Box<dyn Backend>>) -> CaseResult {
-        let mut trial = Trial::new(make);
+        // A device that does not open fails in the case's own attempt.
+        let storage = make().map_or(Storage::CPU, |device| device.storage());
+        let mut trial = Trial::new(make, storage);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             (self.body)(&mut trial)?;
             trial.nothing_else_changed()
@@ -143,14 +145,17 @@ pub(super) struct Trial<'a> {
     checks: Vec<Check>,
 }
 
+/// Relative distance that rounding operands and results to bf16 may cause: two roundings of at most 2^-8 each.
+const BF16_TOLERANCE: f64 = 8e-3;
+
 /// Bytes of a NaN that no arithmetic makes.
 const POISON: [u8; 4] = 0x7fc5_a5a5u32.to_le_bytes();
 
 impl<'a> Trial<'a> {
-    fn new(make: &'a dyn Fn() -> Result<Box<dyn Backend>>) -> Self {
+    fn new(make: &'a dyn Fn() -> Result<Box<dyn Backend>>, storage: Storage) -> Self {
         Self {
             make,
-            plan: MemoryPlan::new(),
+            plan: MemoryPlan::new(storage),
             writes: Vec::new(),
             images: Vec::new(),
             outputs: Vec::new(),
@@ -176,7 +181,19 @@ impl<'a> Trial<'a> {
         Stream::new(0, Domain::Init, self.draws, 0)
     }
 
-    /// A dense activation with given values, stored as f32.
+    /// f32 statistics or metrics with given values.
+    pub(super) fn statistics(&mut self, rows: usize, cols: usize, values: Vec<f64>) -> Operand {
+        let mat = self.plan.statistics("statistics", rows, cols);
+        self.plan.statistics("guard", 1, TENSOR_ALIGN / 4);
+        self.place(mat, values)
+    }
+
+    /// f32 statistics or metrics that the operation has to fill: NaN.
+    pub(super) fn statistics_output(&mut self, rows: usize, cols: usize) -> Operand {
+        self.statistics(rows, cols, vec![f64::NAN; rows * cols])
+    }
+
+    /// An activation with given values, as the device stores activations.
     pub(super) fn given(&mut self, rows: usize, cols: usize, values: Vec<f64>) -> Operand {
         self.activation(rows, cols, cols, values)
     }
@@ -203,9 +220,9 @@ impl<'a> Trial<'a> {
     }
 
     fn activation(&mut self, rows: usize, cols: usize, ld: usize, values: Vec<f64>) -> Operand {
-        let room = self.plan.activation("operand", rows, ld, Dtype::F32);
+        let room = self.plan.activation("operand", rows, ld);
         // A guard, so that a write past the end meets poison and not the next operand.
-        self.plan.activation("guard", 1, TENSOR_ALIGN / 4, Dtype::F32);
+        self.plan.statistics("guard", 1, TENSOR_ALIGN / 4);
         self.place(Mat { cols, ..room }, values)
     }
 
@@ -234,6 +251,10 @@ impl<'a> Trial<'a> {
         Dense { weight, bias, d_weight, d_bias }
     }
 
+    pub(super) fn storage(&self) -> Storage {
+        self.plan.storage()
+    }
+
     fn padded(&mut self, arena: Arena, rows: usize, cols: usize) -> Mat {
         let ld = if rows == 1 { cols } else { cols.next_multiple_of(ROW_ALIGN) };
         let offset = self.plan.bytes(arena);
@@ -243,7 +264,10 @@ impl<'a> Trial<'a> {
 
     fn place(&mut self, mat: Mat, values: Vec<f64>) -> Operand {
         assert_eq!(values.len(), mat.rows * mat.cols, "{mat}: one value per element");
-        let stored: Vec<f32> = values.iter().map(|v| *v as f32).collect();
+        let stored: Vec<f32> = match mat.dtype {
+            Dtype::F32 => values.iter().map(|v| *v as f32).collect(),
+            Dtype::Bf16 => values.iter().map(|v| bf16::from_f64(*v).to_f32()).collect(),
+        };
         let values = stored.iter().map(|v| f64::from(*v)).collect();
         self.writes.push((mat, stored));
         Operand { mat, values }
@@ -297,8 +321,16 @@ impl<'a> Trial<'a> {
             let (_, image) =
                 self.images.iter_mut().find(|(arena, _)| *arena == mat.arena).expect("all are there");
             for (r, row) in values.chunks_exact(mat.cols).enumerate() {
-                let at = mat.offset + r * mat.ld * 4;
-                image[at..at + 4 * mat.cols].copy_from_slice(bytemuck::cast_slice(row));
+                let size = mat.dtype.bytes();
+                let at = mat.offset + r * mat.ld * size;
+                let to = &mut image[at..at + size * mat.cols];
+                match mat.dtype {
+                    Dtype::F32 => to.copy_from_slice(bytemuck::cast_slice(row)),
+                    Dtype::Bf16 => {
+                        let row: Vec<bf16> = row.iter().map(|v| bf16::from_f32(*v)).collect();
+                        to.copy_from_slice(bytemuck::cast_slice(&row));
+                    }
+                }
             }
         }
         backend.begin_step(self.keys)?;
@@ -321,7 +353,7 @@ impl<'a> Trial<'a> {
         tolerance: f64,
     ) -> Result<()> {
         let got = self.take(output)?;
-        self.judge(name, &got, expected, output.mat.cols, tolerance);
+        self.judge(name, &got, expected, output.mat.cols, self.tolerance(output, tolerance));
         Ok(())
     }
 
@@ -336,11 +368,17 @@ impl<'a> Trial<'a> {
         tolerance: f64,
     ) -> Result<()> {
         let got = self.take(output)?;
-        let cols = output.mat.cols;
+        let (cols, tolerance) = (output.mat.cols, self.tolerance(output, tolerance));
         for (r, (got, expected)) in got.chunks(cols).zip(expected.chunks(cols)).enumerate() {
             self.judge_above(&format!("{name} row {r}"), got, expected, cols, floor, tolerance);
         }
         Ok(())
+    }
+
+    /// What an output's storage allows: a value in bf16 is rounded once more, and read by what follows.
+    pub(super) fn tolerance(&self, output: &Operand, exact: f64) -> f64 {
+        let rounded = output.mat.dtype == Dtype::Bf16;
+        if rounded { exact.max(BF16_TOLERANCE) } else { exact }
     }
 
     /// The present values of an output, which the operation was allowed to change.

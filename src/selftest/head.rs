@@ -130,6 +130,12 @@ fn objectives() -> Vec<Objective> {
             }
         }
     }
+    // More classes than the threads of a block take at once.
+    for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+        for (classes, targets, in_place) in [(2051, Targets::Soft, true), (5003, Targets::Labels, false)] {
+            objectives.push(Objective { kind, classes, targets, smoothing: 0.125, mixed: true, in_place });
+        }
+    }
     // One class has nothing to choose between under softmax.
     objectives.retain(|o| o.classes > 1 || o.kind == LossKind::Sigmoid);
     objectives
@@ -186,7 +192,7 @@ fn loss(t: &mut Trial, o: Objective) -> Result<()> {
     let logits = t.given(SAMPLES, classes, logits);
     let separate = t.output(SAMPLES, classes);
     let d_logits = if o.in_place { logits.clone() } else { separate };
-    let samples = t.output(SAMPLES, 3);
+    let samples = t.statistics_output(SAMPLES, 3);
 
     // What each sample of the slot says by itself.
     let mut stream = t.stream();
@@ -296,7 +302,7 @@ fn report(t: &mut Trial) -> Result<()> {
         let row = [loss, f64::from(u8::from(sample % 3 == 0)), f64::from(u8::from(sample % 2 == 0))];
         rows.extend(if sample < 7 { row } else { [0.0; 3] });
     }
-    let halves = [t.given(4, 3, rows[..12].to_vec()), t.given(4, 3, rows[12..].to_vec())];
+    let halves = [t.statistics(4, 3, rows[..12].to_vec()), t.statistics(4, 3, rows[12..].to_vec())];
     let weight = t.param(5, 7, 0.0, 1.0);
     let grad = t.grad(&weight, true);
     let norm = grad.values.iter().map(|g| g * g).sum::<f64>().sqrt();

@@ -19,12 +19,12 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn allocate(t: &mut Trial) -> Result<()> {
-    let mut plan = MemoryPlan::new();
+    let mut plan = MemoryPlan::new(t.storage());
     let sizes = [1024, 768, 512, 256, 1024, 0];
     for (arena, bytes) in Arena::ALL.into_iter().zip(sizes) {
         plan.set_bytes(arena, bytes);
     }
-    plan.activation("x", 3, 100, Dtype::F32);
+    plan.activation("x", 3, 100);
     let mut backend = t.open()?;
     backend.allocate(&plan)?;
     let bytes = backend.allocated_bytes();

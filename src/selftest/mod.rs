@@ -5,8 +5,8 @@
 //! [`harness`] places operands, poisons what an operation has to write, and looks for writes elsewhere.
 //!
 //! ```no_run
-//! use vitrum::backend::{Device, select};
-//! let results = vitrum::selftest::run(&|| select(Device::Cpu, 0), Some("attention"));
+//! use vitrum::backend::{Device, Options, select};
+//! let results = vitrum::selftest::run(&|| select(Device::Cpu, &Options::default()), Some("attention"));
 //! assert!(results.iter().all(|result| result.passed));
 //! ```
 
@@ -24,7 +24,9 @@ mod update;
 
 use std::time::Instant;
 
-use crate::backend::{Backend, Device, select};
+use serde_json::json;
+
+use crate::backend::{Backend, Device, Options, Precision, select};
 use crate::error::{Error, Result};
 
 use harness::Case;
@@ -78,19 +80,49 @@ pub struct Report {
     pub cases: Vec<CaseResult>,
 }
 
-/// Proves the device that the user asked for. Fails only if it cannot be opened; see [`Report::verdict`].
-pub fn check(device: Device) -> Result<Report> {
+/// Proves the device that the user asked for, in every precision it has, or in the one that `options` names. Fails only
+/// if it cannot be opened; see [`verdict`].
+pub fn check(device: Device, options: &Options) -> Result<Vec<Report>> {
     // Every case opens the device anew: `auto` is settled here, so that its line is printed once.
     let device = match device {
-        Device::Auto if select(Device::Cuda, 0).is_ok() => Device::Cuda,
+        Device::Auto if select(Device::Cuda, options).is_ok() => Device::Cuda,
+        Device::Auto => {
+            select(device, options)?;
+            Device::Cpu
+        }
         other => other,
     };
-    let name = select(device, 0)?.describe();
-    let device = if device == Device::Auto { Device::Cpu } else { device };
+    let precisions: &[Precision] = match (device, options.precision) {
+        (Device::Cuda, Precision::Auto) => &[Precision::F32, Precision::Bf16],
+        (_, asked) => &[asked],
+    };
+    let report = |precision: &Precision| {
+        let options = Options { precision: *precision, ..*options };
+        let name = select(device, &options)?.describe();
+        let start = Instant::now();
+        let cases = run(&|| select(device, &options), None);
+        Ok(Report { device: name, seconds: start.elapsed().as_secs_f64(), cases })
+    };
+    precisions.iter().map(report).collect()
+}
 
-    let start = Instant::now();
-    let cases = run(&|| select(device, 0), None);
-    Ok(Report { device: name, seconds: start.elapsed().as_secs_f64(), cases })
+/// An error that names the operations that failed, in any report.
+pub fn verdict(reports: &[Report]) -> Result<()> {
+    reports.iter().try_for_each(Report::verdict)
+}
+
+/// One JSON object for all reports.
+pub fn json(reports: &[Report]) -> serde_json::Value {
+    let cases: usize = reports.iter().map(|r| r.cases.len()).sum();
+    let failed: usize = reports.iter().map(|r| r.failed().count()).sum();
+    json!({
+        "device": reports.first().map(|r| &r.device),
+        "runs": reports.iter().map(|r| json!({"device": r.device, "seconds": r.seconds})).collect::<Vec<_>>(),
+        "cases": cases,
+        "failed": failed,
+        "passed": failed == 0,
+        "results": reports.iter().flat_map(|r| &r.cases).collect::<Vec<_>>(),
+    })
 }
 
 impl Report {
@@ -113,17 +145,6 @@ impl Report {
             operations.join(", ")
         ))
         .hint("compute on the CPU with `--device cpu`, and report this table"))
-    }
-
-    pub fn json(&self) -> serde_json::Value {
-        serde_json::json!({
-            "device": self.device,
-            "seconds": self.seconds,
-            "cases": self.cases.len(),
-            "failed": self.failed().count(),
-            "passed": self.failed().count() == 0,
-            "results": self.cases,
-        })
     }
 
     /// One line per operation with its worst case, then one per failure.

@@ -13,13 +13,18 @@ struct Shape {
     width: usize,
 }
 
-const SHAPES: [Shape; 6] = [
+const SHAPES: [Shape; 10] = [
     shape(1, 1, 60),
     shape(3, 5, 60),
     shape(5, 65, 192),
     shape(1, 197, 770),
     shape(1, 257, 192),
     shape(7, 1, 5),
+    // Devices may hold a row in registers: one width for each size of that, and one that is too wide.
+    shape(3, 3, 384),
+    shape(3, 5, 768),
+    shape(1, 9, 1280),
+    shape(1, 5, 1416),
 ];
 
 const fn shape(samples: usize, tokens: usize, width: usize) -> Shape {
@@ -93,7 +98,15 @@ pub(super) fn cases() -> Vec<Case> {
 /// Every kind of branch, over shapes with one and with many samples.
 fn joined() -> Vec<(Shape, Between)> {
     let shapes = [shape(3, 5, 60), shape(5, 65, 192)];
-    BETWEEN.iter().flat_map(|b| shapes.map(|s| (s, *b))).chain([(shape(7, 1, 5), BETWEEN[4])]).collect()
+    let others = [
+        (shape(7, 1, 5), BETWEEN[4]),
+        (shape(3, 3, 384), BETWEEN[5]),
+        (shape(3, 5, 768), BETWEEN[5]),
+        (shape(3, 2, 770), BETWEEN[2]),
+        (shape(3, 2, 1280), BETWEEN[5]),
+        (shape(3, 2, 1416), BETWEEN[4]),
+    ];
+    BETWEEN.iter().flat_map(|b| shapes.map(|s| (s, *b))).chain(others).collect()
 }
 
 impl Shape {
@@ -246,7 +259,8 @@ impl Joined {
             for (i, d) in d_sum.iter().enumerate() {
                 sum[i % scale.values.len()] += d * self.factors[i] * self.branch.values[i];
             }
-            let tolerance = sum_of(self.base.mat.rows) + ELEMENTWISE;
+            // It may be summed from d_sum as it was stored.
+            let tolerance = t.tolerance(d_branch, sum_of(self.base.mat.rows) + ELEMENTWISE);
             t.compare("d_layer_scale", grad, &accumulated(grad, accumulate, &sum), tolerance)?;
         }
         Ok(())
@@ -274,7 +288,7 @@ fn layernorm(t: &mut Trial, s: Shape, between: Option<Between>) -> Result<()> {
     let gamma = t.param(1, s.width, 1.0, 0.3);
     let beta = t.param(1, s.width, 0.0, 0.5);
     let y = t.output(s.rows(), s.width);
-    let [mean, rstd] = [0, 1].map(|_| t.output(s.rows(), 1));
+    let [mean, rstd] = [0, 1].map(|_| t.statistics_output(s.rows(), 1));
 
     let sum = joined.as_ref().map_or(x.values.clone(), Joined::sum);
     let (means, rstds) = statistics(&sum, s.width);
@@ -291,8 +305,11 @@ fn layernorm(t: &mut Trial, s: Shape, between: Option<Between>) -> Result<()> {
     }
     t.compare_rows("y", &y, &expected, 0.0, 2.0 * ELEMENTWISE)?;
     // A mean near zero is a difference of much larger values: as a whole the means have a size.
-    t.compare("mean", &mean, &means, 2.0 * ELEMENTWISE)?;
-    t.compare_rows("rstd", &rstd, &rstds, 0.0, ELEMENTWISE)
+    // The statistics of a sum may be those of the sum as it is stored.
+    let [of_mean, of_rstd] = [2.0 * ELEMENTWISE, ELEMENTWISE]
+        .map(|exact| if joined.is_some() { t.tolerance(&x, exact) } else { exact });
+    t.compare("mean", &mean, &means, of_mean)?;
+    t.compare_rows("rstd", &rstd, &rstds, 0.0, of_rstd)
 }
 
 fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Between>) -> Result<()> {
@@ -304,8 +321,8 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
         None => hard_rows(t, s),
     };
     let (means, rstds) = statistics(&x.values, s.width);
-    let mean = t.given(s.rows(), 1, means.clone());
-    let rstd = t.given(s.rows(), 1, rstds.clone());
+    let mean = t.statistics(s.rows(), 1, means.clone());
+    let rstd = t.statistics(s.rows(), 1, rstds.clone());
     let gamma = t.param(1, s.width, 1.0, 0.3);
     let beta = t.param(1, s.width, 0.0, 0.5);
     let d_gamma = trained[0].then(|| t.grad(&gamma, accumulate));

@@ -4,8 +4,8 @@ use super::*;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::compute::{Compute, Isa};
 use crate::backend::{
-    Arena, Dtype, Embed, Epilogue, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan, Micro, Norm,
-    Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Update,
+    Arena, Body, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
+    Micro, Norm, Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
 };
 
 fn cpu(isa: Isa, threads: usize) -> Result<Box<dyn Backend>> {
@@ -46,7 +46,8 @@ fn a_table_names_what_failed_and_how() {
     assert!(table.contains("FAILED scale: [5, 7]\n       x: too far\n"), "{table}");
     let error = report.verdict().unwrap_err();
     assert_eq!(error.message(), "1 of 3 cases failed on a device: `scale`");
-    assert_eq!((report.json()["failed"].as_u64(), report.json()["passed"].as_bool()), (Some(1), Some(false)));
+    let json = json(&[report]);
+    assert_eq!((json["failed"].as_u64(), json["passed"].as_bool()), (Some(1), Some(false)));
 }
 
 #[test]
@@ -191,6 +192,16 @@ impl Backend for Broken {
     fn describe(&self) -> String {
         self.inner.describe()
     }
+    fn storage(&self) -> Storage {
+        self.inner.storage()
+    }
+    fn synchronize(&mut self) -> Result<()> {
+        self.inner.synchronize()
+    }
+    fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
+        body(self)?;
+        update.map_or(Ok(()), |update| self.update(update))
+    }
     fn allocated_bytes(&self) -> usize {
         self.inner.allocated_bytes()
     }
@@ -257,6 +268,7 @@ impl Backend for Broken {
         patchify(grid: PatchGrid, normalise: Normalise, patches: Mat) spoils patches;
         embed(embed: &Embed, x: Mat) spoils x;
         embed_backward(embed: &Embed, d_x: Mat) spoils d_x;
+        gelu(pre: Mat, form: Gelu, dropout: Mask, y: Mat) spoils y;
         matmul(x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) spoils y;
         layernorm(join: &Join, norm: &Norm, y: Mat, stats: Stats) spoils y;
         layernorm_backward(

@@ -495,7 +495,7 @@ fn skip(t: &mut Trial, rule: Rule, cause: Cause) -> Result<()> {
     }
     before.place(t, rule);
     let loss = if let Cause::NanLoss = cause { f64::NAN } else { 1.0 };
-    let samples = t.given(2, 3, vec![2.0, 1.0, 1.0, loss, 0.0, 1.0]);
+    let samples = t.statistics(2, 3, vec![2.0, 1.0, 1.0, loss, 0.0, 1.0]);
 
     t.start()?;
     // Twice, because an asynchronous device reports the step before.

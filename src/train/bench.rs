@@ -56,7 +56,7 @@ pub struct Measured {
 
 /// Times the recipe's model.
 pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
-    let timed = Timed::new(backend::select(options.device, recipe.train.threads)?);
+    let timed = Timed::new(backend::select(options.device, &build::device_options(recipe))?);
     let times = timed.times();
     let backend: Box<dyn Backend> = if options.profile { Box::new(timed) } else { timed.into_inner() };
     let mut subject = Subject::new(recipe, backend, options)?;
@@ -110,13 +110,13 @@ enum Subject {
 impl Subject {
     fn new(recipe: &Recipe, mut backend: Box<dyn Backend>, options: &Options) -> Result<Self> {
         if options.train {
-            let model = build::model(recipe, Mode::Train)?;
+            let model = build::model(recipe, Mode::Train, backend.storage())?;
             let optimizer = build::optimizer(recipe, &model, recipe.train.batch)?;
             let collective = Collective::from_env()?;
             let trainer = Trainer::new(backend, model, optimizer, collective, build::options(recipe))?;
             return Ok(Self::Train(Box::new(trainer)));
         }
-        let model = build::model(recipe, Mode::Infer)?;
+        let model = build::model(recipe, Mode::Infer, backend.storage())?;
         backend.allocate(&model.plan())?;
         model.init(&mut *backend, recipe.train.seed)?;
         Ok(Self::Infer { backend, model: Box::new(model) })
@@ -149,8 +149,12 @@ impl Subject {
             Self::Infer { backend, model } => {
                 let free = backend.bind_batch(batch)?;
                 backend.begin_step(StepKeys { seed: 0, step: 0 })?;
-                backend.begin_micro(Micro::whole(model.micro_batch))?;
-                model.forward(&mut **backend, false)?;
+                let mut pass = |b: &mut dyn Backend| {
+                    b.begin_micro(Micro::whole(model.micro_batch))?;
+                    model.forward(b, false)
+                };
+                backend.step(&mut pass, None)?;
+                backend.synchronize()?;
                 free
             }
         };

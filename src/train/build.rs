@@ -1,6 +1,6 @@
 //! From a resolved recipe to the parts of a trainer.
 
-use crate::backend::{Loss, Normalise};
+use crate::backend::{self, Loss, Normalise, Storage};
 use crate::error::{Error, Result};
 use crate::optim::{self, Optimizer, RunLength};
 use crate::recipe::Recipe;
@@ -9,7 +9,7 @@ use crate::vit::{Mode, Param, Vit};
 use super::trainer::TrainerOptions;
 
 /// The recipe's model. `model.classes` must be known by now.
-pub fn model(recipe: &Recipe, mode: Mode) -> Result<Vit> {
+pub fn model(recipe: &Recipe, mode: Mode, storage: Storage) -> Result<Vit> {
     let Some(classes) = recipe.model.classes else {
         return Err(
             Error::usage("the number of classes is not known").hint("set it with `--set model.classes=...`")
@@ -17,13 +17,26 @@ pub fn model(recipe: &Recipe, mode: Mode) -> Result<Vit> {
     };
     let config = recipe.model_config(classes)?;
     let frozen = |param: &Param| optim::is_frozen(&recipe.optim, param);
-    Ok(Vit::new(config, Normalise::INCEPTION, micro_batch(recipe), mode, frozen))
+    let storage = Storage { recompute: recipe.train.recompute, ..storage };
+    Ok(Vit::new(config, Normalise::INCEPTION, micro_batch(recipe), mode, storage, frozen))
 }
 
 /// The recipe's optimiser for a data set of `data_size` images.
 pub fn optimizer(recipe: &Recipe, model: &Vit, data_size: usize) -> Result<Optimizer> {
     let run = RunLength { steps: recipe.steps(data_size)?, batch: recipe.train.batch, data_size };
     Optimizer::new(&recipe.optim, &recipe.schedule, &model.layout, &model.config, run)
+}
+
+/// How the recipe wants its device opened.
+pub fn device_options(recipe: &Recipe) -> backend::Options {
+    let t = &recipe.train;
+    backend::Options {
+        precision: t.precision,
+        threads: t.threads,
+        graph: t.graph,
+        check_launches: t.check_launches,
+        deterministic: t.deterministic,
+    }
 }
 
 /// Batch, seed and objective.

@@ -39,9 +39,12 @@ pub fn evaluate(
         if let Some(free) = b.bind_batch(slot)? {
             loader.recycle(free);
         }
-        b.begin_micro(Micro::whole(model.micro_batch))?;
-        model.forward(b, false)?;
-        model.loss(b, loss)?;
+        let mut pass = |b: &mut dyn Backend| {
+            b.begin_micro(Micro::whole(model.micro_batch))?;
+            model.forward(b, false)?;
+            model.loss(b, loss)
+        };
+        b.step(&mut pass, None)?;
         b.read(model.sample_metrics(), &mut samples)?;
         for sample in samples.chunks_exact(3).take(count) {
             report.loss += f64::from(sample[sample_metric::LOSS]);

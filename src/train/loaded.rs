@@ -57,8 +57,9 @@ impl Loaded {
 
     fn on_device(file: ModelFile, device: Device, batch: usize, mode: Mode) -> Result<Self> {
         file.notes.iter().for_each(|note| eprintln!("note: {note}"));
-        let mut backend = backend::select(device, 0)?;
-        let model = Vit::new(file.config.clone(), file.meta.normalise, batch, mode, |_| false);
+        let mut backend = backend::select(device, &backend::Options::default())?;
+        let model =
+            Vit::new(file.config.clone(), file.meta.normalise, batch, mode, backend.storage(), |_| false);
         backend.allocate(&model.plan())?;
         load_weights(&file, &model, &mut *backend)?;
         Ok(Self { backend, model, meta: file.meta })

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::backend::{Arena, MemoryPlan, Pixels, SlotLayout, TargetKind};
+use crate::backend::{self, Arena, Device, MemoryPlan, Pixels, SlotLayout, TargetKind};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::optim::Optimizer;
@@ -29,14 +29,16 @@ pub struct Plan {
 
 impl Plan {
     /// Opens the data set to learn its size and classes, if the recipe names one that exists.
-    pub fn of(recipe: &Recipe) -> Result<Self> {
+    /// Memory is that of `device`.
+    pub fn of(recipe: &Recipe, device: Device) -> Result<Self> {
         recipe.validate()?;
         let data = open(recipe)?;
         let images = data.as_ref().map(Dataset::len);
         // Without data an epoch has no length; recipes in steps do not need it.
         let size = images.unwrap_or(recipe.train.batch);
         let recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
-        let model = build::model(&recipe, Mode::Train)?;
+        let model =
+            build::model(&recipe, Mode::Train, backend::planned_storage(device, recipe.train.precision))?;
         let optimizer = build::optimizer(&recipe, &model, size)?;
         let layout = SlotLayout {
             samples: recipe.train.batch,
@@ -150,6 +152,8 @@ impl Plan {
                 "optimizer_bytes": bytes(Arena::Moment1) + bytes(Arena::Moment2),
                 "ema_bytes": bytes(Arena::Ema),
                 "activations_bytes": bytes(Arena::Activations),
+                "working_copy_bytes": bytes(Arena::Working),
+                "workspace_bytes": bytes(Arena::Workspace),
                 "slots_bytes": self.slot_bytes,
             },
             "config": self.recipe.to_toml(),

@@ -49,8 +49,8 @@ pub fn run(
     mut watch: impl FnMut(u64, &StepReport),
 ) -> Result<Trajectory> {
     let steps = batches.steps;
-    let backend = backend::select(device, recipe.train.threads)?;
-    let model = build::model(recipe, Mode::Train)?;
+    let backend = backend::select(device, &build::device_options(recipe))?;
+    let model = build::model(recipe, Mode::Train, backend.storage())?;
     let optimizer = build::optimizer(recipe, &model, steps * recipe.train.batch)?;
     let (collective, options) = (Collective::from_env()?, build::options(recipe));
     let mut trainer = Trainer::from_weights(backend, model, optimizer, collective, options, file)?;

@@ -570,7 +570,7 @@ pub fn memory_lines(model: &Vit, optimizer: &Optimizer) -> Vec<String> {
     use crate::backend::Arena::*;
     let plan = Trainer::plan(model, optimizer);
     let size = |bytes: usize| format::bytes(bytes as u64);
-    vec![format!(
+    let mut line = format!(
         "memory   {}: parameters {}, gradients {}, optimiser {}, ema {}, activations {}",
         size(plan.total_bytes()),
         size(plan.bytes(Params)),
@@ -578,7 +578,13 @@ pub fn memory_lines(model: &Vit, optimizer: &Optimizer) -> Vec<String> {
         size(plan.bytes(Moment1) + plan.bytes(Moment2)),
         size(plan.bytes(Ema)),
         size(plan.bytes(Activations)),
-    )]
+    );
+    // What only a GPU needs.
+    if plan.bytes(Workspace) > 0 {
+        line +=
+            &format!(", bf16 copy {}, workspace {}", size(plan.bytes(Working)), size(plan.bytes(Workspace)));
+    }
+    vec![line]
 }
 
 /// `runs/RECIPE-DATE`, where nothing else is named.

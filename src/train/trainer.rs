@@ -28,8 +28,8 @@ pub fn train_from(
     data: RunData,
     options: &RunOptions,
 ) -> Result<RunSummary> {
-    let backend = backend::select(options.device, recipe.train.threads)?;
-    let model = build::model(&recipe, Mode::Train)?;
+    let backend = backend::select(options.device, &build::device_options(&recipe))?;
+    let model = build::model(&recipe, Mode::Train, backend.storage())?;
     let optimizer = build::optimizer(&recipe, &model, data.train.len())?;
     let (collective, of_trainer) = (Collective::from_env()?, build::options(&recipe));
     let mut trainer = match weights {
@@ -162,19 +162,21 @@ impl Trainer {
     pub fn step(&mut self, batch: Slot) -> Result<(Option<Slot>, StepReport)> {
         let micro_batches: Vec<Micro> =
             (0..self.batch).step_by(self.model.micro_batch).map(|i| self.micro(i)).collect();
-        let b = &mut *self.backend;
-        let free = b.bind_batch(batch)?;
-        b.begin_step(StepKeys { seed: self.seed, step: self.step })?;
-        b.begin_report()?;
-        for micro in micro_batches {
-            b.begin_micro(micro)?;
-            self.model.forward(b, true)?;
-            self.model.loss(b, self.loss)?;
-            self.model.backward(b, true)?;
-        }
-        self.collective.all_reduce_gradients(b)?;
-        b.update(&self.optimizer.update(self.step))?;
-        let report = b.report()?;
+        let free = self.backend.bind_batch(batch)?;
+        self.backend.begin_step(StepKeys { seed: self.seed, step: self.step })?;
+        let (model, loss, collective) = (&self.model, self.loss, &self.collective);
+        let mut gradients = |b: &mut dyn Backend| {
+            b.begin_report()?;
+            for micro in &micro_batches {
+                b.begin_micro(*micro)?;
+                model.forward(b, true)?;
+                model.loss(b, loss)?;
+                model.backward(b, true)?;
+            }
+            collective.all_reduce_gradients(b)
+        };
+        self.backend.step(&mut gradients, Some(&self.optimizer.update(self.step)))?;
+        let report = self.backend.report()?;
         self.count(&report);
         Ok((free, report))
     }

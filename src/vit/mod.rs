@@ -16,7 +16,7 @@ pub mod params;
 pub use config::ModelConfig;
 pub use params::{Param, ParamLayout};
 
-use crate::backend::{Arena, Backend, Loss, Mat, MemoryPlan, Normalise};
+use crate::backend::{Arena, Backend, Loss, Mat, MemoryPlan, Normalise, Storage};
 use crate::error::Result;
 use graph::Graph;
 
@@ -43,16 +43,18 @@ pub struct Vit {
 }
 
 impl Vit {
-    /// Lays out parameters and activations for passes of `micro_batch` samples. `frozen` parameters get no gradient.
+    /// Lays out parameters and activations for passes of `micro_batch` samples on a device that stores them as `storage`
+    /// says. `frozen` parameters get no gradient.
     pub fn new(
         config: ModelConfig,
         normalise: Normalise,
         micro_batch: usize,
         mode: Mode,
+        storage: Storage,
         frozen: impl Fn(&Param) -> bool,
     ) -> Self {
         let layout = ParamLayout::new(&config, |p| mode == Mode::Infer || frozen(p));
-        let mut plan = MemoryPlan::new();
+        let mut plan = MemoryPlan::new(storage);
         plan.set_bytes(Arena::Params, layout.param_elements * 4);
         plan.set_bytes(Arena::Grads, layout.grad_elements * 4);
         let train = Graph::new(&config, &layout, micro_batch, mode, &mut plan);

@@ -14,7 +14,7 @@ use crate::error::Result;
 
 /// One zeroed buffer per [`Arena`], aligned to 64 bytes.
 pub(super) struct Arenas {
-    buffers: [PlainMemory; 6],
+    buffers: [PlainMemory; Arena::COUNT],
     bytes: usize,
 }
 
@@ -54,7 +54,7 @@ impl Arenas {
 
     /// Parameters, gradients, both moments and the EMA, all at once: what an optimiser update works on.
     pub(super) fn for_update(&mut self) -> UpdateArenas<'_> {
-        let [params, grads, moment1, moment2, ema, _] = &mut self.buffers;
+        let [params, grads, moment1, moment2, ema, ..] = &mut self.buffers;
         UpdateArenas {
             params: bytemuck::cast_slice_mut(params.bytes_mut()),
             grads: bytemuck::cast_slice(grads.bytes()),
@@ -79,7 +79,7 @@ const MAX_OPERANDS: usize = 24;
 
 /// What one operation reads and writes. Lent matrices live as long as the borrow of the arenas.
 pub(super) struct Access<'a> {
-    buffers: [(*mut f32, usize); 6],
+    buffers: [(*mut f32, usize); Arena::COUNT],
     lent: [Span; MAX_OPERANDS],
     count: usize,
     arenas: PhantomData<&'a mut Arenas>,
@@ -158,11 +158,12 @@ impl<'a> Access<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Storage;
 
     fn arenas() -> (Arenas, Mat, Mat) {
-        let mut plan = MemoryPlan::new();
-        let a = plan.activation("a", 3, 5, Dtype::F32);
-        let b = plan.activation("b", 2, 4, Dtype::F32);
+        let mut plan = MemoryPlan::new(Storage::CPU);
+        let a = plan.activation("a", 3, 5);
+        let b = plan.activation("b", 2, 4);
         plan.set_bytes(Arena::Params, 256);
         plan.set_bytes(Arena::Ema, 256);
         (Arenas::new(&plan).unwrap(), a, b)

@@ -4,6 +4,7 @@
 //! split rows over threads in ways that never change a bit of the result, and run for the widest instruction set that
 //! the machine has ([`compute::Isa`]).
 
+mod activation;
 mod arenas;
 pub mod attention;
 pub mod compute;
@@ -35,9 +36,9 @@ use gemm::Dropout;
 use super::mask::BoundMask;
 use super::sample_metric::{LOSS, TOP1, TOP5};
 use super::{
-    Arena, Backend, Branch, Embed, Epilogue, Heads, HostMemory, InputGrad, Join, Linear, Loss, Mask, Mat,
-    MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Rule, Slot, SlotLayout, Stats, StepKeys, StepReport,
-    Update,
+    Arena, Backend, Body, Branch, Embed, Epilogue, Gelu, Heads, HostMemory, InputGrad, Join, Linear, Loss,
+    Mask, Mat, MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Rule, Slot, SlotLayout, Stats, StepKeys,
+    StepReport, Storage, Update,
 };
 use crate::backend::batch::PlainMemory;
 use crate::error::Result;
@@ -147,6 +148,10 @@ impl Backend for CpuBackend {
 
     // Memory ----------------------------------------------------------------------------------------------------
 
+    fn storage(&self) -> Storage {
+        Storage::CPU
+    }
+
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.arenas = Arenas::new(plan)?;
         Ok(())
@@ -215,6 +220,15 @@ impl Backend for CpuBackend {
     fn begin_micro(&mut self, micro: Micro) -> Result<()> {
         assert!(micro.samples > 0 && micro.mean_over > 0, "a micro-batch without samples");
         self.micro = micro;
+        Ok(())
+    }
+
+    fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
+        body(self)?;
+        update.map_or(Ok(()), |update| self.update(update))
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
         Ok(())
     }
 
@@ -349,6 +363,15 @@ impl Backend for CpuBackend {
         };
         assert_eq!((d_x.rows, d_x.cols), (x.rows, input), "matmul_backward: {d_x} is no gradient of {x}");
         gemm::input_grad(&self.compute, d_y, weight, epilogue, a.write(d_x));
+        Ok(())
+    }
+
+    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
+        same_shape("gelu", pre, y);
+        let dropout = self.dropout(dropout, y.rows);
+        let mut a = Access::new(&mut self.arenas);
+        let pre = a.read(pre);
+        activation::gelu(&self.compute, pre, form, dropout, a.write(y));
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use super::CpuBackend;
 use super::compute::{Compute, Isa};
-use crate::backend::{Backend, Dtype, Mat, MemoryPlan, Micro, StepKeys};
+use crate::backend::{Backend, Mat, MemoryPlan, Micro, StepKeys, Storage};
 use crate::rng::{Domain, Stream};
 
 /// Operands of one operation, and where they lie.
@@ -16,7 +16,7 @@ pub(super) struct Testbed {
 impl Testbed {
     pub(super) fn new(samples: usize) -> Self {
         Self {
-            plan: MemoryPlan::new(),
+            plan: MemoryPlan::new(Storage::CPU),
             operands: Vec::new(),
             keys: StepKeys { seed: 3, step: 17 },
             micro: Micro { first: 0, samples, global_first: 40, accumulate: false, mean_over: samples },
@@ -26,7 +26,7 @@ impl Testbed {
     /// A matrix with these values.
     pub(super) fn put(&mut self, rows: usize, cols: usize, values: &[f32]) -> Mat {
         assert_eq!(values.len(), rows * cols);
-        let mat = self.plan.activation("operand", rows, cols, Dtype::F32);
+        let mat = self.plan.activation("operand", rows, cols);
         self.operands.push((mat, values.to_vec()));
         mat
     }

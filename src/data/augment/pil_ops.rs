@@ -200,8 +200,8 @@ pub fn rotate(canvas: &mut Canvas, degrees: f64, sampling: Sampling, fill: [u8; 
 /// 2011, "Theoretical foundations of Gaussian convolution by extended box filtering").
 pub fn gaussian_blur(canvas: &mut Canvas, radius: f64) {
     const PASSES: usize = 3;
-    let sigma2 = radius as f32 * radius as f32 / PASSES as f32;
     // Pillow's arithmetic: f32 variables, f64 square root.
+    let sigma2 = radius as f32 * radius as f32 / PASSES as f32;
     let length = (12.0 * f64::from(sigma2) + 1.0).sqrt() as f32;
     let whole = ((length - 1.0) / 2.0).floor();
     let mut rest = (2.0 * whole + 1.0) * (whole * (whole + 1.0) - 3.0 * sigma2);

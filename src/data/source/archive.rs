@@ -12,7 +12,7 @@ use crate::data::shard::map;
 use crate::error::{At, Error, Result};
 use crate::fail;
 
-use super::{Item, Parts, Paths, Place, Source, Store, StoreKind, arrange};
+use super::{Item, Parts, Paths, Place, Source, Store, StoreKind, arrange, is_val};
 
 /// The archives of a folder that has nothing else to train on, sorted.
 pub(super) fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
@@ -123,10 +123,6 @@ fn web_dataset(members: Vec<(String, Place)>, files: &[PathBuf], store: Store) -
         Some(_) => text.parse().ok(),
         None => classes.iter().position(|c| c == text),
     };
-    let split_of = |archive: usize| {
-        let name = files[archive].file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        [Split::Train, Split::Val].into_iter().find(|s| s.folders().iter().any(|f| name.contains(f)))
-    };
     let (mut train, mut val) = (Vec::new(), Vec::new());
     for ((archive, key), sample) in &samples {
         let name = format!("{}:{key}", files[*archive].file_name().unwrap_or_default().to_string_lossy());
@@ -139,7 +135,11 @@ fn web_dataset(members: Vec<(String, Place)>, files: &[PathBuf], store: Store) -
         let Some(label) = label(text) else {
             fail!("{}: sample `{name}` has the class `{text}`", store.path.display());
         };
-        let list = if split_of(*archive) == Some(Split::Val) { &mut val } else { &mut train };
+        let list = if is_val(&files[*archive].file_name().unwrap_or_default().to_string_lossy()) {
+            &mut val
+        } else {
+            &mut train
+        };
         list.push(Item::new(name, label, place.clone()));
     }
     let parts = match (train.is_empty(), val.is_empty()) {

@@ -1,0 +1,278 @@
+//! Compiles `kernels/*.cu` with nvcc and embeds the result; without nvcc the program is built without CUDA kernels.
+//!
+//! Each file becomes one fat binary: machine code for Ampere (sm_80) and Hopper (sm_90a), and PTX (compute_90) that the
+//! driver translates for newer cards. Files are compiled in parallel and only when they, a header, the flags or nvcc
+//! have changed: finished binaries are kept in `target/kernels`, shared by all profiles. What `ptxas` says about
+//! registers and spills is kept beside them, and a kernel declared with `HOT_KERNEL` must not spill: a warning, or an
+//! error under `VITRUM_STRICT=1`.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+
+/// What every file is compiled for.
+const TARGETS: [(&str, &str); 3] =
+    [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_90", "compute_90")];
+
+const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "-Xptxas", "-v", "-lineinfo"];
+
+/// The oldest nvcc that knows the targets and the language.
+const OLDEST_NVCC: (u32, u32) = (12, 4);
+
+fn main() {
+    println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed=build.rs");
+    for variable in ["VITRUM_NVCC", "CUDA_HOME", "CUDA_PATH", "VITRUM_CACHE", "VITRUM_STRICT", "PATH"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let build = match find_nvcc() {
+        Ok((nvcc, version)) => Build { nvcc: Some(version), ..compile_all(&nvcc, &kernel_cache(&out)) },
+        Err(why) => {
+            println!("cargo::warning=built without CUDA kernels: {why}; `scripts/install-nvcc` fetches nvcc");
+            Build { why_none: Some(why), ..Build::default() }
+        }
+    };
+    fs::write(out.join("images.rs"), build.source()).expect("OUT_DIR is writable");
+}
+
+/// What ends up in the program.
+#[derive(Default)]
+struct Build {
+    /// File stem → fat binary.
+    images: BTreeMap<String, PathBuf>,
+    kernels: Vec<Kernel>,
+    why_none: Option<String>,
+    nvcc: Option<(u32, u32)>,
+}
+
+/// One kernel for one target, as ptxas reports it.
+struct Kernel {
+    name: String,
+    target: String,
+    hot: bool,
+    registers: u32,
+    spill_bytes: u32,
+    stack_bytes: u32,
+}
+
+impl Build {
+    fn source(&self) -> String {
+        let mut text = String::from("pub(super) static IMAGES: &[(&str, &[u8])] = &[\n");
+        for (name, path) in &self.images {
+            writeln!(text, "    ({name:?}, include_bytes!({:?})),", path.display().to_string()).unwrap();
+        }
+        text += "];\npub static KERNELS: &[KernelReport] = &[\n";
+        for k in &self.kernels {
+            writeln!(
+                text,
+                "    KernelReport {{ name: {:?}, target: {:?}, hot: {}, registers: {}, spill_bytes: {}, stack_bytes: {} }},",
+                k.name, k.target, k.hot, k.registers, k.spill_bytes, k.stack_bytes
+            )
+            .unwrap();
+        }
+        let targets: Vec<&str> = TARGETS.iter().map(|(_, code)| *code).collect();
+        writeln!(text, "];\npub static TARGETS: &[&str] = &{targets:?};").unwrap();
+        writeln!(
+            text,
+            "/// Version of the compiler.\npub static NVCC: Option<(u32, u32)> = {:?};",
+            self.nvcc
+        )
+        .unwrap();
+        writeln!(text, "pub static WHY_NONE: Option<&str> = {:?};", self.why_none).unwrap();
+        text
+    }
+}
+
+/// `target/kernels`, from `target/PROFILE/build/vitrum-HASH/out`.
+fn kernel_cache(out: &Path) -> PathBuf {
+    let cache = out.ancestors().nth(4).unwrap_or(out).join("kernels");
+    fs::create_dir_all(&cache).expect("the target folder is writable");
+    cache
+}
+
+/// nvcc from `VITRUM_NVCC` (nvcc or its folder), `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda`, Vitrum's cache.
+fn find_nvcc() -> Result<(PathBuf, (u32, u32)), String> {
+    let asked = env::var_os("VITRUM_NVCC").map(PathBuf::from);
+    let found = match &asked {
+        Some(path) => {
+            let candidates = [path.clone(), path.join("nvcc"), path.join("bin/nvcc")];
+            candidates
+                .into_iter()
+                .find(|p| p.is_file())
+                .ok_or(format!("VITRUM_NVCC={} is not nvcc", path.display()))?
+        }
+        None => places().into_iter().find(|p| p.is_file()).ok_or("no nvcc was found")?,
+    };
+    let text =
+        Command::new(&found).arg("--version").output().map_err(|e| format!("{}: {e}", found.display()))?;
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    let version = nvcc_version(&text).ok_or(format!("{} does not say its version", found.display()))?;
+    if version < OLDEST_NVCC {
+        let ((a, b), (c, d)) = (version, OLDEST_NVCC);
+        return Err(format!("{} is version {a}.{b}, older than {c}.{d}", found.display()));
+    }
+    Ok((found, version))
+}
+
+fn places() -> Vec<PathBuf> {
+    let mut places: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
+        .iter()
+        .filter_map(|name| env::var_os(name).filter(|v| !v.is_empty()))
+        .map(|folder| PathBuf::from(folder).join("bin/nvcc"))
+        .collect();
+    places
+        .extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()).map(|folder| folder.join("nvcc")));
+    places.push("/usr/local/cuda/bin/nvcc".into());
+    let cache = env::var_os("VITRUM_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/vitrum")));
+    if let Some(versions) = cache.and_then(|cache| fs::read_dir(cache.join("nvcc")).ok()) {
+        let mut versions: Vec<PathBuf> = versions.flatten().map(|entry| entry.path()).collect();
+        versions.sort();
+        places.extend(versions.into_iter().rev().map(|v| v.join("nvidia/cu13/bin/nvcc")));
+    }
+    places
+}
+
+/// From `Cuda compilation tools, release 13.0, V13.0.88`.
+fn nvcc_version(text: &str) -> Option<(u32, u32)> {
+    let release = text.split("release ").nth(1)?.split(',').next()?;
+    let (major, minor) = release.split_once('.')?;
+    Some((major.parse().ok()?, minor.trim().parse().ok()?))
+}
+
+fn compile_all(nvcc: &Path, cache: &Path) -> Build {
+    let mut files: Vec<PathBuf> = fs::read_dir("kernels")
+        .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
+        .unwrap_or_default();
+    files.sort();
+    let is = |path: &Path, extension: &str| path.extension().is_some_and(|e| e == extension);
+    let read = |path: &Path| fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+
+    // A change of any header compiles everything: they are few and small.
+    let mut base = DefaultHasher::new();
+    (FLAGS, TARGETS, nvcc, fs::metadata(nvcc).map(|m| m.len()).ok()).hash(&mut base);
+    files.iter().filter(|f| is(f, "cuh")).for_each(|f| (f, read(f)).hash(&mut base));
+
+    let jobs: Vec<Job> = files
+        .iter()
+        .filter(|f| is(f, "cu"))
+        .map(|file| {
+            let source = read(file);
+            let mut hash = base.clone();
+            source.hash(&mut hash);
+            let stem = file.file_stem().unwrap().to_string_lossy().into_owned();
+            let image = cache.join(format!("{stem}-{:016x}.fatbin", hash.finish()));
+            Job { file: file.clone(), stem, source, image }
+        })
+        .collect();
+
+    let queue = Mutex::new(jobs.iter().filter(|job| !job.done()));
+    let failures = Mutex::new(Vec::new());
+    let workers = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(2);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                loop {
+                    let Some(job) = queue.lock().unwrap().next() else { break };
+                    if let Err(why) = job.compile(nvcc) {
+                        failures.lock().unwrap().push(why);
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().unwrap();
+    assert!(failures.is_empty(), "nvcc failed:\n{}", failures.join("\n"));
+
+    let kernels: Vec<Kernel> = jobs.iter().flat_map(Job::report).collect();
+    warn_of_spills(&kernels);
+    Build { images: jobs.into_iter().map(|job| (job.stem, job.image)).collect(), kernels, ..Build::default() }
+}
+
+struct Job {
+    file: PathBuf,
+    stem: String,
+    source: String,
+    image: PathBuf,
+}
+
+impl Job {
+    fn report_path(&self) -> PathBuf {
+        self.image.with_extension("ptxas")
+    }
+
+    fn done(&self) -> bool {
+        self.image.is_file() && self.report_path().is_file()
+    }
+
+    fn compile(&self, nvcc: &Path) -> Result<(), String> {
+        // Written beside its final name: a killed build leaves no half-written image.
+        let part = self.image.with_extension(format!("{}.part", std::process::id()));
+        let mut command = Command::new(nvcc);
+        command.args(FLAGS).args(["-fatbin", "-o"]).arg(&part).arg(&self.file);
+        for (virtual_, real) in TARGETS {
+            command.args(["-gencode", &format!("arch={virtual_},code={real}")]);
+        }
+        let output = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if !output.status.success() {
+            let _ = fs::remove_file(&part);
+            return Err(format!("{}:\n{said}", self.file.display()));
+        }
+        fs::write(self.report_path(), said).map_err(|e| e.to_string())?;
+        fs::rename(&part, &self.image).map_err(|e| e.to_string())
+    }
+
+    /// Reads the lines of `-Xptxas -v`.
+    fn report(&self) -> Vec<Kernel> {
+        let text = fs::read_to_string(self.report_path()).unwrap_or_default();
+        let prefixes = hot_prefixes(&self.source);
+        let mut kernels: Vec<Kernel> = Vec::new();
+        for line in text.lines() {
+            let quoted: Vec<&str> = line.split('\'').collect();
+            if line.contains("Compiling entry function") && quoted.len() >= 4 {
+                let (name, target) = (quoted[1].to_owned(), quoted[3].to_owned());
+                let hot = prefixes.iter().any(|prefix| name.starts_with(prefix));
+                kernels.push(Kernel { name, target, hot, registers: 0, spill_bytes: 0, stack_bytes: 0 });
+            }
+            let Some(kernel) = kernels.last_mut() else { continue };
+            for part in line.split(',') {
+                let number = || part.split_whitespace().find_map(|word| word.parse().ok()).unwrap_or(0);
+                if part.contains("stack frame") {
+                    kernel.stack_bytes = number();
+                } else if part.contains("spill stores") {
+                    kernel.spill_bytes = number();
+                } else if part.contains("registers") {
+                    kernel.registers = number();
+                }
+            }
+        }
+        kernels
+    }
+}
+
+/// How the names of a file's hot kernels begin: `HOT_KERNEL(layernorm_##suffix,` stands for all `layernorm_…`, and a
+/// macro's bare parameter for every kernel of the file.
+fn hot_prefixes(source: &str) -> Vec<&str> {
+    let names = source.split("HOT_KERNEL(").skip(1).filter_map(|rest| rest.split(',').next());
+    names.map(|name| if name == "name" { "" } else { name.split("##").next().unwrap_or(name) }).collect()
+}
+
+fn warn_of_spills(kernels: &[Kernel]) {
+    let spilled = kernels.iter().filter(|k| k.hot && k.spill_bytes > 0);
+    let lines: Vec<String> = spilled
+        .map(|k| {
+            format!("hot kernel `{}` spills {} bytes of registers on {}", k.name, k.spill_bytes, k.target)
+        })
+        .collect();
+    let strict = env::var("VITRUM_STRICT").is_ok_and(|v| v == "1");
+    assert!(!strict || lines.is_empty(), "{}", lines.join("\n"));
+    lines.iter().for_each(|line| println!("cargo::warning={line}"));
+}

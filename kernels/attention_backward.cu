@@ -1,0 +1,261 @@
+// Attention of all tokens to all tokens, backward, in bf16 on tensor cores: two kernels, any length.
+//
+// Math      attention_gradient.cuh
+// Tensors   qkv, d_qkv: bf16 [B, T, 3, H, Dh], o, d_o: bf16 [B, T, H, Dh], rows `ld` apart, 16-byte aligned
+//           lse: f32 [B·H, T] of the forward
+//           delta: f32 [B·H, T], written by the first kernel, read by the second
+//           d_qkv is written whole. Dh % 8 == 0, in the next larger tile; others: attention_plain.cu.
+// Kernels   `queries`: a CTA owns queries, keys and values stream past: δ and dQ.
+//           `keys`: a CTA owns keys, queries and dO stream past: dK and dV.
+//           S and dP are computed twice, 7 products instead of 5; in exchange no gradient is added across
+//           CTAs, so there are no atomics and no f32 dQ in HBM. Up to 256 tokens of Dh 64,
+//           attention_backward_head.cu needs but 5.
+// Numerics  f32 scores and sums, P and dS rounded to bf16 for the products; scale once, at the end.
+// Launch    grid B·H·tiles; WARPS warps of 16·M16 rows each; tile t takes strips t·strips/tiles ...
+// Pipeline  as attention_forward.cu: a ring of three, one barrier per block, a short last block.
+// Bytes     `queries` 12·D, `keys` 12·D per token; 16·D would be the least for both together.
+// Order     every sum runs over the tokens in order, in one warp. Same device, same bits.
+// Source    Dao et al. 2022, arXiv:2205.14135.
+#include "attention_gradient.cuh"
+
+namespace {
+
+constexpr u32 STAGES = 3;
+
+// The strips of a head that a CTA owns, and the head.
+template <u32 STRIP>
+struct Share {
+  HeadPlace head;
+  u32 first, rows;  // tokens first .. first + rows; the last strip may reach past the last token
+  u32 row;          // of this warp, in the tile
+  bool busy;
+
+  __device__ __forceinline__ Share(u32 tokens, u32 heads, u32 head_size, u32 tiles)
+      : head(blockIdx.x / tiles, tokens, heads, head_size) {
+    const u32 tile = blockIdx.x % tiles, strips = ceil_div(tokens, STRIP);
+    const u32 from = tile * strips / tiles, to = (tile + 1) * strips / tiles;
+    first = from * STRIP, rows = (to - from) * STRIP, row = warp_id() * STRIP, busy = row < rows;
+  }
+};
+
+// What a warp knows of its 16·M16 queries, and their gradient after the keys so far.
+template <u32 DH, u32 M16>
+struct QuerySums {
+  Accumulator<M16, DH / 8> d_q;
+  float lse[M16][2], delta[M16][2];  // lse·log2(e); infinity past the last token
+
+  // Adds KEYS keys, rows 0 .. of `keys` and `values`. Queries are rows `own ..` of `queries` and `d_out`;
+  // `query` and `key` are the tokens of the first of each.
+  template <u32 KEYS>
+  __device__ __forceinline__ void add(Tile<DH> queries, Tile<DH> d_out, u32 own, Tile<DH> keys,
+                                      Tile<DH> values, KeepBits keep, float to_log2, size_t head, u32 query,
+                                      u32 key, u32 tokens) {
+    const u32 lane_row = lane_id() >> 2, lane_column = 2 * (lane_id() & 3);
+    Accumulator<M16, KEYS / 8> p, d_s;
+    p.clear();
+    add_products<DH>(p, queries, own, keys, 0);
+    d_s.clear();
+    add_products<DH>(d_s, d_out, own, values, 0);
+    const bool ragged = key + KEYS > tokens;
+#pragma unroll
+    for (u32 n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+      for (u32 m = 0; m < M16; ++m)
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+          const u32 column = key + 8 * n;
+          u32 kept = 0;
+          if (keep && column < tokens)
+            kept = keep.word(head, query + 16 * m + 8 * h + lane_row, column, tokens) >>
+                   (column % 32 + lane_column);
+#pragma unroll
+          for (u32 i = 0; i < 2; ++i) {
+            const float weight = exp2_approx(p.at[m][n][2 * h + i] * to_log2 - lse[m][h]);
+            float& gradient = d_s.at[m][n][2 * h + i];
+            if (keep) gradient = kept >> i & 1 ? gradient * keep.scale : 0.0f;
+            gradient = weight * (gradient - delta[m][h]);
+            if (ragged && column + lane_column + i >= tokens) gradient = 0.0f;
+          }
+        }
+    add_weighted<DH>(d_q, d_s, keys, 0);
+  }
+};
+
+template <u32 DH, u32 KEYS, u32 M16, u32 WARPS>
+__device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld,
+                                                 const float* lse, u32 lse_ld, float* delta, u32 delta_ld,
+                                                 KeepBits keep, const bf16* d_o, u32 d_o_ld, bf16* d_qkv,
+                                                 u32 d_qkv_ld, float scale, u32 tokens, u32 heads,
+                                                 u32 head_size, u32 tiles) {
+  constexpr u32 STRIP = 16 * M16;
+  const Share<STRIP> share(tokens, heads, head_size, tiles);
+  const HeadPlace& head = share.head;
+  const u32 width = heads * head_size, chunks = head_size / 8, first = share.first, row = share.row;
+
+  const bf16* q = qkv + head.row * qkv_ld + head.column;
+  const bf16* k = q + width;
+  const bf16* v = k + width;
+  o += head.row * o_ld + head.column;
+  d_o += head.row * d_o_ld + head.column;
+  const Tile<DH> queries{0}, d_out{WARPS * STRIP * Tile<DH>::ROW};
+  const auto keys = [](u32 stage) { return Tile<DH>{2 * (WARPS * STRIP + stage * KEYS) * Tile<DH>::ROW}; };
+  const auto values = [](u32 stage) {
+    return Tile<DH>{(2 * (WARPS * STRIP + stage * KEYS) + KEYS) * Tile<DH>::ROW};
+  };
+
+  const u32 blocks = ceil_div(tokens, KEYS);
+  const auto fetch = [&](u32 block, u32 stage) {
+    if (block < blocks) {
+      const u32 key = block * KEYS, rows = is_tail(tokens - key, KEYS) ? TAIL : KEYS;
+      keys(stage).copy_async(0, rows, k + size_t(key) * qkv_ld, qkv_ld, tokens - key, chunks);
+      values(stage).copy_async(0, rows, v + size_t(key) * qkv_ld, qkv_ld, tokens - key, chunks);
+    }
+    cp_async_commit();
+  };
+  queries.copy_async(0, share.rows, q + size_t(first) * qkv_ld, qkv_ld, tokens - first, chunks);
+  d_out.copy_async(0, share.rows, d_o + size_t(first) * d_o_ld, d_o_ld, tokens - first, chunks);
+  fetch(0, 0);
+  fetch(1, 1);
+
+  QuerySums<DH, M16> sums;
+  sums.d_q.clear();
+#pragma unroll
+  for (u32 m = 0; m < M16; ++m)
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+      const u32 query = first + row + 16 * m + 8 * h + (lane_id() >> 2);
+      const bool exists = share.busy && query < tokens;
+      const u32 at = exists ? query : 0;
+      const float sum = row_delta(o + size_t(at) * o_ld, d_o + size_t(at) * d_o_ld, chunks, lane_id() & 3);
+      sums.delta[m][h] = exists ? sum : 0.0f;
+      sums.lse[m][h] = exists ? lse[head.index * lse_ld + query] * LOG2_E : INFINITY;
+      if (exists && (lane_id() & 3) == 0) delta[head.index * delta_ld + query] = sum;
+    }
+
+  u32 stage = 0, next = 2;
+  for (u32 block = 0; block < blocks; ++block) {
+    cp_async_wait<1>();
+    block_sync();
+    fetch(block + 2, next);
+    const u32 key = block * KEYS;
+    if (share.busy && is_tail(tokens - key, KEYS))
+      sums.template add<TAIL>(queries, d_out, row, keys(stage), values(stage), keep, scale * LOG2_E,
+                              head.index, first + row, key, tokens);
+    else if (share.busy)
+      sums.template add<KEYS>(queries, d_out, row, keys(stage), values(stage), keep, scale * LOG2_E,
+                              head.index, first + row, key, tokens);
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    next = next == STAGES - 1 ? 0 : next + 1;
+  }
+  if (!share.busy) return;
+
+  float factor[M16][2];
+#pragma unroll
+  for (u32 m = 0; m < M16; ++m) factor[m][0] = factor[m][1] = scale;
+  bf16* to = d_qkv + (head.row + first + row) * d_qkv_ld + head.column;
+  store_rows<DH>(sums.d_q, factor, queries, row, to, d_qkv_ld, tokens - first - row, chunks);
+}
+
+template <u32 DH, u32 QUERIES, u32 M16, u32 WARPS>
+__device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const float* lse, u32 lse_ld,
+                                              const float* delta, u32 delta_ld, KeepBits keep,
+                                              const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld,
+                                              float scale, u32 tokens, u32 heads, u32 head_size, u32 tiles) {
+  constexpr u32 STRIP = 16 * M16;
+  const Share<STRIP> share(tokens, heads, head_size, tiles);
+  const HeadPlace& head = share.head;
+  const u32 width = heads * head_size, chunks = head_size / 8, first = share.first, row = share.row;
+
+  const bf16* q = qkv + head.row * qkv_ld + head.column;
+  const bf16* k = q + width;
+  const bf16* v = k + width;
+  d_o += head.row * d_o_ld + head.column;
+  const Tile<DH> keys{0}, values{WARPS * STRIP * Tile<DH>::ROW};
+  const auto queries = [](u32 stage) {
+    return Tile<DH>{2 * (WARPS * STRIP + stage * QUERIES) * Tile<DH>::ROW};
+  };
+  const auto d_out = [](u32 stage) {
+    return Tile<DH>{(2 * (WARPS * STRIP + stage * QUERIES) + QUERIES) * Tile<DH>::ROW};
+  };
+  const RowTerms terms{2 * (WARPS * STRIP + STAGES * QUERIES) * Tile<DH>::ROW};
+
+  const u32 blocks = ceil_div(tokens, QUERIES);
+  const auto fetch = [&](u32 block, u32 stage) {
+    if (block < blocks) {
+      const u32 query = block * QUERIES, rows = is_tail(tokens - query, QUERIES) ? TAIL : QUERIES;
+      queries(stage).copy_async(0, rows, q + size_t(query) * qkv_ld, qkv_ld, tokens - query, chunks);
+      d_out(stage).copy_async(0, rows, d_o + size_t(query) * d_o_ld, d_o_ld, tokens - query, chunks);
+    }
+    cp_async_commit();
+  };
+  keys.copy_async(0, share.rows, k + size_t(first) * qkv_ld, qkv_ld, tokens - first, chunks);
+  values.copy_async(0, share.rows, v + size_t(first) * qkv_ld, qkv_ld, tokens - first, chunks);
+  fetch(0, 0);
+  fetch(1, 1);
+  for (u32 query = threadIdx.x; query < blocks * QUERIES; query += blockDim.x) {
+    const bool exists = query < tokens;
+    terms.put(query, exists ? lse[head.index * lse_ld + query] * LOG2_E : INFINITY,
+              exists ? delta[head.index * delta_ld + query] : 0.0f);
+  }
+
+  KeySums<DH, M16> sums;
+  sums.clear();
+  u32 stage = 0, next = 2;
+  for (u32 block = 0; block < blocks; ++block) {
+    cp_async_wait<1>();
+    block_sync();
+    fetch(block + 2, next);
+    const u32 query = block * QUERIES;
+    if (share.busy && is_tail(tokens - query, QUERIES))
+      sums.template add<TAIL>(keys, values, row, queries(stage), d_out(stage), 0, terms, keep, scale * LOG2_E,
+                              head.index, first + row, query, tokens);
+    else if (share.busy)
+      sums.template add<QUERIES>(keys, values, row, queries(stage), d_out(stage), 0, terms, keep,
+                                 scale * LOG2_E, head.index, first + row, query, tokens);
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    next = next == STAGES - 1 ? 0 : next + 1;
+  }
+  if (!share.busy) return;
+
+  float k_factor[M16][2], v_factor[M16][2];
+#pragma unroll
+  for (u32 m = 0; m < M16; ++m)
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) k_factor[m][h] = scale, v_factor[m][h] = keep ? keep.scale : 1.0f;
+  // A warp is the only reader of its own keys and values.
+  bf16* to = d_qkv + (head.row + first + row) * d_qkv_ld + head.column;
+  store_rows<DH>(sums.d_k, k_factor, keys, row, to + width, d_qkv_ld, tokens - first - row, chunks);
+  store_rows<DH>(sums.d_v, v_factor, values, row, to + 2 * width, d_qkv_ld, tokens - first - row, chunks);
+}
+
+}  // namespace
+
+#define QUERIES_BACKWARD(name, dh, keys, m16, warps, ctas)                                                  \
+  HOT_KERNEL(name, 32 * warps, ctas)                                                                        \
+  (const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld, const float* lse, u32 lse_ld, float* delta,        \
+   u32 delta_ld, const u32* keep, float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, \
+   float scale, u32 tokens, u32 heads, u32 head_size, u32 tiles) {                                          \
+    queries_backward<dh, keys, m16, warps>(qkv, qkv_ld, o, o_ld, lse, lse_ld, delta, delta_ld,              \
+                                           KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv, d_qkv_ld, scale, \
+                                           tokens, heads, head_size, tiles);                                \
+  }
+
+#define KEYS_BACKWARD(name, dh, queries, m16, warps, ctas)                                                  \
+  HOT_KERNEL(name, 32 * warps, ctas)                                                                        \
+  (const bf16* qkv, u32 qkv_ld, const float* lse, u32 lse_ld, const float* delta, u32 delta_ld,             \
+   const u32* keep, float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, float scale,  \
+   u32 tokens, u32 heads, u32 head_size, u32 tiles) {                                                       \
+    keys_backward<dh, queries, m16, warps>(qkv, qkv_ld, lse, lse_ld, delta, delta_ld,                       \
+                                           KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv, d_qkv_ld, scale, \
+                                           tokens, heads, head_size, tiles);                                \
+  }
+
+QUERIES_BACKWARD(attention_backward_queries_bf16_d32, 32, 32, 2, 4, 2)
+QUERIES_BACKWARD(attention_backward_queries_bf16_d64, 64, 32, 2, 4, 2)
+QUERIES_BACKWARD(attention_backward_queries_bf16_d80, 80, 32, 2, 4, 2)
+QUERIES_BACKWARD(attention_backward_queries_bf16_d128, 128, 16, 1, 8, 1)
+
+KEYS_BACKWARD(attention_backward_keys_bf16_d32, 32, 32, 2, 4, 2)
+KEYS_BACKWARD(attention_backward_keys_bf16_d64, 64, 32, 2, 4, 2)
+KEYS_BACKWARD(attention_backward_keys_bf16_d80, 80, 16, 2, 4, 2)
+KEYS_BACKWARD(attention_backward_keys_bf16_d128, 128, 16, 1, 8, 1)

@@ -1,0 +1,107 @@
+// What the backward kernels of attention have in common: probabilities from lse, and two ways to own them.
+//
+// Math      P = e^(scale·Q·Kᵀ - lse)   dP = keep(dO·Vᵀ)   δ = rowsum(dO∘O)   dS = P∘(dP - δ)
+//           dV = keep(P)ᵀ·dO   dQ = scale·dS·K   dK = scale·dSᵀ·Q
+// Owners    A warp that owns queries computes P and dS as rows and sums dQ; a warp that owns keys computes Pᵀ
+//           and dSᵀ and sums dK and dV. Either way the accumulators of scores are the A operand of the sums:
+//           no probability goes through shared memory on its way to them.
+// Ragged    P is 0 for keys and queries past the last token. Their tile rows are zero, but e^(0 - lse) may be
+//           infinite, and infinity times zero is not zero.
+#pragma once
+
+#include "attention_tile.cuh"
+
+// lse·log2(e) and δ of all queries of a head in shared memory, side by side; infinity and 0 past the last
+// token.
+struct RowTerms {
+  u32 start;  // bytes from the start of shared memory
+
+  __device__ __forceinline__ void put(u32 query, float lse, float delta) const {
+    st8(smem_base() + start + 8 * query, {as_u32(lse), as_u32(delta)});
+  }
+  // Of an even query and the next.
+  __device__ __forceinline__ vec4 pair(u32 query) const {
+    return ld16(smem_base() + start + 8 * query);
+  }
+};
+
+// The sums of a warp that owns 16·M16 keys.
+template <u32 DH, u32 M16>
+struct KeySums {
+  Accumulator<M16, DH / 8> d_k, d_v;
+
+  __device__ __forceinline__ void clear() {
+    d_k.clear(), d_v.clear();
+  }
+
+  // Adds what QUERIES queries give. Keys are rows `own ..` of `keys` and `values`, queries are rows `from ..`
+  // of `queries` and `d_out`. `key` and `query` are the tokens of the first of each. Returns dSᵀ.
+  template <u32 QUERIES>
+  __device__ __forceinline__ Accumulator<M16, QUERIES / 8> add(Tile<DH> keys, Tile<DH> values, u32 own,
+                                                               Tile<DH> queries, Tile<DH> d_out, u32 from,
+                                                               RowTerms terms, KeepBits keep, float to_log2,
+                                                               size_t head, u32 key, u32 query, u32 tokens) {
+    const u32 lane_row = lane_id() >> 2, lane_column = 2 * (lane_id() & 3);
+    Accumulator<M16, QUERIES / 8> p, d_s;
+    p.clear();
+    add_products<DH>(p, keys, own, queries, from);
+    d_s.clear();
+    add_products<DH>(d_s, values, own, d_out, from);
+#pragma unroll
+    for (u32 n = 0; n < QUERIES / 8; ++n) {
+      const vec4 pair = terms.pair(query + 8 * n + lane_column);
+#pragma unroll
+      for (u32 i = 0; i < 2; ++i) {
+        const u32 column = query + 8 * n + lane_column + i;
+        const float lse = as_f32(i == 0 ? pair.x : pair.z);
+        const float delta = as_f32(i == 0 ? pair.y : pair.w);
+        const u32 kept = keep ? keep.word(head, column, key, tokens) >> (key % 32 + lane_row) : 0;
+#pragma unroll
+        for (u32 m = 0; m < M16; ++m)
+#pragma unroll
+          for (u32 h = 0; h < 2; ++h) {
+            float& weight = p.at[m][n][2 * h + i];
+            float& gradient = d_s.at[m][n][2 * h + i];
+            weight = exp2_approx(weight * to_log2 - lse);
+            if (keep) {
+              const bool here = kept >> (16 * m + 8 * h) & 1;
+              gradient = weight * ((here ? gradient * keep.scale : 0.0f) - delta);
+              weight = here ? weight : 0.0f;
+            } else {
+              gradient = weight * (gradient - delta);
+            }
+          }
+      }
+    }
+    // Only the strip over the last token pays for it.
+    if (key + 16 * M16 > tokens) {
+#pragma unroll
+      for (u32 m = 0; m < M16; ++m)
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h)
+          if (key + 16 * m + 8 * h + lane_row >= tokens)
+#pragma unroll
+            for (u32 n = 0; n < QUERIES / 8; ++n)
+#pragma unroll
+              for (u32 i = 2 * h; i < 2 * h + 2; ++i) p.at[m][n][i] = d_s.at[m][n][i] = 0.0f;
+    }
+    add_weighted<DH>(d_v, p, d_out, from);
+    add_weighted<DH>(d_k, d_s, queries, from);
+    return d_s;
+  }
+};
+
+// δ = Σ dO·O of a row of one head, over the four lanes that share the row. `quarter` is the lane's number
+// among them.
+__device__ __forceinline__ float row_delta(const bf16* o, const bf16* d_o, u32 chunks, u32 quarter) {
+  float delta = 0.0f;
+  for (u32 c = quarter; c < chunks; c += 4) {
+    const vec4 a = ld16(o + 8 * c), b = ld16(d_o + 8 * c);
+    delta += bf16_lo(a.x) * bf16_lo(b.x) + bf16_hi(a.x) * bf16_hi(b.x);
+    delta += bf16_lo(a.y) * bf16_lo(b.y) + bf16_hi(a.y) * bf16_hi(b.y);
+    delta += bf16_lo(a.z) * bf16_lo(b.z) + bf16_hi(a.z) * bf16_hi(b.z);
+    delta += bf16_lo(a.w) * bf16_lo(b.w) + bf16_hi(a.w) * bf16_hi(b.w);
+  }
+  delta += shfl_xor(delta, 1);
+  return delta + shfl_xor(delta, 2);
+}

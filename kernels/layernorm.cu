@@ -1,0 +1,463 @@
+// LayerNorm over the last axis, with the residual add in front of it where the model needs one, and its
+// backward.
+//
+// Math      mean = avg(x)  rstd = 1/√(avg((x - mean)²) + eps)  x̂ = (x - mean)·rstd  y = γ·x̂ + β
+//           u = γ·d_y   d_sum (+)= rstd·(u - avg(u) - x̂·avg(u·x̂))   dγ = Σ_R d_y·x̂   dβ = Σ_R d_y
+//           join: x = base + drop_path(layer_scale ∘ dropout(branch)) is made and stored first, and its
+//           backward gives d_branch from d_sum.
+// Tensors   x y d_y d_sum base branch d_branch [R, D] in T   mean rstd f32 [R]   γ β layer_scale f32 [D]
+//           partials f32 [blocks, 2 (γ, β), pitch], pitch = D rounded up to 8. d_sum is read unless `fresh`.
+// Numerics  f32, two passes over registers. The mean of a row far from zero rounds by more than its deviation
+//           can bear: both directions measure what the rounded mean left over, avg(x - mean), and take it
+//           off. A joined sum is normalised as it was stored, so that the backward sees the same values.
+// Launch    bf16, D ≤ 1280: one warp per row, 6 or 8 rows per block, the row in registers (instance N holds D
+//           in (256(N-1), 256N]), blocks loop over rows. A lane owns the same columns of every row, so γ
+//           and β (forward), dγ and dβ (backward) stay in its registers; the block's warps are added up once.
+//           f32 and D > 1280 take the `_wide` kernels: a warp per row that walks it several times through L1,
+//           and `layernorm_gradients`, in which lanes own columns, for dγ and dβ.
+// Bytes     per value of bf16: forward 4 (join 8), backward 8, or 6 fresh (join + 2), 8R of statistics, and
+//           the partials.
+// Order     rows of a warp, warps, blocks (`sum_partials`): fixed by the launch shape.
+// Source    Ba et al. 2016, arXiv:1607.06450. Two-stage γ and β gradients with columns owned by lanes: Apex,
+//           llm.c.
+#include "reduce.cuh"
+#include "residual.cuh"
+
+// Rows that a block works on at a time.
+__device__ __forceinline__ u32 rows_of_block() {
+  return blockDim.x / WARP;
+}
+
+// How many of a lane's eight elements of stretch `j` exist: all but the last stretch are whole by the choice
+// of the instance.
+template <u32 STRETCHES>
+__device__ __forceinline__ u32 held(u32 j, u32 column, u32 columns) {
+  return j + 1 < STRETCHES ? VEC : valid8(column, columns);
+}
+__device__ __forceinline__ u32 column_of(u32 j) {
+  return j * COLUMN_STRETCH + threadIdx.x % WARP * VEC;
+}
+
+// ---- forward ----------------------------------------------------------------------------------------------
+
+struct RowStats {
+  float near, rest, rstd;  // the mean is near + rest
+};
+
+// Two sums over the row give its statistics: around `near`, the rounded mean.
+__device__ __forceinline__ RowStats row_stats(float near, float sum_off, float sum_squares, float inverse,
+                                              float eps) {
+  float rest = warp_sum(sum_off) * inverse;
+  float variance = fmaxf(warp_sum(sum_squares) * inverse - rest * rest, 0.0f);
+  return {near, rest, 1.0f / sqrtf(variance + eps)};
+}
+
+__device__ __forceinline__ void store_stats(RowStats s, float* mean, float* rstd, u32 row) {
+  if (threadIdx.x % WARP == 0) {
+    mean[row] = s.near + s.rest;
+    rstd[row] = s.rstd;
+  }
+}
+
+// γ and β of eight columns: from memory (L1) each time, or held by the lane, whose columns are the same in
+// every row.
+struct AffineInMemory {
+  const float *gamma, *beta;
+  __device__ __forceinline__ void get(u32, u32 column, u32 n, float (&g)[VEC], float (&b)[VEC]) const {
+    load8(gamma + column, n, g);
+    load8(beta + column, n, b);
+  }
+};
+template <u32 STRETCHES>
+struct AffineInRegisters {
+  float g[STRETCHES][VEC], b[STRETCHES][VEC];
+  __device__ __forceinline__ AffineInRegisters(const float* gamma, const float* beta, u32 columns) {
+#pragma unroll
+    for (u32 j = 0; j < STRETCHES; ++j) {
+      u32 column = column_of(j), n = held<STRETCHES>(j, column, columns);
+      load8(gamma + column, n, g[j]);
+      load8(beta + column, n, b[j]);
+    }
+  }
+  __device__ __forceinline__ void get(u32 j, u32, u32, float (&g)[VEC], float (&b)[VEC]) const {
+#pragma unroll
+    for (u32 i = 0; i < VEC; ++i) g[i] = this->g[j][i], b[i] = this->b[j][i];
+  }
+};
+
+template <typename T, typename Affine>
+__device__ __forceinline__ void store_normalised(const float (&x)[VEC], RowStats s, const Affine& affine,
+                                                 u32 j, T* y_row, u32 column, u32 n) {
+  float g[VEC], b[VEC], v[VEC];
+  affine.get(j, column, n, g, b);
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) v[i] = fmaf((x[i] - s.near - s.rest) * s.rstd, g[i], b[i]);
+  store8(y_row + column, n, v);
+}
+
+// Normalises a row held in registers.
+template <u32 STRETCHES, typename Affine>
+__device__ __forceinline__ void normalise_row(const float (&x)[STRETCHES][VEC], const Affine& affine,
+                                              float eps, bf16* y, float* mean, float* rstd, u32 row,
+                                              u32 columns) {
+  float inverse = 1.0f / static_cast<float>(columns);
+  float total = 0.0f;
+#pragma unroll
+  for (u32 j = 0; j < STRETCHES; ++j)
+#pragma unroll
+    for (u32 i = 0; i < VEC; ++i) total += x[j][i];
+  float near = warp_sum(total) * inverse;
+
+  float off_sum = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (u32 j = 0; j < STRETCHES; ++j) {
+    u32 n = held<STRETCHES>(j, column_of(j), columns);
+#pragma unroll
+    for (u32 i = 0; i < VEC; ++i) {
+      float off = i < n ? x[j][i] - near : 0.0f;
+      off_sum += off;
+      squares = fmaf(off, off, squares);
+    }
+  }
+  RowStats stats = row_stats(near, off_sum, squares, inverse, eps);
+  store_stats(stats, mean, rstd, row);
+#pragma unroll
+  for (u32 j = 0; j < STRETCHES; ++j) {
+    u32 column = column_of(j), n = held<STRETCHES>(j, column, columns);
+    if (n > 0) store_normalised(x[j], stats, affine, j, y, column, n);
+  }
+}
+
+template <u32 STRETCHES>
+__device__ __forceinline__ void fetch_row(const bf16* x, u32 columns, Raw8<bf16> (&raw)[STRETCHES]) {
+#pragma unroll
+  for (u32 j = 0; j < STRETCHES; ++j) {
+    u32 column = column_of(j);
+    raw[j] = fetch8_stream(x + column, held<STRETCHES>(j, column, columns));
+  }
+}
+
+template <u32 STRETCHES>
+__device__ __forceinline__ void layernorm(const bf16* x, u32 ld_x, const float* gamma, const float* beta,
+                                          float eps, bf16* y, u32 ld_y, float* mean, float* rstd, u32 rows,
+                                          u32 columns) {
+  u32 stride = gridDim.x * rows_of_block();
+  u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP;
+  AffineInRegisters<STRETCHES> affine(gamma, beta, columns);
+  Raw8<bf16> raw[STRETCHES];
+  if (row < rows) fetch_row(row_of(x, row, ld_x), columns, raw);
+  for (; row < rows; row += stride) {
+    float v[STRETCHES][VEC];
+#pragma unroll
+    for (u32 j = 0; j < STRETCHES; ++j) unpack8(raw[j], v[j]);
+    // The next row is on its way while this one is worked on.
+    if (row + stride < rows) fetch_row(row_of(x, row + stride, ld_x), columns, raw);
+    normalise_row(v, affine, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
+  }
+}
+
+template <u32 STRETCHES>
+__device__ __forceinline__ void layernorm_join(const StepCells* cells, const BranchArgs& args,
+                                               const bf16* base, u32 ld_base, const bf16* branch,
+                                               u32 ld_branch, bf16* sum, u32 ld_sum, const float* gamma,
+                                               const float* beta, float eps, bf16* y, u32 ld_y, float* mean,
+                                               float* rstd, u32 rows, u32 columns) {
+  Branch b = bind_branch(args, cells, columns);
+  u32 stride = gridDim.x * rows_of_block();
+  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows; row += stride) {
+    const bf16 *base_row = row_of(base, row, ld_base), *branch_row = row_of(branch, row, ld_branch);
+    bf16* sum_row = row_of(sum, row, ld_sum);
+    Raw8<bf16> bases[STRETCHES], branches[STRETCHES];
+#pragma unroll
+    for (u32 j = 0; j < STRETCHES; ++j) {
+      u32 column = column_of(j), n = held<STRETCHES>(j, column, columns);
+      bases[j] = fetch8(base_row + column, n);
+      branches[j] = fetch8(branch_row + column, n);
+    }
+    float path = path_factor(b, row);
+    float v[STRETCHES][VEC];
+#pragma unroll
+    for (u32 j = 0; j < STRETCHES; ++j) {
+      u32 column = column_of(j), n = held<STRETCHES>(j, column, columns);
+      float add[VEC], f[VEC];
+      unpack8(bases[j], v[j]);
+      unpack8(branches[j], add);
+      branch_factors(b, row, column, n, path, f);
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) v[j][i] = fmaf(add[i], f[i], v[j][i]);
+      round8<bf16>(v[j]);
+      if (n > 0) store8(sum_row + column, n, v[j]);
+    }
+    normalise_row(v, AffineInMemory{gamma, beta}, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
+  }
+}
+
+// Any width: the row is read three times, once from memory.
+template <typename T>
+__device__ __forceinline__ void layernorm_wide(const T* x, u32 ld_x, const float* gamma, const float* beta,
+                                               float eps, T* y, u32 ld_y, float* mean, float* rstd, u32 rows,
+                                               u32 columns) {
+  float inverse = 1.0f / static_cast<float>(columns);
+  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
+       row += gridDim.x * rows_of_block()) {
+    const T* in = row_of(x, row, ld_x);
+    T* out = row_of(y, row, ld_y);
+    float total = 0.0f, v[VEC];
+    for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
+      load8(in + column, valid8(column, columns), v);
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) total += v[i];
+    }
+    float near = warp_sum(total) * inverse;
+    float off_sum = 0.0f, squares = 0.0f;
+    for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
+      u32 n = valid8(column, columns);
+      load8(in + column, n, v);
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) {
+        float off = i < n ? v[i] - near : 0.0f;
+        off_sum += off;
+        squares = fmaf(off, off, squares);
+      }
+    }
+    RowStats stats = row_stats(near, off_sum, squares, inverse, eps);
+    store_stats(stats, mean, rstd, row);
+    for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
+      u32 n = valid8(column, columns);
+      load8(in + column, n, v);
+      store_normalised(v, stats, AffineInMemory{gamma, beta}, 0, out, column, n);
+    }
+  }
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------
+
+// What the gradients of one row's elements share.
+struct RowGrad {
+  float mean, rest, rstd, avg_u, avg_ux;
+};
+
+__device__ __forceinline__ float hat(const RowGrad& g, float x) {
+  return (x - g.mean - g.rest) * g.rstd;
+}
+__device__ __forceinline__ float d_x(const RowGrad& g, float x, float u) {
+  return g.rstd * fmaf(-hat(g, x), g.avg_ux, u - g.avg_u);
+}
+
+// Three sums over the row: x - mean, u, u·(x - mean).
+__device__ __forceinline__ RowGrad row_grad(float mean, float rstd, float off, float u, float u_off,
+                                            float inverse) {
+  float rest = warp_sum(off) * inverse;
+  float avg_u = warp_sum(u) * inverse;
+  float avg_u_off = warp_sum(u_off) * inverse;
+  return {mean, rest, rstd, avg_u, (avg_u_off - avg_u * rest) * rstd};
+}
+
+// Where JOIN, `d_branch` gets its share of d_sum, rounded as it was stored; a trained LayerScale takes
+// `residual_scale_backward` instead.
+template <u32 STRETCHES, bool JOIN>
+__device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x,
+                                                   const float* gamma, const float* mean, const float* rstd,
+                                                   bf16* d_sum, u32 ld_sum, u32 fresh, const Branch& branch,
+                                                   bf16* d_branch, u32 ld_branch, u32 rows, u32 columns,
+                                                   float* partials, u32 pitch) {
+  float inverse = 1.0f / static_cast<float>(columns);
+  float d_gamma[STRETCHES][VEC] = {}, d_beta[STRETCHES][VEC] = {};
+  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
+       row += gridDim.x * rows_of_block()) {
+    const bf16 *x_row = row_of(x, row, ld_x), *d_y_row = row_of(d_y, row, ld_dy);
+    bf16* d_sum_row = row_of(d_sum, row, ld_sum);
+    Raw8<bf16> xs[STRETCHES], ds[STRETCHES], sums[STRETCHES];
+    fetch_row(x_row, columns, xs);
+    fetch_row(d_y_row, columns, ds);
+    float row_mean = mean[row], row_rstd = rstd[row];
+
+    float off_sum = 0.0f, u_sum = 0.0f, u_off_sum = 0.0f;
+#pragma unroll
+    for (u32 j = 0; j < STRETCHES; ++j) {
+      u32 column = column_of(j), n = held<STRETCHES>(j, column, columns);
+      float v[VEC], d[VEC], g[VEC];
+      unpack8(xs[j], v);
+      unpack8(ds[j], d);
+      load8(gamma + column, n, g);
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) {
+        float off = i < n ? v[i] - row_mean : 0.0f, u = d[i] * g[i];
+        off_sum += off;
+        u_sum += u;
+        u_off_sum = fmaf(u, off, u_off_sum);
+      }
+    }
+    // On their way while the lanes add up; earlier they would only hold registers.
+#pragma unroll
+    for (u32 j = 0; j < STRETCHES; ++j) {
+      u32 column = column_of(j);
+      sums[j] = fetch8(d_sum_row + column, fresh ? 0 : held<STRETCHES>(j, column, columns));
+    }
+    RowGrad grad = row_grad(row_mean, row_rstd, off_sum, u_sum, u_off_sum, inverse);
+    float path = JOIN ? path_factor(branch, row) : 1.0f;
+
+#pragma unroll
+    for (u32 j = 0; j < STRETCHES; ++j) {
+      forget_unpacked(xs[j]);
+      forget_unpacked(ds[j]);
+      u32 column = column_of(j), n = held<STRETCHES>(j, column, columns);
+      float v[VEC], d[VEC], g[VEC], s[VEC];
+      unpack8(xs[j], v);
+      unpack8(ds[j], d);
+      unpack8(sums[j], s);
+      load8(gamma + column, n, g);
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) {
+        s[i] += d_x(grad, v[i], d[i] * g[i]);
+        d_gamma[j][i] = fmaf(d[i], hat(grad, v[i]), d_gamma[j][i]);
+        d_beta[j][i] += d[i];
+      }
+      if (n > 0) store8(d_sum_row + column, n, s);
+      if (JOIN) {
+        float f[VEC];
+        branch_factors(branch, row, column, n, path, f);
+        round8<bf16>(s);
+#pragma unroll
+        for (u32 i = 0; i < VEC; ++i) s[i] *= f[i];
+        if (n > 0) store8(row_of(d_branch, row, ld_branch) + column, n, s);
+      }
+    }
+  }
+  if (!partials) return;
+  float* scratch = reinterpret_cast<float*>(smem_base());
+  float* mine = partials + static_cast<u64>(blockIdx.x) * 2 * pitch;
+#pragma unroll
+  for (u32 j = 0; j < STRETCHES; ++j) {
+    store_column_sums(d_gamma[j], scratch, mine, j * COLUMN_STRETCH, columns);
+    store_column_sums(d_beta[j], scratch, mine + pitch, j * COLUMN_STRETCH, columns);
+  }
+}
+
+// Any width: d_sum alone, and what the mean's rounding left over in each row, for `layernorm_gradients`.
+template <typename T>
+__device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy, const T* x, u32 ld_x,
+                                                        const float* gamma, const float* mean,
+                                                        const float* rstd, T* d_sum, u32 ld_sum, u32 fresh,
+                                                        float* rests, u32 rows, u32 columns) {
+  float inverse = 1.0f / static_cast<float>(columns);
+  for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
+       row += gridDim.x * rows_of_block()) {
+    const T *x_row = row_of(x, row, ld_x), *d_y_row = row_of(d_y, row, ld_dy);
+    T* d_sum_row = row_of(d_sum, row, ld_sum);
+    float row_mean = mean[row], v[VEC], d[VEC], g[VEC], s[VEC];
+    float off_sum = 0.0f, u_sum = 0.0f, u_off_sum = 0.0f;
+    for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
+      u32 n = valid8(column, columns);
+      load8(x_row + column, n, v);
+      load8(d_y_row + column, n, d);
+      load8(gamma + column, n, g);
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) {
+        float off = i < n ? v[i] - row_mean : 0.0f, u = d[i] * g[i];
+        off_sum += off;
+        u_sum += u;
+        u_off_sum = fmaf(u, off, u_off_sum);
+      }
+    }
+    RowGrad grad = row_grad(row_mean, rstd[row], off_sum, u_sum, u_off_sum, inverse);
+    if (threadIdx.x % WARP == 0 && rests) rests[row] = grad.rest;
+    for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
+      u32 n = valid8(column, columns);
+      load8(x_row + column, n, v);
+      load8(d_y_row + column, n, d);
+      load8(gamma + column, n, g);
+      load8(d_sum_row + column, fresh ? 0 : n, s);
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) s[i] += d_x(grad, v[i], d[i] * g[i]);
+      store8(d_sum_row + column, n, s);
+    }
+  }
+}
+
+// dγ and dβ of any width: partials of slice blockIdx.y of the rows.
+template <typename T>
+__device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, const T* x, u32 ld_x,
+                                                    const float* mean, const float* rstd, const float* rests,
+                                                    u32 rows, u32 columns, float* partials, u32 pitch) {
+  u32 first = blockIdx.x * COLUMN_STRETCH;
+  u32 column = first + threadIdx.x % WARP * VEC, n = valid8(column, columns);
+  float d_gamma[VEC] = {}, d_beta[VEC] = {};
+  for (u32 row = blockIdx.y * COLUMN_WARPS + threadIdx.x / WARP; row < rows;
+       row += gridDim.y * COLUMN_WARPS) {
+    float v[VEC], d[VEC];
+    load8(row_of(x, row, ld_x) + column, n, v);
+    load8(row_of(d_y, row, ld_dy) + column, n, d);
+    RowGrad grad = {mean[row], rests[row], rstd[row], 0.0f, 0.0f};
+#pragma unroll
+    for (u32 i = 0; i < VEC; ++i) {
+      d_gamma[i] = fmaf(d[i], hat(grad, v[i]), d_gamma[i]);
+      d_beta[i] += d[i];
+    }
+  }
+  float* scratch = reinterpret_cast<float*>(smem_base());
+  float* mine = partials + static_cast<u64>(blockIdx.y) * 2 * pitch;
+  store_column_sums(d_gamma, scratch, mine, first, columns);
+  store_column_sums(d_beta, scratch, mine + pitch, first, columns);
+}
+
+// ---- entry points -----------------------------------------------------------------------------------------
+
+// Instance N holds rows of up to 256·N values. Blocks of a multiprocessor: as many as the registers of the
+// row allow.
+#define LAYERNORM(N, forward_blocks, join_blocks, backward_threads, backward_blocks)                         \
+  HOT_KERNEL(layernorm_bf16_##N, 256, forward_blocks)(const bf16* x, u32 ld_x, const float* gamma,           \
+                                                      const float* beta, float eps, bf16* y, u32 ld_y,       \
+                                                      float* mean, float* rstd, u32 rows, u32 columns) {     \
+    layernorm<N>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                             \
+  }                                                                                                          \
+  HOT_KERNEL(layernorm_join_bf16_##N, 256, join_blocks)(                                                     \
+      const StepCells* cells, BranchArgs args, const bf16* base, u32 ld_base, const bf16* branch,            \
+      u32 ld_branch, bf16* sum, u32 ld_sum, const float* gamma, const float* beta, float eps, bf16* y,       \
+      u32 ld_y, float* mean, float* rstd, u32 rows, u32 columns) {                                           \
+    layernorm_join<N>(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, gamma, beta, eps, y, ld_y, \
+                      mean, rstd, rows, columns);                                                            \
+  }                                                                                                          \
+  HOT_KERNEL(layernorm_backward_bf16_##N, backward_threads, backward_blocks)(                                \
+      const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x, const float* gamma, const float* mean,            \
+      const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh, u32 rows, u32 columns, float* partials,         \
+      u32 pitch) {                                                                                           \
+    layernorm_backward<N, false>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, Branch{},     \
+                                 nullptr, 0, rows, columns, partials, pitch);                                \
+  }                                                                                                          \
+  HOT_KERNEL(layernorm_backward_join_bf16_##N, backward_threads, backward_blocks)(                           \
+      const StepCells* cells, BranchArgs args, const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x,          \
+      const float* gamma, const float* mean, const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh,          \
+      bf16* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                    \
+    layernorm_backward<N, true>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh,                \
+                                bind_branch(args, cells, columns), d_branch, ld_branch, rows, columns,       \
+                                partials, pitch);                                                            \
+  }
+
+// The backward's sums of a row of 768 do not leave 256 threads enough of them.
+LAYERNORM(1, 4, 4, 256, 3)
+LAYERNORM(2, 3, 3, 256, 2)
+LAYERNORM(3, 2, 2, 192, 2)
+LAYERNORM(4, 1, 2, 256, 1)
+LAYERNORM(5, 1, 2, 256, 1)
+
+#define LAYERNORM_WIDE(suffix, T)                                                                          \
+  KERNEL(layernorm_##suffix##_wide, 256, 4)(const T* x, u32 ld_x, const float* gamma, const float* beta,   \
+                                            float eps, T* y, u32 ld_y, float* mean, float* rstd, u32 rows, \
+                                            u32 columns) {                                                 \
+    layernorm_wide<T>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                      \
+  }                                                                                                        \
+  KERNEL(layernorm_backward_##suffix##_wide, 256, 4)(                                                      \
+      const T* d_y, u32 ld_dy, const T* x, u32 ld_x, const float* gamma, const float* mean,                \
+      const float* rstd, T* d_sum, u32 ld_sum, u32 fresh, float* rests, u32 rows, u32 columns) {           \
+    layernorm_backward_wide<T>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, rests, rows,  \
+                               columns);                                                                   \
+  }                                                                                                        \
+  KERNEL(layernorm_gradients_##suffix, 256, 4)(const T* d_y, u32 ld_dy, const T* x, u32 ld_x,              \
+                                               const float* mean, const float* rstd, const float* rests,   \
+                                               u32 rows, u32 columns, float* partials, u32 pitch) {        \
+    layernorm_gradients<T>(d_y, ld_dy, x, ld_x, mean, rstd, rests, rows, columns, partials, pitch);        \
+  }
+
+LAYERNORM_WIDE(bf16, bf16)
+LAYERNORM_WIDE(f32, float)

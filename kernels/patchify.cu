@@ -1,0 +1,195 @@
+// Pixels of the bound batch → the patch matrix: normalised, mixed (mixup, cutmix), cut into patches.
+//
+// Math      v = (pixel - mean_c) / std_c for u8 (f32 pixels are normalised already)
+//           mixup: λ·own + (1 - λ)·partner   cutmix: λ is pixel_lambda outside the box, 1 - pixel_lambda inside
+//           erased: zeros or normal draws, in both pictures before they are mixed
+// Tensors   pixels [samples, H, W, 3]   patches [B·T, patch_h·patch_w·3] with `extra` zero rows in front of
+//           each sample; within a patch the order is row, column, channel, so a row of a patch is contiguous
+//           on both sides.
+// Numerics  f32. bf16 output: one fma with 1/std, then one rounding; f32 output divides, as the CPU does.
+// Launch    one thread per 8 values of a patch row (one 16-byte store of bf16), 256 threads per block.
+// Bytes     per value 1 read (2 where mixed) and 2 written in bf16. Where rows of a patch are multiples of 8
+//           values and the image's too (patch 8, 16, 32) pixels come 8 bytes at a time, else byte by byte
+//           through L1 (patch 14).
+// Source    Dosovitskiy et al. 2021 (patches); Zhang et al. 2018 (mixup); Yun et al. 2019 (cutmix).
+#include "philox.cuh"
+
+struct PatchShape {
+  u32 image_height, image_width;
+  u32 patch_height, patch_width;
+  u32 grid_height, grid_width;  // patches down and across
+  u32 extra;                    // zero rows in front of each sample
+};
+struct Normalise {
+  float mean[3], std[3];
+};
+
+// Eight values of a patch from value `first` on: where they lie in the image.
+struct PatchRun {
+  u32 corner;       // offset of the patch's first value
+  u32 pitch, run;   // values of an image row, of a patch row
+  u32 y, x;         // patch row of the first value, and its place in there
+  bool contiguous;  // the eight lie side by side
+};
+
+__device__ __forceinline__ void step_run(const PatchRun& at, u32& y, u32& x) {
+  if (++x == at.run) x = 0, ++y;
+}
+
+// The eight raw values; those past the `n` valid ones are 0.
+__device__ __forceinline__ void read_pixels(const u8* image, const PatchRun& at, u32 n, float (&v)[VEC]) {
+  if (at.contiguous && n == VEC && at.pitch % VEC == 0) {
+    vec2 b = ld8(image + at.corner + at.y * at.pitch + at.x);
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      v[i] = static_cast<float>(b.x >> (8 * i) & 255u);
+      v[i + 4] = static_cast<float>(b.y >> (8 * i) & 255u);
+    }
+    return;
+  }
+  u32 y = at.y, x = at.x;
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) {
+    v[i] = i < n ? static_cast<float>(image[at.corner + y * at.pitch + x]) : 0.0f;
+    step_run(at, y, x);
+  }
+}
+__device__ __forceinline__ void read_pixels(const float* image, const PatchRun& at, u32 n, float (&v)[VEC]) {
+  if (at.contiguous) {
+    load8(image + at.corner + at.y * at.pitch + at.x, n, v);
+    return;
+  }
+  u32 y = at.y, x = at.x;
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) {
+    v[i] = i < n ? image[at.corner + y * at.pitch + x] : 0.0f;
+    step_run(at, y, x);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float normalised(float pixel, float mean, float std);
+template <>
+__device__ __forceinline__ float normalised<float>(float pixel, float mean, float std) {
+  return (pixel - mean) / std;
+}
+template <>
+__device__ __forceinline__ float normalised<bf16>(float pixel, float mean, float std) {
+  float scale = 1.0f / std;
+  return fmaf(pixel, scale, -mean * scale);
+}
+
+// Channel c mod 3, by selects: arguments that are indexed would be copied to local memory.
+__device__ __forceinline__ float from(u32 c, const float (&v)[3]) {
+  return c % 3 == 0 ? v[0] : c % 3 == 1 ? v[1] : v[2];
+}
+
+// Values from place `x` of a patch row on: channel x % 3 first.
+template <typename T>
+__device__ __forceinline__ void normalise8(const Normalise& k, u32 x, float (&v)[VEC]) {
+  u32 c = x % 3;
+  float mean[3] = {from(c, k.mean), from(c + 1, k.mean), from(c + 2, k.mean)};
+  float std[3] = {from(c, k.std), from(c + 1, k.std), from(c + 2, k.std)};
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) v[i] = normalised<T>(v[i], mean[i % 3], std[i % 3]);
+}
+
+template <typename T>
+__device__ __forceinline__ void fetch_values(const u8* image, const PatchRun& at, u32 n, const Normalise& k,
+                                             float (&v)[VEC]) {
+  read_pixels(image, at, n, v);
+  normalise8<T>(k, at.x, v);  // a patch row is a multiple of 3 values: the channels go on in the next one
+}
+template <typename T>
+__device__ __forceinline__ void fetch_values(const float* image, const PatchRun& at, u32 n, const Normalise&,
+                                             float (&v)[VEC]) {
+  read_pixels(image, at, n, v);
+}
+
+// Channel c of the colour that stands at (dy, dx) of an erased box, draw for draw as `Erase::colour` gives it on the CPU:
+// Box and Muller (1958) on a Philox block; red and green from its first two words, blue from the others.
+__device__ __forceinline__ float erased(const Erase& erase, u32 dy, u32 dx, u32 c) {
+  if (erase.mode == 0) return 0.0f;
+  constexpr u32 ERASE_KEY = 0x45726173;
+  u32 words[4] = {erase.mode == 1 ? 0 : dy, erase.mode == 1 ? 0 : dx, 0, 0};
+  philox(words, erase.seed, ERASE_KEY);
+  constexpr float UNIT = 1.0f / 16777216.0f, TAU = 6.2831853f;
+  float u = static_cast<float>((c < 2 ? words[0] : words[2]) >> 8) * UNIT;
+  float angle = TAU * (static_cast<float>((c < 2 ? words[1] : words[3]) >> 8) * UNIT);
+  return sqrtf(-2.0f * logf(1.0f - u)) * (c == 1 ? sinf(angle) : cosf(angle));
+}
+
+__device__ __forceinline__ bool contains(const MixBox& box, u32 y, u32 x) {
+  return y >= box.y0 && y < box.y1 && x >= box.x0 && x < box.x1;
+}
+
+// Puts what was drawn in the place of what is erased. (y0, x0) is the patch's corner.
+__device__ __forceinline__ void erase8(const Erase& erase, u32 y0, u32 x0, const PatchRun& place, float (&v)[VEC]) {
+  if (erase.cut.y0 >= erase.cut.y1 || erase.cut.x0 >= erase.cut.x1) return;
+  u32 y = place.y, x = place.x;
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) {
+    u32 down = y0 + y, across = x0 + x / 3;
+    if (contains(erase.cut, down, across)) {
+      v[i] = erased(erase, down - erase.cut.y0, across - erase.cut.x0, x % 3);
+    }
+    step_run(place, y, x);
+  }
+}
+
+template <typename Pixel, typename T>
+__device__ __forceinline__ void patchify(const StepCells* cells, const PatchShape& shape,
+                                         const Normalise& normalise, u32 first, T* patches, u32 ld,
+                                         u32 rows) {
+  u32 run = shape.patch_width * 3;
+  Place at = place_of_thread(rows, shape.patch_height * run);
+  if (at.n == 0) return;
+  u32 tokens = shape.extra + shape.grid_height * shape.grid_width;
+  u32 sample = at.row / tokens, token = at.row % tokens;
+
+  float v[VEC] = {};
+  if (token >= shape.extra) {
+    SlotView slot = cells->slot;
+    u32 patch = token - shape.extra;
+    u32 y0 = patch / shape.grid_width * shape.patch_height, x0 = patch % shape.grid_width * shape.patch_width;
+    u32 pitch = shape.image_width * 3;
+    PatchRun place = {y0 * pitch + x0 * 3, pitch, run, at.column / run, at.column % run, run % VEC == 0};
+    const Pixel* pixels = static_cast<const Pixel*>(slot.pixels);
+    u64 image = static_cast<u64>(shape.image_height) * pitch;
+    sample += first;
+    fetch_values<T>(pixels + sample * image, place, at.n, normalise, v);
+    erase8(slot.erase[sample], y0, x0, place, v);
+
+    MixBox box = slot.boxes[sample];
+    bool cut = box.y0 < box.y1 && box.x0 < box.x1;
+    float lambda = cut ? slot.pixel_lambda[sample] : slot.lambda[sample];
+    if (cut || lambda != 1.0f) {
+      float other[VEC];
+      u32 partner = slot.partner[sample];
+      fetch_values<T>(pixels + partner * image, place, at.n, normalise, other);
+      erase8(slot.erase[partner], y0, x0, place, other);
+      u32 y = place.y, x = place.x;
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) {
+        bool inside = cut && contains(box, y0 + y, x0 + x / 3);
+        float own = inside ? 1.0f - lambda : lambda;
+        // No sum where one of the two has no weight: the other stays as it is, to the bit.
+        v[i] = own == 1.0f ? v[i] : own == 0.0f ? other[i] : own * v[i] + (1.0f - own) * other[i];
+        step_run(place, y, x);
+      }
+    }
+  }
+  store8(row_of(patches, at.row, ld) + at.column, at.n, v);
+}
+
+// `first`: index in the slot of the micro-batch's first sample. `rows` = B·T.
+#define PATCHIFY(name, Pixel, T)                                                                     \
+  HOT_KERNEL(name, 256, 4)(const StepCells* cells, PatchShape shape, Normalise normalise, u32 first, \
+                           T* patches, u32 ld, u32 rows) {                                           \
+    patchify<Pixel, T>(cells, shape, normalise, first, patches, ld, rows);                           \
+  }
+
+PATCHIFY(patchify_u8_bf16, u8, bf16)
+PATCHIFY(patchify_u8_f32, u8, float)
+PATCHIFY(patchify_f32_bf16, float, bf16)
+PATCHIFY(patchify_f32_f32, float, float)

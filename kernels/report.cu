@@ -1,0 +1,41 @@
+// What a step reports: sums over the samples in f64; the host reads the finished report one step late.
+//
+// Math      sums = Σ samples of (loss, top-1, top-5) over all micro-batches   report = sums / mean_over
+// Tensors   samples f32 [B, 3]
+// Launch    one block each; begin and close are one thread.
+// Bytes     12 per sample.
+// Order     a thread's samples, lanes, warps, micro-batches.
+#include "reduce.cuh"
+#include "step.cuh"
+
+KERNEL(report_begin, 32, 1)(ReportSums* report, UpdateCells* update) {
+  if (threadIdx.x != 0) return;
+  for (u32 i = 0; i < 3; ++i) report->sums[i] = 0.0;
+  update->grad_norm = 0.0;
+  update->skip = 0;
+}
+
+KERNEL(report_add, 256, 1)(ReportSums* report, const float* samples, u32 ld, u32 rows) {
+  double sums[3] = {};
+  for (u32 row = threadIdx.x; row < rows; row += blockDim.x) {
+    const float* sample = row_of(samples, row, ld);
+#pragma unroll
+    for (u32 i = 0; i < 3; ++i) sums[i] += static_cast<double>(sample[i]);
+  }
+  block_sums(sums, reinterpret_cast<double*>(smem_base()));
+  if (threadIdx.x != 0) return;
+  for (u32 i = 0; i < 3; ++i) report->sums[i] += sums[i];
+}
+
+// The finished report, for the host to fetch.
+KERNEL(report_close, 32, 1)(const StepCells* cells, const ReportSums* report, const UpdateCells* update,
+                            double mean_over, StepReport* out) {
+  if (threadIdx.x != 0) return;
+  out->loss = report->sums[0] / mean_over;
+  out->top1 = report->sums[1] / mean_over;
+  out->top5 = report->sums[2] / mean_over;
+  out->grad_norm = update->grad_norm;
+  out->skipped = update->skip;
+  out->reserved = 0;
+  out->step = cells->step;
+}

@@ -1,0 +1,95 @@
+// The residual add with all that may stand in its way, and its backward.
+//
+// Math      sum = base + drop_path(layer_scale ∘ dropout(branch))
+//           d_branch = factors·layer_scale·d_sum   d_layer_scale[c] = Σ_R factors·branch·d_sum
+// Tensors   base, branch, sum, d_sum, d_branch [R, D] in T; sum may be base, d_branch may be d_sum
+//           layer_scale f32 [D]; partials f32 [slices, pitch]
+// Launch    elementwise kernels: one thread per 8 values. `residual_scale_backward`: grid (stretches of 256
+//           columns, slices of rows), a lane owns 8 columns; `sum_partials` ends the sum.
+// Bytes     forward 6 per value in bf16, backward 4, with the LayerScale gradient 6.
+// Order     rows of a warp, warps, slices.
+// Source    Srivastava et al. 2014 (dropout); Huang et al. 2016 (drop-path); Touvron et al. 2021
+//           (LayerScale).
+#include "reduce.cuh"
+#include "residual.cuh"
+
+template <typename T>
+__device__ __forceinline__ void residual(const StepCells* cells, const BranchArgs& args, const T* base,
+                                         u32 ld_base, const T* branch, u32 ld_branch, T* sum, u32 ld_sum,
+                                         u32 rows, u32 columns) {
+  Place at = place_of_thread(rows, columns);
+  if (at.n == 0) return;
+  float v[VEC], x[VEC], f[VEC];
+  load8(row_of(base, at.row, ld_base) + at.column, at.n, v);
+  load8(row_of(branch, at.row, ld_branch) + at.column, at.n, x);
+  Branch b = bind_branch(args, cells, columns);
+  branch_factors(b, at.row, at.column, at.n, path_factor(b, at.row), f);
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) v[i] = fmaf(x[i], f[i], v[i]);
+  store8(row_of(sum, at.row, ld_sum) + at.column, at.n, v);
+}
+
+template <typename T>
+__device__ __forceinline__ void residual_backward(const StepCells* cells, const BranchArgs& args,
+                                                  const T* d_sum, u32 ld_sum, T* d_branch, u32 ld_branch,
+                                                  u32 rows, u32 columns) {
+  Place at = place_of_thread(rows, columns);
+  if (at.n == 0) return;
+  float d[VEC], f[VEC];
+  load8(row_of(d_sum, at.row, ld_sum) + at.column, at.n, d);
+  Branch b = bind_branch(args, cells, columns);
+  branch_factors(b, at.row, at.column, at.n, path_factor(b, at.row), f);
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) d[i] *= f[i];
+  store8(row_of(d_branch, at.row, ld_branch) + at.column, at.n, d);
+}
+
+// Also the LayerScale's gradient.
+template <typename T>
+__device__ __forceinline__ void residual_scale_backward(const StepCells* cells, const BranchArgs& args,
+                                                        const T* branch, u32 ld_x, const T* d_sum, u32 ld_sum,
+                                                        T* d_branch, u32 ld_branch, u32 rows, u32 columns,
+                                                        float* partials, u32 pitch) {
+  u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  u32 first = blockIdx.x * COLUMN_STRETCH;
+  u32 column = first + lane * VEC, n = valid8(column, columns);
+  Branch b = bind_branch(args, cells, columns);
+  float scale[VEC], total[VEC] = {};
+  load8(args.layer_scale + column, n, scale);
+  for (u32 row = blockIdx.y * COLUMN_WARPS + warp; row < rows; row += gridDim.y * COLUMN_WARPS) {
+    float d[VEC], x[VEC], f[VEC];
+    load8(row_of(d_sum, row, ld_sum) + column, n, d);
+    load8(row_of(branch, row, ld_x) + column, n, x);
+    mask_factors(b, row, column, path_factor(b, row), f);
+#pragma unroll
+    for (u32 i = 0; i < VEC; ++i) {
+      d[i] *= f[i];
+      total[i] = fmaf(x[i], d[i], total[i]);
+      d[i] *= scale[i];
+    }
+    store8(row_of(d_branch, row, ld_branch) + column, n, d);
+  }
+  float* scratch = reinterpret_cast<float*>(smem_base());
+  store_column_sums(total, scratch, row_of(partials, blockIdx.y, pitch), first, columns);
+}
+
+#define RESIDUAL(suffix, T)                                                                                  \
+  KERNEL(residual_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const T* base, u32 ld_base,     \
+                                    const T* branch, u32 ld_branch, T* sum, u32 ld_sum, u32 rows,            \
+                                    u32 columns) {                                                           \
+    residual<T>(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, rows, columns);                  \
+  }                                                                                                          \
+  KERNEL(residual_backward_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const T* d_sum,        \
+                                             u32 ld_sum, T* d_branch, u32 ld_branch, u32 rows,               \
+                                             u32 columns) {                                                  \
+    residual_backward<T>(cells, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                    \
+  }                                                                                                          \
+  KERNEL(residual_scale_backward_##suffix, 256, 2)(                                                          \
+      const StepCells* cells, BranchArgs args, const T* branch, u32 ld_x, const T* d_sum, u32 ld_sum,        \
+      T* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                       \
+    residual_scale_backward<T>(cells, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows, columns, \
+                               partials, pitch);                                                             \
+  }
+
+RESIDUAL(bf16, bf16)
+RESIDUAL(f32, float)

@@ -1,0 +1,73 @@
+// What changes from step to step, in device memory: a captured step is replayed with the same arguments, so
+// everything that its kernels must see anew they read from here. The host copies a fresh `StepCells` in front
+// of each replay.
+//
+// Shared with Rust (`#[repr(C)]`, same names): sizes are asserted on both sides.
+#pragma once
+
+#include "ptx.cuh"
+
+// A rectangle [y0, y1) × [x0, x1) of pixels; empty: none.
+struct MixBox {
+  u16 y0, x0, y1, x1;
+};
+
+// What is erased of a sample, after normalisation and before mixing. mode 0: zeros; 1: one normal colour; 2: a normal
+// draw for each value.
+struct Erase {
+  MixBox cut;
+  u32 seed, mode;
+};
+
+// The bound batch, as it lies in device memory.
+struct SlotView {
+  const void* pixels;   // [samples, H, W, 3], u8, or f32 already normalised
+  const void* targets;  // i32 [samples], or f32 [samples, C]
+  const u32* partner;   // [samples]: which sample is mixed in
+  const float* lambda;  // [samples]: the weight of the sample itself
+  const MixBox* boxes;  // [samples]: cutmix
+  const float* pixel_lambda;  // [samples]: the weight of the own pixels outside the box, of the partner's inside
+  const Erase* erase;         // [samples]
+  u32 count;            // samples that are real; the rest is padding
+  u32 samples;          // samples of the slot
+};
+
+struct StepCells {
+  u64 seed;  // keys of the masks
+  u64 step;  // updates already done
+  u64 t;     // updates including this one, from 1
+  SlotView slot;
+};
+
+// The rates of one parameter group: θ ← θ - lr·u - decay·θ.
+struct GroupScalars {
+  float lr, decay;
+};
+
+// Running sums of a step's report: loss, top-1, top-5 over the samples so far. Written and read by kernels
+// only.
+struct ReportSums {
+  double sums[3];
+};
+
+// What a finished step reports; the host reads it one step late.
+struct StepReport {
+  double loss, top1, top5, grad_norm;
+  u32 skipped;
+  u32 reserved;
+  u64 step;
+};
+
+// What the update kernels need to know before they start, worked out by one block: `update_prepare`.
+struct UpdateCells {
+  double grad_norm;          // before clipping
+  float clip;                // multiplies the gradient
+  u32 skip;                  // the loss or the norm is not finite: change nothing
+  float correct1, correct2;  // Adam: 1/(1 - β₁^t), 1/√(1 - β₂^t)
+  float keep2, add2;         // Adafactor: β of the second moment at t, and 1 - β
+};
+
+static_assert(sizeof(MixBox) == 8 && sizeof(SlotView) == 64 && sizeof(StepCells) == 88, "shared with Rust");
+static_assert(sizeof(GroupScalars) == 8 && sizeof(ReportSums) == 24 && sizeof(StepReport) == 48,
+              "shared with Rust");
+static_assert(sizeof(UpdateCells) == 32, "shared with Rust");

@@ -1,0 +1,416 @@
+//! Attention on a card: which kernel takes a head, how its rows are shared out, and what it needs of shared
+//! memory.
+//!
+//! Heads in bf16 whose values fill whole 16-byte chunks go to tensor cores, in the next larger of four
+//! widths; all others, and f32, to the plain kernels. Backward, one block owns a head of up to
+//! [`HEAD_TOKENS`] tokens where its rows fit into shared memory; longer ones take two kernels, one that owns
+//! queries and one that owns keys.
+//!
+//! With dropout the probabilities to keep are drawn first, one bit each, into scratch; where the bits of all
+//! images do not fit, the images are taken in groups.
+
+use super::driver::Address;
+use super::launch::{MaskArgs, launch, variant};
+use super::{Cuda, SCRATCH};
+use crate::backend::{Dtype, Heads, Mask, Mat};
+use crate::error::Result;
+
+/// One kernel for tensor cores, as `kernels/attention_forward.cu` and `attention_backward.cu` instantiate it.
+struct Tiled {
+    kernel: &'static str,
+    /// Values of a head, the missing ones zero.
+    width: usize,
+    /// Rows that stream past at a time, in a ring of [`STAGES`].
+    block: usize,
+    /// Rows that a warp owns.
+    strip: usize,
+    warps: usize,
+}
+
+const fn tiled(kernel: &'static str, width: usize, block: usize, strip: usize, warps: usize) -> Tiled {
+    Tiled { kernel, width, block, strip, warps }
+}
+
+/// Wider heads keep more sums in registers, and so fewer scores at a time; at 128 a warp owns 16 rows, not
+/// 32, except forward, where there is one sum and not two.
+const FORWARD: [Tiled; 4] = [
+    tiled("attention_forward_bf16_d32", 32, 64, 32, 4),
+    tiled("attention_forward_bf16_d64", 64, 64, 32, 4),
+    tiled("attention_forward_bf16_d80", 80, 32, 32, 4),
+    tiled("attention_forward_bf16_d128", 128, 32, 32, 4),
+];
+const BACKWARD_QUERIES: [Tiled; 4] = [
+    tiled("attention_backward_queries_bf16_d32", 32, 32, 32, 4),
+    tiled("attention_backward_queries_bf16_d64", 64, 32, 32, 4),
+    tiled("attention_backward_queries_bf16_d80", 80, 32, 32, 4),
+    tiled("attention_backward_queries_bf16_d128", 128, 16, 16, 8),
+];
+const BACKWARD_KEYS: [Tiled; 4] = [
+    tiled("attention_backward_keys_bf16_d32", 32, 32, 32, 4),
+    tiled("attention_backward_keys_bf16_d64", 64, 32, 32, 4),
+    tiled("attention_backward_keys_bf16_d80", 80, 16, 32, 4),
+    tiled("attention_backward_keys_bf16_d128", 128, 16, 16, 8),
+];
+const STAGES: usize = 3;
+
+/// The width and the most tokens of the kernel in which one block owns a head, and its threads.
+const HEAD_WIDTH: usize = 64;
+const HEAD_TOKENS: usize = 256;
+const HEAD_THREADS: u32 = 256;
+
+/// Rows of a tile of the plain kernels, floats from one row of scores to the next, and their threads.
+const PLAIN_ROWS: usize = 32;
+const PLAIN_SCORE_ROW: usize = 36;
+const PLAIN_THREADS: u32 = 128;
+/// The widest head of any kernel.
+const MAX_HEAD_SIZE: usize = 128;
+
+impl Tiled {
+    /// Blocks of threads for a head: strips are shared out evenly.
+    fn tiles(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.strip).div_ceil(self.warps)
+    }
+
+    /// Bytes of `owned` tiles of the block's own rows and the ring of two tiles of those that stream past.
+    fn shared(&self, owned: usize) -> usize {
+        (owned * self.warps * self.strip + 2 * STAGES * self.block) * 2 * self.width
+    }
+
+    fn threads(&self) -> u32 {
+        32 * self.warps as u32
+    }
+}
+
+/// `(lse·log2 e, δ)` of each query, for the kernel that owns keys.
+fn row_terms(tokens: usize, block: usize) -> usize {
+    tokens.next_multiple_of(block) * 8
+}
+
+/// Shared memory of the kernel in which one block owns a head: Q, K, V and dO, their rows' terms, dS twice.
+fn head_shared(tokens: usize) -> usize {
+    let rows = tokens.next_multiple_of(32);
+    4 * rows * 2 * HEAD_WIDTH + row_terms(tokens, 32) + 2 * rows * 64
+}
+
+/// Shared memory of a plain kernel.
+fn plain_shared(tiles: usize, score_tiles: usize, head_size: usize) -> usize {
+    let row = 4 * (head_size.div_ceil(4) | 1);
+    (tiles * row + score_tiles * PLAIN_SCORE_ROW) * PLAIN_ROWS * 4
+}
+
+/// A matrix of activations, seen from one image on.
+#[derive(Clone, Copy)]
+struct Rows {
+    at: Address,
+    ld: u32,
+}
+
+/// Sizes that every kernel takes, and the images that one launch takes.
+struct Work {
+    heads: Heads,
+    images: usize,
+    /// The next larger width of the tensor-core kernels.
+    tile: Option<usize>,
+    dtype: Dtype,
+    dropout: Mask,
+}
+
+/// Scratch of one group of images.
+struct Scratch {
+    /// Images of a group.
+    images: usize,
+    delta: Address,
+    keep: Address,
+}
+
+impl Work {
+    fn new(heads: Heads, qkv: Mat, rows: &[Mat], dropout: Mask) -> Self {
+        let Heads { tokens, heads: count, head_size } = heads;
+        assert!(tokens > 0 && count > 0 && head_size > 0, "attention: an empty head");
+        assert!(
+            head_size <= MAX_HEAD_SIZE,
+            "attention: heads of {head_size} values; {MAX_HEAD_SIZE} at most"
+        );
+        assert_eq!(qkv.cols, 3 * count * head_size, "attention: columns of qkv");
+        assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are no whole images", qkv.rows);
+        for mat in rows {
+            assert_eq!((mat.rows, mat.dtype), (qkv.rows, qkv.dtype), "attention: rows and type of {mat}");
+        }
+        let aligned = |mat: &Mat| mat.ld.is_multiple_of(8);
+        let whole_chunks = qkv.dtype == Dtype::Bf16
+            && head_size.is_multiple_of(8)
+            && aligned(&qkv)
+            && rows.iter().all(aligned);
+        let tile = FORWARD.iter().position(|t| t.width >= head_size).filter(|_| whole_chunks);
+        Self { heads, images: qkv.rows / tokens, tile, dtype: qkv.dtype, dropout }
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.heads.head_size as f32).sqrt()
+    }
+
+    fn keep_scale(&self) -> f32 {
+        1.0 / (1.0 - self.dropout.rate)
+    }
+
+    /// `T`, `H`, `Dh` as kernels take them.
+    fn sizes(&self) -> [u32; 3] {
+        [self.heads.tokens as u32, self.heads.heads as u32, self.heads.head_size as u32]
+    }
+
+    /// Rows of lse and δ of an image.
+    fn head_rows(&self) -> usize {
+        self.heads.heads * self.heads.tokens
+    }
+
+    /// f32 from one head of δ to the next.
+    fn delta_ld(&self) -> usize {
+        self.heads.tokens.next_multiple_of(4)
+    }
+
+    fn keep_words(&self) -> usize {
+        self.head_rows() * self.heads.tokens.div_ceil(32)
+    }
+
+    /// Cuts the scratch for as many images as fit.
+    fn scratch(&self, cuda: &Cuda, delta: bool) -> Scratch {
+        let delta = if delta { 4 * self.heads.heads * self.delta_ld() } else { 0 };
+        let keep = if self.dropout.rate > 0.0 { 4 * self.keep_words() } else { 0 };
+        let images = SCRATCH.checked_div(delta + keep).map_or(self.images, |most| most.min(self.images));
+        assert!(images > 0, "attention: one image of {} tokens needs too much scratch", self.heads.tokens);
+        let at = cuda.scratch(images * (delta + keep));
+        Scratch { images, delta: at, keep: if keep > 0 { at + (images * delta) as u64 } else { 0 } }
+    }
+
+    /// Draws which probabilities of `images` images from `first` on are kept.
+    fn draw_keep(&self, cuda: &Cuda, keep: Address, first: usize, images: usize) -> Result<()> {
+        if keep == 0 {
+            return Ok(());
+        }
+        let mut mask = MaskArgs::new(self.dropout, &cuda.micro);
+        mask.first_sample = mask.first_sample.wrapping_add(first as u32);
+        let [tokens, heads, _] = self.sizes();
+        let blocks = (images * self.keep_words()).div_ceil(256) as u32;
+        let cells = cuda.cells.address();
+        launch! {
+            cuda, "attention_keep", [blocks, 1, 1], 256, 0,
+            keep, cells, mask, images as u32, heads, tokens,
+        }
+    }
+
+    /// A matrix of `[B·T, ..]` from image `first` on.
+    fn rows(&self, cuda: &Cuda, mat: Mat, first: usize) -> Rows {
+        let skipped = first * self.heads.tokens * mat.ld * mat.dtype.bytes();
+        Rows { at: cuda.at(mat) + skipped as u64, ld: mat.ld as u32 }
+    }
+
+    /// `[B·H, T]` from image `first` on.
+    fn per_head(&self, cuda: &Cuda, mat: Mat, first: usize) -> Rows {
+        assert_eq!(
+            (mat.rows * mat.cols, mat.dtype),
+            (self.images * self.head_rows(), Dtype::F32),
+            "attention: lse"
+        );
+        // One row of all heads is as good as a row per head.
+        let ld = if mat.rows == 1 { self.heads.tokens } else { mat.ld };
+        Rows { at: cuda.at(mat) + (4 * first * self.heads.heads * ld) as u64, ld: ld as u32 }
+    }
+
+    /// Groups of images: the first, and how many.
+    fn groups(&self, most: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let images = self.images;
+        (0..images).step_by(most.max(1)).map(move |first| (first, most.min(images - first)))
+    }
+
+    fn plain_grid(&self, images: usize) -> [u32; 3] {
+        [(images * self.heads.heads * self.heads.tokens.div_ceil(PLAIN_ROWS)) as u32, 1, 1]
+    }
+}
+
+/// `o: [B·T, H·Dh]` and `lse: [B·H, T]` from `qkv: [B·T, 3·H·Dh]`.
+pub(super) fn attention(
+    cuda: &mut Cuda,
+    heads: Heads,
+    qkv: Mat,
+    o: Mat,
+    lse: Mat,
+    dropout: Mask,
+) -> Result<()> {
+    let work = Work::new(heads, qkv, &[o], dropout);
+    let scratch = work.scratch(cuda, false);
+    let keep = scratch.keep;
+    for (first, images) in work.groups(scratch.images) {
+        work.draw_keep(cuda, keep, first, images)?;
+        let (qkv, o) = (work.rows(cuda, qkv, first), work.rows(cuda, o, first));
+        let lse = work.per_head(cuda, lse, first);
+        let (keep_scale, scale, [t, h, dh]) = (work.keep_scale(), work.scale(), work.sizes());
+        match work.tile {
+            Some(tile) => {
+                let k = &FORWARD[tile];
+                let tiles = k.tiles(heads.tokens);
+                let grid = [(images * heads.heads * tiles) as u32, 1, 1];
+                launch! {
+                    cuda, k.kernel, grid, k.threads(), k.shared(1) as u32,
+                    qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, keep, keep_scale, scale, t, h, dh,
+                    tiles as u32,
+                }?;
+            }
+            None => {
+                let shared = plain_shared(3, 1, heads.head_size) as u32;
+                launch! {
+                    cuda, variant!(work.dtype, "attention_forward"), work.plain_grid(images), PLAIN_THREADS,
+                    shared,
+                    qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, keep, keep_scale, scale, t, h, dh,
+                }?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `d_qkv: [B·T, 3·H·Dh]` from `d_o`, with `o` and `lse` of the forward.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn attention_backward(
+    cuda: &mut Cuda,
+    heads: Heads,
+    qkv: Mat,
+    o: Mat,
+    lse: Mat,
+    dropout: Mask,
+    d_o: Mat,
+    d_qkv: Mat,
+) -> Result<()> {
+    let work = Work::new(heads, qkv, &[o, d_o, d_qkv], dropout);
+    let limit = cuda.card().shared_memory as usize;
+    let tile = work.tile.filter(|&tile| {
+        let (queries, keys) = (&BACKWARD_QUERIES[tile], &BACKWARD_KEYS[tile]);
+        queries.shared(2).max(keys.shared(2) + row_terms(heads.tokens, keys.block)) <= limit
+    });
+    let whole_head = tile.is_some_and(|tile| FORWARD[tile].width == HEAD_WIDTH)
+        && heads.tokens <= HEAD_TOKENS
+        && head_shared(heads.tokens) <= limit;
+
+    let scratch = work.scratch(cuda, true);
+    let (keep, delta, delta_ld) = (scratch.keep, scratch.delta, work.delta_ld() as u32);
+    for (first, images) in work.groups(scratch.images) {
+        work.draw_keep(cuda, keep, first, images)?;
+        let [qkv, o, d_o, d_qkv] = [qkv, o, d_o, d_qkv].map(|mat| work.rows(cuda, mat, first));
+        let lse = work.per_head(cuda, lse, first);
+        let (keep_scale, scale, [t, h, dh]) = (work.keep_scale(), work.scale(), work.sizes());
+        if whole_head {
+            launch! {
+                cuda, "attention_backward_head_bf16_d64", [(images * heads.heads) as u32, 1, 1], HEAD_THREADS,
+                head_shared(heads.tokens) as u32,
+                qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, keep, keep_scale, d_o.at, d_o.ld, d_qkv.at,
+                d_qkv.ld,
+                scale, t, h, dh,
+            }?;
+            continue;
+        }
+        match tile {
+            Some(tile) => {
+                let k = &BACKWARD_QUERIES[tile];
+                let tiles = k.tiles(heads.tokens);
+                let grid = [(images * heads.heads * tiles) as u32, 1, 1];
+                launch! {
+                    cuda, k.kernel, grid, k.threads(), k.shared(2) as u32,
+                    qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at,
+                    d_o.ld,
+                    d_qkv.at, d_qkv.ld, scale, t, h, dh, tiles as u32,
+                }?;
+                let k = &BACKWARD_KEYS[tile];
+                let tiles = k.tiles(heads.tokens);
+                let grid = [(images * heads.heads * tiles) as u32, 1, 1];
+                let shared = k.shared(2) + row_terms(heads.tokens, k.block);
+                launch! {
+                    cuda, k.kernel, grid, k.threads(), shared as u32,
+                    qkv.at, qkv.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at, d_o.ld,
+                    d_qkv.at, d_qkv.ld, scale, t, h, dh, tiles as u32,
+                }?;
+            }
+            None => {
+                let grid = work.plain_grid(images);
+                launch! {
+                    cuda, variant!(work.dtype, "attention_backward_queries"), grid, PLAIN_THREADS,
+                    plain_shared(4, 1, heads.head_size) as u32,
+                    qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at,
+                    d_o.ld,
+                    d_qkv.at, d_qkv.ld, scale, t, h, dh,
+                }?;
+                launch! {
+                    cuda, variant!(work.dtype, "attention_backward_keys"), grid, PLAIN_THREADS,
+                    plain_shared(4, 2, heads.head_size) as u32,
+                    qkv.at, qkv.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at, d_o.ld,
+                    d_qkv.at, d_qkv.ld, scale, t, h, dh,
+                }?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A100: usize = 163 << 10;
+    /// Ada and the small Amperes.
+    const SMALL: usize = 99 << 10;
+
+    /// Instances at the foot of a kernel file: `MACRO(name, width, block, m16, warps, ctas)`.
+    fn instances(source: &str, name: &str) -> Vec<(String, [usize; 5])> {
+        let head = format!("{name}(attention_");
+        let lines = source.lines().filter(|line| line.starts_with(&head));
+        lines
+            .map(|line| {
+                let inside = line.trim_start_matches(name).trim_matches(['(', ')']);
+                let mut parts = inside.split(", ");
+                let kernel = parts.next().unwrap().to_string();
+                let numbers: Vec<usize> = parts.map(|n| n.parse().unwrap()).collect();
+                (kernel, numbers.try_into().unwrap())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn tables_say_what_the_kernels_were_instantiated_with() {
+        let forward = include_str!("../../../kernels/attention_forward.cu");
+        let backward = include_str!("../../../kernels/attention_backward.cu");
+        for (source, name, table) in [
+            (forward, "FORWARD", &FORWARD),
+            (backward, "QUERIES_BACKWARD", &BACKWARD_QUERIES),
+            (backward, "KEYS_BACKWARD", &BACKWARD_KEYS),
+        ] {
+            let instances = instances(source, name);
+            assert_eq!(instances.len(), table.len(), "{name}: kernels and lines of the table");
+            for (k, (kernel, [width, block, m16, warps, _])) in table.iter().zip(instances) {
+                let said = (k.kernel, k.width, k.block, k.strip, k.warps);
+                assert_eq!(said, (kernel.as_str(), width, block, 16 * m16, warps), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_query_has_a_warp_whatever_the_length() {
+        for k in FORWARD.iter().chain(&BACKWARD_QUERIES).chain(&BACKWARD_KEYS) {
+            for tokens in 1..1100 {
+                let (tiles, strips) = (k.tiles(tokens), tokens.div_ceil(k.strip));
+                let most = (0..tiles).map(|t| (t + 1) * strips / tiles - t * strips / tiles).max();
+                assert!(most <= Some(k.warps), "{}: {tokens} tokens in {tiles} tiles", k.kernel);
+            }
+        }
+    }
+
+    #[test]
+    fn shared_memory_suffices_where_it_must() {
+        assert!(head_shared(HEAD_TOKENS) <= A100, "a short head on an A100: {}", head_shared(HEAD_TOKENS));
+        for tile in 0..FORWARD.len() {
+            let keys = &BACKWARD_KEYS[tile];
+            // Two blocks of the forward share a multiprocessor of an A100 (164 KB, 1 KB lost to each).
+            assert!(2 * (FORWARD[tile].shared(1) + 1024) <= 164 << 10, "forward, tile {tile}");
+            assert!(BACKWARD_QUERIES[tile].shared(2) <= SMALL, "queries, tile {tile}");
+            assert!(keys.shared(2) + row_terms(1025, keys.block) <= SMALL, "keys, tile {tile}");
+        }
+        assert!(plain_shared(4, 2, MAX_HEAD_SIZE) <= SMALL, "the plain kernels");
+    }
+}

@@ -1,0 +1,131 @@
+//! What changes from step to step: small structs in device memory that recorded kernels read (`kernels/step.cuh`).
+//!
+//! The host writes the next step's cells into a ring of page-locked copies and sends one ahead of each step, so that
+//! a copy under way is never overwritten.
+
+use super::driver::{Address, Buffer, Event, Gpu, Pinned, Stream};
+use crate::backend::{GroupScalars, HostMemory, Pixels, Slot, StepKeys, Update};
+use crate::error::Result;
+
+/// Parameter groups that a step may have.
+pub(super) const MAX_GROUPS: usize = 512;
+/// Copies of the cells: as many steps may be asked for before the first is done.
+const RING: usize = 8;
+
+/// `SlotView` of `kernels/step.cuh`.
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct SlotView {
+    pixels: u64,
+    targets: u64,
+    partner: u64,
+    lambda: u64,
+    boxes: u64,
+    pixel_lambda: u64,
+    erase: u64,
+    count: u32,
+    samples: u32,
+}
+
+/// `StepCells` of `kernels/step.cuh`.
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct StepCells {
+    seed: u64,
+    step: u64,
+    t: u64,
+    slot: SlotView,
+}
+
+/// `GroupScalars` of `kernels/step.cuh`.
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Rates {
+    lr: f32,
+    decay: f32,
+}
+
+const CELLS_BYTES: usize = size_of::<StepCells>().next_multiple_of(16);
+const BYTES: usize = CELLS_BYTES + MAX_GROUPS * size_of::<Rates>();
+
+/// The cells of one device.
+pub(super) struct Cells {
+    device: Buffer,
+    ring: Vec<(Pinned, Event)>,
+    next: usize,
+    now: StepCells,
+    rates: Vec<Rates>,
+    pixels: Pixels,
+    /// The device has other values.
+    stale: bool,
+}
+
+impl Cells {
+    pub(super) fn new(gpu: &Gpu) -> Result<Self> {
+        let slot = |_| Ok((gpu.allocate_pinned(BYTES)?, gpu.new_event()?));
+        Ok(Self {
+            device: gpu.allocate(BYTES)?,
+            ring: (0..RING).map(slot).collect::<Result<_>>()?,
+            next: 0,
+            now: StepCells::default(),
+            rates: vec![Rates::default(); MAX_GROUPS],
+            pixels: Pixels::U8,
+            stale: true,
+        })
+    }
+
+    /// `StepCells*`
+    pub(super) fn address(&self) -> Address {
+        self.device.address
+    }
+
+    /// `GroupScalars*`
+    pub(super) fn rates(&self) -> Address {
+        self.device.address + CELLS_BYTES as u64
+    }
+
+    /// What the bound batch's pixels are.
+    pub(super) fn pixels(&self) -> Pixels {
+        self.pixels
+    }
+
+    pub(super) fn set_keys(&mut self, keys: StepKeys) {
+        (self.now.seed, self.now.step) = (keys.seed, keys.step);
+        self.stale = true;
+    }
+
+    /// The slot's contents are, or will be, at `base`.
+    pub(super) fn bind(&mut self, slot: &Slot, base: Address) {
+        let [pixels, targets, partner, lambda, boxes, pixel_lambda, erase, _] =
+            slot.layout().offsets().map(|at| base + at as u64);
+        let (count, samples) = (slot.count as u32, slot.layout().samples as u32);
+        self.pixels = slot.layout().pixels;
+        self.now.slot =
+            SlotView { pixels, targets, partner, lambda, boxes, pixel_lambda, erase, count, samples };
+        self.stale = true;
+    }
+
+    pub(super) fn set_rates(&mut self, update: &Update) {
+        assert!(update.groups.len() <= MAX_GROUPS, "{} parameter groups are too many", update.groups.len());
+        self.now.t = update.t;
+        self.stale = true;
+        for (to, &GroupScalars { lr, decay }) in self.rates.iter_mut().zip(update.groups) {
+            *to = Rates { lr, decay };
+        }
+    }
+
+    /// Sends the present values, if they are new, in the order of the compute stream.
+    pub(super) fn send(&mut self, gpu: &Gpu) -> Result<()> {
+        if !std::mem::take(&mut self.stale) {
+            return Ok(());
+        }
+        let (copy, sent) = &mut self.ring[self.next];
+        self.next = (self.next + 1) % RING;
+        sent.synchronize()?;
+        let bytes = copy.bytes_mut();
+        bytes[..size_of::<StepCells>()].copy_from_slice(bytemuck::bytes_of(&self.now));
+        bytes[CELLS_BYTES..].copy_from_slice(bytemuck::cast_slice(&self.rates));
+        gpu.upload_async(self.device.address, copy.bytes(), Stream::Compute)?;
+        gpu.record_event(sent, Stream::Compute)
+    }
+}

@@ -1,0 +1,152 @@
+//! Pooling, scaling and the loss (kernels/pool.cu, kernels/activation.cu, kernels/loss.cu).
+
+use super::Cuda;
+use super::dense::elementwise_grid;
+use super::launch::{Argument, launch, variant};
+use crate::backend::{Dtype, Loss, LossKind, Mat, Pool, Slot, TargetKind};
+use crate::error::{Error, Result};
+
+/// `PoolShape` of `kernels/pool.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct PoolShape {
+    samples: u32,
+    tokens: u32,
+    width: u32,
+    first: u32,
+    last: u32,
+}
+
+// SAFETY: five words.
+unsafe impl Argument for PoolShape {}
+
+fn pool_shape(pool: Pool, x: Mat, y: Mat) -> PoolShape {
+    let (tokens, first, last) = match pool {
+        Pool::Token { tokens, index } => (tokens, index, index + 1),
+        Pool::Mean { tokens, first } => (tokens, first, tokens),
+    };
+    assert_eq!((x.rows, x.cols), (y.rows * tokens, y.cols), "pool: {x} → {y}");
+    assert!(first < last && last <= tokens, "pool: rows {first}..{last} of {tokens}");
+    let [samples, tokens, width, first, last] = [y.rows, tokens, y.cols, first, last].map(|n| n as u32);
+    PoolShape { samples, tokens, width, first, last }
+}
+
+/// [`crate::backend::Backend::pool`]
+pub(super) fn pool(cuda: &mut Cuda, pool: Pool, x: Mat, y: Mat) -> Result<()> {
+    let (shape, grid) = (pool_shape(pool, x, y), elementwise_grid(y.rows, y.cols));
+    let (from, to) = (cuda.at(x), cuda.at(y));
+    launch!(cuda, variant!(x.dtype, "pool"), grid, 256, 0, shape, from, x.ld as u32, to, y.ld as u32)
+}
+
+/// [`crate::backend::Backend::pool_backward`]
+pub(super) fn pool_backward(cuda: &mut Cuda, pool: Pool, d_y: Mat, d_x: Mat, fresh: bool) -> Result<()> {
+    launch!(
+        cuda,
+        variant!(d_x.dtype, "pool_backward"),
+        elementwise_grid(d_x.rows, d_x.cols),
+        256,
+        0,
+        pool_shape(pool, d_x, d_y),
+        cuda.at(d_y),
+        d_y.ld as u32,
+        cuda.at(d_x),
+        d_x.ld as u32,
+        u32::from(fresh),
+    )
+}
+
+/// [`crate::backend::Backend::scale`]
+pub(super) fn scale(cuda: &mut Cuda, x: Mat, factor: f32) -> Result<()> {
+    let (name, grid, at) = (variant!(x.dtype, "scale"), elementwise_grid(x.rows, x.cols), cuda.at(x));
+    launch!(cuda, name, grid, 256, 0, at, x.ld as u32, factor, x.rows as u32, x.cols as u32)
+}
+
+/// `LossArgs` of `kernels/loss.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct LossArgs {
+    scale: f64,
+    smoothing: f32,
+    classes: u32,
+    dense: u32,
+    first: u32,
+}
+
+// SAFETY: one f64 and four words.
+unsafe impl Argument for LossArgs {}
+const _: () = assert!(size_of::<LossArgs>() == 24);
+
+/// Shared memory in front of the logits that wait there.
+const LOSS_SCRATCH: usize = 512;
+
+/// [`crate::backend::Backend::loss`]
+pub(super) fn loss(cuda: &mut Cuda, loss: Loss, logits: Mat, d_logits: Mat, samples: Mat) -> Result<()> {
+    let micro = cuda.micro;
+    let classes = logits.cols;
+    cuda.classes = Some(classes);
+    let slot = cuda.batch.slot.as_ref().expect("loss: no batch is bound");
+    check_labels(slot, classes)?;
+    let dense = match slot.layout().targets {
+        TargetKind::Labels => 0,
+        TargetKind::Dense { classes: given } => {
+            assert_eq!(given, classes, "targets and logits differ in classes");
+            1
+        }
+    };
+    assert_eq!(
+        (d_logits.rows, d_logits.cols),
+        (logits.rows, classes),
+        "loss: {logits} and {d_logits} differ"
+    );
+    let expected = (micro.samples, micro.samples, 3);
+    assert_eq!((logits.rows, samples.rows, samples.cols), expected, "loss: one row per sample");
+    assert!(micro.first + micro.samples <= slot.layout().samples, "loss: micro-batch outside the batch");
+
+    let staged = LOSS_SCRATCH + 2 * classes.next_multiple_of(8);
+    let fits = logits.dtype == Dtype::Bf16 && staged <= cuda.card().shared_memory as usize;
+    let threads = match (classes, logits.dtype) {
+        (..=1024, _) => 128,
+        (1025..=4096, _) | (_, Dtype::F32) => 256,
+        _ => 512,
+    };
+    let kernel = match loss.kind {
+        LossKind::Softmax => variant!(logits.dtype, "loss_softmax"),
+        LossKind::Sigmoid => variant!(logits.dtype, "loss_sigmoid"),
+    };
+    let args = LossArgs {
+        scale: 1.0 / micro.mean_over as f64,
+        smoothing: loss.label_smoothing,
+        classes: classes as u32,
+        dense,
+        first: micro.first as u32,
+    };
+    launch!(
+        cuda,
+        kernel,
+        [micro.samples as u32, 1, 1],
+        threads,
+        (if fits { staged } else { LOSS_SCRATCH }) as u32,
+        cuda.cells.address(),
+        args,
+        u32::from(fits),
+        cuda.at(logits),
+        logits.ld as u32,
+        cuda.at(d_logits),
+        d_logits.ld as u32,
+        cuda.at(samples),
+        samples.ld as u32,
+    )
+}
+
+/// Fails on a label that is not one of `classes`; -1 is no class at all. A recorded loss cannot fail, so every batch is
+/// looked at when it is bound.
+pub(super) fn check_labels(slot: &Slot, classes: usize) -> Result<()> {
+    if slot.layout().targets != TargetKind::Labels {
+        return Ok(());
+    }
+    match slot.labels()[..slot.count].iter().find(|l| **l < -1 || **l >= classes as i32) {
+        Some(label) => Err(Error::new(format!("label {label} in a batch for a model of {classes} classes"))
+            .hint("set `model.classes` to the number of classes of the data")),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,516 @@
+//! An NVIDIA GPU: every operation of [`Backend`] as own kernels and cuBLASLt products, a step as one CUDA graph.
+//!
+//! This file owns the device memory, the bound batch, and how a step is recorded and replayed. Each group of operations
+//! has a file that turns handles into launches; the kernels are in `kernels/`. [`driver`] is the CUDA driver behind safe
+//! functions, [`blas`] chooses and runs matrix products, [`probe`] finds out whether there is anything to run on.
+//!
+//! Nothing here knows of the stand-in GPU, save that it brings its own kernels: tests run this very code on it.
+
+mod attention;
+mod blas;
+mod cells;
+mod dense;
+pub mod driver;
+mod head;
+pub mod images;
+mod launch;
+mod norm;
+pub mod probe;
+mod probe_attention;
+mod stem;
+mod sums;
+mod update;
+
+use super::{
+    Arena, Backend, Body, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat,
+    MemoryPlan, Micro, Norm, Normalise, Options, PatchGrid, Pool, Precision, Recompute, Slot, SlotLayout,
+    Stats, StepKeys, StepReport, Storage, Update,
+};
+use crate::error::{Error, Result};
+
+use blas::Blas;
+use cells::Cells;
+use driver::{Address, Buffer, Event, Gpu, Graph, Stream};
+
+/// Rows of activations are padded to this many elements: 16 bytes in bf16, which vector loads and cuBLASLt want.
+const ROW_ALIGN: usize = 8;
+/// Scratch for partial sums, and for cuBLASLt's split products.
+const WORKSPACE: usize = 96 << 20;
+/// The part of it that cuBLASLt may use; the rest is for own kernels.
+const BLAS_WORKSPACE: usize = 64 << 20;
+/// Scratch of one operation's own kernels.
+const SCRATCH: usize = WORKSPACE - BLAS_WORKSPACE;
+
+/// A GPU as a device.
+pub struct Cuda {
+    gpu: Gpu,
+    blas: Blas,
+    precision: Precision,
+    options: Options,
+    arenas: Vec<Buffer>,
+    planned: usize,
+    cells: Cells,
+    batch: BoundBatch,
+    keys: StepKeys,
+    micro: Micro,
+    update: update::State,
+    /// Classes of the loss that was asked for last: labels of later batches are checked when they are bound.
+    classes: Option<usize>,
+    /// Recorded work: a training step, an evaluation pass.
+    recorded: [Recorded; 2],
+}
+
+// SAFETY: handles of the driver may be used from any thread to which the context was made current, one thread at a
+// time: every entry point makes it current, and `&mut self` keeps threads apart.
+unsafe impl Send for Cuda {}
+
+/// How far a kind of work has come: run once as it is (which loads kernels and chooses algorithms), then recorded.
+enum Recorded {
+    Never,
+    Warm,
+    Graph(Graph),
+}
+
+/// Two places for batches in device memory: one is read by the step while the other is filled.
+struct BoundBatch {
+    slot: Option<Slot>,
+    places: [Option<Buffer>; 2],
+    current: usize,
+    /// The copy into a place is done.
+    filled: [Event; 2],
+    /// The last step that reads a place is done.
+    read: [Event; 2],
+}
+
+impl Cuda {
+    /// Opens the first visible card.
+    ///
+    /// # Errors
+    /// No driver, one too old, no card, a card too old, a CUDA library missing, no kernels in this build.
+    pub fn open(options: &Options) -> Result<Self> {
+        let gpu = Gpu::open()?;
+        gpu.check_launches(options.check_launches);
+        let precision = match options.precision {
+            Precision::Auto => Precision::Bf16,
+            other => other,
+        };
+        let cells = Cells::new(&gpu)?;
+        let event = || gpu.new_event();
+        Ok(Self {
+            blas: Blas::new(&gpu, precision, options.deterministic)?,
+            precision,
+            options: *options,
+            arenas: Vec::new(),
+            planned: 0,
+            cells,
+            batch: BoundBatch {
+                slot: None,
+                places: [None, None],
+                current: 0,
+                filled: [event()?, event()?],
+                read: [event()?, event()?],
+            },
+            keys: StepKeys { seed: 0, step: 0 },
+            micro: Micro { first: 0, samples: 0, global_first: 0, accumulate: false, mean_over: 1 },
+            update: update::State::default(),
+            classes: None,
+            recorded: [Recorded::Never, Recorded::Never],
+            gpu,
+        })
+    }
+
+    /// What the card is.
+    pub fn card(&self) -> &driver::Card {
+        self.gpu.card()
+    }
+
+    /// `cublasLtGetVersion`
+    pub fn cublaslt_version(&self) -> usize {
+        self.blas.version()
+    }
+
+    /// How a card stores activations in a precision.
+    pub fn storage_of(precision: Precision) -> Storage {
+        let activations = match precision {
+            Precision::F32 | Precision::Tf32 => Dtype::F32,
+            Precision::Bf16 | Precision::Auto => Dtype::Bf16,
+        };
+        Storage { activations, row_align: ROW_ALIGN, workspace: WORKSPACE, recompute: Recompute::None }
+    }
+
+    /// The address of a matrix's first element.
+    fn at(&self, mat: Mat) -> Address {
+        let arena = &self.arenas[mat.arena as usize];
+        debug_assert!(mat.offset + mat.span_bytes() <= arena.bytes, "{mat} lies outside its arena");
+        arena.address + mat.offset as u64
+    }
+
+    fn at_or_null(&self, mat: Option<Mat>) -> Address {
+        mat.map_or(0, |mat| self.at(mat))
+    }
+
+    /// A matrix as a matrix product reads it: parameters from their bf16 copy, where there is one.
+    fn operand(&self, mat: Mat) -> Mat {
+        if mat.arena == Arena::Params && Self::storage_of(self.precision).has_working_copy() {
+            return Mat { arena: Arena::Working, offset: mat.offset / 2, dtype: Dtype::Bf16, ..mat };
+        }
+        mat
+    }
+
+    fn arena(&self, arena: Arena) -> &Buffer {
+        &self.arenas[arena as usize]
+    }
+
+    /// Scratch for partial sums of one operation.
+    fn scratch(&self, bytes: usize) -> Address {
+        assert!(bytes <= SCRATCH, "an operation asks for {bytes} bytes of scratch");
+        self.arena(Arena::Workspace).address + BLAS_WORKSPACE as u64
+    }
+
+    /// Writes the bf16 copy of the weights anew.
+    fn refresh_working_copy(&mut self) -> Result<()> {
+        let working = self.arena(Arena::Working);
+        if working.bytes == 0 {
+            return Ok(());
+        }
+        update::cast_to_bf16(self, self.arena(Arena::Params).address, working.address, working.bytes / 2)
+    }
+
+    fn record(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
+        body(self)?;
+        update.map_or(Ok(()), |update| update::update(self, update))
+    }
+}
+
+impl Backend for Cuda {
+    fn describe(&self) -> String {
+        let card = self.gpu.card();
+        let precision = format!("{:?}", self.precision).to_lowercase();
+        let (major, minor) = card.capability;
+        format!("cuda, {} (sm_{major}{minor}), {precision}", card.name)
+    }
+
+    // Memory ----------------------------------------------------------------------------------------------------
+
+    fn storage(&self) -> Storage {
+        Self::storage_of(self.precision)
+    }
+
+    fn allocate(&mut self, plan: &MemoryPlan) -> Result<()> {
+        self.gpu.make_current()?;
+        let (free, total) = self.gpu.memory()?;
+        let needed = plan.total_bytes();
+        if needed > free {
+            let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+            return Err(Error::new(format!(
+                "the run needs {:.2} GiB, and {:.2} of {:.2} GiB are free on {}",
+                gib(needed),
+                gib(free),
+                gib(total),
+                self.gpu.card().name
+            ))
+            .hint("set a smaller `train.micro_batch`; `vitrum plan` says what takes the memory"));
+        }
+        self.arenas.clear();
+        for index in 0..Arena::COUNT {
+            self.arenas.push(self.gpu.allocate(plan.bytes_at(index))?);
+        }
+        self.planned = needed;
+        self.gpu.synchronize(Stream::Compute)
+    }
+
+    fn allocated_bytes(&self) -> usize {
+        self.arenas.iter().map(|arena| arena.bytes).sum()
+    }
+
+    fn write(&mut self, at: Mat, values: &[f32]) -> Result<()> {
+        assert_eq!(values.len(), at.rows * at.cols, "write: {} values into {at}", values.len());
+        let bytes = encode(at, values);
+        if at.ld == at.cols || at.rows <= 1 {
+            self.gpu.upload(self.at(at), &bytes)?;
+        } else {
+            // Rows with gaps: what lies in the gaps is read and written back.
+            let mut image = vec![0; at.span_bytes()];
+            self.gpu.download(self.at(at), &mut image)?;
+            let (row, pitch) = (at.cols * at.dtype.bytes(), at.ld * at.dtype.bytes());
+            for (to, from) in image.chunks_mut(pitch).zip(bytes.chunks(row.max(1))) {
+                to[..row].copy_from_slice(from);
+            }
+            self.gpu.upload(self.at(at), &image)?;
+        }
+        if at.arena == Arena::Params && self.storage().has_working_copy() {
+            let copy = self.operand(at);
+            return self.write(copy, values);
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, at: Mat, values: &mut [f32]) -> Result<()> {
+        assert_eq!(values.len(), at.rows * at.cols, "read: {at} into {} values", values.len());
+        let mut image = vec![0; at.span_bytes()];
+        self.gpu.download(self.at(at), &mut image)?;
+        let pitch = at.ld * at.dtype.bytes();
+        for (to, from) in values.chunks_mut(at.cols.max(1)).zip(image.chunks(pitch.max(1))) {
+            decode(at.dtype, &from[..at.cols * at.dtype.bytes()], to);
+        }
+        Ok(())
+    }
+
+    fn read_arena(&mut self, arena: Arena) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.arena(arena).bytes];
+        self.gpu.download(self.arena(arena).address, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn write_arena(&mut self, arena: Arena, bytes: &[u8]) -> Result<()> {
+        assert_eq!(self.arena(arena).bytes, bytes.len(), "write_arena: {arena:?} has another size");
+        self.gpu.upload(self.arena(arena).address, bytes)?;
+        if arena == Arena::Params {
+            self.refresh_working_copy()?;
+        }
+        self.gpu.synchronize(Stream::Compute)
+    }
+
+    fn swap_ema(&mut self) -> Result<()> {
+        let (params, ema) = (self.arena(Arena::Params), self.arena(Arena::Ema));
+        assert_eq!(params.bytes, ema.bytes, "weights and EMA differ in size");
+        update::swap(self, params.address, ema.address, params.bytes / 4)?;
+        self.refresh_working_copy()
+    }
+
+    // Batches ---------------------------------------------------------------------------------------------------
+
+    fn new_slot(&self, layout: SlotLayout) -> Result<Slot> {
+        self.gpu.make_current()?;
+        Ok(Slot::new(Box::new(self.gpu.allocate_pinned(layout.bytes())?), layout))
+    }
+
+    /// Starts the copy and returns; the slot that was bound before has long been copied.
+    fn bind_batch(&mut self, slot: Slot) -> Result<Option<Slot>> {
+        self.gpu.make_current()?;
+        self.classes.map_or(Ok(()), |classes| head::check_labels(&slot, classes))?;
+        let bytes = slot.layout().bytes();
+        let place = 1 - self.batch.current;
+        let room = match self.batch.places[place].take() {
+            Some(room) if room.bytes >= bytes => room,
+            _ => self.gpu.allocate(bytes)?,
+        };
+        self.gpu.wait_event(Stream::Copy, &self.batch.read[place])?;
+        self.gpu.upload_async(room.address, slot.memory(), Stream::Copy)?;
+        self.gpu.record_event(&self.batch.filled[place], Stream::Copy)?;
+        self.gpu.wait_event(Stream::Compute, &self.batch.filled[place])?;
+        // The place that was read until now is free when what has been asked for so far is done.
+        let before = self.batch.current;
+        self.gpu.record_event(&self.batch.read[before], Stream::Compute)?;
+        self.cells.bind(&slot, room.address);
+        self.cells.send(&self.gpu)?;
+        self.batch.places[place] = Some(room);
+        self.batch.current = place;
+        let free = self.batch.slot.replace(slot);
+        if free.is_some() {
+            self.batch.filled[before].synchronize()?;
+        }
+        Ok(free)
+    }
+
+    fn unbind_batch(&mut self) -> Option<Slot> {
+        // A slot goes back only when no copy reads it.
+        let _ = self.gpu.synchronize(Stream::Copy);
+        self.batch.slot.take()
+    }
+
+    // The step --------------------------------------------------------------------------------------------------
+
+    fn begin_step(&mut self, keys: StepKeys) -> Result<()> {
+        self.gpu.make_current()?;
+        self.keys = keys;
+        self.cells.set_keys(keys);
+        self.cells.send(&self.gpu)
+    }
+
+    fn begin_micro(&mut self, micro: Micro) -> Result<()> {
+        assert!(micro.samples > 0 && micro.mean_over > 0, "a micro-batch without samples");
+        self.micro = micro;
+        Ok(())
+    }
+
+    fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
+        self.gpu.make_current()?;
+        if let Some(update) = update {
+            self.cells.set_rates(update);
+        }
+        self.cells.send(&self.gpu)?;
+        let kind = usize::from(update.is_none());
+        if !self.options.graph || self.options.check_launches {
+            return self.record(body, update);
+        }
+        match &self.recorded[kind] {
+            Recorded::Never => {
+                self.recorded[kind] = Recorded::Warm;
+                return self.record(body, update);
+            }
+            Recorded::Warm => {
+                let gpu = self.gpu.clone();
+                let graph = gpu.capture(|| self.record(body, update))?;
+                self.recorded[kind] = Recorded::Graph(graph);
+            }
+            Recorded::Graph(_) => {}
+        }
+        let Recorded::Graph(graph) = &self.recorded[kind] else { unreachable!("recorded above") };
+        self.gpu.replay(graph)
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.gpu.make_current()?;
+        self.gpu.synchronize(Stream::Compute)
+    }
+
+    // Patch embedding -------------------------------------------------------------------------------------------
+
+    fn patchify(&mut self, grid: PatchGrid, normalise: Normalise, patches: Mat) -> Result<()> {
+        stem::patchify(self, grid, normalise, patches)
+    }
+
+    fn embed(&mut self, embed: &Embed, x: Mat) -> Result<()> {
+        stem::embed(self, embed, x)
+    }
+
+    fn embed_backward(&mut self, embed: &Embed, d_x: Mat) -> Result<()> {
+        stem::embed_backward(self, embed, d_x)
+    }
+
+    // Dense layers ----------------------------------------------------------------------------------------------
+
+    fn matmul(&mut self, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()> {
+        dense::matmul(self, x, w, epilogue, y)
+    }
+
+    fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
+        dense::matmul_backward(self, d_y, x, w, d_x)
+    }
+
+    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
+        dense::gelu(self, pre, form, dropout, y)
+    }
+
+    // LayerNorm and the residual stream -------------------------------------------------------------------------
+
+    fn layernorm(&mut self, join: &Join, norm: &Norm, y: Mat, stats: Stats) -> Result<()> {
+        norm::layernorm(self, join, norm, y, stats)
+    }
+
+    fn layernorm_backward(
+        &mut self,
+        d_y: Mat,
+        join: &Join,
+        norm: &Norm,
+        stats: Stats,
+        d_sum: Mat,
+        fresh: bool,
+        d_branch: Mat,
+    ) -> Result<()> {
+        norm::layernorm_backward(self, d_y, join, norm, stats, d_sum, fresh, d_branch)
+    }
+
+    fn residual(&mut self, join: &Join) -> Result<()> {
+        norm::residual(self, join)
+    }
+
+    fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
+        norm::residual_backward(self, join, d_sum, d_branch)
+    }
+
+    // Attention -------------------------------------------------------------------------------------------------
+
+    fn attention(&mut self, heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask) -> Result<()> {
+        attention::attention(self, heads, qkv, o, lse, dropout)
+    }
+
+    fn attention_backward(
+        &mut self,
+        heads: Heads,
+        qkv: Mat,
+        o: Mat,
+        lse: Mat,
+        dropout: Mask,
+        d_o: Mat,
+        d_qkv: Mat,
+    ) -> Result<()> {
+        attention::attention_backward(self, heads, qkv, o, lse, dropout, d_o, d_qkv)
+    }
+
+    fn probe_attention(&mut self, heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat) -> Result<()> {
+        probe_attention::probe_attention(self, heads, q, kv, p, o)
+    }
+
+    fn probe_attention_backward(
+        &mut self,
+        heads: Heads,
+        q: Mat,
+        kv: Mat,
+        p: Mat,
+        d_o: Mat,
+        d_q: Mat,
+        d_kv: Mat,
+    ) -> Result<()> {
+        probe_attention::probe_attention_backward(self, heads, q, kv, p, d_o, d_q, d_kv)
+    }
+
+    // Head ------------------------------------------------------------------------------------------------------
+
+    fn pool(&mut self, pool: Pool, x: Mat, y: Mat) -> Result<()> {
+        head::pool(self, pool, x, y)
+    }
+
+    fn pool_backward(&mut self, pool: Pool, d_y: Mat, d_x: Mat, fresh: bool) -> Result<()> {
+        head::pool_backward(self, pool, d_y, d_x, fresh)
+    }
+
+    fn scale(&mut self, x: Mat, factor: f32) -> Result<()> {
+        head::scale(self, x, factor)
+    }
+
+    fn loss(&mut self, loss: Loss, logits: Mat, d_logits: Mat, samples: Mat) -> Result<()> {
+        head::loss(self, loss, logits, d_logits, samples)
+    }
+
+    // Update ----------------------------------------------------------------------------------------------------
+
+    fn begin_report(&mut self) -> Result<()> {
+        update::begin_report(self)
+    }
+
+    fn add_to_report(&mut self, samples: Mat) -> Result<()> {
+        update::add_to_report(self, samples)
+    }
+
+    fn update(&mut self, update: &Update) -> Result<()> {
+        self.cells.set_rates(update);
+        self.cells.send(&self.gpu)?;
+        update::update(self, update)
+    }
+
+    fn report(&mut self) -> Result<StepReport> {
+        update::report(self)
+    }
+}
+
+/// Values as bytes of the matrix's type, dense.
+fn encode(at: Mat, values: &[f32]) -> Vec<u8> {
+    match at.dtype {
+        Dtype::F32 => bytemuck::cast_slice(values).to_vec(),
+        Dtype::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+    }
+}
+
+/// The inverse of [`encode`].
+fn decode(dtype: Dtype, bytes: &[u8], values: &mut [f32]) {
+    match dtype {
+        Dtype::F32 => values.copy_from_slice(&bytemuck::pod_collect_to_vec::<u8, f32>(bytes)),
+        Dtype::Bf16 => {
+            for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *value = half::bf16::from_le_bytes(*bytes).to_f32();
+            }
+        }
+    }
+}

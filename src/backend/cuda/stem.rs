@@ -1,0 +1,183 @@
+//! From the bound batch to tokens, and back to the gradients of what was added (kernels/patchify.cu, kernels/embed.cu).
+
+use super::Cuda;
+use super::dense::elementwise_grid;
+use super::launch::{Argument, launch, variant};
+use super::sums;
+use crate::backend::{Dtype, Embed, Mat, Normalise, PatchGrid, Pixels};
+use crate::error::Result;
+
+/// `PatchShape` of `kernels/patchify.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct PatchShape {
+    image: [u32; 2],
+    patch: [u32; 2],
+    grid: [u32; 2],
+    extra: u32,
+}
+
+// SAFETY: seven words.
+unsafe impl Argument for PatchShape {}
+
+/// `Normalise` of `kernels/patchify.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct NormaliseArgs {
+    mean: [f32; 3],
+    std: [f32; 3],
+}
+
+// SAFETY: six words.
+unsafe impl Argument for NormaliseArgs {}
+
+/// [`crate::backend::Backend::patchify`]
+pub(super) fn patchify(cuda: &mut Cuda, grid: PatchGrid, normalise: Normalise, patches: Mat) -> Result<()> {
+    let slot = cuda.batch.slot.as_ref().expect("patchify: no batch is bound");
+    let micro = cuda.micro;
+    assert_eq!(slot.layout().image, grid.image, "patchify: the batch has another image size");
+    assert!(micro.first + micro.samples <= slot.layout().samples, "patchify: micro-batch outside the batch");
+    let expected = (micro.samples * grid.tokens(), grid.patch_len());
+    assert_eq!((patches.rows, patches.cols), expected, "patchify: {patches} has the wrong shape");
+
+    let pair = |(a, b): (usize, usize)| [a as u32, b as u32];
+    let shape = PatchShape {
+        image: pair(grid.image),
+        patch: pair(grid.patch),
+        grid: pair(grid.grid()),
+        extra: grid.extra as u32,
+    };
+    let kernel = match (cuda.cells.pixels(), patches.dtype) {
+        (Pixels::U8, Dtype::Bf16) => "patchify_u8_bf16",
+        (Pixels::U8, Dtype::F32) => "patchify_u8_f32",
+        (Pixels::F32, Dtype::Bf16) => "patchify_f32_bf16",
+        (Pixels::F32, Dtype::F32) => "patchify_f32_f32",
+    };
+    launch!(
+        cuda,
+        kernel,
+        elementwise_grid(patches.rows, patches.cols),
+        256,
+        0,
+        cuda.cells.address(),
+        shape,
+        NormaliseArgs { mean: normalise.mean, std: normalise.std },
+        micro.first as u32,
+        cuda.at(patches),
+        patches.ld as u32,
+        patches.rows as u32,
+    )
+}
+
+/// `EmbedShape` of `kernels/embed.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct EmbedShape {
+    samples: u32,
+    tokens: u32,
+    width: u32,
+    extra: u32,
+    posemb_first: u32,
+}
+
+// SAFETY: five words.
+unsafe impl Argument for EmbedShape {}
+
+fn embed_shape(embed: &Embed, x: Mat) -> EmbedShape {
+    assert!(embed.extra <= 2 && embed.extra < embed.tokens, "embed: too many extra tokens");
+    assert_eq!(x.rows % embed.tokens, 0, "embed: rows are whole samples");
+    EmbedShape {
+        samples: (x.rows / embed.tokens) as u32,
+        tokens: embed.tokens as u32,
+        width: x.cols as u32,
+        extra: embed.extra as u32,
+        posemb_first: embed.posemb_first as u32,
+    }
+}
+
+/// [`crate::backend::Backend::embed`]
+pub(super) fn embed(cuda: &mut Cuda, embed: &Embed, x: Mat) -> Result<()> {
+    let posemb = embed.posemb.0;
+    let expected = (embed.tokens - embed.posemb_first, x.cols);
+    assert_eq!((posemb.rows, posemb.cols), expected, "embed: positions");
+    let [extra0, extra1] = embed.extra_tokens.map(|token| cuda.at_or_null(token.map(|(value, _)| value)));
+    launch!(
+        cuda,
+        variant!(x.dtype, "embed"),
+        elementwise_grid(x.rows, x.cols),
+        256,
+        0,
+        cuda.cells.address(),
+        embed_shape(embed, x),
+        cuda.mask(embed.dropout),
+        cuda.at(x),
+        x.ld as u32,
+        cuda.at(embed.bias.0),
+        extra0,
+        extra1,
+        cuda.at(posemb),
+        posemb.ld as u32,
+    )
+}
+
+/// Most scratch for partial sums over slices of the batch.
+const PARTIAL_BYTES: usize = 16 << 20;
+
+/// [`crate::backend::Backend::embed_backward`]
+pub(super) fn embed_backward(cuda: &mut Cuda, embed: &Embed, d_x: Mat) -> Result<()> {
+    let shape = embed_shape(embed, d_x);
+    let d_extra = embed.extra_tokens.map(|token| token.and_then(|(_, d)| d));
+    let (d_bias, d_posemb) = (embed.bias.1, embed.posemb.1);
+    let trained = d_bias.is_some() || d_posemb.is_some() || d_extra.iter().any(Option::is_some);
+    if !trained && embed.dropout.rate == 0.0 {
+        return Ok(());
+    }
+
+    // Slices of the batch: enough threads for the card, within the scratch.
+    let pitch = d_x.cols.next_multiple_of(8);
+    let slice_bytes = embed.tokens * pitch * 4;
+    let threads = embed.tokens * pitch / 8;
+    let wanted = (cuda.card().multiprocessors as usize * 1024).div_ceil(threads);
+    let slices = wanted.min(PARTIAL_BYTES / slice_bytes).clamp(1, shape.samples as usize);
+    let partials = if trained { cuda.scratch(slices * slice_bytes) } else { 0 };
+    let [blocks, ..] = elementwise_grid(embed.tokens, d_x.cols);
+    launch!(
+        cuda,
+        variant!(d_x.dtype, "embed_backward"),
+        [blocks, slices as u32, 1],
+        256,
+        0,
+        cuda.cells.address(),
+        shape,
+        cuda.mask(embed.dropout),
+        cuda.at(d_x),
+        d_x.ld as u32,
+        partials,
+        pitch as u32,
+    )?;
+    if !trained {
+        return Ok(());
+    }
+    launch!(
+        cuda,
+        "embed_gradients",
+        [(embed.tokens * d_x.cols).div_ceil(256) as u32, 1, 1],
+        256,
+        0,
+        shape,
+        partials,
+        pitch as u32,
+        slices as u32,
+        cuda.at_or_null(d_extra[0]),
+        cuda.at_or_null(d_extra[1]),
+        cuda.at_or_null(d_posemb),
+        d_posemb.map_or(0, |d| d.ld as u32),
+        u32::from(cuda.micro.accumulate),
+    )?;
+    let Some(d_bias) = d_bias else { return Ok(()) };
+    // Slice 0 holds each token's sum by now.
+    let patches = partials + (embed.extra * pitch * 4) as u64;
+    let count = (embed.tokens - embed.extra) as u32;
+    let pitch = pitch as u32;
+    sums::sum_partials(cuda, patches, [count, pitch, pitch], [d_x.cols as u32, 1], [cuda.at(d_bias), 0, 0])
+}

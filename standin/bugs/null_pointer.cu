@@ -1,0 +1,17 @@
+// A pointer that was never set.
+// launch: grid 1, block 32, shared 0, n 32
+#include "../../kernels/ptx.cuh"
+
+template <bool broken>
+__device__ void body(float* x, float* y, u32 n) {
+  const float* from = broken ? nullptr : x;
+  y[threadIdx.x] = from[threadIdx.x % 4];  // BUG a null pointer
+  (void)n;
+}
+
+KERNEL(null_pointer_broken, 1024, 1)(float* x, float* y, u32 n) {
+  body<true>(x, y, n);
+}
+KERNEL(null_pointer_mended, 1024, 1)(float* x, float* y, u32 n) {
+  body<false>(x, y, n);
+}

@@ -1,0 +1,22 @@
+// A shuffle stands between the write and the read, but it orders no memory.
+// launch: grid 1, block 32, shared 128, n 32
+#include "../../kernels/ptx.cuh"
+
+template <bool broken>
+__device__ void body(float* x, float* y, u32 n) {
+  float* s = reinterpret_cast<float*>(smem_base());
+  u32 t = threadIdx.x;
+  s[t] = 0.0f;
+  block_sync();
+  s[t] = x[t];  // BUG race:
+  float other = shfl_xor(x[t], 1);
+  if (!broken) warp_sync();
+  y[t] = s[t ^ 1] - other;  // BUG race:
+}
+
+KERNEL(shuffle_is_no_barrier_broken, 1024, 1)(float* x, float* y, u32 n) {
+  body<true>(x, y, n);
+}
+KERNEL(shuffle_is_no_barrier_mended, 1024, 1)(float* x, float* y, u32 n) {
+  body<false>(x, y, n);
+}

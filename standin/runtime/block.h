@@ -1,0 +1,194 @@
+// One block of threads, run by one host thread: every CUDA thread is a fiber with a stack of its own.
+//
+// A fiber runs until it waits (for a barrier, for the other lanes of its warp) or returns; then the next ready one goes
+// on. The order is first come, first served, or random with a seed. When nobody can run and somebody waits, that is a
+// deadlock. An error leaves the fiber for the block's main context and ends the launch.
+#pragma once
+
+#include <stdint.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "../../kernels/ptx.cuh"
+#include "clock.h"
+#include "context.h"
+#include "counters.h"
+#include "options.h"
+#include "report.h"
+
+namespace standin {
+
+constexpr uint32_t kMaxThreads = 1024, kLanes = 32, kBarriers = 16;
+constexpr size_t kMaxShared = 227 << 10;
+constexpr size_t kStack = 256 << 10;
+
+// One kernel launch.
+struct Launch {
+  const Kernel* kernel;
+  Dim3 grid, block;
+  uint32_t shared_bytes;
+  void* const* arguments;
+  uint32_t tag;              // 1 to 65535: the launch in the traces of global memory
+  const uint64_t* ordered;   // per stream: what happened there before this launch
+  uint64_t number;           // counted from the start, for reports
+  const Options* options;
+
+  uint64_t blocks() const { return uint64_t{grid.x} * grid.y * grid.z; }
+  uint32_t threads() const { return block.x * block.y * block.z; }
+
+  std::atomic<uint64_t> next_block{0};
+  std::atomic<bool> failed{false};
+  std::mutex lock;
+  Report report;
+  Counters counters;
+  // What blocks have published through a fence and an atomic, by the atomic's address: a bit per block.
+  std::map<uint64_t, std::vector<uint64_t>> published;
+};
+
+enum class State : uint8_t { ready, running, waiting, done };
+
+// A copy from global to shared memory under way.
+struct AsyncCopy {
+  uint32_t to;  // offset in shared memory
+  uint32_t group;
+  const void* from;  // null: zeros
+};
+
+struct Fiber {
+  Context context;
+  uint8_t* stack = nullptr;  // its low end
+  uint32_t index = 0;        // in the block
+  Dim3 thread{};
+  State state = State::ready;
+  Site site{};                // where it waits
+  const char* waits_for = "";
+  // What it knows of the others, and its own time.
+  Clock* clock = nullptr;
+  uint32_t now = 1;
+  uint32_t barriers_passed = 0;
+  bool fenced = false;
+  uint32_t copy_group = 0;
+  std::vector<AsyncCopy> copies;
+  std::vector<Logged> log;  // accesses since the warp last met
+
+  uint32_t lane() const { return index % kLanes; }
+};
+
+struct Barrier {
+  uint32_t arrived = 0, expected = 0;
+  Site site{};
+  std::vector<Fiber*> waiting;
+};
+
+enum class Collective : uint8_t { none, sync, shuffle_xor, shuffle_index, vote, ldmatrix, mma };
+
+struct Warp {
+  uint32_t lanes = 0;    // how many exist
+  uint32_t arrived = 0;  // a bit per lane
+  uint32_t returned = 0;
+  Collective kind = Collective::none;
+  Site site{};
+  void* operands[kLanes];
+};
+
+// Who touched a granule of two bytes of shared memory.
+struct Cell {
+  uint32_t write_time, read_time;
+  uint16_t writer, reader;
+  uint16_t flags;
+  uint16_t spare;
+  uint32_t readers;  // 1 + index of a table of read times per thread, 0: at most one reader
+};
+constexpr uint16_t kCellWritten = 1, kCellInFlight = 2;
+
+class Block {
+ public:
+  Block();
+  ~Block();
+
+  // Runs block number `number` of a launch. False if it failed; then the launch holds the report.
+  bool run(Launch& launch, uint64_t number);
+
+  // ---- for the twins of `ptx.cuh`; called on a fiber's stack
+  void barrier(uint32_t id, uint32_t threads, Site site);
+  void collective(Collective kind, void* operand, Site site, const char* name);
+  void copy_async16(void* shared, const void* global, bool valid, Site site);
+  void copy_async_commit();
+  void copy_async_wait(uint32_t newest, Site site);
+  void ldmatrix(uint32_t* registers, const void* row, uint32_t matrices, bool transposed, Site site);
+  uint32_t atomic_add(uint32_t* p, uint32_t v, Site site);
+
+  // An access of the running fiber; `pc` or `site` says where.
+  void access(uint64_t address, uint32_t size, bool write, const void* pc, Site site);
+  // Is this the barrier that a mutation test leaves out?
+  bool skips(Site site) const;
+
+  [[noreturn]] void fail(int code, const std::string& text);
+
+  Launch* launch = nullptr;
+  Fiber* running = nullptr;
+  bool watching = false;  // checks or counters want to hear of every access
+  Dim3 index{};
+  uint32_t number = 0;
+  uint8_t* shared = nullptr;
+
+ private:
+  friend void fiber_main();
+
+  void start_next(Context& from);
+  Fiber* pick();
+  void make_ready(Fiber* fiber);
+  void wait(const char* what, Site site);
+  void finish();
+  void report_deadlock();
+  void complete(Warp& warp, Collective kind);
+  void meet(Fiber** who, uint32_t count);
+  void flush_log(uint32_t warp);
+
+  void access_shared(uint32_t offset, uint32_t size, bool write, const void* pc, Site site);
+  void access_global(uint64_t address, uint32_t size, bool write, const void* pc, Site site);
+  void access_elsewhere(uint64_t address, uint32_t size, bool write, const void* pc, Site site);
+  void read_by_many(Cell& cell);
+  bool others_ordered(const Cell& cell, uint32_t* who) const;
+  bool knows(const Fiber& fiber, uint32_t thread, uint32_t time) const {
+    return fiber.index == thread || fiber.clock->time[thread] >= time;
+  }
+  bool acquired(uint32_t block) const;
+  std::string where(const void* pc, Site site) const;
+  std::string who(uint32_t thread) const;
+  std::string who(const Fiber& fiber) const { return who(fiber.index); }
+
+  Context main_;
+  std::vector<Fiber> fibers_;
+  uint8_t* stacks_ = nullptr;
+  std::vector<uint8_t*> free_stacks_;
+  uint32_t stacks_made_ = 0;
+  uint8_t* shared_map_ = nullptr;
+  uint32_t threads_ = 0, done_ = 0;
+  std::vector<Fiber*> ready_;  // a ring
+  uint32_t ready_head_ = 0, ready_count_ = 0;
+  uint64_t random_ = 0;
+  bool failed_ = false, counting_ = false;
+  Checks checking_ = Checks::on;
+  Counters counters_;
+  Barrier barriers_[kBarriers];
+  Warp warps_[kMaxThreads / kLanes];
+  std::vector<Fiber*> group_;  // scratch: who meets
+  ClockPool clocks_;
+  std::vector<Cell> cells_;
+  std::vector<uint32_t> reader_tables_;  // threads_ entries each
+  std::vector<uint32_t> free_tables_;
+  std::vector<uint64_t> acquired_;  // blocks whose published writes this block has seen
+};
+
+// The block that this host thread runs, or null.
+extern thread_local Block* current_block __attribute__((tls_model("initial-exec")));
+
+// Runs a launch over the host's threads. Empty report: it went well.
+Report run_launch(Launch& launch);
+
+}  // namespace standin

@@ -1,0 +1,238 @@
+#include "memory.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <iterator>
+#include <map>
+#include <mutex>
+
+#include "options.h"
+
+namespace standin {
+
+Device device;
+
+namespace {
+
+constexpr size_t kGap = 4096, kAlign = 256, kPoisoned = 4 << 20;
+
+std::mutex lock;
+std::map<uint64_t, size_t> live;       // start → bytes asked for
+std::map<uint64_t, size_t> free_room;  // start → bytes, gaps included
+size_t used = 0;
+
+void* reserve(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) return nullptr;
+  madvise(p, bytes, MADV_DONTDUMP);
+  return p;
+}
+
+// Reserves the range at the first allocation. Twice the card's memory, for gaps and fragments; smaller ranges are
+// tried where the system refuses so many addresses.
+void open_range() {
+  if (device.base) return;
+  for (size_t bytes = 2 * options().memory + (64 << 20); bytes >= (64 << 20); bytes /= 2) {
+    bytes &= ~size_t{4095};
+    void* base = reserve(bytes);
+    void* state = reserve(bytes / 2);
+    void* trace = reserve(bytes / 2 * sizeof(Trace));
+    void* pages = reserve(bytes / kPage * sizeof(PageTrace));
+    if (base && state && trace && pages) {
+      device = {static_cast<uint8_t*>(base), bytes, static_cast<uint8_t*>(state), static_cast<Trace*>(trace),
+                static_cast<PageTrace*>(pages)};
+      free_room[reinterpret_cast<uint64_t>(base) + kGap] = bytes - 2 * kGap;
+      return;
+    }
+    if (base) munmap(base, bytes);
+    if (state) munmap(state, bytes / 2);
+    if (trace) munmap(trace, bytes / 2 * sizeof(Trace));
+    if (pages) munmap(pages, bytes / kPage * sizeof(PageTrace));
+  }
+  fprintf(stderr, "stand-in GPU: no room for the card's memory in the address space\n");
+  abort();
+}
+
+size_t room_for(size_t bytes) {
+  return (bytes + kAlign - 1) / kAlign * kAlign + kGap;
+}
+
+}  // namespace
+
+namespace {
+// No two allocations share a page: the gap between them is one.
+void clear_traces(uint64_t start, size_t bytes) {
+  for (uint64_t a = start & ~uint64_t{kPage - 1}; a < start + bytes; a += kPage) {
+    PageTrace& page = device.page(a);
+    if (page.touched) memset(device.trace + device.granule(a), 0, kPage / 2 * sizeof(Trace));
+    page = {};
+  }
+}
+}  // namespace
+
+uint64_t allocate(size_t bytes) {
+  std::lock_guard<std::mutex> guard(lock);
+  open_range();
+  if (bytes > options().memory || used + bytes > options().memory) return 0;
+  size_t room = room_for(bytes);
+  for (auto it = free_room.begin(); it != free_room.end(); ++it) {
+    if (it->second < room) continue;
+    uint64_t start = it->first;
+    size_t rest = it->second - room;
+    free_room.erase(it);
+    if (rest) free_room[start + room] = rest;
+    live[start] = bytes;
+    used += bytes;
+    size_t first = device.granule(start);
+    memset(device.state + first, kAllocated, bytes / 2);
+    if (bytes % 2) device.state[first + bytes / 2] = 1;
+    // Fresh memory holds what looks like no number at all: NaN in f32 and bf16. The start of a large arena will do.
+    memset(reinterpret_cast<void*>(start), 0xff, bytes < kPoisoned ? bytes : kPoisoned);
+    return start;
+  }
+  return 0;
+}
+
+bool release(uint64_t address) {
+  std::lock_guard<std::mutex> guard(lock);
+  auto it = live.find(address);
+  if (it == live.end()) return false;
+  size_t bytes = it->second, room = room_for(bytes), first = device.granule(address);
+  live.erase(it);
+  used -= bytes;
+  memset(device.state + first, 0, (bytes + 1) / 2);
+  clear_traces(address, bytes);
+  auto next = free_room.lower_bound(address);
+  if (next != free_room.end() && address + room == next->first) {
+    room += next->second;
+    next = free_room.erase(next);
+  }
+  if (next != free_room.begin()) {
+    auto before = std::prev(next);
+    if (before->first + before->second == address) {
+      before->second += room;
+      return true;
+    }
+  }
+  free_room[address] = room;
+  return true;
+}
+
+void memory_info(size_t* free_bytes, size_t* total) {
+  std::lock_guard<std::mutex> guard(lock);
+  *total = options().memory;
+  *free_bytes = used < *total ? *total - used : 0;
+}
+
+const char* nearest_allocation(uint64_t address, char* buffer, size_t bytes) {
+  std::lock_guard<std::mutex> guard(lock);
+  auto after = live.upper_bound(address);
+  if (after != live.begin()) {
+    auto before = std::prev(after);
+    uint64_t end = before->first + before->second;
+    if (address < end) {
+      snprintf(buffer, bytes, "byte %llu of an allocation of %zu bytes",
+               static_cast<unsigned long long>(address - before->first), before->second);
+      return buffer;
+    }
+    if (after == live.end() || address - end <= after->first - address) {
+      snprintf(buffer, bytes, "%llu bytes after the end of an allocation of %zu bytes",
+               static_cast<unsigned long long>(address - end), before->second);
+      return buffer;
+    }
+  }
+  if (after != live.end() && device.contains(address)) {
+    snprintf(buffer, bytes, "%llu bytes before an allocation of %zu bytes",
+             static_cast<unsigned long long>(after->first - address), after->second);
+    return buffer;
+  }
+  snprintf(buffer, bytes, "not the card's memory");
+  return buffer;
+}
+
+void trust_all() {
+  std::lock_guard<std::mutex> guard(lock);
+  for (auto& [start, bytes] : live) {
+    memset(device.state + device.granule(start), kAllocated | kWritten, bytes / 2);
+    if (bytes % 2) device.mark_written(start + bytes - 1, 1);
+  }
+}
+
+void forget_traces() {
+  std::lock_guard<std::mutex> guard(lock);
+  for (auto& [start, bytes] : live) {
+    clear_traces(start, bytes);
+  }
+}
+
+namespace {
+
+// The first granule from `at` on, before `end`, whose state lacks a bit of `bits`; `end` if there is none.
+size_t first_without(const uint8_t* state, size_t at, size_t end, uint8_t bits) {
+  uint64_t all = 0x0101010101010101ull * bits, eight;
+  while (at + 8 <= end) {
+    memcpy(&eight, state + at, 8);
+    if ((eight & all) != all) break;
+    at += 8;
+  }
+  while (at < end && (state[at] & bits) == bits) ++at;
+  return at;
+}
+
+// The first byte of the range without `bit` (that of a granule's first byte), or `size`.
+size_t first_byte_without(const Device& d, uint64_t address, size_t size, uint8_t bit) {
+  uint64_t at = address, end = address + size;
+  if (at % 2 && at < end) {
+    if (!(d.state[d.granule(at)] & bit << 1)) return 0;
+    ++at;
+  }
+  size_t whole = d.granule(at), last = d.granule(end);  // `end` may be the first byte past the range
+  size_t found = first_without(d.state, whole, last, static_cast<uint8_t>(bit * 3));
+  if (found < last) return at + 2 * (found - whole) - address + (d.state[found] & bit ? 1 : 0);
+  if (end % 2 && end > at && !(d.state[last] & bit)) return size - 1;
+  return size;
+}
+
+void set_written(Device& d, uint64_t address, size_t size, bool written) {
+  uint64_t at = address, end = address + size;
+  // Blocks on several host threads may mark the two bytes of one granule.
+  auto one = [&](size_t granule, uint8_t bits) {
+    uint8_t* state = d.state + granule;
+    if (!written) __atomic_fetch_and(state, static_cast<uint8_t>(~bits), __ATOMIC_RELAXED);
+    else if ((__atomic_load_n(state, __ATOMIC_RELAXED) & bits) != bits) __atomic_fetch_or(state, bits, __ATOMIC_RELAXED);
+  };
+  if (at % 2 && at < end) {
+    one(d.granule(at), 8);
+    ++at;
+  }
+  size_t whole = d.granule(at), last = d.granule(end);
+  if (last - whole > 64) {
+    // All allocated, by the caller's check.
+    memset(d.state + whole, written ? kAllocated | kWritten : kAllocated, last - whole);
+  } else {
+    for (size_t g = whole; g < last; ++g) one(g, kWritten);
+  }
+  if (end % 2 && end > at) one(last, 4);
+}
+
+}  // namespace
+
+bool Device::allocated(uint64_t address, size_t size) const {
+  if (size == 0) return true;
+  if (!contains(address) || !contains(address + size)) return false;
+  return first_byte_without(*this, address, size, 1) == size;
+}
+size_t Device::first_unwritten(uint64_t address, size_t size) const {
+  return first_byte_without(*this, address, size, 4);
+}
+void Device::mark_written(uint64_t address, size_t size) {
+  set_written(*this, address, size, true);
+}
+void Device::mark_unwritten(uint64_t address, size_t size) {
+  set_written(*this, address, size, false);
+}
+
+}  // namespace standin

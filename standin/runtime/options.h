@@ -1,0 +1,50 @@
+// What `VITRUM_STANDIN=key=value,…` and `standin_configure` set: the checks, the schedule, the card, the faults.
+#pragma once
+
+#include <stdint.h>
+
+#include <string>
+
+#include "export.h"
+
+namespace standin {
+
+enum class Checks : uint8_t {
+  off,     // run and compute, look at nothing
+  bounds,  // out of bounds and misaligned accesses only
+  on,      // also uninitialised reads, races, copies in flight
+};
+
+struct Options {
+  Checks checks = Checks::on;
+  uint32_t seed = 0;     // 0: threads in order; others: a random but repeatable schedule
+  uint32_t threads = 0;  // host threads that run blocks; 0: one per core
+  std::string counters;  // a file that gets one JSON line per launch
+
+  // The card.
+  int cards = 1;
+  int capability = 90;
+  int multiprocessors = 132;
+  int driver = 13000;
+  uint64_t memory = 4ull << 30;
+  std::string name = "Vitrum stand-in GPU";
+  uint64_t blaslt = 130000;  // cublasLtGetVersion
+
+  // Faults. Counters go from 1; 0: never.
+  uint64_t fail_allocation = 0;  // the n-th device allocation finds no memory
+  uint64_t fail_launch = 0;      // the n-th launch breaks the context
+  int fail_code = 719;           // with this error
+  uint64_t fail_pinned = 0;      // the n-th page-locked allocation finds no memory
+  int refuse_algorithm = -1;     // AlgoCheck and Matmul refuse this algorithm number
+  int algorithms = 100;         // the heuristic finds at most so many
+  bool refuse_matmul = false;    // the heuristic finds nothing
+  std::string skip_barrier;      // FILE:LINE: the barrier there does nothing
+};
+
+STANDIN_EXPORT const Options& options();
+
+// Sets what `text` names and leaves the rest. False, with the offending part in `wrong`, if it cannot be read.
+bool configure(const char* text, std::string* wrong);
+void reset_options();  // to the defaults and the environment
+
+}  // namespace standin

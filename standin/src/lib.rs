@@ -1,0 +1,12 @@
+//! A GPU on the host, for tests: where the stand-in's libraries lie.
+//!
+//! Building this package makes `libcuda.so` and `libcublasLt.so`, which answer to the driver's and cuBLASLt's own names
+//! and run the sources of `kernels/` on the processor. A program finds them through `LD_LIBRARY_PATH` and needs no
+//! change. The README says what they check and what they cannot.
+
+use std::path::Path;
+
+/// The folder that holds `libcuda.so` and `libcublasLt.so`.
+pub fn libraries() -> &'static Path {
+    Path::new(env!("STANDIN_LIBRARIES"))
+}
