@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use regex_lite::Regex;
 use vitrum::recipe::Recipe;
+use vitrum::train::sweep::Axis;
 
 /// Files of more than [`MOST_LINES`] lines that were there before the rule, and the lines that they may have. Entries
 /// shrink and go; new ones need a reason.
@@ -30,8 +31,14 @@ const IMPORTS: [(&str, &[&str]); 11] = [
 
 /// Rooms that forbid unsafe code, and the only places that have any.
 const SAFE_ROOMS: [&str; 6] = ["cli", "optim", "recipe", "report", "train", "vit"];
-const UNSAFE_PLACES: [&str; 5] =
-    ["src/backend/cpu/", "src/data/shard.rs", "src/data/jpeg/", "src/data/augment/", "src/files.rs"];
+const UNSAFE_PLACES: [&str; 6] = [
+    "src/backend/cpu/",
+    "src/backend/cuda/",
+    "src/data/shard.rs",
+    "src/data/jpeg/",
+    "src/data/augment/",
+    "src/files.rs",
+];
 
 /// Steps of the forward pass that need no backward: pixels have no gradient.
 const WITHOUT_GRADIENT: [(&str, usize, &str); 1] = [("stem", 1, "patchify")];
@@ -239,7 +246,17 @@ fn parses(words: &[String]) -> Result<(), String> {
     let overrides: Vec<String> = arguments.get_many("set").into_iter().flatten().cloned().collect();
     // A reader's own file is not here: its settings are tried on the demo.
     let recipe = recipe.filter(|name| !name.ends_with(".toml"));
-    Recipe::read(recipe, &overrides).map(drop).map_err(|e| e.to_string())
+    let read =
+        |more: &[String]| Recipe::read(recipe, &[&overrides, more].concat()).map_err(|e| e.to_string());
+    if name == "finetune" {
+        for axis in arguments.get_many::<String>("sweep").into_iter().flatten() {
+            let axis = Axis::parse(axis).map_err(|e| e.to_string())?;
+            for value in &axis.values {
+                read(&[format!("{}={value}", axis.key)])?;
+            }
+        }
+    }
+    read(&[]).map(drop)
 }
 
 /// Commands that take anything and answer that they are not built yet.

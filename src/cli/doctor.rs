@@ -16,7 +16,6 @@ use crate::error::Result;
 use crate::files;
 use crate::report::format;
 
-
 #[derive(clap::Args)]
 pub struct Args {
     /// Print one JSON object

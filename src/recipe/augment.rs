@@ -338,7 +338,6 @@ pub struct Level(usize);
 /// Names in big_vision's configurations and in the released files, magnitude, α of mixup.
 type LevelRow = (&'static str, &'static str, Option<f64>, f64);
 
-/// Name in the configurations, name in the released files, RandAugment's magnitude, mixup's α.
 const LEVELS: [LevelRow; 7] = [
     ("none", "none", None, 0.0),
     ("light1", "light0", Some(0.0), 0.0),

@@ -100,7 +100,8 @@ impl Cells {
             slot.layout().offsets().map(|at| base + at as u64);
         let (count, samples) = (slot.count as u32, slot.layout().samples as u32);
         self.pixels = slot.layout().pixels;
-        self.now.slot = SlotView { pixels, targets, partner, lambda, boxes, pixel_lambda, erase, count, samples };
+        self.now.slot =
+            SlotView { pixels, targets, partner, lambda, boxes, pixel_lambda, erase, count, samples };
         self.stale = true;
     }
 
