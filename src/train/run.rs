@@ -479,6 +479,21 @@ impl Run {
             .hint(format!("go on with the same command and `--out {} --resume`", self.options.out.display())))
     }
 
+    /// The device failed in the middle of a step. A card's error is sticky and often comes late: the hint is the command
+    /// that repeats the step kernel by kernel.
+    pub fn device_failed(&self, trainer: &Trainer, error: Error) -> Error {
+        let error = error.at(format!("step {}", trainer.step + 1));
+        if error.hint_text().is_some() || trainer.backend.describe().starts_with("cpu") {
+            return error;
+        }
+        let from = self.saved_at.map_or("the start".into(), |step| format!("checkpoints/step-{step}"));
+        let out = self.options.out.display();
+        error.hint(format!(
+            "nothing up to {from} is lost; `vitrum train {out}/recipe.toml --out {out} --resume --device cuda \
+             --set train.graph=false --set train.check_launches=true` goes on from there and names the kernel"
+        ))
+    }
+
     fn diverged(&self, trainer: &Trainer) -> Error {
         let last = self.saved_at.map(|step| self.checkpoints.path(step).display().to_string());
         trainer.diverged(last.as_deref())
@@ -522,7 +537,7 @@ fn scores(report: &EvalReport) -> Scores {
 
 /// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ.
 fn same_recipe(saved: &str, now: &str) -> Result<()> {
-    let free = ["threads", "workers", "slots", "log_every", "checkpoint_every"];
+    let free = ["threads", "workers", "slots", "log_every", "checkpoint_every", "graph", "check_launches"];
     let keep = |text: &str| -> Vec<String> {
         let is_free = |line: &&str| !free.iter().any(|key| line.starts_with(&format!("{key} =")));
         text.lines().filter(is_free).map(str::to_owned).collect()

@@ -44,7 +44,7 @@ pub fn train_from(
             break ending;
         }
         let batch = run.next_batch(&mut loader)?;
-        let (free, report) = trainer.step(batch)?;
+        let (free, report) = trainer.step(batch).map_err(|e| run.device_failed(&trainer, e))?;
         free.into_iter().for_each(|slot| loader.recycle(slot));
         run.log(&trainer, &report, &loader)?;
         if run.evaluation_is_due(trainer.step) {
