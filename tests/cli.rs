@@ -78,11 +78,7 @@ fn wrong_settings_are_refused_before_anything_is_written() {
         "use `--set model.image=24` or another `model.patch`",
     );
     train("model.pool=mean", "`model.pool` cannot be `mean`", "use one of `token`, `gap`, `map`");
-    train(
-        "train.recompute=block",
-        "`train.recompute = \"block\"` is not built yet",
-        "use `--set train.recompute=none`; a smaller `train.micro_batch` saves memory too",
-    );
+    train("train.recompute=all", "`train.recompute` cannot be `all`", "use one of `none`, `ln+gelu`, `block`");
     assert!(!out.exists());
 }
 
