@@ -78,7 +78,11 @@ fn wrong_settings_are_refused_before_anything_is_written() {
         "use `--set model.image=24` or another `model.patch`",
     );
     train("model.pool=mean", "`model.pool` cannot be `mean`", "use one of `token`, `gap`, `map`");
-    train("train.recompute=all", "`train.recompute` cannot be `all`", "use one of `none`, `ln+gelu`, `block`");
+    train(
+        "train.recompute=all",
+        "`train.recompute` cannot be `all`",
+        "use one of `none`, `ln+gelu`, `block`",
+    );
     assert!(!out.exists());
 }
 

@@ -170,7 +170,7 @@ fn forward_and_backward_lie_side_by_side() {
 /// The numbered steps of each function that has any. Every operation of such a function must have a number.
 fn passes(path: &str) -> BTreeMap<String, Vec<Step>> {
     let head = Regex::new(r"^fn (\w+)").unwrap();
-    let call = Regex::new(r"\bb\.(\w+)\(").unwrap();
+    let call = Regex::new(r"\b(?:b\.(\w+)|recompute::(matmul)_gelu)\(").unwrap();
     let number = Regex::new(r"// (\d+)$").unwrap();
     let mut functions: BTreeMap<String, Vec<Step>> = BTreeMap::new();
     let (mut function, mut open) = (None, None);
@@ -185,7 +185,8 @@ fn passes(path: &str) -> BTreeMap<String, Vec<Step>> {
         if let Some(call) = call.captures(line) {
             assert_eq!(open, None, "{path}, fn {function}: an operation without a number before `{line}`");
             // `matmul` and `matmul_backward` are the two directions of one operation; `scale` is its own.
-            let operation = call[1].strip_suffix("_backward").unwrap_or(&call[1]).to_string();
+            let name = call.get(1).or(call.get(2)).expect("one of the two").as_str();
+            let operation = name.strip_suffix("_backward").unwrap_or(name).to_string();
             open = Some(operation);
         }
         if let Some(number) = number.captures(line) {

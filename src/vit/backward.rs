@@ -4,8 +4,8 @@
 use crate::backend::{Backend, Epilogue, InputGrad, Join, Mat};
 use crate::error::Result;
 
-use super::forward::restore;
 use super::graph::{Block, Graph, Head, MapHead, Scratch, Stem, Tail};
+use super::recompute;
 
 /// Gradients of every trained parameter.
 pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
@@ -13,7 +13,7 @@ pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     tail(b, &g.tail, g.last.sum(), &g.scratch)?;
     b.residual_backward(&g.last, g.scratch.d_x, g.scratch.d_branch)?;
     for layer in g.blocks[g.first_trained_block..].iter().rev() {
-        restore(b, layer)?;
+        recompute::restore(b, layer)?;
         block(b, layer, &g.scratch)?;
     }
     if g.train_stem {

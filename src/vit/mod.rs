@@ -12,6 +12,7 @@ pub mod forward;
 pub mod graph;
 pub mod names;
 pub mod params;
+mod recompute;
 
 pub use config::ModelConfig;
 pub use params::{Param, ParamLayout};

@@ -1,0 +1,41 @@
+//! What the backward works out again instead of finding it kept ([`Recompute`]): the forward's own operations, on the same
+//! inputs and with the same masks, so that no bit of a gradient depends on the level.
+
+use crate::backend::{Backend, Epilogue, Join, Recompute};
+use crate::error::Result;
+
+use super::graph::Block;
+
+/// `act = gelu(fc1(ln2))`. Where `act` is worked out again, it is worked out apart here too: a device's fused GELU may
+/// round otherwise than its own kernel.
+pub(super) fn matmul_gelu(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    if a.recompute != Recompute::LnGelu {
+        return b.matmul(a.ln2, &a.fc1, a.gelu, a.act);
+    }
+    let (pre, form, dropout) = a.gelu_parts();
+    b.matmul(a.ln2, &a.fc1, Epilogue::Bias, pre)?;
+    b.gelu(pre, form, dropout, a.act)
+}
+
+/// Brings back what the block's backward needs and the forward has not kept. The sum that enters a half is kept, the branch
+/// that led to it need not be.
+pub(super) fn restore(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    let (x, mid) = (Join::Ready(a.x.sum()), Join::Ready(a.mid.sum()));
+    match a.recompute {
+        Recompute::None => Ok(()),
+        Recompute::LnGelu => {
+            b.layernorm(&x, &a.norm1, a.ln1, a.stats1)?;
+            b.layernorm(&mid, &a.norm2, a.ln2, a.stats2)?;
+            let (pre, form, dropout) = a.gelu_parts();
+            b.gelu(pre, form, dropout, a.act)
+        }
+        Recompute::Block => {
+            b.layernorm(&x, &a.norm1, a.ln1, a.stats1)?;
+            b.matmul(a.ln1, &a.qkv, Epilogue::Bias, a.qkv_out)?;
+            b.attention(a.heads, a.qkv_out, a.o, a.lse, a.attention_dropout)?;
+            b.matmul(a.o, &a.proj, a.proj_epilogue, a.proj_out)?;
+            b.layernorm(&a.mid, &a.norm2, a.ln2, a.stats2)?;
+            matmul_gelu(b, a)
+        }
+    }
+}
