@@ -3,7 +3,8 @@
 
 use vitrum::backend::cpu::CpuBackend;
 use vitrum::backend::{
-    Backend, Gelu, Loss, LossKind, Micro, MixBox, Normalise, Pixels, Slot, SlotLayout, StepKeys, TargetKind,
+    Backend, Gelu, Loss, LossKind, Micro, MixBox, Normalise, Pixels, Recompute, Slot, SlotLayout, StepKeys,
+    Storage, TargetKind,
 };
 use vitrum::rng::{Domain, Stream};
 use vitrum::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
@@ -45,11 +46,21 @@ struct Bench {
 
 impl Bench {
     fn new(config: ModelConfig, batch: usize, micro: usize, loss: LossKind, frozen: &[&str]) -> Self {
+        Self::with(Storage::CPU, config, batch, micro, loss, frozen)
+    }
+
+    fn with(
+        storage: Storage,
+        config: ModelConfig,
+        batch: usize,
+        micro: usize,
+        loss: LossKind,
+        frozen: &[&str],
+    ) -> Self {
         config.validate().unwrap();
         let mut backend = CpuBackend::new(2).unwrap();
         let is_frozen = |p: &Param| frozen.iter().any(|f| p.name.starts_with(f));
-        let model =
-            Vit::new(config.clone(), Normalise::INCEPTION, micro, Mode::Train, Storage::CPU, is_frozen);
+        let model = Vit::new(config.clone(), Normalise::INCEPTION, micro, Mode::Train, storage, is_frozen);
         backend.allocate(&model.plan()).unwrap();
         assert_eq!(backend.allocated_bytes(), model.plan().total_bytes());
         let mut s = Stream::new(3, Domain::Init, 99, 0);
@@ -238,5 +249,28 @@ fn frozen_parameters_get_no_gradient_and_leave_the_others_as_they_were() {
         assert!(!frozen.iter().any(|f| name.starts_with(f)), "{name}");
         let same = all.iter().find(|(n, _)| n == name).unwrap();
         assert_eq!(&same.1, gradient, "{name}");
+    }
+}
+
+#[test]
+fn what_is_recomputed_changes_no_bit_of_a_gradient_and_takes_less_memory() {
+    let depth = 4;
+    let plain = ModelConfig { depth, ..base() };
+    let masked = ModelConfig { dropout: 0.2, attention_dropout: 0.1, drop_path: 0.3, ..plain.clone() };
+    let scaled = ModelConfig { layer_scale: 0.1, gelu: Gelu::Erf, ..plain.clone() };
+    for (what, config) in [("plain", plain), ("masked", masked), ("scaled", scaled)] {
+        for frozen in [&[][..], &["patch_embed", "cls_token", "pos_embed", "blocks.0.", "blocks.1."]] {
+            let run = |recompute| {
+                let storage = Storage { recompute, ..Storage::CPU };
+                let mut bench = Bench::with(storage, config.clone(), 4, 2, LossKind::Softmax, frozen);
+                (bench.gradients(), bench.model.plan().total_bytes())
+            };
+            let (kept, all) = run(Recompute::None);
+            let (light, less) = run(Recompute::LnGelu);
+            let (heavy, least) = run(Recompute::Block);
+            assert!(kept == light, "{what}: ln+gelu changes a gradient");
+            assert!(kept == heavy, "{what}: block changes a gradient");
+            assert!(least < less && less < all, "{what}: {least}, {less}, {all} bytes");
+        }
     }
 }

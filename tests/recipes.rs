@@ -314,8 +314,6 @@ fn what_cannot_be_trained_is_refused_by_its_key() {
         (&["train.epochs=nan"], "`train.epochs` is NaN"),
         (&["train.micro_batch=48"], "`train.micro_batch` is 48, which does not divide `train.batch` 64"),
         (&["train.log_every=0"], "`train.log_every` is 0"),
-        (&["train.recompute=block"], "`train.recompute = \"block\"` is not built yet"),
-        (&["train.recompute=all"], "`train.recompute` cannot be `all`"),
         (&["data.slots=1"], "`data.slots` is 1"),
         (&["model.heads=5"], "`model.heads` is 5, which does not divide `model.width` 64"),
         (&["model.heads=0"], "`model.heads` is 0"),

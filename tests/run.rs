@@ -236,7 +236,7 @@ fn a_run_allocates_what_the_plan_says() {
         let plan = vitrum(&args).ok().json();
 
         let recipe = Recipe::read(Some("demo"), &set).unwrap().recipe.resolved(3, 96).unwrap();
-        let model = build::model(&recipe, Mode::Train, Storage::CPU).unwrap();
+        let model = build::model(&recipe, Mode::Train, backend::Storage::CPU).unwrap();
         let optimizer = build::optimizer(&recipe, &model, 96).unwrap();
         let (backend, one) = (
             backend::select(Device::Cpu, &backend::Options::threads(1)).unwrap(),

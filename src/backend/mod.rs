@@ -20,7 +20,7 @@ pub mod memory;
 pub mod timed;
 
 pub use batch::{HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
-pub use memory::{Arena, Dtype, Mat, MemoryPlan, Storage};
+pub use memory::{Arena, Dtype, Mat, MemoryPlan, Recompute, Storage};
 
 use crate::error::{Error, Result};
 
@@ -409,7 +409,7 @@ pub struct Update<'a> {
     pub ema_decay: Option<f64>,
 }
 
-/// What a step reports. On a device that works asynchronously these are the numbers of the step before.
+/// What a step reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepReport {
     /// Mean loss over the batch.
@@ -486,6 +486,9 @@ pub trait Backend: Send {
     /// From `d_y: [R, out]`: the gradients of weight and bias (where they are trained) and of the input.
     fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()>;
 
+    /// `y = dropout(gelu(pre))`: what [`Epilogue::BiasGelu`] stored, from what it kept.
+    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()>;
+
     // LayerNorm and the residual stream -------------------------------------------------------------------------
 
     /// `y = layernorm(join)`, Ba et al. 2016; variance is biased, statistics f32.
@@ -557,7 +560,7 @@ pub trait Backend: Send {
     fn add_to_report(&mut self, samples: Mat) -> Result<()>;
     /// Global norm, clip, optimiser, EMA. Belongs to [`Backend::step`]'s end. Skips itself if the loss or the norm is not finite.
     fn update(&mut self, update: &Update) -> Result<()>;
-    /// The report of the last step (asynchronous devices: of the one before).
+    /// The report of the last step; waits for it.
     fn report(&mut self) -> Result<StepReport>;
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::{
-    Arena, Backend, Body, Embed, Epilogue, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
+    Arena, Backend, Body, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
     Micro, Norm, Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
 };
 use crate::error::Result;
@@ -195,6 +195,10 @@ impl Backend for Timed {
             InputGrad::Tanh { .. } => "matmul_backward tanh",
         };
         self.time(operation, |b| b.matmul_backward(d_y, x, w, d_x))
+    }
+
+    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
+        self.time("gelu", |b| b.gelu(pre, form, dropout, y))
     }
 
     // LayerNorm and the residual stream -------------------------------------------------------------------------

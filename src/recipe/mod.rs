@@ -18,7 +18,7 @@ pub use size::Size;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Gelu, LossKind, Precision};
+use crate::backend::{Gelu, LossKind, Precision, Recompute};
 use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
 
 /// One run.
@@ -403,8 +403,8 @@ pub struct TrainSection {
     pub batch: usize,
     /// Samples per forward and backward; 0: the whole batch. Must divide `batch`.
     pub micro_batch: usize,
-    /// Activations to recompute in the backward: only `none` so far.
-    pub recompute: String,
+    /// Activations that the backward works out again to save memory: `none`, `ln+gelu` or `block`.
+    pub recompute: Recompute,
     pub precision: Precision,
     pub seed: u64,
     /// Matrix product algorithms by rule, not by timing: two fresh runs agree to the bit on a GPU too.
@@ -435,7 +435,7 @@ impl Default for TrainSection {
             epochs: None,
             batch: 128,
             micro_batch: 0,
-            recompute: "none".into(),
+            recompute: Recompute::None,
             precision: Precision::Auto,
             seed: 0,
             deterministic: false,

@@ -83,20 +83,6 @@ impl Recipe {
             ))
             .hint(format!("use `--set train.micro_batch={fits}`, or 0 for the whole batch")));
         }
-        match t.recompute.as_str() {
-            "none" => {}
-            "ln+gelu" | "block" => {
-                return Err(Error::usage(format!(
-                    "`train.recompute = \"{}\"` is not built yet",
-                    t.recompute
-                ))
-                .hint("use `--set train.recompute=none`; a smaller `train.micro_batch` saves memory too"));
-            }
-            other => {
-                return Err(Error::usage(format!("`train.recompute` cannot be `{other}`"))
-                    .hint("use `none` (`ln+gelu` and `block` are planned)"));
-            }
-        }
         let counts = [
             ("train.steps", t.steps),
             ("train.log_every", Some(t.log_every)),

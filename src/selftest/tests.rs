@@ -4,8 +4,8 @@ use super::*;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::compute::{Compute, Isa};
 use crate::backend::{
-    Arena, Body, Dtype, Embed, Epilogue, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan, Micro,
-    Norm, Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
+    Arena, Body, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
+    Micro, Norm, Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
 };
 
 fn cpu(isa: Isa, threads: usize) -> Result<Box<dyn Backend>> {
@@ -268,6 +268,7 @@ impl Backend for Broken {
         patchify(grid: PatchGrid, normalise: Normalise, patches: Mat) spoils patches;
         embed(embed: &Embed, x: Mat) spoils x;
         embed_backward(embed: &Embed, d_x: Mat) spoils d_x;
+        gelu(pre: Mat, form: Gelu, dropout: Mask, y: Mat) spoils y;
         matmul(x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) spoils y;
         layernorm(join: &Join, norm: &Norm, y: Mat, stats: Stats) spoils y;
         layernorm_backward(

@@ -17,6 +17,7 @@ pub fn model(recipe: &Recipe, mode: Mode, storage: Storage) -> Result<Vit> {
     };
     let config = recipe.model_config(classes)?;
     let frozen = |param: &Param| optim::is_frozen(&recipe.optim, param);
+    let storage = Storage { recompute: recipe.train.recompute, ..storage };
     Ok(Vit::new(config, Normalise::INCEPTION, micro_batch(recipe), mode, storage, frozen))
 }
 

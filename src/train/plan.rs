@@ -37,7 +37,8 @@ impl Plan {
         // Without data an epoch has no length; recipes in steps do not need it.
         let size = images.unwrap_or(recipe.train.batch);
         let recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
-        let model = build::model(&recipe, Mode::Train, backend::planned_storage(device, recipe.train.precision))?;
+        let model =
+            build::model(&recipe, Mode::Train, backend::planned_storage(device, recipe.train.precision))?;
         let optimizer = build::optimizer(&recipe, &model, size)?;
         let layout = SlotLayout {
             samples: recipe.train.batch,

@@ -554,7 +554,8 @@ pub fn memory_lines(model: &Vit, optimizer: &Optimizer) -> Vec<String> {
     );
     // What only a GPU needs.
     if plan.bytes(Workspace) > 0 {
-        line += &format!(", bf16 copy {}, workspace {}", size(plan.bytes(Working)), size(plan.bytes(Workspace)));
+        line +=
+            &format!(", bf16 copy {}, workspace {}", size(plan.bytes(Working)), size(plan.bytes(Workspace)));
     }
     vec![line]
 }

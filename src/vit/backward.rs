@@ -4,6 +4,7 @@
 use crate::backend::{Backend, Epilogue, InputGrad, Join, Mat};
 use crate::error::Result;
 
+use super::forward::restore;
 use super::graph::{Block, Graph, Head, MapHead, Scratch, Stem, Tail};
 
 /// Gradients of every trained parameter.
@@ -12,6 +13,7 @@ pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     tail(b, &g.tail, g.last.sum(), &g.scratch)?;
     b.residual_backward(&g.last, g.scratch.d_x, g.scratch.d_branch)?;
     for layer in g.blocks[g.first_trained_block..].iter().rev() {
+        restore(b, layer)?;
         block(b, layer, &g.scratch)?;
     }
     if g.train_stem {
@@ -73,7 +75,7 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, x: Mat, s: &Scratch) -> Result<()>
 /// Enters with the gradient of the block's output in `d_x` (and of its MLP branch in `d_branch`), leaves with those of
 /// its input.
 fn block(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
-    let Epilogue::BiasGelu { pre, form, dropout } = a.gelu else { unreachable!("the MLP has a GELU") };
+    let (pre, form, dropout) = a.gelu_parts();
     let d_act = InputGrad::Gelu { d_pre: s.d_pre, pre, form, dropout };
     b.matmul_backward(s.d_branch, a.act, &a.fc2, d_act)?; // 7
     b.matmul_backward(s.d_pre, a.ln2, &a.fc1, InputGrad::Plain(s.d_ln))?; // 6

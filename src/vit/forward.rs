@@ -1,6 +1,6 @@
 //! The forward pass: pixels → logits. Read each numbered line beside its counterpart in [`super::backward`].
 
-use crate::backend::{Backend, Epilogue, Join, Mat, Normalise};
+use crate::backend::{Backend, Epilogue, Join, Mat, Normalise, Recompute};
 use crate::error::Result;
 
 use super::graph::{Block, Graph, Head, MapHead, Stem, Tail};
@@ -23,13 +23,43 @@ fn stem(b: &mut dyn Backend, s: &Stem, normalise: Normalise) -> Result<()> {
 }
 
 fn block(b: &mut dyn Backend, a: &Block) -> Result<()> {
-    b.layernorm(&a.x, &a.norm1, a.ln1, a.stats1)?; // 1
+    halves(b, a, &a.x)?; // 1 to 6
+    b.matmul(a.act, &a.fc2, a.fc2_epilogue, a.fc2_out) // 7
+}
+
+/// A block up to its last product.
+fn halves(b: &mut dyn Backend, a: &Block, x: &Join) -> Result<()> {
+    b.layernorm(x, &a.norm1, a.ln1, a.stats1)?; // 1
     b.matmul(a.ln1, &a.qkv, Epilogue::Bias, a.qkv_out)?; // 2
     b.attention(a.heads, a.qkv_out, a.o, a.lse, a.attention_dropout)?; // 3
     b.matmul(a.o, &a.proj, a.proj_epilogue, a.proj_out)?; // 4
     b.layernorm(&a.mid, &a.norm2, a.ln2, a.stats2)?; // 5
-    b.matmul(a.ln2, &a.fc1, a.gelu, a.act)?; // 6
-    b.matmul(a.act, &a.fc2, a.fc2_epilogue, a.fc2_out) // 7
+    mlp_activation(b, a) // 6
+}
+
+/// Where the activation is worked out again, it is worked out apart here too: the same operation gives the same bits.
+fn mlp_activation(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    if a.recompute != Recompute::LnGelu {
+        return b.matmul(a.ln2, &a.fc1, a.gelu, a.act);
+    }
+    let (pre, form, dropout) = a.gelu_parts();
+    b.matmul(a.ln2, &a.fc1, Epilogue::Bias, pre)?;
+    b.gelu(pre, form, dropout, a.act)
+}
+
+/// Brings back what the block's backward needs and the forward has not kept.
+pub(super) fn restore(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    match a.recompute {
+        Recompute::None => Ok(()),
+        Recompute::LnGelu => {
+            b.layernorm(&Join::Ready(a.x.sum()), &a.norm1, a.ln1, a.stats1)?; // 1
+            b.layernorm(&Join::Ready(a.mid.sum()), &a.norm2, a.ln2, a.stats2)?; // 5
+            let (pre, form, dropout) = a.gelu_parts();
+            b.gelu(pre, form, dropout, a.act) // 6
+        }
+        // The sum that enters is kept, the branch that led to it need not be.
+        Recompute::Block => halves(b, a, &Join::Ready(a.x.sum())),
+    }
 }
 
 fn tail(b: &mut dyn Backend, t: &Tail, x: Mat) -> Result<()> {

@@ -4,8 +4,8 @@
 //! which masks), so that the passes have no `if`. Shapes: R = B·T rows.
 
 use crate::backend::{
-    Branch, Embed, Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, MemoryPlan, Norm, PatchGrid, Pool,
-    Stats,
+    Branch, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Mask, Mat, MemoryPlan, Norm, PatchGrid,
+    Pool, Recompute, Stats,
 };
 
 use super::Mode;
@@ -64,6 +64,16 @@ pub struct Block {
     pub act: Mat,       // [R, M]
     pub fc2_epilogue: Epilogue,
     pub fc2_out: Mat, // the next block's x, or the branch
+    /// What the backward works out again first.
+    pub recompute: Recompute,
+}
+
+impl Block {
+    /// The pre-activation, the form and the mask of the MLP's GELU.
+    pub fn gelu_parts(&self) -> (Mat, Gelu, Mask) {
+        let Epilogue::BiasGelu { pre, form, dropout } = self.gelu else { unreachable!("the MLP has a GELU") };
+        (pre, form, dropout)
+    }
 }
 
 /// From tokens to one vector per image.
@@ -247,6 +257,40 @@ impl Kept {
             }),
         }
     }
+
+    /// Buffers of a further block, which shares with `first` what the backward works out again.
+    fn beside(first: Kept, b: &mut Builder, name: &str) -> Kept {
+        let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
+        let (heads, tokens) = (b.config.heads, b.config.tokens());
+        match b.plan.storage().recompute {
+            Recompute::None => Kept::new(b, name, first.branches.is_some()),
+            Recompute::LnGelu => Kept {
+                x: b.mat(format!("{name} x"), r, d),
+                stats1: b.stats(&format!("{name} ln1"), r),
+                qkv: b.mat(format!("{name} qkv"), r, 3 * d),
+                o: b.mat(format!("{name} o"), r, d),
+                lse: b.plan.statistics(format!("{name} lse"), b.samples * heads, tokens),
+                mid: b.mat(format!("{name} mid"), r, d),
+                stats2: b.stats(&format!("{name} ln2"), r),
+                pre: b.mat(format!("{name} pre"), r, m),
+                branches: first.branches.map(|_| {
+                    [
+                        b.mat(format!("{name} attention branch"), r, d),
+                        b.mat(format!("{name} mlp branch"), r, d),
+                    ]
+                }),
+                ..first
+            },
+            // The MLP's branch joins the stream in the next block, whose backward still reads it.
+            Recompute::Block => Kept {
+                x: b.mat(format!("{name} x"), r, d),
+                branches: first
+                    .branches
+                    .map(|[attention, _]| [attention, b.mat(format!("{name} mlp branch"), r, d)]),
+                ..first
+            },
+        }
+    }
 }
 
 impl Graph {
@@ -269,10 +313,12 @@ impl Graph {
 
         let patches = b.mat("patches", r, config.patch_grid().patch_len());
         let shared = (0..depth).any(|l| !keeps(l)).then(|| Kept::new(&mut b, "shared", joined_by_norm));
+        let mut first: Option<Kept> = None;
         let kept: Vec<Kept> = (0..depth)
-            .map(|l| match shared {
-                Some(shared) if !keeps(l) => shared,
-                _ => Kept::new(&mut b, &format!("block {l}"), joined_by_norm),
+            .map(|l| match (shared, first) {
+                (Some(shared), _) if !keeps(l) => shared,
+                (_, Some(first)) => Kept::beside(first, &mut b, &format!("block {l}")),
+                (_, None) => *first.insert(Kept::new(&mut b, &format!("block {l}"), joined_by_norm)),
             })
             .collect();
         let x_last = b.mat("x", r, d);
@@ -357,6 +403,7 @@ impl Graph {
             act: k.act,
             fc2_epilogue,
             fc2_out,
+            recompute: b.plan.storage().recompute,
         }
     }
 

@@ -4,6 +4,7 @@
 //! split rows over threads in ways that never change a bit of the result, and run for the widest instruction set that
 //! the machine has ([`compute::Isa`]).
 
+mod activation;
 mod arenas;
 pub mod attention;
 pub mod compute;
@@ -35,8 +36,8 @@ use gemm::Dropout;
 use super::mask::BoundMask;
 use super::sample_metric::{LOSS, TOP1, TOP5};
 use super::{
-    Arena, Backend, Body, Branch, Embed, Epilogue, Heads, HostMemory, InputGrad, Join, Linear, Loss, Mask,
-    Mat, MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Rule, Slot, SlotLayout, Stats, StepKeys,
+    Arena, Backend, Body, Branch, Embed, Epilogue, Gelu, Heads, HostMemory, InputGrad, Join, Linear, Loss,
+    Mask, Mat, MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Rule, Slot, SlotLayout, Stats, StepKeys,
     StepReport, Storage, Update,
 };
 use crate::backend::batch::PlainMemory;
@@ -362,6 +363,15 @@ impl Backend for CpuBackend {
         };
         assert_eq!((d_x.rows, d_x.cols), (x.rows, input), "matmul_backward: {d_x} is no gradient of {x}");
         gemm::input_grad(&self.compute, d_y, weight, epilogue, a.write(d_x));
+        Ok(())
+    }
+
+    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
+        same_shape("gelu", pre, y);
+        let dropout = self.dropout(dropout, y.rows);
+        let mut a = Access::new(&mut self.arenas);
+        let pre = a.read(pre);
+        activation::gelu(&self.compute, pre, form, dropout, a.write(y));
         Ok(())
     }
 

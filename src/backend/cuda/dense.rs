@@ -146,7 +146,7 @@ pub(super) fn matmul(cuda: &mut Cuda, x: Mat, w: &Linear, epilogue: Epilogue, y:
                 return Ok(());
             }
             Product::forward(cuda, x, w.weight, pre).run(cuda)?;
-            bias_gelu(cuda, pre, w.bias, form, dropout, y)
+            bias_gelu(cuda, pre, Some(w.bias), form, dropout, y)
         }
         Epilogue::BiasTanh => {
             product.run(cuda)?;
@@ -225,8 +225,13 @@ fn bias_residual(cuda: &Cuda, z: Mat, bias: Mat, residual: Mat, y: Mat) -> Resul
     )
 }
 
-/// In place in `pre`, which holds the product without its bias.
-fn bias_gelu(cuda: &Cuda, pre: Mat, bias: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
+/// [`crate::backend::Backend::gelu`]
+pub(super) fn gelu(cuda: &Cuda, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
+    bias_gelu(cuda, pre, None, form, dropout, y)
+}
+
+/// In place in `pre`, which holds the product without its bias, if there is one to add.
+fn bias_gelu(cuda: &Cuda, pre: Mat, bias: Option<Mat>, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
     launch!(
         cuda,
         variant!(y.dtype, "bias_gelu"),
@@ -238,7 +243,7 @@ fn bias_gelu(cuda: &Cuda, pre: Mat, bias: Mat, form: Gelu, dropout: Mask, y: Mat
         cuda.rows_per_sample(y.rows),
         cuda.at(pre),
         pre.ld as u32,
-        cuda.at(bias),
+        cuda.at_or_null(bias),
         form_code(form),
         cuda.at(pre),
         pre.ld as u32,

@@ -22,9 +22,9 @@ mod sums;
 mod update;
 
 use super::{
-    Arena, Backend, Body, Dtype, Embed, Epilogue, Heads, InputGrad, Join, Linear, Loss, Mask, Mat,
-    MemoryPlan, Micro, Norm, Normalise, Options, PatchGrid, Pool, Precision, Slot, SlotLayout, Stats,
-    StepKeys, StepReport, Storage, Update,
+    Arena, Backend, Body, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat,
+    MemoryPlan, Micro, Norm, Normalise, Options, PatchGrid, Pool, Precision, Recompute, Slot, SlotLayout,
+    Stats, StepKeys, StepReport, Storage, Update,
 };
 use crate::error::{Error, Result};
 
@@ -135,7 +135,7 @@ impl Cuda {
             Precision::F32 | Precision::Tf32 => Dtype::F32,
             Precision::Bf16 | Precision::Auto => Dtype::Bf16,
         };
-        Storage { activations, row_align: ROW_ALIGN, workspace: WORKSPACE }
+        Storage { activations, row_align: ROW_ALIGN, workspace: WORKSPACE, recompute: Recompute::None }
     }
 
     /// The address of a matrix's first element.
@@ -387,6 +387,10 @@ impl Backend for Cuda {
 
     fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
         dense::matmul_backward(self, d_y, x, w, d_x)
+    }
+
+    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
+        dense::gelu(self, pre, form, dropout, y)
     }
 
     // LayerNorm and the residual stream -------------------------------------------------------------------------

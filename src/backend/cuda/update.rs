@@ -21,13 +21,11 @@ pub(super) struct State {
     table: Option<Table>,
 }
 
-/// Sums, constants and partial norms, and the finished reports on their way to the host.
+/// Sums, constants and partial norms, and the finished report on its way to the host.
 struct UpdateCells {
     device: Buffer,
     norm_blocks: usize,
-    /// Two copies: the report of the step before is read while this one's is on its way.
-    ring: [(Pinned, Event); 2],
-    sent: u64,
+    arrival: (Pinned, Event),
 }
 
 /// Bytes of `ReportSums`, `UpdateCells` and `StepReport` (kernels/step.cuh), each in 64 bytes of its own.
@@ -51,12 +49,10 @@ struct RawReport {
 impl UpdateCells {
     fn new(gpu: &Gpu) -> Result<Self> {
         let norm_blocks = NORM_BLOCKS * gpu.card().multiprocessors as usize;
-        let slot = || Ok((gpu.allocate_pinned(size_of::<RawReport>())?, gpu.new_event()?));
         Ok(Self {
             device: gpu.allocate(3 * CELL_BYTES as usize + norm_blocks * 8)?,
             norm_blocks,
-            ring: [slot()?, slot()?],
-            sent: 0,
+            arrival: (gpu.allocate_pinned(size_of::<RawReport>())?, gpu.new_event()?),
         })
     }
 
@@ -107,21 +103,16 @@ fn addresses(cuda: &mut Cuda) -> Result<(Address, Address)> {
     Ok((cells.sums(), cells.constants()))
 }
 
-/// [`crate::backend::Backend::report`]: asks for this step's report, and gives the one before it, which is there by now
-/// without waiting for this step. The first call waits for its own.
+/// [`crate::backend::Backend::report`]: asks for this step's report and waits for it.
 pub(super) fn report(cuda: &mut Cuda) -> Result<StepReport> {
     let (sums, constants) = addresses(cuda)?;
     let out = cells(cuda)?.report();
     let mean_over = cuda.micro.mean_over as f64;
     launch!(cuda, "report_close", [1, 1, 1], 32, 0, cuda.cells.address(), sums, constants, mean_over, out)?;
     let gpu = cuda.gpu.clone();
-    let cells = cells(cuda)?;
-    let now = (cells.sent % 2) as usize;
-    let (memory, arrived) = &mut cells.ring[now];
+    let (memory, arrived) = &mut cells(cuda)?.arrival;
     gpu.download_async(out, memory.bytes_mut(), Stream::Compute)?;
     gpu.record_event(arrived, Stream::Compute)?;
-    let (memory, arrived) = &cells.ring[if cells.sent == 0 { now } else { 1 - now }];
-    cells.sent += 1;
     arrived.synchronize()?;
     let raw: RawReport = bytemuck::pod_read_unaligned(&memory.bytes()[..size_of::<RawReport>()]);
     Ok(StepReport {

@@ -16,7 +16,8 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    fn fill(&self, r: usize, j: usize, cols: usize, factors: &mut [f32]) {
+    /// The factors of row `r` from column `j` on, of rows of `cols`.
+    pub(in crate::backend::cpu) fn fill(&self, r: usize, j: usize, cols: usize, factors: &mut [f32]) {
         self.mask.fill(r / self.rows_per_sample, r % self.rows_per_sample * cols + j, factors);
     }
 }
