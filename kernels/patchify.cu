@@ -1,7 +1,8 @@
 // Pixels of the bound batch → the patch matrix: normalised, mixed (mixup, cutmix), cut into patches.
 //
 // Math      v = (pixel - mean_c) / std_c for u8 (f32 pixels are normalised already)
-//           mixup: λ·own + (1 - λ)·partner   cutmix: the partner's value inside the box, the own outside
+//           mixup: λ·own + (1 - λ)·partner   cutmix: λ is pixel_lambda outside the box, 1 - pixel_lambda inside
+//           erased: zeros or normal draws, in both pictures before they are mixed
 // Tensors   pixels [samples, H, W, 3]   patches [B·T, patch_h·patch_w·3] with `extra` zero rows in front of
 //           each sample; within a patch the order is row, column, channel, so a row of a patch is contiguous
 //           on both sides.
@@ -11,8 +12,7 @@
 //           values and the image's too (patch 8, 16, 32) pixels come 8 bytes at a time, else byte by byte
 //           through L1 (patch 14).
 // Source    Dosovitskiy et al. 2021 (patches); Zhang et al. 2018 (mixup); Yun et al. 2019 (cutmix).
-#include "step.cuh"
-#include "types.cuh"
+#include "philox.cuh"
 
 struct PatchShape {
   u32 image_height, image_width;
@@ -106,6 +106,37 @@ __device__ __forceinline__ void fetch_values(const float* image, const PatchRun&
   read_pixels(image, at, n, v);
 }
 
+// Channel c of the colour that stands at (dy, dx) of an erased box, draw for draw as `Erase::colour` gives it on the CPU:
+// Box and Muller (1958) on a Philox block; red and green from its first two words, blue from the others.
+__device__ __forceinline__ float erased(const Erase& erase, u32 dy, u32 dx, u32 c) {
+  if (erase.mode == 0) return 0.0f;
+  constexpr u32 ERASE_KEY = 0x45726173;
+  u32 words[4] = {erase.mode == 1 ? 0 : dy, erase.mode == 1 ? 0 : dx, 0, 0};
+  philox(words, erase.seed, ERASE_KEY);
+  constexpr float UNIT = 1.0f / 16777216.0f, TAU = 6.2831853f;
+  float u = static_cast<float>((c < 2 ? words[0] : words[2]) >> 8) * UNIT;
+  float angle = TAU * (static_cast<float>((c < 2 ? words[1] : words[3]) >> 8) * UNIT);
+  return sqrtf(-2.0f * logf(1.0f - u)) * (c == 1 ? sinf(angle) : cosf(angle));
+}
+
+__device__ __forceinline__ bool contains(const MixBox& box, u32 y, u32 x) {
+  return y >= box.y0 && y < box.y1 && x >= box.x0 && x < box.x1;
+}
+
+// Puts what was drawn in the place of what is erased. (y0, x0) is the patch's corner.
+__device__ __forceinline__ void erase8(const Erase& erase, u32 y0, u32 x0, const PatchRun& place, float (&v)[VEC]) {
+  if (erase.cut.y0 >= erase.cut.y1 || erase.cut.x0 >= erase.cut.x1) return;
+  u32 y = place.y, x = place.x;
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) {
+    u32 down = y0 + y, across = x0 + x / 3;
+    if (contains(erase.cut, down, across)) {
+      v[i] = erased(erase, down - erase.cut.y0, across - erase.cut.x0, x % 3);
+    }
+    step_run(place, y, x);
+  }
+}
+
 template <typename Pixel, typename T>
 __device__ __forceinline__ void patchify(const StepCells* cells, const PatchShape& shape,
                                          const Normalise& normalise, u32 first, T* patches, u32 ld,
@@ -127,20 +158,23 @@ __device__ __forceinline__ void patchify(const StepCells* cells, const PatchShap
     u64 image = static_cast<u64>(shape.image_height) * pitch;
     sample += first;
     fetch_values<T>(pixels + sample * image, place, at.n, normalise, v);
+    erase8(slot.erase[sample], y0, x0, place, v);
 
     MixBox box = slot.boxes[sample];
-    float lambda = slot.lambda[sample];
     bool cut = box.y0 < box.y1 && box.x0 < box.x1;
+    float lambda = cut ? slot.pixel_lambda[sample] : slot.lambda[sample];
     if (cut || lambda != 1.0f) {
       float other[VEC];
-      fetch_values<T>(pixels + slot.partner[sample] * image, place, at.n, normalise, other);
+      u32 partner = slot.partner[sample];
+      fetch_values<T>(pixels + partner * image, place, at.n, normalise, other);
+      erase8(slot.erase[partner], y0, x0, place, other);
       u32 y = place.y, x = place.x;
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) {
-        u32 down = y0 + y, across = x0 + x / 3;
-        bool inside = down >= box.y0 && down < box.y1 && across >= box.x0 && across < box.x1;
-        float mixed = lambda * v[i] + (1.0f - lambda) * other[i];
-        v[i] = !cut ? mixed : inside ? other[i] : v[i];
+        bool inside = cut && contains(box, y0 + y, x0 + x / 3);
+        float own = inside ? 1.0f - lambda : lambda;
+        // No sum where one of the two has no weight: the other stays as it is, to the bit.
+        v[i] = own == 1.0f ? v[i] : own == 0.0f ? other[i] : own * v[i] + (1.0f - own) * other[i];
         step_run(place, y, x);
       }
     }

@@ -12,6 +12,13 @@ struct MixBox {
   u16 y0, x0, y1, x1;
 };
 
+// What is erased of a sample, after normalisation and before mixing. mode 0: zeros; 1: one normal colour; 2: a normal
+// draw for each value.
+struct Erase {
+  MixBox cut;
+  u32 seed, mode;
+};
+
 // The bound batch, as it lies in device memory.
 struct SlotView {
   const void* pixels;   // [samples, H, W, 3], u8, or f32 already normalised
@@ -19,6 +26,8 @@ struct SlotView {
   const u32* partner;   // [samples]: which sample is mixed in
   const float* lambda;  // [samples]: the weight of the sample itself
   const MixBox* boxes;  // [samples]: cutmix
+  const float* pixel_lambda;  // [samples]: the weight of the own pixels outside the box, of the partner's inside
+  const Erase* erase;         // [samples]
   u32 count;            // samples that are real; the rest is padding
   u32 samples;          // samples of the slot
 };
@@ -58,7 +67,7 @@ struct UpdateCells {
   float keep2, add2;         // Adafactor: β of the second moment at t, and 1 - β
 };
 
-static_assert(sizeof(MixBox) == 8 && sizeof(SlotView) == 48 && sizeof(StepCells) == 72, "shared with Rust");
+static_assert(sizeof(MixBox) == 8 && sizeof(SlotView) == 64 && sizeof(StepCells) == 88, "shared with Rust");
 static_assert(sizeof(GroupScalars) == 8 && sizeof(ReportSums) == 24 && sizeof(StepReport) == 48,
               "shared with Rust");
 static_assert(sizeof(UpdateCells) == 32, "shared with Rust");

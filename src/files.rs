@@ -1,8 +1,10 @@
 //! Files, with errors that name them, and writes that are whole or not there at all.
 
 use std::fs::{self, File};
-use std::io::{BufReader, ErrorKind, Write};
+use std::io::{BufReader, BufWriter, ErrorKind, Seek, Write};
 use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
 
 use crate::error::{At, Error, Result};
 
@@ -21,17 +23,33 @@ pub fn open(path: &Path) -> Result<BufReader<File>> {
     Ok(BufReader::new(File::open(path).at(path.display())?))
 }
 
+/// Maps a whole file: its pages are read when they are touched, and belong to the kernel.
+pub fn map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).at(path.display())?;
+    // SAFETY: the map is only read. Nobody may shorten a file under a reader; our own writers replace files by renaming
+    // a finished one (`write_atomic`), which leaves the mapped one as it is.
+    unsafe { Mmap::map(&file) }.at(path.display())
+}
+
 /// Creates a folder and its parents.
 pub fn create_dir(path: &Path) -> Result<()> {
     fs::create_dir_all(path).at(path.display())
 }
 
+/// What a new file is: an archive is written forth and back.
+pub trait WriteSeek: Write + Seek {}
+
+impl WriteSeek for BufWriter<File> {}
+
 /// Writes a file so that a reader sees the old content, or the new, and never a part: a temporary neighbour is
 /// written, synced and renamed. On any failure (a full disk) the temporary file is removed.
-pub fn write_atomic(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+pub fn write_atomic(
+    path: &Path,
+    write: impl FnOnce(&mut dyn WriteSeek) -> std::io::Result<()>,
+) -> Result<()> {
     let temporary = temporary_name(path);
     let result = (|| {
-        let mut file = std::io::BufWriter::with_capacity(1 << 20, File::create(&temporary)?);
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary)?);
         write(&mut file)?;
         file.flush()?;
         file.get_ref().sync_all()?;

@@ -156,7 +156,7 @@ fn grad_takes_every_form_of_labels_and_writes_f32() {
         let weights = folder.join(case).join("params.npz").display().to_string();
         let io = SafeTensors::open(&folder.join(case).join("io.safetensors")).unwrap();
         let shape = io.shape("images_u8").unwrap().to_vec();
-        let (images, labels) = (normalised(&io.bytes("images_u8").unwrap()), io.i64("labels").unwrap());
+        let (images, labels) = (normalised(io.bytes("images_u8").unwrap()), io.i64("labels").unwrap());
         let multi = io.tensor("multilabels").unwrap();
         let classes = multi.shape[1];
         let (off, on) = (smoothing / classes as f64, 1.0 - smoothing);
@@ -216,12 +216,12 @@ fn replay_writes_a_trajectory() {
     let source = SafeTensors::open(&folder.join("batches.safetensors")).unwrap();
     let (shape, labels) = (source.shape("images_u8").unwrap().to_vec(), source.i64("labels").unwrap());
     let pixels = source.bytes("images_u8").unwrap();
-    let images = normalised(&pixels);
+    let images = normalised(pixels);
     let steps = shape[0];
 
     // U8 pixels with I32 labels, and normalised ones with I64 labels.
     let forms = [
-        vec![View::new("images_u8", Dtype::U8, &shape, &pixels[..]), i32_view(&labels, &shape[..2])],
+        vec![View::new("images_u8", Dtype::U8, &shape, pixels), i32_view(&labels, &shape[..2])],
         vec![View::f32("images", &shape, &images), View::i64("labels", &shape[..2], &labels)],
     ];
     let weights = folder.join("params.npz").display().to_string();

@@ -47,8 +47,10 @@ fn every_recipe_in_the_folder_is_built_in_and_explains_itself() {
         for word in ["# Source", "# Expect", "# Cost", "# Run", "# Differs"] {
             assert!(text.contains(word), "`{name}` lacks the header line `{word}`");
         }
-        assert!(text.contains(&format!("vitrum train {name}")) || name == "demo", "`{name}`: no command");
-        load(&name, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let recipe = load(&name, &[]).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let command = if recipe.finetune.is_some() { "finetune" } else { "train" };
+        let is_default = name == "demo" || name == "finetune";
+        assert!(text.contains(&format!("vitrum {command} {name}")) || is_default, "`{name}`: no command");
         found += 1;
     }
     assert_eq!(found, BUILT_IN.len());
@@ -203,7 +205,7 @@ fn unknown_keys_are_refused_with_the_nearest_known_one() {
     let (_, hint) = refused(&["qqq=1"]);
     assert_eq!(
         hint,
-        "the sections are `model`, `data`, `augment`, `optim`, `schedule`, `loss`, `train`, `eval`"
+        "the sections are `model`, `data`, `augment`, `optim`, `schedule`, `loss`, `train`, `eval`, `finetune`"
     );
     let (_, hint) = refused(&["loss.zzzzzzz=1"]);
     assert_eq!(hint, "the keys of `loss` are `kind`, `label_smoothing`");
@@ -297,11 +299,9 @@ fn files_are_recipes_named_after_themselves() {
 fn a_missing_recipe_lists_the_built_in_ones() {
     let (message, hint) = usage(load("dmeo", &[]).unwrap_err());
     assert_eq!(message, "there is no recipe `dmeo`");
-    assert_eq!(
-        hint,
-        "did you mean `demo`? built in are `demo`, `demo-hard`, `mini/cifar10`, `b16/imagenet21k`; \
-         or give the path of a .toml file"
-    );
+    let names = BUILT_IN.map(|(name, _)| format!("`{name}`")).join(", ");
+    let expected = format!("did you mean `demo`? built in are {names}; or give the path of a .toml file");
+    assert_eq!(hint, expected);
     assert_eq!(usage(load("no/such.toml", &[]).unwrap_err()).0, "there is no file `no/such.toml`");
 }
 

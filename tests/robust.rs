@@ -163,7 +163,7 @@ fn a_damaged_checkpoint_is_not_resumed() {
 fn put_nan(path: &Path, tensor: &str) {
     let (at, _) = SafeTensors::open(path).unwrap().range(tensor).unwrap();
     let mut bytes = fs::read(path).unwrap();
-    bytes[at as usize..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    bytes[at..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(path, bytes).unwrap();
 }
 

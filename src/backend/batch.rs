@@ -48,6 +48,38 @@ pub struct MixBox {
     pub x1: u16,
 }
 
+/// What is erased of a sample, after normalisation and before mixing: what the box holds is drawn on the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Erase {
+    pub cut: MixBox,
+    pub seed: u32,
+    /// 0: zeros; 1: one normal colour; 2: a normal draw for each value.
+    pub mode: u32,
+}
+
+impl Erase {
+    /// The normalised colour that stands at pixel (y, x) of the box: Box and Muller (1958) on the words of
+    /// `philox([y, x, 0, 0], [seed, ERASE_KEY])`, `y = x = 0` for one colour; red and green from the first two words, blue
+    /// from the others.
+    pub fn colour(&self, y: usize, x: usize) -> [f32; 3] {
+        const ERASE_KEY: u32 = 0x4572_6173;
+        let (y, x) = match self.mode {
+            0 => return [0.0; 3],
+            1 => (0, 0),
+            _ => (y as u32, x as u32),
+        };
+        let words = crate::rng::philox([y, x, 0, 0], [self.seed, ERASE_KEY]);
+        let normal = |u: u32, v: u32| {
+            let radius = (-2.0 * (1.0 - crate::rng::unit(u)).ln()).sqrt();
+            let angle = std::f32::consts::TAU * crate::rng::unit(v);
+            (radius * angle.cos(), radius * angle.sin())
+        };
+        let ((r, g), (b, _)) = (normal(words[0], words[1]), normal(words[2], words[3]));
+        [r, g, b]
+    }
+}
+
 impl SlotLayout {
     /// Values (not bytes) of one image.
     pub fn image_len(&self) -> usize {
@@ -69,11 +101,11 @@ impl SlotLayout {
         }
     }
 
-    /// Byte offsets of pixels, targets, partner, lambda, boxes, and the end.
-    pub(super) fn offsets(&self) -> [usize; 6] {
-        let sizes =
-            [self.pixel_bytes(), self.target_bytes(), self.samples * 4, self.samples * 4, self.samples * 8];
-        let mut offsets = [0; 6];
+    /// Byte offsets of pixels, targets, partner, lambda, boxes, pixel lambda, erased boxes, and the end.
+    pub(super) fn offsets(&self) -> [usize; 8] {
+        let n = self.samples;
+        let sizes = [self.pixel_bytes(), self.target_bytes(), n * 4, n * 4, n * 8, n * 4, n * 16];
+        let mut offsets = [0; 8];
         for (i, size) in sizes.into_iter().enumerate() {
             offsets[i + 1] = (offsets[i] + size).next_multiple_of(64);
         }
@@ -82,7 +114,7 @@ impl SlotLayout {
 
     /// Bytes of host memory that one slot needs.
     pub fn bytes(&self) -> usize {
-        self.offsets()[5]
+        self.offsets()[7]
     }
 }
 
@@ -90,7 +122,9 @@ impl SlotLayout {
 ///
 /// Sample i becomes `lambda·x_i + (1-lambda)·x_partner`, both normalised, and the same for its target; where `boxes`
 /// is not empty (cutmix) the partner's pixels replace those inside the box instead, and `lambda` weighs the targets
-/// only. `lambda = 1` with an empty box mixes nothing.
+/// only. `lambda = 1` with an empty box mixes nothing. Where a mixture is cut (chained mixup and cutmix), `pixel_lambda`
+/// is below 1: outside the box stands `pixel_lambda·x_i + (1-pixel_lambda)·x_partner`, inside it the same with the weights
+/// exchanged; without a box it counts for nothing. Before all this, each sample is erased as its [`Erase`] says.
 pub struct Slot {
     memory: Box<dyn HostMemory>,
     layout: SlotLayout,
@@ -187,11 +221,28 @@ impl Slot {
         self.part_mut(4, self.layout.samples)
     }
 
-    /// No sample is mixed.
+    /// `[B]` weight of the sample's own pixels outside its box.
+    pub fn pixel_lambda(&self) -> &[f32] {
+        self.part(5, self.layout.samples)
+    }
+    pub fn pixel_lambda_mut(&mut self) -> &mut [f32] {
+        self.part_mut(5, self.layout.samples)
+    }
+    /// `[B]` what is erased of each sample.
+    pub fn erase(&self) -> &[Erase] {
+        self.part(6, self.layout.samples)
+    }
+    pub fn erase_mut(&mut self) -> &mut [Erase] {
+        self.part_mut(6, self.layout.samples)
+    }
+
+    /// No sample is mixed or erased.
     pub fn clear_mix(&mut self) {
         self.partner_mut().iter_mut().zip(0u32..).for_each(|(p, i)| *p = i);
         self.lambda_mut().fill(1.0);
         self.boxes_mut().fill(MixBox::default());
+        self.pixel_lambda_mut().fill(1.0);
+        self.erase_mut().fill(Erase::default());
     }
 }
 

@@ -19,7 +19,7 @@ pub mod mask;
 pub mod memory;
 pub mod timed;
 
-pub use batch::{HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
+pub use batch::{Erase, HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
 pub use memory::{Arena, Dtype, Mat, MemoryPlan, Recompute, Storage};
 
 use crate::error::{Error, Result};

@@ -5,6 +5,7 @@ use crate::data::{Dataset, Split};
 use crate::error::Result;
 use crate::recipe::{Recipe, ScheduleKind};
 use crate::train::bench::{self, Options};
+use crate::train::bench_data;
 
 /// What to time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -13,7 +14,7 @@ pub enum What {
     Train,
     /// Forward only
     Infer,
-    /// The input pipeline (not built yet)
+    /// The input pipeline, stage by stage
     Data,
     /// Single operations (not built yet)
     Kernels,
@@ -30,7 +31,7 @@ pub struct Args {
     /// What to time: train, infer, data or kernels
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = What::Train)]
     pub what: What,
-    /// Time the whole, with this data set's loader
+    /// Time the whole, with this data set's loader; for `--what data` a data set or `demo`
     #[arg(long, value_name = "DIR")]
     pub data: Option<String>,
     /// Rounds; their median is reported
@@ -39,6 +40,9 @@ pub struct Args {
     /// Least time of one round
     #[arg(long, value_name = "S", default_value_t = 3.0)]
     pub seconds: f64,
+    /// For `--what data`: the card that is to be fed
+    #[arg(long, value_name = "NAME", value_enum, default_value_t = bench_data::Card::H200)]
+    pub card: bench_data::Card,
     /// Say where the time goes, operation by operation
     #[arg(long)]
     pub profile: bool,
@@ -54,7 +58,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     match args.what {
         What::Train | What::Infer => {}
-        What::Data => return Err(not_built("vitrum bench --what data").hint("use `--what train --data DIR`")),
+        What::Data => return time_data(&args),
         What::Kernels => return Err(not_built("vitrum bench --what kernels").hint("use `cargo bench`")),
     }
     let recipe = recipe(&args)?;
@@ -67,6 +71,18 @@ pub fn run(args: Args) -> Result<()> {
         data: args.data.clone(),
     };
     let measured = bench::run(&recipe, &args.model, &options)?;
+    if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
+}
+
+fn time_data(args: &Args) -> Result<()> {
+    let recipe = recipe(args)?;
+    let options = bench_data::Options {
+        data: args.data.clone().unwrap_or_else(|| "demo".into()),
+        rounds: args.rounds as usize,
+        seconds: args.seconds,
+        card: args.card,
+    };
+    let measured = bench_data::run(&recipe, &args.model, &options)?;
     if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
 }
 

@@ -11,11 +11,10 @@ use crate::backend::Options;
 use crate::backend::cpu::compute::Isa;
 use crate::backend::cuda::driver::Card;
 use crate::backend::cuda::{Cuda, images, probe};
+use crate::data::decode::JpegPath;
 use crate::error::Result;
 use crate::files;
 use crate::report::format;
-
-const JPEG_DECODER: &str = "zune-jpeg, by crate image";
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -105,7 +104,7 @@ impl Machine {
             format!("instruction set: {isa}"),
             format!("memory: {memory}"),
             format!("cache: {} ({cache})", self.cache.display()),
-            format!("jpeg decoder: {JPEG_DECODER}"),
+            format!("jpeg decoder: {}", JpegPath::chosen().describe()),
             format!("kernels: {}", images::summary()),
             format!("needs: {}", needs()),
             format!("gpu: {gpu}"),
@@ -126,7 +125,7 @@ impl Machine {
             "memory_available_bytes": self.memory.as_ref().map(|m| m.available),
             "cache": self.cache.display().to_string(),
             "cache_writable": self.cache_writable,
-            "jpeg_decoder": JPEG_DECODER,
+            "jpeg_decoder": JpegPath::chosen().describe(),
             "kernels": images::kernel_count(),
             "kernel_targets": if images::WHY_NONE.is_none() { images::TARGETS } else { &[] },
             "kernels_reason": images::WHY_NONE,

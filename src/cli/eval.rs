@@ -1,14 +1,17 @@
-//! `vitrum eval`: top-1, top-5 and loss of a model on a data set.
+//! `vitrum eval`: top-1, top-5 and loss of a model on a data set, as one system or as all of them would measure it.
 
 use std::path::PathBuf;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{On, Settings, not_built, print, print_json};
+use super::{On, Settings, print, print_json};
 use crate::data::{Dataset, Split};
 use crate::error::Result;
-use crate::report::format;
+use crate::recipe::PROTOCOLS;
+use crate::report::{format, table};
 use crate::train::loaded::Loaded;
+use crate::train::pass::{Output, PassReport, Protocol};
+use crate::train::score::{Score, Truth};
 use crate::vit::Mode;
 
 #[derive(clap::Args)]
@@ -19,15 +22,21 @@ pub struct Args {
     /// A packed data set, an image folder, or `demo`; takes its validation part
     #[arg(long, value_name = "DIR")]
     pub data: String,
-    /// How pictures are prepared (not built yet)
+    /// How pictures are prepared: a system's name, or `all` for a table [default: the file's own]
     #[arg(long, value_name = "NAME")]
     pub protocol: Option<String>,
-    /// Leave out a short last batch
+    /// Leave out a short last batch, as vit_jax does (with --batch 512)
     #[arg(long)]
     pub drop_last: bool,
-    /// Class names or numbers, one line per picture, in place of the data set's own
+    /// Pictures of one pass
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    pub batch: u16,
+    /// Labels in place of the data set's own: a line (or an entry of a JSON list) per picture, with names or numbers
     #[arg(long, value_name = "FILE")]
     pub labels: Option<PathBuf>,
+    /// Show the accuracy of every class, too
+    #[arg(long)]
+    pub per_class: bool,
     #[command(flatten)]
     pub settings: Settings,
     #[command(flatten)]
@@ -38,39 +47,112 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    if args.protocol.is_some() {
-        return Err(not_built("vitrum eval --protocol").hint("leave it out: the file's own protocol is used"));
-    }
-    if args.labels.is_some() {
-        return Err(
-            not_built("vitrum eval --labels").hint("leave it out: the data set's own labels are used")
-        );
-    }
+    let protocols = match args.protocol.as_deref() {
+        None => Vec::new(),
+        Some("all") => PROTOCOLS.map(|(name, ..)| name).to_vec(),
+        Some(name) => vec![name],
+    };
+    let named = protocols.iter().map(|name| Protocol::named(name)).collect::<Result<Vec<_>>>()?;
     let overrides = args.settings.model_overrides()?;
     let data = Dataset::open(&args.data, Split::Val)?;
-    let batch = BATCH.min(data.len());
-    let mut run = Loaded::open(&args.weights, &overrides, args.on.device, batch, Mode::Infer, None)?;
-    let report = run.evaluate(data, args.drop_last)?;
-    if args.json {
-        return print_json(&json!({
-            "weights": args.weights.display().to_string(),
-            "data": args.data,
-            "images": report.count,
-            "top1": report.top1,
-            "top5": report.top5,
-            "loss": report.loss,
-            "img_per_s": report.img_per_s,
-        }));
+    let batch = usize::from(args.batch).min(data.len());
+    let mut model = Loaded::open(&args.weights, &overrides, args.on.device, batch, Mode::Infer, None)?;
+    let (classes, names) = (model.model.config.classes, model.meta.classes.clone());
+    let truth = match &args.labels {
+        Some(path) => Truth::read(path, &data, classes, names.as_deref())?,
+        None => Truth::of(&data, classes, names.as_deref())?,
+    };
+    let own = model.protocol();
+    let mut measure = |protocol: Protocol| -> Result<Measured> {
+        let protocol = Protocol { drop_last: args.drop_last, ..protocol };
+        let mut score = Score::new(classes);
+        let see = |picture: usize, logits: &[f32]| score.add(&truth, picture, logits);
+        let report = model.pass(&data, protocol, Output::Logits, see)?;
+        Ok(Measured { protocol, score, report })
+    };
+    let what = json!({ "weights": args.weights.display().to_string(), "data": args.data });
+    if args.protocol.as_deref() == Some("all") {
+        let all = named.into_iter().map(measure).collect::<Result<Vec<_>>>()?;
+        if args.json {
+            let entries: Vec<Value> = all.iter().map(|one| one.json(names.as_deref())).collect();
+            return print_json(&merged(what, json!({ "protocols": entries })));
+        }
+        return print(&all_protocols(&all));
     }
-    print(&format!(
-        "{} images   top-1 {}   top-5 {}   loss {:.4}   {}",
-        format::thousands(report.count as u64),
-        format::percent(report.top1),
-        format::percent(report.top5),
-        report.loss,
-        format::rate(report.img_per_s)
-    ))
+    let one = measure(named.first().copied().unwrap_or(own))?;
+    if args.json {
+        return print_json(&merged(what, one.json(names.as_deref())));
+    }
+    print(&one.text())?;
+    if args.per_class { print(&one.per_class(names.as_deref())) } else { Ok(()) }
 }
 
-/// Samples of one pass.
-const BATCH: usize = 64;
+/// A model under one protocol.
+struct Measured {
+    protocol: Protocol,
+    score: Score,
+    report: PassReport,
+}
+
+impl Measured {
+    /// One line.
+    fn text(&self) -> String {
+        let mut text = format!(
+            "{} images   top-1 {}   top-5 {}   loss {:.4}   {}",
+            format::thousands(self.score.images as u64),
+            format::percent(self.score.top1()),
+            format::percent(self.score.top5()),
+            self.score.loss(),
+            format::rate(self.report.img_per_s)
+        );
+        if self.score.unlabelled > 0 {
+            text += &format!("   {} without a label", format::thousands(self.score.unlabelled as u64));
+        }
+        text
+    }
+
+    fn json(&self, names: Option<&[String]>) -> Value {
+        let protocol = json!({
+            "protocol": self.protocol.name(),
+            "resize": self.protocol.resize,
+            "crop_ratio": self.protocol.crop_ratio,
+            "drop_last": self.protocol.drop_last,
+            "img_per_s": self.report.img_per_s,
+        });
+        merged(protocol, self.score.json(names))
+    }
+
+    fn per_class(&self, names: Option<&[String]>) -> String {
+        let row = |(class, images, top1): (usize, usize, f64)| {
+            let name = names.and_then(|names| names.get(class)).map_or(String::new(), String::clone);
+            vec![class.to_string(), name, images.to_string(), format::percent(top1)]
+        };
+        table(&["class", "name", "images", "top-1"], &self.score.per_class().map(row).collect::<Vec<_>>())
+    }
+}
+
+/// Why one file has several published accuracies.
+fn all_protocols(all: &[Measured]) -> String {
+    let row = |one: &Measured| {
+        vec![
+            one.protocol.name().unwrap_or_default().to_string(),
+            serde_json::to_value(one.protocol.resize)
+                .map_or(String::new(), |v| v.to_string().replace('"', "")),
+            format!("{:.3}", one.protocol.crop_ratio),
+            one.score.images.to_string(),
+            format!("{:.2} %", 100.0 * one.score.top1()),
+            format!("{:.2} %", 100.0 * one.score.top5()),
+            format!("{:.4}", one.score.loss()),
+        ]
+    };
+    let head = ["protocol", "resize", "crop ratio", "images", "top-1", "top-5", "loss"];
+    table(&head, &all.iter().map(row).collect::<Vec<_>>())
+}
+
+/// The fields of both objects.
+fn merged(mut first: Value, second: Value) -> Value {
+    if let (Value::Object(fields), Value::Object(more)) = (&mut first, second) {
+        fields.extend(more);
+    }
+    first
+}

@@ -12,7 +12,7 @@ use crate::weights;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// A weights file, a checkpoint, a run directory, a data set, or `demo`
+    /// A weights file or its short name, a checkpoint, a run directory, a data set, or `demo`
     pub path: PathBuf,
     /// Print one JSON object
     #[arg(long)]
@@ -27,12 +27,16 @@ pub fn run(args: Args) -> Result<()> {
 /// Weights are a file, or a folder that a run wrote; any other folder, and an archive, is a data set.
 fn describe(path: &Path) -> Result<Value> {
     let is_demo = ["demo", "demo-hard"].iter().any(|name| path.as_os_str() == *name);
-    if !path.exists() && !is_demo {
+    let short_name = weights::augreg::is_short_name(path);
+    if !path.exists() && !is_demo && !short_name {
         return Err(Error::new(format!("{}: there is no such file or folder", path.display())));
     }
-    let of_a_run = path.join("model.safetensors").exists() || path.join("checkpoints").exists();
+    // A pickle is named too, to be refused by the room that knows what to say.
+    let held = ["model.safetensors", "checkpoints", "pytorch_model.bin"];
+    let of_a_run = held.iter().any(|name| path.join(name).exists());
     let archive = path.extension().is_some_and(|end| end == "tar" || end == "bin");
-    if of_a_run || (path.is_file() && !archive) { weights::describe(path) } else { data::describe(path) }
+    let weights = of_a_run || short_name || (path.is_file() && !archive);
+    if weights { weights::describe(path) } else { data::describe(path) }
 }
 
 /// One `key: value` line per fact, nested ones as `train.records`.
@@ -54,6 +58,7 @@ fn add_lines(key: &str, value: &Value, lines: &mut Vec<String>) {
             return;
         }
         Value::String(text) => text.clone(),
+        Value::Array(items) if items.is_empty() => return,
         Value::Array(items) => match items.as_slice() {
             [height, width] if ["image", "patch"].contains(&last) => format!("{height}x{width}"),
             items => short_list(items),

@@ -6,13 +6,18 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod convert;
 pub mod doctor;
 pub mod eval;
+pub mod features;
+pub mod finetune;
 pub mod grad;
 pub mod inspect;
 pub mod pack;
 pub mod plan;
 pub mod predict;
+pub mod preview;
+pub mod probe;
 pub mod replay;
 pub mod selftest;
 pub mod train;
@@ -43,22 +48,22 @@ struct Cli {
 enum Command {
     /// Train a model as a recipe says
     Train(train::Args),
-    /// Fine-tune a trained model on other data (not built yet)
-    Finetune(NotBuilt),
+    /// Fine-tune a trained model on other data
+    Finetune(finetune::Args),
     /// Measure a model's accuracy on a data set
     Eval(eval::Args),
     /// Say what is in a picture
     Predict(predict::Args),
-    /// Write pooled features of a data set (not built yet)
-    Features(NotBuilt),
-    /// Fit a linear classifier on features (not built yet)
-    Probe(NotBuilt),
+    /// Write pooled features of a data set
+    Features(features::Args),
+    /// Measure how good a model's features are, without training it
+    Probe(probe::Args),
     /// Turn pictures into a packed data set
     Pack(pack::Args),
-    /// Draw a contact sheet of augmented samples (not built yet)
-    Preview(NotBuilt),
-    /// Convert weights between layouts (not built yet)
-    Convert(NotBuilt),
+    /// Draw a contact sheet of augmented samples
+    Preview(preview::Args),
+    /// Convert weights between layouts
+    Convert(convert::Args),
     /// Say what a weights file, a checkpoint or a data set holds
     Inspect(inspect::Args),
     /// Write logits, loss and every gradient of one batch
@@ -73,13 +78,6 @@ enum Command {
     Selftest(selftest::Args),
     /// Say what this machine offers and what Vitrum will use
     Doctor(doctor::Args),
-}
-
-/// Takes anything, so that the answer is "not built yet" and not a complaint about a flag.
-#[derive(clap::Args)]
-struct NotBuilt {
-    #[arg(hide = true, trailing_var_arg = true, allow_hyphen_values = true)]
-    _rest: Vec<OsString>,
 }
 
 /// Settings of a recipe, wherever a command has them.
@@ -145,7 +143,10 @@ fn run(cli: Cli) -> Result<()> {
     };
     match command {
         Command::Train(args) => train::run(args),
+        Command::Finetune(args) => finetune::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::Features(args) => features::run(args),
+        Command::Probe(args) => probe::run(args),
         Command::Predict(args) => predict::run(args),
         Command::Pack(args) => pack::run(args),
         Command::Inspect(args) => inspect::run(args),
@@ -155,17 +156,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Bench(args) => bench::run(args),
         Command::Selftest(args) => selftest::run(args),
         Command::Doctor(args) => doctor::run(args),
-        Command::Finetune(_) => {
-            let hint = "`vitrum train` trains a new model: see `vitrum train --help`";
-            Err(not_built("vitrum finetune").hint(hint))
-        }
-        Command::Features(_) => Err(not_built("vitrum features")),
-        Command::Probe(_) => Err(not_built("vitrum probe")),
-        Command::Preview(_) => Err(not_built("vitrum preview")),
-        Command::Convert(_) => {
-            let hint = "checkpoints of `vitrum train` already have timm's tensor names, in safetensors";
-            Err(not_built("vitrum convert").hint(hint))
-        }
+        Command::Preview(args) => preview::run(args),
+        Command::Convert(args) => convert::run(args),
     }
 }
 

@@ -15,8 +15,8 @@ use crate::recipe::OnBadRecord;
 /// Packs pictures into a data set.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// An image folder (`CLASS/...`, or `train/CLASS/...` and `val/CLASS/...`), a tar archive of such paths, or a
-    /// CIFAR binary or the folder of such
+    /// An image folder (`CLASS/...`, or `train/CLASS/...` and `val/CLASS/...`), a tar archive of such paths or of WebDataset
+    /// samples, a folder of such archives, CIFAR binaries, or a manifest (`.csv`, `.tsv`, `.jsonl`) of paths and labels
     pub source: PathBuf,
     /// The folder to make; with `--check` alone, SOURCE may itself be a packed data set
     pub dest: Option<PathBuf>,
@@ -33,6 +33,10 @@ pub struct Args {
     /// What to do with a record that cannot be decoded
     #[arg(long, value_name = "WHAT", default_value = "skip")]
     pub on_bad_record: OnBadRecord,
+    /// Hold out this share of the training records (0.01 = 1 %), chosen by a hash of their names: as `val`, or as `minival`
+    /// where the source has a validation part
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub minival: f64,
     /// Verify the packed data set: checksums, and every picture
     #[arg(long)]
     pub check: bool,
@@ -55,7 +59,13 @@ pub fn run(args: Args) -> Result<()> {
             size: args.size,
             quality: args.quality,
             on_bad_record: args.on_bad_record,
+            minival: args.minival,
         };
+        if !(0.0..=0.9).contains(&options.minival) {
+            return Err(
+                Error::usage(format!("`--minival` is {}", args.minival)).hint("use a share from 0 to 0.9")
+            );
+        }
         let stop = Arc::new(AtomicUsize::new(0));
         for signal in [SIGINT, SIGTERM] {
             signal_hook::flag::register_usize(signal, stop.clone(), signal as usize).at("signals")?;
@@ -69,8 +79,8 @@ fn report(packed: &Packed, dest: &Path) {
     let parts: Vec<String> = packed
         .parts
         .iter()
-        .map(|(split, records, _)| match split {
-            Some(split) => format!("{records} {} records", split.name()),
+        .map(|(part, records, _)| match part {
+            Some(part) => format!("{records} {part} records"),
             None => format!("{records} records"),
         })
         .collect();

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::recipe::{Metric, Recipe};
 use crate::report::{Log, Summary, format};
 use crate::train;
+use crate::train::finetune;
 use crate::train::run::{Ending, RunOptions, RunSummary, default_out};
 
 #[derive(clap::Args)]
@@ -41,18 +42,23 @@ pub fn run(args: Args) -> Result<()> {
     }
     let options = RunOptions {
         out: args.out.unwrap_or_else(|| default_out(&loaded.name)),
-        recipe_name: loaded.name,
+        recipe_name: loaded.name.clone(),
         resume: args.resume,
         overfit: args.overfit.map(|n| n as usize),
         device: args.on.device,
+        notes: Vec::new(),
     };
     let data = loaded.recipe.data.val.clone().or(loaded.recipe.data.train.clone());
-    summarise(&train::train(loaded.recipe, &options)?, data.as_deref()).print(&log);
+    let run = match loaded.recipe.finetune {
+        Some(_) => finetune::run(&loaded, &options)?,
+        None => train::train(loaded.recipe, &options)?,
+    };
+    summarise(&run, data.as_deref()).print(&log);
     Ok(())
 }
 
-/// What came out, where it is, and what to type next.
-fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
+/// What came of a run, where it is, and what to type next.
+pub(super) fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
     let how = match run.ending {
         Ending::Finished => "trained",
         Ending::EarlyStop => "stopped early, after",

@@ -18,7 +18,7 @@ use super::shard::{Kind, Record, Shard, ShardWriter};
 use super::source::Source;
 
 /// Which part of a data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Split {
     Train = 0,
     Val = 1,
@@ -111,6 +111,8 @@ pub struct Dataset {
     chosen: Option<Vec<usize>>,
     /// Stored label → label, after [`Dataset::with_classes`].
     relabel: Option<Vec<usize>>,
+    /// A sample's label is its own number, after [`Dataset::numbered`].
+    numbered: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -122,6 +124,8 @@ enum Records {
     },
     /// Not packed.
     Listed { source: Arc<Source>, split: Split },
+    /// Several data sets of the same classes, with weights; `starts` as above.
+    Mixture { parts: Arc<Vec<(Dataset, f64)>>, starts: Vec<usize> },
 }
 
 impl Records {
@@ -136,17 +140,39 @@ impl Records {
 
     fn len(&self) -> usize {
         match self {
-            Records::Packed { starts, .. } => starts[starts.len() - 1],
+            Records::Packed { starts, .. } | Records::Mixture { starts, .. } => starts[starts.len() - 1],
             Records::Listed { source, split } => source.items(*split).len(),
         }
     }
 }
 
 impl Dataset {
-    /// Opens `spec`: a path, `demo` or `demo-hard`. Where it has both splits, `split` says which; a data set without
-    /// splits is taken as it is.
+    /// Opens `spec`: a path, `demo` or `demo-hard`, or a mixture of such, `3*DIR + 1*DIR`. Where it has both splits,
+    /// `split` says which; a data set without splits is taken as it is.
     pub fn open(spec: &str, split: Split) -> Result<Self> {
         Place::find(spec)?.open(split)
+    }
+
+    /// Data sets of the same classes as one. Training draws from each by its weight; an evaluation takes all of each.
+    fn mixture(name: &str, parts: Vec<(Dataset, f64)>) -> Result<Self> {
+        let mut starts = vec![0];
+        for (part, _) in &parts {
+            same_classes(parts[0].0.classes(), part.classes()).map_err(|e| e.at(part.name()))?;
+            starts.push(starts[starts.len() - 1] + part.len());
+        }
+        let classes = parts[0].0.classes.clone();
+        let records = Records::Mixture { parts: Arc::new(parts), starts };
+        Ok(Self { name: name.into(), classes, records, chosen: None, relabel: None, numbered: false })
+    }
+
+    /// Records and weight of each part of a mixture; of another data set, all of it.
+    pub fn parts(&self) -> Vec<(usize, f64)> {
+        match &self.records {
+            Records::Mixture { parts, .. } if self.chosen.is_none() => {
+                parts.iter().map(|(part, weight)| (part.len(), *weight)).collect()
+            }
+            _ => vec![(self.len(), 1.0)],
+        }
     }
 
     /// Opens a folder with a `dataset.json`.
@@ -171,6 +197,7 @@ impl Dataset {
             records,
             chosen: None,
             relabel: None,
+            numbered: false,
         })
     }
 
@@ -180,7 +207,14 @@ impl Dataset {
             fail!("{name}: no pictures in its {} part", split.name());
         }
         let classes = source.classes.clone();
-        Ok(Self { name, classes, records: Records::Listed { source, split }, chosen: None, relabel: None })
+        Ok(Self {
+            name,
+            classes,
+            records: Records::Listed { source, split },
+            chosen: None,
+            relabel: None,
+            numbered: false,
+        })
     }
 
     /// Samples.
@@ -205,6 +239,9 @@ impl Dataset {
 
     /// Class index of a sample.
     pub fn label(&self, index: usize) -> usize {
+        if self.numbered {
+            return index;
+        }
         let stored = self.stored_label(index);
         self.relabel.as_ref().map_or(stored, |number| number[stored])
     }
@@ -216,6 +253,35 @@ impl Dataset {
                 shards[shard].label(at)
             }
             Records::Listed { source, split } => source.items(*split)[self.place(index)].label,
+            Records::Mixture { parts, starts } => {
+                let (part, at) = locate(starts, self.place(index));
+                parts[part].0.label(at)
+            }
+        }
+    }
+
+    /// All class indices of a sample: one, unless samples have several labels.
+    pub fn labels(&self, index: usize) -> impl Iterator<Item = usize> {
+        let stored = match &self.records {
+            Records::Packed { shards, starts } => {
+                let (shard, at) = locate(starts, self.place(index));
+                shards[shard].labels(at)
+            }
+            Records::Listed { source, split } => source.items(*split)[self.place(index)].labels(),
+            Records::Mixture { parts, starts } => {
+                let (part, at) = locate(starts, self.place(index));
+                parts[part].0.labels(at).collect()
+            }
+        };
+        stored.into_iter().map(|label| self.relabel.as_ref().map_or(label, |number| number[label]))
+    }
+
+    /// Whether samples may have several labels, or none.
+    pub fn is_multi_label(&self) -> bool {
+        match &self.records {
+            Records::Packed { shards, .. } => shards.iter().any(Shard::is_multi_label),
+            Records::Listed { source, .. } => source.is_multi_label(),
+            Records::Mixture { parts, .. } => parts.iter().any(|(part, _)| part.is_multi_label()),
         }
     }
 
@@ -228,6 +294,10 @@ impl Dataset {
                 shards[shard].name(at).unwrap_or_else(|| format!("record {place}"))
             }
             Records::Listed { source, split } => source.items(*split)[place].name.clone(),
+            Records::Mixture { parts, starts } => {
+                let (part, at) = locate(starts, place);
+                format!("{}: {}", parts[part].0.name(), parts[part].0.record_name(at))
+            }
         }
     }
 
@@ -239,6 +309,25 @@ impl Dataset {
                 Ok(shards[shard].record(at))
             }
             Records::Listed { source, split } => source.store.read(&source.items(*split)[self.place(index)]),
+            Records::Mixture { parts, starts } => {
+                let (part, at) = locate(starts, self.place(index));
+                parts[part].0.record(at)
+            }
+        }
+    }
+
+    /// Asks the system to have a packed sample's bytes in memory soon.
+    pub fn will_need(&self, index: usize) {
+        match &self.records {
+            Records::Packed { shards, starts } => {
+                let (shard, at) = locate(starts, self.place(index));
+                shards[shard].will_need(at);
+            }
+            Records::Listed { .. } => {}
+            Records::Mixture { parts, starts } => {
+                let (part, at) = locate(starts, self.place(index));
+                parts[part].0.will_need(at);
+            }
         }
     }
 
@@ -250,6 +339,10 @@ impl Dataset {
                 shards.iter().all(|s| s.image() == Some(first)).then_some(first)
             }
             Records::Listed { .. } => None,
+            Records::Mixture { parts, .. } => {
+                let first = parts[0].0.image()?;
+                parts.iter().all(|(part, _)| part.image() == Some(first)).then_some(first)
+            }
         }
     }
 
@@ -258,6 +351,7 @@ impl Dataset {
         match &self.records {
             Records::Packed { shards, .. } => shards.iter().map(Shard::byte_len).sum(),
             Records::Listed { .. } => 0,
+            Records::Mixture { parts, .. } => parts.iter().map(|(part, _)| part.byte_len()).sum(),
         }
     }
 
@@ -285,6 +379,12 @@ impl Dataset {
         self.relabel = Some(self.classes.iter().map(number).collect::<Result<_>>()?);
         self.classes = classes.to_vec();
         Ok(self)
+    }
+
+    /// Gives every sample its own number for a label: for a pass that has to know which sample it sees.
+    pub fn numbered(mut self) -> Self {
+        self.numbered = true;
+        self
     }
 
     fn place(&self, index: usize) -> usize {
@@ -329,6 +429,8 @@ pub(super) enum Place {
         val: Option<PathBuf>,
     },
     Unpacked(Arc<Source>),
+    /// What the user wrote, and its parts with their weights.
+    Mixture(String, Vec<(Place, f64)>),
 }
 
 impl Place {
@@ -337,6 +439,9 @@ impl Place {
             return Ok(Place::Demo(variant));
         }
         let path = Path::new(spec);
+        if !path.exists() && spec.contains(" + ") {
+            return Self::find_mixture(spec);
+        }
         if !path.exists() {
             return Err(Error::new(format!("{spec}: no such file or folder"))
                 .hint("name a packed data set, a folder of class folders, `demo` or `demo-hard`"));
@@ -352,6 +457,22 @@ impl Place {
         }
     }
 
+    /// `3*DIR + DIR`: a weight counts how often a part is drawn; without one it is 1.
+    fn find_mixture(spec: &str) -> Result<Self> {
+        let mut parts = Vec::new();
+        for term in spec.split(" + ").map(str::trim) {
+            let weighted =
+                term.split_once('*').and_then(|(w, path)| Some((w.trim().parse().ok()?, path.trim())));
+            let (weight, path): (f64, &str) = weighted.unwrap_or((1.0, term));
+            if !(weight > 0.0 && weight.is_finite()) {
+                return Err(Error::usage(format!("`{term}`: a weight is a number above 0"))
+                    .hint("write a mixture as `3*DIR + 1*DIR`"));
+            }
+            parts.push((Self::find(path)?, weight));
+        }
+        Ok(Place::Mixture(spec.into(), parts))
+    }
+
     /// Whether validation samples are told apart from training samples.
     fn has_val(&self) -> bool {
         match self {
@@ -359,6 +480,7 @@ impl Place {
             Place::Packed(_) => false,
             Place::PackedSplit { val, .. } => val.is_some(),
             Place::Unpacked(source) => source.is_split(),
+            Place::Mixture(_, parts) => parts.iter().all(|(part, _)| part.has_val()),
         }
     }
 
@@ -374,6 +496,10 @@ impl Place {
                 Dataset::open_packed(dir)
             }
             Place::Unpacked(source) => Dataset::listed(source.clone(), split),
+            Place::Mixture(name, parts) => {
+                let open = |(place, weight): &(Place, f64)| Ok((place.open(split)?, *weight));
+                Dataset::mixture(name, parts.iter().map(open).collect::<Result<_>>()?)
+            }
         }
     }
 }
@@ -435,6 +561,7 @@ fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset
                 records: Records::packed(vec![shard]),
                 chosen: None,
                 relabel: None,
+                numbered: false,
             })
         }
     }
@@ -511,6 +638,7 @@ mod tests {
             records: Records::packed(vec![shard(0..3), shard(3..3), shard(3..50), shard(50..100)]),
             chosen: None,
             relabel: None,
+            numbered: false,
         };
         assert!((0..100).all(|i| dataset.label(i) == i && dataset.record_name(i) == format!("name {i}")));
         let some = dataset.take(20);
@@ -537,6 +665,7 @@ mod tests {
             records: Records::packed(vec![Shard::from_bytes(bytes.clone(), 3).unwrap()]),
             chosen: None,
             relabel: None,
+            numbered: false,
         };
         let renamed = dataset(names("ant bee cat")).with_classes(&names("cat ant bee")).unwrap();
         assert_eq!((0..3).map(|i| renamed.label(i)).collect::<Vec<_>>(), [1, 2, 0]);

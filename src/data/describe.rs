@@ -41,6 +41,13 @@ pub fn describe(path: &Path) -> Result<Value> {
             }
             about["classes"] = json!(source.classes);
         }
+        Place::Mixture(_, parts) => {
+            let dataset = place.open(Split::Train)?;
+            about["format"] = "mixture".into();
+            about["records"] = dataset.len().into();
+            about["weights"] = json!(parts.iter().map(|(_, weight)| weight).collect::<Vec<_>>());
+            about["classes"] = json!(dataset.classes());
+        }
     }
     Ok(about)
 }

@@ -1,8 +1,8 @@
 //! The loader: a thread that fills batch slots ahead of the trainer, in order, with a few workers of its own.
 //!
-//! Batch `k` of a training run holds samples `k·B ..` of the concatenated epochs; an epoch is a keyed permutation that
-//! can be evaluated at any place, so the position of the next batch is the loader's whole state. What a sample looks
-//! like is a function of (seed, epoch, record). Neither workers nor restarts change a byte.
+//! Batch `k` of a training run holds samples `k·B ..` of the run, and [`Order`] says which record a sample is, so that the
+//! position of the next batch is the loader's whole state. What a sample looks like is a function of (seed, epoch, record,
+//! repeat). Neither workers nor ranks nor restarts change a byte.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -14,15 +14,16 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-use crate::backend::{Slot, TargetKind};
+use crate::backend::{MixBox, Normalise, Pixels, Slot, TargetKind};
 use crate::error::{Error, Result};
 use crate::recipe::{AugmentSection, EvalResize, OnBadRecord};
-use crate::rng::{Domain, Permutation, Stream};
+use crate::rng::{Domain, Stream};
 
-use super::augment::{self, Buffers, mix};
+use super::augment::{self, Buffers, Target, erase, mix};
 use super::dataset::Dataset;
-use super::decode;
-use super::picture::{Picture, View};
+use super::decode::Decoder;
+use super::order::{Cache, Order};
+use super::picture::{View, Window};
 use super::shard::Record;
 
 /// What the batches are for.
@@ -49,6 +50,24 @@ pub struct LoaderSpec {
     pub on_bad_record: OnBadRecord,
 }
 
+/// Beyond what every run needs: parts of a run, and special slots.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Delivery {
+    /// This process, of how many: each has its own part of every batch.
+    pub rank: usize,
+    pub ranks: usize,
+    /// Records within which neighbours are shuffled, for disks that seek; 0: the whole epoch.
+    pub shuffle_window: usize,
+    /// Of the model: for slots that hold f32.
+    pub normalise: Normalise,
+}
+
+impl Default for Delivery {
+    fn default() -> Self {
+        Self { rank: 0, ranks: 1, shuffle_window: 0, normalise: Normalise::INCEPTION }
+    }
+}
+
 /// Delivers filled slots in order. Dropping it stops its threads.
 pub struct Loader {
     ready: Receiver<Message>,
@@ -68,8 +87,14 @@ enum Message {
 }
 
 impl Loader {
-    /// Starts loading into `slots`, which have the spec's batch and image size and hold u8 pixels.
+    /// Starts loading into `slots`, which have the spec's batch and image size.
     pub fn new(dataset: Arc<Dataset>, spec: LoaderSpec, slots: Vec<Slot>) -> Self {
+        Self::with(dataset, spec, Delivery::default(), slots)
+    }
+
+    /// The same for a part of a run, or for slots of f32.
+    pub fn with(dataset: Arc<Dataset>, mut spec: LoaderSpec, delivery: Delivery, slots: Vec<Slot>) -> Self {
+        assert!(delivery.rank < delivery.ranks, "a rank is one of the ranks");
         assert!(!slots.is_empty(), "a loader needs at least one slot");
         for slot in &slots {
             assert_eq!(
@@ -83,7 +108,14 @@ impl Loader {
         slots.into_iter().for_each(|slot| free.send(slot).expect("the receiver lives"));
         let stop = Arc::new(AtomicBool::new(false));
         let bad = Arc::new(Mutex::new(HashSet::new()));
-        let filler = Filler { dataset, spec, stop: stop.clone(), bad: bad.clone() };
+        let order = match &mut spec.mode {
+            Mode::Train { augment, seed } => {
+                *augment = augment.effective();
+                Order::new(&dataset.parts(), *seed, delivery.shuffle_window, augment.repeats)
+            }
+            Mode::Eval { .. } => Order::new(&[(dataset.len(), 1.0)], 0, 0, 1),
+        };
+        let filler = Filler { dataset, spec, delivery, order, stop: stop.clone(), bad: bad.clone() };
         let thread = std::thread::Builder::new()
             .name("loader".into())
             .spawn(move || filler.run(free_slots, done))
@@ -170,6 +202,8 @@ impl Drop for Loader {
 struct Filler {
     dataset: Arc<Dataset>,
     spec: LoaderSpec,
+    delivery: Delivery,
+    order: Order,
     stop: Arc<AtomicBool>,
     /// Records that could not be decoded, each warned of once.
     bad: Arc<Mutex<HashSet<usize>>>,
@@ -204,6 +238,7 @@ impl Filler {
             if self.stop.load(Ordering::Relaxed) {
                 return std::iter::once(slot).chain(free.iter()).collect();
             }
+            self.ask_ahead(position + 1);
             let message = match pool.install(|| self.fill(&mut slot)) {
                 Ok(()) => Message::Batch(slot),
                 Err(error) => Message::Failed(error),
@@ -216,9 +251,23 @@ impl Filler {
         free.iter().collect()
     }
 
+    /// Has the system read the records of a batch while the one before it is made.
+    fn ask_ahead(&self, position: u64) {
+        let Mode::Train { augment, .. } = &self.spec.mode else { return };
+        if self.dataset.image().is_some() {
+            return; // small records: the system reads ahead as well as we
+        }
+        let mut cache = Cache::default();
+        for i in 0..self.spec.batch {
+            let number = self.number(position, i, augment.repeats);
+            self.dataset.will_need(self.order.at_with(number, &mut cache).record);
+        }
+    }
+
     fn past_the_end(&self, position: u64) -> bool {
         matches!(self.spec.mode, Mode::Eval { .. })
-            && position.saturating_mul(self.spec.batch as u64) >= self.dataset.len() as u64
+            && position.saturating_mul((self.spec.batch * self.delivery.ranks) as u64)
+                >= self.dataset.len() as u64
     }
 
     fn fill(&self, slot: &mut Slot) -> Result<()> {
@@ -228,92 +277,128 @@ impl Filler {
         }
     }
 
+    /// The run's number of this rank's sample `i` of a batch. Samples of one record go to different ranks.
+    fn number(&self, position: u64, i: usize, repeats: usize) -> u64 {
+        let (batch, Delivery { rank, ranks, .. }) = (self.spec.batch, self.delivery);
+        let in_batch = if repeats > 1 { i * ranks + rank } else { rank * batch + i };
+        position * (batch * ranks) as u64 + in_batch as u64
+    }
+
     fn fill_train(&self, slot: &mut Slot, augment: &AugmentSection, seed: u64) -> Result<()> {
-        let (batch, len) = (self.spec.batch, self.dataset.len() as u64);
-        let first = slot.position * batch as u64;
-        // A batch may straddle epochs.
-        let first_epoch = first / len;
-        let orders: Vec<_> = (first_epoch..=(first + batch as u64 - 1) / len)
-            .map(|epoch| Permutation::new(len as usize, seed, Domain::Order, epoch))
-            .collect();
-        let labels = self.each_sample(slot, batch, |i, buffers, out| {
-            let (epoch, place) = ((first + i as u64) / len, (first + i as u64) % len);
-            let record = orders[(epoch - first_epoch) as usize].at(place as usize);
-            let mut draws = Stream::new(seed, Domain::Augment, epoch, record as u64);
+        let (batch, position) = (self.spec.batch, slot.position);
+        let made = self.each_sample(slot, batch, |i, buffers, mut target| {
+            let WorkerBuffers { decoder, augment: buffers, order } = buffers;
+            let drawn = self.order.at_with(self.number(position, i, augment.repeats), order);
+            // Records are below 2^40, repeats few.
+            let key = drawn.record as u64 | (drawn.repeat as u64) << 40;
+            let mut draws = Stream::new(seed, Domain::Augment, drawn.epoch, key);
             // A record that cannot be decoded is replaced by the next one that can.
             for step in 0..self.dataset.len() {
-                let record = (record + step) % self.dataset.len();
-                let WorkerBuffers { picture, augment: buffers } = &mut *buffers;
-                let made = with_pixels(&self.dataset, record, picture, |view| {
-                    augment::train(augment, view, self.spec.image, &mut draws, buffers, out);
+                let record = (drawn.record + step) % self.dataset.len();
+                let made = self.dataset.record(record).and_then(|stored| {
+                    let view = pixels(&stored, decoder, |of| augment::window(augment, of, &mut draws))?;
+                    augment::train(augment, view, self.spec.image, &mut draws, buffers, target.again());
+                    Ok(())
                 });
                 match made {
-                    Ok(()) => return Ok(Some(self.dataset.label(record))),
+                    Ok(()) => {
+                        let erase = match augment.erase > 0.0 {
+                            true => (erase::draw(augment, self.spec.image, &mut draws), draws.next_u32()),
+                            false => Default::default(),
+                        };
+                        return Ok(Some(Made { record, erase }));
+                    }
                     Err(error) => self.bad_record(record, error)?,
                 }
             }
             Err(Error::new(format!("{}: no record can be decoded", self.dataset.name())))
         })?;
         slot.count = batch;
-        write_targets(slot, &labels);
-        mix::fill(slot, augment, seed);
+        self.write_targets(slot, &made);
+        mix::fill(slot, augment, seed, self.delivery.rank);
+        if augment.erase > 0.0 {
+            erase::enter(slot, augment, made.iter().map(|m| m.map_or_else(Default::default, |m| m.erase)));
+        }
         Ok(())
     }
 
     fn fill_eval(&self, slot: &mut Slot, resize: EvalResize, crop_ratio: f32) -> Result<()> {
-        let first = slot.position as usize * self.spec.batch;
-        let count = (self.dataset.len() - first).min(self.spec.batch);
-        let labels = self.each_sample(slot, count, |i, buffers, out| {
-            let WorkerBuffers { picture, augment: buffers } = buffers;
-            let made = with_pixels(&self.dataset, first + i, picture, |view| {
-                augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, out);
+        let first = self.number(slot.position, 0, 1) as usize;
+        let count = self.dataset.len().saturating_sub(first).min(self.spec.batch);
+        let made = self.each_sample(slot, count, |i, buffers, mut target| {
+            let WorkerBuffers { decoder, augment: buffers, .. } = buffers;
+            let made = self.dataset.record(first + i).and_then(|stored| {
+                let view = pixels(&stored, decoder, Window::whole)?;
+                augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, target.again());
+                Ok(())
             });
             match made {
-                Ok(()) => Ok(Some(self.dataset.label(first + i))),
+                Ok(()) => Ok(Some(Made { record: first + i, erase: Default::default() })),
                 Err(error) => self.bad_record(first + i, error).map(|()| None),
             }
         })?;
         // A record that cannot be decoded is left out: the others move up.
+        let kept: Vec<usize> = (0..count).filter(|i| made[*i].is_some()).collect();
         let image_len = slot.layout().image_len();
-        let pixels = slot.images_u8_mut();
-        let mut kept = Vec::with_capacity(count);
-        for (i, label) in labels.into_iter().enumerate() {
-            if label.is_some() {
-                if kept.len() < i {
-                    pixels.copy_within(i * image_len..(i + 1) * image_len, kept.len() * image_len);
-                }
-                kept.push(label);
-            }
+        match slot.layout().pixels {
+            Pixels::U8 => close_up(slot.images_u8_mut(), image_len, &kept),
+            Pixels::F32 => close_up(slot.images_f32_mut(), image_len, &kept),
         }
-        pixels[kept.len() * image_len..].fill(0);
         slot.count = kept.len();
-        write_targets(slot, &kept);
+        let made: Vec<_> = kept.into_iter().map(|i| made[i]).collect();
+        self.write_targets(slot, &made);
         slot.clear_mix();
         Ok(())
     }
 
-    /// Runs `make(i, buffers, pixels)` for samples `0..count` of a slot on the workers.
+    /// Runs `make(i, buffers, target)` for samples `0..count` of a slot on the workers.
     fn each_sample(
         &self,
         slot: &mut Slot,
         count: usize,
-        make: impl Fn(usize, &mut WorkerBuffers, &mut [u8]) -> Result<Option<usize>> + Sync,
-    ) -> Result<Vec<Option<usize>>> {
+        make: impl Fn(usize, &mut WorkerBuffers, Target) -> Result<Option<Made>> + Sync,
+    ) -> Result<Vec<Option<Made>>> {
         thread_local! {
             static BUFFERS: RefCell<WorkerBuffers> = RefCell::default();
         }
         let image_len = slot.layout().image_len();
-        let pixels = &mut slot.images_u8_mut()[..count * image_len];
-        pixels
-            .par_chunks_exact_mut(image_len)
-            .enumerate()
-            .map(|(i, out)| {
-                if self.stop.load(Ordering::Relaxed) {
-                    return Ok(None);
+        let run = |i: usize, target: Target| {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            BUFFERS.with_borrow_mut(|buffers| make(i, buffers, target))
+        };
+        match slot.layout().pixels {
+            Pixels::U8 => slot.images_u8_mut()[..count * image_len]
+                .par_chunks_exact_mut(image_len)
+                .enumerate()
+                .map(|(i, out)| run(i, Target::U8(out)))
+                .collect(),
+            Pixels::F32 => slot.images_f32_mut()[..count * image_len]
+                .par_chunks_exact_mut(image_len)
+                .enumerate()
+                .map(|(i, out)| run(i, Target::F32(out, self.delivery.normalise)))
+                .collect(),
+        }
+    }
+
+    /// Labels, one-hot or multi-hot targets; padding is class 0, and counts for nothing.
+    fn write_targets(&self, slot: &mut Slot, made: &[Option<Made>]) {
+        let record = |i: usize| made.get(i).copied().flatten().map(|m| m.record);
+        match slot.layout().targets {
+            TargetKind::Labels => {
+                let label = |i: usize| record(i).map_or(0, |r| self.dataset.label(r));
+                slot.labels_mut().iter_mut().enumerate().for_each(|(i, l)| *l = label(i) as i32);
+            }
+            TargetKind::Dense { classes } => {
+                for (i, row) in slot.targets_mut().chunks_exact_mut(classes).enumerate() {
+                    row.fill(0.0);
+                    if let Some(record) = record(i) {
+                        self.dataset.labels(record).for_each(|label| row[label] = 1.0);
+                    }
                 }
-                BUFFERS.with_borrow_mut(|buffers| make(i, buffers, out))
-            })
-            .collect()
+            }
+        }
     }
 
     /// Stops at a bad record, or warns of it the first time.
@@ -335,41 +420,39 @@ impl Filler {
 
 #[derive(Default)]
 struct WorkerBuffers {
-    picture: Picture,
+    decoder: Decoder,
     augment: Buffers,
+    order: Cache,
 }
 
-/// Gives `make` the pixels of a record: as they are stored, or decoded into `picture`.
-fn with_pixels<T>(
-    dataset: &Dataset,
+/// What became of a sample, besides its pixels.
+#[derive(Clone, Copy)]
+struct Made {
     record: usize,
-    picture: &mut Picture,
-    make: impl FnOnce(View) -> T,
-) -> Result<T> {
-    match dataset.record(record)? {
-        Record::Raw { pixels, height, width } => Ok(make(View::new(&pixels, height, width))),
-        Record::Encoded(bytes) => {
-            decode::decode_into(&bytes, picture)?;
-            Ok(make(picture.view()))
-        }
-    }
+    /// Box and seed.
+    erase: (MixBox, u32),
 }
 
-/// Labels or one-hot targets; padding is class 0, and counts for nothing.
-fn write_targets(slot: &mut Slot, labels: &[Option<usize>]) {
-    let label = |i: usize| labels.get(i).copied().flatten();
-    match slot.layout().targets {
-        TargetKind::Labels => {
-            slot.labels_mut().iter_mut().enumerate().for_each(|(i, l)| *l = label(i).unwrap_or(0) as i32);
+/// Moves the pictures that are kept to the front; what is behind them becomes zero.
+fn close_up<T: Copy + Default>(pixels: &mut [T], image_len: usize, kept: &[usize]) {
+    for (to, from) in kept.iter().enumerate().filter(|(to, from)| to != *from) {
+        pixels.copy_within(from * image_len..(from + 1) * image_len, to * image_len);
+    }
+    pixels[kept.len() * image_len..].fill(T::default());
+}
+
+/// The window of a record that `choose` picks, told its (H, W): a part of what is stored, or decoded.
+pub fn pixels<'a>(
+    record: &'a Record,
+    decoder: &'a mut Decoder,
+    choose: impl FnOnce((usize, usize)) -> Window,
+) -> Result<View<'a>> {
+    match record {
+        Record::Raw { pixels, height, width } => {
+            let w = choose((*height, *width));
+            Ok(View::new(pixels, *height, *width).window(w.y, w.x, w.height, w.width))
         }
-        TargetKind::Dense { classes } => {
-            for (i, row) in slot.targets_mut().chunks_exact_mut(classes).enumerate() {
-                row.fill(0.0);
-                if let Some(label) = label(i) {
-                    row[label] = 1.0;
-                }
-            }
-        }
+        Record::Encoded(bytes) => decoder.window(bytes, choose),
     }
 }
 
@@ -498,6 +581,65 @@ mod tests {
         assert_eq!(seen, 2000);
         assert!(loader.next().unwrap().is_none(), "and stays at the end");
         assert_eq!(loader.into_slots().len(), 2);
+    }
+
+    #[test]
+    fn ranks_share_a_batch_without_overlap_and_with_the_same_pixels() {
+        let data = Arc::new(Dataset::open("demo", Split::Train).unwrap().take(100));
+        let load = |batch: usize, rank: usize, ranks: usize| {
+            let delivery = Delivery { rank, ranks, ..Delivery::default() };
+            let slots = slots(2, batch, TargetKind::Labels);
+            take(&mut Loader::with(data.clone(), spec(training(5), batch, 2), delivery, slots), 5)
+        };
+        let whole = load(24, 0, 1);
+        for ranks in [2, 4] {
+            let parts: Vec<_> = (0..ranks).map(|rank| load(24 / ranks, rank, ranks)).collect();
+            for (k, batch) in whole.iter().enumerate() {
+                let pixels: Vec<u8> = parts.iter().flat_map(|p| p[k].2.clone()).collect();
+                let labels: Vec<i32> = parts.iter().flat_map(|p| p[k].3.clone()).collect();
+                assert!(pixels == batch.2 && labels == batch.3, "batch {k} of {ranks} ranks");
+                assert!(parts.iter().all(|p| p[k].5[0] == batch.5[0]), "one λ for all ranks");
+            }
+        }
+        let mode = Mode::Eval { resize: EvalResize::Squash, crop_ratio: 1.0 };
+        let seen: usize = (0..3)
+            .map(|rank| {
+                let delivery = Delivery { rank, ranks: 3, ..Delivery::default() };
+                let slots = slots(2, 8, TargetKind::Labels);
+                let mut loader = Loader::with(data.clone(), spec(mode.clone(), 8, 2), delivery, slots);
+                let mut seen = 0;
+                while let Some(slot) = loader.next().unwrap() {
+                    seen += slot.count;
+                    loader.recycle(slot);
+                }
+                seen
+            })
+            .sum();
+        assert_eq!(seen, 100);
+    }
+
+    #[test]
+    fn slots_of_f32_hold_the_same_samples_normalised() {
+        let data = Arc::new(Dataset::open("demo", Split::Train).unwrap().take(40));
+        let make = |pixels| {
+            let layout = SlotLayout { samples: 8, image: (32, 32), pixels, targets: TargetKind::Labels };
+            let slot = Slot::new(Box::new(PlainMemory::new(layout.bytes()).unwrap()), layout);
+            Loader::new(data.clone(), spec(training(2), 8, 2), vec![slot]).next().unwrap().unwrap()
+        };
+        let (bytes, floats) = (make(Pixels::U8), make(Pixels::F32));
+        let normal = |p: &u8| (f32::from(*p) - 127.5) / 127.5;
+        assert!(bytes.images_u8().iter().map(normal).eq(floats.images_f32().iter().copied()));
+    }
+
+    #[test]
+    fn erased_boxes_travel_with_the_batch() {
+        let augment = AugmentSection { crop: Crop::Pad, erase: 0.5, ..Default::default() };
+        let mode = Mode::Train { augment, seed: 4 };
+        let mut loader = Loader::new(demo(Split::Train), spec(mode, 64, 2), slots(2, 64, TargetKind::Labels));
+        let slot = loader.next().unwrap().unwrap();
+        let erased = slot.erase().iter().filter(|e| e.cut.y1 > e.cut.y0).count();
+        assert!((16..48).contains(&erased), "{erased} of 64");
+        assert!(slot.erase().windows(2).any(|e| e[0].seed != e[1].seed) && slot.erase()[0].mode == 2);
     }
 
     #[test]

@@ -1,24 +1,30 @@
 //! From pictures on disk to batches in slots.
 //!
 //! A data set is packed once ([`pack`]) into a folder of memory-mapped safetensors shards ([`shard`], [`dataset`]);
-//! image folders, tar archives and CIFAR binaries ([`source`]) train unpacked as well, and [`demo`] draws a data set
-//! of its own. The [`loader`] decodes ([`decode`]) and augments ([`augment`]) with a few workers and writes the
-//! finished pixels once, straight into the batch slots that the device reads.
+//! image folders, tar archives, CIFAR binaries and manifests ([`source`]) train unpacked as well, and [`demo`] draws a
+//! data set of its own. [`order`] says which record a sample is. The [`loader`] decodes ([`decode`], [`jpeg`]) and
+//! augments ([`augment`]) with a few workers and writes the finished pixels once, straight into the batch slots that the
+//! device reads. [`sheet`] shows them to people.
 
 pub mod augment;
 pub mod dataset;
 pub mod decode;
 pub mod demo;
 mod describe;
+pub mod imagenet;
+pub mod jpeg;
 pub mod loader;
+pub mod order;
 pub mod pack;
 pub mod picture;
 pub mod shard;
+pub mod sheet;
 pub mod source;
 
 pub use dataset::{Dataset, Split, pair};
 pub use describe::describe;
-pub use loader::{Loader, LoaderSpec, Mode};
+pub use loader::{Delivery, Loader, LoaderSpec, Mode, pixels};
+pub use pack::encode_png;
 
 use std::path::Path;
 
@@ -36,7 +42,8 @@ pub fn read_image(
     let mut picture = picture::Picture::default();
     decode::decode_into(&files::read(path)?, &mut picture).map_err(|e| e.at(path.display()))?;
     let mut out = vec![0; image.0 * image.1 * 3];
-    augment::evaluate(resize, crop_ratio, picture.view(), image, &mut augment::Buffers::default(), &mut out);
+    let target = augment::Target::U8(&mut out);
+    augment::evaluate(resize, crop_ratio, picture.view(), image, &mut augment::Buffers::default(), target);
     Ok(out)
 }
 

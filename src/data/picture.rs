@@ -15,6 +15,22 @@ impl Picture {
     }
 }
 
+/// Which part of a picture, in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    pub y: usize,
+    pub x: usize,
+    pub height: usize,
+    pub width: usize,
+}
+
+impl Window {
+    /// All of a picture of (H, W).
+    pub fn whole((height, width): (usize, usize)) -> Self {
+        Self { y: 0, x: 0, height, width }
+    }
+}
+
 /// A window of a picture: rows of `width · 3` bytes, `stride` bytes apart.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
@@ -55,6 +71,12 @@ impl<'a> View<'a> {
     /// The window of `size` in the middle; an odd remainder is at the bottom and right.
     pub fn centre(&self, size: (usize, usize)) -> View<'a> {
         self.window((self.height - size.0) / 2, (self.width - size.1) / 2, size.0, size.1)
+    }
+
+    /// The window of `size` in the middle as torchvision places it: half of an odd remainder is rounded to even.
+    pub fn centre_rounded(&self, size: (usize, usize)) -> View<'a> {
+        let start = |room: usize| (room as f64 / 2.0).round_ties_even() as usize;
+        self.window(start(self.height - size.0), start(self.width - size.1), size.0, size.1)
     }
 
     /// Copies the pixels to `out`, `[H, W, 3]` without gaps.

@@ -52,3 +52,34 @@ impl Arrays {
         super::picture::Picture { height: shape[0], width: shape[1], pixels }
     }
 }
+
+/// Name and bytes of all files below these folders of `VITRUM_TEST_DATA` that fit a decoder's test; none where the data
+/// is absent, and a line that says so.
+pub(crate) fn pictures(folders: &[&str]) -> Vec<(String, Vec<u8>)> {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data");
+    let root = std::env::var_os("VITRUM_TEST_DATA").map_or_else(|| default.into(), PathBuf::from);
+    let mut dirs: Vec<PathBuf> = folders.iter().map(|folder| root.join(folder)).collect();
+    let mut found = Vec::new();
+    while let Some(dir) = dirs.pop() {
+        let Ok(entries) = std::fs::read_dir(&dir) else {
+            println!("skipped: no {}", dir.display());
+            continue;
+        };
+        for path in entries.map(|entry| entry.unwrap().path()) {
+            // What takes seconds by design has tests of its own.
+            let slow = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("bomb"));
+            if path.is_dir() {
+                dirs.push(path);
+            } else if !slow && path.extension().is_some_and(|e| e != "py") {
+                found.push((path.display().to_string(), std::fs::read(&path).unwrap()));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Draws for tests.
+pub(crate) fn seeded(seed: u64) -> crate::rng::Stream {
+    crate::rng::Stream::new(seed, crate::rng::Domain::Demo, u64::MAX, 0)
+}

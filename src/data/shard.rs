@@ -2,7 +2,7 @@
 //!
 //! | tensor | type, shape | |
 //! |---|---|---|
-//! | `labels` | I64 `[count]` | class indices |
+//! | `labels` | I64 `[count]`, or U8 `[count, classes]` | class indices, or ones where a sample has a class |
 //! | `images` | U8 `[count, H, W, 3]` | raw pixels, or instead of them: |
 //! | `data`, `offsets` | U8 `[bytes]`, U64 `[count + 1]` | encoded pictures, one after the other |
 //! | `names`, `name_offsets` | U8 `[bytes]`, U64 `[count + 1]` | where each record came from; may be absent |
@@ -36,15 +36,27 @@ pub enum Record<'a> {
 #[derive(Debug)]
 pub struct Shard {
     bytes: Bytes,
-    labels: Vec<u32>,
+    labels: Labels,
     body: Body,
     names: Option<Blob>,
+}
+
+/// Class indices of the records.
+#[derive(Debug)]
+enum Labels {
+    One(Vec<u32>),
+    /// Those of record i are `values[ends[i-1]..ends[i]]`.
+    Several {
+        ends: Vec<usize>,
+        values: Vec<u32>,
+    },
 }
 
 /// Where a shard's bytes are.
 #[derive(Debug)]
 enum Bytes {
-    Mapped(Mmap),
+    /// The map, and the file's name for [`guard`].
+    Mapped(Mmap, &'static str),
     Owned(Vec<u8>),
 }
 
@@ -71,7 +83,9 @@ impl Shard {
     /// Maps a shard file and checks it. `classes` bounds the labels.
     pub fn open(path: &Path, classes: usize) -> Result<Self> {
         let bytes = map(path)?;
-        Self::parse(Bytes::Mapped(bytes), classes).map_err(|e| damaged(e.at(path.display())))
+        // Names outlive their maps: whoever handles a signal cannot ask whether they are still there.
+        let name = Box::leak(path.display().to_string().into_boxed_str());
+        Self::parse(Bytes::Mapped(bytes, name), classes).map_err(|e| damaged(e.at(path.display())))
     }
 
     /// A shard that lives in memory.
@@ -115,10 +129,7 @@ impl Shard {
             Ok(Blob { start: start(view.data()), offsets: words })
         };
 
-        let labels = read_labels(&tensors)?;
-        if let Some(label) = labels.iter().find(|l| **l as usize >= classes) {
-            fail!("label {label} in a data set of {classes} classes");
-        }
+        let labels = Labels::read(&tensors, classes)?;
         let count = labels.len();
         let body = if tensors.names().contains(&"images") {
             let view = tensor("images", Dtype::U8)?;
@@ -141,11 +152,21 @@ impl Shard {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.labels.is_empty()
+        self.len() == 0
     }
 
+    /// The class of a record; of several the first, of none 0.
     pub fn label(&self, index: usize) -> usize {
-        self.labels[index] as usize
+        self.labels.of(index).first().map_or(0, |label| *label as usize)
+    }
+
+    /// All classes of a record.
+    pub fn labels(&self, index: usize) -> Vec<usize> {
+        self.labels.of(index).iter().map(|label| *label as usize).collect()
+    }
+
+    pub fn is_multi_label(&self) -> bool {
+        matches!(self.labels, Labels::Several { .. })
     }
 
     /// The name of a record, if the shard has names.
@@ -155,6 +176,9 @@ impl Shard {
     }
 
     pub fn record(&self, index: usize) -> Record<'_> {
+        if let Bytes::Mapped(_, name) = self.bytes {
+            guard::reading(name);
+        }
         let bytes = self.bytes.as_slice();
         match &self.body {
             Body::Raw { start, height, width } => {
@@ -163,6 +187,14 @@ impl Shard {
                 Record::Raw { pixels: pixels.into(), height: *height, width: *width }
             }
             Body::Encoded(blob) => Record::Encoded(bytes[blob.range(index)].into()),
+        }
+    }
+
+    /// Asks the system to have an encoded record in memory soon. A hint: failing is no error.
+    pub fn will_need(&self, index: usize) {
+        if let (Bytes::Mapped(map, _), Body::Encoded(blob)) = (&self.bytes, &self.body) {
+            let range = blob.range(index);
+            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
         }
     }
 
@@ -188,7 +220,7 @@ impl Shard {
 impl Bytes {
     fn as_slice(&self) -> &[u8] {
         match self {
-            Bytes::Mapped(map) => map,
+            Bytes::Mapped(map, _) => map,
             Bytes::Owned(bytes) => bytes,
         }
     }
@@ -200,6 +232,7 @@ fn damaged(error: Error) -> Error {
 
 /// Maps a file for reading. An empty file is an error.
 pub(super) fn map(path: &Path) -> Result<Mmap> {
+    guard::install();
     let file = File::open(path).at(path.display())?;
     if file.metadata().at(path.display())?.len() == 0 {
         fail!("{}: the file is empty", path.display());
@@ -209,24 +242,91 @@ pub(super) fn map(path: &Path) -> Result<Mmap> {
     unsafe { Mmap::map(&file) }.at(path.display())
 }
 
-/// `labels` as I64 or I32.
-fn read_labels(tensors: &SafeTensors) -> Result<Vec<u32>> {
-    let view = tensors.tensor("labels").map_err(|_| Error::new("no tensor `labels`"))?;
-    if view.shape().len() != 1 {
-        fail!("tensor `labels` has shape {:?}, not [count]", view.shape());
+impl Labels {
+    /// `labels` as I64 or I32 `[count]`, or U8 `[count, classes]`.
+    fn read(tensors: &SafeTensors, classes: usize) -> Result<Self> {
+        let view = tensors.tensor("labels").map_err(|_| Error::new("no tensor `labels`"))?;
+        let data = view.data();
+        let wide: Vec<i64> = match (view.dtype(), view.shape()) {
+            (Dtype::I64, [_]) => {
+                data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
+            }
+            (Dtype::I32, [_]) => {
+                data.chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().unwrap()).into()).collect()
+            }
+            (Dtype::U8, &[_, columns]) if columns == classes && classes > 0 => {
+                let (mut ends, mut values) = (Vec::new(), Vec::new());
+                for row in data.chunks_exact(classes) {
+                    if let Some(odd) = row.iter().find(|v| **v > 1) {
+                        fail!("tensor `labels` has a {odd}, which is neither 0 nor 1");
+                    }
+                    values.extend((0u32..).zip(row).filter(|(_, v)| **v == 1).map(|(label, _)| label));
+                    ends.push(values.len());
+                }
+                return Ok(Labels::Several { ends, values });
+            }
+            (dtype, shape) => {
+                fail!("tensor `labels` is {dtype:?} {shape:?}, not I64 [count] or U8 [count, {classes}]")
+            }
+        };
+        let label = |l: i64| match u32::try_from(l) {
+            Ok(label) if (label as usize) < classes => Ok(label),
+            _ => Err(Error::new(format!("label {l} in a data set of {classes} classes"))),
+        };
+        Ok(Labels::One(wide.into_iter().map(label).collect::<Result<_>>()?))
     }
-    let wide: Vec<i64> = match view.dtype() {
-        Dtype::I64 => {
-            view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
+
+    fn len(&self) -> usize {
+        match self {
+            Labels::One(labels) => labels.len(),
+            Labels::Several { ends, .. } => ends.len(),
         }
-        Dtype::I32 => {
-            view.data().chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().unwrap()).into()).collect()
+    }
+
+    fn of(&self, index: usize) -> &[u32] {
+        match self {
+            Labels::One(labels) => &labels[index..=index],
+            Labels::Several { ends, values } => {
+                &values[if index == 0 { 0 } else { ends[index - 1] }..ends[index]]
+            }
         }
-        other => fail!("tensor `labels` is {other:?}, not I64 or I32"),
-    };
-    wide.into_iter()
-        .map(|l| u32::try_from(l).map_err(|_| Error::new(format!("label {l} is no class index"))))
-        .collect()
+    }
+}
+
+/// What happens when a mapped file is cut short, or its disk fails: the system sends SIGBUS to the thread that reads.
+pub(super) mod guard {
+    use std::cell::Cell;
+    use std::sync::Once;
+
+    thread_local! {
+        static READING: Cell<Option<&'static str>> = const { Cell::new(None) };
+    }
+
+    /// Remembers which file this thread reads.
+    pub(crate) fn reading(name: &'static str) {
+        READING.set(Some(name));
+    }
+
+    /// From now on the signal becomes a message that names the file, and exit code 1.
+    pub(crate) fn install() {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            let say = || {
+                let stderr = std::io::stderr();
+                let write = |text: &str| {
+                    let _ = rustix::io::write(&stderr, text.as_bytes());
+                };
+                write("error: ");
+                write(READING.get().unwrap_or("a mapped file"));
+                write(": the file was cut short, or its disk failed, while it was read\n");
+                write("hint: `vitrum pack DIR --check` says what is left of a data set\n");
+                signal_hook::low_level::exit(1);
+            };
+            // SAFETY: the handler calls only write(2) and _exit(2), and reads a thread-local without a destructor that
+            // is initialised at compile time; `stderr()` is a handle without a lock. It never returns to the fault.
+            let _ = unsafe { signal_hook::low_level::register(signal_hook::consts::SIGBUS, say) };
+        });
+    }
 }
 
 /// What a shard under construction holds.
@@ -242,6 +342,8 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct ShardWriter {
     kind: Kind,
+    /// Where samples may have several labels: how many classes there are, and their rows of zeros and ones.
+    several: Option<(usize, Vec<u8>)>,
     labels: Vec<i64>,
     data: Vec<u8>,
     offsets: Vec<u64>,
@@ -253,12 +355,29 @@ impl ShardWriter {
     pub fn new(kind: Kind) -> Self {
         Self {
             kind,
+            several: None,
             labels: Vec::new(),
             data: Vec::new(),
             offsets: vec![0],
             names: Vec::new(),
             name_offsets: vec![0],
         }
+    }
+
+    /// For samples that may have several of `classes` labels.
+    pub fn multi_label(kind: Kind, classes: usize) -> Self {
+        Self { several: Some((classes, Vec::new())), ..Self::new(kind) }
+    }
+
+    /// As [`ShardWriter::push`], with any number of labels.
+    pub fn push_labels(&mut self, labels: impl Iterator<Item = usize>, name: &str, bytes: &[u8]) {
+        let labels: Vec<usize> = labels.collect();
+        if let Some((classes, rows)) = &mut self.several {
+            let start = rows.len();
+            rows.resize(start + *classes, 0);
+            labels.iter().for_each(|label| rows[start + label] = 1);
+        }
+        self.push(labels.first().copied().unwrap_or(0), name, bytes);
     }
 
     /// `bytes` are the pixels or the encoded picture.
@@ -305,7 +424,10 @@ impl ShardWriter {
         let labels: Vec<u8> = self.labels.iter().flat_map(|l| l.to_le_bytes()).collect();
         let (offsets, name_offsets) = (words(&self.offsets), words(&self.name_offsets));
         // Wide types first, so that every tensor is aligned to its type.
-        let mut tensors = vec![("labels", "I64", vec![count], &labels)];
+        let mut tensors = match self.several {
+            None => vec![("labels", "I64", vec![count], &labels)],
+            Some(_) => Vec::new(),
+        };
         match self.kind {
             Kind::Raw(height, width) => {
                 tensors.push(("name_offsets", "U64", vec![count + 1], &name_offsets));
@@ -318,6 +440,9 @@ impl ShardWriter {
             }
         }
         tensors.push(("names", "U8", vec![self.names.len()], &self.names));
+        if let Some((classes, rows)) = &self.several {
+            tensors.push(("labels", "U8", vec![count, *classes], rows));
+        }
 
         let mut header = serde_json::Map::new();
         header.insert("__metadata__".into(), serde_json::json!({ "format": "vitrum-shard-1" }));
@@ -391,6 +516,20 @@ mod tests {
             shard.record(1),
             Record::Raw { pixels: [7, 8, 9, 10, 11, 12][..].into(), height: 2, width: 1 }
         );
+    }
+
+    #[test]
+    fn several_labels_of_a_record_come_back() {
+        let mut writer = ShardWriter::multi_label(Kind::Encoded, 4);
+        for labels in [vec![1, 3], vec![], vec![0]] {
+            writer.push_labels(labels.into_iter(), "x", b"picture");
+        }
+        let mut bytes = Vec::new();
+        writer.write(&mut bytes).unwrap();
+        let shard = Shard::from_bytes(bytes.clone(), 4).unwrap();
+        assert!(shard.is_multi_label() && shard.len() == 3);
+        assert_eq!([0, 1, 2].map(|i| shard.labels(i)), [vec![1, 3], vec![], vec![0]]);
+        assert!(Shard::from_bytes(bytes, 5).is_err(), "rows of another width");
     }
 
     #[test]

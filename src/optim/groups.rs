@@ -8,7 +8,10 @@ use regex_lite::Regex;
 
 use crate::error::{Error, Result};
 use crate::recipe::{DecayOn, GroupSection, OptimSection};
+use crate::vit::names::flax_parts;
 use crate::vit::params::{Param, ParamKind};
+
+use super::layers;
 
 /// What flax would call one tensor: all of a parameter, or the q, k or v share of a fused one.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,7 +25,7 @@ pub(crate) struct Part {
 
 /// The parts of a parameter, in memory order.
 pub(crate) fn parts(param: &Param) -> Vec<Part> {
-    let flax = flax_names(&param.name);
+    let flax = flax_parts(&param.name);
     let count = flax.len();
     let part = |(index, names): (usize, Vec<String>)| Part {
         names: std::iter::once(param.name.clone()).chain(names).collect(),
@@ -30,53 +33,6 @@ pub(crate) fn parts(param: &Param) -> Vec<Part> {
         count,
     };
     flax.into_iter().enumerate().map(part).collect()
-}
-
-/// The names of flax for our name: one list of aliases for each tensor that flax has. An empty list: flax has none.
-fn flax_names(own: &str) -> Vec<Vec<String>> {
-    let single = |name: &str| vec![vec![name.to_string()]];
-    match own {
-        "cls_token" => return single("cls"),
-        "pos_embed" => return single("pos_embedding"),
-        "attn_pool.latent" => return single("MAPHead_0/probe"),
-        _ => {}
-    }
-    let Some((module, leaf)) = own.rsplit_once('.') else { return vec![vec![]] };
-    let dense = if leaf == "weight" { "kernel" } else { leaf };
-    let norm = if leaf == "weight" { "scale" } else { leaf };
-    match module {
-        "patch_embed.proj" => return single(&format!("embedding/{dense}")),
-        "norm" | "fc_norm" => return single(&format!("Transformer/encoder_norm/{norm}")),
-        "pre_logits" | "head" | "head_dist" => return single(&format!("{module}/{dense}")),
-        _ => {}
-    }
-
-    // Inside a block the published files count all children together and linen counts each class by itself.
-    let (place, module, numberings) = if let Some(module) = module.strip_prefix("attn_pool.") {
-        ("MAPHead_0".to_string(), module, vec![[0, 0, 0]])
-    } else if let Some((i, module)) = module.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
-        (format!("Transformer/encoderblock_{i}"), module, vec![[1, 2, 3], [0, 1, 0]])
-    } else {
-        return vec![vec![]];
-    };
-    let aliases = |name: &dyn Fn([usize; 3]) -> String| {
-        numberings.iter().map(|n| format!("{place}/{}", name(*n))).collect::<Vec<_>>()
-    };
-    let attention = |children: &[&str]| {
-        let child = |c: &&str| aliases(&|[a, ..]| format!("MultiHeadDotProductAttention_{a}/{c}/{dense}"));
-        children.iter().map(child).collect::<Vec<_>>()
-    };
-    match module {
-        "norm1" | "norm" => vec![vec![format!("{place}/LayerNorm_0/{norm}")]],
-        "norm2" => vec![aliases(&|[_, n, _]| format!("LayerNorm_{n}/{norm}"))],
-        "attn.qkv" => attention(&["query", "key", "value"]),
-        "kv" => attention(&["key", "value"]),
-        "q" => attention(&["query"]),
-        "attn.proj" | "proj" => attention(&["out"]),
-        "mlp.fc1" => vec![aliases(&|[.., m]| format!("MlpBlock_{m}/Dense_0/{dense}"))],
-        "mlp.fc2" => vec![aliases(&|[.., m]| format!("MlpBlock_{m}/Dense_1/{dense}"))],
-        _ => vec![vec![]],
-    }
 }
 
 /// The compiled patterns of `optim.groups`.
@@ -118,6 +74,9 @@ pub(crate) fn place(index: usize, group: &GroupSection) -> String {
 /// is a layout, and for it. A tensor is frozen as a whole; patterns that are wrong are reported by
 /// [`super::Optimizer::new`].
 pub fn is_frozen(optim: &OptimSection, param: &Param) -> bool {
+    if layers::is_held(optim, param) {
+        return true;
+    }
     if !optim.groups.iter().any(|group| group.frozen) {
         return false;
     }

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod groups;
+mod layers;
 mod schedule;
 mod table;
 
@@ -68,6 +69,7 @@ impl Optimizer {
         run: RunLength,
     ) -> Result<Optimizer> {
         validate(optim)?;
+        layers::check(optim, config.depth)?;
         let patterns = Patterns::new(&optim.groups)?;
         check_matches(&optim.groups, &patterns, layout)?;
 
@@ -120,7 +122,8 @@ impl Optimizer {
                 .iter()
                 .map(|section| {
                     let schedule = section.map_or(0, |i| own_schedules[i]);
-                    o.group_index(group_of(optim, param, section.map(|i| &optim.groups[i]), schedule))
+                    let section = section.map(|i| &optim.groups[i]);
+                    o.group_index(group_of(optim, config, param, section, schedule))
                 })
                 .collect();
             if param.kind.is_head() {
@@ -129,7 +132,7 @@ impl Optimizer {
             o.add_segments(optim, config, param, grad, &parts, &members);
         }
         if o.segments.is_empty() {
-            return Err(Error::usage("`optim.groups` freezes every parameter")
+            return Err(Error::usage("`optim` freezes every parameter")
                 .hint("leave at least the head trainable: put a group with `pattern = \"head/.*\"` first"));
         }
         match o.rule {
@@ -268,8 +271,15 @@ fn rule(optim: &OptimSection) -> Rule {
 }
 
 /// The rate and decay of one part: what its group says, and the defaults for what it leaves open.
-fn group_of(optim: &OptimSection, param: &Param, section: Option<&GroupSection>, schedule: usize) -> Group {
-    let default_lr = if param.kind.is_head() { 1.0 } else { optim.backbone_lr_mult };
+fn group_of(
+    optim: &OptimSection,
+    config: &ModelConfig,
+    param: &Param,
+    section: Option<&GroupSection>,
+    schedule: usize,
+) -> Group {
+    let part = if param.kind.is_head() { 1.0 } else { optim.backbone_lr_mult };
+    let default_lr = part * layers::scale(optim, param, config.depth);
     let default_decay = f64::from(u8::from(groups::is_decayed(optim.decay_on, param)));
     Group {
         lr_mult: section.and_then(|s| s.lr_mult).unwrap_or(default_lr),
@@ -311,6 +321,7 @@ fn validate(optim: &OptimSection) -> Result<()> {
     from_zero("lr", optim.lr)?;
     from_zero("weight_decay", optim.weight_decay)?;
     from_zero("backbone_lr_mult", optim.backbone_lr_mult)?;
+    from_zero("layer_decay", optim.layer_decay)?;
     from_zero("clip", f64::from(optim.clip))?;
     from_zero("clip_rms", optim.clip_rms)?;
     below_one("momentum", optim.momentum)?;

@@ -50,7 +50,7 @@ fn flax_names_are_those_of_published_and_of_linen_files() {
     let block = "Transformer/encoderblock_1";
     for (own, expected) in [
         ("cls_token", vec!["cls".to_string()]),
-        ("pos_embed", vec!["pos_embedding".into()]),
+        ("pos_embed", vec!["Transformer/posembed_input/pos_embedding pos_embedding".into()]),
         ("patch_embed.proj.weight", vec!["embedding/kernel".into()]),
         ("blocks.1.norm1.weight", vec![format!("{block}/LayerNorm_0/scale")]),
         ("blocks.1.norm2.bias", vec![format!("{block}/LayerNorm_2/bias {block}/LayerNorm_1/bias")]),
@@ -301,8 +301,8 @@ fn jax_tensors(param: &Param, c: &ModelConfig) -> Vec<JaxTensor> {
     // File order → place in the buffer, found by sending the numbers 0.. through the layout.
     let numbers: Vec<f32> = (0..param.len()).map(|i| i as f32).collect();
     let mut place_of = vec![0; param.len()];
-    for (k, file_index) in param.from_file_order(&numbers).into_iter().enumerate() {
-        place_of[file_index as usize] = param.offset + k / param.cols * param.ld + k % param.cols;
+    for (k, file_index) in param.from_file_order(&numbers).iter().enumerate() {
+        place_of[*file_index as usize] = param.offset + k / param.cols * param.ld + k % param.cols;
     }
     let tensor = |(shape, file_index): (Vec<usize>, Place)| {
         let n: usize = shape.iter().product();

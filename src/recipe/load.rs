@@ -14,11 +14,18 @@ use crate::error::{Error, Result};
 use crate::files;
 
 /// The recipes inside the program: name and text.
-pub const BUILT_IN: [(&str, &str); 4] = [
+pub const BUILT_IN: [(&str, &str); 11] = [
     ("demo", include_str!("../../recipes/demo.toml")),
     ("demo-hard", include_str!("../../recipes/demo-hard.toml")),
     ("mini/cifar10", include_str!("../../recipes/mini/cifar10.toml")),
     ("b16/imagenet21k", include_str!("../../recipes/b16/imagenet21k.toml")),
+    ("finetune", include_str!("../../recipes/finetune.toml")),
+    ("b16/cifar10", include_str!("../../recipes/b16/cifar10.toml")),
+    ("b16/cifar10-differential", include_str!("../../recipes/b16/cifar10-differential.toml")),
+    ("b16/cifar100", include_str!("../../recipes/b16/cifar100.toml")),
+    ("b16/imagenet2012", include_str!("../../recipes/b16/imagenet2012.toml")),
+    ("b16/oxford_flowers", include_str!("../../recipes/b16/oxford_flowers.toml")),
+    ("b16/oxford_pets", include_str!("../../recipes/b16/oxford_pets.toml")),
 ];
 
 /// Other code bases' names for some keys.
@@ -38,6 +45,8 @@ pub struct Loaded {
     pub recipe: Recipe,
     /// `mini/cifar10`, or the file's name without `.toml`.
     pub name: String,
+    /// The keys that the file or an override gives, as `model.image`; all others have their defaults.
+    pub given: Vec<String>,
     /// Sentences for the user, as for a warm-up that was shortened with the run.
     pub notes: Vec<String>,
 }
@@ -60,13 +69,15 @@ impl Recipe {
         let (name, source, text) = find(wanted)?;
         let table = parse(&text, &source)?;
         let written = deserialize(&table)?;
+        let mut given: Vec<String> = table.iter().flat_map(keys_given).collect();
         let (mut recipe, set) = override_table(table, overrides)?;
+        given.extend(set.iter().cloned());
         let checked = fit_warmup(&mut recipe, &written, &set).and_then(|notes| {
             recipe.validate()?;
             Ok(notes)
         });
         let notes = checked.map_err(|e| quote(e, &text, &source, &set))?;
-        Ok(Loaded { recipe, name, notes })
+        Ok(Loaded { recipe, name, given, notes })
     }
 
     /// A recipe's text, as in a run directory; `source` names it in errors.
@@ -89,6 +100,19 @@ impl Recipe {
         let body = toml::to_string(self).expect("a recipe can be written as TOML");
         format!("# Every setting of one run, written by vitrum {}.\n\n{body}", env!("CARGO_PKG_VERSION"))
     }
+}
+
+impl Loaded {
+    /// Whether the file or an override gives `key`, as in `model.image`.
+    pub fn gives(&self, key: &str) -> bool {
+        self.given.iter().any(|given| given == key)
+    }
+}
+
+/// `section.key` for each key of a section.
+fn keys_given((section, keys): (&String, &Value)) -> Vec<String> {
+    let keys = keys.as_table().into_iter().flat_map(Table::keys);
+    keys.map(|key| format!("{section}.{key}")).collect()
 }
 
 /// Name for the run directory, name for messages, text.
@@ -531,7 +555,8 @@ mod tests {
     #[test]
     fn the_types_tell_their_keys_and_alternatives() {
         let sections = keys_of(&[]).unwrap();
-        assert_eq!(sections, ["model", "data", "augment", "optim", "schedule", "loss", "train", "eval"]);
+        let known = ["model", "data", "augment", "optim", "schedule", "loss", "train", "eval", "finetune"];
+        assert_eq!(sections, known);
         assert!(keys_of(&path("train")).unwrap().contains(&"steps".to_string()));
         assert!(keys_of(&path("optim.groups.[0]")).unwrap().contains(&"lr_mult".to_string()));
         assert_eq!(keys_of(&path("train.steps")), None);

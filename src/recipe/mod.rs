@@ -7,13 +7,18 @@
 
 #![forbid(unsafe_code)]
 
+mod augment;
 mod duration;
 mod load;
 mod resolve;
 mod size;
 
+pub use augment::{
+    AugmentSection, Crop, Dialect, EraseMode, Interpolation, Level, MixLaw, MixMode, RandAugment,
+};
 pub use duration::Duration;
 pub use load::{BUILT_IN, Loaded};
+pub use resolve::GivenSizes;
 pub use size::Size;
 
 use serde::{Deserialize, Serialize};
@@ -33,6 +38,9 @@ pub struct Recipe {
     pub loss: LossSection,
     pub train: TrainSection,
     pub eval: EvalSection,
+    /// Given, the run starts from trained weights: `model` may leave open what their file says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finetune: Option<FinetuneSection>,
 }
 
 /// The architecture. A `variant` gives width, depth, heads, mlp and patch; single keys override it. The names of other
@@ -133,66 +141,30 @@ pub struct DataSection {
     pub workers: usize,
     /// Batch slots in flight.
     pub slots: usize,
+    /// Records are shuffled within windows of this many neighbours (for disks that seek); 0: over the whole epoch.
+    pub shuffle_window: usize,
+    /// Type of the pixels in a slot. `f32` keeps the fractions of a resize, for comparisons with references.
+    pub pixels: SlotPixels,
+}
+
+/// See [`DataSection::pixels`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SlotPixels {
+    U8,
+    F32,
 }
 
 impl Default for DataSection {
     fn default() -> Self {
-        Self { train: None, val: None, on_bad_record: OnBadRecord::Skip, workers: 0, slots: 3 }
-    }
-}
-
-/// How a picture of another size becomes the model's input, in training.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Crop {
-    /// Pad by `pad` pixels (zeros), then a random window of the input size; larger pictures are resized to it first.
-    Pad,
-    /// Random area and aspect, then resize: torchvision's RandomResizedCrop.
-    Torch,
-    /// Random area and aspect as TensorFlow's `sample_distorted_bounding_box` draws them.
-    Tf,
-    /// Resize the shorter side, then the centre.
-    Center,
-}
-
-/// Per-sample augmentation on the CPU, and mixing on the device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AugmentSection {
-    pub crop: Crop,
-    /// For `crop = "pad"`: pixels on each side.
-    pub pad: usize,
-    /// For random areas: least and most share of the picture.
-    pub area: (f32, f32),
-    /// Horizontal flip with probability 1/2.
-    pub flip: bool,
-    /// Colour jitter in `[0, 1]`: brightness delta, contrast, saturation half-widths, hue delta; 0: off.
-    pub brightness: f32,
-    pub contrast: f32,
-    pub saturation: f32,
-    pub hue: f32,
-    /// Beta parameter of mixup (Zhang et al. 2018); 0: off.
-    pub mixup: f64,
-    /// Share of the batches that are mixed.
-    pub mix_prob: f32,
-    /// Samples among which partners are chosen; 0: the rank's batch.
-    pub mix_group: usize,
-}
-
-impl Default for AugmentSection {
-    fn default() -> Self {
         Self {
-            crop: Crop::Tf,
-            pad: 0,
-            area: (0.05, 1.0),
-            flip: true,
-            brightness: 0.0,
-            contrast: 0.0,
-            saturation: 0.0,
-            hue: 0.0,
-            mixup: 0.0,
-            mix_prob: 1.0,
-            mix_group: 0,
+            train: None,
+            val: None,
+            on_bad_record: OnBadRecord::Skip,
+            workers: 0,
+            slots: 3,
+            shuffle_window: 0,
+            pixels: SlotPixels::U8,
         }
     }
 }
@@ -236,6 +208,16 @@ pub enum MomentType {
     Bf16,
 }
 
+/// Both count the stem as 0, block i as i + 1 and the head as L + 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerNumbering {
+    /// timm: the final norm belongs to the last block; a norm or an attention pool behind the pooling, to the head.
+    Timm,
+    /// BEiT, MAE: the final norm belongs to the head.
+    Beit,
+}
+
 /// The optimiser. `lr` is the head's rate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -260,6 +242,14 @@ pub struct OptimSection {
     pub clip_torch: bool,
     /// Multiplies the rate of everything but the head (and representation layer).
     pub backbone_lr_mult: f64,
+    /// Each layer's rate is this share of the rate of the layer above it (Bao et al. 2022, arXiv:2106.08254); 1: off.
+    pub layer_decay: f64,
+    /// How layers are counted for `layer_decay`.
+    pub layer_numbering: LayerNumbering,
+    /// Train the head (and representation layer) alone.
+    pub freeze_backbone: bool,
+    /// Keep the stem and this many blocks as they are.
+    pub freeze_blocks: usize,
     /// EMA of the weights; 0: none.
     pub ema: f64,
     /// Adafactor: cap and power of the second moment's decay, least size of a factored axis, block-RMS threshold (0: none).
@@ -305,6 +295,10 @@ impl Default for OptimSection {
             clip: 1.0,
             clip_torch: false,
             backbone_lr_mult: 1.0,
+            layer_decay: 1.0,
+            layer_numbering: LayerNumbering::Timm,
+            freeze_backbone: false,
+            freeze_blocks: 0,
             ema: 0.0,
             beta2_cap: 0.999,
             decay_power: 0.8,
@@ -466,9 +460,28 @@ pub enum Metric {
 pub enum EvalResize {
     /// Squash to the input size, bilinear without antialias (vit_jax).
     Squash,
-    /// Shorter side to `image / crop_ratio`, then the centre.
+    /// Shorter side to `image / crop_ratio`, antialiased bicubic, then the centre (timm, DeiT).
     Center,
+    /// Shorter side to `image / crop_ratio` by areas, fractions cut, then the centre (big_vision).
+    AreaCenter,
+    /// Squash to `image / crop_ratio`, bilinear without antialias, fractions cut, then the centre (big_vision's few-shot).
+    SquashCenter,
+    /// Squash to the input size, antialiased bilinear (HuggingFace).
+    SquashSmooth,
 }
+
+/// The evaluation protocols of published results by name: how to resize, and `crop_ratio`.
+pub const PROTOCOLS: [(&str, EvalResize, f32); 9] = [
+    ("vit_jax", EvalResize::Squash, 1.0),
+    ("big_vision", EvalResize::AreaCenter, 224.0 / 256.0),
+    ("big_vision_transfer", EvalResize::AreaCenter, 384.0 / 448.0),
+    ("big_vision_fewshot", EvalResize::SquashCenter, 224.0 / 256.0),
+    ("timm", EvalResize::Center, 0.9),
+    ("timm_384", EvalResize::Center, 1.0),
+    ("deit", EvalResize::Center, 0.875),
+    ("deit3", EvalResize::Center, 1.0),
+    ("hf", EvalResize::SquashSmooth, 1.0),
+];
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -482,4 +495,64 @@ impl Default for EvalSection {
     fn default() -> Self {
         Self { resize: EvalResize::Squash, crop_ratio: 1.0, metric: Metric::Top1 }
     }
+}
+
+/// What becomes of the classifier of a weights file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum HeadPolicy {
+    /// Kept where the classes agree. Where both sides have names, each class takes the row of its name, and a class
+    /// without one starts at zero; without names, another number of classes means a new head.
+    #[default]
+    Auto,
+    /// Always a new head of zeros: vit_jax, even where the classes agree.
+    Reset,
+    /// An error unless the classes agree.
+    Keep,
+}
+
+/// What becomes of the tanh layer in front of the head (`pre_logits`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RepLayer {
+    /// Goes with the head: kept where any row of the head is, else dropped, as vit_jax fine-tunes.
+    #[default]
+    Auto,
+    Keep,
+    Drop,
+}
+
+/// Whose way of resizing position embeddings and patch kernels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PosembDialect {
+    /// That of the code that the file's layout comes from.
+    #[default]
+    Auto,
+    /// `scipy.ndimage.zoom(order=1)`: linear, the corners of both grids aligned. Without SciPy's zeros, see
+    /// [`PosembDialect::ScipyZoomExact`].
+    VitJax,
+    /// The same as [`PosembDialect::VitJax`].
+    BigVision,
+    /// SciPy to the letter: where the last coordinate exceeds the grid by a rounding error (28 to 48 patches per side,
+    /// among others) the last row and column are zero.
+    ScipyZoomExact,
+    /// timm's own files: bicubic with antialiasing.
+    Timm,
+    /// timm reading an `.npz`: bilinear between half-pixel centres, no antialiasing.
+    TimmNpz,
+    /// HuggingFace and DeiT: bicubic (a = -0.75), no antialiasing.
+    Hf,
+}
+
+/// The weights that a run starts from. Without this section its model is new.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FinetuneSection {
+    /// A weights file, a checkpoint folder or a run directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights: Option<String>,
+    pub head: HeadPolicy,
+    pub rep_layer: RepLayer,
+    pub posemb: PosembDialect,
 }

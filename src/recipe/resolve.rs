@@ -41,6 +41,7 @@ impl Recipe {
         recipe.train.steps = Some(self.steps(data_size)?);
         recipe.train.epochs = None;
         recipe.train.checkpoint_every.get_or_insert(self.train.eval_every);
+        recipe.augment = recipe.augment.effective();
         recipe.model = ModelSection {
             patch: Some(Size { height: config.patch.0, width: config.patch.1 }),
             width: Some(config.width),
@@ -57,7 +58,10 @@ impl Recipe {
     /// Refuses what cannot be trained, naming the key. What depends on the data (classes, epochs) is checked when the
     /// data is known.
     pub fn validate(&self) -> Result<()> {
-        self.model.config(self.model.classes.unwrap_or(1))?.validate()?;
+        // A weights file may fill in the rest.
+        if self.finetune.is_none() {
+            self.model.config(self.model.classes.unwrap_or(1))?.validate()?;
+        }
         self.steps(1)?;
         self.validate_settings()
     }
@@ -117,6 +121,9 @@ impl Recipe {
             ("augment.saturation", a.saturation),
             ("augment.hue", a.hue),
             ("augment.mix_prob", a.mix_prob),
+            ("augment.mix_switch", a.mix_switch),
+            ("augment.color_jitter", a.color_jitter),
+            ("augment.erase", a.erase),
             ("eval.crop_ratio", self.eval.crop_ratio),
             ("loss.label_smoothing", self.loss.label_smoothing),
         ] {
@@ -125,7 +132,15 @@ impl Recipe {
         if self.eval.crop_ratio == 0.0 {
             return Err(Error::usage("`eval.crop_ratio` is 0").hint("use a share above 0, as in 0.875"));
         }
-        within("augment.mixup", a.mixup, 0.0, 1e6)
+        within("augment.mixup", a.mixup, 0.0, 1e6)?;
+        within("augment.cutmix", a.cutmix, 0.0, 1e6)?;
+        within("augment.resize", a.resize as f64, 0.0, LIMITS[3].1 as f64)?;
+        let least = self.model.image.height.max(self.model.image.width);
+        if a.resize > 0 && a.resize < least {
+            return Err(Error::usage(format!("`augment.resize` is {}, less than `model.image`", a.resize))
+                .hint(format!("use {least} or more")));
+        }
+        a.check()
     }
 
     fn check_optim(&self) -> Result<()> {
@@ -137,6 +152,7 @@ impl Recipe {
             ("optim.clip", o.clip.into()),
             ("optim.clip_rms", o.clip_rms),
             ("optim.backbone_lr_mult", o.backbone_lr_mult),
+            ("optim.layer_decay", o.layer_decay),
             ("optim.decay_power", o.decay_power),
             ("schedule.end", s.end),
             ("schedule.power", s.power),
@@ -169,6 +185,17 @@ impl Recipe {
     }
 }
 
+/// What a `model` section says about sizes; `None` where it leaves one open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GivenSizes {
+    pub width: Option<usize>,
+    pub depth: Option<usize>,
+    pub heads: Option<usize>,
+    pub mlp: Option<usize>,
+    /// (height, width)
+    pub patch: Option<(usize, usize)>,
+}
+
 impl ModelSection {
     /// From the recipe, else from the data; an error where both speak and differ.
     fn classes(&self, of_data: usize) -> Result<usize> {
@@ -187,22 +214,32 @@ impl ModelSection {
         }
     }
 
+    /// The sizes that the section gives, by a variant or key by key.
+    pub fn sizes(&self) -> Result<GivenSizes> {
+        let variant = self.variant.as_deref().map(Variant::parse).transpose()?;
+        let of_variant = |f: fn(&Variant) -> usize| variant.as_ref().map(|(v, _)| f(v));
+        Ok(GivenSizes {
+            width: self.width.or(of_variant(|v| v.width)),
+            depth: self.depth.or(of_variant(|v| v.depth)),
+            heads: self.heads.or(of_variant(|v| v.heads)),
+            // A width of its own makes another model: the variant's mlp no longer belongs to it.
+            mlp: self.mlp.or(of_variant(|v| v.mlp).filter(|_| self.width.is_none())),
+            patch: self.patch.map(|p| (p.height, p.width)).or(variant.map(|(_, p)| (p, p))),
+        })
+    }
+
     /// The variant's sizes, overridden key by key.
     fn config(&self, classes: usize) -> Result<ModelConfig> {
-        let variant = self.variant.as_deref().map(Variant::parse).transpose()?;
         let missing = |key: &str| {
             Error::usage(format!("the model has no `model.{key}`"))
                 .hint(format!("set `model.variant`, as in `\"S/16\"`, or `model.{key}` itself"))
         };
-        let side = |size: Size| (size.height, size.width);
-        let of_variant = |f: fn(&Variant) -> usize| variant.as_ref().map(|(v, _)| f(v));
-        let width = self.width.or(of_variant(|v| v.width)).ok_or_else(|| missing("width"))?;
-        let depth = self.depth.or(of_variant(|v| v.depth)).ok_or_else(|| missing("depth"))?;
-        let heads = self.heads.or(of_variant(|v| v.heads)).ok_or_else(|| missing("heads"))?;
-        // A width of its own makes another model: the variant's mlp no longer belongs to it.
-        let mlp = self.mlp.or(of_variant(|v| v.mlp).filter(|_| self.width.is_none()));
-        let patch = self.patch.map(side).or(variant.map(|(_, p)| (p, p))).ok_or_else(|| missing("patch"))?;
-        let image = side(self.image);
+        let GivenSizes { width, depth, heads, mlp, patch } = self.sizes()?;
+        let width = width.ok_or_else(|| missing("width"))?;
+        let depth = depth.ok_or_else(|| missing("depth"))?;
+        let heads = heads.ok_or_else(|| missing("heads"))?;
+        let patch = patch.ok_or_else(|| missing("patch"))?;
+        let image = (self.image.height, self.image.width);
         let sizes = [width, depth, mlp.unwrap_or(0), image.0.max(image.1)];
         for ((key, most), size) in LIMITS.into_iter().zip(sizes) {
             within(&format!("model.{key}"), size as f64, 0.0, most as f64)?;

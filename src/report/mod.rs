@@ -11,9 +11,11 @@ mod log;
 mod metrics;
 mod progress;
 mod summary;
+mod table;
 
 pub use lines::{EvalLine, Scores, StepLine};
 pub use log::Log;
 pub use metrics::MetricsFile;
 pub use progress::Progress;
 pub use summary::Summary;
+pub use table::table;

@@ -118,8 +118,14 @@ fn a_perturbed_value_is_found_in_every_operation() {
     }
     // The large ones would take their time.
     for operation in ["attention: B 3", "attention_backward: B 3"] {
-        assert!(broken(Fault::Perturbed, operation).iter().all(|result| !result.passed), "{operation}");
+        let results = broken(Fault::Perturbed, operation);
+        assert!(results.iter().filter(is_judged).all(|result| !result.passed), "{operation}");
     }
+}
+
+/// Whether a case looks at the first sample, which the faults spoil: those with NaN in it look at its neighbours alone.
+fn is_judged(result: &&CaseResult) -> bool {
+    !result.case.contains("NaN beside it")
 }
 
 #[test]
@@ -128,7 +134,7 @@ fn an_unwritten_value_and_a_stray_write_are_found() {
         for fault in [Fault::Unwritten, Fault::Stray] {
             let results = broken(fault, operation);
             assert!(!results.is_empty(), "no cases of {operation}");
-            for result in results {
+            for result in results.iter().filter(is_judged) {
                 assert!(!result.passed, "{fault:?} {operation}: {} passes", result.case);
             }
         }

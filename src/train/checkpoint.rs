@@ -255,7 +255,7 @@ fn read_state(file: &SafeTensors, folder: &Path) -> Result<RunState> {
 fn read_moments(file: &SafeTensors, folder: &Path, backend: &mut dyn Backend) -> Result<()> {
     for (name, arena) in [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)] {
         backend
-            .write_arena(arena, &file.bytes(name)?)
+            .write_arena(arena, file.bytes(name)?)
             .map_err(|e| e.at(format!("{}: `{name}`", folder.join("state.safetensors").display())))?;
     }
     Ok(())

@@ -1,18 +1,14 @@
 //! A model from a weights file, on a device and ready to run: what `eval`, `predict` and `grad` start from.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use crate::backend::{
-    self, Backend, Device, Loss, LossKind, Micro, Pixels, Slot, SlotLayout, StepKeys, StepReport, TargetKind,
+    self, Backend, Device, Loss, Micro, Pixels, Slot, SlotLayout, StepKeys, StepReport, TargetKind,
 };
-use crate::data::{self, Dataset, Loader, LoaderSpec};
-use crate::error::{Error, Result};
-use crate::recipe::OnBadRecord;
+use crate::data;
+use crate::error::Result;
 use crate::vit::{Mode, Vit};
-use crate::weights::{self, CheckpointMeta, ModelFile, ModelOverrides};
-
-use super::evaluate::{EvalReport, evaluate};
+use crate::weights::{self, AdaptTarget, CheckpointMeta, ModelFile, ModelOverrides, RepLayer};
 
 /// Weights, model and device.
 pub struct Loaded {
@@ -32,10 +28,34 @@ impl Loaded {
         mode: Mode,
         image: Option<(usize, usize)>,
     ) -> Result<Self> {
-        let mut file = weights::open(path, overrides)?;
-        if let Some(image) = image {
-            file.set_image(image)?;
+        let file = match (mode, image) {
+            (_, Some(image)) => {
+                let mut file = weights::open(path, overrides)?;
+                file.set_image(image)?;
+                file
+            }
+            (Mode::Infer, None) => open_at(path, overrides, weights::open)?,
+            (Mode::Train, None) => weights::open(path, overrides)?,
+        };
+        Self::on_device(file, device, batch, mode)
+    }
+
+    /// The same for features, of a file that need not have a classifier: it gets one of a single class.
+    pub fn open_backbone(
+        path: &Path,
+        overrides: &ModelOverrides,
+        device: Device,
+        batch: usize,
+    ) -> Result<Self> {
+        let mut file = open_at(path, overrides, weights::open_backbone)?;
+        if file.config.classes == 0 {
+            let one = AdaptTarget { classes: Some(1), rep_layer: RepLayer::Keep, ..AdaptTarget::default() };
+            file = weights::adapt(file, &one)?.0;
         }
+        Self::on_device(file, device, batch, Mode::Infer)
+    }
+
+    fn on_device(file: ModelFile, device: Device, batch: usize, mode: Mode) -> Result<Self> {
         file.notes.iter().for_each(|note| eprintln!("note: {note}"));
         let mut backend = backend::select(device, &backend::Options::default())?;
         let model =
@@ -43,35 +63,6 @@ impl Loaded {
         backend.allocate(&model.plan())?;
         load_weights(&file, &model, &mut *backend)?;
         Ok(Self { backend, model, meta: file.meta })
-    }
-
-    /// Evaluates a data set as the file's metadata says. Classes are matched by name where the file has names.
-    pub fn evaluate(&mut self, data: Dataset, drop_last: bool) -> Result<EvalReport> {
-        let config = &self.model.config;
-        if data.classes().len() != config.classes {
-            return Err(Error::new(format!(
-                "the data set has {} classes, the model {}",
-                data.classes().len(),
-                config.classes
-            ))
-            .hint("evaluate on the data set that the model was trained for"));
-        }
-        let data = match &self.meta.classes {
-            Some(names) => data.with_classes(names)?,
-            None => data,
-        };
-        let spec = LoaderSpec {
-            batch: self.model.micro_batch,
-            image: config.image,
-            mode: data::Mode::Eval { resize: self.meta.resize, crop_ratio: self.meta.crop_ratio },
-            start_batch: 0,
-            workers: 0,
-            on_bad_record: OnBadRecord::Skip,
-        };
-        let slots = (0..2).map(|_| self.backend.new_slot(self.slot_layout())).collect::<Result<_>>()?;
-        let mut loader = Loader::new(Arc::new(data), spec, slots);
-        let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
-        evaluate(&mut *self.backend, &self.model, &mut loader, loss, drop_last)
     }
 
     /// The likeliest `top` classes of one picture, the first being the likeliest.
@@ -90,7 +81,7 @@ impl Loaded {
         Ok(likeliest(&logits, top, self.meta.classes.as_deref()))
     }
 
-    fn slot_layout(&self) -> SlotLayout {
+    pub(super) fn slot_layout(&self) -> SlotLayout {
         SlotLayout {
             samples: self.model.micro_batch,
             image: self.model.config.image,
@@ -98,6 +89,24 @@ impl Loaded {
             targets: TargetKind::Labels,
         }
     }
+}
+
+/// Reads a model for pictures of `overrides.image`; where its positions are for others, they are resized.
+fn open_at(
+    path: &Path,
+    overrides: &ModelOverrides,
+    open: impl Fn(&Path, &ModelOverrides) -> Result<ModelFile>,
+) -> Result<ModelFile> {
+    let as_it_is = open(path, overrides);
+    if overrides.image.is_none() || as_it_is.is_ok() {
+        return as_it_is;
+    }
+    // Whatever else is wrong with the file is wrong without the size, too.
+    let file = open(path, &ModelOverrides { image: None, ..overrides.clone() })?;
+    let target = AdaptTarget { image: overrides.image, ..AdaptTarget::default() };
+    let (mut file, notes) = weights::adapt(file, &target)?;
+    file.notes.extend(notes);
+    Ok(file)
 }
 
 /// One class of a picture.

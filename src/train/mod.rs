@@ -2,18 +2,26 @@
 
 #![forbid(unsafe_code)]
 
+pub mod advice;
 pub mod batch_file;
 pub mod bench;
+pub mod bench_data;
 pub mod build;
 pub mod checkpoint;
 pub mod evaluate;
+pub mod finetune;
 pub mod loaded;
+pub mod pass;
 pub mod plan;
+pub mod probe;
 pub mod replay;
+pub mod ridge;
 pub mod run;
+pub mod score;
 pub mod signals;
+pub mod sweep;
 pub mod trainer;
 
 pub use evaluate::{EvalReport, evaluate};
 pub use run::{RunOptions, RunSummary};
-pub use trainer::{Trainer, train};
+pub use trainer::{Trainer, train, train_from};

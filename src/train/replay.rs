@@ -9,7 +9,6 @@ use crate::weights::{ModelFile, Tensors};
 
 use super::batch_file::BatchFile;
 use super::checkpoint::read_weights;
-use super::loaded::load_weights;
 use super::{Trainer, build};
 
 /// What came of it; one value per update.
@@ -53,10 +52,8 @@ pub fn run(
     let backend = backend::select(device, &build::device_options(recipe))?;
     let model = build::model(recipe, Mode::Train, backend.storage())?;
     let optimizer = build::optimizer(recipe, &model, steps * recipe.train.batch)?;
-    let mut trainer =
-        Trainer::new(backend, model, optimizer, Collective::from_env()?, build::options(recipe))?;
-    load_weights(file, &trainer.model, &mut *trainer.backend)?;
-    trainer.weights_changed()?;
+    let (collective, options) = (Collective::from_env()?, build::options(recipe));
+    let mut trainer = Trainer::from_weights(backend, model, optimizer, collective, options, file)?;
 
     let mut out = Trajectory { losses: vec![], grad_norms: vec![], lrs: vec![], weights: Tensors::new() };
     for step in 0..steps {

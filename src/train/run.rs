@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{Device, Loss, Pixels, Slot, SlotLayout, StepReport, TargetKind};
-use crate::data::{self, Dataset, Loader, LoaderSpec};
+use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::Optimizer;
-use crate::recipe::{Crop, Metric, Recipe, ScheduleKind};
+use crate::recipe::{AugmentSection, Metric, Recipe, ScheduleKind, SlotPixels};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, format};
 use crate::vit::Vit;
 use crate::weights::CheckpointMeta;
@@ -28,15 +28,20 @@ pub struct RunOptions {
     /// Learn this many images by heart: a check of the whole machinery.
     pub overfit: Option<usize>,
     pub device: Device,
+    /// Lines for the header: where the weights come from, and what was done to them.
+    pub notes: Vec<String>,
 }
 
-/// Images to train on, and to validate with.
+/// Images to train on, and to validate with. Clones share them.
+#[derive(Clone)]
 pub struct RunData {
     pub train: Arc<Dataset>,
     pub val: Option<Arc<Dataset>>,
     /// Training images that are evaluated as well, without augmentation: the gap to `val` shows overfitting.
     train_part: Arc<Dataset>,
     overfit: Option<usize>,
+    /// `data.train` and `data.val`, as the recipe has them.
+    names: (Option<String>, Option<String>),
 }
 
 /// An overfit run has this many steps to reach [`OVERFIT_LOSS`].
@@ -68,7 +73,13 @@ impl RunData {
             val: val.map(Arc::new),
             train_part: Arc::new(train_part),
             overfit: options.overfit,
+            names: (recipe.data.train.clone(), recipe.data.val.clone()),
         })
+    }
+
+    /// Whether a recipe names these data sets.
+    pub fn is_of(&self, recipe: &Recipe) -> bool {
+        self.names == (recipe.data.train.clone(), recipe.data.val.clone())
     }
 
     /// Fills in what the data decides (classes, an overfit run's settings), and checks what depends on its size.
@@ -88,12 +99,19 @@ impl RunData {
     }
 }
 
+/// Class indices, or rows of zeros and ones where samples may have several classes.
+fn targets(dataset: &Dataset) -> TargetKind {
+    match dataset.is_multi_label() {
+        true => TargetKind::Dense { classes: dataset.classes().len() },
+        false => TargetKind::Labels,
+    }
+}
+
 /// Nothing random, nothing that holds the model back.
 fn overfit(recipe: &mut Recipe, images: usize) {
-    let (model, augment) = (&mut recipe.model, &mut recipe.augment);
+    let model = &mut recipe.model;
     (model.dropout, model.attention_dropout, model.drop_path) = (0.0, 0.0, 0.0);
-    (augment.crop, augment.flip, augment.mixup) = (Crop::Center, false, 0.0);
-    (augment.brightness, augment.contrast, augment.saturation, augment.hue) = (0.0, 0.0, 0.0, 0.0);
+    recipe.augment = AugmentSection::none();
     recipe.loss.label_smoothing = 0.0;
     recipe.optim.weight_decay = 0.0;
     recipe.schedule.kind = ScheduleKind::Constant;
@@ -221,6 +239,7 @@ impl Run {
         for line in model_lines(&trainer.model) {
             log(line);
         }
+        self.options.notes.iter().cloned().for_each(log);
         let val = self
             .data
             .val
@@ -258,8 +277,11 @@ impl Run {
         let layout = SlotLayout {
             samples: recipe.train.batch,
             image: config.image,
-            pixels: Pixels::U8,
-            targets: TargetKind::Labels,
+            pixels: match recipe.data.pixels {
+                SlotPixels::U8 => Pixels::U8,
+                SlotPixels::F32 => Pixels::F32,
+            },
+            targets: targets(&self.data.train),
         };
         let slots =
             (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
@@ -271,7 +293,12 @@ impl Run {
             workers: recipe.data.workers,
             on_bad_record: recipe.data.on_bad_record,
         };
-        Ok(Loader::new(self.data.train.clone(), spec, slots))
+        let delivery = Delivery {
+            shuffle_window: recipe.data.shuffle_window,
+            normalise: trainer.model.normalise,
+            ..Delivery::default()
+        };
+        Ok(Loader::with(self.data.train.clone(), spec, delivery, slots))
     }
 
     /// The next batch. Training loaders never run dry.
@@ -373,7 +400,7 @@ impl Run {
             samples: model.micro_batch,
             image: model.config.image,
             pixels: Pixels::U8,
-            targets: TargetKind::Labels,
+            targets: targets(dataset),
         };
         let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
@@ -452,6 +479,21 @@ impl Run {
             .hint(format!("go on with the same command and `--out {} --resume`", self.options.out.display())))
     }
 
+    /// The device failed in the middle of a step. A card's error is sticky and often comes late: the hint is the command
+    /// that repeats the step kernel by kernel.
+    pub fn device_failed(&self, trainer: &Trainer, error: Error) -> Error {
+        let error = error.at(format!("step {}", trainer.step + 1));
+        if error.hint_text().is_some() || trainer.backend.describe().starts_with("cpu") {
+            return error;
+        }
+        let from = self.saved_at.map_or("the start".into(), |step| format!("checkpoints/step-{step}"));
+        let out = self.options.out.display();
+        error.hint(format!(
+            "nothing up to {from} is lost; `vitrum train {out}/recipe.toml --out {out} --resume --device cuda \
+             --set train.graph=false --set train.check_launches=true` goes on from there and names the kernel"
+        ))
+    }
+
     fn diverged(&self, trainer: &Trainer) -> Error {
         let last = self.saved_at.map(|step| self.checkpoints.path(step).display().to_string());
         trainer.diverged(last.as_deref())
@@ -495,7 +537,7 @@ fn scores(report: &EvalReport) -> Scores {
 
 /// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ.
 fn same_recipe(saved: &str, now: &str) -> Result<()> {
-    let free = ["threads", "workers", "slots", "log_every", "checkpoint_every"];
+    let free = ["threads", "workers", "slots", "log_every", "checkpoint_every", "graph", "check_launches"];
     let keep = |text: &str| -> Vec<String> {
         let is_free = |line: &&str| !free.iter().any(|key| line.starts_with(&format!("{key} =")));
         text.lines().filter(is_free).map(str::to_owned).collect()

@@ -9,19 +9,33 @@ use crate::error::{Error, Result};
 use crate::optim::Optimizer;
 use crate::recipe::Recipe;
 use crate::vit::{Mode, Vit};
+use crate::weights::ModelFile;
 
 use super::build;
+use super::loaded::load_weights;
 use super::run::{Run, RunData, RunOptions, RunSummary};
 
 /// Trains one recipe from its first step, or from its last checkpoint, to its end.
 pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
     let data = RunData::open(&recipe, options)?;
-    let recipe = data.resolve(recipe)?;
+    train_from(None, data.resolve(recipe)?, data, options)
+}
+
+/// The run itself: from new weights, or from those of a file that has the recipe's model.
+pub fn train_from(
+    weights: Option<&ModelFile>,
+    recipe: Recipe,
+    data: RunData,
+    options: &RunOptions,
+) -> Result<RunSummary> {
     let backend = backend::select(options.device, &build::device_options(&recipe))?;
     let model = build::model(&recipe, Mode::Train, backend.storage())?;
     let optimizer = build::optimizer(&recipe, &model, data.train.len())?;
-    let mut trainer =
-        Trainer::new(backend, model, optimizer, Collective::from_env()?, build::options(&recipe))?;
+    let (collective, of_trainer) = (Collective::from_env()?, build::options(&recipe));
+    let mut trainer = match weights {
+        None => Trainer::new(backend, model, optimizer, collective, of_trainer)?,
+        Some(file) => Trainer::from_weights(backend, model, optimizer, collective, of_trainer, file)?,
+    };
     let mut run = Run::open(recipe, options, data, &mut trainer)?;
     let mut loader = run.loader(&trainer)?;
 
@@ -30,7 +44,7 @@ pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
             break ending;
         }
         let batch = run.next_batch(&mut loader)?;
-        let (free, report) = trainer.step(batch)?;
+        let (free, report) = trainer.step(batch).map_err(|e| run.device_failed(&trainer, e))?;
         free.into_iter().for_each(|slot| loader.recycle(slot));
         run.log(&trainer, &report, &loader)?;
         if run.evaluation_is_due(trainer.step) {
@@ -71,16 +85,42 @@ pub struct TrainerOptions {
 impl Trainer {
     /// Allocates everything the run will need, and draws the initial weights.
     pub fn new(
-        mut backend: Box<dyn Backend>,
+        backend: Box<dyn Backend>,
         model: Vit,
         optimizer: Optimizer,
         collective: Collective,
         options: TrainerOptions,
     ) -> Result<Self> {
+        let init = |model: &Vit, b: &mut dyn Backend| model.init(b, options.seed);
+        Self::with(backend, model, optimizer, collective, options, init)
+    }
+
+    /// The same with the weights of a file, which are fed as its pictures were.
+    pub fn from_weights(
+        backend: Box<dyn Backend>,
+        mut model: Vit,
+        optimizer: Optimizer,
+        collective: Collective,
+        options: TrainerOptions,
+        file: &ModelFile,
+    ) -> Result<Self> {
+        model.normalise = file.meta.normalise;
+        let load = |model: &Vit, b: &mut dyn Backend| load_weights(file, model, b);
+        Self::with(backend, model, optimizer, collective, options, load)
+    }
+
+    fn with(
+        mut backend: Box<dyn Backend>,
+        model: Vit,
+        optimizer: Optimizer,
+        collective: Collective,
+        options: TrainerOptions,
+        fill: impl FnOnce(&Vit, &mut dyn Backend) -> Result<()>,
+    ) -> Result<Self> {
         assert_eq!(model.mode, Mode::Train, "a trainer needs a model with gradients");
         assert_eq!(options.batch % model.micro_batch, 0, "the micro-batch divides the batch");
         backend.allocate(&Self::plan(&model, &optimizer))?;
-        model.init(&mut *backend, options.seed)?;
+        fill(&model, &mut *backend)?;
         let TrainerOptions { loss, batch, seed } = options;
         let mut trainer = Self {
             backend,

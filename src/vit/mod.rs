@@ -10,6 +10,7 @@ pub mod backward;
 pub mod config;
 pub mod forward;
 pub mod graph;
+pub mod names;
 pub mod params;
 
 pub use config::ModelConfig;

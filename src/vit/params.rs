@@ -4,6 +4,8 @@
 //! [`ROW_ALIGN`] elements and whose start is aligned to [`TENSOR_ALIGN`] bytes; padding is zero and stays zero. The
 //! order is stem, blocks, head, so that "everything below block k" is a prefix.
 
+use std::borrow::Cow;
+
 use crate::backend::memory::{Arena, Dtype, Mat, ROW_ALIGN, TENSOR_ALIGN};
 use crate::rng::{Domain, Stream};
 
@@ -111,11 +113,11 @@ impl Param {
     }
 
     /// Values in file order (dense, `shape`) → values in memory order (dense, `rows × cols`).
-    pub fn from_file_order(&self, values: &[f32]) -> Vec<f32> {
+    pub fn from_file_order<'a>(&self, values: &'a [f32]) -> Cow<'a, [f32]> {
         assert_eq!(values.len(), self.len(), "{}: wrong number of values", self.name);
         match (self.kind, self.shape.as_slice()) {
-            (ParamKind::PatchKernel, &[d, c, ph, pw]) => permute(values, [d, c, ph, pw], [0, 2, 3, 1]),
-            _ => values.to_vec(),
+            (ParamKind::PatchKernel, &[d, c, ph, pw]) => permute(values, [d, c, ph, pw], [0, 2, 3, 1]).into(),
+            _ => values.into(),
         }
     }
 
@@ -214,7 +216,8 @@ impl Builder {
             ParamKind::PatchKernel => shape[1] * shape[2] * shape[3],
             _ => *shape.last().expect("a tensor has a shape"),
         };
-        let rows = shape.iter().product::<usize>() / cols;
+        // A head of no classes has no values.
+        let rows = shape.iter().product::<usize>() / cols.max(1);
         self.params.push(Param {
             name: name.into(),
             shape: shape.to_vec(),

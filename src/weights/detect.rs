@@ -1,12 +1,16 @@
 //! Which model is in a file: sizes from shapes, the rest from the file's metadata, and what the user sets wins.
 
+use regex_lite::Regex;
+
+use super::headers::Stored;
+use super::hub::Hub;
 use super::layouts::{LayoutKind, Plan, Shapes};
-use super::names::block_of;
 use super::tensor::shape_text;
 use crate::backend::Gelu;
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::vit::config::{DropPathMode, ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
+use crate::vit::names::block_of;
 
 /// What `--set model.KEY=VALUE` can say about a file that does not say it itself.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,6 +24,39 @@ pub struct ModelOverrides {
     pub posemb_join: Option<PosembJoin>,
     /// (H, W)
     pub image: Option<(usize, usize)>,
+    /// `weights.exclude`: tensors of the file with such a name are left out.
+    pub exclude: Vec<Pattern>,
+    /// `weights.rename`: the first match in a tensor's name gives way to the text (`$1`: what a group matched), one
+    /// rule after the other.
+    pub rename: Vec<(Pattern, String)>,
+}
+
+/// A regular expression; equal to another of the same text.
+#[derive(Clone, Debug)]
+pub struct Pattern(Regex);
+
+impl Pattern {
+    fn new(text: &str, key: &str) -> Result<Self> {
+        let regex = Regex::new(text).map_err(|e| {
+            Error::usage(format!("`{key}`: `{text}` is not a regular expression: {e}"))
+                .hint(format!("as in `--set '{key}={}'`", example(key)))
+        })?;
+        Ok(Self(regex))
+    }
+
+    pub(super) fn is_match(&self, name: &str) -> bool {
+        self.0.is_match(name)
+    }
+
+    pub(super) fn replace<'a>(&self, name: &'a str, by: &str) -> std::borrow::Cow<'a, str> {
+        self.0.replace(name, by)
+    }
+}
+
+impl PartialEq for Pattern {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.as_str() == other.0.as_str()
+    }
 }
 
 /// Pixels per side; a false number must not overflow a product.
@@ -29,9 +66,20 @@ const MAX_WIDTH: usize = 1 << 22;
 const MAX_DEPTH: usize = 1 << 12;
 
 impl ModelOverrides {
-    const KEYS: [&str; 8] = ["heads", "gelu", "ln_eps", "pool", "norm", "posemb", "posemb_join", "image"];
+    const KEYS: [&str; 10] = [
+        "model.heads",
+        "model.gelu",
+        "model.ln_eps",
+        "model.pool",
+        "model.norm",
+        "model.posemb",
+        "model.posemb_join",
+        "model.image",
+        "weights.rename",
+        "weights.exclude",
+    ];
 
-    /// From the pairs of `--set`, as in (`model.heads`, `4`). An unknown key or a wrong value is wrong usage.
+    /// From the pairs of `--set`, as in (`model.heads`, `4`). Patterns add up, of other keys the last wins. An unknown key or a wrong value is wrong usage.
     pub fn from_sets(sets: &[(String, String)]) -> Result<Self> {
         let mut out = Self::default();
         for (key, value) in sets {
@@ -39,23 +87,35 @@ impl ModelOverrides {
                 Error::usage(format!("`{key}` is `{value}`"))
                     .hint(format!("{expected}, as in `--set {key}={}`", example(key)))
             };
-            match key.strip_prefix("model.").unwrap_or_default() {
-                "heads" => {
+            match key.as_str() {
+                "model.heads" => {
                     out.heads =
                         Some(value.parse().ok().filter(|h| *h > 0).ok_or_else(|| wrong("give a number"))?)
                 }
-                "ln_eps" => out.ln_eps = Some(value.parse().map_err(|_| wrong("give a number"))?),
-                "image" => out.image = Some(parse_image(value).ok_or_else(|| wrong("give `H` or `HxW`"))?),
-                "gelu" => out.gelu = Some(choice(value).ok_or_else(|| wrong("`tanh` or `erf`"))?),
-                "pool" => out.pool = Some(choice(value).ok_or_else(|| wrong("`token`, `gap` or `map`"))?),
-                "norm" => {
+                "model.ln_eps" => out.ln_eps = Some(value.parse().map_err(|_| wrong("give a number"))?),
+                "model.image" => {
+                    out.image = Some(parse_image(value).ok_or_else(|| wrong("give `H` or `HxW`"))?)
+                }
+                "model.gelu" => out.gelu = Some(choice(value).ok_or_else(|| wrong("`tanh` or `erf`"))?),
+                "model.pool" => {
+                    out.pool = Some(choice(value).ok_or_else(|| wrong("`token`, `gap` or `map`"))?)
+                }
+                "model.norm" => {
                     out.norm = Some(choice(value).ok_or_else(|| wrong("`before` or `after` the pooling"))?)
                 }
-                "posemb" => out.posemb = Some(choice(value).ok_or_else(|| wrong("`learned` or `sincos2d`"))?),
-                "posemb_join" => {
+                "model.posemb" => {
+                    out.posemb = Some(choice(value).ok_or_else(|| wrong("`learned` or `sincos2d`"))?)
+                }
+                "model.posemb_join" => {
                     out.posemb_join = Some(
                         choice(value).ok_or_else(|| wrong("`before` or `after` the class token joins"))?,
                     )
+                }
+                // All of a name, as in `optim.groups`.
+                "weights.exclude" => out.exclude.push(Pattern::new(&format!("^(?:{value})$"), key)?),
+                "weights.rename" => {
+                    let (pattern, by) = value.split_once("=>").ok_or_else(|| wrong("give `REGEX=>NEW`"))?;
+                    out.rename.push((Pattern::new(pattern.trim(), key)?, by.trim().to_string()));
                 }
                 _ => return Err(unknown_key(key)),
             }
@@ -72,6 +132,8 @@ fn example(key: &str) -> &'static str {
         "model.gelu" => "tanh",
         "model.pool" => "gap",
         "model.posemb" => "learned",
+        "weights.exclude" => "head_dist\\..*",
+        "weights.rename" => "^module\\.=>",
         _ => "before",
     }
 }
@@ -88,7 +150,7 @@ fn parse_image(text: &str) -> Option<(usize, usize)> {
 }
 
 fn unknown_key(key: &str) -> Error {
-    let keys = ModelOverrides::KEYS.map(|k| format!("model.{k}"));
+    let keys = ModelOverrides::KEYS;
     let nearest = keys.iter().max_by(|a, b| strsim::jaro(a, key).total_cmp(&strsim::jaro(b, key)));
     Error::usage(format!("`{key}` cannot be set for a weights file")).hint(format!(
         "did you mean `{}`? There are {}; sizes come from the tensors",
@@ -123,10 +185,7 @@ impl Sizes {
             None => Err(Error::new(format!("no tensor `{name}`"))),
         };
         let (width, patch) = match shapes.get("patch_embed.proj.weight").map(Vec::as_slice) {
-            Some(&[d, 3, ph, pw]) => (d, (ph, pw)),
-            Some(&[_, channels, _, _]) => {
-                fail!("the patch kernel takes {channels} channels; pictures have 3")
-            }
+            Some(&[d, _, ph, pw]) => (d, (ph, pw)),
             Some(other) => fail!("the patch kernel has shape {}, not four axes", shape_text(other)),
             None => fail!("no patch kernel (`patch_embed.proj.weight`, in flax `embedding/kernel`)"),
         };
@@ -145,11 +204,8 @@ impl Sizes {
             patch,
             depth: depth(shapes)?,
             mlp: matrix("blocks.0.mlp.fc1.weight")?.0,
-            classes: matrix("head.weight")
-                .map_err(|e| {
-                    e.hint("features without a classifier cannot be used yet: give a model with a head")
-                })?
-                .0,
+            // None: features without a classifier.
+            classes: if shapes.contains_key("head.weight") { matrix("head.weight")?.0 } else { 0 },
             rep_size: if shapes.contains_key("pre_logits.weight") {
                 matrix("pre_logits.weight")?.0
             } else {
@@ -201,30 +257,30 @@ pub(super) struct Detected {
     pub(super) heads_assumed: bool,
 }
 
-/// `stored` is the configuration in the file's own metadata.
+/// `stored` is the configuration in the file's own metadata, `hub` what lies beside the file.
 pub(super) fn detect(
     plan: &Plan,
-    stored: Option<ModelConfig>,
+    stored: Option<Stored>,
+    hub: &Hub,
     overrides: &ModelOverrides,
 ) -> Result<Detected> {
     let sizes = Sizes::of(&plan.shapes)?;
     let from_metadata = stored.is_some();
+    let grid_from_metadata = stored.as_ref().is_some_and(|s| s.grid_known);
     let mut config = match stored {
-        Some(config) => check_stored(config, &sizes)?,
+        Some(stored) => check_stored(stored.config, &sizes)?,
         None => from_sizes(&sizes, plan.kind),
     };
-    if let Some(heads) = plan.heads {
-        config.heads = heads;
-    }
     let o = overrides;
-    config.heads = o.heads.unwrap_or(config.heads);
-    config.gelu = o.gelu.unwrap_or(config.gelu);
-    config.ln_eps = o.ln_eps.unwrap_or(config.ln_eps);
+    let heads = o.heads.or(hub.heads).or(plan.heads);
+    config.heads = heads.unwrap_or(config.heads);
+    config.gelu = o.gelu.or(hub.gelu).unwrap_or(config.gelu);
+    config.ln_eps = o.ln_eps.or(hub.ln_eps).unwrap_or(config.ln_eps);
     config.pool = o.pool.unwrap_or(config.pool);
     config.norm = o.norm.unwrap_or(config.norm);
     config.posemb = o.posemb.unwrap_or(config.posemb);
 
-    let heads_known = from_metadata || plan.heads.is_some() || o.heads.is_some();
+    let heads_known = from_metadata || heads.is_some();
     if !heads_known {
         if sizes.width % 64 != 0 {
             return Err(Error::new(format!(
@@ -236,12 +292,19 @@ pub(super) fn detect(
         config.heads = sizes.width / 64;
     }
 
-    let grid_known = settle_grid(&mut config, &sizes, plan, from_metadata, overrides)?;
+    if !from_metadata {
+        config.posemb_join = join(&config, &sizes, plan, o.image.or(hub.image));
+    }
+    config.posemb_join = o.posemb_join.unwrap_or(config.posemb_join);
+    let grid_known = settle_grid(&mut config, &sizes, grid_from_metadata, o.image.or(hub.image))?;
     // What the file says is not the user's mistake.
-    config
-        .validate()
-        .map_err(|e| if *overrides == ModelOverrides::default() { e.into_failure() } else { e })?;
+    validate(&config).map_err(|e| if *o == ModelOverrides::default() { e.into_failure() } else { e })?;
     Ok(Detected { config, grid_known, heads_assumed: !heads_known })
+}
+
+/// [`ModelConfig::validate`], and a model without a classifier will do.
+pub(super) fn validate(config: &ModelConfig) -> Result<()> {
+    ModelConfig { classes: config.classes.max(1), ..config.clone() }.validate()
 }
 
 /// The defaults of a layout at the sizes of a file; grid and heads are settled later.
@@ -297,34 +360,39 @@ fn check_stored(config: ModelConfig, sizes: &Sizes) -> Result<ModelConfig> {
     Ok(config)
 }
 
-/// Finds image size and `posemb_join` from the rows of the position embedding; true if the image size is known.
+/// Whether extra tokens have rows: the layout's rule, else by the number of rows.
+fn join(config: &ModelConfig, sizes: &Sizes, plan: &Plan, image: Option<(usize, usize)>) -> PosembJoin {
+    let (extra, rows) = (sizes.extra_tokens, learned_rows(config, sizes));
+    let patches_of = |image: (usize, usize)| (image.0 / sizes.patch.0) * (image.1 / sizes.patch.1);
+    plan.join.unwrap_or(match (rows, image) {
+        _ if extra == 0 => PosembJoin::After,
+        (None, _) => PosembJoin::Before,
+        (Some(rows), Some(image)) if rows == patches_of(image) => PosembJoin::Before,
+        (Some(rows), None) if square(rows) && !square(rows.saturating_sub(extra)) => PosembJoin::Before,
+        _ => PosembJoin::After,
+    })
+}
+
+fn learned_rows(config: &ModelConfig, sizes: &Sizes) -> Option<usize> {
+    if config.posemb == Posemb::Learned { sizes.posemb_rows } else { None }
+}
+
+fn square(n: usize) -> bool {
+    n > 0 && n.isqrt().pow(2) == n
+}
+
+/// Finds the image size from the rows of the position embedding, where nothing says it; true if it is known.
 fn settle_grid(
     config: &mut ModelConfig,
     sizes: &Sizes,
-    plan: &Plan,
     from_metadata: bool,
-    overrides: &ModelOverrides,
+    image: Option<(usize, usize)>,
 ) -> Result<bool> {
-    let rows = if config.posemb == Posemb::Learned { sizes.posemb_rows } else { None };
-    let extra = sizes.extra_tokens;
-    let square = |n: usize| n > 0 && n.isqrt().pow(2) == n;
-    let patches_of = |image: (usize, usize)| (image.0 / sizes.patch.0) * (image.1 / sizes.patch.1);
-
-    if !from_metadata {
-        config.posemb_join = plan.join.unwrap_or(match (rows, overrides.image) {
-            _ if extra == 0 => PosembJoin::After,
-            (None, _) => PosembJoin::Before,
-            (Some(rows), Some(image)) if rows == patches_of(image) => PosembJoin::Before,
-            (Some(rows), None) if square(rows) && !square(rows.saturating_sub(extra)) => PosembJoin::Before,
-            _ => PosembJoin::After,
-        });
-    }
-    config.posemb_join = overrides.posemb_join.unwrap_or(config.posemb_join);
-
-    if let Some(image) = overrides.image {
+    let rows = learned_rows(config, sizes);
+    if let Some(image) = image {
         config.image = image;
     } else if !from_metadata {
-        let with_rows = if config.posemb_join == PosembJoin::After { extra } else { 0 };
+        let with_rows = if config.posemb_join == PosembJoin::After { sizes.extra_tokens } else { 0 };
         let patches = rows.map_or(1, |rows| rows.saturating_sub(with_rows).max(1));
         let side = patches.isqrt();
         let known = rows.is_some() && square(patches);
@@ -349,7 +417,7 @@ pub(super) fn check_rows(config: &ModelConfig, rows: usize) -> Result<()> {
         "the position embedding has {rows} rows; an image of {h}x{w} with patch {ph}x{pw} needs {}",
         config.posemb_rows()
     ))
-    .hint("use pictures of the size that the model was trained on; resizing the embedding is not built yet"))
+    .hint("use pictures of the size that the model was trained on; `vitrum finetune` resizes the embedding"))
 }
 
 #[cfg(test)]
@@ -381,6 +449,8 @@ mod tests {
             ("model.image", "16x", "give `H` or `HxW`, as in `--set model.image=224`"),
             ("model.head", "3", "did you mean `model.heads`?"),
             ("optim.lr", "3", "did you mean"),
+            ("weights.rename", "^module", "give `REGEX=>NEW`, as in `--set weights.rename=^module\\.=>`"),
+            ("weights.exclude", "(", "as in `--set 'weights.exclude="),
         ] {
             let error = sets(&[(key, value)]).unwrap_err();
             assert_eq!(error.exit_code(), 2);

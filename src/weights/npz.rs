@@ -4,28 +4,37 @@
 //! is believed only where the archive holds enough bytes for it, so that a false header cannot ask for memory.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use zip::read::ZipFile;
 use zip::{CompressionMethod, ZipArchive};
 
+use super::bytes::Bytes;
 use super::tensor::{Tensor, from_fortran};
 use crate::error::{At, Error, Result};
-use crate::{fail, files};
+use crate::fail;
 
 /// deflate cannot expand more than this.
 const MAX_DEFLATE_RATIO: u64 = 1032;
+/// Weights hardly compress. An archive that unpacks to more than both of these is made to fill the memory.
+const MAX_UNPACKED: u64 = 1 << 30;
+const MAX_UNPACKED_RATIO: u64 = 200;
 /// NumPy writes some 120 bytes.
 const MAX_HEADER_BYTES: usize = 1 << 16;
 
 /// An open archive whose headers have been read.
 pub struct Npz {
     path: PathBuf,
-    archive: ZipArchive<BufReader<File>>,
+    archive: ZipArchive<Cursor<Bytes>>,
     members: BTreeMap<String, Member>,
+}
+
+impl std::fmt::Debug for Npz {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Npz({})", self.path.display())
+    }
 }
 
 struct Member {
@@ -46,25 +55,36 @@ struct NpyHeader {
 impl Npz {
     /// Reads the directory and the header of every array. Errors name the file and the member.
     pub fn open(path: &Path) -> Result<Self> {
-        let length = std::fs::metadata(path).at(path.display())?.len();
-        let mut archive = ZipArchive::new(files::open(path)?).map_err(|e| {
+        Self::parse(Bytes::map(path)?, path)
+    }
+
+    /// `path` is how errors name it.
+    pub(super) fn parse(bytes: Bytes, path: &Path) -> Result<Self> {
+        let length = bytes.len() as u64;
+        let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(|e| {
             Error::new(format!("{}: not a whole `.npz` archive: {e}", path.display()))
                 .hint("the file may be truncated: compare its size with the original's")
         })?;
         let mut members = BTreeMap::new();
-        let mut stored = 0u64;
+        let (mut stored, mut unpacked) = (0u64, 0u64);
         for index in 0..archive.len() {
             let mut entry = archive.by_index(index).at(path.display())?;
             let file_name = entry.name().at(path.display())?.into_owned();
             if file_name.ends_with(".pkl") {
-                return Err(Error::new(format!("{}: a pickled PyTorch file", path.display()))
-                    .hint("save its state dict with `safetensors.torch.save_file` and give that file"));
+                return Err(super::refuse_pickle(path));
             }
             let Some(name) = file_name.strip_suffix(".npy") else { continue };
             // Members that share bytes would let a small file ask for much memory.
             stored = stored.saturating_add(entry.compressed_size());
             if stored > length {
                 fail!("{}: its members are longer than the file", path.display());
+            }
+            unpacked = unpacked.saturating_add(entry.size());
+            if unpacked > MAX_UNPACKED && unpacked / MAX_UNPACKED_RATIO > length {
+                fail!(
+                    "{}: {length} bytes that unpack to more than {unpacked}: no weights are like that",
+                    path.display()
+                );
             }
             let (header, header_bytes) =
                 read_header(&mut entry).map_err(|e| e.at(format!("{}: tensor `{name}`", path.display())))?;
@@ -86,12 +106,17 @@ impl Npz {
     }
 
     /// Reads one array of any floating-point type as f32, row-major.
-    pub fn tensor(&mut self, name: &str) -> Result<Tensor> {
-        let place = format!("{}: tensor `{name}`", self.path.display());
-        let Some(member) = self.members.get(name) else {
-            fail!("{}: no tensor `{name}`", self.path.display());
-        };
-        member.read(&mut self.archive).map_err(|e| e.at(place))
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let member = self.member(name)?;
+        // The directory is shared and the position is this reader's own.
+        member
+            .read(self.archive.clone())
+            .map_err(|e| e.at(format!("{}: tensor `{name}`", self.path.display())))
+    }
+
+    /// Stored with 64 bits, of which f32 keeps 24.
+    pub(super) fn is_f64(&self, name: &str) -> Result<bool> {
+        Ok(self.member(name)?.header.descr.ends_with("f8"))
     }
 
     fn member(&self, name: &str) -> Result<&Member> {
@@ -109,7 +134,7 @@ struct Room {
 }
 
 impl Room {
-    fn of(entry: &ZipFile<'_, BufReader<File>>, header_bytes: usize) -> Self {
+    fn of(entry: &ZipFile<'_, Cursor<Bytes>>, header_bytes: usize) -> Self {
         let possible = match entry.compression() {
             CompressionMethod::Stored => entry.compressed_size(),
             _ => entry.compressed_size().saturating_mul(MAX_DEFLATE_RATIO),
@@ -141,7 +166,7 @@ impl Member {
         Ok(())
     }
 
-    fn read(&self, archive: &mut ZipArchive<BufReader<File>>) -> Result<Tensor> {
+    fn read(&self, mut archive: ZipArchive<Cursor<Bytes>>) -> Result<Tensor> {
         let scalar = Scalar::parse(&self.header.descr)?;
         let shape = &self.header.shape;
         let mut entry = archive.by_index(self.index).map_err(|e| Error::new(e.to_string()))?;
@@ -320,6 +345,7 @@ impl HeaderText<'_> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use std::fs::File;
     use std::io::Write;
     use zip::write::SimpleFileOptions;
 

@@ -1,20 +1,19 @@
-//! The safetensors container: named arrays with string metadata, read by range and written in one pass.
+//! The safetensors container: named arrays with string metadata, mapped for reading and written in one pass.
 //!
-//! Reading takes the header first and checks it against the size of the file, so that nothing is allocated that the
-//! file does not hold. Writing pads the header until the data starts at a multiple of 64 bytes.
+//! The header is checked against the size of the file when it is opened, so that taking a tensor cannot fail and
+//! nothing is allocated that the file does not hold. f32 values are borrowed from the map. Writing pads the header until the data starts at a multiple of 64 bytes.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 pub use ::safetensors::Dtype;
 use ::safetensors::tensor::Metadata;
 use half::{bf16, f16};
 
+use super::bytes::Bytes;
 use super::tensor::{Tensor, shape_text};
-use crate::error::{At, Error, Result};
+use crate::error::{Error, Result};
 use crate::{fail, files};
 
 /// The data starts at a multiple of this many bytes.
@@ -26,8 +25,8 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 #[derive(Debug)]
 pub struct SafeTensors {
     path: PathBuf,
-    file: File,
-    data_start: u64,
+    file: Bytes,
+    data_start: usize,
     metadata: BTreeMap<String, String>,
     tensors: BTreeMap<String, Entry>,
 }
@@ -37,31 +36,32 @@ struct Entry {
     dtype: Dtype,
     shape: Vec<usize>,
     /// Byte range behind `data_start`.
-    begin: u64,
+    begin: usize,
     bytes: usize,
 }
 
 impl SafeTensors {
-    /// Reads the header. Errors name the file and say whether it is truncated or something else altogether.
+    /// Maps the file and reads its header. Errors name the file and say whether it is truncated or something else
+    /// altogether.
     pub fn open(path: &Path) -> Result<Self> {
-        let place = path.display();
-        let file = File::open(path).at(place)?;
-        let length = file.metadata().at(path.display())?.len();
+        Self::parse(Bytes::map(path)?, path)
+    }
+
+    /// `path` is how errors name it.
+    pub(super) fn parse(file: Bytes, path: &Path) -> Result<Self> {
+        let length = file.len() as u64;
         let broken =
             |why: String| Err(Error::new(format!("{}: not a whole safetensors file: {why}", path.display())));
 
-        let mut prefix = [0; 8];
-        if length < 8 {
+        let Some(prefix) = file.first_chunk::<8>() else {
             return broken(format!("only {length} bytes"));
-        }
-        file.read_exact_at(&mut prefix, 0).at(path.display())?;
-        let header = u64::from_le_bytes(prefix);
+        };
+        let header = u64::from_le_bytes(*prefix);
         if header > MAX_HEADER_BYTES || header + 8 > length {
             return broken(format!("it announces {header} bytes of header and has {length} in all"));
         }
-        let mut text = vec![0; header as usize];
-        file.read_exact_at(&mut text, 8).at(path.display())?;
-        let parsed: Metadata = match serde_json::from_slice(&text) {
+        let data_start = 8 + header as usize;
+        let parsed: Metadata = match serde_json::from_slice(&file[8..data_start]) {
             Ok(parsed) => parsed,
             Err(e) => return broken(format!("its header does not parse: {e}")),
         };
@@ -73,16 +73,11 @@ impl SafeTensors {
         let mut tensors = BTreeMap::new();
         for (name, info) in parsed.tensors() {
             let (begin, end) = info.data_offsets;
-            let entry = Entry {
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                begin: begin as u64,
-                bytes: end - begin,
-            };
+            let entry = Entry { dtype: info.dtype, shape: info.shape.clone(), begin, bytes: end - begin };
             tensors.insert(name, entry);
         }
         let metadata = parsed.metadata().clone().unwrap_or_default().into_iter().collect();
-        Ok(Self { path: path.into(), file, data_start: 8 + header, metadata, tensors })
+        Ok(Self { path: path.into(), file, data_start, metadata, tensors })
     }
 
     /// `__metadata__`, empty if there is none.
@@ -108,42 +103,42 @@ impl SafeTensors {
     }
 
     /// Where a tensor's bytes lie in the file: offset and length.
-    pub fn range(&self, name: &str) -> Result<(u64, usize)> {
+    pub fn range(&self, name: &str) -> Result<(usize, usize)> {
         let entry = self.entry(name)?;
         Ok((self.data_start + entry.begin, entry.bytes))
     }
 
     /// The stored bytes (little-endian).
-    pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+    pub fn bytes(&self, name: &str) -> Result<&[u8]> {
         let (offset, length) = self.range(name)?;
-        let mut bytes = vec![0; length];
-        self.file.read_exact_at(&mut bytes, offset).at(self.place(name))?;
-        Ok(bytes)
+        Ok(&self.file[offset..offset + length])
     }
 
-    /// F32, F16, BF16 or F64 as f32.
-    pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let entry = self.entry(name)?;
-        let count = entry.shape.iter().product();
-        let values = match entry.dtype {
-            Dtype::F32 => {
-                let mut values = vec![0f32; count];
-                let offset = self.data_start + entry.begin;
-                self.file.read_exact_at(bytemuck::cast_slice_mut(&mut values), offset).at(self.place(name))?;
-                values
-            }
-            Dtype::F16 => decode(&self.bytes(name)?, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => decode(&self.bytes(name)?, |b| bf16::from_le_bytes(b).to_f32()),
-            Dtype::F64 => decode(&self.bytes(name)?, |b| f64::from_le_bytes(b) as f32),
+    /// F32, F16, BF16 or F64 as f32; borrowed where they are stored so.
+    pub fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
+        let bytes = self.bytes(name)?;
+        Ok(match self.entry(name)?.dtype {
+            // A header of odd length leaves the data where no f32 may be read.
+            Dtype::F32 => match bytemuck::try_cast_slice(bytes) {
+                Ok(values) => Cow::Borrowed(values),
+                Err(_) => Cow::Owned(decode(bytes, f32::from_le_bytes)),
+            },
+            Dtype::F16 => Cow::Owned(decode(bytes, |b| f16::from_le_bytes(b).to_f32())),
+            Dtype::BF16 => Cow::Owned(decode(bytes, |b| bf16::from_le_bytes(b).to_f32())),
+            Dtype::F64 => Cow::Owned(decode(bytes, |b| f64::from_le_bytes(b) as f32)),
             other => fail!("{}: holds {other}, not floating-point numbers", self.place(name)),
-        };
-        Ok(Tensor::new(entry.shape.clone(), values))
+        })
+    }
+
+    /// The same with its shape.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        Ok(Tensor::new(self.entry(name)?.shape.clone(), self.values(name)?.into_owned()))
     }
 
     /// F64 or F32 as f64.
     pub fn f64(&self, name: &str) -> Result<Vec<f64>> {
         match self.entry(name)?.dtype {
-            Dtype::F64 => Ok(decode(&self.bytes(name)?, f64::from_le_bytes)),
+            Dtype::F64 => Ok(decode(self.bytes(name)?, f64::from_le_bytes)),
             _ => Ok(self.tensor(name)?.values.into_iter().map(f64::from).collect()),
         }
     }
@@ -152,10 +147,10 @@ impl SafeTensors {
     pub fn i64(&self, name: &str) -> Result<Vec<i64>> {
         let bytes = self.bytes(name)?;
         Ok(match self.entry(name)?.dtype {
-            Dtype::U8 => decode(&bytes, |[b]: [u8; 1]| i64::from(b)),
-            Dtype::I32 => decode(&bytes, |b| i64::from(i32::from_le_bytes(b))),
-            Dtype::U32 => decode(&bytes, |b| i64::from(u32::from_le_bytes(b))),
-            Dtype::I64 => decode(&bytes, i64::from_le_bytes),
+            Dtype::U8 => decode(bytes, |[b]: [u8; 1]| i64::from(b)),
+            Dtype::I32 => decode(bytes, |b| i64::from(i32::from_le_bytes(b))),
+            Dtype::U32 => decode(bytes, |b| i64::from(u32::from_le_bytes(b))),
+            Dtype::I64 => decode(bytes, i64::from_le_bytes),
             other => fail!("{}: holds {other}, not integers", self.place(name)),
         })
     }

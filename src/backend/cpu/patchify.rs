@@ -5,7 +5,7 @@
 
 use super::compute::Compute;
 use super::view::RowsMut;
-use crate::backend::batch::MixBox;
+use crate::backend::batch::{Erase, MixBox};
 use crate::backend::{Normalise, PatchGrid, Pixels, Slot};
 
 /// The pictures of a batch slot and how they are mixed.
@@ -15,6 +15,8 @@ pub(super) struct Pictures<'a> {
     partner: &'a [u32],
     lambda: &'a [f32],
     boxes: &'a [MixBox],
+    pixel_lambda: &'a [f32],
+    erase: &'a [Erase],
 }
 
 #[derive(Clone, Copy)]
@@ -36,6 +38,8 @@ impl<'a> Pictures<'a> {
             partner: slot.partner(),
             lambda: slot.lambda(),
             boxes: slot.boxes(),
+            pixel_lambda: slot.pixel_lambda(),
+            erase: slot.erase(),
         }
     }
 }
@@ -57,11 +61,13 @@ pub(super) fn patchify(
 
     c.for_each_item(patches.blocks(grid.tokens()), |(start, mut rows)| {
         let sample = first + start / grid.tokens();
+        let partner = pictures.partner[sample] as usize;
+        let cut = pictures.boxes[sample];
         let mix = Mix {
-            own: sample * pictures.image_len,
-            partner: pictures.partner[sample] as usize * pictures.image_len,
-            lambda: pictures.lambda[sample],
-            cut: pictures.boxes[sample],
+            own: (sample * pictures.image_len, pictures.erase[sample]),
+            partner: (partner * pictures.image_len, pictures.erase[partner]),
+            lambda: if is_empty(cut) { pictures.lambda[sample] } else { pictures.pixel_lambda[sample] },
+            cut,
         };
         for token in 0..grid.extra {
             rows.row(token).fill(0.0);
@@ -102,10 +108,11 @@ impl Reader<'_> {
     }
 }
 
-/// How one sample comes about: offsets of its two pictures, and what is taken from which.
+/// How one sample comes about: offsets of its two pictures with what is erased of them, and what is taken from which.
 struct Mix {
-    own: usize,
-    partner: usize,
+    own: (usize, Erase),
+    partner: (usize, Erase),
+    /// Weight of the own pixels outside the cut, of the partner's inside.
     lambda: f32,
     cut: MixBox,
 }
@@ -121,30 +128,50 @@ impl Mix {
         other: &mut [f32],
     ) {
         let at = (y * width + x) * 3;
-        reader.read(self.own + at, out);
-
-        let cut = self.cut;
-        if cut.y0 < cut.y1 && cut.x0 < cut.x1 {
-            if (usize::from(cut.y0)..usize::from(cut.y1)).contains(&y) {
-                let end = x + out.len() / 3;
-                let (from, to) = (usize::from(cut.x0).clamp(x, end), usize::from(cut.x1).clamp(x, end));
-                let inside = &mut out[(from - x) * 3..(to - x) * 3];
-                reader.read(self.partner + at + (from - x) * 3, inside);
+        let read = |(start, erase): (usize, Erase), out: &mut [f32]| {
+            reader.read(start + at, out);
+            for column in columns(erase.cut, y, x, out.len() / 3) {
+                let colour =
+                    erase.colour(y - usize::from(erase.cut.y0), x + column - usize::from(erase.cut.x0));
+                out[column * 3..column * 3 + 3].copy_from_slice(&colour);
             }
-        } else if self.lambda != 1.0 {
-            reader.read(self.partner + at, other);
-            for (out, other) in out.iter_mut().zip(other) {
-                *out = self.lambda * *out + (1.0 - self.lambda) * *other;
-            }
+        };
+        read(self.own, out);
+        let inside = columns(self.cut, y, x, out.len() / 3);
+        if inside.is_empty() && self.lambda == 1.0 {
+            return;
+        }
+        read(self.partner, other);
+        let inside = inside.start * 3..inside.end * 3;
+        if self.lambda == 1.0 {
+            out[inside.clone()].copy_from_slice(&other[inside]);
+            return;
+        }
+        for (i, (out, other)) in out.iter_mut().zip(other).enumerate() {
+            let lambda = if inside.contains(&i) { 1.0 - self.lambda } else { self.lambda };
+            *out = lambda * *out + (1.0 - lambda) * *other;
         }
     }
+}
+
+fn is_empty(cut: MixBox) -> bool {
+    cut.y0 >= cut.y1 || cut.x0 >= cut.x1
+}
+
+/// Which of the `count` pixels from (y, x) on are in the box.
+fn columns(cut: MixBox, y: usize, x: usize, count: usize) -> std::ops::Range<usize> {
+    if is_empty(cut) || !(usize::from(cut.y0)..usize::from(cut.y1)).contains(&y) {
+        return 0..0;
+    }
+    let clamp = |column: u16| usize::from(column).clamp(x, x + count) - x;
+    clamp(cut.x0)..clamp(cut.x1)
 }
 
 #[cfg(test)]
 mod tests {
     use crate::backend::cpu::testbed::*;
     use crate::backend::{
-        Backend, Linear, Micro, MixBox, Normalise, PatchGrid, Pixels, Slot, SlotLayout, TargetKind,
+        Backend, Erase, Linear, Micro, MixBox, Normalise, PatchGrid, Pixels, Slot, SlotLayout, TargetKind,
     };
     use crate::rng::{Domain, Stream};
 
@@ -165,6 +192,11 @@ mod tests {
     /// The value of a pixel after normalisation and mixing, in f64 and written from the contract.
     fn pixel(slot: &Slot, sample: usize, (y, x): (usize, usize), channel: usize) -> f64 {
         let value = |sample: usize| {
+            let erase = slot.erase()[sample];
+            let [y0, x0, y1, x1] = [erase.cut.y0, erase.cut.x0, erase.cut.y1, erase.cut.x1].map(usize::from);
+            if (y0..y1).contains(&y) && (x0..x1).contains(&x) {
+                return f64::from(erase.colour(y - y0, x - x0)[channel]);
+            }
             let i = sample * slot.layout().image_len() + (y * slot.layout().image.1 + x) * 3 + channel;
             match slot.layout().pixels {
                 Pixels::U8 => {
@@ -178,7 +210,9 @@ mod tests {
         let MixBox { y0, x0, y1, x1 } = slot.boxes()[sample];
         let (rows, columns) = (usize::from(y0)..usize::from(y1), usize::from(x0)..usize::from(x1));
         if !rows.is_empty() && !columns.is_empty() {
-            return value(if rows.contains(&y) && columns.contains(&x) { partner } else { sample });
+            let outside = f64::from(slot.pixel_lambda()[sample]);
+            let own = if rows.contains(&y) && columns.contains(&x) { 1.0 - outside } else { outside };
+            return own * value(sample) + (1.0 - own) * value(partner);
         }
         lambda * value(sample) + (1.0 - lambda) * value(partner)
     }
@@ -197,6 +231,11 @@ mod tests {
                     slot.boxes_mut()[2] = MixBox { y0: 1, x0: 1, y1: 4, x1: 4 };
                     slot.boxes_mut()[3] = MixBox { y0: 0, x0: 0, y1: 99, x1: 2 };
                     slot.boxes_mut()[4] = MixBox { y0: 2, x0: 3, y1: 2, x1: 4 }; // empty
+                    slot.pixel_lambda_mut()[3] = 0.6;
+                    let cut = MixBox { y0: 1, x0: 1, y1: 3, x1: 99 };
+                    slot.erase_mut()[1] = Erase { cut, seed: 9, mode: 2 };
+                    slot.erase_mut()[0] = Erase { cut, seed: 8, mode: 1 };
+                    slot.erase_mut()[3] = Erase { cut, seed: 7, mode: 0 };
                     slot
                 };
                 let mut b = Testbed::new(samples - 1);
@@ -226,6 +265,22 @@ mod tests {
                 });
             }
         }
+    }
+
+    #[test]
+    fn erased_boxes_hold_standard_normal_values() {
+        let erase = Erase { cut: MixBox::default(), seed: 5, mode: 2 };
+        let values: Vec<f64> =
+            (0..10_000).flat_map(|i| erase.colour(i / 100, i % 100).map(f64::from)).collect();
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
+        assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.03, "{mean} {variance}");
+        let one = Erase { mode: 1, ..erase };
+        assert!(
+            one.colour(0, 0) == one.colour(3, 9) && one.colour(0, 0) != Erase { seed: 6, ..one }.colour(0, 0)
+        );
+        assert_eq!(Erase { mode: 0, ..erase }.colour(1, 2), [0.0; 3]);
     }
 
     #[test]

@@ -21,6 +21,8 @@ struct SlotView {
     partner: u64,
     lambda: u64,
     boxes: u64,
+    pixel_lambda: u64,
+    erase: u64,
     count: u32,
     samples: u32,
 }
@@ -94,10 +96,12 @@ impl Cells {
 
     /// The slot's contents are, or will be, at `base`.
     pub(super) fn bind(&mut self, slot: &Slot, base: Address) {
-        let [pixels, targets, partner, lambda, boxes, _] = slot.layout().offsets().map(|at| base + at as u64);
+        let [pixels, targets, partner, lambda, boxes, pixel_lambda, erase, _] =
+            slot.layout().offsets().map(|at| base + at as u64);
         let (count, samples) = (slot.count as u32, slot.layout().samples as u32);
         self.pixels = slot.layout().pixels;
-        self.now.slot = SlotView { pixels, targets, partner, lambda, boxes, count, samples };
+        self.now.slot =
+            SlotView { pixels, targets, partner, lambda, boxes, pixel_lambda, erase, count, samples };
         self.stale = true;
     }
 

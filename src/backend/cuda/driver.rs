@@ -7,7 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use cudarc::driver::sys;
 use sys::CUdevice_attribute as Attribute;
@@ -37,7 +37,7 @@ pub struct Card {
 
 /// A card with its context, streams and kernels. Cloning shares them.
 #[derive(Clone)]
-pub(super) struct Gpu(Arc<Inner>);
+pub(super) struct Gpu(Rc<Inner>);
 
 struct Inner {
     device: sys::CUdevice,
@@ -49,7 +49,6 @@ struct Inner {
     kernels: RefCell<HashMap<&'static str, sys::CUfunction>>,
     /// `train.check_launches`: wait after every launch, so that an error names its kernel.
     check_launches: Cell<bool>,
-    launches: Cell<u64>,
 }
 
 /// Which queue an operation goes to.
@@ -94,7 +93,7 @@ impl Gpu {
             check(sys::cuStreamCreate(&mut copy, flags), "create a stream")?;
         }
         let modules = load_modules(&card)?;
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Rc::new(Inner {
             device,
             context,
             card,
@@ -103,7 +102,6 @@ impl Gpu {
             modules,
             kernels: RefCell::default(),
             check_launches: Cell::new(false),
-            launches: Cell::new(0),
         })))
     }
 
@@ -126,11 +124,6 @@ impl Gpu {
 
     pub(super) fn check_launches(&self, on: bool) {
         self.0.check_launches.set(on);
-    }
-
-    /// Kernels launched or recorded so far.
-    pub(super) fn launches(&self) -> u64 {
-        self.0.launches.get()
     }
 
     /// Free and total bytes.
@@ -293,7 +286,6 @@ impl Gpu {
             )
         };
         check(code, format_args!("start kernel `{kernel}`"))?;
-        self.0.launches.set(self.0.launches.get() + 1);
         if self.0.check_launches.get() {
             // SAFETY: a stream of this context.
             let code = unsafe { sys::cuStreamSynchronize(stream) };

@@ -93,7 +93,7 @@ pub struct Found<V> {
 pub fn driver() -> Result<Found<i32>> {
     let library = open("the CUDA driver", &["libcuda.so", "libcuda.so.1"])
         .map_err(|e| e.hint("install NVIDIA's driver; in a container, start it with `--gpus all`"))?;
-    require(&library, "the CUDA driver", &DRIVER_SYMBOLS)
+    require(library, "the CUDA driver", &DRIVER_SYMBOLS)
         .map_err(|e| e.hint("update NVIDIA's driver; a `stubs` folder must not be on LD_LIBRARY_PATH"))?;
     let mut version: c_int = 0;
     // SAFETY: the two functions have these signatures in every driver since CUDA 2.2, and `require` has found them.
@@ -143,7 +143,7 @@ pub fn cublaslt() -> Result<Found<usize>> {
             "install CUDA's libraries (`pip install nvidia-cublas`) and put their folder on LD_LIBRARY_PATH",
         )
     })?;
-    require(&library, "cuBLASLt", &CUBLASLT_SYMBOLS).map_err(|e| e.hint("install CUDA 12 or newer"))?;
+    require(library, "cuBLASLt", &CUBLASLT_SYMBOLS).map_err(|e| e.hint("install CUDA 12 or newer"))?;
     // SAFETY: the function has this signature, and `require` has found it.
     let version = unsafe {
         library

@@ -1,16 +1,7 @@
 //! Which part of a picture a sample shows.
 
-use crate::data::picture::View;
+use crate::data::picture::{View, Window};
 use crate::rng::Stream;
-
-/// A window of a picture, in pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    pub y: usize,
-    pub x: usize,
-    pub height: usize,
-    pub width: usize,
-}
 
 /// Width over height of a random window, in both laws; TensorFlow's upper end is 1.33 exactly.
 const TF_ASPECT: (f32, f32) = (0.75, 1.33);
@@ -112,6 +103,36 @@ pub fn padded(picture: View, size: (usize, usize), pad: usize, draws: &mut Strea
     }
 }
 
+/// Pixels of reflection around DeiT-III's "simple random crop".
+pub const SIMPLE_PAD: usize = 4;
+
+/// A window of `size` (H, W) anywhere in a picture that is at least as large.
+pub fn random<'a>(picture: View<'a>, size: (usize, usize), draws: &mut Stream) -> View<'a> {
+    let y = draws.below(picture.height - size.0 + 1);
+    let x = draws.below(picture.width - size.1 + 1);
+    picture.window(y, x, size.0, size.1)
+}
+
+/// As [`padded`], with the picture's reflection instead of black; the edge itself is not repeated.
+pub fn reflected(picture: View, size: (usize, usize), pad: usize, draws: &mut Stream, out: &mut [u8]) {
+    let y0 = draws.below(picture.height + 2 * pad - size.0 + 1);
+    let x0 = draws.below(picture.width + 2 * pad - size.1 + 1);
+    for (y, line) in out.chunks_exact_mut(size.1 * 3).enumerate() {
+        let row = picture.row(reflect(y0 + y, pad, picture.height));
+        for (x, pixel) in line.chunks_exact_mut(3).enumerate() {
+            let from = reflect(x0 + x, pad, picture.width) * 3;
+            pixel.copy_from_slice(&row[from..from + 3]);
+        }
+    }
+}
+
+/// Place in a line of `n` pixels of place `at` of the padded line.
+fn reflect(at: usize, pad: usize, n: usize) -> usize {
+    let period = (2 * n as isize - 2).max(1);
+    let place = (at as isize - pad as isize).rem_euclid(period);
+    (place.min(period - place) as usize).min(n - 1)
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::Value;
@@ -207,6 +228,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn reflection_does_not_repeat_the_edge() {
+        let line = |n| (0..n + 6).map(|at| reflect(at, 3, n)).collect::<Vec<_>>();
+        assert_eq!(line(5), [3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1]);
+        assert_eq!(line(1), [0; 7]);
+        assert_eq!(line(2), [1, 0, 1, 0, 1, 0, 1, 0]);
     }
 
     #[test]

@@ -1,84 +1,223 @@
-//! What happens to one picture between its decoder and its slot: crop, resize, flip, colour; or, for evaluation, only
-//! the resize that the protocol wants. Mixing ([`mix`]) is decided here per batch and done on the device.
+//! What happens to one picture between its decoder and its slot: crop, resize, flip, operations on pixels; or, for
+//! evaluation, only the resize that the protocol wants. Mixing ([`mix`]) and erasing ([`erase`]) are decided here and
+//! done on the device.
 //!
-//! All draws of a sample come from one stream, keyed by (seed, epoch, record): who prepares the sample, when, and
+//! All draws of a sample come from one stream, keyed by (seed, epoch, record, repeat): who prepares the sample, when, and
 //! beside which others never changes a pixel.
 
+pub mod canvas;
 pub mod color;
 pub mod crop;
+pub mod erase;
+pub mod mirror;
 pub mod mix;
+pub mod pil_ops;
+pub mod randaug;
 pub mod resize;
+pub mod tf_ops;
+pub mod vector;
 
-use crate::recipe::{AugmentSection, Crop, EvalResize};
+use crate::backend::Normalise;
+use crate::recipe::{AugmentSection, Crop, EvalResize, Interpolation};
 use crate::rng::Stream;
 
-use super::picture::View;
-use resize::Filter;
+use super::picture::{View, Window};
+use canvas::Canvas;
+use resize::{Filter, Out};
 
 /// Memory that a worker uses again for every sample.
 #[derive(Debug, Default)]
 pub struct Buffers {
-    sample: Vec<u8>,
+    canvas: Canvas,
     resized: Vec<u8>,
-    between: Vec<u8>,
+    scratch: resize::Scratch,
     floats: Vec<f32>,
 }
 
-/// Makes a training sample of `size` (H, W). `out`, `[H, W, 3]`, is written once, in order, and never read.
+/// Where a finished sample goes, `[H, W, 3]`: written once, in order, and never read.
+pub enum Target<'a> {
+    U8(&'a mut [u8]),
+    /// Normalised. Where nothing but a resize by TensorFlow's rules happens to a sample, its fractions are kept.
+    F32(&'a mut [f32], Normalise),
+}
+
+impl Target<'_> {
+    /// The same place once more, for another try.
+    pub fn again(&mut self) -> Target<'_> {
+        match self {
+            Target::U8(pixels) => Target::U8(pixels),
+            Target::F32(values, normalise) => Target::F32(values, *normalise),
+        }
+    }
+}
+
+/// Which part of a picture of `of` (H, W) a training sample shows: the first of its draws.
+pub fn window(augment: &AugmentSection, of: (usize, usize), draws: &mut Stream) -> Window {
+    match augment.crop {
+        Crop::Tf => crop::tf_window(draws, of, augment.area),
+        Crop::Torch => crop::torch_window(draws, of, augment.area),
+        Crop::Center | Crop::Pad | Crop::Resize | Crop::ResizeSmall | Crop::Simple => Window::whole(of),
+    }
+}
+
+/// Makes a training sample of `size` (H, W) of the part of a picture that [`window`] chose.
 pub fn train(
     augment: &AugmentSection,
     picture: View,
     size: (usize, usize),
     draws: &mut Stream,
     buffers: &mut Buffers,
-    out: &mut [u8],
+    mut target: Target,
 ) {
-    let Buffers { sample, resized, between, floats } = buffers;
-    sample.resize(out.len(), 0);
-    match augment.crop {
+    let Buffers { canvas, resized, scratch, floats } = buffers;
+    let flip = augment.flip && draws.chance(0.5);
+    let is_plain = augment.randaugment.is_none()
+        && !augment.three_augment
+        && augment.color_jitter == 0.0
+        && color::Jitter::new(augment).is_none();
+    canvas.reset(size);
+
+    // 1. A view of the sample's size, in the picture itself if it can be.
+    let view = match augment.crop {
         Crop::Tf => {
-            let w = crop::tf_window(draws, picture.size(), augment.area);
-            let window = picture.window(w.y, w.x, w.height, w.width);
-            resize::tf_bilinear(window, size, |i, value| sample[i] = resize::to_u8(value));
+            if let (true, Target::F32(values, normalise)) = (is_plain, &mut target) {
+                floats.resize(values.len(), 0.0);
+                let out = Out::F32 { values: floats, normalise: *normalise };
+                resize::tf_bilinear(picture, size, scratch, out);
+                return write_floats(floats, size.1, flip, values);
+            }
+            let truncate = augment.truncate;
+            if let (true, false, Target::U8(pixels)) = (is_plain, flip, &mut target) {
+                return resize::tf_bilinear(picture, size, scratch, Out::U8 { pixels, truncate });
+            }
+            let out = Out::U8 { pixels: &mut canvas.spare, truncate };
+            resize::tf_bilinear(picture, size, scratch, out);
+            View::new(&canvas.spare, size.0, size.1)
         }
         Crop::Torch => {
-            let w = crop::torch_window(draws, picture.size(), augment.area);
-            let window = picture.window(w.y, w.x, w.height, w.width);
-            resize::pil(window, size, Filter::Bilinear, between, sample);
+            let filter = filter(augment.interpolation, draws);
+            if let (true, false, Target::U8(pixels)) = (is_plain, flip, &mut target) {
+                return resize::pil(picture, size, filter, scratch, pixels);
+            }
+            resize::pil(picture, size, filter, scratch, &mut canvas.spare);
+            View::new(&canvas.spare, size.0, size.1)
         }
-        Crop::Center => cover(picture, size, resized, between).centre(size).copy_to(sample),
+        Crop::Center => cover(picture, size, resized, scratch).centre(size),
         Crop::Pad => {
-            let picture = cover(picture, size, resized, between);
-            crop::padded(picture, size, augment.pad, draws, sample);
+            let picture = cover(picture, size, resized, scratch);
+            crop::padded(picture, size, augment.pad, draws, &mut canvas.spare);
+            View::new(&canvas.spare, size.0, size.1)
         }
+        Crop::Resize => {
+            let whole = (augment.resize, augment.resize);
+            crop::random(squash(picture, whole, true, resized, scratch), size, draws)
+        }
+        Crop::ResizeSmall => crop::random(area(picture, augment.resize, resized), size, draws),
+        Crop::Simple => {
+            let filter = filter(augment.interpolation, draws);
+            let picture = shorter(picture, size, filter, resized, scratch);
+            crop::reflected(picture, size, crop::SIMPLE_PAD, draws, &mut canvas.spare);
+            View::new(&canvas.spare, size.0, size.1)
+        }
+    };
+    if is_plain {
+        return write(view, flip, target);
     }
-    let flip = augment.flip && draws.chance(0.5);
+
+    // 2. Operations on it.
+    mirror::copy(view, flip, &mut canvas.pixels);
+    let look = randaug::Look { interpolation: augment.interpolation, fill: augment.fill };
+    if let Some(settings) = &augment.randaugment {
+        randaug::apply(settings, look, draws, canvas);
+    }
+    if augment.three_augment {
+        randaug::three_augment(draws, canvas);
+    }
+    // timm: RandAugment takes the jitter's place.
+    if augment.color_jitter > 0.0 && augment.randaugment.is_none_or(|r| r.keeps_jitter) {
+        randaug::color_jitter(augment.color_jitter, draws, canvas);
+    }
     if let Some(jitter) = color::Jitter::new(augment) {
-        jitter.apply(draws, sample, floats);
+        jitter.apply(draws, &mut canvas.pixels, floats);
     }
-    if flip {
-        mirror(sample, size.1, out);
-    } else {
-        out.copy_from_slice(sample);
+    write(View::new(&canvas.pixels, size.0, size.1), false, target);
+}
+
+fn filter(interpolation: Interpolation, draws: &mut Stream) -> Filter {
+    match interpolation {
+        Interpolation::Bilinear => Filter::Bilinear,
+        Interpolation::Bicubic => Filter::Bicubic,
+        Interpolation::Random => [Filter::Bilinear, Filter::Bicubic][usize::from(draws.chance(0.5))],
     }
 }
 
-/// Makes an evaluation sample of `size` (H, W), by the protocol's `resize`; `out` as in [`train`].
+/// Makes an evaluation sample of `size` (H, W), by the protocol's `resize`.
 pub fn evaluate(
     resize: EvalResize,
     crop_ratio: f32,
     picture: View,
     size: (usize, usize),
     buffers: &mut Buffers,
-    out: &mut [u8],
+    target: Target,
 ) {
-    let Buffers { resized, between, .. } = buffers;
+    let Buffers { canvas, resized, scratch, .. } = buffers;
+    let down = |s: usize| ((s as f32 / crop_ratio) as usize).max(s);
+    let nearest = |s: usize| ((s as f32 / crop_ratio).round() as usize).max(s);
     match resize {
-        EvalResize::Squash if picture.size() == size => picture.copy_to(out),
-        EvalResize::Squash => resize::tf_bilinear(picture, size, |i, value| out[i] = resize::to_u8(value)),
+        EvalResize::Squash if picture.size() == size => write(picture, false, target),
+        EvalResize::Squash => {
+            let out = match target {
+                Target::U8(pixels) => Out::U8 { pixels, truncate: false },
+                Target::F32(values, normalise) => Out::F32 { values, normalise },
+            };
+            resize::tf_bilinear(picture, size, scratch, out);
+        }
         EvalResize::Center => {
-            let side = |s: usize| ((s as f32 / crop_ratio) as usize).max(s);
-            cover(picture, (side(size.0), side(size.1)), resized, between).centre(size).copy_to(out);
+            let view = shorter(picture, (down(size.0), down(size.1)), Filter::Bicubic, resized, scratch);
+            write(view.centre_rounded(size), false, target);
+        }
+        EvalResize::AreaCenter => {
+            let view = area(picture, nearest(size.0.max(size.1)), resized);
+            write(view.centre(size), false, target);
+        }
+        EvalResize::SquashCenter => {
+            let view = squash(picture, (nearest(size.0), nearest(size.1)), true, resized, scratch);
+            write(view.centre(size), false, target);
+        }
+        EvalResize::SquashSmooth => {
+            canvas.reset(size);
+            resize::pil(picture, size, Filter::Bilinear, scratch, &mut canvas.pixels);
+            write(View::new(&canvas.pixels, size.0, size.1), false, target);
+        }
+    }
+}
+
+/// Copies a view to where it goes.
+fn write(view: View, flip: bool, target: Target) {
+    match target {
+        Target::U8(pixels) => mirror::copy(view, flip, pixels),
+        Target::F32(values, normalise) => {
+            for (y, line) in values.chunks_exact_mut(view.width * 3).enumerate() {
+                let row = view.row(y);
+                for (x, pixel) in line.chunks_exact_mut(3).enumerate() {
+                    let x = if flip { view.width - 1 - x } else { x };
+                    for c in 0..3 {
+                        pixel[c] = (f32::from(row[x * 3 + c]) - normalise.mean[c]) / normalise.std[c];
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn write_floats(floats: &[f32], width: usize, flip: bool, out: &mut [f32]) {
+    for (to, from) in out.chunks_exact_mut(width * 3).zip(floats.chunks_exact(width * 3)) {
+        if !flip {
+            to.copy_from_slice(from);
+            continue;
+        }
+        for (to, from) in to.chunks_exact_mut(3).zip(from.chunks_exact(3).rev()) {
+            to.copy_from_slice(from);
         }
     }
 }
@@ -88,22 +227,134 @@ fn cover<'a>(
     picture: View<'a>,
     size: (usize, usize),
     resized: &'a mut Vec<u8>,
-    between: &mut Vec<u8>,
+    scratch: &mut resize::Scratch,
+) -> View<'a> {
+    shorter(picture, size, Filter::Bicubic, resized, scratch)
+}
+
+fn shorter<'a>(
+    picture: View<'a>,
+    size: (usize, usize),
+    filter: Filter,
+    resized: &'a mut Vec<u8>,
+    scratch: &mut resize::Scratch,
 ) -> View<'a> {
     let target = resize::covering(picture.size(), size);
     if target == picture.size() {
         return picture;
     }
     resized.resize(target.0 * target.1 * 3, 0);
-    resize::pil(picture, target, Filter::Bicubic, between, resized);
+    resize::pil(picture, target, filter, scratch, resized);
     View::new(resized, target.0, target.1)
 }
 
-/// Writes rows of `width` pixels the other way round.
-fn mirror(pixels: &[u8], width: usize, out: &mut [u8]) {
-    for (to, from) in out.chunks_exact_mut(width * 3).zip(pixels.chunks_exact(width * 3)) {
-        for (to, from) in to.chunks_exact_mut(3).zip(from.chunks_exact(3).rev()) {
-            to.copy_from_slice(from);
+/// big_vision's `resize`: bilinear as TensorFlow has it, to u8 again.
+fn squash<'a>(
+    picture: View<'a>,
+    size: (usize, usize),
+    truncate: bool,
+    resized: &'a mut Vec<u8>,
+    scratch: &mut resize::Scratch,
+) -> View<'a> {
+    if picture.size() == size {
+        return picture;
+    }
+    resized.resize(size.0 * size.1 * 3, 0);
+    resize::tf_bilinear(picture, size, scratch, Out::U8 { pixels: resized, truncate });
+    View::new(resized, size.0, size.1)
+}
+
+/// big_vision's `resize_small`: the shorter side by areas, to u8 again.
+fn area<'a>(picture: View<'a>, side: usize, resized: &'a mut Vec<u8>) -> View<'a> {
+    let size = resize::small(picture.size(), side);
+    if picture.size() == size {
+        return picture;
+    }
+    resized.resize(size.0 * size.1 * 3, 0);
+    resize::tf_area(picture, size, Out::U8 { pixels: resized, truncate: true });
+    View::new(resized, size.0, size.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::reference::{Arrays, seeded};
+
+    #[test]
+    fn area_then_centre_is_big_visions() {
+        let Some(mut arrays) = Arrays::open("augment/tf_resize.npz") else { return };
+        let mut compared = 0;
+        for case in (0..).map(|i| format!("r{i}")) {
+            if !arrays.names().contains(&format!("{case}.in")) {
+                break;
+            }
+            let input = arrays.picture(&format!("{case}.in"));
+            let small = arrays.picture(&format!("{case}.resize_small_area"));
+            let expected = arrays.picture(&format!("{case}.resize_small_then_central_crop"));
+            let side = small.height.min(small.width);
+            let mut resized = Vec::new();
+            let ours = area(input.view(), side, &mut resized);
+            assert_eq!(ours.size(), (small.height, small.width), "{case}");
+            let mut out = vec![0; expected.pixels.len()];
+            let size = (expected.height, expected.width);
+            let ratio = size.0 as f32 / side as f32;
+            let mut buffers = Buffers::default();
+            evaluate(EvalResize::AreaCenter, ratio, input.view(), size, &mut buffers, Target::U8(&mut out));
+            assert!(resized == small.pixels && out == expected.pixels, "{case}");
+            compared += 1;
+        }
+        assert!(compared > 0);
+    }
+
+    /// What u8 slots lose: half a step of 1/127.5 at most.
+    #[test]
+    fn fractions_are_kept_in_f32_slots_and_rounded_in_u8_slots() {
+        let pixels: Vec<u8> = (0..50 * 40 * 3).map(|i| (i * 31 % 256) as u8).collect();
+        let picture = View::new(&pixels, 50, 40);
+        let mut buffers = Buffers::default();
+        for (seed, crop) in (0..8).flat_map(|s| [Crop::Tf, Crop::Torch, Crop::Simple].map(|c| (s, c))) {
+            let augment = AugmentSection { crop, ..Default::default() };
+            let (mut bytes, mut floats) = (vec![0; 24 * 16 * 3], vec![0.0; 24 * 16 * 3]);
+            train(&augment, picture, (24, 16), &mut seeded(seed), &mut buffers, Target::U8(&mut bytes));
+            let target = Target::F32(&mut floats, Normalise::INCEPTION);
+            train(&augment, picture, (24, 16), &mut seeded(seed), &mut buffers, target);
+            let worst = floats
+                .iter()
+                .zip(&bytes)
+                .map(|(f, b)| (f * 127.5 + 127.5 - f32::from(*b)).abs())
+                .fold(0.0, f32::max);
+            let expected = if crop == Crop::Tf { 0.5..=0.501 } else { 0.0..=1e-4 };
+            assert!(
+                worst <= *expected.end() && (crop != Crop::Tf || worst > 0.3),
+                "{crop:?}: off by {worst}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_crop_makes_every_size_of_every_picture() {
+        let crops =
+            [Crop::Pad, Crop::Torch, Crop::Tf, Crop::Center, Crop::Resize, Crop::ResizeSmall, Crop::Simple];
+        let mut buffers = Buffers::default();
+        for (height, width) in [(1, 1), (1, 200), (90, 2), (17, 13), (64, 64)] {
+            let pixels: Vec<u8> = vec![200; height * width * 3];
+            for (i, size) in [(8, 8), (5, 12), (16, 7)].into_iter().enumerate() {
+                for crop in crops {
+                    let resize = if matches!(crop, Crop::Resize | Crop::ResizeSmall) { 20 } else { 0 };
+                    let augment = AugmentSection { crop, resize, ..Default::default() };
+                    let mut draws = seeded(i as u64);
+                    let w = window(&augment, (height, width), &mut draws);
+                    let view = View::new(&pixels, height, width).window(w.y, w.x, w.height, w.width);
+                    let mut out = vec![0; size.0 * size.1 * 3];
+                    train(&augment, view, size, &mut draws, &mut buffers, Target::U8(&mut out));
+                    // Areas add up to 1 but for f32's last bit, and their fractions are cut.
+                    let least = if crop == Crop::ResizeSmall { 199 } else { 200 };
+                    assert!(
+                        out.iter().all(|p| (least..=200).contains(p)),
+                        "{crop:?} of {height}x{width} to {size:?}"
+                    );
+                }
+            }
         }
     }
 }

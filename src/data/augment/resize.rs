@@ -2,29 +2,122 @@
 //!
 //! TensorFlow's bilinear takes 2×2 taps whatever the scale and its area kernel averages what an output pixel covers;
 //! both give floats. Pillow widens its kernel when it shrinks and keeps u8 between its two passes.
+//!
+//! Pixels are worked on in fours of values, three of them theirs: rows are copied behind a margin, so that the fourth
+//! can be read, and each pixel is written before the next one overwrites it.
 
+use crate::backend::Normalise;
 use crate::data::picture::View;
 
-/// TensorFlow's `resize(bilinear)`: half-pixel centres, no antialiasing. Calls `put(index, value)` for every value of
-/// `[H, W, 3]` in order, on the scale of the input. Every operation rounds to f32.
-pub fn tf_bilinear(src: View, size: (usize, usize), mut put: impl FnMut(usize, f32)) {
-    let rows = bilinear_taps(src.height, size.0);
-    let columns = bilinear_taps(src.width, size.1);
-    let mut index = 0;
-    for row in &rows {
-        let (top, bottom) = (src.row(row.low), src.row(row.high));
-        for column in &columns {
-            for channel in 0..3 {
-                let (left, right) = (column.low * 3 + channel, column.high * 3 + channel);
-                let along = |line: &[u8]| {
-                    let (a, b) = (f32::from(line[left]), f32::from(line[right]));
-                    a + (b - a) * column.weight
-                };
-                let (above, below) = (along(top), along(bottom));
-                put(index, above + (below - above) * row.weight);
-                index += 1;
+use super::vector::{self, Task};
+
+/// Memory that a worker uses again for every resize.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    columns: PilTaps,
+    rows: PilTaps,
+    between: Vec<u8>,
+    /// A source row with a margin.
+    line: Vec<u8>,
+    /// Source rows resized across: which row, and its values.
+    across: [(usize, Vec<f32>); 2],
+}
+
+/// Where resized values go: `[H, W, 3]` in order, from the scale of u8.
+pub enum Out<'a> {
+    /// To the nearest integer, or cut.
+    U8 { pixels: &'a mut [u8], truncate: bool },
+    /// Normalised.
+    F32 { values: &'a mut [f32], normalise: Normalise },
+}
+
+impl Out<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Out::U8 { pixels, .. } => pixels.len(),
+            Out::F32 { values, .. } => values.len(),
+        }
+    }
+
+    #[inline(always)]
+    fn put(&mut self, start: usize, line: &[f32]) {
+        match self {
+            Out::U8 { pixels, truncate } => {
+                let half = if *truncate { 0.0 } else { 0.5 };
+                let pixels = &mut pixels[start..start + line.len()];
+                pixels.iter_mut().zip(line).for_each(|(p, x)| *p = (x + half) as u8); // `as` saturates
+            }
+            Out::F32 { values, normalise } => {
+                let values = &mut values[start..start + line.len()];
+                for (i, (value, x)) in values.iter_mut().zip(line).enumerate() {
+                    *value = (x - normalise.mean[i % 3]) / normalise.std[i % 3];
+                }
             }
         }
+    }
+}
+
+/// TensorFlow's `resize(bilinear)`: half-pixel centres, no antialiasing. Every operation rounds to f32.
+pub fn tf_bilinear(src: View, size: (usize, usize), scratch: &mut Scratch, out: Out) {
+    assert_eq!(out.len(), size.0 * size.1 * 3);
+    vector::run(TfBilinear { src, size, scratch, out });
+}
+
+struct TfBilinear<'a> {
+    src: View<'a>,
+    size: (usize, usize),
+    scratch: &'a mut Scratch,
+    out: Out<'a>,
+}
+
+impl Task for TfBilinear<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { src, size, scratch, mut out } = self;
+        let rows = bilinear_taps(src.height, size.0);
+        let columns = bilinear_taps(src.width, size.1);
+        let Scratch { line, across, .. } = scratch;
+        for cached in across.iter_mut() {
+            cached.0 = usize::MAX;
+            cached.1.resize(size.1 * 3 + 1, 0.0);
+        }
+        let mut values = vec![0f32; size.1 * 3];
+        for (y, row) in rows.iter().enumerate() {
+            // Rows come in order: what the row before needed is often needed again.
+            if across[1].0 == row.low {
+                across.swap(0, 1);
+            }
+            for (cached, wanted) in across.iter_mut().zip([row.low, row.high]) {
+                if cached.0 != wanted {
+                    cached.0 = wanted;
+                    resize_across(src.row(wanted), &columns, line, &mut cached.1);
+                }
+            }
+            let (above, below) = (&across[0].1, &across[1].1);
+            for ((value, above), below) in values.iter_mut().zip(above).zip(below) {
+                *value = above + (below - above) * row.weight;
+            }
+            out.put(y * size.1 * 3, &values);
+        }
+    }
+}
+
+#[inline(always)]
+fn resize_across(row: &[u8], columns: &[BilinearTap], line: &mut Vec<u8>, out: &mut [f32]) {
+    line.clear();
+    line.extend_from_slice(row);
+    line.push(0);
+    for (x, column) in columns.iter().enumerate() {
+        let left: [u8; 4] = line[column.low * 3..column.low * 3 + 4].try_into().unwrap();
+        let right: [u8; 4] = line[column.high * 3..column.high * 3 + 4].try_into().unwrap();
+        let mut four = [0f32; 4];
+        for i in 0..4 {
+            let (a, b) = (f32::from(left[i]), f32::from(right[i]));
+            four[i] = a + (b - a) * column.weight;
+        }
+        out[x * 3..x * 3 + 4].copy_from_slice(&four);
     }
 }
 
@@ -48,14 +141,15 @@ fn bilinear_taps(from: usize, to: usize) -> Vec<BilinearTap> {
     (0..to).map(tap).collect()
 }
 
-/// TensorFlow's `resize(area)`: the mean of the covered pixels, edges by their share. `put` as in [`tf_bilinear`].
-pub fn tf_area(src: View, size: (usize, usize), mut put: impl FnMut(usize, f32)) {
+/// TensorFlow's `resize(area)`: the mean of the covered pixels, edges by their share.
+pub fn tf_area(src: View, size: (usize, usize), mut out: Out) {
+    assert_eq!(out.len(), size.0 * size.1 * 3);
     let rows = area_taps(src.height, size.0);
     let columns = area_taps(src.width, size.1);
     let scale = 1.0 / ((src.height as f32 / size.0 as f32) * (src.width as f32 / size.1 as f32));
-    let mut index = 0;
-    for row in &rows {
-        for column in &columns {
+    let mut values = vec![0f32; size.1 * 3];
+    for (y, row) in rows.iter().enumerate() {
+        for (pixel, column) in values.chunks_exact_mut(3).zip(&columns) {
             let mut total = [0f32; 3];
             for (y, down) in row {
                 let line = src.row(*y);
@@ -69,11 +163,9 @@ pub fn tf_area(src: View, size: (usize, usize), mut put: impl FnMut(usize, f32))
                     *sum += value * down;
                 }
             }
-            for sum in total {
-                put(index, sum * scale);
-                index += 1;
-            }
+            pixel.iter_mut().zip(total).for_each(|(p, sum)| *p = sum * scale);
         }
+        out.put(y * size.1 * 3, &values);
     }
 }
 
@@ -125,74 +217,135 @@ impl Filter {
     }
 }
 
+/// Values of a row that are summed up at a time.
+const BLOCK: usize = 32;
 /// Bits behind the point of Pillow's integer weights.
 const PIL_BITS: u32 = 22;
 
-/// Pillow's `resize`: antialiased, across and then down, u8 in between. `out` is `[H, W, 3]`; `between` is scratch.
-pub fn pil(src: View, size: (usize, usize), filter: Filter, between: &mut Vec<u8>, out: &mut [u8]) {
+/// Pillow's `resize`: antialiased, across and then down, u8 in between. `out` is `[H, W, 3]`.
+pub fn pil(src: View, size: (usize, usize), filter: Filter, scratch: &mut Scratch, out: &mut [u8]) {
     assert_eq!(out.len(), size.0 * size.1 * 3);
-    let columns = pil_taps(src.width, size.1, filter);
-    let rows = pil_taps(src.height, size.0, filter);
-    let line = size.1 * 3;
-    // Only the source rows that some output needs: for a window all of them, and no more.
-    between.resize(src.height * line, 0);
-    for (y, target) in between.chunks_exact_mut(line).enumerate() {
-        let row = src.row(y);
-        if src.width == size.1 {
-            target.copy_from_slice(row);
-            continue;
+    vector::run(Pil { src, size, filter, scratch, out });
+}
+
+struct Pil<'a> {
+    src: View<'a>,
+    size: (usize, usize),
+    filter: Filter,
+    scratch: &'a mut Scratch,
+    out: &'a mut [u8],
+}
+
+impl Task for Pil<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { src, size, filter, scratch, out } = self;
+        let Scratch { columns, rows, between, line, .. } = scratch;
+        columns.fill(src.width, size.1, filter);
+        rows.fill(src.height, size.0, filter);
+        let length = size.1 * 3;
+        // One byte more, for the fourth value of the last pixel.
+        between.resize(src.height * length + 1, 0);
+        for y in 0..src.height {
+            let row = src.row(y);
+            let target = &mut between[y * length..][..length + 1];
+            if src.width == size.1 {
+                target[..length].copy_from_slice(row);
+                continue;
+            }
+            line.clear();
+            line.extend_from_slice(row);
+            line.push(0);
+            for x in 0..size.1 {
+                let (from, weights) = columns.tap(x);
+                let taps = &line[from * 3..][..weights.len() * 3 + 1];
+                let mut sum = [1i32 << (PIL_BITS - 1); 4];
+                for (k, weight) in weights.iter().enumerate() {
+                    let four: [u8; 4] = taps[k * 3..k * 3 + 4].try_into().unwrap();
+                    for i in 0..4 {
+                        sum[i] += weight * i32::from(four[i]);
+                    }
+                }
+                target[x * 3..x * 3 + 4].copy_from_slice(&sum.map(clip));
+            }
         }
-        for (pixel, tap) in target.chunks_exact_mut(3).zip(&columns) {
-            let mut sum = [1i32 << (PIL_BITS - 1); 3];
-            for (source, weight) in row[tap.from * 3..].chunks_exact(3).zip(&tap.weights) {
-                for (sum, value) in sum.iter_mut().zip(source) {
-                    *sum += weight * i32::from(*value);
+        if src.height == size.0 {
+            out.copy_from_slice(&between[..out.len()]);
+            return;
+        }
+        for (y, target) in out.chunks_exact_mut(length).enumerate() {
+            let (from, weights) = rows.tap(y);
+            let sources = &between[from * length..][..weights.len() * length];
+            let mut columns = target.chunks_exact_mut(BLOCK);
+            for (block, target) in columns.by_ref().enumerate() {
+                // Sums stay in registers from tap to tap.
+                let mut sum = [1i32 << (PIL_BITS - 1); BLOCK];
+                for (k, weight) in weights.iter().enumerate() {
+                    let at = k * length + block * BLOCK;
+                    let values: &[u8; BLOCK] = sources[at..at + BLOCK].try_into().unwrap();
+                    for i in 0..BLOCK {
+                        sum[i] += weight * i32::from(values[i]);
+                    }
+                }
+                for i in 0..BLOCK {
+                    target[i] = clip(sum[i]);
                 }
             }
-            pixel.iter_mut().zip(sum).for_each(|(p, s)| *p = clip(s));
+            let rest = columns.into_remainder();
+            let start = length - rest.len();
+            for (i, target) in rest.iter_mut().enumerate() {
+                let column = |k: usize| i32::from(sources[k * length + start + i]);
+                let taps = weights.iter().enumerate().map(|(k, weight)| weight * column(k));
+                *target = clip((1 << (PIL_BITS - 1)) + taps.sum::<i32>());
+            }
         }
-    }
-    if src.height == size.0 {
-        out.copy_from_slice(between);
-        return;
-    }
-    let mut sums = vec![0i32; line];
-    for (target, tap) in out.chunks_exact_mut(line).zip(&rows) {
-        sums.fill(1 << (PIL_BITS - 1));
-        for (source, weight) in between[tap.from * line..].chunks_exact(line).zip(&tap.weights) {
-            sums.iter_mut().zip(source).for_each(|(sum, value)| *sum += weight * i32::from(*value));
-        }
-        target.iter_mut().zip(&sums).for_each(|(t, s)| *t = clip(*s));
     }
 }
 
+#[inline(always)]
 fn clip(sum: i32) -> u8 {
     (sum >> PIL_BITS).clamp(0, 255) as u8
 }
 
-struct PilTap {
-    from: usize,
+/// For each output pixel the first source pixel that counts, and the weights from there on.
+#[derive(Debug, Default)]
+struct PilTaps {
+    /// First source pixel, and end of the weights.
+    places: Vec<(usize, usize)>,
     weights: Vec<i32>,
+    exact: Vec<f64>,
 }
 
-fn pil_taps(from: usize, to: usize, filter: Filter) -> Vec<PilTap> {
-    let scale = from as f64 / to as f64;
-    let stretch = scale.max(1.0);
-    let support = filter.support() * stretch;
-    let tap = |i: usize| {
-        let centre = (i as f64 + 0.5) * scale;
-        let first = (centre - support + 0.5).max(0.0) as usize;
-        let last = ((centre + support + 0.5) as usize).min(from);
-        let weights: Vec<f64> =
-            (first..last).map(|k| filter.weight((k as f64 - centre + 0.5) / stretch)).collect();
-        let sum: f64 = weights.iter().sum();
-        let fixed = |w: &f64| {
-            let w = w / sum * f64::from(1u32 << PIL_BITS);
-            (w + if w < 0.0 { -0.5 } else { 0.5 }) as i32
-        };
-        PilTap { from: first, weights: weights.iter().map(fixed).collect() }
-    };
-    (0..to).map(tap).collect()
+impl PilTaps {
+    fn fill(&mut self, from: usize, to: usize, filter: Filter) {
+        let Self { places, weights, exact } = self;
+        places.clear();
+        weights.clear();
+        let scale = from as f64 / to as f64;
+        let stretch = scale.max(1.0);
+        let support = filter.support() * stretch;
+        for i in 0..to {
+            let centre = (i as f64 + 0.5) * scale;
+            let first = (centre - support + 0.5).max(0.0) as usize;
+            let last = ((centre + support + 0.5) as usize).min(from);
+            exact.clear();
+            exact.extend((first..last).map(|k| filter.weight((k as f64 - centre + 0.5) / stretch)));
+            let sum: f64 = exact.iter().sum();
+            weights.extend(exact.iter().map(|w| {
+                let w = w / sum * f64::from(1u32 << PIL_BITS);
+                (w + if w < 0.0 { -0.5 } else { 0.5 }) as i32
+            }));
+            places.push((first, weights.len()));
+        }
+    }
+
+    #[inline(always)]
+    fn tap(&self, i: usize) -> (usize, &[i32]) {
+        let start = if i == 0 { 0 } else { self.places[i - 1].1 };
+        (self.places[i].0, &self.weights[start..self.places[i].1])
+    }
 }
 
 /// The smallest size with the ratio of `from` (up to rounding down) that covers `size`.
@@ -204,9 +357,11 @@ pub fn covering(from: (usize, usize), size: (usize, usize)) -> (usize, usize) {
     }
 }
 
-/// A float on the scale 0..255 as u8, to the nearest.
-pub fn to_u8(value: f32) -> u8 {
-    (value + 0.5) as u8 // `as` saturates
+/// big_vision's `resize_small(n)`: the shorter side becomes n, both are rounded half to even.
+pub fn small(from: (usize, usize), shorter: usize) -> (usize, usize) {
+    let factor = shorter as f32 / from.0.min(from.1) as f32;
+    let side = |n: usize| ((n as f32 * factor).round_ties_even() as usize).max(1);
+    (side(from.0), side(from.1))
 }
 
 #[cfg(test)]
@@ -214,6 +369,11 @@ mod tests {
     use super::*;
     use crate::data::picture::Picture;
     use crate::data::reference::Arrays;
+
+    /// Values as they are.
+    fn plain(values: &mut [f32]) -> Out<'_> {
+        Out::F32 { values, normalise: Normalise { mean: [0.0; 3], std: [1.0; 3] } }
+    }
 
     /// Calls `check(name of the input, input, output size)` for each input of `tf_resize.npz`.
     fn for_each_case(mut check: impl FnMut(&str, &Picture, (usize, usize))) {
@@ -232,9 +392,24 @@ mod tests {
         for_each_case(|case, input, size| {
             let mut arrays = Arrays::open("augment/tf_resize.npz").unwrap();
             let (_, expected) = arrays.get::<f32>(&format!("{case}.bilinear"));
-            tf_bilinear(input.view(), size, |i, value| assert_eq!(value, expected[i], "{case} bilinear {i}"));
+            let check = |got: &[f32], what: &str| {
+                let off = got.iter().zip(&expected).position(|(a, b)| a != b);
+                assert_eq!(off, None, "{case} {what}");
+            };
+            let mut out = vec![0.0; expected.len()];
+            tf_bilinear(input.view(), size, &mut Scratch::default(), plain(&mut out));
+            check(&out, "bilinear");
             let (_, expected) = arrays.get::<f32>(&format!("{case}.area"));
-            tf_area(input.view(), size, |i, value| assert_eq!(value, expected[i], "{case} area {i}"));
+            tf_area(input.view(), size, plain(&mut out));
+            assert!(out == expected, "{case} area");
+            // big_vision's u8 form; a float within 1e-3 of an integer may fall on either side.
+            let (_, expected) = arrays.get::<u8>(&format!("{case}.bilinear.bv_u8"));
+            let mut cut = vec![0; expected.len()];
+            let to = Out::U8 { pixels: &mut cut, truncate: true };
+            tf_bilinear(input.view(), size, &mut Scratch::default(), to);
+            assert!(cut.iter().zip(&expected).all(|(a, b)| a.abs_diff(*b) <= 1), "{case}");
+            let off = cut.iter().zip(&expected).filter(|(a, b)| a != b).count();
+            assert!(off * 500 <= cut.len(), "{case}: {off} values differ");
         });
     }
 
@@ -244,7 +419,7 @@ mod tests {
             let mut arrays = Arrays::open("augment/torch_pil_resize.npz").unwrap();
             for (filter, name) in [(Filter::Bilinear, "pil_bilinear"), (Filter::Bicubic, "pil_bicubic")] {
                 let mut out = vec![0; size.0 * size.1 * 3];
-                pil(input.view(), size, filter, &mut Vec::new(), &mut out);
+                pil(input.view(), size, filter, &mut Scratch::default(), &mut out);
                 assert!(out == arrays.picture(&format!("{case}.{name}")).pixels, "{case} {name}");
             }
         });
@@ -259,9 +434,11 @@ mod tests {
         let copy = View::new(&copy, 17, 11);
         let resized = |view: View| {
             let mut out = vec![0; 8 * 9 * 3];
-            pil(view, (8, 9), Filter::Bicubic, &mut Vec::new(), &mut out);
-            tf_bilinear(view, (8, 9), |i, value| out[i] ^= to_u8(value));
-            out
+            pil(view, (8, 9), Filter::Bicubic, &mut Scratch::default(), &mut out);
+            let mut other = vec![0; 8 * 9 * 3];
+            let to = Out::U8 { pixels: &mut other, truncate: false };
+            tf_bilinear(view, (8, 9), &mut Scratch::default(), to);
+            (out, other)
         };
         assert_eq!(resized(window), resized(copy));
     }
@@ -271,10 +448,16 @@ mod tests {
         let pixels: Vec<u8> = (0..7 * 5 * 3).map(|i| (i * 91 % 256) as u8).collect();
         let view = View::new(&pixels, 7, 5);
         let mut out = vec![0; pixels.len()];
-        pil(view, (7, 5), Filter::Bicubic, &mut Vec::new(), &mut out);
+        pil(view, (7, 5), Filter::Bicubic, &mut Scratch::default(), &mut out);
         assert_eq!(out, pixels);
-        tf_bilinear(view, (7, 5), |i, value| assert_eq!(value, f32::from(pixels[i])));
-        tf_area(view, (7, 5), |i, value| assert_eq!(value, f32::from(pixels[i])));
+        for truncate in [false, true] {
+            out.fill(0);
+            tf_bilinear(view, (7, 5), &mut Scratch::default(), Out::U8 { pixels: &mut out, truncate });
+            assert_eq!(out, pixels);
+            out.fill(0);
+            tf_area(view, (7, 5), Out::U8 { pixels: &mut out, truncate });
+            assert_eq!(out, pixels);
+        }
     }
 
     #[test]

@@ -5,8 +5,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 
 use crate::data::dataset::{MANIFEST, Manifest, ShardEntry, Split};
-use crate::data::decode;
-use crate::data::picture::Picture;
+use crate::data::decode::Decoder;
 use crate::data::shard::{Record, Shard};
 use crate::error::{Error, Result};
 use crate::fail;
@@ -26,7 +25,11 @@ pub fn check(dir: &Path) -> Result<Checked> {
         vec![dir.to_owned()]
     } else {
         let folders = [Split::Train, Split::Val].into_iter().flat_map(Split::folders);
-        folders.map(|name| dir.join(name)).filter(|d| d.join(MANIFEST).is_file()).collect()
+        folders
+            .chain(&["minival"])
+            .map(|name| dir.join(name))
+            .filter(|d| d.join(MANIFEST).is_file())
+            .collect()
     };
     if sets.is_empty() {
         return Err(Error::new(format!("{}: no packed data set", dir.display()))
@@ -66,12 +69,12 @@ fn check_shard(path: &Path, entry: &ShardEntry, classes: usize) -> Result<Vec<St
     if shard.len() != entry.records {
         fail!("{}: {} records, not {}", path.display(), shard.len(), entry.records);
     }
-    let fault = |picture: &mut Picture, index: usize| match shard.record(index) {
+    let fault = |decoder: &mut Decoder, index: usize| match shard.record(index) {
         Record::Raw { .. } => None,
-        Record::Encoded(bytes) => decode::decode_into(&bytes, picture).err().map(|e| {
+        Record::Encoded(bytes) => decoder.decode(&bytes).err().map(|e| {
             let name = shard.name(index).unwrap_or_default();
             format!("{}: record {index} `{name}`: {}", path.display(), e.message())
         }),
     };
-    Ok((0..shard.len()).into_par_iter().map_init(Picture::default, fault).flatten().collect())
+    Ok((0..shard.len()).into_par_iter().map_init(Decoder::default, fault).flatten().collect())
 }

@@ -9,7 +9,7 @@ use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use rayon::prelude::*;
 
 use crate::data::augment::resize::{self, Filter};
-use crate::data::decode;
+use crate::data::decode::{self, Decoder};
 use crate::data::picture::{Picture, View};
 use crate::data::shard::Record;
 use crate::data::source::{Item, Parts, Source};
@@ -92,15 +92,15 @@ impl Converter {
     }
 
     /// The bytes to store. Every picture is decoded, so that what is packed can be trained on.
-    pub(super) fn convert<'a>(&self, record: Record<'a>, scratch: &mut Picture) -> Result<Cow<'a, [u8]>> {
+    pub(super) fn convert<'a>(&self, record: Record<'a>, decoder: &mut Decoder) -> Result<Cow<'a, [u8]>> {
         // A picture that is kept as it came needs no copy.
         match (self, &record) {
             (Converter::Encoded { size: None, quality: None }, Record::Encoded(bytes)) => {
-                decode::decode_into(bytes, scratch)?;
+                decoder.decode(bytes)?;
             }
             (Converter::Raw { height, width, .. }, Record::Raw { height: h, width: w, .. })
                 if (height, width) == (h, w) => {}
-            _ => return self.changed(&record, scratch).map(Cow::Owned),
+            _ => return self.changed(&record, decoder).map(Cow::Owned),
         }
         match record {
             Record::Raw { pixels, .. } => Ok(pixels),
@@ -108,13 +108,10 @@ impl Converter {
         }
     }
 
-    fn changed(&self, record: &Record, scratch: &mut Picture) -> Result<Vec<u8>> {
+    fn changed(&self, record: &Record, decoder: &mut Decoder) -> Result<Vec<u8>> {
         let picture = match record {
             Record::Raw { pixels, height, width } => View::new(pixels, *height, *width),
-            Record::Encoded(bytes) => {
-                decode::decode_into(bytes, scratch)?;
-                scratch.view()
-            }
+            Record::Encoded(bytes) => decoder.decode(bytes)?,
         };
         match *self {
             Converter::Raw { height, width, resize } => {
@@ -205,7 +202,7 @@ fn fitted(picture: View, target: Target) -> Picture {
         picture
     } else {
         resized.resize(whole.0 * whole.1 * 3, 0);
-        resize::pil(picture, whole, Filter::Bicubic, &mut Vec::new(), &mut resized);
+        resize::pil(picture, whole, Filter::Bicubic, &mut resize::Scratch::default(), &mut resized);
         View::new(&resized, whole.0, whole.1)
     };
     let mut pixels = vec![0; kept.0 * kept.1 * 3];
@@ -222,7 +219,8 @@ fn encode_jpeg(picture: &Picture, quality: u8) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn encode_png(picture: View) -> Result<Vec<u8>> {
+/// A picture as a PNG file.
+pub fn encode_png(picture: View) -> Result<Vec<u8>> {
     let mut pixels = vec![0; picture.height * picture.width * 3];
     picture.copy_to(&mut pixels);
     let mut bytes = Vec::new();

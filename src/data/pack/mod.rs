@@ -1,17 +1,18 @@
 //! From a source of pictures to a packed data set, or two for a source with a split.
 //!
-//! Everything is written into a hidden folder beside the destination, `dataset.json` last, and renamed into place
-//! when it is complete: what is at the destination is whole, and a failed or interrupted pack leaves nothing. Records
-//! are read, checked and converted in parallel and written in the source's order, so the same source gives the same
-//! bytes on any machine. Memory is bounded by one shard and one chunk of records.
+//! Everything is written into a hidden folder beside the destination ([`stage`]), `dataset.json` last, and renamed into
+//! place when it is complete: what is at the destination is whole, a failed pack leaves nothing, and one that was killed
+//! goes on behind its last whole shard. Records are read, checked and converted in parallel and written in the source's
+//! order, so the same source gives the same bytes on any machine. Memory is bounded by one shard and one chunk of records.
 
 mod check;
 mod convert;
+mod stage;
 
 pub use check::{Checked, check};
-pub use convert::Target;
+pub use convert::{Target, encode_png};
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -22,9 +23,11 @@ use crate::recipe::OnBadRecord;
 use crate::{fail, files};
 
 use super::dataset::{Manifest, ShardEntry, Split};
+use super::decode::Decoder;
 use super::shard::{Kind, ShardWriter};
 use super::source::{Item, Parts, Source};
 use convert::Converter;
+use stage::{Finished, Stage};
 
 /// How records are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -54,6 +57,9 @@ pub struct Options {
     /// Re-encode as JPEG of this quality, 1 to 100.
     pub quality: Option<u8>,
     pub on_bad_record: OnBadRecord,
+    /// Share of the training records that become a data set of their own, chosen by a hash of their names: the validation
+    /// part of a source without one, else `minival`.
+    pub minival: f64,
 }
 
 /// What was packed.
@@ -63,8 +69,8 @@ pub struct Packed {
     /// (H, W), for raw pixels.
     pub image: Option<(usize, usize)>,
     pub classes: usize,
-    /// Split (none for a source without), records, skipped records.
-    pub parts: Vec<(Option<Split>, usize, usize)>,
+    /// Folder (none for a source without splits), records, skipped records.
+    pub parts: Vec<(Option<&'static str>, usize, usize)>,
 }
 
 /// Pictures of one size up to this many pixels on a side are stored raw by default.
@@ -80,11 +86,8 @@ pub fn pack(source: &Path, dest: &Path, options: Options, stop: &AtomicUsize) ->
     check_destination(dest)?;
     let source = Source::open(source)?;
     let converter = Converter::new(&source, options)?;
-    let stage = Stage::create(dest)?;
-    let parts: Vec<(Option<Split>, &[Item])> = match &source.parts {
-        Parts::Whole(items) => vec![(None, items)],
-        Parts::Split { train, val } => vec![(Some(Split::Train), train), (Some(Split::Val), val)],
-    };
+    let parts = parts(&source, options.minival);
+    let mut stage = Stage::open(dest, fingerprint(&source, &parts, &options))?;
     let bar = progress_bar(parts.iter().map(|(_, items)| items.len()).sum());
     let mut packed = Packed {
         format: converter.format(),
@@ -92,16 +95,57 @@ pub fn pack(source: &Path, dest: &Path, options: Options, stop: &AtomicUsize) ->
         classes: source.classes.len(),
         parts: vec![],
     };
-    for (split, items) in parts {
-        let dir = split.map_or_else(|| stage.dir.clone(), |split| stage.dir.join(split.name()));
-        files::create_dir(&dir)?;
-        let writer = PartWriter { source: &source, converter: &converter, dir, bar: &bar, stop };
-        let (records, skipped) = writer.write(items, options.on_bad_record)?;
-        packed.parts.push((split, records, skipped));
+    for (folder, items) in parts {
+        let name = folder.unwrap_or_default();
+        files::create_dir(&stage.dir().join(name))?;
+        let mut writer =
+            PartWriter { source: &source, converter: &converter, stage: &mut stage, name, bar: &bar, stop };
+        let (records, skipped) = match writer.write(&items, options.on_bad_record) {
+            Ok(counts) => counts,
+            Err(error) => {
+                bar.finish_and_clear();
+                return Err(stage.give_up(error));
+            }
+        };
+        packed.parts.push((folder, records, skipped));
     }
     bar.finish_and_clear();
     stage.publish(dest)?;
     Ok(packed)
+}
+
+/// The data sets to make, each with its folder and its records.
+fn parts(source: &Source, minival: f64) -> Vec<(Option<&'static str>, Vec<&Item>)> {
+    let (train, val) = match &source.parts {
+        Parts::Whole(items) if minival == 0.0 => return vec![(None, items.iter().collect())],
+        Parts::Whole(items) => (items, None),
+        Parts::Split { train, val } => (train, Some(val)),
+    };
+    // By name alone: neither order nor number of the records moves one from side to side.
+    let is_minival = |item: &&Item| {
+        let hash = xxhash_rust::xxh3::xxh3_64(item.name.as_bytes());
+        (hash >> 11) as f64 / (1u64 << 53) as f64 <= minival && minival > 0.0
+    };
+    let (held, kept): (Vec<&Item>, Vec<&Item>) = train.iter().partition(is_minival);
+    let mut parts = vec![(Some(Split::Train.name()), kept)];
+    if let Some(val) = val {
+        parts.push((Some(Split::Val.name()), val.iter().collect()));
+    }
+    if minival > 0.0 {
+        parts.push((Some(if val.is_some() { "minival" } else { Split::Val.name() }), held));
+    }
+    parts
+}
+
+/// Says whether a pack that was killed was the same pack: the records with their labels, and what becomes of them.
+fn fingerprint(source: &Source, parts: &[(Option<&'static str>, Vec<&Item>)], options: &Options) -> String {
+    let mut hash = xxhash_rust::xxh3::Xxh3::new();
+    hash.update(format!("{options:?} {:?} {:?}", source.store.path(), source.classes).as_bytes());
+    for (folder, items) in parts {
+        hash.update(format!("{folder:?} {}", items.len()).as_bytes());
+        items.iter().for_each(|item| hash.update(format!("{} {:?}", item.name, item.labels()).as_bytes()));
+    }
+    format!("{:016x}", hash.digest())
 }
 
 fn check_destination(dest: &Path) -> Result<()> {
@@ -123,70 +167,33 @@ fn progress_bar(records: usize) -> ProgressBar {
     ProgressBar::new(records as u64).with_style(style.expect("the template is valid"))
 }
 
-/// The folder in which a data set is put together. Dropped before it is published, it disappears.
-struct Stage {
-    dir: PathBuf,
-}
-
-impl Stage {
-    /// In the nearest folder above `dest` that exists, hence on its file system.
-    fn create(dest: &Path) -> Result<Self> {
-        let name = dest.file_name().ok_or_else(|| {
-            Error::usage(format!("`{}` does not name a folder to pack into", dest.display()))
-        })?;
-        let mut parent = dest.parent().unwrap_or(Path::new(""));
-        while !parent.as_os_str().is_empty() && !parent.is_dir() {
-            parent = parent.parent().unwrap_or(Path::new(""));
-        }
-        let dir = parent.join(format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()));
-        files::create_dir(&dir)?;
-        Ok(Self { dir })
-    }
-
-    fn publish(self, dest: &Path) -> Result<()> {
-        if let Some(parent) = dest.parent().filter(|p| !p.as_os_str().is_empty()) {
-            files::create_dir(parent)?;
-        }
-        std::fs::rename(&self.dir, dest)
-            .map_err(|e| Error::new(format!("{}: cannot be put in place: {e}", dest.display())))?;
-        files::sync_dir(dest.parent().unwrap_or(Path::new("")));
-        Ok(())
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        // After `publish` there is nothing left to remove.
-        let _ = std::fs::remove_dir_all(&self.dir);
-    }
-}
-
 /// Writes one data set: shards, then `dataset.json`.
 struct PartWriter<'a> {
     source: &'a Source,
     converter: &'a Converter,
-    dir: PathBuf,
+    stage: &'a mut Stage,
+    /// Folder inside the stage.
+    name: &'static str,
     bar: &'a ProgressBar,
     stop: &'a AtomicUsize,
 }
 
 impl PartWriter<'_> {
     /// Returns the numbers of written and of skipped records.
-    fn write(&self, items: &[Item], on_bad_record: OnBadRecord) -> Result<(usize, usize)> {
-        let kind = self.converter.image().map_or(Kind::Encoded, |(height, width)| Kind::Raw(height, width));
-        let mut shards = Vec::new();
-        let mut writer = ShardWriter::new(kind);
-        let mut skipped = 0;
-        for chunk in items.chunks(CHUNK) {
+    fn write(&mut self, items: &[&Item], on_bad_record: OnBadRecord) -> Result<(usize, usize)> {
+        let (mut done, mut skipped) = self.stage.resume(self.name);
+        self.bar.inc(done as u64);
+        let mut writer = self.shard();
+        for chunk in items[done..].chunks(CHUNK) {
             let converted: Vec<_> = chunk
                 .par_iter()
-                .map_init(Default::default, |picture, item| {
-                    self.source.store.read(item).and_then(|record| self.converter.convert(record, picture))
+                .map_init(Decoder::default, |decoder, item| {
+                    self.source.store.read(item).and_then(|record| self.converter.convert(record, decoder))
                 })
                 .collect();
             for (item, bytes) in chunk.iter().zip(converted) {
                 match bytes {
-                    Ok(bytes) => writer.push(item.label, &item.name, &bytes),
+                    Ok(bytes) => writer.push_labels(item.labels().into_iter(), &item.name, &bytes),
                     Err(error) => {
                         let path = self.source.store.display(item);
                         if on_bad_record == OnBadRecord::Error {
@@ -198,21 +205,22 @@ impl PartWriter<'_> {
                         self.bar.suspend(|| eprintln!("skipped {path}: {}", error.message()));
                     }
                 }
+                done += 1;
                 if writer.bytes() >= SHARD_BYTES {
-                    shards.push(
-                        self.close(std::mem::replace(&mut writer, ShardWriter::new(kind)), shards.len())?,
-                    );
+                    let full = std::mem::replace(&mut writer, self.shard());
+                    self.close(full, done, skipped)?;
                 }
             }
             self.bar.inc(chunk.len() as u64);
             match self.stop.load(Ordering::Relaxed) {
                 0 => {}
-                signal => return Err(Error::stopped(signal as i32, "stopped; nothing was written")),
+                signal => return Err(Error::stopped(signal as i32, "stopped; nothing was packed")),
             }
         }
         if !writer.is_empty() {
-            shards.push(self.close(writer, shards.len())?);
+            self.close(writer, done, skipped)?;
         }
+        let shards: Vec<ShardEntry> = self.stage.shards(self.name);
         let records = shards.iter().map(|s| s.records).sum();
         if records == 0 {
             fail!("{}: none of {} records can be used", self.source.store.path().display(), items.len());
@@ -226,13 +234,23 @@ impl PartWriter<'_> {
             classes: self.source.classes.clone(),
             shards,
         };
-        manifest.write(&self.dir)?;
+        manifest.write(&self.stage.dir().join(self.name))?;
         Ok((records, skipped))
     }
 
-    fn close(&self, writer: ShardWriter, index: usize) -> Result<ShardEntry> {
-        let file = format!("{index:05}.safetensors");
-        let checksum = writer.write_file(&self.dir.join(&file))?;
-        Ok(ShardEntry { file, records: writer.len(), checksum })
+    fn shard(&self) -> ShardWriter {
+        let kind = self.converter.image().map_or(Kind::Encoded, |(height, width)| Kind::Raw(height, width));
+        match self.source.is_multi_label() {
+            true => ShardWriter::multi_label(kind, self.source.classes.len()),
+            false => ShardWriter::new(kind),
+        }
+    }
+
+    /// `done` records of the part are behind this shard, `skipped` of them left out.
+    fn close(&mut self, writer: ShardWriter, done: usize, skipped: usize) -> Result<()> {
+        let file = format!("{:05}.safetensors", self.stage.shards(self.name).len());
+        let checksum = writer.write_file(&self.stage.dir().join(self.name).join(&file))?;
+        let shard = ShardEntry { file, records: writer.len(), checksum };
+        self.stage.finish(Finished { part: self.name.into(), shard, done, skipped })
     }
 }

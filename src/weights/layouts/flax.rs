@@ -2,14 +2,16 @@
 //!
 //! They differ in a prefix (optimiser state may travel along), in how sub-modules are numbered, in where the position
 //! embedding lies, in whether the MAP head has a module of its own, and in whether the blocks are stacked along a
-//! leading axis. All are brought to one form, linen's, before the table of [`names`](crate::weights::names) is used.
+//! leading axis. All are brought to one form, linen's, before the table of [`names`](crate::vit::names) is used.
 
 use super::{LayoutKind, Plan, Shapes, Source};
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::vit::config::{ModelConfig, PosembJoin};
+use crate::vit::names::{self, Form, Numbering};
+use crate::weights::container::Container;
 use crate::weights::detect::ModelOverrides;
-use crate::weights::names::{self, Form, Numbering};
+use crate::weights::store::Store;
 use crate::weights::tensor::{Tensor, Tensors, shape_text};
 
 /// The three places where flax code has kept the position embedding, oldest first.
@@ -62,6 +64,11 @@ pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> 
     }
     plan.heads = heads(&plan)?;
     plan.fold_class_row = !oldest && has_class_row(&plan, overrides);
+    if plan.fold_class_row {
+        plan.notes.push(
+            "the first row of the position embedding is added to the class token, as big_vision does".into(),
+        );
+    }
     plan.finish()
 }
 
@@ -163,5 +170,6 @@ pub fn to_flax_tensors(config: &ModelConfig, numbering: Numbering, own: &Tensors
 pub fn from_flax_tensors(flax: &Tensors) -> Result<Tensors> {
     let shapes: Shapes = flax.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
     super::refuse_empty(&shapes)?;
-    plan(&shapes, &ModelOverrides::default())?.load(|name| Ok(flax[name].clone()))
+    let plan = plan(&shapes, &ModelOverrides::default())?;
+    Store::new(std::path::Path::new(""), Container::Memory(flax.clone()).into(), plan).all()
 }

@@ -1,18 +1,20 @@
 //! Which layout a file has, and how its tensors become ours. Layouts are told apart by names alone, not by container.
 
+mod closest;
 mod flax;
+pub(super) mod huggingface;
 mod timm;
 
 use std::collections::BTreeMap;
 
 use super::detect::ModelOverrides;
-use super::names::Form;
-use super::tensor::{Tensor, Tensors, shape_text};
+use super::tensor::shape_text;
 use crate::backend::Gelu;
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::recipe::EvalResize;
 use crate::vit::config::{InitScheme, PosembJoin};
+use crate::vit::names::Form;
 
 pub use flax::{from_flax_tensors, to_flax_tensors};
 
@@ -28,22 +30,31 @@ pub enum LayoutKind {
     BigVision,
     /// timm's state dict.
     Timm,
+    /// transformers, `ViTForImageClassification` or `ViTModel`.
+    #[serde(rename = "huggingface")]
+    HuggingFace,
 }
 
 impl LayoutKind {
+    /// As `vitrum inspect` calls it.
+    pub fn name(self) -> String {
+        serde_json::to_value(self).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default()
+    }
+
     /// GELU form, LayerNorm epsilon and initialisation of the code that the layout comes from.
     pub(super) fn defaults(self) -> (Gelu, f32, InitScheme) {
         match self {
             LayoutKind::VitJax | LayoutKind::Vitrum => (Gelu::Tanh, 1e-6, InitScheme::VitJax),
             LayoutKind::BigVision => (Gelu::Tanh, 1e-6, InitScheme::BigVision),
             LayoutKind::Timm => (Gelu::Erf, 1e-6, InitScheme::Timm),
+            LayoutKind::HuggingFace => (Gelu::Erf, 1e-12, InitScheme::Timm),
         }
     }
 
     /// How that code resizes pictures for evaluation: the way, and the share of the resized picture that is kept.
     pub(super) fn eval_protocol(self) -> (EvalResize, f32) {
         match self {
-            LayoutKind::VitJax | LayoutKind::Vitrum => (EvalResize::Squash, 1.0),
+            LayoutKind::VitJax | LayoutKind::Vitrum | LayoutKind::HuggingFace => (EvalResize::Squash, 1.0),
             LayoutKind::BigVision => (EvalResize::Center, 0.875),
             LayoutKind::Timm => (EvalResize::Center, 0.9),
         }
@@ -67,6 +78,10 @@ pub(super) struct Plan {
     pub(super) join: Option<PosembJoin>,
     /// The position embedding has a row for the class token, to be added to it: big_vision reading an older file.
     pub(super) fold_class_row: bool,
+    /// Of the stored patch kernel, where they are not the three of our pictures.
+    pub(super) channels: Option<usize>,
+    /// What reading it assumes or leaves out, to be told to the user.
+    pub(super) notes: Vec<String>,
 }
 
 /// A piece of a file that becomes (part of) one of our tensors.
@@ -84,9 +99,8 @@ pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> 
     refuse_other_models(shapes)?;
     refuse_empty(shapes)?;
     let any = |test: &dyn Fn(&str) -> bool| shapes.keys().any(|name| test(name));
-    if any(&|n| n.ends_with("embeddings.patch_embeddings.projection.weight")) {
-        return Err(Error::new("these are HuggingFace names, a layout that is not read yet")
-            .hint("export the model from timm, or give its vit_jax `.npz`"));
+    if any(&|n| n.contains("embeddings.patch_embeddings.projection.")) {
+        return huggingface::plan(shapes);
     }
     if any(&|n| n.starts_with("patch_embed.") || n.starts_with("blocks.")) {
         return timm::plan(shapes);
@@ -94,9 +108,7 @@ pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> 
     if any(&|n| n.contains("embedding/kernel") || n.contains("Transformer/")) {
         return flax::plan(shapes, overrides);
     }
-    let some: Vec<String> = shapes.keys().take(3).map(|n| format!("`{n}`")).collect();
-    let holds = if some.is_empty() { "no tensors".to_string() } else { some.join(", ") + ", ..." };
-    Err(Error::new(format!("not a Vision Transformer's weights: it holds {holds}")))
+    Err(closest::refuse(shapes))
 }
 
 /// Names that give away a model that shares most of its names with a Vision Transformer.
@@ -139,6 +151,8 @@ impl Plan {
             heads: None,
             join: None,
             fold_class_row: false,
+            channels: None,
+            notes: Vec::new(),
         }
     }
 
@@ -173,57 +187,24 @@ impl Plan {
         if self.fold_class_row {
             self.shapes.get_mut("pos_embed").expect("checked by the layout")[1] -= 1;
         }
+        if let Some([_, channels, _, _]) =
+            self.shapes.get_mut("patch_embed.proj.weight").map(Vec::as_mut_slice)
+            && *channels != 3
+        {
+            self.notes.push(format!(
+                "the patch kernel takes {channels} channels: made one for 3, repeated and scaled as timm does it"
+            ));
+            self.channels = Some(std::mem::replace(channels, 3));
+        }
         Ok(self)
     }
 
-    /// Takes one tensor out into a plan of its own.
-    pub(super) fn take(&mut self, own: &str) -> Option<Plan> {
-        let mut taken = Plan::new(self.kind);
-        taken.fold_class_row = self.fold_class_row;
-        taken.sources.insert(own.to_string(), self.sources.remove(own)?);
-        taken.shapes.insert(own.to_string(), self.shapes.remove(own)?);
-        Some(taken)
-    }
-
-    /// Reads and converts every tensor; `read` takes a name of the file.
-    pub(super) fn load(self, mut read: impl FnMut(&str) -> Result<Tensor>) -> Result<Tensors> {
-        let mut tensors = Tensors::new();
-        let mut stacked: BTreeMap<String, Tensor> = BTreeMap::new();
-        for (own, sources) in &self.sources {
-            let mut values = Vec::with_capacity(self.shapes[own].iter().product());
-            for s in sources {
-                let part = match s.layer {
-                    None => read_finite(&s.file_name, &mut read)?,
-                    Some(layer) => {
-                        if !stacked.contains_key(&s.file_name) {
-                            stacked.insert(s.file_name.clone(), read_finite(&s.file_name, &mut read)?);
-                        }
-                        let len: usize = s.shape.iter().product();
-                        let all = &stacked[&s.file_name].values;
-                        Tensor::new(s.shape.clone(), all[layer * len..(layer + 1) * len].to_vec())
-                    }
-                };
-                let part = s.form.own_values(part);
-                if values.is_empty() { values = part } else { values.extend(part) }
+    /// Gives every source the name that it has in the file, where `aliases` renamed it.
+    pub(super) fn rename_sources(&mut self, aliases: &BTreeMap<String, String>) {
+        for source in self.sources.values_mut().flatten() {
+            if let Some(name) = aliases.get(&source.file_name) {
+                source.file_name.clone_from(name);
             }
-            if self.fold_class_row && own == "pos_embed" {
-                let width = *self.shapes[own].last().expect("checked by the layout");
-                let row: Vec<f32> = values.drain(..width).collect();
-                if let Some(cls) = tensors.get_mut("cls_token") {
-                    cls.values.iter_mut().zip(&row).for_each(|(c, r)| *c += r);
-                }
-            }
-            tensors.insert(own.clone(), Tensor::new(self.shapes[own].clone(), values));
         }
-        Ok(tensors)
-    }
-}
-
-fn read_finite(name: &str, read: &mut impl FnMut(&str) -> Result<Tensor>) -> Result<Tensor> {
-    let tensor = read(name)?;
-    match tensor.non_finite() {
-        None => Ok(tensor),
-        Some(value) => Err(Error::new(format!("tensor `{name}` holds {value}"))
-            .hint("the weights are broken: take an earlier checkpoint")),
     }
 }

@@ -3,7 +3,7 @@
 use super::{LayoutKind, Plan, Shapes, Source};
 use crate::error::Result;
 use crate::fail;
-use crate::weights::names::Form;
+use crate::vit::names::Form;
 
 pub(super) fn plan(shapes: &Shapes) -> Result<Plan> {
     let mut plan = Plan::new(LayoutKind::Timm);

@@ -19,6 +19,7 @@ pub struct Gpu {
 }
 
 /// Calls a function of the driver by its name; arguments must have the types that it declares.
+#[allow(clippy::macro_metavars_in_unsafe)]
 #[macro_export]
 macro_rules! cu {
     ($gpu:expr, $name:ident ( $($value:expr => $type:ty),* $(,)? )) => {{

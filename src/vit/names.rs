@@ -1,11 +1,9 @@
-//! Our names (timm's) beside flax's: one table, read in both directions.
+//! Parameter names: ours (timm's) beside flax's. One table, read in both directions, by whoever reads files and by
+//! whoever matches patterns.
 //!
 //! flax stores `y = x @ kernel + bias` with heads as axes of their own: q, k, v kernels are [D, H, Dh], `out` is
 //! [H, Dh, D], the patch kernel is [ph, pw, 3, D]. We store a dense layer as [out, in], q, k, v as one matrix of
-//! [3·D, D] (rows: q, k, v; head-major inside), the patch kernel as [D, 3, ph, pw]. Every conversion moves values and
-//! computes none.
-
-use super::tensor::{Tensor, transpose};
+//! [3·D, D] (rows: q, k, v; head-major inside), the patch kernel as [D, 3, ph, pw].
 
 /// How flax code counted its sub-modules; the published files predate linen and count over all classes together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,10 +16,15 @@ pub enum Numbering {
     BigVision,
 }
 
-/// How a tensor's values lie in flax, seen from ours.
+/// How a tensor's values lie in another layout, seen from ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
+pub(crate) enum Form {
     Same,
+    /// The same values as rows `part` of `parts` of our tensor: q, k and v where they are torch layers of their own.
+    Rows {
+        part: usize,
+        parts: usize,
+    },
     /// [in, out] ↔ [out, in]
     Dense,
     /// [ph, pw, 3, D] ↔ [D, 3, ph, pw]
@@ -81,8 +84,8 @@ const STEM_AND_HEAD: [Row; 29] = [
     ("head.weight", "head/kernel", Dense),
     ("head.bias", "head/bias", Same),
     // No flax model has these; the names let patterns be written in flax's style everywhere.
-    ("fc_norm.weight", "fc_norm/scale", Same),
-    ("fc_norm.bias", "fc_norm/bias", Same),
+    ("fc_norm.weight", "Transformer/encoder_norm/scale", Same),
+    ("fc_norm.bias", "Transformer/encoder_norm/bias", Same),
     ("head_dist.weight", "head_dist/kernel", Dense),
     ("head_dist.bias", "head_dist/bias", Same),
 ];
@@ -117,22 +120,24 @@ const PUBLISHED: [(&str, &str); 3] = [
 const BLOCK_PREFIX: &str = "Transformer/encoderblock_";
 const VIT_JAX_POSEMB: &str = "Transformer/posembed_input/pos_embedding";
 
-/// All names that flax code has given to one of our tensors, in every numbering: what a group pattern may match.
-/// A fused q, k, v tensor has the names of its parts. Empty where flax has none.
-pub fn flax_names_of(own: &str) -> Vec<String> {
-    let mut names = Vec::new();
+/// The tensors that flax has for one of ours, in order (q, k and v are tensors of their own): of each, all names that
+/// flax code has given to it, published numbering first. What a pattern may match. One part without names where flax
+/// has nothing.
+pub fn flax_parts(own: &str) -> Vec<Vec<String>> {
+    let count = to_flax(own, Numbering::Linen).len().max(1);
+    let mut parts = vec![Vec::new(); count];
     for numbering in [Numbering::Published, Numbering::Linen, Numbering::BigVision] {
-        for (name, _) in to_flax(own, numbering) {
-            if !names.contains(&name) {
-                names.push(name);
+        for (part, (name, _)) in parts.iter_mut().zip(to_flax(own, numbering)) {
+            if !part.contains(&name) {
+                part.push(name);
             }
         }
     }
-    names
+    parts
 }
 
 /// One of our names → its parts in flax, in order; empty where flax has no such tensor.
-pub(super) fn to_flax(own: &str, numbering: Numbering) -> Vec<(String, Form)> {
+pub(crate) fn to_flax(own: &str, numbering: Numbering) -> Vec<(String, Form)> {
     let (prefix, suffix, rows) = match block_of(own, "blocks.", '.') {
         Some((block, suffix)) => (format!("{BLOCK_PREFIX}{block}/"), suffix, &BLOCK[..]),
         None => (String::new(), own, &STEM_AND_HEAD[..]),
@@ -152,7 +157,7 @@ pub(super) fn to_flax(own: &str, numbering: Numbering) -> Vec<(String, Form)> {
 }
 
 /// A flax name in linen numbering, as [`to_linen`] gives it → our name, and which part of it.
-pub(super) fn from_flax(linen: &str) -> Option<(String, Form)> {
+pub(crate) fn from_flax(linen: &str) -> Option<(String, Form)> {
     let (prefix, suffix, rows) = match block_of(linen, BLOCK_PREFIX, '/') {
         Some((block, suffix)) => (format!("blocks.{block}."), suffix, &BLOCK[..]),
         None => (String::new(), linen, &STEM_AND_HEAD[..]),
@@ -161,7 +166,7 @@ pub(super) fn from_flax(linen: &str) -> Option<(String, Form)> {
 }
 
 /// Published numbers inside a block → linen's. Leaves linen names as they are: the two sets do not clash.
-pub(super) fn to_linen(name: &str) -> String {
+pub(crate) fn to_linen(name: &str) -> String {
     if let Some((block, suffix)) = block_of(name, BLOCK_PREFIX, '/') {
         for (published, linen) in PUBLISHED {
             if let Some(rest) = suffix.strip_prefix(published) {
@@ -173,7 +178,7 @@ pub(super) fn to_linen(name: &str) -> String {
 }
 
 /// Splits `blocks.3.norm1.bias` into 3 and `norm1.bias`.
-pub(super) fn block_of<'a>(name: &'a str, prefix: &str, separator: char) -> Option<(usize, &'a str)> {
+pub(crate) fn block_of<'a>(name: &'a str, prefix: &str, separator: char) -> Option<(usize, &'a str)> {
     let (number, suffix) = name.strip_prefix(prefix)?.split_once(separator)?;
     let block: usize = number.parse().ok()?;
     // `03` would be a second name of the same block.
@@ -182,65 +187,25 @@ pub(super) fn block_of<'a>(name: &'a str, prefix: &str, separator: char) -> Opti
 
 impl Form {
     /// Which part of our tensor, of how many.
-    pub(super) fn part(self) -> (usize, usize) {
+    pub(crate) fn part(self) -> (usize, usize) {
         match self {
-            Form::Heads { part, parts } | Form::HeadsBias { part, parts } => (part, parts),
+            Form::Rows { part, parts } | Form::Heads { part, parts } | Form::HeadsBias { part, parts } => {
+                (part, parts)
+            }
             _ => (0, 1),
         }
     }
 
-    /// The shape of our part; `None` if flax's shape has the wrong rank.
-    pub(super) fn own_shape(self, flax: &[usize]) -> Option<Vec<usize>> {
+    /// The shape of our part; `None` if theirs has the wrong rank.
+    pub(crate) fn own_shape(self, flax: &[usize]) -> Option<Vec<usize>> {
         match (self, flax) {
-            (Form::Same, shape) => Some(shape.to_vec()),
+            (Form::Same | Form::Rows { .. }, shape) => Some(shape.to_vec()),
             (Form::Dense, &[i, o]) => Some(vec![o, i]),
             (Form::Patch, &[h, w, c, d]) => Some(vec![d, c, h, w]),
             (Form::Heads { .. }, &[d, h, dh]) => Some(vec![h * dh, d]),
             (Form::HeadsBias { .. }, &[h, dh]) => Some(vec![h * dh]),
             (Form::HeadsOut, &[h, dh, d]) => Some(vec![d, h * dh]),
             _ => None,
-        }
-    }
-
-    /// The values of our part.
-    pub(super) fn own_values(self, flax: Tensor) -> Vec<f32> {
-        let shape = &flax.shape;
-        match self {
-            Form::Same | Form::HeadsBias { .. } => flax.values,
-            // [ph, pw, 3, D]: a transpose gives [D, ph, pw, 3], then the channel moves in front of the pixels.
-            Form::Patch => {
-                let (d, channels) = (shape[3], shape[2]);
-                let rows = transpose(&flax.values, flax.values.len() / d.max(1), d);
-                let kernel = shape[..3].iter().product::<usize>().max(1);
-                let kernels = rows.chunks(kernel).map(|k| transpose(k, k.len() / channels, channels));
-                kernels.flatten().collect()
-            }
-            Form::Dense | Form::Heads { .. } => {
-                transpose(&flax.values, shape[0], shape[1..].iter().product())
-            }
-            Form::HeadsOut => transpose(&flax.values, shape[0] * shape[1], shape[2]),
-        }
-    }
-
-    /// Our part (values, and the shape of the part) → flax; the inverse of [`Form::own_values`].
-    pub(super) fn to_flax(self, values: &[f32], own: &[usize], heads: usize) -> Tensor {
-        let head_size = |width: usize| width / heads;
-        match (self, own) {
-            (Form::Dense, &[o, i]) => Tensor::new([i, o], transpose(values, o, i)),
-            (Form::Patch, &[d, c, h, w]) => {
-                let pixels_first: Vec<f32> =
-                    values.chunks(c * h * w).flat_map(|k| transpose(k, c, h * w)).collect();
-                Tensor::new([h, w, c, d], transpose(&pixels_first, d, h * w * c))
-            }
-            (Form::Heads { .. }, &[rows, d]) => {
-                Tensor::new([d, heads, head_size(rows)], transpose(values, rows, d))
-            }
-            (Form::HeadsBias { .. }, &[rows]) => Tensor::new([heads, head_size(rows)], values.to_vec()),
-            (Form::HeadsOut, &[d, cols]) => {
-                Tensor::new([heads, head_size(cols), d], transpose(values, d, cols))
-            }
-            (Form::Same, shape) => Tensor::new(shape, values.to_vec()),
-            (form, shape) => panic!("{form:?} of shape {shape:?}"),
         }
     }
 }
@@ -274,16 +239,20 @@ mod tests {
     }
 
     #[test]
-    fn patterns_in_flax_style_see_every_numbering() {
-        let names = flax_names_of("blocks.3.mlp.fc1.weight");
+    fn patterns_in_flax_style_see_every_part_in_every_numbering() {
         assert_eq!(
-            names,
-            [
+            flax_parts("blocks.3.mlp.fc1.weight"),
+            [[
                 "Transformer/encoderblock_3/MlpBlock_3/Dense_0/kernel",
                 "Transformer/encoderblock_3/MlpBlock_0/Dense_0/kernel",
-            ]
+            ]]
         );
-        assert_eq!(flax_names_of("blocks.0.attn.qkv.bias").len(), 6);
-        assert_eq!(flax_names_of("pos_embed").len(), 2);
+        let qkv = flax_parts("blocks.0.attn.qkv.bias");
+        assert_eq!(qkv.len(), 3);
+        assert!(
+            qkv.iter().zip(["query", "key", "value"]).all(|(names, x)| names.iter().all(|n| n.contains(x)))
+        );
+        assert_eq!(flax_parts("pos_embed")[0].len(), 2);
+        assert_eq!(flax_parts("blocks.0.ls1.gamma"), [[""; 0]]);
     }
 }

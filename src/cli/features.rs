@@ -1,0 +1,69 @@
+//! `vitrum features`: what a model's head reads of every picture of a data set, for other programs.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::{On, Settings};
+use crate::data::{Dataset, Split};
+use crate::error::{At, Result};
+use crate::report::format;
+use crate::train::loaded::Loaded;
+use crate::train::pass::Protocol;
+use crate::train::probe;
+use crate::weights::safetensors::{self, View};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A weights file, a checkpoint folder or a run directory (its best, else its last)
+    #[arg(long, value_name = "FILE")]
+    pub weights: PathBuf,
+    /// A packed data set, an image folder, or `demo`
+    #[arg(long, value_name = "DIR")]
+    pub data: String,
+    /// Where to write `features` [N,D] (F32) and `labels` [N] (I64), as safetensors
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Which part of a data set that has two: train or val
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = Split::Val)]
+    pub split: Split,
+    /// How pictures are prepared [default: the file's own]
+    #[arg(long, value_name = "NAME")]
+    pub protocol: Option<String>,
+    #[command(flatten)]
+    pub settings: Settings,
+    #[command(flatten)]
+    pub on: On,
+}
+
+/// Pictures of one pass.
+pub(super) const BATCH: usize = 64;
+
+pub fn run(args: Args) -> Result<()> {
+    let protocol = args.protocol.as_deref().map(Protocol::named).transpose()?;
+    let overrides = args.settings.model_overrides()?;
+    let data = Dataset::open(&args.data, args.split)?;
+    let batch = BATCH.min(data.len());
+    let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
+    let protocol = protocol.unwrap_or_else(|| model.protocol());
+    let samples = probe::features(&mut model, &data, protocol)?;
+
+    let labels: Vec<i64> = samples.labels.iter().map(|label| *label as i64).collect();
+    let metadata = BTreeMap::from([
+        ("weights".to_string(), args.weights.display().to_string()),
+        ("data".to_string(), args.data.clone()),
+        ("split".to_string(), args.split.name().to_string()),
+        ("classes".to_string(), serde_json::to_string(data.classes()).at("class names")?),
+    ]);
+    let views = vec![
+        View::f32("features", &[samples.len(), samples.width], &samples.features),
+        View::i64("labels", &[samples.len()], &labels),
+    ];
+    safetensors::write(&args.out, &metadata, views)?;
+    eprintln!(
+        "{} features of {} images in {}",
+        samples.width,
+        format::thousands(samples.len() as u64),
+        args.out.display()
+    );
+    Ok(())
+}

@@ -1,0 +1,87 @@
+//! `vitrum finetune`: from trained weights to a model for other pictures; or a grid of such runs.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use super::{On, Settings, print, print_json};
+use crate::error::Result;
+use crate::recipe::{HeadPolicy, Recipe};
+use crate::report::Log;
+use crate::train::run::{RunData, RunOptions, default_out};
+use crate::train::sweep::{self, Axis};
+use crate::train::{finetune, finetune::Start};
+
+#[derive(clap::Args)]
+#[command(after_help = super::built_in_help())]
+pub struct Args {
+    /// A built-in recipe or a .toml file [default: finetune, which takes the model from the weights]
+    pub recipe: Option<String>,
+    /// A weights file, a checkpoint folder or a run directory (its best, else its last)
+    #[arg(long, value_name = "FILE")]
+    pub weights: Option<String>,
+    /// Pictures to train on: a packed data set, an image folder, or `demo`; with a validation part, that is taken too
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<String>,
+    /// The classifier: kept where the classes agree (auto), always new (reset), or kept at any rate (keep)
+    #[arg(long, value_enum, hide_possible_values = true)]
+    pub head: Option<HeadPolicy>,
+    /// Run once for each value, and say which was best; for several keys, a grid
+    #[arg(long, value_name = "KEY=V1,V2")]
+    pub sweep: Vec<String>,
+    #[command(flatten)]
+    pub settings: Settings,
+    /// The run's directory; of a sweep, the folder of its runs [default: runs/RECIPE-DATE]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Continue the run, or the sweep, in --out from where it was left
+    #[arg(long, requires = "out")]
+    pub resume: bool,
+    /// Load the weights, show the recipe in full and what it would take; train nothing
+    #[arg(long, conflicts_with = "sweep")]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub on: On,
+    /// Of a sweep, print one JSON object instead of the table
+    #[arg(long, requires = "sweep")]
+    pub json: bool,
+}
+
+pub fn run(args: Args) -> Result<()> {
+    let set = settings(&args);
+    let name = args.recipe.as_deref().unwrap_or("finetune");
+    let loaded = Recipe::read(Some(name), &set)?;
+    let log = Log::stderr();
+    loaded.notes.iter().for_each(|note| log.line(&format!("note: {note}")));
+    let options = RunOptions {
+        out: args.out.unwrap_or_else(|| default_out(&loaded.name)),
+        recipe_name: loaded.name.clone(),
+        resume: args.resume,
+        overfit: None,
+        device: args.on.device,
+        notes: Vec::new(),
+    };
+    if args.dry_run {
+        let data = RunData::open(&loaded.recipe, &options)?;
+        let start = Start::load(&loaded, &data)?;
+        start.header(&loaded, &data)?.iter().for_each(|line| log.line(line));
+        return super::plan::show(&start.complete(&loaded, &data)?, &loaded.name, args.on.device, false);
+    }
+    if args.sweep.is_empty() {
+        let data = loaded.recipe.data.val.clone().or(loaded.recipe.data.train.clone());
+        super::train::summarise(&finetune::run(&loaded, &options)?, data.as_deref()).print(&log);
+        return Ok(());
+    }
+    let axes = args.sweep.iter().map(|text| Axis::parse(text)).collect::<Result<Vec<_>>>()?;
+    let done = sweep::run(name, &set, axes, &options, &log)?;
+    log.line(&format!("\n{} trials in {}", done.trials.len(), options.out.display()));
+    if args.json { print_json(&done.json()) } else { print(&done.text()) }
+}
+
+/// The flags as settings of the recipe; what `--set` says comes last and wins.
+fn settings(args: &Args) -> Vec<String> {
+    let head = args.head.and_then(|head| Some(head.to_possible_value()?.get_name().to_string()));
+    let flags = [("finetune.weights", &args.weights), ("data.train", &args.data), ("finetune.head", &head)];
+    let of_flags = flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value.as_ref()?)));
+    of_flags.chain(args.settings.set.iter().cloned()).collect()
+}

@@ -1,0 +1,161 @@
+//! `vitrum probe`: how well a model's features tell the classes of a data set apart, without training the model.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use super::features::BATCH;
+use super::{On, Settings, print, print_json};
+use crate::data::{self, Dataset};
+use crate::error::{Error, Result};
+use crate::report::{format, table};
+use crate::train::loaded::Loaded;
+use crate::train::pass::Protocol;
+use crate::train::probe::{self, chosen};
+use crate::train::ridge::Samples;
+
+/// What is fitted to the features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Method {
+    Ridge,
+    Fewshot,
+    Knn,
+}
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A weights file, a checkpoint folder or a run directory (its best, else its last)
+    #[arg(long, value_name = "FILE")]
+    pub weights: PathBuf,
+    /// A data set with a training and a validation part
+    #[arg(long, value_name = "DIR")]
+    pub data: String,
+    /// ridge: a linear classifier on all training pictures; fewshot: on a few per class; knn: nearest neighbours
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = Method::Ridge)]
+    pub method: Method,
+    /// Penalties [default: 1024 for fewshot; for ridge a grid, from which a held-out tenth chooses]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub l2: Vec<f64>,
+    /// For fewshot: pictures per class
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = [1, 5, 10, 25])]
+    pub shots: Vec<usize>,
+    /// For fewshot: how many choices of pictures to average over
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    pub seeds: u64,
+    /// For knn: neighbours
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = [10, 20])]
+    pub k: Vec<usize>,
+    /// Take only this many training pictures, drawn by a fixed key
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub images: Option<u64>,
+    /// How pictures are prepared [default: the file's own]
+    #[arg(long, value_name = "NAME")]
+    pub protocol: Option<String>,
+    #[command(flatten)]
+    pub settings: Settings,
+    #[command(flatten)]
+    pub on: On,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// big_vision's few-shot penalty.
+const FEWSHOT_L2: f64 = 1024.0;
+
+pub fn run(args: Args) -> Result<()> {
+    check(&args)?;
+    let protocol = args.protocol.as_deref().map(Protocol::named).transpose()?;
+    let overrides = args.settings.model_overrides()?;
+    let (mut train, val) = data::pair(Some(&args.data), None)?;
+    let val = val.ok_or_else(|| {
+        Error::new(format!("{}: no validation part, a probe needs one to be scored on", train.name()))
+            .hint("give a folder with `train/` and `val/` inside")
+    })?;
+    if let Some(images) = args.images {
+        train = train.take(images as usize);
+    }
+    let batch = BATCH.min(train.len()).min(val.len());
+    let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
+    let protocol = protocol.unwrap_or_else(|| model.protocol());
+    let mut features = |data: &Dataset| probe::features(&mut model, data, protocol);
+    let (of_train, of_val) = (features(&train)?, features(&val)?);
+    let (results, text) = fit(&args, &of_train, &of_val, train.classes().len())?;
+    if !args.json {
+        return print(&text);
+    }
+    print_json(&json!({
+        "weights": args.weights.display().to_string(),
+        "data": args.data,
+        "method": format!("{:?}", args.method).to_lowercase(),
+        "train_images": of_train.len(),
+        "images": of_val.len(),
+        "width": of_train.width,
+        "results": results,
+    }))
+}
+
+/// Results for programs, and for people.
+fn fit(args: &Args, train: &Samples, val: &Samples, classes: usize) -> Result<(Value, String)> {
+    let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+    match args.method {
+        Method::Ridge => {
+            let grid: Vec<f64> = (-5..=10).map(|power| 4f64.powi(power)).collect();
+            let penalties = if args.l2.is_empty() { &grid } else { &args.l2 };
+            let scores = probe::ridge(train, val, classes, penalties)?;
+            let best = chosen(&scores);
+            let row = |score: &probe::RidgeScore| {
+                let mark = if score == best { "<- chosen" } else { "" };
+                let held_out = score.held_out.map_or("-".into(), percent);
+                vec![score.l2.to_string(), held_out, percent(score.top1), mark.into()]
+            };
+            let rows: Vec<_> = scores.iter().map(row).collect();
+            let text = format!(
+                "{}\nridge: top-1 {} on {} images, l2 {}\n",
+                table(&["l2", "held out", "top-1", ""], &rows),
+                percent(best.top1),
+                format::thousands(val.len() as u64),
+                best.l2
+            );
+            Ok((json!({ "top1": best.top1, "l2": best.l2, "grid": scores }), text))
+        }
+        Method::Fewshot => {
+            let l2 = args.l2.first().copied().unwrap_or(FEWSHOT_L2);
+            let scores = probe::fewshot(train, val, classes, &args.shots, args.seeds, l2)?;
+            let row = |score: &probe::FewshotScore| {
+                let seeds = score.top1.iter().map(|top1| percent(*top1)).collect::<Vec<_>>().join(", ");
+                vec![score.shots.to_string(), percent(score.mean()), seeds]
+            };
+            let rows: Vec<_> = scores.iter().map(row).collect();
+            let entry = |score: &probe::FewshotScore| json!({ "shots": score.shots, "mean": score.mean(), "top1": score.top1 });
+            let results = json!({ "l2": l2, "shots": scores.iter().map(entry).collect::<Vec<_>>() });
+            Ok((results, table(&["shots", "mean top-1", "of each seed"], &rows)))
+        }
+        Method::Knn => {
+            let scores: Vec<(usize, f64)> =
+                args.k.iter().map(|k| (*k, probe::knn(train, val, classes, *k))).collect();
+            let rows: Vec<_> = scores.iter().map(|(k, top1)| vec![k.to_string(), percent(*top1)]).collect();
+            let results: Vec<_> = scores.iter().map(|(k, top1)| json!({ "k": k, "top1": top1 })).collect();
+            Ok((json!(results), table(&["k", "top-1"], &rows)))
+        }
+    }
+}
+
+fn check(args: &Args) -> Result<()> {
+    let positive = |l2: &f64| *l2 > 0.0 && l2.is_finite();
+    if let Some(l2) = args.l2.iter().find(|l2| !positive(l2)) {
+        return Err(
+            Error::usage(format!("`--l2 {l2}`")).hint("a penalty is a number above 0, as in `--l2 1024`")
+        );
+    }
+    if args.method == Method::Fewshot && args.l2.len() > 1 {
+        return Err(Error::usage("`--l2` takes one penalty for `--method fewshot`")
+            .hint("`--method ridge` tries several"));
+    }
+    for (flag, list) in [("--shots", &args.shots), ("--k", &args.k)] {
+        if list.is_empty() || list.contains(&0) {
+            return Err(Error::usage(format!("`{flag}` has a 0 in it")).hint("use numbers from 1 up"));
+        }
+    }
+    Ok(())
+}

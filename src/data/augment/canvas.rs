@@ -1,0 +1,169 @@
+//! A sample under work, and the operations on it that all dialects share: tables, histograms, fills.
+
+/// Pixels `[H, W, 3]`, and memory for operations that cannot work in place.
+#[derive(Debug, Default)]
+pub struct Canvas {
+    pub height: usize,
+    pub width: usize,
+    pub pixels: Vec<u8>,
+    pub spare: Vec<u8>,
+}
+
+impl Canvas {
+    /// A canvas of (H, W); its pixels are to be written.
+    pub fn reset(&mut self, (height, width): (usize, usize)) {
+        (self.height, self.width) = (height, width);
+        self.pixels.resize(height * width * 3, 0);
+        self.spare.resize(height * width * 3, 0);
+    }
+
+    /// What was written into `spare` is the picture.
+    #[inline(always)]
+    pub fn swap(&mut self) {
+        std::mem::swap(&mut self.pixels, &mut self.spare);
+    }
+
+    /// The same table for all channels.
+    #[inline(always)]
+    pub fn map(&mut self, table: &[u8; 256]) {
+        self.pixels.iter_mut().for_each(|p| *p = table[usize::from(*p)]);
+    }
+
+    /// A table for each channel.
+    #[inline(always)]
+    pub fn map_channels(&mut self, tables: &[[u8; 256]; 3]) {
+        for pixel in self.pixels.chunks_exact_mut(3) {
+            pixel[0] = tables[0][usize::from(pixel[0])];
+            pixel[1] = tables[1][usize::from(pixel[1])];
+            pixel[2] = tables[2][usize::from(pixel[2])];
+        }
+    }
+
+    /// Least and greatest value of each channel.
+    #[inline(always)]
+    pub fn ranges(&self) -> [(u8, u8); 3] {
+        // 48 values are 16 pixels: lanes with a fixed channel.
+        let (mut low, mut high) = ([255u8; 48], [0u8; 48]);
+        let chunks = self.pixels.chunks_exact(48);
+        for (i, value) in chunks.remainder().iter().enumerate() {
+            (low[i], high[i]) = (*value, *value);
+        }
+        for chunk in chunks {
+            for i in 0..48 {
+                low[i] = low[i].min(chunk[i]);
+                high[i] = high[i].max(chunk[i]);
+            }
+        }
+        std::array::from_fn(|c| {
+            let lanes = || (c..48).step_by(3);
+            (lanes().map(|i| low[i]).min().unwrap_or(0), lanes().map(|i| high[i]).max().unwrap_or(0))
+        })
+    }
+
+    #[inline(always)]
+    pub fn histograms(&self) -> [[u32; 256]; 3] {
+        let mut counts = [[0u32; 256]; 3];
+        for pixel in self.pixels.chunks_exact(3) {
+            counts[0][usize::from(pixel[0])] += 1;
+            counts[1][usize::from(pixel[1])] += 1;
+            counts[2][usize::from(pixel[2])] += 1;
+        }
+        counts
+    }
+
+    /// Pillow's `equalize`, which TensorFlow's models repeat.
+    #[inline(always)]
+    pub fn equalize(&mut self) {
+        let tables = self.histograms().map(|counts| {
+            let last = counts.iter().rev().find(|n| **n > 0).copied().unwrap_or(0);
+            let step = (counts.iter().sum::<u32>() - last) / 255;
+            let mut table = IDENTITY;
+            if step > 0 {
+                let mut total = step / 2;
+                for (to, count) in table.iter_mut().zip(counts) {
+                    *to = (total / step).min(255) as u8;
+                    total += count;
+                }
+            }
+            table
+        });
+        self.map_channels(&tables);
+    }
+
+    #[inline(always)]
+    pub fn invert(&mut self) {
+        self.pixels.iter_mut().for_each(|p| *p = 255 - *p);
+    }
+
+    /// Inverts what is not below `threshold`.
+    #[inline(always)]
+    pub fn solarize(&mut self, threshold: u8) {
+        self.pixels.iter_mut().for_each(|p| *p = if *p < threshold { *p } else { 255 - *p });
+    }
+
+    /// Adds to what is below 128, up to 255.
+    #[inline(always)]
+    pub fn solarize_add(&mut self, add: u8) {
+        self.pixels.iter_mut().for_each(|p| *p = if *p < 128 { p.saturating_add(add) } else { *p });
+    }
+
+    /// Keeps the top `bits`, at most 8.
+    #[inline(always)]
+    pub fn posterize(&mut self, bits: u32) {
+        let mask = ((0xFF00u32 >> bits) & 0xFF) as u8;
+        self.pixels.iter_mut().for_each(|p| *p &= mask);
+    }
+
+    /// Fills the rectangle of rows and columns that lies within the picture.
+    pub fn fill(&mut self, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>, value: u8) {
+        let columns = columns.start.min(self.width)..columns.end.min(self.width);
+        for y in rows.start.min(self.height)..rows.end.min(self.height) {
+            let row = &mut self.pixels[y * self.width * 3..][..self.width * 3];
+            row[columns.start * 3..columns.end.max(columns.start) * 3].fill(value);
+        }
+    }
+}
+
+pub const IDENTITY: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut i = 0;
+    while i < 256 {
+        table[i] = i as u8;
+        i += 1;
+    }
+    table
+};
+
+/// `a + factor·(b - a)` in f32, cut to [0, 255] and truncated: what both PIL and TensorFlow's models do (a factor inside
+/// [0, 1] leaves nothing to cut).
+#[inline(always)]
+pub fn blend(a: f32, b: f32, factor: f32) -> u8 {
+    (a + factor * (b - a)) as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_see_every_pixel() {
+        let mut canvas = Canvas::default();
+        canvas.reset((5, 7));
+        for at in 0..35 {
+            canvas.pixels.fill(100);
+            canvas.pixels[at * 3..at * 3 + 3].copy_from_slice(&[7, 200, 101]);
+            assert_eq!(canvas.ranges(), [(7, 100), (100, 200), (100, 101)], "pixel {at}");
+        }
+    }
+
+    #[test]
+    fn posterize_keeps_the_top_bits() {
+        let mut canvas = Canvas::default();
+        canvas.reset((1, 1));
+        for (bits, expected) in [(0, 0), (1, 128), (4, 0xF0), (8, 0xFF)] {
+            canvas.pixels.fill(0xFF);
+            canvas.posterize(bits);
+            assert_eq!(canvas.pixels[0], expected, "{bits} bits");
+        }
+    }
+}

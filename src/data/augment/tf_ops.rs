@@ -1,0 +1,267 @@
+//! The operations of RandAugment as big_vision's TensorFlow code does them, to the bit (spec of the arithmetic:
+//! google-research/big_vision, `pp/autoaugment.py`; TensorFlow 2.15).
+
+use super::canvas::{Canvas, IDENTITY, blend};
+
+/// What pixels from outside become.
+const GREY: u8 = 128;
+
+/// Stretches each channel to [0, 255].
+#[inline(always)]
+pub fn autocontrast(canvas: &mut Canvas) {
+    let tables = canvas.ranges().map(|(low, high)| {
+        let mut table = IDENTITY;
+        if high > low {
+            let scale = 255.0 / (f32::from(high) - f32::from(low));
+            let offset = -f32::from(low) * scale;
+            for (i, to) in table.iter_mut().enumerate() {
+                *to = (i as f32 * scale + offset) as u8;
+            }
+        }
+        table
+    });
+    canvas.map_channels(&tables);
+}
+
+/// `tf.image.rgb_to_grayscale` on u8.
+#[inline(always)]
+fn grey(pixel: &[u8]) -> u8 {
+    let [r, g, b] = [pixel[0], pixel[1], pixel[2]].map(|x| f32::from(x) * (1.0 / 255.0));
+    ((r * 0.2989 + g * 0.5870 + b * 0.1140) * 255.5) as u8
+}
+
+/// Blends grey and the picture.
+#[inline(always)]
+pub fn color(canvas: &mut Canvas, factor: f32) {
+    for pixel in canvas.pixels.chunks_exact_mut(3) {
+        let grey = f32::from(grey(pixel));
+        pixel[0] = blend(grey, f32::from(pixel[0]), factor);
+        pixel[1] = blend(grey, f32::from(pixel[1]), factor);
+        pixel[2] = blend(grey, f32::from(pixel[2]), factor);
+    }
+}
+
+/// Blends a constant and the picture. The constant should be the mean grey; the original counts pixels instead
+/// (google-research/big_vision#109), and `fixed` is what it meant.
+#[inline(always)]
+pub fn contrast(canvas: &mut Canvas, factor: f32, fixed: bool) {
+    let pixels = canvas.height * canvas.width;
+    let base = if fixed {
+        let sum: u64 = canvas.pixels.chunks_exact(3).map(|p| u64::from(grey(p))).sum();
+        (sum as f64 / pixels.max(1) as f64 + 0.5) as u8
+    } else {
+        (pixels as f32 / 256.0) as u8
+    };
+    blend_with(canvas, base, factor);
+}
+
+/// Blends black and the picture.
+#[inline(always)]
+pub fn brightness(canvas: &mut Canvas, factor: f32) {
+    blend_with(canvas, 0, factor);
+}
+
+#[inline(always)]
+fn blend_with(canvas: &mut Canvas, base: u8, factor: f32) {
+    let base = f32::from(base);
+    canvas.pixels.iter_mut().for_each(|p| *p = blend(base, f32::from(*p), factor));
+}
+
+/// Blends a 3×3 mean (the centre counts five times) and the picture; the border stays.
+#[inline(always)]
+pub fn sharpness(canvas: &mut Canvas, factor: f32) {
+    const ONE: f32 = 1.0 / 13.0;
+    const FIVE: f32 = 5.0 / 13.0;
+    let line = canvas.width * 3;
+    canvas.spare.copy_from_slice(&canvas.pixels);
+    if canvas.width < 3 {
+        return;
+    }
+    for y in 1..canvas.height.saturating_sub(1) {
+        let rows = &canvas.spare[(y - 1) * line..][..3 * line];
+        let (above, rest) = rows.split_at(line);
+        let (middle, below) = rest.split_at(line);
+        let out = &mut canvas.pixels[y * line + 3..][..line - 6];
+        for i in 0..out.len() {
+            let at = |row: &[u8], k: usize| f32::from(row[i + k]);
+            // The order and the fused products are TensorFlow's: another sum differs in the last bit, and that decides.
+            let mut sum = at(above, 0) * ONE;
+            sum = at(above, 3).mul_add(ONE, sum);
+            sum = at(above, 6).mul_add(ONE, sum);
+            sum = at(middle, 0).mul_add(ONE, sum);
+            sum = at(middle, 3).mul_add(FIVE, sum);
+            sum = at(middle, 6).mul_add(ONE, sum);
+            sum = at(below, 0).mul_add(ONE, sum);
+            sum = at(below, 3).mul_add(ONE, sum);
+            sum = at(below, 6).mul_add(ONE, sum);
+            let smooth = f32::from(sum as u8);
+            out[i] = blend(smooth, at(middle, 3), factor);
+        }
+    }
+}
+
+/// The picture point (x, y) shows what was at `(a·(x, y, 1), b·(x, y, 1))`, the nearest pixel; from outside comes grey.
+#[inline(always)]
+pub fn affine(canvas: &mut Canvas, a: [f32; 3], b: [f32; 3]) {
+    /// Pixels whose places are worked out at a time.
+    const RUN: usize = 64;
+    let (height, width) = (canvas.height, canvas.width);
+    let mut places = [0i32; RUN];
+    for y in 0..height {
+        let line = &mut canvas.spare[y * width * 3..][..width * 3];
+        for (run, out) in line.chunks_mut(RUN * 3).enumerate() {
+            let count = out.len() / 3;
+            source_places(run * RUN, y, (height, width), a, b, &mut places);
+            for (pixel, place) in out.chunks_exact_mut(3).zip(&places[..count]) {
+                match usize::try_from(*place) {
+                    Ok(at) => pixel.copy_from_slice(&canvas.pixels[at..at + 3]),
+                    Err(_) => pixel.fill(GREY),
+                }
+            }
+        }
+    }
+    canvas.swap();
+}
+
+/// Offsets of the source pixels of `places.len()` pixels from (x0, y) on; -1: outside.
+#[inline(always)]
+fn source_places(
+    x0: usize,
+    y: usize,
+    (height, width): (usize, usize),
+    a: [f32; 3],
+    b: [f32; 3],
+    places: &mut [i32; 64],
+) {
+    let y = y as f32;
+    let (right, bottom) = (width as f32, height as f32);
+    for (i, place) in places.iter_mut().enumerate() {
+        let x = (x0 + i) as i32 as f32;
+        // Rounded first, half away from zero, then tested.
+        let from_x = (a[0] * x + a[1] * y + a[2]).round();
+        let from_y = (b[0] * x + b[1] * y + b[2]).round();
+        let inside = from_x >= 0.0 && from_x < right && from_y >= 0.0 && from_y < bottom;
+        let at = ((from_y * right + from_x) as i32).wrapping_mul(3);
+        *place = if inside { at } else { -1 };
+    }
+}
+
+/// Turns by `degrees` about the centre.
+#[inline(always)]
+pub fn rotate(canvas: &mut Canvas, degrees: f64) {
+    // As there, all of it in f32.
+    let radians = degrees.to_radians() as f32;
+    let (w, h) = ((canvas.width as f32 - 1.0), (canvas.height as f32 - 1.0));
+    let (sin, cos) = (radians.sin(), radians.cos());
+    let x0 = (w - (cos * w - sin * h)) / 2.0;
+    let y0 = (h - (sin * w + cos * h)) / 2.0;
+    affine(canvas, [cos, -sin, x0], [sin, cos, y0]);
+}
+
+#[inline(always)]
+pub fn shear_x(canvas: &mut Canvas, share: f32) {
+    affine(canvas, [1.0, share, 0.0], [0.0, 1.0, 0.0]);
+}
+
+#[inline(always)]
+pub fn shear_y(canvas: &mut Canvas, share: f32) {
+    affine(canvas, [1.0, 0.0, 0.0], [share, 1.0, 0.0]);
+}
+
+#[inline(always)]
+pub fn translate_x(canvas: &mut Canvas, pixels: f32) {
+    affine(canvas, [1.0, 0.0, pixels], [0.0, 1.0, 0.0]);
+}
+
+#[inline(always)]
+pub fn translate_y(canvas: &mut Canvas, pixels: f32) {
+    affine(canvas, [1.0, 0.0, 0.0], [0.0, 1.0, pixels]);
+}
+
+/// A grey square of half side `half` about `centre` (y, x).
+pub fn cutout(canvas: &mut Canvas, half: usize, centre: (usize, usize)) {
+    let span = |c: usize| c.saturating_sub(half)..c + half;
+    canvas.fill(span(centre.0), span(centre.1), GREY);
+}
+
+/// Bits to keep: TensorFlow cannot shift 8 bits by 8, so that 0 keeps one.
+#[inline(always)]
+pub fn posterize(canvas: &mut Canvas, bits: u32) {
+    canvas.posterize(bits.max(1));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::augment::vector::{self, Task};
+    use crate::data::reference::{Arrays, json};
+
+    struct Op<'a> {
+        name: &'a str,
+        arg: f64,
+        centre: (usize, usize),
+        canvas: Canvas,
+    }
+
+    impl Task for Op<'_> {
+        type Out = Canvas;
+        #[inline(always)]
+        fn run(mut self) -> Canvas {
+            let (c, x) = (&mut self.canvas, self.arg);
+            match self.name {
+                "AutoContrast" => autocontrast(c),
+                "Equalize" => c.equalize(),
+                "Invert" => c.invert(),
+                "Rotate" => rotate(c, x),
+                "Posterize" => posterize(c, x as u32),
+                "Solarize" => c.solarize((x as usize % 256) as u8),
+                "SolarizeAdd" => c.solarize_add(x as u8),
+                "Color" => color(c, x as f32),
+                "Contrast" => contrast(c, x as f32, false),
+                "Brightness" => brightness(c, x as f32),
+                "Sharpness" => sharpness(c, x as f32),
+                "ShearX" => shear_x(c, x as f32),
+                "ShearY" => shear_y(c, x as f32),
+                "TranslateX" => translate_x(c, x as f32),
+                "TranslateY" => translate_y(c, x as f32),
+                "Cutout" => cutout(c, x as usize, self.centre),
+                other => panic!("no operation {other}"),
+            }
+            self.canvas
+        }
+    }
+
+    #[test]
+    fn every_operation_is_tensorflows_to_the_bit() {
+        let Some(table) = json("augment/randaug_ops.json") else { return };
+        let mut arrays = Arrays::open("augment/randaug_ops.npz").unwrap();
+        let mut wrong = Vec::new();
+        let cases = table["ops"].as_array().unwrap();
+        for case in cases {
+            let key = case["key"].as_str().unwrap();
+            let input = arrays.picture(&format!("image{}", case["image"]));
+            let make = || {
+                let mut canvas = Canvas::default();
+                canvas.reset((input.height, input.width));
+                canvas.pixels.copy_from_slice(&input.pixels);
+                Op {
+                    name: case["op"].as_str().unwrap(),
+                    arg: case["args"][0].as_f64().unwrap_or(0.0),
+                    centre: (
+                        case["center_yx"][0].as_u64().unwrap_or(0) as usize,
+                        case["center_yx"][1].as_u64().unwrap_or(0) as usize,
+                    ),
+                    canvas,
+                }
+            };
+            let expected = arrays.picture(key).pixels;
+            for (how, out) in [("vector", vector::run(make())), ("portable", make().run())] {
+                let off = out.pixels.iter().zip(&expected).filter(|(a, b)| a != b).count();
+                if off > 0 {
+                    wrong.push(format!("{key} {how}: {off} of {}", expected.len()));
+                }
+            }
+        }
+        assert!(wrong.is_empty() && cases.len() > 100, "{} cases; {wrong:#?}", cases.len());
+    }
+}

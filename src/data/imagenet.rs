@@ -1,0 +1,48 @@
+//! ImageNet-1k's classes, for weights whose file does not name its classes: every published 1,000-class head is in the
+//! order of the sorted WordNet ids.
+
+/// The WordNet ids of ILSVRC 2012 in the order of the classes.
+static SYNSETS: &str = include_str!("imagenet_synsets.txt");
+
+/// Bytes of a WordNet id, as in `n01440764`.
+const ID_LEN: usize = 9;
+
+/// Classes of ImageNet-1k.
+pub const CLASSES: usize = 1000;
+
+/// The class of a folder that is named after a WordNet id, as `n01440764` and `n01440764_tench` are.
+pub fn class_of(name: &str) -> Option<usize> {
+    let id = name.get(..ID_LEN)?;
+    let rest = &name[ID_LEN..];
+    if !(rest.is_empty() || rest.starts_with(|c: char| !c.is_alphanumeric())) {
+        return None;
+    }
+    SYNSETS.lines().position(|line| line == id)
+}
+
+/// The picture number in a name as `val/n01440764/ILSVRC2012_val_00000293.JPEG`, from 1: lists of labels for the
+/// validation set are in this order.
+pub fn validation_number(record: &str) -> Option<usize> {
+    let rest = &record[record.find("ILSVRC2012_val_")? + "ILSVRC2012_val_".len()..];
+    let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    rest[..digits].parse().ok().filter(|number| *number > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_named_after_wordnet_ids_have_the_published_class_numbers() {
+        assert_eq!(SYNSETS.lines().count(), CLASSES);
+        assert!(SYNSETS.lines().zip(SYNSETS.lines().skip(1)).all(|(a, b)| a < b), "sorted");
+        assert_eq!(class_of("n01440764"), Some(0));
+        assert_eq!(class_of("n01443537_goldfish"), Some(1));
+        assert_eq!(class_of("n15075141"), Some(999));
+        for other in ["tench", "n00000000", "n014407640", "", "é01440764"] {
+            assert_eq!(class_of(other), None, "{other}");
+        }
+        assert_eq!(validation_number("n01440764/ILSVRC2012_val_00000293.JPEG"), Some(293));
+        assert_eq!(validation_number("n01440764/10026.JPEG"), None);
+    }
+}

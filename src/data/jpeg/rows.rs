@@ -1,0 +1,188 @@
+//! From samples of a row of MCUs to RGB pixels: upsampling of the chroma, and colour.
+//!
+//! Upsampling is libjpeg's "fancy" one: each sample counts three quarters, its nearer neighbour one quarter, in each
+//! halved direction, with rounding that alternates. Colour is BT.601 with 16 bits behind the point. A row of pixels may
+//! need the chroma row below it, which belongs to the next row of MCUs: it waits for that, and the last rows of samples
+//! are kept above the new ones.
+
+use super::isa::Isa;
+use super::{Frame, Window};
+
+/// Lines of samples that belong to one row of pixels.
+#[derive(Debug, Default)]
+pub(super) struct Lines {
+    /// Sums of two chroma rows, with a neighbour at either end.
+    sums: Vec<u16>,
+    /// Chroma at full width, one after the other.
+    chroma: [Vec<u8>; 2],
+    rgb: [Vec<u8>; 3],
+}
+
+/// Writes the pixels of a window row by row.
+pub(super) struct Output<'a> {
+    window: Window,
+    /// The window's first column in the planes.
+    x: usize,
+    /// Width of the decoded part in pixels, whole MCUs.
+    width: usize,
+    /// Chroma columns of the planes that belong to the picture; beyond, the last one counts.
+    chroma_end: usize,
+    /// Chroma rows of the picture.
+    chroma_rows: usize,
+    /// (down, across): 2 where chroma is halved.
+    halved: (usize, usize),
+    is_grey: bool,
+    /// Narrow pictures are upsampled by copying.
+    copies: bool,
+    /// The next row of the picture to be written.
+    next: usize,
+    lines: &'a mut Lines,
+}
+
+impl<'a> Output<'a> {
+    /// The planes begin at column `x` of the picture and are `width` pixels wide.
+    pub(super) fn new(frame: &Frame, window: Window, x: usize, width: usize, lines: &'a mut Lines) -> Self {
+        let halved = (frame.components[0].down, frame.components[0].across);
+        let chroma_width = frame.width.div_ceil(halved.1);
+        let Lines { sums, chroma, rgb } = &mut *lines;
+        sums.resize(width / halved.1 + 2, 0);
+        chroma.iter_mut().for_each(|line| line.resize(width, 0));
+        rgb.iter_mut().for_each(|line| line.resize(window.width, 0));
+        Self {
+            window,
+            x: window.x - x,
+            width,
+            chroma_end: (chroma_width - x / halved.1).min(width / halved.1),
+            chroma_rows: frame.height.div_ceil(halved.0),
+            halved,
+            is_grey: frame.count == 1,
+            copies: halved.1 == 2 && chroma_width <= 2,
+            next: window.y,
+            lines,
+        }
+    }
+
+    /// Bytes of a row of component `c`.
+    pub(super) fn stride(&self, c: usize) -> usize {
+        if c == 0 { self.width } else { self.width / self.halved.1 }
+    }
+
+    /// Bytes of a component's plane: one row kept, and a row of MCUs.
+    pub(super) fn plane_len(&self, c: usize) -> usize {
+        self.stride(c) * (1 + if c == 0 { 8 * self.halved.0 } else { 8 })
+    }
+
+    /// Writes the rows that can be written once `mcu_row` is in the planes, and keeps the planes' last rows for the next.
+    #[inline(always)]
+    pub(super) fn rows<I: Isa>(
+        &mut self,
+        isa: I,
+        planes: &mut [Vec<u8>; 3],
+        mcu_row: usize,
+        is_last: bool,
+        out: &mut [u8],
+    ) {
+        let mcu_height = 8 * self.halved.0;
+        let top = mcu_row * mcu_height;
+        // The last row waits for the chroma below it, if that counts.
+        let waits = usize::from(self.halved.0 == 2 && !is_last);
+        let end = (top + mcu_height - waits).min(self.window.y + self.window.height);
+        while self.next < end {
+            let y = self.next;
+            let line = self.window.width * 3;
+            let out = &mut out[(y - self.window.y) * line..][..line];
+            let luma = &planes[0][(y + 1 - top) * self.width + self.x..][..self.window.width];
+            if self.is_grey {
+                isa.interleave(luma, luma, luma, out);
+            } else {
+                self.chroma(planes, y, mcu_row);
+                let Lines { chroma: [cb, cr], rgb, .. } = &mut *self.lines;
+                let span = self.x..self.x + self.window.width;
+                colour(luma, &cb[span.clone()], &cr[span], rgb);
+                isa.interleave(&rgb[0], &rgb[1], &rgb[2], out);
+            }
+            self.next += 1;
+        }
+        for (c, plane) in planes.iter_mut().enumerate().take(if self.is_grey { 1 } else { 3 }) {
+            let stride = self.stride(c);
+            let len = self.plane_len(c);
+            plane.copy_within(len - stride..len, 0);
+        }
+    }
+
+    /// Chroma of row `y` at full width, into `lines.chroma`.
+    #[inline(always)]
+    fn chroma(&mut self, planes: &[Vec<u8>; 3], y: usize, mcu_row: usize) {
+        let stride = self.stride(1);
+        let own = y / self.halved.0;
+        let other = match (self.halved.0, y % 2) {
+            (1, _) => own,
+            (_, 0) => own.saturating_sub(1),
+            _ => (own + 1).min(self.chroma_rows - 1),
+        };
+        let end = self.chroma_end;
+        let Lines { sums, chroma, .. } = &mut *self.lines;
+        for (plane, line) in planes[1..].iter().zip(chroma) {
+            let row = |row: usize| &plane[(row + 1 - mcu_row * 8) * stride..][..stride];
+            match (self.halved, self.copies) {
+                ((1, 1), _) => line.copy_from_slice(row(own)),
+                ((_, across), true) => {
+                    for (x, sample) in line.iter_mut().enumerate() {
+                        *sample = row(own)[x / across];
+                    }
+                }
+                ((_, 1), false) => {
+                    let bias = 1 + (y % 2) as u16;
+                    for ((sample, near), far) in line.iter_mut().zip(row(own)).zip(row(other)) {
+                        *sample = ((3 * u16::from(*near) + u16::from(*far) + bias) >> 2) as u8;
+                    }
+                }
+                ((down, _), false) => {
+                    let inner = &mut sums[1..=end];
+                    if down == 1 {
+                        inner.iter_mut().zip(row(own)).for_each(|(sum, s)| *sum = u16::from(*s));
+                    } else {
+                        for ((sum, near), far) in inner.iter_mut().zip(row(own)).zip(row(other)) {
+                            *sum = 3 * u16::from(*near) + u16::from(*far);
+                        }
+                    }
+                    sums[0] = sums[1];
+                    sums[end + 1] = sums[end];
+                    let sums = &sums[..end + 2];
+                    if down == 1 {
+                        widen::<2, 1, 2>(sums, line);
+                    } else {
+                        widen::<4, 8, 7>(sums, line);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Two samples for each of `sums[1..n-1]`: three quarters of its own, and one quarter of the left or right neighbour.
+#[inline(always)]
+fn widen<const SHIFT: u32, const LEFT: u16, const RIGHT: u16>(sums: &[u16], line: &mut [u8]) {
+    let count = sums.len() - 2;
+    let (left, own, right) = (&sums[..count], &sums[1..=count], &sums[2..]);
+    let pairs = line[..count * 2].chunks_exact_mut(2);
+    for (((pair, left), own), right) in pairs.zip(left).zip(own).zip(right) {
+        pair[0] = ((3 * own + left + LEFT) >> SHIFT) as u8;
+        pair[1] = ((3 * own + right + RIGHT) >> SHIFT) as u8;
+    }
+}
+
+/// YCbCr to RGB, one channel after the other.
+#[inline(always)]
+fn colour(luma: &[u8], cb: &[u8], cr: &[u8], rgb: &mut [Vec<u8>; 3]) {
+    const ROUND: i32 = 1 << 15;
+    let [r, g, b] = rgb;
+    let n = luma.len();
+    let (cb, cr, r, g, b) = (&cb[..n], &cr[..n], &mut r[..n], &mut g[..n], &mut b[..n]);
+    for i in 0..n {
+        let (y, cb, cr) = (i32::from(luma[i]), i32::from(cb[i]) - 128, i32::from(cr[i]) - 128);
+        r[i] = (y + ((91_881 * cr + ROUND) >> 16)).clamp(0, 255) as u8;
+        g[i] = (y + ((-22_554 * cb - 46_802 * cr + ROUND) >> 16)).clamp(0, 255) as u8;
+        b[i] = (y + ((116_130 * cb + ROUND) >> 16)).clamp(0, 255) as u8;
+    }
+}

@@ -1,0 +1,445 @@
+//! Augmentation as a recipe says it. Names that are small languages of their own (RandAugment's settings, the levels of
+//! the AugReg paper) are parsed here, once.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// How a picture of another size becomes the model's input, in training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Crop {
+    /// Pad by `pad` pixels (zeros), then a random window of the input size; larger pictures are resized to it first.
+    Pad,
+    /// Random area and aspect, then resize: torchvision's RandomResizedCrop.
+    Torch,
+    /// Random area and aspect as TensorFlow's `sample_distorted_bounding_box` draws them.
+    Tf,
+    /// Resize the shorter side, then the centre.
+    Center,
+    /// Squash to `resize`, then a random window (big_vision's `resize_crop`).
+    Resize,
+    /// Shorter side to `resize`, then a random window (big_vision's `resmall_crop`).
+    ResizeSmall,
+    /// Shorter side to the input's, 4 pixels of reflection around, then a random window (DeiT-III).
+    Simple,
+}
+
+/// Of `crop = "torch"` and `"simple"`, and of timm's RandAugment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Interpolation {
+    Bilinear,
+    Bicubic,
+    /// One of the two for each use.
+    Random,
+}
+
+/// What an erased box holds, drawn after normalisation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EraseMode {
+    /// Zeros.
+    Const,
+    /// One normal colour.
+    Rand,
+    /// A normal draw for each value.
+    Pixel,
+}
+
+/// Whose mixing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MixLaw {
+    /// λ = max(a, 1-a); the partner is the sample before.
+    BigVision,
+    /// λ as drawn; the partner is the sample at the same place from the other end.
+    Timm,
+}
+
+/// What shares a draw of λ and of a box.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MixMode {
+    Batch,
+    /// A sample and its partner, which must be each other's (`mix_law = "timm"`).
+    Pair,
+    /// Nothing.
+    Elem,
+}
+
+/// Per-sample augmentation on the CPU, and mixing on the device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AugmentSection {
+    pub crop: Crop,
+    /// For `crop = "pad"`: pixels on each side.
+    pub pad: usize,
+    /// For random areas: least and most share of the picture.
+    pub area: (f32, f32),
+    /// For `crop = "resize"` and `"resize_small"`: pixels.
+    pub resize: usize,
+    pub interpolation: Interpolation,
+    /// Cut fractions after a resize (big_vision) instead of rounding them.
+    pub truncate: bool,
+    /// Horizontal flip with probability 1/2.
+    pub flip: bool,
+    /// A level of the AugReg paper (Steiner et al. 2022): sets `randaugment` and `mixup`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub level: Option<Level>,
+    /// `tf(2,15)`, `tf_fixed(2,15)`, or timm's `rand-m9-mstd0.5-inc1`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub randaugment: Option<RandAugment>,
+    /// One of grey, solarized and blurred (Touvron et al. 2022, DeiT III).
+    pub three_augment: bool,
+    /// torchvision's colour jitter: half-width of brightness, contrast and saturation factors; 0: off.
+    pub color_jitter: f32,
+    /// Colour of what geometric operations bring in from outside, where a dialect leaves it open.
+    pub fill: [u8; 3],
+    /// Colour jitter in `[0, 1]`: brightness delta, contrast, saturation half-widths, hue delta; 0: off.
+    pub brightness: f32,
+    pub contrast: f32,
+    pub saturation: f32,
+    pub hue: f32,
+    /// Random erasing (Zhong et al. 2020): probability; 0: off.
+    pub erase: f32,
+    pub erase_mode: EraseMode,
+    /// Least and most share of the picture.
+    pub erase_area: (f32, f32),
+    /// Samples of each picture, one after the other (repeated augmentation, Hoffer et al. 2020).
+    pub repeats: usize,
+    /// Beta parameter of mixup (Zhang et al. 2018); 0: off.
+    pub mixup: f64,
+    /// Beta parameter of CutMix (Yun et al. 2019); 0: off.
+    pub cutmix: f64,
+    /// Least and most share of each side of a CutMix box, in place of `cutmix`'s law; [0, 0]: that law.
+    pub cutmix_minmax: (f32, f32),
+    /// Share of the batches (samples, in other modes) that are mixed.
+    pub mix_prob: f32,
+    /// Where both are on: the share that gets CutMix.
+    pub mix_switch: f32,
+    /// Where both are on: first mixup, then CutMix of what came out.
+    pub mix_chain: bool,
+    pub mix_mode: MixMode,
+    pub mix_law: MixLaw,
+    /// Samples among which partners are chosen; 0: the rank's batch.
+    pub mix_group: usize,
+}
+
+impl Default for AugmentSection {
+    fn default() -> Self {
+        Self {
+            crop: Crop::Tf,
+            pad: 0,
+            area: (0.05, 1.0),
+            resize: 0,
+            interpolation: Interpolation::Bilinear,
+            truncate: false,
+            flip: true,
+            level: None,
+            randaugment: None,
+            three_augment: false,
+            color_jitter: 0.0,
+            fill: [128; 3],
+            brightness: 0.0,
+            contrast: 0.0,
+            saturation: 0.0,
+            hue: 0.0,
+            erase: 0.0,
+            erase_mode: EraseMode::Pixel,
+            erase_area: (0.02, 1.0 / 3.0),
+            repeats: 1,
+            mixup: 0.0,
+            cutmix: 0.0,
+            cutmix_minmax: (0.0, 0.0),
+            mix_prob: 1.0,
+            mix_switch: 0.5,
+            mix_chain: false,
+            mix_mode: MixMode::Batch,
+            mix_law: MixLaw::BigVision,
+            mix_group: 0,
+        }
+    }
+}
+
+impl AugmentSection {
+    /// No augmentation at all: the centre of each picture.
+    pub fn none() -> Self {
+        Self { crop: Crop::Center, flip: false, ..Self::default() }
+    }
+
+    /// With what `level` says written out.
+    pub fn effective(&self) -> Self {
+        let Some(level) = self.level else { return self.clone() };
+        let (magnitude, mixup) = level.settings();
+        let randaugment = magnitude.map(|m| RandAugment {
+            dialect: Dialect::Tf { fixed: false },
+            layers: 2,
+            magnitude: m,
+            ..RandAugment::default()
+        });
+        Self { randaugment, mixup, ..self.clone() }
+    }
+
+    /// What makes no sense together, with the key to change.
+    pub(super) fn check(&self) -> Result<()> {
+        let of = self.effective();
+        if self.level.is_some() {
+            let differs = (self.randaugment.is_some() && self.randaugment != of.randaugment)
+                || (self.mixup != 0.0 && self.mixup != of.mixup);
+            if differs {
+                return Err(Error::usage(
+                    "`augment.level` sets `augment.randaugment` and `augment.mixup`, which are set \
+                                         to something else",
+                )
+                .hint("remove `augment.level`, or the two others"));
+            }
+        }
+        let sized = matches!(self.crop, Crop::Resize | Crop::ResizeSmall);
+        if sized && self.resize == 0 {
+            return Err(Error::usage("`augment.crop` resizes first, and `augment.resize` is 0")
+                .hint("say to how many pixels, as in `--set augment.resize=448`"));
+        }
+        if !sized && self.resize > 0 {
+            return Err(Error::usage("`augment.resize` is set, and `augment.crop` does not use it")
+                .hint("use `--set augment.crop=resize` or `--set augment.crop=resize_small`"));
+        }
+        let mutual = self.mix_mode == MixMode::Pair || self.mix_chain;
+        if mutual && self.mix_law == MixLaw::BigVision {
+            return Err(Error::usage(
+                "`mix_mode = \"pair\"` and `mix_chain` need partners that have each other",
+            )
+            .hint("use `--set augment.mix_law=timm`"));
+        }
+        if self.mix_chain && (of.mixup == 0.0 || of.cutmix == 0.0) {
+            return Err(Error::usage("`augment.mix_chain` needs both `augment.mixup` and `augment.cutmix`")
+                .hint("use `--set augment.mixup=0.8` and `--set augment.cutmix=1.0`"));
+        }
+        if !(1..=64).contains(&self.repeats) {
+            return Err(Error::usage(format!("`augment.repeats` is {}", self.repeats)).hint("use 1 to 64"));
+        }
+        for (key, (low, high)) in [("erase_area", self.erase_area), ("cutmix_minmax", self.cutmix_minmax)] {
+            if !(0.0..=high).contains(&low) || high > 1.0 {
+                return Err(Error::usage(format!("`augment.{key}` is [{low}, {high}]"))
+                    .hint("give the least and the most share, as in `[0.02,0.33]`"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which system's RandAugment (Cubuk et al. 2020).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Dialect {
+    /// big_vision's TensorFlow code with its bugs, or with them mended.
+    Tf { fixed: bool },
+    /// timm's: each operation with probability `prob`, magnitude normal about the one given.
+    Timm { increasing: bool, std: f64, most: f64, prob: f64 },
+}
+
+/// RandAugment's settings.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RandAugment {
+    pub dialect: Dialect,
+    /// Operations of a sample.
+    pub layers: usize,
+    /// On timm's and big_vision's scale of 10.
+    pub magnitude: f64,
+    /// timm's `3a`: the colour jitter stays on.
+    pub keeps_jitter: bool,
+}
+
+impl Default for RandAugment {
+    fn default() -> Self {
+        Self { dialect: Dialect::Tf { fixed: false }, layers: 2, magnitude: 0.0, keeps_jitter: false }
+    }
+}
+
+impl FromStr for RandAugment {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "`{text}` is no RandAugment: write `tf(2,15)`, `tf_fixed(2,15)` or timm's `rand-m9-mstd0.5-inc1`"
+            )
+        };
+        if let Some(settings) = text.strip_prefix("rand") {
+            return timm(settings).ok_or_else(wrong);
+        }
+        let (name, rest) = text.split_once('(').ok_or_else(wrong)?;
+        let (layers, magnitude) = rest.strip_suffix(')').and_then(|r| r.split_once(',')).ok_or_else(wrong)?;
+        let fixed = match name.trim() {
+            "tf" => false,
+            "tf_fixed" => true,
+            _ => return Err(wrong()),
+        };
+        let layers = layers.trim().parse().ok().filter(|n| (1..=16).contains(n)).ok_or_else(wrong)?;
+        let magnitude =
+            magnitude.trim().parse().ok().filter(|m| (0.0..=30.0).contains(m)).ok_or_else(wrong)?;
+        Ok(Self { dialect: Dialect::Tf { fixed }, layers, magnitude, keeps_jitter: false })
+    }
+}
+
+/// What follows `rand`: `-mM`, `-nN`, `-mstdS`, `-mmaxX`, `-pP`, `-incI`, `-3a`.
+fn timm(settings: &str) -> Option<RandAugment> {
+    let (mut increasing, mut std, mut most, mut prob) = (false, 0.0, 10.0, 0.5);
+    let mut of = RandAugment { magnitude: 10.0, ..RandAugment::default() };
+    for part in settings.split('-').filter(|p| !p.is_empty()) {
+        if part == "3a" {
+            of.keeps_jitter = true;
+            continue;
+        }
+        let digits = part.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(part.len());
+        let (key, value) = part.split_at(digits);
+        let number: f64 = value.parse().ok().filter(|v: &f64| *v >= 0.0)?;
+        match key {
+            "m" => of.magnitude = number,
+            "n" => of.layers = number as usize,
+            "mstd" => std = number,
+            "mmax" => most = number,
+            "p" => prob = number,
+            // Whatever the number: timm asks whether the text is empty.
+            "inc" => increasing = true,
+            _ => return None,
+        }
+    }
+    of.dialect = Dialect::Timm { increasing, std, most, prob };
+    let sane = (1..=16).contains(&of.layers) && prob <= 1.0 && of.magnitude <= 100.0 && most <= 100.0;
+    sane.then_some(of)
+}
+
+impl fmt::Display for RandAugment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { layers, magnitude, .. } = self;
+        match self.dialect {
+            Dialect::Tf { fixed } => {
+                write!(f, "tf{}({layers},{magnitude})", if fixed { "_fixed" } else { "" })
+            }
+            Dialect::Timm { increasing, std, most, prob } => {
+                write!(f, "rand-m{magnitude}-n{layers}-p{prob}-mstd{std}-mmax{most}")?;
+                f.write_str(if increasing { "-inc1" } else { "" })?;
+                f.write_str(if self.keeps_jitter { "-3a" } else { "" })
+            }
+        }
+    }
+}
+
+/// A level of the AugReg paper. The configurations and the names of the released files call two of them differently:
+/// `light1` is the first light level of the configurations and the second of the files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Level(usize);
+
+/// Names in big_vision's configurations and in the released files, magnitude, α of mixup.
+type LevelRow = (&'static str, &'static str, Option<f64>, f64);
+
+const LEVELS: [LevelRow; 7] = [
+    ("none", "none", None, 0.0),
+    ("light1", "light0", Some(0.0), 0.0),
+    ("light2", "light1", Some(10.0), 0.2),
+    ("medium1", "medium1", Some(15.0), 0.2),
+    ("medium2", "medium2", Some(15.0), 0.5),
+    ("strong1", "strong1", Some(20.0), 0.5),
+    ("strong2", "strong2", Some(20.0), 0.8),
+];
+
+impl Level {
+    /// Magnitude of `tf(2,m)`, and α of mixup.
+    pub fn settings(self) -> (Option<f64>, f64) {
+        (LEVELS[self.0].2, LEVELS[self.0].3)
+    }
+}
+
+impl FromStr for Level {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let find = |name: &str, column: fn(&LevelRow) -> &'static str| {
+            LEVELS.iter().position(|level| column(level) == name)
+        };
+        let found = match text.split_once(':') {
+            Some(("config", name)) => find(name, |l| l.0),
+            Some(("released", name)) => find(name, |l| l.1),
+            Some(_) => None,
+            None => match (find(text, |l| l.0), find(text, |l| l.1)) {
+                (Some(a), Some(b)) if a != b => {
+                    return Err(format!(
+                        "`{text}` means two levels: write `config:{text}` as in big_vision's configurations, or \
+                         `released:{text}` as in the names of the released files"
+                    ));
+                }
+                (a, b) => a.or(b),
+            },
+        };
+        let names = || LEVELS.map(|l| l.0).join(", ");
+        found
+            .map(Level)
+            .ok_or_else(|| format!("there is no level `{text}`: {} or, of the files, light0", names()))
+    }
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "config:{}", LEVELS[self.0].0)
+    }
+}
+
+/// Both are strings in a recipe.
+macro_rules! is_a_string {
+    ($($type:ty),*) => { $(
+        impl TryFrom<String> for $type {
+            type Error = String;
+            fn try_from(text: String) -> Result<Self, String> {
+                text.parse()
+            }
+        }
+
+        impl From<$type> for String {
+            fn from(value: $type) -> String {
+                value.to_string()
+            }
+        }
+    )* };
+}
+is_a_string!(RandAugment, Level);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn randaugment_is_read_and_written() {
+        let parsed: RandAugment = "rand-m9-mstd0.5-inc1".parse().unwrap();
+        let timm = Dialect::Timm { increasing: true, std: 0.5, most: 10.0, prob: 0.5 };
+        assert_eq!((parsed.dialect, parsed.layers, parsed.magnitude), (timm, 2, 9.0));
+        for text in ["tf(2,15)", "tf_fixed(3,10)", "rand-m9-mstd0.5-inc1", "rand-m7-n4-3a", "rand"] {
+            let parsed: RandAugment = text.parse().unwrap();
+            assert_eq!(parsed.to_string().parse::<RandAugment>().unwrap(), parsed, "{text}");
+        }
+        for text in ["", "tf", "tf(2)", "tf(0,3)", "tg(2,3)", "rand-q3", "rand-m", "tf(2,NaN)"] {
+            assert!(text.parse::<RandAugment>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn levels_have_two_names_and_an_ambiguous_one_is_refused() {
+        let level = |text: &str| text.parse::<Level>();
+        assert_eq!(level("light0").unwrap().settings(), (Some(0.0), 0.0));
+        assert_eq!(level("light2").unwrap().settings(), (Some(10.0), 0.2));
+        assert_eq!(level("config:light1").unwrap(), level("released:light0").unwrap());
+        assert_eq!(level("released:light1").unwrap(), level("light2").unwrap());
+        assert_eq!(level("strong2").unwrap().settings(), (Some(20.0), 0.8));
+        assert!(level("light1").unwrap_err().contains("config:light1"));
+        assert!(level("light3").is_err());
+        let augment = AugmentSection { level: Some(level("medium1").unwrap()), ..Default::default() };
+        let effective = augment.effective();
+        assert_eq!((effective.randaugment.unwrap().to_string(), effective.mixup), ("tf(2,15)".into(), 0.2));
+        assert!(augment.check().is_ok() && effective.check().is_ok());
+        assert!(AugmentSection { mixup: 0.3, ..effective }.check().is_err());
+    }
+}

@@ -1,0 +1,391 @@
+//! How fast the input pipeline is: each stage on one core, all of it on all workers, and whether a model would be fed.
+
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use crate::backend::batch::PlainMemory;
+use crate::backend::{Pixels, Slot, SlotLayout, TargetKind};
+use crate::data::augment::{self, Buffers, Target};
+use crate::data::decode::{Decoder, JpegPath};
+use crate::data::shard::Record;
+use crate::data::{self, Dataset, Loader, LoaderSpec, Split};
+use crate::error::Result;
+use crate::recipe::{AugmentSection, Recipe};
+use crate::report::format;
+use crate::rng::{Domain, Stream};
+
+/// What to measure, and how long.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub data: String,
+    /// Rounds of at least `seconds`; medians are reported.
+    pub rounds: usize,
+    pub seconds: f64,
+    /// The card that is to be fed.
+    pub card: Card,
+}
+
+/// Cards, with dense bf16 TFLOP/s of their data sheets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Card {
+    A100,
+    H100,
+    H200,
+    B200,
+}
+
+impl Card {
+    fn flops(self) -> f64 {
+        match self {
+            Card::A100 => 312e12,
+            Card::H100 | Card::H200 => 989e12,
+            Card::B200 => 2250e12,
+        }
+    }
+}
+
+/// A good share of a card's peak in training.
+const UTILISATION: f64 = 0.5;
+
+/// Seconds per sample of each stage on one core, and the rates of the whole.
+pub struct Measured {
+    data: String,
+    model: String,
+    image: (usize, usize),
+    stages: Vec<(&'static str, f64)>,
+    /// Everything on one core, as one call after the other.
+    one_core: f64,
+    /// Through the loader.
+    workers: usize,
+    loader: f64,
+    loader_one: f64,
+    /// Copying finished samples between buffers: in cache, and over a ring larger than the last cache.
+    copy_cached: f64,
+    copy_ring: f64,
+    bytes: f64,
+    blocks: (f64, f64),
+    card: Card,
+    needed: f64,
+}
+
+/// Times the recipe's input pipeline on a data set.
+pub fn run(recipe: &Recipe, model: &str, options: &Options) -> Result<Measured> {
+    let dataset = Arc::new(Dataset::open(&options.data, Split::Train)?);
+    let config = recipe.model_config(dataset.classes().len())?;
+    let image = config.image;
+    let augment = recipe.augment.effective();
+    let timer = Timer { rounds: options.rounds, seconds: options.seconds };
+    let one = OneCore { dataset: &dataset, image, augment: &augment, seed: recipe.train.seed };
+
+    // Stages from the shortest pipeline to the whole; what a stage takes is what it adds.
+    let read = timer.per_sample(dataset.len(), |i| one.read(i))?;
+    let mut decoder = Decoder::default();
+    let decode = timer.per_sample(dataset.len(), |i| one.decode(i, &mut decoder))?;
+    let plain = plain(&augment);
+    let unaugmented = OneCore { augment: &plain, ..one };
+    let mut worker = Worker::new(image);
+    let cropped = timer.per_sample(dataset.len(), |i| unaugmented.all(i, &mut worker))?;
+    let one_core = timer.per_sample(dataset.len(), |i| one.all(i, &mut worker))?;
+    let (mut bytes, mut read_blocks, mut made_blocks) = (0, 0, 0);
+    let counted = dataset.len().min(200);
+    for i in 0..counted {
+        bytes += one.bytes(i)?;
+        one.decode(i, &mut decoder)?;
+        read_blocks += decoder.counts().read;
+        made_blocks += decoder.counts().transformed;
+    }
+    let mean = |sum: usize| sum as f64 / counted as f64;
+
+    let workers = match recipe.data.workers {
+        0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(16),
+        n => n,
+    };
+    let through = |workers| loader_rate(recipe, &dataset, image, workers, &timer);
+    let (loader_one, loader) = (through(1)?, through(workers)?);
+    Ok(Measured {
+        data: options.data.clone(),
+        model: model.into(),
+        image,
+        stages: vec![
+            ("read", read),
+            ("decode", (decode - read).max(0.0)),
+            ("crop, resize, flip, write", (cropped - decode).max(0.0)),
+            ("augment", (one_core - cropped).max(0.0)),
+        ],
+        one_core,
+        workers,
+        loader,
+        loader_one,
+        copy_cached: copy_seconds(image, 1, &timer),
+        copy_ring: copy_seconds(image, (256 << 20) / (image.0 * image.1 * 3), &timer),
+        bytes: mean(bytes),
+        blocks: (mean(read_blocks), mean(made_blocks)),
+        card: options.card,
+        needed: options.card.flops() * UTILISATION / config.train_flops() as f64,
+    })
+}
+
+/// The same crop without operations on pixels.
+fn plain(augment: &AugmentSection) -> AugmentSection {
+    AugmentSection {
+        randaugment: None,
+        level: None,
+        three_augment: false,
+        color_jitter: 0.0,
+        brightness: 0.0,
+        contrast: 0.0,
+        saturation: 0.0,
+        hue: 0.0,
+        ..augment.clone()
+    }
+}
+
+/// Rounds of a repeated measurement.
+struct Timer {
+    rounds: usize,
+    seconds: f64,
+}
+
+impl Timer {
+    /// Median seconds of this thread's CPU time of `work(i)`, over the records in turn: what else the machine does counts
+    /// for nothing.
+    fn per_sample(&self, records: usize, mut work: impl FnMut(usize) -> Result<()>) -> Result<f64> {
+        let mut next = 0;
+        let mut step = |count: usize| -> Result<()> {
+            for _ in 0..count {
+                work(next)?;
+                next = (next + 1) % records;
+            }
+            Ok(())
+        };
+        // The clock is looked at once for some milliseconds of work.
+        let start = Instant::now();
+        step(8)?;
+        let chunk = (4e-3 / (start.elapsed().as_secs_f64() / 8.0).max(1e-9)).clamp(1.0, 1e5) as usize;
+        let mut rounds = Vec::new();
+        for _ in 0..self.rounds {
+            let (start, mut count) = (cpu_seconds(), 0);
+            while count == 0 || cpu_seconds() - start < self.seconds {
+                step(chunk)?;
+                count += chunk;
+            }
+            rounds.push((cpu_seconds() - start) / count as f64);
+        }
+        Ok(median(rounds))
+    }
+}
+
+/// CPU time of the calling thread.
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
+
+fn median(mut rounds: Vec<f64>) -> f64 {
+    rounds.sort_by(f64::total_cmp);
+    rounds[rounds.len() / 2]
+}
+
+/// The stages of one worker.
+#[derive(Clone, Copy)]
+struct OneCore<'a> {
+    dataset: &'a Dataset,
+    image: (usize, usize),
+    augment: &'a AugmentSection,
+    seed: u64,
+}
+
+struct Worker {
+    decoder: Decoder,
+    buffers: Buffers,
+    out: Vec<u8>,
+}
+
+impl Worker {
+    fn new(image: (usize, usize)) -> Self {
+        Self { decoder: Decoder::default(), buffers: Buffers::default(), out: vec![0; image.0 * image.1 * 3] }
+    }
+}
+
+impl OneCore<'_> {
+    fn draws(&self, i: usize) -> Stream {
+        Stream::new(self.seed, Domain::Augment, 0, i as u64)
+    }
+
+    fn bytes(&self, i: usize) -> Result<usize> {
+        Ok(match self.dataset.record(i)? {
+            Record::Raw { pixels, .. } => pixels.len(),
+            Record::Encoded(bytes) => bytes.len(),
+        })
+    }
+
+    /// Touches every page of a record.
+    fn read(&self, i: usize) -> Result<()> {
+        let record = self.dataset.record(i)?;
+        let (Record::Raw { pixels: bytes, .. } | Record::Encoded(bytes)) = &record;
+        black_box(bytes.iter().step_by(4096).fold(0u8, |sum, b| sum ^ b));
+        Ok(())
+    }
+
+    fn decode(&self, i: usize, decoder: &mut Decoder) -> Result<()> {
+        if let Record::Encoded(bytes) = self.dataset.record(i)? {
+            let mut draws = self.draws(i);
+            black_box(decoder.window(&bytes, |of| augment::window(self.augment, of, &mut draws))?.size());
+        }
+        Ok(())
+    }
+
+    fn all(&self, i: usize, worker: &mut Worker) -> Result<()> {
+        let Worker { decoder, buffers, out } = worker;
+        let mut draws = self.draws(i);
+        let record = self.dataset.record(i)?;
+        let view = data::pixels(&record, decoder, |of| augment::window(self.augment, of, &mut draws))?;
+        augment::train(self.augment, view, self.image, &mut draws, buffers, Target::U8(out));
+        black_box(&worker.out);
+        Ok(())
+    }
+}
+
+/// Seconds to copy a finished sample, the floor of the last stage, into each of `slots` places in turn.
+fn copy_seconds(image: (usize, usize), slots: usize, timer: &Timer) -> f64 {
+    let len = image.0 * image.1 * 3;
+    let (from, mut to) = (vec![7u8; len], vec![0u8; len * slots.max(1)]);
+    let places = slots.max(1);
+    timer
+        .per_sample(places, |i| {
+            to[i * len..(i + 1) * len].copy_from_slice(black_box(&from));
+            black_box(&to[i * len]);
+            Ok(())
+        })
+        .expect("copying does not fail")
+}
+
+/// Samples per second through the loader.
+fn loader_rate(
+    recipe: &Recipe,
+    dataset: &Arc<Dataset>,
+    image: (usize, usize),
+    workers: usize,
+    timer: &Timer,
+) -> Result<f64> {
+    let batch = recipe.train.batch.max(64);
+    let layout = SlotLayout { samples: batch, image, pixels: Pixels::U8, targets: TargetKind::Labels };
+    let mut slots = Vec::new();
+    for _ in 0..recipe.data.slots {
+        slots.push(Slot::new(Box::new(PlainMemory::new(layout.bytes())?), layout));
+    }
+    let spec = LoaderSpec {
+        batch,
+        image,
+        mode: data::Mode::Train { augment: recipe.augment.clone(), seed: recipe.train.seed },
+        start_batch: 0,
+        workers,
+        on_bad_record: recipe.data.on_bad_record,
+    };
+    let mut loader = Loader::new(dataset.clone(), spec, slots);
+    let mut next = || -> Result<()> {
+        if let Some(slot) = loader.next()? {
+            loader.recycle(slot);
+        }
+        Ok(())
+    };
+    for _ in 0..recipe.data.slots + 1 {
+        next()?;
+    }
+    let mut rounds = Vec::new();
+    for _ in 0..timer.rounds {
+        let (start, mut batches) = (Instant::now(), 0);
+        while batches == 0 || start.elapsed().as_secs_f64() < timer.seconds {
+            next()?;
+            batches += 1;
+        }
+        rounds.push((batches * batch) as f64 / start.elapsed().as_secs_f64());
+    }
+    Ok(median(rounds))
+}
+
+impl Measured {
+    fn is_fed(&self) -> bool {
+        self.loader >= self.needed
+    }
+
+    pub fn text(&self) -> String {
+        let mut lines = vec![
+            format!(
+                "{} at {}x{}, JPEG decoder: {}",
+                self.data,
+                self.image.1,
+                self.image.0,
+                JpegPath::chosen().describe()
+            ),
+            format!(
+                "{} a record; blocks read {:.0}, transformed {:.0}",
+                format::bytes(self.bytes as u64),
+                self.blocks.0,
+                self.blocks.1
+            ),
+        ];
+        for (stage, seconds) in &self.stages {
+            let share = seconds / self.one_core;
+            lines.push(format!("  {stage:<28} {:>9.2} us {:>6.1} %", seconds * 1e6, share * 100.0));
+        }
+        lines.push(format!("one core       {:>10.0} img/s", 1.0 / self.one_core));
+        lines.push(format!("loader, 1      {:>10.0} img/s", self.loader_one));
+        lines.push(format!(
+            "loader, {:<6} {:>10.0} img/s   {:.0} a worker   {:.2} times one",
+            self.workers,
+            self.loader,
+            self.loader / self.workers as f64,
+            self.loader / self.loader_one
+        ));
+        lines.push(format!(
+            "copying alone  {:>10.0} img/s in cache, {:.0} into a ring of 256 MB",
+            1.0 / self.copy_cached,
+            1.0 / self.copy_ring
+        ));
+        lines.push(format!(
+            "{} on one {:?} at {:.0} % of its peak takes {:.0} img/s: {}",
+            self.model,
+            self.card,
+            UTILISATION * 100.0,
+            self.needed,
+            match self.is_fed() {
+                true => "fed".to_owned(),
+                false => format!(
+                    "needs {:.0} workers like these",
+                    self.needed / (self.loader / self.workers as f64)
+                ),
+            }
+        ));
+        lines.join("\n")
+    }
+
+    pub fn json(&self) -> Value {
+        let stages: Vec<Value> =
+            self.stages.iter().map(|(name, s)| json!({"stage": name, "us": s * 1e6})).collect();
+        json!({
+            "engine": concat!("vitrum ", env!("CARGO_PKG_VERSION")),
+            "data": self.data,
+            "image": self.image,
+            "jpeg_decoder": JpegPath::chosen().describe(),
+            "bytes_per_record": self.bytes,
+            "blocks_read": self.blocks.0,
+            "blocks_transformed": self.blocks.1,
+            "stages": stages,
+            "img_per_s_one_core": 1.0 / self.one_core,
+            "img_per_s_one_worker": self.loader_one,
+            "workers": self.workers,
+            "img_per_s": self.loader,
+            "img_per_s_per_worker": self.loader / self.workers as f64,
+            "copy_img_per_s_cached": 1.0 / self.copy_cached,
+            "copy_img_per_s_ring": 1.0 / self.copy_ring,
+            "model": self.model,
+            "card": format!("{:?}", self.card),
+            "needed_img_per_s": self.needed,
+            "fed": self.is_fed(),
+        })
+    }
+}

@@ -1,0 +1,181 @@
+//! Fine-tuning: the same training, from weights that were trained before.
+//!
+//! A weights file decides which model it is; the recipe decides how it is trained. [`Start`] puts the two together:
+//! what the recipe leaves open comes from the file, what it gives is checked against it, and the file is adapted to the
+//! pictures and classes of the data. From there on a fine-tuning run is a training run ([`train_from`]).
+
+use std::path::Path;
+
+use crate::data::Dataset;
+use crate::error::{Error, Result};
+use crate::recipe::{FinetuneSection, Loaded, ModelSection, Recipe, Size};
+use crate::vit::ModelConfig;
+use crate::weights::{self, AdaptTarget, ModelFile, ModelOverrides};
+
+use super::advice;
+use super::run::{RunData, RunOptions, RunSummary};
+use super::trainer::train_from;
+
+/// A weights file, read and adapted once. Runs that need the same start from the same copy.
+pub struct Start {
+    need: Need,
+    /// Adapted to the recipe and the data.
+    pub weights: ModelFile,
+    /// What was done to it, one line each.
+    pub notes: Vec<String>,
+}
+
+/// What decides the weights that a run starts from.
+#[derive(Clone, Debug, PartialEq)]
+struct Need {
+    path: String,
+    overrides: ModelOverrides,
+    target: AdaptTarget,
+}
+
+/// Fine-tunes as `loaded` says, to the end of the run.
+pub fn run(loaded: &Loaded, options: &RunOptions) -> Result<RunSummary> {
+    let data = RunData::open(&loaded.recipe, options)?;
+    let start = Start::load(loaded, &data)?;
+    start.run(loaded, data, options)
+}
+
+impl Start {
+    /// Reads the weights that a recipe names, and makes them fit its pictures and the data's classes.
+    ///
+    /// Errors: a file that cannot be read; sizes that the recipe gives and the file has not; what [`weights::adapt`]
+    /// refuses.
+    pub fn load(loaded: &Loaded, data: &RunData) -> Result<Start> {
+        let need = Need::of(loaded, &data.train)?;
+        let file = weights::open_backbone(Path::new(&need.path), &need.overrides)?;
+        agree(loaded, &file)?;
+        let layout = file.layout.name();
+        let mut notes = vec![format!("{} (layout {layout})", file.path.display())];
+        notes.extend(file.notes.iter().cloned());
+        let (weights, done) = weights::adapt(file, &need.target)?;
+        notes.extend(done);
+        Ok(Start { need, weights, notes })
+    }
+
+    /// Whether a run with this recipe and data would load the same.
+    pub fn fits(&self, loaded: &Loaded, data: &RunData) -> bool {
+        Need::of(loaded, &data.train).is_ok_and(|need| need == self.need)
+    }
+
+    /// The recipe with everything that the file and the data decide.
+    pub fn complete(&self, loaded: &Loaded, data: &RunData) -> Result<Recipe> {
+        agree(loaded, &self.weights)?;
+        let mut recipe = loaded.recipe.clone();
+        recipe.model = complete(&recipe.model, &self.weights.config);
+        if !loaded.gives("eval.resize") {
+            recipe.eval.resize = self.weights.meta.resize;
+            if !loaded.gives("eval.crop_ratio") {
+                recipe.eval.crop_ratio = self.weights.meta.crop_ratio;
+            }
+        }
+        data.resolve(recipe)
+    }
+
+    /// Trains from these weights to the end of the run.
+    pub fn run(&self, loaded: &Loaded, data: RunData, options: &RunOptions) -> Result<RunSummary> {
+        let (recipe, notes) = (self.complete(loaded, &data)?, self.header(loaded, &data)?);
+        train_from(Some(&self.weights), recipe, data, &RunOptions { notes, ..options.clone() })
+    }
+
+    /// What the head of a run says about its weights, and what might be tried.
+    pub fn header(&self, loaded: &Loaded, data: &RunData) -> Result<Vec<String>> {
+        let advice = advice::lines(&self.complete(loaded, data)?, data.train.len());
+        let weights = self.notes.iter().map(|note| format!("weights  {note}"));
+        Ok(weights.chain(advice.into_iter().map(|line| format!("advice   {line}"))).collect())
+    }
+}
+
+impl Need {
+    fn of(loaded: &Loaded, data: &Dataset) -> Result<Need> {
+        let FinetuneSection { weights, head, rep_layer, posemb } =
+            loaded.recipe.finetune.clone().unwrap_or_default();
+        let path = weights.ok_or_else(|| {
+            Error::usage(format!("`{}` starts from trained weights, and names none", loaded.name))
+                .hint(format!("give them, as in `vitrum finetune {} --weights FILE --data DIR`", loaded.name))
+        })?;
+        let image = loaded.recipe.model.image;
+        let target = AdaptTarget {
+            image: loaded.gives("model.image").then_some((image.height, image.width)),
+            patch: loaded.recipe.model.sizes()?.patch,
+            classes: Some(data.classes().len()),
+            class_names: Some(data.classes().to_vec()),
+            head,
+            rep_layer,
+            posemb,
+        };
+        Ok(Need { path, overrides: overrides(loaded), target })
+    }
+}
+
+/// What the recipe says about how to read the file: the keys that a file may leave open.
+fn overrides(loaded: &Loaded) -> ModelOverrides {
+    let m = &loaded.recipe.model;
+    let given = |key: &str| loaded.gives(&format!("model.{key}"));
+    ModelOverrides {
+        heads: m.heads,
+        gelu: given("gelu").then_some(m.gelu),
+        ln_eps: given("ln_eps").then_some(m.ln_eps),
+        pool: given("pool").then_some(m.pool),
+        norm: given("norm").then_some(m.norm),
+        posemb: given("posemb").then_some(m.posemb),
+        posemb_join: given("posemb_join").then_some(m.posemb_join),
+        ..ModelOverrides::default()
+    }
+}
+
+/// Sizes that the recipe gives must be the file's: they cannot be changed.
+fn agree(loaded: &Loaded, file: &ModelFile) -> Result<()> {
+    let c = &file.config;
+    let m = loaded.recipe.model.sizes()?;
+    let pairs = [
+        ("width", m.width, c.width),
+        ("depth", m.depth, c.depth),
+        ("heads", m.heads, c.heads),
+        ("mlp", m.mlp, c.mlp),
+        ("extra_tokens", loaded.recipe.model.extra_tokens, c.extra_tokens),
+    ];
+    let differs = pairs.into_iter().find_map(|(key, wanted, found)| {
+        wanted.filter(|wanted| *wanted != found).map(|wanted| (key, wanted, found))
+    });
+    let Some((key, wanted, found)) = differs else { return Ok(()) };
+    let hint = match &loaded.recipe.model.variant {
+        Some(variant) => format!(
+            "`{}` is a recipe for {variant}: give such weights, or leave the recipe out to take the model from \
+             the file",
+            loaded.name
+        ),
+        None => format!("leave `model.{key}` out: the file decides it"),
+    };
+    Err(Error::new(format!("{}: the model has {key} {found}, the recipe says {wanted}", file.path.display()))
+        .hint(hint))
+}
+
+/// The recipe's `model` section with the architecture of a file. How the model is trained (dropout, stochastic depth)
+/// stays the recipe's.
+fn complete(recipe: &ModelSection, file: &ModelConfig) -> ModelSection {
+    let size = |(height, width): (usize, usize)| Size { height, width };
+    ModelSection {
+        image: size(file.image),
+        patch: Some(size(file.patch)),
+        width: Some(file.width),
+        depth: Some(file.depth),
+        heads: Some(file.heads),
+        mlp: Some(file.mlp),
+        classes: recipe.classes.or(Some(file.classes)),
+        pool: file.pool,
+        norm: file.norm,
+        extra_tokens: Some(file.extra_tokens),
+        posemb: file.posemb,
+        posemb_join: file.posemb_join,
+        rep_size: file.rep_size,
+        layer_scale: file.layer_scale,
+        gelu: file.gelu,
+        ln_eps: file.ln_eps,
+        ..recipe.clone()
+    }
+}

@@ -1,0 +1,128 @@
+//! One pass of a data set through a loaded model: every picture once, its outputs handed on row by row.
+//!
+//! What `eval`, `features` and `probe` have in common. A row comes with the number of its record, so that pictures that
+//! cannot be decoded, and are left out, shift nothing.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::backend::{Micro, StepKeys};
+use crate::data::{self, Dataset, Loader, LoaderSpec};
+use crate::error::{Error, Result};
+use crate::recipe::{EvalResize, OnBadRecord, PROTOCOLS};
+
+use super::loaded::Loaded;
+
+/// Which rows of the model are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// `[C]`
+    Logits,
+    /// What the head reads: `[D]`, or `[R]` behind a representation layer.
+    Features,
+}
+
+/// How pictures are prepared, and which are taken.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Protocol {
+    pub resize: EvalResize,
+    pub crop_ratio: f32,
+    /// Leave out a last batch that is not full, as google-research/vision_transformer does.
+    pub drop_last: bool,
+}
+
+impl Protocol {
+    /// The protocol of that name; an unknown name is wrong usage.
+    pub fn named(name: &str) -> Result<Self> {
+        let found = PROTOCOLS.into_iter().find(|(known, ..)| *known == name);
+        let (_, resize, crop_ratio) = found.ok_or_else(|| {
+            let known = PROTOCOLS.map(|(name, ..)| format!("`{name}`")).join(", ");
+            Error::usage(format!("there is no protocol `{name}`"))
+                .hint(format!("use `all` or one of {known}"))
+        })?;
+        Ok(Self { resize, crop_ratio, drop_last: false })
+    }
+
+    /// Its name, where it has one.
+    pub fn name(&self) -> Option<&'static str> {
+        let same = |(_, resize, ratio): &(&str, EvalResize, f32)| {
+            *resize == self.resize && (*ratio - self.crop_ratio).abs() < 1e-6
+        };
+        PROTOCOLS.into_iter().find(same).map(|(name, ..)| name)
+    }
+}
+
+/// How a pass went.
+#[derive(Clone, Copy, Debug)]
+pub struct PassReport {
+    /// Pictures that were seen.
+    pub images: usize,
+    pub img_per_s: f64,
+}
+
+impl Loaded {
+    /// The protocol that the file's own metadata names, or its layout.
+    pub fn protocol(&self) -> Protocol {
+        Protocol { resize: self.meta.resize, crop_ratio: self.meta.crop_ratio, drop_last: false }
+    }
+
+    /// Values in a row of `output`.
+    pub fn row_len(&self, output: Output) -> usize {
+        match output {
+            Output::Logits => self.model.config.classes,
+            Output::Features => self.model.features().cols,
+        }
+    }
+
+    /// Hands the row of every picture of `data` to `see`, with the picture's number in the data set.
+    pub fn pass(
+        &mut self,
+        data: &Dataset,
+        protocol: Protocol,
+        output: Output,
+        mut see: impl FnMut(usize, &[f32]),
+    ) -> Result<PassReport> {
+        let start = Instant::now();
+        let batch = self.model.micro_batch;
+        let spec = LoaderSpec {
+            batch,
+            image: self.model.config.image,
+            mode: data::Mode::Eval { resize: protocol.resize, crop_ratio: protocol.crop_ratio },
+            start_batch: 0,
+            workers: 0,
+            on_bad_record: OnBadRecord::Skip,
+        };
+        let slots = (0..2).map(|_| self.backend.new_slot(self.slot_layout())).collect::<Result<_>>()?;
+        // No operation of a forward pass reads labels: they carry the record's number.
+        let mut loader = Loader::new(Arc::new(data.clone().numbered()), spec, slots);
+        let rows = match output {
+            Output::Logits => self.model.logits(),
+            Output::Features => self.model.features(),
+        };
+        let mut values = vec![0.0; rows.rows * rows.cols];
+        let mut images = 0;
+        let b = &mut *self.backend;
+        b.begin_step(StepKeys { seed: 0, step: 0 })?;
+        while let Some(slot) = loader.next()? {
+            let records: Vec<i32> = slot.labels()[..slot.count].to_vec();
+            if protocol.drop_last && records.len() < batch {
+                loader.recycle(slot);
+                continue;
+            }
+            if let Some(free) = b.bind_batch(slot)? {
+                loader.recycle(free);
+            }
+            b.begin_micro(Micro::whole(batch))?;
+            self.model.forward(b, false)?;
+            b.read(rows, &mut values)?;
+            for (record, row) in records.iter().zip(values.chunks_exact(rows.cols)) {
+                see(*record as usize, row);
+            }
+            images += records.len();
+        }
+        if let Some(free) = b.unbind_batch() {
+            loader.recycle(free);
+        }
+        Ok(PassReport { images, img_per_s: images as f64 / start.elapsed().as_secs_f64().max(1e-9) })
+    }
+}

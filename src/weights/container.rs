@@ -1,0 +1,84 @@
+//! Named arrays in a file, whatever the format: which there are, their shapes, their values as f32.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use super::bytes::Bytes;
+use super::layouts::Shapes;
+use super::npz::Npz;
+use super::refuse_pickle;
+use super::safetensors::{Dtype, SafeTensors};
+use super::tensor::Tensors;
+use crate::error::{Error, Result};
+
+/// A file whose headers have been read, or tensors that are in memory already.
+#[derive(Debug)]
+pub(super) enum Container {
+    Npz(Npz),
+    SafeTensors(SafeTensors),
+    Memory(Tensors),
+}
+
+impl Container {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        Self::parse(Bytes::map(path)?, path)
+    }
+
+    /// Told apart by the first bytes, not by the name.
+    pub(super) fn parse(bytes: Bytes, path: &Path) -> Result<Self> {
+        match *bytes {
+            [b'P', b'K', ..] => Ok(Self::Npz(Npz::parse(bytes, path)?)),
+            // The protocol mark of a pickle.
+            [0x80, 2..=5, b'}' | b']' | b'c' | 0x8a | b'(' | b'X', ..] => Err(refuse_pickle(path)),
+            [0x89, b'H', b'D', b'F', ..] => {
+                Err(Error::new(format!("{}: an HDF5 file, which is not read", path.display()))
+                    .hint("give the model's `.npz` or `.safetensors` file"))
+            }
+            _ => Ok(Self::SafeTensors(SafeTensors::parse(bytes, path)?)),
+        }
+    }
+
+    pub(super) fn shapes(&self) -> Result<Shapes> {
+        match self {
+            Self::Npz(npz) => npz.names().map(|n| Ok((n.to_string(), npz.shape(n)?.to_vec()))).collect(),
+            Self::SafeTensors(file) => {
+                file.names().map(|n| Ok((n.to_string(), file.shape(n)?.to_vec()))).collect()
+            }
+            Self::Memory(tensors) => Ok(tensors.iter().map(|(n, t)| (n.clone(), t.shape.clone())).collect()),
+        }
+    }
+
+    pub(super) fn metadata(&self, key: &str) -> Option<&str> {
+        match self {
+            Self::SafeTensors(file) => file.metadata().get(key).map(String::as_str),
+            Self::Npz(_) | Self::Memory(_) => None,
+        }
+    }
+
+    /// Row-major values; borrowed where they lie in the file as we want them.
+    pub(super) fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
+        match self {
+            Self::Npz(npz) => Ok(Cow::Owned(npz.tensor(name)?.values)),
+            Self::SafeTensors(file) => file.values(name),
+            Self::Memory(tensors) => Ok(Cow::Borrowed(&tensors[name].values)),
+        }
+    }
+
+    /// Taking one block's share of this array costs no more than the share.
+    pub(super) fn is_cheap(&self, name: &str) -> bool {
+        match self {
+            Self::Npz(_) => false,
+            Self::SafeTensors(file) => file.dtype(name).is_ok_and(|t| t == Dtype::F32),
+            Self::Memory(_) => true,
+        }
+    }
+
+    /// Stored with 64 bits, of which f32 keeps 24.
+    pub(super) fn is_f64(&self, name: &str) -> bool {
+        match self {
+            Self::Npz(npz) => npz.is_f64(name).unwrap_or(false),
+            Self::SafeTensors(file) => file.dtype(name).is_ok_and(|t| t == Dtype::F64),
+            Self::Memory(_) => false,
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! HuggingFace: a folder that `ViTForImageClassification.from_pretrained` loads, label names and all; of a model without
+//! a classifier one for `ViTModel`.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::backend::Gelu;
+use crate::error::{At, Error, Result};
+use crate::fail;
+use crate::files;
+use crate::vit::config::{ModelConfig, PoolKind, Posemb, PosembJoin};
+use crate::weights::hub::placeholder;
+use crate::weights::layouts::huggingface::file_names;
+use crate::weights::safetensors::{self, View};
+use crate::weights::{ModelFile, Tensors, metadata};
+
+pub(super) fn check(file: &ModelFile) -> Result<()> {
+    let c = &file.config;
+    let without = |what: &str| Err(Error::new(format!("its ViT has no {what}")).hint("use `--to timm`"));
+    match () {
+        () if c.pool != PoolKind::Token => without("average or attention pooling in front of the classifier"),
+        () if c.extra_tokens != 1 => without("distillation token"),
+        () if c.layer_scale > 0.0 => without("LayerScale"),
+        () if c.posemb == Posemb::Sincos2d => without("fixed position embedding"),
+        () if c.posemb_join == PosembJoin::Before => {
+            without("position embedding that leaves the class token out")
+        }
+        () if c.rep_size > 0 && c.classes > 0 => {
+            Err(Error::new("its classifier has no representation layer (`pre_logits`)")
+                .hint("keep it with `--to safetensors`"))
+        }
+        () if c.rep_size > 0 && c.rep_size != c.width => {
+            fail!("its pooler is as wide as the model, and this one is {}", c.rep_size)
+        }
+        () if !file.grid_known => Err(Error::new("the size of the pictures is not known, and it wants one")
+            .hint("give it, as in `--set model.image=224x384`")),
+        () => Ok(()),
+    }
+}
+
+pub(super) fn write(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<()> {
+    let base = file.config.classes == 0;
+    let mut views = Vec::new();
+    for (own, tensor) in tensors {
+        let names = file_names(own, base);
+        if names.is_empty() {
+            fail!("{}: `{own}` has no name in a HuggingFace model", to.display());
+        }
+        let mut shape = tensor.shape.clone();
+        shape[0] /= names.len();
+        let parts = tensor.values.chunks(tensor.values.len() / names.len());
+        views.extend(names.into_iter().zip(parts).map(|(name, part)| View::f32(name, &shape, part)));
+    }
+    let metadata = metadata(&file.config, file.grid_known, &file.meta).at(to.display())?;
+    files::create_dir(to)?;
+    safetensors::write(&to.join("model.safetensors"), &metadata, views)?;
+    write_json(&to.join("config.json"), &config_json(&file.config, file.meta.classes.as_deref()))?;
+    write_json(&to.join("preprocessor_config.json"), &preprocessor_json(file))
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).at(path.display())? + "\n";
+    files::write_atomic(path, |out| out.write_all(text.as_bytes()))
+}
+
+/// One number where both sides are equal, as transformers writes it.
+fn side((height, width): (usize, usize)) -> Value {
+    if height == width { json!(height) } else { json!([height, width]) }
+}
+
+fn config_json(c: &ModelConfig, names: Option<&[String]>) -> Value {
+    let architecture = if c.classes == 0 { "ViTModel" } else { "ViTForImageClassification" };
+    let mut out = json!({
+        "architectures": [architecture],
+        "model_type": "vit",
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.mlp,
+        "hidden_act": match c.gelu { Gelu::Erf => "gelu", Gelu::Tanh => "gelu_pytorch_tanh" },
+        "layer_norm_eps": exact(c.ln_eps),
+        "hidden_dropout_prob": exact(c.dropout),
+        "attention_probs_dropout_prob": exact(c.attention_dropout),
+        "initializer_range": 0.02,
+        "image_size": side(c.image),
+        "patch_size": side(c.patch),
+        "num_channels": 3,
+        "qkv_bias": true,
+        "encoder_stride": c.patch.0,
+        "dtype": "float32",
+    });
+    if c.classes > 0 {
+        let name = |i: usize| names.and_then(|n| n.get(i)).cloned().unwrap_or_else(|| placeholder(i));
+        let id2label: Map<String, Value> = (0..c.classes).map(|i| (i.to_string(), json!(name(i)))).collect();
+        let label2id: Map<String, Value> = (0..c.classes).map(|i| (name(i), json!(i))).collect();
+        out["id2label"] = id2label.into();
+        out["label2id"] = label2id.into();
+    } else {
+        out["pooler_output_size"] = json!(c.width);
+        out["pooler_act"] = json!("tanh");
+    }
+    out
+}
+
+/// As it is written, not as the f32 lies between f64s: 1e-12.
+fn exact(value: f32) -> Value {
+    json!(value.to_string().parse::<f64>().unwrap_or(f64::from(value)))
+}
+
+/// Mean and deviation are of pictures in [0, 1] here.
+fn preprocessor_json(file: &ModelFile) -> Value {
+    let unit = |values: [f32; 3]| values.map(|v| exact(v / 255.0));
+    let (height, width) = file.config.image;
+    json!({
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": true,
+        "size": { "height": height, "width": width },
+        "resample": 2,
+        "do_rescale": true,
+        "rescale_factor": 1.0 / 255.0,
+        "do_normalize": true,
+        "image_mean": unit(file.meta.normalise.mean),
+        "image_std": unit(file.meta.normalise.std),
+    })
+}

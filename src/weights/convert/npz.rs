@@ -1,0 +1,104 @@
+//! vit_jax's `.npz`: stored members, so that NumPy maps or reads them, in the numbering of the published files.
+
+use std::io::Write;
+use std::path::Path;
+
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipWriter};
+
+use super::size;
+use crate::error::Result;
+use crate::files;
+use crate::vit::config::{ModelConfig, PoolKind};
+use crate::weights::container::Container;
+use crate::weights::headers::Headers;
+use crate::weights::hub::Hub;
+use crate::weights::{ModelFile, ModelOverrides, Numbering, Tensors, to_flax_tensors};
+
+/// Under the names of the published files.
+pub(super) fn tensors(file: &ModelFile, own: &Tensors) -> Result<Tensors> {
+    to_flax_tensors(&file.config, Numbering::Published, own)
+}
+
+/// What a reader of the file cannot know, as the settings to give it.
+pub(super) fn lost(config: &ModelConfig, grid_known: bool, flax: &Tensors) -> Result<Option<String>> {
+    let container = Container::Memory(flax.clone());
+    let read = Headers::read(&container, Hub::default(), &ModelOverrides::default())?.detected;
+    let mut sets = Vec::new();
+    let mut set = |key: &str, ours: String, theirs: String| {
+        if ours != theirs {
+            sets.push(format!("--set model.{key}={ours}"));
+        }
+    };
+    let name = |value: serde_json::Result<serde_json::Value>| {
+        value.ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default()
+    };
+    let theirs = &read.config;
+    set("gelu", name(serde_json::to_value(config.gelu)), name(serde_json::to_value(theirs.gelu)));
+    set("ln_eps", format!("{:e}", config.ln_eps), format!("{:e}", theirs.ln_eps));
+    set("pool", name(serde_json::to_value(config.pool)), name(serde_json::to_value(theirs.pool)));
+    set("posemb", name(serde_json::to_value(config.posemb)), name(serde_json::to_value(theirs.posemb)));
+    if config.pool == PoolKind::Gap {
+        set("norm", name(serde_json::to_value(config.norm)), name(serde_json::to_value(theirs.norm)));
+    }
+    if grid_known {
+        let known = if read.grid_known { size(theirs.image) } else { String::new() };
+        set("image", size(config.image), known);
+    }
+    if sets.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(format!("an `.npz` holds tensors only; read this one with `{}`", sets.join(" "))))
+}
+
+pub(super) fn write(path: &Path, tensors: &Tensors) -> Result<()> {
+    /// Of the ZIP format without its extension.
+    const SMALL: u64 = u32::MAX as u64;
+    files::write_atomic(path, |out| {
+        let mut zip = ZipWriter::new(out);
+        for (name, tensor) in tensors {
+            let bytes: &[u8] = bytemuck::cast_slice(&tensor.values);
+            let options = SimpleFileOptions::default()
+                .compression_method(CompressionMethod::Stored)
+                .large_file(bytes.len() as u64 > SMALL / 2);
+            zip.start_file(format!("{name}.npy"), options)?;
+            zip.write_all(&header(&tensor.shape))?;
+            zip.write_all(bytes)?;
+        }
+        zip.finish()?;
+        Ok(())
+    })
+}
+
+/// Version 1.0, padded as NumPy does: magic, version, length and text are a multiple of 64 bytes.
+fn header(shape: &[usize]) -> Vec<u8> {
+    let sides: String = shape.iter().map(|d| format!("{d}, ")).collect();
+    let tuple =
+        if shape.len() > 1 { sides.trim_end_matches(", ").to_string() } else { sides.trim_end().into() };
+    let mut text = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({tuple}), }}");
+    let padded = (10 + text.len() + 1).next_multiple_of(64) - 10 - 1;
+    text.extend(std::iter::repeat_n(' ', padded - text.len()));
+    text.push('\n');
+    let mut out = b"\x93NUMPY\x01\x00".to_vec();
+    out.extend((text.len() as u16).to_le_bytes());
+    out.extend(text.as_bytes());
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_numpys() {
+        for (shape, tuple) in
+            [(&[][..], "()"), (&[3], "(3,)"), (&[3, 4], "(3, 4)"), (&[1, 1, 64], "(1, 1, 64)")]
+        {
+            let header = header(shape);
+            assert_eq!((header.len() % 64, header.last()), (0, Some(&b'\n')));
+            let text = String::from_utf8(header[10..].to_vec()).unwrap();
+            let expected = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': {tuple}, }}");
+            assert_eq!(text.trim_end(), expected);
+        }
+    }
+}

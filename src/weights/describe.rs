@@ -1,0 +1,64 @@
+//! What a weights file is, from its headers alone.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::container::Container;
+use super::fits::Misfits;
+use super::headers::Headers;
+use super::hub::Hub;
+use super::{ModelOverrides, augreg};
+use crate::error::{At, Result};
+use crate::vit::config::Posemb;
+use crate::vit::params::ParamLayout;
+
+/// Layout, sizes, heads (or `"unknown"`), provenance; the tensors that are missing, unexpected or of another shape than
+/// the model needs.
+pub fn describe(path: &Path) -> Result<Value> {
+    let path = augreg::resolve(path)?;
+    let container = Container::open(&path)?;
+    // Any number of heads does: it is reported only where the file has one.
+    let any_heads = ModelOverrides { heads: Some(1), ..Default::default() };
+    let headers =
+        Headers::read(&container, Hub::beside(&path)?, &any_heads).map_err(|e| e.at(path.display()))?;
+    let config = &headers.detected.config;
+    let mut shapes = headers.plan.shapes.clone();
+    if config.posemb == Posemb::Sincos2d {
+        shapes.remove("pos_embed");
+    }
+    let params: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
+    let misfits = Misfits::of(&ParamLayout::new(config, |_| false), &shapes);
+    let unknown = || json!("unknown");
+    let mut provenance = serde_json::to_value(&headers.meta).at(path.display())?;
+    let class_names = provenance.as_object_mut().and_then(|p| p.remove("classes"));
+    Ok(json!({
+        "kind": "weights",
+        "path": path.display().to_string(),
+        "layout": headers.plan.kind,
+        "width": config.width,
+        "depth": config.depth,
+        "heads": headers.heads.map_or_else(unknown, Into::into),
+        "mlp": config.mlp,
+        "patch": config.patch,
+        "image": if headers.detected.grid_known { json!(config.image) } else { unknown() },
+        "classes": config.classes,
+        "class_names": class_names,
+        "params": params,
+        "pool": config.pool,
+        "norm": config.norm,
+        "extra_tokens": config.extra_tokens,
+        "rep_size": config.rep_size,
+        "posemb": config.posemb,
+        "posemb_join": config.posemb_join,
+        "layer_scale": config.layer_scale > 0.0,
+        "gelu": config.gelu,
+        "ln_eps": config.ln_eps.to_string().parse::<f64>().unwrap_or(f64::from(config.ln_eps)),
+        "missing": misfits.missing,
+        "unexpected": misfits.unexpected,
+        "reshaped": misfits.reshaped,
+        "notes": headers.plan.notes,
+        "augreg": augreg::Name::of_file(&path).map(|name| name.describe()),
+        "provenance": provenance,
+    }))
+}

@@ -1,0 +1,68 @@
+//! Whether a set of tensors is exactly a model's parameters.
+
+use super::layouts::Shapes;
+use super::tensor::shape_text;
+use crate::error::{Error, Result};
+use crate::vit::params::ParamLayout;
+
+/// What does not fit; each entry names a tensor.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Misfits {
+    pub(super) missing: Vec<String>,
+    pub(super) reshaped: Vec<String>,
+    pub(super) unexpected: Vec<String>,
+}
+
+impl Misfits {
+    pub(super) fn of(layout: &ParamLayout, shapes: &Shapes) -> Self {
+        let mut out = Self::default();
+        let mut known = std::collections::HashSet::new();
+        // A model without a classifier has a head of no rows.
+        for p in layout.parameters().filter(|p| !p.is_empty()) {
+            known.insert(p.name.as_str());
+            match shapes.get(&p.name) {
+                None => out.missing.push(format!("`{}` {}", p.name, shape_text(&p.shape))),
+                Some(shape) if *shape != p.shape => out.reshaped.push(format!(
+                    "`{}` is {} and should be {}",
+                    p.name,
+                    shape_text(shape),
+                    shape_text(&p.shape)
+                )),
+                Some(_) => {}
+            }
+        }
+        out.unexpected =
+            shapes.keys().filter(|n| !known.contains(n.as_str())).map(|n| format!("`{n}`")).collect();
+        out
+    }
+
+    /// An error that lists all sides, unless everything fits.
+    pub(super) fn refuse(&self) -> Result<()> {
+        let sides = [
+            ("missing", &self.missing),
+            ("wrong shape", &self.reshaped),
+            ("not part of the model", &self.unexpected),
+        ];
+        let sides: Vec<String> = sides
+            .into_iter()
+            .filter(|(_, names)| !names.is_empty())
+            .map(|(what, names)| format!("{what}: {}", some_of(names)))
+            .collect();
+        if sides.is_empty() {
+            return Ok(());
+        }
+        let error = Error::new(format!("the tensors do not fit the model; {}", sides.join("; ")));
+        let only_extra = self.missing.is_empty() && self.reshaped.is_empty();
+        Err(if only_extra {
+            error.hint("leave tensors out with `--set weights.exclude=REGEX`")
+        } else {
+            error.hint("`vitrum inspect` lists all of them")
+        })
+    }
+}
+
+fn some_of(names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    if names.len() > SHOWN { format!("{shown} and {} more", names.len() - SHOWN) } else { shown }
+}

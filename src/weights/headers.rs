@@ -1,0 +1,96 @@
+//! Everything that is known about a file before a value is read.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::container::Container;
+use super::detect::{Detected, ModelOverrides, detect};
+use super::hub::Hub;
+use super::layouts::{self, LayoutKind, Plan, Shapes};
+use super::meta::{CheckpointMeta, META_KEY, MODEL_KEY};
+use crate::error::{Error, Result};
+use crate::fail;
+use crate::vit::config::ModelConfig;
+
+#[derive(Debug)]
+pub(super) struct Headers {
+    pub(super) plan: Plan,
+    pub(super) detected: Detected,
+    /// H, where the file or a `config.json` says it.
+    pub(super) heads: Option<usize>,
+    pub(super) meta: CheckpointMeta,
+}
+
+/// The configuration in a file's metadata.
+pub(super) struct Stored {
+    pub(super) config: ModelConfig,
+    /// False: written without an image size, by somebody who did not know it.
+    pub(super) grid_known: bool,
+}
+
+impl Headers {
+    pub(super) fn read(container: &Container, hub: Hub, overrides: &ModelOverrides) -> Result<Self> {
+        let (shapes, aliases) = renamed(container.shapes()?, overrides)?;
+        let mut plan = layouts::plan(&shapes, overrides)?;
+        plan.rename_sources(&aliases);
+        let stored = match container.metadata(MODEL_KEY) {
+            Some(text) => Some(parse_stored(text)?),
+            None => None,
+        };
+        if stored.is_some() && plan.kind == LayoutKind::Timm {
+            plan.kind = LayoutKind::Vitrum;
+        }
+        let heads = hub.heads.or(plan.heads).or(stored.as_ref().map(|s| s.config.heads));
+        let mut meta = match container.metadata(META_KEY) {
+            Some(text) => serde_json::from_str(text).map_err(|e| parse_error(META_KEY, e))?,
+            None => CheckpointMeta::of_layout(plan.kind),
+        };
+        let detected = detect(&plan, stored, &hub, overrides)?;
+        hub.complete(&mut meta);
+        if detected.config.classes == 0 {
+            meta.classes = None;
+        }
+        if let Some(names) = meta.classes.as_ref().filter(|names| names.len() != detected.config.classes) {
+            fail!("{} class names for {} classes", names.len(), detected.config.classes);
+        }
+        Ok(Self { plan, detected, heads, meta })
+    }
+}
+
+fn parse_error(key: &str, e: serde_json::Error) -> Error {
+    Error::new(format!("metadata `{key}` does not parse: {e}"))
+}
+
+fn parse_stored(text: &str) -> Result<Stored> {
+    let mut value: Value = serde_json::from_str(text).map_err(|e| parse_error(MODEL_KEY, e))?;
+    let grid_known = value.get("image").is_some();
+    if let (false, Some(fields)) = (grid_known, value.as_object_mut()) {
+        fields.insert("image".into(), fields.get("patch").cloned().unwrap_or(json!([1, 1])));
+    }
+    let config = serde_json::from_value(value).map_err(|e| parse_error(MODEL_KEY, e))?;
+    Ok(Stored { config, grid_known })
+}
+
+/// Leaves out and renames what the user wants; beside it the names that the file has for the renamed ones.
+fn renamed(shapes: Shapes, overrides: &ModelOverrides) -> Result<(Shapes, BTreeMap<String, String>)> {
+    if overrides.exclude.is_empty() && overrides.rename.is_empty() {
+        return Ok((shapes, BTreeMap::new()));
+    }
+    let mut out = Shapes::new();
+    let mut aliases = BTreeMap::new();
+    for (name, shape) in shapes {
+        if overrides.exclude.iter().any(|pattern| pattern.is_match(&name)) {
+            continue;
+        }
+        let mut new = name.clone();
+        for (pattern, replacement) in &overrides.rename {
+            new = pattern.replace(&new, replacement.as_str()).into_owned();
+        }
+        if let Some(other) = aliases.insert(new.clone(), name.clone()) {
+            fail!("`weights.rename` gives `{other}` and `{name}` the same name `{new}`");
+        }
+        out.insert(new, shape);
+    }
+    Ok((out, aliases))
+}

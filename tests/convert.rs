@@ -1,0 +1,614 @@
+//! Weights in and out: `vitrum convert` between all layouts, what it refuses, and files that mean harm.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use support::{path, scratch, vitrum};
+use vitrum::backend::{Device, Pixels, SlotLayout, StepKeys, TargetKind};
+use vitrum::train::loaded::Loaded;
+use vitrum::vit::config::{ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
+use vitrum::vit::{Mode, ParamLayout};
+use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
+use vitrum::weights::{
+    self, AdaptTarget, CheckpointMeta, Format, HeadPolicy, ModelFile, ModelOverrides, Numbering, Tensor,
+    Tensors,
+};
+
+/// The folder of reference outputs; a test without it says so and passes.
+fn reference() -> Option<PathBuf> {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/reference");
+    let dir = PathBuf::from(std::env::var_os("VITRUM_REFERENCE").unwrap_or(default.into()));
+    if !dir.is_dir() {
+        println!("skipped: no reference data at {} (set VITRUM_REFERENCE)", dir.display());
+        return None;
+    }
+    Some(dir)
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// A folder of its own for each test.
+fn folder(name: &str) -> PathBuf {
+    let dir = scratch().join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+fn sets(pairs: &[(&str, &str)]) -> ModelOverrides {
+    let pairs: Vec<_> = pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    ModelOverrides::from_sets(&pairs).unwrap()
+}
+
+/// Heads and image size of a reference case, which not every layout can say.
+fn of_case(case: &Path) -> ModelOverrides {
+    let config = json(&case.join("config.json"));
+    let image = format!("{}x{}", config["image"][0], config["image"][1]);
+    sets(&[("model.heads", &config["heads"].to_string()), ("model.image", &image)])
+}
+
+fn bits(tensors: &Tensors) -> BTreeMap<&str, (&[usize], Vec<u32>)> {
+    let one = |t: &Tensor| t.values.iter().map(|v| v.to_bits()).collect();
+    tensors.iter().map(|(n, t)| (n.as_str(), (t.shape.as_slice(), one(t)))).collect()
+}
+
+#[track_caller]
+fn assert_same(a: &Tensors, b: &Tensors) {
+    let (a, b) = (bits(a), bits(b));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    for (name, tensor) in a {
+        assert!(tensor == b[name], "`{name}` differs");
+    }
+}
+
+fn tiny() -> ModelConfig {
+    let mut config = ModelConfig::variant("testing/4", 16, 3).unwrap();
+    (config.width, config.heads, config.mlp, config.depth) = (12, 3, 20, 2);
+    config
+}
+
+/// A model whose values are all different.
+fn sample(config: &ModelConfig) -> Tensors {
+    let mut state = 7u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+    };
+    let layout = ParamLayout::new(config, |_| false);
+    layout
+        .parameters()
+        .filter(|p| !p.is_empty())
+        .map(|p| (p.name.clone(), Tensor::new(p.shape.clone(), (0..p.len()).map(|_| next()).collect())))
+        .collect()
+}
+
+fn saved(dir: &Path, config: &ModelConfig) -> (PathBuf, Tensors) {
+    let (path, tensors) = (dir.join("own.safetensors"), sample(config));
+    weights::save(&path, config, &tensors, &CheckpointMeta::default()).unwrap();
+    (path, tensors)
+}
+
+const FORMATS: [(Format, &str); 4] = [
+    (Format::Safetensors, "a.safetensors"),
+    (Format::Timm, "b.safetensors"),
+    (Format::Hf, "c"),
+    (Format::Npz, "d.npz"),
+];
+
+// ---- Round trips ----
+
+#[test]
+fn the_reference_weights_go_round_through_every_layout_to_the_bit() {
+    let Some(reference) = reference() else { return };
+    let dir = folder("round");
+    let mut sources = Vec::new();
+    for case in
+        std::fs::read_dir(reference.join("vit")).unwrap().flatten().map(|e| e.path()).filter(|p| p.is_dir())
+    {
+        let overrides = of_case(&case);
+        for file in
+            ["params.npz", "params_linen.npz"].map(|f| case.join(f)).into_iter().filter(|f| f.exists())
+        {
+            sources.push((file, case.join("params.npz"), overrides.clone()));
+        }
+        let elsewhere = reference.join("weights").join(case.file_name().unwrap());
+        let hf = dir.join("hf");
+        if elsewhere.join("hf.safetensors").exists() {
+            std::fs::create_dir_all(&hf).unwrap();
+            std::fs::copy(elsewhere.join("hf.safetensors"), hf.join("model.safetensors")).unwrap();
+            std::fs::copy(elsewhere.join("hf_config.json"), hf.join("config.json")).unwrap();
+            sources.push((hf, case.join("params.npz"), overrides.clone()));
+        }
+        if elsewhere.join("timm.safetensors").exists() {
+            sources.push((elsewhere.join("timm.safetensors"), case.join("params.npz"), overrides));
+        }
+    }
+    assert!(sources.len() >= 5, "the reference folder has few weights");
+    let mut written = 0;
+    for (source, published, overrides) in &sources {
+        let place = source.display();
+        let first = weights::open(source, overrides).unwrap();
+        let tensors = first.tensors.all().unwrap();
+        for (format, name) in FORMATS {
+            let out = dir.join(name);
+            if let Err(e) = weights::convert(source, &out, Some(format), overrides) {
+                let holds_not = first.config.rep_size > 0 || first.config.pool != PoolKind::Token;
+                assert!(holds_not && format != Format::Npz && format != Format::Safetensors, "{place}: {e}");
+                continue;
+            }
+            written += 1;
+            let back = weights::open(&out, overrides).unwrap();
+            assert_same(&back.tensors.all().unwrap(), &tensors);
+            if format != Format::Npz {
+                assert_eq!(back.config, first.config, "{place} as {name}");
+                assert_eq!((back.meta, back.grid_known), (first.meta.clone(), true));
+            }
+            // Whatever the way, the `.npz` at its end holds the arrays of the published one.
+            let end = dir.join("end.npz");
+            weights::convert(&out, &end, None, overrides).unwrap();
+            let (got, expected) = (npz_tensors(&end), npz_tensors(published));
+            assert_same(&got, &expected);
+        }
+    }
+    assert!(written >= 3 * sources.len(), "only {written} files were written");
+}
+
+fn npz_tensors(path: &Path) -> Tensors {
+    let npz = weights::npz::Npz::open(path).unwrap();
+    npz.names().map(|name| (name.to_string(), npz.tensor(name).unwrap())).collect()
+}
+
+#[test]
+fn every_architecture_goes_round_or_is_refused_and_nothing_is_written() {
+    use Format::{Hf, Npz, Safetensors, Timm};
+    let dir = folder("architectures");
+    let fixed = Posemb::Sincos2d;
+    let (before, gap) = (PosembJoin::Before, PoolKind::Gap);
+    let average = ModelConfig { pool: gap, extra_tokens: 0, ..tiny() };
+    let cases: [(&str, ModelConfig, &[Format]); 11] = [
+        ("plain", tiny(), &[Safetensors, Timm, Hf, Npz]),
+        ("oblong", ModelConfig { image: (8, 24), patch: (4, 8), ..tiny() }, &[Safetensors, Timm, Hf, Npz]),
+        ("representation layer", ModelConfig { rep_size: 5, ..tiny() }, &[Safetensors, Npz]),
+        ("LayerScale", ModelConfig { layer_scale: 1e-4, ..tiny() }, &[Safetensors, Timm]),
+        ("distilled", ModelConfig { extra_tokens: 2, ..tiny() }, &[Safetensors, Timm]),
+        ("average", average.clone(), &[Safetensors, Timm, Npz]),
+        (
+            "average, then norm",
+            ModelConfig { norm: NormPlace::After, ..average.clone() },
+            &[Safetensors, Timm],
+        ),
+        ("average with a class token", ModelConfig { pool: gap, ..tiny() }, &[Safetensors, Timm, Npz]),
+        ("attention", ModelConfig { pool: PoolKind::Map, ..average.clone() }, &[Safetensors, Timm, Npz]),
+        ("fixed", ModelConfig { posemb: fixed, posemb_join: before, ..average }, &[Safetensors, Timm, Npz]),
+        ("positions first", ModelConfig { posemb_join: before, ..tiny() }, &[Safetensors, Timm, Npz]),
+    ];
+    for (name, config, held) in cases {
+        let (source, tensors) = saved(&dir, &config);
+        for (format, out) in FORMATS {
+            let out = dir.join(name).with_extension(out);
+            let written = weights::convert(&source, &out, Some(format), &ModelOverrides::default());
+            if !held.contains(&format) {
+                let error = written.map(|_| ()).expect_err(name);
+                assert_eq!(error.exit_code(), 1, "{name}: {error}");
+                assert!(error.message().contains("own.safetensors: cannot be written as"), "{name}: {error}");
+                assert!(!out.exists(), "{name}: {}", out.display());
+                continue;
+            }
+            let (_, notes) = written.unwrap_or_else(|e| panic!("{name} as {format:?}: {e}"));
+            // What the notes say to set when it is read back.
+            let pairs: Vec<(String, String)> = notes
+                .iter()
+                .flat_map(|note| note.split(['`', ' ']))
+                .filter_map(|word| word.split_once('='))
+                .map(|(key, value)| (key.to_string(), value.to_string()))
+                .collect();
+            assert!(format == Npz || pairs.is_empty(), "{name}: {notes:?}");
+            let back = weights::open(&out, &ModelOverrides::from_sets(&pairs).unwrap()).unwrap();
+            if format == Npz && name == "positions first" {
+                // The row that vit_jax has for the class token is zero.
+                let posemb = back.tensors.get("pos_embed").unwrap().values;
+                assert_eq!(
+                    (&posemb[..12], &posemb[12..]),
+                    (&[0.0; 12][..], &tensors["pos_embed"].values[..])
+                );
+                continue;
+            }
+            assert_same(&back.tensors.all().unwrap(), &tensors);
+            let same = ModelConfig {
+                // No tensor tells these, and none of them changes what the model computes.
+                layer_scale: config.layer_scale,
+                init: config.init,
+                posemb_join: config.posemb_join,
+                ..back.config
+            };
+            assert_eq!(same, config, "{name} as {format:?}");
+        }
+    }
+}
+
+#[test]
+fn an_npz_says_what_to_set_when_it_is_read_back() {
+    let dir = folder("lost");
+    let config = ModelConfig { gelu: vitrum::backend::Gelu::Erf, ln_eps: 1e-12, image: (8, 32), ..tiny() };
+    let (source, _) = saved(&dir, &config);
+    let out = dir.join("out.npz");
+    let done = vitrum(&["convert", source.to_str().unwrap(), out.to_str().unwrap()]).ok();
+    let settings = "--set model.gelu=erf --set model.ln_eps=1e-12 --set model.image=8x32";
+    done.says(&["warning: an `.npz` holds tensors only", settings]);
+}
+
+#[test]
+fn a_grid_that_nobody_knows_stays_out_of_the_metadata() {
+    let dir = folder("grid");
+    let (source, tensors) = saved(&dir, &ModelConfig { image: (8, 24), ..tiny() });
+    let (npz, own, hf) = (dir.join("a.npz"), dir.join("a.safetensors"), dir.join("a-hf"));
+    let none = ModelOverrides::default();
+    weights::convert(&source, &npz, None, &none).unwrap();
+    weights::convert(&npz, &own, Some(Format::Safetensors), &none).unwrap();
+    let mut back = weights::open(&own, &none).unwrap();
+    assert!(!back.grid_known);
+    assert_same(&back.tensors.all().unwrap(), &tensors);
+    back.set_image((8, 24)).unwrap();
+    let error = weights::convert(&npz, &hf, Some(Format::Hf), &none).map(|_| ()).unwrap_err();
+    assert!(error.hint_text().unwrap().contains("--set model.image="), "{error}");
+    assert!(!hf.exists());
+    weights::convert(&npz, &hf, Some(Format::Hf), &sets(&[("model.image", "8x24")])).unwrap();
+    assert_eq!(json(&hf.join("config.json"))["image_size"], serde_json::json!([8, 24]));
+}
+
+// ---- HuggingFace ----
+
+#[test]
+fn a_huggingface_folder_holds_configuration_and_class_names() {
+    let dir = folder("hf-names");
+    let meta = CheckpointMeta {
+        classes: Some(["cat", "dog", "hen"].map(String::from).into()),
+        ..Default::default()
+    };
+    let source = dir.join("own.safetensors");
+    weights::save(&source, &tiny(), &sample(&tiny()), &meta).unwrap();
+    let out = dir.join("hf");
+    vitrum(&["convert", source.to_str().unwrap(), out.to_str().unwrap(), "--to", "hf"]).ok();
+    let config = json(&out.join("config.json"));
+    assert_eq!(config["id2label"], serde_json::json!({"0": "cat", "1": "dog", "2": "hen"}));
+    assert_eq!(
+        (&config["hidden_act"], &config["layer_norm_eps"]),
+        (&"gelu_pytorch_tanh".into(), &1e-6.into())
+    );
+    assert_eq!((&config["image_size"], &config["patch_size"]), (&16.into(), &4.into()));
+
+    // Somebody edits the configuration: it is nearer to the user than the file's metadata.
+    let edited =
+        serde_json::to_string(&config).unwrap().replace("\"hen\"", "\"cock\"").replace("_pytorch_tanh", "");
+    std::fs::write(out.join("config.json"), edited).unwrap();
+    let file = weights::open(&out, &ModelOverrides::default()).unwrap();
+    assert_eq!(file.config.gelu, vitrum::backend::Gelu::Erf);
+    assert_eq!(file.meta.classes.unwrap()[2], "cock");
+    let shown = vitrum(&["inspect", out.to_str().unwrap(), "--json"]).ok().json();
+    assert_eq!((&shown["layout"], &shown["heads"]), (&"huggingface".into(), &3.into()));
+    assert_eq!(shown["missing"], serde_json::json!([]));
+
+    std::fs::write(out.join("config.json"), "{\"model_type\": \"vit\", \"hidden_act\": \"relu\"}").unwrap();
+    vitrum(&["inspect", out.to_str().unwrap()]).exits(1).says(&["config.json: `hidden_act` is `relu`"]);
+}
+
+#[test]
+fn a_model_without_a_classifier_is_read_for_another_head() {
+    let dir = folder("base");
+    let config = ModelConfig { classes: 0, rep_size: 12, ..tiny() };
+    let (source, tensors) = saved(&dir, &config);
+    let hf = dir.join("vit-model");
+    weights::convert(&source, &hf, Some(Format::Hf), &ModelOverrides::default()).unwrap();
+    assert!(SafeTensors::open(&hf.join("model.safetensors")).unwrap().contains("pooler.dense.weight"));
+    assert_eq!(json(&hf.join("config.json"))["architectures"][0], "ViTModel");
+
+    let file = weights::open_backbone(&hf, &ModelOverrides::default()).unwrap();
+    assert_same(&file.tensors.all().unwrap(), &tensors);
+    assert_eq!((file.config.classes, file.config.rep_size), (0, 12));
+    let error = weights::open(&hf, &ModelOverrides::default()).map(|_| ()).unwrap_err();
+    assert!(error.message().contains("features without a classifier"), "{error}");
+    let without = weights::adapt(file.clone(), &AdaptTarget::default()).map(|_| ()).unwrap_err();
+    assert!(without.message().contains("it has no head"), "{without}");
+    let (file, notes) =
+        weights::adapt(file, &AdaptTarget { classes: Some(4), ..Default::default() }).unwrap();
+    assert_eq!(notes.last().unwrap(), "head added: 4 classes, all zero");
+    assert_eq!(file.tensors.get("head.weight").unwrap(), Tensor::new([4, 12], vec![0.0; 48]));
+    assert_eq!(file.config.rep_size, 0);
+}
+
+fn logits(file_at: &Path, overrides: &ModelOverrides, io: &SafeTensors) -> Vec<f32> {
+    let shape = io.shape("images_u8").unwrap().to_vec();
+    let image = (shape[1], shape[2]);
+    let mut run = Loaded::open(file_at, overrides, Device::Cpu, shape[0], Mode::Infer, Some(image)).unwrap();
+    forward(&mut run, io)
+}
+
+fn forward(run: &mut Loaded, io: &SafeTensors) -> Vec<f32> {
+    let shape = io.shape("images_u8").unwrap();
+    let layout = SlotLayout {
+        samples: shape[0],
+        image: (shape[1], shape[2]),
+        pixels: Pixels::U8,
+        targets: TargetKind::Labels,
+    };
+    let mut slot = run.backend.new_slot(layout).unwrap();
+    slot.images_u8_mut().copy_from_slice(io.bytes("images_u8").unwrap());
+    let b = &mut *run.backend;
+    b.bind_batch(slot).unwrap();
+    b.begin_step(StepKeys { seed: 0, step: 0 }).unwrap();
+    b.begin_micro(vitrum::backend::Micro::whole(shape[0])).unwrap();
+    run.model.forward(b, false).unwrap();
+    let mut logits = vec![0.0; shape[0] * run.model.config.classes];
+    b.read(run.model.logits(), &mut logits).unwrap();
+    logits
+}
+
+#[track_caller]
+fn assert_near(what: &str, got: &[f32], expected: &[f64], bound: f64) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let difference: f64 = got.iter().zip(expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+    let norm: f64 = expected.iter().map(|b| b * b).sum();
+    let error = (difference / norm).sqrt();
+    assert!(error <= bound, "{what}: {error:e}");
+}
+
+#[test]
+fn every_naming_gives_the_logits_of_its_library() {
+    let Some(reference) = reference() else { return };
+    let dir = folder("logits");
+    let mut compared = 0;
+    for case in std::fs::read_dir(reference.join("weights")).unwrap().flatten().map(|e| e.path()) {
+        if !case.is_dir() {
+            continue;
+        }
+        let vit = reference.join("vit").join(case.file_name().unwrap());
+        let (config, expected) =
+            (json(&vit.join("config.json")), SafeTensors::open(&case.join("logits.safetensors")).unwrap());
+        let io = SafeTensors::open(&vit.join("io.safetensors")).unwrap();
+        let heads = config["heads"].to_string();
+        let image = format!("{}x{}", config["image"][0], config["image"][1]);
+        for name in expected.names().filter(|n| n.ends_with("logits_f64")) {
+            let fields: Vec<&str> = name.split('.').collect();
+            let gelu = if fields[1].contains("tanh") { "tanh" } else { "erf" };
+            let mut set = vec![("model.gelu", gelu), ("model.image", image.as_str())];
+            let file = if fields[0] == "timm" {
+                set.push(("model.heads", &heads));
+                case.join("timm.safetensors")
+            } else {
+                // The configuration beside the weights says how many heads there are, and erf and 1e-12.
+                std::fs::copy(case.join("hf.safetensors"), dir.join("model.safetensors")).unwrap();
+                std::fs::copy(case.join("hf_config.json"), dir.join("config.json")).unwrap();
+                match fields[2] {
+                    "eps1e-12" => set.clear(),
+                    eps => set.push(("model.ln_eps", eps.trim_start_matches("eps"))),
+                }
+                dir.clone()
+            };
+            let got = logits(&file, &sets(&set), &io);
+            assert_near(name, &got, &expected.f64(name).unwrap(), 1e-5);
+            compared += 1;
+        }
+    }
+    assert!(compared >= 4, "only {compared} sets of logits were compared");
+}
+
+/// The model that vit_jax loads for fine-tuning computes the same features.
+#[test]
+fn an_adapted_model_computes_the_features_of_vit_jax() {
+    let Some(reference) = reference() else { return };
+    let posemb = reference.join("posemb");
+    let after = SafeTensors::open(&posemb.join("finetune_after_load.safetensors")).unwrap();
+    let shape = after.shape("images_u8").unwrap().to_vec();
+    let file = weights::open(&posemb.join("finetune_pretrained.npz"), &ModelOverrides::default()).unwrap();
+    let width = file.config.width;
+    let target = AdaptTarget {
+        image: Some((shape[1], shape[2])),
+        classes: Some(width),
+        head: HeadPolicy::Reset,
+        ..Default::default()
+    };
+    let (file, _): (ModelFile, _) = weights::adapt(file, &target).unwrap();
+    // With the unit matrix for a head, logits are features.
+    let mut tensors = file.tensors.all().unwrap();
+    let head = tensors.get_mut("head.weight").unwrap();
+    (0..width).for_each(|i| head.values[i * width + i] = 1.0);
+    let path = folder("features").join("m.safetensors");
+    weights::save(&path, &file.config, &tensors, &CheckpointMeta::default()).unwrap();
+    let got = logits(&path, &ModelOverrides::default(), &after);
+    assert_near("features", &got, &after.f64("features").unwrap(), 1e-5);
+}
+
+// ---- Names ----
+
+#[test]
+fn tensors_are_renamed_and_left_out_by_pattern() {
+    let dir = folder("rename");
+    let config = ModelConfig { width: 64, heads: 1, ..tiny() };
+    let tensors = sample(&config);
+    let path = dir.join("wrapped.safetensors");
+    let mut views: Vec<View> =
+        tensors.iter().map(|(n, t)| View::f32(format!("module.{n}"), &t.shape, &t.values)).collect();
+    views.push(View::f32("module.ema_step", &[1], &[3.0]));
+    write(&path, &BTreeMap::new(), views).unwrap();
+    let (wrapped, out) = (path.to_str().unwrap(), dir.join("out.safetensors"));
+    let out_text = out.to_str().unwrap();
+    let hint = "'weights.rename=^module\\.=>'";
+    vitrum(&["convert", wrapped, out_text]).exits(1).says(&[
+        "are timm's behind `module.`",
+        "`module.ema_step`",
+        hint,
+    ]);
+    let rename = "weights.rename=^module\\.=>";
+    vitrum(&["convert", wrapped, out_text, "--set", rename])
+        .exits(1)
+        .says(&["not part of the model: `ema_step`", "--set weights.exclude="]);
+    assert!(!out.exists());
+    vitrum(&["convert", wrapped, out_text, "--set", rename, "--set", "weights.exclude=module\\.ema_.*"]).ok();
+    let back = weights::open(&out, &ModelOverrides::default()).unwrap();
+    assert_same(&back.tensors.all().unwrap(), &tensors);
+    vitrum(&["convert", wrapped, out_text, "--set", "weights.rename=^module"]).exits(2).says(&["REGEX=>NEW"]);
+    vitrum(&["convert", wrapped, out_text, "--set", "weights.exclude=("]).exits(2);
+    vitrum(&["convert", wrapped, out_text, "--set", "weights.rename=.*=>x"])
+        .exits(1)
+        .says(&["the same name `x`"]);
+}
+
+#[test]
+fn inspect_lists_what_is_missing_unexpected_or_of_another_shape() {
+    let dir = folder("inspect");
+    let mut tensors = sample(&tiny());
+    tensors.remove("blocks.1.norm2.bias");
+    tensors.insert("extra".into(), Tensor::new([2], vec![0.0; 2]));
+    tensors.insert("blocks.0.norm1.bias".into(), Tensor::new([5], vec![0.0; 5]));
+    let path = dir.join("m.safetensors");
+    let views = tensors.iter().map(|(n, t)| View::f32(n, &t.shape, &t.values)).collect();
+    write(&path, &BTreeMap::new(), views).unwrap();
+    let json = vitrum(&["inspect", path.to_str().unwrap(), "--json"]).ok().json();
+    assert_eq!(json["missing"], serde_json::json!(["`blocks.1.norm2.bias` [12]"]));
+    assert_eq!(json["unexpected"], serde_json::json!(["`extra`"]));
+    assert_eq!(json["reshaped"], serde_json::json!(["`blocks.0.norm1.bias` is [5] and should be [12]"]));
+    let text = vitrum(&["inspect", path.to_str().unwrap()]).ok().stdout;
+    assert!(text.contains("missing: `blocks.1.norm2.bias` [12]\n"), "{text}");
+}
+
+#[test]
+fn an_augreg_file_name_is_explained_and_short_names_are_found() {
+    let dir = folder("augreg");
+    let stem = "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0";
+    let (source, _) = saved(&dir, &tiny());
+    let out = dir.join(format!("{stem}.npz"));
+    weights::convert(&source, &out, None, &ModelOverrides::default()).unwrap();
+    let name = format!("{}/augreg:S/16", dir.display());
+    let json = vitrum(&["inspect", &name, "--json"]).ok().json();
+    assert_eq!((&json["augreg"]["model"], &json["augreg"]["weight_decay"]), (&"S/16".into(), &0.03.into()));
+    vitrum(&["inspect", "howto-i21k-B/16"]).exits(1).says(&[
+        "aug_medium1-wd_0.1",
+        "curl -L",
+        "vit_models/augreg",
+    ]);
+    vitrum(&["inspect", "augreg:Q/16"]).exits(2).says(&["there are Ti/16"]);
+}
+
+// ---- Files that mean harm ----
+
+#[test]
+fn a_pickle_is_refused_with_the_line_that_converts_it() {
+    let dir = folder("pickle");
+    let (file, out) = (dir.join("pytorch_model.bin"), path("out.safetensors"));
+    let mut zip = zip::ZipWriter::new(std::fs::File::create(&file).unwrap());
+    zip.start_file("archive/data.pkl", zip::write::SimpleFileOptions::default()).unwrap();
+    zip.write_all(b"\x80\x02}.").unwrap();
+    zip.finish().unwrap();
+    let old = dir.join("old.pth");
+    std::fs::write(&old, b"\x80\x02}q\x00.").unwrap();
+    for bad in [file.to_str().unwrap(), old.to_str().unwrap(), dir.to_str().unwrap()] {
+        vitrum(&["convert", bad, &out]).exits(1).says(&["pickle", "python -c", "weights_only=True"]);
+    }
+    assert!(!Path::new(&out).exists());
+}
+
+/// A safetensors file of this header and so many bytes of data.
+fn raw(path: &Path, header: &str, data: usize) {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend(vec![0; data]);
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn false_offsets_bombs_and_foreign_files_are_errors_that_name_the_file() {
+    let dir = folder("bad");
+    let bad = dir.join("bad.safetensors");
+    let refused = |says: &[&str]| {
+        let out = dir.join("out.safetensors");
+        let done = vitrum(&["convert", bad.to_str().unwrap(), out.to_str().unwrap()]).exits(1);
+        done.says(&["bad.safetensors"]).says(says);
+        assert!(!out.exists());
+        vitrum(&["inspect", bad.to_str().unwrap()]).exits(1);
+    };
+    let two = |a: &str, b: &str| {
+        format!(
+            r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":{a}}},"b":{{"dtype":"F32","shape":[2],"data_offsets":{b}}}}}"#
+        )
+    };
+    for (a, b) in [("[0,8]", "[4,12]"), ("[0,8]", "[8,4000]"), ("[0,8]", "[0,8]"), ("[8,0]", "[8,16]")] {
+        raw(&bad, &two(a, b), 16);
+        refused(&["not a whole safetensors file"]);
+    }
+    std::fs::write(&bad, b"").unwrap();
+    refused(&["only 0 bytes"]);
+    std::fs::write(&bad, vec![0xff; 64]).unwrap();
+    refused(&["announces"]);
+    std::fs::write(&bad, b"\x89HDF\r\n\x1a\n and more").unwrap();
+    refused(&["HDF5"]);
+
+    // Two gigabytes of zeros in two megabytes.
+    let mut zip = zip::ZipWriter::new(std::fs::File::create(&bad).unwrap());
+    let options =
+        zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Deflated);
+    let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (16777216, 32), }";
+    zip.start_file("head/kernel.npy", options).unwrap();
+    zip.write_all(b"\x93NUMPY\x01\x00").unwrap();
+    zip.write_all(&(header.len() as u16).to_le_bytes()).unwrap();
+    zip.write_all(header.as_bytes()).unwrap();
+    let zeros = vec![0; 1 << 20];
+    (0..2048).for_each(|_| zip.write_all(&zeros).unwrap());
+    zip.finish().unwrap();
+    refused(&["no weights are like that"]);
+}
+
+#[test]
+fn sixty_four_bit_numbers_and_other_channels_are_read_but_not_converted() {
+    let dir = folder("exact");
+    let config = ModelConfig { width: 64, heads: 1, ..tiny() };
+    let tensors = sample(&config);
+    let wide: Vec<f64> = tensors["norm.bias"].values.iter().map(|v| f64::from(*v) + 1e-12).collect();
+    let grey: Vec<f32> = (0..64 * 16).map(|i| (i % 7) as f32 - 3.0).collect();
+    let path = dir.join("m.safetensors");
+    let store = |replaced: View<'static>, name: &str| {
+        let others =
+            tensors.iter().filter(|(n, _)| *n != name).map(|(n, t)| View::f32(n, &t.shape, &t.values));
+        write(&path, &BTreeMap::new(), others.chain([replaced]).collect()).unwrap();
+        let file = weights::open(&path, &ModelOverrides::default()).unwrap();
+        let out = dir.join("out.safetensors");
+        let error = weights::convert(&path, &out, None, &ModelOverrides::default()).map(|_| ()).unwrap_err();
+        assert!(!out.exists());
+        (file, error)
+    };
+    let bytes: Vec<u8> = wide.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let (file, error) = store(View::new("norm.bias", Dtype::F64, &[64], bytes), "norm.bias");
+    assert!(error.message().contains("`norm.bias` holds 64-bit numbers"), "{error}");
+    assert_eq!(file.tensors.values("norm.bias").unwrap()[3], wide[3] as f32);
+
+    let kernel = "patch_embed.proj.weight";
+    let bytes: Vec<u8> = grey.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let (file, error) = store(View::new(kernel, Dtype::F32, &[64, 1, 4, 4], bytes), kernel);
+    assert!(error.message().contains("takes 1 channels"), "{error}");
+    let three = file.tensors.get(kernel).unwrap();
+    assert_eq!(three.shape, [64, 3, 4, 4]);
+    for (pixel, value) in grey.iter().enumerate() {
+        let (d, at) = (pixel / 16, pixel % 16);
+        let sum: f32 = (0..3).map(|c| three.values[(d * 3 + c) * 16 + at]).sum();
+        assert!((sum - value).abs() < 1e-6);
+    }
+    assert!(file.notes.iter().any(|n| n.contains("made one for 3")), "{:?}", file.notes);
+}
+
+#[test]
+fn a_hybrid_and_a_mixer_are_refused_by_name() {
+    let dir = folder("others");
+    let flax = weights::to_flax_tensors(&tiny(), Numbering::Published, &sample(&tiny())).unwrap();
+    let bad = dir.join("bad.safetensors");
+    for (name, kind) in
+        [("conv_root/kernel", "hybrid"), ("MixerBlock_0/token_mixing/Dense_0/bias", "MLP-Mixer")]
+    {
+        let views = flax.iter().map(|(n, t)| View::f32(n, &t.shape, &t.values));
+        write(&bad, &BTreeMap::new(), views.chain([View::f32(name, &[1], &[0.0])]).collect()).unwrap();
+        vitrum(&["convert", bad.to_str().unwrap(), &path("never.npz")]).exits(1).says(&[kind, name]);
+    }
+}

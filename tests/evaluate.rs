@@ -1,0 +1,176 @@
+//! Measuring a model from outside: protocols, labels from a file, features, probes.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+use support::{Done, names, path, scratch, stripes, train, vitrum};
+use vitrum::data::{Dataset, Split, imagenet};
+use vitrum::train::score::Truth;
+use vitrum::weights::safetensors::SafeTensors;
+
+/// A run on [`stripes`]: three classes, 16 pixels, 40 pictures to validate.
+fn trained() -> &'static str {
+    static RUN: OnceLock<String> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let out = path("trained");
+        vitrum(&train(&out, &["train.steps=120", "model.dropout=0", "model.attention_dropout=0"])).ok();
+        out
+    })
+}
+
+fn eval(more: &[&str]) -> Done {
+    vitrum(&[&["eval", "--weights", trained(), "--data", stripes()], more].concat())
+}
+
+fn numbers(json: &Value) -> [f64; 3] {
+    ["top1", "top5", "loss"].map(|key| json[key].as_f64().unwrap())
+}
+
+fn file(name: &str, text: &str) -> String {
+    let path = scratch().join(name);
+    std::fs::write(&path, text).unwrap();
+    path.display().to_string()
+}
+
+/// The classes of the validation pictures in the data set's order: by class, by name.
+fn labels() -> Vec<usize> {
+    let val = Path::new(stripes()).join("val");
+    let classes = names(&val);
+    classes.iter().enumerate().flat_map(|(i, class)| vec![i; names(val.join(class)).len()]).collect()
+}
+
+#[test]
+fn every_protocol_measures_every_picture_once() {
+    let all = eval(&["--protocol", "all", "--json"]).ok().json();
+    let all = all["protocols"].as_array().unwrap().clone();
+    assert!(all.len() >= 4, "{all:?}");
+    for one in &all {
+        assert_eq!(one["images"], 40, "{one}");
+        let name = one["protocol"].as_str().unwrap();
+        let alone = eval(&["--protocol", name, "--json"]).ok().json();
+        assert_eq!(numbers(&alone), numbers(one), "{name}");
+    }
+    // The run's own protocol is vit_jax's: the default, and what `--protocol` calls so.
+    assert_eq!(numbers(&eval(&["--json"]).ok().json()), numbers(&all[0]));
+    assert_eq!(all[0]["protocol"], "vit_jax");
+    // 16 pixels are enlarged and cut by timm's: other numbers.
+    let timm = all.iter().find(|one| one["protocol"] == "timm").unwrap();
+    assert_ne!(timm["loss"], all[0]["loss"]);
+    let table = eval(&["--protocol", "all"]).ok().stdout;
+    assert_eq!(table.lines().count(), 2 + all.len(), "{table}");
+}
+
+#[test]
+fn accuracy_per_class_adds_up() {
+    let json = eval(&["--json"]).ok().json();
+    let classes = json["per_class"].as_array().unwrap();
+    let sum = |key: &str, by: &dyn Fn(&Value) -> f64| {
+        classes.iter().map(|c| c[key].as_f64().unwrap() * by(c)).sum::<f64>()
+    };
+    assert_eq!(sum("images", &|_| 1.0), 40.0);
+    let hits = sum("top1", &|class| class["images"].as_f64().unwrap());
+    assert!((hits / 40.0 - json["top1"].as_f64().unwrap()).abs() < 1e-9, "{json}");
+    assert_eq!(classes[1]["name"], "checks");
+    let text = eval(&["--per-class"]).ok().stdout;
+    assert!(text.lines().count() == 6 && text.contains("checks"), "{text}");
+}
+
+#[test]
+fn labels_from_a_file_replace_the_data_sets_own() {
+    let own = numbers(&eval(&["--json"]).ok().json());
+    let classes = ["across", "checks", "down"];
+    let with = |name: &str, text: String| eval(&["--json", "--labels", &file(name, &text)]).ok().json();
+    let lines = |line: &dyn Fn(usize) -> String| labels().iter().map(|l| line(*l) + "\n").collect::<String>();
+    assert_eq!(numbers(&with("names.txt", lines(&|label| classes[label].into()))), own);
+    assert_eq!(numbers(&with("numbers.txt", lines(&|label| label.to_string()))), own);
+    let json = serde_json::to_string(&labels()).unwrap();
+    assert_eq!(numbers(&with("labels.json", json)), own);
+    // Any of several labels is right; a picture without one counts for nothing.
+    let any = with("any.txt", lines(&|_| "0,1,2".into()));
+    assert_eq!((any["top1"].as_f64(), any["images"].as_u64()), (Some(1.0), Some(40)));
+    let some = with("some.txt", lines(&|label| if label == 0 { String::new() } else { label.to_string() }));
+    let count = labels().iter().filter(|label| **label > 0).count();
+    assert_eq!(
+        (some["images"].as_u64(), some["unlabelled"].as_u64()),
+        (Some(count as u64), Some(40 - count as u64))
+    );
+
+    let short = file("short.txt", "0\n1\n");
+    eval(&["--labels", &short]).exits(1).says(&["short.txt: labels for 2 pictures", "has 40", "hint: "]);
+    let wrong = file("wrong.txt", &lines(&|_| "zebra".into()));
+    eval(&["--labels", &wrong]).exits(1).says(&["wrong.txt: line 1: `zebra` is no class of the model"]);
+    eval(&["--labels", "no-such-file"]).exits(1).says(&["no-such-file"]);
+}
+
+#[test]
+fn features_are_what_the_head_reads() {
+    let out = path("features.safetensors");
+    let args = ["features", "--weights", trained(), "--data", stripes(), "--out", &out];
+    vitrum(&args).ok().says(&["24 features of 40 images"]);
+    let stored = SafeTensors::open(Path::new(&out)).unwrap();
+    assert_eq!(stored.shape("features").unwrap(), [40, 24]);
+    let want: Vec<i64> = labels().iter().map(|label| *label as i64).collect();
+    assert_eq!(stored.i64("labels").unwrap(), want);
+    assert_eq!(stored.metadata()["classes"], "[\"across\",\"checks\",\"down\"]");
+
+    // The head on top of them gives the accuracy that `eval` measures.
+    let model = vitrum::weights::open(Path::new(trained()), &Default::default()).unwrap();
+    let [weight, bias] = ["head.weight", "head.bias"].map(|name| model.tensors.get(name).unwrap().values);
+    let features = stored.tensor("features").unwrap().values;
+    let right = features.chunks(24).zip(labels()).filter(|(x, label)| {
+        let logit = |c: usize| bias[c] + x.iter().zip(&weight[c * 24..]).map(|(x, w)| x * w).sum::<f32>();
+        (0..3).all(|c| c == *label || logit(c) < logit(*label))
+    });
+    let top1 = eval(&["--json"]).ok().json()["top1"].as_f64().unwrap();
+    assert_eq!(right.count() as f64 / 40.0, top1);
+
+    vitrum(&[&args[..], &["--split", "train"]].concat()).ok().says(&["of 96 images"]);
+    vitrum(&["features", "--weights", trained(), "--data", "/no/such", "--out", &out]).exits(1);
+}
+
+#[test]
+fn probes_find_in_the_features_what_training_put_there() {
+    let probe = |more: &[&str]| {
+        let args = [&["probe", "--weights", trained(), "--data", stripes(), "--json"], more].concat();
+        vitrum(&args).ok().json()
+    };
+    let ridge = probe(&[]);
+    assert_eq!((ridge["train_images"].as_u64(), ridge["images"].as_u64()), (Some(96), Some(40)));
+    assert!(ridge["results"]["top1"].as_f64().unwrap() > 0.6, "{ridge}");
+    assert_eq!(probe(&["--l2", "2.5"])["results"]["l2"], 2.5);
+    let few = probe(&["--method", "fewshot", "--shots", "1,10", "--seeds", "2"]);
+    let shots = few["results"]["shots"].as_array().unwrap();
+    assert_eq!((shots.len(), shots[1]["top1"].as_array().unwrap().len()), (2, 2), "{few}");
+    assert!(shots[1]["mean"].as_f64().unwrap() > 0.5, "{few}");
+    let knn = probe(&["--method", "knn", "--k", "5"]);
+    assert!(knn["results"][0]["top1"].as_f64().unwrap() > 0.5, "{knn}");
+    assert_eq!(probe(&["--images", "30"])["train_images"], 30);
+    // A data set without a validation part has nothing to score on.
+    let train = Path::new(stripes()).join("train").display().to_string();
+    vitrum(&["probe", "--weights", trained(), "--data", &train]).exits(1).says(&["no validation part"]);
+}
+
+/// A model of 1,000 classes without names is taken for ImageNet's, and so are folders named after WordNet ids, also
+/// where only some are there.
+#[test]
+fn folders_named_after_wordnet_ids_meet_the_published_heads() {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data");
+    let folder = std::env::var_os("VITRUM_TEST_DATA").map_or(default, PathBuf::from).join("imagenet-mini");
+    if !folder.is_dir() {
+        println!("skipped: no pictures at {}", folder.display());
+        return;
+    }
+    let data = Dataset::open(folder.to_str().unwrap(), Split::Val).unwrap();
+    let truth = Truth::of(&data, 1000, None).unwrap();
+    let class = |i: usize| imagenet::class_of(&data.classes()[data.label(i)]).unwrap();
+    let expected: Vec<usize> = (0..data.len()).map(class).collect();
+    let list = file("imagenet.json", &serde_json::to_string(&expected).unwrap());
+    assert_eq!(truth, Truth::read(Path::new(&list), &data, 1000, None).unwrap());
+    assert!(expected.iter().any(|class| *class > 500));
+    let error = Truth::of(&data, 999, None).unwrap_err();
+    assert!(error.message().contains("the model 999"), "{error}");
+}
