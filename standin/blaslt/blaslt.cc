@@ -419,7 +419,8 @@ API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const L
        ++number) {
     uint32_t split = kSplits[number];
     size_t workspace = workspace_for(p, split);
-    if (split > p.k || workspace > preference->workspace) continue;
+    bool refused = static_cast<int>(number) == options().refuse_algorithm;
+    if (refused || split > p.k || workspace > preference->workspace) continue;
     if (split > 1 &&
         (bias_sums(p.epilogue) || p.epilogue.aux_out || p.epilogue.dgelu || !(preference->reductions & 2)))
       continue;
