@@ -482,10 +482,10 @@ impl Run {
     /// The device failed in the middle of a step. A card's error is sticky and often comes late: the hint is the command
     /// that repeats the step kernel by kernel.
     pub fn device_failed(&self, trainer: &Trainer, error: Error) -> Error {
-        let error = error.at(format!("step {}", trainer.step + 1));
         if error.hint_text().is_some() || trainer.backend.describe().starts_with("cpu") {
             return error;
         }
+        let error = error.at(format!("after step {}", trainer.step));
         let from = self.saved_at.map_or("the start".into(), |step| format!("checkpoints/step-{step}"));
         let out = self.options.out.display();
         error.hint(format!(

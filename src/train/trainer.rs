@@ -48,7 +48,8 @@ pub fn train_from(
         free.into_iter().for_each(|slot| loader.recycle(slot));
         run.log(&trainer, &report, &loader)?;
         if run.evaluation_is_due(trainer.step) {
-            run.evaluate(&mut trainer, &mut loader)?;
+            let evaluated = run.evaluate(&mut trainer, &mut loader);
+            evaluated.map_err(|e| run.device_failed(&trainer, e))?;
         }
         if run.checkpoint_is_due(&trainer) {
             run.checkpoint(&mut trainer)?;
