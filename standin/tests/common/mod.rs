@@ -1,10 +1,12 @@
 //! The stand-in's driver functions, loaded from one of its folders, behind a few safe-looking calls for tests.
 #![allow(dead_code, unreachable_pub)]
+// The arguments of `cu!` are plain values; they are evaluated where the call is.
+#![allow(clippy::macro_metavars_in_unsafe)]
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr;
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Mutex, MutexGuard};
 
 use libloading::Library;
 
@@ -36,14 +38,12 @@ impl Gpu {
     /// Opens the libraries of a folder with fresh options; `options` as in `VITRUM_STANDIN`.
     pub fn open(folder: &Path, options: &str) -> Self {
         static ALONE: Mutex<()> = Mutex::new(());
-        static MODULE: OnceLock<()> = OnceLock::new();
         let alone = ALONE.lock().unwrap_or_else(|broken| broken.into_inner());
         // SAFETY: our own library; its initialisers only register kernels.
         let library = unsafe {
             Library::new(folder.join("libcuda.so")).expect("build with `cargo build -p vitrum-standin`")
         };
         let mut gpu = Self { library, module: ptr::null_mut(), _alone: alone };
-        MODULE.get_or_init(|| ());
         assert_eq!(cu!(gpu, standin_reset()), 0);
         gpu.configure(options);
         assert_eq!(cu!(gpu, cuInit(0 => u32)), 0);
