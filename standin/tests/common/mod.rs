@@ -1,7 +1,5 @@
 //! The stand-in's driver functions, loaded from one of its folders, behind a few safe-looking calls for tests.
 #![allow(dead_code, unreachable_pub)]
-// The arguments of `cu!` are plain values; they are evaluated where the call is.
-#![allow(clippy::macro_metavars_in_unsafe)]
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::Path;
@@ -21,8 +19,6 @@ pub struct Gpu {
 }
 
 /// Calls a function of the driver by its name; arguments must have the types that it declares.
-#[allow(clippy::macro_metavars_in_unsafe)]
-#[macro_export]
 macro_rules! cu {
     ($gpu:expr, $name:ident ( $($value:expr => $type:ty),* $(,)? )) => {{
         // SAFETY: the caller writes down the C declaration's types; pointers given are valid for the call.
