@@ -1,5 +1,6 @@
 //! libcublasLt.so: products against plain loops in f64, epilogues, algorithms, refusals.
 
+#[macro_use]
 mod common;
 
 use std::ffi::{c_int, c_void};

@@ -1,5 +1,6 @@
 //! Every planted bug of `bugs/` is caught at a marked line, and its mended twin passes, under several schedules.
 
+#[macro_use]
 mod common;
 
 use std::fs;

@@ -1,5 +1,6 @@
 //! The driver's side of the stand-in: order of streams, captured graphs, faults on demand, memory, counters.
 
+#[macro_use]
 mod common;
 
 use std::ffi::{c_int, c_void};

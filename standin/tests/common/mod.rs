@@ -4,7 +4,7 @@
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr;
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Mutex, MutexGuard};
 
 use libloading::Library;
 
@@ -19,8 +19,6 @@ pub struct Gpu {
 }
 
 /// Calls a function of the driver by its name; arguments must have the types that it declares.
-#[allow(clippy::macro_metavars_in_unsafe)]
-#[macro_export]
 macro_rules! cu {
     ($gpu:expr, $name:ident ( $($value:expr => $type:ty),* $(,)? )) => {{
         // SAFETY: the caller writes down the C declaration's types; pointers given are valid for the call.
@@ -36,14 +34,12 @@ impl Gpu {
     /// Opens the libraries of a folder with fresh options; `options` as in `VITRUM_STANDIN`.
     pub fn open(folder: &Path, options: &str) -> Self {
         static ALONE: Mutex<()> = Mutex::new(());
-        static MODULE: OnceLock<()> = OnceLock::new();
         let alone = ALONE.lock().unwrap_or_else(|broken| broken.into_inner());
         // SAFETY: our own library; its initialisers only register kernels.
         let library = unsafe {
             Library::new(folder.join("libcuda.so")).expect("build with `cargo build -p vitrum-standin`")
         };
         let mut gpu = Self { library, module: ptr::null_mut(), _alone: alone };
-        MODULE.get_or_init(|| ());
         assert_eq!(cu!(gpu, standin_reset()), 0);
         gpu.configure(options);
         assert_eq!(cu!(gpu, cuInit(0 => u32)), 0);
