@@ -1,5 +1,5 @@
-// Everything elementwise around a matmul that no cuBLASLt epilogue covers: bias, residual, GELU, tanh,
-// dropout, scaling.
+// Everything elementwise around a matmul that no cuBLASLt epilogue covers: bias, residual, GELU with dropout,
+// tanh, scaling.
 //
 // Math      gelu(x) = x·w(x).  tanh form: w = ½(1 + tanh t) = 1/(1 + e^(-2t)), t = √(2/π)(x + 0.044715 x³)
 //           erf form: w = Φ(x) = ½ erfc(-x/√2).   gelu' = w + x·w'
@@ -10,7 +10,7 @@
 // Numerics  f32. y is computed from pre as it was stored, which is what the backward sees. Both forms keep
 //           their relative accuracy far on the negative side: nothing is subtracted from 1.
 // Launch    one thread per 8 values, 256 threads per block.
-// Bytes     per value of bf16: bias_gelu 6, gelu_backward 6, bias_residual 6, bias_tanh and bias 4, dropout
+// Bytes     per value of bf16: bias_gelu 6, gelu_backward 6, bias_residual 6, bias_tanh, bias
 //           and scale 4.
 // Source    Hendrycks and Gimpel 2016 (GELU); Srivastava et al. 2014 (dropout).
 #include "philox.cuh"
@@ -144,19 +144,6 @@ __device__ __forceinline__ void tanh_backward(T* d, u32 ld_d, const T* y, u32 ld
   store8(p, at.n, v);
 }
 
-// Behind an epilogue that knows no dropout: the mask commutes with everything elementwise.
-template <typename T>
-__device__ __forceinline__ void dropout(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* x,
-                                        u32 ld, u32 rows, u32 columns) {
-  Place at = place_of_thread(rows, columns);
-  if (at.n == 0) return;
-  T* p = row_of(x, at.row, ld) + at.column;
-  float v[VEC];
-  load8(p, at.n, v);
-  drop8(mask, cells, rows_per_sample, columns, at, v);
-  store8(p, at.n, v);
-}
-
 template <typename T>
 __device__ __forceinline__ void scale(T* x, u32 ld, float factor, u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
@@ -193,10 +180,6 @@ __device__ __forceinline__ void scale(T* x, u32 ld, float factor, u32 rows, u32 
   }                                                                                                          \
   KERNEL(tanh_backward_##suffix, 256, 4)(T * d, u32 ld_d, const T* y, u32 ld_y, u32 rows, u32 columns) {     \
     tanh_backward<T>(d, ld_d, y, ld_y, rows, columns);                                                       \
-  }                                                                                                          \
-  KERNEL(dropout_##suffix, 256, 4)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* x, u32 ld, \
-                                   u32 rows, u32 columns) {                                                  \
-    dropout<T>(cells, mask, rows_per_sample, x, ld, rows, columns);                                          \
   }                                                                                                          \
   KERNEL(scale_##suffix, 256, 4)(T * x, u32 ld, float factor, u32 rows, u32 columns) {                       \
     scale<T>(x, ld, factor, rows, columns);                                                                  \

@@ -43,7 +43,7 @@ fn run<S: AsRef<std::ffi::OsStr>>(folder: &Path, options: &str, args: &[S]) -> D
     finish(on_gpu(folder, options, args))
 }
 
-/// A short training run on the GPU: 17 tokens, width 64, depth 2, batch 4, dropout and drop-path at work.
+/// A short training run on the GPU: 16 tokens, width 64, depth 2, batch 4, dropout and drop-path at work.
 fn small(out: &str, more: &[&str]) -> Vec<String> {
     let size = ["model.width=64", "model.heads=2", "train.batch=4", "train.micro_batch=4", "train.steps=12"];
     let pace =

@@ -558,7 +558,7 @@ pub trait Backend: Send {
     fn begin_report(&mut self) -> Result<()>;
     /// Adds the `samples: [B, 3]` of a micro-batch to the step's report, in order.
     fn add_to_report(&mut self, samples: Mat) -> Result<()>;
-    /// Global norm, clip, optimiser, EMA. Belongs to [`Backend::step`]'s end. Skips itself if the loss or the norm is not finite.
+    /// Global norm, clip, optimiser, EMA; [`Backend::step`] calls it after its body. Skips itself if the loss or the norm is not finite.
     fn update(&mut self, update: &Update) -> Result<()>;
     /// The report of the last step; waits for it.
     fn report(&mut self) -> Result<StepReport>;

@@ -166,8 +166,8 @@ impl Blas {
 
         let key = shape.key();
         if !self.by_rule
-            && let Some((algo, size)) = self.algorithms.get(&key)
-            && self.accepts(&plan, &algo, size)
+            && let Some(algo) = self.algorithms.get(&key)
+            && let Some(size) = self.accepts(&plan, &algo)
         {
             (plan.algo, plan.workspace) = (algo, size);
             return Ok(Some(plan));
@@ -180,13 +180,14 @@ impl Blas {
             self.choose_fastest(&mut plan, shape, operands, workspace, &candidates)?;
         }
         if !self.by_rule {
-            self.algorithms.put(key, plan.algo, plan.workspace);
+            self.algorithms.put(key, plan.algo);
         }
         Ok(Some(plan))
     }
 
-    /// Whether the library still takes an algorithm that was remembered.
-    fn accepts(&self, plan: &Plan, algo: &sys::cublasLtMatmulAlgo_t, size: usize) -> bool {
+    /// The workspace of an algorithm that was remembered, if the library still takes it and the workspace is there. What the
+    /// file says is not trusted: it only names a candidate.
+    fn accepts(&self, plan: &Plan, algo: &sys::cublasLtMatmulAlgo_t) -> Option<usize> {
         // SAFETY: an all-zero result is a valid value of this plain struct.
         let mut result: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         // SAFETY: live descriptors of this plan.
@@ -203,7 +204,8 @@ impl Blas {
             )
         };
         let success = sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
-        status == success && result.state == success && result.workspaceSize <= size.max(BLAS_WORKSPACE)
+        let fits = result.workspaceSize <= BLAS_WORKSPACE;
+        (status == success && result.state == success && fits).then_some(result.workspaceSize)
     }
 
     fn candidates(&self, plan: &Plan, wanted: usize) -> Result<Vec<sys::cublasLtMatmulHeuristicResult_t>> {

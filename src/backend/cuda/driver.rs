@@ -46,7 +46,8 @@ struct Inner {
     compute: sys::CUstream,
     copy: sys::CUstream,
     modules: Vec<sys::CUmodule>,
-    kernels: RefCell<HashMap<&'static str, sys::CUfunction>>,
+    /// Kernels met so far, with the dynamic shared memory that each was allowed.
+    kernels: RefCell<HashMap<&'static str, (sys::CUfunction, u32)>>,
     /// `train.check_launches`: wait after every launch, so that an error names its kernel.
     check_launches: Cell<bool>,
 }
@@ -300,20 +301,17 @@ impl Gpu {
     /// Looks a kernel up, once, and allows it the shared memory that it asks for.
     fn kernel(&self, name: &'static str, shared: u32) -> Result<sys::CUfunction> {
         let found = self.0.kernels.borrow().get(name).copied();
-        let function = match found {
-            Some(function) => function,
-            None => {
-                let function = self.find_kernel(name)?;
-                self.0.kernels.borrow_mut().insert(name, function);
-                function
-            }
+        let (function, allowed) = match found {
+            Some(found) => found,
+            None => (self.find_kernel(name)?, DEFAULT_SHARED),
         };
-        if shared > DEFAULT_SHARED {
+        if shared > allowed {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of a loaded module.
             let code = unsafe { sys::cuFuncSetAttribute(function, attribute, shared as i32) };
             check(code, format_args!("give kernel `{name}` {shared} bytes of shared memory"))?;
         }
+        self.0.kernels.borrow_mut().insert(name, (function, allowed.max(shared)));
         Ok(function)
     }
 

@@ -48,7 +48,6 @@ pub struct Cuda {
     precision: Precision,
     options: Options,
     arenas: Vec<Buffer>,
-    planned: usize,
     cells: Cells,
     batch: BoundBatch,
     keys: StepKeys,
@@ -101,7 +100,6 @@ impl Cuda {
             precision,
             options: *options,
             arenas: Vec::new(),
-            planned: 0,
             cells,
             batch: BoundBatch {
                 slot: None,
@@ -215,7 +213,6 @@ impl Backend for Cuda {
         for index in 0..Arena::COUNT {
             self.arenas.push(self.gpu.allocate(plan.bytes_at(index))?);
         }
-        self.planned = needed;
         self.gpu.synchronize(Stream::Compute)
     }
 
@@ -350,6 +347,8 @@ impl Backend for Cuda {
                 return self.record(body, update);
             }
             Recorded::Warm => {
+                // All shapes have been met: a run that is killed from here on finds its algorithms again.
+                self.blas.save();
                 let gpu = self.gpu.clone();
                 let graph = gpu.capture(|| self.record(body, update))?;
                 self.recorded[kind] = Recorded::Graph(graph);

@@ -25,7 +25,7 @@ pub fn oldest_driver() -> i32 {
 pub const OLDEST_CUBLASLT: usize = 120_000;
 
 /// Every driver function that this backend calls.
-const DRIVER_SYMBOLS: [&str; 37] = [
+const DRIVER_SYMBOLS: &[&str] = &[
     "cuCtxSetCurrent",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
@@ -60,13 +60,17 @@ const DRIVER_SYMBOLS: [&str; 37] = [
     "cuMemsetD8Async",
     "cuModuleGetFunction",
     "cuModuleLoadData",
+    "cuModuleUnload",
     "cuStreamBeginCapture_v2",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
     "cuStreamEndCapture",
+    "cuStreamSynchronize",
     "cuStreamWaitEvent",
 ];
 
 /// Every cuBLASLt function that this backend calls.
-const CUBLASLT_SYMBOLS: [&str; 14] = [
+const CUBLASLT_SYMBOLS: &[&str] = &[
     "cublasLtCreate",
     "cublasLtDestroy",
     "cublasLtGetVersion",
@@ -93,7 +97,7 @@ pub struct Found<V> {
 pub fn driver() -> Result<Found<i32>> {
     let library = open("the CUDA driver", &["libcuda.so", "libcuda.so.1"])
         .map_err(|e| e.hint("install NVIDIA's driver; in a container, start it with `--gpus all`"))?;
-    require(library, "the CUDA driver", &DRIVER_SYMBOLS)
+    require(library, "the CUDA driver", DRIVER_SYMBOLS)
         .map_err(|e| e.hint("update NVIDIA's driver; a `stubs` folder must not be on LD_LIBRARY_PATH"))?;
     let mut version: c_int = 0;
     // SAFETY: the two functions have these signatures in every driver since CUDA 2.2, and `require` has found them.
@@ -143,7 +147,7 @@ pub fn cublaslt() -> Result<Found<usize>> {
             "install CUDA's libraries (`pip install nvidia-cublas`) and put their folder on LD_LIBRARY_PATH",
         )
     })?;
-    require(library, "cuBLASLt", &CUBLASLT_SYMBOLS).map_err(|e| e.hint("install CUDA 12 or newer"))?;
+    require(library, "cuBLASLt", CUBLASLT_SYMBOLS).map_err(|e| e.hint("install CUDA 12 or newer"))?;
     // SAFETY: the function has this signature, and `require` has found it.
     let version = unsafe {
         library
@@ -184,5 +188,32 @@ fn require(library: &Library, what: &str, symbols: &[&str]) -> Result<()> {
     match symbols.iter().find(missing) {
         None => Ok(()),
         Some(name) => Err(Error::new(format!("{what} has no function `{name}`: it is too old, or a stub"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The functions named `sys::PREFIX...(` in a source file.
+    fn called<'a>(source: &'a str, prefix: &str) -> Vec<&'a str> {
+        let names =
+            source.split("sys::").skip(1).filter_map(|rest| rest.split_once('(')).map(|(name, _)| name);
+        let is_function = |name: &&str| {
+            let next = name.strip_prefix(prefix).and_then(|rest| rest.chars().next());
+            next.is_some_and(char::is_uppercase) && name.chars().all(|c| c.is_alphanumeric() || c == '_')
+        };
+        names.filter(is_function).collect()
+    }
+
+    #[test]
+    fn every_function_that_is_called_is_looked_for_first() {
+        let driver = called(include_str!("driver.rs"), "cu");
+        let blas = called(include_str!("blas.rs"), "cublasLt");
+        assert!(driver.len() > 30 && blas.len() > 10, "{} and {} calls found", driver.len(), blas.len());
+        for (calls, symbols) in [(driver, DRIVER_SYMBOLS), (blas, CUBLASLT_SYMBOLS)] {
+            let missing: Vec<_> = calls.iter().filter(|name| !symbols.contains(name)).collect();
+            assert!(missing.is_empty(), "not looked for: {missing:?}");
+        }
     }
 }

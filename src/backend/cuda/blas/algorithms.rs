@@ -6,22 +6,15 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t;
-use serde::{Deserialize, Serialize};
-
 use crate::backend::Precision;
 use crate::files;
-
-#[derive(Default, Serialize, Deserialize)]
-struct Entry {
-    algorithm: [u64; 8],
-    workspace: usize,
-}
+use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t;
 
 /// The file and what it says.
 pub(super) struct Algorithms {
     path: Option<PathBuf>,
-    entries: BTreeMap<String, Entry>,
+    /// Shape → the words of its algorithm.
+    entries: BTreeMap<String, [u64; 8]>,
     changed: bool,
 }
 
@@ -41,12 +34,12 @@ impl Algorithms {
         Self { path, entries: entries.unwrap_or_default(), changed: false }
     }
 
-    pub(super) fn get(&self, key: &str) -> Option<(cublasLtMatmulAlgo_t, usize)> {
-        self.entries.get(key).map(|e| (cublasLtMatmulAlgo_t { data: e.algorithm }, e.workspace))
+    pub(super) fn get(&self, key: &str) -> Option<cublasLtMatmulAlgo_t> {
+        self.entries.get(key).map(|words| cublasLtMatmulAlgo_t { data: *words })
     }
 
-    pub(super) fn put(&mut self, key: String, algorithm: cublasLtMatmulAlgo_t, workspace: usize) {
-        self.entries.insert(key, Entry { algorithm: algorithm.data, workspace });
+    pub(super) fn put(&mut self, key: String, algorithm: cublasLtMatmulAlgo_t) {
+        self.entries.insert(key, algorithm.data);
         self.changed = true;
     }
 
