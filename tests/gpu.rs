@@ -143,6 +143,80 @@ fn resume_after_a_broken_context_has_the_bits_of_an_unbroken_run() {
     assert_eq!(outcome(&out), want);
 }
 
+/// One operation of the card, as the stand-in's `order` writes it down.
+struct Operation {
+    what: String,
+    bytes: u64,
+    stream: u64,
+    after: Value,
+}
+
+impl Operation {
+    /// How many operations of a stream this one comes after; of its own stream, itself included.
+    fn after(&self, stream: u64) -> u64 {
+        self.after.get(stream.to_string()).and_then(Value::as_u64).unwrap_or(0)
+    }
+}
+
+fn operations(file: &str) -> Vec<Operation> {
+    let operation = |line: &str| {
+        let line: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        let number = |key: &str| line[key].as_u64().unwrap();
+        Operation {
+            what: line["what"].as_str().unwrap().to_owned(),
+            bytes: number("bytes"),
+            stream: number("stream"),
+            after: line["after"].clone(),
+        }
+    };
+    std::fs::read_to_string(file).unwrap().lines().map(operation).collect()
+}
+
+#[test]
+fn a_batch_is_copied_beside_the_step_before_it() {
+    let Some(folder) = stand_in() else { return };
+    let steps = 12;
+    for graph in ["train.graph=true", "train.graph=false"] {
+        let (out, order) = (path(&format!("beside-{graph}")), path(&format!("order-{graph}")));
+        let args = small(&out, &["--device", "cuda", "train.checkpoint_every=12", graph]);
+        let done = run(&folder, &format!("checks=on,order={order}"), &args).ok();
+        assert!(!done.stderr.contains("stand-in GPU:"), "{}", done.stderr);
+
+        let (mut uploads, mut begins) = (0, Vec::new());
+        let all = operations(&order);
+        let compute = all.iter().find(|o| o.what == "report_begin").unwrap().stream;
+        for operation in &all {
+            if operation.what == "report_begin" {
+                begins.push(operation.after(compute));
+            }
+            let copy = operation.what == "a copy to the card" && operation.stream != compute;
+            if !copy || begins.len() == steps {
+                continue; // the last step is waited for, and evaluations after it
+            }
+            // Batch n + 1, while step n was asked for last.
+            uploads += 1;
+            assert!(operation.bytes > 4 * 16 * 16 * 3, "a batch has four pictures and more");
+            let n = begins.len();
+            if n >= 1 {
+                assert!(operation.after(compute) < begins[n - 1], "batch {} waits for step {n}", n + 1);
+            }
+            if n >= 2 {
+                assert!(operation.after(compute) >= begins[n - 2], "its place is read by step {}", n - 1);
+            }
+        }
+        assert_eq!((uploads, begins.len()), (steps, steps), "{graph}");
+        // Patches are made of batches that have arrived.
+        let copies = all.iter().map(|o| o.stream).find(|s| *s != compute).unwrap();
+        let patchify = all.iter().filter(|o| o.what.starts_with("patchify"));
+        for (n, patchify) in patchify.take(steps).enumerate() {
+            assert!(patchify.after(copies) > n as u64, "step {} reads its own batch", n + 1);
+        }
+        // The host reads one report of 48 bytes a step.
+        let reports = all.iter().filter(|o| o.what == "a copy from the card" && o.bytes == 48).count();
+        assert_eq!(reports, steps);
+    }
+}
+
 fn resumed(args: &[String]) -> Vec<String> {
     args.iter().cloned().chain(["--resume".to_owned()]).collect()
 }

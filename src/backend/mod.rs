@@ -454,7 +454,8 @@ pub trait Backend: Send {
 
     /// A batch slot in memory that the device can copy from (page-locked on CUDA).
     fn new_slot(&self, layout: SlotLayout) -> Result<Slot>;
-    /// Makes `slot` the batch of the following operations, and gives back the one that is no longer needed.
+    /// Makes `slot` the batch of the following operations, and gives back the one that is no longer needed. A device with
+    /// memory of its own copies the slot while earlier steps compute.
     fn bind_batch(&mut self, slot: Slot) -> Result<Option<Slot>>;
     /// Takes the bound batch back, when a run ends.
     fn unbind_batch(&mut self) -> Option<Slot>;
@@ -467,6 +468,9 @@ pub trait Backend: Send {
     /// record the work once and replay it: between two calls only the bound batch, the keys of
     /// [`Backend::begin_step`], and the update's `t` and `groups` differ.
     fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()>;
+    /// How many steps may usefully be asked for before the report of the one before them is read: 0 where
+    /// [`Backend::step`] returns when its work is done.
+    fn steps_ahead(&self) -> u64;
     /// Waits until everything that was asked for is done.
     fn synchronize(&mut self) -> Result<()>;
 
@@ -560,7 +564,8 @@ pub trait Backend: Send {
     fn add_to_report(&mut self, samples: Mat) -> Result<()>;
     /// Global norm, clip, optimiser, EMA; [`Backend::step`] calls it after its body. Skips itself if the loss or the norm is not finite.
     fn update(&mut self, update: &Update) -> Result<()>;
-    /// The report of the last step; waits for it.
+    /// The oldest report that was not read yet, and waits for it. Each [`Backend::step`] with an update leaves one, to be
+    /// read in order, at most [`Backend::steps_ahead`] steps late. Without a step it is that of the sums as they are.
     fn report(&mut self) -> Result<StepReport>;
 }
 

@@ -155,6 +155,11 @@ impl Backend for Timed {
         update.map_or(Ok(()), |update| self.update(update))
     }
 
+    /// Every operation is waited for.
+    fn steps_ahead(&self) -> u64 {
+        0
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         self.inner.synchronize()
     }

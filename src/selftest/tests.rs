@@ -201,6 +201,9 @@ impl Backend for Broken {
     fn storage(&self) -> Storage {
         self.inner.storage()
     }
+    fn steps_ahead(&self) -> u64 {
+        self.inner.steps_ahead()
+    }
     fn synchronize(&mut self) -> Result<()> {
         self.inner.synchronize()
     }

@@ -140,9 +140,12 @@ impl Subject {
         let batch = source.next()?;
         let free = match self {
             Self::Train(trainer) => {
-                let (free, report) = trainer.step(batch)?;
-                if !report.loss.is_finite() {
-                    return Err(Error::new("the loss of the benchmark is not finite"));
+                let free = trainer.ask(batch)?;
+                // As in a run, the host is a step ahead of a GPU.
+                while trainer.in_flight() > trainer.backend.steps_ahead() {
+                    if !trainer.report()?.loss.is_finite() {
+                        return Err(Error::new("the loss of the benchmark is not finite"));
+                    }
                 }
                 free
             }

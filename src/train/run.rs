@@ -301,13 +301,37 @@ impl Run {
         Ok(Loader::with(self.data.train.clone(), spec, delivery, slots))
     }
 
-    /// The next batch. Training loaders never run dry.
-    pub fn next_batch(&self, loader: &mut Loader) -> Result<Slot> {
-        loader.next()?.ok_or_else(|| Error::new("the data loader ended before the run"))
+    /// The next batch. Training loaders never run dry; where one fails, the steps before it are still logged.
+    pub fn next_batch(&mut self, trainer: &mut Trainer, loader: &mut Loader) -> Result<Slot> {
+        let next = loader.next();
+        if next.is_err() {
+            self.read_reports(trainer, loader, 0)?;
+        }
+        next?.ok_or_else(|| Error::new("the data loader ended before the run"))
+    }
+
+    /// Will somebody look at what the step that was asked for last leaves? Then nothing may follow it before that: an
+    /// evaluation, a checkpoint, a signal, or a run that may end by what its steps report.
+    pub fn is_awaited(&self, trainer: &Trainer) -> bool {
+        let step = trainer.asked();
+        self.evaluation_is_due(step)
+            || self.is_checkpoint_step(step)
+            || trainer.skipped_in_a_row() > 0
+            || self.data.overfit.is_some()
+            || signals::pending().is_some()
+    }
+
+    /// Waits for steps and logs their reports, in order, until at most `ahead` are in flight.
+    pub fn read_reports(&mut self, trainer: &mut Trainer, loader: &Loader, ahead: u64) -> Result<()> {
+        while trainer.in_flight() > ahead {
+            let report = trainer.report().map_err(|e| self.device_failed(trainer, e))?;
+            self.log(trainer, &report, loader)?;
+        }
+        Ok(())
     }
 
     /// Counts a step, and writes a line when one is due.
-    pub fn log(&mut self, trainer: &Trainer, report: &StepReport, loader: &Loader) -> Result<()> {
+    fn log(&mut self, trainer: &Trainer, report: &StepReport, loader: &Loader) -> Result<()> {
         let sums = &mut self.state.window;
         sums.steps += 1;
         sums.loss += report.loss;
@@ -350,10 +374,13 @@ impl Run {
     /// Never while steps are skipped: the checkpoint before the trouble is worth more.
     pub fn checkpoint_is_due(&self, trainer: &Trainer) -> bool {
         let step = trainer.step;
-        let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every);
         let is_best = self.state.best.is_some_and(|best| best.step == step);
-        let due = step.is_multiple_of(every) || step == self.steps || is_best;
-        due && trainer.skipped_in_a_row() == 0
+        (self.is_checkpoint_step(step) || is_best) && trainer.skipped_in_a_row() == 0
+    }
+
+    fn is_checkpoint_step(&self, step: u64) -> bool {
+        let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every);
+        step.is_multiple_of(every) || step == self.steps
     }
 
     /// Validation images, some training images without augmentation, and the same with the EMA of the weights.
@@ -456,7 +483,7 @@ impl Run {
     }
 
     /// Asked before every step, the first of a resumed run too. Divergence and signals are errors.
-    pub fn ended(&mut self, trainer: &mut Trainer) -> Result<Option<Ending>> {
+    pub fn ended(&mut self, trainer: &mut Trainer, loader: &Loader) -> Result<Option<Ending>> {
         if trainer.skipped_in_a_row() >= self.recipe.train.max_skipped {
             return Err(self.diverged(trainer));
         }
@@ -471,6 +498,7 @@ impl Run {
             return Ok(Some(Ending::Finished));
         }
         let Some(signal) = signals::pending() else { return Ok(None) };
+        self.read_reports(trainer, loader, 0)?;
         self.checkpoint(trainer)?;
         let saved = self.saved_at.map_or("no checkpoint was written yet".into(), |step| {
             format!("saved to {}", self.checkpoints.path(step).display())

@@ -40,13 +40,18 @@ pub fn train_from(
     let mut loader = run.loader(&trainer)?;
 
     let ending = loop {
-        if let Some(ending) = run.ended(&mut trainer)? {
+        if let Some(ending) = run.ended(&mut trainer, &loader)? {
             break ending;
         }
-        let batch = run.next_batch(&mut loader)?;
-        let (free, report) = trainer.step(batch).map_err(|e| run.device_failed(&trainer, e))?;
+        let batch = run.next_batch(&mut trainer, &mut loader)?;
+        let free = trainer.ask(batch).map_err(|e| run.device_failed(&trainer, e))?;
         free.into_iter().for_each(|slot| loader.recycle(slot));
-        run.log(&trainer, &report, &loader)?;
+        // The host is a step ahead of a GPU, except where somebody will look at what the step leaves.
+        let ahead = if run.is_awaited(&trainer) { 0 } else { trainer.backend.steps_ahead() };
+        run.read_reports(&mut trainer, &loader, ahead)?;
+        if trainer.in_flight() > 0 {
+            continue;
+        }
         if run.evaluation_is_due(trainer.step) {
             let evaluated = run.evaluate(&mut trainer, &mut loader);
             evaluated.map_err(|e| run.device_failed(&trainer, e))?;
@@ -68,8 +73,10 @@ pub struct Trainer {
     /// Samples of a whole batch on this rank; a multiple of the model's micro-batch.
     pub batch: usize,
     pub seed: u64,
-    /// Finished steps, skipped ones included.
+    /// Finished steps, skipped ones included: those whose report was read.
     pub step: u64,
+    /// Steps that the device was asked for and has not reported yet.
+    in_flight: u64,
     /// Steps whose update was skipped because something was not finite.
     pub skipped: u64,
     skipped_in_a_row: u64,
@@ -132,6 +139,7 @@ impl Trainer {
             batch,
             seed,
             step: 0,
+            in_flight: 0,
             skipped: 0,
             skipped_in_a_row: 0,
         };
@@ -159,12 +167,21 @@ impl Trainer {
         Ok(())
     }
 
-    /// One update from one batch. Returns the slot that is free again, and the step's numbers.
+    /// One update from one batch, waited for. Returns the slot that is free again, and the step's numbers.
     pub fn step(&mut self, batch: Slot) -> Result<(Option<Slot>, StepReport)> {
+        assert_eq!(self.in_flight, 0, "reports of earlier steps are waiting");
+        let free = self.ask(batch)?;
+        Ok((free, self.report()?))
+    }
+
+    /// Asks for one update from one batch, and does not wait for it: [`Trainer::report`] tells how it went. At most one step
+    /// more than [`Backend::steps_ahead`] may be in flight. Returns the slot that is free again.
+    pub fn ask(&mut self, batch: Slot) -> Result<Option<Slot>> {
+        let step = self.asked();
         let micro_batches: Vec<Micro> =
             (0..self.batch).step_by(self.model.micro_batch).map(|i| self.micro(i)).collect();
         let free = self.backend.bind_batch(batch)?;
-        self.backend.begin_step(StepKeys { seed: self.seed, step: self.step })?;
+        self.backend.begin_step(StepKeys { seed: self.seed, step })?;
         let (model, loss, collective) = (&self.model, self.loss, &self.collective);
         let mut gradients = |b: &mut dyn Backend| {
             b.begin_report()?;
@@ -176,10 +193,28 @@ impl Trainer {
             }
             collective.all_reduce_gradients(b)
         };
-        self.backend.step(&mut gradients, Some(&self.optimizer.update(self.step)))?;
+        self.backend.step(&mut gradients, Some(&self.optimizer.update(step)))?;
+        self.in_flight += 1;
+        Ok(free)
+    }
+
+    /// Waits for the oldest step in flight, counts it, and gives its numbers.
+    pub fn report(&mut self) -> Result<StepReport> {
+        assert!(self.in_flight > 0, "no step is in flight");
         let report = self.backend.report()?;
+        self.in_flight -= 1;
         self.count(&report);
-        Ok((free, report))
+        Ok(report)
+    }
+
+    /// Steps that were asked for and not reported yet.
+    pub fn in_flight(&self) -> u64 {
+        self.in_flight
+    }
+
+    /// Steps that were asked for, finished ones included.
+    pub fn asked(&self) -> u64 {
+        self.step + self.in_flight
     }
 
     /// Steps in a row that were skipped, up to now.

@@ -109,6 +109,25 @@ std::string counters_json(const Launch& launch);
 
 namespace {
 
+// Writes down an operation: its stream, and how many operations of each stream it comes after (of its own stream:
+// itself included). Two operations of which neither comes after the other may run at once.
+void note_order(const Running& running, const char* what, uint64_t bytes) {
+  const std::string& path = options().order;
+  if (path.empty()) return;
+  FILE* file = fopen(path.c_str(), "a");
+  if (!file) return;
+  fprintf(file, "{\"what\":\"%s\",\"bytes\":%llu,\"stream\":%u,\"after\":{", what,
+          static_cast<unsigned long long>(bytes), stream_of(running.tag));
+  const char* comma = "";
+  for (uint32_t s = 0; s < kStreams; ++s) {
+    if (!running.ordered[s]) continue;
+    fprintf(file, "%s\"%u\":%llu", comma, s, static_cast<unsigned long long>(running.ordered[s]));
+    comma = ",";
+  }
+  fprintf(file, "}}\n");
+  fclose(file);
+}
+
 // Everything of a launch but its stream, bytes included, so that a graph can run it again.
 struct KernelCall {
   const Kernel* kernel;
@@ -121,6 +140,7 @@ struct KernelCall {
     Machine& m = machine();
     const Options& o = options();
     ++m.launches;
+    note_order(running, kernel->bound.name, 0);
     if (o.fail_launch && m.launches == o.fail_launch) {
       publish({o.fail_code, format("kernel `%s` (launch %llu) fails on demand", kernel->bound.name,
                                    static_cast<unsigned long long>(m.launches))});
@@ -209,6 +229,7 @@ int copy(void* stream, uint64_t to, bool to_device, uint64_t from, bool from_dev
          const char* what) {
   if (bytes == 0) return 0;
   return submit(stream_for(stream), [=](const Running& running) {
+    note_order(running, what, bytes);
     if (from_device) {
       if (int code = touch(running, from, bytes, Access::copy, what)) return fail_sticky(code);
     }

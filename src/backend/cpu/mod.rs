@@ -228,6 +228,10 @@ impl Backend for CpuBackend {
         update.map_or(Ok(()), |update| self.update(update))
     }
 
+    fn steps_ahead(&self) -> u64 {
+        0
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         Ok(())
     }

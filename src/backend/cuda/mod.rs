@@ -174,9 +174,46 @@ impl Cuda {
         update::cast_to_bf16(self, self.arena(Arena::Params).address, working.address, working.bytes / 2)
     }
 
-    fn record(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
+    /// The work of a step, as it may be recorded.
+    fn work(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
         body(self)?;
-        update.map_or(Ok(()), |update| update::update(self, update))
+        let Some(update) = update else { return Ok(()) };
+        update::update(self, update)?;
+        update::close_report(self)
+    }
+
+    /// Does the work of a step: launch by launch at first, which loads kernels and chooses algorithms; then recorded, and
+    /// from there on replayed.
+    fn run(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
+        let kind = usize::from(update.is_none());
+        if !self.options.graph || self.options.check_launches {
+            return self.work(body, update);
+        }
+        match &self.recorded[kind] {
+            Recorded::Never => {
+                self.recorded[kind] = Recorded::Warm;
+                return self.work(body, update);
+            }
+            Recorded::Warm => {
+                // All shapes have been met: a run that is killed from here on finds its algorithms again.
+                self.blas.save();
+                let gpu = self.gpu.clone();
+                let graph = gpu.capture(|| self.work(body, update))?;
+                self.recorded[kind] = Recorded::Graph(graph);
+            }
+            Recorded::Graph(_) => {}
+        }
+        let Recorded::Graph(graph) = &self.recorded[kind] else { unreachable!("recorded above") };
+        self.gpu.replay(graph)
+    }
+}
+
+impl Drop for Cuda {
+    /// Copies under way read and write page-locked memory that goes with this.
+    fn drop(&mut self) {
+        for stream in [Stream::Copy, Stream::Compute] {
+            let _ = self.gpu.synchronize(stream);
+        }
     }
 }
 
@@ -282,23 +319,23 @@ impl Backend for Cuda {
         Ok(Slot::new(Box::new(self.gpu.allocate_pinned(layout.bytes())?), layout))
     }
 
-    /// Starts the copy and returns; the slot that was bound before has long been copied.
+    /// Starts the copy beside the step under way and returns. It waits for the step before that one, which read the same
+    /// place, and the next step waits for it. The slot that comes back was bound before: its copy began a step ago.
     fn bind_batch(&mut self, slot: Slot) -> Result<Option<Slot>> {
         self.gpu.make_current()?;
         self.classes.map_or(Ok(()), |classes| head::check_labels(&slot, classes))?;
         let bytes = slot.layout().bytes();
-        let place = 1 - self.batch.current;
+        let (before, place) = (self.batch.current, 1 - self.batch.current);
         let room = match self.batch.places[place].take() {
             Some(room) if room.bytes >= bytes => room,
             _ => self.gpu.allocate(bytes)?,
         };
+        // The old place is free behind what was asked for so far, not behind what comes next.
+        self.gpu.record_event(&self.batch.read[before], Stream::Compute)?;
         self.gpu.wait_event(Stream::Copy, &self.batch.read[place])?;
         self.gpu.upload_async(room.address, slot.memory(), Stream::Copy)?;
         self.gpu.record_event(&self.batch.filled[place], Stream::Copy)?;
         self.gpu.wait_event(Stream::Compute, &self.batch.filled[place])?;
-        // The place that was read until now is free when what has been asked for so far is done.
-        let before = self.batch.current;
-        self.gpu.record_event(&self.batch.read[before], Stream::Compute)?;
         self.cells.bind(&slot, room.address);
         self.cells.send(&self.gpu)?;
         self.batch.places[place] = Some(room);
@@ -337,26 +374,12 @@ impl Backend for Cuda {
             self.cells.set_rates(update);
         }
         self.cells.send(&self.gpu)?;
-        let kind = usize::from(update.is_none());
-        if !self.options.graph || self.options.check_launches {
-            return self.record(body, update);
-        }
-        match &self.recorded[kind] {
-            Recorded::Never => {
-                self.recorded[kind] = Recorded::Warm;
-                return self.record(body, update);
-            }
-            Recorded::Warm => {
-                // All shapes have been met: a run that is killed from here on finds its algorithms again.
-                self.blas.save();
-                let gpu = self.gpu.clone();
-                let graph = gpu.capture(|| self.record(body, update))?;
-                self.recorded[kind] = Recorded::Graph(graph);
-            }
-            Recorded::Graph(_) => {}
-        }
-        let Recorded::Graph(graph) = &self.recorded[kind] else { unreachable!("recorded above") };
-        self.gpu.replay(graph)
+        self.run(body, update)?;
+        update.map_or(Ok(()), |_| update::send_report(self))
+    }
+
+    fn steps_ahead(&self) -> u64 {
+        1
     }
 
     fn synchronize(&mut self) -> Result<()> {

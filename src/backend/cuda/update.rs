@@ -1,10 +1,15 @@
 //! The step's report, the global norm, and the optimiser over the flat buffers (kernels/report.cu, kernels/update.cu).
 //!
+//! A report is closed by a kernel at the end of the step and copied to page-locked memory behind it. The copy is no part of
+//! a recorded step: each report has a place of its own, so that the host may read one while the next is on its way.
+//!
 //! An update is three launches: sums of squares, one block that turns them into the clip factor and the constants of
 //! this step, and the pass over all parameters. The host takes no part: what the kernels tell each other lies in
 //! [`State`], and the tables that map runs of elements to parameter groups are made at the first update.
 
 mod adafactor;
+
+use std::collections::VecDeque;
 
 use super::driver::{Address, Buffer, Event, Gpu, Pinned, Stream};
 use super::launch::{Argument, launch};
@@ -21,12 +26,21 @@ pub(super) struct State {
     table: Option<Table>,
 }
 
-/// Sums, constants and partial norms, and the finished report on its way to the host.
+/// Sums, constants and partial norms, and finished reports on their way to the host.
 struct UpdateCells {
     device: Buffer,
     norm_blocks: usize,
-    arrival: (Pinned, Event),
+    /// Free places for reports.
+    places: Vec<Arrival>,
+    /// Reports that were not read yet, the oldest first.
+    arrivals: VecDeque<Arrival>,
 }
+
+/// Where a report arrives, and when it has.
+type Arrival = (Pinned, Event);
+
+/// Reports that may wait for the host: that of the step under way, and of the one before.
+const ARRIVALS: usize = 2;
 
 /// Bytes of `ReportSums`, `UpdateCells` and `StepReport` (kernels/step.cuh), each in 64 bytes of its own.
 const CELL_BYTES: u64 = 64;
@@ -49,10 +63,12 @@ struct RawReport {
 impl UpdateCells {
     fn new(gpu: &Gpu) -> Result<Self> {
         let norm_blocks = NORM_BLOCKS * gpu.card().multiprocessors as usize;
+        let place = |_| Ok((gpu.allocate_pinned(size_of::<RawReport>())?, gpu.new_event()?));
         Ok(Self {
             device: gpu.allocate(3 * CELL_BYTES as usize + norm_blocks * 8)?,
             norm_blocks,
-            arrival: (gpu.allocate_pinned(size_of::<RawReport>())?, gpu.new_event()?),
+            places: (0..ARRIVALS).map(place).collect::<Result<_>>()?,
+            arrivals: VecDeque::new(),
         })
     }
 
@@ -103,18 +119,38 @@ fn addresses(cuda: &mut Cuda) -> Result<(Address, Address)> {
     Ok((cells.sums(), cells.constants()))
 }
 
-/// [`crate::backend::Backend::report`]: asks for this step's report and waits for it.
-pub(super) fn report(cuda: &mut Cuda) -> Result<StepReport> {
+/// Finishes the report of the sums as they are: the last kernel of a step.
+pub(super) fn close_report(cuda: &mut Cuda) -> Result<()> {
     let (sums, constants) = addresses(cuda)?;
     let out = cells(cuda)?.report();
     let mean_over = cuda.micro.mean_over as f64;
-    launch!(cuda, "report_close", [1, 1, 1], 32, 0, cuda.cells.address(), sums, constants, mean_over, out)?;
+    launch!(cuda, "report_close", [1, 1, 1], 32, 0, cuda.cells.address(), sums, constants, mean_over, out)
+}
+
+/// Sends the closed report to the host, behind what was asked for so far.
+pub(super) fn send_report(cuda: &mut Cuda) -> Result<()> {
     let gpu = cuda.gpu.clone();
-    let (memory, arrived) = &mut cells(cuda)?.arrival;
-    gpu.download_async(out, memory.bytes_mut(), Stream::Compute)?;
-    gpu.record_event(arrived, Stream::Compute)?;
-    arrived.synchronize()?;
+    let cells = cells(cuda)?;
+    let (mut memory, arrived) = cells.places.pop().expect("the reports of two steps were not read");
+    let sent = gpu
+        .download_async(cells.report(), memory.bytes_mut(), Stream::Compute)
+        .and_then(|()| gpu.record_event(&arrived, Stream::Compute));
+    cells.arrivals.push_back((memory, arrived));
+    sent
+}
+
+/// [`crate::backend::Backend::report`]
+pub(super) fn report(cuda: &mut Cuda) -> Result<StepReport> {
+    if cells(cuda)?.arrivals.is_empty() {
+        close_report(cuda)?;
+        send_report(cuda)?;
+    }
+    let cells = cells(cuda)?;
+    let (memory, arrived) = cells.arrivals.pop_front().expect("sent above");
+    let waited = arrived.synchronize();
     let raw: RawReport = bytemuck::pod_read_unaligned(&memory.bytes()[..size_of::<RawReport>()]);
+    cells.places.push((memory, arrived));
+    waited?;
     Ok(StepReport {
         loss: raw.loss,
         top1: raw.top1,
