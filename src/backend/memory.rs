@@ -1,10 +1,13 @@
 //! Handles into the flat arenas, and the plan that says how big each arena is.
 //!
 //! The plan is made once from (model, batch, precision): the parameter layout gives the parameter, gradient and
-//! optimiser arenas, the model gives the activations. `vitrum plan` prints it, the backend allocates exactly it, and
-//! nothing else is allocated in a step.
+//! optimiser arenas, the model gives the activations, and on a device with memory of its own the slots give the places of
+//! batches and the optimiser's segments the tables of an update. `vitrum plan` prints it, the backend allocates exactly
+//! it, and nothing else is allocated.
 
 use std::fmt;
+
+use super::SlotLayout;
 
 /// The flat buffers of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,13 +26,17 @@ pub enum Arena {
     Activations,
     /// bf16 copy of `Params` with the same element offsets; only where matrix products read bf16.
     Working,
-    /// Partial sums and scratch of a device's own operations; holds nothing between two of them.
+    /// Partial sums and scratch of a device's own operations, and the cells through which steps reach its kernels.
     Workspace,
+    /// Two places for batches, where operations do not read the slot itself: one is filled while the other is read.
+    Batches,
+    /// Tables and scratch of a device's own update.
+    Update,
 }
 
 impl Arena {
     /// How many there are.
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 10;
     /// The arenas whose contents mean something from one operation to the next and that nothing else determines.
     pub const ALL: [Arena; 6] =
         [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2, Arena::Ema, Arena::Activations];
@@ -113,7 +120,7 @@ pub struct Storage {
     pub activations: Dtype,
     /// Rows of activations are padded to a multiple of this many elements.
     pub row_align: usize,
-    /// Bytes of [`Arena::Workspace`].
+    /// Bytes of [`Arena::Workspace`]; 0 where operations work in main memory.
     pub workspace: usize,
     /// What is not kept. The run's choice, not the device's.
     pub recompute: Recompute,
@@ -123,6 +130,11 @@ impl Storage {
     /// Dense f32 in main memory.
     pub const CPU: Storage =
         Storage { activations: Dtype::F32, row_align: 1, workspace: 0, recompute: Recompute::None };
+
+    /// A device with memory of its own: batches are copied there, and so is what an update needs besides the arenas.
+    pub fn is_apart(&self) -> bool {
+        self.workspace > 0
+    }
 
     /// Matrix products read a bf16 copy of the weights.
     pub fn has_working_copy(&self) -> bool {
@@ -167,6 +179,13 @@ impl MemoryPlan {
         self.sizes[arena as usize] = bytes;
         if arena == Arena::Params && self.storage.has_working_copy() {
             self.sizes[Arena::Working as usize] = bytes / 2;
+        }
+    }
+
+    /// Makes room for the slots that will be bound, of which `layout` is the largest.
+    pub fn set_batch(&mut self, layout: SlotLayout) {
+        if self.storage.is_apart() {
+            self.sizes[Arena::Batches as usize] = 2 * layout.bytes().next_multiple_of(TENSOR_ALIGN);
         }
     }
 

@@ -580,6 +580,11 @@ pub fn planned_storage(device: Device, precision: Precision) -> Storage {
     }
 }
 
+/// Bytes of [`Arena::Update`] for an optimiser on a device that stores things this way.
+pub fn update_bytes(storage: Storage, rule: Rule, segments: &[Segment]) -> usize {
+    if storage.is_apart() { cuda::update_bytes(rule, segments) } else { 0 }
+}
+
 /// Opens the device that the user asked for. `Auto` takes the CPU after one line on stderr that says why.
 ///
 /// # Errors

@@ -175,6 +175,11 @@ impl Optimizer {
         }
     }
 
+    /// How gradients become updates.
+    pub fn rule(&self) -> Rule {
+        self.rule
+    }
+
     /// The tensors in the order of the flat buffers.
     pub fn segments(&self) -> &[Segment] {
         &self.segments

@@ -117,7 +117,9 @@ impl Subject {
             return Ok(Self::Train(Box::new(trainer)));
         }
         let model = build::model(recipe, Mode::Infer, backend.storage())?;
-        backend.allocate(&model.plan())?;
+        let mut plan = model.plan();
+        plan.set_batch(build::slot_layout(recipe, TargetKind::Labels));
+        backend.allocate(&plan)?;
         model.init(&mut *backend, recipe.train.seed)?;
         Ok(Self::Infer { backend, model: Box::new(model) })
     }

@@ -1,9 +1,10 @@
 //! From a resolved recipe to the parts of a trainer.
 
-use crate::backend::{self, Loss, Normalise, Storage};
+use crate::backend::{self, Loss, Normalise, Pixels, SlotLayout, Storage, TargetKind};
+use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::optim::{self, Optimizer, RunLength};
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, SlotPixels};
 use crate::vit::{Mode, Param, Vit};
 
 use super::trainer::TrainerOptions;
@@ -39,12 +40,34 @@ pub fn device_options(recipe: &Recipe) -> backend::Options {
     }
 }
 
-/// Batch, seed and objective.
+/// What a slot of the run holds.
+pub fn slot_layout(recipe: &Recipe, targets: TargetKind) -> SlotLayout {
+    SlotLayout {
+        samples: recipe.train.batch,
+        image: (recipe.model.image.height, recipe.model.image.width),
+        pixels: match recipe.data.pixels {
+            SlotPixels::U8 => Pixels::U8,
+            SlotPixels::F32 => Pixels::F32,
+        },
+        targets,
+    }
+}
+
+/// Class indices, or rows of zeros and ones where samples may have several classes.
+pub fn targets(dataset: &Dataset) -> TargetKind {
+    match dataset.is_multi_label() {
+        true => TargetKind::Dense { classes: dataset.classes().len() },
+        false => TargetKind::Labels,
+    }
+}
+
+/// Batch, seed and objective, for slots of labels.
 pub fn options(recipe: &Recipe) -> TrainerOptions {
     TrainerOptions {
         loss: Loss { kind: recipe.loss.kind, label_smoothing: recipe.loss.label_smoothing },
         batch: recipe.train.batch,
         seed: recipe.train.seed,
+        slot: slot_layout(recipe, TargetKind::Labels),
     }
 }
 

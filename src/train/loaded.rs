@@ -60,7 +60,9 @@ impl Loaded {
         let mut backend = backend::select(device, &backend::Options::default())?;
         let model =
             Vit::new(file.config.clone(), file.meta.normalise, batch, mode, backend.storage(), |_| false);
-        backend.allocate(&model.plan())?;
+        let mut plan = model.plan();
+        plan.set_batch(slot_layout(&model));
+        backend.allocate(&plan)?;
         load_weights(&file, &model, &mut *backend)?;
         Ok(Self { backend, model, meta: file.meta })
     }
@@ -82,12 +84,7 @@ impl Loaded {
     }
 
     pub(super) fn slot_layout(&self) -> SlotLayout {
-        SlotLayout {
-            samples: self.model.micro_batch,
-            image: self.model.config.image,
-            pixels: Pixels::U8,
-            targets: TargetKind::Labels,
-        }
+        slot_layout(&self.model)
     }
 }
 
@@ -130,6 +127,16 @@ fn likeliest(logits: &[f32], top: usize, names: Option<&[String]>) -> Vec<Predic
         probability: (f64::from(logits[class] - largest).exp() / sum) as f32,
     };
     order.into_iter().take(top).map(prediction).collect()
+}
+
+/// Slots of one micro-batch.
+fn slot_layout(model: &Vit) -> SlotLayout {
+    SlotLayout {
+        samples: model.micro_batch,
+        image: model.config.image,
+        pixels: Pixels::U8,
+        targets: TargetKind::Labels,
+    }
 }
 
 /// Writes a file's weights into the model's parameters, and fills in its fixed tables.

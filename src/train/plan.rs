@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::backend::{self, Arena, Device, MemoryPlan, Pixels, SlotLayout, TargetKind};
+use crate::backend::{self, Arena, Device, MemoryPlan, TargetKind};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::optim::Optimizer;
@@ -40,14 +40,10 @@ impl Plan {
         let model =
             build::model(&recipe, Mode::Train, backend::planned_storage(device, recipe.train.precision))?;
         let optimizer = build::optimizer(&recipe, &model, size)?;
-        let layout = SlotLayout {
-            samples: recipe.train.batch,
-            image: model.config.image,
-            pixels: Pixels::U8,
-            targets: TargetKind::Labels,
-        };
+        let layout = build::slot_layout(&recipe, data.as_ref().map_or(TargetKind::Labels, build::targets));
         let slot_bytes = layout.bytes() * recipe.data.slots;
-        Ok(Self { memory: Trainer::plan(&model, &optimizer), recipe, model, optimizer, slot_bytes, images })
+        let memory = Trainer::plan(&model, &optimizer, layout);
+        Ok(Self { memory, recipe, model, optimizer, slot_bytes, images })
     }
 
     fn steps(&self) -> u64 {
@@ -87,7 +83,7 @@ impl Plan {
             ));
         }
         lines.push(format!("lr       {}", self.learning_rates()));
-        lines.extend(run::memory_lines(&self.model, &self.optimizer));
+        lines.extend(run::memory_lines(&self.memory));
         lines.push(format!(
             "         and {} in {} batch slots",
             format::bytes(self.slot_bytes as u64),
@@ -154,6 +150,8 @@ impl Plan {
                 "activations_bytes": bytes(Arena::Activations),
                 "working_copy_bytes": bytes(Arena::Working),
                 "workspace_bytes": bytes(Arena::Workspace),
+                "batches_bytes": bytes(Arena::Batches),
+                "update_bytes": bytes(Arena::Update),
                 "slots_bytes": self.slot_bytes,
             },
             "config": self.recipe.to_toml(),

@@ -4,19 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Device, Loss, Pixels, Slot, SlotLayout, StepReport, TargetKind};
+use crate::backend::{Device, Loss, MemoryPlan, Pixels, Slot, SlotLayout, StepReport};
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::optim::Optimizer;
-use crate::recipe::{AugmentSection, Metric, Recipe, ScheduleKind, SlotPixels};
+use crate::recipe::{AugmentSection, Metric, Recipe, ScheduleKind};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, format};
 use crate::vit::Vit;
 use crate::weights::CheckpointMeta;
 
 use super::checkpoint::{Best, Checkpoints, RunState, Sums};
 use super::evaluate::{EvalReport, evaluate};
-use super::{Trainer, signals};
+use super::{Trainer, build, signals};
 
 /// What the command line says about a run, besides the recipe.
 #[derive(Clone, Debug)]
@@ -96,14 +95,6 @@ impl RunData {
             .hint(format!("use `--set train.batch={images}` or less")));
         }
         recipe.resolved(self.train.classes().len(), images)
-    }
-}
-
-/// Class indices, or rows of zeros and ones where samples may have several classes.
-fn targets(dataset: &Dataset) -> TargetKind {
-    match dataset.is_multi_label() {
-        true => TargetKind::Dense { classes: dataset.classes().len() },
-        false => TargetKind::Labels,
     }
 }
 
@@ -261,7 +252,7 @@ impl Run {
             recipe.optim.lr * trainer.optimizer.batch_scale(),
             recipe.schedule.kind
         ));
-        for line in memory_lines(&trainer.model, &trainer.optimizer) {
+        for line in memory_lines(&trainer.memory) {
             log(line);
         }
         if let Some(step) = resumed {
@@ -274,15 +265,7 @@ impl Run {
     /// The training loader, from the batch after the last finished step.
     pub fn loader(&self, trainer: &Trainer) -> Result<Loader> {
         let (recipe, config) = (&self.recipe, &trainer.model.config);
-        let layout = SlotLayout {
-            samples: recipe.train.batch,
-            image: config.image,
-            pixels: match recipe.data.pixels {
-                SlotPixels::U8 => Pixels::U8,
-                SlotPixels::F32 => Pixels::F32,
-            },
-            targets: targets(&self.data.train),
-        };
+        let layout = build::slot_layout(recipe, build::targets(&self.data.train));
         let slots =
             (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
@@ -427,7 +410,7 @@ impl Run {
             samples: model.micro_batch,
             image: model.config.image,
             pixels: Pixels::U8,
-            targets: targets(dataset),
+            targets: build::targets(dataset),
         };
         let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
@@ -609,11 +592,10 @@ pub fn model_lines(model: &Vit) -> Vec<String> {
 }
 
 /// What the run allocates, for headers and `vitrum plan`.
-pub fn memory_lines(model: &Vit, optimizer: &Optimizer) -> Vec<String> {
+pub fn memory_lines(plan: &MemoryPlan) -> Vec<String> {
     use crate::backend::Arena::*;
-    let plan = Trainer::plan(model, optimizer);
     let size = |bytes: usize| format::bytes(bytes as u64);
-    let mut line = format!(
+    let line = format!(
         "memory   {}: parameters {}, gradients {}, optimiser {}, ema {}, activations {}",
         size(plan.total_bytes()),
         size(plan.bytes(Params)),
@@ -622,12 +604,17 @@ pub fn memory_lines(model: &Vit, optimizer: &Optimizer) -> Vec<String> {
         size(plan.bytes(Ema)),
         size(plan.bytes(Activations)),
     );
-    // What only a GPU needs.
-    if plan.bytes(Workspace) > 0 {
-        line +=
-            &format!(", bf16 copy {}, workspace {}", size(plan.bytes(Working)), size(plan.bytes(Workspace)));
+    if !plan.storage().is_apart() {
+        return vec![line];
     }
-    vec![line]
+    let of_device = format!(
+        "         of it on a GPU alone: bf16 copy {}, batches {}, tables of the update {}, workspace {}",
+        size(plan.bytes(Working)),
+        size(plan.bytes(Batches)),
+        size(plan.bytes(Update)),
+        size(plan.bytes(Workspace)),
+    );
+    vec![line, of_device]
 }
 
 /// `runs/RECIPE-DATE`, where nothing else is named.

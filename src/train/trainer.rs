@@ -3,7 +3,7 @@
 //! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. The run directory, its
 //! checkpoints and its reports are the business of [`super::run`].
 
-use crate::backend::{self, Arena, Backend, Loss, MemoryPlan, Micro, Slot, StepKeys, StepReport};
+use crate::backend::{self, Arena, Backend, Loss, MemoryPlan, Micro, Slot, SlotLayout, StepKeys, StepReport};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::optim::Optimizer;
@@ -31,7 +31,9 @@ pub fn train_from(
     let backend = backend::select(options.device, &build::device_options(&recipe))?;
     let model = build::model(&recipe, Mode::Train, backend.storage())?;
     let optimizer = build::optimizer(&recipe, &model, data.train.len())?;
-    let (collective, of_trainer) = (Collective::from_env()?, build::options(&recipe));
+    let collective = Collective::from_env()?;
+    let slot = build::slot_layout(&recipe, build::targets(&data.train));
+    let of_trainer = TrainerOptions { slot, ..build::options(&recipe) };
     let mut trainer = match weights {
         None => Trainer::new(backend, model, optimizer, collective, of_trainer)?,
         Some(file) => Trainer::from_weights(backend, model, optimizer, collective, of_trainer, file)?,
@@ -68,6 +70,8 @@ pub struct Trainer {
     pub backend: Box<dyn Backend>,
     pub model: Vit,
     pub optimizer: Optimizer,
+    /// What was allocated.
+    pub memory: MemoryPlan,
     pub collective: Collective,
     pub loss: Loss,
     /// Samples of a whole batch on this rank; a multiple of the model's micro-batch.
@@ -88,6 +92,8 @@ pub struct TrainerOptions {
     pub loss: Loss,
     pub batch: usize,
     pub seed: u64,
+    /// The largest slot that will be bound.
+    pub slot: SlotLayout,
 }
 
 impl Trainer {
@@ -127,13 +133,15 @@ impl Trainer {
     ) -> Result<Self> {
         assert_eq!(model.mode, Mode::Train, "a trainer needs a model with gradients");
         assert_eq!(options.batch % model.micro_batch, 0, "the micro-batch divides the batch");
-        backend.allocate(&Self::plan(&model, &optimizer))?;
+        let memory = Self::plan(&model, &optimizer, options.slot);
+        backend.allocate(&memory)?;
         fill(&model, &mut *backend)?;
-        let TrainerOptions { loss, batch, seed } = options;
+        let TrainerOptions { loss, batch, seed, .. } = options;
         let mut trainer = Self {
             backend,
             model,
             optimizer,
+            memory,
             collective,
             loss,
             batch,
@@ -147,9 +155,12 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Bytes of every arena of a run: what `vitrum plan` prints and [`Trainer::new`] allocates.
-    pub fn plan(model: &Vit, optimizer: &Optimizer) -> MemoryPlan {
+    /// Bytes of every arena of a run with such slots: what `vitrum plan` prints and [`Trainer::new`] allocates.
+    pub fn plan(model: &Vit, optimizer: &Optimizer, slot: SlotLayout) -> MemoryPlan {
         let mut plan = model.plan();
+        plan.set_batch(slot);
+        let update = backend::update_bytes(plan.storage(), optimizer.rule(), optimizer.segments());
+        plan.set_bytes(Arena::Update, update);
         plan.set_bytes(Arena::Moment1, optimizer.moment1_bytes());
         plan.set_bytes(Arena::Moment2, optimizer.moment2_bytes());
         if optimizer.ema_decay().is_some() {

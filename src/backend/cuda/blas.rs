@@ -238,7 +238,8 @@ impl Blas {
         Ok(results)
     }
 
-    /// Times the candidates on the real operands. A result that is added to is put back afterwards.
+    /// Times the candidates on the real operands. A result that is added to waits in main memory and is put back: the card
+    /// may be full.
     fn choose_fastest(
         &self,
         plan: &mut Plan,
@@ -249,8 +250,8 @@ impl Blas {
     ) -> Result<()> {
         let bytes = ((shape.d.cols - 1) * shape.d.ld + shape.d.rows) * shape.d.dtype.bytes();
         let saved = if shape.add_c && operands.c == operands.d {
-            let copy = self.gpu.allocate(bytes)?;
-            self.gpu.copy(copy.address, operands.d, bytes)?;
+            let mut copy = vec![0; bytes];
+            self.gpu.download(operands.d, &mut copy)?;
             Some(copy)
         } else {
             None
@@ -280,7 +281,7 @@ impl Blas {
             }
         }
         if let Some(copy) = &saved {
-            self.gpu.copy(operands.d, copy.address, bytes)?;
+            self.gpu.upload(operands.d, copy)?;
         }
         Ok(())
     }

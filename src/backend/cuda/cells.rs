@@ -3,7 +3,7 @@
 //! The host writes the next step's cells into a ring of page-locked copies and sends one ahead of each step, so that
 //! a copy under way is never overwritten.
 
-use super::driver::{Address, Buffer, Event, Gpu, Pinned, Stream};
+use super::driver::{Address, Event, Gpu, Pinned, Stream};
 use crate::backend::{GroupScalars, HostMemory, Pixels, Slot, StepKeys, Update};
 use crate::error::Result;
 
@@ -46,11 +46,12 @@ struct Rates {
 }
 
 const CELLS_BYTES: usize = size_of::<StepCells>().next_multiple_of(16);
-const BYTES: usize = CELLS_BYTES + MAX_GROUPS * size_of::<Rates>();
+/// Bytes on the device.
+pub(super) const BYTES: usize = CELLS_BYTES + MAX_GROUPS * size_of::<Rates>();
 
 /// The cells of one device.
 pub(super) struct Cells {
-    device: Buffer,
+    device: Address,
     ring: Vec<(Pinned, Event)>,
     next: usize,
     now: StepCells,
@@ -64,7 +65,7 @@ impl Cells {
     pub(super) fn new(gpu: &Gpu) -> Result<Self> {
         let slot = |_| Ok((gpu.allocate_pinned(BYTES)?, gpu.new_event()?));
         Ok(Self {
-            device: gpu.allocate(BYTES)?,
+            device: 0,
             ring: (0..RING).map(slot).collect::<Result<_>>()?,
             next: 0,
             now: StepCells::default(),
@@ -74,14 +75,20 @@ impl Cells {
         })
     }
 
+    /// Puts them into [`BYTES`] bytes of device memory.
+    pub(super) fn place(&mut self, device: Address) {
+        self.device = device;
+        self.stale = true;
+    }
+
     /// `StepCells*`
     pub(super) fn address(&self) -> Address {
-        self.device.address
+        self.device
     }
 
     /// `GroupScalars*`
     pub(super) fn rates(&self) -> Address {
-        self.device.address + CELLS_BYTES as u64
+        self.device + CELLS_BYTES as u64
     }
 
     /// What the bound batch's pixels are.
@@ -125,7 +132,7 @@ impl Cells {
         let bytes = copy.bytes_mut();
         bytes[..size_of::<StepCells>()].copy_from_slice(bytemuck::bytes_of(&self.now));
         bytes[CELLS_BYTES..].copy_from_slice(bytemuck::cast_slice(&self.rates));
-        gpu.upload_async(self.device.address, copy.bytes(), Stream::Compute)?;
+        gpu.upload_async(self.device, copy.bytes(), Stream::Compute)?;
         gpu.record_event(sent, Stream::Compute)
     }
 }

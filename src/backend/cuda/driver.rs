@@ -135,11 +135,14 @@ impl Gpu {
         Ok((free, total))
     }
 
-    /// Zeroed device memory.
+    /// Zeroed device memory; nothing at address 0 for no bytes, which the driver refuses.
     pub(super) fn allocate(&self, bytes: usize) -> Result<Buffer> {
         let mut address = 0;
-        // SAFETY: a valid out-pointer; a size of 0 is refused by the driver, so at least one byte is asked for.
-        let code = unsafe { sys::cuMemAlloc_v2(&mut address, bytes.max(1)) };
+        if bytes == 0 {
+            return Ok(Buffer { gpu: self.clone(), address, bytes });
+        }
+        // SAFETY: a valid out-pointer and a size above 0.
+        let code = unsafe { sys::cuMemAlloc_v2(&mut address, bytes) };
         if code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             let (free, total) = self.memory()?;
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
@@ -225,12 +228,6 @@ impl Gpu {
             let code = sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), self.stream(stream));
             check(code, "copy from the card")
         }
-    }
-
-    /// Device → device, in the compute stream's order.
-    pub(super) fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
-        // SAFETY: callers pass ranges inside their own buffers.
-        unsafe { check(sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.compute), "copy on the card") }
     }
 
     pub(super) fn synchronize(&self, stream: Stream) -> Result<()> {
@@ -440,6 +437,9 @@ pub(super) struct Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        if self.bytes == 0 {
+            return;
+        }
         // SAFETY: allocated by `Gpu::allocate`, freed once, after the streams that may still use it.
         unsafe {
             sys::cuStreamSynchronize(self.gpu.0.compute);

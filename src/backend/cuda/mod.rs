@@ -24,9 +24,11 @@ mod update;
 use super::{
     Arena, Backend, Body, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat,
     MemoryPlan, Micro, Norm, Normalise, Options, PatchGrid, Pool, Precision, Recompute, Slot, SlotLayout,
-    Stats, StepKeys, StepReport, Storage, Update,
+    Stats, StepKeys, StepReport, Storage, Update, memory,
 };
 use crate::error::{Error, Result};
+
+pub(in crate::backend) use update::update_bytes;
 
 use blas::Blas;
 use cells::Cells;
@@ -34,12 +36,13 @@ use driver::{Address, Buffer, Event, Gpu, Graph, Stream};
 
 /// Rows of activations are padded to this many elements: 16 bytes in bf16, which vector loads and cuBLASLt want.
 const ROW_ALIGN: usize = 8;
-/// Scratch for partial sums, and for cuBLASLt's split products.
-const WORKSPACE: usize = 96 << 20;
-/// The part of it that cuBLASLt may use; the rest is for own kernels.
+/// The workspace: cuBLASLt's for split products, then scratch of one operation's own kernels, then the step's cells and
+/// those of reports and updates.
+const WORKSPACE: usize = UPDATE_CELLS + update::CELLS_BYTES;
 const BLAS_WORKSPACE: usize = 64 << 20;
-/// Scratch of one operation's own kernels.
-const SCRATCH: usize = WORKSPACE - BLAS_WORKSPACE;
+const SCRATCH: usize = 32 << 20;
+const STEP_CELLS: usize = BLAS_WORKSPACE + SCRATCH;
+const UPDATE_CELLS: usize = (STEP_CELLS + cells::BYTES).next_multiple_of(memory::TENSOR_ALIGN);
 
 /// A GPU as a device.
 pub struct Cuda {
@@ -70,10 +73,9 @@ enum Recorded {
     Graph(Graph),
 }
 
-/// Two places for batches in device memory: one is read by the step while the other is filled.
+/// The two places of [`Arena::Batches`]: one is read by the step while the other is filled.
 struct BoundBatch {
     slot: Option<Slot>,
-    places: [Option<Buffer>; 2],
     current: usize,
     /// The copy into a place is done.
     filled: [Event; 2],
@@ -103,14 +105,13 @@ impl Cuda {
             cells,
             batch: BoundBatch {
                 slot: None,
-                places: [None, None],
                 current: 0,
                 filled: [event()?, event()?],
                 read: [event()?, event()?],
             },
             keys: StepKeys { seed: 0, step: 0 },
             micro: Micro { first: 0, samples: 0, global_first: 0, accumulate: false, mean_over: 1 },
-            update: update::State::default(),
+            update: update::State::new(&gpu)?,
             classes: None,
             recorded: [Recorded::Never, Recorded::Never],
             gpu,
@@ -172,6 +173,18 @@ impl Cuda {
             return Ok(());
         }
         update::cast_to_bf16(self, self.arena(Arena::Params).address, working.address, working.bytes / 2)
+    }
+
+    /// A place for a batch. One that the plan did not know of gets a larger arena when nothing uses the old one.
+    fn room_for_batch(&mut self, bytes: usize, place: usize) -> Result<Address> {
+        let bytes = bytes.next_multiple_of(memory::TENSOR_ALIGN);
+        if self.arena(Arena::Batches).bytes < 2 * bytes {
+            self.gpu.synchronize(Stream::Copy)?;
+            self.gpu.synchronize(Stream::Compute)?;
+            self.arenas[Arena::Batches as usize] = self.gpu.allocate(2 * bytes)?;
+        }
+        let arena = self.arena(Arena::Batches);
+        Ok(arena.address + (place * (arena.bytes / 2)) as u64)
     }
 
     /// The work of a step, as it may be recorded.
@@ -250,6 +263,9 @@ impl Backend for Cuda {
         for index in 0..Arena::COUNT {
             self.arenas.push(self.gpu.allocate(plan.bytes_at(index))?);
         }
+        let workspace = self.arena(Arena::Workspace).address;
+        self.cells.place(workspace + STEP_CELLS as u64);
+        self.update.place(workspace + UPDATE_CELLS as u64);
         self.gpu.synchronize(Stream::Compute)
     }
 
@@ -326,19 +342,15 @@ impl Backend for Cuda {
         self.classes.map_or(Ok(()), |classes| head::check_labels(&slot, classes))?;
         let bytes = slot.layout().bytes();
         let (before, place) = (self.batch.current, 1 - self.batch.current);
-        let room = match self.batch.places[place].take() {
-            Some(room) if room.bytes >= bytes => room,
-            _ => self.gpu.allocate(bytes)?,
-        };
+        let room = self.room_for_batch(bytes, place)?;
         // The old place is free behind what was asked for so far, not behind what comes next.
         self.gpu.record_event(&self.batch.read[before], Stream::Compute)?;
         self.gpu.wait_event(Stream::Copy, &self.batch.read[place])?;
-        self.gpu.upload_async(room.address, slot.memory(), Stream::Copy)?;
+        self.gpu.upload_async(room, slot.memory(), Stream::Copy)?;
         self.gpu.record_event(&self.batch.filled[place], Stream::Copy)?;
         self.gpu.wait_event(Stream::Compute, &self.batch.filled[place])?;
-        self.cells.bind(&slot, room.address);
+        self.cells.bind(&slot, room);
         self.cells.send(&self.gpu)?;
-        self.batch.places[place] = Some(room);
         self.batch.current = place;
         let free = self.batch.slot.replace(slot);
         if free.is_some() {

@@ -19,21 +19,15 @@ use crate::error::Result;
 
 use adafactor::Tables;
 
-/// What reports and updates keep on the device between launches.
-#[derive(Default)]
+/// What reports and updates keep between launches.
 pub(super) struct State {
-    cells: Option<UpdateCells>,
-    table: Option<Table>,
-}
-
-/// Sums, constants and partial norms, and finished reports on their way to the host.
-struct UpdateCells {
-    device: Buffer,
-    norm_blocks: usize,
+    /// Sums, constants, the closed report and partial norms: [`CELLS_BYTES`] of device memory.
+    cells: Address,
     /// Free places for reports.
     places: Vec<Arrival>,
     /// Reports that were not read yet, the oldest first.
     arrivals: VecDeque<Arrival>,
+    table: Option<Table>,
 }
 
 /// Where a report arrives, and when it has.
@@ -44,8 +38,11 @@ const ARRIVALS: usize = 2;
 
 /// Bytes of `ReportSums`, `UpdateCells` and `StepReport` (kernels/step.cuh), each in 64 bytes of its own.
 const CELL_BYTES: u64 = 64;
-/// The norm's blocks of a multiprocessor.
+/// The norm's blocks of a multiprocessor, and in all.
 const NORM_BLOCKS: usize = 8;
+const MOST_NORM_BLOCKS: usize = 4096;
+/// Device memory of [`State::cells`].
+pub(super) const CELLS_BYTES: usize = 3 * CELL_BYTES as usize + MOST_NORM_BLOCKS * 8;
 
 /// `StepReport` of `kernels/step.cuh`.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -60,96 +57,78 @@ struct RawReport {
     step: u64,
 }
 
-impl UpdateCells {
-    fn new(gpu: &Gpu) -> Result<Self> {
-        let norm_blocks = NORM_BLOCKS * gpu.card().multiprocessors as usize;
+impl State {
+    pub(super) fn new(gpu: &Gpu) -> Result<Self> {
         let place = |_| Ok((gpu.allocate_pinned(size_of::<RawReport>())?, gpu.new_event()?));
-        Ok(Self {
-            device: gpu.allocate(3 * CELL_BYTES as usize + norm_blocks * 8)?,
-            norm_blocks,
-            places: (0..ARRIVALS).map(place).collect::<Result<_>>()?,
-            arrivals: VecDeque::new(),
-        })
+        let places = (0..ARRIVALS).map(place).collect::<Result<_>>()?;
+        Ok(Self { cells: 0, places, arrivals: VecDeque::new(), table: None })
+    }
+
+    /// Puts the cells into [`CELLS_BYTES`] bytes of device memory.
+    pub(super) fn place(&mut self, cells: Address) {
+        self.cells = cells;
     }
 
     /// `ReportSums*`
     fn sums(&self) -> Address {
-        self.device.address
+        self.cells
     }
     /// `UpdateCells*`
     fn constants(&self) -> Address {
-        self.device.address + CELL_BYTES
+        self.cells + CELL_BYTES
     }
     /// `StepReport*`
     fn report(&self) -> Address {
-        self.device.address + 2 * CELL_BYTES
+        self.cells + 2 * CELL_BYTES
     }
     /// `double*`: one partial norm per block.
     fn partials(&self) -> Address {
-        self.device.address + 3 * CELL_BYTES
+        self.cells + 3 * CELL_BYTES
     }
-}
-
-/// The cells, made at the first use: never while a step is being recorded, because a step runs once before that.
-fn cells(cuda: &mut Cuda) -> Result<&mut UpdateCells> {
-    if cuda.update.cells.is_none() {
-        cuda.update.cells = Some(UpdateCells::new(&cuda.gpu)?);
-    }
-    Ok(cuda.update.cells.as_mut().expect("made above"))
 }
 
 // Reports ------------------------------------------------------------------------------------------------------------
 
 /// [`crate::backend::Backend::begin_report`]
 pub(super) fn begin_report(cuda: &mut Cuda) -> Result<()> {
-    let (sums, constants) = addresses(cuda)?;
+    let (sums, constants) = (cuda.update.sums(), cuda.update.constants());
     launch!(cuda, "report_begin", [1, 1, 1], 32, 0, sums, constants)
 }
 
 /// [`crate::backend::Backend::add_to_report`]
 pub(super) fn add_to_report(cuda: &mut Cuda, samples: Mat) -> Result<()> {
-    let (sums, _) = addresses(cuda)?;
     let (at, ld, rows) = (cuda.at(samples), samples.ld as u32, samples.rows as u32);
-    launch!(cuda, "report_add", [1, 1, 1], 256, 8 * 3 * 8, sums, at, ld, rows)
-}
-
-/// `ReportSums*` and `UpdateCells*`.
-fn addresses(cuda: &mut Cuda) -> Result<(Address, Address)> {
-    let cells = cells(cuda)?;
-    Ok((cells.sums(), cells.constants()))
+    launch!(cuda, "report_add", [1, 1, 1], 256, 8 * 3 * 8, cuda.update.sums(), at, ld, rows)
 }
 
 /// Finishes the report of the sums as they are: the last kernel of a step.
 pub(super) fn close_report(cuda: &mut Cuda) -> Result<()> {
-    let (sums, constants) = addresses(cuda)?;
-    let out = cells(cuda)?.report();
+    let (sums, constants, out) = (cuda.update.sums(), cuda.update.constants(), cuda.update.report());
     let mean_over = cuda.micro.mean_over as f64;
     launch!(cuda, "report_close", [1, 1, 1], 32, 0, cuda.cells.address(), sums, constants, mean_over, out)
 }
 
 /// Sends the closed report to the host, behind what was asked for so far.
 pub(super) fn send_report(cuda: &mut Cuda) -> Result<()> {
-    let gpu = cuda.gpu.clone();
-    let cells = cells(cuda)?;
-    let (mut memory, arrived) = cells.places.pop().expect("the reports of two steps were not read");
+    let (gpu, state) = (&cuda.gpu, &mut cuda.update);
+    let (mut memory, arrived) = state.places.pop().expect("the reports of two steps were not read");
     let sent = gpu
-        .download_async(cells.report(), memory.bytes_mut(), Stream::Compute)
+        .download_async(state.report(), memory.bytes_mut(), Stream::Compute)
         .and_then(|()| gpu.record_event(&arrived, Stream::Compute));
-    cells.arrivals.push_back((memory, arrived));
+    state.arrivals.push_back((memory, arrived));
     sent
 }
 
 /// [`crate::backend::Backend::report`]
 pub(super) fn report(cuda: &mut Cuda) -> Result<StepReport> {
-    if cells(cuda)?.arrivals.is_empty() {
+    if cuda.update.arrivals.is_empty() {
         close_report(cuda)?;
         send_report(cuda)?;
     }
-    let cells = cells(cuda)?;
-    let (memory, arrived) = cells.arrivals.pop_front().expect("sent above");
+    let (memory, arrived) = cuda.update.arrivals.pop_front().expect("sent above");
     let waited = arrived.synchronize();
     let raw: RawReport = bytemuck::pod_read_unaligned(&memory.bytes()[..size_of::<RawReport>()]);
-    cells.places.push((memory, arrived));
+    cuda.update.places.push((memory, arrived));
     waited?;
     Ok(StepReport {
         loss: raw.loss,
@@ -162,18 +141,15 @@ pub(super) fn report(cuda: &mut Cuda) -> Result<StepReport> {
 
 // Updates ------------------------------------------------------------------------------------------------------------
 
-/// What the update walks, for the segments that it was made for.
+/// What the update walks, in [`Arena::Update`], for the segments that it was made for.
 struct Table {
     segments: Vec<Segment>,
     kind: TableKind,
 }
 
 enum TableKind {
-    /// `UpdateChunk`s.
-    Chunks {
-        table: Buffer,
-        count: usize,
-    },
+    /// How many `UpdateChunk`s there are.
+    Chunks(usize),
     Tensors(Tables),
 }
 
@@ -207,20 +183,30 @@ fn chunks(segments: &[Segment]) -> Vec<UpdateChunk> {
     segments.iter().flat_map(of).collect()
 }
 
-/// A table on the device; never empty, because an address of nothing is none.
-fn upload_table<T: bytemuck::Pod>(gpu: &Gpu, table: &[T]) -> Result<Buffer> {
-    let buffer = gpu.allocate(size_of_val(table).max(16))?;
-    gpu.upload(buffer.address, bytemuck::cast_slice(table))?;
-    Ok(buffer)
+/// Bytes of [`Arena::Update`].
+pub(in crate::backend) fn update_bytes(rule: Rule, segments: &[Segment]) -> usize {
+    match rule {
+        Rule::Adafactor { .. } => Tables::new(segments).bytes(),
+        _ => size_of_val(chunks(segments).as_slice()),
+    }
 }
 
 impl Table {
-    fn new(gpu: &Gpu, update: &Update) -> Result<Self> {
+    /// Fills the arena. A caller whose plan knew of no optimiser gets it now.
+    fn new(cuda: &mut Cuda, update: &Update) -> Result<Self> {
+        let bytes = update_bytes(update.rule, update.segments);
+        if cuda.arena(Arena::Update).bytes < bytes {
+            cuda.arenas[Arena::Update as usize] = cuda.gpu.allocate(bytes)?;
+        }
+        let (gpu, at) = (&cuda.gpu, cuda.arena(Arena::Update).address);
         let kind = if let Rule::Adafactor { .. } = update.rule {
-            TableKind::Tensors(Tables::new(gpu, update.segments)?)
+            let mut tables = Tables::new(update.segments);
+            tables.place(gpu, at)?;
+            TableKind::Tensors(tables)
         } else {
             let chunks = chunks(update.segments);
-            TableKind::Chunks { table: upload_table(gpu, &chunks)?, count: chunks.len() }
+            gpu.upload(at, bytemuck::cast_slice(&chunks))?;
+            TableKind::Chunks(chunks.len())
         };
         Ok(Self { segments: update.segments.to_vec(), kind })
     }
@@ -341,16 +327,16 @@ fn update_buffers(cuda: &Cuda, update: &Update) -> UpdateBuffers {
 /// [`crate::backend::Backend::update`]
 pub(super) fn update(cuda: &mut Cuda, update: &Update) -> Result<()> {
     if cuda.update.table.as_ref().is_none_or(|table| table.segments != update.segments) {
-        cuda.update.table = Some(Table::new(&cuda.gpu, update)?);
+        cuda.update.table = Some(Table::new(cuda, update)?);
     }
-    let (sums, constants) = addresses(cuda)?;
-    prepare(cuda, update, sums, constants)?;
     let cuda = &*cuda;
+    let constants = cuda.update.constants();
+    prepare(cuda, update)?;
     let buffers = update_buffers(cuda, update);
     let rule = rule_constants(&update.rule);
     let Table { kind, .. } = cuda.update.table.as_ref().expect("made above");
     let (table, count) = match kind {
-        TableKind::Chunks { table, count } => (table.address, *count),
+        TableKind::Chunks(count) => (cuda.arena(Arena::Update).address, *count),
         TableKind::Tensors(tables) => return tables.update(cuda, update, constants, buffers, rule),
     };
     if count == 0 {
@@ -371,12 +357,13 @@ pub(super) fn update(cuda: &mut Cuda, update: &Update) -> Result<()> {
 }
 
 /// The norm, the clip factor, whether to skip, and the constants that depend on t.
-fn prepare(cuda: &Cuda, update: &Update, sums: Address, constants: Address) -> Result<()> {
-    let cells = cuda.update.cells.as_ref().expect("made by the caller");
+fn prepare(cuda: &Cuda, update: &Update) -> Result<()> {
+    let (sums, constants) = (cuda.update.sums(), cuda.update.constants());
+    let most = MOST_NORM_BLOCKS.min(NORM_BLOCKS * cuda.card().multiprocessors as usize);
     let grads = cuda.arena(Arena::Grads);
     let count = grads.bytes / 4;
-    let blocks = count.div_ceil(4 * 256).clamp(1, cells.norm_blocks) as u32;
-    let partials = cells.partials();
+    let blocks = count.div_ceil(4 * 256).clamp(1, most) as u32;
+    let partials = cuda.update.partials();
     launch!(cuda, "gradient_squares", [blocks, 1, 1], 256, 8 * 8, grads.address, count as u64, partials)?;
     launch!(
         cuda,

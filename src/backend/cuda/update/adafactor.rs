@@ -1,9 +1,10 @@
 //! Adafactor: tensors by strides, cut into tiles of 64 × 64 (kernels/adafactor.cu).
 
 use super::super::Cuda;
-use super::super::driver::{Address, Buffer, Gpu};
+use super::super::driver::{Address, Gpu};
 use super::super::launch::{Argument, launch};
-use super::{RuleConstants, UpdateBuffers, upload_table};
+use super::{RuleConstants, UpdateBuffers};
+use crate::backend::memory::TENSOR_ALIGN;
 use crate::backend::{Rule, Segment, Update};
 use crate::error::Result;
 
@@ -75,20 +76,27 @@ unsafe impl Argument for AdafactorBuffers {}
 const _: () = assert!(size_of::<AdafactorBuffers>() == 96);
 const _: () = assert!(size_of::<Tensor>() == 104 && size_of::<Tile>() == 16);
 
-/// The tables of an update, and the scratch that its kernels hand to each other.
+/// The tables of an update, and the scratch that its kernels hand to each other: one behind the other in device memory.
 pub(super) struct Tables {
-    tensors: Buffer,
-    tensor_count: u32,
-    tiles: Buffer,
-    tile_count: u32,
-    sums: Buffer,
-    factors: Buffer,
-    squares: Buffer,
-    scales: Buffer,
+    tensors: Vec<Tensor>,
+    tiles: Vec<Tile>,
+    /// Values of scratch, f64 and f32.
+    sums: usize,
+    factors: usize,
+    at: Address,
 }
 
+/// Parts of the memory, in their order.
+const TENSORS: usize = 0;
+const TILES: usize = 1;
+const SUMS: usize = 2;
+const FACTORS: usize = 3;
+const SQUARES: usize = 4;
+const SCALES: usize = 5;
+const PARTS: usize = 6;
+
 impl Tables {
-    pub(super) fn new(gpu: &Gpu, segments: &[Segment]) -> Result<Self> {
+    pub(super) fn new(segments: &[Segment]) -> Self {
         let (mut tensors, mut tiles) = (Vec::new(), Vec::new());
         let (mut sums, mut factors) = (0, 0);
         for segment in segments {
@@ -131,16 +139,41 @@ impl Tables {
                 factors += outers * (f.rows + f.cols);
             }
         }
-        Ok(Self {
-            tensors: upload_table(gpu, &tensors)?,
-            tensor_count: tensors.len() as u32,
-            tiles: upload_table(gpu, &tiles)?,
-            tile_count: tiles.len() as u32,
-            sums: gpu.allocate(8 * sums)?,
-            factors: gpu.allocate(4 * factors)?,
-            squares: gpu.allocate(8 * tiles.len())?,
-            scales: gpu.allocate(4 * tensors.len())?,
-        })
+        Self { tensors, tiles, sums, factors, at: 0 }
+    }
+
+    /// Where each part begins, and the end.
+    fn offsets(&self) -> [usize; PARTS + 1] {
+        let (tensors, tiles) = (self.tensors.len(), self.tiles.len());
+        let sizes = [
+            tensors * size_of::<Tensor>(),
+            tiles * size_of::<Tile>(),
+            8 * self.sums,
+            4 * self.factors,
+            8 * tiles,
+            4 * tensors,
+        ];
+        let mut offsets = [0; PARTS + 1];
+        for (i, size) in sizes.into_iter().enumerate() {
+            offsets[i + 1] = (offsets[i] + size).next_multiple_of(TENSOR_ALIGN);
+        }
+        offsets
+    }
+
+    /// Bytes of device memory.
+    pub(super) fn bytes(&self) -> usize {
+        self.offsets()[PARTS]
+    }
+
+    /// Puts the tables into [`Tables::bytes`] bytes of device memory.
+    pub(super) fn place(&mut self, gpu: &Gpu, at: Address) -> Result<()> {
+        self.at = at;
+        gpu.upload(self.part(TENSORS), bytemuck::cast_slice(&self.tensors))?;
+        gpu.upload(self.part(TILES), bytemuck::cast_slice(&self.tiles))
+    }
+
+    fn part(&self, part: usize) -> Address {
+        self.at + self.offsets()[part] as u64
     }
 
     pub(super) fn update(
@@ -154,7 +187,7 @@ impl Tables {
         let Rule::Adafactor { clip_rms, bf16, .. } = update.rule else {
             unreachable!("the other rules walk chunks")
         };
-        if self.tile_count == 0 {
+        if self.tiles.is_empty() {
             return Ok(());
         }
         let buffers = AdafactorBuffers {
@@ -164,17 +197,17 @@ impl Tables {
             moment2: flat.moment2,
             ema: flat.ema,
             copy: flat.copy,
-            sums: self.sums.address,
-            factors: self.factors.address,
-            squares: self.squares.address,
-            scales: if clip_rms.is_some() { self.scales.address } else { 0 },
+            sums: self.part(SUMS),
+            factors: self.part(FACTORS),
+            squares: self.part(SQUARES),
+            scales: if clip_rms.is_some() { self.part(SCALES) } else { 0 },
             ema_keep: flat.ema_keep,
             ema_add: flat.ema_add,
             keep1: rule.keep1,
             add1: rule.add1,
         };
-        let (tensors, tiles) = (self.tensors.address, self.tiles.address);
-        let (by_tensor, by_tile) = ([self.tensor_count, 1, 1], [self.tile_count, 1, 1]);
+        let (tensors, tiles) = (self.part(TENSORS), self.part(TILES));
+        let (by_tensor, by_tile) = ([self.tensors.len() as u32, 1, 1], [self.tiles.len() as u32, 1, 1]);
         launch!(
             cuda,
             "adafactor_statistics",
