@@ -241,6 +241,92 @@ fn a_card_holds_exactly_what_the_plan_says() {
     }
 }
 
+#[test]
+fn a_resumed_run_takes_the_algorithms_of_its_checkpoint() {
+    let Some(folder) = stand_in() else { return };
+    let args = |name: &str| small(&path(name), &["--device", "cuda", "train.deterministic=false"]);
+    let go = |args: &[String], cache: &str, options: &str| {
+        let mut command = on_gpu(&folder, &format!("checks=off,{options}"), args);
+        command.env("VITRUM_CACHE", path(cache));
+        finish(command)
+    };
+    go(&args("timed"), "timed-cache", "seed=0").ok();
+    let want = outcome(&path("timed"));
+
+    // The same choices up to a failure past the first checkpoint; from there on without the file.
+    let broken = args("timed-broken");
+    go(&broken, "timed-cache", "fail_launch=1400").exits(1);
+    assert!(!names(Path::new(&path("timed-broken")).join("checkpoints")).is_empty());
+    go(&resumed(&broken), "empty-cache", "seed=0").ok();
+    assert_eq!(outcome(&path("timed-broken")), want);
+    assert!(names(Path::new(&path("empty-cache")).join("matmul")).is_empty(), "nothing was timed");
+
+    // Another library: said in a line, and timed anew.
+    let other = go(&resumed(&broken), "empty-cache", "blaslt=130100").ok();
+    other.says(&["matrix products are timed anew", "cuBLASLt 130000", "cuBLASLt 130100"]);
+    let same = go(&resumed(&broken), "empty-cache", "seed=0").ok();
+    assert!(!same.stderr.contains("timed anew"), "{}", same.stderr);
+}
+
+#[test]
+fn a_micro_batch_that_fits_is_found_and_kept() {
+    let Some(folder) = stand_in() else { return };
+    let auto = |out: &str, more: &[&str]| {
+        let auto = ["--device", "cuda", "train.batch=16", "train.micro_batch=auto", "train.steps=2"];
+        small(out, &auto.iter().chain(more).copied().collect::<Vec<_>>())
+    };
+    let recipe = |out: &str| std::fs::read_to_string(Path::new(out).join("recipe.toml")).unwrap();
+    let total = |micro_batch: &str| {
+        let args = auto("unused", &[&format!("train.micro_batch={micro_batch}")]);
+        let plan = ["plan", "demo", "--json"].map(str::to_owned).into_iter().chain(args[4..].iter().cloned());
+        let plan = run(&folder, "checks=off", &plan.collect::<Vec<_>>()).ok().json();
+        plan["memory"]["total_bytes"].as_u64().unwrap()
+    };
+
+    // All of it where there is room; the largest part where there is not, with a tenth to spare.
+    let (all, part) = (path("auto-all"), path("auto-part"));
+    run(&folder, "checks=off", &auto(&all, &[])).ok().says(&["micro-batches of 16"]);
+    assert!(recipe(&all).contains("micro_batch = 16"), "{}", recipe(&all));
+    let small_card = format!("checks=off,memory={}", total("4") * 10 / 9 + 100);
+    let done = run(&folder, &small_card, &auto(&part, &[])).ok();
+    done.says(&["micro-batches of 4"]);
+    assert!(recipe(&part).contains("micro_batch = 4\n"), "{}", recipe(&part));
+    // A run that goes on keeps what it has, on a card with more room too.
+    run(&folder, "checks=off", &resumed(&auto(&part, &[]))).ok().says(&["micro-batches of 4"]);
+
+    // A number that does not fit: the message names one that does. The plan shows what `auto` gives.
+    let small_card = format!("checks=off,memory={}", total("4"));
+    let done = run(&folder, &small_card, &auto(&path("refused-16"), &["train.micro_batch=16"])).exits(1);
+    done.says(&["error: the run needs", "`--set train.micro_batch=4` is the largest that fits"]);
+    let args = auto("unused", &[]);
+    let plan = ["plan", "demo"].map(str::to_owned).into_iter().chain(args[4..].iter().cloned());
+    let done = run(&folder, "checks=off", &plan.collect::<Vec<_>>()).ok();
+    assert!(done.stdout.contains("micro_batch = 16"), "{}", done.stdout);
+}
+
+#[test]
+fn a_run_keeps_its_precision_until_it_is_told_otherwise() {
+    let Some(folder) = stand_in() else { return };
+    let out = path("moves");
+    let short = |more: &[&str]| small(&out, &[&["train.steps=4", "train.checkpoint_every=2"], more].concat());
+    let recipe = || std::fs::read_to_string(Path::new(&out).join("recipe.toml")).unwrap();
+    run(&folder, "checks=off", &short(&["--device", "cuda"])).ok();
+    assert!(recipe().contains("precision = \"bf16\""), "{}", recipe());
+
+    // The CPU cannot do it, and says how to go on.
+    let on_cpu = short(&["--device", "cpu", "--resume"]);
+    let done = finish(command(&on_cpu)).exits(2);
+    done.says(&["computes in bf16", "the CPU computes in f32", "--set train.precision=f32"]);
+    let on_cpu = short(&["--device", "cpu", "--resume", "train.precision=f32"]);
+    finish(command(&on_cpu)).ok().says(&["in f32, after bf16"]);
+    assert!(recipe().contains("precision = \"f32\""), "{}", recipe());
+    // Back again: `auto` keeps f32, bf16 is taken on purpose.
+    let done = run(&folder, "checks=off", &short(&["--device", "cuda", "--resume"])).ok();
+    assert!(!done.stderr.contains("after"), "{}", done.stderr);
+    let back = short(&["--device", "cuda", "--resume", "train.precision=bf16"]);
+    run(&folder, "checks=off", &back).ok().says(&["in bf16, after f32"]);
+}
+
 fn resumed(args: &[String]) -> Vec<String> {
     args.iter().cloned().chain(["--resume".to_owned()]).collect()
 }

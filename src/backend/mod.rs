@@ -435,6 +435,10 @@ pub trait Backend: Send {
 
     /// How this device stores activations; plans are made for it.
     fn storage(&self) -> Storage;
+    /// What it computes in: never [`Precision::Auto`].
+    fn precision(&self) -> Precision;
+    /// Bytes that are free for arenas now.
+    fn free_memory(&self) -> Result<usize>;
     /// Allocates every arena, zeroed. Called once, before anything else.
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()>;
     /// Bytes held in arenas: equals [`MemoryPlan::total_bytes`].
@@ -449,6 +453,14 @@ pub trait Backend: Send {
     fn write_arena(&mut self, arena: Arena, bytes: &[u8]) -> Result<()>;
     /// Exchanges the weights with their EMA (to evaluate it, and back).
     fn swap_ema(&mut self) -> Result<()>;
+
+    // Choices ---------------------------------------------------------------------------------------------------
+
+    /// What the device has chosen by timing and decides bits, in words that [`Backend::prefer_algorithms`] understands.
+    /// Nothing where the same work is always done in the same way.
+    fn algorithms(&self) -> Vec<String>;
+    /// Takes the choices of a checkpoint, before the first step; or says in one sentence why they are of no use here.
+    fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String>;
 
     // Batches ---------------------------------------------------------------------------------------------------
 
@@ -569,15 +581,21 @@ pub trait Backend: Send {
     fn report(&mut self) -> Result<StepReport>;
 }
 
-/// How the device stores what a run needs, without opening it where the user names it: a plan for a GPU can be made
-/// anywhere.
-pub fn planned_storage(device: Device, precision: Precision) -> Storage {
+/// What the device computes in and how it stores what a run needs, without opening it where the user names it: a plan for
+/// a GPU can be made anywhere.
+pub fn planned(device: Device, precision: Precision) -> (Precision, Storage) {
     let options = Options { precision, ..Options::default() };
-    match device {
-        Device::Cpu => Storage::CPU,
-        Device::Auto if cuda::Cuda::open(&options).is_err() => Storage::CPU,
-        Device::Auto | Device::Cuda => cuda::Cuda::storage_of(precision),
-    }
+    let on_card = match device {
+        Device::Cpu => false,
+        Device::Auto => cuda::Cuda::open(&options).is_ok(),
+        Device::Cuda => true,
+    };
+    let precision = match precision {
+        Precision::Auto if on_card => Precision::Bf16,
+        Precision::Auto => Precision::F32,
+        given => given,
+    };
+    (precision, if on_card { cuda::Cuda::storage_of(precision) } else { Storage::CPU })
 }
 
 /// Bytes of [`Arena::Update`] for an optimiser on a device that stores things this way.

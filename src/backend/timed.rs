@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::{
     Arena, Backend, Body, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
-    Micro, Norm, Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
+    Micro, Norm, Normalise, PatchGrid, Pool, Precision, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
 };
 use crate::error::Result;
 
@@ -97,6 +97,14 @@ impl Backend for Timed {
         self.inner.storage()
     }
 
+    fn precision(&self) -> Precision {
+        self.inner.precision()
+    }
+
+    fn free_memory(&self) -> Result<usize> {
+        self.inner.free_memory()
+    }
+
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.time("allocate", |b| b.allocate(plan))
     }
@@ -123,6 +131,16 @@ impl Backend for Timed {
 
     fn swap_ema(&mut self) -> Result<()> {
         self.time("swap_ema", |b| b.swap_ema())
+    }
+
+    // Choices ---------------------------------------------------------------------------------------------------
+
+    fn algorithms(&self) -> Vec<String> {
+        self.inner.algorithms()
+    }
+
+    fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String> {
+        self.inner.prefer_algorithms(algorithms)
     }
 
     // Batches ---------------------------------------------------------------------------------------------------

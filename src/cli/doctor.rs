@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::{print, print_json};
 use crate::backend::Options;
 use crate::backend::cpu::compute::Isa;
+use crate::backend::cpu::main_memory::MainMemory;
 use crate::backend::cuda::driver::Card;
 use crate::backend::cuda::{Cuda, images, probe};
 use crate::data::decode::JpegPath;
@@ -33,7 +34,7 @@ struct Machine {
     cores: usize,
     /// What the kernels will run on, or why that cannot be said.
     isa: std::result::Result<Isa, String>,
-    memory: Option<Memory>,
+    memory: Option<MainMemory>,
     cache: std::path::PathBuf,
     cache_writable: bool,
     /// What the kernel's driver lists, whether or not it can be used.
@@ -53,12 +54,6 @@ struct Unusable {
     hint: Option<String>,
 }
 
-/// Bytes.
-struct Memory {
-    total: u64,
-    available: u64,
-}
-
 impl Machine {
     fn look() -> Self {
         let cache = files::cache_dir();
@@ -66,7 +61,7 @@ impl Machine {
             processor: processor().unwrap_or_else(|| std::env::consts::ARCH.into()),
             cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
             isa: Isa::from_env().map_err(|e| e.message().into()),
-            memory: memory(),
+            memory: MainMemory::now(),
             cache_writable: writable(&cache),
             cache,
             gpus: gpus(),
@@ -184,19 +179,6 @@ fn needs() -> String {
 fn processor() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;
     field(&text, "model name")
-}
-
-/// What the machine has, or what this container may use of it.
-fn memory() -> Option<Memory> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let kib = |name: &str| field(&text, name)?.strip_suffix("kB")?.trim().parse::<u64>().ok();
-    let mut memory = Memory { total: kib("MemTotal")? << 10, available: kib("MemAvailable")? << 10 };
-    let limit = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    if let Some(most) = limit("/sys/fs/cgroup/memory.max").filter(|most| *most < memory.total) {
-        let used = limit("/sys/fs/cgroup/memory.current").unwrap_or(0);
-        memory = Memory { total: most, available: memory.available.min(most.saturating_sub(used)) };
-    }
-    Some(memory)
 }
 
 /// NVIDIA GPUs that the driver lists, or why there are none. Asks the kernel's driver, not the CUDA library.

@@ -10,6 +10,7 @@
 mod augment;
 mod duration;
 mod load;
+mod micro_batch;
 mod resolve;
 mod size;
 
@@ -19,6 +20,7 @@ pub use augment::{
 pub use duration::Duration;
 pub use load::{BUILT_IN, Loaded};
 pub use resolve::GivenSizes;
+pub use micro_batch::MicroBatch;
 pub use size::Size;
 
 use serde::{Deserialize, Serialize};
@@ -395,8 +397,8 @@ pub struct TrainSection {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub epochs: Option<f64>,
     pub batch: usize,
-    /// Samples per forward and backward; 0: the whole batch. Must divide `batch`.
-    pub micro_batch: usize,
+    /// Samples per forward and backward; 0: the whole batch; `"auto"`: as many as fit. Must divide `batch`.
+    pub micro_batch: MicroBatch,
     /// Activations that the backward works out again to save memory: `none`, `ln+gelu` or `block`.
     pub recompute: Recompute,
     pub precision: Precision,
@@ -428,7 +430,7 @@ impl Default for TrainSection {
             steps: None,
             epochs: None,
             batch: 128,
-            micro_batch: 0,
+            micro_batch: MicroBatch::Samples(0),
             recompute: Recompute::None,
             precision: Precision::Auto,
             seed: 0,

@@ -1,7 +1,7 @@
 //! From what the user wrote to what the program works with: the model's sizes, the run's length, and a refusal of
 //! what makes no sense or is not built yet.
 
-use super::{Duration, ModelSection, Recipe, Size};
+use super::{Duration, MicroBatch, ModelSection, Recipe, Size};
 use crate::error::{Error, Result};
 use crate::vit::config::{ModelConfig, PoolKind, Variant};
 
@@ -79,11 +79,13 @@ impl Recipe {
             return Err(Error::usage(format!("`train.batch` is {}", t.batch))
                 .hint(format!("use 1 to {MOST_BATCH}, as in `--set train.batch=128`")));
         }
-        if t.micro_batch > 0 && !t.batch.is_multiple_of(t.micro_batch) {
-            let fits = (1..=t.micro_batch).rev().find(|m| t.batch.is_multiple_of(*m)).unwrap_or(1);
+        if let MicroBatch::Samples(micro_batch @ 1..) = t.micro_batch
+            && !t.batch.is_multiple_of(micro_batch)
+        {
+            let fits = (1..=micro_batch).rev().find(|m| t.batch.is_multiple_of(*m)).unwrap_or(1);
             return Err(Error::usage(format!(
-                "`train.micro_batch` is {}, which does not divide `train.batch` {}",
-                t.micro_batch, t.batch
+                "`train.micro_batch` is {micro_batch}, which does not divide `train.batch` {}",
+                t.batch
             ))
             .hint(format!("use `--set train.micro_batch={fits}`, or 0 for the whole batch")));
         }

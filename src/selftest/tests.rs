@@ -201,6 +201,12 @@ impl Backend for Broken {
     fn storage(&self) -> Storage {
         self.inner.storage()
     }
+    fn precision(&self) -> Precision {
+        self.inner.precision()
+    }
+    fn free_memory(&self) -> Result<usize> {
+        self.inner.free_memory()
+    }
     fn steps_ahead(&self) -> u64 {
         self.inner.steps_ahead()
     }
@@ -216,6 +222,12 @@ impl Backend for Broken {
     }
     fn read_arena(&mut self, arena: Arena) -> Result<Vec<u8>> {
         self.inner.read_arena(arena)
+    }
+    fn algorithms(&self) -> Vec<String> {
+        self.inner.algorithms()
+    }
+    fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String> {
+        self.inner.prefer_algorithms(algorithms)
     }
     fn new_slot(&self, layout: SlotLayout) -> Result<Slot> {
         self.inner.new_slot(layout)

@@ -15,7 +15,7 @@ use crate::report::format;
 use crate::rng::{Domain, Stream};
 use crate::vit::{Mode, Vit};
 
-use super::{Trainer, build};
+use super::{Trainer, build, settle};
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
@@ -59,6 +59,7 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
     let timed = Timed::new(backend::select(options.device, &build::device_options(recipe))?);
     let times = timed.times();
     let backend: Box<dyn Backend> = if options.profile { Box::new(timed) } else { timed.into_inner() };
+    let recipe = &settle::settle(recipe.clone(), &*backend, TargetKind::Labels, recipe.train.batch)?;
     let mut subject = Subject::new(recipe, backend, options)?;
     let mut source = Source::new(recipe, &subject, options)?;
 

@@ -4,7 +4,7 @@ use crate::backend::{self, Loss, Normalise, Pixels, SlotLayout, Storage, TargetK
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::optim::{self, Optimizer, RunLength};
-use crate::recipe::{Recipe, SlotPixels};
+use crate::recipe::{MicroBatch, Recipe, SlotPixels};
 use crate::vit::{Mode, Param, Vit};
 
 use super::trainer::TrainerOptions;
@@ -19,7 +19,7 @@ pub fn model(recipe: &Recipe, mode: Mode, storage: Storage) -> Result<Vit> {
     let config = recipe.model_config(classes)?;
     let frozen = |param: &Param| optim::is_frozen(&recipe.optim, param);
     let storage = Storage { recompute: recipe.train.recompute, ..storage };
-    Ok(Vit::new(config, Normalise::INCEPTION, micro_batch(recipe), mode, storage, frozen))
+    Ok(Vit::new(config, Normalise::INCEPTION, micro_batch(recipe)?, mode, storage, frozen))
 }
 
 /// The recipe's optimiser for a data set of `data_size` images.
@@ -72,9 +72,11 @@ pub fn options(recipe: &Recipe) -> TrainerOptions {
 }
 
 /// Samples of one forward and backward.
-pub fn micro_batch(recipe: &Recipe) -> usize {
+fn micro_batch(recipe: &Recipe) -> Result<usize> {
     match recipe.train.micro_batch {
-        0 => recipe.train.batch,
-        n => n,
+        MicroBatch::Samples(0) => Ok(recipe.train.batch),
+        MicroBatch::Samples(n) => Ok(n),
+        MicroBatch::Auto => Err(Error::usage("`train.micro_batch` is \"auto\", and no device has been asked")
+            .hint("give a number of samples")),
     }
 }

@@ -37,7 +37,7 @@ pub struct RunState {
     pub last_loss: Option<f64>,
     /// The recipe of the run, to refuse a resume under another one.
     pub recipe: String,
-    /// The matmul algorithms in use; empty on the CPU, which has one.
+    /// The matrix product algorithms in use ([`Backend::algorithms`]).
     pub algorithms: Vec<String>,
 }
 

@@ -18,6 +18,7 @@ pub mod replay;
 pub mod ridge;
 pub mod run;
 pub mod score;
+pub mod settle;
 pub mod signals;
 pub mod sweep;
 pub mod trainer;

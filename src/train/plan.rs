@@ -6,11 +6,11 @@ use crate::backend::{self, Arena, Device, MemoryPlan, TargetKind};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::optim::Optimizer;
-use crate::recipe::{Duration, Recipe};
+use crate::recipe::{Duration, MicroBatch, Recipe};
 use crate::report::format;
 use crate::vit::{Mode, Vit};
 
-use super::{Trainer, build, run};
+use super::{Trainer, build, run, settle};
 
 /// For a recipe whose data set is not there.
 const UNKNOWN_DATA: &str = "not opened";
@@ -36,11 +36,19 @@ impl Plan {
         let images = data.as_ref().map(Dataset::len);
         // Without data an epoch has no length; recipes in steps do not need it.
         let size = images.unwrap_or(recipe.train.batch);
-        let recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
-        let model =
-            build::model(&recipe, Mode::Train, backend::planned_storage(device, recipe.train.precision))?;
+        let targets = data.as_ref().map_or(TargetKind::Labels, build::targets);
+        let mut recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
+        if recipe.train.micro_batch == MicroBatch::Auto {
+            let backend = backend::select(device, &build::device_options(&recipe)).map_err(|e| {
+                e.hint("`train.micro_batch = \"auto\"` asks a device for its free memory; without one give a number")
+            })?;
+            recipe = settle::settle(recipe, &*backend, targets, size)?;
+        }
+        let (precision, storage) = backend::planned(device, recipe.train.precision);
+        recipe.train.precision = precision;
+        let model = build::model(&recipe, Mode::Train, storage)?;
         let optimizer = build::optimizer(&recipe, &model, size)?;
-        let layout = build::slot_layout(&recipe, data.as_ref().map_or(TargetKind::Labels, build::targets));
+        let layout = build::slot_layout(&recipe, targets);
         let slot_bytes = layout.bytes() * recipe.data.slots;
         let memory = Trainer::plan(&model, &optimizer, layout);
         Ok(Self { memory, recipe, model, optimizer, slot_bytes, images })

@@ -1,6 +1,6 @@
 //! Training on stored batches in their order, without augmentation: a trajectory that anyone can compare.
 
-use crate::backend::{self, Device, StepReport};
+use crate::backend::{self, Device, StepReport, TargetKind};
 use crate::dist::Collective;
 use crate::error::Result;
 use crate::recipe::{Recipe, Size};
@@ -9,7 +9,7 @@ use crate::weights::{ModelFile, Tensors};
 
 use super::batch_file::BatchFile;
 use super::checkpoint::read_weights;
-use super::{Trainer, build};
+use super::{Trainer, build, settle};
 
 /// What came of it; one value per update.
 pub struct Trajectory {
@@ -50,8 +50,10 @@ pub fn run(
 ) -> Result<Trajectory> {
     let steps = batches.steps;
     let backend = backend::select(device, &build::device_options(recipe))?;
+    let data_size = steps * recipe.train.batch;
+    let recipe = &settle::settle(recipe.clone(), &*backend, TargetKind::Labels, data_size)?;
     let model = build::model(recipe, Mode::Train, backend.storage())?;
-    let optimizer = build::optimizer(recipe, &model, steps * recipe.train.batch)?;
+    let optimizer = build::optimizer(recipe, &model, data_size)?;
     let (collective, options) = (Collective::from_env()?, build::options(recipe));
     let mut trainer = Trainer::from_weights(backend, model, optimizer, collective, options, file)?;
 

@@ -8,7 +8,7 @@ use crate::backend::{Device, Loss, MemoryPlan, Pixels, Slot, SlotLayout, StepRep
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::recipe::{AugmentSection, Metric, Recipe, ScheduleKind};
+use crate::recipe::{AugmentSection, Metric, MicroBatch, Recipe, ScheduleKind};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, format};
 use crate::vit::Vit;
 use crate::weights::CheckpointMeta;
@@ -109,7 +109,7 @@ fn overfit(recipe: &mut Recipe, images: usize) {
     recipe.schedule.warmup = crate::recipe::Duration::Steps(10);
     recipe.schedule.total = None;
     recipe.train.batch = recipe.train.batch.min(images);
-    recipe.train.micro_batch = 0;
+    recipe.train.micro_batch = MicroBatch::Samples(0);
     recipe.train.log_every = recipe.train.log_every.min(10);
     recipe.train.steps = Some(OVERFIT_STEPS);
     recipe.train.epochs = None;
@@ -190,6 +190,7 @@ impl Run {
         };
         files::write_atomic(&out.join("recipe.toml"), |w| w.write_all(text.as_bytes()))?;
         let resumed = state.as_ref().map(|s| s.step);
+        let preferred = state.as_ref().map_or(Ok(()), |s| trainer.backend.prefer_algorithms(&s.algorithms));
         let log = Log::to_file(&out.join("log.txt"))?;
         let metrics = MetricsFile::open(&out.join("metrics.jsonl"), resumed)?;
         let steps = recipe.train.steps.expect("a resolved recipe has its steps");
@@ -218,6 +219,9 @@ impl Run {
             recipe,
         };
         run.print_header(trainer, resumed);
+        if let Err(why) = preferred {
+            run.log.line(&format!("         matrix products are timed anew, with other bits: {why}"));
+        }
         signals::install()?;
         Ok(run)
     }
@@ -455,6 +459,7 @@ impl Run {
         self.state.step = trainer.step;
         self.state.skipped = trainer.skipped;
         self.state.skipped_in_a_row = trainer.skipped_in_a_row();
+        self.state.algorithms = trainer.backend.algorithms();
         if self.checkpoints.save(trainer, &self.state, &self.meta)? {
             self.saved_at = Some(trainer.step);
         } else {
@@ -546,9 +551,10 @@ fn scores(report: &EvalReport) -> Scores {
     Scores { loss: report.loss, top1: report.top1, top5: report.top5, images: report.count as u64 }
 }
 
-/// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ.
+/// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ, and the precision,
+/// which differs only where it was asked for ([`super::settle`]).
 fn same_recipe(saved: &str, now: &str) -> Result<()> {
-    let free = ["threads", "workers", "slots", "log_every", "checkpoint_every", "graph", "check_launches"];
+    let free = ["precision", "threads", "workers", "slots", "log_every", "checkpoint_every", "graph", "check_launches"];
     let keep = |text: &str| -> Vec<String> {
         let is_free = |line: &&str| !free.iter().any(|key| line.starts_with(&format!("{key} =")));
         text.lines().filter(is_free).map(str::to_owned).collect()

@@ -13,7 +13,9 @@ use crate::weights::ModelFile;
 
 use super::build;
 use super::loaded::load_weights;
+
 use super::run::{Run, RunData, RunOptions, RunSummary};
+use super::settle;
 
 /// Trains one recipe from its first step, or from its last checkpoint, to its end.
 pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
@@ -28,11 +30,13 @@ pub fn train_from(
     data: RunData,
     options: &RunOptions,
 ) -> Result<RunSummary> {
-    let backend = backend::select(options.device, &build::device_options(&recipe))?;
+    let targets = build::targets(&data.train);
+    let (backend, recipe, notes) = settle::open(recipe, options, targets, data.train.len())?;
+    let options = &RunOptions { notes: [&options.notes[..], &notes].concat(), ..options.clone() };
     let model = build::model(&recipe, Mode::Train, backend.storage())?;
     let optimizer = build::optimizer(&recipe, &model, data.train.len())?;
     let collective = Collective::from_env()?;
-    let slot = build::slot_layout(&recipe, build::targets(&data.train));
+    let slot = build::slot_layout(&recipe, targets);
     let of_trainer = TrainerOptions { slot, ..build::options(&recipe) };
     let mut trainer = match weights {
         None => Trainer::new(backend, model, optimizer, collective, of_trainer)?,

@@ -12,6 +12,7 @@ mod embed;
 pub mod gemm;
 mod layernorm;
 mod loss;
+pub mod main_memory;
 pub mod math;
 mod patchify;
 mod pool;
@@ -37,11 +38,11 @@ use super::mask::BoundMask;
 use super::sample_metric::{LOSS, TOP1, TOP5};
 use super::{
     Arena, Backend, Body, Branch, Embed, Epilogue, Gelu, Heads, HostMemory, InputGrad, Join, Linear, Loss,
-    Mask, Mat, MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Rule, Slot, SlotLayout, Stats, StepKeys,
+    Mask, Mat, MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Precision, Rule, Slot, SlotLayout, Stats, StepKeys,
     StepReport, Storage, Update,
 };
 use crate::backend::batch::PlainMemory;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The CPU as a device.
 pub struct CpuBackend {
@@ -152,6 +153,16 @@ impl Backend for CpuBackend {
         Storage::CPU
     }
 
+    fn precision(&self) -> Precision {
+        Precision::F32
+    }
+
+    fn free_memory(&self) -> Result<usize> {
+        let memory = main_memory::MainMemory::now()
+            .ok_or_else(|| Error::new("/proc/meminfo does not say how much memory is available"))?;
+        Ok(memory.available as usize)
+    }
+
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.arenas = Arenas::new(plan)?;
         Ok(())
@@ -192,6 +203,16 @@ impl Backend for CpuBackend {
 
     fn swap_ema(&mut self) -> Result<()> {
         self.arenas.swap(Arena::Params, Arena::Ema);
+        Ok(())
+    }
+
+    // Choices ---------------------------------------------------------------------------------------------------
+
+    fn algorithms(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn prefer_algorithms(&mut self, _: &[String]) -> Result<(), String> {
         Ok(())
     }
 

@@ -167,10 +167,15 @@ impl Blas {
         let key = shape.key();
         if !self.by_rule
             && let Some(algo) = self.algorithms.get(&key)
-            && let Some(size) = self.accepts(&plan, &algo)
         {
-            (plan.algo, plan.workspace) = (algo, size);
-            return Ok(Some(plan));
+            if let Some(size) = self.accepts(&plan, &algo) {
+                (plan.algo, plan.workspace) = (algo, size);
+                self.algorithms.take(key, algo);
+                return Ok(Some(plan));
+            }
+            if self.algorithms.is_preferred(&key) {
+                eprintln!("warning: cuBLASLt refuses the checkpoint's algorithm for {key}: it is chosen anew");
+            }
         }
         let wanted = if self.by_rule { 1 } else { CANDIDATES };
         let candidates = self.candidates(&plan, wanted)?;
@@ -284,6 +289,16 @@ impl Blas {
             self.gpu.upload(operands.d, copy)?;
         }
         Ok(())
+    }
+
+    /// What was chosen by timing in this run, for its checkpoint.
+    pub(super) fn algorithms(&self) -> Vec<String> {
+        if self.by_rule { Vec::new() } else { self.algorithms.in_words() }
+    }
+
+    /// Prefers the choices of a checkpoint for shapes that are yet to be met, or says why not.
+    pub(super) fn prefer(&mut self, algorithms: &[String]) -> Result<(), String> {
+        if self.by_rule { Ok(()) } else { self.algorithms.prefer(algorithms) }
     }
 
     /// Writes what was learnt to the cache folder.

@@ -244,6 +244,15 @@ impl Backend for Cuda {
         Self::storage_of(self.precision)
     }
 
+    fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    fn free_memory(&self) -> Result<usize> {
+        self.gpu.make_current()?;
+        Ok(self.gpu.memory()?.0)
+    }
+
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()> {
         self.gpu.make_current()?;
         let (free, total) = self.gpu.memory()?;
@@ -326,6 +335,16 @@ impl Backend for Cuda {
         assert_eq!(params.bytes, ema.bytes, "weights and EMA differ in size");
         update::swap(self, params.address, ema.address, params.bytes / 4)?;
         self.refresh_working_copy()
+    }
+
+    // Choices ---------------------------------------------------------------------------------------------------
+
+    fn algorithms(&self) -> Vec<String> {
+        self.blas.algorithms()
+    }
+
+    fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String> {
+        self.blas.prefer(algorithms)
     }
 
     // Batches ---------------------------------------------------------------------------------------------------

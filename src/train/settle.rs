@@ -1,0 +1,124 @@
+//! What the device decides about a run: `train.precision = "auto"`, `train.micro_batch = "auto"`, and whether it fits.
+//!
+//! Both are written into the run's recipe, because the bits depend on them: a resumed run keeps what its directory says.
+
+use crate::backend::{Backend, Device, Precision, TargetKind};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::recipe::{MicroBatch, Recipe};
+use crate::report::format;
+use crate::vit::Mode;
+
+use super::run::RunOptions;
+use super::{Trainer, build};
+
+/// Of the free memory, the tenth that `"auto"` leaves alone: for what no plan counts, as a recorded step on a card, or
+/// slots and the system's cache on the CPU.
+const SPARE: usize = 10;
+
+/// The recipe with a precision and a micro-batch for this device. `data_size`: pictures of an epoch.
+///
+/// # Errors
+/// The run does not fit into the device's own memory; the hint names the largest micro-batch that does.
+pub fn settle(
+    mut recipe: Recipe,
+    backend: &dyn Backend,
+    targets: TargetKind,
+    data_size: usize,
+) -> Result<Recipe> {
+    recipe.train.precision = backend.precision();
+    let needs = |micro_batch: MicroBatch| -> Result<usize> {
+        let mut recipe = recipe.clone();
+        recipe.train.micro_batch = micro_batch;
+        let model = build::model(&recipe, Mode::Train, backend.storage())?;
+        let optimizer = build::optimizer(&recipe, &model, data_size)?;
+        Ok(Trainer::plan(&model, &optimizer, build::slot_layout(&recipe, targets)).total_bytes())
+    };
+    let batch = recipe.train.batch;
+    let largest = |room: usize| -> Result<Option<usize>> {
+        for micro_batch in (1..=batch).rev().filter(|m| batch.is_multiple_of(*m)) {
+            if needs(MicroBatch::Samples(micro_batch))? <= room {
+                return Ok(Some(micro_batch));
+            }
+        }
+        Ok(None)
+    };
+    let refuse = |needed: usize, free: usize, largest: Option<usize>| {
+        let size = |bytes: usize| format::bytes(bytes as u64);
+        let hint = match largest {
+            Some(fits) => format!("`--set train.micro_batch={fits}` is the largest that fits"),
+            None => "not even `train.micro_batch=1` fits: try `--set train.recompute=block`, another optimiser or a \
+                     smaller model"
+                .into(),
+        };
+        let (needed, free, device) = (size(needed), size(free), backend.describe());
+        Error::new(format!("the run needs {needed}, and {free} are free on {device}")).hint(hint)
+    };
+    match recipe.train.micro_batch {
+        MicroBatch::Auto => {
+            let free = backend.free_memory()?;
+            let Some(fits) = largest(free - free / SPARE)? else {
+                return Err(refuse(needs(MicroBatch::Samples(1))?, free, largest(free)?));
+            };
+            recipe.train.micro_batch = MicroBatch::Samples(fits);
+        }
+        given if backend.storage().is_apart() => {
+            let (needed, free) = (needs(given)?, backend.free_memory()?);
+            if needed > free {
+                return Err(refuse(needed, free, largest(free)?));
+            }
+        }
+        MicroBatch::Samples(_) => {}
+    }
+    Ok(recipe)
+}
+
+/// Opens the run's device and settles the recipe for it. Returns lines for the header, too.
+pub fn open(
+    mut recipe: Recipe,
+    options: &RunOptions,
+    targets: TargetKind,
+    data_size: usize,
+) -> Result<(Box<dyn Backend>, Recipe, Vec<String>)> {
+    let chosen = recipe.train.micro_batch == MicroBatch::Auto;
+    let before = if options.resume { saved(options) } else { None };
+    if let Some(before) = &before {
+        let t = &mut recipe.train;
+        if t.precision == Precision::Auto {
+            t.precision = before.train.precision;
+        }
+        if t.micro_batch == MicroBatch::Auto {
+            t.micro_batch = before.train.micro_batch;
+        }
+    }
+    let word = |precision: Precision| format!("{precision:?}").to_lowercase();
+    let backend = crate::backend::select(options.device, &build::device_options(&recipe)).map_err(|e| {
+        match &before {
+            // Only the CPU refuses a precision.
+            Some(before) if options.device != Device::Cuda => e
+                .at(format!("{} computes in {}", options.out.display(), word(before.train.precision)))
+                .hint("go on in f32 with `--set train.precision=f32`: from there on the bits are those of another run"),
+            _ => e,
+        }
+    })?;
+    let recipe = settle(recipe, &*backend, targets, data_size)?;
+    let mut notes = Vec::new();
+    if chosen && let MicroBatch::Samples(n) = recipe.train.micro_batch {
+        notes.push(format!("         in micro-batches of {n}, as many as fit"));
+    }
+    if let Some(before) = before.filter(|b| ![Precision::Auto, recipe.train.precision].contains(&b.train.precision)) {
+        notes.push(format!(
+            "resume   in {}, after {}: from here on the bits are those of another run",
+            word(recipe.train.precision),
+            word(before.train.precision)
+        ));
+    }
+    Ok((backend, recipe, notes))
+}
+
+/// The recipe that the run's directory holds. One that cannot be read is met again, and explained, at the checkpoint.
+fn saved(options: &RunOptions) -> Option<Recipe> {
+    let path = options.out.join("recipe.toml");
+    let text = files::read_text(&path).ok()?;
+    Recipe::from_toml(&text, &path.display().to_string()).ok()
+}
