@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use super::{
     Arena, Backend, Body, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
-    Micro, Norm, Normalise, PatchGrid, Pool, Precision, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
+    Micro, Norm, Normalise, PatchGrid, Pool, Precision, Slot, SlotLayout, Stats, StepKeys, StepReport,
+    Storage, Update,
 };
 use crate::error::Result;
 

@@ -19,8 +19,8 @@ pub use augment::{
 };
 pub use duration::Duration;
 pub use load::{BUILT_IN, Loaded};
-pub use resolve::GivenSizes;
 pub use micro_batch::MicroBatch;
+pub use resolve::GivenSizes;
 pub use size::Size;
 
 use serde::{Deserialize, Serialize};

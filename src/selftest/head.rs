@@ -3,7 +3,8 @@
 use half::bf16;
 
 use crate::backend::{
-    Backend, Loss, LossKind, Micro, Pixels, Pool, Rule, Slot, SlotLayout, StepKeys, StepReport, TargetKind, Update,
+    Backend, Loss, LossKind, Micro, Pixels, Pool, Rule, Slot, SlotLayout, StepKeys, StepReport, TargetKind,
+    Update,
 };
 use crate::error::Result;
 
@@ -38,7 +39,11 @@ pub(super) fn cases() -> Vec<Case> {
     for objective in objectives() {
         cases.push(Case::new(objective.operation(), objective.title(), move |t| loss(t, objective)));
     }
-    cases.push(Case::new("report", "two micro-batches, one padded, read as late as the device likes", report));
+    cases.push(Case::new(
+        "report",
+        "two micro-batches, one padded, read as late as the device likes",
+        report,
+    ));
     cases
 }
 

@@ -59,7 +59,11 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
     let timed = Timed::new(backend::select(options.device, &build::device_options(recipe))?);
     let times = timed.times();
     let backend: Box<dyn Backend> = if options.profile { Box::new(timed) } else { timed.into_inner() };
-    let recipe = &settle::settle(recipe.clone(), &*backend, TargetKind::Labels, recipe.train.batch)?;
+    let settled = match options.train {
+        true => settle::settle(recipe.clone(), &*backend, TargetKind::Labels, recipe.train.batch)?,
+        false => recipe.clone(),
+    };
+    let recipe = &settled;
     let mut subject = Subject::new(recipe, backend, options)?;
     let mut source = Source::new(recipe, &subject, options)?;
 

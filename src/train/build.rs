@@ -76,7 +76,9 @@ fn micro_batch(recipe: &Recipe) -> Result<usize> {
     match recipe.train.micro_batch {
         MicroBatch::Samples(0) => Ok(recipe.train.batch),
         MicroBatch::Samples(n) => Ok(n),
-        MicroBatch::Auto => Err(Error::usage("`train.micro_batch` is \"auto\", and no device has been asked")
-            .hint("give a number of samples")),
+        MicroBatch::Auto => {
+            Err(Error::usage("`train.micro_batch` is \"auto\", and no device has been asked")
+                .hint("give a number of samples"))
+        }
     }
 }

@@ -308,9 +308,13 @@ impl Run {
             || signals::pending().is_some()
     }
 
-    /// Waits for steps and logs their reports, in order, until at most `ahead` are in flight.
+    /// Waits for steps and logs their reports, in order, until at most `ahead` are in flight; none where a step was skipped,
+    /// up to the one with which the run ends.
     pub fn read_reports(&mut self, trainer: &mut Trainer, loader: &Loader, ahead: u64) -> Result<()> {
-        while trainer.in_flight() > ahead {
+        let may_end = 1..self.recipe.train.max_skipped;
+        while trainer.in_flight() > ahead
+            || (trainer.in_flight() > 0 && may_end.contains(&trainer.skipped_in_a_row()))
+        {
             let report = trainer.report().map_err(|e| self.device_failed(trainer, e))?;
             self.log(trainer, &report, loader)?;
         }
@@ -554,7 +558,16 @@ fn scores(report: &EvalReport) -> Scores {
 /// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ, and the precision,
 /// which differs only where it was asked for ([`super::settle`]).
 fn same_recipe(saved: &str, now: &str) -> Result<()> {
-    let free = ["precision", "threads", "workers", "slots", "log_every", "checkpoint_every", "graph", "check_launches"];
+    let free = [
+        "precision",
+        "threads",
+        "workers",
+        "slots",
+        "log_every",
+        "checkpoint_every",
+        "graph",
+        "check_launches",
+    ];
     let keep = |text: &str| -> Vec<String> {
         let is_free = |line: &&str| !free.iter().any(|key| line.starts_with(&format!("{key} =")));
         text.lines().filter(is_free).map(str::to_owned).collect()

@@ -2,7 +2,7 @@
 //!
 //! Both are written into the run's recipe, because the bits depend on them: a resumed run keeps what its directory says.
 
-use crate::backend::{Backend, Device, Precision, TargetKind};
+use crate::backend::{self, Backend, Device, Precision, TargetKind};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::recipe::{MicroBatch, Recipe};
@@ -92,21 +92,25 @@ pub fn open(
         }
     }
     let word = |precision: Precision| format!("{precision:?}").to_lowercase();
-    let backend = crate::backend::select(options.device, &build::device_options(&recipe)).map_err(|e| {
-        match &before {
-            // Only the CPU refuses a precision.
-            Some(before) if options.device != Device::Cuda => e
-                .at(format!("{} computes in {}", options.out.display(), word(before.train.precision)))
-                .hint("go on in f32 with `--set train.precision=f32`: from there on the bits are those of another run"),
-            _ => e,
+    let kept = recipe.train.precision;
+    let backend = backend::select(options.device, &build::device_options(&recipe)).map_err(|e| {
+        // Only the CPU refuses a precision.
+        let refused = options.device != Device::Cuda && !matches!(kept, Precision::Auto | Precision::F32);
+        if !refused || before.is_none() {
+            return e;
         }
+        e.at(format!("the run in {} computes in {}", options.out.display(), word(kept))).hint(
+            "go on in f32 with `--set train.precision=f32`: from there on the bits are those of another run",
+        )
     })?;
     let recipe = settle(recipe, &*backend, targets, data_size)?;
     let mut notes = Vec::new();
     if chosen && let MicroBatch::Samples(n) = recipe.train.micro_batch {
-        notes.push(format!("         in micro-batches of {n}, as many as fit"));
+        notes.push(format!("batch    {} in micro-batches of {n}, as many as fit", recipe.train.batch));
     }
-    if let Some(before) = before.filter(|b| ![Precision::Auto, recipe.train.precision].contains(&b.train.precision)) {
+    if let Some(before) =
+        before.filter(|b| ![Precision::Auto, recipe.train.precision].contains(&b.train.precision))
+    {
         notes.push(format!(
             "resume   in {}, after {}: from here on the bits are those of another run",
             word(recipe.train.precision),

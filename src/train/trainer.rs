@@ -1,4 +1,4 @@
-//! Training, as a story: [`train`] reads top to bottom; [`Trainer::step`] is one update.
+//! Training, as a story: [`train`] reads top to bottom; [`Trainer::ask`] is one update.
 //!
 //! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. The run directory, its
 //! checkpoints and its reports are the business of [`super::run`].

@@ -38,8 +38,8 @@ use super::mask::BoundMask;
 use super::sample_metric::{LOSS, TOP1, TOP5};
 use super::{
     Arena, Backend, Body, Branch, Embed, Epilogue, Gelu, Heads, HostMemory, InputGrad, Join, Linear, Loss,
-    Mask, Mat, MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Precision, Rule, Slot, SlotLayout, Stats, StepKeys,
-    StepReport, Storage, Update,
+    Mask, Mat, MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Precision, Rule, Slot, SlotLayout, Stats,
+    StepKeys, StepReport, Storage, Update,
 };
 use crate::backend::batch::PlainMemory;
 use crate::error::{Error, Result};

@@ -174,7 +174,9 @@ impl Blas {
                 return Ok(Some(plan));
             }
             if self.algorithms.is_preferred(&key) {
-                eprintln!("warning: cuBLASLt refuses the checkpoint's algorithm for {key}: it is chosen anew");
+                eprintln!(
+                    "warning: cuBLASLt refuses the checkpoint's algorithm for {key}: it is chosen anew"
+                );
             }
         }
         let wanted = if self.by_rule { 1 } else { CANDIDATES };

@@ -55,7 +55,10 @@ impl Algorithms {
             return Err("the checkpoint names no algorithms".into());
         };
         if *of != self.of {
-            return Err(format!("the algorithms of the checkpoint are those of {of}, and this is {}", self.of));
+            return Err(format!(
+                "the algorithms of the checkpoint are those of {of}, and this is {}",
+                self.of
+            ));
         }
         let parse = |line: &String| {
             let (key, words) = line.rsplit_once(": ")?;
