@@ -58,6 +58,8 @@ pub struct Measured {
     stages: Vec<(&'static str, f64)>,
     /// Everything on one core, as one call after the other.
     one_core: f64,
+    /// The same on as many cores as there are workers, none of which waits for another: what the loader can reach.
+    all_cores: f64,
     /// Through the loader.
     workers: usize,
     loader: f64,
@@ -103,6 +105,7 @@ pub fn run(recipe: &Recipe, model: &str, options: &Options) -> Result<Measured> 
         0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(16),
         n => n,
     };
+    let all_cores = one.on_cores(workers, &timer)?;
     let through = |workers| loader_rate(recipe, &dataset, image, workers, &timer);
     let (loader_one, loader) = (through(1)?, through(workers)?);
     Ok(Measured {
@@ -116,6 +119,7 @@ pub fn run(recipe: &Recipe, model: &str, options: &Options) -> Result<Measured> 
             ("augment", (one_core - cropped).max(0.0)),
         ],
         one_core,
+        all_cores,
         workers,
         loader,
         loader_one,
@@ -238,6 +242,30 @@ impl OneCore<'_> {
         Ok(())
     }
 
+    /// Samples per second of `cores` threads together, each with records of its own.
+    fn on_cores(&self, cores: usize, timer: &Timer) -> Result<f64> {
+        let round = || -> Result<f64> {
+            let work = |core: usize| -> Result<f64> {
+                let mut worker = Worker::new(self.image);
+                let (mut i, mut count) = (core * self.dataset.len() / cores, 0u64);
+                let start = Instant::now();
+                while count == 0 || start.elapsed().as_secs_f64() < timer.seconds {
+                    for _ in 0..16 {
+                        self.all(i, &mut worker)?;
+                        i = (i + 1) % self.dataset.len();
+                    }
+                    count += 16;
+                }
+                Ok(count as f64 / start.elapsed().as_secs_f64())
+            };
+            std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..cores).map(|core| scope.spawn(move || work(core))).collect();
+                threads.into_iter().map(|thread| thread.join().expect("a stage does not panic")).sum()
+            })
+        };
+        Ok(median((0..timer.rounds).map(|_| round()).collect::<Result<_>>()?))
+    }
+
     fn all(&self, i: usize, worker: &mut Worker) -> Result<()> {
         let Worker { decoder, buffers, out } = worker;
         let mut draws = self.draws(i);
@@ -333,6 +361,12 @@ impl Measured {
             lines.push(format!("  {stage:<28} {:>9.2} us {:>6.1} %", seconds * 1e6, share * 100.0));
         }
         lines.push(format!("one core       {:>10.0} img/s", 1.0 / self.one_core));
+        lines.push(format!(
+            "{:<2} cores       {:>10.0} img/s   {:.2} times one, each on its own",
+            self.workers,
+            self.all_cores,
+            self.all_cores * self.one_core
+        ));
         lines.push(format!("loader, 1      {:>10.0} img/s", self.loader_one));
         lines.push(format!(
             "loader, {:<6} {:>10.0} img/s   {:.0} a worker   {:.2} times one",
@@ -376,6 +410,7 @@ impl Measured {
             "blocks_transformed": self.blocks.1,
             "stages": stages,
             "img_per_s_one_core": 1.0 / self.one_core,
+            "img_per_s_all_cores": self.all_cores,
             "img_per_s_one_worker": self.loader_one,
             "workers": self.workers,
             "img_per_s": self.loader,

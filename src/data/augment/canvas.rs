@@ -77,15 +77,17 @@ impl Canvas {
         let tables = self.histograms().map(|counts| {
             let last = counts.iter().rev().find(|n| **n > 0).copied().unwrap_or(0);
             let step = (counts.iter().sum::<u32>() - last) / 255;
-            let mut table = IDENTITY;
-            if step > 0 {
-                let mut total = step / 2;
-                for (to, count) in table.iter_mut().zip(counts) {
-                    *to = (total / step).min(255) as u8;
-                    total += count;
-                }
+            if step == 0 {
+                return IDENTITY;
             }
-            table
+            let mut before = [0u32; 256];
+            let mut total = step / 2;
+            for (to, count) in before.iter_mut().zip(counts) {
+                *to = total;
+                total += count;
+            }
+            // Exact: quotients of numbers below 2^32 are further from an integer than f64 rounds. Eight at a time.
+            before.map(|total| (f64::from(total) / f64::from(step)) as u8)
         });
         self.map_channels(&tables);
     }

@@ -103,27 +103,39 @@ pub fn sharpness(canvas: &mut Canvas, factor: f32) {
 /// The picture point (x, y) shows what was at `(a·(x, y, 1), b·(x, y, 1))`, the nearest pixel; from outside comes grey.
 #[inline(always)]
 pub fn affine(canvas: &mut Canvas, a: [f32; 3], b: [f32; 3]) {
-    /// Pixels whose places are worked out at a time.
-    const RUN: usize = 64;
-    let (height, width) = (canvas.height, canvas.width);
+    let size = (canvas.height, canvas.width);
+    let (line, end) = (size.1 * 3, canvas.pixels.len());
+    // What lies outside is the pixel behind the last. Pixels are copied with a fourth byte, which the next one overwrites.
+    canvas.pixels.extend([GREY; 4]);
+    canvas.spare.push(0);
     let mut places = [0i32; RUN];
-    for y in 0..height {
-        let line = &mut canvas.spare[y * width * 3..][..width * 3];
-        for (run, out) in line.chunks_mut(RUN * 3).enumerate() {
-            let count = out.len() / 3;
-            source_places(run * RUN, y, (height, width), a, b, &mut places);
-            for (pixel, place) in out.chunks_exact_mut(3).zip(&places[..count]) {
-                match usize::try_from(*place) {
-                    Ok(at) => pixel.copy_from_slice(&canvas.pixels[at..at + 3]),
-                    Err(_) => pixel.fill(GREY),
-                }
+    for y in 0..size.0 {
+        for x0 in (0..size.1).step_by(RUN) {
+            let count = RUN.min(size.1 - x0);
+            source_places(x0, y, size, a, b, &mut places);
+            let places = &places[..count];
+            let out = &mut canvas.spare[y * line + x0 * 3..][..count * 3 + 1];
+            let (first, last) = (places[0] as usize, places[count - 1] as usize);
+            // Most rows of a shear or a shift are rows of the picture.
+            if last < end && places.windows(2).fold(true, |all, two| all & (two[1] - two[0] == 3)) {
+                out[..count * 3].copy_from_slice(&canvas.pixels[first..][..count * 3]);
+                continue;
+            }
+            for (x, place) in places.iter().enumerate() {
+                let four: [u8; 4] = canvas.pixels[*place as usize..][..4].try_into().unwrap();
+                out[x * 3..][..4].copy_from_slice(&four);
             }
         }
     }
+    canvas.pixels.truncate(end);
+    canvas.spare.truncate(end);
     canvas.swap();
 }
 
-/// Offsets of the source pixels of `places.len()` pixels from (x0, y) on; -1: outside.
+/// Pixels whose places are worked out at a time.
+const RUN: usize = 32;
+
+/// Offsets of the source pixels of [`RUN`] pixels from (x0, y) on; the picture's length: outside.
 #[inline(always)]
 fn source_places(
     x0: usize,
@@ -131,10 +143,11 @@ fn source_places(
     (height, width): (usize, usize),
     a: [f32; 3],
     b: [f32; 3],
-    places: &mut [i32; 64],
+    places: &mut [i32; RUN],
 ) {
     let y = y as f32;
     let (right, bottom) = (width as f32, height as f32);
+    let outside = (height * width * 3) as i32;
     for (i, place) in places.iter_mut().enumerate() {
         let x = (x0 + i) as i32 as f32;
         // Rounded first, half away from zero, then tested.
@@ -142,7 +155,7 @@ fn source_places(
         let from_y = (b[0] * x + b[1] * y + b[2]).round();
         let inside = from_x >= 0.0 && from_x < right && from_y >= 0.0 && from_y < bottom;
         let at = ((from_y * right + from_x) as i32).wrapping_mul(3);
-        *place = if inside { at } else { -1 };
+        *place = if inside { at } else { outside };
     }
 }
 
