@@ -140,12 +140,39 @@ pub const IDENTITY: [u8; 256] = {
 /// [0, 1] leaves nothing to cut).
 #[inline(always)]
 pub fn blend(a: f32, b: f32, factor: f32) -> u8 {
-    (a + factor * (b - a)) as u8
+    cut(a + factor * (b - a))
+}
+
+/// `x as u8`, for wider registers: compilers make lanes one by one of that.
+#[inline(always)]
+pub fn cut(x: f32) -> u8 {
+    integer(x.clamp(0.0, 255.0).floor()) as u8
+}
+
+/// An integer in [0, 2^23) as such: the bits behind 2^23 of a float that has no room for fractions.
+#[inline(always)]
+pub fn integer(x: f32) -> u32 {
+    const ROOM: f32 = 8_388_608.0;
+    (x + ROOM).to_bits().wrapping_sub(ROOM.to_bits())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cutting_is_what_the_language_does() {
+        let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-40, -1e9, 1e9];
+        let steps = (-3000..30_000).map(|i| i as f32 / 100.0);
+        let edges = (0..=256).flat_map(|i| {
+            let x = i as f32;
+            [x, x.next_down(), x.next_up()]
+        });
+        for x in steps.chain(edges).chain(odd) {
+            assert_eq!(cut(x), x as u8, "{x}");
+        }
+        assert_eq!([0.0, 1.0, 8_388_607.0].map(integer), [0, 1, 8_388_607]);
+    }
 
     #[test]
     fn ranges_see_every_pixel() {

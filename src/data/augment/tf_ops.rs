@@ -1,7 +1,7 @@
 //! The operations of RandAugment as big_vision's TensorFlow code does them, to the bit (spec of the arithmetic:
 //! google-research/big_vision, `pp/autoaugment.py`; TensorFlow 2.15).
 
-use super::canvas::{Canvas, IDENTITY, blend};
+use super::canvas::{Canvas, IDENTITY, blend, cut, integer};
 
 /// What pixels from outside become.
 const GREY: u8 = 128;
@@ -15,7 +15,7 @@ pub fn autocontrast(canvas: &mut Canvas) {
             let scale = 255.0 / (f32::from(high) - f32::from(low));
             let offset = -f32::from(low) * scale;
             for (i, to) in table.iter_mut().enumerate() {
-                *to = (i as f32 * scale + offset) as u8;
+                *to = cut(i as f32 * scale + offset);
             }
         }
         table
@@ -27,7 +27,7 @@ pub fn autocontrast(canvas: &mut Canvas) {
 #[inline(always)]
 fn grey(pixel: &[u8]) -> u8 {
     let [r, g, b] = [pixel[0], pixel[1], pixel[2]].map(|x| f32::from(x) * (1.0 / 255.0));
-    ((r * 0.2989 + g * 0.5870 + b * 0.1140) * 255.5) as u8
+    cut((r * 0.2989 + g * 0.5870 + b * 0.1140) * 255.5)
 }
 
 /// Blends grey and the picture.
@@ -79,25 +79,43 @@ pub fn sharpness(canvas: &mut Canvas, factor: f32) {
     }
     for y in 1..canvas.height.saturating_sub(1) {
         let rows = &canvas.spare[(y - 1) * line..][..3 * line];
-        let (above, rest) = rows.split_at(line);
-        let (middle, below) = rest.split_at(line);
         let out = &mut canvas.pixels[y * line + 3..][..line - 6];
-        for i in 0..out.len() {
-            let at = |row: &[u8], k: usize| f32::from(row[i + k]);
-            // The order and the fused products are TensorFlow's: another sum differs in the last bit, and that decides.
-            let mut sum = at(above, 0) * ONE;
-            sum = at(above, 3).mul_add(ONE, sum);
-            sum = at(above, 6).mul_add(ONE, sum);
-            sum = at(middle, 0).mul_add(ONE, sum);
-            sum = at(middle, 3).mul_add(FIVE, sum);
-            sum = at(middle, 6).mul_add(ONE, sum);
-            sum = at(below, 0).mul_add(ONE, sum);
-            sum = at(below, 3).mul_add(ONE, sum);
-            sum = at(below, 6).mul_add(ONE, sum);
-            let smooth = f32::from(sum as u8);
-            out[i] = blend(smooth, at(middle, 3), factor);
+        let len = VALUES.min(out.len());
+        for start in (0..out.len()).step_by(VALUES) {
+            // The last values may be made twice.
+            let start = start.min(out.len() - len);
+            let [above, middle, below] = [0, 1, 2].map(|row| floats(&rows[row * line + start..][..len + 6]));
+            let mut sharp = [0; VALUES];
+            for i in 0..VALUES {
+                // The order and the fused products are TensorFlow's: another sum differs in the last bit, and that decides.
+                let mut sum = above[i] * ONE;
+                sum = above[i + 3].mul_add(ONE, sum);
+                sum = above[i + 6].mul_add(ONE, sum);
+                sum = middle[i].mul_add(ONE, sum);
+                sum = middle[i + 3].mul_add(FIVE, sum);
+                sum = middle[i + 6].mul_add(ONE, sum);
+                sum = below[i].mul_add(ONE, sum);
+                sum = below[i + 3].mul_add(ONE, sum);
+                sum = below[i + 6].mul_add(ONE, sum);
+                sharp[i] = blend(sum.floor().min(255.0), middle[i + 3], factor);
+            }
+            out[start..start + len].copy_from_slice(&sharp[..len]);
         }
     }
+}
+
+/// Values that are sharpened at a time; they look three values to either side.
+const VALUES: usize = 32;
+
+/// As floats, with zeros behind what is there.
+#[inline(always)]
+fn floats(values: &[u8]) -> [f32; VALUES + 6] {
+    if let Ok(all) = <&[u8; VALUES + 6]>::try_from(values) {
+        return all.map(f32::from);
+    }
+    let mut floats = [0.0; VALUES + 6];
+    floats.iter_mut().zip(values).for_each(|(to, from)| *to = f32::from(*from));
+    floats
 }
 
 /// The picture point (x, y) shows what was at `(a·(x, y, 1), b·(x, y, 1))`, the nearest pixel; from outside comes grey.
@@ -148,13 +166,14 @@ fn source_places(
     let y = y as f32;
     let (right, bottom) = (width as f32, height as f32);
     let outside = (height * width * 3) as i32;
+    debug_assert!(height * width < 1 << 23, "a sample's pixels can be told apart in f32");
     for (i, place) in places.iter_mut().enumerate() {
         let x = (x0 + i) as i32 as f32;
         // Rounded first, half away from zero, then tested.
         let from_x = (a[0] * x + a[1] * y + a[2]).round();
         let from_y = (b[0] * x + b[1] * y + b[2]).round();
         let inside = from_x >= 0.0 && from_x < right && from_y >= 0.0 && from_y < bottom;
-        let at = ((from_y * right + from_x) as i32).wrapping_mul(3);
+        let at = (integer(from_y * right + from_x) as i32).wrapping_mul(3);
         *place = if inside { at } else { outside };
     }
 }
