@@ -95,7 +95,8 @@ fn manifests_name_pictures_labels_and_splits() {
     let train = format!("data.train={}", dest.display());
     let plan = |loss: &str| {
         let out = temp.path().join("run");
-        let arguments = ["train", "mini/cifar10", "--dry-run", "--out", out.to_str().unwrap(), "--set", &train];
+        let arguments =
+            ["train", "mini/cifar10", "--dry-run", "--out", out.to_str().unwrap(), "--set", &train];
         vitrum(&[&arguments[..], &["--set", "train.batch=2", "--set", loss]].concat())
     };
     let refused = plan("loss.kind=softmax");

@@ -81,7 +81,10 @@ impl Order {
                 let part = self.parts[part];
                 self.permute(part, epoch, run);
                 let first = drawn.len() - run.len();
-                drawn[first..].iter_mut().zip(run.drain(..)).for_each(|(d, place)| d.record = part.start + place);
+                drawn[first..]
+                    .iter_mut()
+                    .zip(run.drain(..))
+                    .for_each(|(d, place)| d.record = part.start + place);
             }
         };
         for n in numbers {

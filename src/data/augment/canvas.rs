@@ -74,21 +74,11 @@ impl Canvas {
     /// Pillow's `equalize`, which TensorFlow's models repeat.
     #[inline(always)]
     pub fn equalize(&mut self) {
-        let tables = self.histograms().map(|counts| {
-            let last = counts.iter().rev().find(|n| **n > 0).copied().unwrap_or(0);
-            let step = (counts.iter().sum::<u32>() - last) / 255;
-            if step == 0 {
-                return IDENTITY;
-            }
-            let mut before = [0u32; 256];
-            let mut total = step / 2;
-            for (to, count) in before.iter_mut().zip(counts) {
-                *to = total;
-                total += count;
-            }
-            // Exact: quotients of numbers below 2^32 are further from an integer than f64 rounds. Eight at a time.
-            before.map(|total| (f64::from(total) / f64::from(step)) as u8)
-        });
+        let histograms = self.histograms();
+        let mut tables = [IDENTITY; 3];
+        for (table, counts) in tables.iter_mut().zip(&histograms) {
+            even_out(counts, table);
+        }
         self.map_channels(&tables);
     }
 
@@ -123,6 +113,30 @@ impl Canvas {
             let row = &mut self.pixels[y * self.width * 3..][..self.width * 3];
             row[columns.start * 3..columns.end.max(columns.start) * 3].fill(value);
         }
+    }
+}
+
+/// The table that spreads a channel's values evenly; `table` stays as it is where there is nothing to spread.
+#[inline(always)]
+fn even_out(counts: &[u32; 256], table: &mut [u8; 256]) {
+    let (mut pixels, mut last) = (0, 0);
+    for count in counts {
+        pixels += count;
+        last = if *count > 0 { *count } else { last };
+    }
+    let step = (pixels - last) / 255;
+    if step == 0 {
+        return;
+    }
+    let mut before = [0f64; 256];
+    let mut total = step / 2;
+    for (to, count) in before.iter_mut().zip(counts) {
+        *to = f64::from(total);
+        total += count;
+    }
+    // Exact: a quotient of numbers below 2^32 that is no integer is further from the next one than f64 rounds.
+    for (to, total) in table.iter_mut().zip(&before) {
+        *to = cut((total / f64::from(step)).floor() as f32);
     }
 }
 

@@ -134,11 +134,13 @@ fn blacken(row: &mut [u8], start: usize, end: usize) {
     // Few bytes: a mask is faster than a call.
     let all = u128::MAX;
     let head = &mut row[..WORD];
-    let kept = u128::from_le_bytes((&*head).try_into().unwrap()) & all.checked_shl(8 * start as u32).unwrap_or(0);
+    let kept =
+        u128::from_le_bytes((&*head).try_into().unwrap()) & all.checked_shl(8 * start as u32).unwrap_or(0);
     head.copy_from_slice(&kept.to_le_bytes());
     let at = row.len() - WORD;
     let tail = &mut row[at..];
-    let kept = u128::from_le_bytes((&*tail).try_into().unwrap()) & all.checked_shr(8 * from_end as u32).unwrap_or(0);
+    let kept =
+        u128::from_le_bytes((&*tail).try_into().unwrap()) & all.checked_shr(8 * from_end as u32).unwrap_or(0);
     tail.copy_from_slice(&kept.to_le_bytes());
 }
 

@@ -9,35 +9,41 @@ const GREY: u8 = 128;
 /// Stretches each channel to [0, 255].
 #[inline(always)]
 pub fn autocontrast(canvas: &mut Canvas) {
-    let tables = canvas.ranges().map(|(low, high)| {
-        let mut table = IDENTITY;
+    let ranges = canvas.ranges();
+    let mut tables = [IDENTITY; 3];
+    for (table, (low, high)) in tables.iter_mut().zip(ranges) {
         if high > low {
             let scale = 255.0 / (f32::from(high) - f32::from(low));
             let offset = -f32::from(low) * scale;
-            for (i, to) in table.iter_mut().enumerate() {
-                *to = cut(i as f32 * scale + offset);
+            for i in 0..256 {
+                table[i] = cut(i as i32 as f32 * scale + offset);
             }
         }
-        table
-    });
+    }
     canvas.map_channels(&tables);
 }
 
 /// `tf.image.rgb_to_grayscale` on u8.
 #[inline(always)]
 fn grey(pixel: &[u8]) -> u8 {
-    let [r, g, b] = [pixel[0], pixel[1], pixel[2]].map(|x| f32::from(x) * (1.0 / 255.0));
+    const SCALE: f32 = 1.0 / 255.0;
+    let (r, g, b) = (f32::from(pixel[0]) * SCALE, f32::from(pixel[1]) * SCALE, f32::from(pixel[2]) * SCALE);
     cut((r * 0.2989 + g * 0.5870 + b * 0.1140) * 255.5)
 }
 
 /// Blends grey and the picture.
 #[inline(always)]
 pub fn color(canvas: &mut Canvas, factor: f32) {
-    for pixel in canvas.pixels.chunks_exact_mut(3) {
-        let grey = f32::from(grey(pixel));
-        pixel[0] = blend(grey, f32::from(pixel[0]), factor);
-        pixel[1] = blend(grey, f32::from(pixel[1]), factor);
-        pixel[2] = blend(grey, f32::from(pixel[2]), factor);
+    /// Values of a block of pixels.
+    const BLOCK: usize = 48;
+    for block in canvas.pixels.chunks_mut(BLOCK) {
+        let mut greys = [0u8; BLOCK];
+        for (to, pixel) in greys.chunks_exact_mut(3).zip(block.chunks_exact(3)) {
+            to.fill(grey(pixel));
+        }
+        for (value, grey) in block.iter_mut().zip(&greys) {
+            *value = blend(f32::from(*grey), f32::from(*value), factor);
+        }
     }
 }
 
@@ -84,7 +90,9 @@ pub fn sharpness(canvas: &mut Canvas, factor: f32) {
         for start in (0..out.len()).step_by(VALUES) {
             // The last values may be made twice.
             let start = start.min(out.len() - len);
-            let [above, middle, below] = [0, 1, 2].map(|row| floats(&rows[row * line + start..][..len + 6]));
+            let above = floats(&rows[start..][..len + 6]);
+            let middle = floats(&rows[line + start..][..len + 6]);
+            let below = floats(&rows[2 * line + start..][..len + 6]);
             let mut sharp = [0; VALUES];
             for i in 0..VALUES {
                 // The order and the fused products are TensorFlow's: another sum differs in the last bit, and that decides.
@@ -110,11 +118,17 @@ const VALUES: usize = 32;
 /// As floats, with zeros behind what is there.
 #[inline(always)]
 fn floats(values: &[u8]) -> [f32; VALUES + 6] {
-    if let Ok(all) = <&[u8; VALUES + 6]>::try_from(values) {
-        return all.map(f32::from);
-    }
     let mut floats = [0.0; VALUES + 6];
-    floats.iter_mut().zip(values).for_each(|(to, from)| *to = f32::from(*from));
+    // The same loop twice: the first one's length is known when it is compiled.
+    if let Ok(all) = <&[u8; VALUES + 6]>::try_from(values) {
+        for i in 0..VALUES + 6 {
+            floats[i] = f32::from(all[i]);
+        }
+    } else {
+        for (to, from) in floats.iter_mut().zip(values) {
+            *to = f32::from(*from);
+        }
+    }
     floats
 }
 

@@ -201,7 +201,9 @@ impl Filler {
                     let pixels = slot.images_u8_mut()[..count * image_len].chunks_mut(piece * image_len);
                     for ((p, made), out) in made.zip(pixels) {
                         scope.spawn(move |_| {
-                            for ((i, made), out) in made.iter_mut().enumerate().zip(out.chunks_exact_mut(image_len)) {
+                            for ((i, made), out) in
+                                made.iter_mut().enumerate().zip(out.chunks_exact_mut(image_len))
+                            {
                                 one(p * piece + i, made, Target::U8(out));
                             }
                         });
@@ -211,7 +213,9 @@ impl Filler {
                     let values = slot.images_f32_mut()[..count * image_len].chunks_mut(piece * image_len);
                     for ((p, made), out) in made.zip(values) {
                         scope.spawn(move |_| {
-                            for ((i, made), out) in made.iter_mut().enumerate().zip(out.chunks_exact_mut(image_len)) {
+                            for ((i, made), out) in
+                                made.iter_mut().enumerate().zip(out.chunks_exact_mut(image_len))
+                            {
                                 one(p * piece + i, made, Target::F32(out, normalise));
                             }
                         });
@@ -297,4 +301,3 @@ pub fn pixels<'a>(
         Record::Encoded(bytes) => decoder.window(bytes, choose),
     }
 }
-
