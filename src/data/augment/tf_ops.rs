@@ -85,51 +85,28 @@ pub fn sharpness(canvas: &mut Canvas, factor: f32) {
     }
     for y in 1..canvas.height.saturating_sub(1) {
         let rows = &canvas.spare[(y - 1) * line..][..3 * line];
+        let (above, rest) = rows.split_at(line);
+        let (middle, below) = rest.split_at(line);
         let out = &mut canvas.pixels[y * line + 3..][..line - 6];
-        let len = VALUES.min(out.len());
-        for start in (0..out.len()).step_by(VALUES) {
-            // The last values may be made twice.
-            let start = start.min(out.len() - len);
-            let above = floats(&rows[start..][..len + 6]);
-            let middle = floats(&rows[line + start..][..len + 6]);
-            let below = floats(&rows[2 * line + start..][..len + 6]);
-            let mut sharp = [0; VALUES];
-            for i in 0..VALUES {
-                // The order and the fused products are TensorFlow's: another sum differs in the last bit, and that decides.
-                let mut sum = above[i] * ONE;
-                sum = above[i + 3].mul_add(ONE, sum);
-                sum = above[i + 6].mul_add(ONE, sum);
-                sum = middle[i].mul_add(ONE, sum);
-                sum = middle[i + 3].mul_add(FIVE, sum);
-                sum = middle[i + 6].mul_add(ONE, sum);
-                sum = below[i].mul_add(ONE, sum);
-                sum = below[i + 3].mul_add(ONE, sum);
-                sum = below[i + 6].mul_add(ONE, sum);
-                sharp[i] = blend(sum.floor().min(255.0), middle[i + 3], factor);
-            }
-            out[start..start + len].copy_from_slice(&sharp[..len]);
+        // Slices of one length, so that no place has to be checked.
+        let n = out.len();
+        let (a0, a1, a2) = (&above[..n], &above[3..][..n], &above[6..][..n]);
+        let (m0, m1, m2) = (&middle[..n], &middle[3..][..n], &middle[6..][..n]);
+        let (b0, b1, b2) = (&below[..n], &below[3..][..n], &below[6..][..n]);
+        for i in 0..n {
+            // The order and the fused products are TensorFlow's: another sum differs in the last bit, and that decides.
+            let mut sum = f32::from(a0[i]) * ONE;
+            sum = f32::from(a1[i]).mul_add(ONE, sum);
+            sum = f32::from(a2[i]).mul_add(ONE, sum);
+            sum = f32::from(m0[i]).mul_add(ONE, sum);
+            sum = f32::from(m1[i]).mul_add(FIVE, sum);
+            sum = f32::from(m2[i]).mul_add(ONE, sum);
+            sum = f32::from(b0[i]).mul_add(ONE, sum);
+            sum = f32::from(b1[i]).mul_add(ONE, sum);
+            sum = f32::from(b2[i]).mul_add(ONE, sum);
+            out[i] = blend(sum.min(255.0).floor(), f32::from(m1[i]), factor);
         }
     }
-}
-
-/// Values that are sharpened at a time; they look three values to either side.
-const VALUES: usize = 32;
-
-/// As floats, with zeros behind what is there.
-#[inline(always)]
-fn floats(values: &[u8]) -> [f32; VALUES + 6] {
-    let mut floats = [0.0; VALUES + 6];
-    // The same loop twice: the first one's length is known when it is compiled.
-    if let Ok(all) = <&[u8; VALUES + 6]>::try_from(values) {
-        for i in 0..VALUES + 6 {
-            floats[i] = f32::from(all[i]);
-        }
-    } else {
-        for (to, from) in floats.iter_mut().zip(values) {
-            *to = f32::from(*from);
-        }
-    }
-    floats
 }
 
 /// The picture point (x, y) shows what was at `(a·(x, y, 1), b·(x, y, 1))`, the nearest pixel; from outside comes grey.

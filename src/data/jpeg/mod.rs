@@ -126,7 +126,7 @@ pub fn parse<'a>(bytes: &'a [u8], scratch: &mut Scratch) -> Option<Frame<'a>> {
 pub fn seems_whole(bytes: &[u8], scratch: &mut Scratch) -> bool {
     let Some(frame) = parse(bytes, scratch) else { return false };
     let mcus = frame.mcus_across() * frame.mcus_down();
-    let expected = if frame.restart > 0 { (mcus - 1) / frame.restart } else { 0 };
+    let expected = (mcus - 1).checked_div(frame.restart).unwrap_or(0);
     let (mut rest, mut restarts) = (frame.scan, 0);
     while let Some(at) = rest.iter().position(|byte| *byte == 0xFF) {
         match rest.get(at + 1) {
