@@ -150,6 +150,9 @@ pub fn unit(word: u32) -> f32 {
     (word >> 8) as f32 * (1.0 / (1u32 << 24) as f32)
 }
 
+/// Indices that [`Permutation::all`] permutes at a time.
+const LANES: usize = 16;
+
 /// A keyed permutation of `0..n` that can be evaluated at any index: a Feistel network over the next power of four,
 /// walked until it lands inside (Black and Rogaway 2002, cycle walking).
 #[derive(Clone, Debug)]
@@ -176,6 +179,46 @@ impl Permutation {
                 return x as usize;
             }
         }
+    }
+
+    /// [`Permutation::at`] of each index, in place. Plain loops over [`LANES`] indices, for wider registers where the
+    /// caller has them.
+    #[inline(always)]
+    pub fn all(&self, indices: &mut [usize]) {
+        assert!(indices.iter().all(|i| (*i as u64) < self.n), "an index outside a permutation of {}", self.n);
+        // Those that have not landed yet, by their places.
+        let mut walking: Vec<usize> = (0..indices.len()).collect();
+        while !walking.is_empty() {
+            for some in walking.chunks(LANES) {
+                let mut lanes = [0u64; LANES];
+                lanes.iter_mut().zip(some).for_each(|(lane, place)| *lane = indices[*place] as u64);
+                self.round_trips(&mut lanes);
+                some.iter().zip(lanes).for_each(|(place, lane)| indices[*place] = lane as usize);
+            }
+            walking.retain(|place| indices[*place] as u64 >= self.n);
+        }
+    }
+
+    #[inline(always)]
+    fn round_trips(&self, x: &mut [u64; LANES]) {
+        // Halves have 32 bits at most.
+        let mask = ((1u64 << self.half_bits) - 1) as u32;
+        let mut left: [u32; LANES] = std::array::from_fn(|l| (x[l] >> self.half_bits) as u32);
+        let mut right: [u32; LANES] = std::array::from_fn(|l| x[l] as u32 & mask);
+        for (i, key) in self.keys.iter().enumerate() {
+            let (mut c0, mut c1, mut c2, mut c3) = (right, [0; LANES], [i as u32; LANES], [0; LANES]);
+            let mut key = [*key, self.half_bits];
+            for _ in 0..PHILOX_ROUNDS {
+                for l in 0..LANES {
+                    [c0[l], c1[l], c2[l], c3[l]] = philox_round([c0[l], c1[l], c2[l], c3[l]], key);
+                }
+                key = philox_next_key(key);
+            }
+            for l in 0..LANES {
+                (left[l], right[l]) = (right[l], (left[l] ^ c0[l]) & mask);
+            }
+        }
+        *x = std::array::from_fn(|l| u64::from(left[l]) << self.half_bits | u64::from(right[l]));
     }
 
     fn round_trip(&self, x: u64) -> u64 {
@@ -210,6 +253,13 @@ mod tests {
             let mut seen: Vec<_> = (0..n).map(|i| p.at(i)).collect();
             seen.sort_unstable();
             assert!(seen.iter().copied().eq(0..n), "n = {n}");
+        }
+        for n in [1, 5, 100, 6000, 1 << 20, (1 << 40) + 3] {
+            let p = Permutation::new(n, 9, Domain::Order, 1);
+            let mut indices: Vec<usize> = (0..77).map(|i| i * 7919 % n).collect();
+            let one_by_one: Vec<usize> = indices.iter().map(|i| p.at(*i)).collect();
+            p.all(&mut indices);
+            assert_eq!(indices, one_by_one, "n = {n}");
         }
         let order = |epoch| {
             (0..100).map(|i| Permutation::new(100, 7, Domain::Order, epoch).at(i)).collect::<Vec<_>>()

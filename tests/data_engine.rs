@@ -91,6 +91,21 @@ fn manifests_name_pictures_labels_and_splits() {
     let labels = |i: usize| data.labels(i).collect::<Vec<_>>();
     assert_eq!((labels(0), labels(1), labels(2)), (vec![0, 1], vec![], vec![0]));
 
+    // Several classes do not compete.
+    let train = format!("data.train={}", dest.display());
+    let plan = |loss: &str| {
+        let out = temp.path().join("run");
+        let arguments =
+            ["train", "mini/cifar10", "--dry-run", "--out", out.to_str().unwrap(), "--set", &train];
+        vitrum(&[&arguments[..], &["--set", "train.batch=2", "--set", loss]].concat())
+    };
+    let refused = plan("loss.kind=softmax");
+    let words = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(1) && words.contains("several classes"), "{words}");
+    assert!(words.contains("--set loss.kind=sigmoid"), "{words}");
+    let planned = plan("loss.kind=sigmoid");
+    assert!(planned.status.success(), "{}", String::from_utf8_lossy(&planned.stderr));
+
     let reason = |name: &str, text: &str| {
         let path = temp.path().join(name);
         fs::write(&path, text).unwrap();

@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicUsize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::data::dataset::MANIFEST;
+use crate::data::decode::JpegPath;
 use crate::data::pack::{self, Format, Options, Packed, Target};
 use crate::error::{At, Error, Result};
 use crate::fail;
@@ -90,10 +91,11 @@ fn report(packed: &Packed, dest: &Path) {
         None => "encoded pictures".into(),
     };
     eprintln!(
-        "packed {} of {} classes as {form} into {}, {skipped} skipped",
+        "packed {} of {} classes as {form} into {}, {skipped} skipped (JPEG decoder: {})",
         parts.join(" and "),
         packed.classes,
-        dest.display()
+        dest.display(),
+        JpegPath::chosen().describe()
     );
 }
 

@@ -331,6 +331,21 @@ impl Dataset {
         }
     }
 
+    /// Asks the processor to have a packed sample's pixels in its cache soon, if they are few.
+    pub fn prefetch(&self, index: usize) {
+        match &self.records {
+            Records::Packed { shards, starts } => {
+                let (shard, at) = locate(starts, self.place(index));
+                shards[shard].prefetch(at);
+            }
+            Records::Listed { .. } => {}
+            Records::Mixture { parts, starts } => {
+                let (part, at) = locate(starts, self.place(index));
+                parts[part].0.prefetch(at);
+            }
+        }
+    }
+
     /// (H, W) of all pictures, where it is known to be one.
     pub fn image(&self) -> Option<(usize, usize)> {
         match &self.records {

@@ -1,30 +1,34 @@
-//! The loader: a thread that fills batch slots ahead of the trainer, in order, with a few workers of its own.
+//! The loader: workers that fill batch slots ahead of the trainer, who takes them in order.
 //!
 //! Batch `k` of a training run holds samples `k·B ..` of the run, and [`Order`] says which record a sample is, so that the
 //! position of the next batch is the loader's whole state. What a sample looks like is a function of (seed, epoch, record,
 //! repeat). Neither workers nor ranks nor restarts change a byte.
+//!
+//! [`LANES`] batches are in the making at a time, each led by a thread that cuts it into pieces for the workers, first
+//! batch first ([`fill`]): when the last pieces of one are at work, the other workers are at the next one already.
 
-use std::cell::RefCell;
-use std::collections::HashSet;
+mod fill;
+
+use std::collections::{BTreeMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rayon::prelude::*;
-
-use crate::backend::{MixBox, Normalise, Pixels, Slot, TargetKind};
+use crate::backend::{Normalise, Slot};
 use crate::error::{Error, Result};
 use crate::recipe::{AugmentSection, EvalResize, OnBadRecord};
-use crate::rng::{Domain, Stream};
 
-use super::augment::{self, Buffers, Target, erase, mix};
 use super::dataset::Dataset;
-use super::decode::Decoder;
-use super::order::{Cache, Order};
-use super::picture::{View, Window};
-use super::shard::Record;
+use super::order::Order;
+use fill::Filler;
+
+pub use fill::pixels;
+
+/// Batches in the making at a time, if there are slots for them.
+const LANES: usize = 2;
 
 /// What the batches are for.
 #[derive(Clone, Debug, PartialEq)]
@@ -70,20 +74,34 @@ impl Default for Delivery {
 
 /// Delivers filled slots in order. Dropping it stops its threads.
 pub struct Loader {
-    ready: Receiver<Message>,
+    ready: Receiver<(u64, Message)>,
+    /// Batches that were ready before their turn.
+    early: BTreeMap<u64, Message>,
+    /// Of the batch whose turn it is.
+    position: u64,
     /// `None` only while the loader is being stopped.
     free: Option<Sender<Slot>>,
+    feed: Arc<Mutex<Feed>>,
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Vec<Slot>>>,
+    lanes: Vec<JoinHandle<Option<Slot>>>,
     waited: Duration,
     ended: bool,
     bad: Arc<Mutex<HashSet<usize>>>,
+}
+
+/// Slots that may be filled, and what goes into the next one.
+struct Feed {
+    free: Receiver<Slot>,
+    position: u64,
+    ended: bool,
 }
 
 enum Message {
     Batch(Slot),
     End,
     Failed(Error),
+    /// A mistake of ours: the thread that made the batch panicked.
+    Died,
 }
 
 impl Loader {
@@ -103,9 +121,11 @@ impl Loader {
                 "slot and loader"
             );
         }
+        let lanes = slots.len().min(LANES);
         let (free, free_slots) = channel();
         let (done, ready) = channel();
         slots.into_iter().for_each(|slot| free.send(slot).expect("the receiver lives"));
+        let position = spec.start_batch;
         let stop = Arc::new(AtomicBool::new(false));
         let bad = Arc::new(Mutex::new(HashSet::new()));
         let order = match &mut spec.mode {
@@ -115,16 +135,31 @@ impl Loader {
             }
             Mode::Eval { .. } => Order::new(&[(dataset.len(), 1.0)], 0, 0, 1),
         };
-        let filler = Filler { dataset, spec, delivery, order, stop: stop.clone(), bad: bad.clone() };
-        let thread = std::thread::Builder::new()
-            .name("loader".into())
-            .spawn(move || filler.run(free_slots, done))
-            .expect("the system starts a thread");
+        let feed = Arc::new(Mutex::new(Feed { free: free_slots, position, ended: false }));
+        let filler = Filler::new(dataset, spec, delivery, order, stop.clone(), bad.clone());
+        let lanes = match filler.map(Arc::new) {
+            Ok(filler) => (0..lanes)
+                .map(|i| {
+                    let (filler, feed, done) = (filler.clone(), feed.clone(), done.clone());
+                    std::thread::Builder::new()
+                        .name(format!("batches-{i}"))
+                        .spawn(move || lane(&filler, &feed, &done))
+                        .expect("the system starts a thread")
+                })
+                .collect(),
+            Err(error) => {
+                done.send((position, Message::Failed(error))).expect("the receiver lives");
+                Vec::new()
+            }
+        };
         Self {
             ready,
+            early: BTreeMap::new(),
+            position,
             free: Some(free),
+            feed,
             stop,
-            thread: Some(thread),
+            lanes,
             waited: Duration::ZERO,
             ended: false,
             bad,
@@ -138,19 +173,21 @@ impl Loader {
             return Ok(None);
         }
         let start = Instant::now();
-        let message = self.ready.recv();
+        let message = loop {
+            if let Some(message) = self.early.remove(&self.position) {
+                break message;
+            }
+            let (position, message) = self.ready.recv().unwrap_or((self.position, Message::Died));
+            self.early.insert(position, message);
+        };
         self.waited += start.elapsed();
+        self.position += 1;
+        self.ended = !matches!(message, Message::Batch(_));
         match message {
-            Ok(Message::Batch(slot)) => Ok(Some(slot)),
-            Ok(Message::End) => {
-                self.ended = true;
-                Ok(None)
-            }
-            Ok(Message::Failed(error)) => {
-                self.ended = true;
-                Err(error)
-            }
-            Err(_) => panic!("the loader thread died"),
+            Message::Batch(slot) => Ok(Some(slot)),
+            Message::End => Ok(None),
+            Message::Failed(error) => Err(error),
+            Message::Died => panic!("a thread of the loader died"),
         }
     }
 
@@ -180,14 +217,16 @@ impl Loader {
     fn shut_down(&mut self) -> Vec<Slot> {
         self.stop.store(true, Ordering::Relaxed);
         drop(self.free.take());
-        let mut slots = match self.thread.take().map(JoinHandle::join) {
-            Some(Ok(slots)) => slots,
-            _ => Vec::new(),
-        };
-        slots.extend(self.ready.try_iter().filter_map(|message| match message {
-            Message::Batch(slot) => Some(slot),
-            _ => None,
+        let mut slots: Vec<Slot> =
+            self.lanes.drain(..).filter_map(|lane| lane.join().unwrap_or_default()).collect();
+        let made = std::mem::take(&mut self.early).into_values();
+        slots.extend(made.chain(self.ready.try_iter().map(|(_, message)| message)).filter_map(|message| {
+            match message {
+                Message::Batch(slot) => Some(slot),
+                _ => None,
+            }
         }));
+        slots.extend(self.feed.lock().unwrap_or_else(PoisonError::into_inner).free.try_iter());
         slots
     }
 }
@@ -198,261 +237,38 @@ impl Drop for Loader {
     }
 }
 
-/// The loader's thread.
-struct Filler {
-    dataset: Arc<Dataset>,
-    spec: LoaderSpec,
-    delivery: Delivery,
-    order: Order,
-    stop: Arc<AtomicBool>,
-    /// Records that could not be decoded, each warned of once.
-    bad: Arc<Mutex<HashSet<usize>>>,
-}
-
-impl Filler {
-    /// Fills slot after slot until told to stop or done; returns the slots that are free by then.
-    fn run(self, free: Receiver<Slot>, done: Sender<Message>) -> Vec<Slot> {
-        let workers = match self.spec.workers {
-            0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(16),
-            n => n,
+/// Has batch after batch made until told to stop or done; returns the slot that it holds by then.
+fn lane(filler: &Filler, feed: &Mutex<Feed>, done: &Sender<(u64, Message)>) -> Option<Slot> {
+    loop {
+        let mut slot = {
+            // Who has the lock waits for a slot; the other lane has nothing to wait for but the same.
+            let mut feed = feed.lock().unwrap_or_else(PoisonError::into_inner);
+            if feed.ended {
+                return None;
+            }
+            if filler.past_the_end(feed.position) {
+                feed.ended = true;
+                let _ = done.send((feed.position, Message::End));
+                return None;
+            }
+            let mut slot = feed.free.recv().ok()?;
+            slot.position = feed.position;
+            feed.position += 1;
+            slot
         };
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(workers)
-            .thread_name(|i| format!("loader-{i}"))
-            .build();
-        let pool = match pool {
-            Ok(pool) => pool,
-            Err(e) => {
-                let _ = done
-                    .send(Message::Failed(Error::new(format!("cannot start {workers} loader threads: {e}"))));
-                return free.iter().collect();
-            }
+        if filler.is_stopped() {
+            return Some(slot);
+        }
+        let position = slot.position;
+        let filled = catch_unwind(AssertUnwindSafe(|| filler.fill(&mut slot)));
+        let (message, left) = match filled {
+            Ok(Ok(())) => (Message::Batch(slot), None),
+            Ok(Err(error)) => (Message::Failed(error), Some(slot)),
+            Err(_) => (Message::Died, Some(slot)),
         };
-        for position in self.spec.start_batch.. {
-            if self.past_the_end(position) {
-                let _ = done.send(Message::End);
-                break;
-            }
-            let Ok(mut slot) = free.recv() else { break };
-            slot.position = position;
-            if self.stop.load(Ordering::Relaxed) {
-                return std::iter::once(slot).chain(free.iter()).collect();
-            }
-            self.ask_ahead(position + 1);
-            let message = match pool.install(|| self.fill(&mut slot)) {
-                Ok(()) => Message::Batch(slot),
-                Err(error) => Message::Failed(error),
-            };
-            let failed = matches!(message, Message::Failed(_));
-            if done.send(message).is_err() || failed {
-                break;
-            }
+        if done.send((position, message)).is_err() || left.is_some() {
+            return left;
         }
-        free.iter().collect()
-    }
-
-    /// Has the system read the records of a batch while the one before it is made.
-    fn ask_ahead(&self, position: u64) {
-        let Mode::Train { augment, .. } = &self.spec.mode else { return };
-        if self.dataset.image().is_some() {
-            return; // small records: the system reads ahead as well as we
-        }
-        let mut cache = Cache::default();
-        for i in 0..self.spec.batch {
-            let number = self.number(position, i, augment.repeats);
-            self.dataset.will_need(self.order.at_with(number, &mut cache).record);
-        }
-    }
-
-    fn past_the_end(&self, position: u64) -> bool {
-        matches!(self.spec.mode, Mode::Eval { .. })
-            && position.saturating_mul((self.spec.batch * self.delivery.ranks) as u64)
-                >= self.dataset.len() as u64
-    }
-
-    fn fill(&self, slot: &mut Slot) -> Result<()> {
-        match &self.spec.mode {
-            Mode::Train { augment, seed } => self.fill_train(slot, augment, *seed),
-            Mode::Eval { resize, crop_ratio } => self.fill_eval(slot, *resize, *crop_ratio),
-        }
-    }
-
-    /// The run's number of this rank's sample `i` of a batch. Samples of one record go to different ranks.
-    fn number(&self, position: u64, i: usize, repeats: usize) -> u64 {
-        let (batch, Delivery { rank, ranks, .. }) = (self.spec.batch, self.delivery);
-        let in_batch = if repeats > 1 { i * ranks + rank } else { rank * batch + i };
-        position * (batch * ranks) as u64 + in_batch as u64
-    }
-
-    fn fill_train(&self, slot: &mut Slot, augment: &AugmentSection, seed: u64) -> Result<()> {
-        let (batch, position) = (self.spec.batch, slot.position);
-        let made = self.each_sample(slot, batch, |i, buffers, mut target| {
-            let WorkerBuffers { decoder, augment: buffers, order } = buffers;
-            let drawn = self.order.at_with(self.number(position, i, augment.repeats), order);
-            // Records are below 2^40, repeats few.
-            let key = drawn.record as u64 | (drawn.repeat as u64) << 40;
-            let mut draws = Stream::new(seed, Domain::Augment, drawn.epoch, key);
-            // A record that cannot be decoded is replaced by the next one that can.
-            for step in 0..self.dataset.len() {
-                let record = (drawn.record + step) % self.dataset.len();
-                let made = self.dataset.record(record).and_then(|stored| {
-                    let view = pixels(&stored, decoder, |of| augment::window(augment, of, &mut draws))?;
-                    augment::train(augment, view, self.spec.image, &mut draws, buffers, target.again());
-                    Ok(())
-                });
-                match made {
-                    Ok(()) => {
-                        let erase = match augment.erase > 0.0 {
-                            true => (erase::draw(augment, self.spec.image, &mut draws), draws.next_u32()),
-                            false => Default::default(),
-                        };
-                        return Ok(Some(Made { record, erase }));
-                    }
-                    Err(error) => self.bad_record(record, error)?,
-                }
-            }
-            Err(Error::new(format!("{}: no record can be decoded", self.dataset.name())))
-        })?;
-        slot.count = batch;
-        self.write_targets(slot, &made);
-        mix::fill(slot, augment, seed, self.delivery.rank);
-        if augment.erase > 0.0 {
-            erase::enter(slot, augment, made.iter().map(|m| m.map_or_else(Default::default, |m| m.erase)));
-        }
-        Ok(())
-    }
-
-    fn fill_eval(&self, slot: &mut Slot, resize: EvalResize, crop_ratio: f32) -> Result<()> {
-        let first = self.number(slot.position, 0, 1) as usize;
-        let count = self.dataset.len().saturating_sub(first).min(self.spec.batch);
-        let made = self.each_sample(slot, count, |i, buffers, mut target| {
-            let WorkerBuffers { decoder, augment: buffers, .. } = buffers;
-            let made = self.dataset.record(first + i).and_then(|stored| {
-                let view = pixels(&stored, decoder, Window::whole)?;
-                augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, target.again());
-                Ok(())
-            });
-            match made {
-                Ok(()) => Ok(Some(Made { record: first + i, erase: Default::default() })),
-                Err(error) => self.bad_record(first + i, error).map(|()| None),
-            }
-        })?;
-        // A record that cannot be decoded is left out: the others move up.
-        let kept: Vec<usize> = (0..count).filter(|i| made[*i].is_some()).collect();
-        let image_len = slot.layout().image_len();
-        match slot.layout().pixels {
-            Pixels::U8 => close_up(slot.images_u8_mut(), image_len, &kept),
-            Pixels::F32 => close_up(slot.images_f32_mut(), image_len, &kept),
-        }
-        slot.count = kept.len();
-        let made: Vec<_> = kept.into_iter().map(|i| made[i]).collect();
-        self.write_targets(slot, &made);
-        slot.clear_mix();
-        Ok(())
-    }
-
-    /// Runs `make(i, buffers, target)` for samples `0..count` of a slot on the workers.
-    fn each_sample(
-        &self,
-        slot: &mut Slot,
-        count: usize,
-        make: impl Fn(usize, &mut WorkerBuffers, Target) -> Result<Option<Made>> + Sync,
-    ) -> Result<Vec<Option<Made>>> {
-        thread_local! {
-            static BUFFERS: RefCell<WorkerBuffers> = RefCell::default();
-        }
-        let image_len = slot.layout().image_len();
-        let run = |i: usize, target: Target| {
-            if self.stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            BUFFERS.with_borrow_mut(|buffers| make(i, buffers, target))
-        };
-        match slot.layout().pixels {
-            Pixels::U8 => slot.images_u8_mut()[..count * image_len]
-                .par_chunks_exact_mut(image_len)
-                .enumerate()
-                .map(|(i, out)| run(i, Target::U8(out)))
-                .collect(),
-            Pixels::F32 => slot.images_f32_mut()[..count * image_len]
-                .par_chunks_exact_mut(image_len)
-                .enumerate()
-                .map(|(i, out)| run(i, Target::F32(out, self.delivery.normalise)))
-                .collect(),
-        }
-    }
-
-    /// Labels, one-hot or multi-hot targets; padding is class 0, and counts for nothing.
-    fn write_targets(&self, slot: &mut Slot, made: &[Option<Made>]) {
-        let record = |i: usize| made.get(i).copied().flatten().map(|m| m.record);
-        match slot.layout().targets {
-            TargetKind::Labels => {
-                let label = |i: usize| record(i).map_or(0, |r| self.dataset.label(r));
-                slot.labels_mut().iter_mut().enumerate().for_each(|(i, l)| *l = label(i) as i32);
-            }
-            TargetKind::Dense { classes } => {
-                for (i, row) in slot.targets_mut().chunks_exact_mut(classes).enumerate() {
-                    row.fill(0.0);
-                    if let Some(record) = record(i) {
-                        self.dataset.labels(record).for_each(|label| row[label] = 1.0);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Stops at a bad record, or warns of it the first time.
-    fn bad_record(&self, record: usize, error: Error) -> Result<()> {
-        let place = format!("{}: `{}`", self.dataset.name(), self.dataset.record_name(record));
-        match self.spec.on_bad_record {
-            OnBadRecord::Error => {
-                Err(error.at(place).hint("use `--set data.on_bad_record=skip` to go on without it"))
-            }
-            OnBadRecord::Skip => {
-                if self.bad.lock().expect("no worker panics with the lock").insert(record) {
-                    eprintln!("warning: {place} skipped: {}", error.message());
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
-#[derive(Default)]
-struct WorkerBuffers {
-    decoder: Decoder,
-    augment: Buffers,
-    order: Cache,
-}
-
-/// What became of a sample, besides its pixels.
-#[derive(Clone, Copy)]
-struct Made {
-    record: usize,
-    /// Box and seed.
-    erase: (MixBox, u32),
-}
-
-/// Moves the pictures that are kept to the front; what is behind them becomes zero.
-fn close_up<T: Copy + Default>(pixels: &mut [T], image_len: usize, kept: &[usize]) {
-    for (to, from) in kept.iter().enumerate().filter(|(to, from)| to != *from) {
-        pixels.copy_within(from * image_len..(from + 1) * image_len, to * image_len);
-    }
-    pixels[kept.len() * image_len..].fill(T::default());
-}
-
-/// The window of a record that `choose` picks, told its (H, W): a part of what is stored, or decoded.
-pub fn pixels<'a>(
-    record: &'a Record,
-    decoder: &'a mut Decoder,
-    choose: impl FnOnce((usize, usize)) -> Window,
-) -> Result<View<'a>> {
-    match record {
-        Record::Raw { pixels, height, width } => {
-            let w = choose((*height, *width));
-            Ok(View::new(pixels, *height, *width).window(w.y, w.x, w.height, w.width))
-        }
-        Record::Encoded(bytes) => decoder.window(bytes, choose),
     }
 }
 
@@ -460,8 +276,9 @@ pub fn pixels<'a>(
 mod tests {
     use super::*;
     use crate::backend::batch::PlainMemory;
-    use crate::backend::{Pixels, SlotLayout};
+    use crate::backend::{Pixels, SlotLayout, TargetKind};
     use crate::data::dataset::Split;
+    use crate::data::shard::Record;
     use crate::recipe::Crop;
 
     fn slots(count: usize, samples: usize, targets: TargetKind) -> Vec<Slot> {

@@ -5,6 +5,8 @@
 
 use crate::rng::{Domain, Permutation};
 
+use super::augment::vector::{self, Task};
+
 /// How samples are ordered.
 #[derive(Clone, Debug)]
 pub struct Order {
@@ -34,10 +36,6 @@ pub struct Drawn {
     /// Which of the samples of this record.
     pub repeat: usize,
 }
-
-/// The permutation that was needed last.
-#[derive(Debug, Default)]
-pub struct Cache(Option<((u64, usize, u64), Permutation)>);
 
 /// Places of the pattern of a mixture: weights are kept to a thousandth.
 const PLACES: usize = 1000;
@@ -69,33 +67,60 @@ impl Order {
 
     /// Sample number `n` of the run.
     pub fn at(&self, n: u64) -> Drawn {
-        self.at_with(n, &mut Cache::default())
+        self.of([n])[0]
     }
 
-    /// The same, by one who asks for many numbers that are near each other.
-    pub fn at_with(&self, n: u64, cache: &mut Cache) -> Drawn {
-        let places = self.pattern.len() as u64;
-        let (part, before) = self.pattern[(n % places) as usize];
-        let part = self.parts[part as usize];
-        let own = n / places * part.places as u64 + u64::from(before);
-        let (epoch, place) = (own / part.len as u64, (own % part.len as u64) as usize);
-        let (place, repeat) = (place / self.repeats, place % self.repeats);
-        Drawn { epoch, record: part.start + self.permuted(part, epoch, place, cache), repeat }
+    /// The samples of these numbers, one by one. Neighbours come cheaper than each alone.
+    pub fn of(&self, numbers: impl IntoIterator<Item = u64>) -> Vec<Drawn> {
+        let mut drawn: Vec<Drawn> = Vec::new();
+        // Numbers of one part and one epoch are permuted together.
+        let mut run: Vec<usize> = Vec::new();
+        let mut of_run = None;
+        let finish = |of: Option<(usize, u64)>, run: &mut Vec<usize>, drawn: &mut Vec<Drawn>| {
+            if let Some((part, epoch)) = of {
+                let part = self.parts[part];
+                self.permute(part, epoch, run);
+                let first = drawn.len() - run.len();
+                drawn[first..]
+                    .iter_mut()
+                    .zip(run.drain(..))
+                    .for_each(|(d, place)| d.record = part.start + place);
+            }
+        };
+        for n in numbers {
+            let places = self.pattern.len() as u64;
+            let (index, before) = self.pattern[(n % places) as usize];
+            let part = self.parts[index as usize];
+            let own = n / places * part.places as u64 + u64::from(before);
+            let (epoch, place) = (own / part.len as u64, (own % part.len as u64) as usize);
+            if of_run != Some((index as usize, epoch)) {
+                finish(of_run.replace((index as usize, epoch)), &mut run, &mut drawn);
+            }
+            run.push(place / self.repeats);
+            drawn.push(Drawn { epoch, record: 0, repeat: place % self.repeats });
+        }
+        finish(of_run, &mut run, &mut drawn);
+        drawn
     }
 
-    fn permuted(&self, part: Part, epoch: u64, place: usize, cache: &mut Cache) -> usize {
-        let permutation = |n: usize, a: u64| Permutation::new(n, self.seed, Domain::Order, a);
+    /// Puts into each place of an epoch of a part the record that stands there.
+    fn permute(&self, part: Part, epoch: u64, places: &mut [usize]) {
         // Parts of one length must not share an order.
         let key = epoch ^ (part.start as u64) << 32;
-        let window = self.window;
-        if window == 0 || window >= part.len {
-            let key = (key, part.len, self.seed);
-            let (_, known) = match cache.0.take() {
-                Some(known) if known.0 == key => cache.0.insert(known),
-                _ => cache.0.insert((key, permutation(part.len, key.0))),
-            };
-            return known.at(place);
+        if self.window == 0 || self.window >= part.len {
+            let permutation = self.permutation(part.len, key);
+            return vector::run(Permute { permutation, places });
         }
+        places.iter_mut().for_each(|place| *place = self.windowed(part, key, *place));
+    }
+
+    fn permutation(&self, n: usize, a: u64) -> Permutation {
+        Permutation::new(n, self.seed, Domain::Order, a)
+    }
+
+    fn windowed(&self, part: Part, key: u64, place: usize) -> usize {
+        let permutation = |n: usize, a: u64| self.permutation(n, a);
+        let window = self.window;
         let whole = part.len / window;
         let (index, size) = match place / window {
             i if i < whole => (permutation(whole, key).at(i), window),
@@ -105,6 +130,20 @@ impl Order {
         // Windows begin elsewhere in each epoch.
         let turn = permutation(part.len, key).at(0);
         (index * window + inner.at(place % window) + turn) % part.len
+    }
+}
+
+struct Permute<'a> {
+    permutation: Permutation,
+    places: &'a mut [usize],
+}
+
+impl Task for Permute<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run(self) {
+        self.permutation.all(self.places);
     }
 }
 

@@ -58,6 +58,10 @@ pub struct Measured {
     stages: Vec<(&'static str, f64)>,
     /// Everything on one core, as one call after the other.
     one_core: f64,
+    /// The same into a ring of slots that is larger than the last cache.
+    into_ring: f64,
+    /// The first on as many cores as there are workers, none of which waits for another: what the loader can reach.
+    all_cores: f64,
     /// Through the loader.
     workers: usize,
     loader: f64,
@@ -86,9 +90,12 @@ pub fn run(recipe: &Recipe, model: &str, options: &Options) -> Result<Measured> 
     let decode = timer.per_sample(dataset.len(), |i| one.decode(i, &mut decoder))?;
     let plain = plain(&augment);
     let unaugmented = OneCore { augment: &plain, ..one };
-    let mut worker = Worker::new(image);
+    let mut worker = Worker::new(image, 1);
     let cropped = timer.per_sample(dataset.len(), |i| unaugmented.all(i, &mut worker))?;
     let one_core = timer.per_sample(dataset.len(), |i| one.all(i, &mut worker))?;
+    let mut ringed = Worker::new(image, ring_places(image));
+    let into_ring = timer.per_sample(dataset.len(), |i| one.all(i, &mut ringed))?;
+    drop(ringed);
     let (mut bytes, mut read_blocks, mut made_blocks) = (0, 0, 0);
     let counted = dataset.len().min(200);
     for i in 0..counted {
@@ -103,6 +110,7 @@ pub fn run(recipe: &Recipe, model: &str, options: &Options) -> Result<Measured> 
         0 => std::thread::available_parallelism().map_or(1, |n| n.get()).min(16),
         n => n,
     };
+    let all_cores = one.on_cores(workers, &timer)?;
     let through = |workers| loader_rate(recipe, &dataset, image, workers, &timer);
     let (loader_one, loader) = (through(1)?, through(workers)?);
     Ok(Measured {
@@ -116,11 +124,13 @@ pub fn run(recipe: &Recipe, model: &str, options: &Options) -> Result<Measured> 
             ("augment", (one_core - cropped).max(0.0)),
         ],
         one_core,
+        into_ring,
+        all_cores,
         workers,
         loader,
         loader_one,
         copy_cached: copy_seconds(image, 1, &timer),
-        copy_ring: copy_seconds(image, (256 << 20) / (image.0 * image.1 * 3), &timer),
+        copy_ring: copy_seconds(image, ring_places(image), &timer),
         bytes: mean(bytes),
         blocks: (mean(read_blocks), mean(made_blocks)),
         card: options.card,
@@ -201,13 +211,25 @@ struct OneCore<'a> {
 struct Worker {
     decoder: Decoder,
     buffers: Buffers,
-    out: Vec<u8>,
+    /// Places for samples, filled in turn.
+    ring: Vec<u8>,
+    next: usize,
 }
 
 impl Worker {
-    fn new(image: (usize, usize)) -> Self {
-        Self { decoder: Decoder::default(), buffers: Buffers::default(), out: vec![0; image.0 * image.1 * 3] }
+    fn new(image: (usize, usize), places: usize) -> Self {
+        Self {
+            decoder: Decoder::default(),
+            buffers: Buffers::default(),
+            ring: vec![1; places * image.0 * image.1 * 3], // not zeros: the memory is there before it is timed
+            next: 0,
+        }
     }
+}
+
+/// Samples that fill 256 MB.
+fn ring_places(image: (usize, usize)) -> usize {
+    ((256 << 20) / (image.0 * image.1 * 3)).max(1)
 }
 
 impl OneCore<'_> {
@@ -238,22 +260,48 @@ impl OneCore<'_> {
         Ok(())
     }
 
+    /// Samples per second of `cores` threads together, each with records of its own.
+    fn on_cores(&self, cores: usize, timer: &Timer) -> Result<f64> {
+        let round = || -> Result<f64> {
+            let work = |core: usize| -> Result<f64> {
+                let mut worker = Worker::new(self.image, 1);
+                let (mut i, mut count) = (core * self.dataset.len() / cores, 0u64);
+                let start = Instant::now();
+                while count == 0 || start.elapsed().as_secs_f64() < timer.seconds {
+                    for _ in 0..16 {
+                        self.all(i, &mut worker)?;
+                        i = (i + 1) % self.dataset.len();
+                    }
+                    count += 16;
+                }
+                Ok(count as f64 / start.elapsed().as_secs_f64())
+            };
+            std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..cores).map(|core| scope.spawn(move || work(core))).collect();
+                threads.into_iter().map(|thread| thread.join().expect("a stage does not panic")).sum()
+            })
+        };
+        Ok(median((0..timer.rounds).map(|_| round()).collect::<Result<_>>()?))
+    }
+
     fn all(&self, i: usize, worker: &mut Worker) -> Result<()> {
-        let Worker { decoder, buffers, out } = worker;
+        let Worker { decoder, buffers, ring, next } = worker;
+        let len = self.image.0 * self.image.1 * 3;
+        let out = &mut ring[*next * len..][..len];
         let mut draws = self.draws(i);
         let record = self.dataset.record(i)?;
         let view = data::pixels(&record, decoder, |of| augment::window(self.augment, of, &mut draws))?;
         augment::train(self.augment, view, self.image, &mut draws, buffers, Target::U8(out));
-        black_box(&worker.out);
+        black_box(&*out);
+        *next = (*next + 1) % (ring.len() / len);
         Ok(())
     }
 }
 
-/// Seconds to copy a finished sample, the floor of the last stage, into each of `slots` places in turn.
-fn copy_seconds(image: (usize, usize), slots: usize, timer: &Timer) -> f64 {
+/// Seconds to copy a finished sample, the floor of the last stage, into each of `places` in turn.
+fn copy_seconds(image: (usize, usize), places: usize, timer: &Timer) -> f64 {
     let len = image.0 * image.1 * 3;
-    let (from, mut to) = (vec![7u8; len], vec![0u8; len * slots.max(1)]);
-    let places = slots.max(1);
+    let (from, mut to) = (vec![7u8; len], vec![1u8; len * places]);
     timer
         .per_sample(places, |i| {
             to[i * len..(i + 1) * len].copy_from_slice(black_box(&from));
@@ -332,7 +380,17 @@ impl Measured {
             let share = seconds / self.one_core;
             lines.push(format!("  {stage:<28} {:>9.2} us {:>6.1} %", seconds * 1e6, share * 100.0));
         }
-        lines.push(format!("one core       {:>10.0} img/s", 1.0 / self.one_core));
+        lines.push(format!(
+            "one core       {:>10.0} img/s, {:.0} into a ring of 256 MB",
+            1.0 / self.one_core,
+            1.0 / self.into_ring
+        ));
+        lines.push(format!(
+            "{:<2} cores       {:>10.0} img/s   {:.2} times one, each on its own",
+            self.workers,
+            self.all_cores,
+            self.all_cores * self.one_core
+        ));
         lines.push(format!("loader, 1      {:>10.0} img/s", self.loader_one));
         lines.push(format!(
             "loader, {:<6} {:>10.0} img/s   {:.0} a worker   {:.2} times one",
@@ -376,6 +434,8 @@ impl Measured {
             "blocks_transformed": self.blocks.1,
             "stages": stages,
             "img_per_s_one_core": 1.0 / self.one_core,
+            "img_per_s_into_ring": 1.0 / self.into_ring,
+            "img_per_s_all_cores": self.all_cores,
             "img_per_s_one_worker": self.loader_one,
             "workers": self.workers,
             "img_per_s": self.loader,

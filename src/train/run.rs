@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Device, Loss, MemoryPlan, Pixels, Slot, SlotLayout, StepReport};
+use crate::backend::{Device, Loss, LossKind, MemoryPlan, Pixels, Slot, SlotLayout, StepReport, TargetKind};
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
@@ -93,6 +93,14 @@ impl RunData {
                 recipe.train.batch
             ))
             .hint(format!("use `--set train.batch={images}` or less")));
+        }
+        // Softmax makes classes compete: a sample with two of them, or with none, has no right answer.
+        if self.train.is_multi_label() && recipe.loss.kind == LossKind::Softmax {
+            return Err(Error::new(format!(
+                "{}: its samples may have several classes, and `loss.kind = \"softmax\"` is for exactly one",
+                self.train.name()
+            ))
+            .hint("use `--set loss.kind=sigmoid`"));
         }
         recipe.resolved(self.train.classes().len(), images)
     }

@@ -8,6 +8,7 @@ use super::npz::tests::{npy, write_npz};
 use super::safetensors::SafeTensors;
 use super::*;
 use crate::backend::Gelu;
+use crate::recipe::EvalResize;
 use crate::rng::{Domain, Stream};
 use crate::vit::config::{NormPlace, PoolKind, PosembJoin};
 use crate::vit::params::initial_values;
@@ -321,6 +322,7 @@ fn big_vision_files_of_every_age_are_one_model() {
         let file = open(&path, &ModelOverrides::default()).unwrap();
         assert_same(&file.tensors.all().unwrap(), &tensors);
         assert_eq!(file.layout, LayoutKind::BigVision);
+        assert_eq!((file.meta.resize, file.meta.crop_ratio), (EvalResize::AreaCenter, 0.875));
         assert_eq!((file.config.pool, file.config.extra_tokens, file.config.heads), (PoolKind::Map, 0, 3));
     }
 }

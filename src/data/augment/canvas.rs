@@ -74,19 +74,11 @@ impl Canvas {
     /// Pillow's `equalize`, which TensorFlow's models repeat.
     #[inline(always)]
     pub fn equalize(&mut self) {
-        let tables = self.histograms().map(|counts| {
-            let last = counts.iter().rev().find(|n| **n > 0).copied().unwrap_or(0);
-            let step = (counts.iter().sum::<u32>() - last) / 255;
-            let mut table = IDENTITY;
-            if step > 0 {
-                let mut total = step / 2;
-                for (to, count) in table.iter_mut().zip(counts) {
-                    *to = (total / step).min(255) as u8;
-                    total += count;
-                }
-            }
-            table
-        });
+        let histograms = self.histograms();
+        let mut tables = [IDENTITY; 3];
+        for (table, counts) in tables.iter_mut().zip(&histograms) {
+            even_out(counts, table);
+        }
         self.map_channels(&tables);
     }
 
@@ -124,6 +116,30 @@ impl Canvas {
     }
 }
 
+/// The table that spreads a channel's values evenly; `table` stays as it is where there is nothing to spread.
+#[inline(always)]
+fn even_out(counts: &[u32; 256], table: &mut [u8; 256]) {
+    let (mut pixels, mut last) = (0, 0);
+    for count in counts {
+        pixels += count;
+        last = if *count > 0 { *count } else { last };
+    }
+    let step = (pixels - last) / 255;
+    if step == 0 {
+        return;
+    }
+    let mut before = [0f64; 256];
+    let mut total = step / 2;
+    for (to, count) in before.iter_mut().zip(counts) {
+        *to = f64::from(total);
+        total += count;
+    }
+    // Exact: a quotient of numbers below 2^32 that is no integer is further from the next one than f64 rounds.
+    for (to, total) in table.iter_mut().zip(&before) {
+        *to = cut((total / f64::from(step)).floor() as f32);
+    }
+}
+
 pub const IDENTITY: [u8; 256] = {
     let mut table = [0; 256];
     let mut i = 0;
@@ -138,12 +154,39 @@ pub const IDENTITY: [u8; 256] = {
 /// [0, 1] leaves nothing to cut).
 #[inline(always)]
 pub fn blend(a: f32, b: f32, factor: f32) -> u8 {
-    (a + factor * (b - a)) as u8
+    cut(a + factor * (b - a))
+}
+
+/// `x as u8`, for wider registers: compilers make lanes one by one of that.
+#[inline(always)]
+pub fn cut(x: f32) -> u8 {
+    integer(x.clamp(0.0, 255.0).floor()) as u8
+}
+
+/// An integer in [0, 2^23) as such: the bits behind 2^23 of a float that has no room for fractions.
+#[inline(always)]
+pub fn integer(x: f32) -> u32 {
+    const ROOM: f32 = 8_388_608.0;
+    (x + ROOM).to_bits().wrapping_sub(ROOM.to_bits())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cutting_is_what_the_language_does() {
+        let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e-40, -1e9, 1e9];
+        let steps = (-3000..30_000).map(|i| i as f32 / 100.0);
+        let edges = (0..=256).flat_map(|i| {
+            let x = i as f32;
+            [x, x.next_down(), x.next_up()]
+        });
+        for x in steps.chain(edges).chain(odd) {
+            assert_eq!(cut(x), x as u8, "{x}");
+        }
+        assert_eq!([0.0, 1.0, 8_388_607.0].map(integer), [0, 1, 8_388_607]);
+    }
 
     #[test]
     fn ranges_see_every_pixel() {

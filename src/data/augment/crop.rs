@@ -87,20 +87,61 @@ pub fn padded(picture: View, size: (usize, usize), pad: usize, draws: &mut Strea
     // Window offsets, in padded coordinates.
     let y0 = draws.below(picture.height + 2 * pad - size.0 + 1);
     let x0 = draws.below(picture.width + 2 * pad - size.1 + 1);
-    // The columns of the window that show the picture.
-    let first = pad.saturating_sub(x0).min(size.1);
-    let last = (picture.width + pad).saturating_sub(x0).clamp(first, size.1);
-    for (y, line) in out.chunks_exact_mut(size.1 * 3).enumerate() {
-        let row = (y0 + y).checked_sub(pad).filter(|row| *row < picture.height && first < last);
-        let Some(row) = row else {
-            line.fill(0);
-            continue;
-        };
-        let from = x0 + first - pad;
-        line[..first * 3].fill(0);
-        line[first * 3..last * 3].copy_from_slice(&picture.row(row)[from * 3..][..(last - first) * 3]);
-        line[last * 3..].fill(0);
+    // The rows and columns of the window that show the picture.
+    let shown = |start: usize, end: usize, n: usize| {
+        let first = pad.saturating_sub(start).min(n);
+        first..(end + pad).saturating_sub(start).clamp(first, n)
+    };
+    let (rows, columns) = (shown(y0, picture.height, size.0), shown(x0, picture.width, size.1));
+    let line = size.1 * 3;
+    if rows.is_empty() || columns.is_empty() {
+        return out.fill(0);
     }
+    out[..rows.start * line].fill(0);
+    out[rows.end * line..].fill(0);
+    let out = &mut out[rows.start * line..rows.end * line];
+    let (first_row, first_column) = (y0 + rows.start - pad, x0 + columns.start - pad);
+    match picture.whole_rows(first_row, rows.len()) {
+        // Rows as long as the window's follow each other on both sides: one copy takes all, and what it brings from the
+        // rows' other ends is blackened.
+        Some(from) if picture.width == size.1 => {
+            let (skipped, from_column) = (columns.start * 3, first_column * 3);
+            let len = from.len() - skipped.max(from_column);
+            out[skipped..skipped + len].copy_from_slice(&from[from_column..from_column + len]);
+        }
+        _ => {
+            for (y, out) in out.chunks_exact_mut(line).enumerate() {
+                let row = &picture.row(first_row + y)[first_column * 3..][..columns.len() * 3];
+                out[columns.start * 3..columns.end * 3].copy_from_slice(row);
+            }
+        }
+    }
+    for out in out.chunks_exact_mut(line) {
+        blacken(out, columns.start * 3, columns.end * 3);
+    }
+}
+
+/// Zeros what is before `start` and what is from `end` on.
+#[inline(always)]
+fn blacken(row: &mut [u8], start: usize, end: usize) {
+    const WORD: usize = 16;
+    let from_end = row.len() - end;
+    if row.len() < WORD || start > WORD || from_end > WORD {
+        row[..start].fill(0);
+        row[end..].fill(0);
+        return;
+    }
+    // Few bytes: a mask is faster than a call.
+    let all = u128::MAX;
+    let head = &mut row[..WORD];
+    let kept =
+        u128::from_le_bytes((&*head).try_into().unwrap()) & all.checked_shl(8 * start as u32).unwrap_or(0);
+    head.copy_from_slice(&kept.to_le_bytes());
+    let at = row.len() - WORD;
+    let tail = &mut row[at..];
+    let kept =
+        u128::from_le_bytes((&*tail).try_into().unwrap()) & all.checked_shr(8 * from_end as u32).unwrap_or(0);
+    tail.copy_from_slice(&kept.to_le_bytes());
 }
 
 /// Pixels of reflection around DeiT-III's "simple random crop".

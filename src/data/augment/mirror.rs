@@ -32,6 +32,10 @@ fn turn_row(row: &[u8], out: &mut [u8]) {
     }
 }
 
+/// Bytes that are turned at a time: sixteen pixels.
+#[cfg(target_arch = "x86_64")]
+const BLOCK: usize = 48;
+
 /// For each of the three vectors of output, which byte of each vector of input goes where; 255 puts a zero.
 #[cfg(target_arch = "x86_64")]
 const TURN: [[[u8; 16]; 3]; 3] = {
@@ -50,22 +54,35 @@ const TURN: [[[u8; 16]; 3]; 3] = {
 fn turn_avx2(view: View, out: &mut [u8]) {
     for (y, line) in out.chunks_exact_mut(view.width * 3).enumerate() {
         let row = view.row(y);
-        let whole = row.len() / 48 * 48;
-        // The last pixels of the row come first.
-        let (rest, blocks) = row.split_at(row.len() - whole);
-        let (to, to_rest) = line.split_at_mut(whole);
-        for (out, block) in to.chunks_exact_mut(48).zip(blocks.chunks_exact(48).rev()) {
-            let block: [__m128i; 3] = bytemuck::cast::<[u8; 48], _>(block.try_into().unwrap());
-            let mut turned = [_mm_setzero_si128(); 3];
-            for (turned, tables) in turned.iter_mut().zip(&TURN) {
-                for (from, table) in block.iter().zip(tables) {
-                    *turned = _mm_or_si128(*turned, _mm_shuffle_epi8(*from, bytemuck::cast(*table)));
-                }
-            }
-            out.copy_from_slice(&bytemuck::cast::<_, [u8; 48]>(turned));
+        if row.len() < BLOCK {
+            turn_row(row, line);
+            continue;
         }
-        turn_row(rest, to_rest);
+        // The last pixels of the row come first.
+        for (out, block) in line.chunks_exact_mut(BLOCK).zip(row.rchunks_exact(BLOCK)) {
+            turn_block(block, out);
+        }
+        // The first ones come last, some of them a second time.
+        if row.len().is_multiple_of(BLOCK) {
+            continue;
+        }
+        let at = line.len() - BLOCK;
+        turn_block(&row[..BLOCK], &mut line[at..]);
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+fn turn_block(block: &[u8], out: &mut [u8]) {
+    let block: [__m128i; 3] = bytemuck::cast::<[u8; BLOCK], _>(block.try_into().unwrap());
+    let mut turned = [_mm_setzero_si128(); 3];
+    for (turned, tables) in turned.iter_mut().zip(&TURN) {
+        for (from, table) in block.iter().zip(tables) {
+            *turned = _mm_or_si128(*turned, _mm_shuffle_epi8(*from, bytemuck::cast(*table)));
+        }
+    }
+    out.copy_from_slice(&bytemuck::cast::<_, [u8; BLOCK]>(turned));
 }
 
 #[cfg(test)]

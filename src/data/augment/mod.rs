@@ -105,6 +105,9 @@ pub fn train(
         Crop::Center => cover(picture, size, resized, scratch).centre(size),
         Crop::Pad => {
             let picture = cover(picture, size, resized, scratch);
+            if let (true, false, Target::U8(pixels)) = (is_plain, flip, &mut target) {
+                return crop::padded(picture, size, augment.pad, draws, pixels);
+            }
             crop::padded(picture, size, augment.pad, draws, &mut canvas.spare);
             View::new(&canvas.spare, size.0, size.1)
         }

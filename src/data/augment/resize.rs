@@ -9,6 +9,7 @@
 use crate::backend::Normalise;
 use crate::data::picture::View;
 
+use super::canvas::cut;
 use super::vector::{self, Task};
 
 /// Memory that a worker uses again for every resize.
@@ -17,7 +18,7 @@ pub struct Scratch {
     columns: PilTaps,
     rows: PilTaps,
     between: Vec<u8>,
-    /// A source row with a margin.
+    /// A source row with a margin, or a group of rows side by side.
     line: Vec<u8>,
     /// Source rows resized across: which row, and its values.
     across: [(usize, Vec<f32>); 2],
@@ -45,7 +46,7 @@ impl Out<'_> {
             Out::U8 { pixels, truncate } => {
                 let half = if *truncate { 0.0 } else { 0.5 };
                 let pixels = &mut pixels[start..start + line.len()];
-                pixels.iter_mut().zip(line).for_each(|(p, x)| *p = (x + half) as u8); // `as` saturates
+                pixels.iter_mut().zip(line).for_each(|(p, x)| *p = cut(x + half));
             }
             Out::F32 { values, normalise } => {
                 let values = &mut values[start..start + line.len()];
@@ -246,44 +247,53 @@ impl Task for Pil<'_> {
         columns.fill(src.width, size.1, filter);
         rows.fill(src.height, size.0, filter);
         let length = size.1 * 3;
-        // One byte more, for the fourth value of the last pixel.
-        between.resize(src.height * length + 1, 0);
-        for y in 0..src.height {
-            let row = src.row(y);
-            let target = &mut between[y * length..][..length + 1];
+        // One byte more a row, for the fourth value of its last pixel.
+        let stride = length + 1;
+        between.resize(src.height.next_multiple_of(TOGETHER) * stride, 0);
+        for (group, targets) in between.chunks_exact_mut(TOGETHER * stride).enumerate() {
+            let first = group * TOGETHER;
+            let group = first..(first + TOGETHER).min(src.height);
             if src.width == size.1 {
-                target[..length].copy_from_slice(row);
+                for (target, y) in targets.chunks_exact_mut(stride).zip(group) {
+                    target[..length].copy_from_slice(src.row(y));
+                }
                 continue;
             }
-            line.clear();
-            line.extend_from_slice(row);
-            line.push(0);
+            line.resize(src.width * FOURS, 0);
+            for (at, y) in group.enumerate() {
+                lay_out(src.row(y), at, line);
+            }
             for x in 0..size.1 {
                 let (from, weights) = columns.tap(x);
-                let taps = &line[from * 3..][..weights.len() * 3 + 1];
-                let mut sum = [1i32 << (PIL_BITS - 1); 4];
-                for (k, weight) in weights.iter().enumerate() {
-                    let four: [u8; 4] = taps[k * 3..k * 3 + 4].try_into().unwrap();
-                    for i in 0..4 {
-                        sum[i] += weight * i32::from(four[i]);
+                let taps = &line[from * FOURS..][..weights.len() * FOURS];
+                // Sums stay in registers from tap to tap.
+                let mut sum = [1i32 << (PIL_BITS - 1); FOURS];
+                for (values, weight) in taps.chunks_exact(FOURS).zip(weights) {
+                    let values: &[u8; FOURS] = values.try_into().unwrap();
+                    for i in 0..FOURS {
+                        sum[i] += weight * i32::from(values[i]);
                     }
                 }
-                target[x * 3..x * 3 + 4].copy_from_slice(&sum.map(clip));
+                let pixels: [u8; FOURS] = sum.map(clip);
+                for (at, four) in pixels.chunks_exact(4).enumerate() {
+                    targets[at * stride + x * 3..][..4].copy_from_slice(four);
+                }
             }
         }
         if src.height == size.0 {
-            out.copy_from_slice(&between[..out.len()]);
+            for (target, row) in out.chunks_exact_mut(length).zip(between.chunks_exact(stride)) {
+                target.copy_from_slice(&row[..length]);
+            }
             return;
         }
         for (y, target) in out.chunks_exact_mut(length).enumerate() {
             let (from, weights) = rows.tap(y);
-            let sources = &between[from * length..][..weights.len() * length];
+            let sources = &between[from * stride..][..weights.len() * stride];
             let mut columns = target.chunks_exact_mut(BLOCK);
             for (block, target) in columns.by_ref().enumerate() {
-                // Sums stay in registers from tap to tap.
                 let mut sum = [1i32 << (PIL_BITS - 1); BLOCK];
                 for (k, weight) in weights.iter().enumerate() {
-                    let at = k * length + block * BLOCK;
+                    let at = k * stride + block * BLOCK;
                     let values: &[u8; BLOCK] = sources[at..at + BLOCK].try_into().unwrap();
                     for i in 0..BLOCK {
                         sum[i] += weight * i32::from(values[i]);
@@ -296,12 +306,27 @@ impl Task for Pil<'_> {
             let rest = columns.into_remainder();
             let start = length - rest.len();
             for (i, target) in rest.iter_mut().enumerate() {
-                let column = |k: usize| i32::from(sources[k * length + start + i]);
+                let column = |k: usize| i32::from(sources[k * stride + start + i]);
                 let taps = weights.iter().enumerate().map(|(k, weight)| weight * column(k));
                 *target = clip((1 << (PIL_BITS - 1)) + taps.sum::<i32>());
             }
         }
     }
+}
+
+/// Rows that are resized across together, and the values of a pixel of each, four by four.
+const TOGETHER: usize = 4;
+const FOURS: usize = TOGETHER * 4;
+
+/// Puts a row's pixels beside those of the other rows of its group.
+#[inline(always)]
+fn lay_out(row: &[u8], at: usize, line: &mut [u8]) {
+    let last = row.len() / 3 - 1;
+    // Each pixel with the first value of the next one, which counts for nothing.
+    for (to, x) in line.chunks_exact_mut(FOURS).zip(0..last) {
+        to[at * 4..at * 4 + 4].copy_from_slice(&row[x * 3..x * 3 + 4]);
+    }
+    line[last * FOURS + at * 4..][..3].copy_from_slice(&row[last * 3..]);
 }
 
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! The operations of RandAugment as big_vision's TensorFlow code does them, to the bit (spec of the arithmetic:
 //! google-research/big_vision, `pp/autoaugment.py`; TensorFlow 2.15).
 
-use super::canvas::{Canvas, IDENTITY, blend};
+use super::canvas::{Canvas, IDENTITY, blend, cut, integer};
 
 /// What pixels from outside become.
 const GREY: u8 = 128;
@@ -9,35 +9,41 @@ const GREY: u8 = 128;
 /// Stretches each channel to [0, 255].
 #[inline(always)]
 pub fn autocontrast(canvas: &mut Canvas) {
-    let tables = canvas.ranges().map(|(low, high)| {
-        let mut table = IDENTITY;
+    let ranges = canvas.ranges();
+    let mut tables = [IDENTITY; 3];
+    for (table, (low, high)) in tables.iter_mut().zip(ranges) {
         if high > low {
             let scale = 255.0 / (f32::from(high) - f32::from(low));
             let offset = -f32::from(low) * scale;
-            for (i, to) in table.iter_mut().enumerate() {
-                *to = (i as f32 * scale + offset) as u8;
+            for i in 0..256 {
+                table[i] = cut(i as i32 as f32 * scale + offset);
             }
         }
-        table
-    });
+    }
     canvas.map_channels(&tables);
 }
 
 /// `tf.image.rgb_to_grayscale` on u8.
 #[inline(always)]
 fn grey(pixel: &[u8]) -> u8 {
-    let [r, g, b] = [pixel[0], pixel[1], pixel[2]].map(|x| f32::from(x) * (1.0 / 255.0));
-    ((r * 0.2989 + g * 0.5870 + b * 0.1140) * 255.5) as u8
+    const SCALE: f32 = 1.0 / 255.0;
+    let (r, g, b) = (f32::from(pixel[0]) * SCALE, f32::from(pixel[1]) * SCALE, f32::from(pixel[2]) * SCALE);
+    cut((r * 0.2989 + g * 0.5870 + b * 0.1140) * 255.5)
 }
 
 /// Blends grey and the picture.
 #[inline(always)]
 pub fn color(canvas: &mut Canvas, factor: f32) {
-    for pixel in canvas.pixels.chunks_exact_mut(3) {
-        let grey = f32::from(grey(pixel));
-        pixel[0] = blend(grey, f32::from(pixel[0]), factor);
-        pixel[1] = blend(grey, f32::from(pixel[1]), factor);
-        pixel[2] = blend(grey, f32::from(pixel[2]), factor);
+    /// Values of a block of pixels.
+    const BLOCK: usize = 48;
+    for block in canvas.pixels.chunks_mut(BLOCK) {
+        let mut greys = [0u8; BLOCK];
+        for (to, pixel) in greys.chunks_exact_mut(3).zip(block.chunks_exact(3)) {
+            to.fill(grey(pixel));
+        }
+        for (value, grey) in block.iter_mut().zip(&greys) {
+            *value = blend(f32::from(*grey), f32::from(*value), factor);
+        }
     }
 }
 
@@ -82,20 +88,23 @@ pub fn sharpness(canvas: &mut Canvas, factor: f32) {
         let (above, rest) = rows.split_at(line);
         let (middle, below) = rest.split_at(line);
         let out = &mut canvas.pixels[y * line + 3..][..line - 6];
-        for i in 0..out.len() {
-            let at = |row: &[u8], k: usize| f32::from(row[i + k]);
+        // Slices of one length, so that no place has to be checked.
+        let n = out.len();
+        let (a0, a1, a2) = (&above[..n], &above[3..][..n], &above[6..][..n]);
+        let (m0, m1, m2) = (&middle[..n], &middle[3..][..n], &middle[6..][..n]);
+        let (b0, b1, b2) = (&below[..n], &below[3..][..n], &below[6..][..n]);
+        for i in 0..n {
             // The order and the fused products are TensorFlow's: another sum differs in the last bit, and that decides.
-            let mut sum = at(above, 0) * ONE;
-            sum = at(above, 3).mul_add(ONE, sum);
-            sum = at(above, 6).mul_add(ONE, sum);
-            sum = at(middle, 0).mul_add(ONE, sum);
-            sum = at(middle, 3).mul_add(FIVE, sum);
-            sum = at(middle, 6).mul_add(ONE, sum);
-            sum = at(below, 0).mul_add(ONE, sum);
-            sum = at(below, 3).mul_add(ONE, sum);
-            sum = at(below, 6).mul_add(ONE, sum);
-            let smooth = f32::from(sum as u8);
-            out[i] = blend(smooth, at(middle, 3), factor);
+            let mut sum = f32::from(a0[i]) * ONE;
+            sum = f32::from(a1[i]).mul_add(ONE, sum);
+            sum = f32::from(a2[i]).mul_add(ONE, sum);
+            sum = f32::from(m0[i]).mul_add(ONE, sum);
+            sum = f32::from(m1[i]).mul_add(FIVE, sum);
+            sum = f32::from(m2[i]).mul_add(ONE, sum);
+            sum = f32::from(b0[i]).mul_add(ONE, sum);
+            sum = f32::from(b1[i]).mul_add(ONE, sum);
+            sum = f32::from(b2[i]).mul_add(ONE, sum);
+            out[i] = blend(sum.min(255.0).floor(), f32::from(m1[i]), factor);
         }
     }
 }
@@ -103,27 +112,39 @@ pub fn sharpness(canvas: &mut Canvas, factor: f32) {
 /// The picture point (x, y) shows what was at `(a·(x, y, 1), b·(x, y, 1))`, the nearest pixel; from outside comes grey.
 #[inline(always)]
 pub fn affine(canvas: &mut Canvas, a: [f32; 3], b: [f32; 3]) {
-    /// Pixels whose places are worked out at a time.
-    const RUN: usize = 64;
-    let (height, width) = (canvas.height, canvas.width);
+    let size = (canvas.height, canvas.width);
+    let (line, end) = (size.1 * 3, canvas.pixels.len());
+    // What lies outside is the pixel behind the last. Pixels are copied with a fourth byte, which the next one overwrites.
+    canvas.pixels.extend([GREY; 4]);
+    canvas.spare.push(0);
     let mut places = [0i32; RUN];
-    for y in 0..height {
-        let line = &mut canvas.spare[y * width * 3..][..width * 3];
-        for (run, out) in line.chunks_mut(RUN * 3).enumerate() {
-            let count = out.len() / 3;
-            source_places(run * RUN, y, (height, width), a, b, &mut places);
-            for (pixel, place) in out.chunks_exact_mut(3).zip(&places[..count]) {
-                match usize::try_from(*place) {
-                    Ok(at) => pixel.copy_from_slice(&canvas.pixels[at..at + 3]),
-                    Err(_) => pixel.fill(GREY),
-                }
+    for y in 0..size.0 {
+        for x0 in (0..size.1).step_by(RUN) {
+            let count = RUN.min(size.1 - x0);
+            source_places(x0, y, size, a, b, &mut places);
+            let places = &places[..count];
+            let out = &mut canvas.spare[y * line + x0 * 3..][..count * 3 + 1];
+            let (first, last) = (places[0] as usize, places[count - 1] as usize);
+            // Most rows of a shear or a shift are rows of the picture.
+            if last < end && places.windows(2).fold(true, |all, two| all & (two[1] - two[0] == 3)) {
+                out[..count * 3].copy_from_slice(&canvas.pixels[first..][..count * 3]);
+                continue;
+            }
+            for (x, place) in places.iter().enumerate() {
+                let four: [u8; 4] = canvas.pixels[*place as usize..][..4].try_into().unwrap();
+                out[x * 3..][..4].copy_from_slice(&four);
             }
         }
     }
+    canvas.pixels.truncate(end);
+    canvas.spare.truncate(end);
     canvas.swap();
 }
 
-/// Offsets of the source pixels of `places.len()` pixels from (x0, y) on; -1: outside.
+/// Pixels whose places are worked out at a time.
+const RUN: usize = 32;
+
+/// Offsets of the source pixels of [`RUN`] pixels from (x0, y) on; the picture's length: outside.
 #[inline(always)]
 fn source_places(
     x0: usize,
@@ -131,18 +152,20 @@ fn source_places(
     (height, width): (usize, usize),
     a: [f32; 3],
     b: [f32; 3],
-    places: &mut [i32; 64],
+    places: &mut [i32; RUN],
 ) {
     let y = y as f32;
     let (right, bottom) = (width as f32, height as f32);
+    let outside = (height * width * 3) as i32;
+    debug_assert!(height * width < 1 << 23, "a sample's pixels can be told apart in f32");
     for (i, place) in places.iter_mut().enumerate() {
         let x = (x0 + i) as i32 as f32;
         // Rounded first, half away from zero, then tested.
         let from_x = (a[0] * x + a[1] * y + a[2]).round();
         let from_y = (b[0] * x + b[1] * y + b[2]).round();
         let inside = from_x >= 0.0 && from_x < right && from_y >= 0.0 && from_y < bottom;
-        let at = ((from_y * right + from_x) as i32).wrapping_mul(3);
-        *place = if inside { at } else { -1 };
+        let at = (integer(from_y * right + from_x) as i32).wrapping_mul(3);
+        *place = if inside { at } else { outside };
     }
 }
 

@@ -121,6 +121,28 @@ pub fn parse<'a>(bytes: &'a [u8], scratch: &mut Scratch) -> Option<Frame<'a>> {
     }
 }
 
+/// Whether the file is of the kind that is decoded here and nothing of it seems to be missing: its segments are sound, and
+/// its scan runs on to the end-of-image marker, with the restart markers that belong in it. The codes are not read.
+pub fn seems_whole(bytes: &[u8], scratch: &mut Scratch) -> bool {
+    let Some(frame) = parse(bytes, scratch) else { return false };
+    let mcus = frame.mcus_across() * frame.mcus_down();
+    let expected = (mcus - 1).checked_div(frame.restart).unwrap_or(0);
+    let (mut rest, mut restarts) = (frame.scan, 0);
+    while let Some(at) = rest.iter().position(|byte| *byte == 0xFF) {
+        match rest.get(at + 1) {
+            Some(0) => rest = &rest[at + 2..],
+            Some(0xFF) => rest = &rest[at + 1..],
+            Some(0xD9) => return restarts == expected,
+            Some(marker) if restarts < expected && usize::from(*marker) == 0xD0 + restarts % 8 => {
+                restarts += 1;
+                rest = &rest[at + 2..];
+            }
+            _ => return false,
+        }
+    }
+    false
+}
+
 fn word(bytes: &[u8]) -> Option<u16> {
     Some(u16::from_be_bytes(bytes.get(..2)?.try_into().ok()?))
 }

@@ -91,12 +91,12 @@ impl Converter {
         }
     }
 
-    /// The bytes to store. Every picture is decoded, so that what is packed can be trained on.
+    /// The bytes to store. What is kept as it came is verified ([`Decoder::verify`]), the rest is decoded.
     pub(super) fn convert<'a>(&self, record: Record<'a>, decoder: &mut Decoder) -> Result<Cow<'a, [u8]>> {
         // A picture that is kept as it came needs no copy.
         match (self, &record) {
             (Converter::Encoded { size: None, quality: None }, Record::Encoded(bytes)) => {
-                decoder.decode(bytes)?;
+                decoder.verify(bytes)?;
             }
             (Converter::Raw { height, width, .. }, Record::Raw { height: h, width: w, .. })
                 if (height, width) == (h, w) => {}
@@ -150,25 +150,27 @@ fn fail_raw(why: String) -> Result<Converter> {
 
 /// The size (H, W) of all pictures with a readable header; else a sentence that says why there is none.
 fn common_size(source: &Source) -> Result<(usize, usize), String> {
-    const CHUNK: usize = 1024;
     let lists: Vec<&[Item]> = match &source.parts {
         Parts::Whole(items) => vec![items],
         Parts::Split { train, val } => vec![train, val],
     };
-    let size = |item: &Item| match source.store.read(item).ok()? {
+    let size = |item: &&Item| match source.store.read(item).ok()? {
         Record::Raw { height, width, .. } => Some((height, width)),
         Record::Encoded(bytes) => decode::header(&bytes).ok().map(|h| (h.height, h.width)),
     };
     let mut common = None;
-    for chunk in lists.iter().flat_map(|items| items.chunks(CHUNK)) {
+    // Photographs differ within the first few, and then nothing is read twice.
+    let items: Vec<&Item> = lists.into_iter().flatten().collect();
+    let (first, rest) = items.split_at(items.len().min(8));
+    for chunk in std::iter::once(first).chain(rest.chunks(1024)) {
         let sizes: Vec<_> = chunk.par_iter().map(size).collect();
         for (item, size) in chunk.iter().zip(sizes) {
             let Some(size) = size else { continue };
-            let (first, first_name) = *common.get_or_insert((size, item.name.as_str()));
-            if first != size {
+            let (known, name) = *common.get_or_insert((size, item.name.as_str()));
+            if known != size {
                 return Err(format!(
-                    "`{first_name}` has {}, `{}` has {}",
-                    dimensions(first),
+                    "`{name}` has {}, `{}` has {}",
+                    dimensions(known),
                     item.name,
                     dimensions(size)
                 ));

@@ -55,7 +55,7 @@ impl LayoutKind {
     pub(super) fn eval_protocol(self) -> (EvalResize, f32) {
         match self {
             LayoutKind::VitJax | LayoutKind::Vitrum | LayoutKind::HuggingFace => (EvalResize::Squash, 1.0),
-            LayoutKind::BigVision => (EvalResize::Center, 0.875),
+            LayoutKind::BigVision => (EvalResize::AreaCenter, 0.875),
             LayoutKind::Timm => (EvalResize::Center, 0.9),
         }
     }
