@@ -209,7 +209,8 @@ fn frozen_layers_keep_their_bits_and_take_no_optimiser_memory() {
     };
     let trained = |name: &str, more: &[&str]| {
         let out = path(name);
-        run(&out, stripes(), more);
+        let header = run(&out, stripes(), more).stderr;
+        assert_eq!(header.contains("M of them trained"), !more.is_empty(), "{header}");
         (changed(&start, &tensors(&out)), bytes(&out))
     };
     let (all, most) = trained("free", &[]);
@@ -331,7 +332,7 @@ fn levels_of_augmentation_are_swept_from_scratch() {
     assert_eq!(outcome(&format!("{out}/trial-2")), outcome(&path("level-alone")));
     // The recipe's own mixup gives way to the level's.
     let recipe = std::fs::read_to_string(format!("{out}/trial-1/recipe.toml")).unwrap();
-    assert!(recipe.contains("level = \"none\"") && recipe.contains("mixup = 0.0"), "{recipe}");
+    assert!(recipe.contains("level = \"config:none\"") && recipe.contains("mixup = 0.0"), "{recipe}");
     vitrum(&["finetune", "mini/cifar10", "--data", stripes(), "--sweep", "optim.lr=1,2"])
         .exits(2)
         .says(&["names none"]);
@@ -353,7 +354,8 @@ fn what_cannot_be_fine_tuned_is_refused_before_anything_is_written() {
     refused(1, &missing, &["no-such-file"]);
     refused(2, &base[..3], &["no training data", "data.train"]);
     let batch = [&base[..], &["--set", "train.batch=100"]].concat();
-    refused(1, &[&batch[..], &["--set", "train.micro_batch=50"]].concat(), &["`train.batch` is 100", "96"]);
+    let says = ["`train.batch` is 100", "96 images", "--set train.batch=80"];
+    refused(1, &[&batch[..], &["--set", "train.micro_batch=20"]].concat(), &says);
     let preset = [&["finetune", "b16/cifar10"], &base[1..]].concat();
     refused(1, &preset, &["the model has width 24, the recipe says 768", "leave the recipe out"]);
     for (sweep, text) in [

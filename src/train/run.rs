@@ -11,7 +11,7 @@ use crate::files;
 use crate::optim::Optimizer;
 use crate::recipe::{AugmentSection, Metric, Recipe, ScheduleKind, SlotPixels};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, format};
-use crate::vit::Vit;
+use crate::vit::{Param, Vit};
 use crate::weights::CheckpointMeta;
 
 use super::checkpoint::{Best, Checkpoints, RunState, Sums};
@@ -93,9 +93,18 @@ impl RunData {
                 "`train.batch` is {}, but the data set has {images} images",
                 recipe.train.batch
             ))
-            .hint(format!("use `--set train.batch={images}` or less")));
+            .hint(format!("use `--set train.batch={}` or less", whole_micro_batches(&recipe, images))));
         }
         recipe.resolved(self.train.classes().len(), images)
+    }
+}
+
+/// The largest batch of at most `images` that the recipe's micro-batch divides.
+fn whole_micro_batches(recipe: &Recipe, images: usize) -> usize {
+    match recipe.train.micro_batch {
+        0 => images,
+        micro if micro > images => images,
+        micro => images / micro * micro,
     }
 }
 
@@ -253,13 +262,17 @@ impl Run {
             config.image.1
         ));
         log(format!(
-            "train    {} steps of {} = {:.1} epochs, {} lr {:.2e}, {:?} schedule",
+            "train    {} steps of {} = {:.1} epochs, {} lr {:.2e}, {:?} schedule{}",
             self.steps,
             recipe.train.batch,
             self.steps as f64 * recipe.train.batch as f64 / self.data.train.len() as f64,
             format!("{:?}", recipe.optim.name).to_lowercase(),
             recipe.optim.lr * trainer.optimizer.batch_scale(),
-            recipe.schedule.kind
+            recipe.schedule.kind,
+            match recipe.train.patience {
+                0 => String::new(),
+                patience => format!(", stopped after {patience} evaluations without improvement"),
+            }
         ));
         for line in memory_lines(&trainer.model, &trainer.optimizer) {
             log(line);
@@ -557,9 +570,14 @@ fn same_recipe(saved: &str, now: &str) -> Result<()> {
 /// What the model is, for headers.
 pub fn model_lines(model: &Vit) -> Vec<String> {
     let c = &model.config;
+    let trained: usize = model.layout.params.iter().filter(|p| p.grad_offset.is_some()).map(Param::len).sum();
+    let frozen = match trained < model.layout.count() {
+        true => format!(", {:.2} M of them trained", trained as f64 / 1e6),
+        false => String::new(),
+    };
     vec![
         format!(
-            "model    ViT width {} depth {} heads {} mlp {} patch {}x{}, {} tokens, pool {}, {:.2} M parameters",
+            "model    ViT width {} depth {} heads {} mlp {} patch {}x{}, {} tokens, pool {}, {:.2} M parameters{frozen}",
             c.width,
             c.depth,
             c.heads,
