@@ -3,10 +3,12 @@
 //!     cargo bench --bench load                      L/16 with random weights in every layout (5 GB of temporary files)
 //!     cargo bench --bench load -- --model B/16      another size
 //!     cargo bench --bench load -- FILE...           these files
-//!     cargo bench --bench load -- --keep DIR        leaves the files in DIR, for `tests/interop/load.py`
+//!     cargo bench --bench load -- --keep DIR        leaves the files in DIR
+//!     cargo bench --bench load -- --json FILE       one run, one JSON object: for `benches/load.py`, which compares with torch
 //!
 //! Each file is written just before, so it is in the page cache. `read` opens a file and sums all its tensors; `load`
-//! puts the model on the device as `vitrum eval` does. Memory is anonymous memory (`RssAnon`): pages of a mapped file
+//! puts the model on the device as `vitrum eval` does; `run` classifies one picture; `export` writes the same layout
+//! again, synced. Memory is anonymous memory (`RssAnon`): pages of a mapped file
 //! belong to the kernel.
 
 use std::path::{Path, PathBuf};
@@ -21,12 +23,13 @@ use vitrum::weights::{self, CheckpointMeta, Format, ModelOverrides, Tensor, Tens
 
 fn main() {
     let mut args = std::env::args().skip(1).filter(|a| a != "--bench");
-    let (mut model, mut keep, mut files) = ("L/16".to_string(), None, Vec::new());
+    let (mut model, mut keep, mut files, mut json) = ("L/16".to_string(), None, Vec::new(), false);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             // `cargo test --benches`: that it runs.
             "--test" => model = "Ti/16".into(),
             "--model" => model = args.next().expect("--model B/16"),
+            "--json" => json = true,
             "--keep" => keep = Some(PathBuf::from(args.next().expect("--keep DIR"))),
             file => files.push(PathBuf::from(file)),
         }
@@ -37,11 +40,12 @@ fn main() {
         std::fs::create_dir_all(&dir).unwrap();
         files = write(&model, &dir);
     }
-    println!(
-        "{:<28} {:>9} {:>9} {:>9} {:>16} {:>14}",
-        "file", "size", "read", "load", "memory after", "of the size"
-    );
-    files.iter().for_each(|file| measure(file));
+    if json {
+        return files.iter().for_each(|file| println!("{}", measure(file, 1).json()));
+    }
+    let head = ["size", "read", "load", "run", "export", "memory", "of the size"];
+    println!("{:<20} {}", "file", head.map(|title| format!("{title:>11}")).join(" "));
+    files.iter().for_each(|file| println!("{}", measure(file, 3).text()));
 }
 
 /// The model in every layout.
@@ -67,37 +71,73 @@ fn write(model: &str, dir: &Path) -> Vec<PathBuf> {
     files
 }
 
-fn measure(path: &Path) {
+/// What one file takes. Times in seconds, sizes in bytes.
+struct Measured {
+    name: String,
+    size: u64,
+    read: f64,
+    load: f64,
+    run: f64,
+    export: f64,
+    memory: u64,
+}
+
+/// `read` is the best of so many.
+fn measure(path: &Path, reads: usize) -> Measured {
     let file = if path.is_dir() { path.join("model.safetensors") } else { path.into() };
     let size = std::fs::metadata(&file).unwrap().len();
-    let best_of_three = |run: &dyn Fn()| {
-        let time = |_| {
-            let start = Instant::now();
-            run();
-            start.elapsed().as_secs_f64()
-        };
-        (0..3).map(time).fold(f64::INFINITY, f64::min)
-    };
-    let read = best_of_three(&|| {
-        let model = weights::open(path, &ModelOverrides::default()).unwrap();
+    let none = ModelOverrides::default();
+    let sum_all = || {
+        let model = weights::open(path, &none).unwrap();
         let sums = model.tensors.names().map(|name| sum(&model.tensors.values(name).unwrap()));
         assert!(sums.sum::<f32>().is_finite());
-    });
+    };
+    let read = (0..reads).map(|_| seconds(sum_all).0).fold(f64::INFINITY, f64::min);
     let before = anonymous();
-    let start = Instant::now();
-    let loaded = Loaded::open(path, &ModelOverrides::default(), Device::Cpu, 1, Mode::Infer, None).unwrap();
-    let load = start.elapsed().as_secs_f64();
+    let (load, mut loaded) =
+        seconds(|| Loaded::open(path, &none, Device::Cpu, 1, Mode::Infer, None).unwrap());
     let memory = anonymous().saturating_sub(before);
+    let temporary = tempfile::tempdir_in(path.parent().unwrap()).unwrap();
+    let picture = temporary.path().join("grey.png");
+    image::RgbImage::from_pixel(224, 224, image::Rgb([127; 3])).save(&picture).unwrap();
+    let run = seconds(|| loaded.predict(&picture, 1).unwrap()).0;
     drop(loaded);
-    println!(
-        "{:<28} {:>6} MB {:>8.3}s {:>8.3}s {:>13} MB {:>13.2}x",
-        path.file_name().unwrap().to_string_lossy(),
-        size >> 20,
-        read,
-        load,
-        memory >> 20,
-        memory as f64 / size as f64
-    );
+    let (out, format) = match path.extension() {
+        None => (temporary.path().join("hf"), Format::Hf),
+        Some(end) if end == "npz" => (temporary.path().join("out.npz"), Format::Npz),
+        Some(_) => (temporary.path().join("out.safetensors"), Format::Safetensors),
+    };
+    let export = seconds(|| weights::convert(path, &out, Some(format), &none).unwrap()).0;
+    let name = path.file_name().unwrap().to_string_lossy().into_owned();
+    Measured { name, size, read, load, run, export, memory }
+}
+
+fn seconds<T>(run: impl FnOnce() -> T) -> (f64, T) {
+    let start = Instant::now();
+    let result = run();
+    (start.elapsed().as_secs_f64(), result)
+}
+
+impl Measured {
+    fn text(&self) -> String {
+        let times = [self.read, self.load, self.run, self.export].map(|s| format!("{s:>9.3} s"));
+        let mib = |bytes: u64| format!("{:>7} MiB", bytes >> 20);
+        let share = self.memory as f64 / self.size as f64;
+        format!(
+            "{:<20} {} {} {} {share:>10.2}x",
+            self.name,
+            mib(self.size),
+            times.join(" "),
+            mib(self.memory)
+        )
+    }
+
+    fn json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "file": self.name, "bytes": self.size, "read": self.read, "load": self.load, "run": self.run,
+            "export": self.export, "anonymous_bytes": self.memory,
+        })
+    }
 }
 
 /// In lanes, so that it is bound by memory as a library's sum is.

@@ -1,21 +1,19 @@
-//! Weights in and out: `vitrum convert` between all layouts, what it refuses, and files that mean harm.
+//! Weights in and out: `vitrum convert` between all layouts, and what it refuses.
 
 mod support;
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-use support::{path, scratch, vitrum};
+use support::models::{assert_same, folder, json, sample, saved, tiny};
+use support::vitrum;
 use vitrum::backend::{Device, Pixels, SlotLayout, StepKeys, TargetKind};
 use vitrum::train::loaded::Loaded;
+use vitrum::vit::Mode;
 use vitrum::vit::config::{ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
-use vitrum::vit::{Mode, ParamLayout};
-use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
+use vitrum::weights::safetensors::{SafeTensors, View, write};
 use vitrum::weights::{
-    self, AdaptTarget, CheckpointMeta, Format, HeadPolicy, ModelFile, ModelOverrides, Numbering, Tensor,
-    Tensors,
+    self, AdaptTarget, CheckpointMeta, Format, HeadPolicy, ModelFile, ModelOverrides, Tensor, Tensors,
 };
 
 /// The folder of reference outputs; a test without it says so and passes.
@@ -29,17 +27,6 @@ fn reference() -> Option<PathBuf> {
     Some(dir)
 }
 
-fn json(path: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-/// A folder of its own for each test.
-fn folder(name: &str) -> PathBuf {
-    let dir = scratch().join(name);
-    std::fs::create_dir_all(&dir).unwrap();
-    dir
-}
-
 fn sets(pairs: &[(&str, &str)]) -> ModelOverrides {
     let pairs: Vec<_> = pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
     ModelOverrides::from_sets(&pairs).unwrap()
@@ -50,47 +37,6 @@ fn of_case(case: &Path) -> ModelOverrides {
     let config = json(&case.join("config.json"));
     let image = format!("{}x{}", config["image"][0], config["image"][1]);
     sets(&[("model.heads", &config["heads"].to_string()), ("model.image", &image)])
-}
-
-fn bits(tensors: &Tensors) -> BTreeMap<&str, (&[usize], Vec<u32>)> {
-    let one = |t: &Tensor| t.values.iter().map(|v| v.to_bits()).collect();
-    tensors.iter().map(|(n, t)| (n.as_str(), (t.shape.as_slice(), one(t)))).collect()
-}
-
-#[track_caller]
-fn assert_same(a: &Tensors, b: &Tensors) {
-    let (a, b) = (bits(a), bits(b));
-    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
-    for (name, tensor) in a {
-        assert!(tensor == b[name], "`{name}` differs");
-    }
-}
-
-fn tiny() -> ModelConfig {
-    let mut config = ModelConfig::variant("testing/4", 16, 3).unwrap();
-    (config.width, config.heads, config.mlp, config.depth) = (12, 3, 20, 2);
-    config
-}
-
-/// A model whose values are all different.
-fn sample(config: &ModelConfig) -> Tensors {
-    let mut state = 7u32;
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 24) as f32 - 0.5
-    };
-    let layout = ParamLayout::new(config, |_| false);
-    layout
-        .parameters()
-        .filter(|p| !p.is_empty())
-        .map(|p| (p.name.clone(), Tensor::new(p.shape.clone(), (0..p.len()).map(|_| next()).collect())))
-        .collect()
-}
-
-fn saved(dir: &Path, config: &ModelConfig) -> (PathBuf, Tensors) {
-    let (path, tensors) = (dir.join("own.safetensors"), sample(config));
-    weights::save(&path, config, &tensors, &CheckpointMeta::default()).unwrap();
-    (path, tensors)
 }
 
 const FORMATS: [(Format, &str); 4] = [
@@ -170,8 +116,9 @@ fn every_architecture_goes_round_or_is_refused_and_nothing_is_written() {
     let fixed = Posemb::Sincos2d;
     let (before, gap) = (PosembJoin::Before, PoolKind::Gap);
     let average = ModelConfig { pool: gap, extra_tokens: 0, ..tiny() };
-    let cases: [(&str, ModelConfig, &[Format]); 11] = [
+    let cases: [(&str, ModelConfig, &[Format]); 12] = [
         ("plain", tiny(), &[Safetensors, Timm, Hf, Npz]),
+        ("no bias of q, k, v", ModelConfig { qkv_bias: false, ..tiny() }, &[Safetensors, Timm, Hf]),
         ("oblong", ModelConfig { image: (8, 24), patch: (4, 8), ..tiny() }, &[Safetensors, Timm, Hf, Npz]),
         ("representation layer", ModelConfig { rep_size: 5, ..tiny() }, &[Safetensors, Npz]),
         ("LayerScale", ModelConfig { layer_scale: 1e-4, ..tiny() }, &[Safetensors, Timm]),
@@ -492,123 +439,4 @@ fn an_augreg_file_name_is_explained_and_short_names_are_found() {
         "vit_models/augreg",
     ]);
     vitrum(&["inspect", "augreg:Q/16"]).exits(2).says(&["there are Ti/16"]);
-}
-
-// ---- Files that mean harm ----
-
-#[test]
-fn a_pickle_is_refused_with_the_line_that_converts_it() {
-    let dir = folder("pickle");
-    let (file, out) = (dir.join("pytorch_model.bin"), path("out.safetensors"));
-    let mut zip = zip::ZipWriter::new(std::fs::File::create(&file).unwrap());
-    zip.start_file("archive/data.pkl", zip::write::SimpleFileOptions::default()).unwrap();
-    zip.write_all(b"\x80\x02}.").unwrap();
-    zip.finish().unwrap();
-    let old = dir.join("old.pth");
-    std::fs::write(&old, b"\x80\x02}q\x00.").unwrap();
-    for bad in [file.to_str().unwrap(), old.to_str().unwrap(), dir.to_str().unwrap()] {
-        vitrum(&["convert", bad, &out]).exits(1).says(&["pickle", "python -c", "weights_only=True"]);
-    }
-    assert!(!Path::new(&out).exists());
-}
-
-/// A safetensors file of this header and so many bytes of data.
-fn raw(path: &Path, header: &str, data: usize) {
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(header.as_bytes());
-    bytes.extend(vec![0; data]);
-    std::fs::write(path, bytes).unwrap();
-}
-
-#[test]
-fn false_offsets_bombs_and_foreign_files_are_errors_that_name_the_file() {
-    let dir = folder("bad");
-    let bad = dir.join("bad.safetensors");
-    let refused = |says: &[&str]| {
-        let out = dir.join("out.safetensors");
-        let done = vitrum(&["convert", bad.to_str().unwrap(), out.to_str().unwrap()]).exits(1);
-        done.says(&["bad.safetensors"]).says(says);
-        assert!(!out.exists());
-        vitrum(&["inspect", bad.to_str().unwrap()]).exits(1);
-    };
-    let two = |a: &str, b: &str| {
-        format!(
-            r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":{a}}},"b":{{"dtype":"F32","shape":[2],"data_offsets":{b}}}}}"#
-        )
-    };
-    for (a, b) in [("[0,8]", "[4,12]"), ("[0,8]", "[8,4000]"), ("[0,8]", "[0,8]"), ("[8,0]", "[8,16]")] {
-        raw(&bad, &two(a, b), 16);
-        refused(&["not a whole safetensors file"]);
-    }
-    std::fs::write(&bad, b"").unwrap();
-    refused(&["only 0 bytes"]);
-    std::fs::write(&bad, vec![0xff; 64]).unwrap();
-    refused(&["announces"]);
-    std::fs::write(&bad, b"\x89HDF\r\n\x1a\n and more").unwrap();
-    refused(&["HDF5"]);
-
-    // Two gigabytes of zeros in two megabytes.
-    let mut zip = zip::ZipWriter::new(std::fs::File::create(&bad).unwrap());
-    let options =
-        zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Deflated);
-    let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (16777216, 32), }";
-    zip.start_file("head/kernel.npy", options).unwrap();
-    zip.write_all(b"\x93NUMPY\x01\x00").unwrap();
-    zip.write_all(&(header.len() as u16).to_le_bytes()).unwrap();
-    zip.write_all(header.as_bytes()).unwrap();
-    let zeros = vec![0; 1 << 20];
-    (0..2048).for_each(|_| zip.write_all(&zeros).unwrap());
-    zip.finish().unwrap();
-    refused(&["no weights are like that"]);
-}
-
-#[test]
-fn sixty_four_bit_numbers_and_other_channels_are_read_but_not_converted() {
-    let dir = folder("exact");
-    let config = ModelConfig { width: 64, heads: 1, ..tiny() };
-    let tensors = sample(&config);
-    let wide: Vec<f64> = tensors["norm.bias"].values.iter().map(|v| f64::from(*v) + 1e-12).collect();
-    let grey: Vec<f32> = (0..64 * 16).map(|i| (i % 7) as f32 - 3.0).collect();
-    let path = dir.join("m.safetensors");
-    let store = |replaced: View<'static>, name: &str| {
-        let others =
-            tensors.iter().filter(|(n, _)| *n != name).map(|(n, t)| View::f32(n, &t.shape, &t.values));
-        write(&path, &BTreeMap::new(), others.chain([replaced]).collect()).unwrap();
-        let file = weights::open(&path, &ModelOverrides::default()).unwrap();
-        let out = dir.join("out.safetensors");
-        let error = weights::convert(&path, &out, None, &ModelOverrides::default()).map(|_| ()).unwrap_err();
-        assert!(!out.exists());
-        (file, error)
-    };
-    let bytes: Vec<u8> = wide.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let (file, error) = store(View::new("norm.bias", Dtype::F64, &[64], bytes), "norm.bias");
-    assert!(error.message().contains("`norm.bias` holds 64-bit numbers"), "{error}");
-    assert_eq!(file.tensors.values("norm.bias").unwrap()[3], wide[3] as f32);
-
-    let kernel = "patch_embed.proj.weight";
-    let bytes: Vec<u8> = grey.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let (file, error) = store(View::new(kernel, Dtype::F32, &[64, 1, 4, 4], bytes), kernel);
-    assert!(error.message().contains("takes 1 channels"), "{error}");
-    let three = file.tensors.get(kernel).unwrap();
-    assert_eq!(three.shape, [64, 3, 4, 4]);
-    for (pixel, value) in grey.iter().enumerate() {
-        let (d, at) = (pixel / 16, pixel % 16);
-        let sum: f32 = (0..3).map(|c| three.values[(d * 3 + c) * 16 + at]).sum();
-        assert!((sum - value).abs() < 1e-6);
-    }
-    assert!(file.notes.iter().any(|n| n.contains("made one for 3")), "{:?}", file.notes);
-}
-
-#[test]
-fn a_hybrid_and_a_mixer_are_refused_by_name() {
-    let dir = folder("others");
-    let flax = weights::to_flax_tensors(&tiny(), Numbering::Published, &sample(&tiny())).unwrap();
-    let bad = dir.join("bad.safetensors");
-    for (name, kind) in
-        [("conv_root/kernel", "hybrid"), ("MixerBlock_0/token_mixing/Dense_0/bias", "MLP-Mixer")]
-    {
-        let views = flax.iter().map(|(n, t)| View::f32(n, &t.shape, &t.values));
-        write(&bad, &BTreeMap::new(), views.chain([View::f32(name, &[1], &[0.0])]).collect()).unwrap();
-        vitrum(&["convert", bad.to_str().unwrap(), &path("never.npz")]).exits(1).says(&[kind, name]);
-    }
 }

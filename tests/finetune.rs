@@ -12,6 +12,7 @@ use image::RgbImage;
 
 use support::{Done, command, names, outcome, path, scratch, stripes, vitrum};
 use vitrum::recipe::{HeadPolicy, MomentType, OptimName, Recipe};
+use vitrum::vit::{ModelConfig, ParamLayout};
 use vitrum::weights::safetensors::SafeTensors;
 use vitrum::weights::{self, Numbering, Tensors};
 
@@ -182,6 +183,22 @@ fn the_head_is_kept_reset_or_refused_as_the_user_says() {
     assert!(!Path::new(&out).exists());
 }
 
+#[test]
+fn a_model_without_biases_of_q_k_and_v_stays_without() {
+    let (start, bare) = (tensors(pretrained()), path("bare.safetensors"));
+    let file = weights::open(Path::new(pretrained()), &Default::default()).unwrap();
+    let config = ModelConfig { qkv_bias: false, ..file.config };
+    let kept = start.into_iter().filter(|(name, _)| !name.ends_with("attn.qkv.bias")).collect();
+    weights::save(Path::new(&bare), &config, &kept, &file.meta).unwrap();
+    let out = path("unbiased");
+    let done = run(&out, stripes(), &[&format!("finetune.weights={bare}")]);
+    let after = tensors(&out);
+    assert_eq!(changed(&kept, &after).len(), kept.len(), "everything moves: {}", done.stderr);
+    assert_eq!(after.keys().collect::<Vec<_>>(), kept.keys().collect::<Vec<_>>());
+    let recipe = std::fs::read_to_string(Path::new(&out).join("recipe.toml")).unwrap();
+    assert!(recipe.contains("qkv_bias = false"), "{recipe}");
+}
+
 // ---- Frozen parts ----
 
 #[test]
@@ -192,7 +209,8 @@ fn frozen_layers_keep_their_bits_and_take_no_optimiser_memory() {
     };
     let trained = |name: &str, more: &[&str]| {
         let out = path(name);
-        run(&out, stripes(), more);
+        let header = run(&out, stripes(), more).stderr;
+        assert_eq!(header.contains("M of them trained"), !more.is_empty(), "{header}");
         (changed(&start, &tensors(&out)), bytes(&out))
     };
     let (all, most) = trained("free", &[]);
@@ -258,6 +276,68 @@ fn a_trial_that_diverges_is_a_result_and_the_sweep_goes_on() {
     assert!(done.stdout.lines().nth(3).unwrap().contains("<- best"), "{}", done.stdout);
 }
 
+/// The most memory that a process held, in bytes; `meanwhile` is called over and over while it runs.
+fn peak_of(args: &[String], mut meanwhile: impl FnMut()) -> u64 {
+    let mut child = command(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    while child.try_wait().unwrap().is_none() {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let kib = text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        peak = peak.max(kib.map_or(0, |kib| kib.parse().unwrap()));
+        meanwhile();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(child.wait().unwrap().success());
+    peak * 1024
+}
+
+#[test]
+fn four_trials_read_the_weights_once_and_take_the_memory_of_one() {
+    let weights = path("wide.safetensors");
+    let config = ModelConfig { image: (16, 16), ..ModelConfig::variant("S/8", 16, 3).unwrap() };
+    let config = ModelConfig { depth: 6, ..config };
+    let layout = ParamLayout::new(&config, |_| false);
+    let tensor = |shape: &[usize]| weights::Tensor::new(shape, vec![0.01; shape.iter().product()]);
+    let tensors = layout.parameters().map(|p| (p.name.clone(), tensor(&p.shape))).collect();
+    weights::save(Path::new(&weights), &config, &tensors, &Default::default()).unwrap();
+    let settings =
+        ["train.steps=2", "train.batch=4", "train.micro_batch=4", "optim.ema=0", "train.eval_every=2"];
+    let from = format!("finetune.weights={weights}");
+    let args = |out: &str, more: &[&str]| {
+        finetune(&path(out), stripes(), &[&settings[..], &[from.as_str()], more].concat())
+    };
+    let one = peak_of(&args("one-trial", &[]), || ());
+    // Whoever wanted to read them again would fail.
+    let started = scratch().join("four-trials/trial-1/recipe.toml");
+    let mut removed = false;
+    let four = peak_of(&args("four-trials", &["--sweep", "optim.lr=0,1e-5,1e-4,1e-3"]), || {
+        removed |= started.exists() && std::fs::remove_file(&weights).is_ok();
+    });
+    assert!(removed && scratch().join("four-trials/trial-4/checkpoints/last").exists());
+    let size = layout.count() as u64 * 4;
+    assert!(one > 3 * size, "weights, gradients and momentum: {one} bytes for weights of {size}");
+    assert!(four < one + one / 10, "{four} bytes at the peak, {one} of one trial");
+}
+
+/// Training from new weights sweeps as well: AugReg's levels, each the run alone.
+#[test]
+fn levels_of_augmentation_are_swept_from_scratch() {
+    let out = path("levels");
+    let mut args = support::train(&out, &["train.steps=6", "--sweep=augment.level=none,light2"]);
+    let done = vitrum(&args).ok().says(&["trial 2 of 2"]);
+    assert_eq!(done.stdout.matches("<- best").count(), 1, "{}", done.stdout);
+    args = support::train(&path("level-alone"), &["train.steps=6", "augment.level=light2"]);
+    vitrum(&args).ok();
+    assert_eq!(outcome(&format!("{out}/trial-2")), outcome(&path("level-alone")));
+    // The recipe's own mixup gives way to the level's.
+    let recipe = std::fs::read_to_string(format!("{out}/trial-1/recipe.toml")).unwrap();
+    assert!(recipe.contains("level = \"config:none\"") && recipe.contains("mixup = 0.0"), "{recipe}");
+    vitrum(&["finetune", "mini/cifar10", "--data", stripes(), "--sweep", "optim.lr=1,2"])
+        .exits(2)
+        .says(&["names none"]);
+}
+
 // ---- Wrong usage ----
 
 #[test]
@@ -274,7 +354,8 @@ fn what_cannot_be_fine_tuned_is_refused_before_anything_is_written() {
     refused(1, &missing, &["no-such-file"]);
     refused(2, &base[..3], &["no training data", "data.train"]);
     let batch = [&base[..], &["--set", "train.batch=100"]].concat();
-    refused(1, &[&batch[..], &["--set", "train.micro_batch=50"]].concat(), &["`train.batch` is 100", "96"]);
+    let says = ["`train.batch` is 100", "96 images", "--set train.batch=80"];
+    refused(1, &[&batch[..], &["--set", "train.micro_batch=20"]].concat(), &says);
     let preset = [&["finetune", "b16/cifar10"], &base[1..]].concat();
     refused(1, &preset, &["the model has width 24, the recipe says 768", "leave the recipe out"]);
     for (sweep, text) in [

@@ -114,7 +114,7 @@ fn law(c: &ModelConfig, p: &Param) -> Law {
         },
         HeadBias if c.init == TimmJaxNlhb => Law::Constant(-classes.ln()),
         HeadBias => Law::Constant(f64::from(c.head_bias)),
-        SincosTable => unreachable!("no parameter"),
+        SincosTable | NoBias => unreachable!("no parameter"),
     }
 }
 

@@ -18,6 +18,7 @@ fn base() -> ModelConfig {
         depth: 2,
         heads: 3,
         mlp: 20,
+        qkv_bias: true,
         classes: 5,
         pool: PoolKind::Token,
         norm: NormPlace::Before,

@@ -249,7 +249,7 @@ fn parses(words: &[String]) -> Result<(), String> {
     let recipe = recipe.filter(|name| !name.ends_with(".toml"));
     let read =
         |more: &[String]| Recipe::read(recipe, &[&overrides, more].concat()).map_err(|e| e.to_string());
-    if name == "finetune" {
+    if name != "plan" {
         for axis in arguments.get_many::<String>("sweep").into_iter().flatten() {
             let axis = Axis::parse(axis).map_err(|e| e.to_string())?;
             for value in &axis.values {

@@ -72,10 +72,25 @@ pub fn run(args: Args) -> Result<()> {
         super::train::summarise(&finetune::run(&loaded, &options)?, data.as_deref()).print(&log);
         return Ok(());
     }
-    let axes = args.sweep.iter().map(|text| Axis::parse(text)).collect::<Result<Vec<_>>>()?;
-    let done = sweep::run(name, &set, axes, &options, &log)?;
+    if loaded.recipe.finetune.is_none() {
+        return Err(finetune::names_none(&loaded));
+    }
+    sweep_over(&args.sweep, name, &set, &options, args.json)
+}
+
+/// One run for each combination of the values in `axes` (`KEY=V1,V2`), and their table.
+pub(super) fn sweep_over(
+    axes: &[String],
+    recipe: &str,
+    set: &[String],
+    options: &RunOptions,
+    json: bool,
+) -> Result<()> {
+    let axes = axes.iter().map(|text| Axis::parse(text)).collect::<Result<Vec<_>>>()?;
+    let log = Log::stderr();
+    let done = sweep::run(recipe, set, axes, options, &log)?;
     log.line(&format!("\n{} trials in {}", done.trials.len(), options.out.display()));
-    if args.json { print_json(&done.json()) } else { print(&done.text()) }
+    if json { print_json(&done.json()) } else { print(&done.text()) }
 }
 
 /// The flags as settings of the recipe; what `--set` says comes last and wins.

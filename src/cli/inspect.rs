@@ -32,8 +32,10 @@ fn describe(path: &Path) -> Result<Value> {
         return Err(Error::new(format!("{}: there is no such file or folder", path.display())));
     }
     // A pickle is named too, to be refused by the room that knows what to say.
-    let held = ["model.safetensors", "checkpoints", "pytorch_model.bin"];
-    let of_a_run = held.iter().any(|name| path.join(name).exists());
+    let model =
+        |name: &str| [path.join(name), path.join(format!("{name}.index.json"))].iter().any(|p| p.exists());
+    let of_a_run = path.join("checkpoints").exists()
+        || ["model.safetensors", "pytorch_model.bin"].into_iter().any(model);
     let archive = path.extension().is_some_and(|end| end == "tar" || end == "bin");
     let weights = of_a_run || short_name || (path.is_file() && !archive);
     if weights { weights::describe(path) } else { data::describe(path) }

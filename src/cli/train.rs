@@ -15,12 +15,15 @@ use crate::train::run::{Ending, RunOptions, RunSummary, default_out};
 pub struct Args {
     /// A built-in recipe or a .toml file [default: demo]
     pub recipe: Option<String>,
+    /// Run once for each value, and say which was best; for several keys, a grid
+    #[arg(long, value_name = "KEY=V1,V2", conflicts_with_all = ["overfit", "dry_run"])]
+    pub sweep: Vec<String>,
     #[command(flatten)]
     pub settings: Settings,
-    /// The run's directory [default: runs/RECIPE-DATE]
+    /// The run's directory; of a sweep, the folder of its runs [default: runs/RECIPE-DATE]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Continue the run in --out from its last checkpoint
+    /// Continue the run, or the sweep, in --out from where it was left
     #[arg(long, requires = "out")]
     pub resume: bool,
     /// Check that N samples can be learned by heart: no augmentation, loss below 0.01 within 300 steps
@@ -31,6 +34,9 @@ pub struct Args {
     pub dry_run: bool,
     #[command(flatten)]
     pub on: On,
+    /// Of a sweep, print one JSON object instead of the table
+    #[arg(long, requires = "sweep")]
+    pub json: bool,
 }
 
 pub fn run(args: Args) -> Result<()> {
@@ -48,6 +54,10 @@ pub fn run(args: Args) -> Result<()> {
         device: args.on.device,
         notes: Vec::new(),
     };
+    if !args.sweep.is_empty() {
+        let name = args.recipe.as_deref().unwrap_or("demo");
+        return super::finetune::sweep_over(&args.sweep, name, &args.settings.set, &options, args.json);
+    }
     let data = loaded.recipe.data.val.clone().or(loaded.recipe.data.train.clone());
     let run = match loaded.recipe.finetune {
         Some(_) => finetune::run(&loaded, &options)?,

@@ -108,7 +108,7 @@ fn jax_axes(param: &Param, part: &Part, config: &ModelConfig) -> Vec<Axis> {
             axes(&[(height, 3 * width), (width, 3), (3, 1), (rows, ld)])
         }
         AttentionIn { .. } => axes(&[(cols, 1), (heads, head_size * ld), (head_size, ld)]),
-        AttentionInBias => axes(&[(heads, head_size), (head_size, 1)]),
+        AttentionInBias | NoBias => axes(&[(heads, head_size), (head_size, 1)]),
         AttentionOut => axes(&[(heads, head_size), (head_size, 1), (rows, ld)]),
         MlpKernel | RepKernel | HeadKernel => axes(&[(cols, 1), (rows, ld)]),
         PosEmbed | SincosTable => axes(&[(1, 0), (rows, ld), (cols, 1)]),

@@ -246,10 +246,14 @@ fn override_table(mut table: Table, overrides: &[String]) -> Result<(Recipe, Vec
         let (section, key) = (&path[0], &path[1]);
         let keys = table.entry(section.clone()).or_insert_with(|| Value::Table(Table::new()));
         let keys = keys.as_table_mut().expect("sections were checked to be tables");
-        // The run has one length: the later of the two says which.
+        // The run has one length: the later of the two says which. Likewise, the later of a level and its parts.
         match (section.as_str(), key.as_str()) {
             ("train", "steps") => drop(keys.remove("epochs")),
             ("train", "epochs") => drop(keys.remove("steps")),
+            // A level says what both are.
+            ("augment", "level") => {
+                ["mixup", "randaugment"].into_iter().for_each(|key| drop(keys.remove(key)))
+            }
             _ => {}
         }
         keys.insert(key.clone(), value);

@@ -66,6 +66,8 @@ pub struct ModelSection {
     /// Default: 4 · width.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mlp: Option<usize>,
+    /// Whether q, k and v have a bias.
+    pub qkv_bias: bool,
     /// Default: as many as the training data has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes: Option<usize>,
@@ -98,6 +100,7 @@ impl Default for ModelSection {
             depth: None,
             heads: None,
             mlp: None,
+            qkv_bias: true,
             classes: None,
             pool: PoolKind::Token,
             norm: NormPlace::Before,

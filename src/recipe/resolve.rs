@@ -257,6 +257,7 @@ impl ModelSection {
             depth,
             heads,
             mlp: mlp.unwrap_or(4 * width),
+            qkv_bias: self.qkv_bias,
             classes,
             pool: self.pool,
             norm: self.norm,

@@ -90,14 +90,17 @@ impl Start {
     }
 }
 
+/// A run that is to start from trained weights, and no weights.
+pub fn names_none(loaded: &Loaded) -> Error {
+    Error::usage(format!("`{}` starts from trained weights, and names none", loaded.name))
+        .hint(format!("give them, as in `vitrum finetune {} --weights FILE --data DIR`", loaded.name))
+}
+
 impl Need {
     fn of(loaded: &Loaded, data: &Dataset) -> Result<Need> {
         let FinetuneSection { weights, head, rep_layer, posemb } =
             loaded.recipe.finetune.clone().unwrap_or_default();
-        let path = weights.ok_or_else(|| {
-            Error::usage(format!("`{}` starts from trained weights, and names none", loaded.name))
-                .hint(format!("give them, as in `vitrum finetune {} --weights FILE --data DIR`", loaded.name))
-        })?;
+        let path = weights.ok_or_else(|| names_none(loaded))?;
         let image = loaded.recipe.model.image;
         let target = AdaptTarget {
             image: loaded.gives("model.image").then_some((image.height, image.width)),
@@ -166,6 +169,7 @@ fn complete(recipe: &ModelSection, file: &ModelConfig) -> ModelSection {
         depth: Some(file.depth),
         heads: Some(file.heads),
         mlp: Some(file.mlp),
+        qkv_bias: file.qkv_bias,
         classes: recipe.classes.or(Some(file.classes)),
         pool: file.pool,
         norm: file.norm,

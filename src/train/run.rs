@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Device, Loss, LossKind, MemoryPlan, Pixels, Slot, SlotLayout, StepReport, TargetKind};
+use crate::backend::{Device, Loss, LossKind, MemoryPlan, Pixels, Slot, SlotLayout, StepReport};
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::recipe::{AugmentSection, Metric, MicroBatch, Recipe, ScheduleKind};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine, format};
-use crate::vit::Vit;
+use crate::vit::{Param, Vit};
 use crate::weights::CheckpointMeta;
 
 use super::checkpoint::{Best, Checkpoints, RunState, Sums};
@@ -92,7 +92,7 @@ impl RunData {
                 "`train.batch` is {}, but the data set has {images} images",
                 recipe.train.batch
             ))
-            .hint(format!("use `--set train.batch={images}` or less")));
+            .hint(format!("use `--set train.batch={}` or less", whole_micro_batches(&recipe, images))));
         }
         // Softmax makes classes compete: a sample with two of them, or with none, has no right answer.
         if self.train.is_multi_label() && recipe.loss.kind == LossKind::Softmax {
@@ -103,6 +103,14 @@ impl RunData {
             .hint("use `--set loss.kind=sigmoid`"));
         }
         recipe.resolved(self.train.classes().len(), images)
+    }
+}
+
+/// The largest batch of at most `images` that the recipe's micro-batch divides.
+fn whole_micro_batches(recipe: &Recipe, images: usize) -> usize {
+    match recipe.train.micro_batch {
+        MicroBatch::Samples(micro) if (1..=images).contains(&micro) => images / micro * micro,
+        MicroBatch::Samples(_) | MicroBatch::Auto => images,
     }
 }
 
@@ -256,13 +264,17 @@ impl Run {
             config.image.1
         ));
         log(format!(
-            "train    {} steps of {} = {:.1} epochs, {} lr {:.2e}, {:?} schedule",
+            "train    {} steps of {} = {:.1} epochs, {} lr {:.2e}, {:?} schedule{}",
             self.steps,
             recipe.train.batch,
             self.steps as f64 * recipe.train.batch as f64 / self.data.train.len() as f64,
             format!("{:?}", recipe.optim.name).to_lowercase(),
             recipe.optim.lr * trainer.optimizer.batch_scale(),
-            recipe.schedule.kind
+            recipe.schedule.kind,
+            match recipe.train.patience {
+                0 => String::new(),
+                patience => format!(", stopped after {patience} evaluations without improvement"),
+            }
         ));
         for line in memory_lines(&trainer.memory) {
             log(line);
@@ -595,9 +607,14 @@ fn same_recipe(saved: &str, now: &str) -> Result<()> {
 /// What the model is, for headers.
 pub fn model_lines(model: &Vit) -> Vec<String> {
     let c = &model.config;
+    let trained: usize = model.layout.params.iter().filter(|p| p.grad_offset.is_some()).map(Param::len).sum();
+    let frozen = match trained < model.layout.count() {
+        true => format!(", {:.2} M of them trained", trained as f64 / 1e6),
+        false => String::new(),
+    };
     vec![
         format!(
-            "model    ViT width {} depth {} heads {} mlp {} patch {}x{}, {} tokens, pool {}, {:.2} M parameters",
+            "model    ViT width {} depth {} heads {} mlp {} patch {}x{}, {} tokens, pool {}, {:.2} M parameters{frozen}",
             c.width,
             c.depth,
             c.heads,

@@ -1,4 +1,4 @@
-//! Sweeps: a grid of settings, one fine-tuning run each, all from one copy of the weights.
+//! Sweeps: a grid of settings, one run each; of fine-tuning runs, all from one copy of the weights.
 //!
 //! A trial is exactly the run that its settings would give alone: the same bits, in a run directory of its own. The
 //! weights are read and adapted once and the data is opened once, as long as trials need the same.
@@ -14,6 +14,7 @@ use crate::report::{Log, format, table};
 
 use super::finetune::Start;
 use super::run::{RunData, RunOptions, RunSummary};
+use super::trainer::train_from;
 
 /// One key and the values that it takes.
 #[derive(Clone, Debug, PartialEq)]
@@ -122,13 +123,16 @@ pub fn run(recipe: &str, set: &[String], axes: Vec<Axis>, options: &RunOptions, 
             data = Some(RunData::open(&loaded.recipe, &of_trial)?);
         }
         let data = data.as_ref().expect("it was opened");
-        if !start.as_ref().is_some_and(|start| start.fits(loaded, data)) {
+        let from_weights = loaded.recipe.finetune.is_some();
+        if from_weights && !start.as_ref().is_some_and(|start| start.fits(loaded, data)) {
             // The old copy goes before the new one comes.
             drop(start.take());
             start = Some(Start::load(loaded, data)?);
         }
-        let start = start.as_ref().expect("it was loaded");
-        let result = start.run(loaded, data.clone(), &of_trial);
+        let result = match &start {
+            Some(start) => start.run(loaded, data.clone(), &of_trial),
+            None => train_from(None, data.resolve(loaded.recipe.clone())?, data.clone(), &of_trial),
+        };
         match result {
             Err(e) if e.kind() != Kind::Failure => {
                 let again =

@@ -87,6 +87,9 @@ pub struct ModelConfig {
     pub heads: usize,
     /// M
     pub mlp: usize,
+    /// Whether q, k and v of the blocks have a bias. Files from before there was a choice have one.
+    #[serde(default = "yes")]
+    pub qkv_bias: bool,
     /// C
     pub classes: usize,
     pub pool: PoolKind,
@@ -111,6 +114,10 @@ pub struct ModelConfig {
     pub init: InitScheme,
     /// Initial value of the head's bias.
     pub head_bias: f32,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Width, depth, mlp, heads of a named variant.
@@ -171,6 +178,7 @@ impl ModelConfig {
             depth: v.depth,
             heads: v.heads,
             mlp: v.mlp,
+            qkv_bias: true,
             classes,
             pool: PoolKind::Token,
             norm: NormPlace::Before,

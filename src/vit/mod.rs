@@ -76,7 +76,7 @@ impl Vit {
         Ok(())
     }
 
-    /// Fills in the tables that are no parameters (sincos2d), for weights that come from a file.
+    /// Fills in what is no parameter (the sincos2d table, biases that a model does not have), for weights that come from a file.
     pub fn init_tables(&self, b: &mut dyn Backend) -> Result<()> {
         for (index, param) in self.layout.params.iter().enumerate().filter(|(_, p)| !p.is_parameter()) {
             b.write(param.mat(), &params::initial_values(&self.config, param, index, 0))?;

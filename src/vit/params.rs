@@ -29,6 +29,9 @@ pub enum ParamKind {
         parts: usize,
     },
     AttentionInBias,
+    /// Stands in for the bias that q, k and v of `qkv_bias = false` do not have: zeros that live with the parameters and
+    /// are none, so that no pass needs a case of its own.
+    NoBias,
     AttentionOut,
     AttentionOutBias,
     MlpKernel,
@@ -92,7 +95,7 @@ impl Param {
 
     /// Stored in checkpoints and counted as a parameter.
     pub fn is_parameter(&self) -> bool {
-        self.kind != ParamKind::SincosTable
+        !matches!(self.kind, ParamKind::SincosTable | ParamKind::NoBias)
     }
 
     pub fn mat(&self) -> Mat {
@@ -189,7 +192,7 @@ impl ParamLayout {
         self.params.iter().find(|p| p.name == name)
     }
 
-    /// Stored parameters: everything but fixed tables.
+    /// Stored parameters: everything but fixed tables and biases that are none.
     pub fn parameters(&self) -> impl Iterator<Item = &Param> {
         self.params.iter().filter(|p| p.is_parameter())
     }
@@ -251,10 +254,11 @@ impl Builder {
         self.add("pos_embed", &[1, c.posemb_rows(), d], posemb);
         self.add("patch_embed.proj.weight", &[d, 3, c.patch.0, c.patch.1], PatchKernel);
         self.add("patch_embed.proj.bias", &[d], PatchBias);
+        let qkv_bias = if c.qkv_bias { AttentionInBias } else { NoBias };
         for i in 0..c.depth {
             self.depth = i + 1;
             self.norm(&format!("blocks.{i}.norm1"), d);
-            self.linear(&format!("blocks.{i}.attn.qkv"), 3 * d, d, AttentionIn { parts: 3 }, AttentionInBias);
+            self.linear(&format!("blocks.{i}.attn.qkv"), 3 * d, d, AttentionIn { parts: 3 }, qkv_bias);
             self.linear(&format!("blocks.{i}.attn.proj"), d, d, AttentionOut, AttentionOutBias);
             if c.layer_scale > 0.0 {
                 self.add(format!("blocks.{i}.ls1.gamma"), &[d], LayerScale);
@@ -307,7 +311,7 @@ pub fn initial_values(config: &ModelConfig, param: &Param, index: usize, seed: u
 
     match param.kind {
         NormGamma => constant(1.0),
-        NormBeta | AttentionInBias | AttentionOutBias => zero(),
+        NormBeta | AttentionInBias | NoBias | AttentionOutBias => zero(),
         LayerScale => constant(config.layer_scale),
         SincosTable => sincos2d(config),
         PatchKernel if jax || timm_jax => lecun_normal(&mut s, n, fan_in),

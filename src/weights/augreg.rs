@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::shards::INDEX;
 use crate::error::{Error, Result};
-use crate::{fail, files};
+use crate::files;
 
 /// Where the files are published.
 const BUCKET: &str = "https://storage.googleapis.com/vit_models/augreg";
@@ -48,8 +49,8 @@ fn in_folder(path: &Path) -> Result<PathBuf> {
         return Ok(path.into());
     }
     let weights = "model.safetensors";
-    if path.join(weights).is_file() {
-        return Ok(path.join(weights));
+    if let Some(file) = [weights, INDEX].map(|name| path.join(name)).into_iter().find(|file| file.is_file()) {
+        return Ok(file);
     }
     let checkpoints = path.join("checkpoints");
     let named = ["best", "last"].map(|name| checkpoints.join(name)).into_iter().find_map(|pointer| {
@@ -59,12 +60,13 @@ fn in_folder(path: &Path) -> Result<PathBuf> {
         };
         Some(folder.join(weights)).filter(|file| file.is_file())
     });
-    let pickle = path.join("pytorch_model.bin");
+    let [pickle, pickles] = ["pytorch_model.bin", "pytorch_model.bin.index.json"].map(|name| path.join(name));
     if named.is_none() && pickle.is_file() {
         return Err(super::refuse_pickle(&pickle));
     }
-    if named.is_none() && path.join("model.safetensors.index.json").is_file() {
-        fail!("{}: weights in several files, which are not read", path.display());
+    if named.is_none() && pickles.is_file() {
+        let all = format!("glob.glob('{}')", path.join("pytorch_model-*.bin").display());
+        return Err(super::refuse_pickles(&pickles, &all, &path.join(weights)));
     }
     named.ok_or_else(|| {
         Error::new(format!(

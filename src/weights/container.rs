@@ -8,6 +8,7 @@ use super::layouts::Shapes;
 use super::npz::Npz;
 use super::refuse_pickle;
 use super::safetensors::{Dtype, SafeTensors};
+use super::shards::Shards;
 use super::tensor::Tensors;
 use crate::error::{Error, Result};
 
@@ -16,11 +17,15 @@ use crate::error::{Error, Result};
 pub(super) enum Container {
     Npz(Npz),
     SafeTensors(SafeTensors),
+    Shards(Shards),
     Memory(Tensors),
 }
 
 impl Container {
     pub(super) fn open(path: &Path) -> Result<Self> {
+        if Shards::is_index(path) {
+            return Ok(Self::Shards(Shards::open(path)?));
+        }
         Self::parse(Bytes::map(path)?, path)
     }
 
@@ -44,6 +49,9 @@ impl Container {
             Self::SafeTensors(file) => {
                 file.names().map(|n| Ok((n.to_string(), file.shape(n)?.to_vec()))).collect()
             }
+            Self::Shards(shards) => {
+                shards.names().map(|n| Ok((n.to_string(), shards.of(n).shape(n)?.to_vec()))).collect()
+            }
             Self::Memory(tensors) => Ok(tensors.iter().map(|(n, t)| (n.clone(), t.shape.clone())).collect()),
         }
     }
@@ -51,6 +59,7 @@ impl Container {
     pub(super) fn metadata(&self, key: &str) -> Option<&str> {
         match self {
             Self::SafeTensors(file) => file.metadata().get(key).map(String::as_str),
+            Self::Shards(shards) => shards.metadata(key),
             Self::Npz(_) | Self::Memory(_) => None,
         }
     }
@@ -60,6 +69,7 @@ impl Container {
         match self {
             Self::Npz(npz) => Ok(Cow::Owned(npz.tensor(name)?.values)),
             Self::SafeTensors(file) => file.values(name),
+            Self::Shards(shards) => shards.of(name).values(name),
             Self::Memory(tensors) => Ok(Cow::Borrowed(&tensors[name].values)),
         }
     }
@@ -69,6 +79,7 @@ impl Container {
         match self {
             Self::Npz(_) => false,
             Self::SafeTensors(file) => file.dtype(name).is_ok_and(|t| t == Dtype::F32),
+            Self::Shards(shards) => shards.of(name).dtype(name).is_ok_and(|t| t == Dtype::F32),
             Self::Memory(_) => true,
         }
     }
@@ -78,6 +89,7 @@ impl Container {
         match self {
             Self::Npz(npz) => npz.is_f64(name).unwrap_or(false),
             Self::SafeTensors(file) => file.dtype(name).is_ok_and(|t| t == Dtype::F64),
+            Self::Shards(shards) => shards.of(name).dtype(name).is_ok_and(|t| t == Dtype::F64),
             Self::Memory(_) => false,
         }
     }

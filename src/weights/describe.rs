@@ -40,6 +40,7 @@ pub fn describe(path: &Path) -> Result<Value> {
         "depth": config.depth,
         "heads": headers.heads.map_or_else(unknown, Into::into),
         "mlp": config.mlp,
+        "qkv_bias": config.qkv_bias,
         "patch": config.patch,
         "image": if headers.detected.grid_known { json!(config.image) } else { unknown() },
         "classes": config.classes,

@@ -171,6 +171,7 @@ pub(super) struct Sizes {
     pub(super) extra_tokens: usize,
     pub(super) posemb_rows: Option<usize>,
     layer_scale: bool,
+    qkv_bias: bool,
     map: bool,
     fc_norm: bool,
 }
@@ -214,6 +215,8 @@ impl Sizes {
             extra_tokens: ["cls_token", "dist_token"].iter().filter(|t| shapes.contains_key(**t)).count(),
             posemb_rows,
             layer_scale: shapes.contains_key("blocks.0.ls1.gamma"),
+            // Where only some blocks have one, the others' are missing.
+            qkv_bias: shapes.keys().any(|n| n.ends_with(".attn.qkv.bias")),
             map: shapes.contains_key("attn_pool.latent"),
             fc_norm: shapes.contains_key("fc_norm.weight"),
         };
@@ -317,6 +320,7 @@ fn from_sizes(sizes: &Sizes, kind: LayoutKind) -> ModelConfig {
         depth: sizes.depth,
         heads: 1,
         mlp: sizes.mlp,
+        qkv_bias: sizes.qkv_bias,
         classes: sizes.classes,
         pool: sizes.pool(),
         norm: if sizes.fc_norm { NormPlace::After } else { NormPlace::Before },

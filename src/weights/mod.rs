@@ -20,6 +20,7 @@ mod layouts;
 mod meta;
 pub mod npz;
 pub mod safetensors;
+mod shards;
 mod store;
 mod tensor;
 #[cfg(test)]
@@ -38,6 +39,8 @@ pub use tensor::{Tensor, Tensors};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rayon::prelude::*;
 
 use self::bytes::Bytes;
 use self::container::Container;
@@ -159,9 +162,13 @@ pub fn load_into(
     mut write: impl FnMut(&Param, &[f32]) -> Result<()>,
 ) -> Result<()> {
     Misfits::of(layout, file.tensors.shapes()).refuse().map_err(|e| e.at(file.path.display()))?;
-    for param in layout.parameters().filter(|p| !p.is_empty()) {
-        let values = file.tensors.values(&param.name)?;
-        write(param, &param.from_file_order(&values))?;
+    let params: Vec<&Param> = layout.parameters().filter(|p| !p.is_empty()).collect();
+    // A few are read at once, since some have to be unpacked or transposed, and no more than these are in memory.
+    for few in params.chunks(2 * rayon::current_num_threads()) {
+        let read: Vec<_> = few.par_iter().map(|param| file.tensors.values(&param.name)).collect();
+        for (param, values) in few.iter().zip(read) {
+            write(param, &param.from_file_order(&values?))?;
+        }
     }
     Ok(())
 }
@@ -212,11 +219,20 @@ fn write_own(
 
 /// A pickle can run any code when it is loaded.
 fn refuse_pickle(path: &Path) -> Error {
-    let file = path.display();
-    Error::new(format!("{file}: a pickled PyTorch file, which is never loaded: it could run any code")).hint(format!(
-        "convert it where you trust it: python -c \"import torch, safetensors.torch as s; w = torch.load('{file}', \
-         map_location='cpu', weights_only=True); w = w.get('model', w.get('state_dict', w)); \
-         s.save_file({{k: v.contiguous() for k, v in w.items()}}, '{}')\"",
-        path.with_extension("safetensors").display()
+    refuse_pickles(path, &format!("['{}']", path.display()), &path.with_extension("safetensors"))
+}
+
+/// The same for a model in several pickles; `files` is the list of them in Python.
+fn refuse_pickles(path: &Path, files: &str, to: &Path) -> Error {
+    Error::new(format!(
+        "{}: a pickled PyTorch file, which is never loaded: it could run any code",
+        path.display()
+    ))
+    .hint(format!(
+        "convert it where you trust it: python -c \"import glob, torch, safetensors.torch as s; w = {{}}; \
+             [w.update(torch.load(f, map_location='cpu', weights_only=True)) for f in {files}]; \
+             w = w.get('model', w.get('state_dict', w)); \
+             s.save_file({{k: v.contiguous() for k, v in w.items()}}, '{}')\"",
+        to.display()
     ))
 }

@@ -143,6 +143,7 @@ def timm_models():
         ("attention pooling", vit, size | dict(class_token=False, global_pool="map"), [], []),
         ("LayerScale", vit, size | dict(init_values=0.1), [], []),
         ("no row for the class token", vit, size | dict(no_embed_class=True), [], []),
+        ("no bias of q, k, v", vit, size | dict(qkv_bias=False), [], ["hf"]),
         ("distilled", deit, size, [], []),
     ]
 
@@ -208,6 +209,15 @@ def check_transformers(folder):
     first, second = (load_file(path / "model.safetensors") for path in (source, back))
     assert first.keys() == second.keys(), first.keys() ^ second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+    print("transformers: in parts, q, k and v without a bias")
+    bare = randomise(transformers.ViTForImageClassification(transformers.ViTConfig(**config.to_dict() | dict(qkv_bias=False))))
+    bare.save_pretrained(folder / "parts", max_shard_size="100KB")
+    parts = len(list((folder / "parts").glob("model-*.safetensors")))
+    assert parts > 1, "transformers wrote one file"
+    near(f"vitrum, {parts} parts", of_vitrum(folder / "parts", images, folder), of_torch(bare, images))
+    vitrum("convert", folder / "parts", folder / "whole", "--to", "hf")
+    near("convert --to hf", of_hf_folder(folder / "whole", images), of_torch(bare, images))
 
     print("transformers: ViTModel")
     base = randomise(transformers.ViTModel(config))

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Files that `vitrum convert` writes, in the hands of the libraries that they are for: timm, transformers, and a NumPy
-# forward pass of vit_jax's model. Compares logits.
+# forward pass of vit_jax's model. Compares logits, and of fine-tuned models the class of every test picture.
 #
-#     tests/interop/run.sh            makes the environment on first use (about 5 GB with torch) and keeps it
+#     tests/interop/run.sh               makes the environment on first use (about 6 GB with torch) and keeps it
+#     tests/interop/run.sh PICTURES      fine-tunes on PICTURES/train/CLASS, compares on PICTURES/test/CLASS (32 x 32 PNG);
+#                                        without, it draws some
 #
 # VITRUM_INTEROP_ENV   where the environment is kept (default: $VITRUM_CACHE/interop, else ~/.cache/vitrum/interop)
 # VITRUM_BIN           the program to test (default: built here, release)
@@ -13,7 +15,7 @@ cd "$(dirname "$0")/../.."
 
 env_dir="${VITRUM_INTEROP_ENV:-${VITRUM_CACHE:-$HOME/.cache/vitrum}/interop}"
 python="$env_dir/bin/python"
-imports='import numpy, safetensors.torch, timm, torch, transformers'
+imports='import numpy, PIL, safetensors.torch, timm, torch, torchvision, transformers'
 
 left_out() {
     echo "interop: left out, $1"
@@ -38,4 +40,6 @@ if [ -z "${VITRUM_BIN:-}" ]; then
     cargo build --release --quiet
     VITRUM_BIN="${CARGO_TARGET_DIR:-target}/release/vitrum"
 fi
-HF_HUB_OFFLINE=1 exec "$python" tests/interop/check.py "$VITRUM_BIN"
+export HF_HUB_OFFLINE=1
+"$python" tests/interop/check.py "$VITRUM_BIN"
+exec "$python" tests/interop/finetuned.py "$VITRUM_BIN" "$@"

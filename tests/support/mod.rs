@@ -3,6 +3,8 @@
 // Every test binary compiles this file, and none uses all of it.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod models;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -86,7 +86,7 @@ fn config_json(c: &ModelConfig, names: Option<&[String]>) -> Value {
         "image_size": side(c.image),
         "patch_size": side(c.patch),
         "num_channels": 3,
-        "qkv_bias": true,
+        "qkv_bias": c.qkv_bias,
         "encoder_stride": c.patch.0,
         "dtype": "float32",
     });

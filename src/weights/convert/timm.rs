@@ -51,7 +51,7 @@ fn python(c: &ModelConfig) -> String {
     let module = if c.extra_tokens == 2 { "deit" } else { "vision_transformer" };
     format!(
         "timm.models.{module}.{class}(img_size=({}, {}), patch_size=({}, {}), embed_dim={}, depth={}, num_heads={}, \
-         mlp_ratio={:?}, num_classes={}, {tokens}global_pool='{pool}', fc_norm={}, no_embed_class={}, \
+         mlp_ratio={:?}, qkv_bias={}, num_classes={}, {tokens}global_pool='{pool}', fc_norm={}, no_embed_class={}, \
          init_values={scale}, act_layer='{}', norm_layer=functools.partial(torch.nn.LayerNorm, eps={:e}))",
         c.image.0,
         c.image.1,
@@ -61,6 +61,7 @@ fn python(c: &ModelConfig) -> String {
         c.depth,
         c.heads,
         mlp_ratio(c),
+        truth(c.qkv_bias),
         c.classes,
         truth(c.norm == NormPlace::After && c.pool == PoolKind::Gap),
         truth(c.posemb_join == PosembJoin::Before),
