@@ -93,9 +93,11 @@ __device__ __forceinline__ void bias_gelu(const StepCells* cells, MaskArgs dropo
   if (at.n == 0) return;
   float v[VEC];
   load8(row_of(z, at.row, ld_z) + at.column, at.n, v);
-  if (bias) add_bias<T>(bias, at, v);
-  round8<T>(v);
-  store8(row_of(pre, at.row, ld_pre) + at.column, at.n, v);
+  if (bias) {
+    add_bias<T>(bias, at, v);
+    round8<T>(v);
+    store8(row_of(pre, at.row, ld_pre) + at.column, at.n, v);
+  }
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = gelu(v[i], form);
   drop8(dropout, cells, rows_per_sample, columns, at, v);

@@ -50,6 +50,19 @@ struct Inner {
     kernels: RefCell<HashMap<&'static str, (sys::CUfunction, u32)>>,
     /// `train.check_launches`: wait after every launch, so that an error names its kernel.
     check_launches: Cell<bool>,
+    /// Launches since [`Gpu::watch_launches`], for benchmarks that want to know what ran.
+    launches: RefCell<Option<Vec<Launched>>>,
+}
+
+/// One kernel as it was started.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Launched {
+    pub kernel: &'static str,
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared: u32,
 }
 
 /// Which queue an operation goes to.
@@ -103,6 +116,7 @@ impl Gpu {
             modules,
             kernels: RefCell::default(),
             check_launches: Cell::new(false),
+            launches: RefCell::default(),
         })))
     }
 
@@ -125,6 +139,14 @@ impl Gpu {
 
     pub(super) fn check_launches(&self, on: bool) {
         self.0.check_launches.set(on);
+    }
+
+    /// Notes every launch of `work`.
+    pub(super) fn watch_launches(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<Launched>> {
+        self.0.launches.replace(Some(Vec::new()));
+        let done = work();
+        let launches = self.0.launches.take().unwrap_or_default();
+        done.map(|()| launches)
     }
 
     /// Free and total bytes.
@@ -287,6 +309,9 @@ impl Gpu {
             )
         };
         check(code, format_args!("start kernel `{kernel}`"))?;
+        if let Some(launches) = &mut *self.0.launches.borrow_mut() {
+            launches.push(Launched { kernel, grid, threads: block, shared });
+        }
         if self.0.check_launches.get() {
             // SAFETY: a stream of this context.
             let code = unsafe { sys::cuStreamSynchronize(stream) };
