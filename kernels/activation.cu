@@ -3,14 +3,14 @@
 //
 // Math      gelu(x) = x·w(x).  tanh form: w = ½(1 + tanh t) = 1/(1 + e^(-2t)), t = √(2/π)(x + 0.044715 x³)
 //           erf form: w = Φ(x) = ½ erfc(-x/√2).   gelu' = w + x·w'
-//           bias_gelu: pre = z + b, y = dropout(gelu(pre))   gelu_backward: d = dropout'(d)·gelu'(pre)
+//           bias_gelu: pre = z + b, y = dropout(gelu(pre)); without a bias z is pre already.   gelu_backward: d = dropout'(d)·gelu'(pre)
 //           bias_tanh: y = tanh(z + b)   tanh_backward: d = d·(1 - y²)
 // Tensors   matrices [R, C] in T, each with its own leading dimension; outputs may take the place of inputs
 //           of the same shape. bias f32 [C]
 // Numerics  f32. y is computed from pre as it was stored, which is what the backward sees. Both forms keep
 //           their relative accuracy far on the negative side: nothing is subtracted from 1.
 // Launch    one thread per 8 values, 256 threads per block.
-// Bytes     per value of bf16: bias_gelu 6, gelu_backward 6, bias_residual 6, bias_tanh, bias
+// Bytes     per value of bf16: bias_gelu 6 (4 without a bias), gelu_backward 6, bias_residual 6, bias_tanh, bias
 //           and scale 4.
 // Source    Hendrycks and Gimpel 2016 (GELU); Srivastava et al. 2014 (dropout).
 #include "philox.cuh"
