@@ -151,10 +151,8 @@ impl Gpu {
 
     /// Free and total bytes.
     pub(super) fn memory(&self) -> Result<(usize, usize)> {
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: valid out-pointers.
-        unsafe { check(sys::cuMemGetInfo_v2(&mut free, &mut total), "ask for free memory")? };
-        Ok((free, total))
+        self.make_current()?;
+        memory_of_current_card()
     }
 
     /// Zeroed device memory.
@@ -397,6 +395,14 @@ impl Drop for Inner {
             sys::cuDevicePrimaryCtxRelease_v2(self.device);
         }
     }
+}
+
+/// Free and total bytes of the card whose context this thread uses.
+pub(super) fn memory_of_current_card() -> Result<(usize, usize)> {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: valid out-pointers; without a context the driver says so.
+    unsafe { check(sys::cuMemGetInfo_v2(&mut free, &mut total), "ask for free memory")? };
+    Ok((free, total))
 }
 
 /// Shared memory that a kernel may use without asking.

@@ -1,10 +1,10 @@
 //! What benchmarks want of a card and a run does not: what was launched, how long it took by the card's own clock, how
 //! fast the card copies.
 
-use super::driver::{Buffer, Launched, Stream};
+use super::Cuda;
+use super::driver::{Buffer, Launched, Stream, memory_of_current_card};
 use super::probe::STAND_IN;
-use super::{Cuda, update};
-use crate::backend::{Arena, Backend, Body, Update};
+use crate::backend::{Arena, Body};
 use crate::error::Result;
 
 impl Cuda {
@@ -13,10 +13,9 @@ impl Cuda {
         self.gpu.card().name.starts_with(STAND_IN)
     }
 
-    /// Bytes of the card's memory that are in use, by whatever program.
-    pub fn used_memory(&self) -> Result<usize> {
-        self.gpu.make_current()?;
-        let (free, total) = self.gpu.memory()?;
+    /// Bytes in use, by whatever program, of the card that this thread has last computed on.
+    pub fn used_memory() -> Result<usize> {
+        let (free, total) = memory_of_current_card()?;
         Ok(total - free)
     }
 
@@ -36,11 +35,9 @@ impl Cuda {
         self.time_rounds(rounds, replays, |_| gpu.replay(&graph))
     }
 
-    /// As [`Cuda::time_replayed`] for an update, which sends its rates and so is not recorded: the host starts its three
-    /// kernels each time.
-    pub fn time_update(&mut self, of: &Update, rounds: usize, repeats: usize) -> Result<Vec<f64>> {
-        self.update(of)?;
-        self.time_rounds(rounds, repeats, |cuda| update::update(cuda, of))
+    /// As [`Cuda::time_replayed`], launch by launch: for an update, which sends its rates each time.
+    pub fn time_launched(&mut self, work: Body, rounds: usize, repeats: usize) -> Result<Vec<f64>> {
+        self.time_rounds(rounds, repeats, |cuda| work(cuda))
     }
 
     fn time_rounds(

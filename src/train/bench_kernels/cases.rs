@@ -6,8 +6,9 @@
 
 use crate::backend::cuda::driver::Launched;
 use crate::backend::{
-    Arena, Backend, Branch, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, LossKind,
-    Mask, Mat, MemoryPlan, Norm, Normalise, PatchGrid, Pixels, Pool, SlotLayout, Stats, TargetKind,
+    Arena, Backend, Branch, Dtype, Embed, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Join, Linear, Loss,
+    LossKind, Mask, Mat, MemoryPlan, Norm, Normalise, PatchGrid, Pixels, Pool, Rule, Segment, SlotLayout,
+    Stats, TargetKind, Update,
 };
 use crate::error::Result;
 
@@ -75,9 +76,9 @@ impl Sizes {
 
 /// Bytes that no implementation of a kernel can avoid.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
-pub(super) struct Traffic {
-    pub(super) read: usize,
-    pub(super) written: usize,
+pub struct Traffic {
+    pub read: usize,
+    pub written: usize,
 }
 
 fn traffic(read: usize, written: usize) -> Traffic {
@@ -116,6 +117,8 @@ pub(super) struct Case {
     pub(super) flops: f64,
     /// Bytes of operands and results of a matrix product, which is none of the launches.
     pub(super) product_bytes: usize,
+    /// The work is the same launches each time, so that it can be recorded.
+    pub(super) recorded: bool,
     /// The batch that has to be bound.
     pub(super) batch: Option<SlotLayout>,
     pub(super) samples: usize,
@@ -132,7 +135,17 @@ impl Case {
         place: impl Fn(&mut Room) -> Placed + 'static,
     ) -> Self {
         let (least, place) = (Box::new(least), Box::new(place));
-        Self { operation, shape, flops: 0.0, product_bytes: 0, batch: None, samples, least, place }
+        Self {
+            operation,
+            shape,
+            flops: 0.0,
+            product_bytes: 0,
+            recorded: true,
+            batch: None,
+            samples,
+            least,
+            place,
+        }
     }
 
     fn flops(self, flops: f64) -> Self {
@@ -230,6 +243,7 @@ pub(super) fn cases(sizes: &Sizes) -> Vec<Case> {
     }
     cases.push(loss(sizes.samples, 1000));
     cases.push(loss(sizes.samples, 21_843));
+    cases.push(adamw(sizes.params));
     cases
 }
 
@@ -529,6 +543,36 @@ fn loss(samples: usize, classes: usize) -> Case {
         },
     )
     .batch(slot(samples, 8))
+}
+
+/// Norm, clip and AdamW over the parameters of a model, with their bf16 copy.
+fn adamw(params: usize) -> Case {
+    let params = params.next_multiple_of(64);
+    let least = move |launches: &[Launched]| {
+        let partials = 8 * launches.first().map_or(0, |norm| norm.grid[0] as usize);
+        vec![traffic(4 * params, partials), traffic(partials, 0), traffic(16 * params, 14 * params)]
+    };
+    let place = move |room: &mut Room| {
+        for arena in [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2] {
+            room.plan.set_bytes(arena, 4 * params);
+        }
+        let segments =
+            vec![Segment { name: "all".into(), param: 0, grad: 0, len: params, group: 0, factor: None }];
+        let run = Placed::new(move |b| {
+            b.update(&Update {
+                rule: Rule::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8, bf16: false },
+                segments: &segments,
+                groups: &[GroupScalars { lr: 1e-6, decay: 1e-8 }],
+                t: 1,
+                clip: Some(1.0),
+                clip_torch: false,
+                ema_decay: None,
+            })
+        });
+        run.after(|b| b.begin_report())
+    };
+    let case = Case::new("update", format!("AdamW, {params} parameters"), 1, least, place);
+    Case { recorded: false, ..case }
 }
 
 /// The products of a block and of the patch embedding, each with its epilogue, and the two of its backward.

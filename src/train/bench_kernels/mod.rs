@@ -14,14 +14,16 @@ use serde_json::{Value, json};
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::driver::Launched;
 use crate::backend::{
-    Arena, Backend, Dtype, Epilogue, GroupScalars, Linear, MemoryPlan, Micro, Options as DeviceOptions,
-    Precision, Rule, Segment, StepKeys, Update,
+    Arena, Backend, Dtype, Epilogue, Linear, Mat, MemoryPlan, Micro, Options as DeviceOptions, Precision,
+    StepKeys,
 };
 use crate::error::{Error, Result};
 use crate::report::table;
 use crate::rng::{Domain, Stream};
 
-use cases::{Case, Placed, Room, Sizes, Traffic};
+pub use cases::Traffic;
+
+use cases::{Case, Placed, Room, Sizes};
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
@@ -80,27 +82,21 @@ const PATTERN: usize = (4 << 20) + 10;
 /// There is no card, or it fails.
 pub fn run(options: &Options) -> Result<Measured> {
     let start = Instant::now();
-    let device =
-        DeviceOptions { precision: Precision::Bf16, deterministic: options.few, ..DeviceOptions::default() };
-    let cuda = Cuda::open(&device).map_err(|e| e.at("kernels are timed on a GPU"))?;
-    let sizes = if options.few { Sizes::few() } else { Sizes::real() };
-    let mut bench =
-        Bench { cuda, options, pattern: Pattern::new(if options.few { 1 << 16 } else { PATTERN }) };
+    let mut bench = Bench::open(options.few)?;
     let mut lines = Vec::new();
-    for case in cases::cases(&sizes) {
-        if bench.wants(&case.title()) {
-            lines.push(bench.time(&case)?);
+    for at in 0..bench.cases.len() {
+        let wanted = |filter: &String| bench.cases[at].title().contains(filter.as_str());
+        if options.filter.as_ref().is_none_or(wanted) {
+            let ready = bench.prepare(at)?;
+            let seconds = bench.rounds(&ready, options)?;
+            lines.push(ready.line(&bench.cases[at], &seconds));
         }
     }
-    if bench.wants("update") {
-        lines.push(bench.time_update(sizes.params)?);
-    }
-    let ceilings = ceilings(&mut bench.cuda)?;
     Ok(Measured {
+        ceilings: ceilings(&mut bench.cuda)?,
         device: bench.cuda.describe(),
         stand_in: bench.cuda.is_stand_in(),
         multiprocessors: bench.cuda.card().multiprocessors,
-        ceilings,
         lines,
         wall: start.elapsed().as_secs_f64(),
     })
@@ -114,15 +110,8 @@ pub fn ceilings(cuda: &mut Cuda) -> Result<Ceilings> {
     let mut plan = MemoryPlan::new(cuda.storage());
     let [x, y] = [0; 2].map(|_| plan.activation("operand", side, side));
     plan.set_bytes(Arena::Params, side * side * 4 + 256 * 4);
-    let weight = crate::backend::Mat {
-        arena: Arena::Params,
-        offset: 0,
-        rows: side,
-        cols: side,
-        ld: side,
-        dtype: Dtype::F32,
-    };
-    let bias = crate::backend::Mat { offset: side * side * 4, rows: 1, cols: 8, ld: 8, ..weight };
+    let weight = Mat { arena: Arena::Params, offset: 0, rows: side, cols: side, ld: side, dtype: Dtype::F32 };
+    let bias = Mat { offset: side * side * 4, rows: 1, cols: 8, ld: 8, ..weight };
     let w = Linear { weight, bias, d_weight: None, d_bias: None };
     cuda.allocate(&plan)?;
     let pattern = Pattern::new(if cuda.is_stand_in() { 1 << 12 } else { PATTERN });
@@ -166,128 +155,128 @@ impl Pattern {
     }
 }
 
-struct Bench<'a> {
+/// A card, and what can be timed on it.
+pub struct Bench {
     cuda: Cuda,
-    options: &'a Options,
+    few: bool,
     pattern: Pattern,
+    cases: Vec<Case>,
 }
 
-impl Bench<'_> {
-    fn wants(&self, title: &str) -> bool {
-        self.options.filter.as_ref().is_none_or(|filter| title.contains(filter.as_str()))
+/// An operation whose operands lie on the card, and which has run once.
+pub struct Ready {
+    sets: Vec<Placed>,
+    recorded: bool,
+    bytes: usize,
+    launches: Vec<(Launched, Traffic)>,
+}
+
+impl Bench {
+    /// Opens the first card; `few` takes the small sizes.
+    ///
+    /// # Errors
+    /// There is none that can be used.
+    pub fn open(few: bool) -> Result<Self> {
+        let options = DeviceOptions { precision: Precision::Bf16, deterministic: few, ..Default::default() };
+        let cuda = Cuda::open(&options).map_err(|e| e.at("kernels are timed on a GPU"))?;
+        let sizes = if few { Sizes::few() } else { Sizes::real() };
+        let pattern = Pattern::new(if few { 1 << 16 } else { PATTERN });
+        Ok(Self { cuda, few, pattern, cases: cases::cases(&sizes) })
     }
 
-    fn time(&mut self, case: &Case) -> Result<Line> {
+    /// The names of the operations, with their sizes.
+    pub fn titles(&self) -> Vec<String> {
+        self.cases.iter().map(Case::title).collect()
+    }
+
+    /// Places the operands of an operation, by its index in [`Bench::titles`]. What was placed before is gone.
+    pub fn prepare(&mut self, at: usize) -> Result<Ready> {
+        let case = &self.cases[at];
         // As many sets of operands as no cache holds.
         let mut room = Room { plan: MemoryPlan::new(self.cuda.storage()) };
         let before = room.plan.total_bytes();
         let mut sets = vec![(case.place)(&mut room)];
         let bytes = room.plan.total_bytes() - before;
-        let count = if self.options.few { 1 } else { ROTATION.div_ceil(bytes.max(1)).clamp(1, 64) };
+        let count = if self.few { 1 } else { ROTATION.div_ceil(bytes.max(1)).clamp(1, 64) };
         sets.extend((1..count).map(|_| (case.place)(&mut room)));
 
+        self.cuda.unbind_batch();
         self.cuda.allocate(&room.plan)?;
         self.pattern.fill(&mut self.cuda)?;
-        self.bind(case)?;
+        bind(&mut self.cuda, case, &self.pattern)?;
         self.cuda.begin_step(StepKeys { seed: 1, step: 1 })?;
         self.cuda.begin_micro(Micro::whole(case.samples))?;
         for before in sets.iter().filter_map(|set| set.before.as_ref()) {
             before(&mut self.cuda)?;
         }
         let launches = self.cuda.launches(&mut |b| (sets[0].run)(b))?;
-        // What was just written is what the next reads: an operation that overflows or meets NaN is not timed.
-        let seconds = self.rounds(&sets)?;
-        self.cuda.unbind_batch();
 
         let least = (case.least)(&launches);
-        let kernels: Vec<&str> = launches.iter().map(|l| l.kernel).collect();
         if least.len() != launches.len() {
+            let kernels: Vec<&str> = launches.iter().map(|l| l.kernel).collect();
             return Err(Error::new(format!("{}: no formula for each of {kernels:?}", case.title())));
         }
         let bytes = case.product_bytes + least.iter().map(|t| t.read + t.written).sum::<usize>();
-        let (operation, shape, flops) = (case.operation, case.shape.clone(), case.flops);
         let launches = launches.into_iter().zip(least).collect();
-        Ok(line(operation, shape, &seconds, bytes, flops, launches))
+        Ok(Ready { sets, recorded: case.recorded, bytes, launches })
     }
 
-    fn rounds(&mut self, sets: &[Placed]) -> Result<Vec<f64>> {
-        let mut all = |b: &mut dyn Backend| sets.iter().try_for_each(|set| (set.run)(b));
-        if self.options.few {
-            return self.cuda.time_replayed(&mut all, 1, 1);
-        }
-        let once = self.cuda.time_replayed(&mut all, 1, 2)?[0];
-        let replays = (self.options.seconds / once).ceil().clamp(2.0, 10_000.0) as usize;
-        let rounds = self.cuda.time_replayed(&mut all, self.options.rounds, replays)?;
-        Ok(rounds.into_iter().map(|s| s / sets.len() as f64).collect())
+    /// Seconds that `runs` runs take on the card.
+    pub fn seconds(&mut self, ready: &Ready, runs: u64) -> Result<f64> {
+        let sets = ready.sets.len() as u64;
+        let one = self.time(ready, 1, runs.div_ceil(sets) as usize)?[0];
+        Ok(one * runs as f64)
     }
 
-    fn bind(&mut self, case: &Case) -> Result<()> {
-        let Some(layout) = case.batch else { return Ok(()) };
-        let mut slot = self.cuda.new_slot(layout)?;
-        let bytes = &self.pattern.activations;
-        for (pixel, byte) in slot.images_u8_mut().iter_mut().zip(bytes.iter().cycle()) {
-            *pixel = *byte;
+    fn rounds(&mut self, ready: &Ready, options: &Options) -> Result<Vec<f64>> {
+        if options.few {
+            return self.time(ready, 1, 1);
         }
-        let mut draws = Stream::new(0, Domain::Demo, 0, 0);
-        slot.labels_mut().iter_mut().for_each(|label| *label = draws.below(1000) as i32);
-        self.cuda.bind_batch(slot)?;
-        Ok(())
+        let once = self.time(ready, 1, 2)?[0] * ready.sets.len() as f64;
+        let repeats = (options.seconds / once).ceil().clamp(2.0, 10_000.0) as usize;
+        self.time(ready, options.rounds, repeats)
     }
 
-    /// Norm, clip and AdamW over `params` parameters, with their bf16 copy: a model's worth, larger than any cache.
-    fn time_update(&mut self, params: usize) -> Result<Line> {
-        let params = params.next_multiple_of(64);
-        let mut plan = MemoryPlan::new(self.cuda.storage());
-        for arena in [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2] {
-            plan.set_bytes(arena, 4 * params);
-        }
-        self.cuda.allocate(&plan)?;
-        self.pattern.fill(&mut self.cuda)?;
-        self.cuda.begin_step(StepKeys { seed: 1, step: 1 })?;
-        self.cuda.begin_micro(Micro::whole(1))?;
-        self.cuda.begin_report()?;
-        let segments =
-            [Segment { name: "all".into(), param: 0, grad: 0, len: params, group: 0, factor: None }];
-        let update = Update {
-            rule: Rule::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8, bf16: false },
-            segments: &segments,
-            groups: &[GroupScalars { lr: 1e-6, decay: 1e-8 }],
-            t: 1,
-            clip: Some(1.0),
-            clip_torch: false,
-            ema_decay: None,
+    /// Seconds of one run, for each round.
+    fn time(&mut self, ready: &Ready, rounds: usize, repeats: usize) -> Result<Vec<f64>> {
+        let mut all = |b: &mut dyn Backend| ready.sets.iter().try_for_each(|set| (set.run)(b));
+        let seconds = match ready.recorded {
+            true => self.cuda.time_replayed(&mut all, rounds, repeats)?,
+            false => self.cuda.time_launched(&mut all, rounds, repeats)?,
         };
-        let launches = self.cuda.launches(&mut |b| b.update(&update))?;
-        let seconds = if self.options.few {
-            self.cuda.time_update(&update, 1, 1)?
-        } else {
-            let once = self.cuda.time_update(&update, 1, 2)?[0];
-            let repeats = (self.options.seconds / once).ceil().clamp(2.0, 1000.0) as usize;
-            self.cuda.time_update(&update, self.options.rounds, repeats)?
-        };
-        let partials = 8 * launches.first().map_or(0, |l| l.grid[0] as usize);
-        let least = [
-            Traffic { read: 4 * params, written: partials },
-            Traffic { read: partials, written: 0 },
-            Traffic { read: 16 * params, written: 14 * params },
-        ];
-        let bytes = least.iter().map(|t| t.read + t.written).sum();
-        let launches = launches.into_iter().zip(least).collect();
-        let shape = format!("AdamW, {params} parameters");
-        Ok(line("update", shape, &seconds, bytes, 0.0, launches))
+        Ok(seconds.into_iter().map(|s| s / ready.sets.len() as f64).collect())
     }
 }
 
-fn line(
-    operation: &'static str,
-    shape: String,
-    seconds: &[f64],
-    bytes: usize,
-    flops: f64,
-    launches: Vec<(Launched, Traffic)>,
-) -> Line {
-    let best = seconds.iter().copied().fold(f64::INFINITY, f64::min);
-    Line { operation, shape, seconds: median(seconds), best, bytes, flops, launches }
+fn bind(cuda: &mut Cuda, case: &Case, pattern: &Pattern) -> Result<()> {
+    let Some(layout) = case.batch else { return Ok(()) };
+    let mut slot = cuda.new_slot(layout)?;
+    for (pixel, byte) in slot.images_u8_mut().iter_mut().zip(pattern.activations.iter().cycle()) {
+        *pixel = *byte;
+    }
+    let mut draws = Stream::new(0, Domain::Demo, 0, 0);
+    slot.labels_mut().iter_mut().for_each(|label| *label = draws.below(1000) as i32);
+    cuda.bind_batch(slot)?;
+    Ok(())
+}
+
+impl Ready {
+    /// Bytes that a run cannot avoid to move.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn line(self, case: &Case, seconds: &[f64]) -> Line {
+        Line {
+            operation: case.operation,
+            shape: case.shape.clone(),
+            seconds: median(seconds),
+            best: seconds.iter().copied().fold(f64::INFINITY, f64::min),
+            bytes: self.bytes,
+            flops: case.flops,
+            launches: self.launches,
+        }
+    }
 }
 
 impl Line {
