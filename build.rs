@@ -53,6 +53,8 @@ struct Build {
 
 /// One kernel for one target, as ptxas reports it.
 struct Kernel {
+    /// Stem of its source.
+    file: String,
     name: String,
     target: String,
     hot: bool,
@@ -71,8 +73,8 @@ impl Build {
         for k in &self.kernels {
             writeln!(
                 text,
-                "    KernelReport {{ name: {:?}, target: {:?}, hot: {}, registers: {}, spill_bytes: {}, stack_bytes: {} }},",
-                k.name, k.target, k.hot, k.registers, k.spill_bytes, k.stack_bytes
+                "    KernelReport {{ file: {:?}, name: {:?}, target: {:?}, hot: {}, registers: {}, spill_bytes: {}, stack_bytes: {} }},",
+                k.file, k.name, k.target, k.hot, k.registers, k.spill_bytes, k.stack_bytes
             )
             .unwrap();
         }
@@ -240,7 +242,16 @@ impl Job {
             if line.contains("Compiling entry function") && quoted.len() >= 4 {
                 let (name, target) = (quoted[1].to_owned(), quoted[3].to_owned());
                 let hot = prefixes.iter().any(|prefix| name.starts_with(prefix));
-                kernels.push(Kernel { name, target, hot, registers: 0, spill_bytes: 0, stack_bytes: 0 });
+                let file = self.stem.clone();
+                kernels.push(Kernel {
+                    file,
+                    name,
+                    target,
+                    hot,
+                    registers: 0,
+                    spill_bytes: 0,
+                    stack_bytes: 0,
+                });
             }
             let Some(kernel) = kernels.last_mut() else { continue };
             for part in line.split(',') {

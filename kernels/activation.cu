@@ -3,14 +3,14 @@
 //
 // Math      gelu(x) = x·w(x).  tanh form: w = ½(1 + tanh t) = 1/(1 + e^(-2t)), t = √(2/π)(x + 0.044715 x³)
 //           erf form: w = Φ(x) = ½ erfc(-x/√2).   gelu' = w + x·w'
-//           bias_gelu: pre = z + b, y = dropout(gelu(pre))   gelu_backward: d = dropout'(d)·gelu'(pre)
+//           bias_gelu: pre = z + b, y = dropout(gelu(pre)); without a bias z is pre already.   gelu_backward: d = dropout'(d)·gelu'(pre)
 //           bias_tanh: y = tanh(z + b)   tanh_backward: d = d·(1 - y²)
 // Tensors   matrices [R, C] in T, each with its own leading dimension; outputs may take the place of inputs
 //           of the same shape. bias f32 [C]
 // Numerics  f32. y is computed from pre as it was stored, which is what the backward sees. Both forms keep
 //           their relative accuracy far on the negative side: nothing is subtracted from 1.
 // Launch    one thread per 8 values, 256 threads per block.
-// Bytes     per value of bf16: bias_gelu 6, gelu_backward 6, bias_residual 6, bias_tanh, bias
+// Bytes     per value of bf16: bias_gelu 6 (4 without a bias), gelu_backward 6, bias_residual 6, bias_tanh, bias
 //           and scale 4.
 // Source    Hendrycks and Gimpel 2016 (GELU); Srivastava et al. 2014 (dropout).
 #include "philox.cuh"
@@ -93,9 +93,11 @@ __device__ __forceinline__ void bias_gelu(const StepCells* cells, MaskArgs dropo
   if (at.n == 0) return;
   float v[VEC];
   load8(row_of(z, at.row, ld_z) + at.column, at.n, v);
-  if (bias) add_bias<T>(bias, at, v);
-  round8<T>(v);
-  store8(row_of(pre, at.row, ld_pre) + at.column, at.n, v);
+  if (bias) {
+    add_bias<T>(bias, at, v);
+    round8<T>(v);
+    store8(row_of(pre, at.row, ld_pre) + at.column, at.n, v);
+  }
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = gelu(v[i], form);
   drop8(dropout, cells, rows_per_sample, columns, at, v);

@@ -137,22 +137,30 @@ __device__ __forceinline__ void fetch_row(const bf16* x, u32 columns, Raw8<bf16>
   }
 }
 
-template <u32 STRETCHES>
+// AHEAD rows are on their way while one is worked on: narrow rows would leave memory waiting for the next
+// request.
+template <u32 STRETCHES, u32 AHEAD>
 __device__ __forceinline__ void layernorm(const bf16* x, u32 ld_x, const float* gamma, const float* beta,
                                           float eps, bf16* y, u32 ld_y, float* mean, float* rstd, u32 rows,
                                           u32 columns) {
   u32 stride = gridDim.x * rows_of_block();
   u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP;
   AffineInRegisters<STRETCHES> affine(gamma, beta, columns);
-  Raw8<bf16> raw[STRETCHES];
-  if (row < rows) fetch_row(row_of(x, row, ld_x), columns, raw);
-  for (; row < rows; row += stride) {
-    float v[STRETCHES][VEC];
+  Raw8<bf16> raw[AHEAD][STRETCHES];
 #pragma unroll
-    for (u32 j = 0; j < STRETCHES; ++j) unpack8(raw[j], v[j]);
-    // The next row is on its way while this one is worked on.
-    if (row + stride < rows) fetch_row(row_of(x, row + stride, ld_x), columns, raw);
-    normalise_row(v, affine, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
+  for (u32 a = 0; a < AHEAD; ++a)
+    if (row + a * stride < rows) fetch_row(row_of(x, row + a * stride, ld_x), columns, raw[a]);
+  while (row < rows) {
+#pragma unroll
+    for (u32 a = 0; a < AHEAD; ++a, row += stride) {
+      if (row >= rows) break;
+      float v[STRETCHES][VEC];
+#pragma unroll
+      for (u32 j = 0; j < STRETCHES; ++j) unpack8(raw[a][j], v[j]);
+      u32 next = row + AHEAD * stride;
+      if (next < rows) fetch_row(row_of(x, next, ld_x), columns, raw[a]);
+      normalise_row(v, affine, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
+    }
   }
 }
 
@@ -405,11 +413,11 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
 
 // Instance N holds rows of up to 256·N values. Blocks of a multiprocessor: as many as the registers of the
 // row allow.
-#define LAYERNORM(N, forward_blocks, join_blocks, backward_threads, backward_blocks)                         \
-  HOT_KERNEL(layernorm_bf16_##N, 256, forward_blocks)(const bf16* x, u32 ld_x, const float* gamma,           \
-                                                      const float* beta, float eps, bf16* y, u32 ld_y,       \
-                                                      float* mean, float* rstd, u32 rows, u32 columns) {     \
-    layernorm<N>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                             \
+#define LAYERNORM(N, ahead, forward_threads, forward_blocks, join_blocks, backward_threads, backward_blocks) \
+  HOT_KERNEL(layernorm_bf16_##N, forward_threads, forward_blocks)(                                           \
+      const bf16* x, u32 ld_x, const float* gamma, const float* beta, float eps, bf16* y, u32 ld_y,          \
+      float* mean, float* rstd, u32 rows, u32 columns) {                                                     \
+    layernorm<N, ahead>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                      \
   }                                                                                                          \
   HOT_KERNEL(layernorm_join_bf16_##N, 256, join_blocks)(                                                     \
       const StepCells* cells, BranchArgs args, const bf16* base, u32 ld_base, const bf16* branch,            \
@@ -434,12 +442,12 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
                                 partials, pitch);                                                            \
   }
 
-// The backward's sums of a row of 768 do not leave 256 threads enough of them.
-LAYERNORM(1, 4, 4, 256, 3)
-LAYERNORM(2, 3, 3, 256, 2)
-LAYERNORM(3, 2, 2, 192, 2)
-LAYERNORM(4, 1, 2, 256, 1)
-LAYERNORM(5, 1, 2, 256, 1)
+// Where a row does not leave 256 threads enough of them, two blocks of 192 hold more rows than one of 256.
+LAYERNORM(1, 2, 256, 4, 4, 256, 3)
+LAYERNORM(2, 1, 256, 3, 3, 256, 2)
+LAYERNORM(3, 1, 256, 2, 2, 192, 2)
+LAYERNORM(4, 1, 192, 2, 2, 256, 1)
+LAYERNORM(5, 1, 192, 2, 2, 256, 1)
 
 #define LAYERNORM_WIDE(suffix, T)                                                                          \
   KERNEL(layernorm_##suffix##_wide, 256, 4)(const T* x, u32 ld_x, const float* gamma, const float* beta,   \

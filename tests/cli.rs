@@ -53,7 +53,6 @@ fn unknown_commands_and_flags_are_wrong_usage() {
 fn what_is_not_built_yet_says_so() {
     let attention = ["predict", "--weights", "x", "--attention", "maps", "a.png"];
     vitrum(&attention).code(2).stderr(starts_with("error: `vitrum predict --attention` is not built yet"));
-    vitrum(&["bench", "--what", "kernels"]).code(2).stderr(contains("not built yet"));
 }
 
 #[test]

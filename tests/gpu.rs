@@ -5,43 +5,12 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use serde_json::Value;
-use support::{Done, Outcome, command, finish, metrics, names, outcome, path, train};
-
-/// The stand-in's folder, if it was built.
-fn stand_in() -> Option<PathBuf> {
-    let folder = Path::new(env!("CARGO_BIN_EXE_vitrum")).parent().unwrap().join("standin");
-    let library = folder.join("libcuda.so");
-    if !library.is_file() || !folder.join("libcublasLt.so").is_file() {
-        println!("skipped: no stand-in GPU; `cargo build -p vitrum-standin` builds it");
-        return None;
-    }
-    // A library of yesterday's kernels would fail in ways that help nobody.
-    let changed = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified()).unwrap();
-    for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels")).unwrap() {
-        let file = file.unwrap().path();
-        assert!(
-            changed(&file) <= changed(&library),
-            "{} is newer than the stand-in GPU: `cargo build -p vitrum-standin` builds it again",
-            file.display()
-        );
-    }
-    Some(folder)
-}
-
-/// The program on a stand-in with these options.
-fn on_gpu<S: AsRef<std::ffi::OsStr>>(folder: &Path, options: &str, args: &[S]) -> Command {
-    let mut command = command(args);
-    command.env("LD_LIBRARY_PATH", folder).env("VITRUM_STANDIN", options);
-    command
-}
-
-fn run<S: AsRef<std::ffi::OsStr>>(folder: &Path, options: &str, args: &[S]) -> Done {
-    finish(on_gpu(folder, options, args))
-}
+use support::{
+    Outcome, command, finish, metrics, names, on_gpu, outcome, path, run_on_gpu as run, stand_in, train,
+};
 
 /// A short training run on the GPU: 16 tokens, width 64, depth 2, batch 4, dropout and drop-path at work.
 fn small(out: &str, more: &[&str]) -> Vec<String> {

@@ -1,11 +1,12 @@
 //! `vitrum bench`: how fast a model trains or infers on this machine.
 
-use super::{On, Settings, not_built, print, print_json};
+use super::{On, Settings, print, print_json};
+use crate::backend::Device;
 use crate::data::{Dataset, Split};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::recipe::{Recipe, ScheduleKind};
 use crate::train::bench::{self, Options};
-use crate::train::bench_data;
+use crate::train::{bench_data, bench_kernels};
 
 /// What to time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -16,7 +17,7 @@ pub enum What {
     Infer,
     /// The input pipeline, stage by stage
     Data,
-    /// Single operations (not built yet)
+    /// Single operations of a GPU, against what it can copy and multiply
     Kernels,
 }
 
@@ -37,15 +38,21 @@ pub struct Args {
     /// Rounds; their median is reported
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
-    /// Least time of one round
-    #[arg(long, value_name = "S", default_value_t = 3.0)]
-    pub seconds: f64,
+    /// Least time of one round [default: 3; 0.05 for kernels]
+    #[arg(long, value_name = "S")]
+    pub seconds: Option<f64>,
     /// For `--what data`: the card that is to be fed
     #[arg(long, value_name = "NAME", value_enum, default_value_t = bench_data::Card::H200)]
     pub card: bench_data::Card,
     /// Say where the time goes, operation by operation
     #[arg(long)]
     pub profile: bool,
+    /// For `--what kernels`: only operations whose line holds this text
+    #[arg(long, value_name = "TEXT")]
+    pub filter: Option<String>,
+    /// For `--what kernels`: small sizes, each once, to see what is launched
+    #[arg(long)]
+    pub few: bool,
     #[command(flatten)]
     pub settings: Settings,
     #[command(flatten)]
@@ -59,14 +66,14 @@ pub fn run(args: Args) -> Result<()> {
     match args.what {
         What::Train | What::Infer => {}
         What::Data => return time_data(&args),
-        What::Kernels => return Err(not_built("vitrum bench --what kernels").hint("use `cargo bench`")),
+        What::Kernels => return time_kernels(&args),
     }
     let recipe = recipe(&args)?;
     let options = Options {
         train: args.what == What::Train,
         device: args.on.device,
         rounds: args.rounds as usize,
-        seconds: args.seconds,
+        seconds: args.seconds.unwrap_or(3.0),
         profile: args.profile,
         data: args.data.clone(),
     };
@@ -79,10 +86,25 @@ fn time_data(args: &Args) -> Result<()> {
     let options = bench_data::Options {
         data: args.data.clone().unwrap_or_else(|| "demo".into()),
         rounds: args.rounds as usize,
-        seconds: args.seconds,
+        seconds: args.seconds.unwrap_or(3.0),
         card: args.card,
     };
     let measured = bench_data::run(&recipe, &args.model, &options)?;
+    if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
+}
+
+fn time_kernels(args: &Args) -> Result<()> {
+    if args.on.device == Device::Cpu {
+        return Err(Error::usage("`bench --what kernels` times a GPU's kernels")
+            .hint("`cargo bench --bench kernels` times those of the CPU"));
+    }
+    let options = bench_kernels::Options {
+        filter: args.filter.clone(),
+        few: args.few,
+        rounds: args.rounds as usize,
+        seconds: args.seconds.unwrap_or(0.05),
+    };
+    let measured = bench_kernels::run(&options)?;
     if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
 }
 

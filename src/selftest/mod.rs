@@ -80,9 +80,12 @@ pub struct Report {
     pub cases: Vec<CaseResult>,
 }
 
-/// Proves the device that the user asked for, in every precision it has, or in the one that `options` names. Fails only
-/// if it cannot be opened; see [`verdict`].
-pub fn check(device: Device, options: &Options) -> Result<Vec<Report>> {
+/// Proves the device that the user asked for, in every precision it has, or in the one that `options` names, by the cases
+/// that [`run`] takes.
+///
+/// # Errors
+/// The device cannot be opened, or the filter leaves no case; for what the cases found see [`verdict`].
+pub fn check(device: Device, options: &Options, filter: Option<&str>) -> Result<Vec<Report>> {
     // Every case opens the device anew: `auto` is settled here, so that its line is printed once.
     let device = match device {
         Device::Auto if select(Device::Cuda, options).is_ok() => Device::Cuda,
@@ -100,7 +103,11 @@ pub fn check(device: Device, options: &Options) -> Result<Vec<Report>> {
         let options = Options { precision: *precision, ..*options };
         let name = select(device, &options)?.describe();
         let start = Instant::now();
-        let cases = run(&|| select(device, &options), None);
+        let cases = run(&|| select(device, &options), filter);
+        if cases.is_empty() {
+            return Err(Error::usage(format!("no case holds `{}`", filter.unwrap_or_default()))
+                .hint("`vitrum selftest` without `--filter` names the operations"));
+        }
         Ok(Report { device: name, seconds: start.elapsed().as_secs_f64(), cases })
     };
     precisions.iter().map(report).collect()

@@ -5,8 +5,11 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 
+use crate::backend::cuda::Cuda;
 use crate::backend::timed::Timed;
-use crate::backend::{self, Backend, Device, Micro, Pixels, Slot, SlotLayout, StepKeys, TargetKind};
+use crate::backend::{
+    self, Backend, Device, Micro, Pixels, Precision, Slot, SlotLayout, StepKeys, TargetKind,
+};
 use crate::data::{self, Dataset, Loader, LoaderSpec, Split};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
@@ -15,6 +18,7 @@ use crate::report::format;
 use crate::rng::{Domain, Stream};
 use crate::vit::{Mode, Vit};
 
+use super::bench_kernels::{self, Ceilings};
 use super::{Trainer, build, settle};
 
 /// What to time, and how long.
@@ -47,11 +51,52 @@ pub struct Measured {
     /// Share of the time in which the step waited for the loader.
     pub data_wait: Option<f64>,
     pub arena_bytes: usize,
+    /// Seconds from the start of the process to the end of the first step.
+    pub first_step: Option<f64>,
+    pub on_card: Option<OnCard>,
     /// `VmHWM`: the most memory the process ever held, as `ru_maxrss` has it.
     pub peak_rss_bytes: Option<u64>,
     /// (operation, calls, seconds) over all rounds.
     pub profile: Vec<(&'static str, usize, f64)>,
     pub steps: usize,
+}
+
+/// What only a card has.
+pub struct OnCard {
+    pub stand_in: bool,
+    /// Bytes in use after the last step, by whatever program. A run allocates before its first steps and never after.
+    pub memory_bytes: usize,
+    /// Dense bf16 FLOP/s of the data sheet; `None` for a card that is not known.
+    pub data_sheet: Option<f64>,
+    /// Measured after the steps.
+    pub ceilings: Ceilings,
+}
+
+/// Dense bf16 FLOP/s that NVIDIA's data sheets promise, by the words in the card's name; the first that fits.
+const DATA_SHEETS: [(&[&str], f64); 17] = [
+    (&["H100", "PCIe"], 756e12),
+    (&["H100", "NVL"], 835e12),
+    (&["H100"], 989e12),
+    (&["H200", "NVL"], 835e12),
+    (&["H200"], 989e12),
+    (&["GH200"], 989e12),
+    (&["B200"], 2250e12),
+    (&["GB200"], 2500e12),
+    (&["A100"], 312e12),
+    (&["A800"], 312e12),
+    (&["A30"], 165e12),
+    (&["A10"], 125e12),
+    (&["L40S"], 362e12),
+    (&["L40"], 181e12),
+    (&["L4"], 121e12),
+    (&["4090"], 165e12),
+    (&["3090"], 71e12),
+];
+
+fn data_sheet(device: &str) -> Option<f64> {
+    let words: Vec<&str> = device.split(|c: char| !c.is_alphanumeric()).collect();
+    let fits = |wanted: &&[&str]| wanted.iter().all(|word| words.contains(word));
+    DATA_SHEETS.iter().find(|(wanted, _)| fits(wanted)).map(|(_, flops)| *flops)
 }
 
 /// Times the recipe's model.
@@ -67,7 +112,9 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
     let mut subject = Subject::new(recipe, backend, options)?;
     let mut source = Source::new(recipe, &subject, options)?;
 
-    for _ in 0..3 {
+    subject.step(&mut source)?;
+    let first_step = since_start();
+    for _ in 0..2 {
         subject.step(&mut source)?;
     }
     times.reset();
@@ -88,8 +135,10 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
     let model = subject.model();
     let (batch, config) = (recipe.train.batch, &model.config);
     let flops = if options.train { config.train_flops() } else { 2 * config.forward_macs() };
-    Ok(Measured {
-        device: subject.backend().describe(),
+    let device = subject.backend().describe();
+    let memory_bytes = if device.starts_with("cuda,") { Some(Cuda::used_memory()?) } else { None };
+    let mut measured = Measured {
+        device,
         model: name.into(),
         batch,
         params: model.layout.count(),
@@ -100,9 +149,28 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
         gflops: flops as f64 * batch as f64 / median / 1e9,
         data_wait: options.data.is_some().then(|| (source.waited() - waited_before) / total),
         arena_bytes: subject.backend().allocated_bytes(),
+        first_step,
+        on_card: None,
         peak_rss_bytes: peak_rss(),
         profile: if options.profile { times.report() } else { Vec::new() },
         steps,
+    };
+    drop((source, subject));
+    if let Some(memory_bytes) = memory_bytes {
+        measured.on_card = Some(on_card(&measured.device, memory_bytes)?);
+    }
+    Ok(measured)
+}
+
+/// The card's ceilings, now that the model has left it.
+fn on_card(device: &str, memory_bytes: usize) -> Result<OnCard> {
+    let options = backend::Options { precision: Precision::Bf16, ..backend::Options::default() };
+    let mut cuda = Cuda::open(&options)?;
+    Ok(OnCard {
+        stand_in: cuda.is_stand_in(),
+        memory_bytes,
+        data_sheet: data_sheet(device),
+        ceilings: bench_kernels::ceilings(&mut cuda)?,
     })
 }
 
@@ -246,6 +314,12 @@ impl Measured {
         ];
         let peak = self.peak_rss_bytes.map_or("unknown".into(), format::bytes);
         lines.push(format!("memory: {} planned, {peak} at the peak", format::bytes(self.arena_bytes as u64)));
+        if let Some(seconds) = self.first_step {
+            lines.push(format!("{seconds:.2} s from the start of the program to the end of the first step"));
+        }
+        if let Some(card) = &self.on_card {
+            lines.extend(self.card_lines(card));
+        }
         if let Some(wait) = self.data_wait {
             lines.push(format!("data wait {}", format::percent(wait)));
         }
@@ -261,7 +335,38 @@ impl Measured {
         lines.join("\n")
     }
 
+    fn card_lines(&self, card: &OnCard) -> Vec<String> {
+        let share = |of: f64| format!("{:.1} % of {:.0} TFLOP/s", 100.0 * self.gflops * 1e9 / of, of / 1e12);
+        let data_sheet = card.data_sheet.map_or("unknown for this card".into(), share);
+        let mut lines = vec![
+            format!(
+                "FLOPs of the model: {data_sheet} (data sheet), {} (a large product on this card)",
+                share(card.ceilings.matmul)
+            ),
+            format!(
+                "card: {} in use, copy {:.0} GB/s",
+                format::bytes(card.memory_bytes as u64),
+                card.ceilings.copy / 1e9
+            ),
+        ];
+        if card.stand_in {
+            lines.push("the stand-in GPU computes on the host: times above say nothing about a card".into());
+        }
+        lines
+    }
+
     pub fn json(&self) -> Value {
+        let on_card = self.on_card.as_ref().map(|card| {
+            json!({
+                "stand_in": card.stand_in,
+                "memory_bytes": card.memory_bytes,
+                "data_sheet_flops_per_s": card.data_sheet,
+                "mfu_data_sheet": card.data_sheet.map(|peak| self.gflops * 1e9 / peak),
+                "product_flops_per_s": card.ceilings.matmul,
+                "mfu_product": self.gflops * 1e9 / card.ceilings.matmul,
+                "copy_bytes_per_s": card.ceilings.copy,
+            })
+        });
         let operation = |(name, calls, seconds): &(&str, usize, f64)| json!({"operation": name, "calls": calls, "ms_per_step": seconds / self.steps as f64 * 1e3});
         json!({
             "engine": concat!("vitrum ", env!("CARGO_PKG_VERSION")),
@@ -275,6 +380,8 @@ impl Measured {
             "img_per_s": self.img_per_s,
             "gflops": self.gflops,
             "data_wait": self.data_wait,
+            "first_step_s": self.first_step,
+            "card": on_card,
             "arena_bytes": self.arena_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
             "profile": self.profile.iter().map(operation).collect::<Vec<_>>(),
@@ -282,8 +389,39 @@ impl Measured {
     }
 }
 
+/// Seconds since this process was started, to a hundredth.
+fn since_start() -> Option<f64> {
+    let (stat, uptime) =
+        (std::fs::read_to_string("/proc/self/stat").ok()?, std::fs::read_to_string("/proc/uptime").ok()?);
+    // The 22nd field, in hundredths; the second is a name in brackets that may hold blanks.
+    let started: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
+    Some(uptime.split_whitespace().next()?.parse::<f64>().ok()? - started / 100.0)
+}
+
 fn peak_rss() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_sheets_are_found_by_the_words_of_a_cards_name() {
+        let of = |name: &str| data_sheet(&format!("cuda, {name} (sm_90), bf16"));
+        assert_eq!(of("NVIDIA H100 80GB HBM3"), Some(989e12));
+        assert_eq!(of("NVIDIA H100 PCIe"), Some(756e12));
+        assert_eq!(of("NVIDIA A100-SXM4-80GB"), Some(312e12));
+        assert_eq!(of("NVIDIA L40S"), Some(362e12));
+        assert_eq!(of("NVIDIA A10G"), None);
+        assert_eq!(of("Vitrum stand-in GPU"), None);
+    }
+
+    #[test]
+    fn a_process_is_older_than_nothing_and_younger_than_the_machine() {
+        let seconds = since_start().unwrap();
+        assert!((0.0..1e6).contains(&seconds), "{seconds}");
+    }
 }

@@ -6,6 +6,7 @@ pub mod advice;
 pub mod batch_file;
 pub mod bench;
 pub mod bench_data;
+pub mod bench_kernels;
 pub mod build;
 pub mod checkpoint;
 pub mod evaluate;

@@ -67,6 +67,38 @@ pub fn finish(mut command: Command) -> Done {
     wait(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
 }
 
+/// The stand-in's folder, if it was built.
+pub fn stand_in() -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_BIN_EXE_vitrum")).parent().unwrap().join("standin");
+    let library = folder.join("libcuda.so");
+    if !library.is_file() || !folder.join("libcublasLt.so").is_file() {
+        println!("skipped: no stand-in GPU; `cargo build -p vitrum-standin` builds it");
+        return None;
+    }
+    // A library of yesterday's kernels would fail in ways that help nobody.
+    let changed = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified()).unwrap();
+    for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels")).unwrap() {
+        let file = file.unwrap().path();
+        assert!(
+            changed(&file) <= changed(&library),
+            "{} is newer than the stand-in GPU: `cargo build -p vitrum-standin` builds it again",
+            file.display()
+        );
+    }
+    Some(folder)
+}
+
+/// The program on a stand-in with these options.
+pub fn on_gpu<S: AsRef<OsStr>>(folder: &Path, options: &str, args: &[S]) -> Command {
+    let mut command = command(args);
+    command.env("LD_LIBRARY_PATH", folder).env("VITRUM_STANDIN", options);
+    command
+}
+
+pub fn run_on_gpu<S: AsRef<OsStr>>(folder: &Path, options: &str, args: &[S]) -> Done {
+    finish(on_gpu(folder, options, args))
+}
+
 /// Waits for a process; one that a signal ended has the code `128 + signal`, as in a shell.
 pub fn wait(child: Child) -> Done {
     use std::os::unix::process::ExitStatusExt;

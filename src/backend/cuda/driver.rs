@@ -50,6 +50,19 @@ struct Inner {
     kernels: RefCell<HashMap<&'static str, (sys::CUfunction, u32)>>,
     /// `train.check_launches`: wait after every launch, so that an error names its kernel.
     check_launches: Cell<bool>,
+    /// Launches since [`Gpu::watch_launches`], for benchmarks that want to know what ran.
+    launches: RefCell<Option<Vec<Launched>>>,
+}
+
+/// One kernel as it was started.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Launched {
+    pub kernel: &'static str,
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared: u32,
 }
 
 /// Which queue an operation goes to.
@@ -103,6 +116,7 @@ impl Gpu {
             modules,
             kernels: RefCell::default(),
             check_launches: Cell::new(false),
+            launches: RefCell::default(),
         })))
     }
 
@@ -127,12 +141,18 @@ impl Gpu {
         self.0.check_launches.set(on);
     }
 
+    /// Notes every launch of `work`.
+    pub(super) fn watch_launches(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<Launched>> {
+        self.0.launches.replace(Some(Vec::new()));
+        let done = work();
+        let launches = self.0.launches.take().unwrap_or_default();
+        done.map(|()| launches)
+    }
+
     /// Free and total bytes.
     pub(super) fn memory(&self) -> Result<(usize, usize)> {
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: valid out-pointers.
-        unsafe { check(sys::cuMemGetInfo_v2(&mut free, &mut total), "ask for free memory")? };
-        Ok((free, total))
+        self.make_current()?;
+        memory_of_current_card()
     }
 
     /// Zeroed device memory; nothing at address 0 for no bytes, which the driver refuses.
@@ -230,6 +250,12 @@ impl Gpu {
         }
     }
 
+    /// Device → device, in the compute stream's order.
+    pub(super) fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        // SAFETY: callers pass ranges inside their own buffers.
+        unsafe { check(sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.compute), "copy on the card") }
+    }
+
     pub(super) fn synchronize(&self, stream: Stream) -> Result<()> {
         // SAFETY: a stream of this context.
         unsafe { check(sys::cuStreamSynchronize(self.stream(stream)), "wait for the card") }
@@ -284,6 +310,9 @@ impl Gpu {
             )
         };
         check(code, format_args!("start kernel `{kernel}`"))?;
+        if let Some(launches) = &mut *self.0.launches.borrow_mut() {
+            launches.push(Launched { kernel, grid, threads: block, shared });
+        }
         if self.0.check_launches.get() {
             // SAFETY: a stream of this context.
             let code = unsafe { sys::cuStreamSynchronize(stream) };
@@ -369,6 +398,14 @@ impl Drop for Inner {
             sys::cuDevicePrimaryCtxRelease_v2(self.device);
         }
     }
+}
+
+/// Free and total bytes of the card whose context this thread uses.
+pub(super) fn memory_of_current_card() -> Result<(usize, usize)> {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: valid out-pointers; without a context the driver says so.
+    unsafe { check(sys::cuMemGetInfo_v2(&mut free, &mut total), "ask for free memory")? };
+    Ok((free, total))
 }
 
 /// Shared memory that a kernel may use without asking.

@@ -3,6 +3,8 @@
 /// One kernel for one target.
 #[derive(Clone, Copy, Debug)]
 pub struct KernelReport {
+    /// Stem of its source in `kernels/`.
+    pub file: &'static str,
     pub name: &'static str,
     pub target: &'static str,
     /// Declared with `HOT_KERNEL`: on the path of every step.

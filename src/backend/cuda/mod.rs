@@ -19,6 +19,7 @@ pub mod probe;
 mod probe_attention;
 mod stem;
 mod sums;
+pub mod time;
 mod update;
 
 use super::{

@@ -15,6 +15,7 @@ use crate::error::Result;
 /// multiprocessor, and threads of a block.
 struct Instance {
     forward: &'static str,
+    forward_threads: u32,
     forward_blocks: usize,
     join: &'static str,
     join_blocks: usize,
@@ -25,9 +26,10 @@ struct Instance {
 }
 
 macro_rules! instance {
-    ($n:literal, $forward:literal, $join:literal, $threads:literal, $backward:literal) => {
+    ($n:literal, $forward_threads:literal, $forward:literal, $join:literal, $threads:literal, $backward:literal) => {
         Instance {
             forward: concat!("layernorm_bf16_", $n),
+            forward_threads: $forward_threads,
             forward_blocks: $forward,
             join: concat!("layernorm_join_bf16_", $n),
             join_blocks: $join,
@@ -41,11 +43,11 @@ macro_rules! instance {
 
 /// As at the foot of `kernels/layernorm.cu`.
 const INSTANCES: [Instance; 5] = [
-    instance!(1, 4, 4, 256, 3),
-    instance!(2, 3, 3, 256, 2),
-    instance!(3, 2, 2, 192, 2),
-    instance!(4, 1, 2, 256, 1),
-    instance!(5, 1, 2, 256, 1),
+    instance!(1, 256, 4, 4, 256, 3),
+    instance!(2, 256, 3, 3, 256, 2),
+    instance!(3, 256, 2, 2, 192, 2),
+    instance!(4, 192, 2, 2, 256, 1),
+    instance!(5, 192, 2, 2, 256, 1),
 ];
 /// Threads of a block where nothing else is said.
 const THREADS: u32 = 256;
@@ -122,16 +124,16 @@ pub(super) fn layernorm(cuda: &mut Cuda, join: &Join, norm: &Norm, y: Mat, stats
         );
     }
     residual(cuda, join)?;
-    let (kernel, blocks) = match instance(y) {
-        Some(kernels) => (kernels.forward, kernels.forward_blocks),
-        None => (wide(y.dtype, "forward"), WIDE_BLOCKS),
+    let (kernel, threads, blocks) = match instance(y) {
+        Some(kernels) => (kernels.forward, kernels.forward_threads, kernels.forward_blocks),
+        None => (wide(y.dtype, "forward"), THREADS, WIDE_BLOCKS),
     };
     let x = join.sum();
     launch!(
         cuda,
         kernel,
-        row_grid(cuda, y.rows, THREADS, blocks),
-        THREADS,
+        row_grid(cuda, y.rows, threads, blocks),
+        threads,
         0,
         cuda.at(x),
         x.ld as u32,

@@ -1,0 +1,307 @@
+"""Vitrum against PyTorch on this machine's GPU: proof, ceilings, kernels and whole training steps, in one run.
+
+    python3 benches/compare_gpu.py --vitrum target/release/vitrum --out benches/results/NAME
+
+writes NAME.json and NAME.md. A step is forward, cross-entropy with label smoothing 0.1, backward, clipping by global norm and
+AdamW, on one synthetic batch of u8 pixels that lies on the card (PyTorch) or is sent to it (Vitrum); bf16 products, f32
+weights and gradients, tanh GELU on both sides. Each case runs twice, the second time in the opposite order, every engine in a
+process of its own; the medians are compared. PyTorch is measured as `torch.compile` with cuDNN's attention, eager beside it;
+without torch that half is left out, and said so.
+
+The whole takes about 15 minutes; `--parts` runs some of it. `--tiny` shrinks every size, for a look at the script itself, with
+`--torch-device cpu` where there is no GPU.
+"""
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+#        image, patch, width, depth, heads, batch
+CASES = {
+    "Ti/16": (224, 16, 192, 12, 3, 1024),
+    "S/16": (224, 16, 384, 12, 6, 1024),
+    "B/16": (224, 16, 768, 12, 12, 512),
+    "L/16": (224, 16, 1024, 24, 16, 256),
+    "H/14": (224, 14, 1280, 32, 16, 128),
+}
+TINY = {"mu/16": (32, 16, 32, 1, 2, 4)}
+CLASSES = 1000
+
+
+# ---- Vitrum ----
+
+
+def vitrum(args, *words):
+    """The JSON that a command prints."""
+    done = subprocess.run([args.vitrum, *words, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"vitrum {' '.join(words)}: {done.stderr.strip()}")
+    return json.loads(done.stdout)
+
+
+def vitrum_step(args, model):
+    image, *_, batch = args.cases[model]
+    words = ["bench", "--what", "train", "--model", model, "--batch", str(batch), "--device", "cuda"]
+    words += ["--rounds", str(args.rounds), "--seconds", str(args.seconds), "--set", f"model.image={image}"]
+    words += ["--set", f"train.micro_batch={batch}", "--set", "model.gelu=tanh"]
+    out = vitrum(args, *words)
+    card = out["card"]
+    return {
+        "engine": out["engine"],
+        "mode": "bf16",
+        "img_per_s": out["img_per_s"],
+        "ms": out["ms_per_step"],
+        "memory_bytes": card["memory_bytes"],
+        "first_step_s": out["first_step_s"],
+        "mfu_data_sheet": card["mfu_data_sheet"],
+        "mfu_product": card["mfu_product"],
+        "flops_per_img": out["gflops"] * 1e9 / out["img_per_s"],
+    }
+
+
+# ---- PyTorch ----
+
+
+def pytorch_model(torch, image, patch, width, depth, heads):
+    from torch import nn
+    from torch.nn.functional import scaled_dot_product_attention
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+        def forward(self, x):
+            batch, tokens, _ = x.shape
+            qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, heads, width // heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            o = scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+            x = x + self.proj(o)
+            return x + self.mlp(self.norm2(x))
+
+    class Vit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embed = nn.Conv2d(3, width, patch, stride=patch)
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (image // patch) ** 2 + 1, width))
+            self.blocks = nn.Sequential(*(Block() for _ in range(depth)))
+            self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, CLASSES)
+
+        def forward(self, pixels):
+            x = (pixels.float() / 127.5 - 1.0).permute(0, 3, 1, 2)
+            x = self.patch_embed(x).flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+            return self.head(self.norm(self.blocks(x)[:, 0]))
+
+    return Vit()
+
+
+def time_pytorch(args, model, mode):
+    """One process: `compile` or `eager`, with the attention that `+cudnn` or `+flash` names."""
+    start = time.perf_counter()
+    import contextlib
+
+    import torch
+
+    compiled, _, attention = mode.partition("+")
+    device = torch.device(args.torch_device)
+    on_gpu = device.type == "cuda"
+    torch.manual_seed(0)
+    image, patch, width, depth, heads, batch = args.cases[model]
+    net = pytorch_model(torch, image, patch, width, depth, heads).to(device)
+    decay = [p for p in net.parameters() if p.ndim >= 2]
+    rest = [p for p in net.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
+    pixels = torch.randint(256, (batch, image, image, 3), dtype=torch.uint8, device=device)
+    labels = torch.randint(CLASSES, (batch,), device=device)
+    forward = torch.compile(net) if compiled == "compile" else net
+    backend = contextlib.nullcontext()
+    if on_gpu and attention:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backend = sdpa_kernel({"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[attention])
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = forward(pixels)
+        torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def wait():
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    with backend:
+        step()
+        wait()
+        first = time.perf_counter() - start
+        for _ in range(5 if on_gpu else 1):
+            step()
+        wait()
+        times = []
+        for _ in range(args.rounds):
+            begin, steps = time.perf_counter(), 0
+            while steps < 2 or time.perf_counter() - begin < args.seconds:
+                step()
+                steps += 1
+                # The queue of the card must not run away from the clock.
+                if steps % 10 == 0:
+                    wait()
+            wait()
+            times.append((time.perf_counter() - begin) / steps)
+    seconds = statistics.median(times)
+    memory = None
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info()
+        memory = total - free
+    return {
+        "engine": f"torch {torch.__version__}",
+        "mode": mode,
+        "img_per_s": batch / seconds,
+        "ms": 1e3 * seconds,
+        "memory_bytes": memory,
+        "first_step_s": first,
+    }
+
+
+def pytorch_step(args, model, mode):
+    command = [sys.executable, os.path.abspath(__file__), "--child", model, mode, "--torch-device", args.torch_device]
+    command += ["--rounds", str(args.rounds), "--seconds", str(args.seconds)] + ["--tiny"] * args.tiny
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{mode}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- The run ----
+
+
+def steps(args):
+    rows = []
+    for model in args.cases:
+        jobs = [lambda: vitrum_step(args, model)] if args.vitrum else []
+        jobs += [lambda m=mode: pytorch_step(args, model, m) for mode in args.modes.split(",") if mode]
+        found = {}
+        for job in jobs + jobs[::-1]:
+            try:
+                row = job()
+            except RuntimeError as why:
+                print(f"{model}: {why}", file=sys.stderr)
+                continue
+            found.setdefault((row["engine"], row["mode"]), []).append(row)
+        merged = []
+        for both in found.values():
+            ms = statistics.mean(r["ms"] for r in both)
+            row = {**both[0], "model": model, "batch": args.cases[model][-1], "ms": ms, "runs_ms": [r["ms"] for r in both]}
+            row["img_per_s"] = row["batch"] / ms * 1e3
+            merged.append(row)
+        best = max((r["img_per_s"] for r in merged if r["engine"].startswith("torch")), default=None)
+        ours = next((r for r in merged if r["engine"].startswith("vitrum")), None)
+        for row in merged:
+            row["against_best_torch"] = row["img_per_s"] / best if best else None
+            if ours and row is not ours:
+                for key in ("mfu_data_sheet", "mfu_product"):
+                    row[key] = ours[key] and ours[key] * row["img_per_s"] / ours["img_per_s"]
+            print(f"{model:8}{row['engine']:22}{row['mode']:16}{row['img_per_s']:12,.1f} img/s", flush=True)
+        rows += merged
+    return rows
+
+
+def percent(share):
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def markdown(record):
+    lines = [f"# {record['device']}", "", f"`benches/compare_gpu.py` on {record['date']}, commit {record['commit'] or 'not said'}.", ""]
+    if record.get("stand_in"):
+        lines += ["**The stand-in GPU computes on the host: no time below says anything about a card.**", ""]
+    if check := record.get("selftest"):
+        lines += [f"Self-test: {check['cases'] - check['failed']} of {check['cases']} cases passed.", ""]
+    if kernels := record.get("kernels"):
+        ceilings = f"copy {kernels['copy_bytes_per_s'] / 1e9:,.0f} GB/s, product {kernels['product_flops_per_s'] / 1e12:,.0f} TFLOP/s"
+        lines += ["## Operations", "", f"Measured ceilings: {ceilings}.", ""]
+        lines += ["| operation | shape | ms | GB/s | of copy | TFLOP/s | of product |", "| --- | --- | --- | --- | --- | --- | --- |"]
+        for o in kernels["operations"]:
+            flops = f"{o['flops_per_s'] / 1e12:,.0f}" if o["flops"] else ""
+            lines.append(
+                f"| {o['operation']} | {o['shape']} | {o['ms']:.4f} | {o['bytes_per_s'] / 1e9:,.0f} | {percent(o['of_copy'])} | {flops} | {percent(o['of_product'])} |"
+            )
+        lines.append("")
+    if record.get("steps"):
+        lines += ["## Training steps", "", "MFU counts the model's FLOPs, three forward passes a step, against the data sheet and the product above.", ""]
+        lines += ["| model, batch | engine | mode | img/s | ms | MFU, data sheet | MFU, product | in use | first step | against torch |"]
+        lines += ["| --- " * 10 + "|"]
+        for r in record["steps"]:
+            memory = f"{r['memory_bytes'] / 2**30:.1f} GiB" if r["memory_bytes"] else ""
+            first = f"{r['first_step_s']:.1f} s" if r["first_step_s"] else ""
+            against = f"{r['against_best_torch']:.2f}" if r["against_best_torch"] else ""
+            mfu = [percent(r.get(key)) for key in ("mfu_data_sheet", "mfu_product")]
+            cells = [f"{r['model']}, {r['batch']}", r["engine"], r["mode"], f"{r['img_per_s']:,.0f}", f"{r['ms']:.1f}", *mfu, memory, first, against]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vitrum", default="target/release/vitrum", help="empty: PyTorch alone")
+    parser.add_argument("--out", help="where to write, without .json and .md")
+    parser.add_argument("--parts", default="selftest,kernels,steps")
+    parser.add_argument("--models", help="some of the cases, separated by commas")
+    parser.add_argument("--modes", default="compile+cudnn,eager+cudnn", help="of PyTorch; empty: none")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--commit", help="what was measured, for the record")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--torch-device", default="cuda")
+    parser.add_argument("--child", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.cases = TINY if args.tiny else CASES
+    if args.tiny:
+        args.rounds, args.seconds = 1, 0.0
+    if args.models:
+        args.cases = {model: args.cases[model] for model in args.models.split(",")}
+    if args.child:
+        print(json.dumps(time_pytorch(args, *args.child)))
+        return
+    probe = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True)
+    if args.modes and probe.returncode:
+        print("note: this Python has no torch: Vitrum is measured alone", file=sys.stderr)
+        args.modes = ""
+
+    parts = args.parts.split(",")
+    record = {"date": datetime.date.today().isoformat(), "commit": args.commit, "device": "PyTorch alone", "stand_in": False}
+    if args.vitrum and "selftest" in parts:
+        record["selftest"] = vitrum(args, "selftest", "--device", "cuda", *(["--filter", "layernorm: "] if args.tiny else []))
+        record["device"] = record["selftest"]["device"]
+        print(f"self-test: {record['selftest']['cases']} cases passed", flush=True)
+    if args.vitrum and "kernels" in parts:
+        few = ["--few", "--filter", "layernorm Ti"] if args.tiny else []
+        record["kernels"] = vitrum(args, "bench", "--what", "kernels", "--device", "cuda", *few)
+        record["device"], record["stand_in"] = (record["kernels"][key] for key in ("device", "stand_in"))
+        print(f"{len(record['kernels']['operations'])} operations timed", flush=True)
+    if "steps" in parts:
+        record["steps"] = steps(args)
+    if args.out:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        with open(args.out + ".json", "w") as file:
+            json.dump(record, file, indent=1)
+            file.write("\n")
+        with open(args.out + ".md", "w") as file:
+            file.write(markdown(record))
+    else:
+        print(markdown(record))
+
+
+if __name__ == "__main__":
+    main()

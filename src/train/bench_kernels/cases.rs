@@ -1,0 +1,658 @@
+//! What is timed: every operation of a training step at the sizes of the named models, with the traffic that its
+//! kernels cannot avoid.
+//!
+//! The traffic is the formula in the head of each `kernels/*.cu`: every operand read once, every result written once,
+//! partial sums included. A count of it on the stand-in GPU stands beside it in `docs/kernel-table.md`.
+
+use crate::backend::cuda::driver::Launched;
+use crate::backend::{
+    Arena, Backend, Branch, Dtype, Embed, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Join, Linear, Loss,
+    LossKind, Mask, Mat, MemoryPlan, Norm, Normalise, PatchGrid, Pixels, Pool, Rule, Segment, SlotLayout,
+    Stats, TargetKind, Update,
+};
+use crate::error::Result;
+
+/// The sizes that operations are timed at.
+#[derive(Clone, Debug)]
+pub(super) struct Sizes {
+    /// Rows of activations are those of as many images as give about this many.
+    pub(super) rows: usize,
+    /// Samples of the loss.
+    pub(super) samples: usize,
+    /// Parameters of the update.
+    pub(super) params: usize,
+    pub(super) models: Vec<Model>,
+    /// Models whose matrix products are timed, by name.
+    pub(super) products: Vec<&'static str>,
+    /// Attention and products have as many images as the rest; else one, because they take long on the host.
+    pub(super) all_images: bool,
+}
+
+/// What of a model the operations depend on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Model {
+    pub(super) name: &'static str,
+    pub(super) width: usize,
+    pub(super) heads: usize,
+    pub(super) image: usize,
+    pub(super) patch: usize,
+}
+
+impl Model {
+    fn tokens(&self) -> usize {
+        (self.image / self.patch).pow(2) + 1
+    }
+}
+
+const fn model(name: &'static str, width: usize, heads: usize, image: usize, patch: usize) -> Model {
+    Model { name, width, heads, image, patch }
+}
+
+const MODELS: [Model; 6] = [
+    model("Ti/16", 192, 3, 224, 16),
+    model("S/16", 384, 6, 224, 16),
+    model("B/16", 768, 12, 224, 16),
+    model("L/16", 1024, 16, 224, 16),
+    model("H/14", 1280, 16, 224, 14),
+    model("B/16 at 384", 768, 12, 384, 16),
+];
+
+impl Sizes {
+    /// Those of real runs.
+    pub(super) fn real() -> Self {
+        let products = vec!["Ti/16", "S/16", "B/16", "L/16", "H/14"];
+        let models = MODELS.to_vec();
+        Self { rows: 100_864, samples: 4096, params: 86_567_656, models, products, all_images: true }
+    }
+
+    /// A few images: enough to see what is launched, and what that reads and writes.
+    pub(super) fn few() -> Self {
+        let mut models = MODELS.to_vec();
+        // Its heads are alike, and take their time on the host.
+        models[5] = model("2 heads at 384", 128, 2, 384, 16);
+        Self { rows: 394, samples: 8, params: 1 << 20, models, products: vec!["Ti/16"], all_images: false }
+    }
+}
+
+/// Bytes that no implementation of a kernel can avoid.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Traffic {
+    pub read: usize,
+    pub written: usize,
+}
+
+fn traffic(read: usize, written: usize) -> Traffic {
+    Traffic { read, written }
+}
+
+/// One thing to run.
+pub(super) type Run = Box<dyn Fn(&mut dyn Backend) -> Result<()>>;
+
+/// An operation on operands that have been placed.
+pub(super) struct Placed {
+    /// What has to have run once before, for operands that mean something.
+    pub(super) before: Option<Run>,
+    pub(super) run: Run,
+}
+
+impl Placed {
+    fn new(run: impl Fn(&mut dyn Backend) -> Result<()> + 'static) -> Self {
+        Self { before: None, run: Box::new(run) }
+    }
+
+    fn after(self, before: impl Fn(&mut dyn Backend) -> Result<()> + 'static) -> Self {
+        Self { before: Some(Box::new(before)), ..self }
+    }
+}
+
+type Place = Box<dyn Fn(&mut Room) -> Placed>;
+/// The least traffic of each own kernel, from what was launched.
+type Least = Box<dyn Fn(&[Launched]) -> Vec<Traffic>>;
+
+/// One line of the benchmark.
+pub(super) struct Case {
+    pub(super) operation: &'static str,
+    pub(super) shape: String,
+    /// FLOPs that the operation is worth: 0 where it is limited by memory.
+    pub(super) flops: f64,
+    /// Bytes of operands and results of a matrix product, which is none of the launches.
+    pub(super) product_bytes: usize,
+    /// The work is the same launches each time, so that it can be recorded.
+    pub(super) recorded: bool,
+    /// The batch that has to be bound.
+    pub(super) batch: Option<SlotLayout>,
+    pub(super) samples: usize,
+    pub(super) least: Least,
+    pub(super) place: Place,
+}
+
+impl Case {
+    fn new(
+        operation: &'static str,
+        shape: String,
+        samples: usize,
+        least: impl Fn(&[Launched]) -> Vec<Traffic> + 'static,
+        place: impl Fn(&mut Room) -> Placed + 'static,
+    ) -> Self {
+        let (least, place) = (Box::new(least), Box::new(place));
+        Self {
+            operation,
+            shape,
+            flops: 0.0,
+            product_bytes: 0,
+            recorded: true,
+            batch: None,
+            samples,
+            least,
+            place,
+        }
+    }
+
+    fn flops(self, flops: f64) -> Self {
+        Self { flops, ..self }
+    }
+
+    fn product_bytes(self, product_bytes: usize) -> Self {
+        Self { product_bytes, ..self }
+    }
+
+    fn batch(self, batch: SlotLayout) -> Self {
+        Self { batch: Some(batch), ..self }
+    }
+
+    pub(super) fn title(&self) -> String {
+        format!("{} {}", self.operation, self.shape)
+    }
+}
+
+/// Where operands are placed.
+pub(super) struct Room {
+    pub(super) plan: MemoryPlan,
+}
+
+impl Room {
+    fn activation(&mut self, rows: usize, cols: usize) -> Mat {
+        self.plan.activation("operand", rows, cols)
+    }
+
+    fn f32(&mut self, rows: usize, cols: usize) -> Mat {
+        self.plan.statistics("operand", rows, cols)
+    }
+
+    fn param(&mut self, rows: usize, cols: usize) -> Mat {
+        self.flat(Arena::Params, rows, cols)
+    }
+
+    fn grad(&mut self, rows: usize, cols: usize) -> Option<Mat> {
+        Some(self.flat(Arena::Grads, rows, cols))
+    }
+
+    /// Dense f32, in a flat arena.
+    fn flat(&mut self, arena: Arena, rows: usize, cols: usize) -> Mat {
+        let offset = self.plan.bytes(arena);
+        let ld = if rows == 1 { cols } else { cols.next_multiple_of(8) };
+        self.plan.set_bytes(arena, (offset + 4 * rows * ld).next_multiple_of(256));
+        Mat { arena, offset, rows, cols, ld, dtype: Dtype::F32 }
+    }
+
+    fn norm(&mut self, width: usize, trained: bool) -> Norm {
+        let (gamma, beta) = (self.param(1, width), self.param(1, width));
+        let mut grad = || if trained { self.grad(1, width) } else { None };
+        Norm { gamma, beta, d_gamma: grad(), d_beta: grad(), eps: 1e-6 }
+    }
+
+    fn stats(&mut self, rows: usize) -> Stats {
+        Stats { mean: self.f32(rows, 1), rstd: self.f32(rows, 1) }
+    }
+
+    fn linear(&mut self, out: usize, input: usize, trained: bool) -> Linear {
+        let (weight, bias) = (self.param(out, input), self.param(1, out));
+        let (d_weight, d_bias) =
+            if trained { (self.grad(out, input), self.grad(1, out)) } else { (None, None) };
+        Linear { weight, bias, d_weight, d_bias }
+    }
+}
+
+/// Bytes of a matrix of bf16.
+fn half(rows: usize, cols: usize) -> usize {
+    2 * rows * cols
+}
+
+/// `sum_partials` behind a kernel that left `count` partial sums of `columns` columns, `sums` times.
+fn sum_partials(count: usize, sums: usize, columns: usize) -> Traffic {
+    traffic(4 * count * sums * columns, 4 * sums * columns)
+}
+
+/// All of them, in the order of a step.
+pub(super) fn cases(sizes: &Sizes) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for model in &sizes.models {
+        let images = (sizes.rows / model.tokens()).max(1);
+        if model.image == 224 {
+            cases.extend(stem(model, images));
+            cases.extend(norms(model, images));
+            if sizes.products.contains(&model.name) {
+                cases.extend(products(model, images));
+            }
+        }
+        cases.extend(attentions(model, if sizes.all_images { images } else { 1 }));
+        if model.name == "B/16" {
+            cases.extend(elementwise(model, images, sizes.all_images));
+            cases.extend(head(model, images));
+        }
+    }
+    cases.push(loss(sizes.samples, 1000));
+    cases.push(loss(sizes.samples, 21_843));
+    cases.push(adamw(sizes.params));
+    cases
+}
+
+fn slot(samples: usize, side: usize) -> SlotLayout {
+    SlotLayout { samples, image: (side, side), pixels: Pixels::U8, targets: TargetKind::Labels }
+}
+
+fn stem(model: &Model, images: usize) -> Vec<Case> {
+    let grid = PatchGrid { image: (model.image, model.image), patch: (model.patch, model.patch), extra: 1 };
+    let (t, d, run) = (model.tokens(), model.width, grid.patch_len());
+    let rows = images * t;
+    let mut cases = Vec::new();
+    // The others have the pixels of one of these two.
+    if ["B/16", "H/14"].contains(&model.name) {
+        let shape = format!("{images} images, patch {}", model.patch);
+        let pixels = images * 3 * model.image * model.image;
+        let least = move |_: &[Launched]| vec![traffic(pixels, half(rows, run))];
+        let place = move |room: &mut Room| {
+            let patches = room.activation(rows, run);
+            Placed::new(move |b| b.patchify(grid, Normalise::INCEPTION, patches))
+        };
+        cases.push(Case::new("patchify", shape, images, least, place).batch(slot(images, model.image)));
+    }
+    if model.name != "B/16" && model.name != "S/16" {
+        return cases;
+    }
+    let parameters = move |room: &mut Room, trained: bool| {
+        let mut pair = |rows| {
+            let param = room.param(rows, d);
+            (param, if trained { room.grad(rows, d) } else { None })
+        };
+        let (bias, class, posemb) = (pair(1), pair(1), pair(t));
+        let extra_tokens = [Some(class), None];
+        Embed { tokens: t, extra: 1, bias, extra_tokens, posemb, posemb_first: 0, dropout: Mask::NONE }
+    };
+    let shape = format!("{} [{rows}, {d}]", model.name);
+    let joined = half(rows, d);
+    cases.push(Case::new(
+        "embed",
+        shape.clone(),
+        images,
+        move |_| vec![traffic(joined + 4 * (t + 2) * d, joined)],
+        move |room| {
+            let (embed, x) = (parameters(room, false), room.activation(rows, d));
+            Placed::new(move |b| b.embed(&embed, x))
+        },
+    ));
+    cases.push(Case::new(
+        "embed_backward",
+        shape,
+        images,
+        move |launches| {
+            let slices = launches[0].grid[1] as usize;
+            let partials = 4 * slices * t * d;
+            vec![
+                traffic(joined, partials),
+                // Slice 0 takes the sum, besides the gradients of the positions and the class token.
+                traffic(partials, 4 * (2 * t + 1) * d),
+                sum_partials(t - 1, 1, d),
+            ]
+        },
+        move |room| {
+            let (embed, d_x) = (parameters(room, true), room.activation(rows, d));
+            Placed::new(move |b| b.embed_backward(&embed, d_x))
+        },
+    ));
+    cases
+}
+
+fn norms(model: &Model, images: usize) -> Vec<Case> {
+    let (t, d) = (model.tokens(), model.width);
+    let rows = images * t;
+    let (x, statistics) = (half(rows, d), 8 * rows);
+    let shape = format!("{} [{rows}, {d}]", model.name);
+    let backward = move |launches: &[Launched], d_branch: usize| {
+        let blocks = launches[0].grid[0] as usize;
+        let partials = 4 * 2 * blocks * d;
+        vec![traffic(3 * x + statistics + 4 * d, x + d_branch + partials), sum_partials(blocks, 2, d)]
+    };
+    let branch = move |room: &mut Room, base: Mat| {
+        let branch = room.activation(rows, d);
+        Branch { base, branch, layer_scale: None, dropout: Mask::NONE, drop_path: Mask::NONE, tokens: t }
+    };
+    let alone = move |room: &mut Room, _: Mat, sum: Mat| {
+        let _ = room;
+        Join::Ready(sum)
+    };
+    let joined = move |room: &mut Room, base: Mat, sum: Mat| Join::Branch { sum, branch: branch(room, base) };
+    vec![
+        Case::new(
+            "layernorm",
+            shape.clone(),
+            images,
+            move |_| vec![traffic(x + 8 * d, x + statistics)],
+            move |room| forward_norm(room, rows, d, &alone),
+        ),
+        Case::new(
+            "layernorm, join",
+            shape.clone(),
+            images,
+            move |_| vec![traffic(2 * x + 8 * d, 2 * x + statistics)],
+            move |room| forward_norm(room, rows, d, &joined),
+        ),
+        Case::new(
+            "layernorm_backward",
+            shape.clone(),
+            images,
+            move |launches| backward(launches, 0),
+            move |room| backward_norm(room, rows, d, &alone),
+        ),
+        Case::new(
+            "layernorm_backward, join",
+            shape,
+            images,
+            move |launches| backward(launches, x),
+            move |room| backward_norm(room, rows, d, &joined),
+        ),
+    ]
+}
+
+type MakeJoin<'a> = &'a dyn Fn(&mut Room, Mat, Mat) -> Join;
+
+fn forward_norm(room: &mut Room, rows: usize, d: usize, join: MakeJoin) -> Placed {
+    let (base, sum, y) = (room.activation(rows, d), room.activation(rows, d), room.activation(rows, d));
+    let join = join(room, base, sum);
+    let (norm, stats) = (room.norm(d, false), room.stats(rows));
+    Placed::new(move |b| b.layernorm(&join, &norm, y, stats))
+}
+
+fn backward_norm(room: &mut Room, rows: usize, d: usize, join: MakeJoin) -> Placed {
+    let [base, sum, y, d_y, d_sum, d_branch] = [0; 6].map(|_| room.activation(rows, d));
+    let join = join(room, base, sum);
+    let (norm, stats) = (room.norm(d, true), room.stats(rows));
+    let run = Placed::new(move |b| b.layernorm_backward(d_y, &join, &norm, stats, d_sum, false, d_branch));
+    run.after(move |b| b.layernorm(&join, &norm, y, stats))
+}
+
+fn attentions(model: &Model, images: usize) -> Vec<Case> {
+    let heads = Heads { tokens: model.tokens(), heads: model.heads, head_size: model.width / model.heads };
+    let Heads { tokens: t, heads: h, head_size } = heads;
+    let (rows, d, lse) = (images * t, model.width, 4 * images * h * t);
+    let x = half(rows, d);
+    let shape = format!("{} [{rows}, {d}], {t} tokens, {h} heads of {head_size}", model.name);
+    let product = 2.0 * (images * h * t * t * head_size) as f64;
+    let place = move |room: &mut Room| {
+        let (qkv, o) = (room.activation(rows, 3 * d), room.activation(rows, d));
+        (qkv, o, room.f32(images * h, t))
+    };
+    vec![
+        Case::new(
+            "attention",
+            shape.clone(),
+            images,
+            move |_| vec![traffic(3 * x, x + lse)],
+            move |room| {
+                let (qkv, o, lse) = place(room);
+                Placed::new(move |b| b.attention(heads, qkv, o, lse, Mask::NONE))
+            },
+        )
+        .flops(2.0 * product),
+        Case::new(
+            "attention_backward",
+            shape,
+            images,
+            // One kernel, or one that owns queries and hands δ to one that owns keys.
+            move |launches| match launches.len() {
+                1 => vec![traffic(5 * x + lse, 3 * x)],
+                _ => vec![traffic(5 * x + lse, x + lse), traffic(4 * x + 2 * lse, 2 * x)],
+            },
+            move |room| {
+                let (qkv, o, lse) = place(room);
+                let (d_o, d_qkv) = (room.activation(rows, d), room.activation(rows, 3 * d));
+                let run =
+                    Placed::new(move |b| b.attention_backward(heads, qkv, o, lse, Mask::NONE, d_o, d_qkv));
+                run.after(move |b| b.attention(heads, qkv, o, lse, Mask::NONE))
+            },
+        )
+        .flops(5.0 * product),
+    ]
+}
+
+/// Own kernels around a product, for what cuBLASLt does not fuse.
+fn elementwise(model: &Model, images: usize, all_images: bool) -> Vec<Case> {
+    let (rows, d, m) = (images * model.tokens(), model.width, 4 * model.width);
+    let hidden = half(rows, m);
+    let mut cases = vec![
+        Case::new(
+            "gelu",
+            format!("{} [{rows}, {m}]", model.name),
+            images,
+            move |_| vec![traffic(hidden, hidden)],
+            move |room| {
+                let (pre, y) = (room.activation(rows, m), room.activation(rows, m));
+                Placed::new(move |b| b.gelu(pre, Gelu::Tanh, Mask::NONE, y))
+            },
+        ),
+        Case::new(
+            "bias gradient",
+            format!("{} [{rows}, {m}]", model.name),
+            images,
+            move |launches| {
+                let slices = launches[0].grid[1] as usize;
+                vec![traffic(hidden, 4 * slices * m), sum_partials(slices, 1, m)]
+            },
+            move |room| {
+                let (d_y, x) = (room.activation(rows, m), room.activation(rows, d));
+                let w = Linear { d_weight: None, ..room.linear(m, d, true) };
+                Placed::new(move |b| b.matmul_backward(d_y, x, &w, InputGrad::None))
+            },
+        ),
+    ];
+    // A few rows will do where the product around the kernel takes its time on the host.
+    let rows = if all_images { rows } else { model.tokens() };
+    let (hidden, flops) = (half(rows, m), 2.0 * (rows * d * m) as f64);
+    let bytes = half(rows, d) + half(d, m) + hidden;
+    let shape = format!("{} [{rows}, {m}], erf", model.name);
+    let images = rows / model.tokens();
+    cases.push(
+        Case::new(
+            "fc1, gelu",
+            shape.clone(),
+            images,
+            move |_| vec![traffic(hidden + 4 * m, 2 * hidden)],
+            move |room| {
+                let (x, pre, y) =
+                    (room.activation(rows, d), room.activation(rows, m), room.activation(rows, m));
+                let w = room.linear(m, d, false);
+                let epilogue = Epilogue::BiasGelu { pre, form: Gelu::Erf, dropout: Mask::NONE };
+                Placed::new(move |b| b.matmul(x, &w, epilogue, y))
+            },
+        )
+        .flops(flops)
+        .product_bytes(bytes),
+    );
+    cases.push(
+        Case::new(
+            "fc2 input gradient, gelu",
+            shape,
+            images,
+            move |_| vec![traffic(2 * hidden, hidden)],
+            move |room| {
+                let (d_y, x) = (room.activation(rows, d), room.activation(rows, m));
+                let (pre, d_pre) = (room.activation(rows, m), room.activation(rows, m));
+                let w = room.linear(d, m, false);
+                let grad = InputGrad::Gelu { d_pre, pre, form: Gelu::Erf, dropout: Mask::NONE };
+                Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
+            },
+        )
+        .flops(flops)
+        .product_bytes(bytes),
+    );
+    cases
+}
+
+fn head(model: &Model, images: usize) -> Vec<Case> {
+    let (t, d) = (model.tokens(), model.width);
+    let rows = images * t;
+    let (pool, one, all) = (Pool::Token { tokens: t, index: 0 }, half(images, d), half(rows, d));
+    let shape = format!("{} [{rows}, {d}]", model.name);
+    vec![
+        Case::new(
+            "pool",
+            shape.clone(),
+            images,
+            move |_| vec![traffic(one, one)],
+            move |room| {
+                let (x, y) = (room.activation(rows, d), room.activation(images, d));
+                Placed::new(move |b| b.pool(pool, x, y))
+            },
+        ),
+        Case::new(
+            "pool_backward",
+            shape,
+            images,
+            move |_| vec![traffic(one, all)],
+            move |room| {
+                let (d_y, d_x) = (room.activation(images, d), room.activation(rows, d));
+                Placed::new(move |b| b.pool_backward(pool, d_y, d_x, true))
+            },
+        ),
+    ]
+}
+
+fn loss(samples: usize, classes: usize) -> Case {
+    let logits = half(samples, classes);
+    Case::new(
+        "loss",
+        format!("[{samples}, {classes}]"),
+        samples,
+        // A label and λ come with each sample.
+        move |_| vec![traffic(logits + 8 * samples, logits + 12 * samples)],
+        move |room| {
+            let (z, d_z) = (room.activation(samples, classes), room.activation(samples, classes));
+            let metrics = room.f32(samples, 3);
+            let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.1 };
+            Placed::new(move |b| b.loss(loss, z, d_z, metrics))
+        },
+    )
+    .batch(slot(samples, 8))
+}
+
+/// Norm, clip and AdamW over the parameters of a model, with their bf16 copy.
+fn adamw(params: usize) -> Case {
+    let params = params.next_multiple_of(64);
+    let least = move |launches: &[Launched]| {
+        let partials = 8 * launches.first().map_or(0, |norm| norm.grid[0] as usize);
+        vec![traffic(4 * params, partials), traffic(partials, 0), traffic(16 * params, 14 * params)]
+    };
+    let place = move |room: &mut Room| {
+        for arena in [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2] {
+            room.plan.set_bytes(arena, 4 * params);
+        }
+        let segments =
+            vec![Segment { name: "all".into(), param: 0, grad: 0, len: params, group: 0, factor: None }];
+        let run = Placed::new(move |b| {
+            b.update(&Update {
+                rule: Rule::Adam { beta1: 0.9, beta2: 0.999, eps: 1e-8, bf16: false },
+                segments: &segments,
+                groups: &[GroupScalars { lr: 1e-6, decay: 1e-8 }],
+                t: 1,
+                clip: Some(1.0),
+                clip_torch: false,
+                ema_decay: None,
+            })
+        });
+        run.after(|b| b.begin_report())
+    };
+    let case = Case::new("update", format!("AdamW, {params} parameters"), 1, least, place);
+    Case { recorded: false, ..case }
+}
+
+/// The products of a block and of the patch embedding, each with its epilogue, and the two of its backward.
+fn products(model: &Model, images: usize) -> Vec<Case> {
+    let (rows, d) = (images * model.tokens(), model.width);
+    let patch = 3 * model.patch * model.patch;
+    let layers: [(&'static str, usize, usize); 5] =
+        [("patch_embed", d, patch), ("qkv", 3 * d, d), ("proj", d, d), ("fc1", 4 * d, d), ("fc2", d, 4 * d)];
+    layers.into_iter().flat_map(|layer| product(model.name, rows, images, layer)).collect()
+}
+
+fn product(
+    model: &'static str,
+    rows: usize,
+    images: usize,
+    (layer, out, input): (&'static str, usize, usize),
+) -> Vec<Case> {
+    let flops = 2.0 * (rows * out * input) as f64;
+    let (x, y, w) = (half(rows, input), half(rows, out), half(out, input));
+    let (operation, epilogue_bytes) = match layer {
+        "patch_embed" => ("patch_embed", 0),
+        "qkv" => ("qkv, bias", 0),
+        "proj" => ("proj, bias, residual", y),
+        "fc1" => ("fc1, bias, gelu", y),
+        _ => ("fc2, bias, residual", y),
+    };
+    let shape = format!("{model} [{rows}, {input}] → {out}");
+    let forward = move |room: &mut Room| {
+        let (x, y, w) =
+            (room.activation(rows, input), room.activation(rows, out), room.linear(out, input, false));
+        let other = room.activation(rows, out);
+        let epilogue = match layer {
+            "patch_embed" => Epilogue::None,
+            "qkv" => Epilogue::Bias,
+            "fc1" => Epilogue::BiasGelu { pre: other, form: Gelu::Tanh, dropout: Mask::NONE },
+            _ => Epilogue::BiasResidual(other),
+        };
+        Placed::new(move |b| b.matmul(x, &w, epilogue, y))
+    };
+    let no_kernel = |_: &[Launched]| Vec::new();
+    let mut cases = vec![
+        Case::new(operation, shape.clone(), images, no_kernel, forward)
+            .flops(flops)
+            .product_bytes(x + y + w + epilogue_bytes),
+    ];
+    let (input_grad, weight_grad) = match layer {
+        "patch_embed" => (None, "patch_embed weight gradient"),
+        "qkv" => (Some("qkv input gradient"), "qkv weight gradient, bias"),
+        "proj" => (Some("proj input gradient"), "proj weight gradient, bias"),
+        "fc1" => (Some("fc1 input gradient"), "fc1 weight gradient, bias"),
+        _ => (Some("fc2 input gradient, gelu"), "fc2 weight gradient, bias"),
+    };
+    if let Some(operation) = input_grad {
+        let gelu_bytes = if layer == "fc2" { x } else { 0 };
+        let place = move |room: &mut Room| {
+            let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
+            let (pre, d_x, w) =
+                (room.activation(rows, input), room.activation(rows, input), room.linear(out, input, false));
+            let grad = match layer {
+                "fc2" => InputGrad::Gelu { d_pre: d_x, pre, form: Gelu::Tanh, dropout: Mask::NONE },
+                _ => InputGrad::Plain(d_x),
+            };
+            Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
+        };
+        cases.push(
+            Case::new(operation, shape.clone(), images, no_kernel, place)
+                .flops(flops)
+                .product_bytes(x + y + w + gelu_bytes),
+        );
+    }
+    let place = move |room: &mut Room| {
+        let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
+        let mut w = room.linear(out, input, true);
+        // The embedding's bias has its gradient from another operation.
+        w.d_bias = w.d_bias.filter(|_| layer != "patch_embed");
+        Placed::new(move |b| b.matmul_backward(d_y, x, &w, InputGrad::None))
+    };
+    // Weight gradients are f32.
+    cases.push(
+        Case::new(weight_grad, shape, images, no_kernel, place).flops(flops).product_bytes(x + y + 2 * w),
+    );
+    cases
+}

@@ -1,0 +1,368 @@
+//! How fast single operations are on a card, against what the same card can copy and multiply.
+//!
+//! Each operation runs on several sets of operands in turn, together larger than any cache, filled with random
+//! numbers (products of zeros are faster), recorded and replayed, and timed by the card's own events. The two ceilings
+//! are measured in the same run, because clocks differ from card to card and from day to day.
+
+mod cases;
+
+use std::time::Instant;
+
+use half::bf16;
+use serde_json::{Value, json};
+
+use crate::backend::cuda::Cuda;
+use crate::backend::cuda::driver::Launched;
+use crate::backend::{
+    Arena, Backend, Dtype, Epilogue, Linear, Mat, MemoryPlan, Micro, Options as DeviceOptions, Precision,
+    StepKeys,
+};
+use crate::error::{Error, Result};
+use crate::report::table;
+use crate::rng::{Domain, Stream};
+
+pub use cases::Traffic;
+
+use cases::{Case, Placed, Room, Sizes};
+
+/// What to time, and how long.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Only operations whose title holds this text.
+    pub filter: Option<String>,
+    /// Small sizes, each once: to see what is launched.
+    pub few: bool,
+    /// Rounds of at least `seconds`; their median is reported.
+    pub rounds: usize,
+    pub seconds: f64,
+}
+
+/// One operation.
+#[derive(Clone, Debug)]
+pub struct Line {
+    pub operation: &'static str,
+    pub shape: String,
+    /// Medians and bests of rounds, of one run.
+    pub seconds: f64,
+    pub best: f64,
+    /// The least traffic: of its own kernels, and of its product.
+    pub bytes: usize,
+    /// 0 where memory is the limit.
+    pub flops: f64,
+    pub launches: Vec<(Launched, Traffic)>,
+}
+
+/// All of them, and the ceilings.
+pub struct Measured {
+    pub device: String,
+    pub stand_in: bool,
+    pub multiprocessors: u32,
+    pub ceilings: Ceilings,
+    pub lines: Vec<Line>,
+    pub wall: f64,
+}
+
+/// What the card can do at best, by measurement.
+#[derive(Clone, Copy, Debug)]
+pub struct Ceilings {
+    /// Bytes per second of a large copy, read and written.
+    pub copy: f64,
+    /// FLOP/s of a large product of bf16.
+    pub matmul: f64,
+}
+
+/// Bytes that the sets of operands of an operation take together, at least: twice the largest cache of a card so far.
+const ROTATION: usize = 256 << 20;
+/// Random bf16 numbers that memory is filled with, again and again; not a multiple of any row.
+const PATTERN: usize = (4 << 20) + 10;
+
+/// Times the operations on the first card.
+///
+/// # Errors
+/// There is no card, or it fails.
+pub fn run(options: &Options) -> Result<Measured> {
+    let start = Instant::now();
+    let mut bench = Bench::open(options.few)?;
+    let mut lines = Vec::new();
+    for at in 0..bench.cases.len() {
+        let wanted = |filter: &String| bench.cases[at].title().contains(filter.as_str());
+        if options.filter.as_ref().is_none_or(wanted) {
+            let ready = bench.prepare(at)?;
+            let seconds = bench.rounds(&ready, options)?;
+            lines.push(ready.line(&bench.cases[at], &seconds));
+        }
+    }
+    Ok(Measured {
+        ceilings: ceilings(&mut bench.cuda)?,
+        device: bench.cuda.describe(),
+        stand_in: bench.cuda.is_stand_in(),
+        multiprocessors: bench.cuda.card().multiprocessors,
+        lines,
+        wall: start.elapsed().as_secs_f64(),
+    })
+}
+
+/// Measures what a card can do at best. What it holds in its arenas is lost.
+pub fn ceilings(cuda: &mut Cuda) -> Result<Ceilings> {
+    let (bytes, side, repeats) = if cuda.is_stand_in() { (1 << 20, 128, 1) } else { (1 << 30, 8192, 20) };
+    let copy = cuda.time_copy(bytes, 5, repeats)?;
+
+    let mut plan = MemoryPlan::new(cuda.storage());
+    let [x, y] = [0; 2].map(|_| plan.activation("operand", side, side));
+    plan.set_bytes(Arena::Params, side * side * 4 + 256 * 4);
+    let weight = Mat { arena: Arena::Params, offset: 0, rows: side, cols: side, ld: side, dtype: Dtype::F32 };
+    let bias = Mat { offset: side * side * 4, rows: 1, cols: 8, ld: 8, ..weight };
+    let w = Linear { weight, bias, d_weight: None, d_bias: None };
+    cuda.allocate(&plan)?;
+    let pattern = Pattern::new(if cuda.is_stand_in() { 1 << 12 } else { PATTERN });
+    pattern.fill(cuda)?;
+    cuda.begin_micro(Micro::whole(1))?;
+    let mut product = |b: &mut dyn Backend| b.matmul(x, &w, Epilogue::None, y);
+    cuda.launches(&mut product)?;
+    let matmul = cuda.time_replayed(&mut product, 5, repeats)?;
+    Ok(Ceilings {
+        copy: 2.0 * bytes as f64 / median(&copy),
+        matmul: 2.0 * (side as f64).powi(3) / median(&matmul),
+    })
+}
+
+fn median(of: &[f64]) -> f64 {
+    let mut sorted = of.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// Random numbers as activations and as weights of a trained model have them.
+struct Pattern {
+    activations: Vec<u8>,
+    weights: Vec<u8>,
+}
+
+impl Pattern {
+    fn new(values: usize) -> Self {
+        let mut stream = Stream::new(0, Domain::Init, 0, 0);
+        let normal: Vec<f32> = (0..values).map(|_| stream.normal() as f32).collect();
+        Self {
+            activations: normal.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+            weights: normal.iter().take(values / 2).flat_map(|v| (0.02 * v).to_le_bytes()).collect(),
+        }
+    }
+
+    fn fill(&self, cuda: &mut Cuda) -> Result<()> {
+        cuda.fill(Arena::Params, &self.weights)?;
+        cuda.fill(Arena::Grads, &self.weights)?;
+        cuda.fill(Arena::Activations, &self.activations)
+    }
+}
+
+/// A card, and what can be timed on it.
+pub struct Bench {
+    cuda: Cuda,
+    few: bool,
+    pattern: Pattern,
+    cases: Vec<Case>,
+}
+
+/// An operation whose operands lie on the card, and which has run once.
+pub struct Ready {
+    sets: Vec<Placed>,
+    recorded: bool,
+    bytes: usize,
+    launches: Vec<(Launched, Traffic)>,
+}
+
+impl Bench {
+    /// Opens the first card; `few` takes the small sizes.
+    ///
+    /// # Errors
+    /// There is none that can be used.
+    pub fn open(few: bool) -> Result<Self> {
+        let options = DeviceOptions { precision: Precision::Bf16, deterministic: few, ..Default::default() };
+        let cuda = Cuda::open(&options).map_err(|e| e.at("kernels are timed on a GPU"))?;
+        let sizes = if few { Sizes::few() } else { Sizes::real() };
+        let pattern = Pattern::new(if few { 1 << 16 } else { PATTERN });
+        Ok(Self { cuda, few, pattern, cases: cases::cases(&sizes) })
+    }
+
+    /// The names of the operations, with their sizes.
+    pub fn titles(&self) -> Vec<String> {
+        self.cases.iter().map(Case::title).collect()
+    }
+
+    /// Places the operands of an operation, by its index in [`Bench::titles`]. What was placed before is gone.
+    pub fn prepare(&mut self, at: usize) -> Result<Ready> {
+        let case = &self.cases[at];
+        // As many sets of operands as no cache holds.
+        let mut room = Room { plan: MemoryPlan::new(self.cuda.storage()) };
+        let before = room.plan.total_bytes();
+        let mut sets = vec![(case.place)(&mut room)];
+        let bytes = room.plan.total_bytes() - before;
+        let count = if self.few { 1 } else { ROTATION.div_ceil(bytes.max(1)).clamp(1, 64) };
+        sets.extend((1..count).map(|_| (case.place)(&mut room)));
+
+        self.cuda.unbind_batch();
+        self.cuda.allocate(&room.plan)?;
+        self.pattern.fill(&mut self.cuda)?;
+        bind(&mut self.cuda, case, &self.pattern)?;
+        self.cuda.begin_step(StepKeys { seed: 1, step: 1 })?;
+        self.cuda.begin_micro(Micro::whole(case.samples))?;
+        for before in sets.iter().filter_map(|set| set.before.as_ref()) {
+            before(&mut self.cuda)?;
+        }
+        let launches = self.cuda.launches(&mut |b| (sets[0].run)(b))?;
+
+        let least = (case.least)(&launches);
+        if least.len() != launches.len() {
+            let kernels: Vec<&str> = launches.iter().map(|l| l.kernel).collect();
+            return Err(Error::new(format!("{}: no formula for each of {kernels:?}", case.title())));
+        }
+        let bytes = case.product_bytes + least.iter().map(|t| t.read + t.written).sum::<usize>();
+        let launches = launches.into_iter().zip(least).collect();
+        Ok(Ready { sets, recorded: case.recorded, bytes, launches })
+    }
+
+    /// Seconds that `runs` runs take on the card.
+    pub fn seconds(&mut self, ready: &Ready, runs: u64) -> Result<f64> {
+        let sets = ready.sets.len() as u64;
+        let one = self.time(ready, 1, runs.div_ceil(sets) as usize)?[0];
+        Ok(one * runs as f64)
+    }
+
+    fn rounds(&mut self, ready: &Ready, options: &Options) -> Result<Vec<f64>> {
+        if options.few {
+            return self.time(ready, 1, 1);
+        }
+        let once = self.time(ready, 1, 2)?[0] * ready.sets.len() as f64;
+        let repeats = (options.seconds / once).ceil().clamp(2.0, 10_000.0) as usize;
+        self.time(ready, options.rounds, repeats)
+    }
+
+    /// Seconds of one run, for each round.
+    fn time(&mut self, ready: &Ready, rounds: usize, repeats: usize) -> Result<Vec<f64>> {
+        let mut all = |b: &mut dyn Backend| ready.sets.iter().try_for_each(|set| (set.run)(b));
+        let seconds = match ready.recorded {
+            true => self.cuda.time_replayed(&mut all, rounds, repeats)?,
+            false => self.cuda.time_launched(&mut all, rounds, repeats)?,
+        };
+        Ok(seconds.into_iter().map(|s| s / ready.sets.len() as f64).collect())
+    }
+}
+
+fn bind(cuda: &mut Cuda, case: &Case, pattern: &Pattern) -> Result<()> {
+    let Some(layout) = case.batch else { return Ok(()) };
+    let mut slot = cuda.new_slot(layout)?;
+    for (pixel, byte) in slot.images_u8_mut().iter_mut().zip(pattern.activations.iter().cycle()) {
+        *pixel = *byte;
+    }
+    let mut draws = Stream::new(0, Domain::Demo, 0, 0);
+    slot.labels_mut().iter_mut().for_each(|label| *label = draws.below(1000) as i32);
+    cuda.bind_batch(slot)?;
+    Ok(())
+}
+
+impl Ready {
+    /// Bytes that a run cannot avoid to move.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn line(self, case: &Case, seconds: &[f64]) -> Line {
+        Line {
+            operation: case.operation,
+            shape: case.shape.clone(),
+            seconds: median(seconds),
+            best: seconds.iter().copied().fold(f64::INFINITY, f64::min),
+            bytes: self.bytes,
+            flops: case.flops,
+            launches: self.launches,
+        }
+    }
+}
+
+impl Line {
+    fn bytes_per_s(&self) -> f64 {
+        self.bytes as f64 / self.seconds
+    }
+
+    fn flops_per_s(&self) -> f64 {
+        self.flops / self.seconds
+    }
+}
+
+impl Measured {
+    pub fn text(&self) -> String {
+        let mut text = format!("{}\n", self.device);
+        if self.stand_in {
+            text += "the stand-in GPU computes on the host: times below say nothing about a card\n";
+        }
+        text += &format!(
+            "ceilings of this card, measured: copy {:.0} GB/s, product of bf16 {:.0} TFLOP/s\n\n",
+            self.ceilings.copy / 1e9,
+            self.ceilings.matmul / 1e12
+        );
+        let rows: Vec<Vec<String>> = self
+            .lines
+            .iter()
+            .map(|line| {
+                let share = |of: f64, ceiling: f64| format!("{:.1} %", 100.0 * of / ceiling);
+                let (flops, of_product) = match line.flops {
+                    0.0 => (String::new(), String::new()),
+                    _ => (
+                        format!("{:.0}", line.flops_per_s() / 1e12),
+                        share(line.flops_per_s(), self.ceilings.matmul),
+                    ),
+                };
+                vec![
+                    line.operation.to_string(),
+                    line.shape.clone(),
+                    format!("{:.4}", line.seconds * 1e3),
+                    format!("{:.0}", line.bytes_per_s() / 1e9),
+                    share(line.bytes_per_s(), self.ceilings.copy),
+                    flops,
+                    of_product,
+                ]
+            })
+            .collect();
+        let head = ["operation", "shape", "ms", "GB/s", "of copy", "TFLOP/s", "of product"];
+        text + &table(&head, &rows)
+    }
+
+    pub fn json(&self) -> Value {
+        let launch = |(l, least): &(Launched, Traffic)| {
+            json!({
+                "kernel": l.kernel,
+                "grid": l.grid,
+                "threads": l.threads,
+                "shared_bytes": l.shared,
+                "least_read_bytes": least.read,
+                "least_written_bytes": least.written,
+            })
+        };
+        let line = |line: &Line| {
+            let product = line.flops > 0.0;
+            json!({
+                "operation": line.operation,
+                "shape": line.shape,
+                "ms": line.seconds * 1e3,
+                "best_ms": line.best * 1e3,
+                "bytes": line.bytes,
+                "bytes_per_s": line.bytes_per_s(),
+                "of_copy": line.bytes_per_s() / self.ceilings.copy,
+                "flops": product.then_some(line.flops),
+                "flops_per_s": product.then(|| line.flops_per_s()),
+                "of_product": product.then(|| line.flops_per_s() / self.ceilings.matmul),
+                "launches": line.launches.iter().map(launch).collect::<Vec<_>>(),
+            })
+        };
+        json!({
+            "engine": concat!("vitrum ", env!("CARGO_PKG_VERSION")),
+            "device": self.device,
+            "stand_in": self.stand_in,
+            "multiprocessors": self.multiprocessors,
+            "copy_bytes_per_s": self.ceilings.copy,
+            "product_flops_per_s": self.ceilings.matmul,
+            "wall_s": self.wall,
+            "operations": self.lines.iter().map(line).collect::<Vec<_>>(),
+        })
+    }
+}

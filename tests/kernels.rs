@@ -1,0 +1,185 @@
+//! The CUDA kernels as a whole: how many there are, whether each barrier is needed and tested, and what benchmarks say of
+//! them. Without a GPU: what runs, runs on the stand-in of `standin/`.
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use std::sync::Mutex;
+
+use serde_json::Value;
+use support::{run_on_gpu, stand_in, vitrum};
+use vitrum::backend::cuda::images::{KERNELS, TARGETS};
+
+/// Kernels of each source, every instance counted. An instance is machine code for each target, time of each build and a row
+/// of each table: a new one is written down here, and pays for itself.
+const INSTANCES: [(&str, usize); 17] = [
+    ("activation", 14),
+    ("adafactor", 6),
+    ("attention_backward", 8),
+    ("attention_backward_head", 1),
+    ("attention_forward", 4),
+    ("attention_keep", 1),
+    ("attention_plain", 6),
+    ("column_sums", 3),
+    ("embed", 5),
+    ("layernorm", 26),
+    ("loss", 4),
+    ("patchify", 4),
+    ("pool", 4),
+    ("probe_attention", 6),
+    ("report", 3),
+    ("residual", 6),
+    ("update", 10),
+];
+
+#[test]
+fn instances_of_kernels_are_counted() {
+    let mut found: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for kernel in KERNELS {
+        found.entry(kernel.file).or_default().insert(kernel.name);
+    }
+    if found.is_empty() {
+        return println!("skipped: built without nvcc; `scripts/install-nvcc` fetches it");
+    }
+    let found: Vec<(&str, usize)> = found.into_iter().map(|(file, names)| (file, names.len())).collect();
+    assert_eq!(found, INSTANCES, "kernels of each source");
+    let all: usize = INSTANCES.iter().map(|(_, count)| count).sum();
+    let machine_code = TARGETS.iter().filter(|target| target.starts_with("sm_")).count();
+    assert_eq!(KERNELS.len(), all * machine_code, "each kernel once for each target");
+}
+
+/// Cases of `vitrum selftest` that meet the barriers of a source: the precision, and filters that are tried in turn.
+const CASES: [(&str, &str, &[&str]); 10] = [
+    ("adafactor.cu", "bf16", &["adafactor"]),
+    ("attention_backward.cu", "bf16", &["attention_backward: "]),
+    ("attention_backward_head.cu", "bf16", &["attention_backward: "]),
+    ("attention_forward.cu", "bf16", &["attention: "]),
+    ("attention_plain.cu", "f32", &["attention: B 3 T 65 H 5", "attention_backward: B 3 T 65 H 5"]),
+    ("attention_tile.cuh", "bf16", &["attention: "]),
+    ("column_sums.cu", "bf16", &["layernorm_backward: "]),
+    ("loss.cu", "bf16", &["loss softmax: 10 classes", "loss sigmoid: 10 classes"]),
+    ("probe_attention.cu", "bf16", &["probe_attention"]),
+    ("reduce.cuh", "bf16", &["loss softmax: 10 classes", "probe_attention", "layernorm_backward: "]),
+];
+
+#[test]
+fn every_barrier_of_the_kernels_is_missed_when_it_is_left_out() {
+    let Some(folder) = stand_in() else { return };
+    // With all its barriers a kernel passes: `every_kernel_equals_float64_under_three_schedules`.
+    let is_missed = |file: &str, line: usize| {
+        let (_, precision, filters) = CASES
+            .iter()
+            .find(|(name, ..)| *name == file)
+            .unwrap_or_else(|| panic!("`CASES` does not say what tests the barriers of kernels/{file}"));
+        let options = format!("checks=on,threads=1,skip_barrier=kernels/{file}:{line}");
+        filters.iter().any(|filter| {
+            let args = ["selftest", "--device", "cuda", "--precision", precision, "--filter", filter];
+            let done = run_on_gpu(&folder, &options, &args);
+            assert!([0, 1].contains(&done.code), "{file}:{line}: {}", done.stderr);
+            // Either a report of the stand-in, or a wrong value.
+            done.code == 1
+        })
+    };
+    let sites = Mutex::new(barriers());
+    let unnoticed = Mutex::new(Vec::new());
+    let next = || sites.lock().unwrap().pop();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while let Some((file, line)) = next() {
+                    if !is_missed(&file, line) {
+                        unnoticed.lock().unwrap().push(format!("kernels/{file}:{line}"));
+                    }
+                }
+            });
+        }
+    });
+    let unnoticed = unnoticed.into_inner().unwrap();
+    assert!(unnoticed.is_empty(), "barriers that nothing misses, or nothing tests: {unnoticed:?}");
+}
+
+/// Source and line of every barrier in the kernels.
+fn barriers() -> Vec<(String, usize)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let file = path.file_name().unwrap().to_str().unwrap().to_string();
+        for (i, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
+            let code = line.split("//").next().unwrap();
+            if code.contains("block_sync();") || code.contains("warp_sync();") {
+                found.push((file.clone(), i + 1));
+            }
+        }
+    }
+    assert!(found.len() > 25, "only {} barriers were found", found.len());
+    found
+}
+
+#[test]
+fn operations_are_timed_and_have_a_formula_for_each_launch() {
+    let Some(folder) = stand_in() else { return };
+    let args = ["bench", "--what", "kernels", "--device", "cuda", "--few", "--filter", "S/16", "--json"];
+    let out = run_on_gpu(&folder, "checks=on", &args).ok().json();
+    assert_eq!(out["stand_in"], true);
+    assert!(out["copy_bytes_per_s"].as_f64().unwrap() > 0.0);
+    assert!(out["product_flops_per_s"].as_f64().unwrap() > 0.0);
+    let operations = out["operations"].as_array().unwrap();
+    let names: Vec<&str> = operations.iter().map(|o| o["operation"].as_str().unwrap()).collect();
+    for wanted in ["layernorm", "layernorm_backward, join", "attention", "attention_backward", "embed"] {
+        assert!(names.contains(&wanted), "{wanted} is not in {names:?}");
+    }
+    for operation in operations {
+        let launches = operation["launches"].as_array().unwrap();
+        let least = |key: &str| launches.iter().map(|l| l[key].as_u64().unwrap()).sum::<u64>();
+        let bytes = least("least_read_bytes") + least("least_written_bytes");
+        assert_eq!(operation["bytes"], bytes, "{operation}");
+        assert!(operation["ms"].as_f64().unwrap() > 0.0, "{operation}");
+    }
+
+    let args =
+        ["bench", "--what", "kernels", "--device", "cuda", "--few", "--filter", "Ti/16 [394, 192] → 192"];
+    let text = run_on_gpu(&folder, "checks=off", &args).ok().stdout;
+    assert!(
+        text.contains("times below say nothing about a card") && text.contains("proj, bias, residual"),
+        "{text}"
+    );
+}
+
+#[test]
+fn kernels_are_timed_on_a_gpu_or_not_at_all() {
+    let args = ["bench", "--what", "kernels", "--few", "--device"];
+    vitrum(&[&args[..], &["cpu"]].concat()).exits(2).says(&["times a GPU's kernels"]);
+    let done = vitrum(&[&args[..], &["cuda"]].concat());
+    // A machine with a card times them; without one it says so in one sentence.
+    if done.code != 0 {
+        let done = done.exits(1).says(&["kernels are timed on a GPU"]);
+        assert_eq!(done.stderr.lines().filter(|line| line.starts_with("error:")).count(), 1);
+    }
+}
+
+#[test]
+fn a_step_on_a_card_is_measured_against_the_card() {
+    let Some(folder) = stand_in() else { return };
+    for what in ["train", "infer"] {
+        let args = [
+            "bench", "--what", what, "--model", "mu/16", "--batch", "4", "--device", "cuda", "--rounds", "1",
+        ];
+        let size = ["--seconds", "0", "--set", "model.image=32", "--set", "train.deterministic=true"];
+        let out = run_on_gpu(&folder, "checks=off", &[&args[..], &size, &["--json"]].concat()).ok().json();
+        let card = &out["card"];
+        assert_eq!((&card["stand_in"], &card["mfu_data_sheet"]), (&Value::Bool(true), &Value::Null));
+        let share = card["mfu_product"].as_f64().unwrap();
+        let expected = out["gflops"].as_f64().unwrap() * 1e9 / card["product_flops_per_s"].as_f64().unwrap();
+        assert!((share / expected - 1.0).abs() < 1e-9, "{share}, not {expected}");
+        assert!(card["memory_bytes"].as_u64() >= out["arena_bytes"].as_u64(), "{out}");
+        assert!(out["first_step_s"].as_f64().unwrap() > 0.0);
+        let text = run_on_gpu(&folder, "checks=off", &[&args[..], &size].concat()).ok().stdout;
+        assert!(
+            text.contains("unknown for this card") && text.contains("say nothing about a card"),
+            "{text}"
+        );
+    }
+}
