@@ -276,10 +276,11 @@ fn attentions(criterion: &mut Criterion) {
             attention::backward(&c, heads, qkv, o, &lse, None, d_o, d_qkv)
         });
         let (q, kv) = (numbers(7, d), numbers(8, r * 2 * d));
+        let q = Rows::dense(&q, 1, d);
         let (mut p, mut o) = (vec![0.0; b * h * t], vec![0.0; b * d]);
         timed(&mut group, "probe_attention/forward".into(), 4 * (r * d) as u64, || {
             let o = RowsMut::dense(black_box(&mut o), b, d);
-            probe_attention::forward(&c, heads, &q, Rows::dense(&kv, r, 2 * d), &mut p, o)
+            probe_attention::forward(&c, heads, q, Rows::dense(&kv, r, 2 * d), &mut p, o, None)
         });
         group.finish();
     }

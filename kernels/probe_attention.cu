@@ -1,166 +1,304 @@
-// Attention of one learned query per head over all tokens of each image: the pooling of a MAP head.
+// Attention of one query per head and image over all tokens of the image: that of the class token, or one
+// learned query that all images share (a MAP head).
 //
-// Math      p = softmax(scale·k·q)   o = Σ_t p_t·v_t
-//           dp_t = dO·v_t   ds = scale·p∘(dp - Σ p·dp)   dk_t = ds_t·q   dv_t = p_t·dO   dq = Σ_images Σ_t
-//           ds_t·k_t
-// Tensors   q, d_q: [1, H, Dh]   kv, d_kv: [B, T, 2, H, Dh]   o, d_o: [B, H, Dh], f32 or bf16, rows `ld`
-//           apart
-//           p: f32 [B·H, T]   parts: f32 [B, H·Dh], scratch of the backward   Dh <= 128, any T
+// Math      p = softmax(scale·k·q)   w = dropout(p)   o = Σ_t w_t·v_t
+//           g_t = dO·v_t   ds = scale·(w∘g - p·Σ w∘g)   dk_t = ds_t·q   dv_t = w_t·dO   dq = Σ_t ds_t·k_t,
+//           and over the images that share it
+// Tensors   q, d_q: [B, H, Dh], or [1, H, Dh] for all (q_ld 0)   kv, d_kv: [B, T, 2, H, Dh]
+//           o, d_o: [B, H, Dh]; f32 or bf16, rows `ld` apart   p: f32 [B·H, T], before dropout
+//           parts: f32 [slices, H·Dh], scratch of a shared query's gradient   Dh <= 128, any T
+// Dropout   element head·T·T + t of the sample, as for the first token's query in the other attention kernels
 // Numerics  f32; expf.
-// Launch    one block of 128 threads per image and head; `probe_attention_backward_query`: a thread per
-//           column.
-// Shared    f32 [T] and four partial rows.
-// Bytes     kv once forward, kv once and d_kv once backward; the value half again for o, out of L2.
-// Order     a warp sums every fourth token, the four sums in order; images in order. Same device, same bits.
-// Source    Zhai et al. 2022, arXiv:2106.04560. It runs once per step, so it is plain.
+// Design    `lanes` neighbouring lanes own a token, eight values of its head each: one 16-byte access in
+//           bf16, whole sectors across them. A thread has four tokens on their way before it uses the first.
+//           WHOLE: heads and rows consist of such accesses; other shapes go value by value.
+// Launch    one block of 128 threads per image and head; the backward of a shared query: per slice and head,
+//           every slice takes each `slices`-th image; `probe_attention_backward_query`: a thread per column.
+// Shared    four partial rows, and f32 [T] (forward), [2, T] (backward).
+// Bytes     kv once forward, kv once and d_kv once backward: 4·D and 8·D per token in bf16; p is f32, once.
+// Order     a group of lanes sums every n-th token, then the groups of a warp, the warps in order, images in
+//           order of their slice. Same device, same bits.
+// Source    Zhai et al. 2022, arXiv:2106.04560.
+#include "philox.cuh"
 #include "reduce.cuh"
 
 namespace {
 
-constexpr u32 WARPS = 4, MOST_VALUES = 128, PER_LANE = MOST_VALUES / WARP;
+constexpr u32 THREADS = 128, WARPS = THREADS / WARP, MOST_VALUES = 128;
+// Tokens that a thread loads before it uses the first.
+constexpr u32 AHEAD = 4;
 
-__device__ __forceinline__ u32 lane_id() {
-  return threadIdx.x % WARP;
-}
-__device__ __forceinline__ u32 warp_id() {
-  return threadIdx.x / WARP;
+// Which tokens and which eight values of the head a thread owns.
+struct Share {
+  u32 lanes;   // of a token: a power of two, 16 at most
+  u32 value;   // the lane's first
+  u32 n;       // how many of the eight exist
+  u32 first;   // the thread's first token
+  u32 stride;  // from one of its tokens to the next
+};
+__device__ __forceinline__ Share share_of_thread(u32 head_size) {
+  u32 lanes = 1;
+  while (lanes * VEC < head_size) lanes *= 2;
+  const u32 value = threadIdx.x % lanes * VEC;
+  return {lanes, value, valid8(value, head_size), threadIdx.x / lanes, THREADS / lanes};
 }
 
-// Values lane, lane + 32, ... of a head's row.
-template <typename T>
-__device__ __forceinline__ void load_values(float (&v)[PER_LANE], const T* from, u32 head_size) {
+// Rounds in which every thread of the block takes part, AHEAD tokens each.
+__device__ __forceinline__ u32 rounds_of(const Share& share, u32 tokens) {
+  return ceil_div(tokens, share.stride * AHEAD);
+}
+
+// Eight neighbouring values, of which `n` exist.
+template <bool WHOLE>
+__device__ __forceinline__ Raw8<float> fetch_values(const float* p, u32 n) {
+  return fetch8_stream(p, n);
+}
+template <bool WHOLE>
+__device__ __forceinline__ Raw8<bf16> fetch_values(const bf16* p, u32 n) {
+  if constexpr (WHOLE) {
+    return fetch8_stream(p, n);
+  } else {
+    u32 pairs[4];
 #pragma unroll
-  for (u32 i = 0; i < PER_LANE; ++i) {
-    const u32 e = lane_id() + WARP * i;
-    v[i] = e < head_size ? load1(from + e) : 0.0f;
+    for (u32 i = 0; i < 4; ++i) {
+      const u32 lo = 2 * i < n ? p[2 * i].bits : 0, hi = 2 * i + 1 < n ? p[2 * i + 1].bits : 0;
+      pairs[i] = lo | hi << 16;
+    }
+    return {{pairs[0], pairs[1], pairs[2], pairs[3]}};
   }
 }
 
-__device__ __forceinline__ float dot(const float (&a)[PER_LANE], const float (&b)[PER_LANE]) {
-  float sum = 0.0f;
-#pragma unroll
-  for (u32 i = 0; i < PER_LANE; ++i) sum = fmaf(a[i], b[i], sum);
-  return warp_sum(sum);
+template <bool WHOLE, typename T>
+__device__ __forceinline__ void load_values(const T* p, u32 n, float (&v)[VEC]) {
+  unpack8(fetch_values<WHOLE>(p, n), v);
 }
 
-// The warps' rows, added in order: value `threadIdx.x`.
-__device__ __forceinline__ float sum_of_warps(const float (&v)[PER_LANE], float* scratch) {
+template <bool WHOLE, typename T>
+__device__ __forceinline__ void store_values(T* p, u32 n, const float (&v)[VEC]) {
+  if constexpr (WHOLE) {
+    if (n > 0) store8(p, VEC, v);
+  } else {
 #pragma unroll
-  for (u32 i = 0; i < PER_LANE; ++i) scratch[warp_id() * MOST_VALUES + lane_id() + WARP * i] = v[i];
-  block_sync();
+    for (u32 i = 0; i < VEC; ++i)
+      if (i < n) store1(p + i, v[i]);
+  }
+}
+
+// The thread's values of AHEAD tokens of one round; nothing is read past the last token.
+template <bool WHOLE, typename T>
+__device__ __forceinline__ void fetch_round(Raw8<T> (&raw)[AHEAD], const Share& share, u32 round,
+                                            const T* rows, u32 ld, u32 tokens) {
+#pragma unroll
+  for (u32 i = 0; i < AHEAD; ++i) {
+    const u32 t = share.first + (round * AHEAD + i) * share.stride;
+    raw[i] = fetch_values<WHOLE>(rows + size_t(t) * ld + share.value, t < tokens ? share.n : 0);
+  }
+}
+
+// Over the lanes of a token: all of them get the sum.
+__device__ __forceinline__ float dot(const Share& share, const float (&a)[VEC], const float (&b)[VEC]) {
   float sum = 0.0f;
 #pragma unroll
-  for (u32 w = 0; w < WARPS; ++w) sum += scratch[w * MOST_VALUES + threadIdx.x];
+  for (u32 i = 0; i < VEC; ++i) sum = fmaf(a[i], b[i], sum);
+  for (u32 mask = share.lanes / 2; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
   return sum;
 }
 
-template <typename T>
-__device__ __forceinline__ void forward(const T* q, const T* kv, u32 kv_ld, float* p, u32 p_ld, T* o,
-                                        u32 o_ld, float scale, u32 tokens, u32 heads, u32 head_size) {
+// products[t] = x·row t, for all tokens. The caller waits before it reads what others wrote.
+template <bool WHOLE, typename T>
+__device__ __forceinline__ void products(float* out, const Share& share, const float (&x)[VEC], const T* rows,
+                                         u32 ld, u32 tokens) {
+  for (u32 round = 0; round < rounds_of(share, tokens); ++round) {
+    Raw8<T> raw[AHEAD];
+    fetch_round<WHOLE>(raw, share, round, rows, ld, tokens);
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; ++i) {
+      const u32 t = share.first + (round * AHEAD + i) * share.stride;
+      float row[VEC];
+      unpack8(raw[i], row);
+      const float product = dot(share, x, row);
+      if (share.value == 0 && t < tokens) out[t] = product;
+    }
+  }
+}
+
+// The block's sum of every thread's values: value `threadIdx.x` of the head.
+__device__ __forceinline__ float sum_of_block(const Share& share, float (&v)[VEC], float* scratch) {
+  for (u32 mask = share.lanes; mask < WARP; mask *= 2) {
+#pragma unroll
+    for (u32 i = 0; i < VEC; ++i) v[i] += shfl_xor(v[i], mask);
+  }
+  float* mine = scratch + threadIdx.x / WARP * MOST_VALUES + share.value;
+  if (threadIdx.x % WARP < share.lanes) {
+    st16(mine, {as_u32(v[0]), as_u32(v[1]), as_u32(v[2]), as_u32(v[3])});
+    st16(mine + 4, {as_u32(v[4]), as_u32(v[5]), as_u32(v[6]), as_u32(v[7])});
+  }
+  block_sync();
+  float sum = 0.0f;
+  if (threadIdx.x < share.lanes * VEC) {
+#pragma unroll
+    for (u32 w = 0; w < WARPS; ++w) sum += scratch[w * MOST_VALUES + threadIdx.x];
+  }
+  return sum;
+}
+
+template <bool WHOLE, typename T>
+__device__ __forceinline__ void forward(const Mask& mask, const T* q, u32 q_ld, const T* kv, u32 kv_ld,
+                                        float* p, u32 p_ld, T* o, u32 o_ld, float scale, u32 tokens,
+                                        u32 heads, u32 head_size) {
   float* scratch = reinterpret_cast<float*>(smem_base());
   float* weights = scratch + WARPS * MOST_VALUES;
-  const u32 image = blockIdx.x / heads, column = blockIdx.x % heads * head_size;
+  const Share share = share_of_thread(head_size);
+  const u32 image = blockIdx.x / heads, head = blockIdx.x % heads, column = head * head_size;
   const T* keys = kv + size_t(image) * tokens * kv_ld + column;
   const T* values = keys + heads * head_size;
+  p += size_t(blockIdx.x) * p_ld;
 
-  float query[PER_LANE], row[PER_LANE];
-  load_values(query, q + column, head_size);
+  float query[VEC];
+  load_values<WHOLE>(q + size_t(image) * q_ld + column + share.value, share.n, query);
+  products<WHOLE>(weights, share, query, keys, kv_ld, tokens);
+  block_sync();
+
   float most = -INFINITY;
-  for (u32 t = warp_id(); t < tokens; t += WARPS) {
-    load_values(row, keys + size_t(t) * kv_ld, head_size);
-    const float score = dot(query, row) * scale;
-    most = fmaxf(most, score);
-    if (lane_id() == 0) weights[t] = score;
-  }
+  for (u32 t = threadIdx.x; t < tokens; t += THREADS) most = fmaxf(most, weights[t]);
   most = block_max(most, scratch);
   float sum = 0.0f;
-  for (u32 t = threadIdx.x; t < tokens; t += blockDim.x) {
-    weights[t] = expf(weights[t] - most);
+  for (u32 t = threadIdx.x; t < tokens; t += THREADS) {
+    weights[t] = expf((weights[t] - most) * scale);
     sum += weights[t];
   }
   sum = block_sum(sum, scratch);
-
-  float out[PER_LANE] = {};
-  for (u32 t = warp_id(); t < tokens; t += WARPS) {
-    const float weight = weights[t] / sum;
-    if (lane_id() == 0) p[size_t(blockIdx.x) * p_ld + t] = weight;
-    load_values(row, values + size_t(t) * kv_ld, head_size);
-#pragma unroll
-    for (u32 i = 0; i < PER_LANE; ++i) out[i] = fmaf(weight, row[i], out[i]);
+  for (u32 t = threadIdx.x; t < tokens; t += THREADS) {
+    const float probability = weights[t] / sum;
+    p[t] = probability;
+    weights[t] = probability;
+    if (mask.rate > 0.0f) weights[t] *= mask_factor(mask, image, head * tokens * tokens + t);
   }
-  const float total = sum_of_warps(out, scratch);
+  block_sync();
+
+  float out[VEC] = {};
+  for (u32 round = 0; round < rounds_of(share, tokens); ++round) {
+    Raw8<T> raw[AHEAD];
+    fetch_round<WHOLE>(raw, share, round, values, kv_ld, tokens);
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; ++i) {
+      const u32 t = share.first + (round * AHEAD + i) * share.stride;
+      const float weight = t < tokens ? weights[t] : 0.0f;
+      float row[VEC];
+      unpack8(raw[i], row);
+#pragma unroll
+      for (u32 e = 0; e < VEC; ++e) out[e] = fmaf(weight, row[e], out[e]);
+    }
+  }
+  const float total = sum_of_block(share, out, scratch);
   if (threadIdx.x < head_size) store1(o + size_t(image) * o_ld + column + threadIdx.x, total);
 }
 
-template <typename T>
-__device__ __forceinline__ void backward(const T* q, const T* kv, u32 kv_ld, const float* p, u32 p_ld,
-                                         const T* d_o, u32 d_o_ld, float* parts, T* d_kv, u32 d_kv_ld,
-                                         float scale, u32 tokens, u32 heads, u32 head_size) {
+template <bool WHOLE, typename T>
+__device__ __forceinline__ void backward(const Mask& mask, const T* q, u32 q_ld, const T* kv, u32 kv_ld,
+                                         const float* p, u32 p_ld, const T* d_o, u32 d_o_ld, T* d_q,
+                                         u32 d_q_ld, float* parts, T* d_kv, u32 d_kv_ld, float scale,
+                                         u32 images, u32 tokens, u32 heads, u32 head_size) {
   float* scratch = reinterpret_cast<float*>(smem_base());
-  float* gradients = scratch + WARPS * MOST_VALUES;
-  const u32 image = blockIdx.x / heads, column = blockIdx.x % heads * head_size, width = heads * head_size;
-  const T* keys = kv + size_t(image) * tokens * kv_ld + column;
-  T* d_keys = d_kv + size_t(image) * tokens * d_kv_ld + column;
-  p += size_t(blockIdx.x) * p_ld;
+  float* weights = scratch + WARPS * MOST_VALUES;
+  float* gradients = weights + tokens;
+  const Share share = share_of_thread(head_size);
+  const u32 slice = blockIdx.x / heads, slices = gridDim.x / heads;
+  const u32 head = blockIdx.x % heads, column = head * head_size, width = heads * head_size;
 
-  float query[PER_LANE], d_out[PER_LANE], row[PER_LANE];
-  load_values(query, q + column, head_size);
-  load_values(d_out, d_o + size_t(image) * d_o_ld + column, head_size);
-  float mean = 0.0f;
-  for (u32 t = warp_id(); t < tokens; t += WARPS) {
-    load_values(row, keys + width + size_t(t) * kv_ld, head_size);
-    const float d_p = dot(d_out, row);
-    if (lane_id() == 0) {
-      gradients[t] = d_p;
-      mean = fmaf(p[t], d_p, mean);
+  float d_query[VEC] = {};
+  for (u32 image = slice; image < images; image += slices) {
+    const T* keys = kv + size_t(image) * tokens * kv_ld + column;
+    T* d_keys = d_kv + size_t(image) * tokens * d_kv_ld + column + share.value;
+    const float* probabilities = p + size_t(image * heads + head) * p_ld;
+    float query[VEC], d_out[VEC];
+    load_values<WHOLE>(q + size_t(image) * q_ld + column + share.value, share.n, query);
+    load_values<WHOLE>(d_o + size_t(image) * d_o_ld + column + share.value, share.n, d_out);
+
+    products<WHOLE>(gradients, share, d_out, keys + width, kv_ld, tokens);
+    block_sync();
+    float mean = 0.0f;
+    for (u32 t = threadIdx.x; t < tokens; t += THREADS) {
+      float weight = probabilities[t];
+      if (mask.rate > 0.0f) weight *= mask_factor(mask, image, head * tokens * tokens + t);
+      weights[t] = weight;
+      mean = fmaf(weight, gradients[t], mean);
     }
-  }
-  mean = block_sum(mean, scratch);
+    mean = block_sum(mean, scratch);
+    for (u32 t = threadIdx.x; t < tokens; t += THREADS)
+      gradients[t] = scale * (weights[t] * gradients[t] - probabilities[t] * mean);
+    block_sync();
 
-  float d_query[PER_LANE] = {};
-  for (u32 t = warp_id(); t < tokens; t += WARPS) {
-    const float weight = p[t], d_score = weight * (gradients[t] - mean) * scale;
-    load_values(row, keys + size_t(t) * kv_ld, head_size);
+    for (u32 round = 0; round < rounds_of(share, tokens); ++round) {
+      Raw8<T> raw[AHEAD];
+      fetch_round<WHOLE>(raw, share, round, keys, kv_ld, tokens);
 #pragma unroll
-    for (u32 i = 0; i < PER_LANE; ++i) {
-      d_query[i] = fmaf(d_score, row[i], d_query[i]);
-      const u32 e = lane_id() + WARP * i;
-      if (e < head_size) {
-        store1(d_keys + size_t(t) * d_kv_ld + e, d_score * query[i]);
-        store1(d_keys + size_t(t) * d_kv_ld + width + e, weight * d_out[i]);
+      for (u32 i = 0; i < AHEAD; ++i) {
+        const u32 t = share.first + (round * AHEAD + i) * share.stride;
+        if (t >= tokens) continue;
+        const float weight = weights[t], d_score = gradients[t];
+        float row[VEC], d_key[VEC], d_value[VEC];
+        unpack8(raw[i], row);
+#pragma unroll
+        for (u32 e = 0; e < VEC; ++e) {
+          d_query[e] = fmaf(d_score, row[e], d_query[e]);
+          d_key[e] = d_score * query[e];
+          d_value[e] = weight * d_out[e];
+        }
+        T* to = d_keys + size_t(t) * d_kv_ld;
+        store_values<WHOLE>(to, share.n, d_key);
+        store_values<WHOLE>(to + width, share.n, d_value);
       }
     }
+    // The next image's products and weights go where these were read.
+    block_sync();
   }
-  const float total = sum_of_warps(d_query, scratch);
-  if (threadIdx.x < head_size) parts[size_t(image) * width + column + threadIdx.x] = total;
+  const float total = sum_of_block(share, d_query, scratch);
+  if (threadIdx.x >= head_size) return;
+  if (parts != nullptr) {
+    parts[size_t(slice) * width + column + threadIdx.x] = total;
+  } else {
+    store1(d_q + size_t(slice) * d_q_ld + column + threadIdx.x, total);
+  }
 }
 
 template <typename T>
-__device__ __forceinline__ void sum_images(const float* parts, T* d_q, u32 images, u32 width) {
+__device__ __forceinline__ void sum_slices(const float* parts, T* d_q, u32 slices, u32 width) {
   const u32 column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column >= width) return;
   float sum = 0.0f;
 #pragma unroll 8
-  for (u32 image = 0; image < images; ++image) sum += parts[size_t(image) * width + column];
+  for (u32 slice = 0; slice < slices; ++slice) sum += parts[size_t(slice) * width + column];
   store1(d_q + column, sum);
 }
 
 }  // namespace
 
-#define PROBE(suffix, T)                                                                                    \
-  KERNEL(probe_attention_##suffix, 128, 4)                                                                  \
-  (const T* q, const T* kv, u32 kv_ld, float* p, u32 p_ld, T* o, u32 o_ld, float scale, u32 tokens,         \
-   u32 heads, u32 head_size) {                                                                              \
-    forward<T>(q, kv, kv_ld, p, p_ld, o, o_ld, scale, tokens, heads, head_size);                            \
-  }                                                                                                         \
-  KERNEL(probe_attention_backward_##suffix, 128, 4)                                                         \
-  (const T* q, const T* kv, u32 kv_ld, const float* p, u32 p_ld, const T* d_o, u32 d_o_ld, float* parts,    \
-   T* d_kv, u32 d_kv_ld, float scale, u32 tokens, u32 heads, u32 head_size) {                               \
-    backward<T>(q, kv, kv_ld, p, p_ld, d_o, d_o_ld, parts, d_kv, d_kv_ld, scale, tokens, heads, head_size); \
-  }                                                                                                         \
-  KERNEL(probe_attention_backward_query_##suffix, 128, 1)                                                   \
-  (const float* parts, T* d_q, u32 images, u32 width) {                                                     \
-    sum_images<T>(parts, d_q, images, width);                                                               \
+#define PROBE(suffix, T)                                                                                     \
+  HOT_KERNEL(probe_attention_##suffix, 128, 4)                                                               \
+  (const StepCells* cells, MaskArgs dropout, const T* q, u32 q_ld, const T* kv, u32 kv_ld, float* p,         \
+   u32 p_ld, T* o, u32 o_ld, float scale, u32 tokens, u32 heads, u32 head_size, u32 whole) {                 \
+    const Mask mask = bind_mask(dropout, cells);                                                             \
+    if (whole)                                                                                               \
+      forward<true>(mask, q, q_ld, kv, kv_ld, p, p_ld, o, o_ld, scale, tokens, heads, head_size);            \
+    else                                                                                                     \
+      forward<false>(mask, q, q_ld, kv, kv_ld, p, p_ld, o, o_ld, scale, tokens, heads, head_size);           \
+  }                                                                                                          \
+  HOT_KERNEL(probe_attention_backward_##suffix, 128, 4)                                                      \
+  (const StepCells* cells, MaskArgs dropout, const T* q, u32 q_ld, const T* kv, u32 kv_ld, const float* p,   \
+   u32 p_ld, const T* d_o, u32 d_o_ld, T* d_q, u32 d_q_ld, float* parts, T* d_kv, u32 d_kv_ld, float scale,  \
+   u32 images, u32 tokens, u32 heads, u32 head_size, u32 whole) {                                            \
+    const Mask mask = bind_mask(dropout, cells);                                                             \
+    if (whole)                                                                                               \
+      backward<true>(mask, q, q_ld, kv, kv_ld, p, p_ld, d_o, d_o_ld, d_q, d_q_ld, parts, d_kv, d_kv_ld,      \
+                     scale, images, tokens, heads, head_size);                                               \
+    else                                                                                                     \
+      backward<false>(mask, q, q_ld, kv, kv_ld, p, p_ld, d_o, d_o_ld, d_q, d_q_ld, parts, d_kv, d_kv_ld,     \
+                      scale, images, tokens, heads, head_size);                                              \
+  }                                                                                                          \
+  KERNEL(probe_attention_backward_query_##suffix, 128, 1)                                                    \
+  (const float* parts, T* d_q, u32 slices, u32 width) {                                                      \
+    sum_slices<T>(parts, d_q, slices, width);                                                                \
   }
 
 PROBE(f32, float)

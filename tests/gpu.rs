@@ -46,15 +46,27 @@ fn every_kernel_equals_float64_under_three_schedules() {
 
 #[test]
 fn training_follows_the_cpu() {
+    follows_the_cpu("gap", &[]);
+}
+
+#[test]
+fn training_with_the_class_token_alone_follows_the_cpu() {
+    let token = ["model.pool=token", "model.posemb=learned", "model.posemb_join=after"];
+    follows_the_cpu("token", &token);
+    follows_the_cpu("token-recomputed", &[&token[..], &["train.recompute=block"]].concat());
+}
+
+fn follows_the_cpu(name: &str, more: &[&str]) {
     let Some(folder) = stand_in() else { return };
-    let on_cpu = path("cpu");
-    finish(command(&small(&on_cpu, &["--device", "cpu"]))).ok();
+    let on_cpu = path(&format!("cpu-{name}"));
+    finish(command(&small(&on_cpu, &[&["--device", "cpu"][..], more].concat()))).ok();
     let cpu = (series(&on_cpu, "loss"), series(&on_cpu, "grad_norm"));
     assert_eq!(cpu.0.len(), 12);
     for (precision, tolerance) in [("f32", 1e-4), ("bf16", 0.05)] {
-        let out = path(&format!("cuda-{precision}"));
+        let out = path(&format!("cuda-{name}-{precision}"));
         let precision = format!("train.precision={precision}");
-        let done = run(&folder, "checks=on", &small(&out, &["--device", "cuda", &precision])).ok();
+        let args = small(&out, &[&["--device", "cuda", &precision][..], more].concat());
+        let done = run(&folder, "checks=on", &args).ok();
         assert!(!done.stderr.contains("stand-in GPU:"), "{}", done.stderr);
         for (name, ours, theirs) in
             [("loss", series(&out, "loss"), &cpu.0), ("grad_norm", series(&out, "grad_norm"), &cpu.1)]

@@ -8,7 +8,7 @@ use vitrum::backend::{
 };
 use vitrum::rng::{Domain, Stream};
 use vitrum::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
-use vitrum::vit::{Mode, ModelConfig, Param, Vit};
+use vitrum::vit::{LastBlock, Mode, ModelConfig, Param, Vit};
 
 fn base() -> ModelConfig {
     ModelConfig {
@@ -47,11 +47,12 @@ struct Bench {
 
 impl Bench {
     fn new(config: ModelConfig, batch: usize, micro: usize, loss: LossKind, frozen: &[&str]) -> Self {
-        Self::with(Storage::CPU, config, batch, micro, loss, frozen)
+        Self::with(Storage::CPU, LastBlock::Pruned, config, batch, micro, loss, frozen)
     }
 
     fn with(
         storage: Storage,
+        last_block: LastBlock,
         config: ModelConfig,
         batch: usize,
         micro: usize,
@@ -61,7 +62,8 @@ impl Bench {
         config.validate().unwrap();
         let mut backend = CpuBackend::new(2).unwrap();
         let is_frozen = |p: &Param| frozen.iter().any(|f| p.name.starts_with(f));
-        let model = Vit::new(config.clone(), Normalise::INCEPTION, micro, Mode::Train, storage, is_frozen);
+        let (normalise, mode) = (Normalise::INCEPTION, Mode::Train);
+        let model = Vit::new(config.clone(), normalise, micro, mode, storage, last_block, is_frozen);
         backend.allocate(&model.plan()).unwrap();
         assert_eq!(backend.allocated_bytes(), model.plan().total_bytes());
         let mut s = Stream::new(3, Domain::Init, 99, 0);
@@ -159,8 +161,23 @@ fn mix(slot: &mut Slot) {
     slot.boxes_mut()[0] = MixBox { y0: 1, x0: 2, y1: 5, x1: 7 };
 }
 
+/// With all of the last block and without what nobody reads, where that differs.
 fn check(what: &str, config: ModelConfig) {
-    Bench::new(config, 3, 3, LossKind::Softmax, &[]).check(what);
+    if config.reads_class_token_alone() {
+        let whole = LastBlock::Whole;
+        Bench::with(Storage::CPU, whole, config.clone(), 3, 3, LossKind::Softmax, &[]).check(what);
+    }
+    Bench::new(config, 3, 3, LossKind::Softmax, &[]).check(&format!("{what}, pruned"));
+}
+
+fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt()
+}
+
+/// How far `a` lies from `b`.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    norm(&a.iter().zip(b).map(|(a, b)| a - b).collect::<Vec<_>>())
 }
 
 #[test]
@@ -205,6 +222,88 @@ fn gradients_with_masks_and_layer_scale_are_right() {
 }
 
 #[test]
+fn a_pruned_last_block_changes_nothing_but_rounding() {
+    let masked = ModelConfig {
+        dropout: 0.2,
+        attention_dropout: 0.2,
+        drop_path: 0.4,
+        drop_path_mode: DropPathMode::Constant,
+        ..base()
+    };
+    let cases = [
+        ("plain", base()),
+        ("masked", masked.clone()),
+        ("layer scale, masked", ModelConfig { layer_scale: 0.4, gelu: Gelu::Erf, ..masked.clone() }),
+        ("layer scale", ModelConfig { layer_scale: 0.4, ..base() }),
+        ("representation", ModelConfig { rep_size: 11, ..masked.clone() }),
+        ("one block", ModelConfig { depth: 1, ..masked.clone() }),
+        ("odd sizes", ModelConfig { width: 21, mlp: 13, posemb_join: PosembJoin::Before, ..masked }),
+    ];
+    let end = ["patch_embed", "cls_token", "pos_embed", "blocks.0."];
+    let part = ["blocks.1.attn.qkv.weight", "blocks.1.mlp.fc2", "blocks.0.attn.qkv.bias"];
+    let head = ["patch_embed", "cls_token", "pos_embed", "blocks."];
+    for (what, config) in cases {
+        for recompute in [Recompute::None, Recompute::LnGelu, Recompute::Block] {
+            for frozen in [&[][..], &end, &part, &head] {
+                let run = |last_block| {
+                    let storage = Storage { recompute, ..Storage::CPU };
+                    let loss = LossKind::Softmax;
+                    let mut bench = Bench::with(storage, last_block, config.clone(), 4, 2, loss, frozen);
+                    let loss = bench.run(false);
+                    let mut logits = vec![0.0; 2 * bench.model.config.classes];
+                    bench.backend.read(bench.model.logits(), &mut logits).unwrap();
+                    (loss, logits, bench.gradients(), bench.model.plan().total_bytes())
+                };
+                let (whole, pruned) = (run(LastBlock::Whole), run(LastBlock::Pruned));
+                let what = format!("{what}, {recompute:?}, {frozen:?}");
+                assert!(
+                    (whole.0 - pruned.0).abs() <= 1e-6 * whole.0,
+                    "{what}: loss {} {}",
+                    whole.0,
+                    pruned.0
+                );
+                assert!(distance(&whole.1, &pruned.1) <= 2e-6 * norm(&whole.1), "{what}: logits");
+                let largest = whole.2.iter().map(|(_, g)| norm(g)).fold(0.0, f64::max);
+                assert_eq!(whole.2.len(), pruned.2.len());
+                for ((name, a), (_, b)) in whole.2.iter().zip(&pruned.2) {
+                    let (error, bound) = (distance(a, b), 3e-6 * norm(a) + 1e-7 * largest);
+                    assert!(error <= bound, "{what}: `{name}` differs by {error:.1e}, more than {bound:.1e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn pruning_takes_less_memory_and_fewer_operations_and_leaves_other_models_alone() {
+    let vit = |config: &ModelConfig, mode, last_block| {
+        Vit::new(config.clone(), Normalise::INCEPTION, 4, mode, Storage::CPU, last_block, |_| false)
+    };
+    let large = ModelConfig { depth: 12, ..ModelConfig::variant("Ti/16", 224, 1000).unwrap() };
+    for mode in [Mode::Train, Mode::Infer] {
+        let both = [LastBlock::Whole, LastBlock::Pruned].map(|last_block| vit(&large, mode, last_block));
+        let [whole, pruned] = both.each_ref().map(|model| model.plan().total_bytes());
+        // What all blocks share has to be there anyway: inference gains no memory.
+        assert!(if mode == Mode::Train { pruned < whole } else { pruned < whole + whole / 20 });
+        let [whole, pruned] = both.each_ref().map(|model| model.flops_done(true));
+        assert_eq!(whole, large.train_flops());
+        let share = 1.0 - pruned as f64 / whole as f64;
+        assert!((0.065..0.075).contains(&share), "{share} of the operations are left out");
+        assert_eq!(both[0].layout, both[1].layout);
+    }
+    let others = [
+        ModelConfig { pool: PoolKind::Gap, ..base() },
+        ModelConfig { pool: PoolKind::Map, ..base() },
+        ModelConfig { extra_tokens: 2, ..base() },
+    ];
+    for config in others {
+        let [whole, pruned] = [LastBlock::Whole, LastBlock::Pruned].map(|l| vit(&config, Mode::Train, l));
+        assert!(!pruned.pruned && pruned.plan().total_bytes() == whole.plan().total_bytes());
+        assert_eq!(pruned.flops_done(true), whole.flops_done(true));
+    }
+}
+
+#[test]
 fn gradients_of_the_sigmoid_loss_are_right() {
     Bench::new(base(), 3, 3, LossKind::Sigmoid, &[]).check("sigmoid");
 }
@@ -223,9 +322,8 @@ fn accumulation_changes_no_mask_and_no_mean() {
     for micro in [3, 2, 1] {
         let split = Bench::new(config.clone(), 6, micro, LossKind::Softmax, &[]).gradients();
         for ((name, a), (_, b)) in whole.iter().zip(&split) {
-            let norm: f32 = a.iter().map(|x| x * x).sum::<f32>().sqrt();
-            let difference: f32 = a.iter().zip(b).map(|(x, y)| (x - y) * (x - y)).sum::<f32>().sqrt();
-            let bound = 1e-5 * norm + 1e-6 * largest;
+            let (norm, difference) = (norm(a), distance(a, b));
+            let bound = 1e-5 * norm + 1e-6 * f64::from(largest);
             assert!(difference <= bound, "micro-batch {micro}: `{name}` differs by {difference} of {norm}");
         }
     }
@@ -260,10 +358,13 @@ fn what_is_recomputed_changes_no_bit_of_a_gradient_and_takes_less_memory() {
     let masked = ModelConfig { dropout: 0.2, attention_dropout: 0.1, drop_path: 0.3, ..plain.clone() };
     let scaled = ModelConfig { layer_scale: 0.1, gelu: Gelu::Erf, ..plain.clone() };
     for (what, config) in [("plain", plain), ("masked", masked), ("scaled", scaled)] {
-        for frozen in [&[][..], &["patch_embed", "cls_token", "pos_embed", "blocks.0.", "blocks.1."]] {
+        let half = ["patch_embed", "cls_token", "pos_embed", "blocks.0.", "blocks.1."];
+        let cases = [(LastBlock::Pruned, &[][..]), (LastBlock::Pruned, &half), (LastBlock::Whole, &half)];
+        for (last_block, frozen) in cases {
             let run = |recompute| {
                 let storage = Storage { recompute, ..Storage::CPU };
-                let mut bench = Bench::with(storage, config.clone(), 4, 2, LossKind::Softmax, frozen);
+                let config = config.clone();
+                let mut bench = Bench::with(storage, last_block, config, 4, 2, LossKind::Softmax, frozen);
                 (bench.gradients(), bench.model.plan().total_bytes())
             };
             let (kept, all) = run(Recompute::None);

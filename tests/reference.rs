@@ -4,10 +4,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use vitrum::backend::{Device, Loss, LossKind, Pixels, Slot, SlotLayout, TargetKind};
-use vitrum::train::loaded::{Loaded, gradients};
+use vitrum::backend::{self, Device, Loss, LossKind, Pixels, Slot, SlotLayout, TargetKind};
+use vitrum::train::loaded::{Loaded, gradients, load_weights};
 use vitrum::train::{batch_file::BatchFile, replay};
-use vitrum::vit::Mode;
+use vitrum::vit::{LastBlock, Mode, Vit};
 use vitrum::weights::safetensors::{SafeTensors, View, write};
 use vitrum::weights::{self, Numbering, Tensor, Tensors};
 
@@ -79,6 +79,18 @@ fn flax_gradients(run: &mut Loaded, numbering: Numbering) -> Tensors {
     weights::to_flax_tensors(&run.model.config, numbering, &own).unwrap()
 }
 
+/// A file's model on the CPU, ready for gradients, with or without what nobody reads of its last block.
+fn open(path: &Path, samples: usize, image: (usize, usize), last_block: LastBlock) -> Loaded {
+    let mut file = weights::open(path, &Default::default()).unwrap();
+    file.set_image(image).unwrap();
+    let mut backend = backend::select(Device::Cpu, &Default::default()).unwrap();
+    let (config, normalise, storage) = (file.config.clone(), file.meta.normalise, backend.storage());
+    let model = Vit::new(config, normalise, samples, Mode::Train, storage, last_block, |_| false);
+    backend.allocate(&model.plan()).unwrap();
+    load_weights(&file, &model, &mut *backend).unwrap();
+    Loaded { backend, model, meta: file.meta }
+}
+
 #[test]
 fn logits_losses_and_every_gradient_equal_the_reference() {
     let Some(folder) = reference() else { return };
@@ -90,15 +102,6 @@ fn logits_losses_and_every_gradient_equal_the_reference() {
         let side = |i: usize| config["image"][i].as_u64().unwrap() as usize;
         let samples = io.shape("images_u8").unwrap()[0];
         let path = case.join("params.npz");
-        let mut run = Loaded::open(
-            &path,
-            &Default::default(),
-            Device::Cpu,
-            samples,
-            Mode::Train,
-            Some((side(0), side(1))),
-        )
-        .unwrap();
 
         let mut files: BTreeMap<&str, Tensors> = BTreeMap::new();
         let stored = SafeTensors::open(&case.join("grads.safetensors")).unwrap();
@@ -111,42 +114,55 @@ fn logits_losses_and_every_gradient_equal_the_reference() {
             }
         }
 
-        for (loss, kind, smooth) in LOSSES {
-            let label_smoothing =
-                if smooth { config["label_smoothing"].as_f64().unwrap() as f32 } else { 0.0 };
-            let batch = slot(&run, &io, loss);
-            let report =
-                gradients(&mut *run.backend, &run.model, Loss { kind, label_smoothing }, batch).unwrap();
-            let want = io.f64(&format!("loss.{loss}.f64")).unwrap()[0];
-            assert!(
-                (report.loss - want).abs() <= 1e-5 * want.abs(),
-                "{name}: loss {loss}: {} for {want}",
-                report.loss
-            );
+        for last_block in [LastBlock::Pruned, LastBlock::Whole] {
+            let mut run = open(&path, samples, (side(0), side(1)), last_block);
+            for (loss, kind, smooth) in LOSSES {
+                let label_smoothing =
+                    if smooth { config["label_smoothing"].as_f64().unwrap() as f32 } else { 0.0 };
+                let batch = slot(&run, &io, loss);
+                let report =
+                    gradients(&mut *run.backend, &run.model, Loss { kind, label_smoothing }, batch).unwrap();
+                let want = io.f64(&format!("loss.{loss}.f64")).unwrap()[0];
+                assert!(
+                    (report.loss - want).abs() <= 1e-5 * want.abs(),
+                    "{name}, {last_block:?}: loss {loss}: {} for {want}",
+                    report.loss
+                );
 
-            let mut logits = vec![0.0; samples * run.model.config.classes];
-            run.backend.read(run.model.logits(), &mut logits).unwrap();
-            let want: Vec<f32> = io.f64("logits_f64").unwrap().iter().map(|x| *x as f32).collect();
-            let error = rel_l2(&logits, &want);
-            assert!(error <= 1e-5, "{name}: logits differ by {error:.1e}");
+                let mut logits = vec![0.0; samples * run.model.config.classes];
+                run.backend.read(run.model.logits(), &mut logits).unwrap();
+                let want: Vec<f32> = io.f64("logits_f64").unwrap().iter().map(|x| *x as f32).collect();
+                let error = rel_l2(&logits, &want);
+                assert!(error <= 1e-5, "{name}, {last_block:?}: logits differ by {error:.1e}");
 
-            let Some(wanted) = files.get(loss) else { continue };
-            let got = flax_gradients(&mut run, Numbering::Published);
-            let largest = wanted.values().flat_map(|t| &t.values).fold(0.0f32, |m, v| m.max(v.abs()));
-            if loss == "ce" {
-                assert_eq!(got.len(), wanted.len(), "{name}: every parameter has a gradient");
-            }
-            for (tensor, want) in wanted {
-                let got = &got[tensor];
-                assert_eq!(got.shape, want.shape, "{name}: {tensor}");
-                if tensor.ends_with("key/bias") {
-                    let noise = got.values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-                    assert!(noise <= 1e-6 * largest, "{name}: {loss}: `{tensor}` is {noise:.1e}, not zero");
-                    continue;
+                let Some(wanted) = files.get(loss) else { continue };
+                let got = flax_gradients(&mut run, Numbering::Published);
+                let largest = wanted.values().flat_map(|t| &t.values).fold(0.0f32, |m, v| m.max(v.abs()));
+                if loss == "ce" {
+                    assert_eq!(
+                        got.len(),
+                        wanted.len(),
+                        "{name}, {last_block:?}: every parameter has a gradient"
+                    );
                 }
-                let error = rel_l2(&got.values, &want.values);
-                assert!(error <= 1e-5, "{name}: {loss}: gradient of `{tensor}` differs by {error:.1e}");
-                compared += 1;
+                for (tensor, want) in wanted {
+                    let got = &got[tensor];
+                    assert_eq!(got.shape, want.shape, "{name}, {last_block:?}: {tensor}");
+                    if tensor.ends_with("key/bias") {
+                        let noise = got.values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                        assert!(
+                            noise <= 1e-6 * largest,
+                            "{name}, {last_block:?}: {loss}: `{tensor}` is {noise:.1e}, not zero"
+                        );
+                        continue;
+                    }
+                    let error = rel_l2(&got.values, &want.values);
+                    assert!(
+                        error <= 1e-5,
+                        "{name}, {last_block:?}: {loss}: gradient of `{tensor}` differs by {error:.1e}"
+                    );
+                    compared += 1;
+                }
             }
         }
     }

@@ -169,14 +169,15 @@ fn forward_and_backward_lie_side_by_side() {
 
 /// The numbered steps of each function that has any. Every operation of such a function must have a number.
 fn passes(path: &str) -> BTreeMap<String, Vec<Step>> {
-    let head = Regex::new(r"^fn (\w+)").unwrap();
-    let call = Regex::new(r"\b(?:b\.(\w+)|recompute::(matmul)_gelu)\(").unwrap();
+    // Attention is a step of a block, and has steps of its own.
+    let head = Regex::new(r"^(?:pub\(super\) fn (attention)|fn (\w+))").unwrap();
+    let call = Regex::new(r"\b(?:b\.(\w+)|recompute::(matmul)_gelu)\(|^    (attention)\(").unwrap();
     let number = Regex::new(r"// (\d+)$").unwrap();
     let mut functions: BTreeMap<String, Vec<Step>> = BTreeMap::new();
     let (mut function, mut open) = (None, None);
     for line in read(path).lines() {
         if let Some(head) = head.captures(line) {
-            function = Some(head[1].to_string());
+            function = head.get(1).or(head.get(2)).map(|name| name.as_str().to_string());
         }
         if line == "}" {
             function = None;
@@ -185,7 +186,7 @@ fn passes(path: &str) -> BTreeMap<String, Vec<Step>> {
         if let Some(call) = call.captures(line) {
             assert_eq!(open, None, "{path}, fn {function}: an operation without a number before `{line}`");
             // `matmul` and `matmul_backward` are the two directions of one operation; `scale` is its own.
-            let name = call.get(1).or(call.get(2)).expect("one of the two").as_str();
+            let name = call.get(1).or(call.get(2)).or(call.get(3)).expect("one of the three").as_str();
             let operation = name.strip_suffix("_backward").unwrap_or(name).to_string();
             open = Some(operation);
         }

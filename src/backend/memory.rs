@@ -61,7 +61,7 @@ impl Dtype {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mat {
     pub arena: Arena,
-    /// Byte offset of the first element; a multiple of 16.
+    /// Byte offset of the first element; a multiple of 256 where a tensor starts.
     pub offset: usize,
     pub rows: usize,
     pub cols: usize,
@@ -85,8 +85,25 @@ impl Mat {
 
     /// The first `rows` rows.
     pub fn first_rows(self, rows: usize) -> Mat {
-        assert!(rows <= self.rows, "{rows} rows of {}", self.rows);
-        Mat { rows, ..self }
+        self.row_range(0, rows)
+    }
+
+    /// `count` rows from `first` on.
+    pub fn row_range(self, first: usize, count: usize) -> Mat {
+        assert!(first + count <= self.rows, "rows {first}..{} of {}", first + count, self.rows);
+        Mat { offset: self.offset + first * self.ld * self.dtype.bytes(), rows: count, ..self }
+    }
+
+    /// `count` columns from `first` on.
+    pub fn column_range(self, first: usize, count: usize) -> Mat {
+        assert!(first + count <= self.cols, "columns {first}..{} of {}", first + count, self.cols);
+        Mat { offset: self.offset + first * self.dtype.bytes(), cols: count, ..self }
+    }
+
+    /// Row 0 of every `group` rows: the class tokens of `[B·T, ..]`, with `group` T.
+    pub fn every_row(self, group: usize) -> Mat {
+        assert!(self.rows.is_multiple_of(group), "{} rows in groups of {group}", self.rows);
+        Mat { rows: self.rows / group, ld: self.ld * group, ..self }
     }
 }
 

@@ -9,8 +9,9 @@
 //! Nothing here knows what a Vision Transformer is. Letters: B samples of the micro-batch, T tokens, R = B·T rows,
 //! D width, H heads, Dh head size, M mlp width, C classes.
 //!
-//! Gradient contract: in one backward pass each parameter's gradient is produced by exactly one operation. It is
-//! assigned in the first micro-batch of a step and added to in the others ([`Micro::accumulate`]).
+//! Gradient contract: in one backward pass each element of a parameter's gradient is produced by exactly one operation
+//! (two operations may share a parameter by disjoint views, [`Linear::outputs`]). It is assigned in the first micro-batch
+//! of a step and added to in the others ([`Micro::accumulate`]).
 
 pub mod batch;
 pub mod cpu;
@@ -90,6 +91,18 @@ pub struct Linear {
     pub bias: Mat,             // [1, out]
     pub d_weight: Option<Mat>, // None: frozen
     pub d_bias: Option<Mat>,
+}
+
+impl Linear {
+    /// The layer that gives outputs `first..first + count` alone: views, no copies.
+    pub fn outputs(self, first: usize, count: usize) -> Linear {
+        Linear {
+            weight: self.weight.row_range(first, count),
+            bias: self.bias.column_range(first, count),
+            d_weight: self.d_weight.map(|d| d.row_range(first, count)),
+            d_bias: self.d_bias.map(|d| d.column_range(first, count)),
+        }
+    }
 }
 
 /// A LayerNorm's parameters.
@@ -542,15 +555,19 @@ pub trait Backend: Send {
         d_o: Mat,
         d_qkv: Mat,
     ) -> Result<()>;
-    /// One query `q: [1, H·Dh]` for all samples over `kv: [B·T, 2·H·Dh]`: `o: [B, H·Dh]`, `p: [B·H, T]` the probabilities.
-    fn probe_attention(&mut self, heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat) -> Result<()>;
-    /// `d_q: [1, H·Dh]` (summed over samples) and `d_kv` from `d_o`.
+    /// One query per sample, `q: [B, H·Dh]`, or one for all, `q: [1, H·Dh]`, over `kv: [B·T, 2·H·Dh]`: `o: [B, H·Dh]`, and
+    /// `p: [B·H, T]`, dense, the probabilities before dropout. The masks are those of the first token's query in
+    /// [`Backend::attention`].
+    fn probe_attention(&mut self, heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat, dropout: Mask)
+    -> Result<()>;
+    /// `d_q`, shaped as `q` (summed over the samples where they share it), and `d_kv` from `d_o`.
     fn probe_attention_backward(
         &mut self,
         heads: Heads,
         q: Mat,
         kv: Mat,
         p: Mat,
+        dropout: Mask,
         d_o: Mat,
         d_q: Mat,
         d_kv: Mat,

@@ -273,8 +273,16 @@ impl Backend for Timed {
         self.time("attention_backward", |b| b.attention_backward(heads, qkv, o, lse, dropout, d_o, d_qkv))
     }
 
-    fn probe_attention(&mut self, heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat) -> Result<()> {
-        self.time("probe_attention", |b| b.probe_attention(heads, q, kv, p, o))
+    fn probe_attention(
+        &mut self,
+        heads: Heads,
+        q: Mat,
+        kv: Mat,
+        p: Mat,
+        o: Mat,
+        dropout: Mask,
+    ) -> Result<()> {
+        self.time("probe_attention", |b| b.probe_attention(heads, q, kv, p, o, dropout))
     }
 
     fn probe_attention_backward(
@@ -283,11 +291,14 @@ impl Backend for Timed {
         q: Mat,
         kv: Mat,
         p: Mat,
+        dropout: Mask,
         d_o: Mat,
         d_q: Mat,
         d_kv: Mat,
     ) -> Result<()> {
-        self.time("probe_attention_backward", |b| b.probe_attention_backward(heads, q, kv, p, d_o, d_q, d_kv))
+        self.time("probe_attention_backward", |b| {
+            b.probe_attention_backward(heads, q, kv, p, dropout, d_o, d_q, d_kv)
+        })
     }
 
     // Head ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ pub enum What {
 }
 
 #[derive(clap::Args)]
+#[command(after_help = "Where the class token alone is read, the last block works out nothing else: \
+                        `--set train.prune_last_block=false` times it in full.")]
 pub struct Args {
     /// The model's variant
     #[arg(long, value_name = "NAME/PATCH", default_value = "Ti/16")]

@@ -404,6 +404,9 @@ pub struct TrainSection {
     pub micro_batch: MicroBatch,
     /// Activations that the backward works out again to save memory: `none`, `ln+gelu` or `block`.
     pub recompute: Recompute,
+    /// In a model that reads the class token alone, work out only its part of the last block: the same result with some
+    /// last bits rounded otherwise, in less time. Other models do not differ.
+    pub prune_last_block: bool,
     pub precision: Precision,
     pub seed: u64,
     /// Matrix product algorithms by rule, not by timing: two fresh runs agree to the bit on a GPU too.
@@ -435,6 +438,7 @@ impl Default for TrainSection {
             batch: 128,
             micro_batch: MicroBatch::Samples(0),
             recompute: Recompute::None,
+            prune_last_block: true,
             precision: Precision::Auto,
             seed: 0,
             deterministic: false,

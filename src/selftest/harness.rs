@@ -105,6 +105,17 @@ impl Operand {
     pub(super) fn row(&self, r: usize) -> &[f64] {
         &self.values[r * self.mat.cols..][..self.mat.cols]
     }
+
+    /// A part of it, with its values.
+    pub(super) fn view(&self, mat: Mat) -> Operand {
+        let first = (mat.offset - self.mat.offset) / mat.dtype.bytes();
+        let at = |r: usize, c: usize| {
+            let place = first + r * mat.ld + c;
+            self.row(place / self.mat.ld)[place % self.mat.ld]
+        };
+        let values = (0..mat.rows).flat_map(|r| (0..mat.cols).map(move |c| at(r, c))).collect();
+        Operand { mat, values }
+    }
 }
 
 /// One comparison.
@@ -492,6 +503,18 @@ pub(super) struct Dense {
 }
 
 impl Dense {
+    /// [`Linear::outputs`]
+    pub(super) fn outputs(&self, first: usize, count: usize) -> Dense {
+        let part = self.handles().outputs(first, count);
+        let view = |of: &Option<Operand>, mat| of.as_ref().zip(mat).map(|(of, mat)| of.view(mat));
+        Dense {
+            weight: self.weight.view(part.weight),
+            bias: self.bias.view(part.bias),
+            d_weight: view(&self.d_weight, part.d_weight),
+            d_bias: view(&self.d_bias, part.d_bias),
+        }
+    }
+
     pub(super) fn handles(&self) -> Linear {
         Linear {
             weight: self.weight.mat,

@@ -101,6 +101,16 @@ pub(super) fn cases() -> Vec<Case> {
         let title = format!("{}{form}{}", shape.title(), work.title());
         cases.push(Case::new(operation, title, move |t| matmul_backward(t, shape, work)));
     }
+    // A row of 60 ends off the 16-byte boundaries of bf16, one of 64 on them.
+    for width in [60, 64] {
+        let title = format!("some outputs of {width} → {}, the first row of each sample", 3 * width);
+        cases.push(Case::new("matmul bias", title.clone(), move |t| matmul_of_views(t, width)));
+        for accumulate in [false, true] {
+            let title = format!("{title}{}", if accumulate { ", accumulating" } else { "" });
+            let body = move |t: &mut Trial| matmul_backward_of_views(t, width, accumulate);
+            cases.push(Case::new("matmul_backward add", title, body));
+        }
+    }
     cases
 }
 
@@ -253,4 +263,51 @@ fn matmul_backward(t: &mut Trial, shape: Shape, work: Work) -> crate::error::Res
         _ => t.compare("d_x", &d_x, &expected, sum_of(out) + ELEMENTWISE)?,
     }
     Ok(())
+}
+
+/// Samples and tokens of the cases on views: a class token's query, key and value are made like this.
+const VIEWED: (usize, usize) = (3, 5);
+
+fn matmul_of_views(t: &mut Trial, width: usize) -> crate::error::Result<()> {
+    let (samples, tokens) = VIEWED;
+    t.samples(samples, false);
+    let x = t.input(samples * tokens, width, 1.5);
+    let layer = t.linear(3 * width, width, [false; 2], false).outputs(width, 2 * width);
+    let y = t.output(samples, 2 * width);
+    let first = x.view(x.mat.every_row(tokens));
+    let product = times_transposed(&first, &layer.weight);
+    let expected: Vec<f64> =
+        product.iter().enumerate().map(|(i, z)| z + layer.bias.values[i % (2 * width)]).collect();
+
+    t.start()?.matmul(first.mat, &layer.handles(), Epilogue::Bias, y.mat)?;
+    t.compare("y", &y, &expected, sum_of(width))
+}
+
+fn matmul_backward_of_views(t: &mut Trial, width: usize, accumulate: bool) -> crate::error::Result<()> {
+    let (samples, tokens) = VIEWED;
+    t.samples(samples, accumulate);
+    let x = t.input(samples * tokens, width, 1.0);
+    let d_y = t.input(samples, 2 * width, 1.0);
+    let layer = t.linear(3 * width, width, [true; 2], accumulate).outputs(width, 2 * width);
+    let d_x = t.input(samples * tokens, width, 1.5);
+    let [first, d_first] = [&x, &d_x].map(|all| all.view(all.mat.every_row(tokens)));
+    let mut expected = d_first.values.clone();
+    let (mut d_weight, mut d_bias) = (vec![0.0; 2 * width * width], vec![0.0; 2 * width]);
+    for r in 0..samples {
+        for (j, d) in d_y.row(r).iter().enumerate() {
+            d_bias[j] += d;
+            for k in 0..width {
+                expected[r * width + k] += d * layer.weight.row(j)[k];
+                d_weight[j * width + k] += d * first.row(r)[k];
+            }
+        }
+    }
+
+    let add = InputGrad::Add(d_first.mat);
+    t.start()?.matmul_backward(d_y.mat, first.mat, &layer.handles(), add)?;
+    for (name, grad, sum) in [("d_weight", &layer.d_weight, d_weight), ("d_bias", &layer.d_bias, d_bias)] {
+        let grad = grad.as_ref().expect("the layer is trained");
+        t.compare(name, grad, &accumulated(grad, accumulate, &sum), sum_of(samples))?;
+    }
+    t.compare("d_x", &d_first, &expected, sum_of(2 * width) + ELEMENTWISE)
 }

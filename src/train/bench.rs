@@ -19,7 +19,7 @@ use crate::rng::{Domain, Stream};
 use crate::vit::{Mode, Vit};
 
 use super::bench_kernels::{self, Ceilings};
-use super::{Trainer, build, settle};
+use super::{Trainer, build, run, settle};
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
@@ -46,8 +46,12 @@ pub struct Measured {
     pub ms_per_step: f64,
     pub best_ms: f64,
     pub img_per_s: f64,
-    /// Matrix products only; training counts three forward passes.
+    /// Matrix products only; training counts three forward passes. Of the whole model, as others count it.
     pub gflops: f64,
+    /// The operations that are done: fewer where the last block works out the class token only.
+    pub gflops_done: f64,
+    /// Says so.
+    pub last_block: Option<String>,
     /// Share of the time in which the step waited for the loader.
     pub data_wait: Option<f64>,
     pub arena_bytes: usize,
@@ -135,6 +139,7 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
     let model = subject.model();
     let (batch, config) = (recipe.train.batch, &model.config);
     let flops = if options.train { config.train_flops() } else { 2 * config.forward_macs() };
+    let rate = |flops: u64| flops as f64 * batch as f64 / median / 1e9;
     let device = subject.backend().describe();
     let memory_bytes = if device.starts_with("cuda,") { Some(Cuda::used_memory()?) } else { None };
     let mut measured = Measured {
@@ -146,7 +151,9 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
         ms_per_step: median * 1e3,
         best_ms: rounds[0] * 1e3,
         img_per_s: batch as f64 / median,
-        gflops: flops as f64 * batch as f64 / median / 1e9,
+        gflops: rate(flops),
+        gflops_done: rate(model.flops_done(options.train)),
+        last_block: run::last_block_line(model),
         data_wait: options.data.is_some().then(|| (source.waited() - waited_before) / total),
         arena_bytes: subject.backend().allocated_bytes(),
         first_step,
@@ -308,10 +315,13 @@ impl Measured {
         let mut lines = vec![
             format!("{}, GELU {}", self.device, self.gelu),
             format!(
-                "{}   batch {}   {:.1} ms/step (best {:.1})   {:.1} img/s   {:.1} GFLOP/s",
-                self.model, self.batch, self.ms_per_step, self.best_ms, self.img_per_s, self.gflops
+                "{}   batch {}   {:.1} img/s   {:.1} ms/step (best {:.1})   {:.1} GFLOP/s",
+                self.model, self.batch, self.img_per_s, self.ms_per_step, self.best_ms, self.gflops
             ),
         ];
+        if let Some(line) = &self.last_block {
+            lines.push(format!("{line}: {:.1} GFLOP/s done", self.gflops_done));
+        }
         let peak = self.peak_rss_bytes.map_or("unknown".into(), format::bytes);
         lines.push(format!("memory: {} planned, {peak} at the peak", format::bytes(self.arena_bytes as u64)));
         if let Some(seconds) = self.first_step {
@@ -379,6 +389,8 @@ impl Measured {
             "best_ms_per_step": self.best_ms,
             "img_per_s": self.img_per_s,
             "gflops": self.gflops,
+            "gflops_done": self.gflops_done,
+            "last_block": if self.last_block.is_some() { "class token" } else { "whole" },
             "data_wait": self.data_wait,
             "first_step_s": self.first_step,
             "card": on_card,

@@ -5,7 +5,7 @@ use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::optim::{self, Optimizer, RunLength};
 use crate::recipe::{MicroBatch, Recipe, SlotPixels};
-use crate::vit::{Mode, Param, Vit};
+use crate::vit::{LastBlock, Mode, Param, Vit};
 
 use super::trainer::TrainerOptions;
 
@@ -19,7 +19,8 @@ pub fn model(recipe: &Recipe, mode: Mode, storage: Storage) -> Result<Vit> {
     let config = recipe.model_config(classes)?;
     let frozen = |param: &Param| optim::is_frozen(&recipe.optim, param);
     let storage = Storage { recompute: recipe.train.recompute, ..storage };
-    Ok(Vit::new(config, Normalise::INCEPTION, micro_batch(recipe)?, mode, storage, frozen))
+    let last_block = if recipe.train.prune_last_block { LastBlock::Pruned } else { LastBlock::Whole };
+    Ok(Vit::new(config, Normalise::INCEPTION, micro_batch(recipe)?, mode, storage, last_block, frozen))
 }
 
 /// The recipe's optimiser for a data set of `data_size` images.

@@ -7,7 +7,7 @@ use crate::backend::{
 };
 use crate::data;
 use crate::error::Result;
-use crate::vit::{Mode, Vit};
+use crate::vit::{LastBlock, Mode, Vit};
 use crate::weights::{self, AdaptTarget, CheckpointMeta, ModelFile, ModelOverrides, RepLayer};
 
 /// Weights, model and device.
@@ -58,8 +58,15 @@ impl Loaded {
     fn on_device(file: ModelFile, device: Device, batch: usize, mode: Mode) -> Result<Self> {
         file.notes.iter().for_each(|note| eprintln!("note: {note}"));
         let mut backend = backend::select(device, &backend::Options::default())?;
-        let model =
-            Vit::new(file.config.clone(), file.meta.normalise, batch, mode, backend.storage(), |_| false);
+        let model = Vit::new(
+            file.config.clone(),
+            file.meta.normalise,
+            batch,
+            mode,
+            backend.storage(),
+            LastBlock::default(),
+            |_| false,
+        );
         let mut plan = model.plan();
         plan.set_batch(slot_layout(&model));
         backend.allocate(&plan)?;

@@ -79,7 +79,7 @@ impl Plan {
             epochs.map_or(String::new(), |e| format!(", {e:.1} epochs"))
         ));
         lines.push(format!(
-            "compute  {} in all, {} per step (3 x forward, matrix products only)",
+            "compute  {} in all, {} per step (3 x forward, matrix products only, all tokens in every block)",
             format::si(self.train_flops(), "FLOP"),
             format::si(t.batch as f64 * self.model.config.train_flops() as f64, "FLOP"),
         ));
@@ -149,6 +149,7 @@ impl Plan {
             "batch": self.recipe.train.batch,
             "train_flops": self.train_flops(),
             "train_flops_per_image": self.model.config.train_flops(),
+            "train_flops_done_per_image": self.model.flops_done(true),
             "memory": {
                 "total_bytes": self.memory.total_bytes(),
                 "params_bytes": bytes(Arena::Params),

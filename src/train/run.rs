@@ -612,7 +612,7 @@ pub fn model_lines(model: &Vit) -> Vec<String> {
         true => format!(", {:.2} M of them trained", trained as f64 / 1e6),
         false => String::new(),
     };
-    vec![
+    let mut lines = vec![
         format!(
             "model    ViT width {} depth {} heads {} mlp {} patch {}x{}, {} tokens, pool {}, {:.2} M parameters{frozen}",
             c.width,
@@ -632,7 +632,19 @@ pub fn model_lines(model: &Vit) -> Vec<String> {
             c.init,
             c.train_flops() as f64 / 1e9
         ),
-    ]
+    ];
+    if let Some(line) = last_block_line(model) {
+        lines.push(format!("         {line}"));
+    }
+    lines
+}
+
+/// What is left out of the last block, if anything is.
+pub fn last_block_line(model: &Vit) -> Option<String> {
+    let share = model.flops_done(true) as f64 / model.config.train_flops() as f64;
+    model
+        .pruned
+        .then(|| format!("last block: class token only, {} of the operations", format::percent(share)))
 }
 
 /// What the run allocates, for headers and `vitrum plan`.

@@ -1,17 +1,18 @@
 //! The backward pass: gradient of the logits → gradients of the parameters. The numbers are those of
 //! [`super::forward`], descending. It ends at the first trained block.
 
-use crate::backend::{Backend, Epilogue, InputGrad, Join, Mat};
+use crate::backend::{Backend, Epilogue, InputGrad, Join, Mask, Mat};
 use crate::error::Result;
 
-use super::graph::{Block, Graph, Head, MapHead, Scratch, Stem, Tail};
+use super::block::{Attention, Block};
+use super::graph::{Graph, Head, MapHead, Scratch, Stem, Tail};
 use super::recompute;
 
 /// Gradients of every trained parameter.
 pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     head(b, &g.head)?;
-    tail(b, &g.tail, g.last.sum(), &g.scratch)?;
-    b.residual_backward(&g.last, g.scratch.d_x, g.scratch.d_branch)?;
+    tail(b, &g.tail, g.last.sum(), g.above())?;
+    b.residual_backward(&g.last, g.above().d_x, g.above().d_branch)?;
     for layer in g.blocks[g.first_trained_block..].iter().rev() {
         recompute::restore(b, layer)?;
         block(b, layer, &g.scratch)?;
@@ -51,6 +52,9 @@ fn tail(b: &mut dyn Backend, t: &Tail, x: Mat, s: &Scratch) -> Result<()> {
             }
             Ok(())
         }
+        Tail::Norm { norm, stats, .. } => {
+            b.layernorm_backward(s.d_pooled, &Join::Ready(x), norm, *stats, s.d_x, true, s.d_branch) // 1
+        }
         Tail::NormPool { norm, stats, pool, .. } => {
             b.pool_backward(*pool, s.d_pooled, s.d_ln, true)?; // 2
             b.layernorm_backward(s.d_ln, &Join::Ready(x), norm, *stats, s.d_x, true, s.d_branch) // 1
@@ -66,24 +70,41 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, x: Mat, s: &Scratch) -> Result<()>
     b.matmul_backward(m.d_pre, m.ln, &m.fc1, InputGrad::Plain(m.d_ln))?; // 7
     b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, false, s.d_branch)?; // 6
     b.matmul_backward(d_a, m.o, &m.proj, InputGrad::Plain(m.d_o))?; // 5
-    b.probe_attention_backward(m.heads, m.q_out, m.kv_out, m.p, m.d_o, m.d_q, m.d_kv)?; // 4
+    b.probe_attention_backward(m.heads, m.q_out, m.kv_out, m.p, Mask::NONE, m.d_o, m.d_q, m.d_kv)?; // 4
     b.matmul_backward(m.d_kv, m.tokens, &m.kv, InputGrad::Plain(s.d_ln))?; // 3
     b.matmul_backward(m.d_q, m.probe, &m.q, m.d_probe)?; // 2
     b.layernorm_backward(s.d_ln, &Join::Ready(x), &m.norm, m.stats, s.d_x, true, s.d_branch) // 1
 }
 
-/// Enters with the gradient of the block's output in `d_x` (and of its MLP branch in `d_branch`), leaves with those of
-/// its input.
+/// Enters with the gradient of the block's output in `above.d_x` (and of its MLP branch in `above.d_branch`), leaves with
+/// those of its input in `s`.
 fn block(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
-    let (pre, form, dropout) = a.gelu_parts();
-    let d_act = InputGrad::Gelu { d_pre: s.d_pre, pre, form, dropout };
-    b.matmul_backward(s.d_branch, a.act, &a.fc2, d_act)?; // 7
-    b.matmul_backward(s.d_pre, a.ln2, &a.fc1, InputGrad::Plain(s.d_ln))?; // 6
-    b.layernorm_backward(s.d_ln, &a.mid, &a.norm2, a.stats2, s.d_x, false, s.d_branch)?; // 5
-    b.matmul_backward(s.d_branch, a.o, &a.proj, InputGrad::Plain(s.d_o))?; // 4
-    b.attention_backward(a.heads, a.qkv_out, a.o, a.lse, a.attention_dropout, s.d_o, s.d_qkv)?; // 3
-    b.matmul_backward(s.d_qkv, a.ln1, &a.qkv, InputGrad::Plain(s.d_ln))?; // 2
+    let (above, (pre, form, dropout)) = (&a.above, a.gelu_parts());
+    let d_act = InputGrad::Gelu { d_pre: above.d_pre, pre, form, dropout };
+    b.matmul_backward(above.d_branch, a.act, &a.fc2, d_act)?; // 6
+    b.matmul_backward(above.d_pre, a.ln2, &a.fc1, InputGrad::Plain(above.d_ln))?; // 5
+    b.layernorm_backward(above.d_ln, &a.mid, &a.norm2, a.stats2, above.d_x, false, above.d_branch)?; // 4
+    b.matmul_backward(above.d_branch, a.o, &a.proj, InputGrad::Plain(above.d_o))?; // 3
+    attention(b, a, s)?; // 2
     b.layernorm_backward(s.d_ln, &a.x, &a.norm1, a.stats1, s.d_x, false, s.d_branch) // 1
+}
+
+/// From `above.d_o` to `d_ln`; where the stream has been the class tokens' alone, it is that of all tokens again.
+fn attention(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
+    let d_o = a.above.d_o;
+    match &a.attention {
+        Attention::Full { qkv, qkv_out, lse } => {
+            b.attention_backward(a.heads, *qkv_out, a.o, *lse, a.attention_dropout, d_o, s.d_qkv)?; // 2
+            b.matmul_backward(s.d_qkv, a.ln1, qkv, InputGrad::Plain(s.d_ln)) // 1
+        }
+        Attention::ClassToken(c) => {
+            let (q, kv, dropout) = (c.q_out, c.kv_out, a.attention_dropout);
+            b.probe_attention_backward(a.heads, q, kv, c.p, dropout, d_o, c.d_q, c.d_kv)?; // 4
+            b.matmul_backward(c.d_kv, a.ln1, &c.kv, InputGrad::Plain(s.d_ln))?; // 3
+            b.matmul_backward(c.d_q, c.ln1, &c.q, InputGrad::Add(c.d_ln1))?; // 2
+            b.pool_backward(c.pool, a.above.d_x, s.d_x, true) // 1
+        }
+    }
 }
 
 fn stem(b: &mut dyn Backend, a: &Stem, s: &Scratch) -> Result<()> {

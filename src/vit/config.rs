@@ -325,7 +325,19 @@ impl ModelConfig {
         }
     }
 
-    /// Multiply-adds of one image's forward pass, matrix products only.
+    /// Nothing but the class token is read behind the last block.
+    pub fn reads_class_token_alone(&self) -> bool {
+        self.pool == PoolKind::Token && self.extra_tokens == 1
+    }
+
+    /// Multiply-adds of the forward pass that are left out where only the class token goes through the end of the last
+    /// block: queries, projection and MLP of the other tokens, and what these look at.
+    pub fn pruned_macs(&self) -> u64 {
+        let [t, d, m] = [self.tokens(), self.width, self.mlp].map(|n| n as u64);
+        (t - 1) * (2 * d * d + 2 * t * d + 2 * d * m)
+    }
+
+    /// Multiply-adds of one image's forward pass, matrix products only, with all tokens in every block.
     pub fn forward_macs(&self) -> u64 {
         let (n, t) = (self.patch_grid().patches() as u64, self.tokens() as u64);
         let (d, m, c, l) = (self.width as u64, self.mlp as u64, self.classes as u64, self.depth as u64);

@@ -1,9 +1,10 @@
 //! The forward pass: pixels → logits. Read each numbered line beside its counterpart in [`super::backward`].
 
-use crate::backend::{Backend, Epilogue, Join, Mat, Normalise};
+use crate::backend::{Backend, Epilogue, Join, Mask, Mat, Normalise};
 use crate::error::Result;
 
-use super::graph::{Block, Graph, Head, MapHead, Stem, Tail};
+use super::block::{Attention, Block};
+use super::graph::{Graph, Head, MapHead, Stem, Tail};
 use super::recompute;
 
 /// Logits of the bound micro-batch.
@@ -25,12 +26,27 @@ fn stem(b: &mut dyn Backend, s: &Stem, normalise: Normalise) -> Result<()> {
 
 fn block(b: &mut dyn Backend, a: &Block) -> Result<()> {
     b.layernorm(&a.x, &a.norm1, a.ln1, a.stats1)?; // 1
-    b.matmul(a.ln1, &a.qkv, Epilogue::Bias, a.qkv_out)?; // 2
-    b.attention(a.heads, a.qkv_out, a.o, a.lse, a.attention_dropout)?; // 3
-    b.matmul(a.o, &a.proj, a.proj_epilogue, a.proj_out)?; // 4
-    b.layernorm(&a.mid, &a.norm2, a.ln2, a.stats2)?; // 5
-    recompute::matmul_gelu(b, a)?; // 6
-    b.matmul(a.act, &a.fc2, a.fc2_epilogue, a.fc2_out) // 7
+    attention(b, a)?; // 2
+    b.matmul(a.o, &a.proj, a.proj_epilogue, a.proj_out)?; // 3
+    b.layernorm(&a.mid, &a.norm2, a.ln2, a.stats2)?; // 4
+    recompute::matmul_gelu(b, a)?; // 5
+    b.matmul(a.act, &a.fc2, a.fc2_epilogue, a.fc2_out) // 6
+}
+
+/// From `ln1` to `o`. For the class token alone its rows of the stream are taken first: what follows has no others.
+pub(super) fn attention(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    match &a.attention {
+        Attention::Full { qkv, qkv_out, lse } => {
+            b.matmul(a.ln1, qkv, Epilogue::Bias, *qkv_out)?; // 1
+            b.attention(a.heads, *qkv_out, a.o, *lse, a.attention_dropout) // 2
+        }
+        Attention::ClassToken(c) => {
+            b.pool(c.pool, a.x.sum(), c.x)?; // 1
+            b.matmul(c.ln1, &c.q, Epilogue::Bias, c.q_out)?; // 2
+            b.matmul(a.ln1, &c.kv, Epilogue::Bias, c.kv_out)?; // 3
+            b.probe_attention(a.heads, c.q_out, c.kv_out, c.p, a.o, a.attention_dropout) // 4
+        }
+    }
 }
 
 fn tail(b: &mut dyn Backend, t: &Tail, x: Mat) -> Result<()> {
@@ -41,6 +57,7 @@ fn tail(b: &mut dyn Backend, t: &Tail, x: Mat) -> Result<()> {
             }
             b.layernorm(&Join::Ready(*pooled), norm, *y, *stats) // 2
         }
+        Tail::Norm { norm, stats, y } => b.layernorm(&Join::Ready(x), norm, *y, *stats), // 1
         Tail::NormPool { norm, stats, tokens, pool, y } => {
             b.layernorm(&Join::Ready(x), norm, *tokens, *stats)?; // 1
             b.pool(*pool, *tokens, *y) // 2
@@ -53,7 +70,7 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, x: Mat) -> Result<()> {
     b.layernorm(&Join::Ready(x), &m.norm, m.tokens, m.stats)?; // 1
     b.matmul(m.probe, &m.q, Epilogue::Bias, m.q_out)?; // 2
     b.matmul(m.tokens, &m.kv, Epilogue::Bias, m.kv_out)?; // 3
-    b.probe_attention(m.heads, m.q_out, m.kv_out, m.p, m.o)?; // 4
+    b.probe_attention(m.heads, m.q_out, m.kv_out, m.p, m.o, Mask::NONE)?; // 4
     b.matmul(m.o, &m.proj, Epilogue::Bias, m.a)?; // 5
     b.layernorm(&Join::Ready(m.a), &m.norm2, m.ln, m.stats2)?; // 6
     b.matmul(m.ln, &m.fc1, m.gelu, m.act)?; // 7

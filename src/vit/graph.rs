@@ -1,14 +1,15 @@
 //! Every buffer, parameter and constant of a pass, by name: what [`super::forward`] and [`super::backward`] read.
 //!
-//! The graph is built once. All decisions fall here (residual by epilogue or by LayerNorm, where the final norm stands,
-//! which masks), so that the passes have no `if`. Shapes: R = B·T rows.
+//! The graph is built once. All decisions fall here and in [`super::block`] (residual by epilogue or by LayerNorm, where the
+//! final norm stands, which masks, what the last block leaves out), so that the passes have no `if`. Shapes: R = B·T rows.
 
 use crate::backend::{
-    Branch, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Mask, Mat, MemoryPlan, Norm, PatchGrid,
-    Pool, Recompute, Stats,
+    Embed, Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, MemoryPlan, Norm, PatchGrid, Pool, Recompute,
+    Stats,
 };
 
 use super::Mode;
+use super::block::{Block, Kept};
 use super::config::{ModelConfig, NormPlace, PoolKind};
 use super::params::ParamLayout;
 
@@ -37,50 +38,13 @@ pub struct Stem {
     pub x: Mat, // [R, D]
 }
 
-/// One encoder block: parameters, kept activations, and how its halves join the residual stream.
-#[derive(Clone)]
-pub struct Block {
-    pub heads: Heads,
-    pub attention_dropout: Mask,
-    pub norm1: Norm,
-    pub qkv: Linear,  // D → 3D
-    pub proj: Linear, // D → D
-    pub norm2: Norm,
-    pub fc1: Linear, // D → M
-    pub fc2: Linear, // M → D
-
-    pub x: Join,  // [R, D] what enters
-    pub ln1: Mat, // [R, D]
-    pub stats1: Stats,
-    pub qkv_out: Mat, // [R, 3D] = [B, T, 3, H, Dh]
-    pub o: Mat,       // [R, D]
-    pub lse: Mat,     // [B·H, T]
-    pub proj_epilogue: Epilogue,
-    pub proj_out: Mat, // the sum itself, or the branch
-    pub mid: Join,     // [R, D] after the attention half
-    pub ln2: Mat,      // [R, D]
-    pub stats2: Stats,
-    pub gelu: Epilogue, // keeps pre: [R, M]
-    pub act: Mat,       // [R, M]
-    pub fc2_epilogue: Epilogue,
-    pub fc2_out: Mat, // the next block's x, or the branch
-    /// What the backward works out again first.
-    pub recompute: Recompute,
-}
-
-impl Block {
-    /// The pre-activation, the form and the mask of the MLP's GELU.
-    pub fn gelu_parts(&self) -> (Mat, Gelu, Mask) {
-        let Epilogue::BiasGelu { pre, form, dropout } = self.gelu else { unreachable!("the MLP has a GELU") };
-        (pre, form, dropout)
-    }
-}
-
 /// From tokens to one vector per image.
 #[derive(Clone)]
 pub enum Tail {
     /// Pool, then normalise: class tokens (where it equals normalising first), and timm's `fc_norm`.
     PoolNorm { pools: Vec<(Pool, Mat)>, pooled: Mat, norm: Norm, stats: Stats, y: Mat },
+    /// Normalise: the last block has left the class tokens alone.
+    Norm { norm: Norm, stats: Stats, y: Mat },
     /// Normalise every token, then pool.
     NormPool { norm: Norm, stats: Stats, tokens: Mat, pool: Pool, y: Mat },
     /// Normalise every token, then attend to them with one learned query (big_vision's MAP head).
@@ -142,7 +106,7 @@ pub struct Rep {
     pub d_pre: Mat,    // [B, R]
 }
 
-/// Gradients on their way down: one set for all blocks.
+/// Gradients on their way down: one set for all blocks, and one of B rows instead of R for class tokens alone.
 #[derive(Clone, Copy)]
 pub struct Scratch {
     pub d_x: Mat,      // [R, D] of the residual stream
@@ -154,33 +118,50 @@ pub struct Scratch {
     pub d_pooled: Mat, // [B, D] (of every pooled token)
 }
 
+impl Scratch {
+    /// For `samples` samples; a graph without a backward has the fields, but no memory behind them.
+    pub(super) fn new(b: &mut Builder, samples: usize, joined_by_norm: bool) -> Scratch {
+        let (r, d, m) = (samples * b.config.tokens(), b.config.width, b.config.mlp);
+        let d_x = b.mat("d_x", r, d);
+        Scratch {
+            d_x,
+            d_branch: if joined_by_norm { b.mat("d_branch", r, d) } else { d_x },
+            d_ln: b.mat("d_ln", r, d),
+            d_o: b.mat("d_o", r, d),
+            d_qkv: b.mat("d_qkv", r, 3 * d),
+            d_pre: b.mat("d_pre", r, m),
+            d_pooled: b.mat("d_pooled", samples * b.config.extra_tokens.max(1), d),
+        }
+    }
+}
+
 /// Where in a block a mask is drawn; the site is `layer · SITES + place`.
-mod site {
-    pub(super) const PROJ: u32 = 0;
-    pub(super) const ATTENTION_PATH: u32 = 1;
-    pub(super) const GELU: u32 = 2;
-    pub(super) const FC2: u32 = 3;
-    pub(super) const MLP_PATH: u32 = 4;
-    pub(super) const PROBABILITIES: u32 = 5;
-    pub(super) const SITES: u32 = 8;
+pub(super) mod site {
+    pub(in crate::vit) const PROJ: u32 = 0;
+    pub(in crate::vit) const ATTENTION_PATH: u32 = 1;
+    pub(in crate::vit) const GELU: u32 = 2;
+    pub(in crate::vit) const FC2: u32 = 3;
+    pub(in crate::vit) const MLP_PATH: u32 = 4;
+    pub(in crate::vit) const PROBABILITIES: u32 = 5;
+    pub(in crate::vit) const SITES: u32 = 8;
 }
 
 /// Builds a [`Graph`]: looks parameters up by name and places activations in the plan.
-struct Builder<'a> {
-    config: &'a ModelConfig,
+pub(super) struct Builder<'a> {
+    pub(super) config: &'a ModelConfig,
     layout: &'a ParamLayout,
-    plan: &'a mut MemoryPlan,
-    samples: usize,
+    pub(super) plan: &'a mut MemoryPlan,
+    pub(super) samples: usize,
 }
 
 impl Builder<'_> {
-    fn linear(&self, name: &str) -> Linear {
+    pub(super) fn linear(&self, name: &str) -> Linear {
         let weight = self.layout.get(&format!("{name}.weight"));
         let bias = self.layout.get(&format!("{name}.bias"));
         Linear { weight: weight.mat(), bias: bias.mat(), d_weight: weight.grad(), d_bias: bias.grad() }
     }
 
-    fn norm(&self, name: &str) -> Norm {
+    pub(super) fn norm(&self, name: &str) -> Norm {
         let gamma = self.layout.get(&format!("{name}.weight"));
         let beta = self.layout.get(&format!("{name}.bias"));
         Norm {
@@ -192,104 +173,38 @@ impl Builder<'_> {
         }
     }
 
-    fn param(&self, name: &str) -> (Mat, Option<Mat>) {
+    pub(super) fn param(&self, name: &str) -> (Mat, Option<Mat>) {
         let param = self.layout.get(name);
         (param.mat(), param.grad())
     }
 
-    fn mat(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
+    pub(super) fn mat(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
         self.plan.activation(name, rows, cols)
     }
 
-    fn stats(&mut self, name: &str, rows: usize) -> Stats {
+    pub(super) fn stats(&mut self, name: &str, rows: usize) -> Stats {
         Stats {
             mean: self.plan.statistics(format!("{name} mean"), rows, 1),
             rstd: self.plan.statistics(format!("{name} rstd"), rows, 1),
         }
     }
 
-    fn mask(&self, rate: f32, layer: usize, place: u32) -> Mask {
+    pub(super) fn mask(&self, rate: f32, layer: usize, place: u32) -> Mask {
         Mask { rate, site: layer as u32 * site::SITES + place }
     }
 
     /// R
-    fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.samples * self.config.tokens()
     }
-}
 
-/// The activations that one block keeps for its backward.
-#[derive(Clone, Copy)]
-struct Kept {
-    x: Mat,
-    ln1: Mat,
-    stats1: Stats,
-    qkv: Mat,
-    o: Mat,
-    lse: Mat,
-    mid: Mat,
-    ln2: Mat,
-    stats2: Stats,
-    pre: Mat,
-    act: Mat,
-    /// Outputs of the two halves before they join the stream; only where the model has masks or LayerScale.
-    branches: Option<[Mat; 2]>,
-}
-
-impl Kept {
-    fn new(b: &mut Builder, name: &str, branches: bool) -> Kept {
-        let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
-        let (heads, tokens) = (b.config.heads, b.config.tokens());
-        Kept {
-            x: b.mat(format!("{name} x"), r, d),
-            ln1: b.mat(format!("{name} ln1"), r, d),
-            stats1: b.stats(&format!("{name} ln1"), r),
-            qkv: b.mat(format!("{name} qkv"), r, 3 * d),
-            o: b.mat(format!("{name} o"), r, d),
-            lse: b.plan.statistics(format!("{name} lse"), b.samples * heads, tokens),
-            mid: b.mat(format!("{name} mid"), r, d),
-            ln2: b.mat(format!("{name} ln2"), r, d),
-            stats2: b.stats(&format!("{name} ln2"), r),
-            pre: b.mat(format!("{name} pre"), r, m),
-            act: b.mat(format!("{name} act"), r, m),
-            branches: branches.then(|| {
-                [b.mat(format!("{name} attention branch"), r, d), b.mat(format!("{name} mlp branch"), r, d)]
-            }),
-        }
+    /// Rows that a sample has in a matrix: T, or 1 for class tokens alone.
+    pub(super) fn tokens_of(&self, mat: Mat) -> usize {
+        mat.rows / self.samples
     }
 
-    /// Buffers of a further block, which shares with `first` what the backward works out again.
-    fn beside(first: Kept, b: &mut Builder, name: &str) -> Kept {
-        let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
-        let (heads, tokens) = (b.config.heads, b.config.tokens());
-        match b.plan.storage().recompute {
-            Recompute::None => Kept::new(b, name, first.branches.is_some()),
-            Recompute::LnGelu => Kept {
-                x: b.mat(format!("{name} x"), r, d),
-                stats1: b.stats(&format!("{name} ln1"), r),
-                qkv: b.mat(format!("{name} qkv"), r, 3 * d),
-                o: b.mat(format!("{name} o"), r, d),
-                lse: b.plan.statistics(format!("{name} lse"), b.samples * heads, tokens),
-                mid: b.mat(format!("{name} mid"), r, d),
-                stats2: b.stats(&format!("{name} ln2"), r),
-                pre: b.mat(format!("{name} pre"), r, m),
-                branches: first.branches.map(|_| {
-                    [
-                        b.mat(format!("{name} attention branch"), r, d),
-                        b.mat(format!("{name} mlp branch"), r, d),
-                    ]
-                }),
-                ..first
-            },
-            // The MLP's branch joins the stream in the next block, whose backward still reads it.
-            Recompute::Block => Kept {
-                x: b.mat(format!("{name} x"), r, d),
-                branches: first
-                    .branches
-                    .map(|[attention, _]| [attention, b.mat(format!("{name} mlp branch"), r, d)]),
-                ..first
-            },
-        }
+    pub(super) fn recompute(&self) -> Recompute {
+        self.plan.storage().recompute
     }
 }
 
@@ -299,6 +214,7 @@ impl Graph {
         layout: &ParamLayout,
         samples: usize,
         mode: Mode,
+        pruned: bool,
         plan: &mut MemoryPlan,
     ) -> Self {
         let mut b = Builder { config, layout, plan, samples };
@@ -311,26 +227,34 @@ impl Graph {
         // Masks and LayerScale need the branch by itself; otherwise the matmul's epilogue adds the residual.
         let joined_by_norm = config.dropout > 0.0 || config.drop_path > 0.0 || config.layer_scale > 0.0;
 
+        // Behind the last of `whole` blocks comes one that works out the class token alone, or none.
+        let whole = depth - usize::from(pruned);
+
         let patches = b.mat("patches", r, config.patch_grid().patch_len());
-        let shared = (0..depth).any(|l| !keeps(l)).then(|| Kept::new(&mut b, "shared", joined_by_norm));
+        let shared = (0..whole).any(|l| !keeps(l)).then(|| Kept::new(&mut b, "shared", joined_by_norm));
         let mut first: Option<Kept> = None;
-        let kept: Vec<Kept> = (0..depth)
+        let mut kept: Vec<Kept> = (0..whole)
             .map(|l| match (shared, first) {
                 (Some(shared), _) if !keeps(l) => shared,
                 (_, Some(first)) => Kept::beside(first, &mut b, &format!("block {l}")),
                 (_, None) => *first.insert(Kept::new(&mut b, &format!("block {l}"), joined_by_norm)),
             })
             .collect();
-        let x_last = b.mat("x", r, d);
+        if pruned {
+            let shared = shared.filter(|_| !keeps(whole));
+            let name = format!("block {whole}");
+            kept.push(Kept::class_token(&mut b, &name, joined_by_norm, shared, first));
+        }
+        let x_last = b.mat("x", if pruned { samples } else { r }, d);
 
+        let with_gradients = if mode == Mode::Train { samples } else { 0 };
+        let scratch = Scratch::new(&mut b, with_gradients, joined_by_norm);
         let stem = Self::stem(&b, patches, kept[0].x);
-        let blocks: Vec<Block> = (0..depth)
-            .map(|l| Self::block(&b, l, &kept, kept.get(l + 1).map_or(x_last, |next| next.x)))
-            .collect();
-        let last = Self::join_of_block(&b, depth - 1, &kept, x_last);
+        let next_x = |l: usize| kept.get(l + 1).map_or(x_last, |next| next.x);
+        let blocks = (0..depth).map(|l| Block::new(&mut b, l, &kept, next_x(l), &scratch)).collect();
+        let last = Block::join_behind(&b, depth - 1, &kept, x_last);
 
-        let scratch = Self::scratch(&mut b, mode, joined_by_norm);
-        let tail = Self::tail(&mut b, x_last, mode);
+        let tail = Self::tail(&mut b, x_last, mode, pruned);
         let head = Self::head(&mut b, &tail, &scratch, mode);
         let train_stem = first_depth == 0;
         Self { stem, blocks, last, tail, head, scratch, first_trained_block, train_stem }
@@ -358,95 +282,16 @@ impl Graph {
         }
     }
 
-    fn block(b: &Builder, l: usize, kept: &[Kept], next_x: Mat) -> Block {
-        let (c, k) = (b.config, &kept[l]);
-        let heads = Heads { tokens: c.tokens(), heads: c.heads, head_size: c.head_size() };
-        let name = |part: &str| format!("blocks.{l}.{part}");
-        let (proj_epilogue, proj_out, mid, fc2_epilogue, fc2_out) = match k.branches {
-            None => {
-                let mid = Join::Ready(k.mid);
-                (Epilogue::BiasResidual(k.x), k.mid, mid, Epilogue::BiasResidual(k.mid), next_x)
-            }
-            Some([attention, mlp]) => {
-                let branch = Branch {
-                    base: k.x,
-                    branch: attention,
-                    layer_scale: (c.layer_scale > 0.0).then(|| b.param(&name("ls1.gamma"))),
-                    dropout: b.mask(c.dropout, l, site::PROJ),
-                    drop_path: b.mask(c.drop_path_rate(l), l, site::ATTENTION_PATH),
-                    tokens: c.tokens(),
-                };
-                (Epilogue::Bias, attention, Join::Branch { sum: k.mid, branch }, Epilogue::Bias, mlp)
-            }
-        };
-        Block {
-            heads,
-            attention_dropout: b.mask(c.attention_dropout, l, site::PROBABILITIES),
-            norm1: b.norm(&name("norm1")),
-            qkv: b.linear(&name("attn.qkv")),
-            proj: b.linear(&name("attn.proj")),
-            norm2: b.norm(&name("norm2")),
-            fc1: b.linear(&name("mlp.fc1")),
-            fc2: b.linear(&name("mlp.fc2")),
-            x: if l == 0 { Join::Ready(k.x) } else { Self::join_of_block(b, l - 1, kept, k.x) },
-            ln1: k.ln1,
-            stats1: k.stats1,
-            qkv_out: k.qkv,
-            o: k.o,
-            lse: k.lse,
-            proj_epilogue,
-            proj_out,
-            mid,
-            ln2: k.ln2,
-            stats2: k.stats2,
-            gelu: Epilogue::BiasGelu { pre: k.pre, form: c.gelu, dropout: b.mask(c.dropout, l, site::GELU) },
-            act: k.act,
-            fc2_epilogue,
-            fc2_out,
-            recompute: b.plan.storage().recompute,
-        }
-    }
-
-    /// How block `l`'s MLP half joins the stream, giving `sum`: the next block's x.
-    fn join_of_block(b: &Builder, l: usize, kept: &[Kept], sum: Mat) -> Join {
-        let (c, k) = (b.config, &kept[l]);
-        match k.branches {
-            None => Join::Ready(sum),
-            Some([_, mlp]) => Join::Branch {
-                sum,
-                branch: Branch {
-                    base: k.mid,
-                    branch: mlp,
-                    layer_scale: (c.layer_scale > 0.0).then(|| b.param(&format!("blocks.{l}.ls2.gamma"))),
-                    dropout: b.mask(c.dropout, l, site::FC2),
-                    drop_path: b.mask(c.drop_path_rate(l), l, site::MLP_PATH),
-                    tokens: c.tokens(),
-                },
-            },
-        }
-    }
-
-    fn scratch(b: &mut Builder, mode: Mode, joined_by_norm: bool) -> Scratch {
-        // An inference graph has the fields, but no memory behind them.
-        let (r, samples) = if mode == Mode::Train { (b.rows(), b.samples) } else { (0, 0) };
-        let (d, m) = (b.config.width, b.config.mlp);
-        let d_x = b.mat("d_x", r, d);
-        Scratch {
-            d_x,
-            d_branch: if joined_by_norm { b.mat("d_branch", r, d) } else { d_x },
-            d_ln: b.mat("d_ln", r, d),
-            d_o: b.mat("d_o", r, d),
-            d_qkv: b.mat("d_qkv", r, 3 * d),
-            d_pre: b.mat("d_pre", r, m),
-            d_pooled: b.mat("d_pooled", samples * b.config.extra_tokens.max(1), d),
-        }
-    }
-
-    fn tail(b: &mut Builder, x: Mat, mode: Mode) -> Tail {
+    fn tail(b: &mut Builder, x: Mat, mode: Mode, pruned: bool) -> Tail {
         let (c, samples, tokens) = (b.config, b.samples, b.config.tokens());
         let d = c.width;
         let mean = Pool::Mean { tokens, first: c.extra_tokens };
         match (c.pool, c.norm) {
+            (PoolKind::Token, _) if pruned => Tail::Norm {
+                norm: b.norm("norm"),
+                stats: b.stats("norm", samples),
+                y: b.mat("normed", samples, d),
+            },
             (PoolKind::Token, _) => {
                 let n = c.extra_tokens;
                 let pooled = b.mat("pooled", n * samples, d);
@@ -522,7 +367,7 @@ impl Graph {
         let (c, n) = (b.config, b.samples);
         let back = |rows: usize| if mode == Mode::Train { rows } else { 0 };
         let pooled = match tail {
-            Tail::PoolNorm { y, .. } | Tail::NormPool { y, .. } => *y,
+            Tail::PoolNorm { y, .. } | Tail::Norm { y, .. } | Tail::NormPool { y, .. } => *y,
             Tail::Map(map) => map.y,
         };
         let logits = b.mat("logits", n, c.classes);
@@ -556,6 +401,11 @@ impl Graph {
             d_logits: b.mat("d_logits", n, c.classes),
             samples: b.plan.statistics("samples", n, 3),
         }
+    }
+
+    /// The gradients of what follows the last block.
+    pub fn above(&self) -> &Scratch {
+        &self.blocks.last().expect("a model has blocks").above
     }
 
     /// The same graph for evaluation: no dropout, no drop-path.

@@ -1,12 +1,13 @@
 //! The Vision Transformer, written once over any backend.
 //!
-//! [`config`] says which model, [`params`] where its tensors lie, [`graph`] names every buffer of a pass, [`forward`] and
-//! [`backward`] are straight lines of backend operations, laid out so that each line of one can be read beside its
+//! [`config`] says which model, [`params`] where its tensors lie, [`graph`] and [`block`] name every buffer of a pass,
+//! [`forward`] and [`backward`] are straight lines of backend operations, laid out so that each line of one can be read beside its
 //! counterpart in the other. Nothing here names a device, and nothing allocates after [`Vit::new`].
 
 #![forbid(unsafe_code)]
 
 pub mod backward;
+pub mod block;
 pub mod config;
 pub mod forward;
 pub mod graph;
@@ -30,6 +31,17 @@ pub enum Mode {
     Infer,
 }
 
+/// How much of the last block is worked out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LastBlock {
+    /// All tokens.
+    Whole,
+    /// The class token alone, where nothing else is read behind it ([`ModelConfig::reads_class_token_alone`]); all tokens
+    /// in other models. The mathematics are the same, and so are the masks; the parameters do not know of it.
+    #[default]
+    Pruned,
+}
+
 /// A model bound to buffers: handles only, no memory. Evaluation uses the same buffers as training, without masks.
 pub struct Vit {
     pub config: ModelConfig,
@@ -38,6 +50,8 @@ pub struct Vit {
     /// Samples that one pass takes at most.
     pub micro_batch: usize,
     pub normalise: Normalise,
+    /// The class token alone goes through the end of the last block.
+    pub pruned: bool,
     train: Graph,
     eval: Graph,
     plan: MemoryPlan,
@@ -52,20 +66,30 @@ impl Vit {
         micro_batch: usize,
         mode: Mode,
         storage: Storage,
+        last_block: LastBlock,
         frozen: impl Fn(&Param) -> bool,
     ) -> Self {
         let layout = ParamLayout::new(&config, |p| mode == Mode::Infer || frozen(p));
         let mut plan = MemoryPlan::new(storage);
         plan.set_bytes(Arena::Params, layout.param_elements * 4);
         plan.set_bytes(Arena::Grads, layout.grad_elements * 4);
-        let train = Graph::new(&config, &layout, micro_batch, mode, &mut plan);
+        let pruned = last_block == LastBlock::Pruned && config.reads_class_token_alone();
+        let train = Graph::new(&config, &layout, micro_batch, mode, pruned, &mut plan);
         let eval = train.without_masks();
-        Self { config, layout, mode, micro_batch, normalise, train, eval, plan }
+        Self { config, layout, mode, micro_batch, normalise, pruned, train, eval, plan }
     }
 
     /// Parameters, gradients and activations; whoever trains adds the optimiser's arenas.
     pub fn plan(&self) -> MemoryPlan {
         self.plan.clone()
+    }
+
+    /// Floating-point operations that are done for one image, matrix products only, 2 per multiply-add; training counts
+    /// three forward passes. At most those of the model as it is counted in papers, [`ModelConfig::forward_macs`].
+    pub fn flops_done(&self, train: bool) -> u64 {
+        let pruned = if self.pruned { self.config.pruned_macs() } else { 0 };
+        let forward = 2 * (self.config.forward_macs() - pruned);
+        if train { 3 * forward } else { forward }
     }
 
     /// Fills a fresh parameter arena with the initial values of `config.init`.

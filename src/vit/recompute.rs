@@ -4,7 +4,8 @@
 use crate::backend::{Backend, Epilogue, Join, Recompute};
 use crate::error::Result;
 
-use super::graph::Block;
+use super::block::Block;
+use super::forward;
 
 /// `act = gelu(fc1(ln2))`. Where `act` is worked out again, it is worked out apart here too: a device's fused GELU may
 /// round otherwise than its own kernel.
@@ -31,8 +32,7 @@ pub(super) fn restore(b: &mut dyn Backend, a: &Block) -> Result<()> {
         }
         Recompute::Block => {
             b.layernorm(&x, &a.norm1, a.ln1, a.stats1)?;
-            b.matmul(a.ln1, &a.qkv, Epilogue::Bias, a.qkv_out)?;
-            b.attention(a.heads, a.qkv_out, a.o, a.lse, a.attention_dropout)?;
+            forward::attention(b, a)?;
             b.matmul(a.o, &a.proj, a.proj_epilogue, a.proj_out)?;
             b.layernorm(&a.mid, &a.norm2, a.ln2, a.stats2)?;
             matmul_gelu(b, a)

@@ -522,12 +522,21 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn probe_attention(&mut self, heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat) -> Result<()> {
+    fn probe_attention(
+        &mut self,
+        heads: Heads,
+        q: Mat,
+        kv: Mat,
+        p: Mat,
+        o: Mat,
+        dropout: Mask,
+    ) -> Result<()> {
         check_probe(heads, q, kv, o);
+        let dropout = Some(self.bind(dropout)).filter(|mask| !mask.is_none());
         let mut a = Access::new(&mut self.arenas);
-        let (q, kv) = (a.read_flat(q), a.read(kv));
+        let (q, kv) = (a.read(q), a.read(kv));
         let (p, o) = (a.write_flat(p), a.write(o));
-        probe_attention::forward(&self.compute, heads, q, kv, p, o);
+        probe_attention::forward(&self.compute, heads, q, kv, p, o, dropout);
         Ok(())
     }
 
@@ -537,16 +546,18 @@ impl Backend for CpuBackend {
         q: Mat,
         kv: Mat,
         p: Mat,
+        dropout: Mask,
         d_o: Mat,
         d_q: Mat,
         d_kv: Mat,
     ) -> Result<()> {
         check_probe(heads, q, kv, d_o);
         check_probe(heads, d_q, d_kv, d_o);
+        let dropout = Some(self.bind(dropout)).filter(|mask| !mask.is_none());
         let mut a = Access::new(&mut self.arenas);
-        let (q, kv, p, d_o) = (a.read_flat(q), a.read(kv), a.read_flat(p), a.read(d_o));
-        let (d_q, d_kv) = (a.write_flat(d_q), a.write(d_kv));
-        probe_attention::backward(&self.compute, heads, q, kv, p, d_o, d_q, d_kv);
+        let (q, kv, p, d_o) = (a.read(q), a.read(kv), a.read_flat(p), a.read(d_o));
+        let (d_q, d_kv) = (a.write(d_q), a.write(d_kv));
+        probe_attention::backward(&self.compute, heads, q, kv, p, dropout, d_o, d_q, d_kv);
         Ok(())
     }
 
@@ -655,11 +666,8 @@ fn check_heads(heads: Heads, parts: usize, packed: Mat, o: Mat) {
 
 fn check_probe(heads: Heads, q: Mat, kv: Mat, o: Mat) {
     let width = heads.heads * heads.head_size;
-    assert_eq!(
-        (q.rows, q.cols, kv.cols, o.cols),
-        (1, width, 2 * width, width),
-        "probe_attention: {q}, {kv}, {o}"
-    );
+    assert_eq!((q.cols, kv.cols, o.cols), (width, 2 * width, width), "probe_attention: {q}, {kv}, {o}");
+    assert!(q.rows == 1 || q.rows == o.rows, "probe_attention: {q} is neither one query nor one per sample");
     assert_eq!(kv.rows, o.rows * heads.tokens, "probe_attention: rows are whole samples");
 }
 

@@ -255,8 +255,8 @@ fn probe_attention_has_the_slopes_of_the_f64_function() {
     let (d_o_mat, d_q) = (b.put(samples, width, &d_o), b.room(1, width));
     let d_kv = b.room(samples * tokens, 2 * width);
     let run = |k: &mut CpuBackend| {
-        k.probe_attention(shape, q_mat, kv_mat, p, o).unwrap();
-        k.probe_attention_backward(shape, q_mat, kv_mat, p, d_o_mat, d_q, d_kv).unwrap();
+        k.probe_attention(shape, q_mat, kv_mat, p, o, Mask::NONE).unwrap();
+        k.probe_attention_backward(shape, q_mat, kv_mat, p, Mask::NONE, d_o_mat, d_q, d_kv).unwrap();
     };
     b.everywhere(&[o, d_q, d_kv], run, |r| {
         let f = |q: &[f64], kv: &[f64]| -> Vec<f64> {

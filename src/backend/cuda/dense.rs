@@ -101,8 +101,12 @@ impl Product {
         self
     }
 
-    /// False where cuBLASLt has no such epilogue for these operands.
+    /// False where cuBLASLt has no such epilogue for these operands. Nothing is asked of it with a bias off a 16-byte
+    /// boundary, as a part of a layer of odd width has it: what it wants there is not documented.
     fn try_run(&self, cuda: &mut Cuda) -> Result<bool> {
+        if !self.operands.bias.is_multiple_of(16) {
+            return Ok(false);
+        }
         let workspace = cuda.arena(crate::backend::Arena::Workspace).address;
         cuda.blas.run(&self.shape, &self.operands, workspace)
     }

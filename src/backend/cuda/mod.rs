@@ -493,8 +493,16 @@ impl Backend for Cuda {
         attention::attention_backward(self, heads, qkv, o, lse, dropout, d_o, d_qkv)
     }
 
-    fn probe_attention(&mut self, heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat) -> Result<()> {
-        probe_attention::probe_attention(self, heads, q, kv, p, o)
+    fn probe_attention(
+        &mut self,
+        heads: Heads,
+        q: Mat,
+        kv: Mat,
+        p: Mat,
+        o: Mat,
+        dropout: Mask,
+    ) -> Result<()> {
+        probe_attention::probe_attention(self, heads, q, kv, p, o, dropout)
     }
 
     fn probe_attention_backward(
@@ -503,11 +511,12 @@ impl Backend for Cuda {
         q: Mat,
         kv: Mat,
         p: Mat,
+        dropout: Mask,
         d_o: Mat,
         d_q: Mat,
         d_kv: Mat,
     ) -> Result<()> {
-        probe_attention::probe_attention_backward(self, heads, q, kv, p, d_o, d_q, d_kv)
+        probe_attention::probe_attention_backward(self, heads, q, kv, p, dropout, d_o, d_q, d_kv)
     }
 
     // Head ------------------------------------------------------------------------------------------------------

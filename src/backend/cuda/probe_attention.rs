@@ -1,56 +1,114 @@
-//! The attention of a MAP head on a card: one block per image and head, and a sum over the images for the
-//! query.
+//! Attention of one query per head and image on a card: the class token's, and a MAP head's, where all images share it.
+//!
+//! One block per image and head; a shared query's gradient is summed in two stages, by a few blocks that each take several
+//! images, and then over those.
 
 use super::Cuda;
-use super::launch::{launch, variant};
-use crate::backend::{Dtype, Heads, Mat};
+use super::driver::Address;
+use super::launch::{MaskArgs, launch, variant};
+use crate::backend::{Dtype, Heads, Mask, Mat};
 use crate::error::Result;
 
 const THREADS: u32 = 128;
 /// The widest head of the kernels.
 const MAX_HEAD_SIZE: usize = 128;
+/// Blocks of a multiprocessor between which the gradient of a shared query is shared out.
+const BLOCKS: usize = 8;
 
-/// Images, after the shapes were checked.
-fn images(heads: Heads, q: Mat, kv: Mat, p: Mat) -> usize {
-    let Heads { tokens, heads: count, head_size } = heads;
-    assert!(tokens > 0 && count > 0, "probe attention: no tokens or no heads");
-    assert!((1..=MAX_HEAD_SIZE).contains(&head_size), "probe attention: heads of {head_size} values");
-    assert_eq!((q.rows, q.cols), (1, count * head_size), "probe attention: shape of q");
-    assert_eq!((kv.cols, kv.dtype), (2 * q.cols, q.dtype), "probe attention: columns and type of kv");
-    assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are no whole images", kv.rows);
-    let images = kv.rows / tokens;
-    assert_eq!((p.rows * p.cols, p.dtype), (images * count * tokens, Dtype::F32), "probe attention: p");
-    images
+/// An attention whose shapes were checked.
+struct Work {
+    heads: Heads,
+    images: usize,
+    dtype: Dtype,
+    /// Elements from one image's query to the next: 0 where they share it.
+    q_ld: u32,
+    /// f32 from one head of `p` to the next: one row of all heads is as good as a row per head.
+    p_ld: u32,
+    /// Heads, rows and tensors consist of whole 16-byte accesses.
+    whole: u32,
+    mask: MaskArgs,
 }
 
-/// f32 from one head of `p` to the next: one row of all heads is as good as a row per head.
-fn head_ld(heads: Heads, p: Mat) -> u32 {
-    if p.rows == 1 { heads.tokens as u32 } else { p.ld as u32 }
-}
+impl Work {
+    /// `rows` are the `[B, H·Dh]` and `[B·T, 2·H·Dh]` beside `q` and `kv`.
+    fn new(
+        cuda: &Cuda,
+        heads: Heads,
+        [q, kv, p]: [Mat; 3],
+        [of_image, of_tokens]: [&[Mat]; 2],
+        dropout: Mask,
+    ) -> Self {
+        let Heads { tokens, heads: count, head_size } = heads;
+        assert!(tokens > 0 && count > 0, "probe attention: no tokens or no heads");
+        assert!((1..=MAX_HEAD_SIZE).contains(&head_size), "probe attention: heads of {head_size} values");
+        let width = count * head_size;
+        assert_eq!((q.cols, kv.cols), (width, 2 * width), "probe attention: columns of q and kv");
+        assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are no whole images", kv.rows);
+        let images = kv.rows / tokens;
+        assert!(q.rows == 1 || q.rows == images, "probe attention: {} queries of {images} images", q.rows);
+        assert_eq!((p.rows * p.cols, p.dtype), (images * count * tokens, Dtype::F32), "probe attention: p");
+        for mat in of_image {
+            assert_eq!((mat.rows, mat.cols), (images, width), "probe attention: shape of {mat}");
+        }
+        for mat in of_tokens {
+            assert_eq!((mat.rows, mat.cols), (kv.rows, kv.cols), "probe attention: shape of {mat}");
+        }
+        let all = || [q, kv].into_iter().chain(of_image.iter().chain(of_tokens).copied());
+        assert!(all().all(|mat| mat.dtype == q.dtype), "probe attention: tensors of two types");
+        let aligned =
+            |mat: Mat| cuda.at(mat).is_multiple_of(16) && (mat.rows == 1 || mat.ld.is_multiple_of(8));
+        Self {
+            heads,
+            images,
+            dtype: q.dtype,
+            q_ld: if q.rows == 1 { 0 } else { q.ld as u32 },
+            p_ld: if p.rows == 1 { tokens as u32 } else { p.ld as u32 },
+            whole: u32::from(head_size.is_multiple_of(8) && all().all(aligned)),
+            mask: cuda.mask(dropout),
+        }
+    }
 
-/// Four partial rows, and a value per token.
-fn shared(heads: Heads) -> u32 {
-    (4 * (4 * MAX_HEAD_SIZE + heads.tokens)) as u32
-}
+    /// Four partial rows of a head, and values per token.
+    fn shared(&self, per_token: usize) -> u32 {
+        (4 * (4 * MAX_HEAD_SIZE + per_token * self.heads.tokens)) as u32
+    }
 
-fn scale(heads: Heads) -> f32 {
-    1.0 / (heads.head_size as f32).sqrt()
-}
+    fn scale(&self) -> f32 {
+        1.0 / (self.heads.head_size as f32).sqrt()
+    }
 
-/// `o: [B, H·Dh]` and the probabilities `p: [B·H, T]` from `q: [1, H·Dh]` and `kv: [B·T, 2·H·Dh]`.
-pub(super) fn probe_attention(cuda: &mut Cuda, heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat) -> Result<()> {
-    let images = images(heads, q, kv, p);
-    assert_eq!((o.rows, o.cols, o.dtype), (images, q.cols, q.dtype), "probe attention: shape of o");
-    let grid = [(images * heads.heads) as u32, 1, 1];
-    launch! {
-        cuda, variant!(q.dtype, "probe_attention"), grid, THREADS, shared(heads),
-        cuda.at(q), cuda.at(kv), kv.ld as u32, cuda.at(p), head_ld(heads, p), cuda.at(o), o.ld as u32,
-        scale(heads),
-        heads.tokens as u32, heads.heads as u32, heads.head_size as u32,
+    /// `T`, `H`, `Dh` as kernels take them.
+    fn sizes(&self) -> [u32; 3] {
+        [self.heads.tokens as u32, self.heads.heads as u32, self.heads.head_size as u32]
     }
 }
 
-/// `d_q: [1, H·Dh]`, summed over the images in order, and `d_kv: [B·T, 2·H·Dh]` from `d_o: [B, H·Dh]`.
+/// Images that one gradient of a shared query is summed from at a time: as many blocks as the card has room for.
+fn slices(images: usize, heads: usize, multiprocessors: usize) -> usize {
+    images.min((BLOCKS * multiprocessors).div_ceil(heads))
+}
+
+/// [`crate::backend::Backend::probe_attention`]
+pub(super) fn probe_attention(
+    cuda: &mut Cuda,
+    heads: Heads,
+    q: Mat,
+    kv: Mat,
+    p: Mat,
+    o: Mat,
+    dropout: Mask,
+) -> Result<()> {
+    let work = Work::new(cuda, heads, [q, kv, p], [&[o], &[]], dropout);
+    let [t, h, dh] = work.sizes();
+    launch! {
+        cuda, variant!(work.dtype, "probe_attention"), [(work.images * heads.heads) as u32, 1, 1], THREADS,
+        work.shared(1),
+        cuda.cells.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
+        cuda.at(o), o.ld as u32, work.scale(), t, h, dh, work.whole,
+    }
+}
+
+/// [`crate::backend::Backend::probe_attention_backward`]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn probe_attention_backward(
     cuda: &mut Cuda,
@@ -58,28 +116,53 @@ pub(super) fn probe_attention_backward(
     q: Mat,
     kv: Mat,
     p: Mat,
+    dropout: Mask,
     d_o: Mat,
     d_q: Mat,
     d_kv: Mat,
 ) -> Result<()> {
-    let images = images(heads, q, kv, p);
-    assert_eq!((d_o.rows, d_o.cols, d_o.dtype), (images, q.cols, q.dtype), "probe attention: shape of d_o");
-    assert_eq!((d_q.rows, d_q.cols, d_q.dtype), (1, q.cols, q.dtype), "probe attention: shape of d_q");
-    assert_eq!((d_kv.rows, d_kv.cols), (kv.rows, kv.cols), "probe attention: shape of d_kv");
-    assert_eq!(d_kv.dtype, q.dtype, "probe attention: type of d_kv");
-    let parts = cuda.scratch(4 * images * q.cols);
-    let grid = [(images * heads.heads) as u32, 1, 1];
+    assert_eq!((d_q.rows, d_q.cols, d_q.dtype), (q.rows, q.cols, q.dtype), "probe attention: shape of d_q");
+    let work = Work::new(cuda, heads, [q, kv, p], [&[d_o], &[d_kv]], dropout);
+    let [t, h, dh] = work.sizes();
+    let width = q.cols;
+    let (slices, parts): (usize, Address) = if q.rows == work.images {
+        (work.images, 0)
+    } else {
+        let slices = slices(work.images, heads.heads, cuda.card().multiprocessors as usize);
+        (slices, cuda.scratch(4 * slices * width))
+    };
     launch! {
-        cuda, variant!(q.dtype, "probe_attention_backward"), grid, THREADS, shared(heads),
-        cuda.at(q), cuda.at(kv), kv.ld as u32, cuda.at(p), head_ld(heads, p), cuda.at(d_o), d_o.ld as u32,
-        parts,
-        cuda.at(d_kv), d_kv.ld as u32, scale(heads),
-        heads.tokens as u32, heads.heads as u32, heads.head_size as u32,
+        cuda, variant!(work.dtype, "probe_attention_backward"), [(slices * heads.heads) as u32, 1, 1], THREADS,
+        work.shared(2),
+        cuda.cells.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
+        cuda.at(d_o), d_o.ld as u32, cuda.at(d_q), d_q.ld as u32, parts, cuda.at(d_kv), d_kv.ld as u32,
+        work.scale(), work.images as u32, t, h, dh, work.whole,
     }?;
-    let width = q.cols as u32;
+    if parts == 0 {
+        return Ok(());
+    }
     launch! {
-        cuda, variant!(q.dtype, "probe_attention_backward_query"), [width.div_ceil(THREADS), 1, 1], THREADS,
-        0,
-        parts, cuda.at(d_q), images as u32, width,
+        cuda, variant!(work.dtype, "probe_attention_backward_query"), [(width as u32).div_ceil(THREADS), 1, 1],
+        THREADS, 0,
+        parts, cuda.at(d_q), slices as u32, width as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::SCRATCH;
+    use super::*;
+
+    #[test]
+    fn the_scratch_of_a_shared_query_does_not_grow_with_the_batch() {
+        for multiprocessors in [1, 16, 132, 400] {
+            for heads in [1, 3, 12, 16, 64] {
+                for images in [1, 7, 512, 100_000] {
+                    let slices = slices(images, heads, multiprocessors);
+                    assert!((1..=images).contains(&slices));
+                    assert!(4 * slices * heads * MAX_HEAD_SIZE <= SCRATCH);
+                }
+            }
+        }
     }
 }

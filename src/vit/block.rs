@@ -1,0 +1,314 @@
+//! One encoder block: parameters, kept activations, how its halves join the residual stream, and the two forms of its
+//! attention.
+//!
+//! Where nothing but the class token is read behind the last block, that block needs keys and values of all tokens, but one
+//! query per image; what follows its attention has B rows instead of R = B·T.
+
+use crate::backend::{Branch, Epilogue, Gelu, Heads, Join, Linear, Mask, Mat, Norm, Pool, Recompute, Stats};
+
+use super::graph::{Builder, Scratch, site};
+
+/// Everything that a block's steps read and write. Q are the rows that have a query: R, or B class tokens.
+#[derive(Clone)]
+pub struct Block {
+    pub heads: Heads,
+    pub attention_dropout: Mask,
+    pub norm1: Norm,
+    pub attention: Attention,
+    pub proj: Linear, // D → D
+    pub norm2: Norm,
+    pub fc1: Linear, // D → M
+    pub fc2: Linear, // M → D
+
+    pub x: Join,  // [R, D] what enters
+    pub ln1: Mat, // [R, D]
+    pub stats1: Stats,
+    pub o: Mat, // [Q, D]
+    pub proj_epilogue: Epilogue,
+    pub proj_out: Mat, // the sum itself, or the branch
+    pub mid: Join,     // [Q, D] after the attention half
+    pub ln2: Mat,      // [Q, D]
+    pub stats2: Stats,
+    pub gelu: Epilogue, // keeps pre: [Q, M]
+    pub act: Mat,       // [Q, M]
+    pub fc2_epilogue: Epilogue,
+    pub fc2_out: Mat, // the next block's x, or the branch
+    /// Gradients of everything behind the attention, Q rows each.
+    pub above: Scratch,
+    /// What the backward works out again first.
+    pub recompute: Recompute,
+}
+
+/// Which tokens look at the others.
+#[derive(Clone)]
+#[allow(clippy::large_enum_variant, reason = "one per block, and no pass moves it")]
+pub enum Attention {
+    /// All of them.
+    Full {
+        qkv: Linear,  // D → 3D
+        qkv_out: Mat, // [R, 3D] = [B, T, 3, H, Dh]
+        lse: Mat,     // [B·H, T]
+    },
+    ClassToken(ClassToken),
+}
+
+/// One query per image; q and kv are views of one layer, `attn.qkv`.
+#[derive(Clone)]
+pub struct ClassToken {
+    pub pool: Pool,
+    pub x: Mat,      // [B, D] the class rows of what enters: the residual stream from here on
+    pub q: Linear,   // D → D
+    pub ln1: Mat,    // [B, D], a view: the class rows of the block's ln1
+    pub q_out: Mat,  // [B, D]
+    pub kv: Linear,  // D → 2D
+    pub kv_out: Mat, // [R, 2D] = [B, T, 2, H, Dh]
+    pub p: Mat,      // [B·H, T]
+    pub d_q: Mat,    // [B, D]
+    pub d_kv: Mat,   // [R, 2D], a view of the other blocks' d_qkv
+    pub d_ln1: Mat,  // [B, D], a view: the class rows of d_ln
+}
+
+impl Block {
+    pub(super) fn new(b: &mut Builder, l: usize, kept: &[Kept], next_x: Mat, scratch: &Scratch) -> Block {
+        let (c, k) = (b.config, &kept[l]);
+        let (attention, above) = Attention::new(b, l, k, scratch);
+        let name = |part: &str| format!("blocks.{l}.{part}");
+        let stream = k.stream();
+        let (proj_epilogue, proj_out, mid, fc2_epilogue, fc2_out) = match k.branches {
+            None => {
+                let mid = Join::Ready(k.mid);
+                (Epilogue::BiasResidual(stream), k.mid, mid, Epilogue::BiasResidual(k.mid), next_x)
+            }
+            Some([attention, mlp]) => {
+                let branch = Branch {
+                    base: stream,
+                    branch: attention,
+                    layer_scale: (c.layer_scale > 0.0).then(|| b.param(&name("ls1.gamma"))),
+                    dropout: b.mask(c.dropout, l, site::PROJ),
+                    drop_path: b.mask(c.drop_path_rate(l), l, site::ATTENTION_PATH),
+                    tokens: b.tokens_of(stream),
+                };
+                (Epilogue::Bias, attention, Join::Branch { sum: k.mid, branch }, Epilogue::Bias, mlp)
+            }
+        };
+        Block {
+            heads: Heads { tokens: c.tokens(), heads: c.heads, head_size: c.head_size() },
+            attention_dropout: b.mask(c.attention_dropout, l, site::PROBABILITIES),
+            norm1: b.norm(&name("norm1")),
+            attention,
+            proj: b.linear(&name("attn.proj")),
+            norm2: b.norm(&name("norm2")),
+            fc1: b.linear(&name("mlp.fc1")),
+            fc2: b.linear(&name("mlp.fc2")),
+            x: if l == 0 { Join::Ready(k.x) } else { Self::join_behind(b, l - 1, kept, k.x) },
+            ln1: k.ln1,
+            stats1: k.stats1,
+            o: k.o,
+            proj_epilogue,
+            proj_out,
+            mid,
+            ln2: k.ln2,
+            stats2: k.stats2,
+            gelu: Epilogue::BiasGelu { pre: k.pre, form: c.gelu, dropout: b.mask(c.dropout, l, site::GELU) },
+            act: k.act,
+            fc2_epilogue,
+            fc2_out,
+            above,
+            recompute: b.recompute(),
+        }
+    }
+
+    /// How block `l`'s MLP half joins the stream, giving `sum`: the next block's x.
+    pub(super) fn join_behind(b: &Builder, l: usize, kept: &[Kept], sum: Mat) -> Join {
+        let (c, k) = (b.config, &kept[l]);
+        match k.branches {
+            None => Join::Ready(sum),
+            Some([_, mlp]) => Join::Branch {
+                sum,
+                branch: Branch {
+                    base: k.mid,
+                    branch: mlp,
+                    layer_scale: (c.layer_scale > 0.0).then(|| b.param(&format!("blocks.{l}.ls2.gamma"))),
+                    dropout: b.mask(c.dropout, l, site::FC2),
+                    drop_path: b.mask(c.drop_path_rate(l), l, site::MLP_PATH),
+                    tokens: b.tokens_of(sum),
+                },
+            },
+        }
+    }
+
+    /// The pre-activation, the form and the mask of the MLP's GELU.
+    pub fn gelu_parts(&self) -> (Mat, Gelu, Mask) {
+        let Epilogue::BiasGelu { pre, form, dropout } = self.gelu else { unreachable!("the MLP has a GELU") };
+        (pre, form, dropout)
+    }
+}
+
+impl Attention {
+    /// Attention, and the gradients of what follows it. For a class token these have memory of their own only where they
+    /// live beside those of all tokens.
+    fn new(b: &mut Builder, l: usize, k: &Kept, scratch: &Scratch) -> (Attention, Scratch) {
+        let (d, tokens) = (b.config.width, b.config.tokens());
+        let qkv = b.linear(&format!("blocks.{l}.attn.qkv"));
+        match k.attention {
+            KeptAttention::Full { qkv: qkv_out, lse } => (Attention::Full { qkv, qkv_out, lse }, *scratch),
+            KeptAttention::ClassToken { x, q, kv, p } => {
+                // B, or 0 where there is no backward.
+                let samples = scratch.d_x.rows / tokens;
+                let class = ClassToken {
+                    pool: Pool::Token { tokens, index: 0 },
+                    x,
+                    q: qkv.outputs(0, d),
+                    ln1: k.ln1.every_row(tokens),
+                    q_out: q,
+                    kv: qkv.outputs(d, 2 * d),
+                    kv_out: kv,
+                    p,
+                    d_q: b.mat("class d_q", samples, d),
+                    d_kv: scratch.d_qkv.column_range(0, 2 * d),
+                    d_ln1: scratch.d_ln.every_row(tokens),
+                };
+                let d_x = b.mat("class d_x", samples, d);
+                let joined_by_epilogue = scratch.d_branch == scratch.d_x;
+                let above = Scratch {
+                    d_x,
+                    d_branch: if joined_by_epilogue { d_x } else { b.mat("class d_branch", samples, d) },
+                    d_ln: scratch.d_ln.first_rows(samples),
+                    d_o: scratch.d_o.first_rows(samples),
+                    d_pre: scratch.d_pre.first_rows(samples),
+                    ..*scratch
+                };
+                (Attention::ClassToken(class), above)
+            }
+        }
+    }
+}
+
+/// The activations that one block keeps for its backward.
+#[derive(Clone, Copy)]
+pub(super) struct Kept {
+    pub(super) x: Mat,
+    ln1: Mat,
+    stats1: Stats,
+    attention: KeptAttention,
+    o: Mat,
+    mid: Mat,
+    ln2: Mat,
+    stats2: Stats,
+    pre: Mat,
+    act: Mat,
+    /// Outputs of the two halves before they join the stream; only where the model has masks or LayerScale.
+    branches: Option<[Mat; 2]>,
+}
+
+#[derive(Clone, Copy)]
+enum KeptAttention {
+    Full { qkv: Mat, lse: Mat },
+    ClassToken { x: Mat, q: Mat, kv: Mat, p: Mat },
+}
+
+impl KeptAttention {
+    fn full(b: &mut Builder, name: &str) -> Self {
+        let (r, d) = (b.rows(), b.config.width);
+        let (heads, tokens) = (b.config.heads, b.config.tokens());
+        KeptAttention::Full {
+            qkv: b.mat(format!("{name} qkv"), r, 3 * d),
+            lse: b.plan.statistics(format!("{name} lse"), b.samples * heads, tokens),
+        }
+    }
+}
+
+impl Kept {
+    pub(super) fn new(b: &mut Builder, name: &str, branches: bool) -> Kept {
+        let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
+        Kept {
+            x: b.mat(format!("{name} x"), r, d),
+            ln1: b.mat(format!("{name} ln1"), r, d),
+            stats1: b.stats(&format!("{name} ln1"), r),
+            attention: KeptAttention::full(b, name),
+            o: b.mat(format!("{name} o"), r, d),
+            mid: b.mat(format!("{name} mid"), r, d),
+            ln2: b.mat(format!("{name} ln2"), r, d),
+            stats2: b.stats(&format!("{name} ln2"), r),
+            pre: b.mat(format!("{name} pre"), r, m),
+            act: b.mat(format!("{name} act"), r, m),
+            branches: branches.then(|| Self::new_branches(b, name, r)),
+        }
+    }
+
+    fn new_branches(b: &mut Builder, name: &str, rows: usize) -> [Mat; 2] {
+        ["attention branch", "mlp branch"]
+            .map(|branch| b.mat(format!("{name} {branch}"), rows, b.config.width))
+    }
+
+    /// Buffers of a further block, which shares with `first` what the backward works out again.
+    pub(super) fn beside(first: Kept, b: &mut Builder, name: &str) -> Kept {
+        let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
+        match b.recompute() {
+            Recompute::None => Kept::new(b, name, first.branches.is_some()),
+            Recompute::LnGelu => Kept {
+                x: b.mat(format!("{name} x"), r, d),
+                stats1: b.stats(&format!("{name} ln1"), r),
+                attention: KeptAttention::full(b, name),
+                o: b.mat(format!("{name} o"), r, d),
+                mid: b.mat(format!("{name} mid"), r, d),
+                stats2: b.stats(&format!("{name} ln2"), r),
+                pre: b.mat(format!("{name} pre"), r, m),
+                branches: first.branches.map(|_| Self::new_branches(b, name, r)),
+                ..first
+            },
+            // The MLP's branch joins the stream in the next block, whose backward still reads it.
+            Recompute::Block => Kept {
+                x: b.mat(format!("{name} x"), r, d),
+                branches: first
+                    .branches
+                    .map(|[attention, _]| [attention, b.mat(format!("{name} mlp branch"), r, d)]),
+                ..first
+            },
+        }
+    }
+
+    /// Buffers of a last block of which only the class token is read. Those of R rows are taken from `shared`, if nothing
+    /// is kept for a backward, else from `first` as far as the backward works them out again; the others are small.
+    pub(super) fn class_token(
+        b: &mut Builder,
+        name: &str,
+        branches: bool,
+        shared: Option<Kept>,
+        first: Option<Kept>,
+    ) -> Kept {
+        let (r, n, d, m) = (b.rows(), b.samples, b.config.width, b.config.mlp);
+        let (heads, tokens) = (b.config.heads, b.config.tokens());
+        let light = shared.or(first.filter(|_| b.recompute() >= Recompute::LnGelu));
+        let heavy = shared.or(first.filter(|_| b.recompute() == Recompute::Block));
+        Kept {
+            x: shared.map_or_else(|| b.mat(format!("{name} x"), r, d), |k| k.x),
+            ln1: light.map_or_else(|| b.mat(format!("{name} ln1"), r, d), |k| k.ln1),
+            stats1: heavy.map_or_else(|| b.stats(&format!("{name} ln1"), r), |k| k.stats1),
+            attention: KeptAttention::ClassToken {
+                x: b.mat(format!("{name} class x"), n, d),
+                q: b.mat(format!("{name} class q"), n, d),
+                kv: match heavy.map(|k| k.attention) {
+                    Some(KeptAttention::Full { qkv, .. }) => qkv.column_range(0, 2 * d),
+                    _ => b.mat(format!("{name} kv"), r, 2 * d),
+                },
+                p: b.plan.statistics(format!("{name} p"), n * heads, tokens),
+            },
+            o: b.mat(format!("{name} class o"), n, d),
+            mid: b.mat(format!("{name} class mid"), n, d),
+            ln2: b.mat(format!("{name} class ln2"), n, d),
+            stats2: b.stats(&format!("{name} class ln2"), n),
+            pre: b.mat(format!("{name} class pre"), n, m),
+            act: b.mat(format!("{name} class act"), n, m),
+            branches: branches.then(|| Self::new_branches(b, &format!("{name} class"), n)),
+        }
+    }
+
+    /// The residual stream that the attention half is added to.
+    fn stream(&self) -> Mat {
+        match self.attention {
+            KeptAttention::Full { .. } => self.x,
+            KeptAttention::ClassToken { x, .. } => x,
+        }
+    }
+}
