@@ -250,8 +250,8 @@ __device__ __forceinline__ void backward(const Mask& mask, const T* q, u32 q_ld,
         store_values<WHOLE>(to + width, share.n, d_value);
       }
     }
-    // The next image's products and weights go where these were read.
-    block_sync();
+    // No barrier: the next image's products go where the same lanes have read these, and `dot` brings the
+    // lanes of a token together before one of them writes.
   }
   const float total = sum_of_block(share, d_query, scratch);
   if (threadIdx.x >= head_size) return;

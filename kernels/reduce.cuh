@@ -36,7 +36,8 @@ __device__ __forceinline__ u32 warp_sum_u32(u32 v) {
 }
 
 // What each warp found, combined by every thread in the order of the warps. `scratch` has room for one value
-// per warp; it may be used again right after. All threads of the block take part, whole warps.
+// per warp. All threads of the block take part, whole warps. The scratch of `block_sum` may be used again
+// behind the caller's next barrier, that of `block_max` right after.
 template <typename V>
 __device__ __forceinline__ V block_sum(V v, V* scratch) {
   v = warp_sum(v);
@@ -44,7 +45,6 @@ __device__ __forceinline__ V block_sum(V v, V* scratch) {
   block_sync();
   v = scratch[0];
   for (u32 warp = 1; warp < blockDim.x / WARP; ++warp) v += scratch[warp];
-  block_sync();
   return v;
 }
 __device__ __forceinline__ float block_max(float v, float* scratch) {

@@ -19,7 +19,7 @@ use crate::rng::{Domain, Stream};
 use crate::vit::{Mode, Vit};
 
 use super::bench_kernels::{self, Ceilings};
-use super::{Trainer, build, run, settle};
+use super::{Trainer, build, header, settle};
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
@@ -153,7 +153,7 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
         img_per_s: batch as f64 / median,
         gflops: rate(flops),
         gflops_done: rate(model.flops_done(options.train)),
-        last_block: run::last_block_line(model),
+        last_block: header::last_block_line(model),
         data_wait: options.data.is_some().then(|| (source.waited() - waited_before) / total),
         arena_bytes: subject.backend().allocated_bytes(),
         first_step,

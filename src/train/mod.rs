@@ -11,6 +11,7 @@ pub mod build;
 pub mod checkpoint;
 pub mod evaluate;
 pub mod finetune;
+pub mod header;
 pub mod loaded;
 pub mod pass;
 pub mod plan;

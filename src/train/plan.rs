@@ -10,7 +10,7 @@ use crate::recipe::{Duration, MicroBatch, Recipe};
 use crate::report::format;
 use crate::vit::{Mode, Vit};
 
-use super::{Trainer, build, run, settle};
+use super::{Trainer, build, header, settle};
 
 /// For a recipe whose data set is not there.
 const UNKNOWN_DATA: &str = "not opened";
@@ -66,7 +66,7 @@ impl Plan {
     pub fn text(&self, name: &str) -> String {
         let t = &self.recipe.train;
         let mut lines = vec![format!("recipe   {name}")];
-        lines.extend(run::model_lines(&self.model));
+        lines.extend(header::model_lines(&self.model));
         let epochs = self.images.map(|n| self.steps() as f64 * t.batch as f64 / n as f64);
         let data =
             self.images.map_or(UNKNOWN_DATA.into(), |n| format!("{} images", format::thousands(n as u64)));
@@ -91,7 +91,7 @@ impl Plan {
             ));
         }
         lines.push(format!("lr       {}", self.learning_rates()));
-        lines.extend(run::memory_lines(&self.memory));
+        lines.extend(header::memory_lines(&self.memory));
         lines.push(format!(
             "         and {} in {} batch slots",
             format::bytes(self.slot_bytes as u64),

@@ -1,0 +1,74 @@
+//! What headers and plans say of a model and its memory.
+
+use crate::backend::MemoryPlan;
+use crate::report::format;
+use crate::vit::{Param, Vit};
+
+/// What the model is, for headers.
+pub fn model_lines(model: &Vit) -> Vec<String> {
+    let c = &model.config;
+    let trained: usize = model.layout.params.iter().filter(|p| p.grad_offset.is_some()).map(Param::len).sum();
+    let frozen = match trained < model.layout.count() {
+        true => format!(", {:.2} M of them trained", trained as f64 / 1e6),
+        false => String::new(),
+    };
+    let mut lines = vec![
+        format!(
+            "model    ViT width {} depth {} heads {} mlp {} patch {}x{}, {} tokens, pool {}, {:.2} M parameters{frozen}",
+            c.width,
+            c.depth,
+            c.heads,
+            c.mlp,
+            c.patch.0,
+            c.patch.1,
+            c.tokens(),
+            format!("{:?}", c.pool).to_lowercase(),
+            model.layout.count() as f64 / 1e6
+        ),
+        format!(
+            "         gelu {}, ln_eps {:e}, init {:?}, {:.3} GFLOP per image to train",
+            format!("{:?}", c.gelu).to_lowercase(),
+            c.ln_eps,
+            c.init,
+            c.train_flops() as f64 / 1e9
+        ),
+    ];
+    if let Some(line) = last_block_line(model) {
+        lines.push(format!("         {line}"));
+    }
+    lines
+}
+
+/// What is left out of the last block, if anything is.
+pub fn last_block_line(model: &Vit) -> Option<String> {
+    let share = model.flops_done(true) as f64 / model.config.train_flops() as f64;
+    model
+        .pruned
+        .then(|| format!("last block: class token only, {} of the operations", format::percent(share)))
+}
+
+/// What the run allocates, for headers and `vitrum plan`.
+pub fn memory_lines(plan: &MemoryPlan) -> Vec<String> {
+    use crate::backend::Arena::*;
+    let size = |bytes: usize| format::bytes(bytes as u64);
+    let line = format!(
+        "memory   {}: parameters {}, gradients {}, optimiser {}, ema {}, activations {}",
+        size(plan.total_bytes()),
+        size(plan.bytes(Params)),
+        size(plan.bytes(Grads)),
+        size(plan.bytes(Moment1) + plan.bytes(Moment2)),
+        size(plan.bytes(Ema)),
+        size(plan.bytes(Activations)),
+    );
+    if !plan.storage().is_apart() {
+        return vec![line];
+    }
+    let of_device = format!(
+        "         of it on a GPU alone: bf16 copy {}, batches {}, tables of the update {}, workspace {}",
+        size(plan.bytes(Working)),
+        size(plan.bytes(Batches)),
+        size(plan.bytes(Update)),
+        size(plan.bytes(Workspace)),
+    );
+    vec![line, of_device]
+}
