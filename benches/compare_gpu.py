@@ -5,7 +5,7 @@
 writes NAME.json and NAME.md. A step is forward, cross-entropy with label smoothing 0.1, backward, clipping by global norm and
 AdamW, on one synthetic batch of u8 pixels that lies on the card (PyTorch) or is sent to it (Vitrum); bf16 products, f32
 weights and gradients, tanh GELU on both sides. Each case runs twice, the second time in the opposite order, every engine in a
-process of its own; the medians are compared. PyTorch is measured as `torch.compile` with cuDNN's attention, eager beside it;
+process of its own; the medians are compared. Vitrum's last block is worked out whole and for the class token alone. PyTorch is measured as `torch.compile` with cuDNN's attention, eager beside it;
 without torch that half is left out, and said so.
 
 The whole takes about 15 minutes; `--parts` runs some of it. `--tiny` shrinks every size, for a look at the script itself, with
@@ -20,6 +20,8 @@ import subprocess
 import sys
 import time
 
+from compare_cpu import pytorch_model
+
 #        image, patch, width, depth, heads, batch
 CASES = {
     "Ti/16": (224, 16, 192, 12, 3, 1024),
@@ -27,6 +29,7 @@ CASES = {
     "B/16": (224, 16, 768, 12, 12, 512),
     "L/16": (224, 16, 1024, 24, 16, 256),
     "H/14": (224, 14, 1280, 32, 16, 128),
+    "B/16@384": (384, 16, 768, 12, 12, 128),
 }
 TINY = {"mu/16": (32, 16, 32, 1, 2, 4)}
 CLASSES = 1000
@@ -43,16 +46,18 @@ def vitrum(args, *words):
     return json.loads(done.stdout)
 
 
-def vitrum_step(args, model):
+def vitrum_step(args, model, pruned):
+    """With the last block for the class token alone, or whole."""
     image, *_, batch = args.cases[model]
-    words = ["bench", "--what", "train", "--model", model, "--batch", str(batch), "--device", "cuda"]
+    words = ["bench", "--what", "train", "--model", model.split("@")[0], "--batch", str(batch), "--device", "cuda"]
+    words += ["--set", f"train.prune_last_block={str(pruned).lower()}"]
     words += ["--rounds", str(args.rounds), "--seconds", str(args.seconds), "--set", f"model.image={image}"]
     words += ["--set", f"train.micro_batch={batch}", "--set", "model.gelu=tanh"]
     out = vitrum(args, *words)
     card = out["card"]
     return {
         "engine": out["engine"],
-        "mode": "bf16",
+        "mode": "bf16, pruned" if pruned else "bf16",
         "img_per_s": out["img_per_s"],
         "ms": out["ms_per_step"],
         "memory_bytes": card["memory_bytes"],
@@ -64,43 +69,6 @@ def vitrum_step(args, model):
 
 
 # ---- PyTorch ----
-
-
-def pytorch_model(torch, image, patch, width, depth, heads):
-    from torch import nn
-    from torch.nn.functional import scaled_dot_product_attention
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
-
-        def forward(self, x):
-            batch, tokens, _ = x.shape
-            qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, heads, width // heads)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            o = scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
-            x = x + self.proj(o)
-            return x + self.mlp(self.norm2(x))
-
-    class Vit(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.patch_embed = nn.Conv2d(3, width, patch, stride=patch)
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (image // patch) ** 2 + 1, width))
-            self.blocks = nn.Sequential(*(Block() for _ in range(depth)))
-            self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, CLASSES)
-
-        def forward(self, pixels):
-            x = (pixels.float() / 127.5 - 1.0).permute(0, 3, 1, 2)
-            x = self.patch_embed(x).flatten(2).transpose(1, 2)
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-            return self.head(self.norm(self.blocks(x)[:, 0]))
-
-    return Vit()
 
 
 def time_pytorch(args, model, mode):
@@ -115,7 +83,19 @@ def time_pytorch(args, model, mode):
     on_gpu = device.type == "cuda"
     torch.manual_seed(0)
     image, patch, width, depth, heads, batch = args.cases[model]
-    net = pytorch_model(torch, image, patch, width, depth, heads).to(device)
+    vit = pytorch_model(torch, image, patch, width, depth, heads, CLASSES, "tanh")
+
+    class FromPixels(torch.nn.Module):
+        """Normalises u8 pixels `[B, H, W, 3]` on the device, within what is compiled."""
+
+        def __init__(self):
+            super().__init__()
+            self.vit = vit
+
+        def forward(self, pixels):
+            return self.vit((pixels.float() / 127.5 - 1.0).permute(0, 3, 1, 2))
+
+    net = FromPixels().to(device)
     decay = [p for p in net.parameters() if p.ndim >= 2]
     rest = [p for p in net.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
@@ -189,7 +169,7 @@ def pytorch_step(args, model, mode):
 def steps(args):
     rows = []
     for model in args.cases:
-        jobs = [lambda: vitrum_step(args, model)] if args.vitrum else []
+        jobs = [lambda p=pruned: vitrum_step(args, model, p) for pruned in (False, True)] if args.vitrum else []
         jobs += [lambda m=mode: pytorch_step(args, model, m) for mode in args.modes.split(",") if mode]
         found = {}
         for job in jobs + jobs[::-1]:
@@ -212,7 +192,7 @@ def steps(args):
             if ours and row is not ours:
                 for key in ("mfu_data_sheet", "mfu_product"):
                     row[key] = ours[key] and ours[key] * row["img_per_s"] / ours["img_per_s"]
-            print(f"{model:8}{row['engine']:22}{row['mode']:16}{row['img_per_s']:12,.1f} img/s", flush=True)
+            print(f"{model:10}{row['engine']:22}{row['mode']:16}{row['img_per_s']:12,.1f} img/s", flush=True)
         rows += merged
     return rows
 

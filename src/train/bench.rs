@@ -141,7 +141,7 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
     let flops = if options.train { config.train_flops() } else { 2 * config.forward_macs() };
     let rate = |flops: u64| flops as f64 * batch as f64 / median / 1e9;
     let device = subject.backend().describe();
-    let memory_bytes = if device.starts_with("cuda,") { Some(Cuda::used_memory()?) } else { None };
+    let memory_bytes = if subject.backend().storage().is_apart() { Some(Cuda::used_memory()?) } else { None };
     let mut measured = Measured {
         device,
         model: name.into(),

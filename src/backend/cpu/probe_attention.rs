@@ -31,7 +31,7 @@ pub fn forward(
     assert_eq!((o.rows, o.cols), (images, q.cols), "probe attention: shape of o");
     let p = Shared::new(RowsMut::dense(p, 1, len));
     let o = Shared::new(o);
-    let job = Job { heads, q, kv, dropout: dropout.filter(|d| !d.is_none()) };
+    let job = Job { heads, q, kv, dropout };
     c.for_each(images, |image| {
         let factors = c.scratch(heads.tokens);
         c.isa.run(ForwardTask { job: &job, p, o, image, factors });
@@ -59,7 +59,7 @@ pub fn backward(
     assert_eq!((d_o.rows, d_o.cols), (images, q.cols), "probe attention backward: shape of d_o");
     assert_eq!((d_q.rows, d_q.cols), (q.rows, q.cols), "probe attention backward: shape of d_q");
     assert_eq!((d_kv.rows, d_kv.cols), (kv.rows, kv.cols), "probe attention backward: shape of d_kv");
-    let job = Job { heads, q, kv, dropout: dropout.filter(|d| !d.is_none()) };
+    let job = Job { heads, q, kv, dropout };
     let d_kv = Shared::new(d_kv);
     let for_images = |d_q: RowsMut| {
         let d_q = Shared::new(d_q);

@@ -12,67 +12,7 @@ use crate::backend::{
 };
 use crate::error::Result;
 
-/// The sizes that operations are timed at.
-#[derive(Clone, Debug)]
-pub(super) struct Sizes {
-    /// Rows of activations are those of as many images as give about this many.
-    pub(super) rows: usize,
-    /// Samples of the loss.
-    pub(super) samples: usize,
-    /// Parameters of the update.
-    pub(super) params: usize,
-    pub(super) models: Vec<Model>,
-    /// Models whose matrix products are timed, by name.
-    pub(super) products: Vec<&'static str>,
-    /// Attention and products have as many images as the rest; else one, because they take long on the host.
-    pub(super) all_images: bool,
-}
-
-/// What of a model the operations depend on.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Model {
-    pub(super) name: &'static str,
-    pub(super) width: usize,
-    pub(super) heads: usize,
-    pub(super) image: usize,
-    pub(super) patch: usize,
-}
-
-impl Model {
-    fn tokens(&self) -> usize {
-        (self.image / self.patch).pow(2) + 1
-    }
-}
-
-const fn model(name: &'static str, width: usize, heads: usize, image: usize, patch: usize) -> Model {
-    Model { name, width, heads, image, patch }
-}
-
-const MODELS: [Model; 6] = [
-    model("Ti/16", 192, 3, 224, 16),
-    model("S/16", 384, 6, 224, 16),
-    model("B/16", 768, 12, 224, 16),
-    model("L/16", 1024, 16, 224, 16),
-    model("H/14", 1280, 16, 224, 14),
-    model("B/16 at 384", 768, 12, 384, 16),
-];
-
-impl Sizes {
-    /// Those of real runs.
-    pub(super) fn real() -> Self {
-        let products = vec!["Ti/16", "S/16", "B/16", "L/16", "H/14"];
-        let models = MODELS.to_vec();
-        Self { rows: 100_864, samples: 4096, params: 86_567_656, models, products, all_images: true }
-    }
-
-    /// A few images: enough to see what is launched, and what that reads and writes.
-    pub(super) fn few() -> Self {
-        let mut models = MODELS.to_vec();
-        // Its heads are alike, and take their time on the host.
-        models[5] = model("2 heads at 384", 128, 2, 384, 16);
-        Self { rows: 394, samples: 8, params: 1 << 20, models, products: vec!["Ti/16"], all_images: false }
-    }
-}
+use super::sizes::{Model, Sizes};
 
 /// Bytes that no implementation of a kernel can avoid.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -236,6 +176,7 @@ pub(super) fn cases(sizes: &Sizes) -> Vec<Case> {
             }
         }
         cases.extend(attentions(model, if sizes.all_images { images } else { 1 }));
+        cases.extend(class_attentions(model, images));
         if model.name == "B/16" {
             cases.extend(elementwise(model, images, sizes.all_images));
             cases.extend(head(model, images));
@@ -422,6 +363,48 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
             },
         )
         .flops(5.0 * product),
+    ]
+}
+
+/// One query per image, the class token's: what the last block has of attention.
+fn class_attentions(model: &Model, images: usize) -> Vec<Case> {
+    let heads = Heads { tokens: model.tokens(), heads: model.heads, head_size: model.width / model.heads };
+    let (t, h, d) = (heads.tokens, heads.heads, model.width);
+    let (one, kv, p) = (half(images, d), half(images * t, 2 * d), 4 * images * h * t);
+    let shape = format!("{} [{}, {d}], {t} tokens, {h} heads, class token", model.name, images * t);
+    let place = move |room: &mut Room| {
+        let (q, kv) = (room.activation(images, d), room.activation(images * t, 2 * d));
+        (q, kv, room.f32(images * h, t), room.activation(images, d))
+    };
+    vec![
+        Case::new(
+            "probe_attention",
+            shape.clone(),
+            images,
+            move |_| vec![traffic(one + kv, p + one)],
+            move |room| {
+                let (q, kv, p, o) = place(room);
+                Placed::new(move |b| b.probe_attention(heads, q, kv, p, o, Mask::NONE))
+            },
+        ),
+        Case::new(
+            "probe_attention_backward",
+            shape,
+            images,
+            move |_| vec![traffic(2 * one + kv + p, one + kv)],
+            move |room| {
+                let (q, kv, p, o) = place(room);
+                let (d_o, d_q, d_kv) = (
+                    room.activation(images, d),
+                    room.activation(images, d),
+                    room.activation(images * t, 2 * d),
+                );
+                let run = Placed::new(move |b| {
+                    b.probe_attention_backward(heads, q, kv, p, Mask::NONE, d_o, d_q, d_kv)
+                });
+                run.after(move |b| b.probe_attention(heads, q, kv, p, o, Mask::NONE))
+            },
+        ),
     ]
 }
 

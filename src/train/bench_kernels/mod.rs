@@ -5,6 +5,7 @@
 //! are measured in the same run, because clocks differ from card to card and from day to day.
 
 mod cases;
+mod sizes;
 
 use std::time::Instant;
 
@@ -23,7 +24,8 @@ use crate::rng::{Domain, Stream};
 
 pub use cases::Traffic;
 
-use cases::{Case, Placed, Room, Sizes};
+use cases::{Case, Placed, Room};
+use sizes::Sizes;
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
