@@ -211,6 +211,7 @@ def vitrum_rows(args, vitrum, case, scratch):
             "engine": label,
             "version": f"{one['engine']}; {one['jpeg_decoder']}",
             "img_per_s": one["img_per_s_one_core"],
+            "stages_us": stages,
             "decode_img_per_s": 1e6 / (stages["read"] + stages["decode"]),
             "copy_img_per_s_cached": one["copy_img_per_s_cached"],
             "copy_img_per_s_ring": one["copy_img_per_s_ring"],
@@ -292,6 +293,8 @@ def main():
                 print(f"{case:<20}{engine:<32}{row['img_per_s']:>12,.0f}{ratio}", flush=True)
                 rows.append(row)
             whole = next(r for r in rows if r["case"] == case)
+            stages = ", ".join(f"{stage} {us:.2f}" for stage, us in whole["stages_us"].items())
+            print(f"{'':<20}of which, in us: {stages}", flush=True)
             print(
                 f"{'':<20}{'floors: decoding alone' if 'jpeg' in case else 'floors:':<32}"
                 + (f"{whole['decode_img_per_s']:>12,.0f}; " if "jpeg" in case else " " * 12)

@@ -61,7 +61,7 @@ fn data_that_cannot_train_is_refused() {
     refuses(1, &["model.classes=2"], &["`model.classes` is 2", "3 classes"]);
 }
 
-/// A record that does not decode is replaced, or stops the run: as the recipe says.
+/// A record that does not decode stops the run, which may go on without it; or it is replaced from the start.
 #[test]
 fn a_record_that_is_no_picture_is_named() {
     let broken = path("broken");
@@ -78,9 +78,13 @@ fn a_record_that_is_no_picture_is_named() {
     fs::write(Path::new(&broken).join("train/down/05.png"), b"this is no picture").unwrap();
     let data = format!("data.train={broken}");
     let bad = ["down/05.png", "JPEG, PNG, WebP, GIF and BMP are supported"];
-    vitrum(&train(&path("skips"), &[&data, "train.steps=4"])).ok().says(&bad);
-    let stops = [&data, "train.steps=4", "data.on_bad_record=error"];
-    vitrum(&train(&path("stops"), &stops)).exits(1).says(&bad);
+    let skip = "data.on_bad_record=skip";
+    vitrum(&train(&path("skips"), &[&data, "train.steps=4", skip])).ok().says(&bad);
+    let stops = path("stops");
+    let few = [&data, "train.steps=9", "train.batch=4"];
+    vitrum(&train(&stops, &few)).exits(1).says(&bad).says(&["after step ", "saved to ", skip, "--resume"]);
+    let on = [&data, "train.steps=9", "train.batch=4", skip, "--resume"];
+    vitrum(&train(&stops, &on)).ok().says(&bad).says(&["resume   from checkpoints/step-"]);
 
     let packed = path("packed");
     vitrum(&["pack", &broken, &packed]).ok().says(&["skipped ", "05.png: no picture"]);

@@ -141,6 +141,7 @@ pub struct DataSection {
     /// Overrides where validation images come from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub val: Option<String>,
+    /// What training does with a picture that cannot be decoded. Evaluations leave it out and say so.
     pub on_bad_record: OnBadRecord,
     /// Loader threads; 0: one per core, at most 16.
     pub workers: usize,
@@ -165,7 +166,7 @@ impl Default for DataSection {
         Self {
             train: None,
             val: None,
-            on_bad_record: OnBadRecord::Skip,
+            on_bad_record: OnBadRecord::Error,
             workers: 0,
             slots: 3,
             shuffle_window: 0,

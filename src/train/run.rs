@@ -8,7 +8,7 @@ use crate::backend::{Device, Loss, LossKind, Pixels, Slot, SlotLayout, StepRepor
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::recipe::{AugmentSection, Metric, MicroBatch, Recipe, ScheduleKind};
+use crate::recipe::{AugmentSection, Metric, MicroBatch, OnBadRecord, Recipe, ScheduleKind};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine};
 use crate::weights::CheckpointMeta;
 
@@ -308,13 +308,26 @@ impl Run {
         Ok(Loader::with(self.data.train.clone(), spec, delivery, slots))
     }
 
-    /// The next batch. Training loaders never run dry; where one fails, the steps before it are still logged.
+    /// The next batch. Training loaders never run dry; where one fails, the steps before it are logged and saved.
     pub fn next_batch(&mut self, trainer: &mut Trainer, loader: &mut Loader) -> Result<Slot> {
-        let next = loader.next();
-        if next.is_err() {
-            self.read_reports(trainer, loader, 0)?;
+        match loader.next() {
+            Ok(slot) => slot.ok_or_else(|| Error::new("the data loader ended before the run")),
+            Err(error) => {
+                self.read_reports(trainer, loader, 0)?;
+                if trainer.step == 0 || trainer.skipped_in_a_row() > 0 {
+                    return Err(error);
+                }
+                self.checkpoint(trainer)?;
+                Err(error.at(format!("after step {}, {}", trainer.step, self.saved())))
+            }
         }
-        next?.ok_or_else(|| Error::new("the data loader ended before the run"))
+    }
+
+    /// Where the last checkpoint is, for messages.
+    fn saved(&self) -> String {
+        self.saved_at.map_or("no checkpoint was written yet".into(), |step| {
+            format!("saved to {}", self.checkpoints.path(step).display())
+        })
     }
 
     /// Will somebody look at what the step that was asked for last leaves? Then nothing may follow it before that: an
@@ -447,7 +460,7 @@ impl Run {
             mode: data::Mode::Eval { resize: recipe.eval.resize, crop_ratio: recipe.eval.crop_ratio },
             start_batch: 0,
             workers: recipe.data.workers,
-            on_bad_record: recipe.data.on_bad_record,
+            on_bad_record: OnBadRecord::Skip,
         };
         let mut loader = Loader::new(dataset.clone(), spec, slots);
         evaluate(&mut *trainer.backend, model, &mut loader, loss, false)
@@ -512,10 +525,7 @@ impl Run {
         let Some(signal) = signals::pending() else { return Ok(None) };
         self.read_reports(trainer, loader, 0)?;
         self.checkpoint(trainer)?;
-        let saved = self.saved_at.map_or("no checkpoint was written yet".into(), |step| {
-            format!("saved to {}", self.checkpoints.path(step).display())
-        });
-        Err(Error::stopped(signal, format!("stopped at step {}, {saved}", trainer.step))
+        Err(Error::stopped(signal, format!("stopped at step {}, {}", trainer.step, self.saved()))
             .hint(format!("go on with the same command and `--out {} --resume`", self.options.out.display())))
     }
 
@@ -575,14 +585,15 @@ fn scores(report: &EvalReport) -> Scores {
     Scores { loss: report.loss, top1: report.top1, top5: report.top5, images: report.count as u64 }
 }
 
-/// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ, and the precision,
-/// which differs only where it was asked for ([`super::settle`]).
+/// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ; and two that change bits
+/// only where the user asks for it: what happens to broken records, and the precision ([`super::settle`]).
 fn same_recipe(saved: &str, now: &str) -> Result<()> {
     let free = [
         "precision",
         "threads",
         "workers",
         "slots",
+        "on_bad_record",
         "log_every",
         "checkpoint_every",
         "graph",

@@ -188,12 +188,10 @@ mod tests {
                 paste(part, size, (2, left), flip, &mut out);
                 let mut plain = vec![99; 3 * size.1 * 3];
                 let first = 3 * if flip { right } else { left };
-                if flip {
-                    paste_turned
-                } else {
-                    paste_straight
+                match flip {
+                    true => paste_turned(part, size.1 * 3, first, &mut plain),
+                    false => paste_straight(part, size.1 * 3, first, &mut plain),
                 }
-                (part, size.1 * 3, first, &mut plain);
                 assert!(out[2 * size.1 * 3..5 * size.1 * 3] == plain, "{width} {left} {right} {flip}");
                 for (i, value) in out.iter().enumerate() {
                     let (y, x, c) = (i / (size.1 * 3), i / 3 % size.1, i % 3);
