@@ -68,7 +68,8 @@ mod tests {
     fn rounding_is_that_of_half() {
         let below = f32::from_bits(0x3F80_7FFF);
         let [tie_down, tie_up] = [0x3F80_8000, 0x3F81_8000].map(f32::from_bits);
-        let edges = [0.0, -0.0, 1e-45, -1e-40, f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
+        let edges =
+            [0.0, -0.0, 1e-45, -1e-40, f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
         let spread = (0..100_000u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761)));
         for value in edges.into_iter().chain([below, tie_down, tie_up]).chain(spread) {
             let expected = half::bf16::from_f32(value).to_f32();
