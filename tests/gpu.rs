@@ -84,12 +84,14 @@ fn follows_the_cpu(name: &str, more: &[&str]) {
     }
 }
 
-/// `VITRUM_CPU_ROUNDS=bf16` stands for a GPU in experiments: its gradients have to be those of one.
+/// `VITRUM_CPU_ROUNDS=bf16` stands for a GPU in experiments: its gradients have to be those of one. With a single token,
+/// because probabilities are rounded inside the GPU's attention alone, and those of one token are 1.
 #[test]
 fn a_cpu_that_rounds_has_the_gradients_of_bf16() {
     let Some(folder) = stand_in() else { return };
     let weights = path("rounds");
-    finish(command(&small(&weights, &["--device", "cpu"]))).ok();
+    let one_token = ["--device", "cpu", "model.patch=16", "model.pool=gap"];
+    finish(command(&small(&weights, &one_token))).ok();
     let batch = path("batch.safetensors");
     let pixels: Vec<u8> =
         (0..4 * 16 * 16 * 3u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
@@ -114,7 +116,7 @@ fn a_cpu_that_rounds_has_the_gradients_of_bf16() {
     let gpu = gradients("cuda", "");
     let far = |from: &[f32]| from.iter().zip(&gpu).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
     let (f32, rounded) = (far(&gradients("cpu", "")), far(&gradients("cpu", "bf16")));
-    assert!(rounded < 0.5 * f32, "{rounded:e} from the GPU's, without rounding {f32:e}");
+    assert!(rounded < 0.01 * f32, "{rounded:e} from the GPU's, without rounding {f32:e}");
 }
 
 /// A run on the GPU that nothing disturbs.
