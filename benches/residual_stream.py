@@ -29,9 +29,8 @@ MODES = {
     "bf16": ("bf16", []),
     "bf16-residual-f32": ("bf16-residual-f32", []),
 }
-# Steps of one point of a curve, and points at the end that give the final loss.
-POINT = 20
-FINAL = 10
+# Steps of one point of a curve.
+POINT = 10
 
 
 def train(args, folder, model, mode, seed):
@@ -57,9 +56,14 @@ def curve(folder):
     }
 
 
+def tenth(run, i):
+    n = len(run["loss"]) // 10
+    return statistics.fmean(run["loss"][i * n : (i + 1) * n])
+
+
 def final(run):
-    last = max(run["val"], key=int)
-    return statistics.fmean(run["loss"][-FINAL:]), run["val"][last]["loss"], 100 * run["val"][last]["top1"]
+    val = run["val"][run["steps"]]
+    return tenth(run, 9), val["loss"], 100 * val["top1"]
 
 
 def spread(values, digits):
@@ -70,7 +74,7 @@ def spread(values, digits):
 def tables(runs):
     for model in MODELS:
         of = {mode: {r["seed"]: r for r in runs if (r["model"], r["mode"]) == (model, mode)} for mode in MODES}
-        print(f"\n{model}\n\n| mode | seeds | training loss | validation loss | top-1, % | minus f32, same seeds |")
+        print(f"\n{model}\n\n| mode | seeds | training loss, last tenth | validation loss | top-1, % | minus f32, same seeds |")
         print("| --- | --- | --- | --- | --- | --- |")
         for mode, seeds in of.items():
             if not seeds:
@@ -86,8 +90,6 @@ def tables(runs):
                 base = of["f32"].get(seed)
                 if mode == "f32" or not base:
                     continue
-                n = len(run["loss"]) // 10
-                tenth = lambda r, i: statistics.fmean(r["loss"][i * n : (i + 1) * n])
                 print(mode, seed, " ".join(f"{tenth(run, i) - tenth(base, i):+.4f}" for i in range(10)))
 
 
