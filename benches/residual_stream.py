@@ -6,7 +6,7 @@
 
 Trains `mini/cifar10` (depth 4, drop-path, so that LayerNorms join the stream) and a deeper, narrow model without
 drop-path (depth 12, so that matrix products join it) on the CPU, in each mode, for each seed. `f32-nudged` is f32 with a
-millionth more learning rate: how far two runs of a seed part for no reason. A run that is there already is not made again.
+thousandth more learning rate: how far two runs of a seed part for no reason. A run that is there already is not made again.
 docs/numerics.md says what the curves say.
 """
 
@@ -25,7 +25,7 @@ MODELS = {
 # What VITRUM_CPU_ROUNDS says, and settings.
 MODES = {
     "f32": ("", []),
-    "f32-nudged": ("", ["optim.lr=1.000001e-3"]),
+    "f32-nudged": ("", ["optim.lr=1.001e-3"]),
     "bf16": ("bf16", []),
     "bf16-residual-f32": ("bf16-residual-f32", []),
 }
