@@ -11,6 +11,7 @@ use serde_json::Value;
 use support::{
     Outcome, command, finish, metrics, names, on_gpu, outcome, path, run_on_gpu as run, stand_in, train,
 };
+use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
 
 /// A short training run on the GPU: 16 tokens, width 64, depth 2, batch 4, dropout and drop-path at work.
 fn small(out: &str, more: &[&str]) -> Vec<String> {
@@ -81,6 +82,41 @@ fn follows_the_cpu(name: &str, more: &[&str]) {
             }
         }
     }
+}
+
+/// `VITRUM_CPU_ROUNDS=bf16` stands for a GPU in experiments: its gradients have to be those of one. With a single token,
+/// because probabilities are rounded inside the GPU's attention alone, and those of one token are 1.
+#[test]
+fn a_cpu_that_rounds_has_the_gradients_of_bf16() {
+    let Some(folder) = stand_in() else { return };
+    let weights = path("rounds");
+    let one_token = ["--device", "cpu", "model.patch=16", "model.pool=gap"];
+    finish(command(&small(&weights, &one_token))).ok();
+    let batch = path("batch.safetensors");
+    let pixels: Vec<u8> =
+        (0..4 * 16 * 16 * 3u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let labels: Vec<u8> = [0i32, 1, 2, 1].iter().flat_map(|l| l.to_le_bytes()).collect();
+    let views = vec![
+        View::new("images_u8", Dtype::U8, &[4, 16, 16, 3], pixels),
+        View::new("labels", Dtype::I32, &[4], labels),
+    ];
+    write(Path::new(&batch), &Default::default(), views).unwrap();
+
+    let gradients = |device: &str, rounds: &str| -> Vec<f32> {
+        let out = path(&format!("gradients-{device}{rounds}.safetensors"));
+        let args = ["grad", "--weights", &weights, "--batch", &batch, "--out", &out, "--device", device];
+        let mut command = on_gpu(&folder, "checks=off", &args);
+        command.env("VITRUM_CPU_ROUNDS", rounds);
+        finish(command).ok();
+        let file = SafeTensors::open(Path::new(&out)).unwrap();
+        let mut names: Vec<&str> = file.names().filter(|name| name.starts_with("grad/")).collect();
+        names.sort_unstable();
+        names.iter().flat_map(|name| file.values(name).unwrap().into_owned()).collect()
+    };
+    let gpu = gradients("cuda", "");
+    let far = |from: &[f32]| from.iter().zip(&gpu).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
+    let (f32, rounded) = (far(&gradients("cpu", "")), far(&gradients("cpu", "bf16")));
+    assert!(rounded < 0.01 * f32, "{rounded:e} from the GPU's, without rounding {f32:e}");
 }
 
 /// A run on the GPU that nothing disturbs.

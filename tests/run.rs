@@ -252,6 +252,18 @@ fn a_run_allocates_what_the_plan_says() {
 }
 
 #[test]
+fn a_run_that_rounds_says_so_and_another_way_to_round_is_refused() {
+    let with = |rounds: &str| {
+        let mut command = command(&train(&path(&format!("rounds-{rounds}")), &["train.steps=2"]));
+        command.env("VITRUM_CPU_ROUNDS", rounds);
+        finish(command)
+    };
+    with("bf16").ok().says(&["device   cpu", ", rounds to bf16 (VITRUM_CPU_ROUNDS)"]);
+    with("bf16-residual-f32").ok().says(&["all but the residual stream"]);
+    with("f16").exits(2).says(&["`VITRUM_CPU_ROUNDS=f16`", "hint: use `bf16` or `bf16-residual-f32`"]);
+}
+
+#[test]
 fn a_loss_that_is_not_finite_is_skipped_then_stops_the_run() {
     for (name, lr) in [("diverged", "1e30"), ("overflowed", "1e39")] {
         let out = path(name);

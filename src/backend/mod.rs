@@ -18,6 +18,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod mask;
 pub mod memory;
+pub mod rounded;
 pub mod timed;
 
 pub use batch::{Erase, HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
@@ -629,7 +630,11 @@ pub fn select(device: Device, options: &Options) -> Result<Box<dyn Backend>> {
         if !matches!(options.precision, Precision::Auto | Precision::F32) {
             return Err(Error::usage("the CPU computes in f32").hint("use `--set train.precision=f32`"));
         }
-        Ok(Box::new(cpu::CpuBackend::new(options.threads)?))
+        let cpu = cpu::CpuBackend::new(options.threads)?;
+        Ok(match rounded::Rounds::from_env()? {
+            Some(rounds) => Box::new(rounded::Rounded::new(cpu, rounds)),
+            None => Box::new(cpu),
+        })
     };
     match device {
         Device::Cpu => cpu(),

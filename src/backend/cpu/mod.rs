@@ -18,6 +18,7 @@ mod patchify;
 mod pool;
 pub mod probe_attention;
 mod residual;
+mod round;
 mod rowwise;
 pub mod simd;
 mod sums;
