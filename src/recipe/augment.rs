@@ -80,6 +80,9 @@ pub struct AugmentSection {
     pub pad: usize,
     /// For random areas: least and most share of the picture.
     pub area: (f32, f32),
+    /// For `crop = "tf"` and `"torch"`: decode JPEG at 1/2, 1/4 or 1/8 of its size where the crop is at least that many times
+    /// the input's size. Faster, with other pixels. Evaluation never does.
+    pub scaled_decode: bool,
     /// For `crop = "resize"` and `"resize_small"`: pixels.
     pub resize: usize,
     pub interpolation: Interpolation,
@@ -135,6 +138,7 @@ impl Default for AugmentSection {
             crop: Crop::Tf,
             pad: 0,
             area: (0.05, 1.0),
+            scaled_decode: false,
             resize: 0,
             interpolation: Interpolation::Bilinear,
             truncate: false,
@@ -206,6 +210,10 @@ impl AugmentSection {
         if !sized && self.resize > 0 {
             return Err(Error::usage("`augment.resize` is set, and `augment.crop` does not use it")
                 .hint("use `--set augment.crop=resize` or `--set augment.crop=resize_small`"));
+        }
+        if self.scaled_decode && !matches!(self.crop, Crop::Tf | Crop::Torch) {
+            return Err(Error::usage("`augment.scaled_decode` is set, and `augment.crop` draws no window")
+                .hint("use `--set augment.crop=tf` or `--set augment.crop=torch`"));
         }
         let mutual = self.mix_mode == MixMode::Pair || self.mix_chain;
         if mutual && self.mix_law == MixLaw::BigVision {
