@@ -362,7 +362,8 @@ fn guarded<T>(decode: impl FnOnce() -> Result<T>) -> Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::reference::{Arrays, path};
+    use crate::data::picture::Window;
+    use crate::data::reference::{self, Arrays, path};
 
     fn decoded(bytes: &[u8]) -> Result<Picture> {
         let mut picture = Picture::default();
@@ -391,6 +392,31 @@ mod tests {
             let exact = JpegPath::chosen() != JpegPath::Zune && others_are_exact;
             assert!(worst <= if exact { 0 } else { 4 } && mean <= 1.1, "{file}: {worst}, mean {mean}");
         }
+    }
+
+    #[test]
+    fn what_cannot_be_decoded_smaller_comes_as_it_is() {
+        let pictures = reference::pictures(&["bad-images"]);
+        let mut compared = 0;
+        for name in ["good.jpg", "progressive.jpg", "cmyk.jpg", "png_named.jpg"] {
+            let Some((_, bytes)) = pictures.iter().find(|(path, _)| path.ends_with(&format!("/{name}")))
+            else {
+                continue;
+            };
+            let window = Window { y: 3, x: 2, height: 32, width: 40 };
+            let mut decoder = Decoder::default();
+            let part = decoder.part(bytes, |_| Wanted { window, scale: Scale::Half }).unwrap();
+            let is_scaled = match (name, JpegPath::chosen()) {
+                ("good.jpg", path) => path != JpegPath::Zune,
+                ("progressive.jpg", path) => cfg!(feature = "turbojpeg") && path != JpegPath::Zune,
+                _ => false,
+            };
+            let (corner, size) =
+                if is_scaled { ((0.5, 0.0), (16.0, 20.0)) } else { ((0.0, 0.0), (32.0, 40.0)) };
+            assert_eq!((part.corner, part.size), (corner, size), "{name}");
+            compared += 1;
+        }
+        println!("{compared} pictures compared");
     }
 
     #[test]

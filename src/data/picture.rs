@@ -178,3 +178,30 @@ impl<'a> From<View<'a>> for Part<'a> {
         Self { view, corner: (0.0, 0.0), size: (view.height as f64, view.width as f64) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scale_leaves_the_pixels_of_the_output_in_both_directions() {
+        let least = |height, width| Scale::least(Window { y: 5, x: 3, height, width }, (30, 20));
+        assert_eq!(least(59, 400), Scale::Full);
+        assert_eq!(least(60, 40), Scale::Half);
+        assert_eq!(least(1000, 79), Scale::Half);
+        assert_eq!(least(120, 80), Scale::Quarter);
+        assert_eq!(least(240, 160), Scale::Eighth);
+        assert_eq!(least(9999, 9999), Scale::Eighth);
+    }
+
+    #[test]
+    fn a_scaled_part_has_the_borders_of_its_window() {
+        let window = Window { y: 13, x: 8, height: 20, width: 15 };
+        let touched = Scale::Quarter.window(window);
+        assert_eq!(touched, Window { y: 3, x: 2, height: 6, width: 4 });
+        let pixels = [0; 6 * 4 * 3];
+        let part = Part::scaled(View::new(&pixels, 6, 4), window, Scale::Quarter);
+        assert_eq!((part.corner, part.size), ((0.25, 0.0), (5.0, 3.75)));
+        assert_eq!(Scale::Full.window(window), window);
+    }
+}

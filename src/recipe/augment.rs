@@ -450,4 +450,11 @@ mod tests {
         assert!(augment.check().is_ok() && effective.check().is_ok());
         assert!(AugmentSection { mixup: 0.3, ..effective }.check().is_err());
     }
+    #[test]
+    fn decoding_smaller_needs_a_crop_that_draws_a_window() {
+        let of = |crop| AugmentSection { crop, scaled_decode: true, ..Default::default() };
+        assert!(of(Crop::Tf).check().is_ok() && of(Crop::Torch).check().is_ok());
+        let error = of(Crop::Simple).check().unwrap_err();
+        assert!(error.message().contains("`augment.scaled_decode`"), "{error}");
+    }
 }

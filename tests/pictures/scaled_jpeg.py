@@ -1,4 +1,5 @@
-"""Makes `scaled_jpeg.npz`: small JPEGs of all samplings, and what libjpeg-turbo makes of them at 1/2, 1/4 and 1/8.
+"""Makes `scaled_jpeg.npz`: small JPEGs of all samplings, what libjpeg-turbo makes of them at 1/2, 1/4 and 1/8, and what
+Pillow makes of a part with borders inside pixels.
 
     python tests/pictures/scaled_jpeg.py [DIR]
 
@@ -69,4 +70,8 @@ for height, width in ((37, 45), (21, 5), (3, 34)):
         arrays[f"{name}.jpg"] = numpy.frombuffer(bytes_, numpy.uint8)
         for divisor in (2, 4, 8):
             arrays[f"{name}.{divisor}"] = decoded(bytes_, divisor)
+arrays["part"] = arrays["420_37x45.2"]
+for name, kernel in (("bilinear", Image.BILINEAR), ("bicubic", Image.BICUBIC)):
+    box = (1.25, 2.5, 21.375, 18.625)
+    arrays[f"part.{name}"] = numpy.asarray(Image.fromarray(arrays["part"]).resize((9, 7), kernel, box))
 numpy.savez_compressed(os.path.join(os.path.dirname(__file__), "scaled_jpeg.npz"), **arrays)

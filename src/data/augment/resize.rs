@@ -482,6 +482,33 @@ mod tests {
     }
 
     #[test]
+    fn a_part_of_pixels_is_pillows_box() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pictures/scaled_jpeg.npz");
+        let mut arrays = Arrays::read(file.as_ref());
+        let picture = arrays.picture("part");
+        let part = Part { view: picture.view(), corner: (2.5, 1.25), size: (16.125, 20.125) };
+        for (name, filter) in [("bilinear", Filter::Bilinear), ("bicubic", Filter::Bicubic)] {
+            let expected = arrays.picture(&format!("part.{name}"));
+            let mut out = vec![0; expected.pixels.len()];
+            pil(part, (expected.height, expected.width), filter, &mut Scratch::default(), &mut out);
+            assert_eq!(out, expected.pixels, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_ramp_is_where_it_belongs() {
+        let pixels: Vec<u8> = (0..6 * 30 * 3).map(|i| (i / 3 % 30 * 8) as u8).collect();
+        let part = Part { view: View::new(&pixels, 6, 30), corner: (0.25, 3.5), size: (4.5, 20.0) };
+        let mut out = vec![0.0; 2 * 8 * 3];
+        tf_bilinear(part, (2, 8), &mut Scratch::default(), plain(&mut out));
+        for (i, value) in out.iter().enumerate() {
+            // The middle of output pixel x is this far into the ramp.
+            let x = 3.5 + ((i / 3 % 8) as f32 + 0.5) * 2.5 - 0.5;
+            assert!((value - x * 8.0).abs() < 1e-3, "{i}: {value}");
+        }
+    }
+
+    #[test]
     fn the_same_size_changes_nothing() {
         let pixels: Vec<u8> = (0..7 * 5 * 3).map(|i| (i * 91 % 256) as u8).collect();
         let view = View::new(&pixels, 7, 5);

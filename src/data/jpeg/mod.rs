@@ -281,8 +281,9 @@ fn decode<I: Isa>(
 ) -> Option<()> {
     let layout = Layout::new(frame, scale);
     let mcu = layout.mcu;
-    // Upsampling looks one chroma sample beyond the window.
-    let margin = layout.halved;
+    // Upsampling looks one chroma sample, two pixels, beyond the window.
+    let beyond = |halved: usize| if layout.is_smooth && halved == 2 { 2 } else { 0 };
+    let margin = (beyond(layout.halved.0), beyond(layout.halved.1));
     let first = (window.y.saturating_sub(margin.0) / mcu.0, window.x.saturating_sub(margin.1) / mcu.1);
     let end = (
         (window.y + window.height + margin.0).div_ceil(mcu.0).min(frame.mcus_down()),
