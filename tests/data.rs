@@ -160,6 +160,54 @@ fn photos_keep_their_bytes_and_train_packed_as_well_as_unpacked() {
     }
 }
 
+/// A smooth picture, so that an eighth of it shows what the whole does, and shows where.
+fn save_waves(path: &Path, height: u32, width: u32, seed: u32) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let wave = |at: f32| (127.5 + 110.0 * at.sin()) as u8;
+    let pixel = |x: u32, y: u32| {
+        let (x, y) = (x as f32, (y + 20 * seed) as f32);
+        image::Rgb([wave(x / 30.0), wave(y / 25.0), wave((x + y) / 40.0)])
+    };
+    image::RgbImage::from_fn(width, height, pixel).save(path).unwrap();
+}
+
+#[test]
+fn scaled_decoding_shows_the_same_samples_whoever_makes_them() {
+    let temp = tempfile::tempdir().unwrap();
+    for i in 0..6 {
+        // Codings that cannot be decoded smaller stay as they are.
+        let (class, ending) = if i % 2 == 0 { ("jpeg", "jpg") } else { ("png", "png") };
+        save_waves(&temp.path().join(class).join(format!("{i}.{ending}")), 331, 449, i);
+    }
+    let image = (32, 24);
+    let batch = |augment: AugmentSection, workers| {
+        let mode = Mode::Train { augment, seed: 9 };
+        let data = open(temp.path(), Split::Train);
+        let slot = loader(data, 96, image, mode, workers, OnBadRecord::Error).next().unwrap().unwrap();
+        (slot.images_u8().to_vec(), slot.labels().to_vec())
+    };
+    for crop in [Crop::Tf, Crop::Torch] {
+        let full = AugmentSection { crop, ..Default::default() };
+        let scaled = AugmentSection { scaled_decode: true, ..full.clone() };
+        let (ours, labels) = batch(scaled.clone(), 1);
+        assert!((ours.clone(), labels.clone()) == batch(scaled, 2), "{crop:?}: workers change nothing");
+        let (expected, expected_labels) = batch(full, 2);
+        assert_eq!(labels, expected_labels);
+        let (mut changed, mut worst) = (0, 0f64);
+        let samples = ours.chunks(image.0 * image.1 * 3).zip(expected.chunks(image.0 * image.1 * 3));
+        for ((ours, expected), label) in samples.zip(labels) {
+            let off: f64 = ours.iter().zip(expected).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
+            let mean = off / ours.len() as f64;
+            assert!(label == 0 || mean == 0.0, "{crop:?}: PNG has no smaller form");
+            changed += usize::from(mean > 0.0);
+            worst = worst.max(mean);
+        }
+        println!("{crop:?}: {changed} samples differ, by {worst:.2} at most in the mean");
+        // Half an output pixel beside its place is off by 5 and more where the crop is large.
+        assert!(changed > 20 && worst < 1.5, "{crop:?}: {changed} samples, {worst}");
+    }
+}
+
 fn loader(
     data: Dataset,
     batch: usize,

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::fail;
 
 use super::jpeg;
-use super::picture::{Picture, View, Window};
+use super::picture::{Part, Picture, Scale, View, Wanted};
 
 /// The largest picture that is decoded: 64 Mi pixels, 192 MiB as RGB.
 pub const MAX_PIXELS: u64 = 64 << 20;
@@ -142,21 +142,20 @@ pub struct Decoder {
 impl Decoder {
     /// Decodes a whole picture.
     pub fn decode(&mut self, bytes: &[u8]) -> Result<View<'_>> {
-        self.window(bytes, Window::whole)
+        Ok(self.part(bytes, Wanted::whole)?.view)
     }
 
-    /// Decodes the window that `choose` picks, told the picture's (H, W). It is asked once.
-    pub fn window(
-        &mut self,
-        bytes: &[u8],
-        choose: impl FnOnce((usize, usize)) -> Window,
-    ) -> Result<View<'_>> {
-        let window = guarded(|| self.decode_window(bytes, choose))?;
-        // Whole pictures come with the window to look at, windows as they are.
-        Ok(match window {
-            Some(w) => self.picture.view().window(w.y, w.x, w.height, w.width),
-            None => self.picture.view(),
-        })
+    /// Decodes the part that `choose` picks, told the picture's (H, W). It is asked once. Where nothing can decode this
+    /// picture at the scale that it allows, the part comes at full size.
+    pub fn part(&mut self, bytes: &[u8], choose: impl FnOnce((usize, usize)) -> Wanted) -> Result<Part<'_>> {
+        let Decoded { wanted: Wanted { window, scale }, is_whole } =
+            guarded(|| self.decode_part(bytes, choose))?;
+        let mut view = self.picture.view();
+        if is_whole {
+            let w = scale.window(window);
+            view = view.window(w.y, w.x, w.height, w.width);
+        }
+        Ok(Part::scaled(view, window, scale))
     }
 
     /// Whether a picture can be kept as it is: a plain JPEG by its structure alone ([`jpeg::seems_whole`]), everything
@@ -173,48 +172,63 @@ impl Decoder {
         if seems_whole { Ok(()) } else { self.decode(bytes).map(drop) }
     }
 
-    /// What our own JPEG decoder did last.
+    /// What our own JPEG decoder did of the last picture.
     pub fn counts(&self) -> jpeg::Counts {
         self.jpeg.counts()
     }
 
-    /// Returns the window, if all of the picture was decoded.
-    fn decode_window(
+    fn decode_part(
         &mut self,
         bytes: &[u8],
-        choose: impl FnOnce((usize, usize)) -> Window,
-    ) -> Result<Option<Window>> {
+        choose: impl FnOnce((usize, usize)) -> Wanted,
+    ) -> Result<Decoded> {
+        self.jpeg.forget_counts();
         let format = Format::of(bytes)?;
         if format != Format::Jpeg {
             let (size, decoder) = open(format, bytes)?;
-            let window = choose(size);
+            let wanted = choose(size);
             read(size, decoder, &mut self.picture)?;
-            return Ok(Some(window));
+            return Ok(Decoded::whole_at_full_size(wanted));
         }
         let size = check_jpeg(bytes)?;
-        let window = choose(size);
+        let wanted = choose(size);
         let path = JpegPath::chosen();
-        if path == JpegPath::Own && self.own_jpeg(bytes, size, window).is_some() {
-            return Ok(None);
+        if path == JpegPath::Own && self.own_jpeg(bytes, size, wanted).is_some() {
+            return Ok(Decoded { wanted, is_whole: false });
         }
         #[cfg(feature = "turbojpeg")]
-        if path != JpegPath::Zune && turbo(bytes, size, &mut self.picture).is_some() {
-            return Ok(Some(window));
+        if path != JpegPath::Zune && turbo(bytes, size, wanted.scale, &mut self.picture).is_some() {
+            return Ok(Decoded { wanted, is_whole: true });
         }
         let (size, decoder) = open(format, bytes)?;
         read(size, decoder, &mut self.picture)?;
-        Ok(Some(window))
+        Ok(Decoded::whole_at_full_size(wanted))
     }
 
-    fn own_jpeg(&mut self, bytes: &[u8], size: (usize, usize), window: Window) -> Option<()> {
+    fn own_jpeg(&mut self, bytes: &[u8], size: (usize, usize), wanted: Wanted) -> Option<()> {
         let frame = jpeg::parse(bytes, &mut self.jpeg)?;
         if (frame.height, frame.width) != size {
             return None;
         }
+        let window = wanted.scale.window(wanted.window);
         let Picture { height, width, pixels } = &mut self.picture;
         (*height, *width) = (window.height, window.width);
         pixels.resize(window.height * window.width * 3, 0);
-        frame.decode(window, &mut self.jpeg, pixels)
+        frame.decode(wanted.scale, window, &mut self.jpeg, pixels)
+    }
+}
+
+/// What is in a decoder's picture.
+struct Decoded {
+    /// With the scale at which it was decoded.
+    wanted: Wanted,
+    /// The whole picture, not only what was wanted of it.
+    is_whole: bool,
+}
+
+impl Decoded {
+    fn whole_at_full_size(wanted: Wanted) -> Self {
+        Self { wanted: Wanted { scale: Scale::Full, ..wanted }, is_whole: true }
     }
 }
 
@@ -259,13 +273,15 @@ fn read(size: (usize, usize), decoder: Box<dyn ImageDecoder + '_>, picture: &mut
 
 /// By libjpeg-turbo; a warning that leaves a picture is none. CMYK is left to the others.
 #[cfg(feature = "turbojpeg")]
-fn turbo(bytes: &[u8], (height, width): (usize, usize), picture: &mut Picture) -> Option<()> {
+fn turbo(bytes: &[u8], of: (usize, usize), scale: Scale, picture: &mut Picture) -> Option<()> {
     let mut decompressor = turbojpeg::Decompressor::new().ok()?;
     let header = decompressor.read_header(bytes).ok()?;
     let is_cmyk = matches!(header.colorspace, turbojpeg::Colorspace::CMYK | turbojpeg::Colorspace::YCCK);
-    if is_cmyk || (header.height, header.width) != (height, width) {
+    if is_cmyk || (header.height, header.width) != of {
         return None;
     }
+    decompressor.set_scaling_factor(turbojpeg::ScalingFactor::new(1, scale.divisor())).ok()?;
+    let (height, width) = scale.size(of);
     picture.pixels.clear();
     picture.pixels.resize(height * width * 3, 128);
     let format = turbojpeg::PixelFormat::RGB;
@@ -346,7 +362,8 @@ fn guarded<T>(decode: impl FnOnce() -> Result<T>) -> Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::reference::{Arrays, path};
+    use crate::data::picture::Window;
+    use crate::data::reference::{self, Arrays, path};
 
     fn decoded(bytes: &[u8]) -> Result<Picture> {
         let mut picture = Picture::default();
@@ -375,6 +392,31 @@ mod tests {
             let exact = JpegPath::chosen() != JpegPath::Zune && others_are_exact;
             assert!(worst <= if exact { 0 } else { 4 } && mean <= 1.1, "{file}: {worst}, mean {mean}");
         }
+    }
+
+    #[test]
+    fn what_cannot_be_decoded_smaller_comes_as_it_is() {
+        let pictures = reference::pictures(&["bad-images"]);
+        let mut compared = 0;
+        for name in ["good.jpg", "progressive.jpg", "cmyk.jpg", "png_named.jpg"] {
+            let Some((_, bytes)) = pictures.iter().find(|(path, _)| path.ends_with(&format!("/{name}")))
+            else {
+                continue;
+            };
+            let window = Window { y: 3, x: 2, height: 32, width: 40 };
+            let mut decoder = Decoder::default();
+            let part = decoder.part(bytes, |_| Wanted { window, scale: Scale::Half }).unwrap();
+            let is_scaled = match (name, JpegPath::chosen()) {
+                ("good.jpg", path) => path != JpegPath::Zune,
+                ("progressive.jpg", path) => cfg!(feature = "turbojpeg") && path != JpegPath::Zune,
+                _ => false,
+            };
+            let (corner, size) =
+                if is_scaled { ((0.5, 0.0), (16.0, 20.0)) } else { ((0.0, 0.0), (32.0, 40.0)) };
+            assert_eq!((part.corner, part.size), (corner, size), "{name}");
+            compared += 1;
+        }
+        println!("{compared} pictures compared");
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Pixels on their way: an owned picture, and a borrowed window of one. Always u8 RGB, row by row.
+//! Pixels on their way: an owned picture, a borrowed window of one, and a part of that with borders inside pixels. Always
+//! u8 RGB, row by row.
 
 /// A picture that owns its pixels; workers keep one each and decode into it again and again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,6 +29,57 @@ impl Window {
     /// All of a picture of (H, W).
     pub fn whole((height, width): (usize, usize)) -> Self {
         Self { y: 0, x: 0, height, width }
+    }
+}
+
+/// How much smaller than it is a picture is decoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scale {
+    #[default]
+    Full = 1,
+    Half = 2,
+    Quarter = 4,
+    Eighth = 8,
+}
+
+impl Scale {
+    /// Pixels that become one, in each direction.
+    pub fn divisor(self) -> usize {
+        self as usize
+    }
+
+    /// The smallest one at which `window` still has the pixels of `size` (H, W) in both directions.
+    pub fn least(window: Window, size: (usize, usize)) -> Self {
+        let covers =
+            |s: &Scale| window.height >= size.0 * s.divisor() && window.width >= size.1 * s.divisor();
+        [Scale::Eighth, Scale::Quarter, Scale::Half].into_iter().find(covers).unwrap_or_default()
+    }
+
+    /// Size (H, W) at this scale of a picture of `of`: what is left over at the edges is a pixel, too.
+    pub fn size(self, of: (usize, usize)) -> (usize, usize) {
+        (of.0.div_ceil(self.divisor()), of.1.div_ceil(self.divisor()))
+    }
+
+    /// The pixels at this scale that `window` touches.
+    pub fn window(self, window: Window) -> Window {
+        let d = self.divisor();
+        let (y, x) = (window.y / d, window.x / d);
+        let end = self.size((window.y + window.height, window.x + window.width));
+        Window { y, x, height: end.0 - y, width: end.1 - x }
+    }
+}
+
+/// What somebody wants of a picture: a window in full pixels, and how small it may be decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    pub window: Window,
+    pub scale: Scale,
+}
+
+impl Wanted {
+    /// All of a picture of (H, W), as it is.
+    pub fn whole(of: (usize, usize)) -> Self {
+        Self { window: Window::whole(of), scale: Scale::Full }
     }
 }
 
@@ -85,5 +137,65 @@ impl<'a> View<'a> {
         for (y, row) in out.chunks_exact_mut(self.width * 3).enumerate() {
             row.copy_from_slice(self.row(y));
         }
+    }
+}
+
+/// A part of a view that a resize reads: its borders may lie inside pixels.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// All pixels that the part touches.
+    pub view: View<'a>,
+    /// (y, x) of its upper left corner in the view.
+    pub corner: (f64, f64),
+    /// (H, W)
+    pub size: (f64, f64),
+}
+
+impl<'a> Part<'a> {
+    /// The part that `window`, in full pixels, is of a picture that was decoded at `scale`; `view` shows
+    /// [`Scale::window`] of it.
+    pub fn scaled(view: View<'a>, window: Window, scale: Scale) -> Self {
+        // Eighths of numbers of 16 bits: exact in f64, and in f32.
+        let at = |n: usize| n as f64 / scale.divisor() as f64;
+        let within = |n: usize| at(n % scale.divisor());
+        Self {
+            view,
+            corner: (within(window.y), within(window.x)),
+            size: (at(window.height), at(window.width)),
+        }
+    }
+}
+
+impl<'a> From<View<'a>> for Part<'a> {
+    /// All of it.
+    fn from(view: View<'a>) -> Self {
+        Self { view, corner: (0.0, 0.0), size: (view.height as f64, view.width as f64) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scale_leaves_the_pixels_of_the_output_in_both_directions() {
+        let least = |height, width| Scale::least(Window { y: 5, x: 3, height, width }, (30, 20));
+        assert_eq!(least(59, 400), Scale::Full);
+        assert_eq!(least(60, 40), Scale::Half);
+        assert_eq!(least(1000, 79), Scale::Half);
+        assert_eq!(least(120, 80), Scale::Quarter);
+        assert_eq!(least(240, 160), Scale::Eighth);
+        assert_eq!(least(9999, 9999), Scale::Eighth);
+    }
+
+    #[test]
+    fn a_scaled_part_has_the_borders_of_its_window() {
+        let window = Window { y: 13, x: 8, height: 20, width: 15 };
+        let touched = Scale::Quarter.window(window);
+        assert_eq!(touched, Window { y: 3, x: 2, height: 6, width: 4 });
+        let pixels = [0; 6 * 4 * 3];
+        let part = Part::scaled(View::new(&pixels, 6, 4), window, Scale::Quarter);
+        assert_eq!((part.corner, part.size), ((0.25, 0.0), (5.0, 3.75)));
+        assert_eq!(Scale::Full.window(window), window);
     }
 }

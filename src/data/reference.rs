@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A file of the reference folder; `None`, and a line that says so, where it is absent.
 pub(crate) fn path(name: &str) -> Option<PathBuf> {
@@ -24,7 +24,11 @@ pub(crate) struct Arrays(zip::ZipArchive<File>);
 
 impl Arrays {
     pub(crate) fn open(name: &str) -> Option<Self> {
-        Some(Self(zip::ZipArchive::new(File::open(path(name)?).unwrap()).unwrap()))
+        Some(Self::read(&path(name)?))
+    }
+
+    pub(crate) fn read(path: &Path) -> Self {
+        Self(zip::ZipArchive::new(File::open(path).unwrap()).unwrap())
     }
 
     pub(crate) fn names(&self) -> Vec<String> {

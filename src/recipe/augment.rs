@@ -80,6 +80,9 @@ pub struct AugmentSection {
     pub pad: usize,
     /// For random areas: least and most share of the picture.
     pub area: (f32, f32),
+    /// For `crop = "tf"` and `"torch"`: decode JPEG at 1/2, 1/4 or 1/8 of its size where the crop is at least that many times
+    /// the input's size. Faster, with other pixels. Evaluation never does.
+    pub scaled_decode: bool,
     /// For `crop = "resize"` and `"resize_small"`: pixels.
     pub resize: usize,
     pub interpolation: Interpolation,
@@ -135,6 +138,7 @@ impl Default for AugmentSection {
             crop: Crop::Tf,
             pad: 0,
             area: (0.05, 1.0),
+            scaled_decode: false,
             resize: 0,
             interpolation: Interpolation::Bilinear,
             truncate: false,
@@ -206,6 +210,10 @@ impl AugmentSection {
         if !sized && self.resize > 0 {
             return Err(Error::usage("`augment.resize` is set, and `augment.crop` does not use it")
                 .hint("use `--set augment.crop=resize` or `--set augment.crop=resize_small`"));
+        }
+        if self.scaled_decode && !matches!(self.crop, Crop::Tf | Crop::Torch) {
+            return Err(Error::usage("`augment.scaled_decode` is set, and `augment.crop` draws no window")
+                .hint("use `--set augment.crop=tf` or `--set augment.crop=torch`"));
         }
         let mutual = self.mix_mode == MixMode::Pair || self.mix_chain;
         if mutual && self.mix_law == MixLaw::BigVision {
@@ -441,5 +449,12 @@ mod tests {
         assert_eq!((effective.randaugment.unwrap().to_string(), effective.mixup), ("tf(2,15)".into(), 0.2));
         assert!(augment.check().is_ok() && effective.check().is_ok());
         assert!(AugmentSection { mixup: 0.3, ..effective }.check().is_err());
+    }
+    #[test]
+    fn decoding_smaller_needs_a_crop_that_draws_a_window() {
+        let of = |crop| AugmentSection { crop, scaled_decode: true, ..Default::default() };
+        assert!(of(Crop::Tf).check().is_ok() && of(Crop::Torch).check().is_ok());
+        let error = of(Crop::Simple).check().unwrap_err();
+        assert!(error.message().contains("`augment.scaled_decode`"), "{error}");
     }
 }

@@ -10,6 +10,8 @@ use crate::backend::batch::PlainMemory;
 use crate::backend::{Pixels, Slot, SlotLayout, TargetKind};
 use crate::data::augment::{self, Buffers, Target};
 use crate::data::decode::{Decoder, JpegPath};
+use crate::data::jpeg::Counts;
+use crate::data::picture::Wanted;
 use crate::data::shard::Record;
 use crate::data::{self, Dataset, Loader, LoaderSpec, Split};
 use crate::error::Result;
@@ -70,7 +72,8 @@ pub struct Measured {
     copy_cached: f64,
     copy_ring: f64,
     bytes: f64,
-    blocks: (f64, f64),
+    /// Read, of these transformed, of these to fewer than 8×8 samples.
+    blocks: [f64; 3],
     card: Card,
     needed: f64,
 }
@@ -96,13 +99,15 @@ pub fn run(recipe: &Recipe, model: &str, options: &Options) -> Result<Measured> 
     let mut ringed = Worker::new(image, ring_places(image));
     let into_ring = timer.per_sample(dataset.len(), |i| one.all(i, &mut ringed))?;
     drop(ringed);
-    let (mut bytes, mut read_blocks, mut made_blocks) = (0, 0, 0);
+    let (mut bytes, mut blocks) = (0, Counts::default());
     let counted = dataset.len().min(200);
     for i in 0..counted {
         bytes += one.bytes(i)?;
         one.decode(i, &mut decoder)?;
-        read_blocks += decoder.counts().read;
-        made_blocks += decoder.counts().transformed;
+        let Counts { read, transformed, reduced } = decoder.counts();
+        blocks.read += read;
+        blocks.transformed += transformed;
+        blocks.reduced += reduced;
     }
     let mean = |sum: usize| sum as f64 / counted as f64;
 
@@ -132,7 +137,7 @@ pub fn run(recipe: &Recipe, model: &str, options: &Options) -> Result<Measured> 
         copy_cached: copy_seconds(image, 1, &timer),
         copy_ring: copy_seconds(image, ring_places(image), &timer),
         bytes: mean(bytes),
-        blocks: (mean(read_blocks), mean(made_blocks)),
+        blocks: [blocks.read, blocks.transformed, blocks.reduced].map(mean),
         card: options.card,
         needed: options.card.flops() * UTILISATION / config.train_flops() as f64,
     })
@@ -252,10 +257,14 @@ impl OneCore<'_> {
         Ok(())
     }
 
+    fn wanted(&self, of: (usize, usize), draws: &mut Stream) -> Wanted {
+        augment::wanted(self.augment, of, self.image, draws)
+    }
+
     fn decode(&self, i: usize, decoder: &mut Decoder) -> Result<()> {
         if let Record::Encoded(bytes) = self.dataset.record(i)? {
             let mut draws = self.draws(i);
-            black_box(decoder.window(&bytes, |of| augment::window(self.augment, of, &mut draws))?.size());
+            black_box(decoder.part(&bytes, |of| self.wanted(of, &mut draws))?.size);
         }
         Ok(())
     }
@@ -290,8 +299,8 @@ impl OneCore<'_> {
         let out = &mut ring[*next * len..][..len];
         let mut draws = self.draws(i);
         let record = self.dataset.record(i)?;
-        let view = data::pixels(&record, decoder, |of| augment::window(self.augment, of, &mut draws))?;
-        augment::train(self.augment, view, self.image, &mut draws, buffers, Target::U8(out));
+        let part = data::pixels(&record, decoder, |of| self.wanted(of, &mut draws))?;
+        augment::train(self.augment, part, self.image, &mut draws, buffers, Target::U8(out));
         black_box(&*out);
         *next = (*next + 1) % (ring.len() / len);
         Ok(())
@@ -370,10 +379,11 @@ impl Measured {
                 JpegPath::chosen().describe()
             ),
             format!(
-                "{} a record; blocks read {:.0}, transformed {:.0}",
+                "{} a record; blocks read {:.0}, transformed {:.0}, of these to fewer samples {:.0}",
                 format::bytes(self.bytes as u64),
-                self.blocks.0,
-                self.blocks.1
+                self.blocks[0],
+                self.blocks[1],
+                self.blocks[2]
             ),
         ];
         for (stage, seconds) in &self.stages {
@@ -430,8 +440,9 @@ impl Measured {
             "image": self.image,
             "jpeg_decoder": JpegPath::chosen().describe(),
             "bytes_per_record": self.bytes,
-            "blocks_read": self.blocks.0,
-            "blocks_transformed": self.blocks.1,
+            "blocks_read": self.blocks[0],
+            "blocks_transformed": self.blocks[1],
+            "blocks_reduced": self.blocks[2],
             "stages": stages,
             "img_per_s_one_core": 1.0 / self.one_core,
             "img_per_s_into_ring": 1.0 / self.into_ring,

@@ -21,7 +21,7 @@ use crate::backend::Normalise;
 use crate::recipe::{AugmentSection, Crop, EvalResize, Interpolation};
 use crate::rng::Stream;
 
-use super::picture::{View, Window};
+use super::picture::{Part, Scale, View, Wanted};
 use canvas::Canvas;
 use resize::{Filter, Out};
 
@@ -51,19 +51,29 @@ impl Target<'_> {
     }
 }
 
-/// Which part of a picture of `of` (H, W) a training sample shows: the first of its draws.
-pub fn window(augment: &AugmentSection, of: (usize, usize), draws: &mut Stream) -> Window {
-    match augment.crop {
+/// Which part of a picture of `of` (H, W) a training sample of `size` shows, the first of its draws, and how small the
+/// picture may be decoded for that: so that the resize still shrinks it.
+pub fn wanted(
+    augment: &AugmentSection,
+    of: (usize, usize),
+    size: (usize, usize),
+    draws: &mut Stream,
+) -> Wanted {
+    let window = match augment.crop {
         Crop::Tf => crop::tf_window(draws, of, augment.area),
         Crop::Torch => crop::torch_window(draws, of, augment.area),
-        Crop::Center | Crop::Pad | Crop::Resize | Crop::ResizeSmall | Crop::Simple => Window::whole(of),
-    }
+        Crop::Center | Crop::Pad | Crop::Resize | Crop::ResizeSmall | Crop::Simple => {
+            return Wanted::whole(of);
+        }
+    };
+    let scale = if augment.scaled_decode { Scale::least(window, size) } else { Scale::Full };
+    Wanted { window, scale }
 }
 
-/// Makes a training sample of `size` (H, W) of the part of a picture that [`window`] chose.
+/// Makes a training sample of `size` (H, W) of the part of a picture that is [`wanted`].
 pub fn train(
     augment: &AugmentSection,
-    picture: View,
+    part: Part,
     size: (usize, usize),
     draws: &mut Stream,
     buffers: &mut Buffers,
@@ -76,6 +86,8 @@ pub fn train(
         && augment.color_jitter == 0.0
         && color::Jitter::new(augment).is_none();
     canvas.reset(size);
+    // Of crops without a window of their own the part is the whole picture.
+    let picture = part.view;
 
     // 1. A view of the sample's size, in the picture itself if it can be.
     let view = match augment.crop {
@@ -83,23 +95,23 @@ pub fn train(
             if let (true, Target::F32(values, normalise)) = (is_plain, &mut target) {
                 floats.resize(values.len(), 0.0);
                 let out = Out::F32 { values: floats, normalise: *normalise };
-                resize::tf_bilinear(picture, size, scratch, out);
+                resize::tf_bilinear(part, size, scratch, out);
                 return write_floats(floats, size.1, flip, values);
             }
             let truncate = augment.truncate;
             if let (true, false, Target::U8(pixels)) = (is_plain, flip, &mut target) {
-                return resize::tf_bilinear(picture, size, scratch, Out::U8 { pixels, truncate });
+                return resize::tf_bilinear(part, size, scratch, Out::U8 { pixels, truncate });
             }
             let out = Out::U8 { pixels: &mut canvas.spare, truncate };
-            resize::tf_bilinear(picture, size, scratch, out);
+            resize::tf_bilinear(part, size, scratch, out);
             View::new(&canvas.spare, size.0, size.1)
         }
         Crop::Torch => {
             let filter = filter(augment.interpolation, draws);
             if let (true, false, Target::U8(pixels)) = (is_plain, flip, &mut target) {
-                return resize::pil(picture, size, filter, scratch, pixels);
+                return resize::pil(part, size, filter, scratch, pixels);
             }
-            resize::pil(picture, size, filter, scratch, &mut canvas.spare);
+            resize::pil(part, size, filter, scratch, &mut canvas.spare);
             View::new(&canvas.spare, size.0, size.1)
         }
         Crop::Center => cover(picture, size, resized, scratch).centre(size),
@@ -318,9 +330,10 @@ mod tests {
         for (seed, crop) in (0..8).flat_map(|s| [Crop::Tf, Crop::Torch, Crop::Simple].map(|c| (s, c))) {
             let augment = AugmentSection { crop, ..Default::default() };
             let (mut bytes, mut floats) = (vec![0; 24 * 16 * 3], vec![0.0; 24 * 16 * 3]);
-            train(&augment, picture, (24, 16), &mut seeded(seed), &mut buffers, Target::U8(&mut bytes));
+            let part = picture.into();
+            train(&augment, part, (24, 16), &mut seeded(seed), &mut buffers, Target::U8(&mut bytes));
             let target = Target::F32(&mut floats, Normalise::INCEPTION);
-            train(&augment, picture, (24, 16), &mut seeded(seed), &mut buffers, target);
+            train(&augment, part, (24, 16), &mut seeded(seed), &mut buffers, target);
             let worst = floats
                 .iter()
                 .zip(&bytes)
@@ -346,10 +359,10 @@ mod tests {
                     let resize = if matches!(crop, Crop::Resize | Crop::ResizeSmall) { 20 } else { 0 };
                     let augment = AugmentSection { crop, resize, ..Default::default() };
                     let mut draws = seeded(i as u64);
-                    let w = window(&augment, (height, width), &mut draws);
+                    let w = wanted(&augment, (height, width), size, &mut draws).window;
                     let view = View::new(&pixels, height, width).window(w.y, w.x, w.height, w.width);
                     let mut out = vec![0; size.0 * size.1 * 3];
-                    train(&augment, view, size, &mut draws, &mut buffers, Target::U8(&mut out));
+                    train(&augment, view.into(), size, &mut draws, &mut buffers, Target::U8(&mut out));
                     // Areas add up to 1 but for f32's last bit, and their fractions are cut.
                     let least = if crop == Crop::ResizeSmall { 199 } else { 200 };
                     assert!(

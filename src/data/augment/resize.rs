@@ -7,7 +7,7 @@
 //! can be read, and each pixel is written before the next one overwrites it.
 
 use crate::backend::Normalise;
-use crate::data::picture::View;
+use crate::data::picture::{Part, View};
 
 use super::canvas::cut;
 use super::vector::{self, Task};
@@ -59,13 +59,13 @@ impl Out<'_> {
 }
 
 /// TensorFlow's `resize(bilinear)`: half-pixel centres, no antialiasing. Every operation rounds to f32.
-pub fn tf_bilinear(src: View, size: (usize, usize), scratch: &mut Scratch, out: Out) {
+pub fn tf_bilinear<'a>(src: impl Into<Part<'a>>, size: (usize, usize), scratch: &mut Scratch, out: Out) {
     assert_eq!(out.len(), size.0 * size.1 * 3);
-    vector::run(TfBilinear { src, size, scratch, out });
+    vector::run(TfBilinear { src: src.into(), size, scratch, out });
 }
 
 struct TfBilinear<'a> {
-    src: View<'a>,
+    src: Part<'a>,
     size: (usize, usize),
     scratch: &'a mut Scratch,
     out: Out<'a>,
@@ -76,9 +76,9 @@ impl Task for TfBilinear<'_> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { src, size, scratch, mut out } = self;
-        let rows = bilinear_taps(src.height, size.0);
-        let columns = bilinear_taps(src.width, size.1);
+        let Self { src: Part { view: src, corner, size: part }, size, scratch, mut out } = self;
+        let rows = bilinear_taps(src.height, (corner.0, part.0), size.0);
+        let columns = bilinear_taps(src.width, (corner.1, part.1), size.1);
         let Scratch { line, across, .. } = scratch;
         for cached in across.iter_mut() {
             cached.0 = usize::MAX;
@@ -129,10 +129,12 @@ struct BilinearTap {
     weight: f32,
 }
 
-fn bilinear_taps(from: usize, to: usize) -> Vec<BilinearTap> {
-    let scale = from as f32 / to as f32;
+/// Of `from` pixels, those for a part that begins at `part.0` and is `part.1` long.
+fn bilinear_taps(from: usize, part: (f64, f64), to: usize) -> Vec<BilinearTap> {
+    let (start, length) = (part.0 as f32, part.1 as f32);
+    let scale = length / to as f32;
     let tap = |i: usize| {
-        let source = (i as f32 + 0.5) * scale - 0.5;
+        let source = (i as f32 + 0.5) * scale - 0.5 + start;
         let floor = source.floor();
         let low = floor.max(0.0) as usize;
         // TensorFlow clamps the upper neighbour only; below the first centre both taps are pixel 0.
@@ -223,14 +225,21 @@ const BLOCK: usize = 32;
 /// Bits behind the point of Pillow's integer weights.
 const PIL_BITS: u32 = 22;
 
-/// Pillow's `resize`: antialiased, across and then down, u8 in between. `out` is `[H, W, 3]`.
-pub fn pil(src: View, size: (usize, usize), filter: Filter, scratch: &mut Scratch, out: &mut [u8]) {
+/// Pillow's `resize`: antialiased, across and then down, u8 in between. A part is its argument `box`: beside it the kernel
+/// reads what else the view has. `out` is `[H, W, 3]`.
+pub fn pil<'a>(
+    src: impl Into<Part<'a>>,
+    size: (usize, usize),
+    filter: Filter,
+    scratch: &mut Scratch,
+    out: &mut [u8],
+) {
     assert_eq!(out.len(), size.0 * size.1 * 3);
-    vector::run(Pil { src, size, filter, scratch, out });
+    vector::run(Pil { src: src.into(), size, filter, scratch, out });
 }
 
 struct Pil<'a> {
-    src: View<'a>,
+    src: Part<'a>,
     size: (usize, usize),
     filter: Filter,
     scratch: &'a mut Scratch,
@@ -242,10 +251,13 @@ impl Task for Pil<'_> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { src, size, filter, scratch, out } = self;
+        let Self { src: Part { view: src, corner, size: part }, size, filter, scratch, out } = self;
         let Scratch { columns, rows, between, line, .. } = scratch;
-        columns.fill(src.width, size.1, filter);
-        rows.fill(src.height, size.0, filter);
+        columns.fill(src.width, (corner.1, part.1), size.1, filter);
+        rows.fill(src.height, (corner.0, part.0), size.0, filter);
+        // Pixels that stay as they are.
+        let (keeps_columns, keeps_rows) =
+            (corner.1 == 0.0 && part.1 == size.1 as f64, corner.0 == 0.0 && part.0 == size.0 as f64);
         let length = size.1 * 3;
         // One byte more a row, for the fourth value of its last pixel.
         let stride = length + 1;
@@ -253,7 +265,7 @@ impl Task for Pil<'_> {
         for (group, targets) in between.chunks_exact_mut(TOGETHER * stride).enumerate() {
             let first = group * TOGETHER;
             let group = first..(first + TOGETHER).min(src.height);
-            if src.width == size.1 {
+            if keeps_columns {
                 for (target, y) in targets.chunks_exact_mut(stride).zip(group) {
                     target[..length].copy_from_slice(src.row(y));
                 }
@@ -280,7 +292,7 @@ impl Task for Pil<'_> {
                 }
             }
         }
-        if src.height == size.0 {
+        if keeps_rows {
             for (target, row) in out.chunks_exact_mut(length).zip(between.chunks_exact(stride)) {
                 target.copy_from_slice(&row[..length]);
             }
@@ -344,15 +356,16 @@ struct PilTaps {
 }
 
 impl PilTaps {
-    fn fill(&mut self, from: usize, to: usize, filter: Filter) {
+    /// Of `from` pixels, for a part that begins at `part.0` and is `part.1` long.
+    fn fill(&mut self, from: usize, part: (f64, f64), to: usize, filter: Filter) {
         let Self { places, weights, exact } = self;
         places.clear();
         weights.clear();
-        let scale = from as f64 / to as f64;
+        let scale = part.1 / to as f64;
         let stretch = scale.max(1.0);
         let support = filter.support() * stretch;
         for i in 0..to {
-            let centre = (i as f64 + 0.5) * scale;
+            let centre = part.0 + (i as f64 + 0.5) * scale;
             let first = (centre - support + 0.5).max(0.0) as usize;
             let last = ((centre + support + 0.5) as usize).min(from);
             exact.clear();
@@ -466,6 +479,33 @@ mod tests {
             (out, other)
         };
         assert_eq!(resized(window), resized(copy));
+    }
+
+    #[test]
+    fn a_part_of_pixels_is_pillows_box() {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pictures/scaled_jpeg.npz");
+        let mut arrays = Arrays::read(file.as_ref());
+        let picture = arrays.picture("part");
+        let part = Part { view: picture.view(), corner: (2.5, 1.25), size: (16.125, 20.125) };
+        for (name, filter) in [("bilinear", Filter::Bilinear), ("bicubic", Filter::Bicubic)] {
+            let expected = arrays.picture(&format!("part.{name}"));
+            let mut out = vec![0; expected.pixels.len()];
+            pil(part, (expected.height, expected.width), filter, &mut Scratch::default(), &mut out);
+            assert_eq!(out, expected.pixels, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_a_ramp_is_where_it_belongs() {
+        let pixels: Vec<u8> = (0..6 * 30 * 3).map(|i| (i / 3 % 30 * 8) as u8).collect();
+        let part = Part { view: View::new(&pixels, 6, 30), corner: (0.25, 3.5), size: (4.5, 20.0) };
+        let mut out = vec![0.0; 2 * 8 * 3];
+        tf_bilinear(part, (2, 8), &mut Scratch::default(), plain(&mut out));
+        for (i, value) in out.iter().enumerate() {
+            // The middle of output pixel x is this far into the ramp.
+            let x = 3.5 + ((i / 3 % 8) as f32 + 0.5) * 2.5 - 0.5;
+            assert!((value - x * 8.0).abs() < 1e-3, "{i}: {value}");
+        }
     }
 
     #[test]

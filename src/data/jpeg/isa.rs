@@ -1,5 +1,5 @@
-//! The vector work of the JPEG decoder, portable and for AVX2: the inverse cosine transform, and the interleaving of
-//! three channels. Both give the same bits.
+//! The vector work of the JPEG decoder, portable and for AVX2: inverse cosine transforms, and the interleaving of three
+//! channels. Both give the same bits.
 //!
 //! The transform is the accurate integer one of libjpeg (`islow`: Loeffler, Ligtenberg and Moschytz 1989, with 13 bits
 //! behind the point, 2 more between its passes), written as the matrix that it is: every sum is of integers, so order and
@@ -8,10 +8,14 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
+use super::scaled;
+
 /// What the decoder needs of an instruction set. A value is a proof that the processor has it.
 pub(super) trait Isa: Copy {
     /// Coefficients (dequantised, row by row) to 8×8 samples in rows of `stride` bytes.
     fn idct(self, coefficients: &[i16; 64], out: &mut [u8], stride: usize);
+    /// To the 4×4 samples of half the size ([`scaled`]).
+    fn idct4(self, coefficients: &[i16; 64], out: &mut [u8], stride: usize);
     /// `out[3·i..]` becomes `r[i], g[i], b[i]`. All three have one length, `out` three times that.
     fn interleave(self, r: &[u8], g: &[u8], b: &[u8], out: &mut [u8]);
 }
@@ -33,16 +37,13 @@ pub(super) struct Portable;
 impl Isa for Portable {
     #[inline(always)]
     fn idct(self, coefficients: &[i16; 64], out: &mut [u8], stride: usize) {
-        let mut rows = [[0i32; 8]; 8];
-        for (row, from) in rows.iter_mut().zip(coefficients.chunks_exact(8)) {
-            row.iter_mut().zip(from).for_each(|(to, from)| *to = i32::from(*from));
-        }
-        let columns = transpose(pass::<11>(rows));
-        let samples = transpose(pass::<18>(columns));
-        for (y, row) in samples.iter().enumerate() {
-            let to = &mut out[y * stride..][..8];
-            to.iter_mut().zip(row).for_each(|(to, sample)| *to = (sample + 128).clamp(0, 255) as u8);
-        }
+        let columns = transpose(pass::<11>(load(coefficients)));
+        store(transpose(pass::<18>(columns)), out, stride);
+    }
+
+    #[inline(always)]
+    fn idct4(self, coefficients: &[i16; 64], out: &mut [u8], stride: usize) {
+        scaled::idct4(coefficients, out, stride);
     }
 
     #[inline(always)]
@@ -50,6 +51,25 @@ impl Isa for Portable {
         for (i, pixel) in out.chunks_exact_mut(3).enumerate() {
             pixel.copy_from_slice(&[r[i], g[i], b[i]]);
         }
+    }
+}
+
+/// Rows of coefficients.
+#[inline(always)]
+pub(super) fn load(coefficients: &[i16; 64]) -> [[i32; 8]; 8] {
+    let mut rows = [[0i32; 8]; 8];
+    for (row, from) in rows.iter_mut().zip(coefficients.chunks_exact(8)) {
+        row.iter_mut().zip(from).for_each(|(to, from)| *to = i32::from(*from));
+    }
+    rows
+}
+
+/// Writes rows of samples, which are about zero.
+#[inline(always)]
+pub(super) fn store<const N: usize>(samples: [[i32; N]; N], out: &mut [u8], stride: usize) {
+    for (y, row) in samples.iter().enumerate() {
+        let to = &mut out[y * stride..][..N];
+        to.iter_mut().zip(row).for_each(|(to, sample)| *to = (sample + 128).clamp(0, 255) as u8);
     }
 }
 
@@ -80,7 +100,7 @@ fn pass<const SHIFT: u32>(x: [[i32; 8]; 8]) -> [[i32; 8]; 8] {
 }
 
 #[inline(always)]
-fn transpose(x: [[i32; 8]; 8]) -> [[i32; 8]; 8] {
+pub(super) fn transpose<const R: usize, const C: usize>(x: [[i32; C]; R]) -> [[i32; R]; C] {
     std::array::from_fn(|i| std::array::from_fn(|j| x[j][i]))
 }
 
@@ -114,6 +134,16 @@ impl Isa for Avx2 {
     }
 
     #[inline(always)]
+    fn idct4(self, coefficients: &[i16; 64], out: &mut [u8], stride: usize) {
+        // SAFETY: `self` exists only where the processor has AVX2 (`Avx2::detect`).
+        let rows = unsafe { idct4_avx2(bytemuck::cast(*coefficients)) };
+        let rows: [[u8; 4]; 4] = bytemuck::cast(rows);
+        for (y, row) in rows.iter().enumerate() {
+            out[y * stride..][..4].copy_from_slice(row);
+        }
+    }
+
+    #[inline(always)]
     fn interleave(self, r: &[u8], g: &[u8], b: &[u8], out: &mut [u8]) {
         let whole = out.len() / 48;
         let chunks = r.chunks_exact(16).zip(g.chunks_exact(16)).zip(b.chunks_exact(16));
@@ -142,12 +172,67 @@ fn idct_avx2(rows: [__m128i; 8]) -> [__m128i; 4] {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 #[inline]
+fn idct4_avx2(rows: [__m128i; 8]) -> __m128i {
+    let [r0, r1, r2, r3] = pass4_avx2::<{ scaled::SHIFTS4.0 as i32 }>(rows);
+    let none = _mm_setzero_si128();
+    let columns = transpose_avx2([r0, r1, r2, r3, none, none, none, none]);
+    // Of these, four lanes count.
+    let [c0, c1, c2, c3] = pass4_avx2::<{ scaled::SHIFTS4.1 as i32 }>(columns);
+    let (left, right) = (_mm_unpacklo_epi16(c0, c1), _mm_unpacklo_epi16(c2, c3));
+    let (top, bottom) = (_mm_unpacklo_epi32(left, right), _mm_unpackhi_epi32(left, right));
+    _mm_xor_si128(_mm_packs_epi16(top, bottom), _mm_set1_epi8(i8::MIN))
+}
+
+/// Rows `a` and `b` of a pass, their values in pairs.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+fn pairs_avx2(a: __m128i, b: __m128i) -> __m256i {
+    _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b))
+}
+
+/// Of each pair, `a` times the first and `b` times the second.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+fn times_avx2(pairs: __m256i, a: i16, b: i16) -> __m256i {
+    _mm256_madd_epi16(pairs, _mm256_set1_epi32(i32::from(a as u16) | i32::from(b) << 16))
+}
+
+/// Two rows of sums to 16 bits.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+fn pack_avx2(a: __m256i, b: __m256i) -> [__m128i; 2] {
+    let both = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a, b));
+    [_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both)]
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+fn pass4_avx2<const SHIFT: i32>(x: [__m128i; 8]) -> [__m128i; 4] {
+    let (x13, x57) = (pairs_avx2(x[1], x[3]), pairs_avx2(x[5], x[7]));
+    // Twice 2^13 is 2^14.
+    let mean = times_avx2(pairs_avx2(x[0], x[0]), ONE, ONE);
+    let mean = _mm256_add_epi32(mean, _mm256_set1_epi32(1 << (SHIFT - 1)));
+    let even = times_avx2(pairs_avx2(x[2], x[6]), scaled::EVEN4[0], scaled::EVEN4[1]);
+    let bases = [_mm256_add_epi32(mean, even), _mm256_sub_epi32(mean, even)];
+    let odds = scaled::ODD4
+        .map(|[c1, c3, c5, c7]| _mm256_add_epi32(times_avx2(x13, c1, c3), times_avx2(x57, c5, c7)));
+    let low = |k: usize| _mm256_srai_epi32::<SHIFT>(_mm256_add_epi32(bases[k], odds[k]));
+    let high = |k: usize| _mm256_srai_epi32::<SHIFT>(_mm256_sub_epi32(bases[k], odds[k]));
+    let [r0, r1] = pack_avx2(low(0), low(1));
+    let [r2, r3] = pack_avx2(high(1), high(0));
+    [r0, r1, r2, r3]
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
 fn pass_avx2<const SHIFT: i32>(x: [__m128i; 8]) -> [__m128i; 8] {
-    let pair =
-        |a: usize, b: usize| _mm256_set_m128i(_mm_unpackhi_epi16(x[a], x[b]), _mm_unpacklo_epi16(x[a], x[b]));
-    let times = |pairs: __m256i, a: i16, b: i16| {
-        _mm256_madd_epi16(pairs, _mm256_set1_epi32(i32::from(a as u16) | i32::from(b) << 16))
-    };
+    let pair = |a: usize, b: usize| pairs_avx2(x[a], x[b]);
+    let times = |pairs: __m256i, a: i16, b: i16| times_avx2(pairs, a, b);
     let (x04, x26, x13, x57) = (pair(0, 4), pair(2, 6), pair(1, 3), pair(5, 7));
     let round = _mm256_set1_epi32(1 << (SHIFT - 1));
     let sum = _mm256_add_epi32(times(x04, ONE, ONE), round);
@@ -165,14 +250,10 @@ fn pass_avx2<const SHIFT: i32>(x: [__m128i; 8]) -> [__m128i; 8] {
     });
     let low = |k: usize| _mm256_srai_epi32::<SHIFT>(_mm256_add_epi32(even[k], odd[k]));
     let high = |k: usize| _mm256_srai_epi32::<SHIFT>(_mm256_sub_epi32(even[k], odd[k]));
-    let pack = |a: __m256i, b: __m256i| {
-        let both = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a, b));
-        [_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both)]
-    };
-    let [r0, r1] = pack(low(0), low(1));
-    let [r2, r3] = pack(low(2), low(3));
-    let [r4, r5] = pack(high(3), high(2));
-    let [r6, r7] = pack(high(1), high(0));
+    let [r0, r1] = pack_avx2(low(0), low(1));
+    let [r2, r3] = pack_avx2(low(2), low(3));
+    let [r4, r5] = pack_avx2(high(3), high(2));
+    let [r6, r7] = pack_avx2(high(1), high(0));
     [r0, r1, r2, r3, r4, r5, r6, r7]
 }
 
@@ -284,6 +365,9 @@ mod tests {
             let (mut a, mut b) = ([0; 80], [0; 80]);
             Portable.idct(&block, &mut a, 10);
             avx2.idct(&block, &mut b, 10);
+            assert_eq!(a, b);
+            Portable.idct4(&block, &mut a, 10);
+            avx2.idct4(&block, &mut b, 10);
             assert_eq!(a, b);
         }
         for width in [0, 1, 15, 16, 17, 100] {

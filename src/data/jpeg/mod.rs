@@ -1,21 +1,24 @@
 //! A JPEG decoder for what photo collections are made of: baseline, Huffman-coded, grey or YCbCr with full or halved
 //! chroma. It decodes a window of the picture and leaves out what the window does not need: rows below it altogether,
-//! transforms and colours of everything beside it. Its pixels are libjpeg's to the bit (accurate transform, "fancy"
-//! upsampling), hence Pillow's and OpenCV's.
+//! transforms and colours of everything beside it. It can decode at a half, a quarter or an eighth of the size. Its pixels
+//! are libjpeg's to the bit (accurate transform, "fancy" upsampling), hence Pillow's and OpenCV's.
 //!
 //! Everything else (progressive, arithmetic, CMYK, 12 bits, several scans, damage of any kind) is [`None`], and the
 //! caller asks a general decoder. So nothing here explains what is wrong with a file.
 //!
-//! [`parse`] reads the segments (ITU-T T.81, annex B), [`huffman`] the scan, [`isa`] transforms, [`rows`] makes pixels.
+//! [`parse`] reads the segments (ITU-T T.81, annex B), [`huffman`] the scan, [`isa`] transforms, [`rows`] makes pixels;
+//! [`scaled`] knows what is different in a smaller picture.
 
 mod huffman;
 mod isa;
 mod rows;
+mod scaled;
 
-use super::picture::Window;
+use super::picture::{Scale, Window};
 use huffman::{Bits, Huffman};
 use isa::{Isa, Portable};
 use rows::Output;
+use scaled::Layout;
 
 /// Memory that a worker uses again for every picture.
 #[derive(Debug, Default)]
@@ -36,6 +39,8 @@ pub struct Counts {
     pub read: usize,
     /// Of these, transformed.
     pub transformed: usize,
+    /// Of these, to fewer than 8×8 samples.
+    pub reduced: usize,
 }
 
 /// A picture that can be decoded here.
@@ -239,16 +244,16 @@ impl Frame<'_> {
         self.height.div_ceil(self.mcu().0)
     }
 
-    /// Decodes `window`, which lies inside the picture, to `out`, `[window.height, window.width, 3]`. `None`: the scan
-    /// is damaged, or ends too early; `out` is then anything.
-    pub fn decode(&self, window: Window, scratch: &mut Scratch, out: &mut [u8]) -> Option<()> {
+    /// Decodes `window`, which lies inside the picture at `scale`, to `out`, `[window.height, window.width, 3]`. `None`: the
+    /// scan is damaged, or ends too early; `out` is then anything.
+    pub fn decode(&self, scale: Scale, window: Window, scratch: &mut Scratch, out: &mut [u8]) -> Option<()> {
         assert_eq!(out.len(), window.height * window.width * 3);
         #[cfg(target_arch = "x86_64")]
         if let Some(avx2) = isa::Avx2::detect() {
             // SAFETY: `avx2` is the proof that the processor has the features that the function is compiled for.
-            return unsafe { decode_avx2(avx2, self, window, scratch, out) };
+            return unsafe { decode_avx2(avx2, self, scale, window, scratch, out) };
         }
-        decode(Portable, self, window, scratch, out)
+        decode(Portable, self, scale, window, scratch, out)
     }
 }
 
@@ -257,31 +262,35 @@ impl Frame<'_> {
 fn decode_avx2(
     isa: isa::Avx2,
     frame: &Frame,
+    scale: Scale,
     window: Window,
     scratch: &mut Scratch,
     out: &mut [u8],
 ) -> Option<()> {
-    decode(isa, frame, window, scratch, out)
+    decode(isa, frame, scale, window, scratch, out)
 }
 
 #[inline(always)]
 fn decode<I: Isa>(
     isa: I,
     frame: &Frame,
+    scale: Scale,
     window: Window,
     scratch: &mut Scratch,
     out: &mut [u8],
 ) -> Option<()> {
-    let mcu = frame.mcu();
-    // Upsampling looks one chroma sample beyond the window.
-    let margin = (frame.components[0].down, frame.components[0].across);
+    let layout = Layout::new(frame, scale);
+    let mcu = layout.mcu;
+    // Upsampling looks one chroma sample, two pixels, beyond the window.
+    let beyond = |halved: usize| if layout.is_smooth && halved == 2 { 2 } else { 0 };
+    let margin = (beyond(layout.halved.0), beyond(layout.halved.1));
     let first = (window.y.saturating_sub(margin.0) / mcu.0, window.x.saturating_sub(margin.1) / mcu.1);
     let end = (
         (window.y + window.height + margin.0).div_ceil(mcu.0).min(frame.mcus_down()),
         (window.x + window.width + margin.1).div_ceil(mcu.1).min(frame.mcus_across()),
     );
     let Scratch { dc, ac, planes, lines, counts } = scratch;
-    let mut output = Output::new(frame, window, first.1 * mcu.1, (end.1 - first.1) * mcu.1, lines);
+    let mut output = Output::new(layout, window, first.1 * mcu.1, (end.1 - first.1) * mcu.1, lines);
     for (c, plane) in planes.iter_mut().enumerate().take(frame.count) {
         plane.resize(output.plane_len(c), 0);
     }
@@ -312,17 +321,27 @@ fn decode<I: Isa>(
                     }
                     continue;
                 }
-                let stride = output.stride(c);
+                let (side, stride) = (layout.sides[c], output.stride(c));
                 for down in 0..component.down {
                     for across in 0..component.across {
                         let column = (mcu_column - first.1) * component.across + across;
-                        let to = &mut planes[c][(1 + down * 8) * stride + column * 8..];
+                        let to = &mut planes[c][(1 + down * side) * stride + column * side..];
+                        if side == 1 {
+                            bits.skip_block(codes, &mut means[c])?;
+                            flat::<1>(means[c].wrapping_mul(frame.quant[c][0]), to, stride);
+                            continue;
+                        }
                         let busy = bits.block(codes, &frame.quant[c], &mut means[c], &mut coefficients)?;
+                        match (side, busy) {
+                            (8, true) => isa.idct(&coefficients, to, stride),
+                            (8, false) => flat::<8>(coefficients[0], to, stride),
+                            (4, true) => isa.idct4(&coefficients, to, stride),
+                            (4, false) => flat::<4>(coefficients[0], to, stride),
+                            (_, true) => scaled::idct2(&coefficients, to, stride),
+                            (_, false) => flat::<2>(coefficients[0], to, stride),
+                        }
                         if busy {
-                            isa.idct(&coefficients, to, stride);
                             coefficients = [0; 64];
-                        } else {
-                            flat(coefficients[0], to, stride);
                         }
                     }
                 }
@@ -337,19 +356,23 @@ fn decode<I: Isa>(
             output.rows(isa, planes, mcu_row, mcu_row + 1 == end.0, out);
         }
     }
-    let blocks: usize = frame.components[..frame.count].iter().map(|c| c.across * c.down).sum();
-    counts.read *= blocks;
-    counts.transformed *= blocks;
+    let blocks = |is_counted: fn(usize) -> bool| -> usize {
+        let components = frame.components[..frame.count].iter().zip(layout.sides);
+        components.filter(|(_, side)| is_counted(*side)).map(|(c, _)| c.across * c.down).sum()
+    };
+    counts.reduced = counts.transformed * blocks(|side| side < 8);
+    counts.read *= blocks(|_| true);
+    counts.transformed *= blocks(|_| true);
     Some(())
 }
 
 /// A block that has only its mean.
 #[inline(always)]
-fn flat(mean: i16, out: &mut [u8], stride: usize) {
-    // The two passes of the transform, which round once and shift exactly otherwise.
+fn flat<const SIDE: usize>(mean: i16, out: &mut [u8], stride: usize) {
+    // The two passes of any of the transforms, which round once and shift exactly otherwise.
     let sample = (((i32::from(mean) + 4) >> 3) + 128).clamp(0, 255) as u8;
-    for y in 0..8 {
-        out[y * stride..][..8].fill(sample);
+    for y in 0..SIDE {
+        out[y * stride..][..SIDE].fill(sample);
     }
 }
 
@@ -357,6 +380,11 @@ impl Scratch {
     /// What the last picture took.
     pub fn counts(&self) -> Counts {
         self.counts
+    }
+
+    /// The next picture may not be decoded here.
+    pub fn forget_counts(&mut self) {
+        self.counts = Counts::default();
     }
 }
 
@@ -369,7 +397,7 @@ mod tests {
         let frame = parse(bytes, scratch)?;
         let (height, width) = (frame.height, frame.width);
         let mut out = vec![0; height * width * 3];
-        frame.decode(Window::whole((height, width)), scratch, &mut out)?;
+        frame.decode(Scale::Full, Window::whole((height, width)), scratch, &mut out)?;
         Some((height, width, out))
     }
 
@@ -391,7 +419,7 @@ mod tests {
                 let mut out = vec![0; h * w * 3];
                 let frame = parse(&bytes, &mut scratch).unwrap();
                 // Damage below a window is not seen.
-                frame.decode(window, &mut scratch, &mut out).unwrap();
+                frame.decode(Scale::Full, window, &mut scratch, &mut out).unwrap();
                 for (y, row) in out.chunks_exact(w * 3).enumerate() {
                     let expected = &all[((window.y + y) * width + window.x) * 3..][..w * 3];
                     assert!(row == expected, "{name}: row {y} of {window:?}");
@@ -421,8 +449,10 @@ mod tests {
                 }
                 bytes.truncate(draws.below(bytes.len() * 2 + 1));
                 if let Some(frame) = parse(&bytes, &mut scratch).filter(|f| f.height * f.width < 1 << 22) {
-                    let window = Window::whole((frame.height, frame.width));
-                    let _ = frame.decode(window, &mut scratch, &mut vec![0; frame.height * frame.width * 3]);
+                    let scale = [Scale::Full, Scale::Half, Scale::Quarter, Scale::Eighth][draws.below(4)];
+                    let window = Window::whole(scale.size((frame.height, frame.width)));
+                    let mut out = vec![0; window.height * window.width * 3];
+                    let _ = frame.decode(scale, window, &mut scratch, &mut out);
                 }
             }
         }

@@ -5,8 +5,9 @@
 //! need the chroma row below it, which belongs to the next row of MCUs: it waits for that, and the last rows of samples
 //! are kept above the new ones.
 
+use super::Window;
 use super::isa::Isa;
-use super::{Frame, Window};
+use super::scaled::Layout;
 
 /// Lines of samples that belong to one row of pixels.
 #[derive(Debug, Default)]
@@ -29,11 +30,7 @@ pub(super) struct Output<'a> {
     chroma_end: usize,
     /// Chroma rows of the picture.
     chroma_rows: usize,
-    /// (down, across): 2 where chroma is halved.
-    halved: (usize, usize),
-    is_grey: bool,
-    /// Narrow pictures are upsampled by copying.
-    copies: bool,
+    layout: Layout,
     /// The next row of the picture to be written.
     next: usize,
     lines: &'a mut Lines,
@@ -41,9 +38,9 @@ pub(super) struct Output<'a> {
 
 impl<'a> Output<'a> {
     /// The planes begin at column `x` of the picture and are `width` pixels wide.
-    pub(super) fn new(frame: &Frame, window: Window, x: usize, width: usize, lines: &'a mut Lines) -> Self {
-        let halved = (frame.components[0].down, frame.components[0].across);
-        let chroma_width = frame.width.div_ceil(halved.1);
+    pub(super) fn new(layout: Layout, window: Window, x: usize, width: usize, lines: &'a mut Lines) -> Self {
+        let halved = layout.halved;
+        let chroma_width = layout.width.div_ceil(halved.1);
         let Lines { sums, chroma, rgb } = &mut *lines;
         sums.resize(width / halved.1 + 2, 0);
         chroma.iter_mut().for_each(|line| line.resize(width, 0));
@@ -53,10 +50,8 @@ impl<'a> Output<'a> {
             x: window.x - x,
             width,
             chroma_end: (chroma_width - x / halved.1).min(width / halved.1),
-            chroma_rows: frame.height.div_ceil(halved.0),
-            halved,
-            is_grey: frame.count == 1,
-            copies: halved.1 == 2 && chroma_width <= 2,
+            chroma_rows: layout.height.div_ceil(halved.0),
+            layout,
             next: window.y,
             lines,
         }
@@ -64,12 +59,13 @@ impl<'a> Output<'a> {
 
     /// Bytes of a row of component `c`.
     pub(super) fn stride(&self, c: usize) -> usize {
-        if c == 0 { self.width } else { self.width / self.halved.1 }
+        if c == 0 { self.width } else { self.width / self.layout.halved.1 }
     }
 
     /// Bytes of a component's plane: one row kept, and a row of MCUs.
     pub(super) fn plane_len(&self, c: usize) -> usize {
-        self.stride(c) * (1 + if c == 0 { 8 * self.halved.0 } else { 8 })
+        let rows = self.layout.mcu.0 / if c == 0 { 1 } else { self.layout.halved.0 };
+        self.stride(c) * (1 + rows)
     }
 
     /// Writes the rows that can be written once `mcu_row` is in the planes, and keeps the planes' last rows for the next.
@@ -82,17 +78,17 @@ impl<'a> Output<'a> {
         is_last: bool,
         out: &mut [u8],
     ) {
-        let mcu_height = 8 * self.halved.0;
+        let Layout { mcu: (mcu_height, _), halved, is_grey, .. } = self.layout;
         let top = mcu_row * mcu_height;
         // The last row waits for the chroma below it, if that counts.
-        let waits = usize::from(self.halved.0 == 2 && !is_last);
+        let waits = usize::from(halved.0 == 2 && !is_last);
         let end = (top + mcu_height - waits).min(self.window.y + self.window.height);
         while self.next < end {
             let y = self.next;
             let line = self.window.width * 3;
             let out = &mut out[(y - self.window.y) * line..][..line];
             let luma = &planes[0][(y + 1 - top) * self.width + self.x..][..self.window.width];
-            if self.is_grey {
+            if is_grey {
                 isa.interleave(luma, luma, luma, out);
             } else {
                 self.chroma(planes, y, mcu_row);
@@ -103,7 +99,7 @@ impl<'a> Output<'a> {
             }
             self.next += 1;
         }
-        for (c, plane) in planes.iter_mut().enumerate().take(if self.is_grey { 1 } else { 3 }) {
+        for (c, plane) in planes.iter_mut().enumerate().take(if is_grey { 1 } else { 3 }) {
             let stride = self.stride(c);
             let len = self.plane_len(c);
             plane.copy_within(len - stride..len, 0);
@@ -114,8 +110,10 @@ impl<'a> Output<'a> {
     #[inline(always)]
     fn chroma(&mut self, planes: &[Vec<u8>; 3], y: usize, mcu_row: usize) {
         let stride = self.stride(1);
-        let own = y / self.halved.0;
-        let other = match (self.halved.0, y % 2) {
+        let Layout { mcu, halved, is_smooth, .. } = self.layout;
+        let top = mcu_row * mcu.0 / halved.0;
+        let own = y / halved.0;
+        let other = match (halved.0, y % 2) {
             (1, _) => own,
             (_, 0) => own.saturating_sub(1),
             _ => (own + 1).min(self.chroma_rows - 1),
@@ -123,21 +121,21 @@ impl<'a> Output<'a> {
         let end = self.chroma_end;
         let Lines { sums, chroma, .. } = &mut *self.lines;
         for (plane, line) in planes[1..].iter().zip(chroma) {
-            let row = |row: usize| &plane[(row + 1 - mcu_row * 8) * stride..][..stride];
-            match (self.halved, self.copies) {
+            let row = |row: usize| &plane[(row + 1 - top) * stride..][..stride];
+            match (halved, is_smooth) {
                 ((1, 1), _) => line.copy_from_slice(row(own)),
-                ((_, across), true) => {
+                ((_, across), false) => {
                     for (x, sample) in line.iter_mut().enumerate() {
                         *sample = row(own)[x / across];
                     }
                 }
-                ((_, 1), false) => {
+                ((_, 1), true) => {
                     let bias = 1 + (y % 2) as u16;
                     for ((sample, near), far) in line.iter_mut().zip(row(own)).zip(row(other)) {
                         *sample = ((3 * u16::from(*near) + u16::from(*far) + bias) >> 2) as u8;
                     }
                 }
-                ((down, _), false) => {
+                ((down, _), true) => {
                     let inner = &mut sums[1..=end];
                     if down == 1 {
                         inner.iter_mut().zip(row(own)).for_each(|(sum, s)| *sum = u16::from(*s));

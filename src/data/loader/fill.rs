@@ -12,7 +12,7 @@ use crate::data::augment::{self, Buffers, Target, erase, mix};
 use crate::data::dataset::Dataset;
 use crate::data::decode::Decoder;
 use crate::data::order::{Drawn, Order};
-use crate::data::picture::{View, Window};
+use crate::data::picture::{Part, View, Wanted};
 use crate::data::shard::Record;
 use crate::error::{Error, Result};
 use crate::recipe::{AugmentSection, EvalResize, OnBadRecord};
@@ -108,8 +108,9 @@ impl Filler {
             for step in 0..self.dataset.len() {
                 let record = (drawn.record + step) % self.dataset.len();
                 let made = self.dataset.record(record).and_then(|stored| {
-                    let view = pixels(&stored, decoder, |of| augment::window(augment, of, &mut draws))?;
-                    augment::train(augment, view, self.spec.image, &mut draws, buffers, target.again());
+                    let size = self.spec.image;
+                    let part = pixels(&stored, decoder, |of| augment::wanted(augment, of, size, &mut draws))?;
+                    augment::train(augment, part, size, &mut draws, buffers, target.again());
                     Ok(())
                 });
                 match made {
@@ -140,7 +141,7 @@ impl Filler {
         let made = self.each_sample(slot, count, |i, buffers, mut target| {
             let WorkerBuffers { decoder, augment: buffers, .. } = buffers;
             let made = self.dataset.record(first + i).and_then(|stored| {
-                let view = pixels(&stored, decoder, Window::whole)?;
+                let view = pixels(&stored, decoder, Wanted::whole)?.view;
                 augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, target.again());
                 Ok(())
             });
@@ -287,17 +288,17 @@ fn close_up<T: Copy + Default>(pixels: &mut [T], image_len: usize, kept: &[usize
     pixels[kept.len() * image_len..].fill(T::default());
 }
 
-/// The window of a record that `choose` picks, told its (H, W): a part of what is stored, or decoded.
+/// The part of a record that `choose` picks, told its (H, W): of what is stored, or decoded. Raw pixels come at full size.
 pub fn pixels<'a>(
     record: &'a Record,
     decoder: &'a mut Decoder,
-    choose: impl FnOnce((usize, usize)) -> Window,
-) -> Result<View<'a>> {
+    choose: impl FnOnce((usize, usize)) -> Wanted,
+) -> Result<Part<'a>> {
     match record {
         Record::Raw { pixels, height, width } => {
-            let w = choose((*height, *width));
-            Ok(View::new(pixels, *height, *width).window(w.y, w.x, w.height, w.width))
+            let w = choose((*height, *width)).window;
+            Ok(View::new(pixels, *height, *width).window(w.y, w.x, w.height, w.width).into())
         }
-        Record::Encoded(bytes) => decoder.window(bytes, choose),
+        Record::Encoded(bytes) => decoder.part(bytes, choose),
     }
 }
