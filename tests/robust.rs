@@ -81,9 +81,9 @@ fn a_record_that_is_no_picture_is_named() {
     let skip = "data.on_bad_record=skip";
     vitrum(&train(&path("skips"), &[&data, "train.steps=4", skip])).ok().says(&bad);
     let stops = path("stops");
-    let few = [&data, "train.steps=9", "train.batch=4"];
+    let few = [&data, "train.steps=9", "train.batch=4", "train.micro_batch=4"];
     vitrum(&train(&stops, &few)).exits(1).says(&bad).says(&["after step ", "saved to ", skip, "--resume"]);
-    let on = [&data, "train.steps=9", "train.batch=4", skip, "--resume"];
+    let on = [&data, "train.steps=9", "train.batch=4", "train.micro_batch=4", skip, "--resume"];
     vitrum(&train(&stops, &on)).ok().says(&bad).says(&["resume   from checkpoints/step-"]);
 
     let packed = path("packed");
