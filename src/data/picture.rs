@@ -109,6 +109,12 @@ impl<'a> View<'a> {
         &self.data[y * self.stride..][..self.width * 3]
     }
 
+    /// `count` rows from `first` on in one piece, if there are no gaps between rows.
+    pub fn whole_rows(&self, first: usize, count: usize) -> Option<&'a [u8]> {
+        let line = self.width * 3;
+        (self.stride == line).then(|| &self.data[first * line..(first + count) * line])
+    }
+
     /// The part of `height × width` pixels whose top left corner is `(y, x)`.
     pub fn window(&self, y: usize, x: usize, height: usize, width: usize) -> View<'a> {
         assert!(y + height <= self.height && x + width <= self.width, "the window lies inside the picture");

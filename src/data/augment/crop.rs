@@ -1,6 +1,5 @@
 //! Which part of a picture a sample shows.
 
-use super::paste::paste;
 use crate::data::picture::{View, Window};
 use crate::rng::Stream;
 
@@ -83,16 +82,8 @@ pub fn torch_window(draws: &mut Stream, image: (usize, usize), area: (f32, f32))
     Window { y: (height - h) / 2, x: (width - w) / 2, height: h, width: w }
 }
 
-/// Pads a picture by `pad` black pixels on each side and copies a random window of `size` (H, W) to `out`, mirrored left to
-/// right if `flip`.
-pub fn padded(
-    picture: View,
-    size: (usize, usize),
-    pad: usize,
-    draws: &mut Stream,
-    flip: bool,
-    out: &mut [u8],
-) {
+/// Pads a picture by `pad` black pixels on each side and copies a random window of `size` (H, W) to `out`.
+pub fn padded(picture: View, size: (usize, usize), pad: usize, draws: &mut Stream, out: &mut [u8]) {
     // Window offsets, in padded coordinates.
     let y0 = draws.below(picture.height + 2 * pad - size.0 + 1);
     let x0 = draws.below(picture.width + 2 * pad - size.1 + 1);
@@ -102,11 +93,55 @@ pub fn padded(
         first..(end + pad).saturating_sub(start).clamp(first, n)
     };
     let (rows, columns) = (shown(y0, picture.height, size.0), shown(x0, picture.width, size.1));
+    let line = size.1 * 3;
     if rows.is_empty() || columns.is_empty() {
         return out.fill(0);
     }
-    let part = picture.window(y0 + rows.start - pad, x0 + columns.start - pad, rows.len(), columns.len());
-    paste(part, size, (rows.start, columns.start), flip, out);
+    out[..rows.start * line].fill(0);
+    out[rows.end * line..].fill(0);
+    let out = &mut out[rows.start * line..rows.end * line];
+    let (first_row, first_column) = (y0 + rows.start - pad, x0 + columns.start - pad);
+    match picture.whole_rows(first_row, rows.len()) {
+        // Rows as long as the window's follow each other on both sides: one copy takes all, and what it brings from the
+        // rows' other ends is blackened.
+        Some(from) if picture.width == size.1 => {
+            let (skipped, from_column) = (columns.start * 3, first_column * 3);
+            let len = from.len() - skipped.max(from_column);
+            out[skipped..skipped + len].copy_from_slice(&from[from_column..from_column + len]);
+        }
+        _ => {
+            for (y, out) in out.chunks_exact_mut(line).enumerate() {
+                let row = &picture.row(first_row + y)[first_column * 3..][..columns.len() * 3];
+                out[columns.start * 3..columns.end * 3].copy_from_slice(row);
+            }
+        }
+    }
+    for out in out.chunks_exact_mut(line) {
+        blacken(out, columns.start * 3, columns.end * 3);
+    }
+}
+
+/// Zeros what is before `start` and what is from `end` on.
+#[inline(always)]
+fn blacken(row: &mut [u8], start: usize, end: usize) {
+    const WORD: usize = 16;
+    let from_end = row.len() - end;
+    if row.len() < WORD || start > WORD || from_end > WORD {
+        row[..start].fill(0);
+        row[end..].fill(0);
+        return;
+    }
+    // Few bytes: a mask is faster than a call.
+    let all = u128::MAX;
+    let head = &mut row[..WORD];
+    let kept =
+        u128::from_le_bytes((&*head).try_into().unwrap()) & all.checked_shl(8 * start as u32).unwrap_or(0);
+    head.copy_from_slice(&kept.to_le_bytes());
+    let at = row.len() - WORD;
+    let tail = &mut row[at..];
+    let kept =
+        u128::from_le_bytes((&*tail).try_into().unwrap()) & all.checked_shr(8 * from_end as u32).unwrap_or(0);
+    tail.copy_from_slice(&kept.to_le_bytes());
 }
 
 /// Pixels of reflection around DeiT-III's "simple random crop".
@@ -251,7 +286,7 @@ mod tests {
         let mut offsets = std::collections::BTreeSet::new();
         for i in 0..300 {
             let mut out = vec![99; 4 * 5 * 3];
-            padded(picture, (4, 5), 2, &mut Stream::new(1, Domain::Augment, 0, i), false, &mut out);
+            padded(picture, (4, 5), 2, &mut Stream::new(1, Domain::Augment, 0, i), &mut out);
             // The same draws again give the offsets; every pixel is then looked up one by one.
             let mut s = Stream::new(1, Domain::Augment, 0, i);
             let (y0, x0) = (s.below(5), s.below(5));
@@ -267,7 +302,7 @@ mod tests {
         }
         assert_eq!(offsets.len(), 25, "every offset is drawn");
         let mut out = vec![0; 4 * 5 * 3];
-        padded(picture, (4, 5), 0, &mut Stream::new(1, Domain::Augment, 0, 0), false, &mut out);
+        padded(picture, (4, 5), 0, &mut Stream::new(1, Domain::Augment, 0, 0), &mut out);
         assert_eq!(out, pixels);
     }
 }

@@ -9,8 +9,8 @@ pub mod canvas;
 pub mod color;
 pub mod crop;
 pub mod erase;
+pub mod mirror;
 pub mod mix;
-pub mod paste;
 pub mod pil_ops;
 pub mod randaug;
 pub mod resize;
@@ -117,10 +117,10 @@ pub fn train(
         Crop::Center => cover(picture, size, resized, scratch).centre(size),
         Crop::Pad => {
             let picture = cover(picture, size, resized, scratch);
-            if let (true, Target::U8(pixels)) = (is_plain, &mut target) {
-                return crop::padded(picture, size, augment.pad, draws, flip, pixels);
+            if let (true, false, Target::U8(pixels)) = (is_plain, flip, &mut target) {
+                return crop::padded(picture, size, augment.pad, draws, pixels);
             }
-            crop::padded(picture, size, augment.pad, draws, false, &mut canvas.spare);
+            crop::padded(picture, size, augment.pad, draws, &mut canvas.spare);
             View::new(&canvas.spare, size.0, size.1)
         }
         Crop::Resize => {
@@ -140,7 +140,7 @@ pub fn train(
     }
 
     // 2. Operations on it.
-    paste::copy(view, flip, &mut canvas.pixels);
+    mirror::copy(view, flip, &mut canvas.pixels);
     let look = randaug::Look { interpolation: augment.interpolation, fill: augment.fill };
     if let Some(settings) = &augment.randaugment {
         randaug::apply(settings, look, draws, canvas);
@@ -210,7 +210,7 @@ pub fn evaluate(
 /// Copies a view to where it goes.
 fn write(view: View, flip: bool, target: Target) {
     match target {
-        Target::U8(pixels) => paste::copy(view, flip, pixels),
+        Target::U8(pixels) => mirror::copy(view, flip, pixels),
         Target::F32(values, normalise) => {
             for (y, line) in values.chunks_exact_mut(view.width * 3).enumerate() {
                 let row = view.row(y);
