@@ -74,6 +74,8 @@ def spread(values, digits):
 def tables(runs):
     for model in MODELS:
         of = {mode: {r["seed"]: r for r in runs if (r["model"], r["mode"]) == (model, mode)} for mode in MODES}
+        if not any(of.values()):
+            continue
         print(f"\n{model}\n\n| mode | seeds | training loss, last tenth | validation loss | top-1, % | minus f32, same seeds |")
         print("| --- | --- | --- | --- | --- | --- |")
         for mode, seeds in of.items():

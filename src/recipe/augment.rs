@@ -450,6 +450,7 @@ mod tests {
         assert!(augment.check().is_ok() && effective.check().is_ok());
         assert!(AugmentSection { mixup: 0.3, ..effective }.check().is_err());
     }
+
     #[test]
     fn decoding_smaller_needs_a_crop_that_draws_a_window() {
         let of = |crop| AugmentSection { crop, scaled_decode: true, ..Default::default() };

@@ -317,8 +317,12 @@ impl Run {
                 if trainer.step == 0 || trainer.skipped_in_a_row() > 0 {
                     return Err(error);
                 }
-                self.checkpoint(trainer)?;
-                Err(error.at(format!("after step {}, {}", trainer.step, self.saved())))
+                // What is wrong with the data is what the user has to hear, even where saving fails as well.
+                let saved = match self.checkpoint(trainer) {
+                    Ok(()) => format!("{}, from where `--resume` goes on", self.saved()),
+                    Err(why) => format!("which could not be saved ({})", why.message()),
+                };
+                Err(error.at(format!("after step {}, {saved}", trainer.step)))
             }
         }
     }

@@ -1,10 +1,11 @@
-//! Any bytes as a picture: pixels or an error, never a panic; a window of it has the window's size.
+//! Any bytes as a picture: pixels or an error, never a panic; a window of it has the window's size at every
+//! scale.
 
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use vitrum::data::decode::{self, Decoder};
-use vitrum::data::picture::Window;
+use vitrum::data::picture::{Scale, Wanted, Window};
 
 fuzz_target!(|bytes: &[u8]| {
     // Large claims are honest only if the file is large; the limit of the program is higher than a fuzzer's patience.
@@ -13,13 +14,14 @@ fuzz_target!(|bytes: &[u8]| {
     }
     let mut decoder = Decoder::default();
     let _ = decoder.decode(bytes).map(|view| view.size());
-    let choose = |(height, width): (usize, usize)| {
-        let (h, w) = (height.div_ceil(2), width.div_ceil(3));
-        Window { y: height - h, x: (width - w) / 2, height: h, width: w }
-    };
-    let mut chosen = None;
-    if let Ok(view) = decoder.window(bytes, |of| *chosen.insert(choose(of))) {
-        let window = chosen.expect("a decoder asks for a window");
-        assert_eq!(view.size(), (window.height, window.width));
+    let Ok(header) = decode::header(bytes) else { return };
+    let (h, w) = (header.height.div_ceil(2), header.width.div_ceil(3));
+    let window = Window { y: header.height - h, x: (header.width - w) / 2, height: h, width: w };
+    for scale in [Scale::Full, Scale::Half, Scale::Quarter, Scale::Eighth] {
+        if let Ok(part) = decoder.part(bytes, |_| Wanted { window, scale }) {
+            let pixels = part.view.size();
+            let sizes = [Scale::Full, scale].map(|s| s.window(window)).map(|w| (w.height, w.width));
+            assert!(sizes.contains(&pixels), "{pixels:?}, not one of {sizes:?}");
+        }
     }
 });

@@ -253,9 +253,9 @@ impl Filler {
     fn bad_record(&self, record: usize, error: Error) -> Result<()> {
         let place = format!("{}: `{}`", self.dataset.name(), self.dataset.record_name(record));
         match self.spec.on_bad_record {
-            OnBadRecord::Error => {
-                Err(error.at(place).hint("mend or remove it, or go on without it by `--set data.on_bad_record=skip` (a run that had begun: and `--resume`)"))
-            }
+            OnBadRecord::Error => Err(error
+                .at(place)
+                .hint("mend or remove it, or use `--set data.on_bad_record=skip` to go on without it")),
             OnBadRecord::Skip => {
                 if self.bad.lock().expect("no worker panics with the lock").insert(record) {
                     eprintln!("warning: {place} skipped: {}", error.message());
