@@ -68,13 +68,13 @@ def pytorch_gradients(torch, model, pixels, labels, device, dtype=None):
     return {timm_name(n): without_key_bias(n, p.grad.cpu()) for n, p in model.named_parameters()}
 
 
-def vitrum_gradients(args, scratch, device):
+def vitrum_gradients(args, scratch, device, residual="auto"):
     from safetensors.torch import load_file
 
     out = os.path.join(scratch, f"{device}.safetensors")
     command = [args.vitrum, "grad", "--weights", os.path.join(scratch, "model.safetensors")]
     command += ["--batch", os.path.join(scratch, "batch.safetensors"), "--out", out, "--device", device]
-    command += ["--set", "model.gelu=tanh"]
+    command += ["--residual", residual, "--set", "model.gelu=tanh"]
     env = dict(os.environ)
     if args.stand_in and device == "cuda":
         env |= {"LD_LIBRARY_PATH": args.stand_in, "VITRUM_STANDIN": "checks=off"}
@@ -106,7 +106,8 @@ def run(args, case, seed, scratch):
     exact = pytorch_gradients(torch, model.double(), pixels.double(), labels, "cpu")
     return {
         "torch autocast": errors(autocast, exact),
-        "vitrum bf16": errors(vitrum_gradients(args, scratch, "cuda"), exact),
+        "vitrum, stream bf16": errors(vitrum_gradients(args, scratch, "cuda", "bf16"), exact),
+        "vitrum, stream f32": errors(vitrum_gradients(args, scratch, "cuda", "f32"), exact),
         "vitrum f32, cpu": errors(vitrum_gradients(args, scratch, "cpu"), exact),
     }
 
@@ -123,7 +124,7 @@ def main():
 
     rows = []
     print(f"distance from float64, relative L2, mean over {len(SEEDS)} seeds; torch {torch.__version__}")
-    print(f"{'case':<10}{'engine':<18}{'all':>10}{'median':>10}{'worst':>10}  of the tensors")
+    print(f"{'case':<10}{'engine':<20}{'all':>10}{'median':>10}{'worst':>10}  of the tensors")
     for case in args.cases.split(","):
         found = []
         for seed in SEEDS:
@@ -133,7 +134,7 @@ def main():
             mean = {k: statistics.mean(f[engine][k] for f in found) for k in ("all", "median", "worst")}
             tensors = [f[engine]["worst_tensor"] for f in found]
             rows.append({"case": case, "engine": engine, **mean, "worst_tensors": tensors})
-            print(f"{case:<10}{engine:<18}{mean['all']:>10.2e}{mean['median']:>10.2e}{mean['worst']:>10.2e}  {', '.join(sorted(set(tensors)))}", flush=True)
+            print(f"{case:<10}{engine:<20}{mean['all']:>10.2e}{mean['median']:>10.2e}{mean['worst']:>10.2e}  {', '.join(sorted(set(tensors)))}", flush=True)
     if args.json:
         record = {"date": datetime.date.today().isoformat(), "commit": args.commit, "torch": torch.__version__, "rows": rows}
         os.makedirs(os.path.dirname(args.json) or ".", exist_ok=True)

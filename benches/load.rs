@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rayon::prelude::*;
-use vitrum::backend::Device;
+use vitrum::backend::{Device, Options};
 use vitrum::rng::{Domain, Stream};
 use vitrum::train::loaded::Loaded;
 use vitrum::vit::{Mode, ModelConfig, ParamLayout};
@@ -94,8 +94,9 @@ fn measure(path: &Path, reads: usize) -> Measured {
     };
     let read = (0..reads).map(|_| seconds(sum_all).0).fold(f64::INFINITY, f64::min);
     let before = anonymous();
-    let (load, mut loaded) =
-        seconds(|| Loaded::open(path, &none, Device::Cpu, 1, Mode::Infer, None).unwrap());
+    let (load, mut loaded) = seconds(|| {
+        Loaded::open(path, &none, (Device::Cpu, &Options::default()), 1, Mode::Infer, None).unwrap()
+    });
     let memory = anonymous().saturating_sub(before);
     let temporary = tempfile::tempdir_in(path.parent().unwrap()).unwrap();
     let picture = temporary.path().join("grey.png");

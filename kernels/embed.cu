@@ -2,10 +2,11 @@
 //
 // Math      token t of a sample: x += bias (patch rows) or extra_token[t] (extra rows);
 //           x += posemb[t - posemb_first] from posemb_first on; x = dropout(x)
-//           backward: d_x = dropout'(d_x) in place; S[t] = Σ_samples d_x[t], d_extra[t] = S[t],
-//           d_posemb[t - posemb_first] = S[t], d_bias = Σ S[t] over t ≥ extra
-// Tensors   x, d_x [B·T, D] in T, in place   bias, extra tokens [D], posemb [T - posemb_first, D] and all
-//           gradients: f32   partials f32 [slices, T, pitch], pitch = D rounded up to 8.
+//           backward: d_y = dropout'(d_x), which may take the place of d_x; S[t] = Σ_samples of it before it is
+//           stored, d_extra[t] = S[t], d_posemb[t - posemb_first] = S[t], d_bias = Σ S[t] over t ≥ extra
+// Tensors   x [B·T, D] in T, in place   d_x [B·T, D] in S, d_y in T: one type, or f32 and bf16
+//           bias, extra tokens [D], posemb [T - posemb_first, D] and all gradients: f32
+//           partials f32 [slices, T, pitch], pitch = D rounded up to 8.
 // Launch    forward: one thread per 8 values. Backward: one thread per 8 columns of a token and slice of the
 //           batch; then one thread per column of a token adds the slices; `sum_partials` adds the tokens for
 //           the bias.
@@ -54,16 +55,18 @@ __device__ __forceinline__ void embed(const StepCells* cells, const EmbedShape& 
   store8(p, at.n, v);
 }
 
-// Slice blockIdx.y of gridDim.y of the batch. `partials` is null where no parameter is trained.
-template <typename T>
+// Slice blockIdx.y of gridDim.y of the batch. `partials` is null where no parameter is trained. d_y is
+// written where dropout makes it another than d_x.
+template <typename S, typename T>
 __device__ __forceinline__ void embed_backward(const StepCells* cells, const EmbedShape& s, MaskArgs dropout,
-                                               T* d_x, u32 ld, float* partials, u32 pitch) {
+                                               const S* d_x, u32 ld, T* d_y, u32 ld_dy, float* partials,
+                                               u32 pitch) {
   Place at = place_of_thread(s.tokens, s.width);
   if (at.n == 0) return;
   u32 token = at.row;
   u32 begin = static_cast<u32>(static_cast<u64>(s.samples) * blockIdx.y / gridDim.y);
   u32 end = static_cast<u32>(static_cast<u64>(s.samples) * (blockIdx.y + 1) / gridDim.y);
-  T* column = row_of(d_x, token, ld) + at.column;
+  const S* column = row_of(d_x, token, ld) + at.column;
   u64 per_sample = static_cast<u64>(s.tokens) * ld;
   float sum[VEC] = {};
   if (dropout.rate == 0.0f) {
@@ -77,11 +80,10 @@ __device__ __forceinline__ void embed_backward(const StepCells* cells, const Emb
   } else {
     Mask mask = bind_mask(dropout, cells);
     for (u32 sample = begin; sample < end; ++sample) {
-      T* p = column + sample * per_sample;
       float v[VEC];
-      load8(p, at.n, v);
+      load8(column + sample * per_sample, at.n, v);
       drop8(mask, sample, token, s.width, at.column, v);
-      store8(p, at.n, v);
+      store8(row_of(d_y, sample * s.tokens + token, ld_dy) + at.column, at.n, v);
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) sum[i] += v[i];
     }
@@ -98,14 +100,19 @@ __device__ __forceinline__ void put(float* p, float v, u32 accumulate) {
                                  const float* bias, const float* extra0, const float* extra1,              \
                                  const float* posemb, u32 posemb_ld) {                                     \
     embed<T>(cells, shape, dropout, x, ld, bias, extra0, extra1, posemb, posemb_ld);                       \
-  }                                                                                                        \
-  KERNEL(embed_backward_##suffix, 256, 4)(const StepCells* cells, EmbedShape shape, MaskArgs dropout,      \
-                                          T* d_x, u32 ld, float* partials, u32 pitch) {                    \
-    embed_backward<T>(cells, shape, dropout, d_x, ld, partials, pitch);                                    \
+  }
+#define EMBED_BACKWARD(suffix, S, T)                                                                      \
+  KERNEL(embed_backward_##suffix, 256, 4)(const StepCells* cells, EmbedShape shape, MaskArgs dropout,     \
+                                          const S* d_x, u32 ld, T* d_y, u32 ld_dy, float* partials,       \
+                                          u32 pitch) {                                                    \
+    embed_backward(cells, shape, dropout, d_x, ld, d_y, ld_dy, partials, pitch);                          \
   }
 
 EMBED(bf16, bf16)
 EMBED(f32, float)
+EMBED_BACKWARD(bf16, bf16, bf16)
+EMBED_BACKWARD(f32, float, float)
+EMBED_BACKWARD(f32_bf16, float, bf16)
 
 // Adds the slices of each token's column; hands the sum to the gradients that want it (null: not trained) and
 // leaves it in slice 0 for the bias. One thread per column of a token.

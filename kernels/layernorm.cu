@@ -5,18 +5,21 @@
 //           u = γ·d_y   d_sum (+)= rstd·(u - avg(u) - x̂·avg(u·x̂))   dγ = Σ_R d_y·x̂   dβ = Σ_R d_y
 //           join: x = base + drop_path(layer_scale ∘ dropout(branch)) is made and stored first, and its
 //           backward gives d_branch from d_sum.
-// Tensors   x y d_y d_sum base branch d_branch [R, D] in T   mean rstd f32 [R]   γ β layer_scale f32 [D]
+// Tensors   x d_sum base, the residual stream, [R, D] in S   y d_y branch d_branch [R, D] in T: S and T are one
+//           type, or f32 and bf16   mean rstd f32 [R]   γ β layer_scale f32 [D]
 //           partials f32 [blocks, 2 (γ, β), pitch], pitch = D rounded up to 8. d_sum is read unless `fresh`.
 // Numerics  f32, two passes over registers. The mean of a row far from zero rounds by more than its deviation
 //           can bear: both directions measure what the rounded mean left over, avg(x - mean), and take it
 //           off. A joined sum is normalised as it was stored, so that the backward sees the same values.
-// Launch    bf16, D ≤ 1280: one warp per row, 6 or 8 rows per block, the row in registers (instance N holds D
+//           Where S is wider than T, a branch that is the stream itself has neutral factors: d_branch is d_sum
+//           as the products below read it.
+// Launch    y in bf16, D ≤ 1280: one warp per row, 6 or 8 rows per block, the row in registers (instance N holds D
 //           in (256(N-1), 256N]), blocks loop over rows. A lane owns the same columns of every row, so γ
 //           and β (forward), dγ and dβ (backward) stay in its registers; the block's warps are added up once.
-//           f32 and D > 1280 take the `_wide` kernels: a warp per row that walks it several times through L1,
+//           y in f32 and D > 1280 take the `_wide` kernels: a warp per row that walks it several times through L1,
 //           and `layernorm_gradients`, in which lanes own columns, for dγ and dβ.
 // Bytes     per value of bf16: forward 4 (join 8), backward 8, or 6 fresh (join + 2), 8R of statistics, and
-//           the partials.
+//           the partials. With the stream in f32: forward 6 (join 12), backward 14, or 10 fresh (join + 2).
 // Order     rows of a warp, warps, blocks (`sum_partials`): fixed by the launch shape.
 // Source    Ba et al. 2016, arXiv:1607.06450. Two-stage γ and β gradients with columns owned by lanes: Apex,
 //           llm.c.
@@ -128,8 +131,8 @@ __device__ __forceinline__ void normalise_row(const float (&x)[STRETCHES][VEC], 
   }
 }
 
-template <u32 STRETCHES>
-__device__ __forceinline__ void fetch_row(const bf16* x, u32 columns, Raw8<bf16> (&raw)[STRETCHES]) {
+template <u32 STRETCHES, typename T>
+__device__ __forceinline__ void fetch_row(const T* x, u32 columns, Raw8<T> (&raw)[STRETCHES]) {
 #pragma unroll
   for (u32 j = 0; j < STRETCHES; ++j) {
     u32 column = column_of(j);
@@ -139,14 +142,14 @@ __device__ __forceinline__ void fetch_row(const bf16* x, u32 columns, Raw8<bf16>
 
 // AHEAD rows are on their way while one is worked on: narrow rows would leave memory waiting for the next
 // request.
-template <u32 STRETCHES, u32 AHEAD>
-__device__ __forceinline__ void layernorm(const bf16* x, u32 ld_x, const float* gamma, const float* beta,
+template <u32 STRETCHES, u32 AHEAD, typename S>
+__device__ __forceinline__ void layernorm(const S* x, u32 ld_x, const float* gamma, const float* beta,
                                           float eps, bf16* y, u32 ld_y, float* mean, float* rstd, u32 rows,
                                           u32 columns) {
   u32 stride = gridDim.x * rows_of_block();
   u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP;
   AffineInRegisters<STRETCHES> affine(gamma, beta, columns);
-  Raw8<bf16> raw[AHEAD][STRETCHES];
+  Raw8<S> raw[AHEAD][STRETCHES];
 #pragma unroll
   for (u32 a = 0; a < AHEAD; ++a)
     if (row + a * stride < rows) fetch_row(row_of(x, row + a * stride, ld_x), columns, raw[a]);
@@ -164,18 +167,20 @@ __device__ __forceinline__ void layernorm(const bf16* x, u32 ld_x, const float* 
   }
 }
 
-template <u32 STRETCHES>
+template <u32 STRETCHES, typename S>
 __device__ __forceinline__ void layernorm_join(const StepCells* cells, const BranchArgs& args,
-                                               const bf16* base, u32 ld_base, const bf16* branch,
-                                               u32 ld_branch, bf16* sum, u32 ld_sum, const float* gamma,
+                                               const S* base, u32 ld_base, const bf16* branch, u32 ld_branch,
+                                               S* sum, u32 ld_sum, const float* gamma,
                                                const float* beta, float eps, bf16* y, u32 ld_y, float* mean,
                                                float* rstd, u32 rows, u32 columns) {
   Branch b = bind_branch(args, cells, columns);
   u32 stride = gridDim.x * rows_of_block();
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows; row += stride) {
-    const bf16 *base_row = row_of(base, row, ld_base), *branch_row = row_of(branch, row, ld_branch);
-    bf16* sum_row = row_of(sum, row, ld_sum);
-    Raw8<bf16> bases[STRETCHES], branches[STRETCHES];
+    const S* base_row = row_of(base, row, ld_base);
+    const bf16* branch_row = row_of(branch, row, ld_branch);
+    S* sum_row = row_of(sum, row, ld_sum);
+    Raw8<S> bases[STRETCHES];
+    Raw8<bf16> branches[STRETCHES];
 #pragma unroll
     for (u32 j = 0; j < STRETCHES; ++j) {
       u32 column = column_of(j), n = held<STRETCHES>(j, column, columns);
@@ -193,7 +198,7 @@ __device__ __forceinline__ void layernorm_join(const StepCells* cells, const Bra
       branch_factors(b, row, column, n, path, f);
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) v[j][i] = fmaf(add[i], f[i], v[j][i]);
-      round8<bf16>(v[j]);
+      round8<S>(v[j]);
       if (n > 0) store8(sum_row + column, n, v[j]);
     }
     normalise_row(v, AffineInMemory{gamma, beta}, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
@@ -201,14 +206,14 @@ __device__ __forceinline__ void layernorm_join(const StepCells* cells, const Bra
 }
 
 // Any width: the row is read three times, once from memory.
-template <typename T>
-__device__ __forceinline__ void layernorm_wide(const T* x, u32 ld_x, const float* gamma, const float* beta,
+template <typename S, typename T>
+__device__ __forceinline__ void layernorm_wide(const S* x, u32 ld_x, const float* gamma, const float* beta,
                                                float eps, T* y, u32 ld_y, float* mean, float* rstd, u32 rows,
                                                u32 columns) {
   float inverse = 1.0f / static_cast<float>(columns);
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
        row += gridDim.x * rows_of_block()) {
-    const T* in = row_of(x, row, ld_x);
+    const S* in = row_of(x, row, ld_x);
     T* out = row_of(y, row, ld_y);
     float total = 0.0f, v[VEC];
     for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
@@ -263,19 +268,23 @@ __device__ __forceinline__ RowGrad row_grad(float mean, float rstd, float off, f
 
 // Where JOIN, `d_branch` gets its share of d_sum, rounded as it was stored; a trained LayerScale takes
 // `residual_scale_backward` instead.
-template <u32 STRETCHES, bool JOIN>
-__device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x,
+template <u32 STRETCHES, bool JOIN, typename S>
+__device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,
                                                    const float* gamma, const float* mean, const float* rstd,
-                                                   bf16* d_sum, u32 ld_sum, u32 fresh, const Branch& branch,
+                                                   S* d_sum, u32 ld_sum, u32 fresh, const Branch& branch,
                                                    bf16* d_branch, u32 ld_branch, u32 rows, u32 columns,
                                                    float* partials, u32 pitch) {
+  // Three stretches of f32 would not fit beside the rest.
+  constexpr bool SUMS_EARLY = STRETCHES * sizeof(Raw8<S>) <= 80;
   float inverse = 1.0f / static_cast<float>(columns);
   float d_gamma[STRETCHES][VEC] = {}, d_beta[STRETCHES][VEC] = {};
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
        row += gridDim.x * rows_of_block()) {
-    const bf16 *x_row = row_of(x, row, ld_x), *d_y_row = row_of(d_y, row, ld_dy);
-    bf16* d_sum_row = row_of(d_sum, row, ld_sum);
-    Raw8<bf16> xs[STRETCHES], ds[STRETCHES], sums[STRETCHES];
+    const S* x_row = row_of(x, row, ld_x);
+    const bf16* d_y_row = row_of(d_y, row, ld_dy);
+    S* d_sum_row = row_of(d_sum, row, ld_sum);
+    Raw8<S> xs[STRETCHES], sums[STRETCHES];
+    Raw8<bf16> ds[STRETCHES];
     fetch_row(x_row, columns, xs);
     fetch_row(d_y_row, columns, ds);
     float row_mean = mean[row], row_rstd = rstd[row];
@@ -297,10 +306,12 @@ __device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, c
       }
     }
     // On their way while the lanes add up; earlier they would only hold registers.
+    if (SUMS_EARLY) {
 #pragma unroll
-    for (u32 j = 0; j < STRETCHES; ++j) {
-      u32 column = column_of(j);
-      sums[j] = fetch8(d_sum_row + column, fresh ? 0 : held<STRETCHES>(j, column, columns));
+      for (u32 j = 0; j < STRETCHES; ++j) {
+        u32 column = column_of(j);
+        sums[j] = fetch8(d_sum_row + column, fresh ? 0 : held<STRETCHES>(j, column, columns));
+      }
     }
     RowGrad grad = row_grad(row_mean, row_rstd, off_sum, u_sum, u_off_sum, inverse);
     float path = JOIN ? path_factor(branch, row) : 1.0f;
@@ -313,6 +324,7 @@ __device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, c
       float v[VEC], d[VEC], g[VEC], s[VEC];
       unpack8(xs[j], v);
       unpack8(ds[j], d);
+      if (!SUMS_EARLY) sums[j] = fetch8(d_sum_row + column, fresh ? 0 : n);
       unpack8(sums[j], s);
       load8(gamma + column, n, g);
 #pragma unroll
@@ -325,7 +337,7 @@ __device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, c
       if (JOIN) {
         float f[VEC];
         branch_factors(branch, row, column, n, path, f);
-        round8<bf16>(s);
+        round8<S>(s);
 #pragma unroll
         for (u32 i = 0; i < VEC; ++i) s[i] *= f[i];
         if (n > 0) store8(row_of(d_branch, row, ld_branch) + column, n, s);
@@ -343,16 +355,17 @@ __device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, c
 }
 
 // Any width: d_sum alone, and what the mean's rounding left over in each row, for `layernorm_gradients`.
-template <typename T>
-__device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy, const T* x, u32 ld_x,
+template <typename S, typename T>
+__device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy, const S* x, u32 ld_x,
                                                         const float* gamma, const float* mean,
-                                                        const float* rstd, T* d_sum, u32 ld_sum, u32 fresh,
+                                                        const float* rstd, S* d_sum, u32 ld_sum, u32 fresh,
                                                         float* rests, u32 rows, u32 columns) {
   float inverse = 1.0f / static_cast<float>(columns);
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
        row += gridDim.x * rows_of_block()) {
-    const T *x_row = row_of(x, row, ld_x), *d_y_row = row_of(d_y, row, ld_dy);
-    T* d_sum_row = row_of(d_sum, row, ld_sum);
+    const S* x_row = row_of(x, row, ld_x);
+    const T* d_y_row = row_of(d_y, row, ld_dy);
+    S* d_sum_row = row_of(d_sum, row, ld_sum);
     float row_mean = mean[row], v[VEC], d[VEC], g[VEC], s[VEC];
     float off_sum = 0.0f, u_sum = 0.0f, u_off_sum = 0.0f;
     for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
@@ -384,8 +397,8 @@ __device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy,
 }
 
 // dγ and dβ of any width: partials of slice blockIdx.y of the rows.
-template <typename T>
-__device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, const T* x, u32 ld_x,
+template <typename S, typename T>
+__device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, const S* x, u32 ld_x,
                                                     const float* mean, const float* rstd, const float* rests,
                                                     u32 rows, u32 columns, float* partials, u32 pitch) {
   u32 first = blockIdx.x * COLUMN_STRETCH;
@@ -413,29 +426,30 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
 
 // Instance N holds rows of up to 256·N values. Blocks of a multiprocessor: as many as the registers of the
 // row allow.
-#define LAYERNORM(N, ahead, forward_threads, forward_blocks, join_blocks, backward_threads, backward_blocks) \
-  HOT_KERNEL(layernorm_bf16_##N, forward_threads, forward_blocks)(                                           \
-      const bf16* x, u32 ld_x, const float* gamma, const float* beta, float eps, bf16* y, u32 ld_y,          \
+#define LAYERNORM(suffix, S, N, ahead, forward_threads, forward_blocks, join_threads, join_blocks,           \
+                  backward_threads, backward_blocks)                                                         \
+  HOT_KERNEL(layernorm_##suffix##_##N, forward_threads, forward_blocks)(                                     \
+      const S* x, u32 ld_x, const float* gamma, const float* beta, float eps, bf16* y, u32 ld_y,             \
       float* mean, float* rstd, u32 rows, u32 columns) {                                                     \
     layernorm<N, ahead>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                      \
   }                                                                                                          \
-  HOT_KERNEL(layernorm_join_bf16_##N, 256, join_blocks)(                                                     \
-      const StepCells* cells, BranchArgs args, const bf16* base, u32 ld_base, const bf16* branch,            \
-      u32 ld_branch, bf16* sum, u32 ld_sum, const float* gamma, const float* beta, float eps, bf16* y,       \
+  HOT_KERNEL(layernorm_join_##suffix##_##N, join_threads, join_blocks)(                                      \
+      const StepCells* cells, BranchArgs args, const S* base, u32 ld_base, const bf16* branch,               \
+      u32 ld_branch, S* sum, u32 ld_sum, const float* gamma, const float* beta, float eps, bf16* y,          \
       u32 ld_y, float* mean, float* rstd, u32 rows, u32 columns) {                                           \
     layernorm_join<N>(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, gamma, beta, eps, y, ld_y, \
                       mean, rstd, rows, columns);                                                            \
   }                                                                                                          \
-  HOT_KERNEL(layernorm_backward_bf16_##N, backward_threads, backward_blocks)(                                \
-      const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x, const float* gamma, const float* mean,            \
-      const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh, u32 rows, u32 columns, float* partials,         \
+  HOT_KERNEL(layernorm_backward_##suffix##_##N, backward_threads, backward_blocks)(                          \
+      const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x, const float* gamma, const float* mean,               \
+      const float* rstd, S* d_sum, u32 ld_sum, u32 fresh, u32 rows, u32 columns, float* partials,            \
       u32 pitch) {                                                                                           \
     layernorm_backward<N, false>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, Branch{},     \
                                  nullptr, 0, rows, columns, partials, pitch);                                \
   }                                                                                                          \
-  HOT_KERNEL(layernorm_backward_join_bf16_##N, backward_threads, backward_blocks)(                           \
-      const StepCells* cells, BranchArgs args, const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x,          \
-      const float* gamma, const float* mean, const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh,          \
+  HOT_KERNEL(layernorm_backward_join_##suffix##_##N, backward_threads, backward_blocks)(                     \
+      const StepCells* cells, BranchArgs args, const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,             \
+      const float* gamma, const float* mean, const float* rstd, S* d_sum, u32 ld_sum, u32 fresh,             \
       bf16* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                    \
     layernorm_backward<N, true>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh,                \
                                 bind_branch(args, cells, columns), d_branch, ld_branch, rows, columns,       \
@@ -443,29 +457,36 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
   }
 
 // Where a row does not leave 256 threads enough of them, two blocks of 192 hold more rows than one of 256.
-LAYERNORM(1, 2, 256, 4, 4, 256, 3)
-LAYERNORM(2, 1, 256, 3, 3, 256, 2)
-LAYERNORM(3, 1, 256, 2, 2, 192, 2)
-LAYERNORM(4, 1, 192, 2, 2, 256, 1)
-LAYERNORM(5, 1, 192, 2, 2, 256, 1)
+LAYERNORM(bf16, bf16, 1, 2, 256, 4, 256, 4, 256, 3)
+LAYERNORM(bf16, bf16, 2, 1, 256, 3, 256, 3, 256, 2)
+LAYERNORM(bf16, bf16, 3, 1, 256, 2, 256, 2, 192, 2)
+LAYERNORM(bf16, bf16, 4, 1, 192, 2, 256, 2, 256, 1)
+LAYERNORM(bf16, bf16, 5, 1, 192, 2, 256, 2, 256, 1)
+// A row of f32 waits in twice the registers.
+LAYERNORM(f32_bf16, float, 1, 2, 256, 3, 256, 3, 192, 3)
+LAYERNORM(f32_bf16, float, 2, 1, 192, 3, 256, 3, 192, 2)
+LAYERNORM(f32_bf16, float, 3, 1, 256, 2, 256, 2, 192, 2)
+LAYERNORM(f32_bf16, float, 4, 1, 192, 2, 256, 2, 256, 1)
+LAYERNORM(f32_bf16, float, 5, 1, 256, 1, 192, 2, 256, 1)
 
-#define LAYERNORM_WIDE(suffix, T)                                                                          \
-  KERNEL(layernorm_##suffix##_wide, 256, 4)(const T* x, u32 ld_x, const float* gamma, const float* beta,   \
+#define LAYERNORM_WIDE(suffix, S, T)                                                                       \
+  KERNEL(layernorm_##suffix##_wide, 256, 4)(const S* x, u32 ld_x, const float* gamma, const float* beta,   \
                                             float eps, T* y, u32 ld_y, float* mean, float* rstd, u32 rows, \
                                             u32 columns) {                                                 \
-    layernorm_wide<T>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                      \
+    layernorm_wide(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                         \
   }                                                                                                        \
   KERNEL(layernorm_backward_##suffix##_wide, 256, 4)(                                                      \
-      const T* d_y, u32 ld_dy, const T* x, u32 ld_x, const float* gamma, const float* mean,                \
-      const float* rstd, T* d_sum, u32 ld_sum, u32 fresh, float* rests, u32 rows, u32 columns) {           \
-    layernorm_backward_wide<T>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, rests, rows,  \
-                               columns);                                                                   \
+      const T* d_y, u32 ld_dy, const S* x, u32 ld_x, const float* gamma, const float* mean,                \
+      const float* rstd, S* d_sum, u32 ld_sum, u32 fresh, float* rests, u32 rows, u32 columns) {           \
+    layernorm_backward_wide(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, rests, rows,     \
+                            columns);                                                                      \
   }                                                                                                        \
-  KERNEL(layernorm_gradients_##suffix, 256, 4)(const T* d_y, u32 ld_dy, const T* x, u32 ld_x,              \
+  KERNEL(layernorm_gradients_##suffix, 256, 4)(const T* d_y, u32 ld_dy, const S* x, u32 ld_x,              \
                                                const float* mean, const float* rstd, const float* rests,   \
                                                u32 rows, u32 columns, float* partials, u32 pitch) {        \
-    layernorm_gradients<T>(d_y, ld_dy, x, ld_x, mean, rstd, rests, rows, columns, partials, pitch);        \
+    layernorm_gradients(d_y, ld_dy, x, ld_x, mean, rstd, rests, rows, columns, partials, pitch);           \
   }
 
-LAYERNORM_WIDE(bf16, bf16)
-LAYERNORM_WIDE(f32, float)
+LAYERNORM_WIDE(bf16, bf16, bf16)
+LAYERNORM_WIDE(f32, float, float)
+LAYERNORM_WIDE(f32_bf16, float, bf16)

@@ -2,20 +2,22 @@
 //
 // Math      sum = base + drop_path(layer_scale ∘ dropout(branch))
 //           d_branch = factors·layer_scale·d_sum   d_layer_scale[c] = Σ_R factors·branch·d_sum
-// Tensors   base, branch, sum, d_sum, d_branch [R, D] in T; sum may be base, d_branch may be d_sum
+// Tensors   base, sum, d_sum, the residual stream, [R, D] in S   branch, d_branch [R, D] in T: S and T are
+//           one type, or f32 and bf16; sum may be base, d_branch may be d_sum of the same type
 //           layer_scale f32 [D]; partials f32 [slices, pitch]
 // Launch    elementwise kernels: one thread per 8 values. `residual_scale_backward`: grid (stretches of 256
 //           columns, slices of rows), a lane owns 8 columns; `sum_partials` ends the sum.
-// Bytes     forward 6 per value in bf16, backward 4, with the LayerScale gradient 6.
+// Bytes     forward 6 per value in bf16, backward 4, with the LayerScale gradient 6. With the stream in f32: 10,
+//           6, 8.
 // Order     rows of a warp, warps, slices.
 // Source    Srivastava et al. 2014 (dropout); Huang et al. 2016 (drop-path); Touvron et al. 2021
 //           (LayerScale).
 #include "reduce.cuh"
 #include "residual.cuh"
 
-template <typename T>
-__device__ __forceinline__ void residual(const StepCells* cells, const BranchArgs& args, const T* base,
-                                         u32 ld_base, const T* branch, u32 ld_branch, T* sum, u32 ld_sum,
+template <typename S, typename T>
+__device__ __forceinline__ void residual(const StepCells* cells, const BranchArgs& args, const S* base,
+                                         u32 ld_base, const T* branch, u32 ld_branch, S* sum, u32 ld_sum,
                                          u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
@@ -29,9 +31,9 @@ __device__ __forceinline__ void residual(const StepCells* cells, const BranchArg
   store8(row_of(sum, at.row, ld_sum) + at.column, at.n, v);
 }
 
-template <typename T>
+template <typename S, typename T>
 __device__ __forceinline__ void residual_backward(const StepCells* cells, const BranchArgs& args,
-                                                  const T* d_sum, u32 ld_sum, T* d_branch, u32 ld_branch,
+                                                  const S* d_sum, u32 ld_sum, T* d_branch, u32 ld_branch,
                                                   u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
@@ -45,9 +47,9 @@ __device__ __forceinline__ void residual_backward(const StepCells* cells, const 
 }
 
 // Also the LayerScale's gradient.
-template <typename T>
+template <typename S, typename T>
 __device__ __forceinline__ void residual_scale_backward(const StepCells* cells, const BranchArgs& args,
-                                                        const T* branch, u32 ld_x, const T* d_sum, u32 ld_sum,
+                                                        const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,
                                                         T* d_branch, u32 ld_branch, u32 rows, u32 columns,
                                                         float* partials, u32 pitch) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -73,23 +75,24 @@ __device__ __forceinline__ void residual_scale_backward(const StepCells* cells, 
   store_column_sums(total, scratch, row_of(partials, blockIdx.y, pitch), first, columns);
 }
 
-#define RESIDUAL(suffix, T)                                                                                  \
-  KERNEL(residual_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const T* base, u32 ld_base,     \
-                                    const T* branch, u32 ld_branch, T* sum, u32 ld_sum, u32 rows,            \
+#define RESIDUAL(suffix, S, T)                                                                               \
+  KERNEL(residual_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const S* base, u32 ld_base,     \
+                                    const T* branch, u32 ld_branch, S* sum, u32 ld_sum, u32 rows,            \
                                     u32 columns) {                                                           \
-    residual<T>(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, rows, columns);                  \
+    residual(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, rows, columns);                     \
   }                                                                                                          \
-  KERNEL(residual_backward_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const T* d_sum,        \
+  KERNEL(residual_backward_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const S* d_sum,        \
                                              u32 ld_sum, T* d_branch, u32 ld_branch, u32 rows,               \
                                              u32 columns) {                                                  \
-    residual_backward<T>(cells, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                    \
+    residual_backward(cells, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                       \
   }                                                                                                          \
   KERNEL(residual_scale_backward_##suffix, 256, 2)(                                                          \
-      const StepCells* cells, BranchArgs args, const T* branch, u32 ld_x, const T* d_sum, u32 ld_sum,        \
+      const StepCells* cells, BranchArgs args, const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,        \
       T* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                       \
-    residual_scale_backward<T>(cells, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows, columns, \
-                               partials, pitch);                                                             \
+    residual_scale_backward(cells, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows, columns,    \
+                            partials, pitch);                                                                \
   }
 
-RESIDUAL(bf16, bf16)
-RESIDUAL(f32, float)
+RESIDUAL(bf16, bf16, bf16)
+RESIDUAL(f32, float, float)
+RESIDUAL(f32_bf16, float, bf16)

@@ -140,6 +140,8 @@ __device__ __forceinline__ void forget_unpacked(vec4& v) {
 __device__ __forceinline__ void forget_unpacked(Raw8<bf16>& r) {
   forget_unpacked(r.a);
 }
+// f32 is kept as it was loaded.
+__device__ __forceinline__ void forget_unpacked(Raw8<float>&) {}
 
 __device__ __forceinline__ vec4 pack8(const float (&v)[VEC]) {
   return {pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};

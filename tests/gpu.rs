@@ -11,6 +11,7 @@ use serde_json::Value;
 use support::{
     Outcome, command, finish, metrics, names, on_gpu, outcome, path, run_on_gpu as run, stand_in, train,
 };
+use vitrum::rng::{Domain, Stream};
 use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
 
 /// A short training run on the GPU: 16 tokens, width 64, depth 2, batch 4, dropout and drop-path at work.
@@ -57,16 +58,28 @@ fn training_with_the_class_token_alone_follows_the_cpu() {
     follows_the_cpu("token-recomputed", &[&token[..], &["train.recompute=block"]].concat());
 }
 
+#[test]
+fn training_without_branches_follows_the_cpu_whatever_the_stream_is_stored_in() {
+    follows_the_cpu("plain", &["model.dropout=0", "model.drop_path=0", "train.micro_batch=2"]);
+}
+
+#[test]
+fn training_with_a_map_head_and_layer_scale_follows_the_cpu() {
+    follows_the_cpu("map", &["model.pool=map", "model.layer_scale=0.1", "train.recompute=ln+gelu"]);
+}
+
 fn follows_the_cpu(name: &str, more: &[&str]) {
     let Some(folder) = stand_in() else { return };
     let on_cpu = path(&format!("cpu-{name}"));
     finish(command(&small(&on_cpu, &[&["--device", "cpu"][..], more].concat()))).ok();
     let cpu = (series(&on_cpu, "loss"), series(&on_cpu, "grad_norm"));
     assert_eq!(cpu.0.len(), 12);
-    for (precision, tolerance) in [("f32", 1e-4), ("bf16", 0.05)] {
-        let out = path(&format!("cuda-{name}-{precision}"));
-        let precision = format!("train.precision={precision}");
-        let args = small(&out, &[&["--device", "cuda", &precision][..], more].concat());
+    for (precision, residual, tolerance) in
+        [("f32", "auto", 1e-4), ("bf16", "bf16", 0.05), ("bf16", "f32", 0.05)]
+    {
+        let out = path(&format!("cuda-{name}-{precision}-{residual}"));
+        let settings = [format!("train.precision={precision}"), format!("train.residual={residual}")];
+        let args = small(&out, &[&["--device", "cuda", &settings[0], &settings[1]][..], more].concat());
         let done = run(&folder, "checks=on", &args).ok();
         assert!(!done.stderr.contains("stand-in GPU:"), "{}", done.stderr);
         for (name, ours, theirs) in
@@ -76,7 +89,7 @@ fn follows_the_cpu(name: &str, more: &[&str]) {
             for (step, (a, b)) in ours.iter().zip(theirs).enumerate() {
                 assert!(
                     (a - b).abs() <= tolerance * b.abs(),
-                    "{precision}, {name} of step {}: {a}, not {b}",
+                    "{precision}, stream {residual}, {name} of step {}: {a}, not {b}",
                     step + 1
                 );
             }
@@ -92,31 +105,89 @@ fn a_cpu_that_rounds_has_the_gradients_of_bf16() {
     let weights = path("rounds");
     let one_token = ["--device", "cpu", "model.patch=16", "model.pool=gap"];
     finish(command(&small(&weights, &one_token))).ok();
+    let batch = batch_of_noise();
+    let gradients = |device: &str, rounds: &str, residual: &str| -> Vec<f32> {
+        gradients(&folder, [&weights, &batch], device, rounds, residual)
+    };
+    let unrounded = gradients("cpu", "", "auto");
+    for (residual, rounds) in [("bf16", "bf16"), ("f32", "bf16-residual-f32")] {
+        let gpu = gradients("cuda", "", residual);
+        let (f32, rounded) = (apart(&unrounded, &gpu), apart(&gradients("cpu", rounds, "auto"), &gpu));
+        assert!(rounded < 0.01 * f32, "{rounds}: {rounded:e} from the GPU's, without rounding {f32:e}");
+    }
+}
+
+/// All gradients of a batch, in the order of their names.
+fn gradients(
+    folder: &Path,
+    [weights, batch]: [&str; 2],
+    device: &str,
+    rounds: &str,
+    residual: &str,
+) -> Vec<f32> {
+    let out = format!("{weights}-{device}-{rounds}-{residual}.safetensors");
+    let files = ["grad", "--weights", weights, "--batch", batch, "--out", &out];
+    let mut command =
+        on_gpu(folder, "checks=off", &[&files[..], &["--device", device, "--residual", residual]].concat());
+    command.env("VITRUM_CPU_ROUNDS", rounds);
+    finish(command).ok();
+    let file = SafeTensors::open(Path::new(&out)).unwrap();
+    let mut names: Vec<&str> = file.names().filter(|name| name.starts_with("grad/")).collect();
+    names.sort_unstable();
+    names.iter().flat_map(|name| file.values(name).unwrap().into_owned()).collect()
+}
+
+fn apart(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+}
+
+#[test]
+fn a_residual_stream_in_f32_brings_gradients_nearer_to_those_of_f32() {
+    let Some(folder) = stand_in() else { return };
+    let run = path("deep");
+    let deep = ["--device", "cpu", "model.depth=16", "model.pool=gap", "model.posemb=learned"];
+    finish(command(&small(&run, &deep))).ok();
+    let weights = shaken(&run);
+    let batch = batch_of_noise();
+    let gradients =
+        |device: &str, residual: &str| gradients(&folder, [&weights, &batch], device, "", residual);
+    let exact = gradients("cpu", "auto");
+    let [bf16, f32] = ["bf16", "f32"].map(|residual| apart(&exact, &gradients("cuda", residual)));
+    println!("of {:e}: bf16 {bf16:e}, f32 {f32:e}", apart(&exact, &vec![0.0; exact.len()]));
+    assert!(f32 < 0.5 * bf16, "{f32:e} with the stream in f32, {bf16:e} in bf16");
+}
+
+/// The last weights of a run with noise on top, as those of a long training: after twelve steps most branches are still too
+/// weak to move the stream.
+fn shaken(run: &str) -> String {
+    let at = Path::new(run).join("checkpoints/last/model.safetensors");
+    let file = SafeTensors::open(&at).unwrap();
+    let mut noise = Stream::new(5, Domain::Init, 0, 0);
+    let tensors: Vec<(&str, Vec<f32>)> = file
+        .names()
+        .map(|name| {
+            let values = file.values(name).unwrap();
+            (name, values.iter().map(|v| v + 0.05 * noise.normal() as f32).collect())
+        })
+        .collect();
+    let views = tensors.iter().map(|(name, v)| View::f32(*name, file.shape(name).unwrap(), v)).collect();
+    let shaken = format!("{run}-shaken.safetensors");
+    write(Path::new(&shaken), file.metadata(), views).unwrap();
+    shaken
+}
+
+/// Four pictures of 16 by 16 pixels.
+fn batch_of_noise() -> String {
     let batch = path("batch.safetensors");
-    let pixels: Vec<u8> =
-        (0..4 * 16 * 16 * 3u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let mut noise = Stream::new(6, Domain::Init, 0, 0);
+    let pixels: Vec<u8> = (0..4 * 16 * 16 * 3).map(|_| (noise.next_u32() >> 24) as u8).collect();
     let labels: Vec<u8> = [0i32, 1, 2, 1].iter().flat_map(|l| l.to_le_bytes()).collect();
     let views = vec![
         View::new("images_u8", Dtype::U8, &[4, 16, 16, 3], pixels),
         View::new("labels", Dtype::I32, &[4], labels),
     ];
     write(Path::new(&batch), &Default::default(), views).unwrap();
-
-    let gradients = |device: &str, rounds: &str| -> Vec<f32> {
-        let out = path(&format!("gradients-{device}{rounds}.safetensors"));
-        let args = ["grad", "--weights", &weights, "--batch", &batch, "--out", &out, "--device", device];
-        let mut command = on_gpu(&folder, "checks=off", &args);
-        command.env("VITRUM_CPU_ROUNDS", rounds);
-        finish(command).ok();
-        let file = SafeTensors::open(Path::new(&out)).unwrap();
-        let mut names: Vec<&str> = file.names().filter(|name| name.starts_with("grad/")).collect();
-        names.sort_unstable();
-        names.iter().flat_map(|name| file.values(name).unwrap().into_owned()).collect()
-    };
-    let gpu = gradients("cuda", "");
-    let far = |from: &[f32]| from.iter().zip(&gpu).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
-    let (f32, rounded) = (far(&gradients("cpu", "")), far(&gradients("cpu", "bf16")));
-    assert!(rounded < 0.01 * f32, "{rounded:e} from the GPU's, without rounding {f32:e}");
+    batch
 }
 
 /// A run on the GPU that nothing disturbs.
@@ -158,6 +229,33 @@ fn resume_after_a_broken_context_has_the_bits_of_an_unbroken_run() {
     assert!(crashed > 0, "no launch failed");
     run(&folder, "checks=off", &resumed(&args)).ok();
     assert_eq!(outcome(&out), want);
+}
+
+#[test]
+fn a_stream_in_f32_is_resumed_to_the_bit_and_changed_only_in_words() {
+    let Some(folder) = stand_in() else { return };
+    let (unbroken, out) = (path("stream"), path("stream-resumed"));
+    let args = |out: &str, more: &[&str]| {
+        small(out, &[&["--device", "cuda", "train.residual=f32"][..], more].concat())
+    };
+    run(&folder, "checks=off", &args(&unbroken, &[])).ok();
+    // It breaks off behind a checkpoint.
+    let broken = [400, 900, 1400].map(|launch| {
+        run(&folder, &format!("checks=off,fail_launch={launch}"), &resumed(&args(&out, &[]))).code
+    });
+    assert_eq!(broken[0], 1, "no launch failed");
+    // `auto` is what the run has been told.
+    let auto = small(&out, &["--device", "cuda", "--resume"]);
+    let done = run(&folder, "checks=off", &auto).ok();
+    assert!(!done.stderr.contains("bits are those of another"), "{}", done.stderr);
+    assert_eq!(outcome(&out), outcome(&unbroken));
+    let recipe = std::fs::read_to_string(Path::new(&out).join("recipe.toml")).unwrap();
+    assert!(recipe.contains("residual = \"f32\""), "{recipe}");
+
+    let on = small(&out, &["--device", "cuda", "--resume", "train.residual=bf16"]);
+    run(&folder, "checks=off", &on).ok().says(&["in bf16, after bf16 with the residual stream in f32"]);
+    let senseless = small(&path("unused"), &["train.precision=f32", "train.residual=bf16"]);
+    finish(command(&senseless)).exits(2).says(&["`train.residual`", "everything is stored in f32"]);
 }
 
 /// One operation of the card, as the stand-in's `order` writes it down.
@@ -237,8 +335,9 @@ fn a_batch_is_copied_beside_the_step_before_it() {
 #[test]
 fn a_card_holds_exactly_what_the_plan_says() {
     let Some(folder) = stand_in() else { return };
-    let cases: [&[&str]; 3] = [
+    let cases: [&[&str]; 4] = [
         &["train.precision=f32"],
+        &["train.residual=f32", "model.pool=token", "model.posemb_join=before"],
         &["optim.name=adafactor", "train.micro_batch=2"],
         &[
             "optim.name=sgd",

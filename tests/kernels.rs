@@ -23,14 +23,14 @@ const INSTANCES: [(&str, usize); 17] = [
     ("attention_keep", 1),
     ("attention_plain", 6),
     ("column_sums", 3),
-    ("embed", 5),
-    ("layernorm", 26),
+    ("embed", 6),
+    ("layernorm", 49),
     ("loss", 4),
     ("patchify", 4),
     ("pool", 4),
     ("probe_attention", 6),
     ("report", 3),
-    ("residual", 6),
+    ("residual", 9),
     ("update", 10),
 ];
 

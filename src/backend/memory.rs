@@ -135,6 +135,8 @@ pub enum Recompute {
 pub struct Storage {
     /// Type of activations and of their gradients. Statistics, metrics, parameters and moments are f32 everywhere.
     pub activations: Dtype,
+    /// Type of the residual stream and of its gradient: that of activations, or f32.
+    pub residual: Dtype,
     /// Rows of activations are padded to a multiple of this many elements.
     pub row_align: usize,
     /// Bytes of [`Arena::Workspace`]; 0 where operations work in main memory.
@@ -145,8 +147,13 @@ pub struct Storage {
 
 impl Storage {
     /// Dense f32 in main memory.
-    pub const CPU: Storage =
-        Storage { activations: Dtype::F32, row_align: 1, workspace: 0, recompute: Recompute::None };
+    pub const CPU: Storage = Storage {
+        activations: Dtype::F32,
+        residual: Dtype::F32,
+        row_align: 1,
+        workspace: 0,
+        recompute: Recompute::None,
+    };
 
     /// A device with memory of its own: batches are copied there, and so is what an update needs besides the arenas.
     pub fn is_apart(&self) -> bool {
@@ -221,14 +228,22 @@ impl MemoryPlan {
 
     /// A matrix in the activation arena, in the device's type and with its padding.
     pub fn activation(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
-        let Storage { activations, row_align, .. } = self.storage;
-        let ld = if rows == 1 { cols } else { cols.next_multiple_of(row_align) };
-        Mat { cols, ..self.place(name.into(), rows, ld, activations) }
+        self.padded(name.into(), rows, cols, self.storage.activations)
+    }
+
+    /// The same for a part of the residual stream, or of its gradient.
+    pub fn stream(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
+        self.padded(name.into(), rows, cols, self.storage.residual)
     }
 
     /// A dense f32 matrix in the activation arena: statistics and metrics.
     pub fn statistics(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
         self.place(name.into(), rows, cols, Dtype::F32)
+    }
+
+    fn padded(&mut self, name: String, rows: usize, cols: usize, dtype: Dtype) -> Mat {
+        let ld = if rows == 1 { cols } else { cols.next_multiple_of(self.storage.row_align) };
+        Mat { cols, ..self.place(name, rows, ld, dtype) }
     }
 
     fn place(&mut self, name: String, rows: usize, cols: usize, dtype: Dtype) -> Mat {

@@ -52,10 +52,38 @@ pub enum Precision {
     Bf16,
 }
 
+/// What the residual stream and its gradient are stored in, where activations are bf16. In other precisions it is f32, like
+/// everything else, and there is nothing to choose.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Residual {
+    /// bf16.
+    #[default]
+    Auto,
+    /// A sum is rounded to bf16 wherever it is stored: the least memory traffic.
+    Bf16,
+    /// What a block adds to the stream is rounded, the stream is not: gradients nearer to those of f32, for twice the bytes
+    /// of x, mid and d_x.
+    F32,
+}
+
+impl Residual {
+    /// What it comes to in a precision.
+    pub fn settled(self, precision: Precision) -> Residual {
+        match (precision, self) {
+            (Precision::Bf16, Residual::Auto) => Residual::Bf16,
+            (_, given) => given,
+        }
+    }
+}
+
 /// How a device is to be opened.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub precision: Precision,
+    pub residual: Residual,
     /// CPU threads; 0: one per core.
     pub threads: usize,
     /// Record a step once and replay it.
@@ -70,6 +98,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             precision: Precision::Auto,
+            residual: Residual::Auto,
             threads: 0,
             graph: true,
             check_launches: false,
@@ -506,8 +535,9 @@ pub trait Backend: Send {
     fn patchify(&mut self, grid: PatchGrid, normalise: Normalise, patches: Mat) -> Result<()>;
     /// `x: [B·T, D]`, in place: see [`Embed`].
     fn embed(&mut self, embed: &Embed, x: Mat) -> Result<()>;
-    /// Takes `d_x` back through the dropout in place, and sums the gradients of bias, extra tokens and positions.
-    fn embed_backward(&mut self, embed: &Embed, d_x: Mat) -> Result<()>;
+    /// Sums the gradients of bias, extra tokens and positions from `d_y = dropout'(d_x)`, which is stored where there is a
+    /// dropout; without one `d_y` is `d_x` already. It may be `d_x` itself, or the same in the type that products read.
+    fn embed_backward(&mut self, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()>;
 
     // Dense layers ----------------------------------------------------------------------------------------------
 
@@ -524,8 +554,7 @@ pub trait Backend: Send {
     /// `y = layernorm(join)`, Ba et al. 2016; variance is biased, statistics f32.
     fn layernorm(&mut self, join: &Join, norm: &Norm, y: Mat, stats: Stats) -> Result<()>;
     /// `d_sum += layernorm'(d_y)` (`d_sum` enters with the gradient that reaches the residual stream from above, or is
-    /// assigned if `fresh`); for a branch also `d_branch` and the LayerScale gradient. `d_branch` is written only for
-    /// [`Join::Branch`].
+    /// assigned if `fresh`); then [`Backend::residual_backward`].
     fn layernorm_backward(
         &mut self,
         d_y: Mat,
@@ -538,7 +567,9 @@ pub trait Backend: Send {
     ) -> Result<()>;
     /// The residual add of [`Join::Branch`] alone (after the last block); nothing for [`Join::Ready`].
     fn residual(&mut self, join: &Join) -> Result<()>;
-    /// `d_branch` from `d_sum`, for [`Join::Branch`].
+    /// `d_branch` from `d_sum`, the gradient that the products of a block half read; for [`Join::Branch`] also that of the
+    /// LayerScale. [`Join::Ready`] hands on `d_sum` itself: in the type of `d_branch` if that is another, else there is
+    /// nothing to do.
     fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()>;
 
     // Attention -------------------------------------------------------------------------------------------------
@@ -601,8 +632,8 @@ pub trait Backend: Send {
 
 /// What the device computes in and how it stores what a run needs, without opening it where the user names it: a plan for
 /// a GPU can be made anywhere.
-pub fn planned(device: Device, precision: Precision) -> (Precision, Storage) {
-    let options = Options { precision, ..Options::default() };
+pub fn planned(device: Device, precision: Precision, residual: Residual) -> (Precision, Storage) {
+    let options = Options { precision, residual, ..Options::default() };
     let on_card = match device {
         Device::Cpu => false,
         Device::Auto => cuda::Cuda::open(&options).is_ok(),
@@ -613,7 +644,7 @@ pub fn planned(device: Device, precision: Precision) -> (Precision, Storage) {
         Precision::Auto => Precision::F32,
         given => given,
     };
-    (precision, if on_card { cuda::Cuda::storage_of(precision) } else { Storage::CPU })
+    (precision, if on_card { cuda::Cuda::storage_of(precision, residual) } else { Storage::CPU })
 }
 
 /// Bytes of [`Arena::Update`] for an optimiser on a device that stores things this way.
@@ -629,6 +660,10 @@ pub fn select(device: Device, options: &Options) -> Result<Box<dyn Backend>> {
     let cpu = || -> Result<Box<dyn Backend>> {
         if !matches!(options.precision, Precision::Auto | Precision::F32) {
             return Err(Error::usage("the CPU computes in f32").hint("use `--set train.precision=f32`"));
+        }
+        if options.residual == Residual::Bf16 {
+            return Err(Error::usage("the CPU computes in f32, and stores the residual stream in it")
+                .hint("use `--set train.residual=auto`"));
         }
         let cpu = cpu::CpuBackend::new(options.threads)?;
         Ok(match rounded::Rounds::from_env()? {

@@ -252,9 +252,9 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn embed_backward(&mut self, embed: &Embed, d_x: Mat) -> Result<()> {
-        self.inner.embed_backward(embed, d_x)?;
-        self.joined(d_x);
+    fn embed_backward(&mut self, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
+        self.inner.embed_backward(embed, d_x, d_y)?;
+        self.joined(d_y);
         Ok(())
     }
 
@@ -262,12 +262,14 @@ impl Backend for Rounded {
 
     fn matmul(&mut self, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()> {
         let (x, layer) = (self.operand(x, 0), self.layer(w));
-        // An own kernel behind the product reads the f32 bias.
+        // What an own kernel behind the product reads.
         let layer_of_kernel = Linear { bias: w.bias, ..layer };
         match epilogue {
             // Alone in front of `embed`.
             Epilogue::None | Epilogue::BiasResidual(_) => {
-                self.inner.matmul(x, &layer, epilogue, y)?;
+                // A product adds a bias of its output's type.
+                let unrounded = self.rounds == Rounds::AllButResidual;
+                self.inner.matmul(x, if unrounded { &layer_of_kernel } else { &layer }, epilogue, y)?;
                 self.joined(y);
             }
             Epilogue::Bias => {

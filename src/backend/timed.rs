@@ -193,8 +193,8 @@ impl Backend for Timed {
         self.time("embed", |b| b.embed(embed, x))
     }
 
-    fn embed_backward(&mut self, embed: &Embed, d_x: Mat) -> Result<()> {
-        self.time("embed_backward", |b| b.embed_backward(embed, d_x))
+    fn embed_backward(&mut self, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
+        self.time("embed_backward", |b| b.embed_backward(embed, d_x, d_y))
     }
 
     // Dense layers ----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::{On, Settings, print, print_json};
+use crate::backend::Options;
 use crate::data::{Dataset, Split};
 use crate::error::Result;
 use crate::recipe::PROTOCOLS;
@@ -56,7 +57,14 @@ pub fn run(args: Args) -> Result<()> {
     let overrides = args.settings.model_overrides()?;
     let data = Dataset::open(&args.data, Split::Val)?;
     let batch = usize::from(args.batch).min(data.len());
-    let mut model = Loaded::open(&args.weights, &overrides, args.on.device, batch, Mode::Infer, None)?;
+    let mut model = Loaded::open(
+        &args.weights,
+        &overrides,
+        (args.on.device, &Options::default()),
+        batch,
+        Mode::Infer,
+        None,
+    )?;
     let (classes, names) = (model.model.config.classes, model.meta.classes.clone());
     let truth = match &args.labels {
         Some(path) => Truth::read(path, &data, classes, names.as_deref())?,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{On, Settings};
-use crate::backend::{Loss, LossKind};
+use crate::backend::{Loss, LossKind, Options, Residual};
 use crate::error::{Error, Result};
 use crate::train::batch_file::BatchFile;
 use crate::train::loaded::{Loaded, gradients};
@@ -27,6 +27,9 @@ pub struct Args {
     /// Targets become (1-S)·onehot + S/C
     #[arg(long, value_name = "S", default_value_t = 0.0)]
     pub label_smoothing: f32,
+    /// What a GPU stores the residual stream in: bf16 or f32
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = Residual::Auto)]
+    pub residual: Residual,
     #[command(flatten)]
     pub settings: Settings,
     #[command(flatten)]
@@ -40,7 +43,9 @@ pub fn run(args: Args) -> Result<()> {
     let overrides = args.settings.model_overrides()?;
     let batch = BatchFile::open(&args.batch, false)?;
     let (samples, image) = (batch.layout.samples, batch.layout.image);
-    let mut run = Loaded::open(&args.weights, &overrides, args.on.device, samples, Mode::Train, Some(image))?;
+    let options = Options { residual: args.residual, ..Options::default() };
+    let on = (args.on.device, &options);
+    let mut run = Loaded::open(&args.weights, &overrides, on, samples, Mode::Train, Some(image))?;
     batch.check_classes(run.model.config.classes)?;
     let slot = batch.slot(&*run.backend, 0)?;
     let loss = Loss { kind: args.loss, label_smoothing: args.label_smoothing };

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::{On, Settings, not_built, print, print_json};
+use crate::backend::Options;
 use crate::error::Result;
 use crate::report::format;
 use crate::train::loaded::{Loaded, Prediction};
@@ -38,7 +39,8 @@ pub fn run(args: Args) -> Result<()> {
         return Err(not_built("vitrum predict --attention").hint("leave it out to get the classes"));
     }
     let overrides = args.settings.model_overrides()?;
-    let mut run = Loaded::open(&args.weights, &overrides, args.on.device, 1, Mode::Infer, None)?;
+    let mut run =
+        Loaded::open(&args.weights, &overrides, (args.on.device, &Options::default()), 1, Mode::Infer, None)?;
     let mut all = Vec::new();
     for path in &args.images {
         let top = run.predict(path, args.top as usize)?;

@@ -25,7 +25,7 @@ pub use size::Size;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Gelu, LossKind, Precision, Recompute};
+use crate::backend::{Gelu, LossKind, Precision, Recompute, Residual};
 use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
 
 /// One run.
@@ -409,6 +409,8 @@ pub struct TrainSection {
     /// last bits rounded otherwise, in less time. Other models do not differ.
     pub prune_last_block: bool,
     pub precision: Precision,
+    /// In bf16: what the residual stream and its gradient are stored in, `bf16` (`auto`) or `f32`.
+    pub residual: Residual,
     pub seed: u64,
     /// Matrix product algorithms by rule, not by timing: two fresh runs agree to the bit on a GPU too.
     pub deterministic: bool,
@@ -441,6 +443,7 @@ impl Default for TrainSection {
             recompute: Recompute::None,
             prune_last_block: true,
             precision: Precision::Auto,
+            residual: Residual::Auto,
             seed: 0,
             deterministic: false,
             graph: true,

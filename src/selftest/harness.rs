@@ -230,8 +230,29 @@ impl<'a> Trial<'a> {
         self.activation(rows, cols, leading(cols, gap), vec![f64::NAN; rows * cols])
     }
 
+    /// The same in the type of the residual stream.
+    pub(super) fn stream_given(&mut self, rows: usize, cols: usize, values: Vec<f64>) -> Operand {
+        let room = self.plan.stream("operand", rows, cols);
+        self.guarded(room, cols, values)
+    }
+
+    pub(super) fn stream_input(&mut self, rows: usize, cols: usize, gap: bool) -> Operand {
+        let values = self.normal(rows * cols, 1.0);
+        let room = self.plan.stream("operand", rows, leading(cols, gap));
+        self.guarded(room, cols, values)
+    }
+
+    pub(super) fn stream_output(&mut self, rows: usize, cols: usize, gap: bool) -> Operand {
+        let room = self.plan.stream("operand", rows, leading(cols, gap));
+        self.guarded(room, cols, vec![f64::NAN; rows * cols])
+    }
+
     fn activation(&mut self, rows: usize, cols: usize, ld: usize, values: Vec<f64>) -> Operand {
         let room = self.plan.activation("operand", rows, ld);
+        self.guarded(room, cols, values)
+    }
+
+    fn guarded(&mut self, room: Mat, cols: usize, values: Vec<f64>) -> Operand {
         // A guard, so that a write past the end meets poison and not the next operand.
         self.plan.statistics("guard", 1, TENSOR_ALIGN / 4);
         self.place(Mat { cols, ..room }, values)

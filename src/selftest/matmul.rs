@@ -144,9 +144,13 @@ fn matmul(t: &mut Trial, shape: Shape, form: Forward, gap: bool) -> crate::error
     let x = t.input_with_gap(rows, shape.input, 1.5, gap);
     let Dense { weight, bias, .. } = &t.linear(out, shape.input, [false; 2], false);
     let layer = Dense { weight: weight.clone(), bias: bias.clone(), d_weight: None, d_bias: None };
-    let other = t.input_with_gap(rows, out, 1.0, gap);
+    // What these give is a part of the residual stream.
+    let in_stream = matches!(form, Forward::None | Forward::Residual { .. });
+    let other =
+        if in_stream { t.stream_input(rows, out, gap) } else { t.input_with_gap(rows, out, 1.0, gap) };
     let pre = t.output_with_gap(rows, out, gap);
-    let separate = t.output_with_gap(rows, out, gap);
+    let separate =
+        if in_stream { t.stream_output(rows, out, gap) } else { t.output_with_gap(rows, out, gap) };
     let y = if let Forward::Residual { in_place: true } = form { other.clone() } else { separate };
 
     let product = times_transposed(&x, &layer.weight);

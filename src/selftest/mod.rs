@@ -26,7 +26,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::backend::{Backend, Device, Options, Precision, select};
+use crate::backend::{Backend, Device, Options, Precision, Residual, select};
 use crate::error::{Error, Result};
 
 use harness::Case;
@@ -50,9 +50,15 @@ pub struct CaseResult {
 /// Runs every case whose `operation: case` contains `filter`, each on a fresh device from `make`. A case that fails,
 /// panics included, never keeps the others from running.
 pub fn run(make: &dyn Fn() -> Result<Box<dyn Backend>>, filter: Option<&str>) -> Vec<CaseResult> {
-    let wanted = |case: &&Case| filter.is_none_or(|filter| case.title().contains(filter));
-    cases().iter().filter(wanted).map(|case| case.run(make)).collect()
+    run_those(make, |case| filter.is_none_or(|filter| case.title().contains(filter)))
 }
+
+fn run_those(make: &dyn Fn() -> Result<Box<dyn Backend>>, wanted: impl Fn(&Case) -> bool) -> Vec<CaseResult> {
+    cases().iter().filter(|case| wanted(case)).map(|case| case.run(make)).collect()
+}
+
+/// How the operations begin that read or write the residual stream.
+const OF_THE_STREAM: [&str; 5] = ["embed", "matmul none", "matmul residual", "layernorm", "residual"];
 
 fn cases() -> Vec<Case> {
     let groups = [
@@ -95,22 +101,32 @@ pub fn check(device: Device, options: &Options, filter: Option<&str>) -> Result<
         }
         other => other,
     };
-    let precisions: &[Precision] = match (device, options.precision) {
-        (Device::Cuda, Precision::Auto) => &[Precision::F32, Precision::Bf16],
-        (_, asked) => &[asked],
+    let (f32, bf16) = ((Precision::F32, Residual::Auto), (Precision::Bf16, Residual::Auto));
+    let stream_in_f32 = (Precision::Bf16, Residual::F32);
+    let kinds = match (device, options.precision) {
+        (Device::Cuda, Precision::Auto) => vec![f32, bf16, stream_in_f32],
+        (Device::Cuda, Precision::Bf16) => vec![bf16, stream_in_f32],
+        (_, asked) => vec![(asked, Residual::Auto)],
     };
-    let report = |precision: &Precision| {
-        let options = Options { precision: *precision, ..*options };
+    let report = |(precision, residual): (Precision, Residual)| -> Result<Report> {
+        let options = Options { precision, residual, ..*options };
         let name = select(device, &options)?.describe();
         let start = Instant::now();
-        let cases = run(&|| select(device, &options), filter);
-        if cases.is_empty() {
-            return Err(Error::usage(format!("no case holds `{}`", filter.unwrap_or_default()))
-                .hint("`vitrum selftest` without `--filter` names the operations"));
-        }
+        // All else is as it is without.
+        let asked = |case: &Case| filter.is_none_or(|filter| case.title().contains(filter));
+        let concerned = |case: &Case| {
+            residual == Residual::Auto || OF_THE_STREAM.iter().any(|name| case.operation().starts_with(name))
+        };
+        let cases = run_those(&|| select(device, &options), |case| asked(case) && concerned(case));
         Ok(Report { device: name, seconds: start.elapsed().as_secs_f64(), cases })
     };
-    precisions.iter().map(report).collect()
+    let mut reports = kinds.into_iter().map(report).collect::<Result<Vec<Report>>>()?;
+    reports.retain(|report| !report.cases.is_empty());
+    if reports.is_empty() {
+        return Err(Error::usage(format!("no case holds `{}`", filter.unwrap_or_default()))
+            .hint("`vitrum selftest` without `--filter` names the operations"));
+    }
+    Ok(reports)
 }
 
 /// An error that names the operations that failed, in any report.

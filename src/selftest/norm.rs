@@ -92,6 +92,7 @@ pub(super) fn cases() -> Vec<Case> {
         push("residual_backward", title, Box::new(move |t| residual_backward(t, s, b, accumulate)));
     }
     push("residual", "ready: nothing to do".into(), Box::new(nothing_to_do));
+    push("residual_backward", "ready: handed on".into(), Box::new(handed_on));
     cases
 }
 
@@ -176,7 +177,7 @@ fn hard_rows(t: &mut Trial, s: Shape) -> Operand {
             };
         }
     }
-    t.given(s.rows(), s.width, values)
+    t.stream_given(s.rows(), s.width, values)
 }
 
 /// A branch with its operands.
@@ -214,7 +215,7 @@ impl Joined {
             factors.chunks(s.tokens * s.width).filter(|sample| sample.iter().any(|f| *f != 0.0)).count();
         assert!(!b.drop_path || (1..s.samples).contains(&kept), "drop-path has to keep and to drop samples");
         Self {
-            base: t.input(s.rows(), s.width, 1.0),
+            base: t.stream_input(s.rows(), s.width, false),
             branch: t.input(s.rows(), s.width, 1.0),
             layer_scale,
             dropout,
@@ -282,7 +283,7 @@ fn layernorm(t: &mut Trial, s: Shape, between: Option<Between>) -> Result<()> {
     t.samples(s.samples, false);
     let joined = between.map(|b| Joined::new(t, s, b, false));
     let x = match &joined {
-        Some(_) => t.output(s.rows(), s.width),
+        Some(_) => t.stream_output(s.rows(), s.width, false),
         None => hard_rows(t, s),
     };
     let gamma = t.param(1, s.width, 1.0, 0.3);
@@ -318,7 +319,7 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
     t.samples(s.samples, accumulate);
     let joined = between.map(|b| Joined::new(t, s, b, accumulate));
     let x = match &joined {
-        Some(joined) => t.given(s.rows(), s.width, joined.sum()),
+        Some(joined) => t.stream_given(s.rows(), s.width, joined.sum()),
         None => hard_rows(t, s),
     };
     let (means, rstds) = statistics(&x.values, s.width);
@@ -329,7 +330,11 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
     let d_gamma = trained[0].then(|| t.grad(&gamma, accumulate));
     let d_beta = trained[1].then(|| t.grad(&beta, accumulate));
     let d_y = t.input(s.rows(), s.width, 1.0);
-    let d_sum = if fresh { t.output(s.rows(), s.width) } else { t.input(s.rows(), s.width, 1.0) };
+    let d_sum = if fresh {
+        t.stream_output(s.rows(), s.width, false)
+    } else {
+        t.stream_input(s.rows(), s.width, false)
+    };
     let d_branch = t.output(s.rows(), s.width);
 
     let width = s.width as f64;
@@ -347,11 +352,10 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
         }
     }
 
-    // Without a branch, `d_branch` is not looked at: the model hands over `d_sum` itself.
-    let (join, unused) = match &joined {
-        Some(joined) => (joined.join(&x), d_branch.mat),
-        None => (Join::Ready(x.mat), d_sum.mat),
-    };
+    // Without a branch, `d_sum` itself is handed on: in place, as behind the last block, or in another type.
+    let is_copied = joined.is_none() && !fresh && d_branch.mat.dtype != d_sum.mat.dtype;
+    let join = joined.as_ref().map_or(Join::Ready(x.mat), |joined| joined.join(&x));
+    let handed_on = if joined.is_some() || is_copied { d_branch.mat } else { d_sum.mat };
     let handle = |grad: &Option<Operand>| grad.as_ref().map(|grad| grad.mat);
     let norm = Norm {
         gamma: gamma.mat,
@@ -361,7 +365,7 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
         eps: EPS,
     };
     let stats = Stats { mean: mean.mat, rstd: rstd.mat };
-    t.start()?.layernorm_backward(d_y.mat, &join, &norm, stats, d_sum.mat, fresh, unused)?;
+    t.start()?.layernorm_backward(d_y.mat, &join, &norm, stats, d_sum.mat, fresh, handed_on)?;
     t.compare_rows("d_sum", &d_sum, &expected, 0.0, 3.0 * ELEMENTWISE)?;
     for (name, grad, sum) in [("d_gamma", &d_gamma, &gamma_sum), ("d_beta", &d_beta, &beta_sum)] {
         if let Some(grad) = grad {
@@ -370,6 +374,7 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
     }
     match &joined {
         Some(joined) => joined.check(t, &expected, &d_branch, accumulate),
+        None if is_copied => t.compare("d_branch", &d_branch, &expected, 2.0 * ELEMENTWISE),
         None => Ok(()),
     }
 }
@@ -377,7 +382,7 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
 fn residual(t: &mut Trial, s: Shape, b: Between) -> Result<()> {
     t.samples(s.samples, false);
     let joined = Joined::new(t, s, b, false);
-    let sum = t.output(s.rows(), s.width);
+    let sum = t.stream_output(s.rows(), s.width, false);
     let join = joined.join(&sum);
     t.start()?.residual(&join)?;
     t.compare("sum", &sum, &joined.sum(), ELEMENTWISE)
@@ -386,16 +391,26 @@ fn residual(t: &mut Trial, s: Shape, b: Between) -> Result<()> {
 fn residual_backward(t: &mut Trial, s: Shape, b: Between, accumulate: bool) -> Result<()> {
     t.samples(s.samples, accumulate);
     let joined = Joined::new(t, s, b, accumulate);
-    let sum = t.given(s.rows(), s.width, joined.sum());
-    let d_sum = t.input(s.rows(), s.width, 1.0);
+    let sum = t.stream_given(s.rows(), s.width, joined.sum());
+    let d_sum = t.stream_input(s.rows(), s.width, false);
     let d_branch = t.output(s.rows(), s.width);
     let join = joined.join(&sum);
     t.start()?.residual_backward(&join, d_sum.mat, d_branch.mat)?;
     joined.check(t, &d_sum.values, &d_branch, accumulate)
 }
 
+/// Where products cannot read the stream's type, they get a copy.
+fn handed_on(t: &mut Trial) -> Result<()> {
+    t.samples(1, false);
+    let [sum, d_sum] = [0, 1].map(|_| t.stream_input(5, 60, false));
+    let copy = t.output(5, 60);
+    let d_branch = if copy.mat.dtype == d_sum.mat.dtype { d_sum.clone() } else { copy };
+    t.start()?.residual_backward(&Join::Ready(sum.mat), d_sum.mat, d_branch.mat)?;
+    t.compare("d_branch", &d_branch, &d_sum.values, 0.0)
+}
+
 fn nothing_to_do(t: &mut Trial) -> Result<()> {
-    let [sum, d_sum] = [0, 1].map(|_| t.input(5, 60, 1.0));
+    let [sum, d_sum] = [0, 1].map(|_| t.stream_input(5, 60, false));
     let backend = t.start()?;
     backend.residual(&Join::Ready(sum.mat))?;
     backend.residual_backward(&Join::Ready(sum.mat), d_sum.mat, d_sum.mat)?;

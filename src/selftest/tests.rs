@@ -262,7 +262,7 @@ impl Backend for Broken {
     }
     fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
         self.inner.residual_backward(join, d_sum, d_branch)?;
-        if let Join::Branch { .. } = join { self.spoil(d_branch) } else { Ok(()) }
+        self.spoil(d_branch)
     }
     fn update(&mut self, update: &Update) -> Result<()> {
         self.inner.update(update)?;
@@ -286,7 +286,7 @@ impl Backend for Broken {
         swap_ema();
         patchify(grid: PatchGrid, normalise: Normalise, patches: Mat) spoils patches;
         embed(embed: &Embed, x: Mat) spoils x;
-        embed_backward(embed: &Embed, d_x: Mat) spoils d_x;
+        embed_backward(embed: &Embed, d_x: Mat, d_y: Mat) spoils d_y;
         gelu(pre: Mat, form: Gelu, dropout: Mask, y: Mat) spoils y;
         matmul(x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) spoils y;
         layernorm(join: &Join, norm: &Norm, y: Mat, stats: Stats) spoils y;

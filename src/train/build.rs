@@ -34,6 +34,7 @@ pub fn device_options(recipe: &Recipe) -> backend::Options {
     let t = &recipe.train;
     backend::Options {
         precision: t.precision,
+        residual: t.residual,
         threads: t.threads,
         graph: t.graph,
         check_launches: t.check_launches,

@@ -23,7 +23,7 @@ impl Loaded {
     pub fn open(
         path: &Path,
         overrides: &ModelOverrides,
-        device: Device,
+        (device, options): (Device, &backend::Options),
         batch: usize,
         mode: Mode,
         image: Option<(usize, usize)>,
@@ -37,7 +37,7 @@ impl Loaded {
             (Mode::Infer, None) => open_at(path, overrides, weights::open)?,
             (Mode::Train, None) => weights::open(path, overrides)?,
         };
-        Self::on_device(file, device, batch, mode)
+        Self::on_device(file, (device, options), batch, mode)
     }
 
     /// The same for features, of a file that need not have a classifier: it gets one of a single class.
@@ -52,12 +52,17 @@ impl Loaded {
             let one = AdaptTarget { classes: Some(1), rep_layer: RepLayer::Keep, ..AdaptTarget::default() };
             file = weights::adapt(file, &one)?.0;
         }
-        Self::on_device(file, device, batch, Mode::Infer)
+        Self::on_device(file, (device, &backend::Options::default()), batch, Mode::Infer)
     }
 
-    fn on_device(file: ModelFile, device: Device, batch: usize, mode: Mode) -> Result<Self> {
+    fn on_device(
+        file: ModelFile,
+        (device, options): (Device, &backend::Options),
+        batch: usize,
+        mode: Mode,
+    ) -> Result<Self> {
         file.notes.iter().for_each(|note| eprintln!("note: {note}"));
-        let mut backend = backend::select(device, &backend::Options::default())?;
+        let mut backend = backend::select(device, options)?;
         let model = Vit::new(
             file.config.clone(),
             file.meta.normalise,

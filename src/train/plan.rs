@@ -44,8 +44,9 @@ impl Plan {
             })?;
             recipe = settle::settle(recipe, &*backend, targets, size)?;
         }
-        let (precision, storage) = backend::planned(device, recipe.train.precision);
-        recipe.train.precision = precision;
+        let t = &mut recipe.train;
+        let (precision, storage) = backend::planned(device, t.precision, t.residual);
+        (t.precision, t.residual) = (precision, t.residual.settled(precision));
         let model = build::model(&recipe, Mode::Train, storage)?;
         let optimizer = build::optimizer(&recipe, &model, size)?;
         let layout = build::slot_layout(&recipe, targets);

@@ -589,11 +589,12 @@ fn scores(report: &EvalReport) -> Scores {
     Scores { loss: report.loss, top1: report.top1, top5: report.top5, images: report.count as u64 }
 }
 
-/// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ; and two that change bits
-/// only where the user asks for it: what happens to broken records, and the precision ([`super::settle`]).
+/// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ; and those that change bits
+/// only where the user asks for it: what happens to broken records, the precision and the stream's type ([`super::settle`]).
 fn same_recipe(saved: &str, now: &str) -> Result<()> {
     let free = [
         "precision",
+        "residual",
         "threads",
         "workers",
         "slots",

@@ -1,11 +1,12 @@
-//! What the device decides about a run: `train.precision = "auto"`, `train.micro_batch = "auto"`, and whether it fits.
+//! What the device decides about a run: what `"auto"` is in `train.precision`, `train.residual` and `train.micro_batch`, and
+//! whether it fits.
 //!
-//! Both are written into the run's recipe, because the bits depend on them: a resumed run keeps what its directory says.
+//! All are written into the run's recipe, because the bits depend on them: a resumed run keeps what its directory says.
 
-use crate::backend::{self, Backend, Device, Precision, TargetKind};
+use crate::backend::{self, Backend, Device, Precision, Residual, TargetKind};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::recipe::{MicroBatch, Recipe};
+use crate::recipe::{MicroBatch, Recipe, TrainSection};
 use crate::report::format;
 use crate::vit::Mode;
 
@@ -27,6 +28,7 @@ pub fn settle(
     data_size: usize,
 ) -> Result<Recipe> {
     recipe.train.precision = backend.precision();
+    recipe.train.residual = recipe.train.residual.settled(backend.precision());
     let needs = |micro_batch: MicroBatch| -> Result<usize> {
         let mut recipe = recipe.clone();
         recipe.train.micro_batch = micro_batch;
@@ -87,19 +89,22 @@ pub fn open(
         if t.precision == Precision::Auto {
             t.precision = before.train.precision;
         }
+        if t.residual == Residual::Auto && t.precision == Precision::Bf16 {
+            t.residual = before.train.residual;
+        }
         if t.micro_batch == MicroBatch::Auto {
             t.micro_batch = before.train.micro_batch;
         }
     }
-    let word = |precision: Precision| format!("{precision:?}").to_lowercase();
     let kept = recipe.train.precision;
+    let words = in_words(&recipe.train);
     let backend = backend::select(options.device, &build::device_options(&recipe)).map_err(|e| {
         // Only the CPU refuses a precision.
         let refused = options.device != Device::Cuda && !matches!(kept, Precision::Auto | Precision::F32);
         if !refused || before.is_none() {
             return e;
         }
-        e.at(format!("the run in {} computes in {}", options.out.display(), word(kept))).hint(
+        e.at(format!("the run in {} computes in {}", options.out.display(), words)).hint(
             "go on in f32 with `--set train.precision=f32`: from there on the bits are those of another run",
         )
     })?;
@@ -108,16 +113,24 @@ pub fn open(
     if chosen && let MicroBatch::Samples(n) = recipe.train.micro_batch {
         notes.push(format!("batch    {} in micro-batches of {n}, as many as fit", recipe.train.batch));
     }
-    if let Some(before) =
-        before.filter(|b| ![Precision::Auto, recipe.train.precision].contains(&b.train.precision))
-    {
-        notes.push(format!(
-            "resume   in {}, after {}: from here on the bits are those of another run",
-            word(recipe.train.precision),
-            word(before.train.precision)
-        ));
+    if let Some(before) = before.filter(|b| b.train.precision != Precision::Auto) {
+        let (now, then) = (in_words(&recipe.train), in_words(&before.train));
+        if now != then {
+            notes.push(format!(
+                "resume   in {now}, after {then}: from here on the bits are those of another run"
+            ));
+        }
     }
     Ok((backend, recipe, notes))
+}
+
+/// `f32`, or `bf16 with the residual stream in f32`.
+fn in_words(train: &TrainSection) -> String {
+    let precision = format!("{:?}", train.precision).to_lowercase();
+    match (train.precision, train.residual) {
+        (Precision::Bf16, Residual::F32) => precision + " with the residual stream in f32",
+        _ => precision,
+    }
 }
 
 /// The recipe that the run's directory holds. One that cannot be read is met again, and explained, at the checkpoint.

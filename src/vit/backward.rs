@@ -39,12 +39,13 @@ fn head(b: &mut dyn Backend, h: &Head) -> Result<()> {
     Ok(())
 }
 
-/// From `d_pooled` to `d_x`, the gradient of the residual stream.
+/// From `d_pooled` to `d_x`, the gradient of the residual stream. No product reads a sum's gradient here: there is no branch
+/// to hand it on to.
 fn tail(b: &mut dyn Backend, t: &Tail, x: Mat, s: &Scratch) -> Result<()> {
     match t {
-        Tail::PoolNorm { pools, pooled, norm, stats, .. } => {
-            let d_sum = s.d_ln.first_rows(pooled.rows);
-            b.layernorm_backward(s.d_pooled, &Join::Ready(*pooled), norm, *stats, d_sum, true, s.d_branch)?; // 2
+        Tail::PoolNorm { pools, pooled, norm, stats, d_pooled, .. } => {
+            let d_sum = *d_pooled;
+            b.layernorm_backward(s.d_pooled, &Join::Ready(*pooled), norm, *stats, d_sum, true, d_sum)?; // 2
             for (i, (pool, part)) in pools.iter().enumerate() {
                 let d_part =
                     Mat { offset: d_sum.offset + (part.offset - pooled.offset), rows: part.rows, ..d_sum };
@@ -53,11 +54,11 @@ fn tail(b: &mut dyn Backend, t: &Tail, x: Mat, s: &Scratch) -> Result<()> {
             Ok(())
         }
         Tail::Norm { norm, stats, .. } => {
-            b.layernorm_backward(s.d_pooled, &Join::Ready(x), norm, *stats, s.d_x, true, s.d_branch) // 1
+            b.layernorm_backward(s.d_pooled, &Join::Ready(x), norm, *stats, s.d_x, true, s.d_x) // 1
         }
         Tail::NormPool { norm, stats, pool, .. } => {
             b.pool_backward(*pool, s.d_pooled, s.d_ln, true)?; // 2
-            b.layernorm_backward(s.d_ln, &Join::Ready(x), norm, *stats, s.d_x, true, s.d_branch) // 1
+            b.layernorm_backward(s.d_ln, &Join::Ready(x), norm, *stats, s.d_x, true, s.d_x) // 1
         }
         Tail::Map(map) => map_head(b, map, x, s),
     }
@@ -68,12 +69,12 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, x: Mat, s: &Scratch) -> Result<()>
     let d_a = s.d_pooled;
     b.matmul_backward(d_a, m.act, &m.fc2, InputGrad::Gelu { d_pre: m.d_pre, pre, form, dropout })?; // 8
     b.matmul_backward(m.d_pre, m.ln, &m.fc1, InputGrad::Plain(m.d_ln))?; // 7
-    b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, false, s.d_branch)?; // 6
+    b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, false, d_a)?; // 6
     b.matmul_backward(d_a, m.o, &m.proj, InputGrad::Plain(m.d_o))?; // 5
     b.probe_attention_backward(m.heads, m.q_out, m.kv_out, m.p, Mask::NONE, m.d_o, m.d_q, m.d_kv)?; // 4
     b.matmul_backward(m.d_kv, m.tokens, &m.kv, InputGrad::Plain(s.d_ln))?; // 3
     b.matmul_backward(m.d_q, m.probe, &m.q, m.d_probe)?; // 2
-    b.layernorm_backward(s.d_ln, &Join::Ready(x), &m.norm, m.stats, s.d_x, true, s.d_branch) // 1
+    b.layernorm_backward(s.d_ln, &Join::Ready(x), &m.norm, m.stats, s.d_x, true, s.d_x) // 1
 }
 
 /// Enters with the gradient of the block's output in `above.d_x` (and of its MLP branch in `above.d_branch`), leaves with
@@ -108,6 +109,6 @@ fn attention(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
 }
 
 fn stem(b: &mut dyn Backend, a: &Stem, s: &Scratch) -> Result<()> {
-    b.embed_backward(&a.embed, s.d_x)?; // 3
-    b.matmul_backward(s.d_x, a.patches, &a.patch_embed, InputGrad::None) // 2
+    b.embed_backward(&a.embed, s.d_x, s.d_embed)?; // 3
+    b.matmul_backward(s.d_embed, a.patches, &a.patch_embed, InputGrad::None) // 2
 }

@@ -168,11 +168,10 @@ impl Attention {
                     d_kv: scratch.d_qkv.column_range(0, 2 * d),
                     d_ln1: scratch.d_ln.every_row(tokens),
                 };
-                let d_x = b.mat("class d_x", samples, d);
-                let joined_by_epilogue = scratch.d_branch == scratch.d_x;
+                let d_x = b.stream("class d_x", samples, d);
                 let above = Scratch {
                     d_x,
-                    d_branch: if joined_by_epilogue { d_x } else { b.mat("class d_branch", samples, d) },
+                    d_branch: b.branch_of("class d_branch", d_x, k.branches.is_some()),
                     d_ln: scratch.d_ln.first_rows(samples),
                     d_o: scratch.d_o.first_rows(samples),
                     d_pre: scratch.d_pre.first_rows(samples),
@@ -222,12 +221,12 @@ impl Kept {
     pub(super) fn new(b: &mut Builder, name: &str, branches: bool) -> Kept {
         let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
         Kept {
-            x: b.mat(format!("{name} x"), r, d),
+            x: b.stream(format!("{name} x"), r, d),
             ln1: b.mat(format!("{name} ln1"), r, d),
             stats1: b.stats(&format!("{name} ln1"), r),
             attention: KeptAttention::full(b, name),
             o: b.mat(format!("{name} o"), r, d),
-            mid: b.mat(format!("{name} mid"), r, d),
+            mid: b.stream(format!("{name} mid"), r, d),
             ln2: b.mat(format!("{name} ln2"), r, d),
             stats2: b.stats(&format!("{name} ln2"), r),
             pre: b.mat(format!("{name} pre"), r, m),
@@ -247,11 +246,11 @@ impl Kept {
         match b.recompute() {
             Recompute::None => Kept::new(b, name, first.branches.is_some()),
             Recompute::LnGelu => Kept {
-                x: b.mat(format!("{name} x"), r, d),
+                x: b.stream(format!("{name} x"), r, d),
                 stats1: b.stats(&format!("{name} ln1"), r),
                 attention: KeptAttention::full(b, name),
                 o: b.mat(format!("{name} o"), r, d),
-                mid: b.mat(format!("{name} mid"), r, d),
+                mid: b.stream(format!("{name} mid"), r, d),
                 stats2: b.stats(&format!("{name} ln2"), r),
                 pre: b.mat(format!("{name} pre"), r, m),
                 branches: first.branches.map(|_| Self::new_branches(b, name, r)),
@@ -259,7 +258,7 @@ impl Kept {
             },
             // The MLP's branch joins the stream in the next block, whose backward still reads it.
             Recompute::Block => Kept {
-                x: b.mat(format!("{name} x"), r, d),
+                x: b.stream(format!("{name} x"), r, d),
                 branches: first
                     .branches
                     .map(|[attention, _]| [attention, b.mat(format!("{name} mlp branch"), r, d)]),
@@ -282,11 +281,11 @@ impl Kept {
         let light = shared.or(first.filter(|_| b.recompute() >= Recompute::LnGelu));
         let heavy = shared.or(first.filter(|_| b.recompute() == Recompute::Block));
         Kept {
-            x: shared.map_or_else(|| b.mat(format!("{name} x"), r, d), |k| k.x),
+            x: shared.map_or_else(|| b.stream(format!("{name} x"), r, d), |k| k.x),
             ln1: light.map_or_else(|| b.mat(format!("{name} ln1"), r, d), |k| k.ln1),
             stats1: heavy.map_or_else(|| b.stats(&format!("{name} ln1"), r), |k| k.stats1),
             attention: KeptAttention::ClassToken {
-                x: b.mat(format!("{name} class x"), n, d),
+                x: b.stream(format!("{name} class x"), n, d),
                 q: b.mat(format!("{name} class q"), n, d),
                 kv: match heavy.map(|k| k.attention) {
                     Some(KeptAttention::Full { qkv, .. }) => qkv.column_range(0, 2 * d),
@@ -295,7 +294,7 @@ impl Kept {
                 p: b.plan.statistics(format!("{name} p"), n * heads, tokens),
             },
             o: b.mat(format!("{name} class o"), n, d),
-            mid: b.mat(format!("{name} class mid"), n, d),
+            mid: b.stream(format!("{name} class mid"), n, d),
             ln2: b.mat(format!("{name} class ln2"), n, d),
             stats2: b.stats(&format!("{name} class ln2"), n),
             pre: b.mat(format!("{name} class pre"), n, m),

@@ -51,7 +51,7 @@ pub(super) fn attention(b: &mut dyn Backend, a: &Block) -> Result<()> {
 
 fn tail(b: &mut dyn Backend, t: &Tail, x: Mat) -> Result<()> {
     match t {
-        Tail::PoolNorm { pools, pooled, norm, stats, y } => {
+        Tail::PoolNorm { pools, pooled, norm, stats, y, .. } => {
             for (pool, to) in pools {
                 b.pool(*pool, x, *to)?; // 1
             }

@@ -5,7 +5,7 @@
 
 use crate::backend::{
     Embed, Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, MemoryPlan, Norm, PatchGrid, Pool, Recompute,
-    Stats,
+    Stats, Storage,
 };
 
 use super::Mode;
@@ -42,7 +42,7 @@ pub struct Stem {
 #[derive(Clone)]
 pub enum Tail {
     /// Pool, then normalise: class tokens (where it equals normalising first), and timm's `fc_norm`.
-    PoolNorm { pools: Vec<(Pool, Mat)>, pooled: Mat, norm: Norm, stats: Stats, y: Mat },
+    PoolNorm { pools: Vec<(Pool, Mat)>, pooled: Mat, norm: Norm, stats: Stats, y: Mat, d_pooled: Mat },
     /// Normalise: the last block has left the class tokens alone.
     Norm { norm: Norm, stats: Stats, y: Mat },
     /// Normalise every token, then pool.
@@ -110,7 +110,8 @@ pub struct Rep {
 #[derive(Clone, Copy)]
 pub struct Scratch {
     pub d_x: Mat,      // [R, D] of the residual stream
-    pub d_branch: Mat, // [R, D] of a block half; d_x itself where the epilogue adds the residual
+    pub d_branch: Mat, // [R, D] of a block half; d_x itself where the epilogue adds the residual and products can read it
+    pub d_embed: Mat,  // [R, D] of the patch embedding: d_x, or d_branch where products cannot read that
     pub d_ln: Mat,     // [R, D]
     pub d_o: Mat,      // [R, D]
     pub d_qkv: Mat,    // [R, 3D]
@@ -122,10 +123,12 @@ impl Scratch {
     /// For `samples` samples; a graph without a backward has the fields, but no memory behind them.
     pub(super) fn new(b: &mut Builder, samples: usize, joined_by_norm: bool) -> Scratch {
         let (r, d, m) = (samples * b.config.tokens(), b.config.width, b.config.mlp);
-        let d_x = b.mat("d_x", r, d);
+        let d_x = b.stream("d_x", r, d);
+        let d_branch = b.branch_of("d_branch", d_x, joined_by_norm);
         Scratch {
             d_x,
-            d_branch: if joined_by_norm { b.mat("d_branch", r, d) } else { d_x },
+            d_branch,
+            d_embed: if d_branch.dtype == d_x.dtype { d_x } else { d_branch },
             d_ln: b.mat("d_ln", r, d),
             d_o: b.mat("d_o", r, d),
             d_qkv: b.mat("d_qkv", r, 3 * d),
@@ -180,6 +183,18 @@ impl Builder<'_> {
 
     pub(super) fn mat(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
         self.plan.activation(name, rows, cols)
+    }
+
+    /// A part of the residual stream, or of its gradient.
+    pub(super) fn stream(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
+        self.plan.stream(name, rows, cols)
+    }
+
+    /// Where the gradient of a block half lies: in a place of its own if the half is a branch, or if the stream's type is not
+    /// the one that products read.
+    pub(super) fn branch_of(&mut self, name: &str, d_x: Mat, joined_by_norm: bool) -> Mat {
+        let Storage { activations, residual, .. } = self.plan.storage();
+        if joined_by_norm || activations != residual { self.mat(name, d_x.rows, d_x.cols) } else { d_x }
     }
 
     pub(super) fn stats(&mut self, name: &str, rows: usize) -> Stats {
@@ -245,7 +260,7 @@ impl Graph {
             let name = format!("block {whole}");
             kept.push(Kept::class_token(&mut b, &name, joined_by_norm, shared, first));
         }
-        let x_last = b.mat("x", if pruned { samples } else { r }, d);
+        let x_last = b.stream("x", if pruned { samples } else { r }, d);
 
         let with_gradients = if mode == Mode::Train { samples } else { 0 };
         let scratch = Scratch::new(&mut b, with_gradients, joined_by_norm);
@@ -254,7 +269,7 @@ impl Graph {
         let blocks = (0..depth).map(|l| Block::new(&mut b, l, &kept, next_x(l), &scratch)).collect();
         let last = Block::join_behind(&b, depth - 1, &kept, x_last);
 
-        let tail = Self::tail(&mut b, x_last, mode, pruned);
+        let tail = Self::tail(&mut b, x_last, &scratch, mode, pruned);
         let head = Self::head(&mut b, &tail, &scratch, mode);
         let train_stem = first_depth == 0;
         Self { stem, blocks, last, tail, head, scratch, first_trained_block, train_stem }
@@ -282,7 +297,7 @@ impl Graph {
         }
     }
 
-    fn tail(b: &mut Builder, x: Mat, mode: Mode, pruned: bool) -> Tail {
+    fn tail(b: &mut Builder, x: Mat, scratch: &Scratch, mode: Mode, pruned: bool) -> Tail {
         let (c, samples, tokens) = (b.config, b.samples, b.config.tokens());
         let d = c.width;
         let mean = Pool::Mean { tokens, first: c.extra_tokens };
@@ -294,7 +309,7 @@ impl Graph {
             },
             (PoolKind::Token, _) => {
                 let n = c.extra_tokens;
-                let pooled = b.mat("pooled", n * samples, d);
+                let pooled = b.stream("pooled", n * samples, d);
                 let part_bytes = samples * pooled.ld * pooled.dtype.bytes();
                 let part = |i: usize| Mat { offset: pooled.offset + i * part_bytes, rows: samples, ..pooled };
                 Tail::PoolNorm {
@@ -303,16 +318,18 @@ impl Graph {
                     norm: b.norm("norm"),
                     stats: b.stats("norm", n * samples),
                     y: b.mat("normed", n * samples, d),
+                    d_pooled: Self::d_pooled(b, pooled, scratch, mode),
                 }
             }
             (PoolKind::Gap, NormPlace::After) => {
-                let pooled = b.mat("pooled", samples, d);
+                let pooled = b.stream("pooled", samples, d);
                 Tail::PoolNorm {
                     pools: vec![(mean, pooled)],
                     pooled,
                     norm: b.norm("fc_norm"),
                     stats: b.stats("norm", samples),
                     y: b.mat("normed", samples, d),
+                    d_pooled: Self::d_pooled(b, pooled, scratch, mode),
                 }
             }
             (PoolKind::Gap, NormPlace::Before) => Tail::NormPool {
@@ -323,6 +340,15 @@ impl Graph {
                 y: b.mat("pooled", samples, d),
             },
             (PoolKind::Map, _) => Tail::Map(Box::new(Self::map_head(b, x, mode))),
+        }
+    }
+
+    /// The gradient of what was pooled from the stream. `d_ln` is free by then, if it has the stream's type.
+    fn d_pooled(b: &mut Builder, pooled: Mat, scratch: &Scratch, mode: Mode) -> Mat {
+        match mode {
+            Mode::Train if scratch.d_ln.dtype == pooled.dtype => scratch.d_ln.first_rows(pooled.rows),
+            Mode::Train => b.stream("d_pooled stream", pooled.rows, pooled.cols),
+            Mode::Infer => pooled.first_rows(0),
         }
     }
 

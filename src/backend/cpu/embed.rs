@@ -171,7 +171,7 @@ mod tests {
             results.extend(grad.into_iter().flatten());
             let run = |k: &mut crate::backend::cpu::CpuBackend| {
                 k.embed(&embed, y).unwrap();
-                k.embed_backward(&embed, d_x).unwrap();
+                k.embed_backward(&embed, d_x, d_x).unwrap();
             };
             b.everywhere(&results, run, |r| {
                 let mask = BoundMask::new(embed.dropout, b.keys, b.micro);
@@ -219,7 +219,7 @@ mod tests {
         let d_x = b.put(samples * tokens, width, &d);
         b.everywhere(
             &[d_posemb, d_x],
-            |k| k.embed_backward(&embed, d_x).unwrap(),
+            |k| k.embed_backward(&embed, d_x, d_x).unwrap(),
             |r| {
                 let expected: Vec<f64> = (0..tokens * width)
                     .map(|i| {

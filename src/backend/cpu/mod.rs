@@ -291,7 +291,8 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn embed_backward(&mut self, embed: &Embed, d_x: Mat) -> Result<()> {
+    fn embed_backward(&mut self, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
+        assert_eq!(d_x, d_y, "embed_backward: the CPU works in place");
         let shape = self.embed_shape(embed);
         assert_eq!(d_x.rows % embed.tokens, 0, "embed_backward: rows are whole samples");
 

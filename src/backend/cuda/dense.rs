@@ -123,7 +123,8 @@ impl Product {
 /// [`crate::backend::Backend::matmul`]
 pub(super) fn matmul(cuda: &mut Cuda, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()> {
     let product = Product::forward(cuda, x, w.weight, y);
-    let bias = cuda.at(cuda.operand(w.bias));
+    // The library reads a bias in D's type.
+    let bias = cuda.at(if y.dtype == Dtype::F32 { w.bias } else { cuda.operand(w.bias) });
     match epilogue {
         Epilogue::None => product.run(cuda),
         Epilogue::Bias => {

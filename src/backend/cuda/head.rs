@@ -21,6 +21,7 @@ struct PoolShape {
 unsafe impl Argument for PoolShape {}
 
 fn pool_shape(pool: Pool, x: Mat, y: Mat) -> PoolShape {
+    assert_eq!(x.dtype, y.dtype, "pool: {x} and {y} differ in type");
     let (tokens, first, last) = match pool {
         Pool::Token { tokens, index } => (tokens, index, index + 1),
         Pool::Mean { tokens, first } => (tokens, first, tokens),

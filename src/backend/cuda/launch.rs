@@ -72,3 +72,18 @@ macro_rules! variant {
     };
 }
 pub(super) use variant;
+
+/// The same for operations between the residual stream and a block: `"residual_f32_bf16"` where the stream alone is f32.
+macro_rules! stream_variant {
+    ($stream:expr, $dtype:expr, $name:literal) => {
+        match ($stream, $dtype) {
+            ($crate::backend::Dtype::F32, $crate::backend::Dtype::F32) => concat!($name, "_f32"),
+            ($crate::backend::Dtype::Bf16, $crate::backend::Dtype::Bf16) => concat!($name, "_bf16"),
+            ($crate::backend::Dtype::F32, $crate::backend::Dtype::Bf16) => concat!($name, "_f32_bf16"),
+            ($crate::backend::Dtype::Bf16, $crate::backend::Dtype::F32) => {
+                unreachable!("the residual stream is never narrower than what is added to it")
+            }
+        }
+    };
+}
+pub(super) use stream_variant;

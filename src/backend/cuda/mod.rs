@@ -24,8 +24,8 @@ mod update;
 
 use super::{
     Arena, Backend, Body, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat,
-    MemoryPlan, Micro, Norm, Normalise, Options, PatchGrid, Pool, Precision, Recompute, Slot, SlotLayout,
-    Stats, StepKeys, StepReport, Storage, Update, memory,
+    MemoryPlan, Micro, Norm, Normalise, Options, PatchGrid, Pool, Precision, Recompute, Residual, Slot,
+    SlotLayout, Stats, StepKeys, StepReport, Storage, Update, memory,
 };
 use crate::error::{Error, Result};
 
@@ -129,13 +129,20 @@ impl Cuda {
         self.blas.version()
     }
 
-    /// How a card stores activations in a precision.
-    pub fn storage_of(precision: Precision) -> Storage {
-        let activations = match precision {
-            Precision::F32 | Precision::Tf32 => Dtype::F32,
-            Precision::Bf16 | Precision::Auto => Dtype::Bf16,
+    /// How a card stores activations and the residual stream in a precision.
+    pub fn storage_of(precision: Precision, residual: Residual) -> Storage {
+        let (activations, residual) = match (precision, residual) {
+            (Precision::F32 | Precision::Tf32, _) => (Dtype::F32, Dtype::F32),
+            (Precision::Bf16 | Precision::Auto, Residual::F32) => (Dtype::Bf16, Dtype::F32),
+            (Precision::Bf16 | Precision::Auto, _) => (Dtype::Bf16, Dtype::Bf16),
         };
-        Storage { activations, row_align: ROW_ALIGN, workspace: WORKSPACE, recompute: Recompute::None }
+        Storage {
+            activations,
+            residual,
+            row_align: ROW_ALIGN,
+            workspace: WORKSPACE,
+            recompute: Recompute::None,
+        }
     }
 
     /// The address of a matrix's first element.
@@ -151,7 +158,7 @@ impl Cuda {
 
     /// A matrix as a matrix product reads it: parameters from their bf16 copy, where there is one.
     fn operand(&self, mat: Mat) -> Mat {
-        if mat.arena == Arena::Params && Self::storage_of(self.precision).has_working_copy() {
+        if mat.arena == Arena::Params && self.storage().has_working_copy() {
             return Mat { arena: Arena::Working, offset: mat.offset / 2, dtype: Dtype::Bf16, ..mat };
         }
         mat
@@ -234,7 +241,9 @@ impl Drop for Cuda {
 impl Backend for Cuda {
     fn describe(&self) -> String {
         let card = self.gpu.card();
-        let precision = format!("{:?}", self.precision).to_lowercase();
+        let Storage { activations, residual, .. } = self.storage();
+        let stream = if residual == activations { "" } else { ", residual stream in f32" };
+        let precision = format!("{:?}", self.precision).to_lowercase() + stream;
         let (major, minor) = card.capability;
         format!("cuda, {} (sm_{major}{minor}), {precision}", card.name)
     }
@@ -242,7 +251,7 @@ impl Backend for Cuda {
     // Memory ----------------------------------------------------------------------------------------------------
 
     fn storage(&self) -> Storage {
-        Self::storage_of(self.precision)
+        Self::storage_of(self.precision, self.options.residual)
     }
 
     fn precision(&self) -> Precision {
@@ -429,8 +438,8 @@ impl Backend for Cuda {
         stem::embed(self, embed, x)
     }
 
-    fn embed_backward(&mut self, embed: &Embed, d_x: Mat) -> Result<()> {
-        stem::embed_backward(self, embed, d_x)
+    fn embed_backward(&mut self, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
+        stem::embed_backward(self, embed, d_x, d_y)
     }
 
     // Dense layers ----------------------------------------------------------------------------------------------

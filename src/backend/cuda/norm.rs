@@ -1,23 +1,25 @@
 //! LayerNorm and the residual stream (kernels/layernorm.cu, kernels/residual.cu).
 //!
-//! Rows of bf16 of up to 1,280 values stay in the registers of a warp, in one of five instances; a branch joins the
-//! stream inside that kernel. Wider rows, and f32, take kernels that walk the row, with the join as a launch of its own.
+//! Where y is bf16, rows of up to 1,280 values stay in the registers of a warp, in one of five instances for each type of
+//! the stream; a branch joins it inside that kernel. Wider rows, and y in f32, take kernels that walk the row, with the
+//! join as a launch of its own.
 
 use super::Cuda;
 use super::dense::elementwise_grid;
 use super::driver::Address;
-use super::launch::{Argument, MaskArgs, launch, variant};
+use super::launch::{Argument, MaskArgs, launch, stream_variant};
 use super::sums::{self, COLUMN_SHARED, COLUMN_STRETCH, Partials};
-use crate::backend::{Branch, Dtype, Join, Mat, Norm, Stats};
+use crate::backend::{Branch, Dtype, Join, Mask, Mat, Norm, Stats};
 use crate::error::Result;
 
-/// The kernels for rows of bf16 of up to 256 values times their number, with their launch shape: blocks of a
-/// multiprocessor, and threads of a block.
+/// The kernels for rows of up to 256 values times their number, with their launch shape: blocks of a multiprocessor, and
+/// threads of a block.
 struct Instance {
     forward: &'static str,
     forward_threads: u32,
     forward_blocks: usize,
     join: &'static str,
+    join_threads: u32,
     join_blocks: usize,
     backward: &'static str,
     backward_join: &'static str,
@@ -26,37 +28,51 @@ struct Instance {
 }
 
 macro_rules! instance {
-    ($n:literal, $forward_threads:literal, $forward:literal, $join:literal, $threads:literal, $backward:literal) => {
+    ($suffix:literal, $n:literal, $forward:expr, $join:expr, $backward:expr) => {
         Instance {
-            forward: concat!("layernorm_bf16_", $n),
-            forward_threads: $forward_threads,
-            forward_blocks: $forward,
-            join: concat!("layernorm_join_bf16_", $n),
-            join_blocks: $join,
-            backward: concat!("layernorm_backward_bf16_", $n),
-            backward_join: concat!("layernorm_backward_join_bf16_", $n),
-            backward_threads: $threads,
-            backward_blocks: $backward,
+            forward: concat!("layernorm_", $suffix, "_", $n),
+            forward_threads: $forward.0,
+            forward_blocks: $forward.1,
+            join: concat!("layernorm_join_", $suffix, "_", $n),
+            join_threads: $join.0,
+            join_blocks: $join.1,
+            backward: concat!("layernorm_backward_", $suffix, "_", $n),
+            backward_join: concat!("layernorm_backward_join_", $suffix, "_", $n),
+            backward_threads: $backward.0,
+            backward_blocks: $backward.1,
         }
     };
 }
 
 /// As at the foot of `kernels/layernorm.cu`.
 const INSTANCES: [Instance; 5] = [
-    instance!(1, 256, 4, 4, 256, 3),
-    instance!(2, 256, 3, 3, 256, 2),
-    instance!(3, 256, 2, 2, 192, 2),
-    instance!(4, 192, 2, 2, 256, 1),
-    instance!(5, 192, 2, 2, 256, 1),
+    instance!("bf16", 1, (256, 4), (256, 4), (256, 3)),
+    instance!("bf16", 2, (256, 3), (256, 3), (256, 2)),
+    instance!("bf16", 3, (256, 2), (256, 2), (192, 2)),
+    instance!("bf16", 4, (192, 2), (256, 2), (256, 1)),
+    instance!("bf16", 5, (192, 2), (256, 2), (256, 1)),
+];
+/// The same where the stream is f32.
+const INSTANCES_OF_F32: [Instance; 5] = [
+    instance!("f32_bf16", 1, (256, 3), (256, 3), (192, 3)),
+    instance!("f32_bf16", 2, (192, 3), (256, 3), (192, 2)),
+    instance!("f32_bf16", 3, (256, 2), (256, 2), (192, 2)),
+    instance!("f32_bf16", 4, (192, 2), (256, 2), (256, 1)),
+    instance!("f32_bf16", 5, (256, 1), (192, 2), (256, 1)),
 ];
 /// Threads of a block where nothing else is said.
 const THREADS: u32 = 256;
 /// Blocks of a multiprocessor of the kernels that walk their rows.
 const WIDE_BLOCKS: usize = 4;
 
-fn instance(x: Mat) -> Option<&'static Instance> {
-    let n = x.cols.div_ceil(COLUMN_STRETCH);
-    INSTANCES.get(n - 1).filter(|_| x.dtype == Dtype::Bf16)
+/// For a stream of one type and what a block reads and writes beside it in another.
+fn instance(stream: Mat, y: Mat) -> Option<&'static Instance> {
+    let instances = match (stream.dtype, y.dtype) {
+        (_, Dtype::F32) => return None,
+        (Dtype::Bf16, Dtype::Bf16) => &INSTANCES,
+        (Dtype::F32, Dtype::Bf16) => &INSTANCES_OF_F32,
+    };
+    instances.get(y.cols.div_ceil(COLUMN_STRETCH) - 1)
 }
 
 /// `BranchArgs` of `kernels/residual.cuh`.
@@ -83,6 +99,12 @@ fn branch_args(cuda: &Cuda, branch: &Branch) -> BranchArgs {
     }
 }
 
+/// What hands on the stream's gradient as it is, in another type.
+fn no_branch() -> BranchArgs {
+    let none = MaskArgs { rate: Mask::NONE.rate, site: Mask::NONE.site, first_sample: 0 };
+    BranchArgs { layer_scale: 0, dropout: none, drop_path: none, tokens: 1 }
+}
+
 /// Blocks that loop over the rows, a warp per row.
 fn row_grid(cuda: &Cuda, rows: usize, threads: u32, blocks_of_multiprocessor: usize) -> [u32; 3] {
     let most = cuda.card().multiprocessors as usize * blocks_of_multiprocessor;
@@ -90,19 +112,27 @@ fn row_grid(cuda: &Cuda, rows: usize, threads: u32, blocks_of_multiprocessor: us
 }
 
 fn same_shape(what: &str, a: Mat, b: Mat) {
-    assert_eq!((a.rows, a.cols, a.dtype), (b.rows, b.cols, b.dtype), "{what}: {a} and {b} differ");
+    assert_eq!((a.rows, a.cols), (b.rows, b.cols), "{what}: {a} and {b} differ");
+}
+
+/// Two parts of the residual stream.
+fn same_kind(what: &str, a: Mat, b: Mat) {
+    same_shape(what, a, b);
+    assert_eq!(a.dtype, b.dtype, "{what}: {a} and {b} differ in type");
 }
 
 /// [`crate::backend::Backend::layernorm`]
 pub(super) fn layernorm(cuda: &mut Cuda, join: &Join, norm: &Norm, y: Mat, stats: Stats) -> Result<()> {
     same_shape("layernorm", join.sum(), y);
     assert_eq!(stats.mean.rows, y.rows, "layernorm: one mean and one rstd per row");
-    if let (Join::Branch { sum, branch }, Some(kernels)) = (join, instance(y)) {
+    if let (Join::Branch { sum, branch }, Some(kernels)) = (join, instance(join.sum(), y)) {
+        same_kind("layernorm", *sum, branch.base);
+        same_kind("layernorm", y, branch.branch);
         return launch!(
             cuda,
             kernels.join,
-            row_grid(cuda, y.rows, THREADS, kernels.join_blocks),
-            THREADS,
+            row_grid(cuda, y.rows, kernels.join_threads, kernels.join_blocks),
+            kernels.join_threads,
             0,
             cuda.cells.address(),
             branch_args(cuda, branch),
@@ -124,11 +154,11 @@ pub(super) fn layernorm(cuda: &mut Cuda, join: &Join, norm: &Norm, y: Mat, stats
         );
     }
     residual(cuda, join)?;
-    let (kernel, threads, blocks) = match instance(y) {
-        Some(kernels) => (kernels.forward, kernels.forward_threads, kernels.forward_blocks),
-        None => (wide(y.dtype, "forward"), THREADS, WIDE_BLOCKS),
-    };
     let x = join.sum();
+    let (kernel, threads, blocks) = match instance(x, y) {
+        Some(kernels) => (kernels.forward, kernels.forward_threads, kernels.forward_blocks),
+        None => (wide(x.dtype, y.dtype, "forward"), THREADS, WIDE_BLOCKS),
+    };
     launch!(
         cuda,
         kernel,
@@ -149,12 +179,14 @@ pub(super) fn layernorm(cuda: &mut Cuda, join: &Join, norm: &Norm, y: Mat, stats
     )
 }
 
-fn wide(dtype: Dtype, direction: &str) -> &'static str {
-    match (direction, dtype) {
-        ("forward", Dtype::F32) => "layernorm_f32_wide",
-        ("forward", Dtype::Bf16) => "layernorm_bf16_wide",
-        (_, Dtype::F32) => "layernorm_backward_f32_wide",
-        (_, Dtype::Bf16) => "layernorm_backward_bf16_wide",
+fn wide(stream: Dtype, y: Dtype, direction: &str) -> &'static str {
+    match (direction, stream, y) {
+        ("forward", Dtype::F32, Dtype::F32) => "layernorm_f32_wide",
+        ("forward", Dtype::F32, Dtype::Bf16) => "layernorm_f32_bf16_wide",
+        ("forward", Dtype::Bf16, _) => "layernorm_bf16_wide",
+        (_, Dtype::F32, Dtype::F32) => "layernorm_backward_f32_wide",
+        (_, Dtype::F32, Dtype::Bf16) => "layernorm_backward_f32_bf16_wide",
+        (_, Dtype::Bf16, _) => "layernorm_backward_bf16_wide",
     }
 }
 
@@ -170,17 +202,23 @@ pub(super) fn layernorm_backward(
     d_branch: Mat,
 ) -> Result<()> {
     let backward = Backward { d_y, x: join.sum(), norm, stats, d_sum, fresh };
-    same_shape("layernorm_backward", d_y, backward.x);
     same_shape("layernorm_backward", d_y, d_sum);
-    match (instance(d_y), join) {
+    same_kind("layernorm_backward", d_sum, backward.x);
+    match (instance(d_sum, d_y), handed_on(cuda, join, d_sum, d_branch)) {
         (None, _) => backward.wide(cuda)?,
-        // A trained LayerScale has a sum of its own, which would not fit into the registers of this kernel.
-        (Some(kernels), Join::Branch { branch, .. }) if !has_trained_scale(branch) => {
-            return backward.fused(cuda, kernels, branch, d_branch);
-        }
-        (Some(kernels), _) => backward.alone(cuda, kernels)?,
+        (Some(kernels), Some(branch)) => return backward.fused(cuda, kernels, branch, d_branch),
+        (Some(kernels), None) => backward.alone(cuda, kernels)?,
     }
     residual_backward(cuda, join, d_sum, d_branch)
+}
+
+/// How `d_branch` is made of `d_sum`, if it is made at all and by nothing but factors: a trained LayerScale has a sum of its
+/// own, which would not fit into the registers of a LayerNorm.
+fn handed_on(cuda: &Cuda, join: &Join, d_sum: Mat, d_branch: Mat) -> Option<BranchArgs> {
+    match join {
+        Join::Branch { branch, .. } => (!has_trained_scale(branch)).then(|| branch_args(cuda, branch)),
+        Join::Ready(_) => (d_branch.dtype != d_sum.dtype).then(no_branch),
+    }
 }
 
 fn has_trained_scale(branch: &Branch) -> bool {
@@ -238,9 +276,9 @@ impl Backward<'_> {
         self.finish(cuda, &partials)
     }
 
-    fn fused(&self, cuda: &Cuda, kernels: &Instance, branch: &Branch, d_branch: Mat) -> Result<()> {
+    fn fused(&self, cuda: &Cuda, kernels: &Instance, branch: BranchArgs, d_branch: Mat) -> Result<()> {
         let Self { d_y, x, norm, stats, d_sum, fresh } = *self;
-        same_shape("layernorm_backward", d_y, d_branch);
+        same_kind("layernorm_backward", d_y, d_branch);
         let grid = row_grid(cuda, d_y.rows, kernels.backward_threads, kernels.backward_blocks);
         let partials = self.partials(cuda, grid[0] as usize);
         launch!(
@@ -250,7 +288,7 @@ impl Backward<'_> {
             kernels.backward_threads,
             COLUMN_SHARED,
             cuda.cells.address(),
-            branch_args(cuda, branch),
+            branch,
             cuda.at(d_y),
             d_y.ld as u32,
             cuda.at(x),
@@ -280,7 +318,7 @@ impl Backward<'_> {
         let rests = partials.in_front;
         launch!(
             cuda,
-            wide(d_y.dtype, "backward"),
+            wide(x.dtype, d_y.dtype, "backward"),
             row_grid(cuda, d_y.rows, THREADS, WIDE_BLOCKS),
             THREADS,
             0,
@@ -303,7 +341,7 @@ impl Backward<'_> {
         }
         launch!(
             cuda,
-            variant!(d_y.dtype, "layernorm_gradients"),
+            stream_variant!(x.dtype, d_y.dtype, "layernorm_gradients"),
             [stretches, slices, 1],
             THREADS,
             COLUMN_SHARED,
@@ -326,11 +364,11 @@ impl Backward<'_> {
 /// [`crate::backend::Backend::residual`]
 pub(super) fn residual(cuda: &mut Cuda, join: &Join) -> Result<()> {
     let Join::Branch { sum, branch } = join else { return Ok(()) };
-    same_shape("residual", *sum, branch.base);
+    same_kind("residual", *sum, branch.base);
     same_shape("residual", *sum, branch.branch);
     launch!(
         cuda,
-        variant!(sum.dtype, "residual"),
+        stream_variant!(sum.dtype, branch.branch.dtype, "residual"),
         elementwise_grid(sum.rows, sum.cols),
         THREADS,
         0,
@@ -349,17 +387,16 @@ pub(super) fn residual(cuda: &mut Cuda, join: &Join) -> Result<()> {
 
 /// [`crate::backend::Backend::residual_backward`]
 pub(super) fn residual_backward(cuda: &mut Cuda, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
-    let Join::Branch { branch, .. } = join else { return Ok(()) };
-    same_shape("residual_backward", d_sum, d_branch);
-    if !has_trained_scale(branch) {
+    if let Some(branch) = handed_on(cuda, join, d_sum, d_branch) {
+        same_shape("residual_backward", d_sum, d_branch);
         return launch!(
             cuda,
-            variant!(d_sum.dtype, "residual_backward"),
+            stream_variant!(d_sum.dtype, d_branch.dtype, "residual_backward"),
             elementwise_grid(d_sum.rows, d_sum.cols),
             THREADS,
             0,
             cuda.cells.address(),
-            branch_args(cuda, branch),
+            branch,
             cuda.at(d_sum),
             d_sum.ld as u32,
             cuda.at(d_branch),
@@ -368,13 +405,15 @@ pub(super) fn residual_backward(cuda: &mut Cuda, join: &Join, d_sum: Mat, d_bran
             d_sum.cols as u32,
         );
     }
+    let Join::Branch { branch, .. } = join else { return Ok(()) };
     let x = branch.branch;
     same_shape("residual_backward", d_sum, x);
+    same_kind("residual_backward", x, d_branch);
     let grid = sums::column_grid(cuda, d_sum);
     let partials = Partials::new(cuda, grid[1] as usize, 1, d_sum.cols, 0);
     launch!(
         cuda,
-        variant!(d_sum.dtype, "residual_scale_backward"),
+        stream_variant!(d_sum.dtype, d_branch.dtype, "residual_scale_backward"),
         grid,
         THREADS,
         COLUMN_SHARED,
@@ -401,19 +440,23 @@ mod tests {
     #[test]
     fn launches_are_those_that_the_kernels_were_compiled_for() {
         let source = include_str!("../../../kernels/layernorm.cu");
-        let lines: Vec<Vec<usize>> = source
+        let lines: Vec<String> = source
             .lines()
             .filter_map(|line| line.strip_prefix("LAYERNORM(")?.strip_suffix(')'))
-            .map(|numbers| {
-                // Rows ahead, the second number, are the kernel's own affair.
-                let numbers = numbers.split(", ").enumerate().filter(|(i, _)| *i != 1);
-                numbers.map(|(_, n)| n.parse().unwrap()).collect()
+            .map(|words| {
+                // The type, and the rows ahead, are the kernel's own affair.
+                let words = words.split(", ").enumerate().filter(|(i, _)| ![1, 3].contains(i));
+                words.map(|(_, word)| word).collect::<Vec<_>>().join(" ")
             })
             .collect();
-        let table = INSTANCES.iter().enumerate().map(|(i, k)| {
-            let [forward_threads, backward_threads] =
-                [k.forward_threads, k.backward_threads].map(|n| n as usize);
-            vec![i + 1, forward_threads, k.forward_blocks, k.join_blocks, backward_threads, k.backward_blocks]
+        let both = [("bf16", &INSTANCES), ("f32_bf16", &INSTANCES_OF_F32)];
+        let table = both.into_iter().flat_map(|(suffix, instances)| {
+            instances.iter().enumerate().map(move |(i, k)| {
+                let forward = format!("{} {}", k.forward_threads, k.forward_blocks);
+                let join = format!("{} {}", k.join_threads, k.join_blocks);
+                let backward = format!("{} {}", k.backward_threads, k.backward_blocks);
+                format!("{suffix} {} {forward} {join} {backward}", i + 1)
+            })
         });
         assert_eq!(lines, table.collect::<Vec<_>>());
     }

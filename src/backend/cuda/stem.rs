@@ -2,7 +2,7 @@
 
 use super::Cuda;
 use super::dense::elementwise_grid;
-use super::launch::{Argument, launch, variant};
+use super::launch::{Argument, launch, stream_variant, variant};
 use super::sums;
 use crate::backend::{Dtype, Embed, Mat, Normalise, PatchGrid, Pixels};
 use crate::error::Result;
@@ -124,7 +124,8 @@ pub(super) fn embed(cuda: &mut Cuda, embed: &Embed, x: Mat) -> Result<()> {
 const PARTIAL_BYTES: usize = 16 << 20;
 
 /// [`crate::backend::Backend::embed_backward`]
-pub(super) fn embed_backward(cuda: &mut Cuda, embed: &Embed, d_x: Mat) -> Result<()> {
+pub(super) fn embed_backward(cuda: &mut Cuda, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
+    assert_eq!((d_x.rows, d_x.cols), (d_y.rows, d_y.cols), "embed_backward: {d_x} and {d_y} differ");
     let shape = embed_shape(embed, d_x);
     let d_extra = embed.extra_tokens.map(|token| token.and_then(|(_, d)| d));
     let (d_bias, d_posemb) = (embed.bias.1, embed.posemb.1);
@@ -143,7 +144,7 @@ pub(super) fn embed_backward(cuda: &mut Cuda, embed: &Embed, d_x: Mat) -> Result
     let [blocks, ..] = elementwise_grid(embed.tokens, d_x.cols);
     launch!(
         cuda,
-        variant!(d_x.dtype, "embed_backward"),
+        stream_variant!(d_x.dtype, d_y.dtype, "embed_backward"),
         [blocks, slices as u32, 1],
         256,
         0,
@@ -152,6 +153,8 @@ pub(super) fn embed_backward(cuda: &mut Cuda, embed: &Embed, d_x: Mat) -> Result
         cuda.mask(embed.dropout),
         cuda.at(d_x),
         d_x.ld as u32,
+        cuda.at(d_y),
+        d_y.ld as u32,
         partials,
         pitch as u32,
     )?;

@@ -12,6 +12,7 @@ use crate::backend::{
 };
 use crate::error::Result;
 
+use super::products::products;
 use super::sizes::{Model, Sizes};
 
 /// Bytes that no implementation of a kernel can avoid.
@@ -36,7 +37,7 @@ pub(super) struct Placed {
 }
 
 impl Placed {
-    fn new(run: impl Fn(&mut dyn Backend) -> Result<()> + 'static) -> Self {
+    pub(super) fn new(run: impl Fn(&mut dyn Backend) -> Result<()> + 'static) -> Self {
         Self { before: None, run: Box::new(run) }
     }
 
@@ -67,7 +68,7 @@ pub(super) struct Case {
 }
 
 impl Case {
-    fn new(
+    pub(super) fn new(
         operation: &'static str,
         shape: String,
         samples: usize,
@@ -88,11 +89,11 @@ impl Case {
         }
     }
 
-    fn flops(self, flops: f64) -> Self {
+    pub(super) fn flops(self, flops: f64) -> Self {
         Self { flops, ..self }
     }
 
-    fn product_bytes(self, product_bytes: usize) -> Self {
+    pub(super) fn product_bytes(self, product_bytes: usize) -> Self {
         Self { product_bytes, ..self }
     }
 
@@ -111,8 +112,13 @@ pub(super) struct Room {
 }
 
 impl Room {
-    fn activation(&mut self, rows: usize, cols: usize) -> Mat {
+    pub(super) fn activation(&mut self, rows: usize, cols: usize) -> Mat {
         self.plan.activation("operand", rows, cols)
+    }
+
+    /// A part of the residual stream.
+    fn stream(&mut self, rows: usize, cols: usize, stream: Dtype) -> Mat {
+        if stream == Dtype::F32 { self.f32(rows, cols) } else { self.activation(rows, cols) }
     }
 
     fn f32(&mut self, rows: usize, cols: usize) -> Mat {
@@ -145,7 +151,7 @@ impl Room {
         Stats { mean: self.f32(rows, 1), rstd: self.f32(rows, 1) }
     }
 
-    fn linear(&mut self, out: usize, input: usize, trained: bool) -> Linear {
+    pub(super) fn linear(&mut self, out: usize, input: usize, trained: bool) -> Linear {
         let (weight, bias) = (self.param(out, input), self.param(1, out));
         let (d_weight, d_bias) =
             if trained { (self.grad(out, input), self.grad(1, out)) } else { (None, None) };
@@ -154,7 +160,7 @@ impl Room {
 }
 
 /// Bytes of a matrix of bf16.
-fn half(rows: usize, cols: usize) -> usize {
+pub(super) fn half(rows: usize, cols: usize) -> usize {
     2 * rows * cols
 }
 
@@ -170,7 +176,10 @@ pub(super) fn cases(sizes: &Sizes) -> Vec<Case> {
         let images = (sizes.rows / model.tokens()).max(1);
         if model.image == 224 {
             cases.extend(stem(model, images));
-            cases.extend(norms(model, images));
+            for stream in [Dtype::Bf16, Dtype::F32] {
+                cases.extend(embeds(model, images, stream));
+                cases.extend(norms(model, images, stream));
+            }
             if sizes.products.contains(&model.name) {
                 cases.extend(products(model, images));
             }
@@ -192,24 +201,32 @@ fn slot(samples: usize, side: usize) -> SlotLayout {
     SlotLayout { samples, image: (side, side), pixels: Pixels::U8, targets: TargetKind::Labels }
 }
 
-fn stem(model: &Model, images: usize) -> Vec<Case> {
+fn stem(model: &Model, images: usize) -> Option<Case> {
     let grid = PatchGrid { image: (model.image, model.image), patch: (model.patch, model.patch), extra: 1 };
-    let (t, d, run) = (model.tokens(), model.width, grid.patch_len());
-    let rows = images * t;
-    let mut cases = Vec::new();
+    let (rows, run) = (images * model.tokens(), grid.patch_len());
+    let shape = format!("{images} images, patch {}", model.patch);
+    let pixels = images * 3 * model.image * model.image;
+    let least = move |_: &[Launched]| vec![traffic(pixels, half(rows, run))];
+    let place = move |room: &mut Room| {
+        let patches = room.activation(rows, run);
+        Placed::new(move |b| b.patchify(grid, Normalise::INCEPTION, patches))
+    };
+    let case = Case::new("patchify", shape, images, least, place).batch(slot(images, model.image));
     // The others have the pixels of one of these two.
-    if ["B/16", "H/14"].contains(&model.name) {
-        let shape = format!("{images} images, patch {}", model.patch);
-        let pixels = images * 3 * model.image * model.image;
-        let least = move |_: &[Launched]| vec![traffic(pixels, half(rows, run))];
-        let place = move |room: &mut Room| {
-            let patches = room.activation(rows, run);
-            Placed::new(move |b| b.patchify(grid, Normalise::INCEPTION, patches))
-        };
-        cases.push(Case::new("patchify", shape, images, least, place).batch(slot(images, model.image)));
-    }
+    Some(case).filter(|_| ["B/16", "H/14"].contains(&model.name))
+}
+
+/// `[rows, d]` of a model, and what its residual stream is stored in where that is not the type of the rest.
+fn shape_with(model: &Model, rows: usize, stream: Dtype) -> String {
+    let note = if stream == Dtype::F32 { ", stream f32" } else { "" };
+    format!("{} [{rows}, {}]{note}", model.name, model.width)
+}
+
+fn embeds(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
+    let (t, d) = (model.tokens(), model.width);
+    let rows = images * t;
     if model.name != "B/16" && model.name != "S/16" {
-        return cases;
+        return Vec::new();
     }
     let parameters = move |room: &mut Room, trained: bool| {
         let mut pair = |rows| {
@@ -220,104 +237,126 @@ fn stem(model: &Model, images: usize) -> Vec<Case> {
         let extra_tokens = [Some(class), None];
         Embed { tokens: t, extra: 1, bias, extra_tokens, posemb, posemb_first: 0, dropout: Mask::NONE }
     };
-    let shape = format!("{} [{rows}, {d}]", model.name);
-    let joined = half(rows, d);
-    cases.push(Case::new(
-        "embed",
-        shape.clone(),
-        images,
-        move |_| vec![traffic(joined + 4 * (t + 2) * d, joined)],
-        move |room| {
-            let (embed, x) = (parameters(room, false), room.activation(rows, d));
-            Placed::new(move |b| b.embed(&embed, x))
-        },
-    ));
-    cases.push(Case::new(
-        "embed_backward",
-        shape,
-        images,
-        move |launches| {
-            let slices = launches[0].grid[1] as usize;
-            let partials = 4 * slices * t * d;
-            vec![
-                traffic(joined, partials),
-                // Slice 0 takes the sum, besides the gradients of the positions and the class token.
-                traffic(partials, 4 * (2 * t + 1) * d),
-                sum_partials(t - 1, 1, d),
-            ]
-        },
-        move |room| {
-            let (embed, d_x) = (parameters(room, true), room.activation(rows, d));
-            Placed::new(move |b| b.embed_backward(&embed, d_x))
-        },
-    ));
-    cases
+    let shape = shape_with(model, rows, stream);
+    let joined = stream.bytes() * rows * d;
+    vec![
+        Case::new(
+            "embed",
+            shape.clone(),
+            images,
+            move |_| vec![traffic(joined + 4 * (t + 2) * d, joined)],
+            move |room| {
+                let (embed, x) = (parameters(room, false), room.stream(rows, d, stream));
+                Placed::new(move |b| b.embed(&embed, x))
+            },
+        ),
+        Case::new(
+            "embed_backward",
+            shape,
+            images,
+            move |launches| {
+                let slices = launches[0].grid[1] as usize;
+                let partials = 4 * slices * t * d;
+                vec![
+                    traffic(joined, partials),
+                    // Slice 0 takes the sum, besides the gradients of the positions and the class token.
+                    traffic(partials, 4 * (2 * t + 1) * d),
+                    sum_partials(t - 1, 1, d),
+                ]
+            },
+            move |room| {
+                let (embed, d_x) = (parameters(room, true), room.stream(rows, d, stream));
+                let d_y = if stream == Dtype::F32 { room.activation(rows, d) } else { d_x };
+                Placed::new(move |b| b.embed_backward(&embed, d_x, d_y))
+            },
+        ),
+    ]
 }
 
-fn norms(model: &Model, images: usize) -> Vec<Case> {
+fn norms(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
     let (t, d) = (model.tokens(), model.width);
     let rows = images * t;
-    let (x, statistics) = (half(rows, d), 8 * rows);
-    let shape = format!("{} [{rows}, {d}]", model.name);
+    // A part of the stream, and what products read.
+    let (x, y, statistics) = (stream.bytes() * rows * d, half(rows, d), 8 * rows);
+    let shape = shape_with(model, rows, stream);
     let backward = move |launches: &[Launched], d_branch: usize| {
         let blocks = launches[0].grid[0] as usize;
         let partials = 4 * 2 * blocks * d;
-        vec![traffic(3 * x + statistics + 4 * d, x + d_branch + partials), sum_partials(blocks, 2, d)]
+        let read = 2 * x + y + statistics + 4 * d;
+        vec![traffic(read, x + d_branch + partials), sum_partials(blocks, 2, d)]
     };
-    let branch = move |room: &mut Room, base: Mat| {
-        let branch = room.activation(rows, d);
-        Branch { base, branch, layer_scale: None, dropout: Mask::NONE, drop_path: Mask::NONE, tokens: t }
-    };
-    let alone = move |room: &mut Room, _: Mat, sum: Mat| {
-        let _ = room;
-        Join::Ready(sum)
-    };
-    let joined = move |room: &mut Room, base: Mat, sum: Mat| Join::Branch { sum, branch: branch(room, base) };
+    let size = Stretch { rows, d, tokens: t, stream };
     vec![
         Case::new(
             "layernorm",
             shape.clone(),
             images,
-            move |_| vec![traffic(x + 8 * d, x + statistics)],
-            move |room| forward_norm(room, rows, d, &alone),
+            move |_| vec![traffic(x + 8 * d, y + statistics)],
+            move |room| forward_norm(room, size, false),
         ),
         Case::new(
             "layernorm, join",
             shape.clone(),
             images,
-            move |_| vec![traffic(2 * x + 8 * d, 2 * x + statistics)],
-            move |room| forward_norm(room, rows, d, &joined),
+            move |_| vec![traffic(x + y + 8 * d, x + y + statistics)],
+            move |room| forward_norm(room, size, true),
         ),
         Case::new(
             "layernorm_backward",
             shape.clone(),
             images,
-            move |launches| backward(launches, 0),
-            move |room| backward_norm(room, rows, d, &alone),
+            // A stream of another type is handed on as products read it.
+            move |launches| backward(launches, if stream == Dtype::F32 { y } else { 0 }),
+            move |room| backward_norm(room, size, false),
         ),
         Case::new(
             "layernorm_backward, join",
             shape,
             images,
-            move |launches| backward(launches, x),
-            move |room| backward_norm(room, rows, d, &joined),
+            move |launches| backward(launches, y),
+            move |room| backward_norm(room, size, true),
         ),
     ]
 }
 
-type MakeJoin<'a> = &'a dyn Fn(&mut Room, Mat, Mat) -> Join;
+/// `[rows, d]` of the residual stream.
+#[derive(Clone, Copy)]
+struct Stretch {
+    rows: usize,
+    d: usize,
+    tokens: usize,
+    stream: Dtype,
+}
 
-fn forward_norm(room: &mut Room, rows: usize, d: usize, join: MakeJoin) -> Placed {
-    let (base, sum, y) = (room.activation(rows, d), room.activation(rows, d), room.activation(rows, d));
-    let join = join(room, base, sum);
-    let (norm, stats) = (room.norm(d, false), room.stats(rows));
+impl Stretch {
+    fn part(self, room: &mut Room) -> Mat {
+        room.stream(self.rows, self.d, self.stream)
+    }
+
+    fn join(self, room: &mut Room, is_branch: bool) -> Join {
+        let sum = self.part(room);
+        if !is_branch {
+            return Join::Ready(sum);
+        }
+        let (base, branch) = (self.part(room), room.activation(self.rows, self.d));
+        let (none, tokens) = (Mask::NONE, self.tokens);
+        let branch = Branch { base, branch, layer_scale: None, dropout: none, drop_path: none, tokens };
+        Join::Branch { sum, branch }
+    }
+}
+
+fn forward_norm(room: &mut Room, size: Stretch, is_branch: bool) -> Placed {
+    let (join, y) = (size.join(room, is_branch), room.activation(size.rows, size.d));
+    let (norm, stats) = (room.norm(size.d, false), room.stats(size.rows));
     Placed::new(move |b| b.layernorm(&join, &norm, y, stats))
 }
 
-fn backward_norm(room: &mut Room, rows: usize, d: usize, join: MakeJoin) -> Placed {
-    let [base, sum, y, d_y, d_sum, d_branch] = [0; 6].map(|_| room.activation(rows, d));
-    let join = join(room, base, sum);
-    let (norm, stats) = (room.norm(d, true), room.stats(rows));
+fn backward_norm(room: &mut Room, size: Stretch, is_branch: bool) -> Placed {
+    let (join, d_sum) = (size.join(room, is_branch), size.part(room));
+    let [y, d_y, d_branch] = [0; 3].map(|_| room.activation(size.rows, size.d));
+    // Nothing else is to be handed on.
+    let d_branch = if is_branch || size.stream == Dtype::F32 { d_branch } else { d_sum };
+    let (norm, stats) = (room.norm(size.d, true), room.stats(size.rows));
     let run = Placed::new(move |b| b.layernorm_backward(d_y, &join, &norm, stats, d_sum, false, d_branch));
     run.after(move |b| b.layernorm(&join, &norm, y, stats))
 }
@@ -556,86 +595,4 @@ fn adamw(params: usize) -> Case {
     };
     let case = Case::new("update", format!("AdamW, {params} parameters"), 1, least, place);
     Case { recorded: false, ..case }
-}
-
-/// The products of a block and of the patch embedding, each with its epilogue, and the two of its backward.
-fn products(model: &Model, images: usize) -> Vec<Case> {
-    let (rows, d) = (images * model.tokens(), model.width);
-    let patch = 3 * model.patch * model.patch;
-    let layers: [(&'static str, usize, usize); 5] =
-        [("patch_embed", d, patch), ("qkv", 3 * d, d), ("proj", d, d), ("fc1", 4 * d, d), ("fc2", d, 4 * d)];
-    layers.into_iter().flat_map(|layer| product(model.name, rows, images, layer)).collect()
-}
-
-fn product(
-    model: &'static str,
-    rows: usize,
-    images: usize,
-    (layer, out, input): (&'static str, usize, usize),
-) -> Vec<Case> {
-    let flops = 2.0 * (rows * out * input) as f64;
-    let (x, y, w) = (half(rows, input), half(rows, out), half(out, input));
-    let (operation, epilogue_bytes) = match layer {
-        "patch_embed" => ("patch_embed", 0),
-        "qkv" => ("qkv, bias", 0),
-        "proj" => ("proj, bias, residual", y),
-        "fc1" => ("fc1, bias, gelu", y),
-        _ => ("fc2, bias, residual", y),
-    };
-    let shape = format!("{model} [{rows}, {input}] → {out}");
-    let forward = move |room: &mut Room| {
-        let (x, y, w) =
-            (room.activation(rows, input), room.activation(rows, out), room.linear(out, input, false));
-        let other = room.activation(rows, out);
-        let epilogue = match layer {
-            "patch_embed" => Epilogue::None,
-            "qkv" => Epilogue::Bias,
-            "fc1" => Epilogue::BiasGelu { pre: other, form: Gelu::Tanh, dropout: Mask::NONE },
-            _ => Epilogue::BiasResidual(other),
-        };
-        Placed::new(move |b| b.matmul(x, &w, epilogue, y))
-    };
-    let no_kernel = |_: &[Launched]| Vec::new();
-    let mut cases = vec![
-        Case::new(operation, shape.clone(), images, no_kernel, forward)
-            .flops(flops)
-            .product_bytes(x + y + w + epilogue_bytes),
-    ];
-    let (input_grad, weight_grad) = match layer {
-        "patch_embed" => (None, "patch_embed weight gradient"),
-        "qkv" => (Some("qkv input gradient"), "qkv weight gradient, bias"),
-        "proj" => (Some("proj input gradient"), "proj weight gradient, bias"),
-        "fc1" => (Some("fc1 input gradient"), "fc1 weight gradient, bias"),
-        _ => (Some("fc2 input gradient, gelu"), "fc2 weight gradient, bias"),
-    };
-    if let Some(operation) = input_grad {
-        let gelu_bytes = if layer == "fc2" { x } else { 0 };
-        let place = move |room: &mut Room| {
-            let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
-            let (pre, d_x, w) =
-                (room.activation(rows, input), room.activation(rows, input), room.linear(out, input, false));
-            let grad = match layer {
-                "fc2" => InputGrad::Gelu { d_pre: d_x, pre, form: Gelu::Tanh, dropout: Mask::NONE },
-                _ => InputGrad::Plain(d_x),
-            };
-            Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
-        };
-        cases.push(
-            Case::new(operation, shape.clone(), images, no_kernel, place)
-                .flops(flops)
-                .product_bytes(x + y + w + gelu_bytes),
-        );
-    }
-    let place = move |room: &mut Room| {
-        let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
-        let mut w = room.linear(out, input, true);
-        // The embedding's bias has its gradient from another operation.
-        w.d_bias = w.d_bias.filter(|_| layer != "patch_embed");
-        Placed::new(move |b| b.matmul_backward(d_y, x, &w, InputGrad::None))
-    };
-    // Weight gradients are f32.
-    cases.push(
-        Case::new(weight_grad, shape, images, no_kernel, place).flops(flops).product_bytes(x + y + 2 * w),
-    );
-    cases
 }

@@ -5,6 +5,7 @@
 //! are measured in the same run, because clocks differ from card to card and from day to day.
 
 mod cases;
+mod products;
 mod sizes;
 
 use std::time::Instant;

@@ -1,0 +1,89 @@
+//! The matrix products that are timed.
+
+use crate::backend::cuda::driver::Launched;
+use crate::backend::{Epilogue, Gelu, InputGrad, Mask};
+
+use super::cases::{Case, Placed, Room, half};
+use super::sizes::Model;
+
+/// The products of a block and of the patch embedding, each with its epilogue, and the two of its backward.
+pub(super) fn products(model: &Model, images: usize) -> Vec<Case> {
+    let (rows, d) = (images * model.tokens(), model.width);
+    let patch = 3 * model.patch * model.patch;
+    let layers: [(&'static str, usize, usize); 5] =
+        [("patch_embed", d, patch), ("qkv", 3 * d, d), ("proj", d, d), ("fc1", 4 * d, d), ("fc2", d, 4 * d)];
+    layers.into_iter().flat_map(|layer| product(model.name, rows, images, layer)).collect()
+}
+
+fn product(
+    model: &'static str,
+    rows: usize,
+    images: usize,
+    (layer, out, input): (&'static str, usize, usize),
+) -> Vec<Case> {
+    let flops = 2.0 * (rows * out * input) as f64;
+    let (x, y, w) = (half(rows, input), half(rows, out), half(out, input));
+    let (operation, epilogue_bytes) = match layer {
+        "patch_embed" => ("patch_embed", 0),
+        "qkv" => ("qkv, bias", 0),
+        "proj" => ("proj, bias, residual", y),
+        "fc1" => ("fc1, bias, gelu", y),
+        _ => ("fc2, bias, residual", y),
+    };
+    let shape = format!("{model} [{rows}, {input}] → {out}");
+    let forward = move |room: &mut Room| {
+        let (x, y, w) =
+            (room.activation(rows, input), room.activation(rows, out), room.linear(out, input, false));
+        let other = room.activation(rows, out);
+        let epilogue = match layer {
+            "patch_embed" => Epilogue::None,
+            "qkv" => Epilogue::Bias,
+            "fc1" => Epilogue::BiasGelu { pre: other, form: Gelu::Tanh, dropout: Mask::NONE },
+            _ => Epilogue::BiasResidual(other),
+        };
+        Placed::new(move |b| b.matmul(x, &w, epilogue, y))
+    };
+    let no_kernel = |_: &[Launched]| Vec::new();
+    let mut cases = vec![
+        Case::new(operation, shape.clone(), images, no_kernel, forward)
+            .flops(flops)
+            .product_bytes(x + y + w + epilogue_bytes),
+    ];
+    let (input_grad, weight_grad) = match layer {
+        "patch_embed" => (None, "patch_embed weight gradient"),
+        "qkv" => (Some("qkv input gradient"), "qkv weight gradient, bias"),
+        "proj" => (Some("proj input gradient"), "proj weight gradient, bias"),
+        "fc1" => (Some("fc1 input gradient"), "fc1 weight gradient, bias"),
+        _ => (Some("fc2 input gradient, gelu"), "fc2 weight gradient, bias"),
+    };
+    if let Some(operation) = input_grad {
+        let gelu_bytes = if layer == "fc2" { x } else { 0 };
+        let place = move |room: &mut Room| {
+            let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
+            let (pre, d_x, w) =
+                (room.activation(rows, input), room.activation(rows, input), room.linear(out, input, false));
+            let grad = match layer {
+                "fc2" => InputGrad::Gelu { d_pre: d_x, pre, form: Gelu::Tanh, dropout: Mask::NONE },
+                _ => InputGrad::Plain(d_x),
+            };
+            Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
+        };
+        cases.push(
+            Case::new(operation, shape.clone(), images, no_kernel, place)
+                .flops(flops)
+                .product_bytes(x + y + w + gelu_bytes),
+        );
+    }
+    let place = move |room: &mut Room| {
+        let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
+        let mut w = room.linear(out, input, true);
+        // The embedding's bias has its gradient from another operation.
+        w.d_bias = w.d_bias.filter(|_| layer != "patch_embed");
+        Placed::new(move |b| b.matmul_backward(d_y, x, &w, InputGrad::None))
+    };
+    // Weight gradients are f32.
+    cases.push(
+        Case::new(weight_grad, shape, images, no_kernel, place).flops(flops).product_bytes(x + y + 2 * w),
+    );
+    cases
+}
