@@ -9,7 +9,8 @@ use std::path::Path;
 
 use serde_json::Value;
 use support::{
-    Outcome, command, finish, metrics, names, on_gpu, outcome, path, run_on_gpu as run, stand_in, train,
+    Outcome, command, finish, metrics, names, on_gpu, outcome, path, run_on_gpu as run, stand_in, stripes,
+    train,
 };
 use vitrum::rng::{Domain, Stream};
 use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
@@ -330,6 +331,43 @@ fn a_batch_is_copied_beside_the_step_before_it() {
             assert!(patchify.after(copies) > n as u64, "step {} reads its own batch", n + 1);
         }
     }
+}
+
+#[test]
+fn an_evaluation_copies_the_next_batch_beside_its_pass() {
+    let Some(folder) = stand_in() else { return };
+    let weights = path("evaluated");
+    finish(command(&small(&weights, &["--device", "cpu"]))).ok();
+    let (batch, batches) = (12, 4); // of 40 pictures
+    let eval = |device| {
+        let files = ["eval", "--weights", &weights, "--data", stripes()];
+        [&files[..], &["--batch", "12", "--json", "--device", device]].concat()
+    };
+    let order = path("order-eval");
+    let on_gpu = run(&folder, &format!("checks=on,order={order}"), &eval("cuda")).ok();
+    assert!(!on_gpu.stderr.contains("stand-in GPU:"), "{}", on_gpu.stderr);
+    let (on_gpu, on_cpu) = (on_gpu.json(), finish(command(&eval("cpu"))).ok().json());
+    assert_eq!(on_gpu["images"], on_cpu["images"]);
+    let loss = |report: &Value| report["loss"].as_f64().unwrap();
+    assert!((loss(&on_gpu) - loss(&on_cpu)).abs() < 0.01, "{on_gpu} {on_cpu}");
+
+    let all = operations(&order);
+    let compute = all.iter().find(|o| o.what.starts_with("patchify")).unwrap().stream;
+    let (mut uploads, mut passes, mut read) = (0, 0, 0);
+    for operation in &all {
+        match operation.what.as_str() {
+            "a copy to the card" if operation.stream != compute => {
+                assert!(operation.bytes >= batch * 16 * 16 * 3);
+                uploads += 1;
+            }
+            "a copy from the card" => {
+                read += 1;
+                assert_eq!((uploads, passes), (batches.min(read + 1), read), "when batch {read} is read");
+            }
+            what => passes += u64::from(what.starts_with("patchify")),
+        }
+    }
+    assert_eq!((uploads, passes, read), (batches, batches, batches));
 }
 
 #[test]

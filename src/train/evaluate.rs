@@ -2,10 +2,12 @@
 
 use std::time::Instant;
 
-use crate::backend::{Backend, Loss, Micro, StepKeys, sample_metric};
+use crate::backend::{Backend, Loss, Micro, sample_metric};
 use crate::data::Loader;
 use crate::error::Result;
 use crate::vit::Vit;
+
+use super::pass::forward_all;
 
 /// The result of an evaluation; means over `count` images.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
@@ -28,34 +30,28 @@ pub fn evaluate(
 ) -> Result<EvalReport> {
     let start = Instant::now();
     let mut report = EvalReport::default();
-    let mut samples = vec![0.0; model.micro_batch * 3];
-    b.begin_step(StepKeys { seed: 0, step: 0 })?;
-    while let Some(slot) = loader.next()? {
-        let count = slot.count;
-        if drop_last && count < slot.layout().samples {
-            loader.recycle(slot);
-            continue;
-        }
-        if let Some(free) = b.bind_batch(slot)? {
-            loader.recycle(free);
-        }
-        let mut pass = |b: &mut dyn Backend| {
-            b.begin_micro(Micro::whole(model.micro_batch))?;
-            model.forward(b, false)?;
-            model.loss(b, loss)
-        };
-        b.step(&mut pass, None)?;
-        b.read(model.sample_metrics(), &mut samples)?;
-        for sample in samples.chunks_exact(3).take(count) {
-            report.loss += f64::from(sample[sample_metric::LOSS]);
-            report.top1 += f64::from(sample[sample_metric::TOP1]);
-            report.top5 += f64::from(sample[sample_metric::TOP5]);
-        }
-        report.count += count;
-    }
-    if let Some(free) = b.unbind_batch() {
-        loader.recycle(free);
-    }
+    let micro = Micro::whole(model.micro_batch);
+    let body = |b: &mut dyn Backend| {
+        b.begin_micro(micro)?;
+        model.forward(b, false)?;
+        model.loss(b, loss)
+    };
+    forward_all(
+        b,
+        loader,
+        drop_last,
+        &body,
+        model.sample_metrics(),
+        |slot| slot.count,
+        |count, samples| {
+            for sample in samples.chunks_exact(3).take(count) {
+                report.loss += f64::from(sample[sample_metric::LOSS]);
+                report.top1 += f64::from(sample[sample_metric::TOP1]);
+                report.top5 += f64::from(sample[sample_metric::TOP5]);
+            }
+            report.count += count;
+        },
+    )?;
     let n = report.count.max(1) as f64;
     report.loss /= n;
     report.top1 /= n;

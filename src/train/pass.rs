@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Micro, StepKeys};
+use crate::backend::{Backend, Mat, Micro, Slot, StepKeys};
 use crate::data::{self, Dataset, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::recipe::{EvalResize, OnBadRecord, PROTOCOLS};
@@ -95,34 +95,79 @@ impl Loaded {
         let slots = (0..2).map(|_| self.backend.new_slot(self.slot_layout())).collect::<Result<_>>()?;
         // No operation of a forward pass reads labels: they carry the record's number.
         let mut loader = Loader::new(Arc::new(data.clone().numbered()), spec, slots);
+        let model = &self.model;
         let rows = match output {
-            Output::Logits => self.model.logits(),
-            Output::Features => self.model.features(),
+            Output::Logits => model.logits(),
+            Output::Features => model.features(),
         };
-        let mut values = vec![0.0; rows.rows * rows.cols];
         let mut images = 0;
-        let b = &mut *self.backend;
-        b.begin_step(StepKeys { seed: 0, step: 0 })?;
-        while let Some(slot) = loader.next()? {
-            let records: Vec<i32> = slot.labels()[..slot.count].to_vec();
-            if protocol.drop_last && records.len() < batch {
+        let body = |b: &mut dyn Backend| {
+            b.begin_micro(Micro::whole(batch))?;
+            model.forward(b, false)
+        };
+        let records = |slot: &Slot| slot.labels()[..slot.count].to_vec();
+        forward_all(
+            &mut *self.backend,
+            &mut loader,
+            protocol.drop_last,
+            &body,
+            rows,
+            records,
+            |records, values| {
+                for (record, row) in records.iter().zip(values.chunks_exact(rows.cols)) {
+                    see(*record as usize, row);
+                }
+                images += records.len();
+            },
+        )?;
+        Ok(PassReport { images, img_per_s: images as f64 / start.elapsed().as_secs_f64().max(1e-9) })
+    }
+}
+
+/// Runs the loader dry: `body` on every batch, and what it left in `rows` handed to `see`, with what `note` took down of the batch.
+/// With `drop_last` a last batch that is not full is left out.
+///
+/// A GPU is not kept waiting: the next batch is on its way up while it computes, and the next pass is asked for before the host
+/// looks at the rows of the one before.
+pub(super) fn forward_all<T>(
+    b: &mut dyn Backend,
+    loader: &mut Loader,
+    drop_last: bool,
+    body: &dyn Fn(&mut dyn Backend) -> Result<()>,
+    rows: Mat,
+    note: impl Fn(&Slot) -> T,
+    mut see: impl FnMut(T, &[f32]),
+) -> Result<()> {
+    let mut values = vec![0.0; rows.rows * rows.cols];
+    let mut asked: Option<T> = None;
+    b.begin_step(StepKeys { seed: 0, step: 0 })?;
+    loop {
+        let next = match loader.next()? {
+            Some(slot) if drop_last && slot.count < slot.layout().samples => {
                 loader.recycle(slot);
                 continue;
             }
-            if let Some(free) = b.bind_batch(slot)? {
-                loader.recycle(free);
+            Some(slot) => {
+                let noted = note(&slot);
+                b.bind_batch(slot)?.into_iter().for_each(|free| loader.recycle(free));
+                Some(noted)
             }
-            b.begin_micro(Micro::whole(batch))?;
-            self.model.forward(b, false)?;
+            None => None,
+        };
+        let done = asked.take();
+        if done.is_some() {
             b.read(rows, &mut values)?;
-            for (record, row) in records.iter().zip(values.chunks_exact(rows.cols)) {
-                see(*record as usize, row);
-            }
-            images += records.len();
         }
-        if let Some(free) = b.unbind_batch() {
-            loader.recycle(free);
+        if next.is_some() {
+            b.step(&mut |b| body(b), None)?;
         }
-        Ok(PassReport { images, img_per_s: images as f64 / start.elapsed().as_secs_f64().max(1e-9) })
+        asked = next;
+        match done {
+            Some(noted) => see(noted, &values),
+            None if asked.is_none() => break,
+            None => {}
+        }
     }
+    b.unbind_batch().into_iter().for_each(|free| loader.recycle(free));
+    Ok(())
 }
