@@ -117,6 +117,7 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
     let mut source = Source::new(recipe, &subject, options)?;
 
     subject.step(&mut source)?;
+    subject.wait()?;
     let first_step = since_start();
     for _ in 0..2 {
         subject.step(&mut source)?;
@@ -218,6 +219,14 @@ impl Subject {
         }
     }
 
+    /// Until what was asked for is done.
+    fn wait(&mut self) -> Result<()> {
+        match self {
+            Self::Train(trainer) => trainer.backend.synchronize(),
+            Self::Infer { backend, .. } => backend.synchronize(),
+        }
+    }
+
     fn step(&mut self, source: &mut Source) -> Result<()> {
         let batch = source.next()?;
         let free = match self {
@@ -232,14 +241,15 @@ impl Subject {
                 free
             }
             Self::Infer { backend, model } => {
+                // As in an evaluation, a batch goes up while the one before is computed.
                 let free = backend.bind_batch(batch)?;
+                backend.synchronize()?;
                 backend.begin_step(StepKeys { seed: 0, step: 0 })?;
                 let mut pass = |b: &mut dyn Backend| {
                     b.begin_micro(Micro::whole(model.micro_batch))?;
                     model.forward(b, false)
                 };
                 backend.step(&mut pass, None)?;
-                backend.synchronize()?;
                 free
             }
         };

@@ -1,0 +1,129 @@
+"""What a training step in bf16 holds: Vitrum's plan beside what PyTorch's autocast keeps for its backward. Needs no card.
+
+    python benches/memory.py --stand-in target/debug/standin
+    python benches/memory.py --compiled        the same behind torch.compile (a minute more)
+
+PyTorch's share is counted, not measured: the storages that autograd saves (parameters once, activations, bf16 copies of weights),
+on the processor at one and two pictures and one and two blocks, which they are linear in; and 16 bytes per parameter for masters,
+gradients and AdamW. It is less than a card would need: what lives for a moment, caches and workspaces are left out. Vitrum's total is
+all that it allocates on a card. Needs a Python with torch; `--json FILE` keeps the figures.
+"""
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+
+from compare_cpu import pytorch_model
+
+#            width, heads, depth, patch, image, batch
+MODELS = {
+    "Ti/16": (192, 3, 12, 16, 224, 1024),
+    "S/16": (384, 6, 12, 16, 224, 1024),
+    "B/16": (768, 12, 12, 16, 224, 512),
+    "L/16": (1024, 16, 24, 16, 224, 256),
+    "H/14": (1280, 16, 32, 14, 224, 128),
+    "B/16 at 384": (768, 12, 12, 16, 384, 128),
+}
+CLASSES = 1000
+MODES = {"plain": [], "f32 stream": ["train.residual=f32"], "ln+gelu": ["train.recompute=ln+gelu"]}
+
+
+def saved_bytes(model, images, compiled):
+    """Distinct storages that autograd keeps from a forward pass, parameters left out."""
+    import torch
+
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    call = torch.compile(model) if compiled else model
+    labels = torch.randint(CLASSES, (len(images),))
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = call(images)
+        return torch.nn.functional.cross_entropy(logits.float(), labels)
+
+    if compiled:
+        loss().backward()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = loss()
+    total = sum(kept.values())
+    del held
+    return total
+
+
+def pytorch_bytes(name, compiled):
+    import torch
+
+    width, heads, depth, patch, image, batch = MODELS[name]
+    found = {}
+    for blocks in (1, 2):
+        model = pytorch_model(torch, image, patch, width, blocks, heads, CLASSES, "tanh")
+        for images in (1, 2):
+            torch._dynamo.reset()
+            found[blocks, images] = saved_bytes(model, torch.randn(images, 3, image, image), compiled)
+        found[blocks, "parameters"] = sum(p.numel() for p in model.parameters())
+
+    def at(key):
+        """By the number of blocks."""
+        return found[1, key] + (depth - 1) * (found[2, key] - found[1, key])
+
+    return at(1) + (batch - 1) * (at(2) - at(1)) + 16 * at("parameters")
+
+
+def vitrum_bytes(args, name, settings):
+    width, heads, depth, patch, image, batch = MODELS[name]
+    variant = name.split(" ")[0]
+    settings = [f"model.variant={variant}", f"model.image={image}", f"model.classes={CLASSES}", "model.head_bias=0", f"train.batch={batch}", f"train.micro_batch={batch}", *settings]
+    command = [args.vitrum, "plan", "b16/imagenet21k", "--device", "cuda", "--json"]
+    for setting in settings:
+        command += ["--set", setting]
+    env = dict(os.environ)
+    if args.stand_in:
+        # As much memory as no card has: a plan is asked for, whatever it comes to.
+        env |= {"LD_LIBRARY_PATH": args.stand_in, "VITRUM_STANDIN": f"checks=off,memory={1 << 40}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout)["memory"]["total_bytes"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vitrum", default="target/release/vitrum")
+    parser.add_argument("--stand-in", help="the folder of the stand-in GPU, where there is no card")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--commit", help="what was counted, for the record")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    import torch
+
+    peer = "torch.compile" if args.compiled else "autocast"
+    print(f"GiB of a training step in bf16; PyTorch {torch.__version__}, {peer}: counted, and a lower bound")
+    print("| model, batch | PyTorch |" + "".join(f" Vitrum, {mode} | share |" for mode in MODES))
+    print("| --- | --- |" + " --- | --- |" * len(MODES))
+    rows = []
+    for name in args.models.split(","):
+        theirs = pytorch_bytes(name, args.compiled)
+        ours = {mode: vitrum_bytes(args, name, settings) for mode, settings in MODES.items()}
+        cells = "".join(f" {b / 2**30:.1f} | {b / theirs:.2f} |" for b in ours.values())
+        print(f"| {name}, {MODELS[name][5]} | {theirs / 2**30:.1f} |{cells}", flush=True)
+        rows.append({"model": name, "batch": MODELS[name][5], "pytorch_bytes": theirs, "vitrum_bytes": ours})
+    if args.json:
+        record = {"date": datetime.date.today().isoformat(), "commit": args.commit, "torch": torch.__version__, "peer": peer, "rows": rows}
+        with open(args.json, "w") as f:
+            json.dump(record, f, indent=1)
+            f.write("\n")
+
+
+if __name__ == "__main__":
+    main()
