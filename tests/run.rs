@@ -253,12 +253,18 @@ fn a_run_allocates_what_the_plan_says() {
 
 #[test]
 fn a_run_that_rounds_says_so_and_another_way_to_round_is_refused() {
-    let with = |rounds: &str| {
-        let mut command = command(&train(&path(&format!("rounds-{rounds}")), &["train.steps=2"]));
+    let run = |out: &str, rounds: &str, more: &[&str]| {
+        let mut command = command(&train(&path(out), &[&["train.steps=2"][..], more].concat()));
         command.env("VITRUM_CPU_ROUNDS", rounds);
         finish(command)
     };
+    let with = |rounds: &str| run(&format!("rounds-{rounds}"), rounds, &[]);
     with("bf16").ok().says(&["device   cpu", ", rounds to bf16 (VITRUM_CPU_ROUNDS)"]);
+    let others = "the bits are others from here on: this is a run with";
+    let resumed = |rounds: &str| run("rounds-bf16", rounds, &["--resume"]).ok();
+    assert!(!resumed("bf16").stderr.contains(others));
+    resumed("").says(&["from here on: this is a run without VITRUM_CPU_ROUNDS=bf16"]);
+    resumed("bf16-residual-f32").says(&[others, "=bf16-residual-f32, after one with VITRUM_CPU_ROUNDS=bf16"]);
     with("bf16-residual-f32").ok().says(&["all but the residual stream"]);
     with("f16").exits(2).says(&["`VITRUM_CPU_ROUNDS=f16`", "hint: use `bf16` or `bf16-residual-f32`"]);
 }

@@ -17,6 +17,9 @@ use super::{
 };
 use crate::error::{Error, Result};
 
+/// Where the environment asks for it.
+pub const VARIABLE: &str = "VITRUM_CPU_ROUNDS";
+
 /// What is rounded to bf16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rounds {
@@ -32,16 +35,23 @@ impl Rounds {
     /// # Errors
     /// It asks for something else.
     pub fn from_env() -> Result<Option<Rounds>> {
-        let wanted = std::env::var("VITRUM_CPU_ROUNDS").unwrap_or_default();
+        let wanted = std::env::var(VARIABLE).unwrap_or_default();
         if wanted.is_empty() { Ok(None) } else { Self::parse(&wanted).map(Some) }
     }
 
     fn parse(word: &str) -> Result<Rounds> {
-        match word {
-            "bf16" => Ok(Rounds::All),
-            "bf16-residual-f32" => Ok(Rounds::AllButResidual),
-            _ => Err(Error::usage(format!("`VITRUM_CPU_ROUNDS={word}` is no way to round"))
-                .hint("use `bf16` or `bf16-residual-f32`, or unset it to compute in f32")),
+        [Rounds::All, Rounds::AllButResidual].into_iter().find(|rounds| rounds.word() == word).ok_or_else(
+            || {
+                Error::usage(format!("`{VARIABLE}={word}` is no way to round"))
+                    .hint("use `bf16` or `bf16-residual-f32`, or unset it to compute in f32")
+            },
+        )
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Rounds::All => "bf16",
+            Rounds::AllButResidual => "bf16-residual-f32",
         }
     }
 }
@@ -192,12 +202,22 @@ impl Backend for Rounded {
 
     // Choices ---------------------------------------------------------------------------------------------------
 
+    /// The rounding, which decides bits and is no part of a recipe.
     fn algorithms(&self) -> Vec<String> {
-        self.inner.algorithms()
+        vec![format!("{VARIABLE}={}", self.rounds.word())]
     }
 
     fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String> {
-        self.inner.prefer_algorithms(algorithms)
+        let own = self.algorithms();
+        if algorithms == own {
+            return Ok(());
+        }
+        let was = algorithms.first().filter(|word| word.starts_with(VARIABLE));
+        Err(format!(
+            "this is a run with {}, after one {}",
+            own[0],
+            was.map_or("without".into(), |was| format!("with {was}"))
+        ))
     }
 
     // Batches ---------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ impl Run {
         };
         run.print_header(trainer, resumed);
         if let Err(why) = preferred {
-            run.log.line(&format!("         matrix products are timed anew, with other bits: {why}"));
+            run.log.line(&format!("         the bits are others from here on: {why}"));
         }
         signals::install()?;
         Ok(run)

@@ -36,6 +36,7 @@ use compute::{Compute, Isa};
 use gemm::Dropout;
 
 use super::mask::BoundMask;
+use super::rounded;
 use super::sample_metric::{LOSS, TOP1, TOP5};
 use super::{
     Arena, Backend, Body, Branch, Embed, Epilogue, Gelu, Heads, HostMemory, InputGrad, Join, Linear, Loss,
@@ -213,8 +214,11 @@ impl Backend for CpuBackend {
         Vec::new()
     }
 
-    fn prefer_algorithms(&mut self, _: &[String]) -> Result<(), String> {
-        Ok(())
+    fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String> {
+        match algorithms.first().filter(|word| word.starts_with(rounded::VARIABLE)) {
+            Some(rounds) => Err(format!("this is a run without {rounds}")),
+            None => Ok(()),
+        }
     }
 
     // Batches ---------------------------------------------------------------------------------------------------

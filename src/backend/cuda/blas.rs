@@ -300,7 +300,10 @@ impl Blas {
 
     /// Prefers the choices of a checkpoint for shapes that are yet to be met, or says why not.
     pub(super) fn prefer(&mut self, algorithms: &[String]) -> Result<(), String> {
-        if self.by_rule { Ok(()) } else { self.algorithms.prefer(algorithms) }
+        if self.by_rule {
+            return Ok(());
+        }
+        self.algorithms.prefer(algorithms).map_err(|why| format!("matrix products are timed anew: {why}"))
     }
 
     /// Writes what was learnt to the cache folder.
