@@ -5,11 +5,13 @@
 writes NAME.json and NAME.md. A step is forward, cross-entropy with label smoothing 0.1, backward, clipping by global norm and
 AdamW, on one synthetic batch of u8 pixels that lies on the card (PyTorch) or is sent to it (Vitrum); bf16 products, f32
 weights and gradients, tanh GELU on both sides. Each case runs twice, the second time in the opposite order, every engine in a
-process of its own; the medians are compared. Vitrum's last block is worked out whole and for the class token alone. PyTorch is measured as `torch.compile` with cuDNN's attention, eager beside it;
-without torch that half is left out, and said so.
+process of its own; the medians are compared. Vitrum's last block is worked out whole and for the class token alone, the latter
+also with the residual stream in f32, which is what autocast has. PyTorch is measured as `torch.compile`, plain and with
+max-autotune, with the attention of cuDNN or of FlashAttention; without torch that half is left out, and said so. Inference is the
+same without loss, backward and update; PyTorch's weights are bf16 there.
 
-The whole takes about 15 minutes; `--parts` runs some of it. `--tiny` shrinks every size, for a look at the script itself, with
-`--torch-device cpu` where there is no GPU.
+`--parts` runs some of it: tuning and compiling take minutes for each model. `--tiny` shrinks every size, for a look at the script
+itself, with `--torch-device cpu` where there is no GPU.
 """
 import argparse
 import datetime
@@ -46,33 +48,42 @@ def vitrum(args, *words):
     return json.loads(done.stdout)
 
 
-def vitrum_step(args, model, pruned):
-    """With the last block for the class token alone, or whole."""
+# What is timed of Vitrum: a name, and the settings that make it.
+VARIANTS = {
+    "train": {
+        "bf16": ["train.prune_last_block=false"],
+        "bf16, pruned": [],
+        "bf16, pruned, stream f32": ["train.residual=f32"],
+    },
+    "infer": {"bf16": ["train.prune_last_block=false"], "bf16, pruned": []},
+}
+
+
+def vitrum_bench(args, what, model, mode):
     image, *_, batch = args.cases[model]
-    words = ["bench", "--what", "train", "--model", model.split("@")[0], "--batch", str(batch), "--device", "cuda"]
-    words += ["--set", f"train.prune_last_block={str(pruned).lower()}"]
-    words += ["--rounds", str(args.rounds), "--seconds", str(args.seconds), "--set", f"model.image={image}"]
-    words += ["--set", f"train.micro_batch={batch}", "--set", "model.gelu=tanh"]
+    words = ["bench", "--what", what, "--model", model.split("@")[0], "--batch", str(batch), "--device", "cuda"]
+    words += ["--rounds", str(args.rounds), "--seconds", str(args.seconds)]
+    for setting in [f"model.image={image}", f"train.micro_batch={batch}", "model.gelu=tanh", *VARIANTS[what][mode]]:
+        words += ["--set", setting]
     out = vitrum(args, *words)
     card = out["card"]
     return {
         "engine": out["engine"],
-        "mode": "bf16, pruned" if pruned else "bf16",
+        "mode": mode,
         "img_per_s": out["img_per_s"],
         "ms": out["ms_per_step"],
         "memory_bytes": card["memory_bytes"],
         "first_step_s": out["first_step_s"],
         "mfu_data_sheet": card["mfu_data_sheet"],
         "mfu_product": card["mfu_product"],
-        "flops_per_img": out["gflops"] * 1e9 / out["img_per_s"],
     }
 
 
 # ---- PyTorch ----
 
 
-def time_pytorch(args, model, mode):
-    """One process: `compile` or `eager`, with the attention that `+cudnn` or `+flash` names."""
+def time_pytorch(args, what, model, mode):
+    """One process: `eager`, `compile` or `autotune`, with the attention that `+cudnn` or `+flash` names."""
     start = time.perf_counter()
     import contextlib
 
@@ -93,29 +104,43 @@ def time_pytorch(args, model, mode):
             self.vit = vit
 
         def forward(self, pixels):
-            return self.vit((pixels.float() / 127.5 - 1.0).permute(0, 3, 1, 2))
+            images = (pixels.float() / 127.5 - 1.0).permute(0, 3, 1, 2)
+            return self.vit(images.to(self.vit.head.weight.dtype))
 
     net = FromPixels().to(device)
+    if what == "infer":
+        net = net.to(torch.bfloat16).eval()
     decay = [p for p in net.parameters() if p.ndim >= 2]
     rest = [p for p in net.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True)
     pixels = torch.randint(256, (batch, image, image, 3), dtype=torch.uint8, device=device)
     labels = torch.randint(CLASSES, (batch,), device=device)
-    forward = torch.compile(net) if compiled == "compile" else net
+    compilers = {
+        "eager": lambda net: net,
+        "compile": torch.compile,
+        "autotune": lambda net: torch.compile(net, mode="max-autotune"),
+    }
+    forward = compilers[compiled](net)
     backend = contextlib.nullcontext()
     if on_gpu and attention:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         backend = sdpa_kernel({"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[attention])
 
-    def step():
+    @torch.no_grad()
+    def infer():
+        forward(pixels)
+
+    def train():
         with torch.autocast(device.type, torch.bfloat16):
             logits = forward(pixels)
         torch.nn.functional.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    step = {"train": train, "infer": infer}[what]
 
     def wait():
         if on_gpu:
@@ -154,8 +179,8 @@ def time_pytorch(args, model, mode):
     }
 
 
-def pytorch_step(args, model, mode):
-    command = [sys.executable, os.path.abspath(__file__), "--child", model, mode, "--torch-device", args.torch_device]
+def pytorch_bench(args, what, model, mode):
+    command = [sys.executable, os.path.abspath(__file__), "--child", what, model, mode, "--torch-device", args.torch_device]
     command += ["--rounds", str(args.rounds), "--seconds", str(args.seconds)] + ["--tiny"] * args.tiny
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -166,11 +191,12 @@ def pytorch_step(args, model, mode):
 # ---- The run ----
 
 
-def steps(args):
+def engines(args, what):
+    """Every engine on every model, `train` or `infer`."""
     rows = []
     for model in args.cases:
-        jobs = [lambda p=pruned: vitrum_step(args, model, p) for pruned in (False, True)] if args.vitrum else []
-        jobs += [lambda m=mode: pytorch_step(args, model, m) for mode in args.modes.split(",") if mode]
+        jobs = [lambda m=mode: vitrum_bench(args, what, model, m) for mode in VARIANTS[what]] if args.vitrum else []
+        jobs += [lambda m=mode: pytorch_bench(args, what, model, m) for mode in args.modes.split(",") if mode]
         found = {}
         for job in jobs + jobs[::-1]:
             try:
@@ -192,7 +218,7 @@ def steps(args):
             if ours and row is not ours:
                 for key in ("mfu_data_sheet", "mfu_product"):
                     row[key] = ours[key] and ours[key] * row["img_per_s"] / ours["img_per_s"]
-            print(f"{model:10}{row['engine']:22}{row['mode']:16}{row['img_per_s']:12,.1f} img/s", flush=True)
+            print(f"{what:6}{model:10}{row['engine']:22}{row['mode']:26}{row['img_per_s']:12,.1f} img/s", flush=True)
         rows += merged
     return rows
 
@@ -217,11 +243,13 @@ def markdown(record):
                 f"| {o['operation']} | {o['shape']} | {o['ms']:.4f} | {o['bytes_per_s'] / 1e9:,.0f} | {percent(o['of_copy'])} | {flops} | {percent(o['of_product'])} |"
             )
         lines.append("")
-    if record.get("steps"):
-        lines += ["## Training steps", "", "MFU counts the model's FLOPs, three forward passes a step, against the data sheet and the product above.", ""]
+    for what, title in [("train", "Training steps"), ("infer", "Inference")]:
+        if not record.get(what):
+            continue
+        lines += [f"## {title}", "", "MFU counts the model's FLOPs against the data sheet and the product above; a training step counts as three forward passes.", ""]
         lines += ["| model, batch | engine | mode | img/s | ms | MFU, data sheet | MFU, product | in use | first step | against torch |"]
         lines += ["| --- " * 10 + "|"]
-        for r in record["steps"]:
+        for r in record[what]:
             memory = f"{r['memory_bytes'] / 2**30:.1f} GiB" if r["memory_bytes"] else ""
             first = f"{r['first_step_s']:.1f} s" if r["first_step_s"] else ""
             against = f"{r['against_best_torch']:.2f}" if r["against_best_torch"] else ""
@@ -236,15 +264,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vitrum", default="target/release/vitrum", help="empty: PyTorch alone")
     parser.add_argument("--out", help="where to write, without .json and .md")
-    parser.add_argument("--parts", default="selftest,kernels,steps")
+    parser.add_argument("--parts", default="selftest,kernels,train,infer")
     parser.add_argument("--models", help="some of the cases, separated by commas")
-    parser.add_argument("--modes", default="compile+cudnn,eager+cudnn", help="of PyTorch; empty: none")
+    parser.add_argument("--modes", default="autotune+cudnn,compile+cudnn,compile+flash", help="of PyTorch (eager, compile, autotune, with +cudnn or +flash); empty: none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--commit", help="what was measured, for the record")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--torch-device", default="cuda")
-    parser.add_argument("--child", nargs=2, metavar=("MODEL", "MODE"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("WHAT", "MODEL", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.cases = TINY if args.tiny else CASES
     if args.tiny:
@@ -270,8 +298,9 @@ def main():
         record["kernels"] = vitrum(args, "bench", "--what", "kernels", "--device", "cuda", *few)
         record["device"], record["stand_in"] = (record["kernels"][key] for key in ("device", "stand_in"))
         print(f"{len(record['kernels']['operations'])} operations timed", flush=True)
-    if "steps" in parts:
-        record["steps"] = steps(args)
+    for what in ("train", "infer"):
+        if what in parts:
+            record[what] = engines(args, what)
     if args.out:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         with open(args.out + ".json", "w") as file:
