@@ -147,7 +147,8 @@ fn dense_layers(criterion: &mut Criterion) {
                 "fc1" => {
                     let mut ours = |y: &mut [f32], form| {
                         let pre = RowsMut::dense(&mut pre, r, n);
-                        let epilogue = Epilogue::BiasGelu { bias: &bias, pre, form, dropout: None };
+                        let epilogue =
+                            Epilogue::BiasGelu { bias: &bias, pre: Some(pre), form, dropout: None };
                         gemm::matmul(&c, rows, weight, epilogue, RowsMut::dense(y, r, n));
                     };
                     // The crate's pre-activation has to be kept too.

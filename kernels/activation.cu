@@ -10,7 +10,7 @@
 // Numerics  f32. y is computed from pre as it was stored, which is what the backward sees. Both forms keep
 //           their relative accuracy far on the negative side: nothing is subtracted from 1.
 // Launch    one thread per 8 values, 256 threads per block.
-// Bytes     per value of bf16: bias_gelu 6 (4 without a bias), gelu_backward 6, bias_residual 6, bias_tanh, bias
+// Bytes     per value of bf16: bias_gelu 6 (4 without a bias or a place for pre), gelu_backward 6, bias_residual 6, bias_tanh, bias
 //           and scale 4.
 // Source    Hendrycks and Gimpel 2016 (GELU); Srivastava et al. 2014 (dropout).
 #include "philox.cuh"
@@ -96,7 +96,7 @@ __device__ __forceinline__ void bias_gelu(const StepCells* cells, MaskArgs dropo
   if (bias) {
     add_bias<T>(bias, at, v);
     round8<T>(v);
-    store8(row_of(pre, at.row, ld_pre) + at.column, at.n, v);
+    if (pre) store8(row_of(pre, at.row, ld_pre) + at.column, at.n, v);
   }
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = gelu(v[i], form);

@@ -10,7 +10,8 @@
 // Launch    forward: one thread per 8 values. Backward: one thread per 8 columns of a token and slice of the
 //           batch; then one thread per column of a token adds the slices; `sum_partials` adds the tokens for
 //           the bias.
-// Bytes     forward 4 per value (bf16; bias and positions come from L2); backward 2, or 4 with dropout.
+// Bytes     per value, by the stream's type, bf16 or f32 (bias and positions come from L2): forward 4, 8; backward 2, 4, or with
+//           dropout 4, 6.
 // Order     samples within a slice, slices, tokens: each in ascending order.
 // Source    Dosovitskiy et al. 2021.
 #include "philox.cuh"

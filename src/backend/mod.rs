@@ -70,11 +70,12 @@ pub enum Residual {
 }
 
 impl Residual {
-    /// What it comes to in a precision.
+    /// What it comes to in a precision. Where everything is stored in f32 it says nothing.
     pub fn settled(self, precision: Precision) -> Residual {
         match (precision, self) {
             (Precision::Bf16, Residual::Auto) => Residual::Bf16,
-            (_, given) => given,
+            (Precision::Bf16, given) => given,
+            _ => Residual::Auto,
         }
     }
 }
@@ -185,8 +186,8 @@ pub enum Epilogue {
     Bias,
     /// `y = x·Wᵀ + b + residual`; `residual` has y's shape and may be y.
     BiasResidual(Mat),
-    /// `pre = x·Wᵀ + b; y = dropout(gelu(pre))`; `pre` is kept for the backward.
-    BiasGelu { pre: Mat, form: Gelu, dropout: Mask },
+    /// `pre = x·Wᵀ + b; y = dropout(gelu(pre))`; `pre` is stored where a backward is to come.
+    BiasGelu { pre: Option<Mat>, form: Gelu, dropout: Mask },
     /// `y = tanh(x·Wᵀ + b)`
     BiasTanh,
 }
@@ -660,10 +661,6 @@ pub fn select(device: Device, options: &Options) -> Result<Box<dyn Backend>> {
     let cpu = || -> Result<Box<dyn Backend>> {
         if !matches!(options.precision, Precision::Auto | Precision::F32) {
             return Err(Error::usage("the CPU computes in f32").hint("use `--set train.precision=f32`"));
-        }
-        if options.residual == Residual::Bf16 {
-            return Err(Error::usage("the CPU computes in f32, and stores the residual stream in it")
-                .hint("use `--set train.residual=auto`"));
         }
         let cpu = cpu::CpuBackend::new(options.threads)?;
         Ok(match rounded::Rounds::from_env()? {

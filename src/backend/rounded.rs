@@ -287,10 +287,13 @@ impl Backend for Rounded {
         match epilogue {
             // Alone in front of `embed`.
             Epilogue::None | Epilogue::BiasResidual(_) => {
+                let in_stream = match epilogue {
+                    Epilogue::BiasResidual(residual) => self.is_in_stream(residual),
+                    _ => self.rounds == Rounds::AllButResidual,
+                };
                 // A product adds a bias of its output's type.
-                let unrounded = self.rounds == Rounds::AllButResidual;
-                self.inner.matmul(x, if unrounded { &layer_of_kernel } else { &layer }, epilogue, y)?;
-                self.joined(y);
+                self.inner.matmul(x, if in_stream { &layer_of_kernel } else { &layer }, epilogue, y)?;
+                self.stored_like(in_stream, y);
             }
             Epilogue::Bias => {
                 self.inner.matmul(x, &layer, epilogue, y)?;
@@ -299,13 +302,18 @@ impl Backend for Rounded {
             // Fused: the GELU is that of the value before it is rounded.
             Epilogue::BiasGelu { pre, form: Gelu::Tanh, dropout } if dropout.rate == 0.0 => {
                 self.inner.matmul(x, &layer, epilogue, y)?;
-                self.stored(pre);
+                pre.into_iter().for_each(|pre| self.stored(pre));
                 self.stored(y);
             }
-            Epilogue::BiasGelu { pre, form, dropout } => {
+            Epilogue::BiasGelu { pre: Some(pre), form, dropout } => {
                 self.inner.matmul(x, &layer_of_kernel, Epilogue::Bias, pre)?;
                 self.stored(pre);
                 self.gelu(pre, form, dropout, y)?;
+            }
+            // On a GPU `y` holds `pre` for a moment, rounded.
+            Epilogue::BiasGelu { pre: None, .. } => {
+                self.inner.matmul(x, &layer_of_kernel, epilogue, y)?;
+                self.stored(y);
             }
             Epilogue::BiasTanh => {
                 self.inner.matmul(x, &layer_of_kernel, epilogue, y)?;
@@ -355,7 +363,7 @@ impl Backend for Rounded {
     ) -> Result<()> {
         let sum = Join::Ready(join.sum());
         self.inner.layernorm_backward(d_y, &sum, norm, stats, d_sum, fresh, d_branch)?;
-        self.joined(d_sum);
+        self.stored_like(self.is_in_stream(join.sum()), d_sum);
         self.residual_backward(join, d_sum, d_branch)
     }
 

@@ -2,7 +2,6 @@
 //! what makes no sense or is not built yet.
 
 use super::{Duration, MicroBatch, ModelSection, Recipe, Size};
-use crate::backend::{Precision, Residual};
 use crate::error::{Error, Result};
 use crate::vit::config::{ModelConfig, PoolKind, Variant};
 
@@ -79,10 +78,6 @@ impl Recipe {
         if t.batch == 0 || t.batch > MOST_BATCH {
             return Err(Error::usage(format!("`train.batch` is {}", t.batch))
                 .hint(format!("use 1 to {MOST_BATCH}, as in `--set train.batch=128`")));
-        }
-        if t.residual == Residual::Bf16 && matches!(t.precision, Precision::F32 | Precision::Tf32) {
-            return Err(Error::usage("`train.residual` is \"bf16\" where everything is stored in f32")
-                .hint("use `--set train.residual=auto`, or `--set train.precision=bf16`"));
         }
         if let MicroBatch::Samples(micro_batch @ 1..) = t.micro_batch
             && !t.batch.is_multiple_of(micro_batch)

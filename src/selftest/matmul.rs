@@ -39,8 +39,12 @@ const DROPOUT: Mask = Mask { rate: 0.3, site: 11 };
 enum Forward {
     None,
     Bias,
-    Residual { in_place: bool },
+    Residual {
+        in_place: bool,
+    },
     Gelu(Gelu, Mask),
+    /// As where no backward is to come.
+    GeluAlone(Gelu),
     Tanh,
 }
 
@@ -64,6 +68,8 @@ pub(super) fn cases() -> Vec<Case> {
         ("matmul gelu", ", erf", Forward::Gelu(Gelu::Erf, Mask::NONE)),
         ("matmul gelu", ", tanh, dropout", Forward::Gelu(Gelu::Tanh, DROPOUT)),
         ("matmul gelu", ", erf, dropout", Forward::Gelu(Gelu::Erf, DROPOUT)),
+        ("matmul gelu", ", tanh, pre not kept", Forward::GeluAlone(Gelu::Tanh)),
+        ("matmul gelu", ", erf, pre not kept", Forward::GeluAlone(Gelu::Erf)),
         ("matmul tanh", "", Forward::Tanh),
     ];
     let backward = [
@@ -148,7 +154,7 @@ fn matmul(t: &mut Trial, shape: Shape, form: Forward, gap: bool) -> crate::error
     let in_stream = matches!(form, Forward::None | Forward::Residual { .. });
     let other =
         if in_stream { t.stream_input(rows, out, gap) } else { t.input_with_gap(rows, out, 1.0, gap) };
-    let pre = t.output_with_gap(rows, out, gap);
+    let pre = matches!(form, Forward::Gelu(..)).then(|| t.output_with_gap(rows, out, gap));
     let separate =
         if in_stream { t.stream_output(rows, out, gap) } else { t.output_with_gap(rows, out, gap) };
     let y = if let Forward::Residual { in_place: true } = form { other.clone() } else { separate };
@@ -163,21 +169,25 @@ fn matmul(t: &mut Trial, shape: Shape, form: Forward, gap: bool) -> crate::error
             let factors = dropout_factors(t, mask, shape, out);
             biased().zip(factors).map(|(z, factor)| gelu(z, form) * factor).collect()
         }
+        Forward::GeluAlone(form) => biased().map(|z| gelu(z, form)).collect(),
         Forward::Tanh => biased().map(f64::tanh).collect(),
     };
     let epilogue = match form {
         Forward::None => Epilogue::None,
         Forward::Bias => Epilogue::Bias,
         Forward::Residual { .. } => Epilogue::BiasResidual(other.mat),
-        Forward::Gelu(form, dropout) => Epilogue::BiasGelu { pre: pre.mat, form, dropout },
+        Forward::Gelu(form, dropout) => {
+            Epilogue::BiasGelu { pre: pre.as_ref().map(|pre| pre.mat), form, dropout }
+        }
+        Forward::GeluAlone(form) => Epilogue::BiasGelu { pre: None, form, dropout: Mask::NONE },
         Forward::Tanh => Epilogue::BiasTanh,
     };
 
     t.start()?.matmul(x.mat, &layer.handles(), epilogue, y.mat)?;
     t.compare("y", &y, &expected, sum_of(shape.input))?;
-    if let Forward::Gelu(..) = form {
+    if let Some(pre) = &pre {
         let expected: Vec<f64> = biased().collect();
-        t.compare("pre", &pre, &expected, sum_of(shape.input))?;
+        t.compare("pre", pre, &expected, sum_of(shape.input))?;
     }
     Ok(())
 }

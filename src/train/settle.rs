@@ -83,7 +83,7 @@ pub fn open(
     data_size: usize,
 ) -> Result<(Box<dyn Backend>, Recipe, Vec<String>)> {
     let chosen = recipe.train.micro_batch == MicroBatch::Auto;
-    let before = if options.resume { saved(options) } else { None };
+    let before = if options.resume { saved(options)? } else { None };
     if let Some(before) = &before {
         let t = &mut recipe.train;
         if t.precision == Precision::Auto {
@@ -133,9 +133,13 @@ fn in_words(train: &TrainSection) -> String {
     }
 }
 
-/// The recipe that the run's directory holds. One that cannot be read is met again, and explained, at the checkpoint.
-fn saved(options: &RunOptions) -> Option<Recipe> {
+/// The recipe that the run's directory holds, if it holds one.
+fn saved(options: &RunOptions) -> Result<Option<Recipe>> {
     let path = options.out.join("recipe.toml");
-    let text = files::read_text(&path).ok()?;
-    Recipe::from_toml(&text, &path.display().to_string()).ok()
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = files::read_text(&path)?;
+    let recipe = Recipe::from_toml(&text, &path.display().to_string());
+    recipe.map(Some).map_err(|e| e.at("the run's own recipe says in what it computes"))
 }

@@ -39,12 +39,12 @@ fn head(b: &mut dyn Backend, h: &Head) -> Result<()> {
     Ok(())
 }
 
-/// From `d_pooled` to `d_x`, the gradient of the residual stream. No product reads a sum's gradient here: there is no branch
-/// to hand it on to.
+/// From `d_pooled` to `d_x`, the gradient of the residual stream. Nothing is handed on to a branch here: that is for what
+/// joined the last sum, and done behind this.
 fn tail(b: &mut dyn Backend, t: &Tail, x: Mat, s: &Scratch) -> Result<()> {
     match t {
-        Tail::PoolNorm { pools, pooled, norm, stats, d_pooled, .. } => {
-            let d_sum = *d_pooled;
+        Tail::PoolNorm { pools, pooled, norm, stats, d_parts, .. } => {
+            let d_sum = *d_parts;
             b.layernorm_backward(s.d_pooled, &Join::Ready(*pooled), norm, *stats, d_sum, true, d_sum)?; // 2
             for (i, (pool, part)) in pools.iter().enumerate() {
                 let d_part =
@@ -65,7 +65,9 @@ fn tail(b: &mut dyn Backend, t: &Tail, x: Mat, s: &Scratch) -> Result<()> {
 }
 
 fn map_head(b: &mut dyn Backend, m: &MapHead, x: Mat, s: &Scratch) -> Result<()> {
-    let Epilogue::BiasGelu { pre, form, dropout } = m.gelu else { unreachable!("the MLP has a GELU") };
+    let Epilogue::BiasGelu { pre: Some(pre), form, dropout } = m.gelu else {
+        unreachable!("the MLP has a GELU, and its pre-activation is kept for this pass")
+    };
     let d_a = s.d_pooled;
     b.matmul_backward(d_a, m.act, &m.fc2, InputGrad::Gelu { d_pre: m.d_pre, pre, form, dropout })?; // 8
     b.matmul_backward(m.d_pre, m.ln, &m.fc1, InputGrad::Plain(m.d_ln))?; // 7

@@ -114,7 +114,8 @@ impl Block {
             fc2_epilogue,
             fc2_out,
             above,
-            recompute: b.recompute(),
+            // Without a backward there is nothing to work out again.
+            recompute: if k.pre.is_some() { b.recompute() } else { Recompute::None },
         }
     }
 
@@ -137,9 +138,11 @@ impl Block {
         }
     }
 
-    /// The pre-activation, the form and the mask of the MLP's GELU.
+    /// The pre-activation, the form and the mask of the MLP's GELU, for a backward.
     pub fn gelu_parts(&self) -> (Mat, Gelu, Mask) {
-        let Epilogue::BiasGelu { pre, form, dropout } = self.gelu else { unreachable!("the MLP has a GELU") };
+        let Epilogue::BiasGelu { pre: Some(pre), form, dropout } = self.gelu else {
+            unreachable!("the MLP has a GELU, and a block with a backward keeps its pre-activation")
+        };
         (pre, form, dropout)
     }
 }
@@ -194,7 +197,8 @@ pub(super) struct Kept {
     mid: Mat,
     ln2: Mat,
     stats2: Stats,
-    pre: Mat,
+    /// What the GELU's backward reads.
+    pre: Option<Mat>,
     act: Mat,
     /// Outputs of the two halves before they join the stream; only where the model has masks or LayerScale.
     branches: Option<[Mat; 2]>,
@@ -218,7 +222,8 @@ impl KeptAttention {
 }
 
 impl Kept {
-    pub(super) fn new(b: &mut Builder, name: &str, branches: bool) -> Kept {
+    /// Of a block with a backward, or of all those without.
+    pub(super) fn new(b: &mut Builder, name: &str, branches: bool, has_backward: bool) -> Kept {
         let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
         Kept {
             x: b.stream(format!("{name} x"), r, d),
@@ -229,7 +234,7 @@ impl Kept {
             mid: b.stream(format!("{name} mid"), r, d),
             ln2: b.mat(format!("{name} ln2"), r, d),
             stats2: b.stats(&format!("{name} ln2"), r),
-            pre: b.mat(format!("{name} pre"), r, m),
+            pre: has_backward.then(|| b.mat(format!("{name} pre"), r, m)),
             act: b.mat(format!("{name} act"), r, m),
             branches: branches.then(|| Self::new_branches(b, name, r)),
         }
@@ -244,7 +249,7 @@ impl Kept {
     pub(super) fn beside(first: Kept, b: &mut Builder, name: &str) -> Kept {
         let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
         match b.recompute() {
-            Recompute::None => Kept::new(b, name, first.branches.is_some()),
+            Recompute::None => Kept::new(b, name, first.branches.is_some(), true),
             Recompute::LnGelu => Kept {
                 x: b.stream(format!("{name} x"), r, d),
                 stats1: b.stats(&format!("{name} ln1"), r),
@@ -252,7 +257,7 @@ impl Kept {
                 o: b.mat(format!("{name} o"), r, d),
                 mid: b.stream(format!("{name} mid"), r, d),
                 stats2: b.stats(&format!("{name} ln2"), r),
-                pre: b.mat(format!("{name} pre"), r, m),
+                pre: Some(b.mat(format!("{name} pre"), r, m)),
                 branches: first.branches.map(|_| Self::new_branches(b, name, r)),
                 ..first
             },
@@ -297,7 +302,7 @@ impl Kept {
             mid: b.stream(format!("{name} class mid"), n, d),
             ln2: b.mat(format!("{name} class ln2"), n, d),
             stats2: b.stats(&format!("{name} class ln2"), n),
-            pre: b.mat(format!("{name} class pre"), n, m),
+            pre: shared.is_none().then(|| b.mat(format!("{name} class pre"), n, m)),
             act: b.mat(format!("{name} class act"), n, m),
             branches: branches.then(|| Self::new_branches(b, &format!("{name} class"), n)),
         }

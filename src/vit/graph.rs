@@ -41,8 +41,9 @@ pub struct Stem {
 /// From tokens to one vector per image.
 #[derive(Clone)]
 pub enum Tail {
-    /// Pool, then normalise: class tokens (where it equals normalising first), and timm's `fc_norm`.
-    PoolNorm { pools: Vec<(Pool, Mat)>, pooled: Mat, norm: Norm, stats: Stats, y: Mat, d_pooled: Mat },
+    /// Pool, then normalise: class tokens (where it equals normalising first), and timm's `fc_norm`. `d_parts` is the gradient
+    /// of `pooled`.
+    PoolNorm { pools: Vec<(Pool, Mat)>, pooled: Mat, norm: Norm, stats: Stats, y: Mat, d_parts: Mat },
     /// Normalise: the last block has left the class tokens alone.
     Norm { norm: Norm, stats: Stats, y: Mat },
     /// Normalise every token, then pool.
@@ -246,13 +247,14 @@ impl Graph {
         let whole = depth - usize::from(pruned);
 
         let patches = b.mat("patches", r, config.patch_grid().patch_len());
-        let shared = (0..whole).any(|l| !keeps(l)).then(|| Kept::new(&mut b, "shared", joined_by_norm));
+        let shared =
+            (0..whole).any(|l| !keeps(l)).then(|| Kept::new(&mut b, "shared", joined_by_norm, false));
         let mut first: Option<Kept> = None;
         let mut kept: Vec<Kept> = (0..whole)
             .map(|l| match (shared, first) {
                 (Some(shared), _) if !keeps(l) => shared,
                 (_, Some(first)) => Kept::beside(first, &mut b, &format!("block {l}")),
-                (_, None) => *first.insert(Kept::new(&mut b, &format!("block {l}"), joined_by_norm)),
+                (_, None) => *first.insert(Kept::new(&mut b, &format!("block {l}"), joined_by_norm, true)),
             })
             .collect();
         if pruned {
@@ -318,7 +320,7 @@ impl Graph {
                     norm: b.norm("norm"),
                     stats: b.stats("norm", n * samples),
                     y: b.mat("normed", n * samples, d),
-                    d_pooled: Self::d_pooled(b, pooled, scratch, mode),
+                    d_parts: Self::d_parts(b, pooled, scratch, mode),
                 }
             }
             (PoolKind::Gap, NormPlace::After) => {
@@ -329,7 +331,7 @@ impl Graph {
                     norm: b.norm("fc_norm"),
                     stats: b.stats("norm", samples),
                     y: b.mat("normed", samples, d),
-                    d_pooled: Self::d_pooled(b, pooled, scratch, mode),
+                    d_parts: Self::d_parts(b, pooled, scratch, mode),
                 }
             }
             (PoolKind::Gap, NormPlace::Before) => Tail::NormPool {
@@ -344,10 +346,10 @@ impl Graph {
     }
 
     /// The gradient of what was pooled from the stream. `d_ln` is free by then, if it has the stream's type.
-    fn d_pooled(b: &mut Builder, pooled: Mat, scratch: &Scratch, mode: Mode) -> Mat {
+    fn d_parts(b: &mut Builder, pooled: Mat, scratch: &Scratch, mode: Mode) -> Mat {
         match mode {
             Mode::Train if scratch.d_ln.dtype == pooled.dtype => scratch.d_ln.first_rows(pooled.rows),
-            Mode::Train => b.stream("d_pooled stream", pooled.rows, pooled.cols),
+            Mode::Train => b.stream("d_parts", pooled.rows, pooled.cols),
             Mode::Infer => pooled.first_rows(0),
         }
     }
@@ -358,6 +360,7 @@ impl Graph {
         let (probe, d_probe) = b.param("attn_pool.latent");
         // Backward buffers: none for inference.
         let back = |rows: usize| if mode == Mode::Train { rows } else { 0 };
+        let pre = (mode == Mode::Train).then(|| b.mat("map pre", n, m));
         MapHead {
             norm: b.norm("norm"),
             stats: b.stats("norm", x.rows),
@@ -377,7 +380,7 @@ impl Graph {
             stats2: b.stats("map norm", n),
             ln: b.mat("map ln", n, d),
             fc1: b.linear("attn_pool.mlp.fc1"),
-            gelu: Epilogue::BiasGelu { pre: b.mat("map pre", n, m), form: c.gelu, dropout: Mask::NONE },
+            gelu: Epilogue::BiasGelu { pre, form: c.gelu, dropout: Mask::NONE },
             act: b.mat("map act", n, m),
             fc2: b.linear("attn_pool.mlp.fc2"),
             y: b.mat("pooled", n, d),

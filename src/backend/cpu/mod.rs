@@ -336,10 +336,10 @@ impl Backend for CpuBackend {
                 gemm::Epilogue::BiasResidual { bias, residual }
             }
             Epilogue::BiasGelu { pre, form, .. } => {
-                same_shape("matmul", pre, y);
+                pre.iter().for_each(|pre| same_shape("matmul", *pre, y));
                 gemm::Epilogue::BiasGelu {
                     bias: vector(&mut a, w.bias, out),
-                    pre: a.write(pre),
+                    pre: pre.map(|pre| a.write(pre)),
                     form,
                     dropout,
                 }

@@ -97,7 +97,7 @@ fn dense_layers_are_those_of_the_reference() {
             assert_close("db", &r[3], &expected("db"), 1e-6);
         });
         let pre = b.room(rows, out);
-        let gelu = Epilogue::BiasGelu { pre, form: Gelu::Tanh, dropout: Mask::NONE };
+        let gelu = Epilogue::BiasGelu { pre: Some(pre), form: Gelu::Tanh, dropout: Mask::NONE };
         b.everywhere(
             &[y],
             |k| k.matmul(x, &linear, gelu, y).unwrap(),
@@ -134,7 +134,7 @@ fn an_mlp_with_dropout_and_a_residual_has_the_slopes_of_the_f64_function() {
     let dropout = Mask { rate: 0.25, site: 6 };
     let form = Gelu::Tanh;
     let run = |k: &mut CpuBackend| {
-        k.matmul(x_mat, &fc1, Epilogue::BiasGelu { pre, form, dropout }, act).unwrap();
+        k.matmul(x_mat, &fc1, Epilogue::BiasGelu { pre: Some(pre), form, dropout }, act).unwrap();
         k.matmul(act, &fc2, Epilogue::BiasResidual(x_mat), y).unwrap();
         k.matmul(act, &fc2, Epilogue::BiasResidual(in_place), in_place).unwrap();
         k.matmul_backward(d_y_mat, act, &fc2, InputGrad::Gelu { d_pre, pre, form, dropout }).unwrap();

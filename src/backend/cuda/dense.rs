@@ -147,11 +147,16 @@ pub(super) fn matmul(cuda: &mut Cuda, x: Mat, w: &Linear, epilogue: Epilogue, y:
         }
         Epilogue::BiasGelu { pre, form, dropout } => {
             let fusable = y.dtype == Dtype::Bf16 && form == Gelu::Tanh && dropout.rate == 0.0;
-            if fusable && product.fuse(Fused::BiasGelu, bias).aux(cuda, pre).try_run(cuda)? {
+            let fused = match pre {
+                Some(pre) => product.fuse(Fused::BiasGeluAux, bias).aux(cuda, pre),
+                None => product.fuse(Fused::BiasGelu, bias),
+            };
+            if fusable && fused.try_run(cuda)? {
                 return Ok(());
             }
-            Product::forward(cuda, x, w.weight, pre).run(cuda)?;
-            bias_gelu(cuda, pre, Some(w.bias), form, dropout, y)
+            let product = pre.unwrap_or(y);
+            Product::forward(cuda, x, w.weight, product).run(cuda)?;
+            bias_gelu(cuda, product, Some(w.bias), pre, form, dropout, y)
         }
         Epilogue::BiasTanh => {
             product.run(cuda)?;
@@ -232,11 +237,19 @@ fn bias_residual(cuda: &Cuda, z: Mat, bias: Mat, residual: Mat, y: Mat) -> Resul
 
 /// [`crate::backend::Backend::gelu`]
 pub(super) fn gelu(cuda: &Cuda, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
-    bias_gelu(cuda, pre, None, form, dropout, y)
+    bias_gelu(cuda, pre, None, None, form, dropout, y)
 }
 
-/// In place in `pre`, which holds the product without its bias, if there is one to add.
-fn bias_gelu(cuda: &Cuda, pre: Mat, bias: Option<Mat>, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
+/// `z` holds `pre`, or the product without its bias: then `pre` is where the sum is kept, if it is.
+fn bias_gelu(
+    cuda: &Cuda,
+    z: Mat,
+    bias: Option<Mat>,
+    pre: Option<Mat>,
+    form: Gelu,
+    dropout: Mask,
+    y: Mat,
+) -> Result<()> {
     launch!(
         cuda,
         variant!(y.dtype, "bias_gelu"),
@@ -246,12 +259,12 @@ fn bias_gelu(cuda: &Cuda, pre: Mat, bias: Option<Mat>, form: Gelu, dropout: Mask
         cuda.cells.address(),
         cuda.mask(dropout),
         cuda.rows_per_sample(y.rows),
-        cuda.at(pre),
-        pre.ld as u32,
+        cuda.at(z),
+        z.ld as u32,
         cuda.at_or_null(bias),
         form_code(form),
-        cuda.at(pre),
-        pre.ld as u32,
+        cuda.at_or_null(pre),
+        pre.map_or(0, |pre| pre.ld as u32),
         cuda.at(y),
         y.ld as u32,
         y.rows as u32,

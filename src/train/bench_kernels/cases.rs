@@ -117,7 +117,7 @@ impl Room {
     }
 
     /// A part of the residual stream.
-    fn stream(&mut self, rows: usize, cols: usize, stream: Dtype) -> Mat {
+    pub(super) fn stream(&mut self, rows: usize, cols: usize, stream: Dtype) -> Mat {
         if stream == Dtype::F32 { self.f32(rows, cols) } else { self.activation(rows, cols) }
     }
 
@@ -493,7 +493,7 @@ fn elementwise(model: &Model, images: usize, all_images: bool) -> Vec<Case> {
                 let (x, pre, y) =
                     (room.activation(rows, d), room.activation(rows, m), room.activation(rows, m));
                 let w = room.linear(m, d, false);
-                let epilogue = Epilogue::BiasGelu { pre, form: Gelu::Erf, dropout: Mask::NONE };
+                let epilogue = Epilogue::BiasGelu { pre: Some(pre), form: Gelu::Erf, dropout: Mask::NONE };
                 Placed::new(move |b| b.matmul(x, &w, epilogue, y))
             },
         )

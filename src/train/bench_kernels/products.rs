@@ -1,7 +1,7 @@
 //! The matrix products that are timed.
 
 use crate::backend::cuda::driver::Launched;
-use crate::backend::{Epilogue, Gelu, InputGrad, Mask};
+use crate::backend::{Dtype, Epilogue, Gelu, InputGrad, Mask};
 
 use super::cases::{Case, Placed, Room, half};
 use super::sizes::Model;
@@ -23,32 +23,15 @@ fn product(
 ) -> Vec<Case> {
     let flops = 2.0 * (rows * out * input) as f64;
     let (x, y, w) = (half(rows, input), half(rows, out), half(out, input));
-    let (operation, epilogue_bytes) = match layer {
-        "patch_embed" => ("patch_embed", 0),
-        "qkv" => ("qkv, bias", 0),
-        "proj" => ("proj, bias, residual", y),
-        "fc1" => ("fc1, bias, gelu", y),
-        _ => ("fc2, bias, residual", y),
-    };
     let shape = format!("{model} [{rows}, {input}] → {out}");
-    let forward = move |room: &mut Room| {
-        let (x, y, w) =
-            (room.activation(rows, input), room.activation(rows, out), room.linear(out, input, false));
-        let other = room.activation(rows, out);
-        let epilogue = match layer {
-            "patch_embed" => Epilogue::None,
-            "qkv" => Epilogue::Bias,
-            "fc1" => Epilogue::BiasGelu { pre: other, form: Gelu::Tanh, dropout: Mask::NONE },
-            _ => Epilogue::BiasResidual(other),
-        };
-        Placed::new(move |b| b.matmul(x, &w, epilogue, y))
-    };
     let no_kernel = |_: &[Launched]| Vec::new();
-    let mut cases = vec![
-        Case::new(operation, shape.clone(), images, no_kernel, forward)
-            .flops(flops)
-            .product_bytes(x + y + w + epilogue_bytes),
-    ];
+    // What these give is a part of the residual stream.
+    let streams: &[Dtype] = match layer {
+        "patch_embed" | "proj" | "fc2" => &[Dtype::Bf16, Dtype::F32],
+        _ => &[Dtype::Bf16],
+    };
+    let mut cases: Vec<Case> =
+        streams.iter().map(|stream| forward((model, rows, images), (layer, out, input), *stream)).collect();
     let (input_grad, weight_grad) = match layer {
         "patch_embed" => (None, "patch_embed weight gradient"),
         "qkv" => (Some("qkv input gradient"), "qkv weight gradient, bias"),
@@ -86,4 +69,35 @@ fn product(
         Case::new(weight_grad, shape, images, no_kernel, place).flops(flops).product_bytes(x + y + 2 * w),
     );
     cases
+}
+
+fn forward(
+    (model, rows, images): (&'static str, usize, usize),
+    (layer, out, input): (&'static str, usize, usize),
+    stream: Dtype,
+) -> Case {
+    let y = stream.bytes() * rows * out;
+    let (operation, epilogue_bytes) = match layer {
+        "patch_embed" => ("patch_embed", 0),
+        "qkv" => ("qkv, bias", 0),
+        "proj" => ("proj, bias, residual", y),
+        "fc1" => ("fc1, bias, gelu", y),
+        _ => ("fc2, bias, residual", y),
+    };
+    let note = if stream == Dtype::F32 { ", stream f32" } else { "" };
+    let place = move |room: &mut Room| {
+        let (x, w) = (room.activation(rows, input), room.linear(out, input, false));
+        let [y, other] = [0; 2].map(|_| room.stream(rows, out, stream));
+        let epilogue = match layer {
+            "patch_embed" => Epilogue::None,
+            "qkv" => Epilogue::Bias,
+            "fc1" => Epilogue::BiasGelu { pre: Some(other), form: Gelu::Tanh, dropout: Mask::NONE },
+            _ => Epilogue::BiasResidual(other),
+        };
+        Placed::new(move |b| b.matmul(x, &w, epilogue, y))
+    };
+    let shape = format!("{model} [{rows}, {input}] → {out}{note}");
+    Case::new(operation, shape, images, |_| Vec::new(), place)
+        .flops(2.0 * (rows * out * input) as f64)
+        .product_bytes(half(rows, input) + y + half(out, input) + epilogue_bytes)
 }

@@ -28,7 +28,7 @@ pub(super) enum Finish<'a> {
     Store,
     Bias(&'a [f32]),
     BiasResidual { bias: &'a [f32], residual: Rows<'a> },
-    BiasGelu { bias: &'a [f32], pre: Shared<'a>, form: Gelu, dropout: Option<Dropout> },
+    BiasGelu { bias: &'a [f32], pre: Option<Shared<'a>>, form: Gelu, dropout: Option<Dropout> },
     BiasTanh(&'a [f32]),
     GeluGrad { pre: Rows<'a>, form: Gelu, dropout: Option<Dropout> },
     TanhGrad(Rows<'a>),
@@ -135,12 +135,14 @@ pub(super) unsafe fn finish<S: Simd>(s: S, how: &Finish, done: &Done, y: Shared)
 /// # Safety
 /// As [`finish`].
 #[inline(always)]
-unsafe fn bias_gelu<S: Simd, C: Curve>(s: S, bias: &[f32], pre: Shared, done: &Done, y: Shared) {
+unsafe fn bias_gelu<S: Simd, C: Curve>(s: S, bias: &[f32], pre: Option<Shared>, done: &Done, y: Shared) {
     // SAFETY: the caller's promise.
     unsafe {
         for_each_vector!(s, done, y, |x, r, j, len| {
             let x = s.add(x, get(s, bias.as_ptr().add(j), len));
-            put(s, pre.at(r, j), x, len);
+            if let Some(pre) = pre {
+                put(s, pre.at(r, j), x, len);
+            }
             C::value(s, x)
         });
     }

@@ -42,10 +42,10 @@ pub enum Epilogue<'a> {
         bias: &'a [f32],
         residual: Residual<'a>,
     },
-    /// `pre` keeps `x·wᵀ + b`.
+    /// `pre` keeps `x·wᵀ + b`, if it is wanted.
     BiasGelu {
         bias: &'a [f32],
-        pre: RowsMut<'a>,
+        pre: Option<RowsMut<'a>>,
         form: Gelu,
         dropout: Option<Dropout>,
     },
@@ -98,9 +98,11 @@ pub fn matmul(c: &Compute, x: Rows, w: Rows, epilogue: Epilogue, y: RowsMut) {
         }
         Epilogue::BiasGelu { bias, pre, form, dropout } => {
             check(bias);
-            assert_eq!((pre.rows, pre.cols), (rows, out), "matmul: shape of the pre-activation");
-            let pre = Shared::new(pre);
-            partial = Some(pre);
+            if let Some(pre) = &pre {
+                assert_eq!((pre.rows, pre.cols), (rows, out), "matmul: shape of the pre-activation");
+            }
+            let pre = pre.map(Shared::new);
+            partial = pre;
             Finish::BiasGelu { bias, pre, form, dropout: some(dropout) }
         }
         Epilogue::BiasTanh(bias) => {

@@ -132,7 +132,8 @@ fn matmul_equals_f64_with_every_epilogue() {
                 on_every_isa(
                     |c| {
                         let mut pre = blank.clone();
-                        let epilogue = Epilogue::BiasGelu { bias: &bias, pre: pre.rows_mut(), form, dropout };
+                        let epilogue =
+                            Epilogue::BiasGelu { bias: &bias, pre: Some(pre.rows_mut()), form, dropout };
                         let mut y = run(c, epilogue, &residual);
                         y.extend(pre.values());
                         y
@@ -310,7 +311,9 @@ fn linear_layers_equal_the_reference() {
                     let kept = RowsMut::dense(&mut pre, rows, out);
                     let epilogue = match fused {
                         false => Epilogue::Bias(&b),
-                        true => Epilogue::BiasGelu { bias: &b, pre: kept, form: Gelu::Tanh, dropout: None },
+                        true => {
+                            Epilogue::BiasGelu { bias: &b, pre: Some(kept), form: Gelu::Tanh, dropout: None }
+                        }
                     };
                     matmul(c, x, w, epilogue, RowsMut::dense(&mut y, rows, out));
                     // The gradient of the pre-activation: dy through an identity, so that the epilogue makes it.
