@@ -235,6 +235,19 @@ fn resume_after_a_broken_context_has_the_bits_of_an_unbroken_run() {
 }
 
 #[test]
+fn the_self_test_ends_with_whole_steps() {
+    let Some(folder) = stand_in() else { return };
+    let args = ["selftest", "--device", "cuda", "--filter", "training", "--json"];
+    let done = run(&folder, "checks=on", &args).ok();
+    assert!(!done.stderr.contains("stand-in GPU:"), "{}", done.stderr);
+    let proofs = done.json()["training"].as_array().unwrap().clone();
+    let devices: Vec<&str> = proofs.iter().map(|proof| proof["device"].as_str().unwrap()).collect();
+    assert!(devices[0].ends_with(", f32") && devices[1].ends_with(", bf16"), "{devices:?}");
+    assert!(devices[2].ends_with(", bf16, residual stream in f32"), "{devices:?}");
+    assert!(proofs.iter().all(|proof| proof["repeats"] == true), "{proofs:?}");
+}
+
+#[test]
 fn a_stream_in_f32_is_resumed_to_the_bit_and_changed_only_in_words() {
     let Some(folder) = stand_in() else { return };
     let (unbroken, out) = (path("stream"), path("stream-resumed"));

@@ -653,6 +653,18 @@ pub fn update_bytes(storage: Storage, rule: Rule, segments: &[Segment]) -> usize
     if storage.is_apart() { cuda::update_bytes(rule, segments) } else { 0 }
 }
 
+/// Which device `Auto` is, for those who open one again and again: [`select`] prints its line once.
+///
+/// # Errors
+/// Those of [`select`].
+pub fn decide(device: Device, options: &Options) -> Result<Device> {
+    match device {
+        Device::Auto if cuda::Cuda::open(options).is_ok() => Ok(Device::Cuda),
+        Device::Auto => select(device, options).map(|_| Device::Cpu),
+        other => Ok(other),
+    }
+}
+
 /// Opens the device that the user asked for. `Auto` takes the CPU after one line on stderr that says why.
 ///
 /// # Errors

@@ -92,15 +92,6 @@ pub struct Report {
 /// # Errors
 /// The device cannot be opened, or the filter leaves no case; for what the cases found see [`verdict`].
 pub fn check(device: Device, options: &Options, filter: Option<&str>) -> Result<Vec<Report>> {
-    // Every case opens the device anew: `auto` is settled here, so that its line is printed once.
-    let device = match device {
-        Device::Auto if select(Device::Cuda, options).is_ok() => Device::Cuda,
-        Device::Auto => {
-            select(device, options)?;
-            Device::Cpu
-        }
-        other => other,
-    };
     let (f32, bf16) = ((Precision::F32, Residual::Auto), (Precision::Bf16, Residual::Auto));
     let stream_in_f32 = (Precision::Bf16, Residual::F32);
     let kinds = match (device, options.precision) {

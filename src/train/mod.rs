@@ -16,6 +16,7 @@ pub mod loaded;
 pub mod pass;
 pub mod plan;
 pub mod probe;
+pub mod proof;
 pub mod replay;
 pub mod ridge;
 pub mod run;

@@ -1,0 +1,188 @@
+//! Whole training steps on a device: held against the CPU's, and against the same steps done again.
+//!
+//! Operations are proved one by one by `selftest`. What they come to together (order, buffers that are used twice, a
+//! recorded step that is replayed, masks, the update) shows here only.
+
+use std::time::Instant;
+
+use crate::backend::{self, Arena, Device, Precision, Residual, TargetKind};
+use crate::dist::Collective;
+use crate::error::Result;
+use crate::recipe::Recipe;
+use crate::rng::{Domain, Stream};
+use crate::vit::Mode;
+
+use super::{Trainer, build};
+
+/// Steps of a proof: enough for a recorded step to be replayed, and for the warm-up to end.
+const STEPS: usize = 12;
+
+/// A small ViT with every mask, in batches of two micro-batches.
+const RECIPE: [&str; 20] = [
+    "model.image=16",
+    "model.patch=4",
+    "model.width=64",
+    "model.depth=2",
+    "model.heads=2",
+    "model.classes=10",
+    "model.dropout=0.1",
+    "model.attention_dropout=0.1",
+    "model.drop_path=0.1",
+    "optim.lr=1e-3",
+    "optim.weight_decay=0.05",
+    "optim.clip=1",
+    "optim.ema=0.9",
+    "schedule.warmup=4",
+    "loss.label_smoothing=0.1",
+    "train.steps=12",
+    "train.batch=8",
+    "train.micro_batch=4",
+    "train.seed=3",
+    "train.deterministic=true",
+];
+
+/// What was found on one device in one precision.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Proof {
+    /// [`backend::Backend::describe`]
+    pub device: String,
+    pub seconds: f64,
+    /// The largest relative distance of a loss or a gradient norm from the CPU's, which has one thread and f32.
+    pub distance: f64,
+    pub tolerance: f64,
+    /// The same steps again ended in the same bits: weights, losses and norms.
+    pub repeats: bool,
+}
+
+/// Proves the device in every precision that it is used in, or in the one that is asked for.
+///
+/// # Errors
+/// The device cannot be used. What does not agree is no error but a [`Proof`] that has not passed.
+pub fn prove(device: Device, precision: Precision) -> Result<Vec<Proof>> {
+    let f32 = (Precision::F32, Residual::Auto, 1e-4);
+    let bf16 = [(Precision::Bf16, Residual::Bf16, 0.02), (Precision::Bf16, Residual::F32, 0.02)];
+    let kinds = match (device, precision) {
+        (Device::Cuda, Precision::Auto) => [&[f32][..], &bf16].concat(),
+        (_, Precision::Auto | Precision::F32) => vec![f32],
+        (_, Precision::Tf32) => vec![(Precision::Tf32, Residual::Auto, 0.01)],
+        (_, Precision::Bf16) => bf16.to_vec(),
+    };
+    let on_cpu = steps(Device::Cpu, &["train.threads=1"])?;
+    let one = |(precision, residual, tolerance): (Precision, Residual, f64)| -> Result<Proof> {
+        let word = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
+        let settings =
+            [format!("train.precision={}", word(&precision)), format!("train.residual={}", word(&residual))];
+        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+        let start = Instant::now();
+        let (first, again) = (steps(device, &settings)?, steps(device, &settings)?);
+        let distance = first.distance(&on_cpu);
+        let seconds = start.elapsed().as_secs_f64();
+        Ok(Proof { repeats: first == again, device: first.device, seconds, distance, tolerance })
+    };
+    kinds.into_iter().map(one).collect()
+}
+
+impl Proof {
+    pub fn passed(&self) -> bool {
+        self.repeats && self.distance <= self.tolerance
+    }
+
+    pub fn text(&self) -> String {
+        let verdict = |good: bool| if good { "ok" } else { "FAILED" };
+        let follows = verdict(self.distance <= self.tolerance);
+        format!(
+            "{}\n  losses and gradient norms from the CPU's  {:>9.1e}  {:>9.1e}  {follows}\n  the same steps again, to the bit         \
+             {:>23}\n",
+            self.device,
+            self.distance,
+            self.tolerance,
+            verdict(self.repeats)
+        )
+    }
+}
+
+/// What a few steps left.
+#[derive(PartialEq)]
+struct Ran {
+    device: String,
+    /// Loss and gradient norm of each step.
+    reports: Vec<(f64, f64)>,
+    weights: Vec<u8>,
+    ema: Vec<u8>,
+}
+
+impl Ran {
+    fn distance(&self, other: &Ran) -> f64 {
+        let apart = |a: f64, b: f64| {
+            let distance = (a - b).abs() / b.abs().max(f64::MIN_POSITIVE);
+            if distance.is_nan() { f64::INFINITY } else { distance }
+        };
+        let both = self.reports.iter().zip(&other.reports);
+        both.map(|(a, b)| apart(a.0, b.0).max(apart(a.1, b.1))).fold(0.0, f64::max)
+    }
+}
+
+/// Trains the small model from its first weights on pictures of noise, another batch in each step.
+fn steps(device: Device, settings: &[&str]) -> Result<Ran> {
+    let settings: Vec<String> = RECIPE.iter().chain(settings).map(|s| (*s).to_owned()).collect();
+    let recipe = Recipe::default().with(&settings)?;
+    let backend = backend::select(device, &build::device_options(&recipe))?;
+    let described = backend.describe();
+    let model = build::model(&recipe, Mode::Train, backend.storage())?;
+    let classes = model.config.classes;
+    let optimizer = build::optimizer(&recipe, &model, STEPS * recipe.train.batch)?;
+    let one_rank = Collective { rank: 0, size: 1 };
+    let mut trainer = Trainer::new(backend, model, optimizer, one_rank, build::options(&recipe))?;
+
+    let layout = build::slot_layout(&recipe, TargetKind::Labels);
+    let mut free = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<Vec<_>>>()?;
+    let mut reports = Vec::new();
+    for step in 0..STEPS {
+        let mut slot = free.pop().expect("a step gives back the slot before it");
+        let mut draws = Stream::new(7, Domain::Demo, step as u64, 0);
+        slot.images_u8_mut().iter_mut().for_each(|pixel| *pixel = draws.next_u32() as u8);
+        slot.labels_mut().iter_mut().for_each(|label| *label = draws.below(classes) as i32);
+        let (back, report) = trainer.step(slot)?;
+        free.extend(back);
+        reports.push((report.loss, report.grad_norm));
+    }
+    let [weights, ema] = [Arena::Params, Arena::Ema].map(|arena| trainer.backend.read_arena(arena));
+    Ok(Ran { device: described, reports, weights: weights?, ema: ema? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ran(reports: &[(f64, f64)]) -> Ran {
+        Ran { device: "a device".into(), reports: reports.to_vec(), weights: vec![1], ema: vec![2] }
+    }
+
+    #[test]
+    fn the_largest_distance_counts_and_what_is_no_number_is_far() {
+        let cpu = ran(&[(2.0, 1.0), (1.0, 4.0)]);
+        assert_eq!(cpu.distance(&cpu), 0.0);
+        assert_eq!(ran(&[(2.0, 1.0), (1.0, 5.0)]).distance(&cpu), 0.25);
+        assert_eq!(ran(&[(2.0, f64::NAN), (1.0, 4.0)]).distance(&cpu), f64::INFINITY);
+    }
+
+    #[test]
+    fn a_proof_fails_by_distance_and_by_bits() {
+        let good =
+            Proof { device: "a device".into(), seconds: 1.0, distance: 1e-5, tolerance: 1e-4, repeats: true };
+        assert!(good.passed() && !good.text().contains("FAILED"));
+        for bad in [Proof { distance: 1e-3, ..good.clone() }, Proof { repeats: false, ..good }] {
+            assert!(!bad.passed());
+            assert_eq!(bad.text().matches("FAILED").count(), 1, "{}", bad.text());
+        }
+    }
+
+    /// Another seed is another run: the comparison would see it.
+    #[test]
+    fn other_steps_are_far_from_these() {
+        let [these, others] = [&["train.threads=1"][..], &["train.threads=1", "train.seed=4"]]
+            .map(|s| steps(Device::Cpu, s).unwrap());
+        assert!(these != others && others.distance(&these) > 0.02, "{}", others.distance(&these));
+        assert!(these.reports.iter().all(|(loss, norm)| loss.is_finite() && *norm > 0.0));
+    }
+}
