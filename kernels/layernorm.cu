@@ -456,7 +456,8 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
                                 partials, pitch);                                                            \
   }
 
-// Where a row does not leave 256 threads enough of them, two blocks of 192 hold more rows than one of 256.
+// Where a row does not leave 256 threads enough registers, blocks of 192 hold more rows on a multiprocessor; so they do where
+// a second row ahead takes them.
 LAYERNORM(bf16, bf16, 1, 2, 256, 4, 256, 4, 256, 3)
 LAYERNORM(bf16, bf16, 2, 2, 192, 3, 256, 3, 256, 2)
 LAYERNORM(bf16, bf16, 3, 1, 256, 2, 256, 2, 192, 2)

@@ -44,6 +44,29 @@ fn labels() -> Vec<usize> {
 }
 
 #[test]
+fn drop_last_leaves_out_the_short_batch_alone() {
+    let data = scratch().join("one-broken");
+    let classes = names(Path::new(stripes()).join("val"));
+    for (class, folder) in classes.iter().enumerate() {
+        let (from, to) = (Path::new(stripes()).join("val").join(folder), data.join("val").join(folder));
+        std::fs::create_dir_all(&to).unwrap();
+        for (i, name) in names(&from).iter().enumerate() {
+            // The first batch has a picture that nobody can read.
+            match (class, i) {
+                (0, 3) => std::fs::write(to.join(name), b"no picture").unwrap(),
+                _ => drop(std::fs::copy(from.join(name), to.join(name)).unwrap()),
+            }
+        }
+    }
+    let data = data.display().to_string();
+    let images = |more: &[&str]| {
+        let args = ["eval", "--weights", trained(), "--data", &data, "--batch", "16", "--json"];
+        vitrum(&[&args[..], more].concat()).ok().json()["images"].as_u64().unwrap()
+    };
+    assert_eq!((images(&[]), images(&["--drop-last"])), (39, 31));
+}
+
+#[test]
 fn every_protocol_measures_every_picture_once() {
     let all = eval(&["--protocol", "all", "--json"]).ok().json();
     let all = all["protocols"].as_array().unwrap().clone();

@@ -111,6 +111,10 @@ impl Rounded {
         if !self.is_in_stream(mat) {
             return mat;
         }
+        self.copied(mat, place)
+    }
+
+    fn copied(&mut self, mat: Mat, place: usize) -> Mat {
         let offset = place * self.operand_bytes;
         let copy = Mat { arena: Arena::Workspace, offset, ld: mat.cols, ..mat };
         self.inner.copy_as_bf16(mat, copy);
@@ -156,10 +160,7 @@ impl Backend for Rounded {
         let bytes = plan.bytes(Arena::Params);
         self.params = Mat { cols: bytes / 4, ld: bytes / 4, ..self.params };
         self.stream.clear();
-        self.operand_bytes = match self.rounds {
-            Rounds::All => 0,
-            Rounds::AllButResidual => plan.activations.iter().map(|entry| entry.bytes).max().unwrap_or(0),
-        };
+        self.operand_bytes = plan.activations.iter().map(|entry| entry.bytes).max().unwrap_or(0);
         let mut plan = plan.clone();
         plan.set_bytes(Arena::Working, bytes);
         plan.set_bytes(Arena::Workspace, 2 * self.operand_bytes);
@@ -285,7 +286,7 @@ impl Backend for Rounded {
         // What an own kernel behind the product reads.
         let layer_of_kernel = Linear { bias: w.bias, ..layer };
         match epilogue {
-            // Alone in front of `embed`.
+            // What is added to the stream; alone in front of `embed`.
             Epilogue::None | Epilogue::BiasResidual(_) => {
                 let in_stream = match epilogue {
                     Epilogue::BiasResidual(residual) => self.is_in_stream(residual),
@@ -310,10 +311,11 @@ impl Backend for Rounded {
                 self.stored(pre);
                 self.gelu(pre, form, dropout, y)?;
             }
-            // On a GPU `y` holds `pre` for a moment, rounded.
-            Epilogue::BiasGelu { pre: None, .. } => {
-                self.inner.matmul(x, &layer_of_kernel, epilogue, y)?;
-                self.stored(y);
+            // `y` holds it for a moment, on a GPU as well.
+            Epilogue::BiasGelu { pre: None, form, dropout } => {
+                self.inner.matmul(x, &layer_of_kernel, Epilogue::Bias, y)?;
+                let pre = self.copied(y, 0);
+                self.gelu(pre, form, dropout, y)?;
             }
             Epilogue::BiasTanh => {
                 self.inner.matmul(x, &layer_of_kernel, epilogue, y)?;
@@ -486,181 +488,4 @@ impl Backend for Rounded {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::{GroupScalars, LossKind, Pixels, Rule, Segment, TargetKind};
-    use crate::rng::{Domain, Stream};
-    use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
-    use crate::vit::{LastBlock, Mode, ModelConfig, Vit};
-
-    fn config() -> ModelConfig {
-        ModelConfig {
-            image: (8, 12),
-            patch: (4, 4),
-            width: 24,
-            depth: 2,
-            heads: 3,
-            mlp: 20,
-            qkv_bias: true,
-            classes: 5,
-            pool: PoolKind::Token,
-            norm: NormPlace::Before,
-            extra_tokens: 1,
-            posemb: Posemb::Learned,
-            posemb_join: PosembJoin::After,
-            rep_size: 0,
-            layer_scale: 0.0,
-            gelu: Gelu::Tanh,
-            ln_eps: 1e-6,
-            dropout: 0.0,
-            attention_dropout: 0.0,
-            drop_path: 0.0,
-            drop_path_mode: DropPathMode::Linear,
-            init: InitScheme::Deit3,
-            head_bias: 0.0,
-        }
-    }
-
-    /// Every operation.
-    fn models() -> [ModelConfig; 4] {
-        let map = ModelConfig { pool: PoolKind::Map, extra_tokens: 0, drop_path: 0.2, ..config() };
-        let representation = ModelConfig { rep_size: 7, ..config() };
-        let masks = ModelConfig {
-            extra_tokens: 2,
-            layer_scale: 0.5,
-            gelu: Gelu::Erf,
-            dropout: 0.1,
-            attention_dropout: 0.1,
-            ..config()
-        };
-        [config(), map, representation, masks]
-    }
-
-    /// A model after one step of gradient descent on one batch.
-    fn trained(config: ModelConfig, rounds: Rounds) -> (Rounded, Vit) {
-        let (samples, image) = (3, config.image);
-        let mode = (Mode::Train, Storage::CPU, LastBlock::Pruned);
-        let model = Vit::new(config, Normalise::INCEPTION, samples, mode.0, mode.1, mode.2, |_| false);
-        let mut b = Rounded::new(CpuBackend::new(1).unwrap(), rounds);
-        let mut plan = model.plan();
-        plan.set_bytes(Arena::Moment1, plan.bytes(Arena::Grads));
-        b.allocate(&plan).unwrap();
-        assert_eq!(b.allocated_bytes(), plan.total_bytes());
-        model.init(&mut b, 1).unwrap();
-
-        let layout = SlotLayout { samples, image, pixels: Pixels::U8, targets: TargetKind::Labels };
-        let mut slot = b.new_slot(layout).unwrap();
-        let mut random = Stream::new(3, Domain::Init, 99, 0);
-        slot.images_u8_mut().iter_mut().for_each(|p| *p = random.next_u32() as u8);
-        slot.labels_mut().copy_from_slice(&[4, 0, 2]);
-        b.bind_batch(slot).unwrap();
-
-        b.begin_step(StepKeys { seed: 7, step: 11 }).unwrap();
-        b.begin_report().unwrap();
-        b.begin_micro(Micro::whole(samples)).unwrap();
-        let segment = |p: &crate::vit::Param| {
-            let (param, grad, len) = (p.offset, p.grad_offset.unwrap(), p.padded_len());
-            Segment { name: p.name.clone(), param, grad, len, group: 0, factor: None }
-        };
-        let segments: Vec<Segment> = model.layout.parameters().map(segment).collect();
-        let update = Update {
-            rule: Rule::Sgd { momentum: 0.0, nesterov: false, bf16: false },
-            segments: &segments,
-            groups: &[GroupScalars { lr: 0.1, decay: 0.0 }],
-            t: 1,
-            clip: None,
-            clip_torch: false,
-            ema_decay: None,
-        };
-        let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.1 };
-        let mut body = |b: &mut dyn Backend| {
-            model.forward(b, true)?;
-            model.loss(b, loss)?;
-            model.backward(b, true)
-        };
-        b.step(&mut body, Some(&update)).unwrap();
-        (b, model)
-    }
-
-    fn values(b: &mut Rounded, arena: Arena) -> Vec<f32> {
-        bytemuck::pod_collect_to_vec(&b.read_arena(arena).unwrap())
-    }
-
-    fn is_bf16(value: &f32) -> bool {
-        half::bf16::from_f32(*value).to_f32() == *value
-    }
-
-    /// Names of the activations that hold what bf16 cannot.
-    fn unrounded(b: &mut Rounded, model: &Vit) -> Vec<String> {
-        let values = values(b, Arena::Activations);
-        let mut rest = &values[..];
-        let mut names = Vec::new();
-        for entry in &model.plan().activations {
-            let (held, behind) = rest.split_at(entry.bytes / 4);
-            rest = behind;
-            if !held.iter().all(is_bf16) {
-                names.push(entry.name.clone());
-            }
-        }
-        names
-    }
-
-    #[allow(clippy::ptr_arg, reason = "a predicate of names")]
-    fn is_statistic(name: &String) -> bool {
-        ["mean", "rstd", "lse", "p", "samples"].contains(&name.rsplit(' ').next().unwrap())
-    }
-
-    #[test]
-    fn what_a_gpu_stores_in_bf16_is_bf16_and_statistics_are_not() {
-        for config in models() {
-            let (mut b, model) = trained(config, Rounds::All);
-            let names = unrounded(&mut b, &model);
-            assert!(names.iter().all(is_statistic), "{names:?}");
-            assert!(names.len() > 4, "{names:?}");
-        }
-    }
-
-    #[test]
-    fn the_residual_stream_alone_can_stay_f32() {
-        let names = |config: ModelConfig| {
-            let (mut b, model) = trained(config, Rounds::AllButResidual);
-            let mut names = unrounded(&mut b, &model);
-            names.retain(|name| !is_statistic(name));
-            names
-        };
-        let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, drop_path: 0.2, ..config() };
-        let stream = ["block 0 x", "block 0 mid", "block 1 x", "block 1 mid", "x", "d_x"];
-        assert_eq!(names(gap.clone()), stream);
-        // By the epilogue of a product.
-        assert_eq!(names(ModelConfig { drop_path: 0.0, ..gap }), stream);
-        // The class tokens' part of the stream.
-        let [blocks, class] =
-            [["block 0 x", "block 0 mid", "block 1 x"], ["block 1 class x", "block 1 class mid", "x"]];
-        assert_eq!(names(config()), [&blocks[..], &class, &["d_x", "class d_x"]].concat());
-    }
-
-    #[test]
-    fn products_read_rounded_weights_and_updates_do_not() {
-        for rounds in [Rounds::All, Rounds::AllButResidual] {
-            let (mut b, _) = trained(config(), rounds);
-            let params = values(&mut b, Arena::Params);
-            assert!(!params.iter().all(is_bf16));
-            let rounded: Vec<f32> = params.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect();
-            assert_eq!(values(&mut b, Arena::Working), rounded);
-            assert!(!values(&mut b, Arena::Grads).iter().all(is_bf16));
-        }
-    }
-
-    #[test]
-    fn another_way_to_round_is_refused_and_a_run_says_its_own() {
-        assert_eq!(Rounds::parse("bf16").unwrap(), Rounds::All);
-        assert_eq!(Rounds::parse("bf16-residual-f32").unwrap(), Rounds::AllButResidual);
-        for word in ["f32", "BF16", "bf16 "] {
-            let error = Rounds::parse(word).unwrap_err();
-            assert!(error.message().contains(&format!("`VITRUM_CPU_ROUNDS={word}`")), "{error}");
-        }
-        let describe = |rounds| Rounded::new(CpuBackend::new(1).unwrap(), rounds).describe();
-        assert!(describe(Rounds::All).ends_with("rounds to bf16 (VITRUM_CPU_ROUNDS)"));
-        assert!(describe(Rounds::AllButResidual).contains("all but the residual stream"));
-    }
-}
+mod tests;

@@ -13,7 +13,7 @@ use crate::backend::{
 use crate::data::{self, Dataset, Loader, LoaderSpec, Split};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
-use crate::recipe::{OnBadRecord, Recipe};
+use crate::recipe::{MicroBatch, OnBadRecord, Recipe};
 use crate::report::format;
 use crate::rng::{Domain, Stream};
 use crate::vit::{Mode, Vit};
@@ -197,6 +197,10 @@ impl Subject {
             let trainer = Trainer::new(backend, model, optimizer, collective, build::options(recipe))?;
             return Ok(Self::Train(Box::new(trainer)));
         }
+        // A pass is a batch: nothing is added up over parts of one.
+        let mut recipe = recipe.clone();
+        recipe.train.micro_batch = MicroBatch::Samples(recipe.train.batch);
+        let recipe = &recipe;
         let model = build::model(recipe, Mode::Infer, backend.storage())?;
         let mut plan = model.plan();
         plan.set_batch(build::slot_layout(recipe, TargetKind::Labels));
@@ -241,7 +245,7 @@ impl Subject {
                 free
             }
             Self::Infer { backend, model } => {
-                // As in an evaluation, a batch goes up while the one before is computed.
+                // A batch goes up while the one before is computed. Unlike an evaluation, nothing comes down.
                 let free = backend.bind_batch(batch)?;
                 backend.synchronize()?;
                 backend.begin_step(StepKeys { seed: 0, step: 0 })?;

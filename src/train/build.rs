@@ -55,10 +55,11 @@ pub fn slot_layout(recipe: &Recipe, targets: TargetKind) -> SlotLayout {
     }
 }
 
-/// Class indices, or rows of zeros and ones where samples may have several classes.
-pub fn targets(dataset: &Dataset) -> TargetKind {
-    match dataset.is_multi_label() {
-        true => TargetKind::Dense { classes: dataset.classes().len() },
+/// Class indices, or rows of zeros and ones where samples of either may have several classes: one form for a whole run, because a
+/// recorded step reads one.
+pub fn targets(train: &Dataset, val: Option<&Dataset>) -> TargetKind {
+    match train.is_multi_label() || val.is_some_and(Dataset::is_multi_label) {
+        true => TargetKind::Dense { classes: train.classes().len() },
         false => TargetKind::Labels,
     }
 }

@@ -19,15 +19,8 @@ pub struct EvalReport {
     pub img_per_s: f64,
 }
 
-/// Runs the loader dry. Its slots hold at most the model's micro-batch. With `drop_last` a last batch that is not full
-/// is left out, as google-research/vision_transformer does.
-pub fn evaluate(
-    b: &mut dyn Backend,
-    model: &Vit,
-    loader: &mut Loader,
-    loss: Loss,
-    drop_last: bool,
-) -> Result<EvalReport> {
+/// Runs the loader dry. Its slots hold at most the model's micro-batch.
+pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Loss) -> Result<EvalReport> {
     let start = Instant::now();
     let mut report = EvalReport::default();
     let micro = Micro::whole(model.micro_batch);
@@ -39,7 +32,7 @@ pub fn evaluate(
     forward_all(
         b,
         loader,
-        drop_last,
+        usize::MAX,
         &body,
         model.sample_metrics(),
         |slot| slot.count,

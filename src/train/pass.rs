@@ -109,7 +109,7 @@ impl Loaded {
         forward_all(
             &mut *self.backend,
             &mut loader,
-            protocol.drop_last,
+            if protocol.drop_last { data.len() / batch } else { usize::MAX },
             &body,
             rows,
             records,
@@ -125,30 +125,31 @@ impl Loaded {
 }
 
 /// Runs the loader dry: `body` on every batch, and what it left in `rows` handed to `see`, with what `note` took down of the batch.
-/// With `drop_last` a last batch that is not full is left out.
+/// Batches behind the first `batches` are left out.
 ///
-/// A GPU is not kept waiting: the next batch is on its way up while it computes, and the next pass is asked for before the host
-/// looks at the rows of the one before.
+/// A GPU waits little: the next batch is on its way up while it computes, and the next pass is asked for as soon as the rows of the
+/// one before have come down, before the host looks at them.
 pub(super) fn forward_all<T>(
     b: &mut dyn Backend,
     loader: &mut Loader,
-    drop_last: bool,
+    batches: usize,
     body: &dyn Fn(&mut dyn Backend) -> Result<()>,
     rows: Mat,
     note: impl Fn(&Slot) -> T,
     mut see: impl FnMut(T, &[f32]),
 ) -> Result<()> {
     let mut values = vec![0.0; rows.rows * rows.cols];
-    let mut asked: Option<T> = None;
+    let (mut asked, mut bound): (Option<T>, usize) = (None, 0);
     b.begin_step(StepKeys { seed: 0, step: 0 })?;
     loop {
         let next = match loader.next()? {
-            Some(slot) if drop_last && slot.count < slot.layout().samples => {
+            Some(slot) if bound == batches => {
                 loader.recycle(slot);
                 continue;
             }
             Some(slot) => {
                 let noted = note(&slot);
+                bound += 1;
                 b.bind_batch(slot)?.into_iter().for_each(|free| loader.recycle(free));
                 Some(noted)
             }

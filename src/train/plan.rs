@@ -36,7 +36,7 @@ impl Plan {
         let images = data.as_ref().map(Dataset::len);
         // Without data an epoch has no length; recipes in steps do not need it.
         let size = images.unwrap_or(recipe.train.batch);
-        let targets = data.as_ref().map_or(TargetKind::Labels, build::targets);
+        let targets = data.as_ref().map_or(TargetKind::Labels, |train| build::targets(train, None));
         let mut recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
         if recipe.train.micro_batch == MicroBatch::Auto {
             let backend = backend::select(device, &build::device_options(&recipe)).map_err(|e| {

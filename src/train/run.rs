@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Device, Loss, LossKind, Pixels, Slot, SlotLayout, StepReport};
+use crate::backend::{Device, Loss, LossKind, Pixels, Slot, SlotLayout, StepReport, TargetKind};
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
@@ -79,6 +79,11 @@ impl RunData {
     /// Whether a recipe names these data sets.
     pub fn is_of(&self, recipe: &Recipe) -> bool {
         self.names == (recipe.data.train.clone(), recipe.data.val.clone())
+    }
+
+    /// What a slot holds of a sample's classes.
+    pub fn targets(&self) -> TargetKind {
+        build::targets(&self.train, self.val.as_deref())
     }
 
     /// Fills in what the data decides (classes, an overfit run's settings), and checks what depends on its size.
@@ -289,7 +294,7 @@ impl Run {
     /// The training loader, from the batch after the last finished step.
     pub fn loader(&self, trainer: &Trainer) -> Result<Loader> {
         let (recipe, config) = (&self.recipe, &trainer.model.config);
-        let layout = build::slot_layout(recipe, build::targets(&self.data.train));
+        let layout = build::slot_layout(recipe, self.data.targets());
         let slots =
             (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
@@ -455,7 +460,7 @@ impl Run {
             samples: model.micro_batch,
             image: model.config.image,
             pixels: Pixels::U8,
-            targets: build::targets(dataset),
+            targets: self.data.targets(),
         };
         let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
@@ -467,7 +472,7 @@ impl Run {
             on_bad_record: OnBadRecord::Skip,
         };
         let mut loader = Loader::new(dataset.clone(), spec, slots);
-        evaluate(&mut *trainer.backend, model, &mut loader, loss, false)
+        evaluate(&mut *trainer.backend, model, &mut loader, loss)
     }
 
     /// Is this the best so far?

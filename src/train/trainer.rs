@@ -30,7 +30,7 @@ pub fn train_from(
     data: RunData,
     options: &RunOptions,
 ) -> Result<RunSummary> {
-    let targets = build::targets(&data.train);
+    let targets = data.targets();
     let (backend, recipe, notes) = settle::open(recipe, options, targets, data.train.len())?;
     let options = &RunOptions { notes: [&options.notes[..], &notes].concat(), ..options.clone() };
     let model = build::model(&recipe, Mode::Train, backend.storage())?;

@@ -277,7 +277,7 @@ impl Kept {
     pub(super) fn class_token(
         b: &mut Builder,
         name: &str,
-        branches: bool,
+        (branches, has_backward): (bool, bool),
         shared: Option<Kept>,
         first: Option<Kept>,
     ) -> Kept {
@@ -302,7 +302,7 @@ impl Kept {
             mid: b.stream(format!("{name} class mid"), n, d),
             ln2: b.mat(format!("{name} class ln2"), n, d),
             stats2: b.stats(&format!("{name} class ln2"), n),
-            pre: shared.is_none().then(|| b.mat(format!("{name} class pre"), n, m)),
+            pre: has_backward.then(|| b.mat(format!("{name} class pre"), n, m)),
             act: b.mat(format!("{name} class act"), n, m),
             branches: branches.then(|| Self::new_branches(b, &format!("{name} class"), n)),
         }

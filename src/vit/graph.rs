@@ -260,7 +260,7 @@ impl Graph {
         if pruned {
             let shared = shared.filter(|_| !keeps(whole));
             let name = format!("block {whole}");
-            kept.push(Kept::class_token(&mut b, &name, joined_by_norm, shared, first));
+            kept.push(Kept::class_token(&mut b, &name, (joined_by_norm, keeps(whole)), shared, first));
         }
         let x_last = b.stream("x", if pruned { samples } else { r }, d);
 

@@ -336,7 +336,9 @@ impl Backend for CpuBackend {
                 gemm::Epilogue::BiasResidual { bias, residual }
             }
             Epilogue::BiasGelu { pre, form, .. } => {
-                pre.iter().for_each(|pre| same_shape("matmul", *pre, y));
+                if let Some(pre) = pre {
+                    same_shape("matmul", pre, y);
+                }
                 gemm::Epilogue::BiasGelu {
                     bias: vector(&mut a, w.bias, out),
                     pre: pre.map(|pre| a.write(pre)),

@@ -28,9 +28,9 @@ pub(super) enum Fused {
     /// `+ bias`, along m.
     Bias,
     /// `D = gelu_tanh(product + bias)`
-    BiasGelu,
+    BiasGeluAlone,
     /// `aux = product + bias; D = gelu_tanh(aux)`
-    BiasGeluAux,
+    BiasGelu,
     /// `D = product ∘ gelu_tanh'(aux)`
     GeluGrad,
     /// Besides the product, `bias = Σ over k of B`: a bias gradient along n.
@@ -326,10 +326,10 @@ impl Drop for Blas {
 impl Plan {
     /// Sets the addresses that live in the descriptor.
     fn point_at(&mut self, shape: &Shape, operands: &Operands) -> Result<()> {
-        if matches!(shape.fused, Fused::Bias | Fused::BiasGelu | Fused::BiasGeluAux | Fused::BiasGrad) {
+        if matches!(shape.fused, Fused::Bias | Fused::BiasGeluAlone | Fused::BiasGelu | Fused::BiasGrad) {
             self.desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
         }
-        if matches!(shape.fused, Fused::BiasGeluAux | Fused::GeluGrad) {
+        if matches!(shape.fused, Fused::BiasGelu | Fused::GeluGrad) {
             self.desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &operands.aux)?;
         }
         Ok(())
@@ -388,13 +388,13 @@ impl Desc {
         let epilogue = match shape.fused {
             Fused::Nothing => Epilogue::CUBLASLT_EPILOGUE_DEFAULT,
             Fused::Bias => Epilogue::CUBLASLT_EPILOGUE_BIAS,
-            Fused::BiasGelu => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
-            Fused::BiasGeluAux => Epilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+            Fused::BiasGeluAlone => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
+            Fused::BiasGelu => Epilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
             Fused::GeluGrad => Epilogue::CUBLASLT_EPILOGUE_DGELU,
             Fused::BiasGrad => Epilogue::CUBLASLT_EPILOGUE_BGRADB,
         };
         desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-        if matches!(shape.fused, Fused::BiasGeluAux | Fused::GeluGrad) {
+        if matches!(shape.fused, Fused::BiasGelu | Fused::GeluGrad) {
             let ld = shape.aux_ld as i64;
             desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &ld)?;
         }

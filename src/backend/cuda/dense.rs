@@ -148,15 +148,15 @@ pub(super) fn matmul(cuda: &mut Cuda, x: Mat, w: &Linear, epilogue: Epilogue, y:
         Epilogue::BiasGelu { pre, form, dropout } => {
             let fusable = y.dtype == Dtype::Bf16 && form == Gelu::Tanh && dropout.rate == 0.0;
             let fused = match pre {
-                Some(pre) => product.fuse(Fused::BiasGeluAux, bias).aux(cuda, pre),
-                None => product.fuse(Fused::BiasGelu, bias),
+                Some(pre) => product.fuse(Fused::BiasGelu, bias).aux(cuda, pre),
+                None => product.fuse(Fused::BiasGeluAlone, bias),
             };
             if fusable && fused.try_run(cuda)? {
                 return Ok(());
             }
-            let product = pre.unwrap_or(y);
-            Product::forward(cuda, x, w.weight, product).run(cuda)?;
-            bias_gelu(cuda, product, Some(w.bias), pre, form, dropout, y)
+            let z = pre.unwrap_or(y);
+            Product::forward(cuda, x, w.weight, z).run(cuda)?;
+            bias_gelu(cuda, z, Some(w.bias), pre, form, dropout, y)
         }
         Epilogue::BiasTanh => {
             product.run(cuda)?;
