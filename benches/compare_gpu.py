@@ -40,9 +40,9 @@ CLASSES = 1000
 # ---- Vitrum ----
 
 
-def vitrum(args, *words):
+def vitrum(args, *words, env=None):
     """The JSON that a command prints."""
-    done = subprocess.run([args.vitrum, *words, "--json"], capture_output=True, text=True)
+    done = subprocess.run([args.vitrum, *words, "--json"], capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"vitrum {' '.join(words)}: {done.stderr.strip()}")
     return json.loads(done.stdout)

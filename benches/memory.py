@@ -12,21 +12,10 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
-import sys
 
 from compare_cpu import pytorch_model
+from compare_gpu import CASES, CLASSES, vitrum
 
-#            width, heads, depth, patch, image, batch
-MODELS = {
-    "Ti/16": (192, 3, 12, 16, 224, 1024),
-    "S/16": (384, 6, 12, 16, 224, 1024),
-    "B/16": (768, 12, 12, 16, 224, 512),
-    "L/16": (1024, 16, 24, 16, 224, 256),
-    "H/14": (1280, 16, 32, 14, 224, 128),
-    "B/16 at 384": (768, 12, 12, 16, 384, 128),
-}
-CLASSES = 1000
 MODES = {"plain": [], "f32 stream": ["train.residual=f32"], "ln+gelu": ["train.recompute=ln+gelu"]}
 
 
@@ -63,7 +52,7 @@ def saved_bytes(model, images, compiled):
 def pytorch_bytes(name, compiled):
     import torch
 
-    width, heads, depth, patch, image, batch = MODELS[name]
+    image, patch, width, depth, heads, batch = CASES[name]
     found = {}
     for blocks in (1, 2):
         model = pytorch_model(torch, image, patch, width, blocks, heads, CLASSES, "tanh")
@@ -80,27 +69,24 @@ def pytorch_bytes(name, compiled):
 
 
 def vitrum_bytes(args, name, settings):
-    width, heads, depth, patch, image, batch = MODELS[name]
-    variant = name.split(" ")[0]
-    settings = [f"model.variant={variant}", f"model.image={image}", f"model.classes={CLASSES}", "model.head_bias=0", f"train.batch={batch}", f"train.micro_batch={batch}", *settings]
-    command = [args.vitrum, "plan", "b16/imagenet21k", "--device", "cuda", "--json"]
-    for setting in settings:
-        command += ["--set", setting]
+    image, *_, batch = CASES[name]
+    variant = name.split("@")[0]
+    sizes = [f"model.variant={variant}", f"model.image={image}", f"model.classes={CLASSES}", "model.head_bias=0"]
+    words = ["plan", "b16/imagenet21k", "--device", "cuda"]
+    for setting in [*sizes, f"train.batch={batch}", f"train.micro_batch={batch}", *settings]:
+        words += ["--set", setting]
     env = dict(os.environ)
     if args.stand_in:
         # As much memory as no card has: a plan is asked for, whatever it comes to.
         env |= {"LD_LIBRARY_PATH": args.stand_in, "VITRUM_STANDIN": f"checks=off,memory={1 << 40}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    return json.loads(done.stdout)["memory"]["total_bytes"]
+    return vitrum(args, *words, env=env)["memory"]["total_bytes"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vitrum", default="target/release/vitrum")
     parser.add_argument("--stand-in", help="the folder of the stand-in GPU, where there is no card")
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default=",".join(CASES))
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--commit", help="what was counted, for the record")
     parser.add_argument("--json")
@@ -116,8 +102,8 @@ def main():
         theirs = pytorch_bytes(name, args.compiled)
         ours = {mode: vitrum_bytes(args, name, settings) for mode, settings in MODES.items()}
         cells = "".join(f" {b / 2**30:.1f} | {b / theirs:.2f} |" for b in ours.values())
-        print(f"| {name}, {MODELS[name][5]} | {theirs / 2**30:.1f} |{cells}", flush=True)
-        rows.append({"model": name, "batch": MODELS[name][5], "pytorch_bytes": theirs, "vitrum_bytes": ours})
+        print(f"| {name}, {CASES[name][-1]} | {theirs / 2**30:.1f} |{cells}", flush=True)
+        rows.append({"model": name, "batch": CASES[name][-1], "pytorch_bytes": theirs, "vitrum_bytes": ours})
     if args.json:
         record = {"date": datetime.date.today().isoformat(), "commit": args.commit, "torch": torch.__version__, "peer": peer, "rows": rows}
         with open(args.json, "w") as f:

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::backend::{Options, Precision, decide};
 use crate::error::{Error, Result};
 use crate::selftest;
-use crate::train::proof::{Proof, prove};
+use crate::train::proof::{Proof, STEPS, prove};
 
 /// What `--filter` calls the whole steps.
 const TRAINING: &str = "training";
@@ -64,8 +64,8 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 fn training_table(proofs: &[Proof]) -> String {
-    let head =
-        format!("{:<42}  {:>9}  {:>9}\n", "training, 12 steps of a small model", "distance", "tolerance");
+    let title = format!("training, {STEPS} steps of a small model");
+    let head = format!("{title:<42}  {:>9}  {:>9}\n", "distance", "tolerance");
     let seconds: f64 = proofs.iter().map(|proof| proof.seconds).sum();
     let lines: String = proofs.iter().map(Proof::text).collect();
     format!("{head}{lines}\nin {seconds:.1} s\n")

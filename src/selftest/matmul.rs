@@ -42,9 +42,12 @@ enum Forward {
     Residual {
         in_place: bool,
     },
-    Gelu(Gelu, Mask),
-    /// As where no backward is to come.
-    GeluAlone(Gelu),
+    /// `keeps`: whether `pre` has a place, as where a backward is to come.
+    Gelu {
+        form: Gelu,
+        dropout: Mask,
+        keeps: bool,
+    },
     Tanh,
 }
 
@@ -59,17 +62,19 @@ enum Backward {
 }
 
 pub(super) fn cases() -> Vec<Case> {
+    let gelu = |form, dropout, keeps| Forward::Gelu { form, dropout, keeps };
     let forward = [
         ("matmul none", "", Forward::None),
         ("matmul bias", "", Forward::Bias),
         ("matmul residual", ", into another matrix", Forward::Residual { in_place: false }),
         ("matmul residual", ", in place", Forward::Residual { in_place: true }),
-        ("matmul gelu", ", tanh", Forward::Gelu(Gelu::Tanh, Mask::NONE)),
-        ("matmul gelu", ", erf", Forward::Gelu(Gelu::Erf, Mask::NONE)),
-        ("matmul gelu", ", tanh, dropout", Forward::Gelu(Gelu::Tanh, DROPOUT)),
-        ("matmul gelu", ", erf, dropout", Forward::Gelu(Gelu::Erf, DROPOUT)),
-        ("matmul gelu", ", tanh, pre not kept", Forward::GeluAlone(Gelu::Tanh)),
-        ("matmul gelu", ", erf, pre not kept", Forward::GeluAlone(Gelu::Erf)),
+        ("matmul gelu", ", tanh", gelu(Gelu::Tanh, Mask::NONE, true)),
+        ("matmul gelu", ", erf", gelu(Gelu::Erf, Mask::NONE, true)),
+        ("matmul gelu", ", tanh, dropout", gelu(Gelu::Tanh, DROPOUT, true)),
+        ("matmul gelu", ", erf, dropout", gelu(Gelu::Erf, DROPOUT, true)),
+        ("matmul gelu", ", tanh, pre not kept", gelu(Gelu::Tanh, Mask::NONE, false)),
+        ("matmul gelu", ", erf, pre not kept", gelu(Gelu::Erf, Mask::NONE, false)),
+        ("matmul gelu", ", tanh, dropout, pre not kept", gelu(Gelu::Tanh, DROPOUT, false)),
         ("matmul tanh", "", Forward::Tanh),
     ];
     let backward = [
@@ -154,7 +159,7 @@ fn matmul(t: &mut Trial, shape: Shape, form: Forward, gap: bool) -> crate::error
     let in_stream = matches!(form, Forward::None | Forward::Residual { .. });
     let other =
         if in_stream { t.stream_input(rows, out, gap) } else { t.input_with_gap(rows, out, 1.0, gap) };
-    let pre = matches!(form, Forward::Gelu(..)).then(|| t.output_with_gap(rows, out, gap));
+    let pre = matches!(form, Forward::Gelu { keeps: true, .. }).then(|| t.output_with_gap(rows, out, gap));
     let separate =
         if in_stream { t.stream_output(rows, out, gap) } else { t.output_with_gap(rows, out, gap) };
     let y = if let Forward::Residual { in_place: true } = form { other.clone() } else { separate };
@@ -165,21 +170,19 @@ fn matmul(t: &mut Trial, shape: Shape, form: Forward, gap: bool) -> crate::error
         Forward::None => product.clone(),
         Forward::Bias => biased().collect(),
         Forward::Residual { .. } => biased().zip(&other.values).map(|(z, base)| z + base).collect(),
-        Forward::Gelu(form, mask) => {
-            let factors = dropout_factors(t, mask, shape, out);
+        Forward::Gelu { form, dropout, .. } => {
+            let factors = dropout_factors(t, dropout, shape, out);
             biased().zip(factors).map(|(z, factor)| gelu(z, form) * factor).collect()
         }
-        Forward::GeluAlone(form) => biased().map(|z| gelu(z, form)).collect(),
         Forward::Tanh => biased().map(f64::tanh).collect(),
     };
     let epilogue = match form {
         Forward::None => Epilogue::None,
         Forward::Bias => Epilogue::Bias,
         Forward::Residual { .. } => Epilogue::BiasResidual(other.mat),
-        Forward::Gelu(form, dropout) => {
+        Forward::Gelu { form, dropout, .. } => {
             Epilogue::BiasGelu { pre: pre.as_ref().map(|pre| pre.mat), form, dropout }
         }
-        Forward::GeluAlone(form) => Epilogue::BiasGelu { pre: None, form, dropout: Mask::NONE },
         Forward::Tanh => Epilogue::BiasTanh,
     };
 

@@ -15,10 +15,10 @@ use crate::vit::Mode;
 use super::{Trainer, build};
 
 /// Steps of a proof: enough for a recorded step to be replayed, and for the warm-up to end.
-const STEPS: usize = 12;
+pub const STEPS: usize = 12;
 
 /// A small ViT with every mask, in batches of two micro-batches.
-const RECIPE: [&str; 20] = [
+const RECIPE: [&str; 19] = [
     "model.image=16",
     "model.patch=4",
     "model.width=64",
@@ -34,7 +34,6 @@ const RECIPE: [&str; 20] = [
     "optim.ema=0.9",
     "schedule.warmup=4",
     "loss.label_smoothing=0.1",
-    "train.steps=12",
     "train.batch=8",
     "train.micro_batch=4",
     "train.seed=3",
@@ -125,7 +124,8 @@ impl Ran {
 /// Trains the small model from its first weights on pictures of noise, another batch in each step.
 fn steps(device: Device, settings: &[&str]) -> Result<Ran> {
     let settings: Vec<String> = RECIPE.iter().chain(settings).map(|s| (*s).to_owned()).collect();
-    let recipe = Recipe::default().with(&settings)?;
+    let mut recipe = Recipe::default().with(&settings)?;
+    recipe.train.steps = Some(STEPS as u64);
     let backend = backend::select(device, &build::device_options(&recipe))?;
     let described = backend.describe();
     let model = build::model(&recipe, Mode::Train, backend.storage())?;
