@@ -67,7 +67,7 @@ impl Build {
     fn source(&self) -> String {
         let mut text = String::from("pub(super) static IMAGES: &[(&str, &[u8])] = &[\n");
         for (name, path) in &self.images {
-            writeln!(text, "    ({name:?}, include_bytes!({:?})),", path.display().to_string()).unwrap();
+            writeln!(text, "    ({name:?}, image!({:?})),", path.display().to_string()).unwrap();
         }
         text += "];\npub static KERNELS: &[KernelReport] = &[\n";
         for k in &self.kernels {

@@ -10,7 +10,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use vitrum::train::bench_kernels::Bench;
 
 fn operations(criterion: &mut Criterion) {
-    let mut bench = match Bench::open(std::env::var_os("VITRUM_BENCH_FEW").is_some()) {
+    let mut bench = match Bench::open(0, std::env::var_os("VITRUM_BENCH_FEW").is_some()) {
         Ok(bench) => bench,
         Err(why) => return println!("skipped: {}", why.message()),
     };

@@ -16,24 +16,17 @@
 pub mod batch;
 pub mod cpu;
 pub mod cuda;
+pub mod device;
 pub mod mask;
 pub mod memory;
 pub mod rounded;
 pub mod timed;
 
 pub use batch::{Erase, HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
+pub use device::{Device, decide, planned, select};
 pub use memory::{Arena, Dtype, Mat, MemoryPlan, Recompute, Storage};
 
-use crate::error::{Error, Result};
-
-/// Where a run computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Device {
-    /// CUDA where it works, else the CPU after one line that says why.
-    Auto,
-    Cpu,
-    Cuda,
-}
+use crate::error::Result;
 
 /// The numbers that a run computes with. Statistics, losses, master weights, gradients and moments are f32 in each.
 #[derive(
@@ -466,6 +459,16 @@ pub struct StepReport {
     pub skipped: bool,
 }
 
+/// Work that can be done in several ways, and the one that a device has chosen by timing.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Choice {
+    /// The matrix product with what is around it.
+    pub product: String,
+    pub way: String,
+    /// What each way took; empty where the choice is that of a checkpoint.
+    pub microseconds: std::collections::BTreeMap<String, f32>,
+}
+
 /// A pass of operations over a backend.
 pub type Body<'a> = &'a mut dyn FnMut(&mut dyn Backend) -> Result<()>;
 
@@ -503,6 +506,10 @@ pub trait Backend: Send {
     /// What the device has chosen by timing and decides bits, in words that [`Backend::prefer_algorithms`] understands.
     /// Nothing where the same work is always done in the same way.
     fn algorithms(&self) -> Vec<String>;
+    /// The same for people: where several ways of doing the same work were timed, which one was taken.
+    fn choices(&self) -> Vec<Choice> {
+        Vec::new()
+    }
     /// Takes the choices of a checkpoint, before the first step; or says in one sentence why they are of no use here.
     fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String>;
 
@@ -631,64 +638,7 @@ pub trait Backend: Send {
     fn report(&mut self) -> Result<StepReport>;
 }
 
-/// What the device computes in and how it stores what a run needs, without opening it where the user names it: a plan for
-/// a GPU can be made anywhere.
-pub fn planned(device: Device, precision: Precision, residual: Residual) -> (Precision, Storage) {
-    let options = Options { precision, residual, ..Options::default() };
-    let on_card = match device {
-        Device::Cpu => false,
-        Device::Auto => cuda::Cuda::open(&options).is_ok(),
-        Device::Cuda => true,
-    };
-    let precision = match precision {
-        Precision::Auto if on_card => Precision::Bf16,
-        Precision::Auto => Precision::F32,
-        given => given,
-    };
-    (precision, if on_card { cuda::Cuda::storage_of(precision, residual) } else { Storage::CPU })
-}
-
 /// Bytes of [`Arena::Update`] for an optimiser on a device that stores things this way.
 pub fn update_bytes(storage: Storage, rule: Rule, segments: &[Segment]) -> usize {
     if storage.is_apart() { cuda::update_bytes(rule, segments) } else { 0 }
-}
-
-/// Which device `Auto` is, for those who open one again and again: [`select`] prints its line once.
-///
-/// # Errors
-/// Those of [`select`].
-pub fn decide(device: Device, options: &Options) -> Result<Device> {
-    match device {
-        Device::Auto if cuda::Cuda::open(options).is_ok() => Ok(Device::Cuda),
-        Device::Auto => select(device, options).map(|_| Device::Cpu),
-        other => Ok(other),
-    }
-}
-
-/// Opens the device that the user asked for. `Auto` takes the CPU after one line on stderr that says why.
-///
-/// # Errors
-/// The device cannot be used, or does not compute in the precision that is asked for.
-pub fn select(device: Device, options: &Options) -> Result<Box<dyn Backend>> {
-    let cpu = || -> Result<Box<dyn Backend>> {
-        if !matches!(options.precision, Precision::Auto | Precision::F32) {
-            return Err(Error::usage("the CPU computes in f32").hint("use `--set train.precision=f32`"));
-        }
-        let cpu = cpu::CpuBackend::new(options.threads)?;
-        Ok(match rounded::Rounds::from_env()? {
-            Some(rounds) => Box::new(rounded::Rounded::new(cpu, rounds)),
-            None => Box::new(cpu),
-        })
-    };
-    match device {
-        Device::Cpu => cpu(),
-        Device::Cuda => Ok(Box::new(cuda::Cuda::open(options).map_err(|e| e.at("cannot compute on a GPU"))?)),
-        Device::Auto => match cuda::Cuda::open(options) {
-            Ok(cuda) => Ok(Box::new(cuda)),
-            Err(why) => {
-                eprintln!("note: computing on the CPU: {}", why.message());
-                cpu()
-            }
-        },
-    }
 }

@@ -140,6 +140,10 @@ impl Backend for Timed {
         self.inner.algorithms()
     }
 
+    fn choices(&self) -> Vec<super::Choice> {
+        self.inner.choices()
+    }
+
     fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String> {
         self.inner.prefer_algorithms(algorithms)
     }

@@ -1,7 +1,6 @@
 //! `vitrum bench`: how fast a model trains or infers on this machine.
 
 use super::{On, Settings, print, print_json};
-use crate::backend::Device;
 use crate::data::{Dataset, Split};
 use crate::error::{Error, Result};
 use crate::recipe::{Recipe, ScheduleKind};
@@ -96,11 +95,12 @@ fn time_data(args: &Args) -> Result<()> {
 }
 
 fn time_kernels(args: &Args) -> Result<()> {
-    if args.on.device == Device::Cpu {
-        return Err(Error::usage("`bench --what kernels` times a GPU's kernels")
-            .hint("`cargo bench --bench kernels` times those of the CPU"));
-    }
+    let card = args.on.device.card().ok_or_else(|| {
+        Error::usage("`bench --what kernels` times a GPU's kernels")
+            .hint("`cargo bench --bench kernels` times those of the CPU")
+    })?;
     let options = bench_kernels::Options {
+        card,
         filter: args.filter.clone(),
         few: args.few,
         rounds: args.rounds as usize,

@@ -10,7 +10,7 @@ use super::{print, print_json};
 use crate::backend::Options;
 use crate::backend::cpu::compute::Isa;
 use crate::backend::cpu::main_memory::MainMemory;
-use crate::backend::cuda::driver::Card;
+use crate::backend::cuda::device::{self, Card};
 use crate::backend::cuda::{Cuda, images, probe};
 use crate::data::decode::JpegPath;
 use crate::error::Result;
@@ -39,6 +39,8 @@ struct Machine {
     cache_writable: bool,
     /// What the kernel's driver lists, whether or not it can be used.
     gpus: std::result::Result<Vec<String>, String>,
+    /// The visible cards by their numbers, where there are several: what `--device cuda:N` takes.
+    cards: Vec<Card>,
     cuda: std::result::Result<Gpu, Unusable>,
 }
 
@@ -65,6 +67,7 @@ impl Machine {
             cache_writable: writable(&cache),
             cache,
             gpus: gpus(),
+            cards: device::cards().unwrap_or_default(),
             cuda: look_for_cuda(),
         }
     }
@@ -92,6 +95,9 @@ impl Machine {
                 format!("will compute on: cpu (no CUDA: {reason}{hint})")
             }
         };
+        let cards = self.cards.iter().filter(|_| self.cards.len() > 1);
+        let cards: String =
+            cards.map(|card| format!("\ncuda:{}: {}", card.ordinal, card_text(card))).collect();
         let plural = if self.cores == 1 { "" } else { "s" };
         [
             format!("vitrum: {}", env!("CARGO_PKG_VERSION")),
@@ -102,7 +108,7 @@ impl Machine {
             format!("jpeg decoder: {}", JpegPath::chosen().describe()),
             format!("kernels: {}", images::summary()),
             format!("needs: {}", needs()),
-            format!("gpu: {gpu}"),
+            format!("gpu: {gpu}{cards}"),
             device,
         ]
         .join("\n")
@@ -128,6 +134,7 @@ impl Machine {
             "gpu_reason": self.gpus.as_ref().err(),
             "device": if self.cuda.is_ok() { "cuda" } else { "cpu" },
             "device_reason": self.cuda.as_ref().err().map(|e| &e.reason),
+            "cards": self.cards.iter().map(card_text).collect::<Vec<_>>(),
             "cuda": self.cuda.as_ref().ok().map(Gpu::json),
         })
     }
@@ -135,7 +142,7 @@ impl Machine {
 
 /// Opens the card as a run would.
 fn look_for_cuda() -> std::result::Result<Gpu, Unusable> {
-    match Cuda::open(&Options::default()) {
+    match Cuda::open(0, &Options::default()) {
         Ok(cuda) => Ok(Gpu { card: cuda.card().clone(), cublaslt: cuda.cublaslt_version() }),
         Err(e) => Err(Unusable { reason: e.message().into(), hint: e.hint_text().map(Into::into) }),
     }
@@ -143,14 +150,8 @@ fn look_for_cuda() -> std::result::Result<Gpu, Unusable> {
 
 impl Gpu {
     fn text(&self) -> String {
-        let Card { name, capability: (major, minor), multiprocessors, total_memory, driver_version, .. } =
-            &self.card;
-        format!(
-            "{name}, sm_{major}{minor}, {multiprocessors} multiprocessors, {}, driver for CUDA {}, cuBLASLt {}",
-            format::bytes(*total_memory as u64),
-            probe::dotted(*driver_version),
-            self.cublaslt
-        )
+        let driver = probe::dotted(self.card.driver_version);
+        format!("{}, driver for CUDA {driver}, cuBLASLt {}", card_text(&self.card), self.cublaslt)
     }
 
     fn json(&self) -> Value {
@@ -164,6 +165,12 @@ impl Gpu {
             "cublaslt": self.cublaslt,
         })
     }
+}
+
+fn card_text(card: &Card) -> String {
+    let Card { name, capability: (major, minor), multiprocessors, total_memory, .. } = card;
+    let memory = format::bytes(*total_memory as u64);
+    format!("{name}, sm_{major}{minor}, {multiprocessors} multiprocessors, {memory}")
 }
 
 /// The oldest parts that a GPU run accepts.

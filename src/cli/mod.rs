@@ -103,8 +103,8 @@ impl Settings {
 /// Where to compute.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct On {
-    /// Where to compute: auto, cpu or cuda
-    #[arg(long, value_enum, hide_possible_values = true, default_value_t = Device::Auto)]
+    /// Where to compute: auto, cpu, cuda, or cuda:N for the N-th GPU
+    #[arg(long, default_value_t)]
     pub device: Device,
 }
 

@@ -4,9 +4,10 @@
 use super::{On, print, print_json};
 use serde_json::{Value, json};
 
-use crate::backend::{Options, Precision, decide};
+use crate::backend::cuda::device::usable;
+use crate::backend::{Device, Options, Precision, Residual, select};
 use crate::error::{Error, Result};
-use crate::selftest;
+use crate::selftest::{self, in_a_process};
 use crate::train::proof::{Proof, STEPS, prove};
 
 /// What `--filter` calls the whole steps.
@@ -25,22 +26,36 @@ pub struct Args {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+    /// For a process of the self-test itself: what its residual stream is stored in
+    #[arg(long, value_enum, hide = true, default_value_t = Residual::Auto)]
+    pub residual: Residual,
+    /// Likewise: report the cases from this one on, a line each; or the training steps
+    #[arg(long, hide = true)]
+    pub report_from: Option<usize>,
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let options = Options { precision: args.precision, ..Options::default() };
-    let device = decide(args.on.device, &options)?;
+    let options = Options { precision: args.precision, residual: args.residual, ..Options::default() };
     let filter = args.filter.as_deref();
-    let reports = match filter {
-        Some(TRAINING) => Vec::new(),
-        filter => selftest::check(device, &options, filter)?,
+    if let Some(from) = args.report_from {
+        return match filter {
+            Some(TRAINING) => print(&json!(prove(args.on.device, args.precision)?).to_string()),
+            filter => selftest::report_cases(args.on.device, &options, filter, from),
+        };
+    }
+    let device = settle(args.on.device, &options)?;
+    let reports = match (filter, device) {
+        (Some(TRAINING), _) => Vec::new(),
+        (filter, Device::Cuda(_)) => selftest::check_apart(device, &options, filter)?,
+        (filter, _) => selftest::check(device, &options, filter)?,
     };
     if !args.json {
         reports.iter().try_for_each(|report| print(&report.table()))?;
     }
-    let proofs = match filter {
-        None | Some(TRAINING) => prove(device, args.precision)?,
-        Some(_) => Vec::new(),
+    let proofs = match (filter, device) {
+        (Some(filter), _) if filter != TRAINING => Vec::new(),
+        (_, Device::Cuda(_)) => prove_apart(device, args.precision)?,
+        _ => prove(device, args.precision)?,
     };
     if args.json {
         let mut all = selftest::json(&reports);
@@ -61,6 +76,29 @@ pub fn run(args: Args) -> Result<()> {
                 .hint("compute on the CPU with `--device cpu`, and report this table"))
         }
     }
+}
+
+/// What `auto` is, found out without opening a card: its cases run in processes of their own.
+fn settle(device: Device, options: &Options) -> Result<Device> {
+    match device {
+        Device::Auto if device.card().is_some_and(|card| usable(card).is_ok()) => Ok(Device::Cuda(0)),
+        // One line says why not.
+        Device::Auto => select(device, options).map(|_| Device::Cpu),
+        other => Ok(other),
+    }
+}
+
+/// [`prove`] in a process of its own.
+fn prove_apart(device: Device, precision: Precision) -> Result<Vec<Proof>> {
+    let precision = format!("{precision:?}").to_lowercase();
+    let mut proofs = None;
+    let args = ["--precision", &precision, "--filter", TRAINING, "--report-from", "0"];
+    let status = in_a_process(device, &args, &mut |line| proofs = serde_json::from_str(line).ok())?;
+    proofs.ok_or_else(|| {
+        let how = status.map_or("it did not end".into(), |status| format!("its process ended: {status}"));
+        Error::new(format!("training steps on {device} came to no result: {how}"))
+            .hint("`vitrum selftest --filter training` runs them alone")
+    })
 }
 
 fn training_table(proofs: &[Proof]) -> String {

@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::fail;
 use crate::rng::{Domain, Stream};
 
-use super::CaseResult;
+use super::{CaseResult, Make};
 
 /// The unit roundoff of f32.
 const ROUND: f64 = 1.0 / (1u64 << 24) as f64;
@@ -34,6 +34,8 @@ pub(super) type Body = dyn Fn(&mut Trial) -> Result<()>;
 
 /// One row of the table of cases.
 pub(super) struct Case {
+    /// Which table it is from: what breaks a device ends its group.
+    pub(super) group: usize,
     operation: &'static str,
     case: String,
     body: Box<Body>,
@@ -45,7 +47,7 @@ impl Case {
         case: impl Into<String>,
         body: impl Fn(&mut Trial) -> Result<()> + 'static,
     ) -> Self {
-        Self { operation, case: case.into(), body: Box::new(body) }
+        Self { group: 0, operation, case: case.into(), body: Box::new(body) }
     }
 
     pub(super) fn operation(&self) -> &'static str {
@@ -56,9 +58,8 @@ impl Case {
         format!("{}: {}", self.operation, self.case)
     }
 
-    pub(super) fn run(&self, make: &dyn Fn() -> Result<Box<dyn Backend>>) -> CaseResult {
-        // A device that does not open fails in the case's own attempt.
-        let storage = make().map_or(Storage::CPU, |device| device.storage());
+    /// Runs it on a device from `make`, which stores things as `storage` says.
+    pub(super) fn run(&self, make: &Make, storage: Storage) -> CaseResult {
         let mut trial = Trial::new(make, storage);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             (self.body)(&mut trial)?;
@@ -69,22 +70,28 @@ impl Case {
             Ok(Err(e)) => Some(e.message().to_string()),
             Err(panic) => Some(format!("panic: {}", panic_message(&*panic))),
         };
-        let result = |error, tolerance, passed, note| CaseResult {
-            operation: self.operation,
-            case: self.case.clone(),
-            error,
-            tolerance,
-            passed,
-            note,
-        };
+        let result =
+            |error, tolerance, passed, note| CaseResult { error, tolerance, passed, ..self.failed(note) };
         let worst = trial.checks.iter().max_by(|a, b| a.excess().total_cmp(&b.excess()));
         match (worst, trouble) {
             (Some(c), trouble) => {
                 let note = trouble.clone().unwrap_or_else(|| c.note.clone());
                 result(c.error, c.tolerance, trouble.is_none() && c.passes(), note)
             }
-            (None, Some(trouble)) => result(f64::INFINITY, 0.0, false, trouble),
-            (None, None) => result(f64::INFINITY, 0.0, false, "the case compares nothing".into()),
+            (None, Some(trouble)) => self.failed(trouble),
+            (None, None) => self.failed("the case compares nothing".into()),
+        }
+    }
+
+    /// The result where there is nothing to compare.
+    pub(super) fn failed(&self, note: String) -> CaseResult {
+        CaseResult {
+            operation: self.operation.into(),
+            case: self.case.clone(),
+            error: f64::INFINITY,
+            tolerance: 0.0,
+            passed: false,
+            note,
         }
     }
 }
@@ -141,7 +148,7 @@ impl Check {
 
 /// One case on its way.
 pub(super) struct Trial<'a> {
-    make: &'a dyn Fn() -> Result<Box<dyn Backend>>,
+    make: &'a Make<'a>,
     plan: MemoryPlan,
     /// f32 operands, in the order in which they were placed.
     writes: Vec<(Mat, Vec<f32>)>,
@@ -163,7 +170,7 @@ const BF16_TOLERANCE: f64 = 8e-3;
 const POISON: [u8; 4] = 0x7fc5_a5a5u32.to_le_bytes();
 
 impl<'a> Trial<'a> {
-    fn new(make: &'a dyn Fn() -> Result<Box<dyn Backend>>, storage: Storage) -> Self {
+    fn new(make: &'a Make<'a>, storage: Storage) -> Self {
         Self {
             make,
             plan: MemoryPlan::new(storage),

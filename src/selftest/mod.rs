@@ -10,6 +10,7 @@
 //! assert!(results.iter().all(|result| result.passed));
 //! ```
 
+mod apart;
 mod attention;
 mod harness;
 mod head;
@@ -22,24 +23,31 @@ mod stem;
 mod tests;
 mod update;
 
+use std::borrow::Cow;
 use std::time::Instant;
 
 use serde_json::json;
 
-use crate::backend::{Backend, Device, Options, Precision, Residual, select};
+use crate::backend::{Backend, Device, Options, Precision, Residual, Storage, select};
 use crate::error::{Error, Result};
 
+use apart::or_infinite;
+pub use apart::{check_apart, in_a_process, report_cases};
 use harness::Case;
 
+/// Opens a device.
+pub type Make<'a> = dyn Fn() -> Result<Box<dyn Backend>> + 'a;
+
 /// How one case ended.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct CaseResult {
     /// The method of [`Backend`], with its variant where that is a kernel of its own: `matmul gelu`.
-    pub operation: &'static str,
+    pub operation: Cow<'static, str>,
     /// Sizes and settings.
     pub case: String,
     /// The worst of the case's comparisons by error over tolerance: its relative L2 distance from float64, or a tenth of
     /// its largest deviation over the largest value, if that is more.
+    #[serde(deserialize_with = "or_infinite")]
     pub error: f64,
     pub tolerance: f64,
     pub passed: bool,
@@ -49,19 +57,23 @@ pub struct CaseResult {
 
 /// Runs every case whose `operation: case` contains `filter`, each on a fresh device from `make`. A case that fails,
 /// panics included, never keeps the others from running.
-pub fn run(make: &dyn Fn() -> Result<Box<dyn Backend>>, filter: Option<&str>) -> Vec<CaseResult> {
-    run_those(make, |case| filter.is_none_or(|filter| case.title().contains(filter)))
+pub fn run(make: &Make, filter: Option<&str>) -> Vec<CaseResult> {
+    let wanted = |case: &&Case| filter.is_none_or(|filter| case.title().contains(filter));
+    let storage = storage_of(make);
+    cases().iter().filter(wanted).map(|case| case.run(make, storage)).collect()
 }
 
-fn run_those(make: &dyn Fn() -> Result<Box<dyn Backend>>, wanted: impl Fn(&Case) -> bool) -> Vec<CaseResult> {
-    cases().iter().filter(|case| wanted(case)).map(|case| case.run(make)).collect()
+/// How the device stores things; one that does not open fails in each case's own attempt.
+fn storage_of(make: &Make) -> Storage {
+    make().map_or(Storage::CPU, |device| device.storage())
 }
 
 /// How the operations begin that read or write the residual stream.
 const OF_THE_STREAM: [&str; 5] = ["embed", "matmul none", "matmul residual", "layernorm", "residual"];
 
+/// Every case. Those of a group stand together, for what breaks a device ends its group.
 fn cases() -> Vec<Case> {
-    let groups = [
+    let mut groups = [
         memory::cases(),
         stem::cases(),
         matmul::cases(),
@@ -70,11 +82,13 @@ fn cases() -> Vec<Case> {
         head::cases(),
         update::cases(),
     ];
-    let mut cases: Vec<Case> = groups.into_iter().flatten().collect();
     // The cases of an operation stand together, operations in the order of their first case.
-    let operations: Vec<_> = cases.iter().map(Case::operation).collect();
-    cases.sort_by_key(|case| operations.iter().position(|operation| *operation == case.operation()));
-    cases
+    for (group, cases) in groups.iter_mut().enumerate() {
+        let operations: Vec<_> = cases.iter().map(Case::operation).collect();
+        cases.sort_by_key(|case| operations.iter().position(|operation| *operation == case.operation()));
+        cases.iter_mut().for_each(|case| case.group = group);
+    }
+    groups.into_iter().flatten().collect()
 }
 
 /// All results on one device.
@@ -86,32 +100,52 @@ pub struct Report {
     pub cases: Vec<CaseResult>,
 }
 
+/// A precision that a device is used in, with what its residual stream is stored in.
+type Kind = (Precision, Residual);
+
+/// Every one, or those of the precision that the user asks for.
+fn kinds(device: Device, asked: Precision) -> Vec<Kind> {
+    let (f32, bf16) = ((Precision::F32, Residual::Auto), (Precision::Bf16, Residual::Auto));
+    let stream_in_f32 = (Precision::Bf16, Residual::F32);
+    match (device, asked) {
+        (Device::Cuda(_), Precision::Auto) => vec![f32, bf16, stream_in_f32],
+        (Device::Cuda(_), Precision::Bf16) => vec![bf16, stream_in_f32],
+        (_, asked) => vec![(asked, Residual::Auto)],
+    }
+}
+
+/// The cases whose line holds `filter` and that a kind concerns: an f32 stream changes what reads or writes the stream, and
+/// all else is as it is without.
+fn cases_of((_, residual): Kind, filter: Option<&str>) -> Vec<Case> {
+    let asked = |case: &Case| filter.is_none_or(|filter| case.title().contains(filter));
+    let concerned = |case: &Case| {
+        residual == Residual::Auto || OF_THE_STREAM.iter().any(|name| case.operation().starts_with(name))
+    };
+    cases().into_iter().filter(|case| asked(case) && concerned(case)).collect()
+}
+
 /// Proves the device that the user asked for, in every precision it has, or in the one that `options` names, by the cases
-/// that [`run`] takes.
+/// that [`run`] takes. For a GPU there is [`check_apart`].
 ///
 /// # Errors
 /// The device cannot be opened, or the filter leaves no case; for what the cases found see [`verdict`].
 pub fn check(device: Device, options: &Options, filter: Option<&str>) -> Result<Vec<Report>> {
-    let (f32, bf16) = ((Precision::F32, Residual::Auto), (Precision::Bf16, Residual::Auto));
-    let stream_in_f32 = (Precision::Bf16, Residual::F32);
-    let kinds = match (device, options.precision) {
-        (Device::Cuda, Precision::Auto) => vec![f32, bf16, stream_in_f32],
-        (Device::Cuda, Precision::Bf16) => vec![bf16, stream_in_f32],
-        (_, asked) => vec![(asked, Residual::Auto)],
-    };
-    let report = |(precision, residual): (Precision, Residual)| -> Result<Report> {
+    let report = |kind: Kind| -> Result<Report> {
+        let (precision, residual) = kind;
         let options = Options { precision, residual, ..*options };
-        let name = select(device, &options)?.describe();
+        let make = move || select(device, &options);
+        let opened = make()?;
         let start = Instant::now();
-        // All else is as it is without.
-        let asked = |case: &Case| filter.is_none_or(|filter| case.title().contains(filter));
-        let concerned = |case: &Case| {
-            residual == Residual::Auto || OF_THE_STREAM.iter().any(|name| case.operation().starts_with(name))
-        };
-        let cases = run_those(&|| select(device, &options), |case| asked(case) && concerned(case));
-        Ok(Report { device: name, seconds: start.elapsed().as_secs_f64(), cases })
+        let cases = cases_of(kind, filter).iter().map(|case| case.run(&make, opened.storage())).collect();
+        Ok(Report { device: opened.describe(), seconds: start.elapsed().as_secs_f64(), cases })
     };
-    let mut reports = kinds.into_iter().map(report).collect::<Result<Vec<Report>>>()?;
+    let reports =
+        kinds(device, options.precision).into_iter().map(report).collect::<Result<Vec<Report>>>()?;
+    some_case(reports, filter)
+}
+
+/// The reports that have one.
+fn some_case(mut reports: Vec<Report>, filter: Option<&str>) -> Result<Vec<Report>> {
     reports.retain(|report| !report.cases.is_empty());
     if reports.is_empty() {
         return Err(Error::usage(format!("no case holds `{}`", filter.unwrap_or_default()))

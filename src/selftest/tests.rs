@@ -26,8 +26,8 @@ fn the_cpu_passes_with_every_instruction_set_and_any_threads() {
 
 #[test]
 fn a_table_names_what_failed_and_how() {
-    let result = |operation, error, note: &str| CaseResult {
-        operation,
+    let result = |operation: &'static str, error, note: &str| CaseResult {
+        operation: operation.into(),
         case: "[5, 7]".into(),
         error,
         tolerance: 1e-6,

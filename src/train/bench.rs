@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::backend::cuda::Cuda;
 use crate::backend::timed::Timed;
 use crate::backend::{
-    self, Backend, Device, Micro, Pixels, Precision, Slot, SlotLayout, StepKeys, TargetKind,
+    self, Backend, Choice, Device, Micro, Pixels, Precision, Slot, SlotLayout, StepKeys, TargetKind,
 };
 use crate::data::{self, Dataset, Loader, LoaderSpec, Split};
 use crate::dist::Collective;
@@ -60,6 +60,8 @@ pub struct Measured {
     pub on_card: Option<OnCard>,
     /// `VmHWM`: the most memory the process ever held, as `ru_maxrss` has it.
     pub peak_rss_bytes: Option<u64>,
+    /// How products are done with what is around them, where the device timed several ways.
+    pub products: Vec<Choice>,
     /// (operation, calls, seconds) over all rounds.
     pub profile: Vec<(&'static str, usize, f64)>,
     pub steps: usize,
@@ -160,20 +162,22 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
         first_step,
         on_card: None,
         peak_rss_bytes: peak_rss(),
+        products: subject.backend().choices(),
         profile: if options.profile { times.report() } else { Vec::new() },
         steps,
     };
     drop((source, subject));
     if let Some(memory_bytes) = memory_bytes {
-        measured.on_card = Some(on_card(&measured.device, memory_bytes)?);
+        measured.on_card = Some(on_card(options.device, &measured.device, memory_bytes)?);
     }
     Ok(measured)
 }
 
 /// The card's ceilings, now that the model has left it.
-fn on_card(device: &str, memory_bytes: usize) -> Result<OnCard> {
+fn on_card(on: Device, device: &str, memory_bytes: usize) -> Result<OnCard> {
     let options = backend::Options { precision: Precision::Bf16, ..backend::Options::default() };
-    let mut cuda = Cuda::open(&options)?;
+    let card = on.card().expect("a step was timed on a card");
+    let mut cuda = Cuda::open(card, &options)?;
     Ok(OnCard {
         stand_in: cuda.is_stand_in(),
         memory_bytes,
@@ -347,6 +351,10 @@ impl Measured {
         if let Some(wait) = self.data_wait {
             lines.push(format!("data wait {}", format::percent(wait)));
         }
+        if !self.products.is_empty() {
+            lines.push("products, with what is around them: the way that was taken, and the others".into());
+            lines.extend(self.products.iter().map(choice_line));
+        }
         let total: f64 = self.profile.iter().map(|(_, _, s)| s).sum();
         for (operation, calls, seconds) in &self.profile {
             lines.push(format!(
@@ -410,9 +418,20 @@ impl Measured {
             "card": on_card,
             "arena_bytes": self.arena_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
+            "products": self.products,
             "profile": self.profile.iter().map(operation).collect::<Vec<_>>(),
         })
     }
+}
+
+/// `tn m3072 n788 k768 ...: fused 41.2 us, apart 58.0 us`
+fn choice_line(choice: &Choice) -> String {
+    let time = |way: &String| {
+        choice.microseconds.get(way).map_or(format!("{way} (remembered)"), |us| format!("{way} {us:.1} us"))
+    };
+    let others = choice.microseconds.keys().filter(|way| **way != choice.way);
+    let ways: Vec<String> = std::iter::once(&choice.way).chain(others).map(time).collect();
+    format!("  {}: {}", choice.product, ways.join(", "))
 }
 
 /// Seconds since this process was started, to a hundredth.

@@ -41,12 +41,13 @@ const RECIPE: [&str; 19] = [
 ];
 
 /// What was found on one device in one precision.
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Proof {
     /// [`backend::Backend::describe`]
     pub device: String,
     pub seconds: f64,
     /// The largest relative distance of a loss or a gradient norm from the CPU's, which has one thread and f32.
+    #[serde(deserialize_with = "or_infinite")]
     pub distance: f64,
     pub tolerance: f64,
     /// The same steps again ended in the same bits: weights, losses and norms.
@@ -61,7 +62,7 @@ pub fn prove(device: Device, precision: Precision) -> Result<Vec<Proof>> {
     let f32 = (Precision::F32, Residual::Auto, 1e-4);
     let bf16 = [(Precision::Bf16, Residual::Bf16, 0.02), (Precision::Bf16, Residual::F32, 0.02)];
     let kinds = match (device, precision) {
-        (Device::Cuda, Precision::Auto) => [&[f32][..], &bf16].concat(),
+        (Device::Cuda(_), Precision::Auto) => [&[f32][..], &bf16].concat(),
         (_, Precision::Auto | Precision::F32) => vec![f32],
         (_, Precision::Tf32) => vec![(Precision::Tf32, Residual::Auto, 0.01)],
         (_, Precision::Bf16) => bf16.to_vec(),
@@ -79,6 +80,11 @@ pub fn prove(device: Device, precision: Precision) -> Result<Vec<Proof>> {
         Ok(Proof { repeats: first == again, device: first.device, seconds, distance, tolerance })
     };
     kinds.into_iter().map(one).collect()
+}
+
+/// JSON has no infinity: it travels as null.
+fn or_infinite<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<f64, D::Error> {
+    Ok(<Option<f64> as serde::Deserialize>::deserialize(from)?.unwrap_or(f64::INFINITY))
 }
 
 impl Proof {

@@ -100,7 +100,8 @@ pub fn open(
     let words = in_words(&recipe.train);
     let backend = backend::select(options.device, &build::device_options(&recipe)).map_err(|e| {
         // Only the CPU refuses a precision.
-        let refused = options.device != Device::Cuda && !matches!(kept, Precision::Auto | Precision::F32);
+        let refused =
+            !matches!(options.device, Device::Cuda(_)) && !matches!(kept, Precision::Auto | Precision::F32);
         if !refused || before.is_none() {
             return e;
         }

@@ -4,22 +4,31 @@
 //! matrix, so that `y = x·Wᵀ` becomes `D = Wᵀ·x` with m = outputs, n = rows, and a bias runs along m.
 
 mod algorithms;
+mod config;
+mod descriptors;
+mod proof;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::ptr;
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::cublaslt::sys;
 use sys::cublasLtMatmulDescAttributes_t as DescAttribute;
-use sys::cublasLtMatmulPreferenceAttributes_t as PreferenceAttribute;
 
 use super::BLAS_WORKSPACE;
+use super::api::{self, Candidate, Code};
 use super::driver::{Address, Gpu, Stream};
 use super::probe;
+use super::race::race;
 use crate::backend::{Dtype, Precision};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 use algorithms::Algorithms;
+pub(super) use algorithms::Chosen;
+use config::{Config, Library};
+use descriptors::{Desc, Layout, Preference, Reduction, check};
+pub(super) use proof::SetAside;
 
 /// What cuBLASLt does to a product before it stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +46,16 @@ pub(super) enum Fused {
     BiasGrad,
 }
 
+impl Fused {
+    fn reads_or_writes_bias(self) -> bool {
+        matches!(self, Fused::Bias | Fused::BiasGeluAlone | Fused::BiasGelu | Fused::BiasGrad)
+    }
+
+    fn reads_or_writes_aux(self) -> bool {
+        matches!(self, Fused::BiasGelu | Fused::GeluGrad)
+    }
+}
+
 /// One operand or result: column-major, `rows × cols`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Matrix {
@@ -44,6 +63,13 @@ pub(super) struct Matrix {
     pub(super) cols: usize,
     pub(super) ld: usize,
     pub(super) dtype: Dtype,
+}
+
+impl Matrix {
+    /// Bytes from the first element to the last.
+    pub(super) fn span(&self) -> usize {
+        ((self.cols - 1) * self.ld + self.rows) * self.dtype.bytes()
+    }
 }
 
 /// `D = op(A)·op(B) [+ C]`: everything that an algorithm depends on.
@@ -66,7 +92,7 @@ impl Shape {
     }
 
     /// One word per field, for the file of algorithms and for messages.
-    fn key(&self) -> String {
+    pub(super) fn key(&self) -> String {
         let t = |dtype| if dtype == Dtype::Bf16 { "bf16" } else { "f32" };
         format!(
             "{}{} m{} n{} k{} {}>{} ld {} {} {} c{} {:?} {}",
@@ -104,7 +130,7 @@ pub(super) struct Blas {
     gpu: Gpu,
     handle: sys::cublasLtHandle_t,
     compute: sys::cublasComputeType_t,
-    version: usize,
+    library: Library,
     by_rule: bool,
     /// `None`: cuBLASLt has no algorithm for this shape and epilogue.
     plans: HashMap<Shape, Option<Plan>>,
@@ -123,27 +149,59 @@ struct Plan {
 
 /// Candidates that are timed for a shape.
 const CANDIDATES: usize = 32;
-/// Runs of a candidate: the first warms it up, the fastest of the others counts.
-const TRIALS: usize = 4;
+/// Candidates that are asked for where the first that works is taken.
+const CANDIDATES_BY_RULE: usize = 8;
+
+/// The library's handle of each card. It is made once, and kept as the card's context is.
+static HANDLES: Mutex<Vec<(usize, Handle)>> = Mutex::new(Vec::new());
+
+#[derive(Clone, Copy)]
+struct Handle(sys::cublasLtHandle_t);
+
+// SAFETY: the library documents its handle as safe to use from several threads.
+unsafe impl Send for Handle {}
+
+/// The handle of the card whose context is current.
+fn handle_of(card: usize) -> Result<sys::cublasLtHandle_t> {
+    let mut handles = HANDLES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, handle)) = handles.iter().find(|(of, _)| *of == card) {
+        return Ok(handle.0);
+    }
+    let mut handle = ptr::null_mut();
+    // SAFETY: the context is current; a valid out-pointer.
+    check(unsafe { api::cublaslt().cublasLtCreate(&mut handle) }, "start cuBLASLt")?;
+    handles.push((card, Handle(handle)));
+    Ok(handle)
+}
 
 impl Blas {
-    /// `by_rule` takes the heuristic's first algorithm instead of timing.
+    /// `by_rule` takes the heuristic's first algorithm that works instead of timing.
     pub(super) fn new(gpu: &Gpu, precision: Precision, by_rule: bool) -> Result<Self> {
         let version = probe::cublaslt()?.version;
-        let mut handle = ptr::null_mut();
-        // SAFETY: `probe` found the library and its functions; the context is current; a valid out-pointer.
-        check(unsafe { sys::cublasLtCreate(&mut handle) }, "start cuBLASLt")?;
+        let card = gpu.card();
         let compute = match precision {
             Precision::Tf32 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
             _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
         };
-        let algorithms = Algorithms::open(&gpu.card().name, version, precision);
-        Ok(Self { gpu: gpu.clone(), handle, compute, version, by_rule, plans: HashMap::new(), algorithms })
+        Ok(Self {
+            gpu: gpu.clone(),
+            handle: handle_of(card.ordinal)?,
+            compute,
+            library: Library { version, capability: card.capability },
+            by_rule,
+            plans: HashMap::new(),
+            algorithms: Algorithms::open(&card.name, version, precision),
+        })
     }
 
     /// `cublasLtGetVersion`
     pub(super) fn version(&self) -> usize {
-        self.version
+        self.library.version
+    }
+
+    /// Whether nothing is timed.
+    pub(super) fn by_rule(&self) -> bool {
+        self.by_rule
     }
 
     /// Runs the product, or returns false where cuBLASLt cannot do it with this epilogue.
@@ -162,46 +220,43 @@ impl Blas {
     fn plan(&mut self, shape: &Shape, operands: &Operands, workspace: Address) -> Result<Option<Plan>> {
         let desc = Desc::new(self.compute, shape)?;
         let (a, b, d) = (Layout::new(shape.a)?, Layout::new(shape.b)?, Layout::new(shape.d)?);
-        let none = sys::cublasLtMatmulAlgo_t { data: [0; 8] };
-        let mut plan = Plan { desc, a, b, d, algo: none, workspace: 0 };
+        let mut plan = Plan { desc, a, b, d, algo: Candidate::NONE.algo, workspace: 0 };
         plan.point_at(shape, operands)?;
+        let trial = Trial { blas: self, shape, operands, workspace };
+        // What D holds is part of the result where it is added to.
+        let added_to = shape.add_c && operands.c == operands.d;
+        let places = if added_to { vec![(operands.d, shape.d.span())] } else { Vec::new() };
+        let aside = SetAside::new(&self.gpu, &places)?;
 
         let key = shape.key();
-        if !self.by_rule
-            && let Some(algo) = self.algorithms.get(&key)
-        {
-            if let Some(size) = self.accepts(&plan, &algo) {
-                (plan.algo, plan.workspace) = (algo, size);
-                self.algorithms.take(key, algo);
-                return Ok(Some(plan));
+        let remembered = self.algorithms.get(&key).filter(|_| !self.by_rule);
+        let found = match remembered.and_then(|algo| self.accepts(&plan, shape, &algo)) {
+            Some(candidate) if trial.launches(&mut plan, &candidate) => Some(candidate),
+            _ => {
+                if self.algorithms.is_preferred(&key) && !self.by_rule {
+                    eprintln!(
+                        "warning: the checkpoint's algorithm for {key} cannot be used: it is chosen anew"
+                    );
+                }
+                trial.choose(&mut plan)?
             }
-            if self.algorithms.is_preferred(&key) {
-                eprintln!(
-                    "warning: cuBLASLt refuses the checkpoint's algorithm for {key}: it is chosen anew"
-                );
-            }
-        }
-        let wanted = if self.by_rule { 1 } else { CANDIDATES };
-        let candidates = self.candidates(&plan, wanted)?;
-        let Some(first) = candidates.first() else { return Ok(None) };
-        (plan.algo, plan.workspace) = (first.algo, first.workspaceSize);
-        if candidates.len() > 1 {
-            self.choose_fastest(&mut plan, shape, operands, workspace, &candidates)?;
-        }
+        };
+        aside.put_back()?;
+        let Some(found) = found else { return Ok(None) };
+        plan.take(&found);
         if !self.by_rule {
             self.algorithms.put(key, plan.algo);
         }
         Ok(Some(plan))
     }
 
-    /// The workspace of an algorithm that was remembered, if the library still takes it and the workspace is there. What the
-    /// file says is not trusted: it only names a candidate.
-    fn accepts(&self, plan: &Plan, algo: &sys::cublasLtMatmulAlgo_t) -> Option<usize> {
-        // SAFETY: an all-zero result is a valid value of this plain struct.
-        let mut result: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
+    /// An algorithm that was remembered, if the library still takes it, the workspace is there and it is not known to be wrong.
+    /// What the file says is not trusted: it only names a candidate.
+    fn accepts(&self, plan: &Plan, shape: &Shape, algo: &sys::cublasLtMatmulAlgo_t) -> Option<Candidate> {
+        let mut result = Candidate::NONE;
         // SAFETY: live descriptors of this plan.
         let status = unsafe {
-            sys::cublasLtMatmulAlgoCheck(
+            api::cublaslt().cublasLtMatmulAlgoCheck(
                 self.handle,
                 plan.desc.0,
                 plan.a.0,
@@ -212,19 +267,27 @@ impl Blas {
                 &mut result,
             )
         };
-        let success = sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS;
-        let fits = result.workspaceSize <= BLAS_WORKSPACE;
-        (status == success && result.state == success && fits).then_some(result.workspaceSize)
+        result.algo = *algo;
+        let fits = result.workspace <= BLAS_WORKSPACE;
+        let right = !self.library.computes_wrongly(&Config::of(algo), shape.k());
+        (status == 0 && result.state == 0 && fits && right).then_some(result)
     }
 
-    fn candidates(&self, plan: &Plan, wanted: usize) -> Result<Vec<sys::cublasLtMatmulHeuristicResult_t>> {
-        let preference = Preference::new()?;
-        // SAFETY: an all-zero result is a valid value of this plain struct.
-        let mut results = vec![unsafe { std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>() }; wanted];
+    /// What the library offers for a product, the likely fastest first. Nothing, whatever the reason that it gives: the caller
+    /// has another way.
+    fn candidates(
+        &self,
+        plan: &Plan,
+        shape: &Shape,
+        reduction: Reduction,
+        wanted: usize,
+    ) -> Result<Vec<Candidate>> {
+        let preference = Preference::new(reduction)?;
+        let mut results = vec![Candidate::NONE; wanted];
         let mut found = 0;
         // SAFETY: live descriptors; room for `wanted` results.
         let status = unsafe {
-            sys::cublasLtMatmulAlgoGetHeuristic(
+            api::cublaslt().cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
                 plan.desc.0,
                 plan.a.0,
@@ -237,62 +300,17 @@ impl Blas {
                 &mut found,
             )
         };
-        // Not supported is an answer: the caller takes another way.
-        if status == sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED {
+        // NOT_SUPPORTED is documented, INVALID_VALUE is what matrices of one row or column get.
+        if status != 0 {
             return Ok(Vec::new());
         }
-        check(status, "ask for matrix product algorithms")?;
-        results.truncate(found as usize);
-        results.retain(|r| r.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+        results.truncate(usize::try_from(found).unwrap_or(0));
+        results.retain(|r| {
+            r.state == 0
+                && r.workspace <= BLAS_WORKSPACE
+                && !self.library.computes_wrongly(&Config::of(&r.algo), shape.k())
+        });
         Ok(results)
-    }
-
-    /// Times the candidates on the real operands. A result that is added to waits in main memory and is put back: the card
-    /// may be full.
-    fn choose_fastest(
-        &self,
-        plan: &mut Plan,
-        shape: &Shape,
-        operands: &Operands,
-        workspace: Address,
-        candidates: &[sys::cublasLtMatmulHeuristicResult_t],
-    ) -> Result<()> {
-        let bytes = ((shape.d.cols - 1) * shape.d.ld + shape.d.rows) * shape.d.dtype.bytes();
-        let saved = if shape.add_c && operands.c == operands.d {
-            let mut copy = vec![0; bytes];
-            self.gpu.download(operands.d, &mut copy)?;
-            Some(copy)
-        } else {
-            None
-        };
-        let (start, end) = (self.gpu.new_event()?, self.gpu.new_event()?);
-        let mut best = f32::INFINITY;
-        for candidate in candidates {
-            let (algo, size) = (plan.algo, plan.workspace);
-            (plan.algo, plan.workspace) = (candidate.algo, candidate.workspaceSize);
-            let mut fastest = f32::INFINITY;
-            for trial in 0..TRIALS {
-                self.gpu.record_event(&start, Stream::Compute)?;
-                let status = plan.launch(&self.gpu, self.handle, shape, operands, workspace);
-                if status != sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS {
-                    break;
-                }
-                self.gpu.record_event(&end, Stream::Compute)?;
-                end.synchronize()?;
-                if trial > 0 {
-                    fastest = fastest.min(end.since(&start)?);
-                }
-            }
-            if fastest < best {
-                best = fastest;
-            } else {
-                (plan.algo, plan.workspace) = (algo, size);
-            }
-        }
-        if let Some(copy) = &saved {
-            self.gpu.upload(operands.d, copy)?;
-        }
-        Ok(())
     }
 
     /// What was chosen by timing in this run, for its checkpoint.
@@ -308,6 +326,20 @@ impl Blas {
         self.algorithms.prefer(algorithms).map_err(|why| format!("matrix products are timed anew: {why}"))
     }
 
+    /// How the product of this key is to be done with what is around it, if that was found out before.
+    pub(super) fn way(&self, key: &str) -> Option<&Chosen> {
+        self.algorithms.way(key)
+    }
+
+    pub(super) fn put_way(&mut self, key: String, chosen: Chosen) {
+        self.algorithms.put_way(key, chosen);
+    }
+
+    /// The ways of this run.
+    pub(super) fn ways(&self) -> impl Iterator<Item = (&String, &Chosen)> {
+        self.algorithms.ways()
+    }
+
     /// Writes what was learnt to the cache folder.
     pub(super) fn save(&mut self) {
         self.algorithms.save();
@@ -317,19 +349,85 @@ impl Blas {
 impl Drop for Blas {
     fn drop(&mut self) {
         self.save();
-        self.plans.clear();
-        // SAFETY: created by `new`, destroyed once, after everything that uses it.
-        unsafe { sys::cublasLtDestroy(self.handle) };
+    }
+}
+
+/// A product whose algorithm is to be chosen, on the operands of a step.
+struct Trial<'a> {
+    blas: &'a Blas,
+    shape: &'a Shape,
+    operands: &'a Operands,
+    workspace: Address,
+}
+
+impl Trial<'_> {
+    /// Whether the library runs the product so.
+    fn launches(&self, plan: &mut Plan, candidate: &Candidate) -> bool {
+        plan.take(candidate);
+        plan.launch(&self.blas.gpu, self.blas.handle, self.shape, self.operands, self.workspace) == 0
+    }
+
+    /// The fastest candidate that computes what one without a split computes; by rule the first.
+    fn choose(&self, plan: &mut Plan) -> Result<Option<Candidate>> {
+        let wanted = if self.blas.by_rule { CANDIDATES_BY_RULE } else { CANDIDATES };
+        let candidates = self.blas.candidates(plan, self.shape, Reduction::InF32, wanted)?;
+        let mut order: Vec<usize> = (0..candidates.len()).collect();
+        if self.blas.by_rule {
+            // Where one cannot be launched, the next may.
+            order.retain(|at| self.launches(plan, &candidates[*at]));
+        } else {
+            let gpu = &self.blas.gpu;
+            let cleared = (self.workspace, gpu.card().cache.min(BLAS_WORKSPACE));
+            let times =
+                race(gpu, cleared, candidates.len(), &mut |at| Ok(self.launches(plan, &candidates[at])))?;
+            order.retain(|at| times[*at].is_finite());
+            order.sort_by(|a, b| times[*a].total_cmp(&times[*b]));
+        }
+        for at in order {
+            let candidate = candidates[at];
+            if Config::of(&candidate.algo).is_unsplit() || self.agrees(plan, &candidate, &candidates)? {
+                return Ok(Some(candidate));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether a split candidate computes what one without a split does. Without one of those nothing can be said against it.
+    fn agrees(&self, plan: &mut Plan, split: &Candidate, candidates: &[Candidate]) -> Result<bool> {
+        let is_unsplit = |candidate: &&Candidate| Config::of(&candidate.algo).is_unsplit();
+        let asked = match candidates.iter().find(is_unsplit) {
+            Some(_) => Vec::new(),
+            None => self.blas.candidates(plan, self.shape, Reduction::Unsplit, CANDIDATES_BY_RULE)?,
+        };
+        let unsplit = candidates.iter().chain(&asked).filter(is_unsplit);
+        let Some(unsplit) = unsplit.copied().find(|candidate| self.launches(plan, candidate)) else {
+            return Ok(true);
+        };
+        let ways = [unsplit, *split];
+        let mut multiply = |way: usize| Ok(self.launches(plan, &ways[way]));
+        let agrees = proof::agree(&self.blas.gpu, self.shape, self.operands, &mut multiply)?;
+        if !agrees {
+            eprintln!(
+                "warning: cuBLASLt {} offers an algorithm that computes wrongly for {}; another one is taken",
+                self.blas.version(),
+                self.shape.key()
+            );
+        }
+        Ok(agrees)
     }
 }
 
 impl Plan {
+    fn take(&mut self, candidate: &Candidate) {
+        (self.algo, self.workspace) = (candidate.algo, candidate.workspace);
+    }
+
     /// Sets the addresses that live in the descriptor.
     fn point_at(&mut self, shape: &Shape, operands: &Operands) -> Result<()> {
-        if matches!(shape.fused, Fused::Bias | Fused::BiasGeluAlone | Fused::BiasGelu | Fused::BiasGrad) {
+        if shape.fused.reads_or_writes_bias() {
             self.desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
         }
-        if matches!(shape.fused, Fused::BiasGelu | Fused::GeluGrad) {
+        if shape.fused.reads_or_writes_aux() {
             self.desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &operands.aux)?;
         }
         Ok(())
@@ -342,12 +440,12 @@ impl Plan {
         shape: &Shape,
         operands: &Operands,
         workspace: Address,
-    ) -> sys::cublasStatus_t {
+    ) -> Code {
         let (alpha, beta) = (1.0f32, if shape.add_c { 1.0f32 } else { 0.0 });
         // SAFETY: live descriptors that describe the operands, which lie in this card's memory; alpha and beta are read
         // before the call returns; the workspace belongs to the compute stream alone.
         unsafe {
-            sys::cublasLtMatmul(
+            api::cublaslt().cublasLtMatmul(
                 handle,
                 self.desc.0,
                 ptr::from_ref(&alpha).cast(),
@@ -363,141 +461,8 @@ impl Plan {
                 &self.algo,
                 workspace as *mut c_void,
                 self.workspace,
-                gpu.stream(Stream::Compute).cast(),
+                gpu.stream(Stream::Compute),
             )
         }
-    }
-}
-
-// Descriptors -----------------------------------------------------------------------------------------------------
-
-struct Desc(sys::cublasLtMatmulDesc_t);
-
-impl Desc {
-    fn new(compute: sys::cublasComputeType_t, shape: &Shape) -> Result<Self> {
-        let mut raw = ptr::null_mut();
-        // SAFETY: a valid out-pointer.
-        let status =
-            unsafe { sys::cublasLtMatmulDescCreate(&mut raw, compute, sys::cudaDataType_t::CUDA_R_32F) };
-        check(status, "describe a matrix product")?;
-        let mut desc = Self(raw);
-        let transposed = |t: bool| if t { 1i32 } else { 0 };
-        desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(shape.transpose_a))?;
-        desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(shape.transpose_b))?;
-        use sys::cublasLtEpilogue_t as Epilogue;
-        let epilogue = match shape.fused {
-            Fused::Nothing => Epilogue::CUBLASLT_EPILOGUE_DEFAULT,
-            Fused::Bias => Epilogue::CUBLASLT_EPILOGUE_BIAS,
-            Fused::BiasGeluAlone => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
-            Fused::BiasGelu => Epilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-            Fused::GeluGrad => Epilogue::CUBLASLT_EPILOGUE_DGELU,
-            Fused::BiasGrad => Epilogue::CUBLASLT_EPILOGUE_BGRADB,
-        };
-        desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
-        if matches!(shape.fused, Fused::BiasGelu | Fused::GeluGrad) {
-            let ld = shape.aux_ld as i64;
-            desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &ld)?;
-        }
-        Ok(desc)
-    }
-
-    fn set<T>(&mut self, attribute: DescAttribute, value: &T) -> Result<()> {
-        // SAFETY: a live descriptor; the value has the attribute's type.
-        let status = unsafe {
-            sys::cublasLtMatmulDescSetAttribute(
-                self.0,
-                attribute,
-                ptr::from_ref(value).cast(),
-                size_of::<T>(),
-            )
-        };
-        check(status, format_args!("set {attribute:?}"))
-    }
-}
-
-impl Drop for Desc {
-    fn drop(&mut self) {
-        // SAFETY: created by `new`, destroyed once.
-        unsafe { sys::cublasLtMatmulDescDestroy(self.0) };
-    }
-}
-
-struct Layout(sys::cublasLtMatrixLayout_t);
-
-impl Layout {
-    fn new(matrix: Matrix) -> Result<Self> {
-        let mut raw = ptr::null_mut();
-        let dtype = match matrix.dtype {
-            Dtype::F32 => sys::cudaDataType::CUDA_R_32F,
-            Dtype::Bf16 => sys::cudaDataType::CUDA_R_16BF,
-        };
-        // SAFETY: a valid out-pointer.
-        let status = unsafe {
-            sys::cublasLtMatrixLayoutCreate(
-                &mut raw,
-                dtype,
-                matrix.rows as u64,
-                matrix.cols as u64,
-                matrix.ld as i64,
-            )
-        };
-        check(status, "describe a matrix")?;
-        Ok(Self(raw))
-    }
-}
-
-impl Drop for Layout {
-    fn drop(&mut self) {
-        // SAFETY: created by `new`, destroyed once.
-        unsafe { sys::cublasLtMatrixLayoutDestroy(self.0) };
-    }
-}
-
-struct Preference(sys::cublasLtMatmulPreference_t);
-
-impl Preference {
-    /// Any algorithm that gets by with the workspace and with operands aligned to 16 bytes.
-    fn new() -> Result<Self> {
-        let mut raw = ptr::null_mut();
-        // SAFETY: a valid out-pointer.
-        check(unsafe { sys::cublasLtMatmulPreferenceCreate(&mut raw) }, "describe a preference")?;
-        let preference = Self(raw);
-        preference.set(PreferenceAttribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &BLAS_WORKSPACE)?;
-        for attribute in [
-            PreferenceAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-            PreferenceAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-            PreferenceAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-            PreferenceAttribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-        ] {
-            preference.set(attribute, &16u32)?;
-        }
-        Ok(preference)
-    }
-
-    fn set<T>(&self, attribute: PreferenceAttribute, value: &T) -> Result<()> {
-        // SAFETY: a live preference; the value has the attribute's type.
-        let status = unsafe {
-            sys::cublasLtMatmulPreferenceSetAttribute(
-                self.0,
-                attribute,
-                ptr::from_ref(value).cast(),
-                size_of::<T>(),
-            )
-        };
-        check(status, format_args!("set {attribute:?}"))
-    }
-}
-
-impl Drop for Preference {
-    fn drop(&mut self) {
-        // SAFETY: created by `new`, destroyed once.
-        unsafe { sys::cublasLtMatmulPreferenceDestroy(self.0) };
-    }
-}
-
-fn check(status: sys::cublasStatus_t, doing: impl std::fmt::Display) -> Result<()> {
-    match status {
-        sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
-        status => Err(Error::new(format!("cannot {doing}: cuBLASLt says {status:?}"))),
     }
 }

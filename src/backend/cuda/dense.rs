@@ -1,16 +1,19 @@
-//! Dense layers: cuBLASLt products with fused epilogues where it has them, own kernels after a plain product where not.
+//! Dense layers: cuBLASLt products with fused epilogues or own kernels after a plain product, whatever is faster.
 //!
-//! In bf16 the forward fuses bias, residual and the tanh form of GELU, the backward GELU's derivative and the bias gradient.
-//! The erf form and dropout inside the MLP take one own kernel. In f32 only the bias is fused: the fused GELU of cuBLASLt is an
-//! approximation that f32 would notice.
+//! In bf16 the forward can fuse bias, residual and the tanh form of GELU, the backward GELU's derivative and the bias gradient;
+//! each of these has its counterpart apart, and the card says which is faster ([`super::ways`]). The erf form and dropout
+//! inside the MLP always take an own kernel. In f32 only the bias is fused: the fused GELU of cuBLASLt is an approximation
+//! that f32 would notice.
 
 use super::Cuda;
 use super::blas::{Fused, Matrix, Operands, Shape};
 use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
+use super::product;
 use super::sums;
+use super::ways::{Way, in_the_fastest_way};
 use crate::backend::{Dtype, Epilogue, Gelu, InputGrad, Linear, Mask, Mat};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 impl Cuda {
     /// A mask over the samples of the micro-batch.
@@ -44,6 +47,7 @@ fn form_code(form: Gelu) -> u32 {
 }
 
 /// Operands of one product in row-major words.
+#[derive(Clone, Copy)]
 struct Product {
     shape: Shape,
     operands: Operands,
@@ -111,13 +115,31 @@ impl Product {
         cuda.blas.run(&self.shape, &self.operands, workspace)
     }
 
+    /// A product without an epilogue: cuBLASLt's, or an own kernel for what it refuses, as it may a matrix of one row.
     fn run(&self, cuda: &mut Cuda) -> Result<()> {
-        if self.try_run(cuda)? {
-            return Ok(());
+        match self.try_run(cuda)? {
+            true => Ok(()),
+            false => product::product(cuda, &self.shape, &self.operands),
         }
-        Err(Error::new(format!("cuBLASLt {} has no algorithm for {:?}", cuda.blas.version(), self.shape))
-            .hint("use a newer cuBLASLt, or `--device cpu`"))
     }
+
+    /// What a second run would find changed: a D that is added to.
+    fn changed(&self) -> Vec<(Address, usize)> {
+        let in_place = self.shape.add_c && self.operands.c == self.operands.d;
+        if in_place { vec![(self.operands.d, self.shape.d.span())] } else { Vec::new() }
+    }
+}
+
+/// The names of ways: an epilogue of the product; a plain product and own kernels; a plain product beside work that another
+/// operation has done on the way.
+const FUSED: &str = "fused";
+const APART: &str = "apart";
+
+/// Does a product with its epilogue, or `apart`, whatever is faster here.
+fn fused_or_apart(cuda: &mut Cuda, fused: &Product, apart: &dyn Fn(&mut Cuda) -> Result<()>) -> Result<()> {
+    let ways =
+        [Way::new(FUSED, |cuda| fused.try_run(cuda)), Way::new(APART, |cuda| apart(cuda).map(|()| true))];
+    in_the_fastest_way(cuda, &fused.shape, &fused.changed(), &ways).map(|_| ())
 }
 
 /// [`crate::backend::Backend::matmul`]
@@ -129,34 +151,42 @@ pub(super) fn matmul(cuda: &mut Cuda, x: Mat, w: &Linear, epilogue: Epilogue, y:
         Epilogue::None => product.run(cuda),
         Epilogue::Bias => {
             if !product.fuse(Fused::Bias, bias).try_run(cuda)? {
-                Product::forward(cuda, x, w.weight, y).run(cuda)?;
+                product.run(cuda)?;
                 add_bias(cuda, w.bias, y)?;
             }
             Ok(())
         }
         Epilogue::BiasResidual(residual) => {
+            let added = product.add(cuda.at(residual));
+            let apart = |cuda: &mut Cuda| {
+                // A product of its own would overwrite a residual in place.
+                if residual == y {
+                    added.run(cuda)?;
+                    return add_bias(cuda, w.bias, y);
+                }
+                product.run(cuda)?;
+                bias_residual(cuda, y, w.bias, residual, y)
+            };
             // C shares D's layout: another leading dimension goes another way.
-            let same = residual.ld == y.ld && residual.dtype == y.dtype;
-            if same && product.add(cuda.at(residual)).fuse(Fused::Bias, bias).try_run(cuda)? {
-                return Ok(());
+            match residual.ld == y.ld && residual.dtype == y.dtype {
+                true => fused_or_apart(cuda, &added.fuse(Fused::Bias, bias), &apart),
+                false => apart(cuda),
             }
-            // The product needs a place of its own where the residual is y.
-            assert_ne!(residual, y, "a residual in place needs a fused epilogue");
-            Product::forward(cuda, x, w.weight, y).run(cuda)?;
-            bias_residual(cuda, y, w.bias, residual, y)
         }
         Epilogue::BiasGelu { pre, form, dropout } => {
-            let fusable = y.dtype == Dtype::Bf16 && form == Gelu::Tanh && dropout.rate == 0.0;
+            let z = pre.unwrap_or(y);
+            let apart = |cuda: &mut Cuda| {
+                Product::forward(cuda, x, w.weight, z).run(cuda)?;
+                bias_gelu(cuda, z, Some(w.bias), pre, form, dropout, y)
+            };
             let fused = match pre {
                 Some(pre) => product.fuse(Fused::BiasGelu, bias).aux(cuda, pre),
                 None => product.fuse(Fused::BiasGeluAlone, bias),
             };
-            if fusable && fused.try_run(cuda)? {
-                return Ok(());
+            match y.dtype == Dtype::Bf16 && form == Gelu::Tanh && dropout.rate == 0.0 {
+                true => fused_or_apart(cuda, &fused, &apart),
+                false => apart(cuda),
             }
-            let z = pre.unwrap_or(y);
-            Product::forward(cuda, x, w.weight, z).run(cuda)?;
-            bias_gelu(cuda, z, Some(w.bias), pre, form, dropout, y)
         }
         Epilogue::BiasTanh => {
             product.run(cuda)?;
@@ -167,45 +197,52 @@ pub(super) fn matmul(cuda: &mut Cuda, x: Mat, w: &Linear, epilogue: Epilogue, y:
 
 /// [`crate::backend::Backend::matmul_backward`]
 pub(super) fn matmul_backward(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
-    let accumulate = cuda.micro.accumulate;
-    let mut bias_is_done = false;
-    if let Some(d_weight) = w.d_weight {
-        let add = |product: Product, cuda: &Cuda| {
-            if accumulate { product.add(cuda.at(d_weight)) } else { product }
-        };
-        // The fused bias gradient is written, never added to.
-        let d_bias = w.d_bias.filter(|_| !accumulate && d_y.dtype == Dtype::Bf16);
-        if let Some(d_bias) = d_bias {
-            let product = Product::weight_grad(cuda, d_y, x, d_weight).fuse(Fused::BiasGrad, cuda.at(d_bias));
-            bias_is_done = product.try_run(cuda)?;
-        }
-        if !bias_is_done {
-            add(Product::weight_grad(cuda, d_y, x, d_weight), cuda).run(cuda)?;
-        }
-    }
-    if let Some(d_bias) = w.d_bias.filter(|_| !bias_is_done) {
-        sums::column_sums(cuda, d_y, d_bias)?;
-    }
-
+    weight_and_bias_grad(cuda, d_y, x, w)?;
     // After the weights' gradients, because `d_x` may take the place of `x`.
     match d_x {
         InputGrad::None => Ok(()),
         InputGrad::Plain(d_x) => Product::input_grad(cuda, d_y, w.weight, d_x).run(cuda),
         InputGrad::Add(d_x) => Product::input_grad(cuda, d_y, w.weight, d_x).add(cuda.at(d_x)).run(cuda),
         InputGrad::Gelu { d_pre, pre, form, dropout } => {
-            let fusable = d_pre.dtype == Dtype::Bf16 && form == Gelu::Tanh && dropout.rate == 0.0;
             let product = Product::input_grad(cuda, d_y, w.weight, d_pre);
-            if fusable && product.fuse(Fused::GeluGrad, 0).aux(cuda, pre).try_run(cuda)? {
-                return Ok(());
+            let apart = |cuda: &mut Cuda| {
+                product.run(cuda)?;
+                gelu_backward(cuda, d_pre, pre, form, dropout)
+            };
+            match d_pre.dtype == Dtype::Bf16 && form == Gelu::Tanh && dropout.rate == 0.0 {
+                true => fused_or_apart(cuda, &product.fuse(Fused::GeluGrad, 0).aux(cuda, pre), &apart),
+                false => apart(cuda),
             }
-            Product::input_grad(cuda, d_y, w.weight, d_pre).run(cuda)?;
-            gelu_backward(cuda, d_pre, pre, form, dropout)
         }
         InputGrad::Tanh { d, y } => {
             Product::input_grad(cuda, d_y, w.weight, d).run(cuda)?;
             tanh_backward(cuda, d, y)
         }
     }
+}
+
+/// The gradients of weight and bias, as far as they are trained.
+fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result<()> {
+    let accumulate = cuda.micro.accumulate;
+    let Some(d_weight) = w.d_weight else {
+        return w.d_bias.map_or(Ok(()), |d_bias| sums::column_sums(cuda, d_y, d_bias));
+    };
+    let product = Product::weight_grad(cuda, d_y, x, d_weight);
+    let product = if accumulate { product.add(cuda.at(d_weight)) } else { product };
+    let Some(d_bias) = w.d_bias else { return product.run(cuda) };
+    let apart = |cuda: &mut Cuda| {
+        product.run(cuda)?;
+        sums::column_sums(cuda, d_y, d_bias)
+    };
+    // The fused bias gradient is written, never added to. By rule it is made apart: the epilogue may keep the library from
+    // splitting the sum over all rows, without which there is little to do side by side.
+    if accumulate || d_y.dtype != Dtype::Bf16 {
+        return apart(cuda);
+    }
+    let fused = product.fuse(Fused::BiasGrad, cuda.at(d_bias));
+    let apart = Way::new(APART, |cuda| apart(cuda).map(|()| true));
+    let fused_way = Way::new(FUSED, |cuda| fused.try_run(cuda));
+    in_the_fastest_way(cuda, &fused.shape, &[], &[apart, fused_way]).map(|_| ())
 }
 
 // Own kernels around a plain product (kernels/activation.cu, kernels/column_sums.cu) ---------------------------------

@@ -14,6 +14,16 @@ pub struct KernelReport {
     pub stack_bytes: u32,
 }
 
+/// A compiled file as bytes at a multiple of 64: the driver is given its address and reads words there.
+macro_rules! image {
+    ($path:expr) => {{
+        #[repr(C, align(64))]
+        struct Aligned<B: ?Sized>(B);
+        static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!($path));
+        &IMAGE.0
+    }};
+}
+
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// Kernels in the program, each counted once.
@@ -29,5 +39,17 @@ pub fn summary() -> String {
     match WHY_NONE {
         None => format!("embedded for {} ({} kernels)", TARGETS.join(", "), kernel_count()),
         Some(why) => format!("none embedded (built without nvcc: {why})"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_lie_where_the_driver_can_read_words() {
+        for (file, image) in IMAGES {
+            assert!(image.as_ptr().addr().is_multiple_of(64), "{file} lies at {:p}", image.as_ptr());
+        }
     }
 }

@@ -2,14 +2,17 @@
 //!
 //! This file owns the device memory, the bound batch, and how a step is recorded and replayed. Each group of operations
 //! has a file that turns handles into launches; the kernels are in `kernels/`. [`driver`] is the CUDA driver behind safe
-//! functions, [`blas`] chooses and runs matrix products, [`probe`] finds out whether there is anything to run on.
+//! functions and [`device`] the card behind it, [`blas`] chooses and runs matrix products, [`probe`] finds out whether there
+//! is anything to run on.
 //!
 //! Nothing here knows of the stand-in GPU, save that it brings its own kernels: tests run this very code on it.
 
+mod api;
 mod attention;
 mod blas;
 mod cells;
 mod dense;
+pub mod device;
 pub mod driver;
 mod head;
 pub mod images;
@@ -17,15 +20,18 @@ mod launch;
 mod norm;
 pub mod probe;
 mod probe_attention;
+mod product;
+mod race;
 mod stem;
 mod sums;
 pub mod time;
 mod update;
+mod ways;
 
 use super::{
-    Arena, Backend, Body, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat,
-    MemoryPlan, Micro, Norm, Normalise, Options, PatchGrid, Pool, Precision, Recompute, Residual, Slot,
-    SlotLayout, Stats, StepKeys, StepReport, Storage, Update, memory,
+    Arena, Backend, Body, Choice, Device, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss,
+    Mask, Mat, MemoryPlan, Micro, Norm, Normalise, Options, PatchGrid, Pool, Precision, Recompute, Residual,
+    Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update, memory,
 };
 use crate::error::{Error, Result};
 
@@ -34,13 +40,14 @@ pub(in crate::backend) use update::update_bytes;
 use blas::Blas;
 use cells::Cells;
 use driver::{Address, Buffer, Event, Gpu, Graph, Stream};
+use ways::Ways;
 
 /// Rows of activations are padded to this many elements: 16 bytes in bf16, which vector loads and cuBLASLt want.
 const ROW_ALIGN: usize = 8;
 /// The workspace: cuBLASLt's for split products, then scratch of one operation's own kernels, then the step's cells and
 /// those of reports and updates.
 const WORKSPACE: usize = UPDATE_CELLS + update::CELLS_BYTES;
-const BLAS_WORKSPACE: usize = 64 << 20;
+const BLAS_WORKSPACE: usize = 256 << 20;
 const SCRATCH: usize = 32 << 20;
 const STEP_CELLS: usize = BLAS_WORKSPACE + SCRATCH;
 const UPDATE_CELLS: usize = (STEP_CELLS + cells::BYTES).next_multiple_of(memory::TENSOR_ALIGN);
@@ -49,6 +56,7 @@ const UPDATE_CELLS: usize = (STEP_CELLS + cells::BYTES).next_multiple_of(memory:
 pub struct Cuda {
     gpu: Gpu,
     blas: Blas,
+    ways: Ways,
     precision: Precision,
     options: Options,
     arenas: Vec<Buffer>,
@@ -85,12 +93,12 @@ struct BoundBatch {
 }
 
 impl Cuda {
-    /// Opens the first visible card.
+    /// Opens card `ordinal` of the visible ones.
     ///
     /// # Errors
-    /// No driver, one too old, no card, a card too old, a CUDA library missing, no kernels in this build.
-    pub fn open(options: &Options) -> Result<Self> {
-        let gpu = Gpu::open()?;
+    /// No driver, one too old, no such card, one too old, a CUDA library missing, no kernels in this build.
+    pub fn open(ordinal: usize, options: &Options) -> Result<Self> {
+        let gpu = Gpu::open(ordinal)?;
         gpu.check_launches(options.check_launches);
         let precision = match options.precision {
             Precision::Auto => Precision::Bf16,
@@ -100,6 +108,7 @@ impl Cuda {
         let event = || gpu.new_event();
         Ok(Self {
             blas: Blas::new(&gpu, precision, options.deterministic)?,
+            ways: Ways::default(),
             precision,
             options: *options,
             arenas: Vec::new(),
@@ -120,7 +129,7 @@ impl Cuda {
     }
 
     /// What the card is.
-    pub fn card(&self) -> &driver::Card {
+    pub fn card(&self) -> &device::Card {
         self.gpu.card()
     }
 
@@ -245,7 +254,8 @@ impl Backend for Cuda {
         let stream = if residual == activations { "" } else { ", residual stream in f32" };
         let precision = format!("{:?}", self.precision).to_lowercase() + stream;
         let (major, minor) = card.capability;
-        format!("cuda, {} (sm_{major}{minor}), {precision}", card.name)
+        let device = Device::Cuda(card.ordinal);
+        format!("{device}, {} (sm_{major}{minor}), {precision}", card.name)
     }
 
     // Memory ----------------------------------------------------------------------------------------------------
@@ -280,9 +290,14 @@ impl Backend for Cuda {
         }
         self.arenas.clear();
         for index in 0..Arena::COUNT {
-            self.arenas.push(self.gpu.allocate(plan.bytes_at(index))?);
+            let bytes = plan.bytes_at(index);
+            // What an operation finds in its workspace is nobody's.
+            let is_workspace = index == Arena::Workspace as usize;
+            self.arenas.push(if is_workspace { self.gpu.reserve(bytes) } else { self.gpu.allocate(bytes) }?);
         }
         let workspace = self.arena(Arena::Workspace).address;
+        self.gpu.fill(workspace + STEP_CELLS as u64, 0, WORKSPACE - STEP_CELLS)?;
+        self.recorded = [Recorded::Never, Recorded::Never];
         self.cells.place(workspace + STEP_CELLS as u64);
         self.update.place(workspace + UPDATE_CELLS as u64);
         self.gpu.synchronize(Stream::Compute)
@@ -351,6 +366,10 @@ impl Backend for Cuda {
 
     fn algorithms(&self) -> Vec<String> {
         self.blas.algorithms()
+    }
+
+    fn choices(&self) -> Vec<Choice> {
+        ways::choices(self)
     }
 
     fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String> {

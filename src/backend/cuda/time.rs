@@ -46,7 +46,7 @@ impl Cuda {
         repeats: usize,
         mut run: impl FnMut(&mut Self) -> Result<()>,
     ) -> Result<Vec<f64>> {
-        let (start, end) = (self.gpu.new_event()?, self.gpu.new_event()?);
+        let (start, end) = (self.gpu.new_timer()?, self.gpu.new_timer()?);
         // The first run of a graph uploads it.
         run(self)?;
         let mut seconds = Vec::new();

@@ -22,7 +22,7 @@ pub struct Traffic {
     pub written: usize,
 }
 
-fn traffic(read: usize, written: usize) -> Traffic {
+pub(super) fn traffic(read: usize, written: usize) -> Traffic {
     Traffic { read, written }
 }
 
@@ -165,7 +165,7 @@ pub(super) fn half(rows: usize, cols: usize) -> usize {
 }
 
 /// `sum_partials` behind a kernel that left `count` partial sums of `columns` columns, `sums` times.
-fn sum_partials(count: usize, sums: usize, columns: usize) -> Traffic {
+pub(super) fn sum_partials(count: usize, sums: usize, columns: usize) -> Traffic {
     traffic(4 * count * sums * columns, 4 * sums * columns)
 }
 

@@ -3,7 +3,8 @@
 use crate::backend::cuda::driver::Launched;
 use crate::backend::{Dtype, Epilogue, Gelu, InputGrad, Mask};
 
-use super::cases::{Case, Placed, Room, half};
+use super::Traffic;
+use super::cases::{Case, Placed, Room, half, sum_partials, traffic};
 use super::sizes::Model;
 
 /// The products of a block and of the patch embedding, each with its epilogue, and the two of its backward.
@@ -24,7 +25,6 @@ fn product(
     let flops = 2.0 * (rows * out * input) as f64;
     let (x, y, w) = (half(rows, input), half(rows, out), half(out, input));
     let shape = format!("{model} [{rows}, {input}] → {out}");
-    let no_kernel = |_: &[Launched]| Vec::new();
     // What these give is a part of the residual stream.
     let streams: &[Dtype] = match layer {
         "patch_embed" | "proj" | "fc2" => &[Dtype::Bf16, Dtype::F32],
@@ -52,7 +52,7 @@ fn product(
             Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
         };
         cases.push(
-            Case::new(operation, shape.clone(), images, no_kernel, place)
+            Case::new(operation, shape.clone(), images, beside(rows, input, Dtype::Bf16), place)
                 .flops(flops)
                 .product_bytes(x + y + w + gelu_bytes),
         );
@@ -66,9 +66,29 @@ fn product(
     };
     // Weight gradients are f32.
     cases.push(
-        Case::new(weight_grad, shape, images, no_kernel, place).flops(flops).product_bytes(x + y + 2 * w),
+        Case::new(weight_grad, shape, images, beside(rows, out, Dtype::Bf16), place)
+            .flops(flops)
+            .product_bytes(x + y + 2 * w),
     );
     cases
+}
+
+/// The least traffic of the own kernels that are started where an epilogue is not fused, for a result `[rows, cols]` in `y`.
+fn beside(rows: usize, cols: usize, y: Dtype) -> impl Fn(&[Launched]) -> Vec<Traffic> {
+    let (size, bias) = (y.bytes() * rows * cols, 4 * cols);
+    move |launches| {
+        let slices = launches.first().map_or(0, |launched| launched.grid[1] as usize);
+        let least = |launched: &Launched| match launched.kernel {
+            "bias_f32" | "bias_bf16" => traffic(size + bias, size),
+            "bias_gelu_bf16" => traffic(size + bias, 2 * size),
+            "bias_residual_f32" | "bias_residual_bf16" => traffic(2 * size + bias, size),
+            "gelu_backward_bf16" => traffic(2 * size, size),
+            "column_sums_bf16" => traffic(size, 4 * slices * cols),
+            "sum_partials" => sum_partials(slices, 1, cols),
+            other => unreachable!("`{other}` is not started beside a product"),
+        };
+        launches.iter().map(least).collect()
+    }
 }
 
 fn forward(
@@ -97,7 +117,7 @@ fn forward(
         Placed::new(move |b| b.matmul(x, &w, epilogue, y))
     };
     let shape = format!("{model} [{rows}, {input}] → {out}{note}");
-    Case::new(operation, shape, images, |_| Vec::new(), place)
+    Case::new(operation, shape, images, beside(rows, out, stream), place)
         .flops(2.0 * (rows * out * input) as f64)
         .product_bytes(half(rows, input) + y + half(out, input) + epilogue_bytes)
 }

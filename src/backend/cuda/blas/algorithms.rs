@@ -1,8 +1,9 @@
-//! The algorithms that timing has chosen, in a file of the cache folder: one per card, library version and precision.
+//! What timing has chosen, in a file of the cache folder: one per card, library version and precision. For each product the
+//! algorithm; for each product with work around it the way: fused into the product, or a plain product and own kernels.
 //!
-//! Two runs that share the file use the same algorithms and so give the same bits. A file that cannot be read or written
-//! costs one warning and the time to choose again, never the run. A checkpoint names those of its run, and a resumed run
-//! prefers them to the file's.
+//! Two runs that share the file make the same choices and so give the same bits. A file that cannot be read or written
+//! costs one warning and the time to choose again, never the run. A checkpoint names the choices of its run, and a resumed
+//! run prefers them to the file's.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,21 +15,38 @@ use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t;
 /// The file and what it says, and what this run uses.
 pub(super) struct Algorithms {
     path: Option<PathBuf>,
-    /// Card, library and precision: algorithms of others mean nothing here.
+    /// Card, library and precision: choices of others mean nothing here.
     of: String,
-    /// Shape → the words of its algorithm.
-    entries: BTreeMap<String, [u64; 8]>,
+    entries: Choices,
     changed: bool,
     /// The same for the shapes of this run, those of its checkpoint included.
-    used: BTreeMap<String, [u64; 8]>,
+    used: Choices,
 }
+
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+struct Choices {
+    /// Product → the words of its algorithm.
+    algorithms: BTreeMap<String, [u64; 8]>,
+    /// Product with what is around it → how it is done.
+    ways: BTreeMap<String, Chosen>,
+}
+
+/// A way, by its name, and what each one took when they were timed.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub(in crate::backend::cuda) struct Chosen {
+    pub(in crate::backend::cuda) way: String,
+    pub(in crate::backend::cuda) microseconds: BTreeMap<String, f32>,
+}
+
+/// How a line of a checkpoint begins that names a way.
+const WAY: &str = "way of ";
 
 impl Algorithms {
     pub(super) fn open(card: &str, version: usize, precision: Precision) -> Self {
         let of = format!("{card}, cuBLASLt {version}, {precision:?}");
         let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
         let card: String = card.chars().map(plain).collect();
-        let name = format!("{card}-cublaslt-{version}-{precision:?}.json").to_lowercase();
+        let name = format!("{card}-cublaslt-{version}-{precision:?}-choices.json").to_lowercase();
         let path = Some(files::cache_dir().join("matmul").join(name));
         let entries = path.as_ref().filter(|path| path.is_file()).and_then(|path| {
             let text = std::fs::read_to_string(path).map_err(|e| e.to_string());
@@ -37,16 +55,20 @@ impl Algorithms {
                 .map_err(|why| eprintln!("warning: {}: {why}; algorithms are chosen anew", path.display()))
                 .ok()
         });
-        Self { path, of, entries: entries.unwrap_or_default(), changed: false, used: BTreeMap::new() }
+        Self { path, of, entries: entries.unwrap_or_default(), changed: false, used: Choices::default() }
     }
 
-    /// The run's algorithms in words, for a checkpoint: whose they are, then one line per shape.
+    /// The run's choices in words, for a checkpoint: whose they are, then one line per product and per way.
     pub(super) fn in_words(&self) -> Vec<String> {
-        let line = |(key, words): (&String, &[u64; 8])| {
+        let algorithm = |(key, words): (&String, &[u64; 8])| {
             let words: Vec<String> = words.iter().map(|word| format!("{word:x}")).collect();
             format!("{key}: {}", words.join(" "))
         };
-        std::iter::once(self.of.clone()).chain(self.used.iter().map(line)).collect()
+        let way = |(key, chosen): (&String, &Chosen)| format!("{WAY}{key}: {}", chosen.way);
+        std::iter::once(self.of.clone())
+            .chain(self.used.algorithms.iter().map(algorithm))
+            .chain(self.used.ways.iter().map(way))
+            .collect()
     }
 
     /// Takes over what [`Algorithms::in_words`] gave in another process, or says why that is of no use.
@@ -60,36 +82,46 @@ impl Algorithms {
                 self.of
             ));
         }
-        let parse = |line: &String| {
-            let (key, words) = line.rsplit_once(": ")?;
-            let words: Option<Vec<u64>> = words.split(' ').map(|w| u64::from_str_radix(w, 16).ok()).collect();
-            Some((key.to_owned(), <[u64; 8]>::try_from(words?).ok()?))
-        };
-        let parsed: Option<BTreeMap<_, _>> = lines.iter().map(parse).collect();
-        self.used = parsed.ok_or("the algorithms of the checkpoint cannot be read")?;
+        let mut choices = Choices::default();
+        for line in lines {
+            choices.read(line).ok_or("the algorithms of the checkpoint cannot be read")?;
+        }
+        self.used = choices;
         Ok(())
     }
 
     /// Does the run's checkpoint name one for this shape? Asked before the shape is first met.
     pub(super) fn is_preferred(&self, key: &str) -> bool {
-        self.used.contains_key(key)
+        self.used.algorithms.contains_key(key)
     }
 
     pub(super) fn get(&self, key: &str) -> Option<cublasLtMatmulAlgo_t> {
-        let words = self.used.get(key).or_else(|| self.entries.get(key))?;
+        let words = self.used.algorithms.get(key).or_else(|| self.entries.algorithms.get(key))?;
         Some(cublasLtMatmulAlgo_t { data: *words })
     }
 
-    /// The run takes this one for a shape.
-    pub(super) fn take(&mut self, key: String, algorithm: cublasLtMatmulAlgo_t) {
-        self.used.insert(key, algorithm.data);
+    /// The run takes this one, which others may have, too.
+    pub(super) fn put(&mut self, key: String, algorithm: cublasLtMatmulAlgo_t) {
+        let before = self.entries.algorithms.insert(key.clone(), algorithm.data);
+        self.changed |= before != Some(algorithm.data);
+        self.used.algorithms.insert(key, algorithm.data);
     }
 
-    /// The run takes this one after timing it, and others may have it, too.
-    pub(super) fn put(&mut self, key: String, algorithm: cublasLtMatmulAlgo_t) {
-        self.entries.insert(key.clone(), algorithm.data);
-        self.changed = true;
-        self.take(key, algorithm);
+    /// The way in which the checkpoint or the file wants it done.
+    pub(super) fn way(&self, key: &str) -> Option<&Chosen> {
+        self.used.ways.get(key).or_else(|| self.entries.ways.get(key))
+    }
+
+    /// The run does it so, and others may, too.
+    pub(super) fn put_way(&mut self, key: String, chosen: Chosen) {
+        let before = self.entries.ways.insert(key.clone(), chosen.clone());
+        self.changed |= before.as_ref() != Some(&chosen);
+        self.used.ways.insert(key, chosen);
+    }
+
+    /// The ways of this run.
+    pub(super) fn ways(&self) -> impl Iterator<Item = (&String, &Chosen)> {
+        self.used.ways.iter()
     }
 
     pub(super) fn save(&mut self) {
@@ -103,5 +135,43 @@ impl Algorithms {
         if let Err(why) = written {
             eprintln!("warning: {}: {why}; the next run chooses algorithms again", path.display());
         }
+    }
+}
+
+impl Choices {
+    /// A line of [`Algorithms::in_words`].
+    fn read(&mut self, line: &str) -> Option<()> {
+        let (key, value) = line.rsplit_once(": ")?;
+        if let Some(key) = key.strip_prefix(WAY) {
+            let chosen = Chosen { way: value.to_string(), microseconds: BTreeMap::new() };
+            self.ways.insert(key.to_string(), chosen);
+            return Some(());
+        }
+        let words: Option<Vec<u64>> = value.split(' ').map(|w| u64::from_str_radix(w, 16).ok()).collect();
+        self.algorithms.insert(key.to_owned(), words?.try_into().ok()?);
+        Some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_carries_every_choice() {
+        let mut run = Algorithms::open("Test card", 1, Precision::Bf16);
+        let words = [1, 2, 3, u64::MAX, 0, 0, 0, 9];
+        run.put("tn m8".into(), cublasLtMatmulAlgo_t { data: words });
+        let times = BTreeMap::from([("fused".to_string(), 1.5)]);
+        run.put_way("gelu m8".into(), Chosen { way: "plain".into(), microseconds: times });
+        let mut resumed = Algorithms::open("Test card", 1, Precision::Bf16);
+        resumed.prefer(&run.in_words()).unwrap();
+        assert_eq!(resumed.get("tn m8").unwrap().data, words);
+        assert_eq!(resumed.way("gelu m8").unwrap().way, "plain");
+        assert_eq!(resumed.in_words(), run.in_words());
+
+        let mut other = Algorithms::open("Another card", 1, Precision::Bf16);
+        assert!(other.prefer(&run.in_words()).is_err());
+        assert!(resumed.prefer(&["Test card, cuBLASLt 1, Bf16".into(), "no value".into()]).is_err());
     }
 }

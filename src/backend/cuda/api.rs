@@ -1,0 +1,291 @@
+//! The C functions of the CUDA driver and of cuBLASLt that are called, in one table per library, opened at run time.
+//!
+//! Status codes are integers on this side of the boundary: a library that is newer than this program may answer with a
+//! code that the program has no name for, and a Rust enum with a value outside its list is undefined behaviour. A table
+//! exists only when its library has every function of it, so that a call can never meet a missing one. Types are
+//! `cudarc`'s.
+
+#![allow(non_snake_case)]
+
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+use cudarc::cublaslt::sys as lt;
+use cudarc::driver::sys as cu;
+use libloading::Library;
+
+use crate::error::{Error, Result};
+
+/// What a function returns: 0 is success in both libraries.
+pub(super) type Code = c_int;
+
+/// `cublasLtMatmulHeuristicResult_t`, its status as an integer.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Candidate {
+    pub(super) algo: lt::cublasLtMatmulAlgo_t,
+    pub(super) workspace: usize,
+    pub(super) state: Code,
+    pub(super) waves: f32,
+    reserved: [c_int; 4],
+}
+const _: () = assert!(size_of::<Candidate>() == size_of::<lt::cublasLtMatmulHeuristicResult_t>());
+
+impl Candidate {
+    pub(super) const NONE: Candidate = Candidate {
+        algo: lt::cublasLtMatmulAlgo_t { data: [0; 8] },
+        workspace: 0,
+        state: 0,
+        waves: 0.0,
+        reserved: [0; 4],
+    };
+}
+
+/// A library as a table of its functions: `fn name(arguments) -> result` in the header's words.
+macro_rules! library {
+    ($(#[$doc:meta])* $table:ident { $(fn $name:ident($($argument:ident: $type:ty),* $(,)?) -> $result:ty;)* }) => {
+        $(#[$doc])*
+        pub(super) struct $table { $($name: unsafe extern "C" fn($($type),*) -> $result,)* }
+
+        impl $table {
+            /// Every function, or the name of one that is missing.
+            fn load(library: &'static Library) -> std::result::Result<Self, &'static str> {
+                Ok(Self { $($name: {
+                    // SAFETY: the header of every version from the oldest that is accepted on declares it so.
+                    let found = unsafe { library.get(concat!(stringify!($name), "\0").as_bytes()) };
+                    *found.map_err(|_| stringify!($name))?
+                },)* })
+            }
+
+            $(
+                /// # Safety
+                /// What the library's documentation asks of the caller.
+                pub(super) unsafe fn $name(&self, $($argument: $type),*) -> $result {
+                    // SAFETY: the caller's promise.
+                    unsafe { (self.$name)($($argument),*) }
+                }
+            )*
+        }
+    };
+}
+
+library! {
+    /// libcuda
+    Driver {
+        fn cuCtxSetCurrent(context: cu::CUcontext) -> Code;
+        fn cuDeviceGet(device: *mut cu::CUdevice, ordinal: c_int) -> Code;
+        fn cuDeviceGetAttribute(value: *mut c_int, attribute: cu::CUdevice_attribute, device: cu::CUdevice) -> Code;
+        fn cuDeviceGetCount(count: *mut c_int) -> Code;
+        fn cuDeviceGetName(name: *mut c_char, bytes: c_int, device: cu::CUdevice) -> Code;
+        fn cuDevicePrimaryCtxRelease_v2(device: cu::CUdevice) -> Code;
+        fn cuDevicePrimaryCtxRetain(context: *mut cu::CUcontext, device: cu::CUdevice) -> Code;
+        fn cuDeviceTotalMem_v2(bytes: *mut usize, device: cu::CUdevice) -> Code;
+        fn cuDriverGetVersion(version: *mut c_int) -> Code;
+        fn cuEventCreate(event: *mut cu::CUevent, flags: c_uint) -> Code;
+        fn cuEventDestroy_v2(event: cu::CUevent) -> Code;
+        fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: cu::CUevent, end: cu::CUevent) -> Code;
+        fn cuEventRecord(event: cu::CUevent, stream: cu::CUstream) -> Code;
+        fn cuEventSynchronize(event: cu::CUevent) -> Code;
+        fn cuFuncSetAttribute(function: cu::CUfunction, attribute: cu::CUfunction_attribute, value: c_int) -> Code;
+        fn cuGetErrorName(code: Code, name: *mut *const c_char) -> Code;
+        fn cuGetErrorString(code: Code, text: *mut *const c_char) -> Code;
+        fn cuGraphDestroy(graph: cu::CUgraph) -> Code;
+        fn cuGraphExecDestroy(graph: cu::CUgraphExec) -> Code;
+        fn cuGraphInstantiateWithFlags(exec: *mut cu::CUgraphExec, graph: cu::CUgraph, flags: u64) -> Code;
+        fn cuGraphLaunch(graph: cu::CUgraphExec, stream: cu::CUstream) -> Code;
+        fn cuInit(flags: c_uint) -> Code;
+        fn cuLaunchKernel(
+            function: cu::CUfunction,
+            grid_x: c_uint,
+            grid_y: c_uint,
+            grid_z: c_uint,
+            block_x: c_uint,
+            block_y: c_uint,
+            block_z: c_uint,
+            shared: c_uint,
+            stream: cu::CUstream,
+            arguments: *mut *mut c_void,
+            extra: *mut *mut c_void,
+        ) -> Code;
+        fn cuMemAlloc_v2(address: *mut cu::CUdeviceptr, bytes: usize) -> Code;
+        fn cuMemFreeHost(pointer: *mut c_void) -> Code;
+        fn cuMemFree_v2(address: cu::CUdeviceptr) -> Code;
+        fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> Code;
+        fn cuMemHostAlloc(pointer: *mut *mut c_void, bytes: usize, flags: c_uint) -> Code;
+        fn cuMemcpyDtoDAsync_v2(to: cu::CUdeviceptr, from: cu::CUdeviceptr, bytes: usize, stream: cu::CUstream) -> Code;
+        fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: cu::CUdeviceptr, bytes: usize, stream: cu::CUstream) -> Code;
+        fn cuMemcpyHtoDAsync_v2(to: cu::CUdeviceptr, from: *const c_void, bytes: usize, stream: cu::CUstream) -> Code;
+        fn cuMemsetD8Async(at: cu::CUdeviceptr, value: u8, bytes: usize, stream: cu::CUstream) -> Code;
+        fn cuModuleGetFunction(function: *mut cu::CUfunction, module: cu::CUmodule, name: *const c_char) -> Code;
+        fn cuModuleLoadData(module: *mut cu::CUmodule, image: *const c_void) -> Code;
+        fn cuStreamBeginCapture_v2(stream: cu::CUstream, mode: cu::CUstreamCaptureMode) -> Code;
+        fn cuStreamCreate(stream: *mut cu::CUstream, flags: c_uint) -> Code;
+        fn cuStreamDestroy_v2(stream: cu::CUstream) -> Code;
+        fn cuStreamEndCapture(stream: cu::CUstream, graph: *mut cu::CUgraph) -> Code;
+        fn cuStreamSynchronize(stream: cu::CUstream) -> Code;
+        fn cuStreamWaitEvent(stream: cu::CUstream, event: cu::CUevent, flags: c_uint) -> Code;
+    }
+}
+
+library! {
+    /// libcublasLt
+    CublasLt {
+        fn cublasLtCreate(handle: *mut lt::cublasLtHandle_t) -> Code;
+        fn cublasLtGetVersion() -> usize;
+        fn cublasLtMatmul(
+            handle: lt::cublasLtHandle_t,
+            desc: lt::cublasLtMatmulDesc_t,
+            alpha: *const c_void,
+            a: *const c_void,
+            a_layout: lt::cublasLtMatrixLayout_t,
+            b: *const c_void,
+            b_layout: lt::cublasLtMatrixLayout_t,
+            beta: *const c_void,
+            c: *const c_void,
+            c_layout: lt::cublasLtMatrixLayout_t,
+            d: *mut c_void,
+            d_layout: lt::cublasLtMatrixLayout_t,
+            algo: *const lt::cublasLtMatmulAlgo_t,
+            workspace: *mut c_void,
+            workspace_bytes: usize,
+            stream: cu::CUstream,
+        ) -> Code;
+        fn cublasLtMatmulAlgoCheck(
+            handle: lt::cublasLtHandle_t,
+            desc: lt::cublasLtMatmulDesc_t,
+            a: lt::cublasLtMatrixLayout_t,
+            b: lt::cublasLtMatrixLayout_t,
+            c: lt::cublasLtMatrixLayout_t,
+            d: lt::cublasLtMatrixLayout_t,
+            algo: *const lt::cublasLtMatmulAlgo_t,
+            result: *mut Candidate,
+        ) -> Code;
+        fn cublasLtMatmulAlgoConfigGetAttribute(
+            algo: *const lt::cublasLtMatmulAlgo_t,
+            attribute: lt::cublasLtMatmulAlgoConfigAttributes_t,
+            value: *mut c_void,
+            bytes: usize,
+            written: *mut usize,
+        ) -> Code;
+        fn cublasLtMatmulAlgoGetHeuristic(
+            handle: lt::cublasLtHandle_t,
+            desc: lt::cublasLtMatmulDesc_t,
+            a: lt::cublasLtMatrixLayout_t,
+            b: lt::cublasLtMatrixLayout_t,
+            c: lt::cublasLtMatrixLayout_t,
+            d: lt::cublasLtMatrixLayout_t,
+            preference: lt::cublasLtMatmulPreference_t,
+            wanted: c_int,
+            results: *mut Candidate,
+            found: *mut c_int,
+        ) -> Code;
+        fn cublasLtMatmulDescCreate(
+            desc: *mut lt::cublasLtMatmulDesc_t,
+            compute: lt::cublasComputeType_t,
+            scale: lt::cudaDataType_t,
+        ) -> Code;
+        fn cublasLtMatmulDescDestroy(desc: lt::cublasLtMatmulDesc_t) -> Code;
+        fn cublasLtMatmulDescSetAttribute(
+            desc: lt::cublasLtMatmulDesc_t,
+            attribute: lt::cublasLtMatmulDescAttributes_t,
+            value: *const c_void,
+            bytes: usize,
+        ) -> Code;
+        fn cublasLtMatmulPreferenceCreate(preference: *mut lt::cublasLtMatmulPreference_t) -> Code;
+        fn cublasLtMatmulPreferenceDestroy(preference: lt::cublasLtMatmulPreference_t) -> Code;
+        fn cublasLtMatmulPreferenceSetAttribute(
+            preference: lt::cublasLtMatmulPreference_t,
+            attribute: lt::cublasLtMatmulPreferenceAttributes_t,
+            value: *const c_void,
+            bytes: usize,
+        ) -> Code;
+        fn cublasLtMatrixLayoutCreate(
+            layout: *mut lt::cublasLtMatrixLayout_t,
+            dtype: lt::cudaDataType,
+            rows: u64,
+            cols: u64,
+            ld: i64,
+        ) -> Code;
+        fn cublasLtMatrixLayoutDestroy(layout: lt::cublasLtMatrixLayout_t) -> Code;
+    }
+}
+
+static DRIVER: OnceLock<Driver> = OnceLock::new();
+static CUBLASLT: OnceLock<CublasLt> = OnceLock::new();
+
+/// How a library is looked for, and what to do where that fails.
+struct Search {
+    what: &'static str,
+    /// Tried in this order.
+    names: &'static [&'static str],
+    absent: &'static str,
+    incomplete: &'static str,
+}
+
+const FOR_DRIVER: Search = Search {
+    what: "the CUDA driver",
+    // The name with a version is the driver's own; the bare one comes with development packages and may be a stub.
+    names: &["libcuda.so.1", "libcuda.so"],
+    absent: "install NVIDIA's driver; in a container, start it with `--gpus all`",
+    incomplete: "update NVIDIA's driver; a `stubs` folder must not be on LD_LIBRARY_PATH",
+};
+
+const FOR_CUBLASLT: Search = Search {
+    what: "cuBLASLt",
+    names: &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"],
+    absent: "install CUDA's libraries (`pip install nvidia-cublas`) and put their folder on LD_LIBRARY_PATH",
+    incomplete: "install CUDA 12 or newer",
+};
+
+/// The driver's functions, looked for at the first call that finds them.
+///
+/// # Errors
+/// No such library, or one that lacks a function.
+pub(super) fn find_driver() -> Result<&'static Driver> {
+    FOR_DRIVER.find(&DRIVER, Driver::load)
+}
+
+/// cuBLASLt's functions, likewise.
+pub(super) fn find_cublaslt() -> Result<&'static CublasLt> {
+    FOR_CUBLASLT.find(&CUBLASLT, CublasLt::load)
+}
+
+/// The driver's functions, where a device is open.
+pub(super) fn driver() -> &'static Driver {
+    DRIVER.get().expect("a device is open, so its driver was found")
+}
+
+/// cuBLASLt's functions, where a device is open.
+pub(super) fn cublaslt() -> &'static CublasLt {
+    CUBLASLT.get().expect("a device is open, so cuBLASLt was found")
+}
+
+impl Search {
+    fn find<T>(
+        &self,
+        place: &'static OnceLock<T>,
+        load: impl FnOnce(&'static Library) -> std::result::Result<T, &'static str>,
+    ) -> Result<&'static T> {
+        if let Some(found) = place.get() {
+            return Ok(found);
+        }
+        let table = load(self.open()?).map_err(|name| {
+            Error::new(format!("{} has no function `{name}`: it is too old, or a stub", self.what))
+                .hint(self.incomplete)
+        })?;
+        Ok(place.get_or_init(|| table))
+    }
+
+    /// Opens the first library that is there. It stays open: unloading a driver is not safe.
+    fn open(&self) -> Result<&'static Library> {
+        let mut last = String::new();
+        for name in self.names {
+            // SAFETY: loading NVIDIA's libraries runs their initialisers, which is what every CUDA program does.
+            match unsafe { Library::new(*name) } {
+                Ok(library) => return Ok(Box::leak(Box::new(library))),
+                Err(error) => last = error.to_string(),
+            }
+        }
+        Err(Error::new(format!("{} was not found ({last})", self.what)).hint(self.absent))
+    }
+}

@@ -1,0 +1,302 @@
+//! A card as a process has it: the primary context, the kernels, and what is known of them.
+//!
+//! A process opens a card once and keeps it open to its end. Whatever lives in the context (streams, events, graphs,
+//! page-locked memory, matrix product plans) may therefore be dropped in any order, on any thread: the context is still
+//! there. A second [`Device::open`] gives the same card and costs nothing, which is what lets `selftest` open one for
+//! each case.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
+use std::ptr;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::driver::sys;
+use sys::CUdevice_attribute as Attribute;
+use sys::CUfunction_attribute as FunctionAttribute;
+
+use super::api::{self, Code};
+use super::images;
+use super::probe::{self, dotted};
+use crate::error::{Error, Result};
+
+/// The oldest compute capability that the kernels are compiled for.
+const OLDEST_CARD: (i32, i32) = (8, 0);
+
+/// Newer cards have no machine code here: the driver translates the kernels for them. Its translator, as that of the
+/// compiler from CUDA 12.8 on, can leave stale registers behind where branches nest on these cards (release notes of CUDA
+/// 13.2 Update 2, 6111901); the first driver that is certain to be mended knows this CUDA version.
+const FIRST_TRANSLATED: i32 = 10;
+const MENDED_TRANSLATOR: i32 = 13_030;
+
+/// Shared memory that a kernel may use without asking.
+const DEFAULT_SHARED: u32 = 48 << 10;
+
+/// What the card is.
+#[derive(Clone, Debug)]
+pub struct Card {
+    /// Its number among the visible ones.
+    pub ordinal: usize,
+    pub name: String,
+    /// Compute capability: (9, 0) is Hopper.
+    pub capability: (i32, i32),
+    pub multiprocessors: u32,
+    /// Largest dynamic shared memory of a block, in bytes.
+    pub shared_memory: u32,
+    /// Bytes of the cache in front of the card's memory.
+    pub cache: usize,
+    pub total_memory: usize,
+    pub driver_version: i32,
+}
+
+/// A card that is open.
+pub(super) struct Device {
+    pub(super) card: Card,
+    context: sys::CUcontext,
+    modules: Vec<sys::CUmodule>,
+    /// Kernels met so far, with the dynamic shared memory that each was allowed.
+    kernels: Mutex<HashMap<&'static str, Kernel>>,
+}
+
+#[derive(Clone, Copy)]
+struct Kernel {
+    function: sys::CUfunction,
+    shared: u32,
+}
+
+// SAFETY: handles of the driver belong to a context and not to a thread; the driver allows calls from any thread to which
+// the context was made current, and every entry point of `Gpu` makes it so.
+unsafe impl Send for Device {}
+// SAFETY: as above; the only field that changes is behind a lock.
+unsafe impl Sync for Device {}
+
+/// The cards that this process has opened.
+static OPEN: Mutex<Vec<&'static Device>> = Mutex::new(Vec::new());
+
+/// The cards that are visible, without opening one.
+///
+/// # Errors
+/// No driver, one too old, no card.
+pub fn cards() -> Result<Vec<Card>> {
+    let found = probe::driver()?;
+    let mut count = 0;
+    // SAFETY: a valid out-pointer.
+    unsafe { check(found.api.cuDeviceGetCount(&mut count), "count the cards")? };
+    if count == 0 {
+        return Err(probe::no_card());
+    }
+    (0..count as usize).map(|ordinal| Ok(describe(ordinal, found.version)?.1)).collect()
+}
+
+/// Whether card `ordinal` could be opened, as far as can be told without opening it.
+///
+/// # Errors
+/// Those of opening it, save that of the card itself.
+pub fn usable(ordinal: usize) -> Result<Card> {
+    let cards = cards()?;
+    let count = cards.len();
+    let card = cards.into_iter().nth(ordinal).ok_or_else(|| no_such_card(ordinal, count))?;
+    accept(&card)?;
+    probe::cublaslt()?;
+    if images_for(&card).is_empty() {
+        return Err(no_images());
+    }
+    Ok(card)
+}
+
+impl Device {
+    /// Opens card `ordinal` of those that `CUDA_VISIBLE_DEVICES` leaves visible, or hands out the one that is open, and makes
+    /// its context current on this thread.
+    ///
+    /// # Errors
+    /// No driver, one too old, no such card, a card that the kernels do not run on, no kernels in this build.
+    pub(super) fn open(ordinal: usize) -> Result<&'static Self> {
+        // A thread that panicked while it opened a card has left no half-open one.
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let device = match open.iter().find(|device| device.card.ordinal == ordinal) {
+            Some(device) => *device,
+            None => {
+                let device: &'static Self = Box::leak(Box::new(Self::new(ordinal)?));
+                open.push(device);
+                device
+            }
+        };
+        device.make_current()?;
+        Ok(device)
+    }
+
+    fn new(ordinal: usize) -> Result<Self> {
+        let card = usable(ordinal)?;
+        let device = describe(ordinal, card.driver_version)?.0;
+        let mut context = ptr::null_mut();
+        // SAFETY: a valid out-pointer and a device of this driver.
+        unsafe {
+            check(api::driver().cuDevicePrimaryCtxRetain(&mut context, device), "create a context")?;
+            check(api::driver().cuCtxSetCurrent(context), "use the context")?;
+        }
+        match load_modules(&card) {
+            Ok(modules) => Ok(Self { card, context, modules, kernels: Mutex::default() }),
+            Err(e) => {
+                // SAFETY: retained above, and nothing lives in it that is used any more.
+                unsafe { api::driver().cuDevicePrimaryCtxRelease_v2(device) };
+                Err(e)
+            }
+        }
+    }
+
+    /// Makes the context current on the calling thread.
+    pub(super) fn make_current(&self) -> Result<()> {
+        // SAFETY: a context that is never released.
+        unsafe { check(api::driver().cuCtxSetCurrent(self.context), "use the context") }
+    }
+
+    /// Looks a kernel up, once, and allows it the shared memory that it asks for.
+    pub(super) fn kernel(&self, name: &'static str, shared: u32) -> Result<sys::CUfunction> {
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        let kernel = match kernels.get(name) {
+            Some(kernel) => *kernel,
+            None => Kernel { function: self.find_kernel(name)?, shared: DEFAULT_SHARED },
+        };
+        if shared > kernel.shared {
+            let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a function of a loaded module.
+            let code = unsafe { api::driver().cuFuncSetAttribute(kernel.function, attribute, shared as i32) };
+            check(code, format_args!("give kernel `{name}` {shared} bytes of shared memory"))?;
+        }
+        kernels.insert(name, Kernel { shared: kernel.shared.max(shared), ..kernel });
+        Ok(kernel.function)
+    }
+
+    fn find_kernel(&self, name: &'static str) -> Result<sys::CUfunction> {
+        /// CUDA_ERROR_NOT_FOUND
+        const NOT_FOUND: Code = 500;
+        let c_name = CString::new(name).expect("a kernel's name has no NUL");
+        for module in &self.modules {
+            let mut function = ptr::null_mut();
+            // SAFETY: a loaded module, a NUL-terminated name, a valid out-pointer.
+            let code = unsafe { api::driver().cuModuleGetFunction(&mut function, *module, c_name.as_ptr()) };
+            match code {
+                0 => return Ok(function),
+                NOT_FOUND => {}
+                other => check(other, format_args!("find kernel `{name}`"))?,
+            }
+        }
+        Err(Error::new(format!("kernel `{name}` is in none of the embedded images"))
+            .hint("this build is broken: build it again from a clean checkout"))
+    }
+}
+
+/// Reads a card's properties.
+fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)> {
+    let mut device = 0;
+    // SAFETY: a valid out-pointer.
+    unsafe {
+        check(api::driver().cuDeviceGet(&mut device, ordinal as i32), format_args!("look at card {ordinal}"))?
+    };
+    let attribute = |which: Attribute| {
+        let mut value = 0;
+        // SAFETY: a valid out-pointer and device.
+        unsafe {
+            check(api::driver().cuDeviceGetAttribute(&mut value, which, device), "ask for a card's property")?
+        };
+        Ok::<i32, Error>(value)
+    };
+    let mut name = [0; 128];
+    let mut total_memory = 0;
+    // SAFETY: the driver writes at most `len` bytes and a NUL.
+    unsafe {
+        let code = api::driver().cuDeviceGetName(name.as_mut_ptr(), name.len() as i32, device);
+        check(code, "ask for the card's name")?;
+        check(api::driver().cuDeviceTotalMem_v2(&mut total_memory, device), "ask for the card's memory")?;
+    }
+    // SAFETY: NUL-terminated by the driver.
+    let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+    let card = Card {
+        ordinal,
+        name,
+        capability: (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+        shared_memory: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32,
+        cache: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.max(0) as usize,
+        total_memory,
+        driver_version,
+    };
+    Ok((device, card))
+}
+
+fn no_such_card(ordinal: usize, count: usize) -> Error {
+    let there = match count {
+        1 => "the driver sees one, `cuda:0`".to_string(),
+        n => format!("the driver sees {n}, `cuda:0` to `cuda:{}`", n - 1),
+    };
+    Error::new(format!("there is no card {ordinal}: {there}")).hint(
+        "`vitrum doctor` lists the cards; `CUDA_VISIBLE_DEVICES` hides some and numbers the others anew",
+    )
+}
+
+/// Refuses a card that the kernels do not run on, or not as they should.
+fn accept(card: &Card) -> Result<()> {
+    let Card { name, capability: (major, minor), driver_version, .. } = card;
+    if card.capability < OLDEST_CARD {
+        return Err(Error::new(format!(
+            "{name} has compute capability {major}.{minor}; the kernels need {}.{} (Ampere) or newer",
+            OLDEST_CARD.0, OLDEST_CARD.1
+        )));
+    }
+    if *major >= FIRST_TRANSLATED && *driver_version < MENDED_TRANSLATOR {
+        return Err(Error::new(format!(
+            "{name} (sm_{major}{minor}) is not supported with this driver: it translates the kernels for such cards itself, \
+             and drivers for CUDA 12.8 to 13.2, this one for {}, can do so wrongly",
+            dotted(*driver_version)
+        ))
+        .hint(format!("update NVIDIA's driver to one for CUDA {} or newer", dotted(MENDED_TRANSLATOR))));
+    }
+    Ok(())
+}
+
+/// The kernels that are loaded on a card. The stand-in GPU has its own and takes an empty image.
+fn images_for(card: &Card) -> &'static [(&'static str, &'static [u8])] {
+    const STAND_IN: &[(&str, &[u8])] = &[("stand-in", &[])];
+    if card.name.starts_with(probe::STAND_IN) { STAND_IN } else { images::IMAGES }
+}
+
+fn no_images() -> Error {
+    Error::new(format!(
+        "this build has no CUDA kernels inside ({})",
+        images::WHY_NONE.unwrap_or("built without nvcc")
+    ))
+    .hint("`scripts/install-nvcc` fetches nvcc; then build again")
+}
+
+fn load_modules(card: &Card) -> Result<Vec<sys::CUmodule>> {
+    let load = |(file, image): &(&str, &[u8])| {
+        let mut module = ptr::null_mut();
+        // SAFETY: a fat binary made by nvcc (or, for the stand-in, a pointer that it does not follow).
+        let code = unsafe { api::driver().cuModuleLoadData(&mut module, image.as_ptr().cast()) };
+        check(code, format_args!("load the kernels of `{file}` for {}", card.name))?;
+        Ok(module)
+    };
+    images_for(card).iter().map(load).collect()
+}
+
+/// Turns a return code into an error that says what was being done.
+pub(super) fn check(code: Code, doing: impl std::fmt::Display) -> Result<()> {
+    if code == 0 {
+        return Ok(());
+    }
+    let (mut name, mut text) = (ptr::null(), ptr::null());
+    // SAFETY: the driver gives static NUL-terminated strings, or leaves the pointers null where it does not know the code.
+    let words = unsafe {
+        api::driver().cuGetErrorName(code, &mut name);
+        api::driver().cuGetErrorString(code, &mut text);
+        [name, text].map(|p| (!p.is_null()).then(|| CStr::from_ptr(p).to_string_lossy().into_owned()))
+    };
+    let what = match words {
+        [Some(name), Some(text)] => format!("{name}, {text}"),
+        [Some(name), None] => name,
+        _ => format!("the driver's code {code}"),
+    };
+    Err(Error::new(format!("cannot {doing}: {what}")))
+}

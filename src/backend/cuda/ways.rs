@@ -1,0 +1,102 @@
+//! Several ways of doing the same work, of which the card takes the fastest.
+//!
+//! What can be fused into a product is not always faster so: an epilogue may keep the library from splitting a sum, or from its
+//! best kernels. So each shape that is met asks once: every way is timed on the operands of the step ([`race`]), the choice is
+//! kept beside the algorithms of products, and every later step takes it without asking.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::blas::{Chosen, SetAside, Shape};
+use super::driver::Address;
+use super::race::race;
+use super::{Arena, BLAS_WORKSPACE, Cuda};
+use crate::backend::Choice;
+use crate::error::Result;
+
+/// One way of doing it.
+pub(super) struct Way<'a> {
+    pub(super) name: &'static str,
+    /// Does it, or returns false where it cannot be done so.
+    pub(super) run: Box<dyn Fn(&mut Cuda) -> Result<bool> + 'a>,
+    /// Microseconds that another operation has spent on this one's behalf.
+    pub(super) elsewhere: f32,
+}
+
+impl<'a> Way<'a> {
+    pub(super) fn new(name: &'static str, run: impl Fn(&mut Cuda) -> Result<bool> + 'a) -> Self {
+        Self { name, run: Box::new(run), elsewhere: 0.0 }
+    }
+}
+
+/// What was chosen for each shape so far: a way's place in its list.
+#[derive(Default)]
+pub(super) struct Ways(HashMap<Shape, usize>);
+
+/// Does the work in the way that is the fastest for this shape, or by rule in the first that can be done; gives back its
+/// place in `ways`. `changed` is memory that the work both reads and changes, and that a second run would find changed.
+///
+/// # Errors
+/// The device fails, or no way can be done: the last is one that always can, so that is a fault of ours.
+pub(super) fn in_the_fastest_way(
+    cuda: &mut Cuda,
+    shape: &Shape,
+    changed: &[(Address, usize)],
+    ways: &[Way],
+) -> Result<usize> {
+    if let Some(&at) = cuda.ways.0.get(shape) {
+        assert!((ways[at].run)(cuda)?, "`{}` could be done before: {shape:?}", ways[at].name);
+        return Ok(at);
+    }
+    let at = choose(cuda, shape, changed, ways)?;
+    cuda.ways.0.insert(*shape, at);
+    Ok(at)
+}
+
+fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[Way]) -> Result<usize> {
+    let first_that_can = |cuda: &mut Cuda| -> Result<usize> {
+        for (at, way) in ways.iter().enumerate() {
+            if (way.run)(cuda)? {
+                return Ok(at);
+            }
+        }
+        unreachable!("the last way can always be done: {shape:?}")
+    };
+    if cuda.blas.by_rule() {
+        return first_that_can(cuda);
+    }
+    let key = shape.key();
+    let known = cuda.blas.way(&key).cloned();
+    if let Some(known) = known
+        && let Some(at) = ways.iter().position(|way| way.name == known.way)
+        && (ways[at].run)(cuda)?
+    {
+        cuda.blas.put_way(key, known);
+        return Ok(at);
+    }
+    let gpu = cuda.gpu.clone();
+    let aside = SetAside::new(&gpu, changed)?;
+    let cleared = (cuda.arena(Arena::Workspace).address, gpu.card().cache.min(BLAS_WORKSPACE));
+    let mut times = race(&gpu, cleared, ways.len(), &mut |at| (ways[at].run)(cuda))?;
+    aside.put_back()?;
+    times.iter_mut().zip(ways).for_each(|(time, way)| *time += way.elsewhere);
+    let able = times.iter().filter(|time| time.is_finite()).count();
+    let at = (0..ways.len()).min_by(|a, b| times[*a].total_cmp(&times[*b])).expect("there is a way");
+    assert!((ways[at].run)(cuda)?, "`{}` could be done before: {shape:?}", ways[at].name);
+    if able > 1 {
+        let named = times.iter().zip(ways).filter(|(time, _)| time.is_finite());
+        let microseconds: BTreeMap<String, f32> =
+            named.map(|(time, way)| (way.name.to_string(), *time)).collect();
+        cuda.blas.put_way(key, Chosen { way: ways[at].name.into(), microseconds });
+    }
+    Ok(at)
+}
+
+/// What was chosen in this run, for people.
+pub(super) fn choices(cuda: &Cuda) -> Vec<Choice> {
+    let choice = |(key, chosen): (&String, &Chosen)| Choice {
+        product: key.clone(),
+        way: chosen.way.clone(),
+        microseconds: chosen.microseconds.clone(),
+    };
+    cuda.blas.ways().map(choice).collect()
+}
