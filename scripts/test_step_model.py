@@ -176,6 +176,17 @@ class KernelTable(unittest.TestCase):
             self.assertTrue(passes <= found_passes <= 1.05 * passes, f"{name}, {tokens} tokens: {found_passes:.0f}, {passes} counted")
 
 
+class Launches(unittest.TestCase):
+    def test_attention_is_shared_out_as_it_is_launched(self):
+        with open(os.path.join(step_model.ROOT, "src", "backend", "cuda", "attention.rs")) as file:
+            source = file.read()
+        rows = re.findall(r'tiled\("(\w+)_bf16_d(\d+)", (\d+), (\d+), (\d+), (\d+)\)', source)
+        launched = {(name, int(width)): tuple(map(int, shape)) for name, width, _, *shape in rows}
+        modelled = {key: (a.block, a.strip, a.warps) for key, a in ATTENTION.items() if key[0] != "attention_backward_head"}
+        self.assertEqual(launched, modelled)
+        self.assertIn(f"const HEAD_TOKENS: usize = {step_model.HEAD_TOKENS};", source)
+
+
 class Printed(unittest.TestCase):
     def test_the_page_has_what_is_printed(self):
         with open(predict_gpu.PAGE) as file:
