@@ -24,17 +24,12 @@ import time
 
 from compare_cpu import pytorch_model
 
-#        image, patch, width, depth, heads, batch
-CASES = {
-    "Ti/16": (224, 16, 192, 12, 3, 1024),
-    "S/16": (224, 16, 384, 12, 6, 1024),
-    "B/16": (224, 16, 768, 12, 12, 512),
-    "L/16": (224, 16, 1024, 24, 16, 256),
-    "H/14": (224, 14, 1280, 32, 16, 128),
-    "B/16@384": (384, 16, 768, 12, 12, 128),
-}
+# One list of models for what is predicted and what is measured.
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "scripts"))
+from step_model import CLASSES, MODELS as CASES
+
+#                image, patch, width, depth, heads, batch
 TINY = {"mu/16": (32, 16, 32, 1, 2, 4)}
-CLASSES = 1000
 
 
 # ---- Vitrum ----
