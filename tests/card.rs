@@ -1,0 +1,246 @@
+//! What a driver and cuBLASLt of a real card do not forgive, on a stand-in GPU that does not either.
+
+mod support;
+
+use std::path::Path;
+
+use serde_json::Value;
+use support::{Done, finish, metrics, on_gpu, path, run_on_gpu as run, stand_in, train};
+
+/// Two steps of a small model, algorithms timed, in a cache of its own.
+fn two_steps(folder: &Path, name: &str, options: &str, more: &[&str]) -> (Done, Vec<f64>) {
+    let out = path(name);
+    let size = ["model.width=64", "model.heads=2", "model.depth=2", "train.batch=4", "train.steps=2"];
+    let pace = ["train.log_every=1", "train.eval_every=2", "--device", "cuda"];
+    let args = train(&out, &size.iter().chain(&pace).chain(more).copied().collect::<Vec<_>>());
+    let mut command = on_gpu(folder, options, &args);
+    command.env("VITRUM_CACHE", path(&format!("{name}-cache")));
+    let done = finish(command).ok();
+    assert!(!done.stderr.contains("stand-in GPU:"), "{}", done.stderr);
+    let losses = metrics(&out).iter().filter_map(|line| line["loss"].as_f64()).collect();
+    (done, losses)
+}
+
+fn near(a: &[f64], b: &[f64]) {
+    assert_eq!(a.len(), b.len());
+    assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 0.01 * b.abs()), "{a:?} is not {b:?}");
+}
+
+/// Results of a self-test by `operation: case`.
+fn results(done: &Done) -> Vec<(String, bool, String)> {
+    let result = |r: &Value| {
+        let title = format!("{}: {}", r["operation"].as_str().unwrap(), r["case"].as_str().unwrap());
+        (title, r["passed"].as_bool().unwrap(), r["note"].as_str().unwrap().to_string())
+    };
+    done.json()["results"].as_array().unwrap().iter().map(result).collect()
+}
+
+// The card and its context --------------------------------------------------------------------------------------------
+
+#[test]
+fn a_self_test_opens_the_card_once_for_each_precision() {
+    let Some(folder) = stand_in() else { return };
+    let contexts = path("contexts");
+    let options = format!("checks=off,contexts={contexts}");
+    run(&folder, &options, &["selftest", "--device", "cuda", "--filter", "embed"]).ok();
+    let lines = std::fs::read_to_string(&contexts).unwrap();
+    let made = |what: &str| lines.lines().filter(|line| line.contains(what)).count();
+    assert_eq!((made("\"context\": \"made\""), made("\"cublaslt\": \"made\"")), (3, 3), "{lines}");
+    assert_eq!(made("destroyed"), 0, "{lines}");
+}
+
+#[test]
+fn what_breaks_the_card_ends_its_group_and_no_other() {
+    let Some(folder) = stand_in() else { return };
+    // Each process of the self-test breaks at its ninth launch.
+    let args = ["selftest", "--device", "cuda", "--precision", "f32", "--filter", "backward", "--json"];
+    let done = run(&folder, "checks=off,fail_launch=9,fail_code=700", &args).exits(1);
+    let results = results(&done);
+    for group in
+        ["embed_backward", "matmul_backward", "layernorm_backward", "attention_backward", "pool_backward"]
+    {
+        let of_group = || results.iter().filter(|(title, ..)| title.starts_with(group));
+        assert!(of_group().any(|(_, passed, _)| *passed), "nothing of {group} has run: {results:?}");
+    }
+    let broke = results
+        .iter()
+        .filter(|(_, _, note)| note.contains("ILLEGAL_ADDRESS") && !note.starts_with("not run"));
+    assert_eq!(broke.count(), 5, "{results:?}");
+    assert!(results.iter().any(|(_, _, note)| note.starts_with("not run")), "{results:?}");
+}
+
+#[test]
+fn a_card_is_chosen_by_its_number() {
+    let Some(folder) = stand_in() else { return };
+    let two = "checks=off,cards=2";
+    let doctor = run(&folder, two, &["doctor"]).ok();
+    assert!(
+        doctor.stdout.contains("\ncuda:0: ") && doctor.stdout.contains("\ncuda:1: "),
+        "{}",
+        doctor.stdout
+    );
+    for device in ["cuda:1", "gpu:1", "1"] {
+        let args = ["selftest", "--device", device, "--precision", "f32", "--filter", "scale"];
+        let done = run(&folder, two, &args).ok();
+        assert!(done.stdout.starts_with("cuda:1, "), "{}", done.stdout);
+    }
+    let args = ["selftest", "--device", "cuda:2", "--filter", "scale"];
+    let done = run(&folder, two, &args).exits(1);
+    done.says(&["error: ", "there is no card 2", "`cuda:0` to `cuda:1`", "hint: `vitrum doctor`"]);
+    let done = run(&folder, two, &["selftest", "--device", "tpu"]).exits(2);
+    done.says(&["a device is `auto`, `cpu`, `cuda` or `cuda:N`"]);
+}
+
+#[test]
+fn a_card_whose_translator_is_wrong_is_refused_in_words() {
+    let Some(folder) = stand_in() else { return };
+    for sm in [100, 120] {
+        let args = ["selftest", "--device", "cuda", "--filter", "scale"];
+        let done = run(&folder, &format!("checks=off,sm={sm},driver=13000"), &args).exits(1);
+        done.says(&[
+            "is not supported with this driver",
+            "hint: update NVIDIA's driver to one for CUDA 13.3",
+        ]);
+        run(&folder, &format!("checks=off,sm={sm},driver=13030"), &args).ok();
+    }
+    // Left to itself the program takes the CPU, and says why.
+    let args = ["selftest", "--filter", "scale"];
+    run(&folder, "sm=100,driver=13000", &args).ok().says(&["note: computing on the CPU", "not supported"]);
+}
+
+#[test]
+fn a_driver_that_does_not_start_is_one_sentence() {
+    let Some(folder) = stand_in() else { return };
+    for (code, says) in
+        [(34, "is a stub"), (100, "sees no card"), (803, "does not match"), (4242, "code 4242")]
+    {
+        let done = run(&folder, &format!("init_code={code}"), &["selftest", "--device", "cuda"]).exits(1);
+        done.says(&[says]);
+    }
+}
+
+#[test]
+fn a_code_without_a_name_is_told_as_a_number() {
+    let Some(folder) = stand_in() else { return };
+    let args = ["selftest", "--device", "cuda", "--precision", "f32", "--filter", "scale"];
+    let done = run(&folder, "checks=off,fail_launch=1,fail_code=4242", &args).exits(1);
+    assert!(done.stdout.contains("the driver's code 4242"), "{}", done.stdout);
+}
+
+/// A development package's `libcuda.so` before the driver's own `libcuda.so.1`.
+#[test]
+fn the_drivers_own_library_comes_before_a_stub() {
+    let Some(folder) = stand_in() else { return };
+    let mixed = path("mixed");
+    std::fs::create_dir_all(&mixed).unwrap();
+    let link = |from: &str, to: &str| {
+        let _ = std::os::unix::fs::symlink(folder.join(from), Path::new(&mixed).join(to));
+    };
+    link("libcublasLt.so", "libcuda.so"); // a library without any function of the driver
+    link("libcuda.so", "libcuda.so.1");
+    link("libcublasLt.so", "libcublasLt.so.13");
+    let args = ["selftest", "--device", "cuda", "--precision", "f32", "--filter", "scale"];
+    run(Path::new(&mixed), "checks=off", &args).ok();
+}
+
+// Products ------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn every_product_is_right_where_cublaslt_refuses_it() {
+    let Some(folder) = stand_in() else { return };
+    std::thread::scope(|scope| {
+        for options in ["refuse_matmul=1", "thin=invalid", "thin=unsupported", "fail_algorithm=0"] {
+            let folder = &folder;
+            scope.spawn(move || {
+                let args = ["selftest", "--device", "cuda", "--filter", "matmul"];
+                let done = run(folder, &format!("checks=on,threads=1,{options}"), &args).ok();
+                assert!(!done.stderr.contains("stand-in GPU:"), "{options}: {}", done.stderr);
+            });
+        }
+    });
+}
+
+/// A class token's query is one row; a model of one class has one column.
+#[test]
+fn a_model_of_one_row_and_one_column_trains_where_cublaslt_has_no_vectors() {
+    let Some(folder) = stand_in() else { return };
+    let more = ["model.pool=map", "train.precision=bf16"];
+    let (_, want) = two_steps(&folder, "thin-taken", "checks=on", &more);
+    for thin in ["invalid", "unsupported"] {
+        let (_, got) = two_steps(&folder, &format!("thin-{thin}"), &format!("checks=on,thin={thin}"), &more);
+        near(&got, &want);
+    }
+}
+
+/// 129 tokens of one picture: k is no multiple of two, and its half a multiple of the stage's depth.
+#[test]
+fn splits_that_the_library_gets_wrong_are_not_taken() {
+    let Some(folder) = stand_in() else { return };
+    let more = [
+        "model.image=32x64",
+        "model.patch=4",
+        "model.pool=token",
+        "model.posemb=learned",
+        "model.posemb_join=after",
+        "train.batch=1",
+        "train.precision=f32",
+        "train.prune_last_block=false",
+    ];
+    let (_, want) = two_steps(&folder, "split-right", "checks=off", &more);
+    let options = "checks=off,split_fault=1,blaslt=130101";
+    let (done, got) = two_steps(&folder, "split-wrong", options, &more);
+    near(&got, &want);
+    assert!(!done.stderr.contains("computes wrongly"), "known by its configuration: {}", done.stderr);
+}
+
+#[test]
+fn an_algorithm_that_computes_wrongly_is_found_and_another_taken() {
+    let Some(folder) = stand_in() else { return };
+    let more = ["train.precision=f32"];
+    let (_, want) = two_steps(&folder, "all-right", "checks=off", &more);
+    let (_, got) = two_steps(&folder, "one-wrong", "checks=off,wrong_algorithm=1", &more);
+    near(&got, &want);
+    // By rule, too.
+    let more = ["train.precision=f32", "train.deterministic=true"];
+    let (_, got) = two_steps(&folder, "one-wrong-by-rule", "checks=off,wrong_algorithm=1", &more);
+    near(&got, &want);
+}
+
+#[test]
+fn a_remembered_algorithm_that_cannot_be_launched_is_replaced() {
+    let Some(folder) = stand_in() else { return };
+    let more = ["train.precision=f32"];
+    let (_, want) = two_steps(&folder, "remembered", "checks=off,algorithms=1", &more);
+    std::fs::rename(path("remembered-cache"), path("replaced-cache")).unwrap();
+    let (_, got) = two_steps(&folder, "replaced", "checks=off,fail_algorithm=0", &more);
+    near(&got, &want);
+}
+
+#[test]
+fn fused_or_apart_is_decided_by_the_clock() {
+    let Some(folder) = stand_in() else { return };
+    let bench = |name: &str, options: &str| {
+        let args = ["bench", "--model", "Ti/16", "--batch", "1", "--device", "cuda", "--json"];
+        let short = ["--seconds", "0.01", "--set", "model.image=32", "--set", "model.depth=2"];
+        let mut command = on_gpu(&folder, &format!("checks=off,{options}"), &[&args[..], &short].concat());
+        command.env("VITRUM_CACHE", path(name));
+        finish(command).ok().json()["products"].as_array().unwrap().clone()
+    };
+    for (options, way) in [("slow_epilogue=30", "apart"), ("slow_kernels=200", "fused")] {
+        let products = bench(way, options);
+        for kind in ["BiasGelu", "GeluGrad", "BiasGrad"] {
+            let of_kind: Vec<&Value> =
+                products.iter().filter(|p| p["product"].as_str().unwrap().contains(kind)).collect();
+            assert!(!of_kind.is_empty(), "{options}: no {kind} in {products:?}");
+            for product in of_kind {
+                let times = product["microseconds"].as_object().unwrap();
+                assert!(times.len() > 1, "{product}");
+                assert_eq!(product["way"], way, "{options}: {product}");
+                let chosen = times[way].as_f64().unwrap();
+                assert!(times.values().all(|t| chosen <= t.as_f64().unwrap()), "{product}");
+            }
+        }
+        // The choice is kept: nothing is timed again, and the times are those of before.
+        assert_eq!(bench(way, options), products, "{options}");
+    }
+}
