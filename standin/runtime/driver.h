@@ -52,4 +52,18 @@ STANDIN_EXPORT Stream* stream_for(void* handle);
 // Breaks the context with this error, and returns it.
 STANDIN_EXPORT int fail_sticky(int code);
 
+// What a card allows, by its compute capability.
+struct DeviceLimits {
+  int shared_optin, shared_multiprocessor, blocks, threads;
+};
+DeviceLimits limits();
+
+// Waits for a stream; refused where it is captured.
+int synchronize(Stream* stream);
+// Calls that would make a capture wait or allocate are refused while one is under way.
+int refuse_in_capture();
+// Writes down an operation: its stream, and how many operations of each stream it comes after (of its own
+// stream: itself included). Two operations of which neither comes after the other may run at once.
+void note_order(const Running& running, const char* what, uint64_t bytes);
+
 }  // namespace standin
