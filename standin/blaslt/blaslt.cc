@@ -32,10 +32,6 @@ enum Status {
 enum DataType { kR32F = 0, kR16BF = 14 };
 enum ComputeType { k32F = 68, k32FPedantic = 69, k32FFastTF32 = 77 };
 
-struct Handle {
-  int magic = 0x1b1a5;
-};
-
 struct Description {
   int compute, scale;
   int pointer_mode = 0;
@@ -220,10 +216,15 @@ bool take(T* to, const void* from, size_t bytes) {
   return true;
 }
 
-std::unique_lock<std::recursive_mutex> enter(bool refusals_are_printed) {
-  std::unique_lock<std::recursive_mutex> guard(machine().lock);
-  loud = refusals_are_printed;
-  return guard;
+// Whether the library may be used by this thread now: its handle belongs to the current context.
+int usable(const void* handle) {
+  if (!handle) return kBadHandle;
+  const Record& record = live(Kind::blaslt, handle);
+  Primary* context;
+  int code = current_context(&context);
+  if (code == kInvalidContext || code == kContextIsDestroyed) return kBadHandle;
+  same_context(record, *context);
+  return kSuccess;
 }
 
 // Touches the columns of a matrix that the product uses.
@@ -238,7 +239,6 @@ int touch_matrix(const Running& running, const void* base, uint64_t rows, uint64
 }
 
 int run(const Running& running, const Matmul& p) {
-  if (machine().sticky) return machine().sticky;
   const Epilogue& e = p.epilogue;
   auto in = [&](const void* at, uint64_t rows, uint64_t columns, uint64_t ld, Type type, const char* what) {
     return touch_matrix(running, at, rows, columns, ld, type, Access::read, what);
@@ -257,7 +257,7 @@ int run(const Running& running, const Matmul& p) {
     code = out(p.bias, e.gradient_b ? p.n : p.m, 1, e.gradient_b ? p.n : p.m, "a matmul's bias gradient");
   }
   if (!code) code = out(p.d, p.m, p.n, p.ldd, "a matmul's D");
-  if (code) return fail_sticky(code);
+  if (code) return fail_sticky(running, code);
   run_matmul(p);
   return 0;
 }
@@ -265,6 +265,11 @@ int run(const Running& running, const Matmul& p) {
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default"))) int
+// Takes the driver's lock, as every call does, and notes its name. Are refusals printed?
+#define ENTER(refusals_are_printed)                            \
+  std::lock_guard<std::recursive_mutex> guard(machine().lock); \
+  Call call(__func__);                                         \
+  loud = refusals_are_printed
 
 // ---- the library ------------------------------------------------------------------------------------------
 
@@ -293,13 +298,20 @@ API cublasLtGetProperty(int which, int* value) {
   *value = static_cast<int>(which == 0 ? v / 10000 : which == 1 ? v / 100 % 100 : v % 100);
   return kSuccess;
 }
-API cublasLtCreate(Handle** handle) {
-  if (!machine().initialized) return kBadHandle;
-  *handle = new Handle;
+API cublasLtCreate(void** handle) {
+  ENTER(true);
+  Primary* context;
+  if (!machine().initialized || current_context(&context)) return kBadHandle;
+  *handle = make_handle(Kind::blaslt, context, nullptr);
+  note_context("cublaslt", "made", context->card);
   return kSuccess;
 }
-API cublasLtDestroy(Handle* handle) {
-  delete handle;
+API cublasLtDestroy(void* handle) {
+  ENTER(true);
+  if (!handle) return kBadHandle;
+  Record& record = live(Kind::blaslt, handle);
+  end(record);
+  note_context("cublaslt", "destroyed", record.context->card);
   return kSuccess;
 }
 
@@ -403,12 +415,13 @@ API cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const voi
 
 // ---- algorithms -------------------------------------------------------------------------------------------
 
-API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const Layout* a, const Layout* b,
+API cublasLtMatmulAlgoGetHeuristic(void* handle, const Description* d, const Layout* a, const Layout* b,
                                    const Layout* c, const Layout* out, const Preference* preference,
                                    int wanted, HeuristicResult* results, int* found) {
-  auto guard = enter(false);
+  ENTER(false);
   *found = 0;
-  if (!handle || !d || !a || !b || !c || !out || !preference || wanted < 1) return kBadValue;
+  if (int status = usable(handle)) return status;
+  if (!d || !a || !b || !c || !out || !preference || wanted < 1) return kBadValue;
   Matmul p{};
   if (int status = understand(*d, *a, *b, *c, *out, &p)) return status;
   if (options().refuse_matmul) return kUnsupported;
@@ -435,11 +448,12 @@ API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const L
   return *found ? kSuccess : kUnsupported;
 }
 
-API cublasLtMatmulAlgoCheck(Handle* handle, const Description* d, const Layout* a, const Layout* b,
+API cublasLtMatmulAlgoCheck(void* handle, const Description* d, const Layout* a, const Layout* b,
                             const Layout* c, const Layout* out, const Algorithm* algorithm,
                             HeuristicResult* result) {
-  auto guard = enter(false);
-  if (!handle || !d || !a || !b || !c || !out || !algorithm || !result) return kBadValue;
+  ENTER(false);
+  if (int status = usable(handle)) return status;
+  if (!d || !a || !b || !c || !out || !algorithm || !result) return kBadValue;
   Matmul p{};
   if (int status = understand(*d, *a, *b, *c, *out, &p)) return status;
   if (int status = validate(*algorithm, p, d->epilogue)) return status;
@@ -469,15 +483,17 @@ API cublasLtMatmulAlgoConfigGetAttribute(const Algorithm* algorithm, int attribu
 
 // ---- the product ------------------------------------------------------------------------------------------
 
-API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, const void* a,
+API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const void* a,
                    const Layout* a_layout, const void* b, const Layout* b_layout, const void* beta,
                    const void* c, const Layout* c_layout, void* out, const Layout* out_layout,
                    const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream) {
-  auto guard = enter(true);
-  if (!handle) return kBadHandle;
+  ENTER(true);
+  if (int status = usable(handle)) return status;
   if (!d || !alpha || !beta || !a || !b || !out || !a_layout || !b_layout || !c_layout || !out_layout)
     return kBadValue;
-  if (machine().sticky) return kFailed;
+  Stream* s;
+  if (find_stream(stream, &s)) return kFailed;
+  same_context(*static_cast<const Record*>(handle), *s->context);
   Matmul p{};
   if (int status = understand(*d, *a_layout, *b_layout, *c_layout, *out_layout, &p)) return status;
   if (options().refuse_matmul) return kUnsupported;
@@ -515,6 +531,7 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
                     format("%s at %p is not %u-byte aligned, as the algorithm was told it would be", q.name,
                            q.at, q.align));
     }
+    if (q.used) refuse_foreign(reinterpret_cast<uint64_t>(q.at), *s->context);
   }
   p.a = a;
   p.b = b;
@@ -529,7 +546,7 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
   if (p.c == p.d && p.ldc != p.ldd)
     return refuse(kBadValue, "C and D in one place with different leading dimensions");
   size_t scratch = workspace_for(p, p.split);
-  int code = submit(stream_for(stream), [=](const Running& running) {
+  int code = submit(s, [=](const Running& running) {
     Matmul now = p;
     if (on_device) {
       memcpy(&now.alpha, alpha, 4);
@@ -539,7 +556,7 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
       // Two products that share a workspace on unordered streams spoil each other.
       if (int code = touch(running, reinterpret_cast<uint64_t>(workspace), scratch, Access::write,
                            "a matmul's workspace")) {
-        return fail_sticky(code);
+        return fail_sticky(running, code);
       }
     }
     return run(running, now);

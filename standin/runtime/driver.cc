@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "api.h"
 #include "block.h"
 #include "launch.h"
@@ -25,11 +27,12 @@ Machine& machine() {
   return *m;
 }
 
-Stream* Machine::new_stream(bool blocking) {
-  for (uint32_t slot = 1; slot < kStreams; ++slot) {
+Stream* Machine::new_stream(Primary* context, bool blocking) {
+  for (uint32_t slot = 0; slot < kStreams; ++slot) {
     if (streams[slot]) continue;
     auto* stream = new Stream;
     stream->slot = slot;
+    stream->context = context;
     stream->blocking = blocking;
     stream->clock = host;
     stream->clock.time[slot] = slot_time[slot];
@@ -39,6 +42,10 @@ Stream* Machine::new_stream(bool blocking) {
 }
 
 void Machine::drop_stream(Stream* stream) {
+  if (Capture* c = stream->capture.get()) {
+    c->broken = kCaptureInvalidated;
+    c->members.erase(std::remove(c->members.begin(), c->members.end(), stream), c->members.end());
+  }
   slot_time[stream->slot] = stream->clock.time[stream->slot];
   // Destroying a stream lets its work finish; nobody can wait for it any more.
   host.join(stream->clock);
@@ -60,14 +67,21 @@ int Machine::break_captures(int code) {
   return code;
 }
 
-Stream* stream_for(void* handle) {
+int find_stream(void* handle, Stream** stream) {
   // Handles 1 and 2 are the legacy and the per-thread default stream.
-  if (reinterpret_cast<uintptr_t>(handle) <= 2) return &machine().legacy;
-  return static_cast<Stream*>(handle);
+  if (reinterpret_cast<uintptr_t>(handle) <= 2) {
+    Primary* context;
+    if (int code = current_context(&context)) return code;
+    *stream = context->legacy;
+    return 0;
+  }
+  const Record& record = live(Kind::stream, handle);
+  *stream = &object_of<Stream>(record);
+  return record.context->sticky;
 }
 
-int fail_sticky(int code) {
-  return machine().sticky = code;
+int fail_sticky(const Running& running, int code) {
+  return running.context->sticky = code;
 }
 
 DeviceLimits limits() {
@@ -76,10 +90,6 @@ DeviceLimits limits() {
   if (sm == 80) return {163 << 10, 164 << 10, 32, 2048};
   if (sm >= 86) return {99 << 10, 100 << 10, 16, 1536};
   return {64 << 10, 64 << 10, 16, 1024};
-}
-
-namespace {
-int context_token;  // its address is the one context
 }
 
 }  // namespace standin
@@ -99,36 +109,38 @@ API cuDriverGetVersion(int* version) {
   return 0;
 }
 API cuDeviceGetCount(int* count) {
-  ENTER;
-  if (!m.initialized) return kNotInitialized;
+  ENTER_INITIALIZED;
   *count = options().cards;
   return 0;
 }
 API cuDeviceGet(int* device, int ordinal) {
-  ENTER;
-  if (!m.initialized) return kNotInitialized;
-  if (ordinal < 0 || ordinal >= options().cards) return kInvalidDevice;
+  ENTER_CARD(ordinal);
   *device = ordinal;
   return 0;
 }
-API cuDeviceGetName(char* name, int bytes, int) {
+API cuDeviceGetName(char* name, int bytes, int device) {
+  ENTER_CARD(device);
   snprintf(name, static_cast<size_t>(bytes), "%s", options().name.c_str());
   return 0;
 }
 API cuDeviceGetUuid_v2(uint8_t* uuid, int device) {
+  ENTER_CARD(device);
   memset(uuid, 0, 16);
   uuid[15] = static_cast<uint8_t>(device);
   return 0;
 }
 API cuDeviceGetPCIBusId(char* text, int bytes, int device) {
+  ENTER_CARD(device);
   snprintf(text, static_cast<size_t>(bytes), "0000:%02x:00.0", device);
   return 0;
 }
-API cuDeviceTotalMem_v2(size_t* bytes, int) {
+API cuDeviceTotalMem_v2(size_t* bytes, int device) {
+  ENTER_CARD(device);
   *bytes = options().memory;
   return 0;
 }
-API cuDeviceGetAttribute(int* value, int attribute, int) {
+API cuDeviceGetAttribute(int* value, int attribute, int device) {
+  ENTER_CARD(device);
   const Options& o = options();
   DeviceLimits l = limits();
   switch (attribute) {
@@ -169,62 +181,102 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
 
 // ---- contexts ---------------------------------------------------------------------------------------------
 
-API cuDevicePrimaryCtxRetain(void** context, int) {
-  ENTER_CONTEXT;
-  *context = &context_token;
+API cuDevicePrimaryCtxRetain(void** context, int device) {
+  ENTER_CARD(device);
+  Card& c = card(device);
+  if (c.context && c.context->sticky) return c.context->sticky;
+  if (!c.context && !begin_context(c)) return kOutOfMemory;
+  ++c.references;
+  *context = &c;
   return 0;
 }
-API cuDevicePrimaryCtxRelease_v2(int) {
+API cuDevicePrimaryCtxRelease_v2(int device) {
+  ENTER_CARD(device);
+  Card& c = card(device);
+  if (c.references == 0) return kInvalidContext;
+  if (--c.references == 0 && c.context) end_context(c);
   return 0;
 }
-API cuDevicePrimaryCtxReset_v2(int) {
-  ENTER;
-  m.sticky = 0;
+// Whoever has retained the context releases it all the same, and it begins anew when it is retained next.
+API cuDevicePrimaryCtxReset_v2(int device) {
+  ENTER_CARD(device);
+  if (card(device).context) end_context(card(device));
   return 0;
 }
-API cuCtxSetCurrent(void*) {
-  ENTER;
-  return m.initialized ? 0 : kNotInitialized;
+API cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
+  ENTER_CARD(device);
+  *flags = 0;
+  *active = card(device).context != nullptr;
+  return 0;
+}
+API cuCtxSetCurrent(void* context) {
+  ENTER_INITIALIZED;
+  ContextStack& stack = context_stack();
+  if (!context) {
+    stack.depth -= stack.depth > 0;
+    return 0;
+  }
+  Card* c = card_of(context);
+  if (!c || !c->context) return kInvalidContext;
+  stack.depth += stack.depth == 0;
+  stack.cards[stack.depth - 1] = c;
+  return 0;
 }
 API cuCtxGetCurrent(void** context) {
-  ENTER;
-  *context = m.initialized ? &context_token : nullptr;
+  ENTER_INITIALIZED;
+  ContextStack& stack = context_stack();
+  *context = stack.depth ? stack.cards[stack.depth - 1] : nullptr;
   return 0;
 }
-API cuCtxPushCurrent_v2(void*) {
+API cuCtxPushCurrent_v2(void* context) {
+  ENTER_INITIALIZED;
+  ContextStack& stack = context_stack();
+  Card* c = card_of(context);
+  if (!c || !c->context) return kInvalidContext;
+  if (stack.depth == ContextStack::kMost) return kInvalidValue;
+  stack.cards[stack.depth++] = c;
   return 0;
 }
 API cuCtxPopCurrent_v2(void** context) {
-  if (context) *context = &context_token;
+  ENTER_INITIALIZED;
+  ContextStack& stack = context_stack();
+  if (stack.depth == 0) return kInvalidContext;
+  --stack.depth;
+  if (context) *context = stack.cards[stack.depth];
   return 0;
 }
 API cuCtxGetDevice(int* device) {
-  *device = 0;
+  ENTER_CONTEXT;
+  *device = context->card;
   return 0;
 }
 API cuCtxSynchronize() {
   ENTER_CONTEXT;
   if (int code = refuse_in_capture()) return code;
-  m.host.join(m.legacy.clock);
   for (Stream* s : m.streams) {
-    if (s) m.host.join(s->clock);
+    if (s && s->context == context) m.host.join(s->clock);
   }
   return 0;
 }
 API cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+  ENTER_CONTEXT;
   if (least) *least = 0;
   if (greatest) *greatest = -5;
   return 0;
 }
 API cuCtxSetLimit(int, size_t) {
+  ENTER_CONTEXT;
   return 0;
 }
 API cuProfilerStart() {
+  ENTER_CONTEXT;
   return 0;
 }
 API cuProfilerStop() {
+  ENTER_CONTEXT;
   return 0;
 }
+
 // ---- the stand-in's own functions -------------------------------------------------------------------------
 
 // Sets options while the program runs; the text is that of VITRUM_STANDIN. kInvalidValue if it cannot be
@@ -240,13 +292,15 @@ API standin_configure(const char* text) {
   fprintf(stderr, "stand-in GPU: cannot read `%s`\n", wrong.c_str());
   return kInvalidValue;
 }
-// Mends the context after an error and starts all counts of faults again; options go back to the
+// Mends contexts after an error and starts all counts of faults again; options go back to the
 // environment's.
 API standin_reset() {
   ENTER;
   if (options().checks == Checks::off) trust_all();
   reset_options();
-  m.sticky = 0;
+  for (Stream* s : m.streams) {
+    if (s) s->context->sticky = 0;
+  }
   m.allocations = m.pinned_allocations = m.launches = 0;
   return 0;
 }

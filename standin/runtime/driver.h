@@ -3,11 +3,11 @@
 
 #include <stdint.h>
 
-#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "handles.h"
 #include "stream.h"
 
 namespace standin {
@@ -17,7 +17,7 @@ constexpr int kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kNoDevic
               kInvalidImage = 200, kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500,
               kNotReady = 600, kOutOfResources = 701, kNotSupported = 801, kCaptureUnsupported = 900,
               kCaptureInvalidated = 901, kCaptureUnmatched = 903, kCaptureUnjoined = 904,
-              kCaptureImplicit = 906, kCapturedEvent = 907;
+              kCaptureImplicit = 906, kCapturedEvent = 907, kContextIsDestroyed = 709;
 
 // A captured graph, or one that can be launched.
 struct Graph {
@@ -32,25 +32,23 @@ int replay(Graph& graph, Stream& stream);
 struct Machine {
   std::recursive_mutex lock;  // held by every call: the host's threads take turns
   bool initialized = false;
-  int sticky = 0;    // the error that broke the context; every later call returns it
   StreamClock host;  // what the host has waited for
-  Stream legacy;
   Stream* streams[kStreams] = {};
   uint64_t slot_time[kStreams] = {};
-  std::map<void*, size_t> pinned;
   uint64_t allocations = 0, pinned_allocations = 0, launches = 0;
 
-  Stream* new_stream(bool blocking);  // null: too many
+  Stream* new_stream(Primary* context, bool blocking);  // null: too many
   void drop_stream(Stream* stream);
   bool capturing_globally() const;
   int break_captures(int code);
 };
 
 STANDIN_EXPORT Machine& machine();
-// The stream behind a handle.
-STANDIN_EXPORT Stream* stream_for(void* handle);
-// Breaks the context with this error, and returns it.
-STANDIN_EXPORT int fail_sticky(int code);
+// The stream behind a handle, or the code with which calls on it fail. Without a handle the default stream of
+// the current context.
+STANDIN_EXPORT int find_stream(void* handle, Stream** stream);
+// Breaks the operation's context with this error, and returns it.
+STANDIN_EXPORT int fail_sticky(const Running& running, int code);
 
 // What a card allows, by its compute capability.
 struct DeviceLimits {

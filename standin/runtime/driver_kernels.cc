@@ -20,11 +20,12 @@ struct Function {
 };
 
 struct Module {
-  std::map<std::string, std::unique_ptr<Function>> functions;
+  std::map<std::string, Record*> functions;
 };
 
 // Everything of a launch but its stream, bytes included, so that a graph can run it again.
 struct KernelCall {
+  const Record* function;
   const Kernel* kernel;
   Dim3 grid, block;
   uint32_t shared_bytes;
@@ -32,6 +33,7 @@ struct KernelCall {
   std::vector<size_t> offsets;
 
   int run(const Running& running) {
+    live(Kind::function, function);  // a graph may be older than the end of its module
     Machine& m = machine();
     const Options& o = options();
     ++m.launches;
@@ -39,7 +41,7 @@ struct KernelCall {
     if (o.fail_launch && m.launches == o.fail_launch) {
       publish({o.fail_code, format("kernel `%s` (launch %llu) fails on demand", kernel->bound.name,
                                    static_cast<unsigned long long>(m.launches))});
-      return fail_sticky(o.fail_code);
+      return fail_sticky(running, o.fail_code);
     }
     // Tensor maps want 64-byte aligned arguments.
     alignas(64) uint8_t copy[4096 + 64];
@@ -65,7 +67,7 @@ struct KernelCall {
     }
     if (report.code == 0) return 0;
     publish(report);
-    return fail_sticky(report.code);
+    return fail_sticky(running, report.code);
   }
 };
 
@@ -74,8 +76,9 @@ int bad_launch(const char* name, int code, const std::string& why) {
   return code;
 }
 
-int launch_kernel(Function* f, Dim3 grid, Dim3 block, uint32_t shared_bytes, void* stream,
+int launch_kernel(const Record& function, Dim3 grid, Dim3 block, uint32_t shared_bytes, Stream* stream,
                   void** parameters) {
+  auto* f = &object_of<Function>(function);
   const Bound& bound = f->kernel->bound;
   uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || !threads)
@@ -100,6 +103,7 @@ int launch_kernel(Function* f, Dim3 grid, Dim3 block, uint32_t shared_bytes, voi
                shared_bytes, f->shared_limit, limits().shared_optin));
   }
   auto call = std::make_shared<KernelCall>();
+  call->function = &function;
   call->kernel = f->kernel;
   call->grid = grid;
   call->block = block;
@@ -117,7 +121,12 @@ int launch_kernel(Function* f, Dim3 grid, Dim3 block, uint32_t shared_bytes, voi
     memcpy(call->bytes.data() + at, parameters[i], a.size);
     call->offsets.push_back(at);
   }
-  return submit(stream_for(stream), [call](const Running& running) { return call->run(running); });
+  for (size_t at = 0; at + 8 <= call->bytes.size(); at += 8) {
+    uint64_t word;
+    memcpy(&word, call->bytes.data() + at, 8);
+    refuse_foreign(word, *function.context);
+  }
+  return submit(stream, [call](const Running& running) { return call->run(running); });
 }
 
 }  // namespace
@@ -125,63 +134,80 @@ int launch_kernel(Function* f, Dim3 grid, Dim3 block, uint32_t shared_bytes, voi
 
 using namespace standin;
 
+// Defines the record of a module or a function, which must be of the current context.
+#define ENTER_OF_CONTEXT(kind, handle)                   \
+  ENTER_INITIALIZED;                                     \
+  if (!(handle)) return kInvalidHandle;                  \
+  Record& record = live(kind, handle);                   \
+  Primary* context;                                      \
+  if (int code = current_context(&context)) return code; \
+  same_context(record, *context)
+
 API cuModuleLoadData(void** module, const void*) {
   ENTER_CONTEXT;
-  *module = new Module;
+  *module = make_handle(Kind::module, context, std::make_shared<Module>());
   return 0;
 }
 API cuModuleLoadDataEx(void** module, const void* image, unsigned, void*, void*) {
+  ENTER;
   return cuModuleLoadData(module, image);
 }
 API cuModuleLoadFatBinary(void** module, const void* image) {
+  ENTER;
   return cuModuleLoadData(module, image);
 }
 API cuModuleLoad(void** module, const char*) {
+  ENTER;
   return cuModuleLoadData(module, nullptr);
 }
 API cuModuleUnload(void* module) {
-  ENTER;
-  delete static_cast<Module*>(module);
-  return m.sticky;
+  ENTER_OF_CONTEXT(Kind::module, module);
+  return end(record);
 }
 API cuModuleGetFunction(void** function, void* module, const char* name) {
-  ENTER_CONTEXT;
+  ENTER_OF_CONTEXT(Kind::module, module);
   const Kernel* kernel = find_kernel(name);
   if (!kernel) return kNotFound;
-  auto& place = static_cast<Module*>(module)->functions[name];
-  if (!place) place.reset(new Function{kernel});
-  *function = place.get();
+  Record*& place = object_of<Module>(record).functions[name];
+  if (!place) {
+    place = make_handle(Kind::function, context, std::make_shared<Function>(Function{kernel}));
+    place->module = &record;
+  }
+  *function = place;
   return 0;
 }
 API cuFuncSetAttribute(void* function, int attribute, int value) {
-  ENTER_CONTEXT;
+  ENTER_OF_CONTEXT(Kind::function, function);
   if (attribute == 8) {
     if (value < 0 || value > limits().shared_optin) return kInvalidValue;
-    static_cast<Function*>(function)->shared_limit = static_cast<uint32_t>(value);
+    object_of<Function>(record).shared_limit = static_cast<uint32_t>(value);
   }
   return 0;
 }
 API cuFuncGetAttribute(int* value, int attribute, void* function) {
-  ENTER_CONTEXT;
-  auto* f = static_cast<Function*>(function);
+  ENTER_OF_CONTEXT(Kind::function, function);
+  const auto& f = object_of<Function>(record);
   switch (attribute) {
-    case 0: *value = static_cast<int>(f->kernel->bound.max_threads); break;
+    case 0: *value = static_cast<int>(f.kernel->bound.max_threads); break;
     case 6: *value = options().capability; break;
-    case 8: *value = static_cast<int>(f->shared_limit); break;
+    case 8: *value = static_cast<int>(f.shared_limit); break;
     default: *value = 0;
   }
   return 0;
 }
-API cuFuncSetCacheConfig(void*, int) {
+API cuFuncSetCacheConfig(void* function, int) {
+  ENTER_OF_CONTEXT(Kind::function, function);
   return 0;
 }
 API cuFuncGetName(const char** name, void* function) {
-  *name = static_cast<Function*>(function)->kernel->bound.name;
+  ENTER_INITIALIZED;
+  *name = object_of<Function>(live(Kind::function, function)).kernel->bound.name;
   return 0;
 }
 // The place and the size of a kernel's argument; kInvalidValue past the last one.
 API cuFuncGetParamInfo(void* function, size_t which, size_t* offset, size_t* size) {
-  const Kernel& k = *static_cast<Function*>(function)->kernel;
+  ENTER_INITIALIZED;
+  const Kernel& k = *object_of<Function>(live(Kind::function, function)).kernel;
   if (which >= k.argument_count) return kInvalidValue;
   size_t at = 0;
   for (size_t i = 0;; ++i) {
@@ -194,8 +220,8 @@ API cuFuncGetParamInfo(void* function, size_t which, size_t* offset, size_t* siz
   return 0;
 }
 API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int block, size_t shared_bytes) {
-  ENTER_CONTEXT;
-  if (block <= 0 || !function) return kInvalidValue;
+  ENTER_OF_CONTEXT(Kind::function, function);
+  if (block <= 0) return kInvalidValue;
   DeviceLimits l = limits();
   int by_threads = l.threads / ((block + 31) / 32 * 32);
   int by_shared = l.shared_multiprocessor / static_cast<int>(shared_bytes + 1024);
@@ -204,15 +230,16 @@ API cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int
 }
 API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                    unsigned bz, unsigned shared_bytes, void* stream, void** parameters, void** extra) {
-  ENTER_CONTEXT;
-  if (!function) return kInvalidHandle;
+  ENTER_OF_CONTEXT(Kind::function, function);
   if (extra) return kNotSupported;
-  return launch_kernel(static_cast<Function*>(function), {gx, gy, gz}, {bx, by, bz}, shared_bytes, stream,
-                       parameters);
+  Stream* s;
+  if (int code = find_stream(stream, &s)) return code;
+  if (!s->legacy) same_context(live(Kind::stream, stream), *context);
+  return launch_kernel(record, {gx, gy, gz}, {bx, by, bz}, shared_bytes, s, parameters);
 }
 API cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
-  ENTER_CONTEXT;
-  return submit(stream_for(stream), [=](const Running&) {
+  ENTER_STREAM(stream);
+  return submit(s, [=](const Running&) {
     function(data);
     return 0;
   });

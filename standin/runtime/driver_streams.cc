@@ -58,45 +58,60 @@ double seconds_now() {
 
 using namespace standin;
 
+// Define what a handle stands for, and its record. The context is the handle's, whichever is current.
+#define ENTER_EVENT(handle)                                              \
+  ENTER_INITIALIZED;                                                     \
+  if (!(handle)) return kInvalidHandle;                                  \
+  Record& event_record = live(Kind::event, handle);                      \
+  if (event_record.context->sticky) return event_record.context->sticky; \
+  Event& e = object_of<Event>(event_record)
+#define ENTER_GRAPH(kind, handle)                                        \
+  ENTER_INITIALIZED;                                                     \
+  if (!(handle)) return kInvalidValue;                                   \
+  const Record& graph_record = live(kind, handle);                       \
+  if (graph_record.context->sticky) return graph_record.context->sticky; \
+  Graph& g = object_of<Graph>(graph_record)
+
 // ---- streams and events -----------------------------------------------------------------------------------
 
 API cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
   ENTER_CONTEXT;
-  Stream* made = m.new_stream(!(flags & 1));
+  Stream* made = m.new_stream(context, !(flags & 1));
   if (!made) return kOutOfMemory;
-  *stream = made;
+  auto drop = [](void* s) { machine().drop_stream(static_cast<Stream*>(s)); };
+  *stream = make_handle(Kind::stream, context, {made, drop});
   return 0;
 }
 API cuStreamCreate(void** stream, unsigned flags) {
+  ENTER;
   return cuStreamCreateWithPriority(stream, flags, 0);
 }
 API cuStreamDestroy_v2(void* stream) {
-  ENTER;
-  Stream* s = stream_for(stream);
-  if (s == &m.legacy) return kInvalidHandle;
-  m.drop_stream(s);
-  return m.sticky;
+  ENTER_INITIALIZED;
+  if (reinterpret_cast<uintptr_t>(stream) <= 2) return kInvalidHandle;
+  return end(live(Kind::stream, stream));
 }
 API cuStreamSynchronize(void* stream) {
-  ENTER_CONTEXT;
-  return synchronize(stream_for(stream));
+  ENTER_STREAM(stream);
+  return synchronize(s);
 }
 API cuStreamQuery(void* stream) {
-  ENTER_CONTEXT;
-  return synchronize(stream_for(stream));
+  ENTER_STREAM(stream);
+  return synchronize(s);
 }
+// Stream and event may belong to different contexts.
 API cuStreamWaitEvent(void* stream, void* event, unsigned) {
-  ENTER_CONTEXT;
-  Stream* s = stream_for(stream);
-  auto* e = static_cast<Event*>(event);
-  std::shared_ptr<Capture> from = e->capture.lock();
+  ENTER_EVENT(event);
+  Stream* s;
+  if (int code = find_stream(stream, &s)) return code;
+  std::shared_ptr<Capture> from = e.capture.lock();
   if (!from) {
     if (s->capture) {
       // A wait for work outside the graph would not be in it.
       s->capture->broken = kCaptureUnsupported;
-      return e->recorded ? 905 : 0;
+      return e.recorded ? 905 : 0;
     }
-    if (e->recorded) s->clock.join(e->clock);
+    if (e.recorded) s->clock.join(e.clock);
     return 0;
   }
   if (!s->capture) {
@@ -108,88 +123,92 @@ API cuStreamWaitEvent(void* stream, void* event, unsigned) {
   } else if (s->capture != from) {
     return 902;
   }
-  from->nodes.push_back({Node::wait, s->lane, nullptr, e->number, nullptr});
+  from->nodes.push_back({Node::wait, s->lane, nullptr, e.number, nullptr});
   auto& seen = from->seen[s->lane];
-  const auto& other = from->event_seen[e->number];
+  const auto& other = from->event_seen[e.number];
   if (seen.size() < from->lanes) seen.resize(from->lanes);
   for (size_t l = 0; l < other.size(); ++l) seen[l] = std::max(seen[l], other[l]);
   return 0;
 }
 API cuEventCreate(void** event, unsigned flags) {
   ENTER_CONTEXT;
-  auto* e = new Event;
-  e->timed = !(flags & 2);
-  *event = e;
+  auto made = std::make_shared<Event>();
+  made->timed = !(flags & 2);
+  *event = make_handle(Kind::event, context, made);
   return 0;
 }
 API cuEventDestroy_v2(void* event) {
-  ENTER;
-  delete static_cast<Event*>(event);
-  return m.sticky;
+  ENTER_INITIALIZED;
+  if (!event) return kInvalidHandle;
+  return end(live(Kind::event, event));
 }
 API cuEventRecordWithFlags(void* event, void* stream, unsigned flags) {
-  ENTER_CONTEXT;
-  Stream* s = stream_for(stream);
-  auto* e = static_cast<Event*>(event);
+  ENTER_EVENT(event);
+  Stream* s;
+  if (int code = find_stream(stream, &s)) return code;
+  if (s->legacy) same_context(event_record, *s->context);
+  else same_context(event_record, live(Kind::stream, stream));
   if (Capture* c = s->capture.get()) {
     if (flags & 1) {
-      c->nodes.push_back({Node::outside, s->lane, nullptr, 0, e});
+      c->nodes.push_back({Node::outside, s->lane, nullptr, 0, &event_record});
       return 0;
     }
-    e->capture = s->capture;
-    e->number = c->events++;
+    e.capture = s->capture;
+    e.number = c->events++;
     auto seen = c->seen[s->lane];
     seen.resize(c->lanes);
     seen[s->lane] = c->last[s->lane];
     c->event_seen.push_back(seen);
-    c->nodes.push_back({Node::record, s->lane, nullptr, e->number, nullptr});
+    c->nodes.push_back({Node::record, s->lane, nullptr, e.number, nullptr});
     return 0;
   }
-  e->capture.reset();
+  e.capture.reset();
   s->clock.join(m.host);
-  e->clock = s->clock;
-  e->recorded = true;
-  e->seconds = seconds_now();
+  e.clock = s->clock;
+  e.recorded = true;
+  e.seconds = seconds_now();
   return 0;
 }
 API cuEventRecord(void* event, void* stream) {
+  ENTER;
   return cuEventRecordWithFlags(event, stream, 0);
 }
 API cuEventSynchronize(void* event) {
-  ENTER_CONTEXT;
-  auto* e = static_cast<Event*>(event);
-  if (std::shared_ptr<Capture> c = e->capture.lock()) {
+  ENTER_EVENT(event);
+  if (std::shared_ptr<Capture> c = e.capture.lock()) {
     c->broken = kCapturedEvent;
     return kCapturedEvent;
   }
   if (int code = refuse_in_capture()) return code;
-  if (e->recorded) m.host.join(e->clock);
+  if (e.recorded) m.host.join(e.clock);
   return 0;
 }
 API cuEventQuery(void* event) {
-  ENTER_CONTEXT;
-  auto* e = static_cast<Event*>(event);
-  if (!e->capture.expired()) return kCapturedEvent;
-  if (e->recorded) m.host.join(e->clock);
+  ENTER_EVENT(event);
+  if (!e.capture.expired()) return kCapturedEvent;
+  if (e.recorded) m.host.join(e.clock);
   return 0;
 }
 API cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
-  ENTER_CONTEXT;
-  auto *a = static_cast<Event*>(start), *b = static_cast<Event*>(end);
-  if (!a->recorded || !b->recorded || !a->timed || !b->timed) return kInvalidHandle;
-  *milliseconds = static_cast<float>(1e3 * (b->seconds - a->seconds));
+  ENTER_EVENT(start);
+  if (!end) return kInvalidHandle;
+  const Record& end_record = live(Kind::event, end);
+  same_context(event_record, end_record);
+  const Event& last = object_of<Event>(end_record);
+  if (!e.recorded || !last.recorded || !e.timed || !last.timed) return kInvalidHandle;
+  *milliseconds = static_cast<float>(1e3 * (last.seconds - e.seconds));
   return 0;
 }
 API cuEventElapsedTime(float* milliseconds, void* start, void* end) {
+  ENTER;
   return cuEventElapsedTime_v2(milliseconds, start, end);
 }
 
 // ---- graphs -----------------------------------------------------------------------------------------------
 
 API cuStreamBeginCapture_v2(void* stream, int mode) {
-  ENTER_CONTEXT;
-  Stream* s = stream_for(stream);
-  if (s == &m.legacy || s->capture) return kCaptureUnsupported;
+  ENTER_STREAM(stream);
+  if (s->legacy || s->capture) return kCaptureUnsupported;
   s->capture = std::make_shared<Capture>();
   s->capture->origin = s;
   s->capture->mode = mode;
@@ -200,14 +219,13 @@ API cuStreamBeginCapture_v2(void* stream, int mode) {
   return 0;
 }
 API cuStreamIsCapturing(void* stream, int* status) {
-  ENTER_CONTEXT;
-  Capture* c = stream_for(stream)->capture.get();
+  ENTER_STREAM(stream);
+  Capture* c = s->capture.get();
   *status = !c ? 0 : c->broken ? 2 : 1;
   return 0;
 }
 API cuStreamEndCapture(void* stream, void** graph) {
-  ENTER_CONTEXT;
-  Stream* s = stream_for(stream);
+  ENTER_STREAM(stream);
   std::shared_ptr<Capture> c = s->capture;
   *graph = nullptr;
   if (!c) return kInvalidValue;
@@ -217,57 +235,57 @@ API cuStreamEndCapture(void* stream, void** graph) {
   for (uint32_t l = 1; l < c->lanes; ++l) {
     if (c->last[l] > (l < c->seen[0].size() ? c->seen[0][l] : 0)) return kCaptureUnjoined;
   }
-  auto* made = new Graph;
+  auto made = std::make_shared<Graph>();
   made->lane_count = c->lanes;
   made->events = c->events;
   made->nodes = std::make_shared<const std::vector<Node>>(std::move(c->nodes));
-  *graph = made;
+  *graph = make_handle(Kind::graph, s->context, made);
   return 0;
 }
 API cuGraphGetNodes(void* graph, void** nodes, size_t* count) {
-  ENTER_CONTEXT;
-  auto& all = *static_cast<Graph*>(graph)->nodes;
+  ENTER_GRAPH(Kind::graph, graph);
   size_t work = static_cast<size_t>(
-      std::count_if(all.begin(), all.end(), [](const Node& n) { return n.kind == Node::work; }));
+      std::count_if(g.nodes->begin(), g.nodes->end(), [](const Node& n) { return n.kind == Node::work; }));
   for (size_t i = 0; nodes && i < *count && i < work; ++i) nodes[i] = nullptr;
   *count = work;
   return 0;
 }
 API cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long) {
-  ENTER_CONTEXT;
-  auto* g = static_cast<Graph*>(graph);
-  auto made = std::make_unique<Graph>();
-  made->nodes = g->nodes;
-  made->lane_count = g->lane_count;
-  made->events = g->events;
-  for (uint32_t l = 1; l < g->lane_count; ++l) {
-    Stream* lane = m.new_stream(false);
+  ENTER_GRAPH(Kind::graph, graph);
+  auto made = std::make_shared<Graph>();
+  made->nodes = g.nodes;
+  made->lane_count = g.lane_count;
+  made->events = g.events;
+  for (uint32_t l = 1; l < g.lane_count; ++l) {
+    Stream* lane = m.new_stream(graph_record.context, false);
     if (!lane) return kOutOfMemory;
     made->lanes.push_back(lane);
   }
-  *executable = made.release();
+  *executable = make_handle(Kind::executable_graph, graph_record.context, made);
   return 0;
 }
 API cuGraphInstantiate_v2(void** executable, void* graph, void*, char*, size_t) {
+  ENTER;
   return cuGraphInstantiateWithFlags(executable, graph, 0);
 }
-API cuGraphUpload(void*, void*) {
-  ENTER_CONTEXT;
-  return 0;
+API cuGraphUpload(void* executable, void* stream) {
+  ENTER_STREAM(stream);
+  return live(Kind::executable_graph, executable).context->sticky;
 }
 API cuGraphLaunch(void* executable, void* stream) {
-  ENTER_CONTEXT;
-  Stream* s = stream_for(stream);
+  ENTER_GRAPH(Kind::executable_graph, executable);
+  Stream* s;
+  if (int code = find_stream(stream, &s)) return code;
   if (s->capture) return kNotSupported;
-  return replay(*static_cast<Graph*>(executable), *s);
+  return replay(g, *s);
 }
 API cuGraphDestroy(void* graph) {
-  ENTER;
-  delete static_cast<Graph*>(graph);
-  return m.sticky;
+  ENTER_INITIALIZED;
+  if (!graph) return kInvalidValue;
+  return end(live(Kind::graph, graph));
 }
 API cuGraphExecDestroy(void* executable) {
-  ENTER;
-  delete static_cast<Graph*>(executable);
-  return m.sticky;
+  ENTER_INITIALIZED;
+  if (!executable) return kInvalidValue;
+  return end(live(Kind::executable_graph, executable));
 }

@@ -31,6 +31,7 @@ bool set(Options& o, const std::string& key, const std::string& value) {
   else if (key == "threads") o.threads = static_cast<uint32_t>(number());
   else if (key == "counters") o.counters = value;
   else if (key == "order") o.order = value;
+  else if (key == "contexts") o.contexts = value;
   else if (key == "cards") o.cards = static_cast<int>(number());
   else if (key == "sm") o.capability = static_cast<int>(number());
   else if (key == "multiprocessors") o.multiprocessors = static_cast<int>(number());

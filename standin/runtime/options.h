@@ -22,6 +22,7 @@ struct Options {
   uint32_t threads = 0;  // host threads that run blocks; 0: one per core
   std::string counters;  // a file that gets one JSON line per launch
   std::string order;     // a file that gets one JSON line per kernel and copy: what each comes after
+  std::string contexts;  // a file that gets one JSON line per context and cuBLASLt handle: made, destroyed
 
   // The card.
   int cards = 1;

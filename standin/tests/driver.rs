@@ -197,11 +197,13 @@ fn faults_come_when_they_are_asked_for() {
 
     gpu.configure("memory=1M");
     assert_eq!(gpu.allocate(2 << 20), Err(2));
-    gpu.configure("driver=11040,sm=75,cards=0");
+    gpu.configure("driver=11040,sm=75");
     let (mut version, mut major) = (0, 0);
     assert_eq!(cu!(gpu, cuDriverGetVersion(&mut version => *mut c_int)), 0);
     assert_eq!(cu!(gpu, cuDeviceGetAttribute(&mut major => *mut c_int, 75 => c_int, 0 => c_int)), 0);
     assert_eq!((version, major), (11040, 7));
+    assert_eq!(cu!(gpu, cuDeviceGetAttribute(&mut major => *mut c_int, 75 => c_int, 1 => c_int)), 101);
+    gpu.configure("cards=0");
     assert_eq!(cu!(gpu, cuInit(0 => u32)), 100);
     gpu.configure("cards=1");
 }
