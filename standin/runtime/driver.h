@@ -35,6 +35,7 @@ struct Machine {
   StreamClock host;  // what the host has waited for
   Stream* streams[kStreams] = {};
   uint64_t slot_time[kStreams] = {};
+  double ahead = 0;  // seconds by which the clock of events is ahead of the host's
   uint64_t allocations = 0, pinned_allocations = 0, launches = 0;
 
   Stream* new_stream(Primary* context, bool blocking);  // null: too many
@@ -55,6 +56,21 @@ struct DeviceLimits {
   int shared_optin, shared_multiprocessor, blocks, threads;
 };
 DeviceLimits limits();
+
+// The clock of events.
+STANDIN_EXPORT double seconds_now();
+// While it lives, that clock runs so many times as fast.
+class STANDIN_EXPORT Slowed {
+ public:
+  explicit Slowed(uint64_t factor) : factor_(factor), start_(factor > 1 ? seconds_now() : 0) {}
+  ~Slowed() {
+    if (factor_ > 1) machine().ahead += static_cast<double>(factor_ - 1) * (seconds_now() - start_);
+  }
+
+ private:
+  uint64_t factor_;
+  double start_;
+};
 
 // Waits for a stream; refused where it is captured.
 int synchronize(Stream* stream);

@@ -58,6 +58,7 @@ struct KernelCall {
     launch.ordered = running.ordered;
     launch.number = m.launches;
     launch.options = &o;
+    Slowed slowed(o.slow_kernels);
     Report report = run_launch(launch);
     if (!o.counters.empty()) {
       if (FILE* file = fopen(o.counters.c_str(), "a")) {

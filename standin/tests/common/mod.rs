@@ -33,6 +33,9 @@ macro_rules! cu {
     }};
 }
 
+#[macro_use]
+pub mod blas;
+
 impl Gpu {
     /// Opens the libraries of a folder with fresh options; `options` as in `VITRUM_STANDIN`.
     pub fn open(folder: &Path, options: &str) -> Self {
