@@ -3,8 +3,8 @@
 #
 #   standin/build.sh OUT [KERNEL.cu…]      default: every kernels/*.cu
 #
-# Leaves libcuda.so and libcublasLt.so in OUT. Compiles only what changed, on as many cores as there are. CXX,
-# STANDIN_FLAGS and STANDIN_OBJECTS (a folder to keep object files in) are honoured.
+# Leaves libcuda.so and libcublasLt.so in OUT, under the names that programs look for. Compiles only what changed, on as
+# many cores as there are. CXX, STANDIN_FLAGS and STANDIN_OBJECTS (a folder to keep object files in) are honoured.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
@@ -62,4 +62,6 @@ ln -sf libcuda.so "$out/libcuda.so.1"
 if [ -n "$blas" ]; then
   $link -Wl,-soname,libcublasLt.so -Wl,-rpath,'$ORIGIN' -o "$out/libcublasLt.so.new" $blas "$out/libcuda.so"
   mv "$out/libcublasLt.so.new" "$out/libcublasLt.so"
+  ln -sf libcublasLt.so "$out/libcublasLt.so.13"
+  ln -sf libcublasLt.so "$out/libcublasLt.so.12"
 fi

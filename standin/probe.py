@@ -18,6 +18,7 @@ class Gpu:
         self.check(self.cuda.cuInit(0))
         context = C.c_void_p()
         self.check(self.cuda.cuDevicePrimaryCtxRetain(C.byref(context), 0))
+        self.check(self.cuda.cuCtxSetCurrent(context))
         self.module = C.c_void_p()
         self.check(self.cuda.cuModuleLoadData(C.byref(self.module), None))
 

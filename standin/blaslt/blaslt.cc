@@ -15,7 +15,7 @@
 #include "../runtime/options.h"
 #include "../runtime/report.h"
 #include "../runtime/stream.h"
-#include "matmul.h"
+#include "algorithms.h"
 
 using namespace standin;
 
@@ -31,10 +31,6 @@ enum Status {
 };
 enum DataType { kR32F = 0, kR16BF = 14 };
 enum ComputeType { k32F = 68, k32FPedantic = 69, k32FFastTF32 = 77 };
-
-struct Handle {
-  int magic = 0x1b1a5;
-};
 
 struct Description {
   int compute, scale;
@@ -62,17 +58,6 @@ struct Preference {
   uint32_t reductions = 7;
 };
 
-// The 64 opaque bytes of cublasLtMatmulAlgo_t.
-struct Algorithm {
-  uint32_t magic, number;
-  uint32_t split, align;
-  uint64_t problem;  // what it was found for
-  uint64_t workspace;
-  uint64_t spare[4];
-};
-static_assert(sizeof(Algorithm) == 64);
-constexpr uint32_t kAlgorithm = 0x5ab1e;
-
 struct HeuristicResult {
   Algorithm algorithm;
   size_t workspace;
@@ -80,9 +65,6 @@ struct HeuristicResult {
   float waves;
   int reserved[4];
 };
-
-// Parts of k for each algorithm number. They differ in the order of summation, so in the last bits.
-constexpr uint32_t kSplits[] = {1, 2, 3, 4, 6, 8};
 
 // Whether a refusal is printed: a product that fails is, a question that is answered with no is not.
 bool loud = false;
@@ -156,6 +138,10 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
                   format("op(A) is %llu × %llu, op(B) %llu × %llu, C %llu × %llu, D %llu × %llu", u(p->m),
                          u(p->k), u(k), u(p->n), u(c.rows), u(c.cols), u(out.rows), u(out.cols)));
   }
+  if ((p->m == 1 || p->n == 1) && options().thin != Thin::taken) {
+    return refuse(options().thin == Thin::invalid ? kBadValue : kUnsupported,
+                  "a matrix of one row or column");
+  }
   p->input = a.type == kR32F ? Type::f32 : Type::bf16;
   p->output = out.type == kR32F ? Type::f32 : Type::bf16;
   p->tf32 = d.compute == k32FFastTF32;
@@ -184,33 +170,10 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
   return kSuccess;
 }
 
-// One number for all that an algorithm depends on.
-uint64_t fingerprint(const Matmul& p, uint32_t epilogue) {
-  uint64_t h = 0xcbf29ce484222325ull;
-  for (uint64_t v : {p.m, p.n, p.k, p.lda, p.ldb, p.ldc, p.ldd, uint64_t{p.transpose_a},
-                     uint64_t{p.transpose_b}, static_cast<uint64_t>(p.input), static_cast<uint64_t>(p.output),
-                     uint64_t{p.tf32}, uint64_t{epilogue}, options().blaslt}) {
-    for (int i = 0; i < 8; ++i) h = (h ^ (v >> (8 * i) & 0xff)) * 0x100000001b3ull;
-  }
-  return h;
-}
-
-bool bias_sums(const Epilogue& e) {
-  return e.bias_gradient || e.gradient_a || e.gradient_b;
-}
-
-size_t workspace_for(const Matmul& p, uint32_t split) {
-  return split == 1 ? 0 : (p.m * p.n * split * sizeof(float) + 255) / 256 * 256;
-}
-
-int validate(const Algorithm& algorithm, const Matmul& p, uint32_t epilogue) {
-  if (algorithm.magic != kAlgorithm || algorithm.number >= std::size(kSplits)) return kBadValue;
-  if (static_cast<int>(algorithm.number) == options().refuse_algorithm) return kUnsupported;
-  if (algorithm.problem != fingerprint(p, epilogue) || algorithm.split != kSplits[algorithm.number] ||
-      algorithm.split > p.k) {
-    return kUnsupported;
-  }
-  return kSuccess;
+// Whether the library takes an algorithm for a product.
+int validate(const Algorithm& algorithm, const Problem& problem) {
+  if (!is_algorithm(algorithm)) return kBadValue;
+  return fits(algorithm, problem) ? kSuccess : kUnsupported;
 }
 
 template <class T>
@@ -220,10 +183,15 @@ bool take(T* to, const void* from, size_t bytes) {
   return true;
 }
 
-std::unique_lock<std::recursive_mutex> enter(bool refusals_are_printed) {
-  std::unique_lock<std::recursive_mutex> guard(machine().lock);
-  loud = refusals_are_printed;
-  return guard;
+// Whether the library may be used by this thread now: its handle belongs to the current context.
+int usable(const void* handle) {
+  if (!handle) return kBadHandle;
+  const Record& record = live(Kind::blaslt, handle);
+  Primary* context;
+  int code = current_context(&context);
+  if (code == kInvalidContext || code == kContextIsDestroyed) return kBadHandle;
+  same_context(record, *context);
+  return kSuccess;
 }
 
 // Touches the columns of a matrix that the product uses.
@@ -238,7 +206,6 @@ int touch_matrix(const Running& running, const void* base, uint64_t rows, uint64
 }
 
 int run(const Running& running, const Matmul& p) {
-  if (machine().sticky) return machine().sticky;
   const Epilogue& e = p.epilogue;
   auto in = [&](const void* at, uint64_t rows, uint64_t columns, uint64_t ld, Type type, const char* what) {
     return touch_matrix(running, at, rows, columns, ld, type, Access::read, what);
@@ -257,7 +224,9 @@ int run(const Running& running, const Matmul& p) {
     code = out(p.bias, e.gradient_b ? p.n : p.m, 1, e.gradient_b ? p.n : p.m, "a matmul's bias gradient");
   }
   if (!code) code = out(p.d, p.m, p.n, p.ldd, "a matmul's D");
-  if (code) return fail_sticky(code);
+  if (code) return fail_sticky(running, code);
+  bool more_than_bias = e.relu || e.gelu || e.dgelu || bias_sums(e);
+  Slowed slowed(more_than_bias ? options().slow_epilogue : 1);
   run_matmul(p);
   return 0;
 }
@@ -265,6 +234,11 @@ int run(const Running& running, const Matmul& p) {
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default"))) int
+// Takes the driver's lock, as every call does, and notes its name. Are refusals printed?
+#define ENTER(refusals_are_printed)                            \
+  std::lock_guard<std::recursive_mutex> guard(machine().lock); \
+  Call call(__func__);                                         \
+  loud = refusals_are_printed
 
 // ---- the library ------------------------------------------------------------------------------------------
 
@@ -293,13 +267,20 @@ API cublasLtGetProperty(int which, int* value) {
   *value = static_cast<int>(which == 0 ? v / 10000 : which == 1 ? v / 100 % 100 : v % 100);
   return kSuccess;
 }
-API cublasLtCreate(Handle** handle) {
-  if (!machine().initialized) return kBadHandle;
-  *handle = new Handle;
+API cublasLtCreate(void** handle) {
+  ENTER(true);
+  Primary* context;
+  if (!machine().initialized || current_context(&context)) return kBadHandle;
+  *handle = make_handle(Kind::blaslt, context, nullptr);
+  note_context("cublaslt", "made", context->card);
   return kSuccess;
 }
-API cublasLtDestroy(Handle* handle) {
-  delete handle;
+API cublasLtDestroy(void* handle) {
+  ENTER(true);
+  if (!handle) return kBadHandle;
+  Record& record = live(Kind::blaslt, handle);
+  end(record);
+  note_context("cublaslt", "destroyed", record.context->card);
   return kSuccess;
 }
 
@@ -391,7 +372,7 @@ API cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const voi
   switch (attribute) {
     case 0: good = take(&search, value, bytes) && search == 0; break;  // best fit
     case 1: good = take(&p->workspace, value, bytes); break;
-    case 3: good = take(&p->reductions, value, bytes); break;
+    case 3: good = take(&p->reductions, value, bytes) && p->reductions <= 7; break;
     case 5:
     case 6:
     case 7:
@@ -403,49 +384,45 @@ API cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const voi
 
 // ---- algorithms -------------------------------------------------------------------------------------------
 
-API cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Description* d, const Layout* a, const Layout* b,
+API cublasLtMatmulAlgoGetHeuristic(void* handle, const Description* d, const Layout* a, const Layout* b,
                                    const Layout* c, const Layout* out, const Preference* preference,
                                    int wanted, HeuristicResult* results, int* found) {
-  auto guard = enter(false);
+  ENTER(false);
   *found = 0;
-  if (!handle || !d || !a || !b || !c || !out || !preference || wanted < 1) return kBadValue;
+  if (int status = usable(handle)) return status;
+  if (!d || !a || !b || !c || !out || !preference || wanted < 1) return kBadValue;
   Matmul p{};
   if (int status = understand(*d, *a, *b, *c, *out, &p)) return status;
   if (options().refuse_matmul) return kUnsupported;
   uint32_t align = *std::min_element(preference->align, preference->align + 4);
   if (align < 16)
     return refuse(kUnsupported, format("alignment of %u bytes: nothing fast is found below 16", align));
-  for (uint32_t number = 0; number < std::size(kSplits) && *found < std::min(wanted, options().algorithms);
-       ++number) {
-    uint32_t split = kSplits[number];
-    size_t workspace = workspace_for(p, split);
-    bool refused = static_cast<int>(number) == options().refuse_algorithm;
-    if (refused || split > p.k || workspace > preference->workspace) continue;
-    if (split > 1 &&
-        (bias_sums(p.epilogue) || p.epilogue.aux_out || p.epilogue.dgelu || !(preference->reductions & 2)))
-      continue;
+  Problem problem{p, d->epilogue};
+  for (uint32_t number : offers(problem, preference->reductions, preference->workspace)) {
+    if (*found == std::min(wanted, options().algorithms)) break;
     HeuristicResult& r = results[(*found)++];
     r = {};
-    r.algorithm = {kAlgorithm, number, split, align, fingerprint(p, d->epilogue), workspace, {}};
-    r.workspace = workspace;
+    r.algorithm = algorithm_for(problem, number, align);
+    r.workspace = r.algorithm.workspace;
     r.state = kSuccess;
-    r.waves = static_cast<float>((p.m + 127) / 128 * ((p.n + 127) / 128) * split) /
+    r.waves = static_cast<float>((p.m + 127) / 128 * ((p.n + 127) / 128) * r.algorithm.split) /
               static_cast<float>(options().multiprocessors);
   }
   return *found ? kSuccess : kUnsupported;
 }
 
-API cublasLtMatmulAlgoCheck(Handle* handle, const Description* d, const Layout* a, const Layout* b,
+API cublasLtMatmulAlgoCheck(void* handle, const Description* d, const Layout* a, const Layout* b,
                             const Layout* c, const Layout* out, const Algorithm* algorithm,
                             HeuristicResult* result) {
-  auto guard = enter(false);
-  if (!handle || !d || !a || !b || !c || !out || !algorithm || !result) return kBadValue;
+  ENTER(false);
+  if (int status = usable(handle)) return status;
+  if (!d || !a || !b || !c || !out || !algorithm || !result) return kBadValue;
   Matmul p{};
   if (int status = understand(*d, *a, *b, *c, *out, &p)) return status;
-  if (int status = validate(*algorithm, p, d->epilogue)) return status;
+  if (int status = validate(*algorithm, {p, d->epilogue})) return status;
   *result = {};
   result->algorithm = *algorithm;
-  result->workspace = workspace_for(p, algorithm->split);
+  result->workspace = workspace_of(p, algorithm->number);
   result->state = kSuccess;
   result->waves = 1;
   return kSuccess;
@@ -453,45 +430,43 @@ API cublasLtMatmulAlgoCheck(Handle* handle, const Description* d, const Layout* 
 
 API cublasLtMatmulAlgoConfigGetAttribute(const Algorithm* algorithm, int attribute, void* value, size_t bytes,
                                          size_t* written) {
-  int32_t v;
-  switch (attribute) {
-    case 0: v = static_cast<int32_t>(algorithm->number); break;
-    case 2: v = static_cast<int32_t>(algorithm->split); break;
-    case 3: v = algorithm->split > 1 ? 2 : 0; break;
-    default: v = 0;
-  }
-  if (written) *written = 4;
+  uint32_t v;
+  size_t size;
+  if (!algorithm || !is_algorithm(*algorithm) || !configuration(*algorithm, attribute, &v, &size))
+    return kBadValue;
+  if (written) *written = size;
   if (bytes == 0) return kSuccess;
-  if (!value || bytes < 4) return kBadValue;
-  memcpy(value, &v, 4);
+  if (!value || bytes < size) return kBadValue;
+  memcpy(value, &v, size);
   return kSuccess;
 }
 
 // ---- the product ------------------------------------------------------------------------------------------
 
-API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, const void* a,
+API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const void* a,
                    const Layout* a_layout, const void* b, const Layout* b_layout, const void* beta,
                    const void* c, const Layout* c_layout, void* out, const Layout* out_layout,
                    const Algorithm* algorithm, void* workspace, size_t workspace_bytes, void* stream) {
-  auto guard = enter(true);
-  if (!handle) return kBadHandle;
+  ENTER(true);
+  if (int status = usable(handle)) return status;
   if (!d || !alpha || !beta || !a || !b || !out || !a_layout || !b_layout || !c_layout || !out_layout)
     return kBadValue;
-  if (machine().sticky) return kFailed;
+  Stream* s;
+  if (find_stream(stream, &s)) return kFailed;
+  same_context(*static_cast<const Record*>(handle), *s->context);
   Matmul p{};
   if (int status = understand(*d, *a_layout, *b_layout, *c_layout, *out_layout, &p)) return status;
   if (options().refuse_matmul) return kUnsupported;
   const Epilogue& e = p.epilogue;
   if ((e.bias || bias_sums(e)) && !p.bias) return refuse(kBadValue, "this epilogue wants a bias pointer");
   if ((e.aux_out || e.dgelu) && !p.aux) return refuse(kBadValue, "this epilogue wants an aux pointer");
-  p.split = 1;
-  uint32_t align = 16;
+  uint32_t number = 0, align = 16;
   if (algorithm) {
-    if (int status = validate(*algorithm, p, d->epilogue))
+    if (int status = validate(*algorithm, {p, d->epilogue}))
       return refuse(status, "an algorithm that was found for another product");
-    p.split = algorithm->split;
+    number = algorithm->number;
     align = std::max(align, algorithm->align);
-    size_t needed = workspace_for(p, p.split);
+    size_t needed = workspace_of(p, number);
     if (needed && (!workspace || workspace_bytes < needed)) {
       return refuse(kBadValue, format("a workspace of %zu bytes where the algorithm needs %zu",
                                       workspace_bytes, needed));
@@ -515,7 +490,10 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
                     format("%s at %p is not %u-byte aligned, as the algorithm was told it would be", q.name,
                            q.at, q.align));
     }
+    if (q.used) refuse_foreign(reinterpret_cast<uint64_t>(q.at), *s->context);
   }
+  if (static_cast<int>(number) == options().fail_algorithm) return options().fail_status;
+  sum_as(number, &p);
   p.a = a;
   p.b = b;
   p.c = c;
@@ -528,8 +506,8 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
   }
   if (p.c == p.d && p.ldc != p.ldd)
     return refuse(kBadValue, "C and D in one place with different leading dimensions");
-  size_t scratch = workspace_for(p, p.split);
-  int code = submit(stream_for(stream), [=](const Running& running) {
+  size_t scratch = workspace_of(p, number);
+  int code = submit(s, [=](const Running& running) {
     Matmul now = p;
     if (on_device) {
       memcpy(&now.alpha, alpha, 4);
@@ -539,7 +517,7 @@ API cublasLtMatmul(Handle* handle, const Description* d, const void* alpha, cons
       // Two products that share a workspace on unordered streams spoil each other.
       if (int code = touch(running, reinterpret_cast<uint64_t>(workspace), scratch, Access::write,
                            "a matmul's workspace")) {
-        return fail_sticky(code);
+        return fail_sticky(running, code);
       }
     }
     return run(running, now);

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -27,6 +28,9 @@ float load(Type type, const void* p, uint64_t at) {
 void store(Type type, void* p, uint64_t at, float value) {
   if (type == Type::f32) static_cast<float*>(p)[at] = value;
   else static_cast<uint16_t*>(p)[at] = to_bf16(value);
+}
+float rounded(Type type, float x) {
+  return type == Type::f32 ? x : from_bf16(to_bf16(x));
 }
 float to_tf32(float x) {
   return __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, x) + 0x1000) & ~0x1fffu);
@@ -97,10 +101,17 @@ void run_matmul(const Matmul& p) {
       for (uint64_t ct = 0; ct < column_tiles; ++ct) {
         float acc[kColumns][kRows] = {}, part[kColumns][kRows];
         for (uint32_t s = 0; s < p.split; ++s) {
-          uint64_t from = p.k * s / p.split, to = p.k * (s + 1) / p.split;
+          uint64_t from = p.k * s / p.split, to = std::min(p.k * (s + 1) / p.split, p.sum_to);
+          if (from >= to) break;
           tile(&a[(rt * p.k + from) * kRows], &b[(ct * p.k + from) * kColumns], to - from, &part[0][0]);
           for (uint64_t j = 0; j < kColumns; ++j) {
-            for (uint64_t i = 0; i < kRows; ++i) acc[j][i] += part[j][i];
+            for (uint64_t i = 0; i < kRows; ++i) {
+              float sum = acc[j][i];
+              if (p.reduction == Reduction::output_type) sum += rounded(p.output, part[j][i]);
+              else if (p.reduction == Reduction::in_place) sum = rounded(p.output, sum + part[j][i]);
+              else sum += part[j][i];
+              acc[j][i] = sum;
+            }
           }
         }
         for (uint64_t j = 0; j < kColumns && ct * kColumns + j < p.n; ++j) {

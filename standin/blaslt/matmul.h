@@ -22,6 +22,14 @@ struct Epilogue {
   bool gradient_b = false;     // bias[column] = sum of op(B) over k
 };
 
+// How the parts of a split sum come together (cublasLtReductionScheme_t).
+enum class Reduction : uint8_t {
+  none = 0,
+  in_place = 1,      // each is added to what lies in D, in D's type
+  compute_type = 2,  // in f32, in the workspace
+  output_type = 4,   // in D's type, in the workspace
+};
+
 struct Matmul {
   uint64_t m, n, k;
   bool transpose_a, transpose_b;
@@ -29,7 +37,9 @@ struct Matmul {
   bool tf32;  // inputs rounded to 10 bits of mantissa
   uint64_t lda, ldb, ldc, ldd, ld_aux;
   Epilogue epilogue;
-  uint32_t split;  // k goes in this many parts, summed in order
+  uint32_t split;       // k goes in this many parts, summed in order
+  Reduction reduction;  // of the parts
+  uint64_t sum_to;      // k, or less where a fault is planted: what comes after is left out
   float alpha, beta;
   const void *a, *b, *c;
   void *d, *bias, *aux;

@@ -20,9 +20,19 @@ namespace {
 constexpr size_t kGap = 4096, kAlign = 256, kPoisoned = 4 << 20;
 
 std::mutex lock;
-std::map<uint64_t, size_t> live;       // start → bytes asked for
+struct Allocation {
+  size_t bytes;  // that were asked for
+  int card;
+};
+struct Former {
+  size_t bytes;
+  std::string what;  // and why it is no more
+};
+
+std::map<uint64_t, Allocation> live;   // by its start
+std::map<uint64_t, Former> former;     // what lay there before, until something else does
 std::map<uint64_t, size_t> free_room;  // start → bytes, gaps included
-size_t used = 0;
+std::map<int, size_t> used;            // bytes of each card
 
 void* reserve(size_t bytes) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -31,11 +41,12 @@ void* reserve(size_t bytes) {
   return p;
 }
 
-// Reserves the range at the first allocation. Twice the card's memory, for gaps and fragments; smaller ranges
-// are tried where the system refuses so many addresses.
+// Reserves the range at the first allocation. Twice the cards' memory, for gaps and fragments; smaller
+// ranges are tried where the system refuses so many addresses.
 void open_range() {
   if (device.base) return;
-  for (size_t bytes = 2 * options().memory + (64 << 20); bytes >= (64 << 20); bytes /= 2) {
+  size_t cards = static_cast<size_t>(options().cards > 0 ? options().cards : 1);
+  for (size_t bytes = 2 * cards * options().memory + (64 << 20); bytes >= (64 << 20); bytes /= 2) {
     bytes &= ~size_t{4095};
     void* base = reserve(bytes);
     void* state = reserve(bytes / 2);
@@ -73,10 +84,10 @@ void clear_traces(uint64_t start, size_t bytes) {
 }
 }  // namespace
 
-uint64_t allocate(size_t bytes) {
+uint64_t allocate(size_t bytes, int card) {
   std::lock_guard<std::mutex> guard(lock);
   open_range();
-  if (bytes > options().memory || used + bytes > options().memory) return 0;
+  if (bytes > options().memory || used[card] + bytes > options().memory) return 0;
   size_t room = room_for(bytes);
   for (auto it = free_room.begin(); it != free_room.end(); ++it) {
     if (it->second < room) continue;
@@ -84,8 +95,11 @@ uint64_t allocate(size_t bytes) {
     size_t rest = it->second - room;
     free_room.erase(it);
     if (rest) free_room[start + room] = rest;
-    live[start] = bytes;
-    used += bytes;
+    auto over = former.lower_bound(start);
+    if (over != former.begin() && std::prev(over)->first + std::prev(over)->second.bytes > start) --over;
+    former.erase(over, former.lower_bound(start + room));
+    live[start] = {bytes, card};
+    used[card] += bytes;
     size_t first = device.granule(start);
     memset(device.state + first, kAllocated, bytes / 2);
     if (bytes % 2) device.state[first + bytes / 2] = 1;
@@ -97,13 +111,14 @@ uint64_t allocate(size_t bytes) {
   return 0;
 }
 
-bool release(uint64_t address) {
+bool release(uint64_t address, const std::string& what) {
   std::lock_guard<std::mutex> guard(lock);
   auto it = live.find(address);
   if (it == live.end()) return false;
-  size_t bytes = it->second, room = room_for(bytes), first = device.granule(address);
+  size_t bytes = it->second.bytes, room = room_for(bytes), first = device.granule(address);
+  used[it->second.card] -= bytes;
   live.erase(it);
-  used -= bytes;
+  former[address] = {bytes, what};
   memset(device.state + first, 0, (bytes + 1) / 2);
   clear_traces(address, bytes);
   auto next = free_room.lower_bound(address);
@@ -122,41 +137,41 @@ bool release(uint64_t address) {
   return true;
 }
 
-void memory_info(size_t* free_bytes, size_t* total) {
+void memory_info(int card, size_t* free_bytes, size_t* total) {
   std::lock_guard<std::mutex> guard(lock);
   *total = options().memory;
-  *free_bytes = used < *total ? *total - used : 0;
+  *free_bytes = used[card] < *total ? *total - used[card] : 0;
 }
 
 const char* nearest_allocation(uint64_t address, char* buffer, size_t bytes) {
   std::lock_guard<std::mutex> guard(lock);
+  auto number = [](uint64_t v) { return static_cast<unsigned long long>(v); };
   auto after = live.upper_bound(address);
-  if (after != live.begin()) {
-    auto before = std::prev(after);
-    uint64_t end = before->first + before->second;
-    if (address < end) {
-      snprintf(buffer, bytes, "byte %llu of an allocation of %zu bytes",
-               static_cast<unsigned long long>(address - before->first), before->second);
-      return buffer;
-    }
-    if (after == live.end() || address - end <= after->first - address) {
-      snprintf(buffer, bytes, "%llu bytes after the end of an allocation of %zu bytes",
-               static_cast<unsigned long long>(address - end), before->second);
-      return buffer;
-    }
+  auto before = after == live.begin() ? live.end() : std::prev(after);
+  uint64_t end = before == live.end() ? 0 : before->first + before->second.bytes;
+  auto gone = former.upper_bound(address);
+  if (address < end) {
+    snprintf(buffer, bytes, "byte %llu of an allocation of %zu bytes", number(address - before->first),
+             before->second.bytes);
+  } else if (gone != former.begin() && address < std::prev(gone)->first + std::prev(gone)->second.bytes) {
+    --gone;
+    snprintf(buffer, bytes, "byte %llu of %s", number(address - gone->first), gone->second.what.c_str());
+  } else if (end && (after == live.end() || address - end <= after->first - address)) {
+    snprintf(buffer, bytes, "%llu bytes after the end of an allocation of %zu bytes", number(address - end),
+             before->second.bytes);
+  } else if (after != live.end() && device.contains(address)) {
+    snprintf(buffer, bytes, "%llu bytes before an allocation of %zu bytes", number(after->first - address),
+             after->second.bytes);
+  } else {
+    snprintf(buffer, bytes, "not the card's memory");
   }
-  if (after != live.end() && device.contains(address)) {
-    snprintf(buffer, bytes, "%llu bytes before an allocation of %zu bytes",
-             static_cast<unsigned long long>(after->first - address), after->second);
-    return buffer;
-  }
-  snprintf(buffer, bytes, "not the card's memory");
   return buffer;
 }
 
 void trust_all() {
   std::lock_guard<std::mutex> guard(lock);
-  for (auto& [start, bytes] : live) {
+  for (auto& [start, allocation] : live) {
+    size_t bytes = allocation.bytes;
     memset(device.state + device.granule(start), kAllocated | kWritten, bytes / 2);
     if (bytes % 2) device.mark_written(start + bytes - 1, 1);
   }
@@ -164,8 +179,8 @@ void trust_all() {
 
 void forget_traces() {
   std::lock_guard<std::mutex> guard(lock);
-  for (auto& [start, bytes] : live) {
-    clear_traces(start, bytes);
+  for (auto& [start, allocation] : live) {
+    clear_traces(start, allocation.bytes);
   }
 }
 

@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <string>
+
 namespace standin {
 
 // Who touched a granule last; each word is a packed access, 0 for nobody.
@@ -50,10 +52,11 @@ struct Device {
 extern Device device;
 
 // 0 if the card is full.
-uint64_t allocate(size_t bytes);
-// False if no allocation starts there.
-bool release(uint64_t address);
-void memory_info(size_t* free_bytes, size_t* total);
+uint64_t allocate(size_t bytes, int card);
+// Frees what starts there; `what` it was and why it is gone stands in reports of those who use it all the
+// same. False if nothing starts there.
+bool release(uint64_t address, const std::string& what);
+void memory_info(int card, size_t* free_bytes, size_t* total);
 // Where an address lies with respect to the allocations nearest to it, for a report.
 const char* nearest_allocation(uint64_t address, char* buffer, size_t bytes);
 // Takes everything allocated for written.

@@ -31,6 +31,7 @@ bool set(Options& o, const std::string& key, const std::string& value) {
   else if (key == "threads") o.threads = static_cast<uint32_t>(number());
   else if (key == "counters") o.counters = value;
   else if (key == "order") o.order = value;
+  else if (key == "contexts") o.contexts = value;
   else if (key == "cards") o.cards = static_cast<int>(number());
   else if (key == "sm") o.capability = static_cast<int>(number());
   else if (key == "multiprocessors") o.multiprocessors = static_cast<int>(number());
@@ -45,6 +46,18 @@ bool set(Options& o, const std::string& key, const std::string& value) {
   else if (key == "refuse_algorithm") o.refuse_algorithm = static_cast<int>(number());
   else if (key == "algorithms") o.algorithms = static_cast<int>(number());
   else if (key == "refuse_matmul") o.refuse_matmul = number() != 0;
+  else if (key == "init_code") o.init_code = static_cast<int>(number());
+  else if (key == "thin") {
+    if (value == "invalid") o.thin = Thin::invalid;
+    else if (value == "unsupported") o.thin = Thin::unsupported;
+    else return false;
+  } else if (key == "split_fault") o.split_fault = number() != 0;
+  else if (key == "no_split_epilogue") o.no_split_epilogue = number() != 0;
+  else if (key == "wrong_algorithm") o.wrong_algorithm = static_cast<int>(number());
+  else if (key == "fail_algorithm") o.fail_algorithm = static_cast<int>(number());
+  else if (key == "fail_status") o.fail_status = static_cast<int>(number());
+  else if (key == "slow_epilogue") o.slow_epilogue = number();
+  else if (key == "slow_kernels") o.slow_kernels = number();
   else if (key == "skip_barrier") o.skip_barrier = value;
   else return false;
   return good;

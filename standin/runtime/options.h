@@ -16,12 +16,16 @@ enum class Checks : uint8_t {
   on,      // also uninitialised reads, races, copies in flight
 };
 
+// What cuBLASLt says to products of one row or column.
+enum class Thin : uint8_t { taken, invalid, unsupported };
+
 struct Options {
   Checks checks = Checks::on;
   uint32_t seed = 0;     // 0: threads in order; others: a random but repeatable schedule
   uint32_t threads = 0;  // host threads that run blocks; 0: one per core
   std::string counters;  // a file that gets one JSON line per launch
   std::string order;     // a file that gets one JSON line per kernel and copy: what each comes after
+  std::string contexts;  // a file that gets one JSON line per context and cuBLASLt handle: made, destroyed
 
   // The card.
   int cards = 1;
@@ -40,7 +44,16 @@ struct Options {
   int refuse_algorithm = -1;     // AlgoCheck and Matmul refuse this algorithm number
   int algorithms = 100;          // the heuristic finds at most so many
   bool refuse_matmul = false;    // the heuristic finds nothing
-  std::string skip_barrier;      // FILE:LINE: the barrier there does nothing
+  int init_code = 0;             // cuInit's answer
+  Thin thin = Thin::taken;
+  bool split_fault = false;        // splits that do not divide k are summed as a faulty version does
+  bool no_split_epilogue = false;  // only plain products are split
+  int wrong_algorithm = -1;        // this algorithm number computes half of the sum
+  int fail_algorithm = -1;         // this one is found and accepted, and cannot be launched
+  int fail_status = 13;            // what cublasLtMatmul says then
+  uint64_t slow_epilogue = 1;      // products with more than a bias take so many times as long
+  uint64_t slow_kernels = 1;       // and so do kernels
+  std::string skip_barrier;        // FILE:LINE: the barrier there does nothing
 };
 
 STANDIN_EXPORT const Options& options();

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "driver.h"
+#include "handles.h"
 #include "memory.h"
 #include "options.h"
 #include "report.h"
@@ -31,17 +32,17 @@ int run_now(Stream& stream, const Work& work) {
   Machine& m = machine();
   StreamClock& clock = stream.clock;
   clock.join(m.host);
-  if (stream.slot == 0) {
+  if (stream.legacy) {
     for (Stream* other : m.streams) {
-      if (other && other->blocking) clock.join(other->clock);
+      if (other && other->blocking && other->context == stream.context) clock.join(other->clock);
     }
   } else if (stream.blocking) {
-    clock.join(m.legacy.clock);
+    clock.join(stream.context->legacy->clock);
   }
   ++clock.time[stream.slot];
   uint32_t tag = next_tag();
   issued[tag] = {stream.slot, clock.time[stream.slot]};
-  return work({tag, clock.time});
+  return work({tag, clock.time, stream.context});
 }
 
 }  // namespace
@@ -61,7 +62,7 @@ int submit(Stream* stream, Work work) {
     ++capture->last[stream->lane];
     return 0;
   }
-  if (stream->slot == 0 && machine().capturing_globally()) return machine().break_captures(kCaptureImplicit);
+  if (stream->legacy && machine().capturing_globally()) return machine().break_captures(kCaptureImplicit);
   return run_now(*stream, work);
 }
 
@@ -82,10 +83,12 @@ int replay(Graph& graph, Stream& stream) {
         break;
       case Node::record: events[node.event] = lane.clock; break;
       case Node::wait: lane.clock.join(events[node.event]); break;
-      case Node::outside:
-        node.target->clock = lane.clock;
-        node.target->recorded = true;
+      case Node::outside: {
+        Event& target = object_of<Event>(live(Kind::event, node.target));
+        target.clock = lane.clock;
+        target.recorded = true;
         break;
+      }
     }
   }
   for (Stream* lane : lanes) stream.clock.join(lane->clock);

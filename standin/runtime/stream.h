@@ -29,10 +29,14 @@ struct StreamClock {
 };
 
 struct Capture;
+struct Primary;
+struct Record;
 
 struct Stream {
-  uint32_t slot = 0;  // its entry in the clocks; 0 is the host and the legacy default stream
-  bool blocking = false;
+  uint32_t slot = 0;  // its entry in the clocks
+  Primary* context = nullptr;
+  bool legacy = false;    // its context's default stream
+  bool blocking = false;  // waits for the default stream, and that for it
   StreamClock clock;
   std::shared_ptr<Capture> capture;
   uint32_t lane = 0;  // in the capture
@@ -51,6 +55,7 @@ struct Event {
 struct Running {
   uint32_t tag;
   const uint64_t* ordered;  // per stream slot
+  Primary* context;
 };
 using Work = std::function<int(const Running&)>;
 
@@ -59,7 +64,7 @@ struct Node {
   uint32_t lane;
   Work run;
   uint32_t event;
-  Event* target;  // `outside`: an event recorded for others, or null
+  Record* target;  // `outside`: the handle of an event recorded for others, or null
 };
 
 struct Capture {

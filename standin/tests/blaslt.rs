@@ -1,200 +1,22 @@
-//! libcublasLt.so: products against plain loops in f64, epilogues, algorithms, refusals.
+//! libcublasLt.so: products against plain loops in f64, epilogues, algorithms, refusals, and the faults that it is asked for.
 
 #[macro_use]
 mod common;
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_int;
 use std::ptr;
 
-use common::{Gpu, Handle};
-use libloading::Library;
+use common::blas::{BF16, BIAS, Blas, Descriptors, F32, Found, IN_F32, NO_EPILOGUE, Product, ld};
+use common::{Handle, role, run_again};
 
-const F32: c_int = 0;
-const BF16: c_int = 14;
-
-const BIAS: u32 = 4;
 const GELU_AUX_BIAS: u32 = 164;
 const DGELU: u32 = 192;
 const DGELU_BGRAD: u32 = 208;
 const BGRADA: u32 = 256;
 const BGRADB: u32 = 512;
 
-/// Both libraries and a handle.
-struct Blas {
-    gpu: Gpu,
-    lt: Library,
-    handle: Handle,
-}
-
-/// As `cu!`, for cuBLASLt.
-macro_rules! lt {
-    ($blas:expr, $name:ident ( $($value:expr => $type:ty),* $(,)? )) => {{
-        // SAFETY: the C declaration's types, written down by the caller; pointers are valid for the call.
-        unsafe {
-            let function: libloading::Symbol<unsafe extern "C" fn($($type),*) -> c_int> =
-                $blas.lt.get(concat!(stringify!($name), "\0").as_bytes()).expect(stringify!($name));
-            function($($value),*)
-        }
-    }};
-}
-
-/// `cublasLtMatmulHeuristicResult_t`
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Found {
-    algorithm: [u64; 8],
-    workspace: usize,
-    state: c_int,
-    waves: f32,
-    reserved: [c_int; 4],
-}
-
-#[derive(Clone, Copy)]
-struct Product {
-    transpose: (bool, bool),
-    m: usize,
-    n: usize,
-    k: usize,
-    input: c_int,
-    output: c_int,
-    epilogue: u32,
-    alpha: f32,
-    beta: f32,
-}
-
-struct Descriptors {
-    product: Handle,
-    a: Handle,
-    b: Handle,
-    d: Handle,
-}
-
-fn ld(rows: usize) -> usize {
-    rows.div_ceil(8) * 8 + 8
-}
-
-impl Product {
-    fn a(&self) -> (usize, usize) {
-        if self.transpose.0 { (self.k, self.m) } else { (self.m, self.k) }
-    }
-    fn b(&self) -> (usize, usize) {
-        if self.transpose.1 { (self.n, self.k) } else { (self.k, self.n) }
-    }
-}
-
-impl Blas {
-    fn open(options: &str) -> Self {
-        let gpu = Gpu::open(vitrum_standin::libraries(), options);
-        // SAFETY: our own library, which finds the libcuda.so that is already loaded.
-        let lt = unsafe { Library::new(vitrum_standin::libraries().join("libcublasLt.so")).unwrap() };
-        let mut blas = Self { gpu, lt, handle: ptr::null_mut() };
-        let mut handle = ptr::null_mut();
-        assert_eq!(lt!(blas, cublasLtCreate(&mut handle => *mut Handle)), 0);
-        blas.handle = handle;
-        blas
-    }
-
-    fn set<T>(&self, product: Handle, attribute: c_int, value: T) -> c_int {
-        let from = ptr::from_ref(&value).cast::<c_void>();
-        lt!(self, cublasLtMatmulDescSetAttribute(
-            product => Handle, attribute => c_int, from => *const c_void, size_of::<T>() => usize))
-    }
-
-    fn layout(&self, dtype: c_int, (rows, cols): (usize, usize), ld: usize) -> Handle {
-        let mut layout = ptr::null_mut();
-        let code = lt!(self, cublasLtMatrixLayoutCreate(
-            &mut layout => *mut Handle, dtype => c_int, rows as u64 => u64, cols as u64 => u64, ld as i64 => i64));
-        assert_eq!(code, 0);
-        layout
-    }
-
-    fn describe(&self, p: &Product) -> Descriptors {
-        let mut product = ptr::null_mut();
-        let code =
-            lt!(self, cublasLtMatmulDescCreate(&mut product => *mut Handle, 68 => c_int, F32 => c_int));
-        assert_eq!(code, 0);
-        assert_eq!(self.set(product, 3, i32::from(p.transpose.0)), 0);
-        assert_eq!(self.set(product, 4, i32::from(p.transpose.1)), 0);
-        assert_eq!(self.set(product, 7, p.epilogue), 0);
-        assert_eq!(self.set(product, 12, ld(p.m) as i64), 0);
-        Descriptors {
-            product,
-            a: self.layout(p.input, p.a(), ld(p.a().0)),
-            b: self.layout(p.input, p.b(), ld(p.b().0)),
-            d: self.layout(p.output, (p.m, p.n), ld(p.m)),
-        }
-    }
-
-    fn candidates(&self, x: &Descriptors, workspace: u64) -> Result<Vec<Found>, c_int> {
-        let mut preference = ptr::null_mut();
-        assert_eq!(lt!(self, cublasLtMatmulPreferenceCreate(&mut preference => *mut Handle)), 0);
-        let set = |attribute: c_int, from: *const c_void, size: usize| {
-            let code = lt!(self, cublasLtMatmulPreferenceSetAttribute(
-                preference => Handle, attribute => c_int, from => *const c_void, size => usize));
-            assert_eq!(code, 0);
-        };
-        set(1, ptr::from_ref(&workspace).cast(), 8);
-        for attribute in 5..9 {
-            set(attribute, ptr::from_ref(&16u32).cast(), 4);
-        }
-        let mut found = [Found::default(); 16];
-        let mut count = 0;
-        let code = lt!(self, cublasLtMatmulAlgoGetHeuristic(
-            self.handle => Handle, x.product => Handle, x.a => Handle, x.b => Handle, x.d => Handle, x.d => Handle,
-            preference => Handle, 16 => c_int, found.as_mut_ptr() => *mut Found, &mut count => *mut c_int));
-        if code == 0 { Ok(found[..count as usize].to_vec()) } else { Err(code) }
-    }
-
-    fn multiply(
-        &self,
-        x: &Descriptors,
-        p: &Product,
-        at: [u64; 4],
-        algorithm: Option<&Found>,
-        scratch: u64,
-    ) -> c_int {
-        let [a, b, c, d] = at;
-        let algo = algorithm.map_or(ptr::null(), |found| found.algorithm.as_ptr());
-        lt!(self, cublasLtMatmul(
-            self.handle => Handle, x.product => Handle, &p.alpha => *const f32, a => u64, x.a => Handle,
-            b => u64, x.b => Handle, &p.beta => *const f32, c => u64, x.d => Handle, d => u64, x.d => Handle,
-            algo => *const u64, scratch => u64, 4 << 20 => usize, ptr::null_mut() => Handle))
-    }
-
-    /// Uploads a matrix of small random values with NaN in its padding; the values as the card sees them.
-    fn matrix(&self, dtype: c_int, (rows, cols): (usize, usize), seed: u64) -> (u64, Vec<f64>) {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut values = Vec::with_capacity(rows * cols);
-        let mut raw = vec![f32::NAN; ld(rows) * cols];
-        for j in 0..cols {
-            for i in 0..rows {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                let v = (state >> 40) as f32 / (1u32 << 23) as f32 - 1.0;
-                let v = if dtype == BF16 { f32::from_bits(v.to_bits() & 0xffff_0000) } else { v };
-                values.push(f64::from(v));
-                raw[i + j * ld(rows)] = v;
-            }
-        }
-        (self.upload(dtype, &raw), values)
-    }
-
-    fn upload(&self, dtype: c_int, raw: &[f32]) -> u64 {
-        if dtype == F32 {
-            self.gpu.upload(raw)
-        } else {
-            self.gpu.upload(&raw.iter().map(|v| (v.to_bits() >> 16) as u16).collect::<Vec<_>>())
-        }
-    }
-
-    fn download(&self, dtype: c_int, at: u64, count: usize) -> Vec<f64> {
-        if dtype == F32 {
-            self.gpu.download::<f32>(at, count).into_iter().map(f64::from).collect()
-        } else {
-            let raw = self.gpu.download::<u16>(at, count);
-            raw.into_iter().map(|bits| f64::from(f32::from_bits(u32::from(bits) << 16))).collect()
-        }
-    }
-}
+/// Bytes of workspace that [`Blas::multiply`] says there are.
+const SCRATCH: u64 = 4 << 20;
 
 fn gelu(x: f64) -> f64 {
     0.5 * x * (1.0 + (std::f64::consts::FRAC_2_PI.sqrt() * (x + 0.044715 * x.powi(3))).tanh())
@@ -205,7 +27,7 @@ fn gelu_slope(x: f64) -> f64 {
 }
 
 /// `sum over k of op(A)[i, k] · op(B)[k, j]` and the plain sums of both over k.
-fn product(p: &Product, a: &[f64], b: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+fn product_of(p: &Product, a: &[f64], b: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let a_at = |i: usize, k: usize| if p.transpose.0 { a[k + i * p.k] } else { a[i + k * p.m] };
     let b_at = |k: usize, j: usize| if p.transpose.1 { b[j + k * p.n] } else { b[k + j * p.k] };
     let mut d = vec![0.0; p.m * p.n];
@@ -241,7 +63,7 @@ fn check(blas: &Blas, p: &Product) {
     assert_eq!(blas.multiply(&x, p, [a, b, c, d], None, 0), 0, "{}", blas.gpu.report());
 
     let tolerance = if p.output == BF16 { 1.0 / 256.0 } else { 1e-5 };
-    let (plain, over_a, over_b) = product(p, &a_values, &b_values);
+    let (plain, over_a, over_b) = product_of(p, &a_values, &b_values);
     let mut expected: Vec<f64> = plain
         .iter()
         .zip(&c_values)
@@ -284,7 +106,7 @@ const PLAIN: Product = Product {
     k: 33,
     input: BF16,
     output: BF16,
-    epilogue: 1,
+    epilogue: NO_EPILOGUE,
     alpha: 1.0,
     beta: 0.0,
 };
@@ -321,11 +143,11 @@ fn each_algorithm_gives_the_product_and_remembers_its_shape() {
     let (a, a_values) = blas.matrix(F32, p.a(), 1);
     let (b, b_values) = blas.matrix(F32, p.b(), 2);
     let (d, _) = blas.matrix(F32, (p.m, p.n), 3);
-    let scratch = blas.gpu.allocate(4 << 20).unwrap();
-    let found = blas.candidates(&x, 4 << 20).unwrap();
-    assert!(found.len() >= 4);
-    assert_eq!(blas.candidates(&x, 0).unwrap().len(), 1, "only one works without a workspace");
-    let (expected, _, _) = product(&p, &a_values, &b_values);
+    let scratch = blas.gpu.allocate(SCRATCH as usize).unwrap();
+    let found = blas.candidates(&x, SCRATCH, None).unwrap();
+    assert_eq!(found.len(), 8);
+    assert_eq!(blas.candidates(&x, 0, Some(IN_F32)).unwrap().len(), 1, "only one works without a workspace");
+    let (expected, _, _) = product_of(&p, &a_values, &b_values);
     for one in &found {
         assert_eq!(blas.multiply(&x, &p, [a, b, d, d], Some(one), scratch), 0);
         let all = blas.download(F32, d, ld(p.m) * p.n);
@@ -334,20 +156,17 @@ fn each_algorithm_gives_the_product_and_remembers_its_shape() {
         close("d", &used, &expected, 1e-5);
     }
     // The same bytes for another product, and bytes that no library ever gave.
-    let check = |x: &Descriptors, algorithm: &[u64; 8]| {
-        let mut result = Found::default();
-        lt!(blas, cublasLtMatmulAlgoCheck(
-            blas.handle => Handle, x.product => Handle, x.a => Handle, x.b => Handle, x.d => Handle, x.d => Handle,
-            algorithm.as_ptr() => *const u64, &mut result => *mut Found))
-    };
+    let check = |x: &Descriptors, algorithm: &[u64; 8]| blas.check(x, algorithm);
     assert_eq!(check(&x, &found[1].algorithm), 0);
     let other = blas.describe(&Product { n: 20, ..p });
     assert_eq!(check(&other, &found[1].algorithm), 15);
     assert_eq!(check(&x, &[0x77; 8]), 7);
+    let second = blas.candidates(&x, SCRATCH, Some(IN_F32)).unwrap()[1];
+    assert_eq!(check(&x, &second.algorithm), 0);
     blas.gpu.configure("refuse_algorithm=1");
-    assert_eq!(check(&x, &found[1].algorithm), 15);
+    assert_eq!(check(&x, &second.algorithm), 15);
     blas.gpu.configure("refuse_matmul=1");
-    assert_eq!(blas.candidates(&x, 0).err(), Some(15));
+    assert_eq!(blas.candidates(&x, 0, None).err(), Some(15));
 }
 
 #[test]
@@ -398,4 +217,317 @@ fn a_product_reads_and_writes_under_the_same_checks_as_a_kernel() {
     let d = blas.gpu.allocate(2 * ld(p.m) * p.n).unwrap();
     assert_eq!(blas.multiply(&x, &p, [a, fresh, d, d], None, 0), 13);
     assert!(blas.gpu.report().contains("uninitialised: a matmul's B"), "{}", blas.gpu.report());
+}
+
+/// Everything that one product needs, so that it can be done by one algorithm after another.
+struct Case {
+    blas: Blas,
+    product: Product,
+    described: Descriptors,
+    at: [u64; 4],
+    scratch: u64,
+    exact: Vec<f64>,
+}
+
+impl Case {
+    fn new(options: &str, product: Product) -> Self {
+        let blas = Blas::open(options);
+        let described = blas.describe(&product);
+        let (a, a_values) = blas.matrix(product.input, product.a(), 1);
+        let (b, b_values) = blas.matrix(product.input, product.b(), 2);
+        let (d, _) = blas.matrix(product.output, (product.m, product.n), 3);
+        let (bias, _) = blas.matrix(product.output, (product.m.max(product.n), 1), 4);
+        let (aux, _) = blas.matrix(product.output, (product.m, product.n), 5);
+        assert_eq!((blas.set(described.product, 8, bias), blas.set(described.product, 11, aux)), (0, 0));
+        let scratch = blas.gpu.allocate(SCRATCH as usize).unwrap();
+        let (exact, ..) = product_of(&product, &a_values, &b_values);
+        Self { blas, product, described, at: [a, b, d, d], scratch, exact }
+    }
+
+    fn offered(&self, reductions: Option<u32>) -> Vec<Found> {
+        self.blas.candidates(&self.described, SCRATCH, reductions).unwrap()
+    }
+
+    fn run(&self, algorithm: &Found) -> c_int {
+        self.blas.multiply(&self.described, &self.product, self.at, Some(algorithm), self.scratch)
+    }
+
+    /// The largest difference from the exact product, as a part of the largest value.
+    fn error(&self, algorithm: &Found) -> f64 {
+        assert_eq!(self.run(algorithm), 0, "{}", self.blas.gpu.report());
+        let all = self.blas.download(self.product.output, self.at[3], ld(self.product.m) * self.product.n);
+        let found = all.iter().enumerate().filter(|(i, _)| i % ld(self.product.m) < self.product.m);
+        let most = self.exact.iter().fold(0f64, |most, v| most.max(v.abs()));
+        found.zip(&self.exact).fold(0f64, |worst, ((_, f), e)| worst.max((f - e).abs())) / most
+    }
+
+    fn splits(&self, algorithm: &Found) -> u32 {
+        self.blas.configuration(&algorithm.algorithm, SPLITK_NUM).1
+    }
+}
+
+/// `cublasLtMatmulAlgoConfigAttributes_t`
+const ID: c_int = 0;
+const TILE_ID: c_int = 1;
+const SPLITK_NUM: c_int = 2;
+const REDUCTION_SCHEME: c_int = 3;
+const STAGES_ID: c_int = 6;
+
+const IN_F32_CASE: Product = Product { input: F32, output: F32, ..PLAIN };
+
+#[test]
+fn algorithms_say_what_they_are() {
+    let case = Case::new("checks=on", IN_F32_CASE);
+    let all = |found: &[Found], attribute| -> Vec<u32> {
+        let asked = found.iter().map(|one| case.blas.configuration(&one.algorithm, attribute));
+        asked.inspect(|(code, _, written)| assert_eq!((*code, *written), (0, 4))).map(|(_, v, _)| v).collect()
+    };
+    let found = case.offered(None);
+    assert_eq!(all(&found, SPLITK_NUM), [4, 8, 1, 2, 3, 4, 6, 8]);
+    assert_eq!(all(&found, REDUCTION_SCHEME), [4, 1, 0, 2, 2, 2, 2, 2]);
+    assert_eq!(all(&found, ID), [21; 8]);
+    assert_eq!((all(&found, TILE_ID), all(&found, STAGES_ID)), (vec![20; 8], vec![15; 8]));
+    case.blas.gpu.configure("split_fault=1");
+    assert_eq!(all(&found, ID), [66, 66, 21, 66, 66, 66, 66, 66]);
+    assert_eq!(all(&found, STAGES_ID), [15; 8]);
+
+    let algorithm = found[0].algorithm;
+    assert_eq!(case.blas.configuration(&algorithm, 99).0, 7);
+    assert_eq!(case.blas.configuration(&[0x77; 8], ID).0, 7);
+    let (mut value, mut written) = (0u16, 0usize);
+    let mut ask = |bytes: usize| {
+        let code = lt!(case.blas, cublasLtMatmulAlgoConfigGetAttribute(
+            algorithm.as_ptr() => *const u64, ID => c_int, &mut value => *mut u16, bytes => usize,
+            &mut written => *mut usize));
+        (code, written)
+    };
+    assert_eq!(ask(2), (7, 4), "no room for it");
+    assert_eq!(ask(0), (0, 4), "only asked how large it is");
+}
+
+#[test]
+fn parts_of_a_sum_go_through_the_type_of_d_unless_that_is_forbidden() {
+    let case = Case::new("checks=on", Product { k: 512, ..PLAIN });
+    let scheme = |mask| -> Vec<u32> {
+        let schemes = case.offered(mask).into_iter();
+        schemes.map(|one| case.blas.configuration(&one.algorithm, REDUCTION_SCHEME).1).collect()
+    };
+    assert_eq!(scheme(Some(0)), [0], "nothing is split");
+    assert_eq!(scheme(Some(IN_F32)), [0, 2, 2, 2, 2, 2]);
+    assert_eq!(scheme(Some(1)), [1, 0]);
+    assert_eq!(scheme(Some(4)), [4, 0]);
+    // Whoever says nothing gets them, and gets them first.
+    assert_eq!(scheme(None), [4, 1, 0, 2, 2, 2, 2, 2]);
+
+    // Quarters of the sum are 128.25, 128.25, -128 and -128: bf16 has nothing between 128 and 129.
+    let product = Product { m: 16, n: 8, k: 512, ..PLAIN };
+    let x = case.blas.describe(&product);
+    let first = |i: usize| if i % 128 < 32 { 1.0 + 1.0 / 128.0 } else { 1.0 };
+    let a: Vec<f32> = (0..ld(512)).map(|i| if i < 256 { first(i) } else { -1.0 }).collect();
+    let (a, b) = (case.blas.upload(BF16, &a.repeat(16)), case.blas.upload(BF16, &vec![1.0; ld(512) * 8]));
+    let d = case.blas.gpu.allocate(2 * ld(16) * 8).unwrap();
+    let sums: Vec<f64> = case
+        .blas
+        .candidates(&x, SCRATCH, None)
+        .unwrap()
+        .iter()
+        .map(|one| {
+            let code = case.blas.multiply(&x, &product, [a, b, d, d], Some(one), case.scratch);
+            assert_eq!(code, 0, "{}", case.blas.gpu.report());
+            case.blas.download(BF16, d, 1)[0]
+        })
+        .collect();
+    assert_eq!(sums, [0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]);
+}
+
+#[test]
+fn products_of_one_row_or_column_are_refused_on_demand() {
+    let blas = Blas::open("checks=on");
+    let (a, _) = blas.matrix(BF16, (64, 64), 1);
+    let answers = |m: usize, n: usize| {
+        let product = Product { m, n, ..PLAIN };
+        let x = blas.describe(&product);
+        let offered = blas.candidates(&x, SCRATCH, None).err().unwrap_or(0);
+        (offered, blas.multiply(&x, &product, [a, a, a, a], None, 0))
+    };
+    let thin = Product { n: 1, ..PLAIN };
+    let remembered = blas.candidates(&blas.describe(&thin), SCRATCH, None).unwrap()[0];
+    for (option, code) in [("invalid", 7), ("unsupported", 15)] {
+        blas.gpu.configure(&format!("thin={option}"));
+        assert_eq!(answers(1, 19), (code, code), "{option}");
+        assert_eq!(answers(40, 1), (code, code), "{option}");
+        assert_eq!(blas.check(&blas.describe(&thin), &remembered.algorithm), code, "{option}");
+        assert_eq!(blas.candidates(&blas.describe(&PLAIN), SCRATCH, None).err(), None);
+    }
+    assert_eq!(cu!(blas.gpu, standin_reset()), 0);
+    assert_eq!(blas.check(&blas.describe(&thin), &remembered.algorithm), 0);
+}
+
+/// Sums of `k` by each algorithm: the splits of those that are wrong, and of those that are right.
+fn wrong_and_right(options: &str, k: usize) -> (Vec<u32>, Vec<u32>) {
+    let case = Case::new(options, Product { k, ..IN_F32_CASE });
+    let (mut wrong, mut right) = (Vec::new(), Vec::new());
+    for one in case.offered(Some(IN_F32)) {
+        let error = case.error(&one);
+        assert!(!(1e-5..=1e-2).contains(&error), "neither right nor wrong: {error}");
+        if error < 1e-5 { &mut right } else { &mut wrong }.push(case.splits(&one));
+    }
+    (wrong, right)
+}
+
+#[test]
+fn splits_that_leave_a_rest_of_whole_stages_are_wrong_on_demand() {
+    // 1 is divided by nothing; 193 = 3 · 64 + 1 and 385 = 3 · 128 + 1 = 6 · 64 + 1 leave a rest; 192 and 384 leave none; 195 is
+    // 3 · 65, 197 is 3 · 65 + 2, 257 is 4 · 64 + 1 and 2 · 128 + 1.
+    for (k, wrong) in [
+        (1, vec![]),
+        (192, vec![]),
+        (193, vec![3]),
+        (195, vec![]),
+        (197, vec![]),
+        (257, vec![2, 4]),
+        (384, vec![]),
+        (385, vec![2, 3, 6]),
+    ] {
+        assert_eq!(wrong_and_right("checks=on,split_fault=1", k).0, wrong, "{k}");
+        assert_eq!(wrong_and_right("checks=on", k).0, [0; 0], "{k}");
+    }
+}
+
+#[test]
+fn one_algorithm_is_wrong_on_demand_and_says_nothing() {
+    for k in [1, 33, 384] {
+        assert_eq!(wrong_and_right("checks=on,wrong_algorithm=0", k).0, [1], "{k}");
+    }
+    assert_eq!(wrong_and_right("checks=on,wrong_algorithm=3", 384), (vec![4], vec![1, 2, 3, 6, 8]));
+}
+
+#[test]
+fn one_algorithm_cannot_be_launched_on_demand_and_touches_nothing() {
+    let case = Case::new("checks=on,fail_algorithm=1", IN_F32_CASE);
+    let before = case.blas.gpu.download::<u32>(case.at[3], ld(40) * 19);
+    let found = case.offered(Some(IN_F32));
+    assert_eq!(case.splits(&found[1]), 2);
+    assert_eq!(case.blas.check(&case.described, &found[1].algorithm), 0);
+    assert_eq!(case.run(&found[1]), 13);
+    case.blas.gpu.configure("fail_status=15");
+    assert_eq!(case.run(&found[1]), 15);
+    assert_eq!(case.blas.gpu.download::<u32>(case.at[3], ld(40) * 19), before);
+    assert_eq!(cu!(case.blas.gpu, cuCtxSynchronize()), 0);
+    for one in found.iter().filter(|one| one.algorithm != found[1].algorithm) {
+        assert!(case.error(one) < 1e-5);
+    }
+}
+
+/// Milliseconds of a product by the clock of events, as long as the fastest of three runs took.
+fn time(options: &str, epilogue: u32) -> f32 {
+    let case = Case::new(options, Product { epilogue, ..PLAIN });
+    let one = case.offered(Some(IN_F32))[0];
+    let times = (0..3).map(|_| {
+        let (start, end) = (case.blas.gpu.new_event(), case.blas.gpu.new_event());
+        let record = |event: Handle| {
+            assert_eq!(cu!(case.blas.gpu, cuEventRecord(event => Handle, ptr::null_mut() => Handle)), 0);
+        };
+        record(start);
+        assert_eq!(case.run(&one), 0);
+        record(end);
+        let mut time = 0f32;
+        let code =
+            cu!(case.blas.gpu, cuEventElapsedTime_v2(&mut time => *mut f32, start => Handle, end => Handle));
+        assert_eq!(code, 0);
+        time
+    });
+    times.fold(f32::INFINITY, f32::min)
+}
+
+#[test]
+fn epilogues_are_slow_on_demand_by_the_clock_of_events() {
+    const SLOW: &str = "checks=on,slow_epilogue=100000";
+    // A product of this size takes microseconds; a factor that large is out of reach of any noise.
+    let fast = [time("checks=on", GELU_AUX_BIAS), time(SLOW, NO_EPILOGUE), time(SLOW, BIAS)];
+    for epilogue in [GELU_AUX_BIAS, DGELU, BGRADB] {
+        let slow = time(SLOW, epilogue);
+        assert!(fast.iter().all(|fast| slow > 50.0 * fast), "{epilogue}: {slow} ms, not {fast:?}");
+    }
+}
+
+#[test]
+fn only_plain_products_are_split_on_demand() {
+    let splits = |options: &str, epilogue| {
+        let case = Case::new(options, Product { epilogue, ..IN_F32_CASE });
+        case.offered(Some(IN_F32)).iter().map(|one| case.splits(one)).collect::<Vec<u32>>()
+    };
+    let all = [1, 2, 3, 4, 6, 8];
+    assert_eq!(splits("checks=on", NO_EPILOGUE), all);
+    assert_eq!(splits("checks=on", BIAS), all);
+    assert_eq!(splits("checks=on,no_split_epilogue=1", NO_EPILOGUE), all);
+    assert_eq!(splits("checks=on,no_split_epilogue=1", BIAS), [1]);
+}
+
+#[test]
+fn a_handle_belongs_to_the_context_that_was_current() {
+    let blas = Blas::open("checks=on");
+    let mut context = ptr::null_mut();
+    assert_eq!(cu!(blas.gpu, cuCtxGetCurrent(&mut context => *mut Handle)), 0);
+    let x = blas.describe(&PLAIN);
+    blas.gpu.use_context(ptr::null_mut());
+    assert_eq!(blas.create(), Err(1));
+    assert_eq!(blas.candidates(&x, SCRATCH, None).err(), Some(1));
+    blas.gpu.use_context(context);
+    assert_eq!(blas.candidates(&x, SCRATCH, None).err(), None);
+    assert_eq!(blas.destroy(blas.handle), 0);
+}
+
+/// As in `misuse.rs`: what is done, what the report says of it.
+const MISUSES: [(&str, &[&str]); 4] = [
+    ("destroyed twice", &["cublasLtDestroy: cuBLASLt handle 1", "was destroyed already, by cublasLtDestroy"]),
+    ("used after its end", &["cublasLtMatmulAlgoGetHeuristic: cuBLASLt handle 1", "was destroyed already"]),
+    ("used after its context", &["cublasLtDestroy: cuBLASLt handle 1", "its context was released before"]),
+    (
+        "used for another card",
+        &["cublasLtMatmul: cuBLASLt handle 1, made by cublasLtCreate for card 0, in the context of card 1"],
+    ),
+];
+
+#[test]
+fn a_misused_handle_ends_with_a_report_and_a_right_one_says_nothing() {
+    let this = "a_misused_handle_ends_with_a_report_and_a_right_one_says_nothing";
+    if let Some(role) = role() {
+        let (which, how) = role.split_once(": ").unwrap();
+        return misuse(which, how == "broken");
+    }
+    for (which, says) in MISUSES {
+        let (aborted, said) = run_again(this, &format!("{which}: broken"));
+        assert!(aborted && says.iter().all(|part| said.contains(part)), "{which}, {aborted}: {said}");
+        let (aborted, said) = run_again(this, &format!("{which}: mended"));
+        assert!(!aborted && !said.contains("stand-in GPU"), "{which}, {aborted}: {said}");
+    }
+}
+
+fn misuse(which: &str, broken: bool) {
+    let case = Case::new("checks=on,cards=2", PLAIN);
+    let blas = &case.blas;
+    match which {
+        "destroyed twice" => {
+            let ends = if broken { 2 } else { 1 };
+            (0..ends).for_each(|_| assert_eq!(blas.destroy(blas.handle), 0));
+        }
+        "used after its end" => {
+            if broken {
+                assert_eq!(blas.destroy(blas.handle), 0);
+            }
+            case.offered(None);
+        }
+        "used after its context" => {
+            if broken {
+                assert_eq!(blas.gpu.release(0), 0);
+            }
+            assert_eq!(blas.destroy(blas.handle), 0);
+        }
+        _ => {
+            let one = case.offered(None)[0];
+            blas.gpu.use_context(blas.gpu.retain(c_int::from(broken)));
+            assert_eq!(case.run(&one), 0);
+        }
+    }
 }

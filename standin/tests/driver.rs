@@ -197,13 +197,81 @@ fn faults_come_when_they_are_asked_for() {
 
     gpu.configure("memory=1M");
     assert_eq!(gpu.allocate(2 << 20), Err(2));
-    gpu.configure("driver=11040,sm=75,cards=0");
+    gpu.configure("driver=11040,sm=75");
     let (mut version, mut major) = (0, 0);
     assert_eq!(cu!(gpu, cuDriverGetVersion(&mut version => *mut c_int)), 0);
     assert_eq!(cu!(gpu, cuDeviceGetAttribute(&mut major => *mut c_int, 75 => c_int, 0 => c_int)), 0);
     assert_eq!((version, major), (11040, 7));
+    assert_eq!(cu!(gpu, cuDeviceGetAttribute(&mut major => *mut c_int, 75 => c_int, 1 => c_int)), 101);
+    gpu.configure("cards=0");
     assert_eq!(cu!(gpu, cuInit(0 => u32)), 100);
     gpu.configure("cards=1");
+}
+
+#[test]
+fn the_driver_does_not_start_on_demand() {
+    let gpu = open("checks=on");
+    for code in [34, 100, 803, 4242] {
+        gpu.configure(&format!("init_code={code}"));
+        assert_eq!(cu!(gpu, cuInit(0 => u32)), code);
+    }
+    gpu.configure("init_code=0");
+    assert_eq!(cu!(gpu, cuInit(0 => u32)), 0);
+    let mut text = ptr::null::<u8>();
+    assert_eq!(cu!(gpu, cuGetErrorName(34 => c_int, &mut text => *mut *const u8)), 0);
+    assert_eq!(cu!(gpu, cuGetErrorName(4242 => c_int, &mut text => *mut *const u8)), 1);
+    assert!(text.is_null(), "an unknown code has no name");
+}
+
+#[test]
+fn a_launch_ends_with_a_code_that_nobody_knows_on_demand() {
+    let gpu = open("checks=on,fail_launch=1,fail_code=4242");
+    let (x, y) = (gpu.upload(&values()), gpu.upload(&[0f32; 64]));
+    assert_eq!(shift(&gpu, ptr::null_mut(), x, y), 4242);
+    assert_eq!(cu!(gpu, cuCtxSynchronize()), 4242);
+}
+
+#[test]
+fn kernels_are_slow_on_demand_by_the_clock_of_events() {
+    let gpu = open("checks=on,threads=1");
+    let (x, y) = (gpu.upload(&values()), gpu.upload(&[0f32; 64]));
+    let time = || {
+        let (start, end) = (gpu.new_event(), gpu.new_event());
+        let record = |event: Handle| {
+            assert_eq!(cu!(gpu, cuEventRecord(event => Handle, ptr::null_mut() => Handle)), 0);
+        };
+        record(start);
+        assert_eq!(shift(&gpu, ptr::null_mut(), x, y), 0);
+        record(end);
+        let mut time = 0f32;
+        let code = cu!(gpu, cuEventElapsedTime_v2(&mut time => *mut f32, start => Handle, end => Handle));
+        assert_eq!(code, 0);
+        time
+    };
+    let fastest = || (0..3).map(|_| time()).fold(f32::INFINITY, f32::min);
+    let fast = fastest();
+    gpu.configure("slow_kernels=100000");
+    let slow = fastest();
+    // The factor is out of reach of any noise, and nobody has waited for it.
+    assert!(slow > 50.0 * fast, "{slow} ms, not {fast}");
+}
+
+#[test]
+fn the_libraries_have_the_names_that_programs_look_for() {
+    let folder = vitrum_standin::libraries();
+    let target = |name: &str| fs::canonicalize(folder.join(name)).unwrap();
+    assert_eq!(target("libcuda.so.1"), target("libcuda.so"));
+    for name in ["libcublasLt.so.13", "libcublasLt.so.12"] {
+        assert_eq!(target(name), target("libcublasLt.so"));
+    }
+}
+
+#[test]
+fn the_cache_that_a_program_clears_is_small() {
+    let gpu = open("checks=on");
+    let mut bytes = 0;
+    assert_eq!(cu!(gpu, cuDeviceGetAttribute(&mut bytes => *mut c_int, 38 => c_int, 0 => c_int)), 0);
+    assert_eq!(bytes, 64 << 10);
 }
 
 #[test]

@@ -18,6 +18,9 @@ pub struct Gpu {
     _alone: MutexGuard<'static, ()>,
 }
 
+// SAFETY: the module is a handle that never changes, and every function of the driver takes the driver's own lock.
+unsafe impl Sync for Gpu {}
+
 /// Calls a function of the driver by its name; arguments must have the types that it declares.
 macro_rules! cu {
     ($gpu:expr, $name:ident ( $($value:expr => $type:ty),* $(,)? )) => {{
@@ -29,6 +32,9 @@ macro_rules! cu {
         }
     }};
 }
+
+#[macro_use]
+pub mod blas;
 
 impl Gpu {
     /// Opens the libraries of a folder with fresh options; `options` as in `VITRUM_STANDIN`.
@@ -43,16 +49,43 @@ impl Gpu {
         assert_eq!(cu!(gpu, standin_reset()), 0);
         gpu.configure(options);
         assert_eq!(cu!(gpu, cuInit(0 => u32)), 0);
-        let mut context = ptr::null_mut();
-        assert_eq!(cu!(gpu, cuDevicePrimaryCtxRetain(&mut context => *mut Handle, 0 => c_int)), 0);
-        let mut module = ptr::null_mut();
-        assert_eq!(cu!(gpu, cuModuleLoadData(&mut module => *mut Handle, ptr::null() => *const c_void)), 0);
-        gpu.module = module;
+        let context = gpu.retain(0);
+        gpu.use_context(context);
+        gpu.module = gpu.load();
         gpu
+    }
+
+    /// A reference to a card's primary context.
+    pub fn retain(&self, card: c_int) -> Handle {
+        let mut context = ptr::null_mut();
+        assert_eq!(cu!(self, cuDevicePrimaryCtxRetain(&mut context => *mut Handle, card => c_int)), 0);
+        context
+    }
+
+    /// Gives a reference back; the code.
+    pub fn release(&self, card: c_int) -> c_int {
+        cu!(self, cuDevicePrimaryCtxRelease_v2(card => c_int))
+    }
+
+    /// Makes a context current; null: none.
+    pub fn use_context(&self, context: Handle) {
+        assert_eq!(cu!(self, cuCtxSetCurrent(context => Handle)), 0);
+    }
+
+    /// All kernels as a module of the current context.
+    pub fn load(&self) -> Handle {
+        let mut module = ptr::null_mut();
+        assert_eq!(cu!(self, cuModuleLoadData(&mut module => *mut Handle, ptr::null() => *const c_void)), 0);
+        module
     }
 
     pub fn library(&self) -> &Library {
         &self.library
+    }
+
+    /// The module that was loaded first.
+    pub fn module(&self) -> Handle {
+        self.module
     }
 
     pub fn configure(&self, options: &str) {
@@ -98,10 +131,14 @@ impl Gpu {
     }
 
     pub fn function(&self, name: &str) -> Handle {
+        self.function_of(self.module, name)
+    }
+
+    pub fn function_of(&self, module: Handle, name: &str) -> Handle {
         let text = CString::new(name).unwrap();
         let mut function = ptr::null_mut();
         let code = cu!(self, cuModuleGetFunction(
-            &mut function => *mut Handle, self.module => Handle, text.as_ptr() => *const c_char));
+            &mut function => *mut Handle, module => Handle, text.as_ptr() => *const c_char));
         assert_eq!(code, 0, "no kernel named {name}");
         function
     }
@@ -116,7 +153,18 @@ impl Gpu {
         shared: u32,
         args: &[Vec<u8>],
     ) -> c_int {
-        let function = self.function(name);
+        self.launch_function(self.function(name), stream, grid, block, shared, args)
+    }
+
+    pub fn launch_function(
+        &self,
+        function: Handle,
+        stream: Handle,
+        grid: u32,
+        block: u32,
+        shared: u32,
+        args: &[Vec<u8>],
+    ) -> c_int {
         let mut pointers: Vec<*const c_void> = args.iter().map(|arg| arg.as_ptr().cast()).collect();
         cu!(self, cuLaunchKernel(
             function => Handle, grid => u32, 1 => u32, 1 => u32, block => u32, 1 => u32, 1 => u32, shared => u32,
@@ -133,10 +181,24 @@ impl Gpu {
         stream
     }
 
+    pub fn pinned(&self, bytes: usize) -> *mut c_void {
+        let mut pointer = ptr::null_mut();
+        assert_eq!(cu!(self, cuMemHostAlloc(&mut pointer => *mut *mut c_void, bytes => usize, 0 => u32)), 0);
+        pointer
+    }
+
     pub fn new_event(&self) -> Handle {
         let mut event = ptr::null_mut();
         assert_eq!(cu!(self, cuEventCreate(&mut event => *mut Handle, 0 => u32)), 0);
         event
+    }
+}
+
+impl Drop for Gpu {
+    /// The last reference to the context goes, and with it what a test has left in it.
+    fn drop(&mut self) {
+        cu!(self, standin_reset());
+        self.release(0);
     }
 }
 
@@ -145,3 +207,26 @@ pub fn arg<T: Copy>(value: T) -> Vec<u8> {
     // SAFETY: any value may be read as bytes; the types used here have no padding.
     unsafe { std::slice::from_raw_parts(ptr::from_ref(&value).cast::<u8>(), size_of::<T>()).to_vec() }
 }
+
+/// The variable that names what a child process of [`run_again`] is to do.
+const ROLE: &str = "STANDIN_TEST_ROLE";
+
+/// What this process is to do, if [`run_again`] has started it.
+pub fn role() -> Option<String> {
+    std::env::var(ROLE).ok()
+}
+
+/// Runs one test of this binary in a process of its own, where `role` says `role`; whether it was ended by `abort()`, and
+/// what it wrote to stderr.
+pub fn run_again(test: &str, role: &str) -> (bool, String) {
+    use std::os::unix::process::ExitStatusExt;
+    let program = std::env::current_exe().unwrap();
+    let mut child = std::process::Command::new(program);
+    let done = child.args(["--exact", test, "--nocapture"]).env(ROLE, role).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    let aborted = done.status.signal() == Some(SIGABRT);
+    assert!(aborted || done.status.success(), "{role}: {}, {said}", done.status);
+    (aborted, said)
+}
+
+const SIGABRT: i32 = 6;

@@ -1,0 +1,51 @@
+// The algorithms that a product is offered: how they sum over k, what they say of themselves, which faults
+// are planted in them.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <vector>
+
+#include "matmul.h"
+
+namespace standin {
+
+// The 64 opaque bytes of cublasLtMatmulAlgo_t.
+struct Algorithm {
+  uint32_t magic, number;
+  uint32_t split, align;
+  uint64_t problem;  // what it was found for
+  uint64_t workspace;
+  uint64_t spare[4];
+};
+static_assert(sizeof(Algorithm) == 64);
+
+// What an algorithm was found for: everything that it depends on.
+struct Problem {
+  const Matmul& product;
+  uint32_t epilogue;  // cublasLtEpilogue_t
+};
+
+// The numbers of the algorithms that a product is offered, the likely fastest first. `reductions` are the
+// schemes that are allowed (cublasLtReductionScheme_t), `workspace` the bytes that are there.
+std::vector<uint32_t> offers(const Problem& problem, uint32_t reductions, uint64_t workspace);
+Algorithm algorithm_for(const Problem& problem, uint32_t number, uint32_t align);
+// Whether these bytes are one of our algorithms.
+bool is_algorithm(const Algorithm& algorithm);
+// Whether it belongs to this problem and the library still takes it.
+bool fits(const Algorithm& algorithm, const Problem& problem);
+size_t workspace_of(const Matmul& product, uint32_t number);
+// Makes the product sum as the algorithm does, its faults included.
+void sum_as(uint32_t number, Matmul* product);
+
+// An attribute of cublasLtMatmulAlgoConfigAttributes_t, and how many bytes it has; false if there is none
+// such.
+bool configuration(const Algorithm& algorithm, int attribute, uint32_t* value, size_t* bytes);
+
+// Does this epilogue sum over a matrix besides the product?
+inline bool bias_sums(const Epilogue& e) {
+  return e.bias_gradient || e.gradient_a || e.gradient_b;
+}
+
+}  // namespace standin
