@@ -250,8 +250,9 @@ __device__ __forceinline__ void backward(const Mask& mask, const T* q, u32 q_ld,
         store_values<WHOLE>(to + width, share.n, d_value);
       }
     }
-    // No barrier: the next image's products go where the same lanes have read these, and `dot` brings the
-    // lanes of a token together before one of them writes.
+    // One lane of a token writes the next image's product where all of them have just read. The shuffles in
+    // `dot` bring them together and order none of their accesses.
+    warp_sync();
   }
   const float total = sum_of_block(share, d_query, scratch);
   if (threadIdx.x >= head_size) return;

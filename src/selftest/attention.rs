@@ -70,8 +70,8 @@ pub(super) fn cases() -> Vec<Case> {
     for probe in probes() {
         cases.push(Case::new("probe_attention", probe.title(), move |t| probe_attention(t, probe)));
     }
-    // Enough samples that one block sums several of them into the gradient of their query.
-    let many = Probe { shape: shape(40, 2, 64, 8), shared: true };
+    // Enough samples that one block sums several of them into the gradient of their query, and several lanes to a token.
+    let many = Probe { shape: shape(40, 2, 64, 16), shared: true };
     for probe in probes().into_iter().chain([many]) {
         let body = move |t: &mut Trial| probe_attention_backward(t, probe);
         cases.push(Case::new("probe_attention_backward", probe.title(), body));

@@ -44,6 +44,7 @@ pub(super) fn cases() -> Vec<Case> {
         "two micro-batches, one padded, read as late as the device likes",
         report,
     ));
+    cases.push(Case::new("report", "more samples and gradients than a block takes at once", report_of_many));
     cases
 }
 
@@ -362,4 +363,47 @@ fn report(t: &mut Trial) -> Result<()> {
     }
     // The harness compares what no operation wrote with what it was.
     t.backend().write(halves[0].mat, &first_half)
+}
+
+/// What the threads of a block, and the blocks of a card, have to take in several turns.
+fn report_of_many(t: &mut Trial) -> Result<()> {
+    const SAMPLES: usize = 300;
+    t.samples(SAMPLES, true);
+    let mean_over = SAMPLES + 3;
+    let mut stream = t.stream();
+    let rows = (0..SAMPLES).flat_map(|sample| {
+        let loss = bf16::from_f32(stream.range(0.0, 5.0)).to_f64();
+        [loss, f64::from(u8::from(sample % 3 == 0)), f64::from(u8::from(sample % 2 == 0))]
+    });
+    let rows: Vec<f64> = rows.collect();
+    let samples = t.statistics(SAMPLES, 3, rows.clone());
+    // 8 · 148 blocks of 256 threads with four values each take 1.2 million.
+    let weight = t.param(1250, 1000, 0.0, 1.0);
+    let grad = t.grad(&weight, true);
+    let norm = grad.values.iter().map(|g| g * g).sum::<f64>().sqrt();
+    let column = |c: usize| rows.iter().skip(c).step_by(3).sum::<f64>() / mean_over as f64;
+
+    let backend = t.start()?;
+    backend.begin_report()?;
+    backend.add_to_report(samples.mat)?;
+    backend.update(&Update {
+        rule: Rule::Lion { beta1: 0.9, beta2: 0.99, bf16: false },
+        segments: &[],
+        groups: &[],
+        t: 1,
+        clip: None,
+        clip_torch: false,
+        ema_decay: None,
+    })?;
+    let got = backend.report()?;
+    for (name, got, expected) in [
+        ("loss", got.loss, column(0)),
+        ("top-1", got.top1, column(1)),
+        ("top-5", got.top5, column(2)),
+        ("norm", got.grad_norm, norm),
+    ] {
+        t.judge(name, &[got], &[expected], 1, ELEMENTWISE);
+    }
+    t.expect("the update was not skipped", !got.skipped);
+    Ok(())
 }

@@ -20,11 +20,12 @@ const SHAPES: [Shape; 10] = [
     shape(1, 197, 770),
     shape(1, 257, 192),
     shape(7, 1, 5),
-    // Devices may hold a row in registers: one width for each size of that, and one that is too wide.
-    shape(3, 3, 384),
-    shape(3, 5, 768),
-    shape(1, 9, 1280),
-    shape(1, 5, 1416),
+    // Devices may hold a row in registers: one width for each size of that, and one that is too wide. Rows enough that a
+    // multiprocessor comes round to its next ones.
+    shape(3, 21, 384),
+    shape(3, 13, 768),
+    shape(1, 29, 1280),
+    shape(1, 37, 1416),
 ];
 
 const fn shape(samples: usize, tokens: usize, width: usize) -> Shape {
@@ -101,11 +102,11 @@ fn joined() -> Vec<(Shape, Between)> {
     let shapes = [shape(3, 5, 60), shape(5, 65, 192)];
     let others = [
         (shape(7, 1, 5), BETWEEN[4]),
-        (shape(3, 3, 384), BETWEEN[5]),
-        (shape(3, 5, 768), BETWEEN[5]),
-        (shape(3, 2, 770), BETWEEN[2]),
-        (shape(3, 2, 1280), BETWEEN[5]),
-        (shape(3, 2, 1416), BETWEEN[4]),
+        (shape(3, 13, 384), BETWEEN[5]),
+        (shape(3, 7, 768), BETWEEN[5]),
+        (shape(3, 7, 770), BETWEEN[2]),
+        (shape(3, 7, 1280), BETWEEN[5]),
+        (shape(3, 13, 1416), BETWEEN[4]),
     ];
     BETWEEN.iter().flat_map(|b| shapes.map(|s| (s, *b))).chain(others).collect()
 }

@@ -11,7 +11,7 @@ use crate::error::Result;
 use super::harness::{Case, ELEMENTWISE, Trial};
 
 pub(super) fn cases() -> Vec<Case> {
-    let plain = Setting { t: 7, clip: Clip::None, ema: None, gradient: Gradient::Normal };
+    let plain = Setting { t: 7, clip: Clip::None, ema: None, gradient: Gradient::Normal, more: More::None };
     let mut cases = Vec::new();
     let mut push = |rule: Rule, s: Setting| {
         cases.push(Case::new(operation(rule), s.title(rule), move |t| update(t, rule, s)));
@@ -33,6 +33,9 @@ pub(super) fn cases() -> Vec<Case> {
         // The squares of such gradients are no f32 any more.
         push(rule, Setting { gradient: Gradient::Huge, clip: Clip::Optax(1.0), ..plain });
     }
+    // What a device shares out among its threads, or among fewer blocks than there are parts.
+    push(adam, Setting { more: More::Tensors, ema: Some(0.9), ..plain });
+    push(adafactor(Some(0.5), false), Setting { more: More::Tiles, ..plain });
     for rule in [adam, rules()[1], rules()[6]] {
         for (title, cause) in [
             ("NaN in the gradient", Cause::NanGradient),
@@ -99,6 +102,17 @@ struct Setting {
     clip: Clip,
     ema: Option<f64>,
     gradient: Gradient,
+    more: More,
+}
+
+/// Tensors besides the usual ones.
+#[derive(Clone, Copy)]
+enum More {
+    None,
+    /// More than a card has blocks for.
+    Tensors,
+    /// One of more rows, and one of more pieces, than a block takes at once.
+    Tiles,
 }
 
 #[derive(Clone, Copy)]
@@ -128,7 +142,12 @@ impl Setting {
             Clip::Torch(max) => format!(", torch clip {max}"),
         };
         let ema = if self.ema.is_some() { ", ema" } else { "" };
-        format!("{}, t {}{clip}{ema}{gradient}", name(rule), self.t)
+        let more = match self.more {
+            More::None => "",
+            More::Tensors => ", many tensors",
+            More::Tiles => ", many rows and pieces",
+        };
+        format!("{}, t {}{clip}{ema}{gradient}{more}", name(rule), self.t)
     }
 }
 
@@ -140,7 +159,7 @@ const FROZEN: usize = 64;
 const GROUPS: [GroupScalars; 2] =
     [GroupScalars { lr: 0.25, decay: 0.03125 }, GroupScalars { lr: 0.0625, decay: 0.0 }];
 
-fn segments() -> Vec<Segment> {
+fn segments(more: More) -> Vec<Segment> {
     let view = |outer, rows, cols, outer_stride, row_stride, col_stride, factored| Factor {
         outer,
         rows,
@@ -151,7 +170,7 @@ fn segments() -> Vec<Segment> {
         state: 0,
         factored,
     };
-    let tensors = [
+    let mut tensors = vec![
         // [60, 7] with padded rows, kept in full.
         ("head", 480, 0, view([1, 1], 60, 7, [0, 0], 8, 1, false)),
         // [48, 192], factored along its own axes, then along them exchanged.
@@ -162,6 +181,17 @@ fn segments() -> Vec<Segment> {
         ("kernel", 12 * 3 * 16 * 2, 1, view([3, 2], 12, 16, [32, 1], 96, 2, true)),
         ("bias", 60, 1, view([1, 1], 1, 60, [0, 0], 60, 1, false)),
     ];
+    match more {
+        More::None => {}
+        More::Tensors => {
+            // Eight blocks for each of 148 multiprocessors are 1,184.
+            tensors.extend((0..1200).map(|i| ("small", 6, i % 2, view([1, 1], 2, 3, [0, 0], 3, 1, false))));
+        }
+        More::Tiles => {
+            tensors.push(("tall", 300 * 4, 0, view([1, 1], 300, 4, [0, 0], 4, 1, true)));
+            tensors.push(("pieces", 260 * 6, 1, view([260, 1], 2, 3, [6, 0], 3, 1, true)));
+        }
+    }
     let (mut at, mut state) = (0, 0);
     tensors
         .into_iter()
@@ -398,7 +428,7 @@ fn request<'a>(rule: Rule, segments: &'a [Segment], s: Setting) -> Update<'a> {
 }
 
 fn update(t: &mut Trial, rule: Rule, s: Setting) -> Result<()> {
-    let segments = segments();
+    let segments = segments(s.more);
     let before = Buffers::new(t, rule, &segments, s);
     let mut expected = before.clone();
     reference(&mut expected, rule, &segments, s);
@@ -484,8 +514,9 @@ enum Cause {
 
 /// An update whose loss or gradient is not finite changes nothing, and says so.
 fn skip(t: &mut Trial, rule: Rule, cause: Cause) -> Result<()> {
-    let segments = segments();
-    let s = Setting { t: 7, clip: Clip::Optax(1.0), ema: Some(0.9), gradient: Gradient::Normal };
+    let more = More::None;
+    let segments = segments(more);
+    let s = Setting { t: 7, clip: Clip::Optax(1.0), ema: Some(0.9), gradient: Gradient::Normal, more };
     let mut before = Buffers::new(t, rule, &segments, s);
     let last = segments[1].grad + segments[1].len - 1;
     match cause {
