@@ -32,7 +32,7 @@ sys.dont_write_bytecode = True
 import compare_gpu
 import first_run_curve
 import first_run_table
-from processes import Commands, Wrong, objects, one_object, write_whole
+from processes import Commands, Wrong, objects, one_object, say, write_whole
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -275,8 +275,9 @@ def gradients(run):
         for row in rows:
             likely = row.get("expected") or expected.get((row["case"], row["engine"]))
             kept.append({"case": row["case"], "engine": row["engine"], "apart": row["all"], "expected": likely})
-        far = [f"{r['case']}, {r['engine']}" for r in kept if r["expected"] and not r["apart"] <= 2 * r["expected"]]
-        if far or not kept:
+        ours = [row for row in kept if row["engine"].startswith("vitrum, stream")]
+        far = [f"{r['case']}, {r['engine']}" for r in ours if not r["apart"] <= 2 * r["expected"]]
+        if far or not ours:
             raise Wrong(f"gradients are more than twice as far as expected: {'; '.join(far)}", kept)
         return kept
 
@@ -284,16 +285,15 @@ def gradients(run):
 
 
 def expected_gradients():
-    """(case, engine) to what the stand-in GPU had."""
-    [path] = glob.glob(os.path.join(HERE, "results", "*-gradients.json"))
-    with open(path) as file:
+    """(case, engine) to what the stand-in GPU had, when that was last recorded."""
+    with open(max(glob.glob(os.path.join(HERE, "results", "*-gradients.json")))) as file:
         return {(row["case"], row["engine"]): row["all"] for row in json.load(file)["rows"]}
 
 
 def check_rates(row, *keys):
     for key in keys:
         if not (isinstance(row[key], (int, float)) and 0 < row[key] < math.inf):
-            raise Wrong(f"`{key}` is {row[key]!r}", [row])
+            raise Wrong(f"`{key}` is {row[key]!r}")
 
 
 FILTERED = ["--precision", "bf16", "--filter"]
@@ -328,24 +328,29 @@ class Record:
         self.out, self.head, self.phases, self.predictions, self.warned = out, head, {}, {}, False
 
     def write(self):
+        """Gives the text for people, too."""
         whole = {**self.head, "phases": self.phases, "predictions": self.predictions}
-        rows = first_run_table.rows(whole)
-        whole["table"] = rows
+        try:
+            whole["table"] = first_run_table.rows(whole)
+            text = first_run_table.markdown(whole)
+        except Exception as e:
+            # Whatever is odd about them: results are worth more than how they look.
+            text = whole["table"] = f"no table can be made of first-run.json: {type(e).__name__}: {e}\n"
         try:
             write_whole(os.path.join(self.out, "first-run.json"), json.dumps(plain(whole), indent=1) + "\n")
-            write_whole(os.path.join(self.out, "first-run.md"), first_run_table.markdown(whole))
+            write_whole(os.path.join(self.out, "first-run.md"), text)
         except OSError as e:
             if not self.warned:
-                print(f"warning: {self.out} cannot be written any more: {e.strerror}", file=sys.stderr)
+                say(f"warning: {self.out} cannot be written any more: {e.strerror}")
             self.warned = True
-        return whole
+        return text
 
 
     def add(self, earlier, path):
         """The phases of another run that this one has not, if that was the same program on the same card."""
         for key in ("card", "commit"):
             if earlier.get(key) != self.head[key]:
-                print(f"warning: {path} is left out: its {key} is {earlier.get(key)}, not {self.head[key]}", file=sys.stderr)
+                say(f"warning: {path} is left out: its {key} is {earlier.get(key)}, not {self.head[key]}")
                 return
         self.phases = {**earlier["phases"], **self.phases}
 
@@ -363,11 +368,12 @@ def perform(phase, run, commands, record):
     """Runs a phase, and keeps what it finds after each command."""
     state = record.phases[phase.name] = {"state": "running", "why": None, "seconds": 0.0, "commands": [], "rows": []}
     begin = commands.elapsed()
+    record.write()
 
     def end(verdict, why=None):
         state["state"], state["why"], state["seconds"] = verdict, why, round(commands.elapsed() - begin, 2)
         record.write()
-        print(f"[{commands.elapsed():4.0f} s] {phase.name:20}{verdict}{f': {why}' if why else ''}", flush=True)
+        say(f"[{commands.elapsed():4.0f} s] {phase.name:20}{verdict}{f': {why}' if why else ''}")
 
     if phase.torch and not importlib.util.find_spec("torch"):
         return end("absent", "this Python has no torch")
@@ -423,7 +429,7 @@ def predict(run, commands):
             name = first_run_table.card_of(run.card, cards)
             found[residual] = first_run_table.digest(cards.get(name, {}))
         except (Wrong, LookupError, TypeError, AttributeError) as why:
-            print(f"note: no predictions: {why}", file=sys.stderr)
+            say(f"note: no predictions: {why}")
             return {"why": str(why)}
         if not name:
             return {"why": f"no predictions for {run.card}"}
@@ -538,12 +544,12 @@ def main(argv=None):
         if added:
             record.add(added, args.add)
         head["ended"] = commands.signal or "by itself"
-        print("\n" + first_run_table.markdown(record.write()))
+        say("\n" + record.write())
     finally:
         shutil.rmtree(run.scratch, ignore_errors=True)
     unlike = [name for name, phase in record.phases.items() if phase["state"] not in ("passed", "absent")]
     if unlike:
-        print(f"not passed: {', '.join(unlike)}", file=sys.stderr)
+        say(f"not passed: {', '.join(unlike)}")
     return 1 if unlike else 0
 
 

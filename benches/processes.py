@@ -1,7 +1,7 @@
 """Commands under limits, and files that are whole: what `first_run.py` needs of a system, and nothing of Vitrum.
 
 A command is a process group of its own, so that a limit, a signal or its own end takes everything with it that it has
-started; not a session, so that whoever ends this program's session ends its commands too. SIGTERM and SIGINT are noted:
+started; not a session, so that whoever ends this program's session ends its commands too. SIGTERM, SIGINT and SIGHUP are noted:
 the command at hand is ended, and what was learned is still written.
 """
 import json
@@ -57,7 +57,7 @@ class Commands:
         def note(number, _frame):
             self.signal = self.signal or signal.Signals(number).name
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, note)
 
     def elapsed(self):
@@ -98,7 +98,7 @@ class Commands:
             return open(os.path.join(self.logs, f"{name}.log"), "a+b")
         except OSError as e:
             # The results are worth more than the log.
-            print(f"warning: no log of {name}: {e.strerror}", file=sys.stderr)
+            say(f"warning: no log of {name}: {e.strerror}")
             return tempfile.TemporaryFile("a+b")
 
     def reason_to_end(self, until, limit, printed):
@@ -136,9 +136,13 @@ def end_group(child):
 def unlike_success(code, said):
     if code == 0:
         return None
-    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    how = f"exit code {code}" if code > 0 else f"ended by {signal_name(-code)}"
     lines = [line.strip()[:300] for line in said[-4096:].decode(errors="replace").splitlines() if line.strip()]
     return ": ".join([how, *lines[-2:]])
+
+
+def signal_name(number):
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def size(file):
@@ -184,6 +188,14 @@ def objects(output):
     if not found:
         raise Wrong("printed no JSON object" if output.strip() else "printed nothing")
     return found
+
+
+def say(text):
+    """For whoever watches. A terminal that has gone away stops nothing."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def write_whole(path, text):
