@@ -125,7 +125,8 @@ def selftest(*words, tiny):
         trainings = [{key: proof[key] for key in ("device", "distance", "tolerance", "repeats")} for proof in found["training"]]
         row = {"cases": int(found["cases"]), "failed": int(found["failed"]), "training": trainings, "failures": failures[:20]}
         if found["passed"] is not True:
-            apart = [proof["device"] for proof in trainings if not (proof["repeats"] and (proof["distance"] or math.inf) <= proof["tolerance"])]
+            agrees = lambda proof: proof["repeats"] and proof["distance"] is not None and proof["distance"] <= proof["tolerance"]
+            apart = [proof["device"] for proof in trainings if not agrees(proof)]
             raise Wrong("; ".join([f"{row['failed']} of {row['cases']} cases failed", *(f"training: {device}" for device in apart)]), [row])
         return [row]
 
@@ -345,14 +346,14 @@ class Record:
             self.warned = True
         return text
 
-
     def add(self, earlier, path):
-        """The phases of another run that this one has not, if that was the same program on the same card."""
+        """What another run has found in phases that this one has not, if it was the same program on the same card."""
         for key in ("card", "commit"):
             if earlier.get(key) != self.head[key]:
                 say(f"warning: {path} is left out: its {key} is {earlier.get(key)}, not {self.head[key]}")
                 return
-        self.phases = {**earlier["phases"], **self.phases}
+        found = {name: phase for name, phase in earlier["phases"].items() if phase["rows"]}
+        self.phases = {**found, **self.phases}
 
 
 def plain(value):
@@ -452,8 +453,10 @@ def cuda_libraries():
 
 def environment(scratch):
     """That of commands that open CUDA's libraries: what the caller has set comes first. Nothing is remembered of earlier runs."""
-    folders = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
-    env = dict(os.environ, LD_LIBRARY_PATH=":".join([*folders, *cuda_libraries()]), VITRUM_CACHE=os.path.join(scratch, "cache"))
+    env = dict(os.environ, VITRUM_CACHE=os.path.join(scratch, "cache"))
+    folders = [*filter(None, env.get("LD_LIBRARY_PATH", "").split(":")), *cuda_libraries()]
+    if folders:
+        env["LD_LIBRARY_PATH"] = ":".join(folders)
     # Of the stand-in: it is here to see the phases run, and checks take most of its time.
     return {"VITRUM_STANDIN": "checks=off", **env}
 
@@ -475,7 +478,7 @@ def chosen(names):
     wanted = known if names is None else [name for name in names.split(",") if name]
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise SystemExit(f"error: no phase `{unknown[0]}`: {', '.join(known)}")
+        refuse(f"no phase `{unknown[0]}`: {', '.join(known)}")
     needs = {"doctor"} | {"torch" for phase in PHASES if phase.name in wanted and (phase.torch or phase.name == "gradients")}
     return [phase for phase in PHASES if phase.name in needs | set(wanted)]
 
@@ -487,6 +490,17 @@ def program():
 
 def refuse(why):
     raise SystemExit(f"error: {why}")
+
+
+def read_earlier(path):
+    with open(path) as file:
+        try:
+            found = one_object(file.read())
+            if all(isinstance(phase["rows"], list) for phase in found["phases"].values()):
+                return found
+        except (Wrong, LookupError, TypeError, AttributeError):
+            pass
+    refuse(f"{path} is no first-run.json of an earlier run")
 
 
 def listed():
@@ -518,18 +532,18 @@ def main(argv=None):
     if not os.access(args.vitrum, os.X_OK):
         refuse(f"{args.vitrum} cannot be executed: `chmod +x {args.vitrum}`")
     logs = args.logs or os.path.join(args.out, "logs")
-    head = {"date": datetime.date.today().isoformat(), "commit": None, "card": None, "stand_in": False, "torch": None}
+    head = {"date": datetime.date.today().isoformat(), "commit": None, "card": None, "stand_in": False, "tiny": args.tiny, "torch": None}
     head |= {"minutes": args.minutes, "ended": None}
     record = Record(args.out, head)
     if os.path.exists(os.path.join(args.out, "first-run.json")):
         refuse(f"{args.out} holds the results of an earlier run: `--out` names another folder")
     try:
-        added = json.load(open(args.add)) if args.add else None
+        added = read_earlier(args.add) if args.add else None
         os.makedirs(args.out, exist_ok=True)
         os.makedirs(logs, exist_ok=True)
         write_whole(os.path.join(args.out, "first-run.json"), "{}\n")
-    except (OSError, ValueError) as e:
-        refuse(f"{getattr(e, 'filename', None) or args.add}: {getattr(e, 'strerror', None) or e}")
+    except OSError as e:
+        refuse(f"{e.filename}: {e.strerror}")
     run = Run(args)
     try:
         commands = Commands(logs, 60 * args.minutes, run.scratch, environment(run.scratch))
@@ -539,7 +553,7 @@ def main(argv=None):
             head["torch"] = run.torch
             if phase.name == "doctor":
                 row = next(iter(record.phases["doctor"]["rows"]), {})
-                head |= {"card": run.card, "stand_in": is_stand_in(run.card), "commit": commit_of(row)}
+                head |= {"card": run.card, "stand_in": is_stand_in(run.card), "tiny": run.tiny, "commit": commit_of(row)}
                 record.predictions = predict(run, commands)
         if added:
             record.add(added, args.add)
@@ -547,7 +561,7 @@ def main(argv=None):
         say("\n" + record.write())
     finally:
         shutil.rmtree(run.scratch, ignore_errors=True)
-    unlike = [name for name, phase in record.phases.items() if phase["state"] not in ("passed", "absent")]
+    unlike = [phase.name for phase in phases if record.phases[phase.name]["state"] not in ("passed", "absent")]
     if unlike:
         say(f"not passed: {', '.join(unlike)}")
     return 1 if unlike else 0

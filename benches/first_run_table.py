@@ -200,6 +200,8 @@ def markdown(record):
     lines += [f"`benches/first_run.py` on {record['date']}, commit {record['commit'] or 'not said'}, {torch}.", ""]
     if record["stand_in"]:
         lines += ["**The stand-in GPU computes on the host: no time below says anything about a card.**", ""]
+    elif record["tiny"]:
+        lines += ["**Tiny sizes: no time below says anything about a model.**", ""]
     if rows_:
         lines += table(["what", "predicted", "measured", "peer", "ratio"], [cells(row) for row in rows_])
         why = record["predictions"].get("why")
