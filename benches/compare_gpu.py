@@ -54,13 +54,18 @@ VARIANTS = {
 }
 
 
-def vitrum_bench(args, what, model, mode):
+def bench_words(args, what, model, mode):
+    """What `vitrum` is told to do, `--json` apart."""
     image, *_, batch = args.cases[model]
     words = ["bench", "--what", what, "--model", model.split("@")[0], "--batch", str(batch), "--device", "cuda"]
     words += ["--rounds", str(args.rounds), "--seconds", str(args.seconds)]
     for setting in [f"model.image={image}", f"train.micro_batch={batch}", "model.gelu=tanh", *VARIANTS[what][mode]]:
         words += ["--set", setting]
-    out = vitrum(args, *words)
+    return words
+
+
+def bench_row(out, mode):
+    """Of its JSON, what is compared."""
     card = out["card"]
     return {
         "engine": out["engine"],
@@ -72,6 +77,10 @@ def vitrum_bench(args, what, model, mode):
         "mfu_data_sheet": card["mfu_data_sheet"],
         "mfu_product": card["mfu_product"],
     }
+
+
+def vitrum_bench(args, what, model, mode):
+    return bench_row(vitrum(args, *bench_words(args, what, model, mode)), mode)
 
 
 # ---- PyTorch ----
@@ -174,10 +183,14 @@ def time_pytorch(args, what, model, mode):
     }
 
 
-def pytorch_bench(args, what, model, mode):
+def pytorch_words(args, what, model, mode):
+    """The command of that process. The last line that it prints is JSON."""
     command = [sys.executable, os.path.abspath(__file__), "--child", what, model, mode, "--torch-device", args.torch_device]
-    command += ["--rounds", str(args.rounds), "--seconds", str(args.seconds)] + ["--tiny"] * args.tiny
-    done = subprocess.run(command, capture_output=True, text=True)
+    return command + ["--rounds", str(args.rounds), "--seconds", str(args.seconds)] + ["--tiny"] * args.tiny
+
+
+def pytorch_bench(args, what, model, mode):
+    done = subprocess.run(pytorch_words(args, what, model, mode), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{mode}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
