@@ -200,28 +200,36 @@ fn each_thread_has_its_own_current_context() {
 
 #[test]
 fn an_error_breaks_the_context_that_it_came_in() {
-    let gpu = open("checks=on,cards=2,fail_launch=1");
-    let first = current(&gpu);
-    let event = gpu.new_event();
-    let memory = gpu.upload(&[0f32; 64]);
-    let args = [arg(memory), arg(memory), arg(64u32)];
-    assert_eq!(gpu.launch(KERNEL, 1, 64, 256, &args), 719);
-    assert_eq!(synchronize(&gpu), 719);
-    assert_eq!(cu!(gpu, cuEventSynchronize(event => Handle)), 719);
+    for broken in [0, 1] {
+        let gpu = open("checks=on,cards=2,fail_launch=1");
+        let (broken, whole) = (gpu.retain(broken), gpu.retain(1 - broken));
+        let launch = || {
+            let (function, memory) = (gpu.function_of(gpu.load(), KERNEL), gpu.upload(&[0f32; 64]));
+            let args = [arg(memory), arg(memory), arg(64u32)];
+            gpu.launch_function(function, ptr::null_mut(), 1, 64, 256, &args)
+        };
+        gpu.use_context(broken);
+        let event = gpu.new_event();
+        assert_eq!(launch(), 719);
+        assert_eq!((synchronize(&gpu), gpu.allocate(64)), (719, Err(719)));
 
-    gpu.use_context(gpu.retain(1));
-    assert_eq!(synchronize(&gpu), 0);
-    let function = gpu.function_of(gpu.load(), KERNEL);
-    let memory = gpu.upload(&[0f32; 64]);
-    let args = [arg(memory), arg(memory), arg(64u32)];
-    assert_eq!(gpu.launch_function(function, ptr::null_mut(), 1, 64, 256, &args), 0);
-    assert_eq!(gpu.release(1), 0);
-
-    // The error goes with its context.
-    assert_eq!(cu!(gpu, cuEventDestroy_v2(event => Handle)), 719);
-    assert_eq!(gpu.release(0), 0);
-    gpu.use_context(gpu.retain(0));
-    assert_eq!((current(&gpu), synchronize(&gpu)), (first, 0));
+        gpu.use_context(whole);
+        assert_eq!((synchronize(&gpu), launch()), (0, 0));
+        // A handle of the broken one brings its error along.
+        assert_eq!(cu!(gpu, cuEventSynchronize(event => Handle)), 719);
+        assert_eq!(cu!(gpu, cuEventDestroy_v2(event => Handle)), 719);
+        while active(&gpu, 0) {
+            gpu.release(0);
+        }
+        while active(&gpu, 1) {
+            gpu.release(1);
+        }
+        // The error goes with its context.
+        gpu.use_context(gpu.retain(0));
+        assert_eq!(synchronize(&gpu), 0);
+        gpu.use_context(gpu.retain(1));
+        assert_eq!((synchronize(&gpu), gpu.release(1)), (0, 0));
+    }
 }
 
 #[test]
