@@ -1,3 +1,4 @@
+#include <algorithm>
 #include "algorithms.h"
 
 #include <iterator>
@@ -58,6 +59,8 @@ std::vector<uint32_t> offers(const Problem& problem, uint32_t reductions, uint64
     if (way.split > 1 && !(allowed && may_split(problem))) continue;
     found.push_back(number);
   }
+  auto first = std::find(found.begin(), found.end(), static_cast<uint32_t>(options().first_algorithm));
+  if (first != found.end()) std::rotate(found.begin(), first, first + 1);
   return found;
 }
 

@@ -53,6 +53,7 @@ bool set(Options& o, const std::string& key, const std::string& value) {
     else return false;
   } else if (key == "split_fault") o.split_fault = number() != 0;
   else if (key == "no_split_epilogue") o.no_split_epilogue = number() != 0;
+  else if (key == "first_algorithm") o.first_algorithm = static_cast<int>(number());
   else if (key == "wrong_algorithm") o.wrong_algorithm = static_cast<int>(number());
   else if (key == "fail_algorithm") o.fail_algorithm = static_cast<int>(number());
   else if (key == "fail_status") o.fail_status = static_cast<int>(number());

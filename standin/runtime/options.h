@@ -48,6 +48,7 @@ struct Options {
   Thin thin = Thin::taken;
   bool split_fault = false;        // splits that do not divide k are summed as a faulty version does
   bool no_split_epilogue = false;  // only plain products are split
+  int first_algorithm = -1;        // this algorithm number is offered before all others
   int wrong_algorithm = -1;        // this algorithm number computes half of the sum
   int fail_algorithm = -1;         // this one is found and accepted, and cannot be launched
   int fail_status = 13;            // what cublasLtMatmul says then
