@@ -135,6 +135,8 @@ pub(super) struct Blas {
     /// `None`: cuBLASLt has no algorithm for this shape and epilogue.
     plans: HashMap<Shape, Option<Plan>>,
     algorithms: Algorithms,
+    /// Ways of doing things are being timed: what they use is not yet what the run uses.
+    rehearsal: bool,
 }
 
 /// Descriptors of one shape and the algorithm that was chosen.
@@ -145,6 +147,8 @@ struct Plan {
     d: Layout,
     algo: sys::cublasLtMatmulAlgo_t,
     workspace: usize,
+    /// The run's choices name it.
+    in_use: bool,
 }
 
 /// Candidates that are timed for a shape.
@@ -191,6 +195,7 @@ impl Blas {
             by_rule,
             plans: HashMap::new(),
             algorithms: Algorithms::open(&card.name, version, precision),
+            rehearsal: false,
         })
     }
 
@@ -214,13 +219,22 @@ impl Blas {
         plan.point_at(shape, operands)?;
         let status = plan.launch(&self.gpu, self.handle, shape, operands, workspace);
         check(status, format_args!("multiply matrices ({})", shape.key()))?;
+        if !self.rehearsal && !plan.in_use {
+            plan.in_use = true;
+            self.algorithms.take(shape.key(), plan.algo);
+        }
         Ok(true)
+    }
+
+    /// What is run from now on is only tried.
+    pub(super) fn rehearse(&mut self, on: bool) {
+        self.rehearsal = on;
     }
 
     fn plan(&mut self, shape: &Shape, operands: &Operands, workspace: Address) -> Result<Option<Plan>> {
         let desc = Desc::new(self.compute, shape)?;
         let (a, b, d) = (Layout::new(shape.a)?, Layout::new(shape.b)?, Layout::new(shape.d)?);
-        let mut plan = Plan { desc, a, b, d, algo: Candidate::NONE.algo, workspace: 0 };
+        let mut plan = Plan { desc, a, b, d, algo: Candidate::NONE.algo, workspace: 0, in_use: false };
         plan.point_at(shape, operands)?;
         let trial = Trial { blas: self, shape, operands, workspace };
         // What D holds is part of the result where it is added to.
@@ -230,6 +244,7 @@ impl Blas {
 
         let key = shape.key();
         let remembered = self.algorithms.get(&key).filter(|_| !self.by_rule);
+        let mut chosen_anew = false;
         let found = match remembered.and_then(|algo| self.accepts(&plan, shape, &algo)) {
             Some(candidate) if trial.launches(&mut plan, &candidate) => Some(candidate),
             _ => {
@@ -238,13 +253,14 @@ impl Blas {
                         "warning: the checkpoint's algorithm for {key} cannot be used: it is chosen anew"
                     );
                 }
+                chosen_anew = !self.by_rule;
                 trial.choose(&mut plan)?
             }
         };
         aside.put_back()?;
         let Some(found) = found else { return Ok(None) };
         plan.take(&found);
-        if !self.by_rule {
+        if chosen_anew {
             self.algorithms.put(key, plan.algo);
         }
         Ok(Some(plan))
@@ -331,8 +347,12 @@ impl Blas {
         self.algorithms.way(key)
     }
 
-    pub(super) fn put_way(&mut self, key: String, chosen: Chosen) {
+    pub(super) fn put_way(&mut self, key: &str, chosen: &Chosen) {
         self.algorithms.put_way(key, chosen);
+    }
+
+    pub(super) fn take_way(&mut self, key: String, chosen: Chosen) {
+        self.algorithms.take_way(key, chosen);
     }
 
     /// The ways of this run.

@@ -70,13 +70,16 @@ fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[
         && let Some(at) = ways.iter().position(|way| way.name == known.way)
         && (ways[at].run)(cuda)?
     {
-        cuda.blas.put_way(key, known);
+        cuda.blas.take_way(key, known);
         return Ok(at);
     }
     let gpu = cuda.gpu.clone();
     let aside = SetAside::new(&gpu, changed)?;
     let cleared = (cuda.arena(Arena::Workspace).address, gpu.card().cache.min(BLAS_WORKSPACE));
-    let mut times = race(&gpu, cleared, ways.len(), &mut |at| (ways[at].run)(cuda))?;
+    cuda.blas.rehearse(true);
+    let times = race(&gpu, cleared, ways.len(), &mut |at| (ways[at].run)(cuda));
+    cuda.blas.rehearse(false);
+    let mut times = times?;
     aside.put_back()?;
     times.iter_mut().zip(ways).for_each(|(time, way)| *time += way.elsewhere);
     let able = times.iter().filter(|time| time.is_finite()).count();
@@ -86,7 +89,9 @@ fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[
         let named = times.iter().zip(ways).filter(|(time, _)| time.is_finite());
         let microseconds: BTreeMap<String, f32> =
             named.map(|(time, way)| (way.name.to_string(), *time)).collect();
-        cuda.blas.put_way(key, Chosen { way: ways[at].name.into(), microseconds });
+        let chosen = Chosen { way: ways[at].name.into(), microseconds };
+        cuda.blas.put_way(&key, &chosen);
+        cuda.blas.take_way(key, chosen);
     }
     Ok(at)
 }

@@ -100,10 +100,14 @@ impl Algorithms {
         Some(cublasLtMatmulAlgo_t { data: *words })
     }
 
-    /// The run takes this one, which others may have, too.
+    /// What was found to be the fastest, for later runs.
     pub(super) fn put(&mut self, key: String, algorithm: cublasLtMatmulAlgo_t) {
-        let before = self.entries.algorithms.insert(key.clone(), algorithm.data);
+        let before = self.entries.algorithms.insert(key, algorithm.data);
         self.changed |= before != Some(algorithm.data);
+    }
+
+    /// The run uses this one.
+    pub(super) fn take(&mut self, key: String, algorithm: cublasLtMatmulAlgo_t) {
         self.used.algorithms.insert(key, algorithm.data);
     }
 
@@ -112,10 +116,14 @@ impl Algorithms {
         self.used.ways.get(key).or_else(|| self.entries.ways.get(key))
     }
 
-    /// The run does it so, and others may, too.
-    pub(super) fn put_way(&mut self, key: String, chosen: Chosen) {
-        let before = self.entries.ways.insert(key.clone(), chosen.clone());
-        self.changed |= before.as_ref() != Some(&chosen);
+    /// What was found to be the fastest, for later runs.
+    pub(super) fn put_way(&mut self, key: &str, chosen: &Chosen) {
+        let before = self.entries.ways.insert(key.to_string(), chosen.clone());
+        self.changed |= before.as_ref() != Some(chosen);
+    }
+
+    /// The run does it so.
+    pub(super) fn take_way(&mut self, key: String, chosen: Chosen) {
         self.used.ways.insert(key, chosen);
     }
 
@@ -161,12 +169,14 @@ mod tests {
     fn a_checkpoint_carries_every_choice() {
         let mut run = Algorithms::open("Test card", 1, Precision::Bf16);
         let words = [1, 2, 3, u64::MAX, 0, 0, 0, 9];
-        run.put("tn m8".into(), cublasLtMatmulAlgo_t { data: words });
+        run.put("tn m4".into(), cublasLtMatmulAlgo_t { data: words }); // tried and not used
+        run.take("tn m8".into(), cublasLtMatmulAlgo_t { data: words });
         let times = BTreeMap::from([("fused".to_string(), 1.5)]);
-        run.put_way("gelu m8".into(), Chosen { way: "plain".into(), microseconds: times });
+        run.take_way("gelu m8".into(), Chosen { way: "plain".into(), microseconds: times });
         let mut resumed = Algorithms::open("Test card", 1, Precision::Bf16);
         resumed.prefer(&run.in_words()).unwrap();
         assert_eq!(resumed.get("tn m8").unwrap().data, words);
+        assert!(resumed.get("tn m4").is_none());
         assert_eq!(resumed.way("gelu m8").unwrap().way, "plain");
         assert_eq!(resumed.in_words(), run.in_words());
 
