@@ -471,6 +471,7 @@ impl Backend for Cuda {
         d_sum: Mat,
         fresh: bool,
         d_branch: Mat,
+        _d_bias: Option<Mat>,
     ) -> Result<()> {
         norm::layernorm_backward(self, d_y, join, norm, stats, d_sum, fresh, d_branch)
     }
@@ -479,7 +480,13 @@ impl Backend for Cuda {
         norm::residual(self, join)
     }
 
-    fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
+    fn residual_backward(
+        &mut self,
+        join: &Join,
+        d_sum: Mat,
+        d_branch: Mat,
+        _d_bias: Option<Mat>,
+    ) -> Result<()> {
         norm::residual_backward(self, join, d_sum, d_branch)
     }
 
@@ -498,6 +505,7 @@ impl Backend for Cuda {
         dropout: Mask,
         d_o: Mat,
         d_qkv: Mat,
+        _d_bias: Option<Mat>,
     ) -> Result<()> {
         attention::attention_backward(self, heads, qkv, o, lse, dropout, d_o, d_qkv)
     }

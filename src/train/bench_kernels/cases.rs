@@ -357,7 +357,8 @@ fn backward_norm(room: &mut Room, size: Stretch, is_branch: bool) -> Placed {
     // Nothing else is to be handed on.
     let d_branch = if is_branch || size.stream == Dtype::F32 { d_branch } else { d_sum };
     let (norm, stats) = (room.norm(size.d, true), room.stats(size.rows));
-    let run = Placed::new(move |b| b.layernorm_backward(d_y, &join, &norm, stats, d_sum, false, d_branch));
+    let run =
+        Placed::new(move |b| b.layernorm_backward(d_y, &join, &norm, stats, d_sum, false, d_branch, None));
     run.after(move |b| b.layernorm(&join, &norm, y, stats))
 }
 
@@ -396,8 +397,9 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
             move |room| {
                 let (qkv, o, lse) = place(room);
                 let (d_o, d_qkv) = (room.activation(rows, d), room.activation(rows, 3 * d));
-                let run =
-                    Placed::new(move |b| b.attention_backward(heads, qkv, o, lse, Mask::NONE, d_o, d_qkv));
+                let run = Placed::new(move |b| {
+                    b.attention_backward(heads, qkv, o, lse, Mask::NONE, d_o, d_qkv, None)
+                });
                 run.after(move |b| b.attention(heads, qkv, o, lse, Mask::NONE))
             },
         )
