@@ -167,6 +167,7 @@ pub(super) fn matmul(cuda: &mut Cuda, x: Mat, w: &Linear, epilogue: Epilogue, y:
 
 /// [`crate::backend::Backend::matmul_backward`]
 pub(super) fn matmul_backward(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
+    let w = &cuda.without_made_bias(d_y, w);
     let accumulate = cuda.micro.accumulate;
     let mut bias_is_done = false;
     if let Some(d_weight) = w.d_weight {

@@ -7,6 +7,7 @@
 //! Nothing here knows of the stand-in GPU, save that it brings its own kernels: tests run this very code on it.
 
 mod attention;
+mod bias;
 mod blas;
 mod cells;
 mod dense;
@@ -56,6 +57,8 @@ pub struct Cuda {
     batch: BoundBatch,
     keys: StepKeys,
     micro: Micro,
+    /// A bias gradient that was made, with the matrix that the product which would make it reads ([`bias`]).
+    made_bias: Option<(Mat, Mat)>,
     update: update::State,
     /// Classes of the loss that was asked for last: labels of later batches are checked when they are bound.
     classes: Option<usize>,
@@ -112,6 +115,7 @@ impl Cuda {
             },
             keys: StepKeys { seed: 0, step: 0 },
             micro: Micro { first: 0, samples: 0, global_first: 0, accumulate: false, mean_over: 1 },
+            made_bias: None,
             update: update::State::new(&gpu)?,
             classes: None,
             recorded: [Recorded::Never, Recorded::Never],
@@ -406,6 +410,7 @@ impl Backend for Cuda {
     fn begin_micro(&mut self, micro: Micro) -> Result<()> {
         assert!(micro.samples > 0 && micro.mean_over > 0, "a micro-batch without samples");
         self.micro = micro;
+        self.made_bias = None;
         Ok(())
     }
 
@@ -471,9 +476,9 @@ impl Backend for Cuda {
         d_sum: Mat,
         fresh: bool,
         d_branch: Mat,
-        _d_bias: Option<Mat>,
+        d_bias: Option<Mat>,
     ) -> Result<()> {
-        norm::layernorm_backward(self, d_y, join, norm, stats, d_sum, fresh, d_branch)
+        norm::layernorm_backward(self, d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)
     }
 
     fn residual(&mut self, join: &Join) -> Result<()> {
@@ -485,9 +490,9 @@ impl Backend for Cuda {
         join: &Join,
         d_sum: Mat,
         d_branch: Mat,
-        _d_bias: Option<Mat>,
+        d_bias: Option<Mat>,
     ) -> Result<()> {
-        norm::residual_backward(self, join, d_sum, d_branch)
+        norm::residual_backward(self, join, d_sum, d_branch, d_bias)
     }
 
     // Attention -------------------------------------------------------------------------------------------------
