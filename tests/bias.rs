@@ -1,6 +1,13 @@
 //! Bias gradients that a device makes together with the matrix that their product reads: which product that is, the model
-//! says, in every architecture, whatever is frozen or worked out again.
+//! says, in every architecture, whatever is frozen or worked out again; and what the GPU makes of it, on the stand-in.
 
+mod support;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::Value;
+use support::{command, finish, path, run_on_gpu, stand_in, train};
 use vitrum::backend::cpu::CpuBackend;
 use vitrum::backend::{
     Arena, Backend, Body, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, LossKind, Mask, Mat,
@@ -11,6 +18,7 @@ use vitrum::error::Result;
 use vitrum::rng::{Domain, Stream};
 use vitrum::vit::config::{DropPathMode, NormPlace, PoolKind};
 use vitrum::vit::{LastBlock, Mode, ModelConfig, Param, Vit};
+use vitrum::weights::safetensors::SafeTensors;
 
 /// The CPU, which makes such gradients in the product; or makes them early, and leaves them out there.
 struct Device {
@@ -261,5 +269,91 @@ fn gradients_have_the_same_bits_wherever_those_of_biases_are_made() {
                 }
             }
         }
+    }
+}
+
+/// One step of plain descent in two micro-batches, so that what a bias has moved by is its gradient: 16 tokens, width 64,
+/// depth 2.
+fn one_step(out: &str, more: &[&str]) -> Vec<String> {
+    let size =
+        ["model.width=64", "model.heads=2", "model.init=deit3", "train.batch=4", "train.micro_batch=2"];
+    let rule = ["optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.clip=0", "optim.ema=0"];
+    let pace =
+        ["optim.lr=1", "schedule.warmup=0", "train.steps=1", "train.log_every=1", "train.eval_every=1"];
+    let all: Vec<&str> = size.iter().chain(&rule).chain(&pace).chain(more).copied().collect();
+    train(out, &all)
+}
+
+/// The biases that a run has ended with.
+fn biases(run: &str) -> BTreeMap<String, Vec<f32>> {
+    let file = SafeTensors::open(&Path::new(run).join("checkpoints/last/model.safetensors")).unwrap();
+    let biases = file.names().filter(|name| name.ends_with(".bias"));
+    biases.map(|name| (name.to_owned(), file.values(name).unwrap().into_owned())).collect()
+}
+
+#[test]
+fn biases_move_on_a_gpu_as_on_the_cpu() {
+    let Some(folder) = stand_in() else { return };
+    let token = ["model.pool=token", "model.posemb=learned", "model.posemb_join=after"];
+    let plain = ["model.dropout=0", "model.attention_dropout=0", "model.drop_path=0"];
+    let cases = [
+        ("gap", vec![]),
+        ("plain", plain.to_vec()),
+        ("token", [&token[..], &plain, &["train.recompute=block"]].concat()),
+        ("token-masked", token.to_vec()),
+        ("scaled", vec!["model.layer_scale=0.5", "train.recompute=ln+gelu"]),
+        ("map", [&plain[..], &["model.pool=map"]].concat()),
+        ("frozen", vec!["optim.freeze_blocks=1"]),
+    ];
+    for (name, more) in cases {
+        let on_cpu = path(&format!("cpu-{name}"));
+        finish(command(&one_step(&on_cpu, &[&["--device", "cpu"][..], &more].concat()))).ok();
+        let wanted = biases(&on_cpu);
+        for residual in ["train.residual=bf16", "train.residual=f32"] {
+            let out = path(&format!("cuda-{name}-{residual}"));
+            let device = ["--device", "cuda", "train.precision=bf16", "train.deterministic=true", residual];
+            let args = one_step(&out, &[&device[..], &more].concat());
+            let done = run_on_gpu(&folder, "checks=on", &args).ok();
+            assert!(!done.stderr.contains("stand-in GPU:"), "{}", done.stderr);
+            let got = biases(&out);
+            assert_eq!(got.len(), wanted.len());
+            for (bias, wanted) in &wanted {
+                let norm =
+                    |of: &mut dyn Iterator<Item = f32>| of.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+                let apart = norm(&mut got[bias].iter().zip(wanted).map(|(a, b)| a - b));
+                let size = norm(&mut wanted.iter().copied());
+                assert!(apart <= 0.03 * size, "{name}, {residual}: `{bias}` is {apart:e} from {size:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn biases_are_summed_by_the_kernels_that_read_their_rows() {
+    let Some(folder) = stand_in() else { return };
+    let counters = path("counters.jsonl");
+    let launches = |name: &str, more: &[&str]| -> BTreeMap<String, usize> {
+        let device = ["--device", "cuda", "train.precision=bf16", "train.deterministic=true"];
+        let args = one_step(&path(name), &[&device[..], more].concat());
+        run_on_gpu(&folder, &format!("checks=off,counters={counters}"), &args).ok();
+        let mut launches = BTreeMap::new();
+        for line in std::fs::read_to_string(&counters).unwrap().lines() {
+            let line: Value = serde_json::from_str(line).unwrap();
+            *launches.entry(line["kernel"].as_str().unwrap().to_owned()).or_default() += 1;
+        }
+        std::fs::remove_file(&counters).unwrap();
+        launches
+    };
+    // In each of two micro-batches: of the last block's fc2 in the tail, of fc2 below and of both proj in the blocks. The
+    // first LayerNorm of all has no product below.
+    let (biased, not) = ("layernorm_backward_bias_bf16_1", "layernorm_backward_bf16_1");
+    let plain = launches("counted", &["model.dropout=0", "model.attention_dropout=0", "model.drop_path=0"]);
+    assert_eq!((plain.get(biased), plain.get(not)), (Some(&8), Some(&2)), "{plain:?}");
+    let masked = launches("counted-masked", &[]);
+    let biased = "layernorm_backward_join_bias_bf16_1";
+    assert_eq!((masked.get(biased), masked.get(not)), (Some(&8), Some(&2)), "{masked:?}");
+    for launches in [&plain, &masked] {
+        let alone = launches.keys().find(|kernel| kernel.starts_with("residual_backward"));
+        assert_eq!(alone, None, "nothing is handed on by itself");
     }
 }

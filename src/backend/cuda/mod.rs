@@ -510,9 +510,9 @@ impl Backend for Cuda {
         dropout: Mask,
         d_o: Mat,
         d_qkv: Mat,
-        _d_bias: Option<Mat>,
+        d_bias: Option<Mat>,
     ) -> Result<()> {
-        attention::attention_backward(self, heads, qkv, o, lse, dropout, d_o, d_qkv)
+        attention::attention_backward(self, heads, qkv, o, lse, dropout, d_o, d_qkv, d_bias)
     }
 
     fn probe_attention(
