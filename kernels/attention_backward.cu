@@ -13,7 +13,8 @@
 // Numerics  f32 scores and sums, P and dS rounded to bf16 for the products; scale once, at the end.
 // Launch    grid B·H·tiles; WARPS warps of 16·M16 rows each; tile t takes strips t·strips/tiles ...
 // Pipeline  as attention_forward.cu: a ring of three, one barrier per block, a short last block.
-// Bytes     `queries` 12·D, `keys` 12·D per token; 16·D would be the least for both together.
+// Bytes     `queries` 12·D, `keys` 12·D per token; 16·D would be the least for both together. With a bias 12·D
+//           per tile.
 // Order     every sum runs over the tokens in order, in one warp. Same device, same bits.
 // Source    Dao et al. 2022, arXiv:2205.14135.
 #include "attention_gradient.cuh"
@@ -29,12 +30,20 @@ struct Share {
   u32 first, rows;  // tokens first .. first + rows; the last strip may reach past the last token
   u32 row;          // of this warp, in the tile
   bool busy;
+  u32 tile;
 
   __device__ __forceinline__ Share(u32 tokens, u32 heads, u32 head_size, u32 tiles)
       : head(blockIdx.x / tiles, tokens, heads, head_size) {
-    const u32 tile = blockIdx.x % tiles, strips = ceil_div(tokens, STRIP);
+    const u32 strips = ceil_div(tokens, STRIP);
+    tile = blockIdx.x % tiles;
     const u32 from = tile * strips / tiles, to = (tile + 1) * strips / tiles;
     first = from * STRIP, rows = (to - from) * STRIP, row = warp_id() * STRIP, busy = row < rows;
+  }
+
+  // Where the tile's sums of the head's dQ go.
+  __device__ __forceinline__ float* bias_part(float* parts, u32 heads, u32 width, u32 tiles) const {
+    const size_t image = blockIdx.x / tiles / heads;
+    return parts + (image * tiles + tile) * 3 * width + head.column;
   }
 };
 
@@ -85,8 +94,8 @@ template <u32 DH, u32 KEYS, u32 M16, u32 WARPS>
 __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld,
                                                  const float* lse, u32 lse_ld, float* delta, u32 delta_ld,
                                                  KeepBits keep, const bf16* d_o, u32 d_o_ld, bf16* d_qkv,
-                                                 u32 d_qkv_ld, float scale, u32 tokens, u32 heads,
-                                                 u32 head_size, u32 tiles) {
+                                                 u32 d_qkv_ld, float* bias_parts, float scale, u32 tokens,
+                                                 u32 heads, u32 head_size, u32 tiles) {
   constexpr u32 STRIP = 16 * M16;
   const Share<STRIP> share(tokens, heads, head_size, tiles);
   const HeadPlace& head = share.head;
@@ -147,20 +156,25 @@ __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, co
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     next = next == STAGES - 1 ? 0 : next + 1;
   }
-  if (!share.busy) return;
-
-  float factor[M16][2];
+  // A warp is the only reader of its own queries.
+  if (share.busy) {
+    float factor[M16][2];
 #pragma unroll
-  for (u32 m = 0; m < M16; ++m) factor[m][0] = factor[m][1] = scale;
-  bf16* to = d_qkv + (head.row + first + row) * d_qkv_ld + head.column;
-  store_rows<DH>(sums.d_q, factor, queries, row, to, d_qkv_ld, tokens - first - row, chunks);
+    for (u32 m = 0; m < M16; ++m) factor[m][0] = factor[m][1] = scale;
+    bf16* to = d_qkv + (head.row + first + row) * d_qkv_ld + head.column;
+    store_rows<DH>(sums.d_q, factor, queries, row, to, d_qkv_ld, tokens - first - row, chunks);
+  }
+  if (!bias_parts) return;
+  block_sync();
+  store_row_sums<DH>(queries, share.rows, 0, head_size, share.bias_part(bias_parts, heads, width, tiles));
 }
 
 template <u32 DH, u32 QUERIES, u32 M16, u32 WARPS>
 __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const float* lse, u32 lse_ld,
                                               const float* delta, u32 delta_ld, KeepBits keep,
                                               const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld,
-                                              float scale, u32 tokens, u32 heads, u32 head_size, u32 tiles) {
+                                              float* bias_parts, float scale, u32 tokens, u32 heads,
+                                              u32 head_size, u32 tiles) {
   constexpr u32 STRIP = 16 * M16;
   const Share<STRIP> share(tokens, heads, head_size, tiles);
   const HeadPlace& head = share.head;
@@ -215,17 +229,22 @@ __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     next = next == STAGES - 1 ? 0 : next + 1;
   }
-  if (!share.busy) return;
-
-  float k_factor[M16][2], v_factor[M16][2];
-#pragma unroll
-  for (u32 m = 0; m < M16; ++m)
-#pragma unroll
-    for (u32 h = 0; h < 2; ++h) k_factor[m][h] = scale, v_factor[m][h] = keep ? keep.scale : 1.0f;
   // A warp is the only reader of its own keys and values.
-  bf16* to = d_qkv + (head.row + first + row) * d_qkv_ld + head.column;
-  store_rows<DH>(sums.d_k, k_factor, keys, row, to + width, d_qkv_ld, tokens - first - row, chunks);
-  store_rows<DH>(sums.d_v, v_factor, values, row, to + 2 * width, d_qkv_ld, tokens - first - row, chunks);
+  if (share.busy) {
+    float k_factor[M16][2], v_factor[M16][2];
+#pragma unroll
+    for (u32 m = 0; m < M16; ++m)
+#pragma unroll
+      for (u32 h = 0; h < 2; ++h) k_factor[m][h] = scale, v_factor[m][h] = keep ? keep.scale : 1.0f;
+    bf16* to = d_qkv + (head.row + first + row) * d_qkv_ld + head.column;
+    store_rows<DH>(sums.d_k, k_factor, keys, row, to + width, d_qkv_ld, tokens - first - row, chunks);
+    store_rows<DH>(sums.d_v, v_factor, values, row, to + 2 * width, d_qkv_ld, tokens - first - row, chunks);
+  }
+  if (!bias_parts) return;
+  block_sync();
+  float* sums_of_keys = share.bias_part(bias_parts, heads, width, tiles) + width;
+  store_row_sums<DH>(keys, share.rows, 0, head_size, sums_of_keys);
+  store_row_sums<DH>(values, share.rows, DH / 16, head_size, sums_of_keys + width);
 }
 
 }  // namespace
@@ -234,20 +253,20 @@ __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const
   HOT_KERNEL(name, 32 * warps, ctas)                                                                        \
   (const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld, const float* lse, u32 lse_ld, float* delta,        \
    u32 delta_ld, const u32* keep, float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, \
-   float scale, u32 tokens, u32 heads, u32 head_size, u32 tiles) {                                          \
+   float* bias_parts, float scale, u32 tokens, u32 heads, u32 head_size, u32 tiles) {                       \
     queries_backward<dh, keys, m16, warps>(qkv, qkv_ld, o, o_ld, lse, lse_ld, delta, delta_ld,              \
-                                           KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv, d_qkv_ld, scale, \
-                                           tokens, heads, head_size, tiles);                                \
+                                           KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv, d_qkv_ld,        \
+                                           bias_parts, scale, tokens, heads, head_size, tiles);             \
   }
 
 #define KEYS_BACKWARD(name, dh, queries, m16, warps, ctas)                                                  \
   HOT_KERNEL(name, 32 * warps, ctas)                                                                        \
   (const bf16* qkv, u32 qkv_ld, const float* lse, u32 lse_ld, const float* delta, u32 delta_ld,             \
-   const u32* keep, float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, float scale,  \
-   u32 tokens, u32 heads, u32 head_size, u32 tiles) {                                                       \
+   const u32* keep, float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld,               \
+   float* bias_parts, float scale, u32 tokens, u32 heads, u32 head_size, u32 tiles) {                       \
     keys_backward<dh, queries, m16, warps>(qkv, qkv_ld, lse, lse_ld, delta, delta_ld,                       \
-                                           KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv, d_qkv_ld, scale, \
-                                           tokens, heads, head_size, tiles);                                \
+                                           KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv, d_qkv_ld,        \
+                                           bias_parts, scale, tokens, heads, head_size, tiles);             \
   }
 
 QUERIES_BACKWARD(attention_backward_queries_bf16_d32, 32, 32, 2, 4, 2)

@@ -12,6 +12,7 @@
 // Shared    4·rows·2·Dh + 8·rows + 2·rows·64 bytes, rows = T rounded up to 32: 142 KB at T = 197, and 162
 //           KB at T = 256, which the 163 KB of an A100 still hold.
 // Bytes     16·D per token: qkv, o and dO once, d_qkv once; 4 per token and head.
+//           With a bias 12·D per image.
 // Order     a block's dQ sums over the keys, dK and dV over the queries, in order. Same device, same bits.
 // Source    the split of the backward: Dao et al. 2022, arXiv:2205.14135.
 #include "attention_gradient.cuh"
@@ -38,8 +39,8 @@ __device__ __forceinline__ void keep_scores(const Accumulator<2, N8>& d_s, Tile<
 template <u32 DH>
 __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld,
                                               const float* lse, u32 lse_ld, KeepBits keep, const bf16* d_o,
-                                              u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, float scale, u32 tokens,
-                                              u32 heads, u32 head_size) {
+                                              u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, float* bias_parts,
+                                              float scale, u32 tokens, u32 heads, u32 head_size) {
   static_assert(DH == 16 * WARPS / 2, "a block's dQ is two by four pieces of 16 by 16");
   const HeadPlace head(blockIdx.x, tokens, heads, head_size);
   const u32 rows = ceil_div(tokens, STRIP) * STRIP, blocks = rows / QUERIES;
@@ -136,24 +137,30 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
   finish_queries(blocks - 1);
   // The last dQ still reads all keys.
   block_sync();
-  if (!busy) return;
-
-  float k_factor[2][2], v_factor[2][2];
+  if (busy) {
+    float k_factor[2][2], v_factor[2][2];
 #pragma unroll
-  for (u32 m = 0; m < 2; ++m)
+    for (u32 m = 0; m < 2; ++m)
 #pragma unroll
-    for (u32 h = 0; h < 2; ++h) k_factor[m][h] = scale, v_factor[m][h] = keep ? keep.scale : 1.0f;
-  bf16* to = d_qkv + size_t(own) * d_qkv_ld;
-  store_rows<DH>(sums.d_k, k_factor, keys, own, to + width, d_qkv_ld, tokens - own, chunks);
-  store_rows<DH>(sums.d_v, v_factor, values, own, to + 2 * width, d_qkv_ld, tokens - own, chunks);
+      for (u32 h = 0; h < 2; ++h) k_factor[m][h] = scale, v_factor[m][h] = keep ? keep.scale : 1.0f;
+    bf16* to = d_qkv + size_t(own) * d_qkv_ld;
+    store_rows<DH>(sums.d_k, k_factor, keys, own, to + width, d_qkv_ld, tokens - own, chunks);
+    store_rows<DH>(sums.d_v, v_factor, values, own, to + 2 * width, d_qkv_ld, tokens - own, chunks);
+  }
+  if (!bias_parts) return;
+  block_sync();
+  bias_parts += size_t(blockIdx.x / heads) * 3 * width + head.column;
+  store_row_sums<DH>(queries, rows, 0, head_size, bias_parts);
+  store_row_sums<DH>(keys, rows, DH / 16, head_size, bias_parts + width);
+  store_row_sums<DH>(values, rows, 0, head_size, bias_parts + 2 * width);
 }
 
 }  // namespace
 
 HOT_KERNEL(attention_backward_head_bf16_d64, 256, 1)
 (const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld, const float* lse, u32 lse_ld, const u32* keep,
- float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, float scale, u32 tokens, u32 heads,
- u32 head_size) {
+ float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, float* bias_parts, float scale,
+ u32 tokens, u32 heads, u32 head_size) {
   head_backward<64>(qkv, qkv_ld, o, o_ld, lse, lse_ld, KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv,
-                    d_qkv_ld, scale, tokens, heads, head_size);
+                    d_qkv_ld, bias_parts, scale, tokens, heads, head_size);
 }

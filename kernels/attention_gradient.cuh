@@ -2,9 +2,13 @@
 //
 // Math      P = e^(scale·Q·Kᵀ - lse)   dP = keep(dO·Vᵀ)   δ = rowsum(dO∘O)   dS = P∘(dP - δ)
 //           dV = keep(P)ᵀ·dO   dQ = scale·dS·K   dK = scale·dSᵀ·Q
+//           bias: the sums over the tokens of dQ, dK and dV as they are stored, where a bias is trained
 // Owners    A warp that owns queries computes P and dS as rows and sums dQ; a warp that owns keys computes Pᵀ
 //           and dSᵀ and sums dK and dV. Either way the accumulators of scores are the A operand of the sums:
 //           no probability goes through shared memory on its way to them.
+// Bias      Gradients reach memory by way of their rows in shared memory. There their sums are one more product,
+//           a row of ones times the rows: two mma for 16 rows of 16 values.
+//           bias_parts: f32 [B·tiles, 3, H, Dh], a row of sums per CTA of a head; null: nobody wants them
 // Ragged    P is 0 for keys and queries past the last token. Their tile rows are zero, but e^(0 - lse) may be
 //           infinite, and infinity times zero is not zero.
 #pragma once
@@ -90,6 +94,29 @@ struct KeySums {
     return d_s;
   }
 };
+
+// to[c] = Σ over the first `rows` (a multiple of 16) of a tile's column c, in order. Warps share out the
+// columns, from warp `first` on; the rows have to be zero past the last token.
+template <u32 DH>
+__device__ __forceinline__ void store_row_sums(Tile<DH> tile, u32 rows, u32 first, u32 head_size, float* to) {
+  constexpr u32 ONES = 0x3f803f80;  // two of them in bf16
+  const u32 ones[4] = {ONES, ONES, ONES, ONES}, warps = blockDim.x / 32;
+  for (u32 n = (warp_id() + warps - first) % warps; n < DH / 16; n += warps) {
+    float sums[2][4] = {};
+    for (u32 row = 0; row < rows; row += 16) {
+      u32 b[2][2];
+      tile.load_b_trans(b, row, n);
+      mma_bf16(sums[0], ones, b[0]);
+      mma_bf16(sums[1], ones, b[1]);
+    }
+    // The rows of the result are all the same; four lanes have the first.
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+      const u32 column = 16 * n + 8 * i + 2 * lane_id();
+      if (lane_id() < 4 && column < head_size) st8(to + column, {as_u32(sums[i][0]), as_u32(sums[i][1])});
+    }
+  }
+}
 
 // δ = Σ dO·O of a row of one head, over the four lanes that share the row. `quarter` is the lane's number
 // among them.

@@ -5,17 +5,21 @@
 //           u = γ·d_y   d_sum (+)= rstd·(u - avg(u) - x̂·avg(u·x̂))   dγ = Σ_R d_y·x̂   dβ = Σ_R d_y
 //           join: x = base + drop_path(layer_scale ∘ dropout(branch)) is made and stored first, and its
 //           backward gives d_branch from d_sum.
+//           bias: db = Σ_R of what the product below reads as its d_y: d_branch, or d_sum without a join.
 // Tensors   x d_sum base, the residual stream, [R, D] in S   y d_y branch d_branch [R, D] in T: S and T are one
 //           type, or f32 and bf16   mean rstd f32 [R]   γ β layer_scale f32 [D]
-//           partials f32 [blocks, 2 (γ, β), pitch], pitch = D rounded up to 8. d_sum is read unless `fresh`.
+//           partials f32 [blocks, 2 or 3 (γ, β, b), pitch], pitch = D rounded up to 8. d_sum is read unless
+//           `fresh`.
 // Numerics  f32, two passes over registers. The mean of a row far from zero rounds by more than its deviation
 //           can bear: both directions measure what the rounded mean left over, avg(x - mean), and take it
 //           off. A joined sum is normalised as it was stored, so that the backward sees the same values.
 //           Where S is wider than T, a branch that is the stream itself has neutral factors: d_branch is d_sum
-//           as the products below read it.
+//           as the products below read it. db sums the values as they were stored.
 // Launch    y in bf16, D ≤ 1280: one warp per row, 6 or 8 rows per block, the row in registers (instance N holds D
 //           in (256(N-1), 256N]), blocks loop over rows. A lane owns the same columns of every row, so γ
 //           and β (forward), dγ and dβ (backward) stay in its registers; the block's warps are added up once.
+//           db lies in shared memory, a row of f32 per warp, where a lane adds to its own columns: registers
+//           would cost warps, 8 bytes of shared memory per value cost a tenth of its bandwidth (an estimate).
 //           y in f32 and D > 1280 take the `_wide` kernels: a warp per row that walks it several times through L1,
 //           and `layernorm_gradients`, in which lanes own columns, for dγ and dβ.
 // Bytes     per value of bf16: forward 4 (join 8), backward 8, or 6 fresh (join + 2), 8R of statistics, and
@@ -266,16 +270,64 @@ __device__ __forceinline__ RowGrad row_grad(float mean, float rstd, float off, f
   return {mean, rest, rstd, avg_u, (avg_u_off - avg_u * rest) * rstd};
 }
 
+// The sums of a bias's columns over the rows of each warp, in shared memory. A lane touches its own columns
+// only.
+template <u32 STRETCHES>
+struct BiasSums {
+  static constexpr u32 ROW = STRETCHES * COLUMN_STRETCH;
+  float* mine;  // the lane's columns
+
+  __device__ __forceinline__ void clear() {
+    mine = reinterpret_cast<float*>(smem_base()) + threadIdx.x / WARP * ROW + threadIdx.x % WARP * 4;
+#pragma unroll
+    for (u32 j = 0; j < 2 * STRETCHES; ++j) st16(mine + j * COLUMN_HALF, {0, 0, 0, 0});
+  }
+  // Eight values of stretch `j`, as they were stored; past the last column they are dropped at the end.
+  __device__ __forceinline__ void add(u32 j, vec4 packed) const {
+    add4(mine + j * COLUMN_STRETCH, packed.x, packed.y);
+    add4(mine + j * COLUMN_STRETCH + COLUMN_HALF, packed.z, packed.w);
+  }
+  __device__ __forceinline__ static void add4(float* to, u32 a, u32 b) {
+    vec4 sum = ld16(to);
+    st16(to, {as_u32(as_f32(sum.x) + bf16_lo(a)), as_u32(as_f32(sum.y) + bf16_hi(a)),
+              as_u32(as_f32(sum.z) + bf16_lo(b)), as_u32(as_f32(sum.w) + bf16_hi(b))});
+  }
+  // The block's sums; the memory is free then.
+  __device__ __forceinline__ void store(float* out, u32 columns) const {
+    const float* all = reinterpret_cast<const float*>(smem_base());
+    block_sync();
+    for (u32 j = 0; j < STRETCHES; ++j)
+      add_up_warps(all + j * COLUMN_STRETCH, ROW, out, j * COLUMN_STRETCH, columns);
+    block_sync();
+  }
+};
+
+// Where the values go that the product below reads.
+template <bool JOIN, typename S>
+__device__ __forceinline__ auto* handed_on(S* d_sum, bf16* d_branch) {
+  if constexpr (JOIN)
+    return d_branch;
+  else
+    return d_sum;
+}
+
 // Where JOIN, `d_branch` gets its share of d_sum, rounded as it was stored; a trained LayerScale takes
-// `residual_scale_backward` instead.
-template <u32 STRETCHES, bool JOIN, typename S>
-__device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,
+// `residual_scale_backward` instead. Where BIAS, a product reads d_branch, or d_sum, and its bias is trained.
+template <u32 STRETCHES, bool JOIN, bool BIAS, typename S>
+__device__ __forceinline__ void layernorm_backward(const StepCells* cells, const BranchArgs& args,
+                                                   const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,
                                                    const float* gamma, const float* mean, const float* rstd,
-                                                   S* d_sum, u32 ld_sum, u32 fresh, const Branch& branch,
-                                                   bf16* d_branch, u32 ld_branch, u32 rows, u32 columns,
-                                                   float* partials, u32 pitch) {
+                                                   S* d_sum, u32 ld_sum, u32 fresh, bf16* d_branch,
+                                                   u32 ld_branch, u32 rows, u32 columns, float* partials,
+                                                   u32 pitch) {
   // Three stretches of f32 would not fit beside the rest.
   constexpr bool SUMS_EARLY = STRETCHES * sizeof(Raw8<S>) <= 80;
+  // With the sums there are no registers for what binds the branch: it is bound anew for each row.
+  constexpr bool BOUND_ONCE = JOIN && !BIAS;
+  Branch branch = {};
+  if constexpr (BOUND_ONCE) branch = bind_branch(args, cells, columns);
+  BiasSums<STRETCHES> d_bias;
+  if constexpr (BIAS) d_bias.clear();
   float inverse = 1.0f / static_cast<float>(columns);
   float d_gamma[STRETCHES][VEC] = {}, d_beta[STRETCHES][VEC] = {};
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
@@ -314,6 +366,7 @@ __device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, c
       }
     }
     RowGrad grad = row_grad(row_mean, row_rstd, off_sum, u_sum, u_off_sum, inverse);
+    if constexpr (JOIN && !BOUND_ONCE) branch = bind_branch(args, cells, columns);
     float path = JOIN ? path_factor(branch, row) : 1.0f;
 
 #pragma unroll
@@ -333,20 +386,28 @@ __device__ __forceinline__ void layernorm_backward(const bf16* d_y, u32 ld_dy, c
         d_gamma[j][i] = fmaf(d[i], hat(grad, v[i]), d_gamma[j][i]);
         d_beta[j][i] += d[i];
       }
-      if (n > 0) store8(d_sum_row + column, n, s);
-      if (JOIN) {
+      if constexpr (JOIN) {
+        if (n > 0) store8(d_sum_row + column, n, s);
         float f[VEC];
         branch_factors(branch, row, column, n, path, f);
         round8<S>(s);
 #pragma unroll
         for (u32 i = 0; i < VEC; ++i) s[i] *= f[i];
-        if (n > 0) store8(row_of(d_branch, row, ld_branch) + column, n, s);
+      }
+      auto* to = handed_on<JOIN>(d_sum_row, d_branch + static_cast<u64>(row) * ld_branch) + column;
+      if constexpr (BIAS) {
+        vec4 packed = pack8(s);
+        store8_packed(to, n, packed);
+        d_bias.add(j, packed);
+      } else if (n > 0) {
+        store8(to, n, s);
       }
     }
   }
   if (!partials) return;
   float* scratch = reinterpret_cast<float*>(smem_base());
-  float* mine = partials + static_cast<u64>(blockIdx.x) * 2 * pitch;
+  float* mine = partials + static_cast<u64>(blockIdx.x) * (BIAS ? 3 : 2) * pitch;
+  if constexpr (BIAS) d_bias.store(mine + 2 * pitch, columns);
 #pragma unroll
   for (u32 j = 0; j < STRETCHES; ++j) {
     store_column_sums(d_gamma[j], scratch, mine, j * COLUMN_STRETCH, columns);
@@ -426,6 +487,15 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
 
 // Instance N holds rows of up to 256·N values. Blocks of a multiprocessor: as many as the registers of the
 // row allow.
+#define LAYERNORM_BACKWARD_JOIN(kind, suffix, S, N, threads, blocks, bias)                                   \
+  HOT_KERNEL(layernorm_##kind##_##suffix##_##N, threads, blocks)(                                            \
+      const StepCells* cells, BranchArgs args, const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,             \
+      const float* gamma, const float* mean, const float* rstd, S* d_sum, u32 ld_sum, u32 fresh,             \
+      bf16* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                    \
+    layernorm_backward<N, true, bias>(cells, args, d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum,    \
+                                      fresh, d_branch, ld_branch, rows, columns, partials, pitch);           \
+  }
+
 #define LAYERNORM(suffix, S, N, ahead, forward_threads, forward_blocks, join_threads, join_blocks,           \
                   backward_threads, backward_blocks)                                                         \
   HOT_KERNEL(layernorm_##suffix##_##N, forward_threads, forward_blocks)(                                     \
@@ -444,17 +514,11 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
       const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x, const float* gamma, const float* mean,               \
       const float* rstd, S* d_sum, u32 ld_sum, u32 fresh, u32 rows, u32 columns, float* partials,            \
       u32 pitch) {                                                                                           \
-    layernorm_backward<N, false>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, Branch{},     \
-                                 nullptr, 0, rows, columns, partials, pitch);                                \
+    layernorm_backward<N, false, false>(nullptr, BranchArgs{}, d_y, ld_dy, x, ld_x, gamma, mean, rstd,       \
+                                        d_sum, ld_sum, fresh, nullptr, 0, rows, columns, partials, pitch);   \
   }                                                                                                          \
-  HOT_KERNEL(layernorm_backward_join_##suffix##_##N, backward_threads, backward_blocks)(                     \
-      const StepCells* cells, BranchArgs args, const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,             \
-      const float* gamma, const float* mean, const float* rstd, S* d_sum, u32 ld_sum, u32 fresh,             \
-      bf16* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                    \
-    layernorm_backward<N, true>(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh,                \
-                                bind_branch(args, cells, columns), d_branch, ld_branch, rows, columns,       \
-                                partials, pitch);                                                            \
-  }
+  LAYERNORM_BACKWARD_JOIN(backward_join, suffix, S, N, backward_threads, backward_blocks, false)             \
+  LAYERNORM_BACKWARD_JOIN(backward_join_bias, suffix, S, N, backward_threads, backward_blocks, true)
 
 // Where a row does not leave 256 threads enough registers, blocks of 192 hold more rows on a multiprocessor; so they do where
 // a second row ahead takes them.
@@ -469,6 +533,22 @@ LAYERNORM(f32_bf16, float, 2, 1, 192, 3, 256, 3, 192, 2)
 LAYERNORM(f32_bf16, float, 3, 1, 256, 2, 256, 2, 192, 2)
 LAYERNORM(f32_bf16, float, 4, 1, 192, 2, 256, 2, 256, 1)
 LAYERNORM(f32_bf16, float, 5, 1, 256, 1, 192, 2, 256, 1)
+
+// Without a branch, and with the sums: only a stream that products can read.
+#define LAYERNORM_BIAS(N, threads, blocks)                                                                   \
+  HOT_KERNEL(layernorm_backward_bias_bf16_##N, threads, blocks)(                                             \
+      const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x, const float* gamma, const float* mean,            \
+      const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh, u32 rows, u32 columns, float* partials,         \
+      u32 pitch) {                                                                                           \
+    layernorm_backward<N, false, true>(nullptr, BranchArgs{}, d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, \
+                                       ld_sum, fresh, nullptr, 0, rows, columns, partials, pitch);           \
+  }
+
+LAYERNORM_BIAS(1, 256, 3)
+LAYERNORM_BIAS(2, 256, 2)
+LAYERNORM_BIAS(3, 192, 2)
+LAYERNORM_BIAS(4, 256, 1)
+LAYERNORM_BIAS(5, 256, 1)
 
 #define LAYERNORM_WIDE(suffix, S, T)                                                                       \
   KERNEL(layernorm_##suffix##_wide, 256, 4)(const S* x, u32 ld_x, const float* gamma, const float* beta,   \

@@ -95,20 +95,28 @@ constexpr u32 COLUMN_WARPS = 8;
 constexpr u32 COLUMN_STRETCH = WARP * VEC;
 // Shared memory that it needs: COLUMN_WARPS · COLUMN_STRETCH · 4 = 8 KiB.
 
+// The two halves of a lane's columns lie 128 words apart: 16-byte accesses of neighbouring lanes then touch
+// all banks.
+constexpr u32 COLUMN_HALF = COLUMN_STRETCH / 2;
+
+// Adds up what the warps hold of a stretch, rows of `scratch` that lie `pitch` words apart.
+__device__ __forceinline__ void add_up_warps(const float* scratch, u32 pitch, float* out, u32 first,
+                                             u32 columns) {
+  for (u32 word = threadIdx.x; word < COLUMN_STRETCH; word += blockDim.x) {
+    u32 column = first + word % COLUMN_HALF / 4 * VEC + word / COLUMN_HALF * 4 + word % 4;
+    float sum = scratch[word];
+    for (u32 w = 1; w < blockDim.x / WARP; ++w) sum += scratch[w * pitch + word];
+    if (column < columns) out[column] = sum;
+  }
+}
+
 __device__ __forceinline__ void store_column_sums(const float (&v)[VEC], float* scratch, float* out,
                                                   u32 first, u32 columns) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  // The two halves of a lane's columns lie 128 words apart: 16-byte stores of neighbouring lanes then touch
-  // all banks.
   float* mine = scratch + warp * COLUMN_STRETCH + lane * 4;
   st16(mine, {as_u32(v[0]), as_u32(v[1]), as_u32(v[2]), as_u32(v[3])});
-  st16(mine + 128, {as_u32(v[4]), as_u32(v[5]), as_u32(v[6]), as_u32(v[7])});
+  st16(mine + COLUMN_HALF, {as_u32(v[4]), as_u32(v[5]), as_u32(v[6]), as_u32(v[7])});
   block_sync();
-  for (u32 word = threadIdx.x; word < COLUMN_STRETCH; word += blockDim.x) {
-    u32 column = first + word % 128 / 4 * VEC + word / 128 * 4 + word % 4;
-    float sum = scratch[word];
-    for (u32 w = 1; w < blockDim.x / WARP; ++w) sum += scratch[w * COLUMN_STRETCH + word];
-    if (column < columns) out[column] = sum;
-  }
+  add_up_warps(scratch, COLUMN_STRETCH, out, first, columns);
   block_sync();
 }

@@ -2,9 +2,10 @@
 //
 // Math      sum = base + drop_path(layer_scale ∘ dropout(branch))
 //           d_branch = factors·layer_scale·d_sum   d_layer_scale[c] = Σ_R factors·branch·d_sum
+//           bias: db[c] = Σ_R d_branch as it was stored, what the product below reads as its d_y
 // Tensors   base, sum, d_sum, the residual stream, [R, D] in S   branch, d_branch [R, D] in T: S and T are
 //           one type, or f32 and bf16; sum may be base, d_branch may be d_sum of the same type
-//           layer_scale f32 [D]; partials f32 [slices, pitch]
+//           layer_scale f32 [D]; partials f32 [slices, 1 or 2 (layer_scale, b), pitch]
 // Launch    elementwise kernels: one thread per 8 values. `residual_scale_backward`: grid (stretches of 256
 //           columns, slices of rows), a lane owns 8 columns; `sum_partials` ends the sum.
 // Bytes     forward 6 per value in bf16, backward 4, with the LayerScale gradient 6. With the stream in f32: 10,
@@ -46,8 +47,8 @@ __device__ __forceinline__ void residual_backward(const StepCells* cells, const 
   store8(row_of(d_branch, at.row, ld_branch) + at.column, at.n, d);
 }
 
-// Also the LayerScale's gradient.
-template <typename S, typename T>
+// Also the LayerScale's gradient, and where BIAS that of the bias whose product reads d_branch.
+template <bool BIAS, typename S, typename T>
 __device__ __forceinline__ void residual_scale_backward(const StepCells* cells, const BranchArgs& args,
                                                         const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,
                                                         T* d_branch, u32 ld_branch, u32 rows, u32 columns,
@@ -56,7 +57,7 @@ __device__ __forceinline__ void residual_scale_backward(const StepCells* cells, 
   u32 first = blockIdx.x * COLUMN_STRETCH;
   u32 column = first + lane * VEC, n = valid8(column, columns);
   Branch b = bind_branch(args, cells, columns);
-  float scale[VEC], total[VEC] = {};
+  float scale[VEC], total[VEC] = {}, d_bias[VEC] = {};
   load8(args.layer_scale + column, n, scale);
   for (u32 row = blockIdx.y * COLUMN_WARPS + warp; row < rows; row += gridDim.y * COLUMN_WARPS) {
     float d[VEC], x[VEC], f[VEC];
@@ -70,9 +71,16 @@ __device__ __forceinline__ void residual_scale_backward(const StepCells* cells, 
       d[i] *= scale[i];
     }
     store8(row_of(d_branch, row, ld_branch) + column, n, d);
+    if constexpr (BIAS) {
+      round8<T>(d);
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) d_bias[i] += d[i];
+    }
   }
   float* scratch = reinterpret_cast<float*>(smem_base());
-  store_column_sums(total, scratch, row_of(partials, blockIdx.y, pitch), first, columns);
+  float* mine = row_of(partials, blockIdx.y, (BIAS ? 2 : 1) * pitch);
+  store_column_sums(total, scratch, mine, first, columns);
+  if constexpr (BIAS) store_column_sums(d_bias, scratch, mine + pitch, first, columns);
 }
 
 #define RESIDUAL(suffix, S, T)                                                                               \
@@ -86,13 +94,18 @@ __device__ __forceinline__ void residual_scale_backward(const StepCells* cells, 
                                              u32 columns) {                                                  \
     residual_backward(cells, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                       \
   }                                                                                                          \
-  KERNEL(residual_scale_backward_##suffix, 256, 2)(                                                          \
+  RESIDUAL_SCALE(scale_backward, suffix, S, T, false)
+
+#define RESIDUAL_SCALE(kind, suffix, S, T, bias)                                                             \
+  KERNEL(residual_##kind##_##suffix, 256, 2)(                                                                \
       const StepCells* cells, BranchArgs args, const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,        \
       T* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                       \
-    residual_scale_backward(cells, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows, columns,    \
-                            partials, pitch);                                                                \
+    residual_scale_backward<bias>(cells, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows,       \
+                                  columns, partials, pitch);                                                 \
   }
 
 RESIDUAL(bf16, bf16, bf16)
 RESIDUAL(f32, float, float)
 RESIDUAL(f32_bf16, float, bf16)
+RESIDUAL_SCALE(scale_backward_bias, bf16, bf16, bf16, true)
+RESIDUAL_SCALE(scale_backward_bias, f32_bf16, float, bf16, true)

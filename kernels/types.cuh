@@ -179,6 +179,18 @@ __device__ __forceinline__ void store8(float* p, u32 n, const float (&v)[VEC]) {
   }
 }
 
+// Stores the first `n` (0 to 8) of eight values that `pack8` has rounded.
+__device__ __forceinline__ void store8_packed(bf16* p, u32 n, vec4 v) {
+  if (n == VEC) {
+    st16(p, v);
+  } else {
+    const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (u32 i = 0; i < VEC; ++i)
+      if (i < n) p[i].bits = static_cast<u16>(pairs[i / 2] >> i % 2 * 16);
+  }
+}
+
 // Rounds eight values as a store would.
 template <typename T>
 __device__ __forceinline__ void round8(float (&v)[VEC]) {

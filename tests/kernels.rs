@@ -24,13 +24,13 @@ const INSTANCES: [(&str, usize); 17] = [
     ("attention_plain", 6),
     ("column_sums", 3),
     ("embed", 6),
-    ("layernorm", 49),
+    ("layernorm", 64),
     ("loss", 4),
     ("patchify", 4),
     ("pool", 4),
     ("probe_attention", 6),
     ("report", 3),
-    ("residual", 9),
+    ("residual", 11),
     ("update", 10),
 ];
 
@@ -51,7 +51,7 @@ fn instances_of_kernels_are_counted() {
 }
 
 /// Cases of `vitrum selftest` that meet the barriers of a source: the precision, and filters that are tried in turn.
-const CASES: [(&str, &str, &[&str]); 10] = [
+const CASES: [(&str, &str, &[&str]); 11] = [
     ("adafactor.cu", "bf16", &["adafactor"]),
     ("attention_backward.cu", "bf16", &["attention_backward: "]),
     ("attention_backward_head.cu", "bf16", &["attention_backward: "]),
@@ -59,6 +59,7 @@ const CASES: [(&str, &str, &[&str]); 10] = [
     ("attention_plain.cu", "f32", &["attention: B 3 T 65 H 5", "attention_backward: B 3 T 65 H 5"]),
     ("attention_tile.cuh", "bf16", &["attention: "]),
     ("column_sums.cu", "bf16", &["layernorm_backward: "]),
+    ("layernorm.cu", "bf16", &["layernorm_backward: "]),
     ("loss.cu", "bf16", &["loss softmax: 10 classes", "loss sigmoid: 10 classes"]),
     ("probe_attention.cu", "bf16", &["probe_attention"]),
     ("reduce.cuh", "bf16", &["loss softmax: 10 classes", "probe_attention", "layernorm_backward: "]),

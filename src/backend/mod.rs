@@ -12,6 +12,10 @@
 //! Gradient contract: in one backward pass each element of a parameter's gradient is produced by exactly one operation
 //! (two operations may share a parameter by disjoint views, [`Linear::outputs`]). It is assigned in the first micro-batch
 //! of a step and added to in the others ([`Micro::accumulate`]).
+//!
+//! A bias gradient is the sum over the rows of the matrix that [`Backend::matmul_backward`] gets as its `d_y`. Operations
+//! that make such a matrix are told where that sum will be wanted (`d_bias`): a device may make it there, from values that
+//! it holds anyway, and then leaves it out of the product. The product has to follow, with that `d_y` as it was left.
 
 pub mod batch;
 pub mod cpu;
@@ -551,7 +555,8 @@ pub trait Backend: Send {
 
     /// `y: [R, out] = epilogue(x: [R, in])`
     fn matmul(&mut self, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()>;
-    /// From `d_y: [R, out]`: the gradients of weight and bias (where they are trained) and of the input.
+    /// From `d_y: [R, out]`: the gradients of weight and bias (where they are trained, and not made with `d_y`) and of the
+    /// input.
     fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()>;
 
     /// `y = dropout(gelu(pre))`: what [`Epilogue::BiasGelu`] stored, from what it kept.
@@ -572,19 +577,28 @@ pub trait Backend: Send {
         d_sum: Mat,
         fresh: bool,
         d_branch: Mat,
+        d_bias: Option<Mat>,
     ) -> Result<()>;
     /// The residual add of [`Join::Branch`] alone (after the last block); nothing for [`Join::Ready`].
     fn residual(&mut self, join: &Join) -> Result<()>;
     /// `d_branch` from `d_sum`, the gradient that the products of a block half read; for [`Join::Branch`] also that of the
     /// LayerScale. [`Join::Ready`] hands on `d_sum` itself: in the type of `d_branch` if that is another, else there is
-    /// nothing to do.
-    fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()>;
+    /// nothing to do. `d_bias: [1, D]` is the bias gradient that [`Backend::matmul_backward`] will be asked for with what is
+    /// handed on as its `d_y`, if it will be.
+    fn residual_backward(
+        &mut self,
+        join: &Join,
+        d_sum: Mat,
+        d_branch: Mat,
+        d_bias: Option<Mat>,
+    ) -> Result<()>;
 
     // Attention -------------------------------------------------------------------------------------------------
 
     /// `o: [B·T, H·Dh]` and `lse: [B·H, T]` from `qkv: [B·T, 3·H·Dh]`; dropout on the probabilities.
     fn attention(&mut self, heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask) -> Result<()>;
-    /// `d_qkv` from `d_o`.
+    /// `d_qkv` from `d_o`. `d_bias: [1, 3·H·Dh]` is the bias gradient that [`Backend::matmul_backward`] will be asked for
+    /// with `d_qkv` as its `d_y`, if it will be.
     fn attention_backward(
         &mut self,
         heads: Heads,
@@ -594,6 +608,7 @@ pub trait Backend: Send {
         dropout: Mask,
         d_o: Mat,
         d_qkv: Mat,
+        d_bias: Option<Mat>,
     ) -> Result<()>;
     /// One query per sample, `q: [B, H·Dh]`, or one for all, `q: [1, H·Dh]`, over `kv: [B·T, 2·H·Dh]`: `o: [B, H·Dh]`, and
     /// `p: [B·H, T]`, dense, the probabilities before dropout. The masks are those of the first token's query in

@@ -362,11 +362,12 @@ impl Backend for Rounded {
         d_sum: Mat,
         fresh: bool,
         d_branch: Mat,
+        _d_bias: Option<Mat>,
     ) -> Result<()> {
         let sum = Join::Ready(join.sum());
-        self.inner.layernorm_backward(d_y, &sum, norm, stats, d_sum, fresh, d_branch)?;
+        self.inner.layernorm_backward(d_y, &sum, norm, stats, d_sum, fresh, d_branch, None)?;
         self.stored_like(self.is_in_stream(join.sum()), d_sum);
-        self.residual_backward(join, d_sum, d_branch)
+        self.residual_backward(join, d_sum, d_branch, None)
     }
 
     fn residual(&mut self, join: &Join) -> Result<()> {
@@ -377,8 +378,14 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
-        self.inner.residual_backward(join, d_sum, d_branch)?;
+    fn residual_backward(
+        &mut self,
+        join: &Join,
+        d_sum: Mat,
+        d_branch: Mat,
+        _d_bias: Option<Mat>,
+    ) -> Result<()> {
+        self.inner.residual_backward(join, d_sum, d_branch, None)?;
         if let Join::Branch { .. } = join {
             self.stored(d_branch);
         }
@@ -402,8 +409,9 @@ impl Backend for Rounded {
         dropout: Mask,
         d_o: Mat,
         d_qkv: Mat,
+        _d_bias: Option<Mat>,
     ) -> Result<()> {
-        self.inner.attention_backward(heads, qkv, o, lse, dropout, d_o, d_qkv)?;
+        self.inner.attention_backward(heads, qkv, o, lse, dropout, d_o, d_qkv, None)?;
         self.stored(d_qkv);
         Ok(())
     }

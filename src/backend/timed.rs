@@ -244,9 +244,10 @@ impl Backend for Timed {
         d_sum: Mat,
         fresh: bool,
         d_branch: Mat,
+        d_bias: Option<Mat>,
     ) -> Result<()> {
         self.time("layernorm_backward", |b| {
-            b.layernorm_backward(d_y, join, norm, stats, d_sum, fresh, d_branch)
+            b.layernorm_backward(d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)
         })
     }
 
@@ -254,8 +255,14 @@ impl Backend for Timed {
         self.time("residual", |b| b.residual(join))
     }
 
-    fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
-        self.time("residual_backward", |b| b.residual_backward(join, d_sum, d_branch))
+    fn residual_backward(
+        &mut self,
+        join: &Join,
+        d_sum: Mat,
+        d_branch: Mat,
+        d_bias: Option<Mat>,
+    ) -> Result<()> {
+        self.time("residual_backward", |b| b.residual_backward(join, d_sum, d_branch, d_bias))
     }
 
     // Attention -------------------------------------------------------------------------------------------------
@@ -273,8 +280,11 @@ impl Backend for Timed {
         dropout: Mask,
         d_o: Mat,
         d_qkv: Mat,
+        d_bias: Option<Mat>,
     ) -> Result<()> {
-        self.time("attention_backward", |b| b.attention_backward(heads, qkv, o, lse, dropout, d_o, d_qkv))
+        self.time("attention_backward", |b| {
+            b.attention_backward(heads, qkv, o, lse, dropout, d_o, d_qkv, d_bias)
+        })
     }
 
     fn probe_attention(

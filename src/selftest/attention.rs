@@ -3,7 +3,7 @@
 use crate::backend::{Heads, Mask};
 use crate::error::Result;
 
-use super::harness::{Case, Operand, Trial, sum_of};
+use super::harness::{Case, Operand, Product, Trial, sum_of};
 
 /// B samples, and how large the scores are: queries and keys are normal with this deviation.
 #[derive(Clone, Copy)]
@@ -46,6 +46,19 @@ const SHAPES: [Shape; 16] = [
     shape(1, 577, 1, 64),
 ];
 
+/// Where a bias is trained: one image and several, heads in one piece and in several, and some that no tensor core takes.
+const BIASED: [Shape; 9] = [
+    shape(3, 5, 3, 64),
+    shape(5, 17, 2, 16),
+    shape(1, 197, 3, 64),
+    shape(3, 1, 12, 5),
+    shape(2, 33, 2, 24),
+    shape(1, 65, 3, 64),
+    shape(2, 130, 2, 72),
+    shape(1, 257, 1, 128),
+    shape(1, 300, 1, 64),
+];
+
 const SPOILED: [Shape; 5] =
     [shape(3, 5, 5, 12), shape(3, 17, 2, 32), shape(3, 65, 1, 64), shape(3, 33, 1, 80), shape(3, 40, 1, 128)];
 
@@ -65,7 +78,14 @@ pub(super) fn cases() -> Vec<Case> {
     }
     for s in &shapes {
         let s = *s;
-        cases.push(Case::new("attention_backward", s.title(), move |t| attention_backward(t, s)));
+        cases.push(Case::new("attention_backward", s.title(), move |t| attention_backward(t, s, None)));
+    }
+    let dropped = [1, 2].map(|i| Shape { dropout: DROPOUT, ..BIASED[i] });
+    for (i, s) in BIASED.into_iter().chain(dropped).enumerate() {
+        let accumulate = i % 2 == 1;
+        let title = s.title() + ", bias" + if accumulate { ", accumulating" } else { "" };
+        let body = move |t: &mut Trial| attention_backward(t, s, Some(accumulate));
+        cases.push(Case::new("attention_backward", title, body));
     }
     for probe in probes() {
         cases.push(Case::new("probe_attention", probe.title(), move |t| probe_attention(t, probe)));
@@ -266,8 +286,9 @@ fn attention(t: &mut Trial, s: Shape) -> Result<()> {
     Ok(())
 }
 
-fn attention_backward(t: &mut Trial, s: Shape) -> Result<()> {
-    t.samples(s.samples, false);
+/// `bias`: a product with a trained bias reads `d_qkv`; whether its gradients accumulate.
+fn attention_backward(t: &mut Trial, s: Shape, bias: Option<bool>) -> Result<()> {
+    t.samples(s.samples, bias == Some(true));
     let qkv = qkv(t, s);
     let [q, k, v] = [0, 1, 2].map(|which| part(&qkv, s.heads, which));
     let forward = attend(s, s.heads.tokens, &q, &k, &v, keep(t, s));
@@ -276,9 +297,15 @@ fn attention_backward(t: &mut Trial, s: Shape) -> Result<()> {
     let d_o = t.normal(s.rows() * s.width(), 1.0);
     let d_o = t.given(s.rows(), s.width(), s.spoil(d_o));
     let d_qkv = t.output(s.rows(), 3 * s.width());
+    let product = bias.map(|accumulate| Product::behind(t, s.rows(), 3 * s.width(), accumulate));
     let d = attend_backward(s, &forward, q, k, v, keep(t, s), &d_o);
 
-    t.start()?.attention_backward(s.heads, qkv.mat, o.mat, lse.mat, s.dropout, d_o.mat, d_qkv.mat)?;
+    let d_bias = product.as_ref().map(Product::d_bias);
+    let (qkv, o, lse, d_o) = (qkv.mat, o.mat, lse.mat, d_o.mat);
+    t.start()?.attention_backward(s.heads, qkv, o, lse, s.dropout, d_o, d_qkv.mat, d_bias)?;
+    if let (Some(product), Some(accumulate)) = (&product, bias) {
+        product.check(t, &d_qkv, accumulate)?;
+    }
     let got = t.take(&d_qkv)?;
     let width = s.width();
     // With one token the probabilities are 1 whatever the scores: what is left of their gradients is rounding.

@@ -11,7 +11,9 @@ use half::bf16;
 
 use crate::backend::mask::BoundMask;
 use crate::backend::memory::{ROW_ALIGN, TENSOR_ALIGN};
-use crate::backend::{Arena, Backend, Dtype, Linear, Mask, Mat, MemoryPlan, Micro, StepKeys, Storage};
+use crate::backend::{
+    Arena, Backend, Dtype, InputGrad, Linear, Mask, Mat, MemoryPlan, Micro, StepKeys, Storage,
+};
 use crate::error::Result;
 use crate::fail;
 use crate::rng::{Domain, Stream};
@@ -550,6 +552,42 @@ impl Dense {
             d_weight: self.d_weight.as_ref().map(|d| d.mat),
             d_bias: self.d_bias.as_ref().map(|d| d.mat),
         }
+    }
+}
+
+/// The product that reads, as its `d_y`, a matrix which the operation under test makes; its bias alone is trained. Whether
+/// the device makes that gradient there or here is its own affair.
+pub(super) struct Product {
+    x: Operand,
+    layer: Dense,
+}
+
+impl Product {
+    /// Behind a matrix `[rows, cols]`.
+    pub(super) fn behind(t: &mut Trial, rows: usize, cols: usize, accumulate: bool) -> Self {
+        Self { x: t.input(rows, 8, 1.0), layer: t.linear(cols, 8, [false, true], accumulate) }
+    }
+
+    fn gradient(&self) -> &Operand {
+        self.layer.d_bias.as_ref().expect("the bias is trained")
+    }
+
+    /// What the operation is told.
+    pub(super) fn d_bias(&self) -> Mat {
+        self.gradient().mat
+    }
+
+    /// Runs the product, and compares the bias gradient with the sum of `d_y` as it was stored.
+    pub(super) fn check(&self, t: &mut Trial, d_y: &Operand, accumulate: bool) -> Result<()> {
+        t.backend().matmul_backward(d_y.mat, self.x.mat, &self.layer.handles(), InputGrad::None)?;
+        let mut sums = vec![0.0; d_y.mat.cols];
+        for row in t.take(d_y)?.chunks(d_y.mat.cols) {
+            sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+        }
+        let expected = accumulated(self.gradient(), accumulate, &sums);
+        // Tensor cores cut off what rounding would keep half of.
+        let tolerance = 2.0 * sum_of(d_y.mat.rows) + ELEMENTWISE;
+        t.compare("d_bias", self.gradient(), &expected, tolerance)
     }
 }
 

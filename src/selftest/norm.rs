@@ -3,7 +3,7 @@
 use crate::backend::{Branch, Join, Mask, Norm, Stats};
 use crate::error::Result;
 
-use super::harness::{Body, Case, ELEMENTWISE, Operand, Trial, accumulated, sum_of};
+use super::harness::{Body, Case, ELEMENTWISE, Operand, Product, Trial, accumulated, sum_of};
 
 /// B samples of T rows of D values.
 #[derive(Clone, Copy)]
@@ -74,23 +74,32 @@ pub(super) fn cases() -> Vec<Case> {
         push("layernorm join", s.title() + &b.title(), Box::new(move |t| layernorm(t, s, Some(b))));
     }
     for s in SHAPES {
-        for work in Work::ALL {
+        for work in Work::WITHOUT_BIAS.into_iter().chain(Work::WITH_BIAS) {
             let title = s.title() + &work.title();
             push("layernorm_backward", title, Box::new(move |t| layernorm_backward(t, s, work, None)));
         }
     }
-    for (i, (s, b)) in joined().into_iter().enumerate() {
-        let work = Work::ALL[i % Work::ALL.len()];
-        let title = s.title() + &b.title() + &work.title();
-        push("layernorm_backward join", title, Box::new(move |t| layernorm_backward(t, s, work, Some(b))));
+    for works in [&Work::WITHOUT_BIAS[..], &Work::WITH_BIAS] {
+        for (i, (s, b)) in joined().into_iter().enumerate() {
+            let work = works[i % works.len()];
+            let title = s.title() + &b.title() + &work.title();
+            push(
+                "layernorm_backward join",
+                title,
+                Box::new(move |t| layernorm_backward(t, s, work, Some(b))),
+            );
+        }
     }
     for (s, b) in joined() {
         push("residual", s.title() + &b.title(), Box::new(move |t| residual(t, s, b)));
     }
-    for (i, (s, b)) in joined().into_iter().enumerate() {
-        let accumulate = i % 2 == 1;
-        let title = s.title() + &b.title() + if accumulate { ", accumulating" } else { "" };
-        push("residual_backward", title, Box::new(move |t| residual_backward(t, s, b, accumulate)));
+    for bias in [false, true] {
+        for (i, (s, b)) in joined().into_iter().enumerate() {
+            let accumulate = i % 2 == 1;
+            let title = s.title() + &b.title() + if accumulate { ", accumulating" } else { "" };
+            let title = title + if bias { ", bias" } else { "" };
+            push("residual_backward", title, Box::new(move |t| residual_backward(t, s, b, accumulate, bias)));
+        }
     }
     push("residual", "ready: nothing to do".into(), Box::new(nothing_to_do));
     push("residual_backward", "ready: handed on".into(), Box::new(handed_on));
@@ -142,14 +151,21 @@ struct Work {
     trained: [bool; 2],
     accumulate: bool,
     fresh: bool,
+    /// A product reads what is handed on, and its bias is trained.
+    bias: bool,
 }
 
 impl Work {
-    const ALL: [Work; 4] = [
-        Work { trained: [true, true], accumulate: false, fresh: true },
-        Work { trained: [true, true], accumulate: true, fresh: false },
-        Work { trained: [false, false], accumulate: false, fresh: false },
-        Work { trained: [true, false], accumulate: true, fresh: true },
+    const WITHOUT_BIAS: [Work; 4] = [
+        Work { trained: [true, true], accumulate: false, fresh: true, bias: false },
+        Work { trained: [true, true], accumulate: true, fresh: false, bias: false },
+        Work { trained: [false, false], accumulate: false, fresh: false, bias: false },
+        Work { trained: [true, false], accumulate: true, fresh: true, bias: false },
+    ];
+    const WITH_BIAS: [Work; 3] = [
+        Work { trained: [true, true], accumulate: false, fresh: false, bias: true },
+        Work { trained: [true, true], accumulate: true, fresh: true, bias: true },
+        Work { trained: [false, false], accumulate: true, fresh: false, bias: true },
     ];
 
     fn title(&self) -> String {
@@ -160,7 +176,8 @@ impl Work {
         };
         let accumulate = if self.accumulate { ", accumulating" } else { "" };
         let fresh = if self.fresh { ", fresh" } else { "" };
-        format!("{trained}{accumulate}{fresh}")
+        let bias = if self.bias { ", bias" } else { "" };
+        format!("{trained}{accumulate}{fresh}{bias}")
     }
 }
 
@@ -316,7 +333,7 @@ fn layernorm(t: &mut Trial, s: Shape, between: Option<Between>) -> Result<()> {
 }
 
 fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Between>) -> Result<()> {
-    let Work { trained, accumulate, fresh } = work;
+    let Work { trained, accumulate, fresh, bias } = work;
     t.samples(s.samples, accumulate);
     let joined = between.map(|b| Joined::new(t, s, b, accumulate));
     let x = match &joined {
@@ -337,6 +354,7 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
         t.stream_input(s.rows(), s.width, false)
     };
     let d_branch = t.output(s.rows(), s.width);
+    let product = bias.then(|| Product::behind(t, s.rows(), s.width, accumulate));
 
     let width = s.width as f64;
     let mut expected = if fresh { vec![0.0; d_y.values.len()] } else { d_sum.values.clone() };
@@ -353,10 +371,10 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
         }
     }
 
-    // Without a branch, `d_sum` itself is handed on: in place, as behind the last block, or in another type.
-    let is_copied = joined.is_none() && !fresh && d_branch.mat.dtype != d_sum.mat.dtype;
+    // Without a branch, `d_sum` itself is handed on: in place, which no product reads if its type is another, or as a copy.
+    let is_copied = joined.is_none() && (bias || !fresh) && d_branch.mat.dtype != d_sum.mat.dtype;
     let join = joined.as_ref().map_or(Join::Ready(x.mat), |joined| joined.join(&x));
-    let handed_on = if joined.is_some() || is_copied { d_branch.mat } else { d_sum.mat };
+    let handed_on = if joined.is_some() || is_copied { &d_branch } else { &d_sum };
     let handle = |grad: &Option<Operand>| grad.as_ref().map(|grad| grad.mat);
     let norm = Norm {
         gamma: gamma.mat,
@@ -366,7 +384,11 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
         eps: EPS,
     };
     let stats = Stats { mean: mean.mat, rstd: rstd.mat };
-    t.start()?.layernorm_backward(d_y.mat, &join, &norm, stats, d_sum.mat, fresh, handed_on)?;
+    let d_bias = product.as_ref().map(Product::d_bias);
+    t.start()?.layernorm_backward(d_y.mat, &join, &norm, stats, d_sum.mat, fresh, handed_on.mat, d_bias)?;
+    if let Some(product) = &product {
+        product.check(t, handed_on, accumulate)?;
+    }
     t.compare_rows("d_sum", &d_sum, &expected, 0.0, 3.0 * ELEMENTWISE)?;
     for (name, grad, sum) in [("d_gamma", &d_gamma, &gamma_sum), ("d_beta", &d_beta, &beta_sum)] {
         if let Some(grad) = grad {
@@ -389,14 +411,19 @@ fn residual(t: &mut Trial, s: Shape, b: Between) -> Result<()> {
     t.compare("sum", &sum, &joined.sum(), ELEMENTWISE)
 }
 
-fn residual_backward(t: &mut Trial, s: Shape, b: Between, accumulate: bool) -> Result<()> {
+fn residual_backward(t: &mut Trial, s: Shape, b: Between, accumulate: bool, bias: bool) -> Result<()> {
     t.samples(s.samples, accumulate);
     let joined = Joined::new(t, s, b, accumulate);
     let sum = t.stream_given(s.rows(), s.width, joined.sum());
     let d_sum = t.stream_input(s.rows(), s.width, false);
     let d_branch = t.output(s.rows(), s.width);
+    let product = bias.then(|| Product::behind(t, s.rows(), s.width, accumulate));
     let join = joined.join(&sum);
-    t.start()?.residual_backward(&join, d_sum.mat, d_branch.mat)?;
+    let d_bias = product.as_ref().map(Product::d_bias);
+    t.start()?.residual_backward(&join, d_sum.mat, d_branch.mat, d_bias)?;
+    if let Some(product) = &product {
+        product.check(t, &d_branch, accumulate)?;
+    }
     joined.check(t, &d_sum.values, &d_branch, accumulate)
 }
 
@@ -406,7 +433,10 @@ fn handed_on(t: &mut Trial) -> Result<()> {
     let [sum, d_sum] = [0, 1].map(|_| t.stream_input(5, 60, false));
     let copy = t.output(5, 60);
     let d_branch = if copy.mat.dtype == d_sum.mat.dtype { d_sum.clone() } else { copy };
-    t.start()?.residual_backward(&Join::Ready(sum.mat), d_sum.mat, d_branch.mat)?;
+    let product = Product::behind(t, 5, 60, false);
+    let d_bias = Some(product.d_bias());
+    t.start()?.residual_backward(&Join::Ready(sum.mat), d_sum.mat, d_branch.mat, d_bias)?;
+    product.check(t, &d_branch, false)?;
     t.compare("d_branch", &d_branch, &d_sum.values, 0.0)
 }
 
@@ -414,7 +444,7 @@ fn nothing_to_do(t: &mut Trial) -> Result<()> {
     let [sum, d_sum] = [0, 1].map(|_| t.stream_input(5, 60, false));
     let backend = t.start()?;
     backend.residual(&Join::Ready(sum.mat))?;
-    backend.residual_backward(&Join::Ready(sum.mat), d_sum.mat, d_sum.mat)?;
+    backend.residual_backward(&Join::Ready(sum.mat), d_sum.mat, d_sum.mat, None)?;
     t.expect("nothing is written", true);
     Ok(())
 }

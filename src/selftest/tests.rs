@@ -260,8 +260,14 @@ impl Backend for Broken {
         self.inner.residual(join)?;
         if let Join::Branch { sum, .. } = join { self.spoil(*sum) } else { Ok(()) }
     }
-    fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
-        self.inner.residual_backward(join, d_sum, d_branch)?;
+    fn residual_backward(
+        &mut self,
+        join: &Join,
+        d_sum: Mat,
+        d_branch: Mat,
+        d_bias: Option<Mat>,
+    ) -> Result<()> {
+        self.inner.residual_backward(join, d_sum, d_branch, d_bias)?;
         self.spoil(d_branch)
     }
     fn update(&mut self, update: &Update) -> Result<()> {
@@ -291,11 +297,12 @@ impl Backend for Broken {
         matmul(x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) spoils y;
         layernorm(join: &Join, norm: &Norm, y: Mat, stats: Stats) spoils y;
         layernorm_backward(
-            d_y: Mat, join: &Join, norm: &Norm, stats: Stats, d_sum: Mat, fresh: bool, d_branch: Mat
+            d_y: Mat, join: &Join, norm: &Norm, stats: Stats, d_sum: Mat, fresh: bool, d_branch: Mat,
+            d_bias: Option<Mat>
         ) spoils d_sum;
         attention(heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask) spoils o;
         attention_backward(
-            heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask, d_o: Mat, d_qkv: Mat
+            heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask, d_o: Mat, d_qkv: Mat, d_bias: Option<Mat>
         ) spoils d_qkv;
         probe_attention(heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat, dropout: Mask) spoils o;
         probe_attention_backward(

@@ -11,8 +11,7 @@ use super::recompute;
 /// Gradients of every trained parameter.
 pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     head(b, &g.head)?;
-    tail(b, &g.tail, g.last.sum(), g.above())?;
-    b.residual_backward(&g.last, g.above().d_x, g.above().d_branch)?;
+    tail(b, g)?;
     for layer in g.blocks[g.first_trained_block..].iter().rev() {
         recompute::restore(b, layer)?;
         block(b, layer, &g.scratch)?;
@@ -39,44 +38,45 @@ fn head(b: &mut dyn Backend, h: &Head) -> Result<()> {
     Ok(())
 }
 
-/// From `d_pooled` to `d_x`, the gradient of the residual stream. Nothing is handed on to a branch here: that is for what
-/// joined the last sum, and done behind this.
-fn tail(b: &mut dyn Backend, t: &Tail, x: Mat, s: &Scratch) -> Result<()> {
-    match t {
+/// From `d_pooled` to `d_x`, the gradient of the residual stream, and to what the last block's MLP reads of it.
+fn tail(b: &mut dyn Backend, g: &Graph) -> Result<()> {
+    let (last, s, d_bias) = (&g.last, g.above(), g.last_bias());
+    match &g.tail {
         Tail::PoolNorm { pools, pooled, norm, stats, d_parts, .. } => {
-            let d_sum = *d_parts;
-            b.layernorm_backward(s.d_pooled, &Join::Ready(*pooled), norm, *stats, d_sum, true, d_sum)?; // 2
+            let (pooled, d_sum) = (*pooled, *d_parts);
+            b.layernorm_backward(s.d_pooled, &Join::Ready(pooled), norm, *stats, d_sum, true, d_sum, None)?; // 2
             for (i, (pool, part)) in pools.iter().enumerate() {
                 let d_part =
                     Mat { offset: d_sum.offset + (part.offset - pooled.offset), rows: part.rows, ..d_sum };
                 b.pool_backward(*pool, d_part, s.d_x, i == 0)?; // 1
             }
-            Ok(())
+            b.residual_backward(last, s.d_x, s.d_branch, d_bias)
         }
         Tail::Norm { norm, stats, .. } => {
-            b.layernorm_backward(s.d_pooled, &Join::Ready(x), norm, *stats, s.d_x, true, s.d_x) // 1
+            b.layernorm_backward(s.d_pooled, last, norm, *stats, s.d_x, true, s.d_branch, d_bias) // 1
         }
         Tail::NormPool { norm, stats, pool, .. } => {
             b.pool_backward(*pool, s.d_pooled, s.d_ln, true)?; // 2
-            b.layernorm_backward(s.d_ln, &Join::Ready(x), norm, *stats, s.d_x, true, s.d_x) // 1
+            b.layernorm_backward(s.d_ln, last, norm, *stats, s.d_x, true, s.d_branch, d_bias) // 1
         }
-        Tail::Map(map) => map_head(b, map, x, s),
+        Tail::Map(map) => map_head(b, map, g),
     }
 }
 
-fn map_head(b: &mut dyn Backend, m: &MapHead, x: Mat, s: &Scratch) -> Result<()> {
+fn map_head(b: &mut dyn Backend, m: &MapHead, g: &Graph) -> Result<()> {
     let Epilogue::BiasGelu { pre: Some(pre), form, dropout } = m.gelu else {
         unreachable!("the MLP has a GELU, and its pre-activation is kept for this pass")
     };
+    let (last, s, d_bias) = (&g.last, g.above(), g.last_bias());
     let d_a = s.d_pooled;
     b.matmul_backward(d_a, m.act, &m.fc2, InputGrad::Gelu { d_pre: m.d_pre, pre, form, dropout })?; // 8
     b.matmul_backward(m.d_pre, m.ln, &m.fc1, InputGrad::Plain(m.d_ln))?; // 7
-    b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, false, d_a)?; // 6
+    b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, false, d_a, m.proj.d_bias)?; // 6
     b.matmul_backward(d_a, m.o, &m.proj, InputGrad::Plain(m.d_o))?; // 5
     b.probe_attention_backward(m.heads, m.q_out, m.kv_out, m.p, Mask::NONE, m.d_o, m.d_q, m.d_kv)?; // 4
     b.matmul_backward(m.d_kv, m.tokens, &m.kv, InputGrad::Plain(s.d_ln))?; // 3
     b.matmul_backward(m.d_q, m.probe, &m.q, m.d_probe)?; // 2
-    b.layernorm_backward(s.d_ln, &Join::Ready(x), &m.norm, m.stats, s.d_x, true, s.d_x) // 1
+    b.layernorm_backward(s.d_ln, last, &m.norm, m.stats, s.d_x, true, s.d_branch, d_bias) // 1
 }
 
 /// Enters with the gradient of the block's output in `above.d_x` (and of its MLP branch in `above.d_branch`), leaves with
@@ -86,10 +86,11 @@ fn block(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
     let d_act = InputGrad::Gelu { d_pre: above.d_pre, pre, form, dropout };
     b.matmul_backward(above.d_branch, a.act, &a.fc2, d_act)?; // 6
     b.matmul_backward(above.d_pre, a.ln2, &a.fc1, InputGrad::Plain(above.d_ln))?; // 5
-    b.layernorm_backward(above.d_ln, &a.mid, &a.norm2, a.stats2, above.d_x, false, above.d_branch)?; // 4
+    let d_bias = a.proj.d_bias;
+    b.layernorm_backward(above.d_ln, &a.mid, &a.norm2, a.stats2, above.d_x, false, above.d_branch, d_bias)?; // 4
     b.matmul_backward(above.d_branch, a.o, &a.proj, InputGrad::Plain(above.d_o))?; // 3
     attention(b, a, s)?; // 2
-    b.layernorm_backward(s.d_ln, &a.x, &a.norm1, a.stats1, s.d_x, false, s.d_branch) // 1
+    b.layernorm_backward(s.d_ln, &a.x, &a.norm1, a.stats1, s.d_x, false, s.d_branch, a.bias_below) // 1
 }
 
 /// From `above.d_o` to `d_ln`; where the stream has been the class tokens' alone, it is that of all tokens again.
@@ -97,7 +98,8 @@ fn attention(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
     let d_o = a.above.d_o;
     match &a.attention {
         Attention::Full { qkv, qkv_out, lse } => {
-            b.attention_backward(a.heads, *qkv_out, a.o, *lse, a.attention_dropout, d_o, s.d_qkv)?; // 2
+            let (dropout, d_bias) = (a.attention_dropout, qkv.d_bias);
+            b.attention_backward(a.heads, *qkv_out, a.o, *lse, dropout, d_o, s.d_qkv, d_bias)?; // 2
             b.matmul_backward(s.d_qkv, a.ln1, qkv, InputGrad::Plain(s.d_ln)) // 1
         }
         Attention::ClassToken(c) => {

@@ -35,6 +35,8 @@ pub struct Block {
     pub fc2_out: Mat, // the next block's x, or the branch
     /// Gradients of everything behind the attention, Q rows each.
     pub above: Scratch,
+    /// Gradient of the bias whose product reads the gradient of `x`: that of the block below's fc2, where it is trained.
+    pub bias_below: Option<Mat>,
     /// What the backward works out again first.
     pub recompute: Recompute,
 }
@@ -114,6 +116,9 @@ impl Block {
             fc2_epilogue,
             fc2_out,
             above,
+            bias_below: l
+                .checked_sub(1)
+                .and_then(|below| b.linear(&format!("blocks.{below}.mlp.fc2")).d_bias),
             // Without a backward there is nothing to work out again.
             recompute: if k.pre.is_some() { b.recompute() } else { Recompute::None },
         }

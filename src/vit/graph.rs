@@ -434,7 +434,16 @@ impl Graph {
 
     /// The gradients of what follows the last block.
     pub fn above(&self) -> &Scratch {
-        &self.blocks.last().expect("a model has blocks").above
+        &self.last_block().above
+    }
+
+    /// Gradient of the bias whose product reads the gradient of the last sum, where it is trained.
+    pub fn last_bias(&self) -> Option<Mat> {
+        self.last_block().fc2.d_bias
+    }
+
+    fn last_block(&self) -> &Block {
+        self.blocks.last().expect("a model has blocks")
     }
 
     /// The same graph for evaluation: no dropout, no drop-path.

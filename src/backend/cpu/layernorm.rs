@@ -305,8 +305,8 @@ mod tests {
             let results = [y, fresh, added, norm.d_gamma.unwrap(), norm.d_beta.unwrap()];
             let run = |k: &mut crate::backend::cpu::CpuBackend| {
                 k.layernorm(&join, &norm, y, stats).unwrap();
-                k.layernorm_backward(d_y_mat, &join, &norm, stats, added, false, y).unwrap();
-                k.layernorm_backward(d_y_mat, &join, &norm, stats, fresh, true, y).unwrap();
+                k.layernorm_backward(d_y_mat, &join, &norm, stats, added, false, y, None).unwrap();
+                k.layernorm_backward(d_y_mat, &join, &norm, stats, fresh, true, y, None).unwrap();
             };
             b.everywhere(&results, run, |r| {
                 let (x64, g, be, w) = (wide(&x), wide(&gamma), wide(&beta), wide(&d_y));
@@ -385,7 +385,7 @@ mod tests {
                 &[sum, d_sum, d_branch, d_scale],
                 |k| {
                     k.layernorm(&join, &norm, y, stats).unwrap();
-                    k.layernorm_backward(d_y_mat, &join, &norm, stats, d_sum, false, d_branch).unwrap();
+                    k.layernorm_backward(d_y_mat, &join, &norm, stats, d_sum, false, d_branch, None).unwrap();
                 },
                 |r| {
                     let (base64, value64, scale64) = (wide(&base), wide(&value), wide(&drawn.scale));
@@ -428,7 +428,7 @@ mod tests {
             &[sum, d_branch, before, d_scale],
             |k| {
                 k.residual(&join).unwrap();
-                k.residual_backward(&join, d_sum, d_branch).unwrap();
+                k.residual_backward(&join, d_sum, d_branch, None).unwrap();
             },
             |r| {
                 let (base64, value64, scale64) = (wide(&base), wide(&value), wide(&drawn.scale));
@@ -458,10 +458,10 @@ mod tests {
         let once = std::cell::RefCell::new(Vec::new());
         let run = |k: &mut crate::backend::cpu::CpuBackend| {
             k.layernorm(&join, &norm, y, stats).unwrap();
-            k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, y).unwrap();
+            k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, y, None).unwrap();
             *once.borrow_mut() = results.map(|mat| take(k, mat)).to_vec();
             k.begin_micro(crate::backend::Micro { accumulate: true, ..b.micro }).unwrap();
-            k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, y).unwrap();
+            k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, y, None).unwrap();
         };
         b.everywhere(&results, run, |r| {
             for (twice, once) in r.iter().zip(once.borrow().iter()) {
@@ -483,7 +483,7 @@ mod tests {
         let (y, d_x, d_y_mat) = (b.room(rows, width), b.room(rows, width), b.put(rows, width, &d_y));
         let run = |k: &mut crate::backend::cpu::CpuBackend| {
             k.layernorm(&join, &norm, y, stats).unwrap();
-            k.layernorm_backward(d_y_mat, &join, &norm, stats, d_x, true, d_x).unwrap();
+            k.layernorm_backward(d_y_mat, &join, &norm, stats, d_x, true, d_x, None).unwrap();
         };
         b.everywhere(&[y, d_x], run, |r| {
             for (row, (x, d_y)) in x.chunks(width).zip(d_y.chunks(width)).enumerate() {
@@ -527,7 +527,7 @@ mod tests {
             let results = [stats.mean, stats.rstd, y, d_x, norm.d_gamma.unwrap(), norm.d_beta.unwrap()];
             let run = |k: &mut crate::backend::cpu::CpuBackend| {
                 k.layernorm(&join, &norm, y, stats).unwrap();
-                k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, d_x).unwrap();
+                k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, d_x, None).unwrap();
             };
             b.everywhere(&results, run, |r| {
                 for (got, name) in r.iter().zip(["mean", "rstd", "y", "dx", "dscale", "dbias"]) {

@@ -443,6 +443,7 @@ impl Backend for CpuBackend {
         d_sum: Mat,
         fresh: bool,
         d_branch: Mat,
+        _d_bias: Option<Mat>,
     ) -> Result<()> {
         same_shape("layernorm_backward", d_y, join.sum());
         same_shape("layernorm_backward", d_y, d_sum);
@@ -485,7 +486,13 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
+    fn residual_backward(
+        &mut self,
+        join: &Join,
+        d_sum: Mat,
+        d_branch: Mat,
+        _d_bias: Option<Mat>,
+    ) -> Result<()> {
         let Join::Branch { branch, .. } = join else { return Ok(()) };
         same_shape("residual_backward", d_sum, branch.branch);
         same_shape("residual_backward", d_branch, branch.branch);
@@ -519,6 +526,7 @@ impl Backend for CpuBackend {
         dropout: Mask,
         d_o: Mat,
         d_qkv: Mat,
+        _d_bias: Option<Mat>,
     ) -> Result<()> {
         check_heads(heads, 3, qkv, o);
         check_heads(heads, 3, d_qkv, d_o);

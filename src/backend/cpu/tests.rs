@@ -216,7 +216,7 @@ fn attention_has_the_slopes_of_the_f64_function_with_dropout_too() {
         let d_qkv = b.room(rows, 3 * width);
         let run = |k: &mut CpuBackend| {
             k.attention(shape, qkv_mat, o, lse, dropout).unwrap();
-            k.attention_backward(shape, qkv_mat, o, lse, dropout, d_o_mat, d_qkv).unwrap();
+            k.attention_backward(shape, qkv_mat, o, lse, dropout, d_o_mat, d_qkv, None).unwrap();
         };
         b.everywhere(&[o, d_qkv], run, |r| {
             let mask = BoundMask::new(dropout, b.keys, b.micro);

@@ -8,10 +8,13 @@
 //!
 //! With dropout the probabilities to keep are drawn first, one bit each, into scratch; where the bits of all
 //! images do not fit, the images are taken in groups.
+//!
+//! The backward kernels on tensor cores also sum their gradients over the tokens, if a bias wants that: a row
+//! for each image, or for each tile of its heads, which are added up at the end.
 
 use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
-use super::{Cuda, SCRATCH};
+use super::{Cuda, SCRATCH, bias, sums};
 use crate::backend::{Dtype, Heads, Mask, Mat};
 use crate::error::Result;
 
@@ -115,8 +118,9 @@ struct Work {
     dropout: Mask,
 }
 
-/// Scratch of one group of images.
+/// Scratch of one group of images, behind what all groups share.
 struct Scratch {
+    shared: Address,
     /// Images of a group.
     images: usize,
     delta: Address,
@@ -172,14 +176,16 @@ impl Work {
         self.head_rows() * self.heads.tokens.div_ceil(32)
     }
 
-    /// Cuts the scratch for as many images as fit.
-    fn scratch(&self, cuda: &Cuda, delta: bool) -> Scratch {
+    /// Cuts the scratch behind `shared` bytes for as many images as fit.
+    fn scratch(&self, cuda: &Cuda, shared: usize, delta: bool) -> Scratch {
         let delta = if delta { 4 * self.heads.heads * self.delta_ld() } else { 0 };
         let keep = if self.dropout.rate > 0.0 { 4 * self.keep_words() } else { 0 };
-        let images = SCRATCH.checked_div(delta + keep).map_or(self.images, |most| most.min(self.images));
+        let room = SCRATCH - shared;
+        let images = room.checked_div(delta + keep).map_or(self.images, |most| most.min(self.images));
         assert!(images > 0, "attention: one image of {} tokens needs too much scratch", self.heads.tokens);
-        let at = cuda.scratch(images * (delta + keep));
-        Scratch { images, delta: at, keep: if keep > 0 { at + (images * delta) as u64 } else { 0 } }
+        let at = cuda.scratch(shared + images * (delta + keep));
+        let (delta, keep_at) = (at + shared as u64, at + (shared + images * delta) as u64);
+        Scratch { shared: at, images, delta, keep: if keep > 0 { keep_at } else { 0 } }
     }
 
     /// Draws which probabilities of `images` images from `first` on are kept.
@@ -237,7 +243,7 @@ pub(super) fn attention(
     dropout: Mask,
 ) -> Result<()> {
     let work = Work::new(heads, qkv, &[o], dropout);
-    let scratch = work.scratch(cuda, false);
+    let scratch = work.scratch(cuda, 0, false);
     let keep = scratch.keep;
     for (first, images) in work.groups(scratch.images) {
         work.draw_keep(cuda, keep, first, images)?;
@@ -269,7 +275,6 @@ pub(super) fn attention(
 }
 
 /// `d_qkv: [B·T, 3·H·Dh]` from `d_o`, with `o` and `lse` of the forward.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn attention_backward(
     cuda: &mut Cuda,
     heads: Heads,
@@ -279,7 +284,26 @@ pub(super) fn attention_backward(
     dropout: Mask,
     d_o: Mat,
     d_qkv: Mat,
+    d_bias: Option<Mat>,
 ) -> Result<()> {
+    bias::make(cuda, "attention_backward", (d_qkv, d_qkv.dtype), d_bias, &[], &|cuda, d_bias| {
+        launch_attention_backward(cuda, heads, qkv, o, lse, dropout, d_o, d_qkv, d_bias)
+    })
+}
+
+/// The kernels with the sums of a bias, or without. Gives the gradient back if it was made: the plain kernels make none, and
+/// the sums have to fit beside the rest of the scratch.
+pub(super) fn launch_attention_backward(
+    cuda: &Cuda,
+    heads: Heads,
+    qkv: Mat,
+    o: Mat,
+    lse: Mat,
+    dropout: Mask,
+    d_o: Mat,
+    d_qkv: Mat,
+    d_bias: Option<Mat>,
+) -> Result<Option<Mat>> {
     let work = Work::new(heads, qkv, &[o, d_o, d_qkv], dropout);
     let limit = cuda.card().shared_memory as usize;
     let tile = work.tile.filter(|&tile| {
@@ -290,20 +314,28 @@ pub(super) fn attention_backward(
         && heads.tokens <= HEAD_TOKENS
         && head_shared(heads.tokens) <= limit;
 
-    let scratch = work.scratch(cuda, true);
+    // Sums of each image, or of each tile of its heads.
+    let parts = match tile {
+        Some(tile) if !whole_head => BACKWARD_KEYS[tile].tiles(heads.tokens),
+        _ => 1,
+    };
+    let (rows, part) = (work.images * parts, 4 * d_qkv.cols);
+    let d_bias = d_bias.filter(|_| tile.is_some() && rows * part <= SCRATCH / 2);
+
+    let scratch = work.scratch(cuda, if d_bias.is_some() { rows * part } else { 0 }, true);
     let (keep, delta, delta_ld) = (scratch.keep, scratch.delta, work.delta_ld() as u32);
     for (first, images) in work.groups(scratch.images) {
         work.draw_keep(cuda, keep, first, images)?;
         let [qkv, o, d_o, d_qkv] = [qkv, o, d_o, d_qkv].map(|mat| work.rows(cuda, mat, first));
         let lse = work.per_head(cuda, lse, first);
         let (keep_scale, scale, [t, h, dh]) = (work.keep_scale(), work.scale(), work.sizes());
+        let parts_at = d_bias.map_or(0, |_| scratch.shared + (first * parts * part) as u64);
         if whole_head {
             launch! {
                 cuda, "attention_backward_head_bf16_d64", [(images * heads.heads) as u32, 1, 1], HEAD_THREADS,
                 head_shared(heads.tokens) as u32,
                 qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, keep, keep_scale, d_o.at, d_o.ld, d_qkv.at,
-                d_qkv.ld,
-                scale, t, h, dh,
+                d_qkv.ld, parts_at, scale, t, h, dh,
             }?;
             continue;
         }
@@ -316,7 +348,7 @@ pub(super) fn attention_backward(
                     cuda, k.kernel, grid, k.threads(), k.shared(2) as u32,
                     qkv.at, qkv.ld, o.at, o.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at,
                     d_o.ld,
-                    d_qkv.at, d_qkv.ld, scale, t, h, dh, tiles as u32,
+                    d_qkv.at, d_qkv.ld, parts_at, scale, t, h, dh, tiles as u32,
                 }?;
                 let k = &BACKWARD_KEYS[tile];
                 let tiles = k.tiles(heads.tokens);
@@ -325,7 +357,7 @@ pub(super) fn attention_backward(
                 launch! {
                     cuda, k.kernel, grid, k.threads(), shared as u32,
                     qkv.at, qkv.ld, lse.at, lse.ld, delta, delta_ld, keep, keep_scale, d_o.at, d_o.ld,
-                    d_qkv.at, d_qkv.ld, scale, t, h, dh, tiles as u32,
+                    d_qkv.at, d_qkv.ld, parts_at, scale, t, h, dh, tiles as u32,
                 }?;
             }
             None => {
@@ -346,7 +378,12 @@ pub(super) fn attention_backward(
             }
         }
     }
-    Ok(())
+    if let Some(d_bias) = d_bias {
+        let columns = d_qkv.cols as u32;
+        let pitches = [rows as u32, columns, columns];
+        sums::sum_partials(cuda, scratch.shared, pitches, [columns, 1], [cuda.at(d_bias), 0, 0])?;
+    }
+    Ok(d_bias)
 }
 
 #[cfg(test)]
@@ -387,6 +424,14 @@ mod tests {
                 let said = (k.kernel, k.width, k.block, k.strip, k.warps);
                 assert_eq!(said, (kernel.as_str(), width, block, 16 * m16, warps), "{name}");
             }
+        }
+    }
+
+    #[test]
+    fn queries_and_keys_are_shared_out_alike() {
+        // Each tile leaves one row of sums: of its queries, and of its keys and values.
+        for (queries, keys) in BACKWARD_QUERIES.iter().zip(&BACKWARD_KEYS) {
+            assert_eq!((queries.strip, queries.warps), (keys.strip, keys.warps), "{}", keys.kernel);
         }
     }
 

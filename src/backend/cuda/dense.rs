@@ -134,6 +134,7 @@ impl Product {
 /// operation has done on the way.
 const FUSED: &str = "fused";
 const APART: &str = "apart";
+const BESIDE: &str = "beside";
 
 /// Does a product with its epilogue, or `apart`, whatever is faster here.
 fn fused_or_apart(cuda: &mut Cuda, fused: &Product, apart: &dyn Fn(&mut Cuda) -> Result<()>) -> Result<()> {
@@ -221,28 +222,41 @@ pub(super) fn matmul_backward(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear, d_x
     }
 }
 
-/// The gradients of weight and bias, as far as they are trained.
+/// The gradients of weight and bias, as far as they are trained and the bias gradient was not made with `d_y`.
 fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result<()> {
-    let accumulate = cuda.micro.accumulate;
+    let made = cuda.take_made_bias(d_y, w);
     let Some(d_weight) = w.d_weight else {
-        return w.d_bias.map_or(Ok(()), |d_bias| sums::column_sums(cuda, d_y, d_bias));
+        let wanted = w.d_bias.filter(|_| made.is_none());
+        return wanted.map_or(Ok(()), |d_bias| sums::column_sums(cuda, d_y, d_bias));
     };
+    let accumulate = cuda.micro.accumulate;
     let product = Product::weight_grad(cuda, d_y, x, d_weight);
     let product = if accumulate { product.add(cuda.at(d_weight)) } else { product };
     let Some(d_bias) = w.d_bias else { return product.run(cuda) };
-    let apart = |cuda: &mut Cuda| {
-        product.run(cuda)?;
-        sums::column_sums(cuda, d_y, d_bias)
-    };
-    // The fused bias gradient is written, never added to. By rule it is made apart: the epilogue may keep the library from
-    // splitting the sum over all rows, without which there is little to do side by side.
-    if accumulate || d_y.dtype != Dtype::Bf16 {
-        return apart(cuda);
-    }
+
     let fused = product.fuse(Fused::BiasGrad, cuda.at(d_bias));
-    let apart = Way::new(APART, |cuda| apart(cuda).map(|()| true));
-    let fused_way = Way::new(FUSED, |cuda| fused.try_run(cuda));
-    in_the_fastest_way(cuda, &fused.shape, &[], &[apart, fused_way]).map(|_| ())
+    let beside = made.map(|price| Way {
+        elsewhere: price,
+        ..Way::new(BESIDE, |cuda| product.run(cuda).map(|()| true))
+    });
+    // By rule before the fused one: the epilogue may keep the library from splitting the sum over all rows, without which there
+    // is little to do side by side.
+    let apart = Way::new(APART, |cuda| {
+        product.run(cuda)?;
+        sums::column_sums(cuda, d_y, d_bias).map(|()| true)
+    });
+    // It is written, never added to.
+    let may_fuse = !accumulate && d_y.dtype == Dtype::Bf16;
+    let fused_way = may_fuse.then(|| Way::new(FUSED, |cuda| fused.try_run(cuda)));
+    let ways: Vec<Way> = beside.into_iter().chain([apart]).chain(fused_way).collect();
+    let mut changed = product.changed();
+    // What was made beside is there already, and what is added to was.
+    changed.push((cuda.at(d_bias), d_bias.span_bytes()));
+    let at = in_the_fastest_way(cuda, &fused.shape, &changed, &ways)?;
+    if made.is_some() && ways[at].name != BESIDE {
+        cuda.bias_sums.leave_to_product(d_bias);
+    }
+    Ok(())
 }
 
 // Own kernels around a plain product (kernels/activation.cu, kernels/column_sums.cu) ---------------------------------

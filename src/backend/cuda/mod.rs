@@ -9,6 +9,7 @@
 
 mod api;
 mod attention;
+mod bias;
 mod blas;
 mod cells;
 mod dense;
@@ -37,6 +38,7 @@ use crate::error::{Error, Result};
 
 pub(in crate::backend) use update::update_bytes;
 
+use bias::BiasSums;
 use blas::Blas;
 use cells::Cells;
 use driver::{Address, Buffer, Event, Gpu, Graph, Stream};
@@ -64,6 +66,7 @@ pub struct Cuda {
     batch: BoundBatch,
     keys: StepKeys,
     micro: Micro,
+    bias_sums: BiasSums,
     update: update::State,
     /// Classes of the loss that was asked for last: labels of later batches are checked when they are bound.
     classes: Option<usize>,
@@ -121,6 +124,7 @@ impl Cuda {
             },
             keys: StepKeys { seed: 0, step: 0 },
             micro: Micro { first: 0, samples: 0, global_first: 0, accumulate: false, mean_over: 1 },
+            bias_sums: BiasSums::default(),
             update: update::State::new(&gpu)?,
             classes: None,
             recorded: [Recorded::Never, Recorded::Never],
@@ -425,6 +429,7 @@ impl Backend for Cuda {
     fn begin_micro(&mut self, micro: Micro) -> Result<()> {
         assert!(micro.samples > 0 && micro.mean_over > 0, "a micro-batch without samples");
         self.micro = micro;
+        self.bias_sums.begin();
         Ok(())
     }
 
@@ -490,16 +495,23 @@ impl Backend for Cuda {
         d_sum: Mat,
         fresh: bool,
         d_branch: Mat,
+        d_bias: Option<Mat>,
     ) -> Result<()> {
-        norm::layernorm_backward(self, d_y, join, norm, stats, d_sum, fresh, d_branch)
+        norm::layernorm_backward(self, d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)
     }
 
     fn residual(&mut self, join: &Join) -> Result<()> {
         norm::residual(self, join)
     }
 
-    fn residual_backward(&mut self, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
-        norm::residual_backward(self, join, d_sum, d_branch)
+    fn residual_backward(
+        &mut self,
+        join: &Join,
+        d_sum: Mat,
+        d_branch: Mat,
+        d_bias: Option<Mat>,
+    ) -> Result<()> {
+        norm::residual_backward(self, join, d_sum, d_branch, d_bias)
     }
 
     // Attention -------------------------------------------------------------------------------------------------
@@ -517,8 +529,9 @@ impl Backend for Cuda {
         dropout: Mask,
         d_o: Mat,
         d_qkv: Mat,
+        d_bias: Option<Mat>,
     ) -> Result<()> {
-        attention::attention_backward(self, heads, qkv, o, lse, dropout, d_o, d_qkv)
+        attention::attention_backward(self, heads, qkv, o, lse, dropout, d_o, d_qkv, d_bias)
     }
 
     fn probe_attention(

@@ -3,8 +3,12 @@
 //! Where y is bf16, rows of up to 1,280 values stay in the registers of a warp, in one of five instances for each type of
 //! the stream; a branch joins it inside that kernel. Wider rows, and y in f32, take kernels that walk the row, with the
 //! join as a launch of its own.
+//!
+//! Each backward of such rows, and that of a trained LayerScale, is there a second time, with the sums of a bias gradient
+//! ([`super::bias`]).
 
 use super::Cuda;
+use super::bias;
 use super::dense::elementwise_grid;
 use super::driver::Address;
 use super::launch::{Argument, MaskArgs, launch, stream_variant};
@@ -23,8 +27,19 @@ struct Instance {
     join_blocks: usize,
     backward: &'static str,
     backward_join: &'static str,
+    /// The same with the sums of a bias; without a branch only where products can read the stream.
+    backward_bias: &'static str,
+    backward_join_bias: &'static str,
     backward_threads: u32,
     backward_blocks: usize,
+}
+
+impl Instance {
+    /// The sums of a bias lie in shared memory, one row per warp.
+    fn backward_shared(&self, columns: usize, bias: bool) -> u32 {
+        let row = 4 * columns.next_multiple_of(COLUMN_STRETCH) as u32;
+        if bias { COLUMN_SHARED.max(self.backward_threads / 32 * row) } else { COLUMN_SHARED }
+    }
 }
 
 macro_rules! instance {
@@ -38,6 +53,8 @@ macro_rules! instance {
             join_blocks: $join.1,
             backward: concat!("layernorm_backward_", $suffix, "_", $n),
             backward_join: concat!("layernorm_backward_join_", $suffix, "_", $n),
+            backward_bias: concat!("layernorm_backward_bias_", $suffix, "_", $n),
+            backward_join_bias: concat!("layernorm_backward_join_bias_", $suffix, "_", $n),
             backward_threads: $backward.0,
             backward_blocks: $backward.1,
         }
@@ -200,24 +217,70 @@ pub(super) fn layernorm_backward(
     d_sum: Mat,
     fresh: bool,
     d_branch: Mat,
+    d_bias: Option<Mat>,
 ) -> Result<()> {
-    let backward = Backward { d_y, x: join.sum(), norm, stats, d_sum, fresh };
+    let read_next = handed_on(join, d_sum, d_branch);
+    let scale_grad = scale_grad_of(join);
+    let changed = [Some(d_sum), norm.d_gamma, norm.d_beta, scale_grad].into_iter().flatten();
+    let changed: Vec<Mat> = changed.collect();
+    let operation = if matches!(join, Join::Ready(_)) { "layernorm_backward" } else { "layernorm_backward join" };
+    bias::make(cuda, operation, (read_next, d_sum.dtype), d_bias, &changed, &|cuda, d_bias| {
+        launch_layernorm_backward(cuda, d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)
+    })
+}
+
+/// The kernels with the sums of a bias, or without. Gives the gradient back if it was made: no kernel for wide rows does.
+pub(super) fn launch_layernorm_backward(
+    cuda: &Cuda,
+    d_y: Mat,
+    join: &Join,
+    norm: &Norm,
+    stats: Stats,
+    d_sum: Mat,
+    fresh: bool,
+    d_branch: Mat,
+    d_bias: Option<Mat>,
+) -> Result<Option<Mat>> {
+    let backward = Backward { d_y, x: join.sum(), norm, stats, d_sum, fresh, d_bias: None };
     same_shape("layernorm_backward", d_y, d_sum);
     same_kind("layernorm_backward", d_sum, backward.x);
-    match (instance(d_sum, d_y), handed_on(cuda, join, d_sum, d_branch)) {
+    match (instance(d_sum, d_y), branch_of(cuda, join, d_sum, d_branch)) {
         (None, _) => backward.wide(cuda)?,
-        (Some(kernels), Some(branch)) => return backward.fused(cuda, kernels, branch, d_branch),
+        (Some(kernels), Some(branch)) => {
+            Backward { d_bias, ..backward }.fused(cuda, kernels, branch, d_branch)?;
+            return Ok(d_bias);
+        }
+        (Some(kernels), None) if matches!(join, Join::Ready(_)) => {
+            Backward { d_bias, ..backward }.alone(cuda, kernels)?;
+            return Ok(d_bias);
+        }
         (Some(kernels), None) => backward.alone(cuda, kernels)?,
     }
-    residual_backward(cuda, join, d_sum, d_branch)
+    launch_residual_backward(cuda, join, d_sum, d_branch, d_bias)
+}
+
+/// The matrix that the products below read.
+fn handed_on(join: &Join, d_sum: Mat, d_branch: Mat) -> Mat {
+    match join {
+        Join::Ready(_) if d_branch.dtype == d_sum.dtype => d_sum,
+        _ => d_branch,
+    }
 }
 
 /// How `d_branch` is made of `d_sum`, if it is made at all and by nothing but factors: a trained LayerScale has a sum of its
 /// own, which would not fit into the registers of a LayerNorm.
-fn handed_on(cuda: &Cuda, join: &Join, d_sum: Mat, d_branch: Mat) -> Option<BranchArgs> {
+fn branch_of(cuda: &Cuda, join: &Join, d_sum: Mat, d_branch: Mat) -> Option<BranchArgs> {
     match join {
         Join::Branch { branch, .. } => (!has_trained_scale(branch)).then(|| branch_args(cuda, branch)),
         Join::Ready(_) => (d_branch.dtype != d_sum.dtype).then(no_branch),
+    }
+}
+
+/// The gradient of a join's LayerScale, if it is trained.
+fn scale_grad_of(join: &Join) -> Option<Mat> {
+    match join {
+        Join::Branch { branch, .. } => branch.layer_scale.and_then(|(_, d)| d),
+        Join::Ready(_) => None,
     }
 }
 
@@ -232,32 +295,38 @@ struct Backward<'a> {
     stats: Stats,
     d_sum: Mat,
     fresh: bool,
+    d_bias: Option<Mat>,
 }
 
 impl Backward<'_> {
     fn is_trained(&self) -> bool {
-        self.norm.d_gamma.is_some() || self.norm.d_beta.is_some()
+        self.norm.d_gamma.is_some() || self.norm.d_beta.is_some() || self.d_bias.is_some()
     }
 
-    /// γ and β: two sums per block.
+    /// γ, β, and the bias where it is asked for.
+    fn sums(&self) -> usize {
+        2 + usize::from(self.d_bias.is_some())
+    }
+
     fn partials(&self, cuda: &Cuda, blocks: usize) -> Partials {
-        Partials::new(cuda, blocks, 2, self.d_y.cols, 0)
+        Partials::new(cuda, blocks, self.sums(), self.d_y.cols, 0)
     }
 
     fn finish(&self, cuda: &Cuda, partials: &Partials) -> Result<()> {
-        partials.finish(cuda, &[self.norm.d_gamma, self.norm.d_beta])
+        let outputs = [self.norm.d_gamma, self.norm.d_beta, self.d_bias];
+        partials.finish(cuda, &outputs[..self.sums()])
     }
 
     fn alone(&self, cuda: &Cuda, kernels: &Instance) -> Result<()> {
-        let Self { d_y, x, norm, stats, d_sum, fresh } = *self;
+        let Self { d_y, x, norm, stats, d_sum, fresh, d_bias } = *self;
         let grid = row_grid(cuda, d_y.rows, kernels.backward_threads, kernels.backward_blocks);
         let partials = self.partials(cuda, grid[0] as usize);
         launch!(
             cuda,
-            kernels.backward,
+            if d_bias.is_some() { kernels.backward_bias } else { kernels.backward },
             grid,
             kernels.backward_threads,
-            COLUMN_SHARED,
+            kernels.backward_shared(d_y.cols, d_bias.is_some()),
             cuda.at(d_y),
             d_y.ld as u32,
             cuda.at(x),
@@ -277,16 +346,16 @@ impl Backward<'_> {
     }
 
     fn fused(&self, cuda: &Cuda, kernels: &Instance, branch: BranchArgs, d_branch: Mat) -> Result<()> {
-        let Self { d_y, x, norm, stats, d_sum, fresh } = *self;
+        let Self { d_y, x, norm, stats, d_sum, fresh, d_bias } = *self;
         same_kind("layernorm_backward", d_y, d_branch);
         let grid = row_grid(cuda, d_y.rows, kernels.backward_threads, kernels.backward_blocks);
         let partials = self.partials(cuda, grid[0] as usize);
         launch!(
             cuda,
-            kernels.backward_join,
+            if d_bias.is_some() { kernels.backward_join_bias } else { kernels.backward_join },
             grid,
             kernels.backward_threads,
-            COLUMN_SHARED,
+            kernels.backward_shared(d_y.cols, d_bias.is_some()),
             cuda.cells.address(),
             branch,
             cuda.at(d_y),
@@ -310,7 +379,7 @@ impl Backward<'_> {
     }
 
     fn wide(&self, cuda: &Cuda) -> Result<()> {
-        let Self { d_y, x, norm, stats, d_sum, fresh } = *self;
+        let Self { d_y, x, norm, stats, d_sum, fresh, .. } = *self;
         // What the rounding of each row's mean left over goes from the first kernel to the second.
         let rests_bytes = (d_y.rows * 4).next_multiple_of(16);
         let [stretches, slices, _] = sums::column_grid(cuda, d_y);
@@ -386,10 +455,31 @@ pub(super) fn residual(cuda: &mut Cuda, join: &Join) -> Result<()> {
 }
 
 /// [`crate::backend::Backend::residual_backward`]
-pub(super) fn residual_backward(cuda: &mut Cuda, join: &Join, d_sum: Mat, d_branch: Mat) -> Result<()> {
-    if let Some(branch) = handed_on(cuda, join, d_sum, d_branch) {
+pub(super) fn residual_backward(
+    cuda: &mut Cuda,
+    join: &Join,
+    d_sum: Mat,
+    d_branch: Mat,
+    d_bias: Option<Mat>,
+) -> Result<()> {
+    let read_next = handed_on(join, d_sum, d_branch);
+    let changed: Vec<Mat> = scale_grad_of(join).into_iter().collect();
+    bias::make(cuda, "residual_backward", (read_next, d_sum.dtype), d_bias, &changed, &|cuda, d_bias| {
+        launch_residual_backward(cuda, join, d_sum, d_branch, d_bias)
+    })
+}
+
+/// The kernel with the sums of a bias, or without. Gives the gradient back if it was made: only beside that of a LayerScale.
+pub(super) fn launch_residual_backward(
+    cuda: &Cuda,
+    join: &Join,
+    d_sum: Mat,
+    d_branch: Mat,
+    d_bias: Option<Mat>,
+) -> Result<Option<Mat>> {
+    if let Some(branch) = branch_of(cuda, join, d_sum, d_branch) {
         same_shape("residual_backward", d_sum, d_branch);
-        return launch!(
+        launch!(
             cuda,
             stream_variant!(d_sum.dtype, d_branch.dtype, "residual_backward"),
             elementwise_grid(d_sum.rows, d_sum.cols),
@@ -403,17 +493,23 @@ pub(super) fn residual_backward(cuda: &mut Cuda, join: &Join, d_sum: Mat, d_bran
             d_branch.ld as u32,
             d_sum.rows as u32,
             d_sum.cols as u32,
-        );
+        )?;
+        return Ok(None);
     }
-    let Join::Branch { branch, .. } = join else { return Ok(()) };
+    let Join::Branch { branch, .. } = join else { return Ok(None) };
     let x = branch.branch;
     same_shape("residual_backward", d_sum, x);
     same_kind("residual_backward", x, d_branch);
     let grid = sums::column_grid(cuda, d_sum);
-    let partials = Partials::new(cuda, grid[1] as usize, 1, d_sum.cols, 0);
+    let outputs = [branch.layer_scale.and_then(|(_, d)| d), d_bias];
+    let outputs = &outputs[..1 + usize::from(d_bias.is_some())];
+    let partials = Partials::new(cuda, grid[1] as usize, outputs.len(), d_sum.cols, 0);
     launch!(
         cuda,
-        stream_variant!(d_sum.dtype, d_branch.dtype, "residual_scale_backward"),
+        match d_bias {
+            None => stream_variant!(d_sum.dtype, d_branch.dtype, "residual_scale_backward"),
+            Some(_) => stream_variant!(d_sum.dtype, d_branch.dtype, "residual_scale_backward_bias"),
+        },
         grid,
         THREADS,
         COLUMN_SHARED,
@@ -430,7 +526,8 @@ pub(super) fn residual_backward(cuda: &mut Cuda, join: &Join, d_sum: Mat, d_bran
         partials.at,
         partials.pitch,
     )?;
-    partials.finish(cuda, &[branch.layer_scale.and_then(|(_, d)| d)])
+    partials.finish(cuda, outputs)?;
+    Ok(d_bias)
 }
 
 #[cfg(test)]
@@ -459,5 +556,16 @@ mod tests {
             })
         });
         assert_eq!(lines, table.collect::<Vec<_>>());
+
+        // Those with the sums of a bias go by the same table.
+        let biases: Vec<&str> = source
+            .lines()
+            .filter_map(|line| line.strip_prefix("LAYERNORM_BIAS(")?.strip_suffix(')'))
+            .collect();
+        let table = INSTANCES
+            .iter()
+            .enumerate()
+            .map(|(i, k)| format!("{}, {}, {}", i + 1, k.backward_threads, k.backward_blocks));
+        assert_eq!(biases, table.collect::<Vec<_>>());
     }
 }

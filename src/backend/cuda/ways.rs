@@ -28,9 +28,10 @@ impl<'a> Way<'a> {
     }
 }
 
-/// What was chosen for each shape so far: a way's place in its list.
+/// What was chosen so far, a way's place in its list, for each shape and first way: which ways there are depends on what was
+/// done before.
 #[derive(Default)]
-pub(super) struct Ways(HashMap<Shape, usize>);
+pub(super) struct Ways(HashMap<(Shape, &'static str), usize>);
 
 /// Does the work in the way that is the fastest for this shape, or by rule in the first that can be done; gives back its
 /// place in `ways`. `changed` is memory that the work both reads and changes, and that a second run would find changed.
@@ -43,16 +44,21 @@ pub(super) fn in_the_fastest_way(
     changed: &[(Address, usize)],
     ways: &[Way],
 ) -> Result<usize> {
-    if let Some(&at) = cuda.ways.0.get(shape) {
+    let key = (*shape, ways[0].name);
+    if let Some(&at) = cuda.ways.0.get(&key) {
         assert!((ways[at].run)(cuda)?, "`{}` could be done before: {shape:?}", ways[at].name);
         return Ok(at);
     }
     let at = choose(cuda, shape, changed, ways)?;
-    cuda.ways.0.insert(*shape, at);
+    cuda.ways.0.insert(key, at);
     Ok(at)
 }
 
 fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[Way]) -> Result<usize> {
+    if let [only] = ways {
+        assert!((only.run)(cuda)?, "the only way can always be done: {shape:?}");
+        return Ok(0);
+    }
     let first_that_can = |cuda: &mut Cuda| -> Result<usize> {
         for (at, way) in ways.iter().enumerate() {
             if (way.run)(cuda)? {
@@ -64,7 +70,8 @@ fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[
     if cuda.blas.by_rule() {
         return first_that_can(cuda);
     }
-    let key = shape.key();
+    let names: Vec<&str> = ways.iter().map(|way| way.name).collect();
+    let key = format!("{} {}", shape.key(), names.join("|"));
     let known = cuda.blas.way(&key).cloned();
     if let Some(known) = known
         && let Some(at) = ways.iter().position(|way| way.name == known.way)

@@ -279,13 +279,15 @@ fn norms(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
     // A part of the stream, and what products read.
     let (x, y, statistics) = (stream.bytes() * rows * d, half(rows, d), 8 * rows);
     let shape = shape_with(model, rows, stream);
-    let backward = move |launches: &[Launched], d_branch: usize| {
+    let backward = move |launches: &[Launched], d_branch: usize, sums: usize| {
         let blocks = launches[0].grid[0] as usize;
-        let partials = 4 * 2 * blocks * d;
+        let partials = 4 * sums * blocks * d;
         let read = 2 * x + y + statistics + 4 * d;
-        vec![traffic(read, x + d_branch + partials), sum_partials(blocks, 2, d)]
+        vec![traffic(read, x + d_branch + partials), sum_partials(blocks, sums, d)]
     };
     let size = Stretch { rows, d, tokens: t, stream };
+    // A stream of another type is handed on as products read it.
+    let copy = if stream == Dtype::F32 { y } else { 0 };
     vec![
         Case::new(
             "layernorm",
@@ -305,16 +307,29 @@ fn norms(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
             "layernorm_backward",
             shape.clone(),
             images,
-            // A stream of another type is handed on as products read it.
-            move |launches| backward(launches, if stream == Dtype::F32 { y } else { 0 }),
-            move |room| backward_norm(room, size, false),
+            move |launches| backward(launches, copy, 2),
+            move |room| backward_norm(room, size, false, false),
         ),
         Case::new(
             "layernorm_backward, join",
+            shape.clone(),
+            images,
+            move |launches| backward(launches, y, 2),
+            move |room| backward_norm(room, size, true, false),
+        ),
+        Case::new(
+            "layernorm_backward, bias",
+            shape.clone(),
+            images,
+            move |launches| backward(launches, copy, 3),
+            move |room| backward_norm(room, size, false, true),
+        ),
+        Case::new(
+            "layernorm_backward, join, bias",
             shape,
             images,
-            move |launches| backward(launches, y),
-            move |room| backward_norm(room, size, true),
+            move |launches| backward(launches, y, 3),
+            move |room| backward_norm(room, size, true, true),
         ),
     ]
 }
@@ -351,13 +366,15 @@ fn forward_norm(room: &mut Room, size: Stretch, is_branch: bool) -> Placed {
     Placed::new(move |b| b.layernorm(&join, &norm, y, stats))
 }
 
-fn backward_norm(room: &mut Room, size: Stretch, is_branch: bool) -> Placed {
+fn backward_norm(room: &mut Room, size: Stretch, is_branch: bool, is_biased: bool) -> Placed {
     let (join, d_sum) = (size.join(room, is_branch), size.part(room));
     let [y, d_y, d_branch] = [0; 3].map(|_| room.activation(size.rows, size.d));
     // Nothing else is to be handed on.
     let d_branch = if is_branch || size.stream == Dtype::F32 { d_branch } else { d_sum };
     let (norm, stats) = (room.norm(size.d, true), room.stats(size.rows));
-    let run = Placed::new(move |b| b.layernorm_backward(d_y, &join, &norm, stats, d_sum, false, d_branch));
+    let d_bias = if is_biased { room.grad(1, size.d) } else { None };
+    let run =
+        Placed::new(move |b| b.layernorm_backward(d_y, &join, &norm, stats, d_sum, false, d_branch, d_bias));
     run.after(move |b| b.layernorm(&join, &norm, y, stats))
 }
 
@@ -372,6 +389,36 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
         let (qkv, o) = (room.activation(rows, 3 * d), room.activation(rows, d));
         (qkv, o, room.f32(images * h, t))
     };
+    let backward = |is_biased: bool| {
+        Case::new(
+            if is_biased { "attention_backward, bias" } else { "attention_backward" },
+            shape.clone(),
+            images,
+            // One kernel, or one that owns queries and hands δ to one that owns keys; the sums of a bias come on top.
+            move |launches| {
+                let parts = launches[0].grid[0] as usize / h;
+                let sums = if is_biased { 4 * parts * d } else { 0 };
+                let mut least = match launches.len() - usize::from(is_biased) {
+                    1 => vec![traffic(5 * x + lse, 3 * x + 3 * sums)],
+                    _ => {
+                        vec![traffic(5 * x + lse, x + lse + sums), traffic(4 * x + 2 * lse, 2 * x + 2 * sums)]
+                    }
+                };
+                least.extend(is_biased.then(|| sum_partials(parts, 1, 3 * d)));
+                least
+            },
+            move |room| {
+                let (qkv, o, lse) = place(room);
+                let (d_o, d_qkv) = (room.activation(rows, d), room.activation(rows, 3 * d));
+                let d_bias = if is_biased { room.grad(1, 3 * d) } else { None };
+                let run = Placed::new(move |b| {
+                    b.attention_backward(heads, qkv, o, lse, Mask::NONE, d_o, d_qkv, d_bias)
+                });
+                run.after(move |b| b.attention(heads, qkv, o, lse, Mask::NONE))
+            },
+        )
+        .flops(5.0 * product)
+    };
     vec![
         Case::new(
             "attention",
@@ -384,24 +431,8 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
             },
         )
         .flops(2.0 * product),
-        Case::new(
-            "attention_backward",
-            shape,
-            images,
-            // One kernel, or one that owns queries and hands δ to one that owns keys.
-            move |launches| match launches.len() {
-                1 => vec![traffic(5 * x + lse, 3 * x)],
-                _ => vec![traffic(5 * x + lse, x + lse), traffic(4 * x + 2 * lse, 2 * x)],
-            },
-            move |room| {
-                let (qkv, o, lse) = place(room);
-                let (d_o, d_qkv) = (room.activation(rows, d), room.activation(rows, 3 * d));
-                let run =
-                    Placed::new(move |b| b.attention_backward(heads, qkv, o, lse, Mask::NONE, d_o, d_qkv));
-                run.after(move |b| b.attention(heads, qkv, o, lse, Mask::NONE))
-            },
-        )
-        .flops(5.0 * product),
+        backward(false),
+        backward(true),
     ]
 }
 
