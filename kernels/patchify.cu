@@ -106,6 +106,25 @@ __device__ __forceinline__ void fetch_values(const float* image, const PatchRun&
   read_pixels(image, at, n, v);
 }
 
+// cos(2π·t/2^24), t below 2^24. The nearest quarter turn is taken off as an integer; what is left is at most π/4 and goes
+// through the polynomials of Cephes (Moshier 1989). In all it is off by at most 2e-7. cosf and sinf take any argument, and
+// keep a stack for the largest.
+__device__ __forceinline__ float cosine_of_turn(u32 t) {
+  constexpr u32 QUARTER = 1u << 22;
+  const u32 quarter = (t + QUARTER / 2) / QUARTER;
+  const float x = static_cast<float>(static_cast<i32>(t - quarter * QUARTER)) * (6.2831853f / 16777216.0f);
+  const float z = x * x;
+  const float cosine =
+      fmaf(z * z, fmaf(z, fmaf(z, 2.4433157e-5f, -1.3887316e-3f), 4.1666646e-2f), fmaf(-0.5f, z, 1.0f));
+  const float sine = fmaf(x * z, fmaf(z, fmaf(z, -1.9515296e-4f, 8.3321609e-3f), -1.6666655e-1f), x);
+  const float value = quarter & 1 ? sine : cosine;
+  return ((quarter + 1) & 2) != 0 ? -value : value;
+}
+// The same of the sine, three quarter turns further.
+__device__ __forceinline__ float sine_of_turn(u32 t) {
+  return cosine_of_turn((t + (3u << 22)) & 0xffffffu);
+}
+
 // Channel c of the colour that stands at (dy, dx) of an erased box, draw for draw as `Erase::colour` gives it on the CPU:
 // Box and Muller (1958) on a Philox block; red and green from its first two words, blue from the others.
 __device__ __forceinline__ float erased(const Erase& erase, u32 dy, u32 dx, u32 c) {
@@ -113,10 +132,10 @@ __device__ __forceinline__ float erased(const Erase& erase, u32 dy, u32 dx, u32 
   constexpr u32 ERASE_KEY = 0x45726173;
   u32 words[4] = {erase.mode == 1 ? 0 : dy, erase.mode == 1 ? 0 : dx, 0, 0};
   philox(words, erase.seed, ERASE_KEY);
-  constexpr float UNIT = 1.0f / 16777216.0f, TAU = 6.2831853f;
+  constexpr float UNIT = 1.0f / 16777216.0f;
   float u = static_cast<float>((c < 2 ? words[0] : words[2]) >> 8) * UNIT;
-  float angle = TAU * (static_cast<float>((c < 2 ? words[1] : words[3]) >> 8) * UNIT);
-  return sqrtf(-2.0f * logf(1.0f - u)) * (c == 1 ? sinf(angle) : cosf(angle));
+  u32 turn = (c < 2 ? words[1] : words[3]) >> 8;
+  return sqrtf(-2.0f * logf(1.0f - u)) * (c == 1 ? sine_of_turn(turn) : cosine_of_turn(turn));
 }
 
 __device__ __forceinline__ bool contains(const MixBox& box, u32 y, u32 x) {

@@ -119,23 +119,27 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(smem_row)));
+               : "r"(shared_address(smem_row))
+               : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(smem_row)));
+               : "r"(shared_address(smem_row))
+               : "memory");
 }
 // Addresses of lanes 0 to 15 count; the others give any valid one.
 __device__ __forceinline__ void ldmatrix_x2(u32 (&r)[2], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(smem_row)));
+               : "r"(shared_address(smem_row))
+               : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x2_trans(u32 (&r)[2], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(smem_row)));
+               : "r"(shared_address(smem_row))
+               : "memory");
 }
 
 // mma.m16n8k16 (sm_80): d += a·b with a [16, 16] and b [16, 8] in bf16, d [16, 8] in f32.

@@ -65,6 +65,19 @@ fn every_kernel_equals_float64_under_three_schedules() {
 }
 
 #[test]
+fn attention_fits_the_shared_memory_of_every_card() {
+    let Some(folder) = stand_in() else { return };
+    // sm_86 is one of the schedules above, sm_90 the others. Addresses alone are checked: what differs is which kernels run.
+    for sm in [80, 89, 100, 120] {
+        for filter in ["attention: B 1 T", "attention_backward: B 1 T"] {
+            let args = ["selftest", "--device", "cuda", "--precision", "bf16", "--filter", filter];
+            let done = run(&folder, &format!("checks=bounds,sm={sm}"), &args).ok();
+            assert!(done.stdout.contains(&format!("(sm_{sm})")), "{}", done.stdout);
+        }
+    }
+}
+
+#[test]
 fn training_follows_the_cpu() {
     follows_the_cpu("gap", &[]);
 }

@@ -14,7 +14,7 @@ use vitrum::backend::cuda::images::{KERNELS, TARGETS};
 
 /// Kernels of each source, every instance counted. An instance is machine code for each target, time of each build and a row
 /// of each table: a new one is written down here, and pays for itself.
-const INSTANCES: [(&str, usize); 17] = [
+const INSTANCES: [(&str, usize); 18] = [
     ("activation", 14),
     ("adafactor", 6),
     ("attention_backward", 8),
@@ -29,6 +29,7 @@ const INSTANCES: [(&str, usize); 17] = [
     ("patchify", 4),
     ("pool", 4),
     ("probe_attention", 6),
+    ("product", 8),
     ("report", 3),
     ("residual", 11),
     ("update", 10),

@@ -2,8 +2,11 @@
 
 use half::bf16;
 
-use crate::backend::{Embed, Mask, Micro, MixBox, Normalise, PatchGrid, Pixels, SlotLayout, TargetKind};
+use crate::backend::{
+    Embed, Erase, Mask, Micro, MixBox, Normalise, PatchGrid, Pixels, SlotLayout, TargetKind,
+};
 use crate::error::Result;
+use crate::rng::{philox, unit};
 
 use super::harness::{Case, ELEMENTWISE, Operand, Trial, accumulated, sum_of};
 
@@ -26,6 +29,8 @@ struct Cut {
     extra: usize,
     pixels: Pixels,
     mix: Mix,
+    /// A box of every sample is erased, each in its way.
+    erased: bool,
 }
 
 pub(super) fn cases() -> Vec<Case> {
@@ -34,8 +39,11 @@ pub(super) fn cases() -> Vec<Case> {
     for pixels in [Pixels::U8, Pixels::F32] {
         for (image, patch, extra) in grids {
             for mix in [Mix::None, Mix::Mixup, Mix::Cutmix, Mix::Both] {
-                let cut = Cut { image, patch, extra, pixels, mix };
-                cases.push(Case::new("patchify", cut.title(), move |t| patchify(t, cut)));
+                for erased in if matches!(mix, Mix::None | Mix::Both) { &[false, true][..] } else { &[false] }
+                {
+                    let cut = Cut { image, patch, extra, pixels, mix, erased: *erased };
+                    cases.push(Case::new("patchify", cut.title(), move |t| patchify(t, cut)));
+                }
             }
         }
     }
@@ -64,8 +72,34 @@ impl Cut {
             Mix::Cutmix => ", cutmix",
             Mix::Both => ", mixup and cutmix",
         };
-        format!("{h}x{w} {pixels}, patch {ph}x{pw}, {} extra{mix}", self.extra)
+        let erased = if self.erased { ", erased" } else { "" };
+        format!("{h}x{w} {pixels}, patch {ph}x{pw}, {} extra{mix}{erased}", self.extra)
     }
+
+    /// What is erased of a sample.
+    fn erase(&self, sample: usize) -> Erase {
+        if !self.erased {
+            return Erase::default();
+        }
+        let (h, w) = self.image;
+        // Across the borders of patches, to the last pixel of some.
+        let [y0, x0] = [1 + sample % 2, (sample + 1) % 3];
+        let [y0, x0, y1, x1] = [y0, x0, (y0 + h / 2 + sample).min(h), w - sample % 2].map(|v| v as u16);
+        Erase { cut: MixBox { y0, x0, y1, x1 }, seed: 77 + sample as u32, mode: [2, 1, 0, 2, 1][sample] }
+    }
+}
+
+/// What stands in an erased box at (y, x): a normal draw by Box and Muller, from the words that [`Erase::colour`] names.
+fn drawn(erase: Erase, y: usize, x: usize, channel: usize) -> f64 {
+    let counter = match erase.mode {
+        0 => return 0.0,
+        1 => [0; 4],
+        _ => [y as u32, x as u32, 0, 0],
+    };
+    let words = philox(counter, [erase.seed, 0x4572_6173]).map(|word| f64::from(unit(word)));
+    let (radius, turn) = if channel < 2 { (words[0], words[1]) } else { (words[2], words[3]) };
+    let angle = std::f64::consts::TAU * turn;
+    (-2.0 * (1.0 - radius).ln()).sqrt() * if channel == 1 { angle.sin() } else { angle.cos() }
 }
 
 /// Samples of the slot; the micro-batch takes the last three.
@@ -84,6 +118,11 @@ fn patchify(t: &mut Trial, cut: Cut) -> Result<()> {
     let bytes: Vec<u8> = (0..n).map(|_| stream.next_u32() as u8).collect();
     let floats: Vec<f32> = (0..n).map(|_| bf16::from_f32(stream.range(-2.0, 2.0)).to_f32()).collect();
     let pixel = |sample: usize, y: usize, x: usize, channel: usize| {
+        let erase = cut.erase(sample);
+        let [y0, x0, y1, x1] = [erase.cut.y0, erase.cut.x0, erase.cut.y1, erase.cut.x1].map(usize::from);
+        if (y0..y1).contains(&y) && (x0..x1).contains(&x) {
+            return drawn(erase, y - y0, x - x0, channel);
+        }
         let at = ((sample * h + y) * w + x) * 3 + channel;
         match cut.pixels {
             Pixels::U8 => {
@@ -146,6 +185,7 @@ fn patchify(t: &mut Trial, cut: Cut) -> Result<()> {
     slot.partner_mut().copy_from_slice(&partner);
     slot.lambda_mut().copy_from_slice(&lambda);
     slot.boxes_mut().copy_from_slice(&boxes);
+    slot.erase_mut().copy_from_slice(&std::array::from_fn::<_, SLOT, _>(|sample| cut.erase(sample)));
     backend.bind_batch(slot)?;
     backend.patchify(grid, IMAGENET, patches.mat)?;
     t.compare("patches", &patches, &expected, ELEMENTWISE)

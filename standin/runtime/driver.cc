@@ -84,11 +84,21 @@ int fail_sticky(const Running& running, int code) {
   return running.context->sticky = code;
 }
 
+// NVIDIA, CUDA C++ Programming Guide 13.0, technical specifications per compute capability; of one not listed, those of
+// the next older.
 DeviceLimits limits() {
-  int sm = options().capability;
-  if (sm >= 90) return {227 << 10, 228 << 10, 32, 2048};
-  if (sm == 80) return {163 << 10, 164 << 10, 32, 2048};
-  if (sm >= 86) return {99 << 10, 100 << 10, 16, 1536};
+  struct {
+    int capability;
+    DeviceLimits limits;
+  } const table[] = {
+      {120, {99 << 10, 100 << 10, 24, 1536}}, {100, {227 << 10, 228 << 10, 32, 2048}},
+      {90, {227 << 10, 228 << 10, 32, 2048}}, {89, {99 << 10, 100 << 10, 24, 1536}},
+      {87, {163 << 10, 164 << 10, 16, 1536}}, {86, {99 << 10, 100 << 10, 16, 1536}},
+      {80, {163 << 10, 164 << 10, 32, 2048}},
+  };
+  for (const auto& row : table) {
+    if (options().capability >= row.capability) return row.limits;
+  }
   return {64 << 10, 64 << 10, 16, 1024};
 }
 

@@ -290,6 +290,50 @@ fn a_launch_that_no_card_would_take_is_refused() {
 }
 
 #[test]
+fn a_card_has_the_limits_of_its_architecture() {
+    let gpu = open("checks=on");
+    let function = gpu.function(SHIFT);
+    // KB of shared memory of a block and of a multiprocessor, blocks and threads of a multiprocessor.
+    for (sm, [of_block, of_multiprocessor, blocks, threads]) in [
+        (80, [163, 164, 32, 2048]),
+        (86, [99, 100, 16, 1536]),
+        (87, [163, 164, 16, 1536]),
+        (89, [99, 100, 24, 1536]),
+        (90, [227, 228, 32, 2048]),
+        (100, [227, 228, 32, 2048]),
+        (103, [227, 228, 32, 2048]),
+        (120, [99, 100, 24, 1536]),
+        (121, [99, 100, 24, 1536]),
+    ] {
+        gpu.configure(&format!("sm={sm}"));
+        let attribute = |which: c_int| {
+            let mut value = 0;
+            assert_eq!(
+                cu!(gpu, cuDeviceGetAttribute(&mut value => *mut c_int, which => c_int, 0 => c_int)),
+                0
+            );
+            value
+        };
+        assert_eq!((attribute(75), attribute(76)), (sm / 10, sm % 10));
+        let shared = [97, 81].map(attribute);
+        assert_eq!(shared, [of_block << 10, of_multiprocessor << 10], "sm_{sm}");
+        assert_eq!([106, 39].map(attribute), [blocks, threads], "sm_{sm}");
+        let allow =
+            |bytes: c_int| cu!(gpu, cuFuncSetAttribute(function => Handle, 8 => c_int, bytes => c_int));
+        assert_eq!((allow(of_block << 10), allow((of_block << 10) + 1)), (0, 1), "sm_{sm}");
+        // One block of 64 threads and 1 KB beside the 1 KB that the system keeps: as many as the smallest limit allows.
+        let mut fit = 0;
+        let code = cu!(
+            gpu,
+            cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &mut fit => *mut c_int, function => Handle, 64 => c_int, 1024 => usize
+            )
+        );
+        assert_eq!((code, fit), (0, blocks.min(threads / 64).min(of_multiprocessor / 2)), "sm_{sm}");
+    }
+}
+
+#[test]
 fn freed_and_discarded_memory_is_not_read() {
     let gpu = open("checks=on");
     let (x, y) = (gpu.upload(&values()), gpu.upload(&[0f32; 64]));

@@ -101,7 +101,11 @@ impl Cuda {
     /// The price of the bias gradient of a product that reads `d_y`, if it was made with `d_y`.
     pub(super) fn take_made_bias(&mut self, d_y: Mat, w: &Linear) -> Option<f32> {
         let (made_d_y, made_at, price) = self.bias_sums.made.take()?;
-        assert_eq!(Some((made_d_y, made_at)), w.d_bias.map(|d_bias| (d_y, d_bias)), "matmul_backward: another d_y or bias");
+        assert_eq!(
+            Some((made_d_y, made_at)),
+            w.d_bias.map(|d_bias| (d_y, d_bias)),
+            "matmul_backward: another d_y or bias"
+        );
         Some(price)
     }
 }

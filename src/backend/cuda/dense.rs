@@ -235,10 +235,8 @@ fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result
     let Some(d_bias) = w.d_bias else { return product.run(cuda) };
 
     let fused = product.fuse(Fused::BiasGrad, cuda.at(d_bias));
-    let beside = made.map(|price| Way {
-        elsewhere: price,
-        ..Way::new(BESIDE, |cuda| product.run(cuda).map(|()| true))
-    });
+    let beside = made
+        .map(|price| Way { elsewhere: price, ..Way::new(BESIDE, |cuda| product.run(cuda).map(|()| true)) });
     // By rule before the fused one: the epilogue may keep the library from splitting the sum over all rows, without which there
     // is little to do side by side.
     let apart = Way::new(APART, |cuda| {

@@ -223,7 +223,8 @@ pub(super) fn layernorm_backward(
     let scale_grad = scale_grad_of(join);
     let changed = [Some(d_sum), norm.d_gamma, norm.d_beta, scale_grad].into_iter().flatten();
     let changed: Vec<Mat> = changed.collect();
-    let operation = if matches!(join, Join::Ready(_)) { "layernorm_backward" } else { "layernorm_backward join" };
+    let operation =
+        if matches!(join, Join::Ready(_)) { "layernorm_backward" } else { "layernorm_backward join" };
     bias::make(cuda, operation, (read_next, d_sum.dtype), d_bias, &changed, &|cuda, d_bias| {
         launch_layernorm_backward(cuda, d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)
     })

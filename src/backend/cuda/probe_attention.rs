@@ -7,7 +7,7 @@ use super::Cuda;
 use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
 use crate::backend::{Dtype, Heads, Mask, Mat};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 const THREADS: u32 = 128;
 /// The widest head of the kernels.
@@ -69,8 +69,8 @@ impl Work {
     }
 
     /// Four partial rows of a head, and values per token.
-    fn shared(&self, per_token: usize) -> u32 {
-        (4 * (4 * MAX_HEAD_SIZE + per_token * self.heads.tokens)) as u32
+    fn shared(&self, cuda: &Cuda, per_token: usize) -> Result<u32> {
+        shared(self.heads.tokens, per_token, cuda.card().shared_memory, &cuda.card().name)
     }
 
     fn scale(&self) -> f32 {
@@ -81,6 +81,20 @@ impl Work {
     fn sizes(&self) -> [u32; 3] {
         [self.heads.tokens as u32, self.heads.heads as u32, self.heads.head_size as u32]
     }
+}
+
+/// The same, if a block of the card has `most` bytes.
+fn shared(tokens: usize, per_token: usize, most: u32, card: &str) -> Result<u32> {
+    let needed = 4 * (4 * MAX_HEAD_SIZE + per_token * tokens);
+    if needed > most as usize {
+        return Err(Error::new(format!(
+            "one query's attention to {tokens} tokens needs {} KB of shared memory; a block of {card} has {}",
+            needed.div_ceil(1024),
+            most / 1024
+        ))
+        .hint("set a smaller `model.image` or a larger `model.patch`, or compute on the CPU with `--device cpu`"));
+    }
+    Ok(needed as u32)
 }
 
 /// Images that one gradient of a shared query is summed from at a time: as many blocks as the card has room for.
@@ -102,7 +116,7 @@ pub(super) fn probe_attention(
     let [t, h, dh] = work.sizes();
     launch! {
         cuda, variant!(work.dtype, "probe_attention"), [(work.images * heads.heads) as u32, 1, 1], THREADS,
-        work.shared(1),
+        work.shared(cuda, 1)?,
         cuda.cells.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
         cuda.at(o), o.ld as u32, work.scale(), t, h, dh, work.whole,
     }
@@ -133,7 +147,7 @@ pub(super) fn probe_attention_backward(
     };
     launch! {
         cuda, variant!(work.dtype, "probe_attention_backward"), [(slices * heads.heads) as u32, 1, 1], THREADS,
-        work.shared(2),
+        work.shared(cuda, 2)?,
         cuda.cells.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
         cuda.at(d_o), d_o.ld as u32, cuda.at(d_q), d_q.ld as u32, parts, cuda.at(d_kv), d_kv.ld as u32,
         work.scale(), work.images as u32, t, h, dh, work.whole,
@@ -152,6 +166,17 @@ pub(super) fn probe_attention_backward(
 mod tests {
     use super::super::SCRATCH;
     use super::*;
+
+    #[test]
+    fn more_tokens_than_shared_memory_holds_are_an_error() {
+        // Pictures of 1,728 pixels in patches of 16 on the smallest cards, of 2,624 on Hopper.
+        for (kilobytes, tokens) in [(99, 108 * 108), (227, 164 * 164)] {
+            let shared = |tokens| shared(tokens, 2, kilobytes << 10, "a card");
+            assert!(shared(tokens).unwrap() <= kilobytes << 10);
+            let refused = shared(2 * tokens).unwrap_err();
+            assert!(refused.message().contains("tokens needs"), "{}", refused.message());
+        }
+    }
 
     #[test]
     fn the_scratch_of_a_shared_query_does_not_grow_with_the_batch() {

@@ -1,9 +1,143 @@
-//! Products that cuBLASLt refuses.
+//! Matrix products of our own, for those that cuBLASLt does not take (kernels/product.cu): one row, one column, odd sizes.
+//!
+//! How a product is shared out follows from its sizes alone, so that its bits are the same on every card.
 
 use super::Cuda;
-use super::blas::{Operands, Shape};
-use crate::error::{Error, Result};
+use super::blas::{Fused, Matrix, Operands, Shape};
+use super::driver::Address;
+use super::launch::{Argument, launch, variant};
+use crate::backend::Dtype;
+use crate::error::Result;
 
-pub(super) fn product(cuda: &Cuda, shape: &Shape, _: &Operands) -> Result<()> {
-    Err(Error::new(format!("cuBLASLt {} has no algorithm for {}", cuda.blas.version(), shape.key())))
+/// `ProductShape` of `kernels/product.cu`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+struct ProductShape {
+    m: u32,
+    n: u32,
+    k: u32,
+    a_row: u32,
+    a_step: u32,
+    b_column: u32,
+    b_step: u32,
+    d_row: u32,
+    d_column: u32,
+    slice: u32,
 }
+
+// SAFETY: ten words.
+unsafe impl Argument for ProductShape {}
+const _: () = assert!(size_of::<ProductShape>() == 40);
+
+const THREADS: u32 = 256;
+/// Warps of a block, and columns of D that a warp owns.
+const WARPS: usize = 8;
+const COLUMNS: usize = 4;
+/// Lanes of a warp: rows of D, or neighbouring terms of its sums.
+const LANES: usize = 32;
+/// Warps that keep the memory of a large card busy, and the terms below which a slice of the sums is not worth a launch.
+const BUSY: usize = 4096;
+const LEAST_SLICE: usize = 256;
+
+/// How a product is shared out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Plan {
+    shape: ProductShape,
+    /// The lanes of a warp run along k, else along the rows.
+    along_k: bool,
+    /// A and B change places: what is computed is Dᵀ = Bᵀ·Aᵀ.
+    exchanged: bool,
+    blocks: u32,
+    slices: u32,
+}
+
+impl Plan {
+    fn new(shape: &Shape) -> Self {
+        let Shape { transpose_a, transpose_b, a, b, d, .. } = *shape;
+        let (m, n) = (d.rows, d.cols);
+        let k = if transpose_a { a.rows } else { a.cols };
+        let of = |matrix: Matrix, transposed| {
+            if transposed { (matrix.cols, matrix.rows) } else { (matrix.rows, matrix.cols) }
+        };
+        assert_eq!((of(a, transpose_a), of(b, transpose_b)), ((m, k), (k, n)), "product: {shape:?}");
+        assert!(m > 0 && n > 0 && k > 0, "product: {shape:?} is empty");
+        // Neighbours along k lie side by side, or there are too few neighbours along the other axis to fill a warp.
+        let a_suits = transpose_a || m < LANES;
+        let b_suits = !transpose_b || n < LANES;
+        let along_k = k >= LANES && a_suits && b_suits;
+        // The columns are the longer side; lanes on rows take the side whose neighbours lie side by side.
+        let exchanged = match (along_k, transpose_a, transpose_b) {
+            (true, ..) => m > n,
+            (false, true, true) => n >= LANES || m <= n,
+            (false, ..) => m < LANES && n > m,
+        };
+
+        let word =
+            |value: usize| u32::try_from(value).expect("matrices have fewer than 2^32 elements to a row");
+        let along = |matrix: Matrix, side_by_side| if side_by_side { 1 } else { word(matrix.ld) };
+        // Rows of A, columns of B: its distances along those, and along k.
+        let (a, b) = (
+            [along(a, !transpose_a), along(a, transpose_a)],
+            [along(b, transpose_b), along(b, !transpose_b)],
+        );
+        let (rows, columns) = if exchanged { (n, m) } else { (m, n) };
+        let ([a_row, a_step], [b_column, b_step]) = if exchanged { (b, a) } else { (a, b) };
+        let (d_row, d_column) = if exchanged { (word(d.ld), 1) } else { (1, word(d.ld)) };
+
+        let row_groups = if along_k { rows } else { rows.div_ceil(LANES) };
+        let warps = row_groups * columns.div_ceil(COLUMNS);
+        let slices = (BUSY / warps).min(k / LEAST_SLICE).max(1);
+        let slice = k.div_ceil(slices);
+        let (m, n, k, slice) = (word(rows), word(columns), word(k), word(slice));
+        Self {
+            shape: ProductShape { m, n, k, a_row, a_step, b_column, b_step, d_row, d_column, slice },
+            along_k,
+            exchanged,
+            blocks: i32::try_from(warps.div_ceil(WARPS)).expect("a grid's x ends at 2^31") as u32,
+            slices: k.div_ceil(slice),
+        }
+    }
+
+    /// Partial sums: none, or an element of D for each slice.
+    fn partials(&self) -> usize {
+        if self.slices == 1 { 0 } else { self.slices as usize * self.elements() }
+    }
+
+    fn elements(&self) -> usize {
+        self.shape.m as usize * self.shape.n as usize
+    }
+}
+
+/// `D = op(A)·op(B) [+ C]`, where cuBLASLt is not to be had. C may be D; nothing else is fused.
+pub(super) fn product(cuda: &Cuda, shape: &Shape, operands: &Operands) -> Result<()> {
+    assert_eq!(shape.fused, Fused::Nothing, "product: nothing is fused but the sum with C");
+    let plan = Plan::new(shape);
+    let types = (shape.a.dtype, shape.b.dtype, shape.d.dtype);
+    let [along_k, along_rows] = match types {
+        (Dtype::F32, Dtype::F32, Dtype::F32) => ["product_along_k_f32", "product_along_rows_f32"],
+        (Dtype::Bf16, Dtype::Bf16, Dtype::F32) => ["product_along_k_bf16_f32", "product_along_rows_bf16_f32"],
+        (Dtype::Bf16, Dtype::Bf16, Dtype::Bf16) => ["product_along_k_bf16", "product_along_rows_bf16"],
+        _ => panic!("product: no kernel for {types:?}"),
+    };
+    let (a, b) = if plan.exchanged { (operands.b, operands.a) } else { (operands.a, operands.b) };
+    let c: Address = if shape.add_c { operands.c } else { 0 };
+    let partials: Address = match plan.partials() {
+        0 => 0,
+        count => cuda.scratch(4 * count),
+    };
+    launch! {
+        cuda, if plan.along_k { along_k } else { along_rows }, [plan.blocks, plan.slices, 1], THREADS, 0,
+        plan.shape, a, b, c, operands.d, partials,
+    }?;
+    if partials == 0 {
+        return Ok(());
+    }
+    launch! {
+        cuda, variant!(shape.d.dtype, "product_sum"), [(plan.elements() as u32).div_ceil(THREADS), 1, 1],
+        THREADS, 0,
+        plan.shape, partials, plan.slices, c, operands.d,
+    }
+}
+
+#[cfg(test)]
+mod tests;
