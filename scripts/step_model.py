@@ -112,10 +112,10 @@ BYTES = {
     "pool_backward": lambda s: s.stream * s.sample // 2 + s.r,
     # Of a stream in f32 products read a copy in bf16.
     "layernorm_backward": lambda s: 3 * s.r + (2 if s.stream == 4 else 1) * s.x + s.statistics + 4 * s.d + 12 * s.norm_blocks * s.d,
-    # dqkv's bias is summed from what each head's block leaves.
+    # dqkv's bias is summed from what each head's block leaves, or each of its tiles of keys.
     "attention_backward_head": lambda s: 8 * s.x + s.lse + 12 * s.batch * s.d,
-    "attention_backward_queries": lambda s: 6 * s.x + 2 * s.lse + 4 * s.batch * s.d,
-    "attention_backward_keys": lambda s: 6 * s.x + 2 * s.lse + 8 * s.batch * s.d,
+    "attention_backward_queries": lambda s: 6 * s.x + 2 * s.lse + 4 * s.batch * s.d * tiles_of_keys(s),
+    "attention_backward_keys": lambda s: 6 * s.x + 2 * s.lse + 8 * s.batch * s.d * tiles_of_keys(s),
     "probe_attention_backward": lambda s: 4 * s.x + 3 * s.sample + s.lse,
     "column_sums": lambda s: 8 * s.rows * s.d + 16 * s.d * math.ceil(4 * s.multiprocessors / math.ceil(4 * s.d / 256)),
     "embed_backward": lambda s: s.r + 4 * s.tokens * s.d * s.slices,
@@ -123,6 +123,11 @@ BYTES = {
     "gradient_squares": lambda s: 4 * s.params + 64 * s.multiprocessors,
     "update_adam": lambda s: 30 * s.params,
 }
+
+
+def tiles_of_keys(s):
+    a = ATTENTION["attention_backward_keys", tile_width(s.head)]
+    return math.ceil(math.ceil(s.tokens / a.strip) / a.warps)
 
 
 def tile_width(head):

@@ -144,7 +144,8 @@ class KernelTable(unittest.TestCase):
             return sizes
         models = {**MODELS, "2 heads at 384": Model(384, 16, 128, 1, 2, 1)}
         found = re.search(r"(\w+/\d+|2 heads at 384) \[(\d+), \d+\]", operation)
-        if not found or ", join" in operation:
+        # Products of few rows have fewer slices of sums than those of a step.
+        if not found or ", join" in operation or "weight gradient" in operation:
             return None
         model = models[found[1]]
         return Sizes(model._replace(batch=int(found[2]) // Sizes(model).tokens), residual)

@@ -136,8 +136,8 @@ mod tests {
     fn what_is_not_told_is_taken_for_the_worst() {
         let of = |id, stages| Config { id, splits: Some(9), stages };
         assert!(HOPPER.computes_wrongly(&of(None, Some(STAGES_64X3)), 4616));
-        assert!(HOPPER.computes_wrongly(&of(Some(66), None), 4617));
-        assert!(HOPPER.computes_wrongly(&of(Some(66), Some(1000)), 4617));
+        assert!(HOPPER.computes_wrongly(&of(Some(66), None), 4618));
+        assert!(HOPPER.computes_wrongly(&of(Some(66), Some(1000)), 4618));
         assert!(!Config { splits: None, ..config(1, 1, 1) }.is_unsplit());
     }
 
