@@ -62,7 +62,9 @@ pub(super) fn make(
     let wanted = d_bias.filter(|d_bias| d_y.dtype == Dtype::Bf16 && !left(d_bias));
     let maker = Maker { operation, rows: d_y.rows, cols: d_y.cols, stream };
     let price = match wanted {
-        Some(d_bias) if !cuda.blas.by_rule() => price(cuda, maker, d_bias, changed, launch)?,
+        Some(d_bias) if !cuda.blas.by_rule() && !cuda.gpu.is_capturing() => {
+            price(cuda, maker, d_bias, changed, launch)?
+        }
         _ => 0.0,
     };
     let made = launch(cuda, wanted)?;

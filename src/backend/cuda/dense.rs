@@ -234,6 +234,10 @@ fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result
     let product = if accumulate { product.add(cuda.at(d_weight)) } else { product };
     let Some(d_bias) = w.d_bias else { return product.run(cuda) };
 
+    // What was chosen in a step's first micro-batch holds for the others: there is nothing to choose where sums are added to.
+    if accumulate && made.is_some() {
+        return product.run(cuda);
+    }
     let fused = product.fuse(Fused::BiasGrad, cuda.at(d_bias));
     let beside = made
         .map(|price| Way { elsewhere: price, ..Way::new(BESIDE, |cuda| product.run(cuda).map(|()| true)) });

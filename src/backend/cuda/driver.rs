@@ -31,6 +31,8 @@ struct Inner {
     copy: sys::CUstream,
     /// `train.check_launches`: wait after every launch, so that an error names its kernel.
     check_launches: Cell<bool>,
+    /// Between the begin and the end of [`Gpu::capture`].
+    capturing: Cell<bool>,
     /// Launches since [`Gpu::watch_launches`], for benchmarks that want to know what ran.
     launches: RefCell<Option<Vec<Launched>>>,
 }
@@ -72,6 +74,7 @@ impl Gpu {
             compute: stream()?,
             copy: stream()?,
             check_launches: Cell::new(false),
+            capturing: Cell::new(false),
             launches: RefCell::default(),
         })))
     }
@@ -317,7 +320,9 @@ impl Gpu {
         unsafe {
             check(api::driver().cuStreamBeginCapture_v2(self.0.compute, mode), "begin recording a step")?
         };
+        self.0.capturing.set(true);
         let done = body();
+        self.0.capturing.set(false);
         let mut graph = ptr::null_mut();
         // SAFETY: the capture begun above; it is ended whether or not `body` failed.
         let code = unsafe { api::driver().cuStreamEndCapture(self.0.compute, &mut graph) };
@@ -331,6 +336,10 @@ impl Gpu {
             check(code, "instantiate the recorded step")?;
         }
         Ok(Graph(exec))
+    }
+
+    pub(super) fn is_capturing(&self) -> bool {
+        self.0.capturing.get()
     }
 
     pub(super) fn replay(&self, graph: &Graph) -> Result<()> {

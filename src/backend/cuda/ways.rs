@@ -51,6 +51,10 @@ pub(super) fn in_the_fastest_way(
     }
     let at = choose(cuda, shape, changed, ways)?;
     cuda.ways.0.insert(key, at);
+    // Where the first way is not offered again, because another was taken, the choice among the rest is the same.
+    if at > 0 {
+        cuda.ways.0.insert((*shape, ways[1].name), at - 1);
+    }
     Ok(at)
 }
 
@@ -67,7 +71,8 @@ fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[
         }
         unreachable!("the last way can always be done: {shape:?}")
     };
-    if cuda.blas.by_rule() {
+    // Nothing can be timed while a step is recorded; all that it does has been done once before.
+    if cuda.blas.by_rule() || cuda.gpu.is_capturing() {
         return first_that_can(cuda);
     }
     let names: Vec<&str> = ways.iter().map(|way| way.name).collect();
