@@ -37,7 +37,9 @@ fn unknown_commands_and_flags_are_wrong_usage() {
     vitrum(&["trian"]).code(2).stdout(is_empty()).stderr(contains("'train'"));
     vitrum(&["train", "--no-such-flag"]).code(2).stderr(contains("--no-such-flag"));
     vitrum(&["eval"]).code(2).stderr(contains("--weights"));
-    vitrum(&["train", "--device", "tpu"]).code(2).stderr(contains("auto, cpu, cuda"));
+    vitrum(&["train", "--device", "tpu"])
+        .code(2)
+        .stderr(contains("a device is `auto`, `cpu`, `cuda` or `cuda:N`"));
     vitrum(&["train", "--overfit", "0"]).code(2);
     vitrum(&["predict", "--weights", "x.safetensors"]).code(2).stderr(contains("IMAGE"));
     let protocol = ["eval", "--weights", "x", "--data", "y", "--protocol", "vit"];

@@ -12,6 +12,9 @@ use super::{Arena, BLAS_WORKSPACE, Cuda};
 use crate::backend::{Dtype, Linear, Mat};
 use crate::error::Result;
 
+/// Makes a matrix, with the sums of its rows at a place or without; gives the place back if it has made them.
+type Launch<'a> = dyn Fn(&Cuda, Option<Mat>) -> Result<Option<Mat>> + 'a;
+
 /// What is known of bias gradients that are made beside their products.
 #[derive(Default)]
 pub(super) struct BiasSums {
@@ -46,8 +49,7 @@ impl BiasSums {
     }
 }
 
-/// Makes `d_y`, which a product reads next, by `launch`: with the sums of its rows at the place that is given to it, or
-/// without; it gives the place back if it has made them. `d_bias` is where the product wants them, `changed` what a second
+/// Makes `d_y`, which a product reads next, by `launch`. `d_bias` is where the product wants them, `changed` what a second
 /// launch would find changed.
 pub(super) fn make(
     cuda: &mut Cuda,
@@ -55,7 +57,7 @@ pub(super) fn make(
     (d_y, stream): (Mat, Dtype),
     d_bias: Option<Mat>,
     changed: &[Mat],
-    launch: &dyn Fn(&Cuda, Option<Mat>) -> Result<Option<Mat>>,
+    launch: &Launch,
 ) -> Result<()> {
     let left = |d_bias: &Mat| cuda.bias_sums.left_to_product.contains(d_bias);
     // There are kernels for what products read in bf16.
@@ -73,13 +75,7 @@ pub(super) fn make(
 }
 
 /// What the sums add to a launch; it is asked once for each size.
-fn price(
-    cuda: &mut Cuda,
-    maker: Maker,
-    d_bias: Mat,
-    changed: &[Mat],
-    launch: &dyn Fn(&Cuda, Option<Mat>) -> Result<Option<Mat>>,
-) -> Result<f32> {
+fn price(cuda: &mut Cuda, maker: Maker, d_bias: Mat, changed: &[Mat], launch: &Launch) -> Result<f32> {
     if let Some((_, price)) = cuda.bias_sums.prices.iter().find(|(of, _)| *of == maker) {
         return Ok(*price);
     }

@@ -13,11 +13,13 @@ use super::{Arena, BLAS_WORKSPACE, Cuda};
 use crate::backend::Choice;
 use crate::error::Result;
 
+/// Does the work, or returns false where it cannot be done so.
+type Attempt<'a> = dyn Fn(&mut Cuda) -> Result<bool> + 'a;
+
 /// One way of doing it.
 pub(super) struct Way<'a> {
     pub(super) name: &'static str,
-    /// Does it, or returns false where it cannot be done so.
-    pub(super) run: Box<dyn Fn(&mut Cuda) -> Result<bool> + 'a>,
+    pub(super) run: Box<Attempt<'a>>,
     /// Microseconds that another operation has spent on this one's behalf.
     pub(super) elsewhere: f32,
 }
