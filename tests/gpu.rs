@@ -71,7 +71,7 @@ fn attention_fits_the_shared_memory_of_every_card() {
     for sm in [80, 89, 100, 120] {
         for filter in ["attention: B 1 T", "attention_backward: B 1 T"] {
             let args = ["selftest", "--device", "cuda", "--precision", "bf16", "--filter", filter];
-            let done = run(&folder, &format!("checks=bounds,sm={sm}"), &args).ok();
+            let done = run(&folder, &format!("checks=bounds,sm={sm},driver=13030"), &args).ok();
             assert!(done.stdout.contains(&format!("(sm_{sm})")), "{}", done.stdout);
         }
     }
@@ -161,7 +161,8 @@ fn gradients(
     let out = format!("{weights}-{device}-{rounds}-{residual}.safetensors");
     let files = ["grad", "--weights", weights, "--batch", batch, "--out", &out];
     let mut command =
-        on_gpu(folder, "checks=off", &[&files[..], &["--device", device, "--residual", residual]].concat());
+        // What is not fused into a product is rounded once more: all is fused here, whatever the clock says.
+        on_gpu(folder, "checks=off,slow_kernels=500", &[&files[..], &["--device", device, "--residual", residual]].concat());
     command.env("VITRUM_CPU_ROUNDS", rounds);
     finish(command).ok();
     let file = SafeTensors::open(Path::new(&out)).unwrap();
