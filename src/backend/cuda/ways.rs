@@ -78,7 +78,7 @@ fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[
         return first_that_can(cuda);
     }
     let names: Vec<&str> = ways.iter().map(|way| way.name).collect();
-    let key = format!("{} {}", shape.key(), names.join("|"));
+    let key = format!("{} {}", shape.key(), names.join("/"));
     let known = cuda.blas.way(&key).cloned();
     if let Some(known) = known
         && let Some(at) = ways.iter().position(|way| way.name == known.way)
