@@ -12,6 +12,10 @@ use super::recompute;
 pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     head(b, &g.head)?;
     tail(b, g)?;
+    // A pool behind the stream joins nothing; every other tail ends with a LayerNorm that does.
+    if let Tail::PoolNorm { .. } = g.tail {
+        b.residual_backward(&g.last, g.above().d_x, g.above().d_branch, g.last_bias())?;
+    }
     for layer in g.blocks[g.first_trained_block..].iter().rev() {
         recompute::restore(b, layer)?;
         block(b, layer, &g.scratch)?;
@@ -50,7 +54,7 @@ fn tail(b: &mut dyn Backend, g: &Graph) -> Result<()> {
                     Mat { offset: d_sum.offset + (part.offset - pooled.offset), rows: part.rows, ..d_sum };
                 b.pool_backward(*pool, d_part, s.d_x, i == 0)?; // 1
             }
-            b.residual_backward(last, s.d_x, s.d_branch, d_bias)
+            Ok(())
         }
         Tail::Norm { norm, stats, .. } => {
             b.layernorm_backward(s.d_pooled, last, norm, *stats, s.d_x, true, s.d_branch, d_bias) // 1
