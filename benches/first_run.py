@@ -205,9 +205,12 @@ def attention(run):
 
 
 def attention_times(found):
+    # What PyTorch has an equal of; `attention_backward, bias` makes the gradient of the bias of `qkv` on the way, too.
     directions = {"attention": "forward", "attention_backward": "backward"}
     rows = []
     for o in found["operations"]:
+        if o["operation"] not in directions:
+            continue
         model, images = re.match(r"(.+) \[(\d+), .* tokens", o["shape"])[1].replace(" at ", "@"), images_of(o["shape"])
         check_rates(o, "ms")
         rows.append({"engine": found["engine"], "model": model, "images": images, "direction": directions[o["operation"]], "ms": o["ms"]})

@@ -35,6 +35,7 @@ fn every_kernel_equals_float64_under_three_schedules() {
     // The options of the card; then the precision and the filter of each run, f32 and bf16 for the first card, that of real
     // runs for the others. The second has the least shared memory of all, the third a single multiprocessor: what blocks
     // share out comes round to each of them several times, in f32 too, where that is so.
+    // Nothing is timed: that takes many launches, and what is chosen among has tests of its own (tests/card.rs).
     let schedules: [(&str, &[&[&str]]); 3] = [
         ("seed=0", &[&["auto"]]),
         ("seed=1,sm=86", &[&["bf16"]]),
@@ -54,9 +55,9 @@ fn every_kernel_equals_float64_under_three_schedules() {
             let folder = &folder;
             scope.spawn(move || {
                 for which in runs {
-                    let args = [&["selftest", "--device", "cuda", "--precision"], *which].concat();
-                    // One candidate for each product: the choice among several has tests of its own (tests/card.rs).
-                    let done = run(folder, &format!("checks=on,threads=1,algorithms=1,{card}"), &args).ok();
+                    let args = [&["selftest", "--device", "cuda", "--deterministic", "--precision"], *which]
+                        .concat();
+                    let done = run(folder, &format!("checks=on,threads=1,{card}"), &args).ok();
                     assert!(!done.stderr.contains("stand-in GPU:"), "{card}: {}", done.stderr);
                 }
             });

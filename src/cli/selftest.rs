@@ -23,6 +23,9 @@ pub struct Args {
     /// Only cases whose line, as in `attention_backward: ...`, holds this text; `training` for the whole steps
     #[arg(long, value_name = "TEXT")]
     pub filter: Option<String>,
+    /// Compute matrix products as `train.deterministic` does, in the first way that can be done, and time nothing
+    #[arg(long)]
+    pub deterministic: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -35,7 +38,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let options = Options { precision: args.precision, residual: args.residual, ..Options::default() };
+    let Args { precision, residual, deterministic, .. } = args;
+    let options = Options { precision, residual, deterministic, ..Options::default() };
     let filter = args.filter.as_deref();
     if let Some(from) = args.report_from {
         return match filter {

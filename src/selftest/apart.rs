@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{Case, CaseResult, Kind, Report, cases_of, kinds, some_case};
+use super::{Case, CaseResult, Report, cases_of, kinds, some_case};
 use crate::backend::{Device, Options, select};
 use crate::error::{Error, Result};
 
@@ -40,18 +40,21 @@ enum Line {
 /// # Errors
 /// Those of [`super::check`], and of starting a process.
 pub fn check_apart(device: Device, options: &Options, filter: Option<&str>) -> Result<Vec<Report>> {
-    let reports = kinds(device, options.precision).into_iter().map(|kind| report_of(device, kind, filter));
+    let reports = kinds(device, options.precision).into_iter().map(|kind| {
+        let (precision, residual) = kind;
+        report_of(device, &Options { precision, residual, ..*options }, filter)
+    });
     some_case(reports.collect::<Result<_>>()?, filter)
 }
 
-/// All cases of a kind, by as many processes as it takes.
-fn report_of(device: Device, kind: Kind, filter: Option<&str>) -> Result<Report> {
-    let cases = cases_of(kind, filter);
+/// All cases of a precision, by as many processes as it takes.
+fn report_of(device: Device, options: &Options, filter: Option<&str>) -> Result<Report> {
+    let cases = cases_of((options.precision, options.residual), filter);
     let start = Instant::now();
     let mut report = Report { device: device.to_string(), seconds: 0.0, cases: Vec::new() };
     while report.cases.len() < cases.len() {
         let from = report.cases.len();
-        let trouble = match run_child(device, kind, filter, &cases, &mut report)? {
+        let trouble = match run_child(device, options, filter, &cases, &mut report)? {
             Ended::Whole if report.cases.len() == cases.len() => break,
             // The case that broke the card has told of itself.
             Ended::Lost(why) if report.cases.len() > from => why,
@@ -89,17 +92,20 @@ enum Ended {
 /// Runs the cases that have no result yet in one process, as far as it comes.
 fn run_child(
     device: Device,
-    (precision, residual): Kind,
+    options: &Options,
     filter: Option<&str>,
     cases: &[Case],
     report: &mut Report,
 ) -> Result<Ended> {
     let word = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
     let from = report.cases.len().to_string();
-    let (precision, residual) = (word(&precision), word(&residual));
+    let (precision, residual) = (word(&options.precision), word(&options.residual));
     let mut args = vec!["--precision", &precision, "--residual", &residual, "--report-from", &from];
     if let Some(filter) = filter {
         args.extend(["--filter", filter]);
+    }
+    if options.deterministic {
+        args.push("--deterministic");
     }
     let mut ended = None;
     let status = in_a_process(device, &args, &mut |line| match serde_json::from_str(line) {

@@ -17,6 +17,7 @@ namespace {
 struct Function {
   const Kernel* kernel;
   uint32_t shared_limit = 48 << 10;
+  int carveout = -1;
 };
 
 struct Module {
@@ -183,6 +184,11 @@ API cuFuncSetAttribute(void* function, int attribute, int value) {
     if (value < 0 || value > limits().shared_optin) return kInvalidValue;
     object_of<Function>(record).shared_limit = static_cast<uint32_t>(value);
   }
+  // The part of shared memory that is preferred, in percent; -1 leaves it to the driver.
+  if (attribute == 9) {
+    if (value < -1 || value > 100) return kInvalidValue;
+    object_of<Function>(record).carveout = value;
+  }
   return 0;
 }
 API cuFuncGetAttribute(int* value, int attribute, void* function) {
@@ -192,6 +198,7 @@ API cuFuncGetAttribute(int* value, int attribute, void* function) {
     case 0: *value = static_cast<int>(f.kernel->bound.max_threads); break;
     case 6: *value = options().capability; break;
     case 8: *value = static_cast<int>(f.shared_limit); break;
+    case 9: *value = f.carveout; break;
     default: *value = 0;
   }
   return 0;

@@ -284,6 +284,9 @@ fn a_launch_that_no_card_would_take_is_refused() {
     assert_eq!(gpu.launch(SHIFT, 1, 64, 100 << 10, &args), 1, "more shared memory than was allowed");
     let function = gpu.function(SHIFT);
     assert_eq!(cu!(gpu, cuFuncSetAttribute(function => Handle, 8 => c_int, 228 << 10 => c_int)), 1);
+    let carveout =
+        |percent: c_int| cu!(gpu, cuFuncSetAttribute(function => Handle, 9 => c_int, percent => c_int));
+    assert_eq!([-2, -1, 0, 100, 101].map(carveout), [1, 0, 0, 0, 1], "a part of the memory that is no part");
     gpu.configure("sm=80");
     assert_eq!(cu!(gpu, cuFuncSetAttribute(function => Handle, 8 => c_int, 164 << 10 => c_int)), 1);
     assert_eq!(cu!(gpu, cuFuncSetAttribute(function => Handle, 8 => c_int, 163 << 10 => c_int)), 0);

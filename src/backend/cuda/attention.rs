@@ -16,7 +16,7 @@ use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
 use super::{Cuda, SCRATCH, bias, sums};
 use crate::backend::{Dtype, Heads, Mask, Mat};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// One kernel for tensor cores, as `kernels/attention_forward.cu` and `attention_backward.cu` instantiate it.
 struct Tiled {
@@ -65,8 +65,8 @@ const HEAD_THREADS: u32 = 256;
 const PLAIN_ROWS: usize = 32;
 const PLAIN_SCORE_ROW: usize = 36;
 const PLAIN_THREADS: u32 = 128;
-/// The widest head of any kernel.
-const MAX_HEAD_SIZE: usize = 128;
+/// The widest head of any kernel, the class token's own attention included.
+pub(super) const MAX_HEAD_SIZE: usize = 128;
 
 impl Tiled {
     /// Blocks of threads for a head: strips are shared out evenly.
@@ -127,14 +127,23 @@ struct Scratch {
     keep: Address,
 }
 
+/// # Errors
+/// No kernel takes such a head.
+pub(super) fn check_head_size(head_size: usize) -> Result<()> {
+    if head_size <= MAX_HEAD_SIZE {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "heads of {head_size} values are not built for CUDA, whose attention takes {MAX_HEAD_SIZE} at most"
+    ))
+    .hint("give `model.heads` a larger number, or run on `--device cpu`"))
+}
+
 impl Work {
-    fn new(heads: Heads, qkv: Mat, rows: &[Mat], dropout: Mask) -> Self {
+    fn new(heads: Heads, qkv: Mat, rows: &[Mat], dropout: Mask) -> Result<Self> {
         let Heads { tokens, heads: count, head_size } = heads;
         assert!(tokens > 0 && count > 0 && head_size > 0, "attention: an empty head");
-        assert!(
-            head_size <= MAX_HEAD_SIZE,
-            "attention: heads of {head_size} values; {MAX_HEAD_SIZE} at most"
-        );
+        check_head_size(head_size)?;
         assert_eq!(qkv.cols, 3 * count * head_size, "attention: columns of qkv");
         assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are no whole images", qkv.rows);
         for mat in rows {
@@ -146,7 +155,7 @@ impl Work {
             && aligned(&qkv)
             && rows.iter().all(aligned);
         let tile = FORWARD.iter().position(|t| t.width >= head_size).filter(|_| whole_chunks);
-        Self { heads, images: qkv.rows / tokens, tile, dtype: qkv.dtype, dropout }
+        Ok(Self { heads, images: qkv.rows / tokens, tile, dtype: qkv.dtype, dropout })
     }
 
     fn scale(&self) -> f32 {
@@ -177,15 +186,26 @@ impl Work {
     }
 
     /// Cuts the scratch behind `shared` bytes for as many images as fit.
-    fn scratch(&self, cuda: &Cuda, shared: usize, delta: bool) -> Scratch {
+    ///
+    /// # Errors
+    /// Not even one fits: dropout draws a bit for every pair of tokens.
+    fn scratch(&self, cuda: &Cuda, shared: usize, delta: bool) -> Result<Scratch> {
         let delta = if delta { 4 * self.heads.heads * self.delta_ld() } else { 0 };
         let keep = if self.dropout.rate > 0.0 { 4 * self.keep_words() } else { 0 };
         let room = SCRATCH - shared;
         let images = room.checked_div(delta + keep).map_or(self.images, |most| most.min(self.images));
-        assert!(images > 0, "attention: one image of {} tokens needs too much scratch", self.heads.tokens);
+        if images == 0 {
+            let Heads { tokens, heads, .. } = self.heads;
+            return Err(Error::new(format!(
+                "dropout of attention draws {} MiB for one image of {tokens} tokens and {heads} heads, and there is room for {}",
+                keep.div_ceil(1 << 20),
+                room >> 20
+            ))
+            .hint("set `model.attention_dropout = 0`, or a smaller `model.image`"));
+        }
         let at = cuda.scratch(shared + images * (delta + keep));
         let (delta, keep_at) = (at + shared as u64, at + (shared + images * delta) as u64);
-        Scratch { shared: at, images, delta, keep: if keep > 0 { keep_at } else { 0 } }
+        Ok(Scratch { shared: at, images, delta, keep: if keep > 0 { keep_at } else { 0 } })
     }
 
     /// Draws which probabilities of `images` images from `first` on are kept.
@@ -242,8 +262,8 @@ pub(super) fn attention(
     lse: Mat,
     dropout: Mask,
 ) -> Result<()> {
-    let work = Work::new(heads, qkv, &[o], dropout);
-    let scratch = work.scratch(cuda, 0, false);
+    let work = Work::new(heads, qkv, &[o], dropout)?;
+    let scratch = work.scratch(cuda, 0, false)?;
     let keep = scratch.keep;
     for (first, images) in work.groups(scratch.images) {
         work.draw_keep(cuda, keep, first, images)?;
@@ -304,7 +324,7 @@ pub(super) fn launch_attention_backward(
     d_qkv: Mat,
     d_bias: Option<Mat>,
 ) -> Result<Option<Mat>> {
-    let work = Work::new(heads, qkv, &[o, d_o, d_qkv], dropout);
+    let work = Work::new(heads, qkv, &[o, d_o, d_qkv], dropout)?;
     let limit = cuda.card().shared_memory as usize;
     let tile = work.tile.filter(|&tile| {
         let (queries, keys) = (&BACKWARD_QUERIES[tile], &BACKWARD_KEYS[tile]);
@@ -322,7 +342,7 @@ pub(super) fn launch_attention_backward(
     let (rows, part) = (work.images * parts, 4 * d_qkv.cols);
     let d_bias = d_bias.filter(|_| tile.is_some() && rows * part <= SCRATCH / 2);
 
-    let scratch = work.scratch(cuda, if d_bias.is_some() { rows * part } else { 0 }, true);
+    let scratch = work.scratch(cuda, if d_bias.is_some() { rows * part } else { 0 }, true)?;
     let (keep, delta, delta_ld) = (scratch.keep, scratch.delta, work.delta_ld() as u32);
     for (first, images) in work.groups(scratch.images) {
         work.draw_keep(cuda, keep, first, images)?;

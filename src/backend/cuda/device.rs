@@ -30,6 +30,10 @@ const MENDED_TRANSLATOR: i32 = 13_030;
 
 /// Shared memory that a kernel may use without asking.
 const DEFAULT_SHARED: u32 = 48 << 10;
+/// From here on a kernel says how much of the memory that shared memory and the L1 cache divide it would have: room for two
+/// blocks, beside what the system keeps for each.
+const LARGE_SHARED: u32 = 16 << 10;
+const SYSTEM_SHARED: u32 = 1 << 10;
 
 /// What the card is.
 #[derive(Clone, Debug)]
@@ -42,6 +46,8 @@ pub struct Card {
     pub multiprocessors: u32,
     /// Largest dynamic shared memory of a block, in bytes.
     pub shared_memory: u32,
+    /// Shared memory of a multiprocessor, in bytes, where the L1 cache gets the least that it can.
+    pub multiprocessor_shared: u32,
     /// Bytes of the cache in front of the card's memory.
     pub cache: usize,
     pub total_memory: usize,
@@ -53,14 +59,17 @@ pub(super) struct Device {
     pub(super) card: Card,
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
-    /// Kernels met so far, with the dynamic shared memory that each was allowed.
+    /// Kernels met so far.
     kernels: Mutex<HashMap<&'static str, Kernel>>,
 }
 
 #[derive(Clone, Copy)]
 struct Kernel {
     function: sys::CUfunction,
-    shared: u32,
+    /// Bytes of dynamic shared memory that a block may use.
+    allowed: u32,
+    /// Bytes for which room was made beside the L1 cache.
+    room: u32,
 }
 
 // SAFETY: handles of the driver belong to a context and not to a thread; the driver allows calls from any thread to which
@@ -154,15 +163,22 @@ impl Device {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         let kernel = match kernels.get(name) {
             Some(kernel) => *kernel,
-            None => Kernel { function: self.find_kernel(name)?, shared: DEFAULT_SHARED },
+            None => Kernel { function: self.find_kernel(name)?, allowed: DEFAULT_SHARED, room: LARGE_SHARED },
         };
-        if shared > kernel.shared {
-            let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let set = |attribute, value: u32| {
             // SAFETY: a function of a loaded module.
-            let code = unsafe { api::driver().cuFuncSetAttribute(kernel.function, attribute, shared as i32) };
-            check(code, format_args!("give kernel `{name}` {shared} bytes of shared memory"))?;
+            let code = unsafe { api::driver().cuFuncSetAttribute(kernel.function, attribute, value as i32) };
+            check(code, format_args!("give kernel `{name}` {shared} bytes of shared memory"))
+        };
+        if shared > kernel.allowed {
+            set(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)?;
         }
-        kernels.insert(name, Kernel { shared: kernel.shared.max(shared), ..kernel });
+        if shared > kernel.room {
+            let percent = (200 * (shared + SYSTEM_SHARED)).div_ceil(self.card.multiprocessor_shared.max(1));
+            set(FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, percent.min(100))?;
+        }
+        let (allowed, room) = (kernel.allowed.max(shared), kernel.room.max(shared));
+        kernels.insert(name, Kernel { allowed, room, ..kernel });
         Ok(kernel.function)
     }
 
@@ -219,6 +235,8 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
         ),
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
         shared_memory: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32,
+        multiprocessor_shared: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?
+            as u32,
         cache: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.max(0) as usize,
         total_memory,
         driver_version,

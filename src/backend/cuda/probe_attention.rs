@@ -4,14 +4,13 @@
 //! images, and then over those.
 
 use super::Cuda;
+use super::attention::{MAX_HEAD_SIZE, check_head_size};
 use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
 use crate::backend::{Dtype, Heads, Mask, Mat};
 use crate::error::{Error, Result};
 
 const THREADS: u32 = 128;
-/// The widest head of the kernels.
-const MAX_HEAD_SIZE: usize = 128;
 /// Blocks of a multiprocessor between which the gradient of a shared query is shared out.
 const BLOCKS: usize = 8;
 
@@ -37,10 +36,10 @@ impl Work {
         [q, kv, p]: [Mat; 3],
         [of_image, of_tokens]: [&[Mat]; 2],
         dropout: Mask,
-    ) -> Self {
+    ) -> Result<Self> {
         let Heads { tokens, heads: count, head_size } = heads;
-        assert!(tokens > 0 && count > 0, "probe attention: no tokens or no heads");
-        assert!((1..=MAX_HEAD_SIZE).contains(&head_size), "probe attention: heads of {head_size} values");
+        assert!(tokens > 0 && count > 0 && head_size > 0, "probe attention: an empty head");
+        check_head_size(head_size)?;
         let width = count * head_size;
         assert_eq!((q.cols, kv.cols), (width, 2 * width), "probe attention: columns of q and kv");
         assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are no whole images", kv.rows);
@@ -57,7 +56,7 @@ impl Work {
         assert!(all().all(|mat| mat.dtype == q.dtype), "probe attention: tensors of two types");
         let aligned =
             |mat: Mat| cuda.at(mat).is_multiple_of(16) && (mat.rows == 1 || mat.ld.is_multiple_of(8));
-        Self {
+        Ok(Self {
             heads,
             images,
             dtype: q.dtype,
@@ -65,7 +64,7 @@ impl Work {
             p_ld: if p.rows == 1 { tokens as u32 } else { p.ld as u32 },
             whole: u32::from(head_size.is_multiple_of(8) && all().all(aligned)),
             mask: cuda.mask(dropout),
-        }
+        })
     }
 
     /// Four partial rows of a head, and values per token.
@@ -112,7 +111,7 @@ pub(super) fn probe_attention(
     o: Mat,
     dropout: Mask,
 ) -> Result<()> {
-    let work = Work::new(cuda, heads, [q, kv, p], [&[o], &[]], dropout);
+    let work = Work::new(cuda, heads, [q, kv, p], [&[o], &[]], dropout)?;
     let [t, h, dh] = work.sizes();
     launch! {
         cuda, variant!(work.dtype, "probe_attention"), [(work.images * heads.heads) as u32, 1, 1], THREADS,
@@ -136,7 +135,7 @@ pub(super) fn probe_attention_backward(
     d_kv: Mat,
 ) -> Result<()> {
     assert_eq!((d_q.rows, d_q.cols, d_q.dtype), (q.rows, q.cols, q.dtype), "probe attention: shape of d_q");
-    let work = Work::new(cuda, heads, [q, kv, p], [&[d_o], &[d_kv]], dropout);
+    let work = Work::new(cuda, heads, [q, kv, p], [&[d_o], &[d_kv]], dropout)?;
     let [t, h, dh] = work.sizes();
     let width = q.cols;
     let (slices, parts): (usize, Address) = if q.rows == work.images {

@@ -63,6 +63,9 @@ pub(super) fn race(
             let limit = HOPELESS * fastest.iter().copied().fold(f32::INFINITY, f32::min);
             able.retain(|way| fastest[*way] <= limit);
         }
+        if able.len() == 1 {
+            break;
+        }
     }
     *BUSY_UNTIL.lock().unwrap_or_else(|e| e.into_inner()) = Some(Instant::now());
     Ok(fastest)
