@@ -14,6 +14,7 @@ pub mod recipe;
 pub mod report;
 pub mod rng;
 pub mod selftest;
+pub mod terminal;
 pub mod train;
 pub mod vit;
 pub mod weights;

@@ -51,6 +51,114 @@ fn unknown_commands_and_flags_are_wrong_usage() {
     vitrum(&[&probe[..], &["--method", "svm"]].concat()).code(2).stderr(contains("ridge, fewshot, knn"));
 }
 
+/// Flags of other programs, settings without `--set`, slips of the finger.
+#[test]
+fn a_flag_that_is_none_is_answered_with_what_can_be_typed() {
+    for (args, hint) in [
+        ("train --weight-decay 0.1", "it is a setting of the recipe: `--set optim.weight_decay=0.1`"),
+        ("train --optim.lr=0.1", "it is a setting of the recipe: `--set optim.lr=0.1`"),
+        ("train --micro-batch", "it is a setting of the recipe: `--set train.micro_batch=VALUE`"),
+        ("finetune --drop-path 0.1", "it is a setting of the recipe: `--set model.drop_path=0.1`"),
+        ("train --imgsz 64 --epochs 2", "here it is `--image 64`"),
+        ("finetune --pretrained m.npz", "here it is `--weights m.npz`"),
+        ("train --opt lion", "here it is `--set optim.name=lion`"),
+        ("train --stepz 3", "did you mean `--steps`?"),
+        ("eval --nothing-like-it", "`vitrum eval --help` lists its flags"),
+    ] {
+        let words: Vec<&str> = args.split(' ').collect();
+        let flag = words[1].split('=').next().unwrap();
+        refused(&words, &format!("`vitrum {}` has no flag `{flag}`", words[0]), hint);
+    }
+    // What a hint says can be typed.
+    for (flag, value) in
+        [("--weight-decay", "0.1"), ("--imgsz", "64"), ("--opt", "lion"), ("--smoothing", "0.1")]
+    {
+        let said = String::from_utf8(vitrum(&["train", flag, value]).get_output().stderr.clone()).unwrap();
+        let typed = said.split('`').rev().nth(1).unwrap();
+        let words: Vec<&str> =
+            ["train", "demo"].into_iter().chain(typed.split(' ')).chain(["--dry-run"]).collect();
+        vitrum(&words).success();
+    }
+}
+
+/// Each everyday flag is the `--set` that its help names.
+#[test]
+fn everyday_flags_are_settings() {
+    let recipe = |args: &[&str]| {
+        let words = [&["train", "demo", "--dry-run"], args].concat();
+        String::from_utf8(vitrum(&words).success().get_output().stdout.clone()).unwrap()
+    };
+    let plain = recipe(&[]);
+    for (flag, set) in [
+        (["--steps", "77"], "train.steps=77"),
+        (["--epochs", "2.5"], "train.epochs=2.5"),
+        (["--batch", "96"], "train.batch=96"),
+        (["--lr", "0.25"], "optim.lr=0.25"),
+        (["--seed", "5"], "train.seed=5"),
+        (["--image", "48"], "model.image=48"),
+        (["--name", "mine"], "train.name=mine"),
+        (["--data", "demo-hard"], "data.train=demo-hard"),
+    ] {
+        let by_flag = recipe(&flag);
+        assert_eq!(by_flag, recipe(&["--set", set]), "{set}");
+        assert_ne!(by_flag, plain, "{set}");
+        let (key, value) = set.split_once('=').unwrap();
+        let help = format!("`--set {key}=");
+        vitrum(&["train", "--help"]).success().stdout(contains(help.as_str()));
+        // `--set` comes last and wins.
+        let other = format!("{key}={}", if value.parse::<f64>().is_ok() { "64" } else { "demo" });
+        assert_eq!(recipe(&[flag[0], flag[1], "--set", &other]), recipe(&["--set", &other]), "{set}");
+    }
+    refused(
+        &["train", "--name", "a/b"],
+        "`train.name` is `a/b`, which is no name of a folder",
+        "give a plain name, or the whole path by `--out DIR`",
+    );
+}
+
+#[test]
+fn a_path_that_is_something_else_is_said_first() {
+    let temp = tempfile::tempdir().unwrap();
+    let model = temp.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    std::fs::write(model.join("model.safetensors"), b"").unwrap();
+    let model = model.to_str().unwrap();
+    refused(
+        &["train", model],
+        &format!("{model}: a model, and no recipe"),
+        &format!("`vitrum finetune --weights {model} --data DIR` trains it further"),
+    );
+    for (command, more) in
+        [("eval", &[][..]), ("finetune", &[]), ("features", &["--out", "x"]), ("probe", &[])]
+    {
+        let words = [&[command, "--weights", "no-such.npz", "--data", "no-such-data"], more].concat();
+        vitrum(&words).code(1).stderr(starts_with("error: no-such.npz: no such file or folder"));
+    }
+    for end in ["onnx", "pt", "pth", "PTH"] {
+        let to = temp.path().join(format!("x.{end}"));
+        vitrum(&["convert", model, to.to_str().unwrap()])
+            .code(2)
+            .stderr(contains("are not written").and(contains("--to")));
+    }
+}
+
+/// A name of the HuggingFace hub is looked for in its cache, and never fetched.
+#[test]
+fn a_hub_name_is_opened_where_the_hub_keeps_it() {
+    let temp = tempfile::tempdir().unwrap();
+    let inspect = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vitrum"));
+        command.args(["inspect", "owner/vit-tiny"]).env("HF_HUB_CACHE", temp.path()).assert()
+    };
+    inspect().code(1).stderr(contains("`hf download owner/vit-tiny` fetches it"));
+    let model = temp.path().join("models--owner--vit-tiny");
+    std::fs::create_dir_all(model.join("refs")).unwrap();
+    std::fs::create_dir_all(model.join("snapshots/abc")).unwrap();
+    std::fs::write(model.join("refs/main"), "abc").unwrap();
+    std::fs::write(model.join("snapshots/abc/model.safetensors"), b"not one").unwrap();
+    inspect().code(1).stderr(contains("snapshots/abc/model.safetensors"));
+}
+
 #[test]
 fn what_is_not_built_yet_says_so() {
     let attention = ["predict", "--weights", "x", "--attention", "maps", "a.png"];

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use super::{Backend, Options, Precision, Residual, Storage, cpu, cuda, rounded};
 use crate::error::{Error, Result};
+use crate::terminal;
 
 /// Where a run computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -111,7 +112,7 @@ pub fn select(device: Device, options: &Options) -> Result<Box<dyn Backend>> {
         Device::Auto => match cuda::Cuda::open(FIRST_CARD, options) {
             Ok(cuda) => Ok(Box::new(cuda)),
             Err(why) => {
-                eprintln!("note: computing on the CPU: {}", why.message());
+                terminal::note(&format!("computing on the CPU: {}", why.message()));
                 cpu()
             }
         },

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::Settings;
 use crate::error::Result;
+use crate::terminal;
 use crate::weights::{self, Format};
 
 #[derive(clap::Args)]
@@ -24,7 +25,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     let overrides = args.settings.model_overrides()?;
     let (layout, notes) = weights::convert(&args.input, &args.output, args.to, &overrides)?;
-    notes.iter().for_each(|note| eprintln!("warning: {note}"));
-    eprintln!("{} ({}) -> {}", args.input.display(), layout.name(), args.output.display());
+    notes.iter().for_each(|note| terminal::warn(note));
+    terminal::say(&format!("{} ({}) -> {}", args.input.display(), layout.name(), args.output.display()));
     Ok(())
 }

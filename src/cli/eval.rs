@@ -55,6 +55,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     let named = protocols.iter().map(|name| Protocol::named(name)).collect::<Result<Vec<_>>>()?;
     let overrides = args.settings.model_overrides()?;
+    crate::weights::locate(&args.weights)?;
     let data = Dataset::open(&args.data, Split::Val)?;
     let batch = usize::from(args.batch).min(data.len());
     let mut model = Loaded::open(

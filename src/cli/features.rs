@@ -7,6 +7,7 @@ use super::{On, Settings};
 use crate::data::{Dataset, Split};
 use crate::error::{At, Result};
 use crate::report::format;
+use crate::terminal;
 use crate::train::loaded::Loaded;
 use crate::train::pass::Protocol;
 use crate::train::probe;
@@ -41,6 +42,7 @@ pub(super) const BATCH: usize = 64;
 pub fn run(args: Args) -> Result<()> {
     let protocol = args.protocol.as_deref().map(Protocol::named).transpose()?;
     let overrides = args.settings.model_overrides()?;
+    crate::weights::locate(&args.weights)?;
     let data = Dataset::open(&args.data, args.split)?;
     let batch = BATCH.min(data.len());
     let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
@@ -59,11 +61,11 @@ pub fn run(args: Args) -> Result<()> {
         View::i64("labels", &[samples.len()], &labels),
     ];
     safetensors::write(&args.out, &metadata, views)?;
-    eprintln!(
+    terminal::say(&format!(
         "{} features of {} images in {}",
         samples.width,
         format::thousands(samples.len() as u64),
         args.out.display()
-    );
+    ));
     Ok(())
 }

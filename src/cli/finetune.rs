@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
+use super::flags::{Everyday, wanted_out};
 use super::{On, Settings, print, print_json};
 use crate::error::Result;
 use crate::recipe::{HeadPolicy, Recipe};
@@ -23,6 +24,8 @@ pub struct Args {
     /// Pictures to train on: a packed data set, an image folder, or `demo`; with a validation part, that is taken too
     #[arg(long, value_name = "DIR")]
     pub data: Option<String>,
+    #[command(flatten)]
+    pub everyday: Everyday,
     /// The classifier: kept where the classes agree (auto), always new (reset), or kept at any rate (keep)
     #[arg(long, value_enum, hide_possible_values = true)]
     pub head: Option<HeadPolicy>,
@@ -54,7 +57,7 @@ pub fn run(args: Args) -> Result<()> {
     let log = Log::stderr();
     loaded.notes.iter().for_each(|note| log.line(&format!("note: {note}")));
     let options = RunOptions {
-        out: args.out.unwrap_or_else(|| default_out(&loaded.name)),
+        out: wanted_out(args.out, &loaded.recipe.train)?.unwrap_or_else(|| default_out(&loaded.name)),
         recipe_name: loaded.name.clone(),
         resume: args.resume,
         overfit: None,
@@ -98,5 +101,5 @@ fn settings(args: &Args) -> Vec<String> {
     let head = args.head.and_then(|head| Some(head.to_possible_value()?.get_name().to_string()));
     let flags = [("finetune.weights", &args.weights), ("data.train", &args.data), ("finetune.head", &head)];
     let of_flags = flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value.as_ref()?)));
-    of_flags.chain(args.settings.set.iter().cloned()).collect()
+    of_flags.chain(args.everyday.settings()).chain(args.settings.set.iter().cloned()).collect()
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::{On, Settings};
 use crate::backend::{Loss, LossKind, Options, Residual};
 use crate::error::{Error, Result};
+use crate::terminal;
 use crate::train::batch_file::BatchFile;
 use crate::train::loaded::{Loaded, gradients};
 use crate::vit::Mode;
@@ -63,6 +64,11 @@ pub fn run(args: Args) -> Result<()> {
     }
     let views = out.iter().map(|(name, shape, values)| View::f32(name, shape, values)).collect();
     safetensors::write(&args.out, &Default::default(), views)?;
-    eprintln!("loss {:.6}, gradients of {} tensors in {}", report.loss, out.len() - 2, args.out.display());
+    terminal::say(&format!(
+        "loss {:.6}, gradients of {} tensors in {}",
+        report.loss,
+        out.len() - 2,
+        args.out.display()
+    ));
     Ok(())
 }

@@ -27,7 +27,7 @@ pub fn run(args: Args) -> Result<()> {
 /// Weights are a file, or a folder that a run wrote; any other folder, and an archive, is a data set.
 fn describe(path: &Path) -> Result<Value> {
     let is_demo = ["demo", "demo-hard"].iter().any(|name| path.as_os_str() == *name);
-    let short_name = weights::augreg::is_short_name(path);
+    let short_name = weights::is_model_name(path);
     if !path.exists() && !is_demo && !short_name {
         return Err(Error::new(format!("{}: there is no such file or folder", path.display())));
     }

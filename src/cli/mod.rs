@@ -11,6 +11,7 @@ pub mod doctor;
 pub mod eval;
 pub mod features;
 pub mod finetune;
+mod flags;
 pub mod grad;
 pub mod inspect;
 pub mod pack;
@@ -23,14 +24,15 @@ pub mod selftest;
 pub mod train;
 
 use std::ffi::OsString;
-use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::backend::Device;
-use crate::error::{At, Error, Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::recipe::BUILT_IN;
+use crate::terminal;
+pub use crate::terminal::{print, print_json};
 use crate::weights::ModelOverrides;
 
 /// Pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
@@ -115,9 +117,13 @@ pub fn command() -> clap::Command {
 
 /// The whole program.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(e) => {
+            if let Some(e) = flags::unknown_flag(&e, &args) {
+                return fail(&e);
+            }
             // Help and version are data and end with 0, the rest is wrong usage. A closed pipe is no failure.
             let _ = e.print();
             return ExitCode::from(e.exit_code() as u8);
@@ -125,16 +131,19 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            let stopped = matches!(e.kind(), Kind::Stopped(_));
-            let mut text = if stopped { e.message().to_string() } else { format!("error: {}", e.message()) };
-            if let Some(hint) = e.hint_text() {
-                text += &format!("\nhint: {hint}");
-            }
-            let _ = writeln!(std::io::stderr(), "{text}");
-            ExitCode::from(e.exit_code() as u8)
-        }
+        Err(e) => fail(&e),
     }
+}
+
+/// Says what was wrong, and with which code the program ends.
+fn fail(e: &Error) -> ExitCode {
+    let stopped = matches!(e.kind(), Kind::Stopped(_));
+    let mut text = if stopped { e.message().to_string() } else { format!("error: {}", e.message()) };
+    if let Some(hint) = e.hint_text() {
+        text += &format!("\nhint: {hint}");
+    }
+    terminal::say(&text);
+    ExitCode::from(e.exit_code() as u8)
 }
 
 fn run(cli: Cli) -> Result<()> {
@@ -164,21 +173,6 @@ fn run(cli: Cli) -> Result<()> {
 /// The refusal of a command or an option that the contract names and this version lacks.
 pub fn not_built(what: &str) -> Error {
     Error::usage(format!("`{what}` is not built yet"))
-}
-
-/// Writes data to stdout, with a line's end. A reader that has gone (`vitrum ... | head`) is no error.
-pub fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    let end = if text.ends_with('\n') { "" } else { "\n" };
-    match write!(out, "{text}{end}").and_then(|()| out.flush()) {
-        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
-        written => written.at("stdout"),
-    }
-}
-
-/// One JSON object on stdout, for `--json`.
-pub fn print_json(value: &serde_json::Value) -> Result<()> {
-    print(&serde_json::to_string_pretty(value).expect("a JSON value can be written"))
 }
 
 /// The built-in recipes, for help texts: name and first line of each.

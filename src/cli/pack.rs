@@ -1,17 +1,19 @@
 //! `vitrum pack`: put pictures into the form that trains fastest.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
-
-use signal_hook::consts::{SIGINT, SIGTERM};
+use std::time::Duration;
 
 use crate::data::dataset::MANIFEST;
 use crate::data::decode::JpegPath;
 use crate::data::pack::{self, Format, Options, Packed, Target};
-use crate::error::{At, Error, Result};
+use crate::error::{Error, Result};
 use crate::fail;
 use crate::recipe::OnBadRecord;
+use crate::terminal;
+use crate::train::signals;
+
+/// How long a pack may take to stop after a signal.
+const GRACE: Duration = Duration::from_secs(3);
 
 /// Packs pictures into a data set.
 #[derive(Debug, clap::Args)]
@@ -67,10 +69,8 @@ pub fn run(args: Args) -> Result<()> {
                 Error::usage(format!("`--minival` is {}", args.minival)).hint("use a share from 0 to 0.9")
             );
         }
-        let stop = Arc::new(AtomicUsize::new(0));
-        for signal in [SIGINT, SIGTERM] {
-            signal_hook::flag::register_usize(signal, stop.clone(), signal as usize).at("signals")?;
-        }
+        let stop = signals::flag()?;
+        signals::end_after(GRACE);
         report(&pack::pack(&args.source, dest, options, &stop)?, dest);
     }
     if args.check { check(dest) } else { Ok(()) }
@@ -90,23 +90,26 @@ fn report(packed: &Packed, dest: &Path) {
         Some((height, width)) => format!("raw {width}x{height} pixels"),
         None => "encoded pictures".into(),
     };
-    eprintln!(
+    terminal::say(&format!(
         "packed {} of {} classes as {form} into {}, {skipped} skipped (JPEG decoder: {})",
         parts.join(" and "),
         packed.classes,
         dest.display(),
         JpegPath::chosen().describe()
-    );
+    ));
 }
 
 fn check(dir: &Path) -> Result<()> {
     let checked = pack::check(dir)?;
     for fault in &checked.faults {
-        eprintln!("damaged: {fault}");
+        terminal::say(&format!("damaged: {fault}"));
     }
     match checked.faults.len() {
         0 => {
-            eprintln!("checked {} records in {} shards: all good", checked.records, checked.shards);
+            terminal::say(&format!(
+                "checked {} records in {} shards: all good",
+                checked.records, checked.shards
+            ));
             Ok(())
         }
         1 => fail!("{}: the data set has a fault", dir.display()),

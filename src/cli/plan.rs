@@ -4,6 +4,7 @@ use super::{On, Settings};
 use crate::backend::Device;
 use crate::error::Result;
 use crate::recipe::Recipe;
+use crate::terminal;
 use crate::train::plan::Plan;
 
 #[derive(clap::Args)]
@@ -22,7 +23,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     let loaded = Recipe::read(args.recipe.as_deref(), &args.settings.set)?;
-    loaded.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    loaded.notes.iter().for_each(|note| terminal::note(note));
     show(&loaded.recipe, &loaded.name, args.on.device, args.json)
 }
 

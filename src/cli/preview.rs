@@ -10,6 +10,7 @@ use crate::data::{Loader, LoaderSpec, Mode, pair, sheet};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::recipe::Recipe;
+use crate::terminal;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -63,6 +64,6 @@ pub fn run(args: Args) -> Result<()> {
     let picture = sheet::draw(&slot, &classes, Normalise::INCEPTION, COLUMNS.min(samples));
     let png = crate::data::encode_png(picture.view())?;
     files::write_atomic(&args.out, |out| out.write_all(&png))?;
-    eprintln!("{} samples of {} classes: {}", slot.count, classes.len(), args.out.display());
+    terminal::say(&format!("{} samples of {} classes: {}", slot.count, classes.len(), args.out.display()));
     Ok(())
 }

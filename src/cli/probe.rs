@@ -67,6 +67,7 @@ pub fn run(args: Args) -> Result<()> {
     check(&args)?;
     let protocol = args.protocol.as_deref().map(Protocol::named).transpose()?;
     let overrides = args.settings.model_overrides()?;
+    crate::weights::locate(&args.weights)?;
     let (mut train, val) = data::pair(Some(&args.data), None)?;
     let val = val.ok_or_else(|| {
         Error::new(format!("{}: no validation part, a probe needs one to be scored on", train.name()))

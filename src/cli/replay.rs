@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::{On, Settings};
 use crate::error::Result;
+use crate::terminal;
 use crate::train::batch_file::BatchFile;
 use crate::train::replay;
 use crate::weights;
@@ -33,13 +34,16 @@ pub fn run(args: Args) -> Result<()> {
     let batches = BatchFile::open(&args.batches, true)?;
     let mut file = weights::open(&args.weights, &overrides)?;
     file.set_image(batches.layout.image)?;
-    file.notes.iter().for_each(|note| eprintln!("note: {note}"));
+    file.notes.iter().for_each(|note| terminal::note(note));
     batches.check_classes(file.config.classes)?;
 
     let steps = batches.steps;
     let recipe = replay::recipe(&file.config, batches.layout.samples, steps as u64).with(&of_recipe)?;
     let trajectory = replay::run(&recipe, &file, &batches, args.on.device, |step, report| {
-        eprintln!("step {step}/{steps}   loss {:.6}   grad_norm {:.6}", report.loss, report.grad_norm);
+        terminal::say(&format!(
+            "step {step}/{steps}   loss {:.6}   grad_norm {:.6}",
+            report.loss, report.grad_norm
+        ));
     })?;
 
     let shape = [steps];
@@ -52,6 +56,6 @@ pub fn run(args: Args) -> Result<()> {
         views.push(View::f32(format!("final/{name}"), &tensor.shape, &tensor.values));
     }
     safetensors::write(&args.out, &Default::default(), views)?;
-    eprintln!("trajectory of {steps} updates in {}", args.out.display());
+    terminal::say(&format!("trajectory of {steps} updates in {}", args.out.display()));
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::flags::{Everyday, program, wanted_out};
 use super::{On, Settings};
 use crate::error::Result;
 use crate::recipe::{Metric, Recipe};
@@ -15,6 +16,11 @@ use crate::train::run::{Ending, RunOptions, RunSummary, default_out};
 pub struct Args {
     /// A built-in recipe or a .toml file [default: demo]
     pub recipe: Option<String>,
+    /// Pictures to train on, `demo`, or DIR with `train/` and `val/` inside: `--set data.train=DIR`
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<String>,
+    #[command(flatten)]
+    pub everyday: Everyday,
     /// Run once for each value, and say which was best; for several keys, a grid
     #[arg(long, value_name = "KEY=V1,V2", conflicts_with_all = ["overfit", "dry_run"])]
     pub sweep: Vec<String>,
@@ -40,14 +46,16 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let loaded = Recipe::read(args.recipe.as_deref(), &args.settings.set)?;
+    let data = args.data.iter().map(|data| format!("data.train={data}"));
+    let set: Vec<String> = data.chain(args.everyday.settings()).chain(args.settings.set).collect();
+    let loaded = Recipe::read(args.recipe.as_deref(), &set)?;
     let log = Log::stderr();
     loaded.notes.iter().for_each(|note| log.line(&format!("note: {note}")));
     if args.dry_run {
         return super::plan::show(&loaded.recipe, &loaded.name, args.on.device, false);
     }
     let options = RunOptions {
-        out: args.out.unwrap_or_else(|| default_out(&loaded.name)),
+        out: wanted_out(args.out, &loaded.recipe.train)?.unwrap_or_else(|| default_out(&loaded.name)),
         recipe_name: loaded.name.clone(),
         resume: args.resume,
         overfit: args.overfit.map(|n| n as usize),
@@ -56,7 +64,7 @@ pub fn run(args: Args) -> Result<()> {
     };
     if !args.sweep.is_empty() {
         let name = args.recipe.as_deref().unwrap_or("demo");
-        return super::finetune::sweep_over(&args.sweep, name, &args.settings.set, &options, args.json);
+        return super::finetune::sweep_over(&args.sweep, name, &set, &options, args.json);
     }
     let data = loaded.recipe.data.val.clone().or(loaded.recipe.data.train.clone());
     let run = match loaded.recipe.finetune {
@@ -94,10 +102,13 @@ pub(super) fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
         .fact("weights", format!("{out}/checkpoints/last/model.safetensors (timm's names)"))
         .fact("curves", format!("{out}/metrics.jsonl"))
         .fact("recipe", format!("{out}/recipe.toml"));
-    if let Some(data) = data {
-        summary = summary.next("measure it", format!("vitrum eval --weights {out} --data {data}"));
+    let vitrum = program();
+    // A part that was held out has no name that could be given to `eval`.
+    if let Some(data) = data.filter(|_| run.has_val && !run.held_out) {
+        summary = summary.next("measure it", format!("{vitrum} eval --weights {out} --data {data}"));
     }
+    let picture = run.samples.first().map_or("IMAGE...".into(), |file| file.display().to_string());
     summary
-        .next("ask it", format!("vitrum predict --weights {out} IMAGE..."))
-        .next("look inside", format!("vitrum inspect {out}"))
+        .next("ask it", format!("{vitrum} predict --weights {out} {picture}"))
+        .next("look inside", format!("{vitrum} inspect {out}"))
 }

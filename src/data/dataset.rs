@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{At, Error, Result};
 use crate::rng::{Domain, Permutation};
-use crate::{fail, files};
+use crate::{fail, files, terminal};
 
 use super::demo;
 use super::shard::{Kind, Record, Shard, ShardWriter};
@@ -113,6 +113,8 @@ pub struct Dataset {
     relabel: Option<Vec<usize>>,
     /// A sample's label is its own number, after [`Dataset::numbered`].
     numbered: bool,
+    /// Samples of each class that has any, one class behind the other, after [`Dataset::balanced`].
+    of_classes: Option<Vec<usize>>,
 }
 
 #[derive(Clone, Debug)]
@@ -162,11 +164,22 @@ impl Dataset {
         }
         let classes = parts[0].0.classes.clone();
         let records = Records::Mixture { parts: Arc::new(parts), starts };
-        Ok(Self { name: name.into(), classes, records, chosen: None, relabel: None, numbered: false })
+        Ok(Self {
+            name: name.into(),
+            classes,
+            records,
+            chosen: None,
+            relabel: None,
+            numbered: false,
+            of_classes: None,
+        })
     }
 
-    /// Records and weight of each part of a mixture; of another data set, all of it.
+    /// Records and weight of each part of a mixture, or of each class of a balanced data set; of another, all of it.
     pub fn parts(&self) -> Vec<(usize, f64)> {
+        if let Some(counts) = &self.of_classes {
+            return counts.iter().map(|count| (*count, 1.0)).collect();
+        }
         match &self.records {
             Records::Mixture { parts, .. } if self.chosen.is_none() => {
                 parts.iter().map(|(part, weight)| (part.len(), *weight)).collect()
@@ -198,6 +211,7 @@ impl Dataset {
             chosen: None,
             relabel: None,
             numbered: false,
+            of_classes: None,
         })
     }
 
@@ -214,6 +228,7 @@ impl Dataset {
             chosen: None,
             relabel: None,
             numbered: false,
+            of_classes: None,
         })
     }
 
@@ -378,6 +393,35 @@ impl Dataset {
         self
     }
 
+    /// Training and held-out samples: `share` of them, chosen by a hash of their names, so that neither order nor number of
+    /// the others moves one from side to side. Either side may be empty.
+    pub fn hold_out(self, share: f64) -> (Self, Self) {
+        let (held, kept): (Vec<usize>, Vec<usize>) =
+            (0..self.len()).partition(|index| is_held_out(&self.record_name(*index), share));
+        let with = |chosen: Vec<usize>| {
+            let places = chosen.iter().map(|index| self.place(*index)).collect();
+            Self { chosen: Some(places), ..self.clone() }
+        };
+        (with(kept), with(held))
+    }
+
+    /// Training draws as often from each class that has samples as from any other, however many they are.
+    ///
+    /// # Errors
+    /// Samples have several classes.
+    pub fn balanced(mut self) -> Result<Self> {
+        if self.is_multi_label() {
+            return Err(Error::usage(format!("{}: its samples may have several classes", self.name))
+                .hint("leave `data.balance` out: classes can be balanced where each sample has one"));
+        }
+        let mut of_class = vec![Vec::new(); self.classes.len()];
+        (0..self.len()).for_each(|index| of_class[self.label(index)].push(self.place(index)));
+        of_class.retain(|places| !places.is_empty());
+        self.of_classes = Some(of_class.iter().map(Vec::len).collect());
+        self.chosen = Some(of_class.concat());
+        Ok(self)
+    }
+
     /// Numbers the labels as `classes` does: a model knows its classes by name. The names must be the same set.
     pub fn with_classes(mut self, classes: &[String]) -> Result<Self> {
         let number = |name: &String| {
@@ -407,6 +451,12 @@ impl Dataset {
     }
 }
 
+/// Whether a record of this name is among the `share` that is held out of the training data.
+pub(super) fn is_held_out(name: &str, share: f64) -> bool {
+    let hash = xxhash_rust::xxh3::xxh3_64(name.as_bytes());
+    (hash >> 11) as f64 / (1u64 << 53) as f64 <= share && share > 0.0
+}
+
 /// Shard, and index in the shard, of a record.
 fn locate(starts: &[usize], index: usize) -> (usize, usize) {
     let shard = starts.partition_point(|start| *start <= index) - 1;
@@ -416,9 +466,8 @@ fn locate(starts: &[usize], index: usize) -> (usize, usize) {
 /// Training and validation data as a recipe names them: `train` alone gives both where it has both, `val` overrides
 /// where validation samples come from. Both must have the same classes.
 pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<Dataset>)> {
-    let train_spec = train.ok_or_else(|| {
-        Error::usage("no training data").hint("use `--set data.train=DIR`, or `--set data.train=demo`")
-    })?;
+    let train_spec = train
+        .ok_or_else(|| Error::usage("no training data").hint("name it: `--data DIR`, or `--data demo`"))?;
     let place = Place::find(train_spec)?;
     let train = place.open(Split::Train)?;
     let val = match val {
@@ -565,7 +614,7 @@ fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset
     match store_demo(&writer, dir).and_then(|()| Dataset::open_packed(dir)) {
         Ok(dataset) => Ok(dataset),
         Err(error) => {
-            eprintln!("warning: the demo data is not kept in the cache folder: {}", error.message());
+            terminal::warn(&format!("the demo data is not kept in the cache folder: {}", error.message()));
             let mut bytes = Vec::new();
             writer.write(&mut bytes).at("demo data")?;
             let classes = demo::CLASSES.map(String::from).to_vec();
@@ -577,6 +626,7 @@ fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset
                 chosen: None,
                 relabel: None,
                 numbered: false,
+                of_classes: None,
             })
         }
     }
@@ -654,6 +704,7 @@ mod tests {
             chosen: None,
             relabel: None,
             numbered: false,
+            of_classes: None,
         };
         assert!((0..100).all(|i| dataset.label(i) == i && dataset.record_name(i) == format!("name {i}")));
         let some = dataset.take(20);
@@ -681,6 +732,7 @@ mod tests {
             chosen: None,
             relabel: None,
             numbered: false,
+            of_classes: None,
         };
         let renamed = dataset(names("ant bee cat")).with_classes(&names("cat ant bee")).unwrap();
         assert_eq!((0..3).map(|i| renamed.label(i)).collect::<Vec<_>>(), [1, 2, 0]);

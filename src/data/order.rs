@@ -37,14 +37,15 @@ pub struct Drawn {
     pub repeat: usize,
 }
 
-/// Places of the pattern of a mixture: weights are kept to a thousandth.
+/// Places of the pattern of a mixture: weights are kept to a thousandth, or to a quarter of the mean weight of many parts.
 const PLACES: usize = 1000;
+const PLACES_OF_A_PART: usize = 4;
 
 impl Order {
     /// `parts` are the numbers of records of each data set, one behind the other, with weights.
     pub fn new(parts: &[(usize, f64)], seed: u64, window: usize, repeats: usize) -> Self {
         let total: f64 = parts.iter().map(|(_, weight)| weight).sum();
-        let places = if parts.len() == 1 { 1 } else { PLACES };
+        let places = if parts.len() == 1 { 1 } else { PLACES.max(PLACES_OF_A_PART * parts.len()) };
         // Each part's share of the places, so that the sum is right: the largest remainders are rounded up.
         let exact: Vec<f64> = parts.iter().map(|(_, weight)| weight / total * places as f64).collect();
         let mut counts: Vec<usize> = exact.iter().map(|e| (*e as usize).max(1)).collect();

@@ -12,6 +12,7 @@ use toml::{Table, Value};
 use super::{Duration, Recipe};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::terminal;
 
 /// The recipes inside the program: name and text.
 pub const BUILT_IN: [(&str, &str); 11] = [
@@ -55,7 +56,7 @@ impl Recipe {
     /// [`Recipe::read`], with its notes on stderr.
     pub fn load(name_or_path: Option<&str>, overrides: &[String]) -> Result<Recipe> {
         let loaded = Self::read(name_or_path, overrides)?;
-        loaded.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        loaded.notes.iter().for_each(|note| terminal::note(note));
         Ok(loaded.recipe)
     }
 
@@ -118,9 +119,13 @@ fn keys_given((section, keys): (&String, &Value)) -> Vec<String> {
 /// Name for the run directory, name for messages, text.
 fn find(wanted: &str) -> Result<(String, String, String)> {
     if let Some((name, text)) = BUILT_IN.into_iter().find(|(name, _)| *name == wanted) {
-        return Ok((name.into(), format!("recipes/{name}.toml"), text.into()));
+        return Ok((name.into(), format!("the built-in recipe `{name}`"), text.into()));
     }
     let path = Path::new(wanted);
+    if is_model(path) {
+        return Err(Error::usage(format!("{wanted}: a model, and no recipe"))
+            .hint(format!("`vitrum finetune --weights {wanted} --data DIR` trains it further")));
+    }
     if path.is_file() {
         let name = path.file_stem().map_or_else(|| wanted.into(), |s| s.to_string_lossy().into_owned());
         return Ok((name, wanted.into(), files::read_text(path)?));
@@ -133,6 +138,24 @@ fn find(wanted: &str) -> Result<(String, String, String)> {
     };
     let what = if wanted.ends_with(".toml") { "no file" } else { "no recipe" };
     Err(Error::usage(format!("there is {what} `{wanted}`")).hint(hint))
+}
+
+/// A weights file, or a folder that has one or was written by a run.
+fn is_model(path: &Path) -> bool {
+    let is_weights = |end: &std::ffi::OsStr| {
+        ["safetensors", "npz", "pth", "pt", "bin", "ckpt", "onnx"].iter().any(|known| end == *known)
+    };
+    let inside = [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "config.json",
+        "checkpoints",
+    ];
+    match path.is_dir() {
+        true => inside.iter().any(|name| path.join(name).exists()),
+        false => path.is_file() && path.extension().is_some_and(is_weights),
+    }
 }
 
 // ---- The file ----
@@ -410,6 +433,12 @@ fn unknown(path: &[String]) -> Error {
         (_, Some(keys)) => error.hint(format!("the keys of `{}` are {}", dotted(parent), list(&keys))),
         _ => error.hint(format!("the sections are {}", list(&keys_of(&[]).unwrap_or_default()))),
     }
+}
+
+/// Every key that a setting may have, as `train.steps`.
+pub fn keys() -> Vec<String> {
+    let keys = all_keys().into_iter().filter(|key| key.len() == 2);
+    keys.map(|key| dotted(&key)).collect()
 }
 
 /// Every key that a recipe may have.

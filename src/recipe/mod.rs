@@ -18,7 +18,7 @@ pub use augment::{
     AugmentSection, Crop, Dialect, EraseMode, Interpolation, Level, MixLaw, MixMode, RandAugment,
 };
 pub use duration::Duration;
-pub use load::{BUILT_IN, Loaded};
+pub use load::{BUILT_IN, Loaded, keys};
 pub use micro_batch::MicroBatch;
 pub use resolve::GivenSizes;
 pub use size::Size;
@@ -141,6 +141,12 @@ pub struct DataSection {
     /// Overrides where validation images come from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub val: Option<String>,
+    /// Where there are no validation images: the share of the training images that become some, chosen by a hash of their
+    /// names. Default: a tenth for a run that starts from trained weights, else none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holdout: Option<f64>,
+    /// Draw as often from a class of few images as from one of many.
+    pub balance: bool,
     /// What training does with a picture that cannot be decoded. Evaluations leave it out and say so.
     pub on_bad_record: OnBadRecord,
     /// Loader threads; 0: one per core, at most 16.
@@ -166,6 +172,8 @@ impl Default for DataSection {
         Self {
             train: None,
             val: None,
+            holdout: None,
+            balance: false,
             on_bad_record: OnBadRecord::Error,
             workers: 0,
             slots: 3,
@@ -395,6 +403,9 @@ impl Default for LossSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainSection {
+    /// What the run is called, and its directory in `runs`. Default: the recipe's name and the time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// Length of the run. `steps` and `epochs` exclude each other.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
@@ -436,6 +447,7 @@ pub struct TrainSection {
 impl Default for TrainSection {
     fn default() -> Self {
         Self {
+            name: None,
             steps: None,
             epochs: None,
             batch: 128,

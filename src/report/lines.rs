@@ -70,6 +70,9 @@ pub struct EvalLine {
     pub epoch: f64,
     #[serde(flatten)]
     pub scores: Scores,
+    /// Of the model: among five classes or fewer every picture is in the top 5.
+    #[serde(skip)]
+    pub classes: usize,
     /// Training top-1 minus validation top-1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gap: Option<f64>,
@@ -83,19 +86,22 @@ pub struct EvalLine {
 }
 
 impl EvalLine {
-    /// `eval   295/1770   loss 0.5012   top-1  83.1 %   top-5  98.9 %   gap -2.1 %   best so far`
+    /// `eval   295/1770   loss 0.5012   top-1  83.1 %   top-5  98.9 %   train − val -2.1 %   best so far`
     pub fn text(&self, total: u64) -> String {
         let width = total.to_string().len();
         let scores = |s: &Scores| {
-            let (top1, top5) = (format::percent(s.top1), format::percent(s.top5));
-            format!("loss {:.4}   top-1 {top1:>7}   top-5 {top5:>7}", s.loss)
+            let top5 = match self.classes {
+                0..=5 => String::new(),
+                _ => format!("   top-5 {:>7}", format::percent(s.top5)),
+            };
+            format!("loss {:.4}   top-1 {:>7}{top5}", s.loss, format::percent(s.top1))
         };
         let mut text = format!("eval {:>width$}/{total}   {}", self.step, scores(&self.scores));
         if let Some(ema) = &self.ema {
             text += &format!("   ema {}", scores(ema));
         }
         if let Some(gap) = self.gap {
-            text += &format!("   gap {}", format::percent(gap));
+            text += &format!("   train − val {}", format::percent(gap));
         }
         if self.best {
             text += "   best so far";

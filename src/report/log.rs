@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use indicatif::ProgressBar;
 
 use crate::error::{At, Result};
+use crate::terminal;
 
 /// A sink for lines. Clones write to the same place.
 #[derive(Clone)]
@@ -62,17 +63,16 @@ impl Log {
 impl Inner {
     /// A terminal that has gone away stops nothing.
     fn write_terminal(&self, text: &str) {
-        let print = || drop(writeln!(std::io::stderr(), "{text}"));
         match &self.bar {
-            Some(bar) => bar.suspend(print),
-            None => print(),
+            Some(bar) => bar.suspend(|| terminal::say(text)),
+            None => terminal::say(text),
         }
     }
 
     /// A log that cannot be written (a full disk) is given up after one warning; the run is worth more.
     fn write_file(&mut self, text: &str) {
         let Some(file) = &mut self.file else { return };
-        if let Err(e) = file.write_all(format!("{text}\n").as_bytes()) {
+        if let Err(e) = file.write_all(format!("{}\n", terminal::visible(text)).as_bytes()) {
             self.file = None;
             self.write_terminal(&format!("warning: `log.txt` cannot be written and ends here: {e}"));
         }

@@ -84,6 +84,7 @@ mod tests {
             step,
             epoch: 0.5,
             scores,
+            classes: 10,
             gap: Some(0.01),
             ema: Some(scores),
             best: true,

@@ -11,6 +11,9 @@ const FEW_IMAGES: usize = 10_000;
 const MANY_EPOCHS: f64 = 100.0;
 /// Below this many pictures per class the head alone is often as good.
 const FEW_PER_CLASS: usize = 25;
+/// Fewer are too few for a new head.
+const FEW_UPDATES: u64 = 100;
+const SMALL_BATCH: usize = 32;
 /// L/16 and wider.
 const WIDE: usize = 1024;
 
@@ -27,17 +30,23 @@ pub fn lines(recipe: &Recipe, images: usize) -> Vec<String> {
             format::thousands(images as u64)
         ));
     }
+    let updates = train.steps.unwrap_or(0);
+    if updates < FEW_UPDATES && train.batch > SMALL_BATCH {
+        lines.push(format!(
+            "{updates} updates in all: --batch {SMALL_BATCH} makes {} of the same pictures",
+            updates * train.batch as u64 / SMALL_BATCH as u64
+        ));
+    }
     if images / classes < FEW_PER_CLASS && optim.layer_decay == 1.0 && !optim.freeze_backbone {
         lines.push(format!(
             "{} pictures per class: compare `vitrum probe`, optim.freeze_backbone=true and optim.layer_decay=0.75",
             images / classes
         ));
     }
-    lines.push(format!(
-        "augmentation: augment.level={} for {} pictures from scratch (AugReg); published transfers use crop and flip alone",
-        level(images),
-        format::thousands(images as u64)
-    ));
+    let augment = &recipe.augment;
+    if augment.mixup > 0.0 || augment.cutmix > 0.0 || augment.randaugment.is_some() {
+        lines.push("augmentation: published transfers use crop and flip alone".into());
+    }
     let wide = model.width.unwrap_or(0) >= WIDE;
     if wide && model.dropout == 0.0 {
         lines.push(
@@ -51,15 +60,6 @@ pub fn lines(recipe: &Recipe, images: usize) -> Vec<String> {
             .push("weight decay: 0.01 is often advised; vit_jax and big_vision fine-tune without any".into());
     }
     lines
-}
-
-/// The strength of augmentation that AugReg's grid favours when a model is trained from scratch.
-fn level(images: usize) -> &'static str {
-    match images {
-        0..100_000 => "strong1",
-        100_000..2_000_000 => "medium1",
-        _ => "light2",
-    }
 }
 
 #[cfg(test)]
@@ -81,9 +81,7 @@ mod tests {
         assert!(says(&[], 3_000, "train.patience") && !says(&[], 60_000, "train.patience"));
         assert!(!says(&["train.steps=500"], 3_000, "train.patience"));
         assert!(says(&[], 100, "10 pictures per class") && !says(&[], 3_000, "per class"));
-        assert!(
-            says(&[], 3_000, "strong") && says(&[], 1_281_167, "medium") && says(&[], 14_000_000, "light2")
-        );
+        assert!(says(&["augment.mixup=0.2"], 3_000, "augmentation") && !says(&[], 3_000, "augmentation"));
         assert!(says(&["model.width=1024"], 100, "dropout") && !says(&["model.width=768"], 100, "dropout"));
         assert!(says(&["optim.weight_decay=0.01"], 100, "weight decay") && !says(&[], 100, "weight decay"));
     }

@@ -35,6 +35,9 @@ struct Need {
 
 /// Fine-tunes as `loaded` says, to the end of the run.
 pub fn run(loaded: &Loaded, options: &RunOptions) -> Result<RunSummary> {
+    if let Some(path) = loaded.recipe.finetune.as_ref().and_then(|finetune| finetune.weights.as_deref()) {
+        weights::locate(Path::new(path))?;
+    }
     let data = RunData::open(&loaded.recipe, options)?;
     let start = Start::load(loaded, &data)?;
     start.run(loaded, data, options)
@@ -73,6 +76,7 @@ impl Start {
                 recipe.eval.crop_ratio = self.weights.meta.crop_ratio;
             }
         }
+        fit_length(&mut recipe, loaded, data.train.len());
         data.resolve(recipe)
     }
 
@@ -128,6 +132,30 @@ fn overrides(loaded: &Loaded) -> ModelOverrides {
         posemb: given("posemb").then_some(m.posemb),
         posemb_join: given("posemb_join").then_some(m.posemb_join),
         ..ModelOverrides::default()
+    }
+}
+
+/// What a recipe leaves open of batch and pace follows from the number of pictures: any folder can be fine-tuned on as it is.
+fn fit_length(recipe: &mut Recipe, loaded: &Loaded, images: usize) {
+    /// That of published transfers.
+    const BATCH: usize = 512;
+    const WHOLE: usize = 32;
+    /// Lines of the log in a run.
+    const LINES: u64 = 50;
+    let train = &mut recipe.train;
+    if !loaded.gives("train.batch") {
+        // A whole number of micro-batches that are worth their name.
+        train.batch = BATCH.min(if images < WHOLE { images } else { images / WHOLE * WHOLE });
+    }
+    let epoch = (images / train.batch.max(1)).max(1) as u64;
+    let steps =
+        train.steps.unwrap_or_else(|| (train.epochs.unwrap_or(1.0) * epoch as f64).ceil() as u64).max(1);
+    if !loaded.gives("train.eval_every") {
+        // Once an epoch, and no more than twenty times.
+        train.eval_every = epoch.max(steps.div_ceil(20));
+    }
+    if !loaded.gives("train.log_every") {
+        train.log_every = (steps / LINES).clamp(1, 100);
     }
 }
 

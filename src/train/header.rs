@@ -4,8 +4,8 @@ use crate::backend::MemoryPlan;
 use crate::report::format;
 use crate::vit::{Param, Vit};
 
-/// What the model is, for headers.
-pub fn model_lines(model: &Vit) -> Vec<String> {
+/// What the model is, for headers. `is_new`: it is initialised, and not read from a file.
+pub fn model_lines(model: &Vit, is_new: bool) -> Vec<String> {
     let c = &model.config;
     let trained: usize = model.layout.params.iter().filter(|p| p.grad_offset.is_some()).map(Param::len).sum();
     let frozen = match trained < model.layout.count() {
@@ -26,10 +26,10 @@ pub fn model_lines(model: &Vit) -> Vec<String> {
             model.layout.count() as f64 / 1e6
         ),
         format!(
-            "         gelu {}, ln_eps {:e}, init {:?}, {:.3} GFLOP per image to train",
+            "         gelu {}, ln_eps {:e}, {}{:.3} GFLOP per image to train",
             format!("{:?}", c.gelu).to_lowercase(),
             c.ln_eps,
-            c.init,
+            if is_new { format!("init {}, ", word(&c.init)) } else { String::new() },
             c.train_flops() as f64 / 1e9
         ),
     ];
@@ -37,6 +37,11 @@ pub fn model_lines(model: &Vit) -> Vec<String> {
         lines.push(format!("         {line}"));
     }
     lines
+}
+
+/// An enum's value as recipes write it.
+pub(super) fn word(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(String::from)).unwrap_or_default()
 }
 
 /// What is left out of the last block, if anything is.

@@ -7,6 +7,7 @@ use crate::backend::{
 };
 use crate::data;
 use crate::error::Result;
+use crate::terminal;
 use crate::vit::{LastBlock, Mode, Vit};
 use crate::weights::{self, AdaptTarget, CheckpointMeta, ModelFile, ModelOverrides, RepLayer};
 
@@ -61,7 +62,7 @@ impl Loaded {
         batch: usize,
         mode: Mode,
     ) -> Result<Self> {
-        file.notes.iter().for_each(|note| eprintln!("note: {note}"));
+        file.notes.iter().for_each(|note| terminal::note(note));
         let mut backend = backend::select(device, options)?;
         let model = Vit::new(
             file.config.clone(),

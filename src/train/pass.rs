@@ -27,6 +27,8 @@ pub enum Output {
 pub struct Protocol {
     pub resize: EvalResize,
     pub crop_ratio: f32,
+    /// The name that it was asked for by: some systems agree, and share their settings.
+    pub asked: Option<&'static str>,
     /// Leave out a last batch that is not full, as google-research/vision_transformer does.
     pub drop_last: bool,
 }
@@ -35,12 +37,12 @@ impl Protocol {
     /// The protocol of that name; an unknown name is wrong usage.
     pub fn named(name: &str) -> Result<Self> {
         let found = PROTOCOLS.into_iter().find(|(known, ..)| *known == name);
-        let (_, resize, crop_ratio) = found.ok_or_else(|| {
+        let (asked, resize, crop_ratio) = found.ok_or_else(|| {
             let known = PROTOCOLS.map(|(name, ..)| format!("`{name}`")).join(", ");
             Error::usage(format!("there is no protocol `{name}`"))
                 .hint(format!("use `all` or one of {known}"))
         })?;
-        Ok(Self { resize, crop_ratio, drop_last: false })
+        Ok(Self { resize, crop_ratio, asked: Some(asked), drop_last: false })
     }
 
     /// Its name, where it has one.
@@ -48,7 +50,7 @@ impl Protocol {
         let same = |(_, resize, ratio): &(&str, EvalResize, f32)| {
             *resize == self.resize && (*ratio - self.crop_ratio).abs() < 1e-6
         };
-        PROTOCOLS.into_iter().find(same).map(|(name, ..)| name)
+        self.asked.or_else(|| PROTOCOLS.into_iter().find(same).map(|(name, ..)| name))
     }
 }
 
@@ -63,7 +65,7 @@ pub struct PassReport {
 impl Loaded {
     /// The protocol that the file's own metadata names, or its layout.
     pub fn protocol(&self) -> Protocol {
-        Protocol { resize: self.meta.resize, crop_ratio: self.meta.crop_ratio, drop_last: false }
+        Protocol { resize: self.meta.resize, crop_ratio: self.meta.crop_ratio, asked: None, drop_last: false }
     }
 
     /// Values in a row of `output`.

@@ -67,7 +67,7 @@ impl Plan {
     pub fn text(&self, name: &str) -> String {
         let t = &self.recipe.train;
         let mut lines = vec![format!("recipe   {name}")];
-        lines.extend(header::model_lines(&self.model));
+        lines.extend(header::model_lines(&self.model, self.recipe.finetune.is_none()));
         let epochs = self.images.map(|n| self.steps() as f64 * t.batch as f64 / n as f64);
         let data =
             self.images.map_or(UNKNOWN_DATA.into(), |n| format!("{} images", format::thousands(n as u64)));

@@ -14,8 +14,9 @@ use crate::weights::CheckpointMeta;
 
 use super::checkpoint::{Best, Checkpoints, RunState, Sums};
 use super::evaluate::{EvalReport, evaluate};
-use super::header::{memory_lines, model_lines};
-use super::{Trainer, build, signals};
+use super::header::{memory_lines, model_lines, word};
+use super::pace::{FirstSteps, Pace};
+use super::{Trainer, build, samples, signals};
 
 /// What the command line says about a run, besides the recipe.
 #[derive(Clone, Debug)]
@@ -38,6 +39,8 @@ pub struct RunData {
     pub val: Option<Arc<Dataset>>,
     /// Training images that are evaluated as well, without augmentation: the gap to `val` shows overfitting.
     train_part: Arc<Dataset>,
+    /// The share of the training images that became validation images, if any did.
+    held_out: Option<f64>,
     overfit: Option<usize>,
     /// `data.train` and `data.val`, as the recipe has them.
     names: (Option<String>, Option<String>),
@@ -48,12 +51,22 @@ const OVERFIT_STEPS: u64 = 300;
 const OVERFIT_LOSS: f64 = 0.01;
 /// Training images that are evaluated beside the validation set, without augmentation.
 const TRAIN_EVAL_IMAGES: usize = 2000;
+/// `data.holdout` of a run that starts from trained weights.
+const HOLDOUT: f64 = 0.1;
 
 impl RunData {
     /// Opens what `data.train` and `data.val` name.
     pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
         let spec = recipe.data.train.as_deref();
         let (mut train, mut val) = data::pair(spec, recipe.data.val.as_deref())?;
+        let mut held_out = None;
+        let share = recipe.data.holdout.unwrap_or(if recipe.finetune.is_some() { HOLDOUT } else { 0.0 });
+        if val.is_none() && share > 0.0 && options.overfit.is_none() {
+            let (kept, held) = train.clone().hold_out(share);
+            if !kept.is_empty() && !held.is_empty() {
+                (train, val, held_out) = (kept, Some(held), Some(share));
+            }
+        }
         if let Some(n) = options.overfit {
             if n > train.len() {
                 return Err(Error::usage(format!(
@@ -65,11 +78,15 @@ impl RunData {
             train = train.take(n);
             val = None;
         }
+        if recipe.data.balance {
+            train = train.balanced()?;
+        }
         let part = val.as_ref().map_or(TRAIN_EVAL_IMAGES, Dataset::len).min(TRAIN_EVAL_IMAGES);
         let train_part = train.clone().take(part);
         Ok(Self {
             train: Arc::new(train),
             val: val.map(Arc::new),
+            held_out,
             train_part: Arc::new(train_part),
             overfit: options.overfit,
             names: (recipe.data.train.clone(), recipe.data.val.clone()),
@@ -156,6 +173,10 @@ pub struct RunSummary {
     pub last: Option<EvalReport>,
     pub best: Option<(u64, f64)>,
     pub has_val: bool,
+    /// They were held out of the training images.
+    pub held_out: bool,
+    /// A few validation images as files.
+    pub samples: Vec<PathBuf>,
     pub metric: Metric,
 }
 
@@ -174,23 +195,8 @@ pub struct Run {
     progress: Progress,
     last_eval: Option<EvalReport>,
     start: Instant,
+    first_steps: FirstSteps,
     pace: Pace,
-}
-
-/// Times since the last line of the log, in this process.
-struct Pace {
-    since: Instant,
-    steps: u64,
-    /// Seconds since then that were not spent on steps (evaluation, checkpoints).
-    outside: f64,
-    /// The loader's waiting time at that line.
-    waited: f64,
-}
-
-impl Pace {
-    fn new(waited: f64) -> Self {
-        Self { since: Instant::now(), steps: 0, outside: 0.0, waited }
-    }
 }
 
 impl Run {
@@ -233,6 +239,7 @@ impl Run {
             log,
             last_eval: None,
             start: Instant::now(),
+            first_steps: FirstSteps::new(trainer.step),
             pace: Pace::new(0.0),
             state,
             options: options.clone(),
@@ -252,15 +259,19 @@ impl Run {
         let log = |line: String| self.log.line(&line);
         log(format!("run      {}  ({})", self.options.out.display(), self.options.recipe_name));
         log(format!("device   {}", trainer.backend.describe()));
-        for line in model_lines(&trainer.model) {
+        for line in model_lines(&trainer.model, recipe.finetune.is_none()) {
             log(line);
         }
         self.options.notes.iter().cloned().for_each(log);
+        let held_out = match self.data.held_out {
+            Some(share) => format!(" (held out: `data.holdout = {share}`)"),
+            None => String::new(),
+        };
         let val = self
             .data
             .val
             .as_ref()
-            .map_or("no validation images".into(), |v| format!("{} to validate", v.len()));
+            .map_or("no validation images".into(), |v| format!("{} to validate{held_out}", v.len()));
         log(format!(
             "data     {} images to train on, {val}, {} classes, {}x{} px",
             self.data.train.len(),
@@ -269,13 +280,13 @@ impl Run {
             config.image.1
         ));
         log(format!(
-            "train    {} steps of {} = {:.1} epochs, {} lr {:.2e}, {:?} schedule{}",
+            "train    {} steps of {} = {:.1} epochs, {} lr {:.2e}, {} schedule{}",
             self.steps,
             recipe.train.batch,
             self.steps as f64 * recipe.train.batch as f64 / self.data.train.len() as f64,
             format!("{:?}", recipe.optim.name).to_lowercase(),
             recipe.optim.lr * trainer.optimizer.batch_scale(),
-            recipe.schedule.kind,
+            word(&recipe.schedule.kind),
             match recipe.train.patience {
                 0 => String::new(),
                 patience => format!(", stopped after {patience} evaluations without improvement"),
@@ -390,6 +401,9 @@ impl Run {
             seconds: self.start.elapsed().as_secs_f64(),
         };
         self.progress.tick(step);
+        if let Some(text) = self.first_steps.how_long(step, self.steps, line.seconds) {
+            self.log.line(&format!("         {text}"));
+        }
         if due {
             self.metrics.step(&line)?;
             self.progress.step(&line);
@@ -433,6 +447,7 @@ impl Run {
             step: trainer.step,
             epoch: self.epoch(trainer.step),
             scores: scores(&report),
+            classes: trainer.model.config.classes,
             gap: on_val.map(|val| on_part.top1 - val.top1),
             ema: on_ema.as_ref().map(scores),
             best,
@@ -585,6 +600,8 @@ impl Run {
             last: self.last_eval,
             best: self.state.best.map(|b| (b.step, b.metric)),
             has_val: self.data.val.is_some(),
+            held_out: self.data.held_out.is_some(),
+            samples: self.data.val.as_ref().map_or(Vec::new(), |val| samples::write(val, &self.options.out)),
             metric: self.recipe.eval.metric,
         })
     }

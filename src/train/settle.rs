@@ -17,6 +17,9 @@ use super::{Trainer, build};
 /// slots and the system's cache on the CPU.
 const SPARE: usize = 10;
 
+/// More samples at a time make a CPU no faster.
+const CPU_MOST: usize = 32;
+
 /// The recipe with a precision and a micro-batch for this device. `data_size`: pictures of an epoch.
 ///
 /// # Errors
@@ -37,8 +40,9 @@ pub fn settle(
         Ok(Trainer::plan(&model, &optimizer, build::slot_layout(&recipe, targets)).total_bytes())
     };
     let batch = recipe.train.batch;
+    let most = if backend.storage().is_apart() { batch } else { batch.min(CPU_MOST) };
     let largest = |room: usize| -> Result<Option<usize>> {
-        for micro_batch in (1..=batch).rev().filter(|m| batch.is_multiple_of(*m)) {
+        for micro_batch in (1..=most).rev().filter(|m| batch.is_multiple_of(*m)) {
             if needs(MicroBatch::Samples(micro_batch))? <= room {
                 return Ok(Some(micro_batch));
             }
@@ -112,7 +116,7 @@ pub fn open(
     let recipe = settle(recipe, &*backend, targets, data_size)?;
     let mut notes = Vec::new();
     if chosen && let MicroBatch::Samples(n) = recipe.train.micro_batch {
-        notes.push(format!("batch    {} in micro-batches of {n}, as many as fit", recipe.train.batch));
+        notes.push(format!("batch    {} in micro-batches of {n}", recipe.train.batch));
     }
     if let Some(before) = before.filter(|b| b.train.precision != Precision::Auto) {
         let (now, then) = (in_words(&recipe.train), in_words(&before.train));

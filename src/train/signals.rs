@@ -1,17 +1,26 @@
-//! Ctrl-C and SIGTERM: the first asks the run to stop at its next step, the second ends the process at once.
+//! Signals: the first asks the work to stop where it can be taken up again, a second Ctrl-C or SIGTERM ends the process at
+//! once.
+//!
+//! SIGHUP (the terminal is gone) and SIGUSR1 (a batch system says that time is nearly up) ask as SIGTERM does. A signal that
+//! the process was started to ignore, as by `nohup` or in the background of a script, stays ignored.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 
 use crate::error::{At, Result};
+use crate::terminal;
 
 /// The signal that arrived; 0: none.
 static PENDING: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
 /// From now on signals are noted instead of ending the process. Later calls change nothing.
+///
+/// # Errors
+/// The system does not let the process listen.
 pub fn install() -> Result<()> {
     let mut fresh = false;
     let pending = PENDING.get_or_init(|| {
@@ -21,13 +30,20 @@ pub fn install() -> Result<()> {
     if !fresh {
         return Ok(());
     }
+    let ignored = ignored();
     let seen = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        // In this order: a first signal finds `seen` unset, passes the shutdown, and sets it for the second.
-        flag::register_conditional_shutdown(signal, 128 + signal, seen.clone())
-            .at("cannot listen to signals")?;
-        flag::register(signal, seen.clone()).at("cannot listen to signals")?;
-        flag::register_usize(signal, pending.clone(), signal as usize).at("cannot listen to signals")?;
+    for (signal, asks_as) in [(SIGINT, SIGINT), (SIGTERM, SIGTERM), (SIGHUP, SIGTERM), (SIGUSR1, SIGTERM)] {
+        if ignored >> (signal - 1) & 1 == 1 {
+            continue;
+        }
+        if signal == asks_as {
+            // In this order: a first signal finds `seen` unset, passes the shutdown, and sets it for the second. One that a
+            // closing session sends beside SIGTERM is no second.
+            flag::register_conditional_shutdown(signal, 128 + signal, seen.clone())
+                .at("cannot listen to signals")?;
+            flag::register(signal, seen.clone()).at("cannot listen to signals")?;
+        }
+        flag::register_usize(signal, pending.clone(), asks_as as usize).at("cannot listen to signals")?;
     }
     Ok(())
 }
@@ -36,4 +52,38 @@ pub fn install() -> Result<()> {
 pub fn pending() -> Option<i32> {
     let signal = PENDING.get()?.load(Ordering::Relaxed);
     (signal != 0).then_some(signal as i32)
+}
+
+/// The number of the signal that came, or 0, for work that looks at it itself.
+///
+/// # Errors
+/// Those of [`install`].
+pub fn flag() -> Result<Arc<AtomicUsize>> {
+    install()?;
+    Ok(PENDING.get().expect("installed above").clone())
+}
+
+/// Ends the process where it has not ended itself `grace` after a signal: a read from a disk that hangs, or from a pipe that
+/// nobody fills, cannot be asked to stop.
+pub fn end_after(grace: Duration) {
+    const LOOK: Duration = Duration::from_millis(50);
+    let watch = move || {
+        loop {
+            std::thread::sleep(LOOK);
+            if let Some(signal) = pending() {
+                std::thread::sleep(grace);
+                terminal::say("stopped while it was waiting for a read");
+                std::process::exit(128 + signal);
+            }
+        }
+    };
+    // Without a thread to spare, a second signal still ends it.
+    let _ = std::thread::Builder::new().name("signals".into()).spawn(watch);
+}
+
+/// The signals that the process was started to ignore, a bit each, as Linux tells them; none elsewhere.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::hub_cache;
 use super::shards::INDEX;
 use crate::error::{Error, Result};
 use crate::files;
@@ -27,8 +28,11 @@ const RECOMMENDED: [(&str, &str, &str); 8] = [
     ("R50+L/32", "medium1", "0.1"),
 ];
 
-/// The file that a user means by `path`: a short name's, a folder's, or `path` itself.
+/// The file that a user means by `path`: a short name's, a folder's, a model's of the HuggingFace hub, or `path` itself.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
+    if let Some(folder) = hub_cache::resolve(path)? {
+        return in_folder(&folder);
+    }
     match path.to_str() {
         Some(text) if !path.exists() => match ShortName::parse(text) {
             Some(name) => name.find(),

@@ -8,7 +8,7 @@ use super::container::Container;
 use super::fits::Misfits;
 use super::headers::Headers;
 use super::hub::Hub;
-use super::{ModelOverrides, augreg};
+use super::{ModelOverrides, augreg, locate};
 use crate::error::{At, Result};
 use crate::vit::config::Posemb;
 use crate::vit::params::ParamLayout;
@@ -16,7 +16,7 @@ use crate::vit::params::ParamLayout;
 /// Layout, sizes, heads (or `"unknown"`), provenance; the tensors that are missing, unexpected or of another shape than
 /// the model needs.
 pub fn describe(path: &Path) -> Result<Value> {
-    let path = augreg::resolve(path)?;
+    let path = locate(path)?;
     let container = Container::open(&path)?;
     // Any number of heads does: it is reported only where the file has one.
     let any_heads = ModelOverrides { heads: Some(1), ..Default::default() };

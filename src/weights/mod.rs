@@ -16,6 +16,7 @@ mod fits;
 mod forms;
 mod headers;
 mod hub;
+mod hub_cache;
 mod layouts;
 mod meta;
 pub mod npz;
@@ -71,8 +72,26 @@ pub struct ModelFile {
     pub notes: Vec<String>,
 }
 
+/// Whether `path` is no path, but a name that models have: a short name of [`augreg`], or one of the HuggingFace hub.
+pub fn is_model_name(path: &Path) -> bool {
+    augreg::is_short_name(path) || hub_cache::is_name(path)
+}
+
+/// The file that `path` means, without reading it: a wrong path is said before anything that takes time.
+///
+/// # Errors
+/// There is no such file.
+pub fn locate(path: &Path) -> Result<PathBuf> {
+    let file = augreg::resolve(path)?;
+    if !file.exists() {
+        return Err(Error::new(format!("{}: no such file or folder", file.display()))
+            .hint("give a weights file, a checkpoint folder or a run directory"));
+    }
+    Ok(file)
+}
+
 /// Opens the weights at `path`: a weights file, a HuggingFace or checkpoint folder, a run directory (its best
-/// checkpoint, else its last), or a short name of [`augreg`]. Tensors, then the file's metadata, then a `config.json`
+/// checkpoint, else its last), a short name of [`augreg`], or a model's name on the HuggingFace hub. Tensors, then the file's metadata, then a `config.json`
 /// beside it, then `overrides` say which model it is.
 ///
 /// Errors (exit 1) name file and tensor: damaged or foreign files, hybrids and Mixers, missing or left-over tensors.
@@ -91,7 +110,7 @@ pub fn open(path: &Path, overrides: &ModelOverrides) -> Result<ModelFile> {
 
 /// The same, and a file without a classifier will do: it has 0 classes until [`adapt()`] gives it some.
 pub fn open_backbone(path: &Path, overrides: &ModelOverrides) -> Result<ModelFile> {
-    let path = augreg::resolve(path)?;
+    let path = locate(path)?;
     let container = Container::open(&path)?;
     read_model(container, &path, Hub::beside(&path)?, overrides).map_err(|e| e.at(path.display()))
 }

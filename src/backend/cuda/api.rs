@@ -12,6 +12,8 @@ use std::sync::OnceLock;
 
 use cudarc::cublaslt::sys as lt;
 use cudarc::driver::sys as cu;
+use std::error::Error as _;
+
 use libloading::Library;
 
 use crate::error::{Error, Result};
@@ -278,14 +280,22 @@ impl Search {
 
     /// Opens the first library that is there. It stays open: unloading a driver is not safe.
     fn open(&self) -> Result<&'static Library> {
-        let mut last = String::new();
+        let mut trouble = None;
         for name in self.names {
             // SAFETY: loading NVIDIA's libraries runs their initialisers, which is what every CUDA program does.
             match unsafe { Library::new(*name) } {
                 Ok(library) => return Ok(Box::leak(Box::new(library))),
-                Err(error) => last = error.to_string(),
+                // One that is there and does not load says more than one that is not there.
+                Err(error) => {
+                    let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+                    trouble = trouble.or((!why.contains("No such file")).then_some(why));
+                }
             }
         }
-        Err(Error::new(format!("{} was not found ({last})", self.what)).hint(self.absent))
+        Err(match trouble {
+            Some(why) => Error::new(format!("{} does not load: {why}", self.what)),
+            None => Error::new(format!("{} was not found", self.what)),
+        }
+        .hint(format!("{} (looked for {})", self.absent, self.names.join(", "))))
     }
 }

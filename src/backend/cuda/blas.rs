@@ -23,6 +23,7 @@ use super::probe;
 use super::race::race;
 use crate::backend::{Dtype, Precision};
 use crate::error::Result;
+use crate::terminal;
 
 use algorithms::Algorithms;
 pub(super) use algorithms::Chosen;
@@ -249,9 +250,9 @@ impl Blas {
             Some(candidate) if trial.launches(&mut plan, &candidate) => Some(candidate),
             _ => {
                 if self.algorithms.is_preferred(&key) && !self.by_rule {
-                    eprintln!(
-                        "warning: the checkpoint's algorithm for {key} cannot be used: it is chosen anew"
-                    );
+                    terminal::warn(&format!(
+                        "the checkpoint's algorithm for {key} cannot be used: it is chosen anew"
+                    ));
                 }
                 chosen_anew = !self.by_rule;
                 trial.choose(&mut plan)?
@@ -427,11 +428,11 @@ impl Trial<'_> {
         let mut multiply = |way: usize| Ok(self.launches(plan, &ways[way]));
         let agrees = proof::agree(&self.blas.gpu, self.shape, self.operands, &mut multiply)?;
         if !agrees {
-            eprintln!(
-                "warning: cuBLASLt {} offers an algorithm that computes wrongly for {}; another one is taken",
+            terminal::warn(&format!(
+                "cuBLASLt {} offers an algorithm that computes wrongly for {}; another one is taken",
                 self.blas.version(),
                 self.shape.key()
-            );
+            ));
         }
         Ok(agrees)
     }

@@ -17,6 +17,7 @@ use crate::data::shard::Record;
 use crate::error::{Error, Result};
 use crate::recipe::{AugmentSection, EvalResize, OnBadRecord};
 use crate::rng::{Domain, Stream};
+use crate::terminal;
 
 use super::{Delivery, LoaderSpec, Mode};
 
@@ -258,7 +259,7 @@ impl Filler {
                 .hint("mend or remove it, or use `--set data.on_bad_record=skip` to go on without it")),
             OnBadRecord::Skip => {
                 if self.bad.lock().expect("no worker panics with the lock").insert(record) {
-                    eprintln!("warning: {place} skipped: {}", error.message());
+                    terminal::warn(&format!("{place} skipped: {}", error.message()));
                 }
                 Ok(())
             }

@@ -20,9 +20,9 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::recipe::OnBadRecord;
-use crate::{fail, files};
+use crate::{fail, files, terminal};
 
-use super::dataset::{Manifest, ShardEntry, Split};
+use super::dataset::{Manifest, ShardEntry, Split, is_held_out};
 use super::decode::Decoder;
 use super::shard::{Kind, ShardWriter};
 use super::source::{Item, Parts, Source};
@@ -122,10 +122,7 @@ fn parts(source: &Source, minival: f64) -> Vec<(Option<&'static str>, Vec<&Item>
         Parts::Split { train, val } => (train, Some(val)),
     };
     // By name alone: neither order nor number of the records moves one from side to side.
-    let is_minival = |item: &&Item| {
-        let hash = xxhash_rust::xxh3::xxh3_64(item.name.as_bytes());
-        (hash >> 11) as f64 / (1u64 << 53) as f64 <= minival && minival > 0.0
-    };
+    let is_minival = |item: &&Item| is_held_out(&item.name, minival);
     let (held, kept): (Vec<&Item>, Vec<&Item>) = train.iter().partition(is_minival);
     let mut parts = vec![(Some(Split::Train.name()), kept)];
     if let Some(val) = val {
@@ -202,7 +199,7 @@ impl PartWriter<'_> {
                                 .hint("leave such records out with `--on-bad-record skip`"));
                         }
                         skipped += 1;
-                        self.bar.suspend(|| eprintln!("skipped {path}: {}", error.message()));
+                        self.bar.suspend(|| terminal::say(&format!("skipped {path}: {}", error.message())));
                     }
                 }
                 done += 1;

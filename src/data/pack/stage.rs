@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::dataset::ShardEntry;
 use crate::error::{At, Error, Result};
 use crate::files;
+use crate::terminal;
 
 const PROGRESS: &str = "progress.json";
 
@@ -73,7 +74,7 @@ impl Stage {
             progress = Progress { fingerprint, shards: Vec::new() };
         } else if !progress.shards.is_empty() {
             let records: usize = progress.shards.iter().map(|f| f.shard.records).sum();
-            eprintln!("going on behind {records} records that are packed already");
+            terminal::say(&format!("going on behind {records} records that are packed already"));
         }
         Ok(Self { dir, progress, _lock: lock, keep: false })
     }

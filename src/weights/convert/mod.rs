@@ -35,6 +35,7 @@ pub fn convert(
     format: Option<Format>,
     overrides: &ModelOverrides,
 ) -> Result<(LayoutKind, Vec<String>)> {
+    refuse_ending(to)?;
     let by_name = if to.extension().is_some_and(|e| e == "npz") { Format::Npz } else { Format::Safetensors };
     let format = format.unwrap_or(by_name);
     if format != Format::Hf && to.is_dir() {
@@ -68,6 +69,23 @@ pub fn convert(
         }
     }
     Ok((file.layout, notes))
+}
+
+/// A file that is named like another program's would be taken for one.
+fn refuse_ending(to: &Path) -> Result<()> {
+    let ending = to.extension().and_then(|end| end.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let other = [
+        "onnx", "pt", "pth", "bin", "ckpt", "h5", "pb", "tflite", "engine", "gguf", "msgpack", "pkl",
+        "mlmodel",
+    ];
+    if !other.contains(&ending.as_str()) {
+        return Ok(());
+    }
+    let plain = to.with_extension("safetensors");
+    Err(Error::usage(format!("{}: `.{ending}` files are not written", to.display())).hint(format!(
+        "write `{}`, and say for whom by `--to`: `safetensors`, `timm`, `hf` (a folder) or `npz`",
+        plain.display()
+    )))
 }
 
 impl Format {

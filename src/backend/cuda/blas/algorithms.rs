@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use crate::backend::Precision;
 use crate::files;
+use crate::terminal;
 use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t;
 
 /// The file and what it says, and what this run uses.
@@ -52,7 +53,9 @@ impl Algorithms {
             let text = std::fs::read_to_string(path).map_err(|e| e.to_string());
             let entries = text.and_then(|text| serde_json::from_str(&text).map_err(|e| e.to_string()));
             entries
-                .map_err(|why| eprintln!("warning: {}: {why}; algorithms are chosen anew", path.display()))
+                .map_err(|why| {
+                    terminal::warn(&format!("{}: {why}; algorithms are chosen anew", path.display()))
+                })
                 .ok()
         });
         Self { path, of, entries: entries.unwrap_or_default(), changed: false, used: Choices::default() }
@@ -141,7 +144,7 @@ impl Algorithms {
                 .map_err(|e| e.to_string())
         });
         if let Err(why) = written {
-            eprintln!("warning: {}: {why}; the next run chooses algorithms again", path.display());
+            terminal::warn(&format!("{}: {why}; the next run chooses algorithms again", path.display()));
         }
     }
 }

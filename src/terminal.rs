@@ -1,0 +1,85 @@
+//! Lines for people, on stderr, and data on stdout. The one place that prints.
+//!
+//! Nobody has to be there to read: a terminal that was closed, a full disk behind `2>` or a pipe whose reader has gone
+//! never stop a command, least of all a run. Names from files and archives are shown, never obeyed: what would move the
+//! cursor, change colours or turn the direction of writing is spelled out.
+
+use std::borrow::Cow;
+use std::io::{ErrorKind, Write};
+
+use crate::error::{At, Result};
+
+/// A line for people.
+pub fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", visible(text));
+}
+
+/// `note: text`
+pub fn note(text: &str) {
+    say(&format!("note: {text}"));
+}
+
+/// `warning: text`
+pub fn warn(text: &str) {
+    say(&format!("warning: {text}"));
+}
+
+/// Writes data to stdout, with a line's end. Where the reader has gone (`vitrum ... | head`) it has all that it wanted: the
+/// command ends there, quietly.
+///
+/// # Errors
+/// Stdout cannot be written otherwise: a full disk.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    match write!(out, "{}{end}", visible(text)).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        written => written.at("stdout"),
+    }
+}
+
+/// One JSON object on stdout, for `--json`.
+///
+/// # Errors
+/// Those of [`print`].
+pub fn print_json(value: &serde_json::Value) -> Result<()> {
+    print(&serde_json::to_string_pretty(value).expect("a JSON value can be written"))
+}
+
+/// The text without characters that a terminal obeys, save ends of lines and tabs: ESC becomes `\u{1b}`.
+pub fn visible(text: &str) -> Cow<'_, str> {
+    spelled_out(text, |c| is_obeyed(c) && !matches!(c, '\n' | '\t'))
+}
+
+/// A name from a file as it may stand in a line: ends of lines are spelled out, too.
+pub fn one_line(name: &str) -> Cow<'_, str> {
+    spelled_out(name, is_obeyed)
+}
+
+fn spelled_out(text: &str, is_unwanted: impl Fn(char) -> bool) -> Cow<'_, str> {
+    if !text.contains(&is_unwanted) {
+        return Cow::Borrowed(text);
+    }
+    let shown = |c: char| if is_unwanted(c) { c.escape_default().to_string() } else { c.to_string() };
+    Cow::Owned(text.chars().map(shown).collect())
+}
+
+/// Controls, separators of lines and paragraphs, and what turns the direction of the text around it (Unicode 9, Bidi_Control).
+fn is_obeyed(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_move_the_cursor_or_turn_the_text() {
+        assert_eq!(visible("cat\n\tÄ 猫"), "cat\n\tÄ 猫");
+        assert_eq!(visible("a\u{1b}[2Jb\rc\u{9b}d\u{7f}"), "a\\u{1b}[2Jb\\rc\\u{9b}d\\u{7f}");
+        assert_eq!(visible("gpj.\u{202e}exe"), "gpj.\\u{202e}exe");
+        assert_eq!(one_line("a\nb\tc"), "a\\nb\\tc");
+        assert!(matches!(one_line("plain"), Cow::Borrowed(_)));
+    }
+}

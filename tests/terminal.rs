@@ -1,0 +1,148 @@
+//! What a terminal that is gone, a full disk, a closed pipe and signals do to a command: nothing worse than ending it.
+
+mod support;
+
+use std::fs::{File, OpenOptions};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use support::{Done, command, finish, path, stripes, train, vitrum, wait};
+
+/// A disk without room.
+fn full() -> File {
+    OpenOptions::new().write(true).open("/dev/full").expect("Linux has /dev/full")
+}
+
+/// A short run, made once.
+fn trained() -> &'static str {
+    static RUN: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    RUN.get_or_init(|| {
+        let out = path("trained");
+        vitrum(&train(&out, &["train.steps=4", "train.eval_every=4"])).ok();
+        out
+    })
+}
+
+/// The program as a shell runs it: `{}` is its path.
+fn shell(line: &str, args: &[String]) -> Done {
+    let words: Vec<String> = args.iter().map(|arg| format!("'{arg}'")).collect();
+    let program = format!("'{}' {}", env!("CARGO_BIN_EXE_vitrum"), words.join(" "));
+    let mut shell = std::process::Command::new("sh");
+    shell.arg("-c").arg(line.replace("{}", &program)).env("VITRUM_CACHE", path("cache"));
+    finish(shell)
+}
+
+#[test]
+fn a_run_goes_on_and_is_saved_where_nobody_can_read_what_it_says() {
+    let steps = ["train.steps=4", "train.eval_every=4"];
+    let saved = |out: &str| Path::new(out).join("checkpoints/step-4/model.safetensors").is_file();
+    let out = path("full");
+    let mut run = command(&train(&out, &steps));
+    assert_eq!(run.stdout(full()).stderr(full()).status().unwrap().code(), Some(0));
+    assert!(saved(&out));
+    for (name, line) in [("closed", "{} >&- 2>&-"), ("no-stderr", "{} 2>&-"), ("no-reader", "{} 2>&1 | true")]
+    {
+        let out = path(name);
+        shell(line, &train(&out, &steps)).ok();
+        assert!(saved(&out), "{line}");
+    }
+}
+
+/// Every command that prints data, and one that prints for people alone.
+#[test]
+fn no_print_panics() {
+    let run = trained().to_string();
+    let picture = format!("{}/val/down/002.png", stripes());
+    let owned = |words: &[&str]| -> Vec<String> { words.iter().map(ToString::to_string).collect() };
+    let commands = [
+        owned(&["inspect", &run]),
+        owned(&["eval", "--weights", &run, "--data", stripes()]),
+        owned(&["eval", "--weights", &run, "--data", stripes(), "--json"]),
+        owned(&["predict", "--weights", &run, &picture]),
+        owned(&["plan", "demo"]),
+        owned(&["doctor"]),
+        owned(&["--help"]),
+        owned(&["train", "--no-such-flag"]),
+    ];
+    for args in &commands {
+        for line in ["{} 2>/dev/full", "{} 2>&-", "{} >&-", "{} >&- 2>&-", "{} 2>&1 | true"] {
+            let done = shell(line, args);
+            assert!(done.code <= 2 && !done.stderr.contains("panicked"), "{line} {args:?}: {}", done.stderr);
+        }
+        let done = shell("{} >/dev/full", args);
+        assert!(!done.stderr.contains("panicked"), "{args:?}: {}", done.stderr);
+        // Data that could not be written is a failure that is said.
+        let prints = !matches!(args[0].as_str(), "train" | "--help");
+        assert!(!prints || (done.code == 1 && done.stderr.contains("stdout")), "{args:?}: {}", done.stderr);
+    }
+}
+
+/// Starts a long run, waits for its first line about a step, and sends it `signal`.
+fn signalled(name: &str, signal: Signal) -> (String, Done) {
+    let out = path(name);
+    let run = command(&train(&out, &["train.steps=100000", "train.log_every=1", "train.eval_every=50000"]))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let metrics = Path::new(&out).join("metrics.jsonl");
+    let start = Instant::now();
+    while std::fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
+        assert!(start.elapsed() < Duration::from_secs(60), "no step in a minute");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    kill_process(Pid::from_child(&run), signal).unwrap();
+    (out, wait(run))
+}
+
+#[test]
+fn what_asks_a_run_to_stop_saves_it() {
+    for (name, signal, code) in [
+        ("hup", Signal::HUP, 143),
+        ("usr1", Signal::USR1, 143),
+        ("term", Signal::TERM, 143),
+        ("int", Signal::INT, 130),
+    ] {
+        let (out, done) = signalled(name, signal);
+        done.exits(code).says(&["--resume"]);
+        assert!(Path::new(&out).join("checkpoints/last").exists(), "{name}");
+    }
+}
+
+#[test]
+fn a_signal_that_is_ignored_stays_ignored() {
+    let out = path("nohup");
+    let args = train(&out, &["train.steps=40", "train.eval_every=20", "train.log_every=1"]);
+    // The shell ignores what it is told to, and so does what it starts.
+    let line = "trap '' HUP; {} & run=$!; for i in 1 2 3 4 5; do sleep 0.2; kill -HUP $run; done; wait $run";
+    shell(line, &args).ok();
+    assert!(Path::new(&out).join("checkpoints/step-40").exists());
+}
+
+/// A picture that is a pipe which nobody fills.
+#[test]
+fn a_pack_that_waits_for_a_read_ends_when_it_is_told_to() {
+    let folder = path("stalled");
+    for class in ["a", "b"] {
+        std::fs::create_dir_all(format!("{folder}/{class}")).unwrap();
+        std::fs::copy(format!("{}/val/down/002.png", stripes()), format!("{folder}/{class}/1.png")).unwrap();
+    }
+    let table = format!("{folder}/list.csv");
+    std::fs::write(&table, "path,label\na/1.png,a\nb/1.png,b\npipe.png,b\n").unwrap();
+    assert!(
+        std::process::Command::new("mkfifo").arg(format!("{folder}/pipe.png")).status().unwrap().success()
+    );
+    let pack = command(&["pack", &table, &path("stalled-packed")])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    let start = Instant::now();
+    kill_process(Pid::from_child(&pack), Signal::TERM).unwrap();
+    let done = wait(pack);
+    assert!(start.elapsed() < Duration::from_secs(20), "it went on waiting");
+    assert!([1, 143].contains(&done.code), "{}: {}", done.code, done.stderr);
+}
