@@ -3,6 +3,9 @@
 //! `ARCHITECTURE.md` is the map. Imports point one way: cli → train → (vit, optim, data, weights, dist, report) →
 //! backend.
 
+// `terminal` alone prints: what is printed elsewhere panics where nobody can read it.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod backend;
 pub mod cli;
 pub mod data;

@@ -100,6 +100,39 @@ fn changed(before: &Tensors, after: &Tensors) -> Vec<String> {
     after.keys().filter(differs).cloned().collect()
 }
 
+// ---- A folder as it is ----
+
+/// Class folders without a validation part, of 61 pictures, as somebody types it who has read nothing.
+#[test]
+fn any_folder_is_fine_tuned_on_as_it_is() {
+    let folder = scratch().join("plain");
+    for (class, count) in [("across", 32), ("down", 29)] {
+        std::fs::create_dir_all(folder.join(class)).unwrap();
+        let from = Path::new(stripes()).join("train").join(class);
+        let of_class = names(&from);
+        for i in 0..count {
+            std::fs::copy(
+                from.join(&of_class[i % of_class.len()]),
+                folder.join(class).join(format!("{i}.png")),
+            )
+            .unwrap();
+        }
+    }
+    let out = path("plain-run");
+    let data = folder.display().to_string();
+    let done = vitrum(&["finetune", "--weights", pretrained(), "--data", &data, "--out", &out]).ok();
+    let recipe = std::fs::read_to_string(Path::new(&out).join("recipe.toml")).unwrap();
+    for line in ["batch = 32", "micro_batch = 32", "eval_every = 1"] {
+        assert!(recipe.lines().any(|l| l == line), "{line}: {recipe}");
+    }
+    done.says(&["to validate (held out: `data.holdout = 0.1`)", "= 20", "updates in all: --batch"]);
+    let without = path("plain-whole");
+    let whole = ["--set", "data.holdout=0", "--steps", "1"];
+    let args =
+        [&["finetune", "--weights", pretrained(), "--data", &data, "--out", &without], &whole[..]].concat();
+    vitrum(&args).ok().says(&["61 images to train on, no validation images"]);
+}
+
 // ---- A run ----
 
 #[test]

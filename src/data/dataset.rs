@@ -4,18 +4,20 @@
 //! `train/` and `val/` inside, pictures that are not packed at all ([`source`](super::source)), or `demo` and
 //! `demo-hard`, which are drawn and packed into the cache folder when they are first asked for.
 
+mod chosen;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{At, Error, Result};
-use crate::rng::{Domain, Permutation};
 use crate::{fail, files, terminal};
 
 use super::demo;
 use super::shard::{Kind, Record, Shard, ShardWriter};
 use super::source::Source;
+pub(super) use chosen::is_held_out;
 
 /// Which part of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -385,43 +387,6 @@ impl Dataset {
         }
     }
 
-    /// Keeps `n` samples, drawn by a fixed key: neither sorted nor interleaved classes bias them.
-    pub fn take(mut self, n: usize) -> Self {
-        let order = Permutation::new(self.len(), 0, Domain::Split, 0);
-        let n = n.clamp(1, self.len());
-        self.chosen = Some((0..n).map(|i| self.place(order.at(i))).collect());
-        self
-    }
-
-    /// Training and held-out samples: `share` of them, chosen by a hash of their names, so that neither order nor number of
-    /// the others moves one from side to side. Either side may be empty.
-    pub fn hold_out(self, share: f64) -> (Self, Self) {
-        let (held, kept): (Vec<usize>, Vec<usize>) =
-            (0..self.len()).partition(|index| is_held_out(&self.record_name(*index), share));
-        let with = |chosen: Vec<usize>| {
-            let places = chosen.iter().map(|index| self.place(*index)).collect();
-            Self { chosen: Some(places), ..self.clone() }
-        };
-        (with(kept), with(held))
-    }
-
-    /// Training draws as often from each class that has samples as from any other, however many they are.
-    ///
-    /// # Errors
-    /// Samples have several classes.
-    pub fn balanced(mut self) -> Result<Self> {
-        if self.is_multi_label() {
-            return Err(Error::usage(format!("{}: its samples may have several classes", self.name))
-                .hint("leave `data.balance` out: classes can be balanced where each sample has one"));
-        }
-        let mut of_class = vec![Vec::new(); self.classes.len()];
-        (0..self.len()).for_each(|index| of_class[self.label(index)].push(self.place(index)));
-        of_class.retain(|places| !places.is_empty());
-        self.of_classes = Some(of_class.iter().map(Vec::len).collect());
-        self.chosen = Some(of_class.concat());
-        Ok(self)
-    }
-
     /// Numbers the labels as `classes` does: a model knows its classes by name. The names must be the same set.
     pub fn with_classes(mut self, classes: &[String]) -> Result<Self> {
         let number = |name: &String| {
@@ -449,12 +414,6 @@ impl Dataset {
     fn place(&self, index: usize) -> usize {
         self.chosen.as_ref().map_or(index, |chosen| chosen[index])
     }
-}
-
-/// Whether a record of this name is among the `share` that is held out of the training data.
-pub(super) fn is_held_out(name: &str, share: f64) -> bool {
-    let hash = xxhash_rust::xxh3::xxh3_64(name.as_bytes());
-    (hash >> 11) as f64 / (1u64 << 53) as f64 <= share && share > 0.0
 }
 
 /// Shard, and index in the shard, of a record.

@@ -193,6 +193,19 @@ mod tests {
     }
 
     #[test]
+    fn thousands_of_parts_have_their_places() {
+        let parts: Vec<_> = (0..3000).map(|i| (1 + i % 7, 1.0)).collect();
+        let order = Order::new(&parts, 1, 0, 1);
+        let mut drawn = BTreeMap::<usize, usize>::new();
+        let starts: Vec<usize> =
+            parts.iter().scan(0, |at, (len, _)| Some(std::mem::replace(at, *at + len))).collect();
+        for n in 0..12_000 {
+            *drawn.entry(starts.partition_point(|start| *start <= order.at(n).record)).or_default() += 1;
+        }
+        assert_eq!((drawn.len(), drawn.values().min(), drawn.values().max()), (3000, Some(&4), Some(&4)));
+    }
+
+    #[test]
     fn a_mixture_keeps_its_weights_and_each_part_its_epochs() {
         let order = Order::new(&[(10, 3.0), (200, 1.0)], 1, 0, 1);
         let mut counts: BTreeMap<usize, usize> = BTreeMap::new();

@@ -67,7 +67,8 @@ mod tests {
     use super::*;
 
     fn recipe(set: &[&str]) -> Recipe {
-        let set: Vec<String> = set.iter().map(ToString::to_string).collect();
+        let usual = ["train.steps=1000", "train.batch=512"];
+        let set: Vec<String> = usual.iter().chain(set).map(ToString::to_string).collect();
         let mut recipe = Recipe::read(Some("finetune"), &set).unwrap().recipe;
         recipe.model.classes = Some(10);
         recipe
@@ -81,6 +82,11 @@ mod tests {
         assert!(says(&[], 3_000, "train.patience") && !says(&[], 60_000, "train.patience"));
         assert!(!says(&["train.steps=500"], 3_000, "train.patience"));
         assert!(says(&[], 100, "10 pictures per class") && !says(&[], 3_000, "per class"));
+        assert!(says(&["train.steps=20"], 500, "20 updates in all: --batch 32 makes 320"));
+        assert!(
+            !says(&[], 500, "updates in all")
+                && !says(&["train.steps=20", "train.batch=32"], 500, "updates in all")
+        );
         assert!(says(&["augment.mixup=0.2"], 3_000, "augmentation") && !says(&[], 3_000, "augmentation"));
         assert!(says(&["model.width=1024"], 100, "dropout") && !says(&["model.width=768"], 100, "dropout"));
         assert!(says(&["optim.weight_decay=0.01"], 100, "weight decay") && !says(&[], 100, "weight decay"));
