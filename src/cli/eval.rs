@@ -71,10 +71,14 @@ pub fn run(args: Args) -> Result<()> {
         Some(path) => Truth::read(path, &data, classes, names.as_deref())?,
         None => Truth::of(&data, classes, names.as_deref())?,
     };
-    let own = model.protocol();
+    if let Some(matching) = &truth.matching {
+        eprintln!("{}", matching.line(classes));
+    }
+    let kind = model.loss();
+    let named = if named.is_empty() { vec![model.protocol()?] } else { named };
     let mut measure = |protocol: Protocol| -> Result<Measured> {
         let protocol = Protocol { drop_last: args.drop_last, ..protocol };
-        let mut score = Score::new(classes);
+        let mut score = Score::new(classes, kind, &truth);
         let see = |picture: usize, logits: &[f32]| score.add(&truth, picture, logits);
         let report = model.pass(&data, protocol, Output::Logits, see)?;
         Ok(Measured { protocol, score, report })
@@ -88,13 +92,17 @@ pub fn run(args: Args) -> Result<()> {
         }
         return print(&all_protocols(&all));
     }
-    let one = measure(named.first().copied().unwrap_or(own))?;
+    let one = measure(named[0])?;
     if args.json {
+        let what = merged(what, json!({ "classes_matched": truth.matching.as_ref().map(|m| m.by) }));
         return print_json(&merged(what, one.json(names.as_deref())));
     }
     print(&one.text())?;
     if args.per_class { print(&one.per_class(names.as_deref())) } else { Ok(()) }
 }
+
+/// From which probability on a model of several labels says yes.
+const YES: f64 = 0.5;
 
 /// A model under one protocol.
 struct Measured {
@@ -114,6 +122,9 @@ impl Measured {
             self.score.loss(),
             format::rate(self.report.img_per_s)
         );
+        if let Some(several) = self.score.several(YES) {
+            text += &format!("   mAP {}   F1 {}", format::percent(several.map), format::percent(several.f1));
+        }
         if self.score.unlabelled > 0 {
             text += &format!("   {} without a label", format::thousands(self.score.unlabelled as u64));
         }
@@ -128,7 +139,8 @@ impl Measured {
             "drop_last": self.protocol.drop_last,
             "img_per_s": self.report.img_per_s,
         });
-        merged(protocol, self.score.json(names))
+        let several = self.score.several(YES).map_or(json!({}), |several| json!(several));
+        merged(merged(protocol, self.score.json(names)), several)
     }
 
     fn per_class(&self, names: Option<&[String]>) -> String {

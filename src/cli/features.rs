@@ -46,7 +46,7 @@ pub fn run(args: Args) -> Result<()> {
     let data = Dataset::open(&args.data, args.split)?;
     let batch = BATCH.min(data.len());
     let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
-    let protocol = protocol.unwrap_or_else(|| model.protocol());
+    let protocol = protocol.map_or_else(|| model.protocol(), Ok)?;
     let samples = probe::features(&mut model, &data, protocol)?;
 
     let labels: Vec<i64> = samples.labels.iter().map(|label| *label as i64).collect();

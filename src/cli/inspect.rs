@@ -4,28 +4,30 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{print, print_json};
+use super::{Settings, print, print_json};
 use crate::data;
 use crate::error::{Error, Result};
 use crate::report::format;
-use crate::weights;
+use crate::weights::{self, ModelOverrides};
 
 #[derive(clap::Args)]
 pub struct Args {
     /// A weights file or its short name, a checkpoint, a run directory, a data set, or `demo`
     pub path: PathBuf,
+    #[command(flatten)]
+    pub settings: Settings,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let what = describe(&args.path)?;
+    let what = describe(&args.path, &args.settings.model_overrides()?)?;
     if args.json { print_json(&what) } else { print(&text(&what)) }
 }
 
 /// Weights are a file, or a folder that a run wrote; any other folder, and an archive, is a data set.
-fn describe(path: &Path) -> Result<Value> {
+fn describe(path: &Path, overrides: &ModelOverrides) -> Result<Value> {
     let is_demo = ["demo", "demo-hard"].iter().any(|name| path.as_os_str() == *name);
     let short_name = weights::is_model_name(path);
     if !path.exists() && !is_demo && !short_name {
@@ -38,7 +40,7 @@ fn describe(path: &Path) -> Result<Value> {
         || ["model.safetensors", "pytorch_model.bin"].into_iter().any(model);
     let archive = path.extension().is_some_and(|end| end == "tar" || end == "bin");
     let weights = of_a_run || short_name || (path.is_file() && !archive);
-    if weights { weights::describe(path) } else { data::describe(path) }
+    if weights { weights::describe(path, overrides) } else { data::describe(path) }
 }
 
 /// One `key: value` line per fact, nested ones as `train.records`.

@@ -9,6 +9,7 @@ use crate::backend::Options;
 use crate::error::Result;
 use crate::report::format;
 use crate::train::loaded::{Loaded, Prediction};
+use crate::train::pass::Protocol;
 use crate::vit::Mode;
 
 #[derive(clap::Args)]
@@ -19,9 +20,15 @@ pub struct Args {
     /// JPEG or PNG files
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
-    /// How many classes to show
-    #[arg(long, value_name = "K", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
-    pub top: u16,
+    /// How many classes to show [default: 5; with --threshold, all above it]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..))]
+    pub top: Option<u16>,
+    /// Show only classes of at least this probability, as in 0.5
+    #[arg(long, value_name = "P", value_parser = share)]
+    pub threshold: Option<f32>,
+    /// How pictures are prepared: a system's name [default: the file's own]
+    #[arg(long, value_name = "NAME")]
+    pub protocol: Option<String>,
     /// Write attention maps as PNG files (not built yet)
     #[arg(long, value_name = "DIR")]
     pub attention: Option<PathBuf>,
@@ -34,6 +41,13 @@ pub struct Args {
     pub json: bool,
 }
 
+/// Classes that are shown by default.
+const TOP: usize = 5;
+
+fn share(text: &str) -> std::result::Result<f32, String> {
+    text.parse().ok().filter(|p| (0.0..=1.0).contains(p)).ok_or_else(|| "give a number from 0 to 1".into())
+}
+
 pub fn run(args: Args) -> Result<()> {
     if args.attention.is_some() {
         return Err(not_built("vitrum predict --attention").hint("leave it out to get the classes"));
@@ -41,9 +55,18 @@ pub fn run(args: Args) -> Result<()> {
     let overrides = args.settings.model_overrides()?;
     let mut run =
         Loaded::open(&args.weights, &overrides, (args.on.device, &Options::default()), 1, Mode::Infer, None)?;
+    let protocol = match args.protocol.as_deref() {
+        Some(name) => Protocol::named(name)?,
+        None => run.protocol()?,
+    };
+    let least = args.threshold.unwrap_or(0.0);
+    // With a threshold all classes above it count, unless the user says how many.
+    let most = args.top.map_or(if args.threshold.is_some() { usize::MAX } else { TOP }, usize::from);
     let mut all = Vec::new();
     for path in &args.images {
-        let top = run.predict(path, args.top as usize)?;
+        let mut top = run.predict(path, protocol)?;
+        top.retain(|class| class.probability >= least);
+        top.truncate(most);
         if !args.json {
             print(&text(path, &top))?;
         }

@@ -78,7 +78,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     let batch = BATCH.min(train.len()).min(val.len());
     let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
-    let protocol = protocol.unwrap_or_else(|| model.protocol());
+    let protocol = protocol.map_or_else(|| model.protocol(), Ok)?;
     let mut features = |data: &Dataset| probe::features(&mut model, data, protocol);
     let (of_train, of_val) = (features(&train)?, features(&val)?);
     let (results, text) = fit(&args, &of_train, &of_val, train.classes().len())?;

@@ -28,8 +28,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let (of_file, of_recipe): (Vec<_>, Vec<_>) =
-        args.settings.set.iter().cloned().partition(|setting| setting.starts_with("model."));
+    let (of_file, of_recipe): (Vec<_>, Vec<_>) = args.settings.set.iter().cloned().partition(|setting| {
+        ["model.", "weights.", "data.mean", "data.std"].iter().any(|start| setting.starts_with(start))
+    });
     let overrides = Settings { set: of_file }.model_overrides()?;
     let batches = BatchFile::open(&args.batches, true)?;
     let mut file = weights::open(&args.weights, &overrides)?;

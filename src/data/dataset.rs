@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{At, Error, Result};
 use crate::{fail, files, terminal};
 
+use super::classes::Known;
 use super::demo;
 use super::shard::{Kind, Record, Shard, ShardWriter};
 use super::source::Source;
@@ -387,20 +388,10 @@ impl Dataset {
         }
     }
 
-    /// Numbers the labels as `classes` does: a model knows its classes by name. The names must be the same set.
+    /// Numbers the labels as a model does that knows these classes, matched as [`classes`](super::classes) says.
     pub fn with_classes(mut self, classes: &[String]) -> Result<Self> {
-        let number = |name: &String| {
-            classes.iter().position(|c| c == name).filter(|_| classes.len() == self.classes.len()).ok_or_else(|| {
-                let missing = classes.iter().find(|c| !self.classes.contains(c)).map_or("", String::as_str);
-                Error::new(format!(
-                    "{}: the data set has a class `{name}`, the model has not (it has `{missing}` and {} in all)",
-                    self.name,
-                    classes.len()
-                ))
-                .hint("evaluate on data with the class names that the model was trained on")
-            })
-        };
-        self.relabel = Some(self.classes.iter().map(number).collect::<Result<_>>()?);
+        let matching = Known::new(classes.len(), Some(classes)).matching(&self.classes);
+        self.relabel = Some(matching.map_err(|e| e.at(&self.name))?.numbers);
         self.classes = classes.to_vec();
         Ok(self)
     }

@@ -1,8 +1,13 @@
-//! ImageNet-1k's classes, for weights whose file does not name its classes: every published 1,000-class head is in the
-//! order of the sorted WordNet ids.
+//! ImageNet-1k's classes, for weights whose file does not name its classes, or by other names than the data's folders:
+//! every published 1,000-class head is in the order of the sorted WordNet ids.
 
-/// The WordNet ids of ILSVRC 2012 in the order of the classes.
-static SYNSETS: &str = include_str!("imagenet_synsets.txt");
+use std::sync::LazyLock;
+
+/// WordNet ids and first lemmas of ILSVRC 2012, in the order of the classes, below WordNet's licence.
+static LIST: LazyLock<Vec<(&str, &str)>> = LazyLock::new(|| {
+    let lines = include_str!("imagenet_classes.txt").lines().filter(|line| !line.starts_with('#'));
+    lines.filter_map(|line| line.split_once(' ')).collect()
+});
 
 /// Bytes of a WordNet id, as in `n01440764`.
 const ID_LEN: usize = 9;
@@ -17,7 +22,12 @@ pub fn class_of(name: &str) -> Option<usize> {
     if !(rest.is_empty() || rest.starts_with(|c: char| !c.is_alphanumeric())) {
         return None;
     }
-    SYNSETS.lines().position(|line| line == id)
+    LIST.binary_search_by_key(&id, |(synset, _)| synset).ok()
+}
+
+/// The English name of a class.
+pub fn english(class: usize) -> Option<&'static str> {
+    LIST.get(class).map(|(_, lemma)| *lemma)
 }
 
 /// The picture number in a name as `val/n01440764/ILSVRC2012_val_00000293.JPEG`, from 1: lists of labels for the
@@ -34,8 +44,10 @@ mod tests {
 
     #[test]
     fn folders_named_after_wordnet_ids_have_the_published_class_numbers() {
-        assert_eq!(SYNSETS.lines().count(), CLASSES);
-        assert!(SYNSETS.lines().zip(SYNSETS.lines().skip(1)).all(|(a, b)| a < b), "sorted");
+        assert_eq!(LIST.len(), CLASSES);
+        assert!(LIST.is_sorted());
+        assert_eq!([0, 11, 999].map(english), [Some("tench"), Some("goldfinch"), Some("toilet tissue")]);
+        assert_eq!(english(1000), None);
         assert_eq!(class_of("n01440764"), Some(0));
         assert_eq!(class_of("n01443537_goldfish"), Some(1));
         assert_eq!(class_of("n15075141"), Some(999));

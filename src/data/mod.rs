@@ -7,6 +7,7 @@
 //! device reads. [`sheet`] shows them to people.
 
 pub mod augment;
+pub mod classes;
 pub mod dataset;
 pub mod decode;
 pub mod demo;

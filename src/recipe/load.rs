@@ -279,7 +279,11 @@ fn override_table(mut table: Table, overrides: &[String]) -> Result<(Recipe, Vec
             }
             _ => {}
         }
-        keys.insert(key.clone(), value);
+        match (section.as_str(), keys.get_mut(key), value) {
+            // Patterns add up, as in every command that reads weights.
+            ("weights", Some(Value::Array(before)), Value::Array(more)) => before.extend(more),
+            (_, _, value) => drop(keys.insert(key.clone(), value)),
+        }
         set.push(path.join("."));
     }
     Ok((deserialize(&table)?, set))
@@ -315,7 +319,9 @@ fn split_override(text: &str) -> Result<([String; 2], Value)> {
     }
     let path = [section, key];
     let mut first_fault = None;
-    for candidate in readings(value) {
+    // A pattern is a list of one.
+    let one = (path[0] == "weights").then(|| Value::Array(vec![Value::String(value.into())]));
+    for candidate in readings(value).into_iter().chain(one) {
         match check(&mut path.to_vec(), &candidate) {
             Ok(()) => return Ok((path, candidate)),
             Err(fault) => first_fault = first_fault.or(Some(fault.error)),

@@ -25,7 +25,7 @@ pub use size::Size;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Gelu, LossKind, Precision, Recompute, Residual};
+use crate::backend::{Gelu, LossKind, Normalise, Precision, Recompute, Residual};
 use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
 
 /// One run.
@@ -43,6 +43,9 @@ pub struct Recipe {
     /// Given, the run starts from trained weights: `model` may leave open what their file says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finetune: Option<FinetuneSection>,
+    /// How the names in their file are read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights: Option<WeightsSection>,
 }
 
 /// The architecture. A `variant` gives width, depth, heads, mlp and patch; single keys override it. The names of other
@@ -157,6 +160,13 @@ pub struct DataSection {
     pub shuffle_window: usize,
     /// Type of the pixels in a slot. `f32` keeps the fractions of a resize, for comparisons with references.
     pub pixels: SlotPixels,
+    /// Of each channel, taken from pixels in [0, 1] in training and evaluation. Default: that of the weights that a run
+    /// starts from, else 0.5.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mean: Option<[f64; 3]>,
+    /// What they are divided by then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub std: Option<[f64; 3]>,
 }
 
 /// See [`DataSection::pixels`].
@@ -179,8 +189,30 @@ impl Default for DataSection {
             slots: 3,
             shuffle_window: 0,
             pixels: SlotPixels::U8,
+            mean: None,
+            std: None,
         }
     }
+}
+
+impl DataSection {
+    /// `otherwise` with what the keys say.
+    pub fn normalise(&self, otherwise: Normalise) -> Normalise {
+        let pixels = |values: [f64; 3]| values.map(|v| (v * 255.0) as f32);
+        Normalise {
+            mean: self.mean.map_or(otherwise.mean, pixels),
+            std: self.std.map_or(otherwise.std, pixels),
+        }
+    }
+}
+
+/// Values of pixels in [0, 1] for values of u8 pixels: the shortest decimals that lead back.
+pub fn unit(values: [f32; 3]) -> [f64; 3] {
+    values.map(|value| {
+        let exact = f64::from(value) / 255.0;
+        let short = (1..17).map(|digits| format!("{exact:.digits$}").parse().unwrap_or(exact));
+        short.into_iter().find(|short| (short * 255.0) as f32 == value).unwrap_or(exact)
+    })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -491,8 +523,12 @@ pub enum EvalResize {
     AreaCenter,
     /// Squash to `image / crop_ratio`, bilinear without antialias, fractions cut, then the centre (big_vision's few-shot).
     SquashCenter,
-    /// Squash to the input size, antialiased bilinear (HuggingFace).
+    /// Squash to `image / crop_ratio`, antialiased bilinear, then the centre (HuggingFace: a ratio of 1).
     SquashSmooth,
+    /// The same, bicubic.
+    SquashBicubic,
+    /// As [`EvalResize::Center`], bilinear.
+    CenterBilinear,
 }
 
 /// The evaluation protocols of published results by name: how to resize, and `crop_ratio`.
@@ -580,4 +616,14 @@ pub struct FinetuneSection {
     pub head: HeadPolicy,
     pub rep_layer: RepLayer,
     pub posemb: PosembDialect,
+}
+
+/// Patterns for names in a weights file, as every command that reads one takes them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WeightsSection {
+    /// `REGEX=>NEW` each, applied one after the other.
+    pub rename: Vec<String>,
+    /// A tensor whose whole name matches one of them is left out.
+    pub exclude: Vec<String>,
 }

@@ -62,12 +62,22 @@ impl Recipe {
         if self.finetune.is_none() {
             self.model.config(self.model.classes.unwrap_or(1))?.validate()?;
         }
+        if self.finetune.is_none() && self.weights.is_some() {
+            return Err(Error::usage(
+                "`weights` says how to read a weights file, and the run starts from none",
+            )
+            .hint("leave it out, or use `vitrum finetune`"));
+        }
         self.steps(1)?;
         self.validate_settings()
     }
 
     /// Everything but the model and the length of the run.
     pub(super) fn validate_settings(&self) -> Result<()> {
+        if let Some(std) = self.data.std.filter(|std| std.iter().any(|s| !(*s > 0.0 && s.is_finite()))) {
+            return Err(Error::usage(format!("`data.std` is {std:?}"))
+                .hint("give numbers above 0, as in `--set data.std=[0.229,0.224,0.225]`"));
+        }
         self.check_train()?;
         self.check_data_and_augment()?;
         self.check_optim()

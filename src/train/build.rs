@@ -20,7 +20,8 @@ pub fn model(recipe: &Recipe, mode: Mode, storage: Storage) -> Result<Vit> {
     let frozen = |param: &Param| optim::is_frozen(&recipe.optim, param);
     let storage = Storage { recompute: recipe.train.recompute, ..storage };
     let last_block = if recipe.train.prune_last_block { LastBlock::Pruned } else { LastBlock::Whole };
-    Ok(Vit::new(config, Normalise::INCEPTION, micro_batch(recipe)?, mode, storage, last_block, frozen))
+    let normalise = recipe.data.normalise(Normalise::INCEPTION);
+    Ok(Vit::new(config, normalise, micro_batch(recipe)?, mode, storage, last_block, frozen))
 }
 
 /// The recipe's optimiser for a data set of `data_size` images.

@@ -6,9 +6,10 @@
 
 use std::path::Path;
 
+use crate::backend::Normalise;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
-use crate::recipe::{FinetuneSection, Loaded, ModelSection, Recipe, Size};
+use crate::recipe::{FinetuneSection, Loaded, ModelSection, Recipe, Size, unit};
 use crate::vit::ModelConfig;
 use crate::weights::{self, AdaptTarget, ModelFile, ModelOverrides};
 
@@ -50,7 +51,17 @@ impl Start {
     /// refuses.
     pub fn load(loaded: &Loaded, data: &RunData) -> Result<Start> {
         let need = Need::of(loaded, &data.train)?;
-        let file = weights::open_backbone(Path::new(&need.path), &need.overrides)?;
+        let mut file = weights::open_backbone(Path::new(&need.path), &need.overrides)?;
+        if need.target.image.is_none() {
+            file = file.with_known_image()?;
+        }
+        if let Some(why) = file.unprepared.as_ref().filter(|_| !loaded.gives("eval.resize")) {
+            return Err(Error::new(format!(
+                "{}: pictures cannot be prepared for evaluation as the file wants: {why}",
+                file.path.display()
+            ))
+            .hint("choose another way, as with `--set eval.resize=center`"));
+        }
         agree(loaded, &file)?;
         let layout = file.layout.name();
         let mut notes = vec![format!("{} (layout {layout})", file.path.display())];
@@ -75,6 +86,12 @@ impl Start {
             if !loaded.gives("eval.crop_ratio") {
                 recipe.eval.crop_ratio = self.weights.meta.crop_ratio;
             }
+        }
+        // The file's, with what the recipe gives. Others than the usual ones are written down.
+        let normalise = self.weights.meta.normalise;
+        if normalise != Normalise::INCEPTION {
+            recipe.data.mean = Some(unit(normalise.mean));
+            recipe.data.std = Some(unit(normalise.std));
         }
         fit_length(&mut recipe, loaded, data.train.len());
         data.resolve(recipe)
@@ -115,15 +132,20 @@ impl Need {
             rep_layer,
             posemb,
         };
-        Ok(Need { path, overrides: overrides(loaded), target })
+        Ok(Need { path, overrides: overrides(loaded)?, target })
     }
 }
 
 /// What the recipe says about how to read the file: the keys that a file may leave open.
-fn overrides(loaded: &Loaded) -> ModelOverrides {
+fn overrides(loaded: &Loaded) -> Result<ModelOverrides> {
+    let names = loaded.recipe.weights.clone().unwrap_or_default();
+    let of = |key: &str, values: Vec<String>| {
+        values.into_iter().map(|value| (key.to_string(), value)).collect::<Vec<_>>()
+    };
+    let patterns = [of("weights.exclude", names.exclude), of("weights.rename", names.rename)].concat();
     let m = &loaded.recipe.model;
     let given = |key: &str| loaded.gives(&format!("model.{key}"));
-    ModelOverrides {
+    Ok(ModelOverrides {
         heads: m.heads,
         gelu: given("gelu").then_some(m.gelu),
         ln_eps: given("ln_eps").then_some(m.ln_eps),
@@ -131,8 +153,10 @@ fn overrides(loaded: &Loaded) -> ModelOverrides {
         norm: given("norm").then_some(m.norm),
         posemb: given("posemb").then_some(m.posemb),
         posemb_join: given("posemb_join").then_some(m.posemb_join),
-        ..ModelOverrides::default()
-    }
+        mean: loaded.recipe.data.mean,
+        std: loaded.recipe.data.std,
+        ..ModelOverrides::from_sets(&patterns)?
+    })
 }
 
 /// What a recipe leaves open of batch and pace follows from the number of pictures: any folder can be fine-tuned on as it is.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::backend::{
-    self, Backend, Device, Loss, Micro, Pixels, Slot, SlotLayout, StepKeys, StepReport, TargetKind,
+    self, Backend, Device, Loss, LossKind, Micro, Pixels, Slot, SlotLayout, StepKeys, StepReport, TargetKind,
 };
 use crate::data;
 use crate::error::Result;
@@ -11,11 +11,15 @@ use crate::terminal;
 use crate::vit::{LastBlock, Mode, Vit};
 use crate::weights::{self, AdaptTarget, CheckpointMeta, ModelFile, ModelOverrides, RepLayer};
 
+use super::pass::Protocol;
+
 /// Weights, model and device.
 pub struct Loaded {
     pub backend: Box<dyn Backend>,
     pub model: Vit,
     pub meta: CheckpointMeta,
+    /// Why pictures cannot be prepared as the file says, where they cannot.
+    pub(super) unprepared: Option<String>,
 }
 
 impl Loaded {
@@ -35,8 +39,8 @@ impl Loaded {
                 file.set_image(image)?;
                 file
             }
-            (Mode::Infer, None) => open_at(path, overrides, weights::open)?,
-            (Mode::Train, None) => weights::open(path, overrides)?,
+            (Mode::Infer, None) => open_at(path, overrides, weights::open)?.with_known_image()?,
+            (Mode::Train, None) => weights::open(path, overrides)?.with_known_image()?,
         };
         Self::on_device(file, (device, options), batch, mode)
     }
@@ -48,7 +52,7 @@ impl Loaded {
         device: Device,
         batch: usize,
     ) -> Result<Self> {
-        let mut file = open_at(path, overrides, weights::open_backbone)?;
+        let mut file = open_at(path, overrides, weights::open_backbone)?.with_known_image()?;
         if file.config.classes == 0 {
             let one = AdaptTarget { classes: Some(1), rep_layer: RepLayer::Keep, ..AdaptTarget::default() };
             file = weights::adapt(file, &one)?.0;
@@ -77,14 +81,15 @@ impl Loaded {
         plan.set_batch(slot_layout(&model));
         backend.allocate(&plan)?;
         load_weights(&file, &model, &mut *backend)?;
-        Ok(Self { backend, model, meta: file.meta })
+        let unprepared = file.unprepared.map(|why| format!("{}: {why}", file.path.display()));
+        Ok(Self { backend, model, meta: file.meta, unprepared })
     }
 
-    /// The likeliest `top` classes of one picture, the first being the likeliest.
-    pub fn predict(&mut self, picture: &Path, top: usize) -> Result<Vec<Prediction>> {
+    /// All classes of one picture, the likeliest first.
+    pub fn predict(&mut self, picture: &Path, protocol: Protocol) -> Result<Vec<Prediction>> {
         let mut slot = self.backend.new_slot(self.slot_layout())?;
         let pixels =
-            data::read_image(picture, self.model.config.image, self.meta.resize, self.meta.crop_ratio)?;
+            data::read_image(picture, self.model.config.image, protocol.resize, protocol.crop_ratio)?;
         slot.images_u8_mut().copy_from_slice(&pixels);
         let b = &mut *self.backend;
         b.bind_batch(slot)?;
@@ -93,7 +98,12 @@ impl Loaded {
         self.model.forward(b, false)?;
         let mut logits = vec![0.0; self.model.config.classes];
         b.read(self.model.logits(), &mut logits)?;
-        Ok(likeliest(&logits, top, self.meta.classes.as_deref()))
+        Ok(likeliest(&logits, self.loss(), self.meta.classes.as_deref()))
+    }
+
+    /// How the head's logits become probabilities.
+    pub fn loss(&self) -> LossKind {
+        self.meta.loss.unwrap_or(LossKind::Softmax)
     }
 
     pub(super) fn slot_layout(&self) -> SlotLayout {
@@ -125,21 +135,24 @@ pub struct Prediction {
     pub class: usize,
     /// The class's name, or its number where the file has no names.
     pub name: String,
-    /// Softmax of the logits.
+    /// Softmax or sigmoid of the logits, by the loss that the head was trained with.
     pub probability: f32,
 }
 
-fn likeliest(logits: &[f32], top: usize, names: Option<&[String]>) -> Vec<Prediction> {
+fn likeliest(logits: &[f32], loss: LossKind, names: Option<&[String]>) -> Vec<Prediction> {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|z| f64::from(z - largest).exp()).sum();
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
     let prediction = |class: usize| Prediction {
         class,
-        name: names.and_then(|n| n.get(class)).cloned().unwrap_or_else(|| class.to_string()),
-        probability: (f64::from(logits[class] - largest).exp() / sum) as f32,
+        name: data::classes::shown(class, logits.len(), names),
+        probability: match loss {
+            LossKind::Softmax => f64::from(logits[class] - largest).exp() / sum,
+            LossKind::Sigmoid => 1.0 / (1.0 + f64::from(-logits[class]).exp()),
+        } as f32,
     };
-    order.into_iter().take(top).map(prediction).collect()
+    order.into_iter().map(prediction).collect()
 }
 
 /// Slots of one micro-batch.

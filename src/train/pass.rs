@@ -63,9 +63,19 @@ pub struct PassReport {
 }
 
 impl Loaded {
-    /// The protocol that the file's own metadata names, or its layout.
-    pub fn protocol(&self) -> Protocol {
-        Protocol { resize: self.meta.resize, crop_ratio: self.meta.crop_ratio, asked: None, drop_last: false }
+    /// The protocol that the file's own metadata names, or its layout. An error where the file names one that is not
+    /// built.
+    pub fn protocol(&self) -> Result<Protocol> {
+        match &self.unprepared {
+            Some(why) => Err(Error::new(format!("pictures cannot be prepared as the file wants: {why}"))
+                .hint("choose another way to prepare them, as with `--protocol timm`")),
+            None => Ok(Protocol {
+                resize: self.meta.resize,
+                crop_ratio: self.meta.crop_ratio,
+                asked: None,
+                drop_last: false,
+            }),
+        }
     }
 
     /// Values in a row of `output`.

@@ -31,7 +31,7 @@ pub fn recipe(config: &ModelConfig, batch: usize, steps: u64) -> Recipe {
     (model.image, model.patch) = (size(c.image), Some(size(c.patch)));
     (model.width, model.depth, model.heads) = (Some(c.width), Some(c.depth), Some(c.heads));
     (model.mlp, model.classes, model.extra_tokens) = (Some(c.mlp), Some(c.classes), Some(c.extra_tokens));
-    (model.pool, model.norm) = (c.pool, c.norm);
+    (model.pool, model.norm, model.qkv_bias) = (c.pool, c.norm, c.qkv_bias);
     (model.posemb, model.posemb_join) = (c.posemb, c.posemb_join);
     (model.rep_size, model.layer_scale) = (c.rep_size, c.layer_scale);
     (model.gelu, model.ln_eps) = (c.gelu, c.ln_eps);

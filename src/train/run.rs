@@ -226,6 +226,7 @@ impl Run {
             normalise: trainer.model.normalise,
             resize: recipe.eval.resize,
             crop_ratio: recipe.eval.crop_ratio,
+            loss: Some(recipe.loss.kind),
             ..CheckpointMeta::default()
         };
         let state = state.unwrap_or_else(|| RunState { recipe: text, ..RunState::default() });

@@ -1,5 +1,5 @@
 //! What a model's logits are worth: loss, top-1, top-5, accuracy per class; with one label per picture or with lists of
-//! them.
+//! them. Where a sigmoid model answers for every class and pictures have several, also mAP and F1.
 //!
 //! A list may hold several classes: a picture counts as right if the likeliest class is any of them. A picture with an
 //! empty list counts for nothing (Beyer et al. 2020, "Are we done with ImageNet?", arXiv:2006.07159).
@@ -8,20 +8,29 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::backend::LossKind;
+use crate::data::classes::{Known, Matching};
 use crate::data::{Dataset, imagenet};
 use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
 /// The true classes of every picture, in the model's numbering.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Truth(Vec<Vec<usize>>);
+pub struct Truth {
+    labels: Vec<Vec<usize>>,
+    /// Pictures may have several labels or none, and none is an answer: from a data set of such, not from a file.
+    several: bool,
+    /// How the data set's classes were matched; of a file nothing was.
+    pub matching: Option<Matching>,
+}
 
 impl Truth {
-    /// The data set's own labels, matched to a model of `classes` classes: by name where it has names, as ImageNet
-    /// where both speak of that, else by number.
+    /// The data set's own labels, matched to a model of `classes` classes: [`crate::data::classes`].
     pub fn of(data: &Dataset, classes: usize, names: Option<&[String]>) -> Result<Truth> {
-        let number = numbering(data, classes, names)?;
-        Ok(Truth((0..data.len()).map(|i| data.labels(i).map(|label| number[label]).collect()).collect()))
+        let matching = Known::new(classes, names).matching(data.classes()).map_err(|e| e.at(data.name()))?;
+        let labels = |i: usize| data.labels(i).map(|label| matching.numbers[label]).collect();
+        let labels = (0..data.len()).map(labels).collect();
+        Ok(Truth { labels, several: data.is_multi_label(), matching: Some(matching) })
     }
 
     /// Labels from a file, in place of the data set's own. Either text, a line for each picture with its classes (names
@@ -30,11 +39,12 @@ impl Truth {
     /// numbers in the pictures' names.
     pub fn read(path: &Path, data: &Dataset, classes: usize, names: Option<&[String]>) -> Result<Truth> {
         let text = files::read_text(path)?;
+        let known = Known::new(classes, names);
         let listed = if text.trim_start().starts_with('[') {
             from_json(&text, classes)
         } else {
             let line = |(i, line): (usize, &str)| {
-                from_line(line, classes, names).map_err(|e| e.at(format!("line {}", i + 1)))
+                from_line(line, classes, &known).map_err(|e| e.at(format!("line {}", i + 1)))
             };
             text.lines().enumerate().map(line).collect()
         };
@@ -56,34 +66,15 @@ impl Truth {
             ))
             .hint("give one line (or list) for each picture, in the order of the data set"));
         }
-        Ok(Truth((0..data.len()).map(|i| listed[place(i)].clone()).collect()))
+        let labels = (0..data.len()).map(|i| listed[place(i)].clone()).collect();
+        Ok(Truth { labels, several: false, matching: None })
     }
 }
 
-/// The model's number of each class of the data set.
-fn numbering(data: &Dataset, classes: usize, names: Option<&[String]>) -> Result<Vec<usize>> {
-    let own = data.classes();
-    if let (None, imagenet::CLASSES) = (names, classes)
-        && let Some(numbers) = own.iter().map(|name| imagenet::class_of(name)).collect::<Option<Vec<_>>>()
-    {
-        return Ok(numbers);
-    }
-    if own.len() != classes {
-        return Err(Error::new(format!("the data set has {} classes, the model {classes}", own.len()))
-            .hint("evaluate on the data set that the model was trained for"));
-    }
-    let Some(names) = names else { return Ok((0..classes).collect()) };
-    let renamed = data.clone().with_classes(names)?;
-    debug_assert_eq!(renamed.classes(), names);
-    Ok(own.iter().map(|name| names.iter().position(|n| n == name).unwrap_or(0)).collect())
-}
-
-fn from_line(line: &str, classes: usize, names: Option<&[String]>) -> Result<Vec<usize>> {
+fn from_line(line: &str, classes: usize, known: &Known) -> Result<Vec<usize>> {
     let class = |word: &str| {
-        let named = names.and_then(|names| names.iter().position(|name| name == word));
-        let synset = || imagenet::class_of(word).filter(|_| classes == imagenet::CLASSES && names.is_none());
         let number = || word.parse::<usize>().ok().filter(|class| *class < classes);
-        named.or_else(synset).or_else(number).ok_or_else(|| {
+        known.find(word).or_else(number).ok_or_else(|| {
             Error::new(format!("`{word}` is no class of the model"))
                 .hint(format!("give names, or numbers from 0 to {}", classes - 1))
         })
@@ -108,24 +99,51 @@ fn from_json(text: &str, classes: usize) -> Result<Vec<Vec<usize>>> {
 /// Sums over the pictures seen so far.
 #[derive(Clone, Debug)]
 pub struct Score {
+    kind: LossKind,
     /// Pictures that count, and those that have no label.
     pub images: usize,
     pub unlabelled: usize,
     loss: f64,
+    /// Pictures in `loss`.
+    measured: usize,
     top1: usize,
     top5: usize,
     /// Pictures of each class, and hits among them; pictures with several labels count for their first.
     per_class: Vec<(usize, usize)>,
+    /// Of a sigmoid model on pictures with several labels: for every class, each picture's logit and whether it has it.
+    answers: Option<Vec<Vec<(f32, bool)>>>,
 }
 
 impl Score {
-    pub fn new(classes: usize) -> Self {
-        Self { images: 0, unlabelled: 0, loss: 0.0, top1: 0, top5: 0, per_class: vec![(0, 0); classes] }
+    /// Of a model of `classes` classes that was trained with `kind`, on pictures of these labels.
+    pub fn new(classes: usize, kind: LossKind, truth: &Truth) -> Self {
+        let several = truth.several && kind == LossKind::Sigmoid;
+        Self {
+            kind,
+            images: 0,
+            unlabelled: 0,
+            loss: 0.0,
+            measured: 0,
+            top1: 0,
+            top5: 0,
+            per_class: vec![(0, 0); classes],
+            answers: several.then(|| vec![Vec::new(); classes]),
+        }
     }
 
     /// Counts one picture.
     pub fn add(&mut self, truth: &Truth, picture: usize, logits: &[f32]) {
-        let classes = &truth.0[picture];
+        let classes = &truth.labels[picture];
+        for (class, answers) in self.answers.iter_mut().flatten().enumerate() {
+            answers.push((logits[class], classes.contains(&class)));
+        }
+        if !classes.is_empty() || self.answers.is_some() {
+            self.measured += 1;
+            self.loss += match self.kind {
+                LossKind::Softmax => softmax_loss(logits, classes),
+                LossKind::Sigmoid => sigmoid_loss(logits, classes),
+            };
+        }
         let Some(first) = classes.first() else {
             self.unlabelled += 1;
             return;
@@ -137,7 +155,6 @@ impl Score {
         self.top5 += usize::from(best.iter().any(|class| classes.contains(class)));
         self.per_class[*first].0 += 1;
         self.per_class[*first].1 += usize::from(hit);
-        self.loss += loss(logits, classes);
     }
 
     fn mean(&self, sum: f64) -> f64 {
@@ -152,9 +169,29 @@ impl Score {
         self.mean(self.top5 as f64)
     }
 
-    /// Cross-entropy with the labels, each of several having an equal share.
+    /// Softmax: cross-entropy with the labels, each of several having an equal share. Sigmoid: binary cross-entropy,
+    /// summed over classes.
     pub fn loss(&self) -> f64 {
-        self.mean(self.loss)
+        self.loss / self.measured.max(1) as f64
+    }
+
+    /// Of pictures with several labels, where the model answers for each class: mean over classes, of those that any
+    /// picture has, of the average precision; and F1 of all answers together, yes at a probability of `threshold`.
+    pub fn several(&self, threshold: f64) -> Option<Several> {
+        let answers = self.answers.as_ref()?;
+        let precisions: Vec<f64> = answers.iter().filter_map(|of| average_precision(of.clone())).collect();
+        let (mut hits, mut wrong, mut missed) = (0usize, 0usize, 0usize);
+        for (logit, has) in answers.iter().flatten() {
+            let yes = 1.0 / (1.0 + f64::from(-logit).exp()) >= threshold;
+            hits += usize::from(yes && *has);
+            wrong += usize::from(yes && !has);
+            missed += usize::from(!yes && *has);
+        }
+        Some(Several {
+            map: precisions.iter().sum::<f64>() / precisions.len().max(1) as f64,
+            f1: 2.0 * hits as f64 / (2 * hits + wrong + missed).max(1) as f64,
+            threshold,
+        })
     }
 
     /// Pictures, and the share of hits, of every class that has pictures.
@@ -175,6 +212,7 @@ impl Score {
             "top1": self.top1(),
             "top5": self.top5(),
             "loss": self.loss(),
+            "loss_kind": self.kind,
             "per_class": self.per_class().map(class).collect::<Vec<_>>(),
         })
     }
@@ -193,7 +231,36 @@ fn largest(logits: &[f32]) -> Vec<usize> {
     best
 }
 
-fn loss(logits: &[f32], classes: &[usize]) -> f64 {
+/// Of pictures with several labels; see [`Score::several`].
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Several {
+    #[serde(rename = "mAP")]
+    pub map: f64,
+    pub f1: f64,
+    pub threshold: f64,
+}
+
+/// The mean of the precision over the pictures that have the class, each at its own logit; equal logits are one step.
+/// `None` where no picture has it.
+fn average_precision(mut answers: Vec<(f32, bool)>) -> Option<f64> {
+    answers.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let (mut seen, mut hits, mut sum) = (0usize, 0usize, 0.0);
+    for equals in answers.chunk_by(|a, b| a.0 == b.0) {
+        let new = equals.iter().filter(|(_, has)| *has).count();
+        seen += equals.len();
+        hits += new;
+        sum += new as f64 * hits as f64 / seen as f64;
+    }
+    (hits > 0).then(|| sum / hits as f64)
+}
+
+fn sigmoid_loss(logits: &[f32], classes: &[usize]) -> f64 {
+    let softplus = |z: f64| z.max(0.0) + (-z.abs()).exp().ln_1p();
+    let all: f64 = logits.iter().map(|z| softplus(f64::from(*z))).sum();
+    all - classes.iter().map(|class| f64::from(logits[*class])).sum::<f64>()
+}
+
+fn softmax_loss(logits: &[f32], classes: &[usize]) -> f64 {
     let top = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let sum: f64 = logits.iter().map(|z| (f64::from(*z) - top).exp()).sum();
     let below: f64 = classes.iter().map(|class| top - f64::from(logits[*class])).sum();
@@ -204,10 +271,35 @@ fn loss(logits: &[f32], classes: &[usize]) -> f64 {
 mod tests {
     use super::*;
 
+    fn truth(labels: Vec<Vec<usize>>, several: bool) -> Truth {
+        Truth { labels, several, matching: None }
+    }
+
+    #[test]
+    fn a_sigmoid_model_is_measured_by_its_own_loss_and_class_by_class() {
+        let truth = truth(vec![vec![0, 1], vec![1], vec![], vec![0]], true);
+        let mut score = Score::new(3, LossKind::Sigmoid, &truth);
+        let logits = [[2.0f32, 1.0, -1.0], [0.5, 3.0, -2.0], [1.0, -1.0, -3.0], [-0.5, -2.0, -1.0]];
+        (0..4).for_each(|i| score.add(&truth, i, &logits[i]));
+        let bce = |z: f32, y: f64| (1.0 + f64::from(z).exp()).ln() - y * f64::from(z);
+        let y = |i: usize, c: usize| f64::from(u8::from(truth.labels[i].contains(&c)));
+        let expected: f64 =
+            (0..4).flat_map(|i| (0..3).map(move |c| (i, c))).map(|(i, c)| bce(logits[i][c], y(i, c))).sum();
+        assert!((score.loss() - expected / 4.0).abs() < 1e-9);
+        assert_eq!((score.images, score.unlabelled), (3, 1));
+        // Class 0: positives at ranks 1 and 4 of 2, 1, 0.5, -0.5; class 1 is perfect; class 2 has no picture.
+        // Yes: 2, 0.5 and 1 of class 0, 1 and 3 of class 1: three hits, two wrong, one missed.
+        let several = score.several(0.5).unwrap();
+        assert_eq!((several.map, several.f1), ((0.75 + 1.0) / 2.0, 6.0 / 9.0));
+        // Equal logits say nothing: the share of positives.
+        assert_eq!(average_precision(vec![(1.0, true), (1.0, false), (1.0, false), (1.0, true)]), Some(0.5));
+        assert_eq!(Score::new(3, LossKind::Softmax, &truth).several(0.5), None);
+    }
+
     #[test]
     fn a_picture_is_right_if_any_of_its_labels_is_the_likeliest() {
-        let truth = Truth(vec![vec![1], vec![0, 2], vec![], vec![3]]);
-        let mut score = Score::new(7);
+        let truth = truth(vec![vec![1], vec![0, 2], vec![], vec![3]], false);
+        let mut score = Score::new(7, LossKind::Softmax, &truth);
         score.add(&truth, 0, &[0.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0]); // right
         score.add(&truth, 1, &[0.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0]); // right by its second label
         score.add(&truth, 2, &[9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]); // counts for nothing
@@ -222,21 +314,22 @@ mod tests {
         let logits = [1.0f32, -2.0, 0.5];
         let sum: f64 = logits.iter().map(|z| f64::from(*z).exp()).sum();
         let expected = |class: usize| sum.ln() - f64::from(logits[class]);
-        assert!((loss(&logits, &[1]) - expected(1)).abs() < 1e-12);
-        assert!((loss(&logits, &[0, 2]) - (expected(0) + expected(2)) / 2.0).abs() < 1e-12);
-        assert!(loss(&[1e4, -1e4], &[1]).is_finite());
+        assert!((softmax_loss(&logits, &[1]) - expected(1)).abs() < 1e-12);
+        assert!((softmax_loss(&logits, &[0, 2]) - (expected(0) + expected(2)) / 2.0).abs() < 1e-12);
+        assert!(softmax_loss(&[1e4, -1e4], &[1]).is_finite());
     }
 
     #[test]
     fn labels_are_names_numbers_or_lists_of_them() {
         let names: Vec<String> = ["great white", "7", "tench"].map(String::from).to_vec();
-        let line = |text: &str| from_line(text, 3, Some(&names));
+        let known = Known::new(3, Some(&names));
+        let line = |text: &str| from_line(text, 3, &known);
         assert_eq!(line("great white, tench").unwrap(), [0, 2]);
         assert_eq!(line("2\t0").unwrap(), [2, 0]);
         assert_eq!(line("7").unwrap(), [1], "a name comes first");
         assert!(line("").unwrap().is_empty());
         assert!(line("3").is_err() && line("shark").is_err() && line("-1").is_err());
-        assert_eq!(from_line("n01443537", 1000, None).unwrap(), [1]);
+        assert_eq!(from_line("n01443537, tench", 1000, &Known::new(1000, None)).unwrap(), [1, 0]);
         assert_eq!(from_json("[[1, 2], [], 0]", 3).unwrap(), [vec![1, 2], vec![], vec![0]]);
         for wrong in ["[3]", "[[0.5]]", "[[-1]]", "[", "[\"a\"]"] {
             assert!(from_json(wrong, 3).is_err(), "{wrong}");

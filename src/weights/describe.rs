@@ -15,13 +15,13 @@ use crate::vit::params::ParamLayout;
 
 /// Layout, sizes, heads (or `"unknown"`), provenance; the tensors that are missing, unexpected or of another shape than
 /// the model needs.
-pub fn describe(path: &Path) -> Result<Value> {
+pub fn describe(path: &Path, overrides: &ModelOverrides) -> Result<Value> {
     let path = locate(path)?;
     let container = Container::open(&path)?;
     // Any number of heads does: it is reported only where the file has one.
-    let any_heads = ModelOverrides { heads: Some(1), ..Default::default() };
-    let headers =
-        Headers::read(&container, Hub::beside(&path)?, &any_heads).map_err(|e| e.at(path.display()))?;
+    let any_heads = ModelOverrides { heads: overrides.heads.or(Some(1)), ..overrides.clone() };
+    let headers = Headers::read(&container, &path, Hub::beside(&path)?, &any_heads)
+        .map_err(|e| e.at(path.display()))?;
     let config = &headers.detected.config;
     let mut shapes = headers.plan.shapes.clone();
     if config.posemb == Posemb::Sincos2d {
@@ -38,7 +38,7 @@ pub fn describe(path: &Path) -> Result<Value> {
         "layout": headers.plan.kind,
         "width": config.width,
         "depth": config.depth,
-        "heads": headers.heads.map_or_else(unknown, Into::into),
+        "heads": overrides.heads.or(headers.heads).map_or_else(unknown, Into::into),
         "mlp": config.mlp,
         "qkv_bias": config.qkv_bias,
         "patch": config.patch,
@@ -59,6 +59,7 @@ pub fn describe(path: &Path) -> Result<Value> {
         "unexpected": misfits.unexpected,
         "reshaped": misfits.reshaped,
         "notes": headers.plan.notes,
+        "unprepared": headers.unprepared,
         "augreg": augreg::Name::of_file(&path).map(|name| name.describe()),
         "provenance": provenance,
     }))

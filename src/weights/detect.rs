@@ -3,7 +3,7 @@
 use regex_lite::Regex;
 
 use super::headers::Stored;
-use super::hub::Hub;
+use super::hub::{Hub, SizeOf};
 use super::layouts::{LayoutKind, Plan, Shapes};
 use super::tensor::shape_text;
 use crate::backend::Gelu;
@@ -26,6 +26,9 @@ pub struct ModelOverrides {
     pub image: Option<(usize, usize)>,
     /// `weights.exclude`: tensors of the file with such a name are left out.
     pub exclude: Vec<Pattern>,
+    /// `data.mean`, `data.std`: of pixels in [0, 1].
+    pub mean: Option<[f64; 3]>,
+    pub std: Option<[f64; 3]>,
     /// `weights.rename`: the first match in a tensor's name gives way to the text (`$1`: what a group matched), one
     /// rule after the other.
     pub rename: Vec<(Pattern, String)>,
@@ -66,7 +69,7 @@ const MAX_WIDTH: usize = 1 << 22;
 const MAX_DEPTH: usize = 1 << 12;
 
 impl ModelOverrides {
-    const KEYS: [&str; 10] = [
+    const KEYS: [&str; 12] = [
         "model.heads",
         "model.gelu",
         "model.ln_eps",
@@ -75,6 +78,8 @@ impl ModelOverrides {
         "model.posemb",
         "model.posemb_join",
         "model.image",
+        "data.mean",
+        "data.std",
         "weights.rename",
         "weights.exclude",
     ];
@@ -111,6 +116,14 @@ impl ModelOverrides {
                         choice(value).ok_or_else(|| wrong("`before` or `after` the class token joins"))?,
                     )
                 }
+                "data.mean" => {
+                    out.mean =
+                        Some(three(value).ok_or_else(|| wrong("give three numbers of pixels in [0, 1]"))?)
+                }
+                "data.std" => {
+                    let all = three(value).filter(|std| std.iter().all(|s| *s > 0.0));
+                    out.std = Some(all.ok_or_else(|| wrong("give three numbers above 0"))?)
+                }
                 // All of a name, as in `optim.groups`.
                 "weights.exclude" => out.exclude.push(Pattern::new(&format!("^(?:{value})$"), key)?),
                 "weights.rename" => {
@@ -132,6 +145,8 @@ fn example(key: &str) -> &'static str {
         "model.gelu" => "tanh",
         "model.pool" => "gap",
         "model.posemb" => "learned",
+        "data.mean" => "[0.485,0.456,0.406]",
+        "data.std" => "[0.229,0.224,0.225]",
         "weights.exclude" => "head_dist\\..*",
         "weights.rename" => "^module\\.=>",
         _ => "before",
@@ -141,6 +156,13 @@ fn example(key: &str) -> &'static str {
 /// One of a serde enum's names.
 fn choice<T: serde::de::DeserializeOwned>(value: &str) -> Option<T> {
     serde_json::from_value(value.into()).ok()
+}
+
+/// `[R,G,B]`, or without the brackets.
+fn three(value: &str) -> Option<[f64; 3]> {
+    let inner = value.trim().trim_start_matches('[').trim_end_matches(']');
+    let numbers: Vec<f64> = inner.split(',').map(|n| n.trim().parse().ok()).collect::<Option<_>>()?;
+    <[f64; 3]>::try_from(numbers).ok().filter(|three| three.iter().all(|n| n.is_finite()))
 }
 
 fn parse_image(text: &str) -> Option<(usize, usize)> {
@@ -227,6 +249,14 @@ impl Sizes {
         Ok(sizes)
     }
 
+    /// Whether the position embedding may be one for pictures of that size.
+    fn hold(&self, config: &ModelConfig, image: (usize, usize)) -> bool {
+        let ((h, w), (ph, pw)) = (image, self.patch);
+        let patches = (h / ph) * (w / pw);
+        let fits = |rows: usize| rows == patches || rows == patches + self.extra_tokens;
+        h % ph == 0 && w % pw == 0 && patches > 0 && learned_rows(config, self).is_none_or(fits)
+    }
+
     fn pool(&self) -> PoolKind {
         match () {
             () if self.map => PoolKind::Map,
@@ -275,34 +305,69 @@ pub(super) fn detect(
         None => from_sizes(&sizes, plan.kind),
     };
     let o = overrides;
+    check_sizes(hub, &sizes)?;
     let heads = o.heads.or(hub.heads).or(plan.heads);
     config.heads = heads.unwrap_or(config.heads);
     config.gelu = o.gelu.or(hub.gelu).unwrap_or(config.gelu);
     config.ln_eps = o.ln_eps.or(hub.ln_eps).unwrap_or(config.ln_eps);
-    config.pool = o.pool.unwrap_or(config.pool);
+    config.pool = o.pool.or(hub.pool).unwrap_or(config.pool);
     config.norm = o.norm.unwrap_or(config.norm);
     config.posemb = o.posemb.unwrap_or(config.posemb);
 
     let heads_known = from_metadata || heads.is_some();
     if !heads_known {
-        if sizes.width % 64 != 0 {
-            return Err(Error::new(format!(
-                "the number of heads is not in the file, and its width {} is no multiple of 64",
-                sizes.width
-            ))
-            .hint("give it with `--set model.heads=N`"));
-        }
-        config.heads = sizes.width / 64;
+        config.heads = usual_heads(&sizes)?;
     }
 
+    let image = o.image.or(hub.image).or(hub.pictures.filter(|image| sizes.hold(&config, *image)));
     if !from_metadata {
-        config.posemb_join = join(&config, &sizes, plan, o.image.or(hub.image));
+        config.posemb_join = join(&config, &sizes, plan, image);
     }
     config.posemb_join = o.posemb_join.unwrap_or(config.posemb_join);
-    let grid_known = settle_grid(&mut config, &sizes, grid_from_metadata, o.image.or(hub.image))?;
+    let grid_known = settle_grid(&mut config, &sizes, grid_from_metadata, image)?;
     // What the file says is not the user's mistake.
     validate(&config).map_err(|e| if *o == ModelOverrides::default() { e.into_failure() } else { e })?;
     Ok(Detected { config, grid_known, heads_assumed: !heads_known })
+}
+
+/// What a `config.json` says of sizes must be what the tensors say.
+fn check_sizes(hub: &Hub, sizes: &Sizes) -> Result<()> {
+    for (key, said, of) in &hub.sizes {
+        let found = match of {
+            SizeOf::Width => sizes.width,
+            SizeOf::Depth => sizes.depth,
+            SizeOf::Mlp => sizes.mlp,
+            SizeOf::Patch => sizes.patch.0.min(sizes.patch.1),
+            // A model without a classifier may still say how many classes its data had.
+            SizeOf::Classes if sizes.classes == 0 => continue,
+            SizeOf::Classes => sizes.classes,
+        };
+        if *said != found {
+            fail!("config.json: `{key}` is {said}, the tensors say {found}");
+        }
+    }
+    Ok(())
+}
+
+/// Heads by the width, where nothing says them: of 64, but for the sizes beyond L.
+fn usual_heads(sizes: &Sizes) -> Result<usize> {
+    let width = sizes.width;
+    match width {
+        1152 | 1408 | 1664 => Ok(16),
+        1280 if sizes.patch == (14, 14) => Ok(16),
+        1536 => Err(Error::new(
+            "the number of heads is not in the file, and a width of 1536 is built with 16 and with 24",
+        )
+        .hint("give it, as in `--set model.heads=16`")),
+        _ if width % 64 == 0 => Ok(width / 64),
+        _ => Err(Error::new(format!(
+            "the number of heads is not in the file, and its width {width} is no multiple of 64"
+        ))
+        .hint(format!(
+            "give it, as in `--set model.heads={}`",
+            (1..=width / 8).rev().find(|h| width % h == 0).unwrap_or(1)
+        ))),
+    }
 }
 
 /// [`ModelConfig::validate`], and a model without a classifier will do.

@@ -52,13 +52,33 @@ impl Misfits {
             return Ok(());
         }
         let error = Error::new(format!("the tensors do not fit the model; {}", sides.join("; ")));
+        // What stands in a block takes part in what the model computes.
+        let beside = |name: &String| !name.starts_with("`blocks.");
         let only_extra = self.missing.is_empty() && self.reshaped.is_empty();
-        Err(if only_extra {
-            error.hint("leave tensors out with `--set weights.exclude=REGEX`")
+        Err(if only_extra && self.unexpected.iter().all(beside) {
+            error.hint(format!(
+                "where the model does without them, leave them out with `--set 'weights.exclude={}'`",
+                pattern(&self.unexpected)
+            ))
+        } else if only_extra {
+            error.hint("`vitrum inspect` lists all of them; a model with such a part is not supported")
         } else {
             error.hint("`vitrum inspect` lists all of them")
         })
     }
+}
+
+/// A regular expression for all of them: by their first segments.
+fn pattern(names: &[String]) -> String {
+    let of = |name: &String| {
+        let name = name.trim_matches('`');
+        match name.split_once(['.', '/']) {
+            Some((first, _)) => format!("{}\\b.*", regex_lite::escape(first)),
+            None => regex_lite::escape(name),
+        }
+    };
+    let parts: std::collections::BTreeSet<String> = names.iter().map(of).collect();
+    parts.into_iter().collect::<Vec<_>>().join("|")
 }
 
 fn some_of(names: &[String]) -> String {

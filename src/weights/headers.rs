@@ -1,6 +1,7 @@
 //! Everything that is known about a file before a value is read.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -9,8 +10,10 @@ use super::detect::{Detected, ModelOverrides, detect};
 use super::hub::Hub;
 use super::layouts::{self, LayoutKind, Plan, Shapes};
 use super::meta::{CheckpointMeta, META_KEY, MODEL_KEY};
+use crate::backend::Normalise;
 use crate::error::{Error, Result};
 use crate::fail;
+use crate::recipe::DataSection;
 use crate::vit::config::ModelConfig;
 
 #[derive(Debug)]
@@ -20,6 +23,8 @@ pub(super) struct Headers {
     /// H, where the file or a `config.json` says it.
     pub(super) heads: Option<usize>,
     pub(super) meta: CheckpointMeta,
+    /// See [`super::ModelFile::unprepared`].
+    pub(super) unprepared: Option<String>,
 }
 
 /// The configuration in a file's metadata.
@@ -30,7 +35,12 @@ pub(super) struct Stored {
 }
 
 impl Headers {
-    pub(super) fn read(container: &Container, hub: Hub, overrides: &ModelOverrides) -> Result<Self> {
+    pub(super) fn read(
+        container: &Container,
+        path: &Path,
+        hub: Hub,
+        overrides: &ModelOverrides,
+    ) -> Result<Self> {
         let (shapes, aliases) = renamed(container.shapes()?, overrides)?;
         let mut plan = layouts::plan(&shapes, overrides)?;
         plan.rename_sources(&aliases);
@@ -47,15 +57,36 @@ impl Headers {
             None => CheckpointMeta::of_layout(plan.kind),
         };
         let detected = detect(&plan, stored, &hub, overrides)?;
+        if plan.imagenet || named_after_imagenet(path) {
+            meta.normalise = Normalise::imagenet();
+        }
+        let says_mean = container.metadata(META_KEY).is_some() || hub.normalise.is_some();
+        if plan.kind == LayoutKind::Timm && !says_mean && meta.normalise == Normalise::INCEPTION {
+            plan.notes.push(
+                "no `config.json` says with which mean and deviation its pictures were fed: assumed 0.5 and 0.5, \
+                 ImageNet's are `--set data.mean=[0.485,0.456,0.406] --set data.std=[0.229,0.224,0.225]`"
+                    .into(),
+            );
+        }
         hub.complete(&mut meta);
+        meta.normalise = DataSection { mean: overrides.mean, std: overrides.std, ..DataSection::default() }
+            .normalise(meta.normalise);
+        plan.notes.extend(hub.notes.iter().cloned());
         if detected.config.classes == 0 {
             meta.classes = None;
         }
         if let Some(names) = meta.classes.as_ref().filter(|names| names.len() != detected.config.classes) {
             fail!("{} class names for {} classes", names.len(), detected.config.classes);
         }
-        Ok(Self { plan, detected, heads, meta })
+        Ok(Self { plan, detected, heads, meta, unprepared: hub.unprepared })
     }
+}
+
+/// The names under which DeiT's, MAE's and DINO's own files are kept, whose pictures had ImageNet's mean.
+fn named_after_imagenet(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+    let start = |mark: &str| name.starts_with(mark);
+    ["deit", "mae_", "dino_", "dino-"].into_iter().any(start)
 }
 
 fn parse_error(key: &str, e: serde_json::Error) -> Error {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::layouts::LayoutKind;
-use crate::backend::Normalise;
+use crate::backend::{LossKind, Normalise};
 use crate::recipe::EvalResize;
 
 /// Stored as JSON under [`META_KEY`]; the image size is in the model's configuration. Unknown keys are ignored and
@@ -17,8 +17,11 @@ pub struct CheckpointMeta {
     pub normalise: Normalise,
     /// How pictures are prepared for evaluation.
     pub resize: EvalResize,
-    /// For [`EvalResize::Center`]: the share of the resized shorter side that is kept.
+    /// The share of the resized picture's side that is kept.
     pub crop_ratio: f32,
+    /// What the head was trained with: how its logits become probabilities.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<LossKind>,
     /// The recipe's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
@@ -58,6 +61,7 @@ impl CheckpointMeta {
             normalise: Normalise::INCEPTION,
             resize,
             crop_ratio,
+            loss: None,
             recipe: None,
             data: None,
             step: None,

@@ -68,6 +68,8 @@ pub struct ModelFile {
     /// False: only the number of patches is known, and `config.image` is one row of them. See
     /// [`ModelFile::set_image`].
     pub grid_known: bool,
+    /// Why pictures cannot be prepared as the file says, where they cannot.
+    pub unprepared: Option<String>,
     /// What had to be assumed, to be told to the user.
     pub notes: Vec<String>,
 }
@@ -122,7 +124,8 @@ fn open_bytes(bytes: Bytes, name: &Path) -> Result<ModelFile> {
 
 fn read_model(container: Container, path: &Path, hub: Hub, overrides: &ModelOverrides) -> Result<ModelFile> {
     let container = Arc::new(container);
-    let Headers { mut plan, detected, meta, .. } = Headers::read(&container, hub, overrides)?;
+    let Headers { mut plan, detected, meta, unprepared, .. } =
+        Headers::read(&container, path, hub, overrides)?;
     let Detected { config, grid_known, heads_assumed } = detected;
     let (layout, mut notes) = (plan.kind, std::mem::take(&mut plan.notes));
     if heads_assumed {
@@ -143,7 +146,7 @@ fn read_model(container: Container, path: &Path, hub: Hub, overrides: &ModelOver
         check_table(&tensors, &config)?;
         tensors.remove("pos_embed");
     }
-    Ok(ModelFile { path: path.into(), config, tensors, layout, meta, grid_known, notes })
+    Ok(ModelFile { path: path.into(), config, tensors, layout, meta, grid_known, unprepared, notes })
 }
 
 /// A stored table must be the one that the model computes.
@@ -160,6 +163,32 @@ fn check_table(tensors: &Store, config: &ModelConfig) -> Result<()> {
 }
 
 impl ModelFile {
+    /// An error unless the size of the pictures is known: a number of patches alone is no picture.
+    pub fn with_known_image(self) -> Result<Self> {
+        if self.grid_known {
+            return Ok(self);
+        }
+        let ((ph, pw), patches) = (self.config.patch, self.config.patch_grid().patches());
+        let (why, height, width) = match self.tensors.shape("pos_embed") {
+            Some(_) => {
+                // The grid nearest to a square.
+                let rows = (1..=patches.isqrt()).rev().find(|h| patches.is_multiple_of(*h)).unwrap_or(1);
+                let why = format!("its {patches} positions are no square");
+                (why, rows * ph, patches / rows * pw)
+            }
+            None => {
+                let near = |side: usize| (224 / side).max(1) * side;
+                ("it has no position embedding that tells".into(), near(ph), near(pw))
+            }
+        };
+        let size = if height == width { height.to_string() } else { format!("{height}x{width}") };
+        Err(Error::new(format!(
+            "{}: the size of the pictures that it was trained on (`model.image`) is not known: {why}",
+            self.path.display()
+        ))
+        .hint(format!("give it, as in `--set model.image={size}`")))
+    }
+
     /// Sets the size of the input. A number of tokens that does not match the position embedding is an error.
     pub fn set_image(&mut self, image: (usize, usize)) -> Result<()> {
         let config = ModelConfig { image, ..self.config.clone() };

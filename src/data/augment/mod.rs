@@ -175,7 +175,7 @@ pub fn evaluate(
     buffers: &mut Buffers,
     target: Target,
 ) {
-    let Buffers { canvas, resized, scratch, .. } = buffers;
+    let Buffers { resized, scratch, .. } = buffers;
     let down = |s: usize| ((s as f32 / crop_ratio) as usize).max(s);
     let nearest = |s: usize| ((s as f32 / crop_ratio).round() as usize).max(s);
     match resize {
@@ -187,8 +187,9 @@ pub fn evaluate(
             };
             resize::tf_bilinear(picture, size, scratch, out);
         }
-        EvalResize::Center => {
-            let view = shorter(picture, (down(size.0), down(size.1)), Filter::Bicubic, resized, scratch);
+        EvalResize::Center | EvalResize::CenterBilinear => {
+            let filter = if resize == EvalResize::Center { Filter::Bicubic } else { Filter::Bilinear };
+            let view = shorter(picture, (down(size.0), down(size.1)), filter, resized, scratch);
             write(view.centre_rounded(size), false, target);
         }
         EvalResize::AreaCenter => {
@@ -199,10 +200,12 @@ pub fn evaluate(
             let view = squash(picture, (nearest(size.0), nearest(size.1)), true, resized, scratch);
             write(view.centre(size), false, target);
         }
-        EvalResize::SquashSmooth => {
-            canvas.reset(size);
-            resize::pil(picture, size, Filter::Bilinear, scratch, &mut canvas.pixels);
-            write(View::new(&canvas.pixels, size.0, size.1), false, target);
+        EvalResize::SquashSmooth | EvalResize::SquashBicubic => {
+            let filter = if resize == EvalResize::SquashSmooth { Filter::Bilinear } else { Filter::Bicubic };
+            let (height, width) = (down(size.0), down(size.1));
+            resized.resize(height * width * 3, 0);
+            resize::pil(picture, (height, width), filter, scratch, resized);
+            write(View::new(resized, height, width).centre_rounded(size), false, target);
         }
     }
 }

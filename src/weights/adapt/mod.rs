@@ -138,7 +138,7 @@ fn resize_patches(
 
 fn unknown_grid() -> Error {
     Error::new("the number of patches is no square, so the grid of its position embedding is not known")
-        .hint("give the size of the pictures that it was trained on, as in `--set model.image=224x384`")
+        .hint("write it down first: `vitrum convert FILE known.safetensors --set model.image=HxW`")
 }
 
 fn by((height, width): (usize, usize)) -> String {

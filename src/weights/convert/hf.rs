@@ -5,15 +5,18 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::backend::Gelu;
+use crate::backend::{Gelu, LossKind};
 use crate::error::{At, Error, Result};
 use crate::fail;
 use crate::files;
+use crate::recipe::unit;
 use crate::vit::config::{ModelConfig, PoolKind, Posemb, PosembJoin};
 use crate::weights::hub::placeholder;
 use crate::weights::layouts::huggingface::file_names;
 use crate::weights::safetensors::{self, View};
-use crate::weights::{ModelFile, Tensors, metadata};
+use crate::weights::{CheckpointMeta, ModelFile, Tensors, metadata};
+
+use super::{prepared, write_json};
 
 pub(super) fn check(file: &ModelFile) -> Result<()> {
     let c = &file.config;
@@ -39,7 +42,7 @@ pub(super) fn check(file: &ModelFile) -> Result<()> {
     }
 }
 
-pub(super) fn write(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<()> {
+pub(super) fn write(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<Option<String>> {
     let base = file.config.classes == 0;
     let mut views = Vec::new();
     for (own, tensor) in tensors {
@@ -55,13 +58,10 @@ pub(super) fn write(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<()
     let metadata = metadata(&file.config, file.grid_known, &file.meta).at(to.display())?;
     files::create_dir(to)?;
     safetensors::write(&to.join("model.safetensors"), &metadata, views)?;
-    write_json(&to.join("config.json"), &config_json(&file.config, file.meta.classes.as_deref()))?;
-    write_json(&to.join("preprocessor_config.json"), &preprocessor_json(file))
-}
-
-fn write_json(path: &Path, value: &Value) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).at(path.display())? + "\n";
-    files::write_atomic(path, |out| out.write_all(text.as_bytes()))
+    write_json(&to.join("config.json"), &config_json(&file.config, &file.meta))?;
+    let (preprocessor, note) = preprocessor_json(file);
+    write_json(&to.join("preprocessor_config.json"), &preprocessor)?;
+    Ok(note)
 }
 
 /// One number where both sides are equal, as transformers writes it.
@@ -69,7 +69,8 @@ fn side((height, width): (usize, usize)) -> Value {
     if height == width { json!(height) } else { json!([height, width]) }
 }
 
-fn config_json(c: &ModelConfig, names: Option<&[String]>) -> Value {
+fn config_json(c: &ModelConfig, meta: &CheckpointMeta) -> Value {
+    let names = meta.classes.as_deref();
     let architecture = if c.classes == 0 { "ViTModel" } else { "ViTForImageClassification" };
     let mut out = json!({
         "architectures": [architecture],
@@ -96,6 +97,9 @@ fn config_json(c: &ModelConfig, names: Option<&[String]>) -> Value {
         let label2id: Map<String, Value> = (0..c.classes).map(|i| (name(i), json!(i))).collect();
         out["id2label"] = id2label.into();
         out["label2id"] = label2id.into();
+        if meta.loss == Some(LossKind::Sigmoid) {
+            out["problem_type"] = json!("multi_label_classification");
+        }
     } else {
         out["pooler_output_size"] = json!(c.width);
         out["pooler_act"] = json!("tanh");
@@ -108,19 +112,38 @@ fn exact(value: f32) -> Value {
     json!(value.to_string().parse::<f64>().unwrap_or(f64::from(value)))
 }
 
-/// Mean and deviation are of pictures in [0, 1] here.
-fn preprocessor_json(file: &ModelFile) -> Value {
-    let unit = |values: [f32; 3]| values.map(|v| exact(v / 255.0));
+/// Beside it what transformers cannot do as the model's evaluation does it.
+fn preprocessor_json(file: &ModelFile) -> (Value, Option<String>) {
     let (height, width) = file.config.image;
-    json!({
-        "image_processor_type": "ViTImageProcessor",
+    let how = prepared(&file.meta);
+    let resized = |side: usize| ((side as f32 / how.crop_ratio) as usize).max(side);
+    let cropped = how.crop_ratio < 1.0;
+    // Shorter sides and crops of rectangles are two different pictures in the two programs.
+    let centre = how.centre && height == width;
+    let name = match (centre, cropped) {
+        (true, _) => "BitImageProcessor",
+        (false, true) => "DeiTImageProcessor",
+        (false, false) => "ViTImageProcessor",
+    };
+    let mut out = json!({
+        "image_processor_type": name,
         "do_resize": true,
-        "size": { "height": height, "width": width },
-        "resample": 2,
+        "size": if centre {
+            json!({ "shortest_edge": resized(height) })
+        } else {
+            json!({ "height": resized(height), "width": resized(width) })
+        },
+        "resample": if how.bicubic { 3 } else { 2 },
+        "do_center_crop": centre || cropped,
         "do_rescale": true,
         "rescale_factor": 1.0 / 255.0,
         "do_normalize": true,
         "image_mean": unit(file.meta.normalise.mean),
         "image_std": unit(file.meta.normalise.std),
-    })
+    });
+    if centre || cropped {
+        out["crop_size"] = json!({ "height": height, "width": width });
+    }
+    let exact = how.exact && centre == how.centre;
+    (out, (!exact).then(|| super::other_resize(file.meta.resize, "transformers")))
 }

@@ -9,17 +9,18 @@ mod timm;
 
 use std::path::Path;
 
-use super::{LayoutKind, ModelFile, ModelOverrides, Tensors, open_backbone};
+use super::{CheckpointMeta, LayoutKind, ModelFile, ModelOverrides, Tensors, open_backbone};
 use crate::error::{At, Error, Result};
-use crate::fail;
+use crate::recipe::EvalResize;
 use crate::vit::config::ModelConfig;
+use crate::{fail, files};
 
 /// What to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// Our own: timm's names, the whole configuration in the metadata
     Safetensors,
-    /// A state dict for timm's `load_state_dict`
+    /// A folder that timm opens as `local-dir:`; where OUT ends in `.safetensors`, its state dict alone
     Timm,
     /// A folder for `from_pretrained` of transformers
     Hf,
@@ -38,12 +39,22 @@ pub fn convert(
     refuse_ending(to)?;
     let by_name = if to.extension().is_some_and(|e| e == "npz") { Format::Npz } else { Format::Safetensors };
     let format = format.unwrap_or(by_name);
-    if format != Format::Hf && to.is_dir() {
+    // timm's is a folder too, or the state dict alone.
+    let folder = match format {
+        Format::Hf => true,
+        Format::Timm => to.extension().is_none_or(|end| end != "safetensors"),
+        Format::Safetensors | Format::Npz => false,
+    };
+    if !folder && to.is_dir() {
         return Err(Error::new(format!("{}: is a folder", to.display()))
             .hint("give the file to write, or `--to hf` for a HuggingFace folder"));
     }
-    if format == Format::Hf && to.is_file() {
-        return Err(Error::new(format!("{}: is a file; `--to hf` makes a folder", to.display())));
+    if folder && to.is_file() {
+        return Err(Error::new(format!(
+            "{}: is a file; `--to {}` makes a folder",
+            to.display(),
+            if format == Format::Hf { "hf" } else { "timm" }
+        )));
     }
     let file = open_backbone(from, overrides)?;
     let tensors = exact_tensors(&file)?;
@@ -56,11 +67,12 @@ pub fn convert(
         }
         Format::Timm => {
             timm::check(&file).map_err(refused)?;
-            timm::write(&file, &tensors, to)?;
+            let written = if folder { timm::write_folder } else { timm::write };
+            notes.extend(written(&file, &tensors, to)?);
         }
         Format::Hf => {
             hf::check(&file).map_err(refused)?;
-            hf::write(&file, &tensors, to)?;
+            notes.extend(hf::write(&file, &tensors, to)?);
         }
         Format::Npz => {
             let flax = npz::tensors(&file, &tensors).map_err(refused)?;
@@ -97,6 +109,43 @@ impl Format {
             Self::Npz => "`.npz`",
         }
     }
+}
+
+/// How a library of PyTorch would prepare pictures for evaluation.
+struct Prepared {
+    /// Shorter side and centre, else both sides.
+    centre: bool,
+    bicubic: bool,
+    crop_ratio: f32,
+    /// As this program does it, and not only about so.
+    exact: bool,
+}
+
+fn prepared(meta: &CheckpointMeta) -> Prepared {
+    let (centre, bicubic, exact) = match meta.resize {
+        EvalResize::Center => (true, true, true),
+        EvalResize::CenterBilinear => (true, false, true),
+        EvalResize::SquashBicubic => (false, true, true),
+        EvalResize::SquashSmooth => (false, false, true),
+        EvalResize::Squash | EvalResize::SquashCenter => (false, false, false),
+        EvalResize::AreaCenter => (true, false, false),
+    };
+    let crop_ratio = if meta.resize == EvalResize::Squash { 1.0 } else { meta.crop_ratio };
+    Prepared { centre, bicubic, crop_ratio, exact }
+}
+
+fn other_resize(resize: EvalResize, library: &str) -> String {
+    let name =
+        serde_json::to_value(resize).map_or_else(|_| String::new(), |v| v.to_string().replace('"', ""));
+    format!(
+        "the model was measured with `eval.resize = {name}`, which {library} cannot do: it will prepare pictures in the \
+         nearest way, and accuracy may differ a little"
+    )
+}
+
+fn write_json(path: &Path, value: &serde_json::Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).at(path.display())? + "\n";
+    files::write_atomic(path, |out| out.write_all(text.as_bytes()))
 }
 
 /// All values, unless reading has changed some.

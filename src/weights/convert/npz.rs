@@ -27,7 +27,7 @@ pub(super) fn tensors(file: &ModelFile, own: &Tensors) -> Result<Tensors> {
 /// What a reader of the file cannot know, as the settings to give it.
 pub(super) fn lost(config: &ModelConfig, grid_known: bool, flax: &Tensors) -> Result<Option<String>> {
     let container = Container::Memory(flax.clone());
-    let read = Headers::read(&container, Hub::default(), &ModelOverrides::default())?.detected;
+    let read = Headers::read(&container, Path::new(""), Hub::default(), &ModelOverrides::default())?.detected;
     let mut sets = Vec::new();
     let mut set = |key: &str, ours: String, theirs: String| {
         if ours != theirs {

@@ -45,6 +45,9 @@ const BLOCK: [(&str, &str, &str, Form); 8] = [
 
 pub(super) fn plan(shapes: &Shapes) -> Result<Plan> {
     let mut plan = Plan::new(LayoutKind::HuggingFace);
+    let shapes = &plan.without_pretext(shapes);
+    plan.imagenet |=
+        shapes.keys().any(|name| without_prefix(name).starts_with("embeddings.distillation_token"));
     let classifier = shapes.keys().any(|name| name.contains("classifier."));
     for (name, shape) in shapes {
         if classifier && without_prefix(name).starts_with("pooler.") {

@@ -3,6 +3,7 @@
 mod closest;
 mod flax;
 pub(super) mod huggingface;
+mod other;
 mod timm;
 
 use std::collections::BTreeMap;
@@ -10,7 +11,7 @@ use std::collections::BTreeMap;
 use super::detect::ModelOverrides;
 use super::tensor::shape_text;
 use crate::backend::Gelu;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::fail;
 use crate::recipe::EvalResize;
 use crate::vit::config::{InitScheme, PosembJoin};
@@ -54,7 +55,8 @@ impl LayoutKind {
     /// How that code resizes pictures for evaluation: the way, and the share of the resized picture that is kept.
     pub(super) fn eval_protocol(self) -> (EvalResize, f32) {
         match self {
-            LayoutKind::VitJax | LayoutKind::Vitrum | LayoutKind::HuggingFace => (EvalResize::Squash, 1.0),
+            LayoutKind::VitJax | LayoutKind::Vitrum => (EvalResize::Squash, 1.0),
+            LayoutKind::HuggingFace => (EvalResize::SquashSmooth, 1.0),
             LayoutKind::BigVision => (EvalResize::AreaCenter, 0.875),
             LayoutKind::Timm => (EvalResize::Center, 0.9),
         }
@@ -80,6 +82,8 @@ pub(super) struct Plan {
     pub(super) fold_class_row: bool,
     /// Of the stored patch kernel, where they are not the three of our pictures.
     pub(super) channels: Option<usize>,
+    /// The names give away that its pictures had ImageNet's mean and deviation.
+    pub(super) imagenet: bool,
     /// What reading it assumes or leaves out, to be told to the user.
     pub(super) notes: Vec<String>,
 }
@@ -94,45 +98,29 @@ pub(super) struct Source {
     pub(super) form: Form,
 }
 
-/// Recognises the layout. A hybrid or a Mixer is refused by that name.
+/// Recognises the layout. A model that is not supported is refused by its name.
 pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> {
-    refuse_other_models(shapes)?;
+    other::refuse(shapes)?;
     refuse_empty(shapes)?;
     let any = |test: &dyn Fn(&str) -> bool| shapes.keys().any(|name| test(name));
-    if any(&|n| n.contains("embeddings.patch_embeddings.projection.")) {
-        return huggingface::plan(shapes);
-    }
-    if any(&|n| n.starts_with("patch_embed.") || n.starts_with("blocks.")) {
-        return timm::plan(shapes);
-    }
-    if any(&|n| n.contains("embedding/kernel") || n.contains("Transformer/")) {
-        return flax::plan(shapes, overrides);
-    }
-    Err(closest::refuse(shapes))
+    let plan = if any(&|n| n.contains("embeddings.patch_embeddings.projection.")) {
+        huggingface::plan(shapes)?
+    } else if any(&|n| n.starts_with("patch_embed.") || n.starts_with("blocks.")) {
+        timm::plan(shapes)?
+    } else if any(&|n| n.contains("embedding/kernel") || n.contains("Transformer/")) {
+        flax::plan(shapes, overrides)?
+    } else {
+        return Err(closest::refuse(shapes));
+    };
+    // Whose names begin otherwise than the layout's, say behind a wrapper's.
+    if plan.shapes.contains_key("patch_embed.proj.weight") { Ok(plan) } else { Err(closest::refuse(shapes)) }
 }
 
-/// Names that give away a model that shares most of its names with a Vision Transformer.
-fn refuse_other_models(shapes: &Shapes) -> Result<()> {
-    const HYBRID: [&str; 5] =
-        ["conv_root", "gn_root", "block1/unit", "block1/unit1", "patch_embed.backbone."];
-    const MIXER: [&str; 5] =
-        ["MixerBlock_", "token_mixing", "channel_mixing", "pre_head_layer_norm", "mlp_tokens."];
-    for name in shapes.keys() {
-        let says = |marks: &[&str]| marks.iter().any(|mark| name.contains(mark));
-        if says(&HYBRID) {
-            return Err(Error::new(format!(
-                "`{name}` shows that this is a hybrid (a ResNet in front of a Vision Transformer), which is not supported"
-            ))
-            .hint("use a model without `R` in its name, such as `B_16`"));
-        }
-        if says(&MIXER) {
-            return Err(Error::new(format!(
-                "`{name}` shows that this is an MLP-Mixer, not a Vision Transformer"
-            ))
-            .hint("use a Vision Transformer, such as `B_16`"));
-        }
-    }
-    Ok(())
+/// A tensor of a pretext task beside the model, which no other task uses: MAE's decoder and mask.
+fn of_a_pretext(name: &str) -> bool {
+    let name = name.strip_prefix("vit.").unwrap_or(name);
+    ["mask_token", "embeddings.mask_token"].contains(&name)
+        || ["decoder_", "decoder."].iter().any(|start| name.starts_with(start))
 }
 
 fn refuse_empty(shapes: &Shapes) -> Result<()> {
@@ -143,6 +131,21 @@ fn refuse_empty(shapes: &Shapes) -> Result<()> {
 }
 
 impl Plan {
+    /// Leaves out what [`of_a_pretext`] names; the models that have such tensors were fed with ImageNet's mean.
+    fn without_pretext(&mut self, shapes: &Shapes) -> Shapes {
+        let (pretext, own): (Shapes, Shapes) = shapes
+            .iter()
+            .map(|(name, shape)| (name.clone(), shape.clone()))
+            .partition(|(name, _)| of_a_pretext(name));
+        if let Some(first) = pretext.keys().next() {
+            self.imagenet = pretext.keys().any(|name| name.contains("decoder"));
+            let count = pretext.len();
+            self.notes
+                .push(format!("`{first}` left out, {count} in all: they served the pre-training alone"));
+        }
+        own
+    }
+
     pub(super) fn new(kind: LayoutKind) -> Self {
         Self {
             kind,
@@ -152,6 +155,7 @@ impl Plan {
             join: None,
             fold_class_row: false,
             channels: None,
+            imagenet: false,
             notes: Vec::new(),
         }
     }

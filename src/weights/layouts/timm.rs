@@ -7,7 +7,10 @@ use crate::vit::names::Form;
 
 pub(super) fn plan(shapes: &Shapes) -> Result<Plan> {
     let mut plan = Plan::new(LayoutKind::Timm);
-    for (name, shape) in shapes {
+    let shapes = plan.without_pretext(shapes);
+    // DeiT's and DeiT-III's own.
+    plan.imagenet |= shapes.keys().any(|name| name == "dist_token" || name.ends_with(".gamma_1"));
+    for (name, shape) in &shapes {
         let source = Source { file_name: name.clone(), layer: None, shape: shape.clone(), form: Form::Same };
         if let Some(previous) = plan.sources.insert(own_name(name), vec![source]) {
             fail!("`{}` and `{name}` are the same tensor", previous[0].file_name);

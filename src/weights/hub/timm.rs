@@ -1,0 +1,180 @@
+//! timm's `config.json`: the architecture's name, the arguments of its constructor, and how to feed it.
+
+use serde_json::Value;
+
+use super::{Hub, IMAGENET_MEAN, IMAGENET_STD, SizeOf, activation, colour, normalise, number};
+use crate::backend::Gelu;
+use crate::error::{Error, Result};
+use crate::fail;
+use crate::recipe::EvalResize;
+use crate::vit::config::PoolKind;
+
+/// Arguments that the tensors speak of, or that only training reads.
+const SILENT: [&str; 26] = [
+    "embed_dim",
+    "depth",
+    "mlp_ratio",
+    "patch_size",
+    "qkv_bias",
+    "init_values",
+    "class_token",
+    "no_embed_class",
+    "reg_tokens",
+    "pre_norm",
+    "qk_norm",
+    "fc_norm",
+    "pos_embed",
+    "in_chans",
+    "num_classes",
+    "drop_rate",
+    "pos_drop_rate",
+    "patch_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+    "drop_path_rate",
+    "weight_init",
+    "fix_init",
+    "dynamic_img_size",
+    "dynamic_img_pad",
+    "strict_img_size",
+];
+
+/// Architectures that compute otherwise than their tensors tell: a part of the name, and what it stands for.
+const OTHERWISE: [(&str, &str); 4] = [
+    ("quickgelu", "QuickGELU"),
+    ("_rpn_", "norms behind the branches"),
+    ("naflexvit", "batches of pictures of several sizes (NaFlex)"),
+    ("samvit", "windowed attention (SAM)"),
+];
+
+/// Architectures whose MLP has the tanh form.
+const TANH: [&str; 4] =
+    ["so400m_patch16_siglip", "giantopt", "vit_base_patch32_siglip_256", "vit_large_patch16_siglip_512"];
+
+pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
+    // The first files had one object for both.
+    let card = if json["pretrained_cfg"].is_object() { &json["pretrained_cfg"] } else { json };
+    if let Some(name) = json["architecture"].as_str().or(card["architecture"].as_str()) {
+        architecture(hub, name)?;
+    }
+    let pool = ["global_pool"].iter().find_map(|key| json[*key].as_str());
+    hub.pool = pool.map(|pool| self::pool("global_pool", pool)).transpose()?.flatten();
+    if let Value::Object(arguments) = &json["model_args"] {
+        for (key, value) in arguments {
+            argument(hub, key, value).map_err(|e| e.at("`model_args`"))?;
+        }
+    }
+    if let Some(classes) = number(json, "num_classes").unwrap_or(None) {
+        hub.sizes.push(("num_classes", classes, SizeOf::Classes));
+    }
+    hub.classes = [json, card].into_iter().find_map(labels);
+    prepare(hub, card)
+}
+
+fn architecture(hub: &mut Hub, name: &str) -> Result<()> {
+    if let Some((_, what)) = OTHERWISE.iter().find(|(mark, _)| name.contains(mark)) {
+        return Err(Error::new(format!("the architecture `{name}` has {what}, which is not built"))
+            .hint("use a plain Vision Transformer, such as `vit_base_patch16_224`"));
+    }
+    hub.gelu = Some(if TANH.iter().any(|mark| name.contains(mark)) { Gelu::Tanh } else { Gelu::Erf });
+    let other_eps =
+        ["clip", "dinov3", "aimv2"].iter().any(|mark| name.contains(mark)) || name.starts_with("vit_pe_");
+    hub.ln_eps = Some(if other_eps { 1e-5 } else { 1e-6 });
+    // Where they are not as wide as elsewhere: the width alone does not tell.
+    hub.heads = match name {
+        "vit_base_patch16_gap_224" => Some(16),
+        _ if name.starts_with("test_vit") => Some(2),
+        _ if name.contains("giantopt") => Some(16),
+        _ => None,
+    };
+    Ok(())
+}
+
+fn argument(hub: &mut Hub, key: &str, value: &Value) -> Result<()> {
+    let wrong = || Error::new(format!("`{key}` is {value}"));
+    let standard = |default: Value| {
+        let same = *value == default || value.is_null();
+        if same { Ok(()) } else { Err(Error::new(format!("`{key}` is {value}, which is not built"))) }
+    };
+    match key {
+        "num_heads" => hub.heads = Some(value.as_u64().filter(|h| *h > 0).ok_or_else(wrong)? as usize),
+        "global_pool" => hub.pool = pool(key, value.as_str().ok_or_else(wrong)?)?,
+        "img_size" if value.is_null() => {}
+        "img_size" => hub.image = Some(sides(value).ok_or_else(wrong)?),
+        "act_layer" if value.is_null() => {}
+        "act_layer" => hub.gelu = Some(activation(key, value.as_str().ok_or_else(wrong)?)?),
+        "norm_layer" if value.is_null() => {}
+        "norm_layer" => match value.as_str() {
+            Some("layernorm" | "layernormfp32") => {}
+            _ => fail!("`{key}` is {value}; only LayerNorm is built"),
+        },
+        "final_norm" | "proj_bias" => standard(true.into())?,
+        "pool_include_prefix" | "scale_attn_norm" | "scale_mlp_norm" => standard(false.into())?,
+        key if SILENT.contains(&key) => {}
+        key => fail!("`{key}` is {value}, and no such argument is known"),
+    }
+    Ok(())
+}
+
+/// `None`: no pooling, which only a model without a classifier has.
+fn pool(key: &str, name: &str) -> Result<Option<PoolKind>> {
+    match name {
+        "token" => Ok(Some(PoolKind::Token)),
+        "avg" => Ok(Some(PoolKind::Gap)),
+        "map" => Ok(Some(PoolKind::Map)),
+        "" => Ok(None),
+        other => fail!("`{key}` is `{other}`; `token`, `avg` and `map` are built"),
+    }
+}
+
+/// (H, W) from one number, or from the last two of a list.
+fn sides(value: &Value) -> Option<(usize, usize)> {
+    let side = |value: &Value| value.as_u64().filter(|s| *s > 0).map(|s| s as usize);
+    match value {
+        Value::Array(items) => match items.as_slice() {
+            [.., h, w] => Some((side(h)?, side(w)?)),
+            _ => None,
+        },
+        one => side(one).map(|s| (s, s)),
+    }
+}
+
+fn labels(json: &Value) -> Option<Vec<String>> {
+    let list = ["label_names", "labels"].iter().find_map(|key| json[*key].as_array())?;
+    let names: Vec<String> =
+        list.iter().map(|name| name.as_str().map(String::from)).collect::<Option<_>>()?;
+    if names.is_empty() { None } else { Some(names) }
+}
+
+/// What the card leaves out is as timm's `resolve_data_config` has it.
+fn prepare(hub: &mut Hub, card: &Value) -> Result<()> {
+    let mean = colour(card, "mean")?.unwrap_or(IMAGENET_MEAN);
+    hub.normalise = Some(normalise(mean, colour(card, "std")?.unwrap_or(IMAGENET_STD), 1.0 / 255.0)?);
+    let size = &card["input_size"];
+    hub.pictures = match size {
+        Value::Null => None,
+        size => Some(sides(size).ok_or_else(|| Error::new(format!("`input_size` is {size}")))?),
+    };
+    let ratio = match &card["crop_pct"] {
+        Value::Null => Some(0.875),
+        ratio => ratio.as_f64().filter(|r| *r > 0.0 && *r <= 1.0),
+    };
+    let Some(ratio) = ratio else { fail!("`crop_pct` is {}, not a share", card["crop_pct"]) };
+    let (interpolation, mode) =
+        (card["interpolation"].as_str().unwrap_or("bicubic"), card["crop_mode"].as_str().unwrap_or("center"));
+    hub.crop_ratio = Some(ratio as f32);
+    hub.resize = match (mode, interpolation) {
+        ("center", "bicubic") => Some(EvalResize::Center),
+        ("center", "bilinear") => Some(EvalResize::CenterBilinear),
+        ("squash", "bicubic") => Some(EvalResize::SquashBicubic),
+        ("squash", "bilinear") => Some(EvalResize::SquashSmooth),
+        _ => None,
+    };
+    if hub.resize.is_none() {
+        hub.unprepared = Some(format!(
+            "`crop_mode` is `{mode}` and `interpolation` is `{interpolation}`; `center` and `squash`, `bicubic` and \
+             `bilinear` are built"
+        ));
+    }
+    Ok(())
+}

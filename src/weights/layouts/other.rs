@@ -1,0 +1,180 @@
+//! Models that share most of their names with a Vision Transformer and compute something else: one table, by the names
+//! that give them away.
+
+use super::Shapes;
+use crate::error::{Error, Result};
+
+/// One kind of model.
+struct Other {
+    /// Parts of names, any of which gives it away. Without `.weight`.
+    marks: &'static [&'static str],
+    /// What the model has or is.
+    what: &'static str,
+}
+
+const fn other(what: &'static str, marks: &'static [&'static str]) -> Other {
+    Other { marks, what }
+}
+
+/// In this order: models of several marks are called by the first.
+const OTHERS: [Other; 27] = [
+    other(
+        "this is a hybrid (a ResNet in front of a Vision Transformer)",
+        &[
+            "conv_root",
+            "gn_root",
+            "block1/unit",
+            "patch_embed.backbone.",
+            "embeddings.patch_embeddings.backbone.",
+        ],
+    ),
+    other(
+        "this is an MLP-Mixer, not a Vision Transformer",
+        &["MixerBlock_", "token_mixing", "channel_mixing", "pre_head_layer_norm", "mlp_tokens."],
+    ),
+    other(
+        "this is a Swin Transformer",
+        &["swin.", "layers.0.blocks.0.", "downsample.reduction", "logit_scale_mlp"],
+    ),
+    other(
+        "this is a ConvNeXt or another convolutional network",
+        &["stages.0.", "downsample_layers.", "stem.conv"],
+    ),
+    other("this is SAM's encoder, whose attention is windowed", &["rel_pos_h", "image_encoder."]),
+    other("this is a Hiera", &["pos_embed_spatial", "pos_embed_window"]),
+    other(
+        "this holds two towers (CLIP, SigLIP): a text model is beside the image model",
+        &[
+            "text_model.",
+            "text_projection",
+            "token_embedding.weight",
+            "logit_scale",
+            "transformer.text",
+            "textual.",
+        ],
+    ),
+    other("this is SigLIP's or CLIP's image tower in HuggingFace's names", &["vision_model."]),
+    other("this is a CLIP tower in OpenAI's names", &["transformer.resblocks.", "visual."]),
+    other(
+        "the model has relative positions (BEiT, BEiTv2, Data2Vec)",
+        &["relative_position_bias", "relative_position_index"],
+    ),
+    other("the model has a norm inside attention (BEiT-3, EVA-02-CLIP)", &["inner_attn_ln", "attn.norm."]),
+    other("this is Sapiens 2 or another model with SwiGLU in its own names", &["ffn.w12"]),
+    other(
+        "the model has norms of q and k (InternViT-6B, Sapiens 2, ViT-22B)",
+        &["q_norm", "k_norm", "query_norm", "key_norm"],
+    ),
+    other("this is RADIO in NVIDIA's own names", &["patch_generator."]),
+    other("this is an AIMv2", &["preprocessor.patchifier", "patchifier."]),
+    other(
+        "the model has register tokens (DINOv2 with registers, DINOv3, timm's `reg4` models)",
+        &["reg_token", "register_tokens", "storage_tokens"],
+    ),
+    other(
+        "the model has rotary positions (DINOv3, EVA-02, timm's `rope` models)",
+        &["rope.", "rope_embed", "rotary", "inv_freq"],
+    ),
+    other(
+        "the model has a gated MLP (SwiGLU: DINOv2-g, EVA-02, DINOv3 S+ and larger)",
+        &["mlp.w12", "mlp.w1.", "fc1_g", "fc1_x", "mlp.gate_proj", "mlp.weights_in"],
+    ),
+    other(
+        "this is DINOv2 in HuggingFace's names",
+        &["layer_scale1.lambda1", "layer_scale2.lambda1", "lambda_1"],
+    ),
+    other("q and v have a bias and k has none (BEiT, EVA)", &["attn.q_bias", "attn.v_bias"]),
+    other("q, k and v are apart (EVA-02, DINOv3)", &["attn.q_proj.", "attn.k_proj."]),
+    other(
+        "the model has a norm in front of its first block (CLIP)",
+        &["norm_pre.", "pre_layrnorm", "ln_pre."],
+    ),
+    other("the model has a norm inside its MLP", &["mlp.norm.", "mlp.ffn_ln"]),
+    other(
+        "blocks are parallel or differential",
+        &["attns.0.", "lambda_q1", "ffns.0.", "attn.in_proj.", ".in_proj.weight", "sub_norm"],
+    ),
+    other("the model has a norm behind its patch embedding", &["patch_embed.norm."]),
+    other("the model has attention over classes of its own (CaiT)", &["blocks_token_only.", "proj_l."]),
+    other(
+        "patches are embedded by several convolutions",
+        &["patch_embed.conv", "patch_embed.proj.0.", "patch_embed.proj.1.", "patch_embed.stem."],
+    ),
+];
+
+/// A model of the table is an error that says which.
+pub(super) fn refuse(shapes: &Shapes) -> Result<()> {
+    // MAP pooling has one norm and one projection of such names, which are the head's.
+    let of_the_model = |name: &&String| !name.starts_with("attn_pool.") && !name.contains("MAPHead_0");
+    for Other { marks, what } in &OTHERS {
+        let given_away = |name: &&String| marks.iter().any(|mark| name.contains(mark));
+        if let Some(name) = shapes.keys().filter(of_the_model).find(given_away) {
+            return Err(Error::new(format!("`{name}` shows that {what}, which is not supported"))
+                .hint("plain Vision Transformers are: AugReg's, DeiT's and DeiT-III's, MAE's, DINO's, SigLIP's in timm's names"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a plain model is made of must not be taken for another.
+    #[test]
+    fn plain_models_are_in_no_row() {
+        let plain = [
+            "cls_token",
+            "dist_token",
+            "pos_embed",
+            "patch_embed.proj.weight",
+            "blocks.0.norm1.weight",
+            "blocks.0.attn.qkv.bias",
+            "blocks.0.attn.proj.weight",
+            "blocks.0.mlp.fc1.weight",
+            "blocks.0.ls1.gamma",
+            "blocks.0.gamma_1",
+            "norm.weight",
+            "fc_norm.weight",
+            "attn_pool.latent",
+            "attn_pool.norm.weight",
+            "pre_logits.fc.weight",
+            "head.weight",
+            "head_dist.bias",
+            "Transformer/encoder_norm/scale",
+            "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel",
+            "embedding/kernel",
+            "mask_token",
+            "vit.encoder.layer.0.attention.attention.query.weight",
+            "vit.layers.0.attention.q_proj.weight",
+            "decoder_blocks.0.norm1.weight",
+            "vit.embeddings.cls_token",
+            "pooler.dense.weight",
+            "MAPHead_0/MultiHeadDotProductAttention_0/query/kernel",
+            "module.blocks.0.norm1.weight",
+        ];
+        let shapes = plain.map(|name| (name.to_string(), vec![1]));
+        refuse(&shapes.into_iter().collect()).unwrap();
+    }
+
+    #[test]
+    fn others_are_called_by_their_names() {
+        for (name, says) in [
+            ("reg_token", "register tokens"),
+            ("module.embeddings.register_tokens", "register tokens"),
+            ("blocks.0.attn.q_norm.weight", "norms of q and k"),
+            ("blocks.3.attn.relative_position_bias_table", "BEiT"),
+            ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
+            ("vision_model.encoder.layers.0.layer_norm1.weight", "image tower"),
+            ("text_model.encoder.layers.0.layer_norm1.weight", "two towers"),
+            ("visual.conv1.weight", "CLIP"),
+            ("rope.freqs", "rotary"),
+            ("norm_pre.weight", "CLIP"),
+            ("conv_root/kernel", "hybrid"),
+            ("MixerBlock_0/LayerNorm_0/scale", "MLP-Mixer"),
+        ] {
+            let error = refuse(&[(name.to_string(), vec![1])].into_iter().collect()).unwrap_err();
+            assert!(error.message().contains(says) && error.message().contains(name), "{error}");
+        }
+    }
+}
