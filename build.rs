@@ -21,6 +21,10 @@ const TARGETS: [(&str, &str); 3] =
 
 const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "-Xptxas", "-v", "-lineinfo"];
 
+/// Images a fifth as large, which drivers from CUDA 12.4 on unpack: all that an nvcc of this version's images run with.
+const SMALL: &str = "--compress-mode=size";
+const FIRST_SMALL: (u32, u32) = (13, 0);
+
 /// The oldest nvcc that knows the targets and the language.
 const OLDEST_NVCC: (u32, u32) = (12, 4);
 
@@ -32,7 +36,9 @@ fn main() {
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let build = match find_nvcc() {
-        Ok((nvcc, version)) => Build { nvcc: Some(version), ..compile_all(&nvcc, &kernel_cache(&out)) },
+        Ok((nvcc, version)) => {
+            Build { nvcc: Some(version), ..compile_all(&nvcc, version, &kernel_cache(&out)) }
+        }
         Err(why) => {
             println!("cargo::warning=built without CUDA kernels: {why}; `scripts/install-nvcc` fetches nvcc");
             Build { why_none: Some(why), ..Build::default() }
@@ -149,7 +155,8 @@ fn nvcc_version(text: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.trim().parse().ok()?))
 }
 
-fn compile_all(nvcc: &Path, cache: &Path) -> Build {
+fn compile_all(nvcc: &Path, version: (u32, u32), cache: &Path) -> Build {
+    let small = (version >= FIRST_SMALL).then_some(SMALL);
     let mut files: Vec<PathBuf> = fs::read_dir("kernels")
         .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
         .unwrap_or_default();
@@ -159,7 +166,7 @@ fn compile_all(nvcc: &Path, cache: &Path) -> Build {
 
     // A change of any header compiles everything: they are few and small.
     let mut base = DefaultHasher::new();
-    (FLAGS, TARGETS, nvcc, fs::metadata(nvcc).map(|m| m.len()).ok()).hash(&mut base);
+    (FLAGS, small, TARGETS, nvcc, fs::metadata(nvcc).map(|m| m.len()).ok()).hash(&mut base);
     files.iter().filter(|f| is(f, "cuh")).for_each(|f| (f, read(f)).hash(&mut base));
 
     let jobs: Vec<Job> = files
@@ -171,7 +178,7 @@ fn compile_all(nvcc: &Path, cache: &Path) -> Build {
             source.hash(&mut hash);
             let stem = file.file_stem().unwrap().to_string_lossy().into_owned();
             let image = cache.join(format!("{stem}-{:016x}.fatbin", hash.finish()));
-            Job { file: file.clone(), stem, source, image }
+            Job { file: file.clone(), stem, source, image, small }
         })
         .collect();
 
@@ -203,6 +210,7 @@ struct Job {
     stem: String,
     source: String,
     image: PathBuf,
+    small: Option<&'static str>,
 }
 
 impl Job {
@@ -218,7 +226,7 @@ impl Job {
         // Written beside its final name: a killed build leaves no half-written image.
         let part = self.image.with_extension(format!("{}.part", std::process::id()));
         let mut command = Command::new(nvcc);
-        command.args(FLAGS).args(["-fatbin", "-o"]).arg(&part).arg(&self.file);
+        command.args(FLAGS).args(self.small).args(["-fatbin", "-o"]).arg(&part).arg(&self.file);
         for (virtual_, real) in TARGETS {
             command.args(["-gencode", &format!("arch={virtual_},code={real}")]);
         }
