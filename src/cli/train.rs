@@ -85,14 +85,15 @@ pub(super) fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
     let mut summary = Summary::new(format!("{how} {} steps in {}", run.steps, format::seconds(run.seconds)));
     let on = if run.has_val { "validation" } else { "training images" };
     if let Some(last) = &run.last {
-        let text =
-            format!("{} top-1, loss {:.4}, {} images", format::percent(last.top1), last.loss, last.count);
+        let (share, of) = last.map.map_or((last.top1, "top-1"), |map| (map, "mAP"));
+        let text = format!("{} {of}, loss {:.4}, {} images", format::percent(share), last.loss, last.count);
         summary = summary.fact(on, text);
     }
     if let Some((step, metric)) = run.best {
         let best = match run.metric {
             Metric::Top1 => format!("{} top-1", format::percent(metric)),
             Metric::Loss => format!("loss {:.4}", -metric),
+            Metric::Map => format!("{} mAP", format::percent(metric)),
         };
         summary =
             summary.fact("best", format!("{best} at step {step}: {}/checkpoints/best", run.out.display()));

@@ -507,8 +507,11 @@ impl Default for TrainSection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Metric {
+    /// Where samples have several labels or none: [`Metric::Map`].
     Top1,
     Loss,
+    /// The mean of the classes' average precisions, where samples have several labels or none.
+    Map,
 }
 
 /// How pictures are prepared for evaluation.

@@ -59,6 +59,9 @@ pub struct Scores {
     pub loss: f64,
     pub top1: f64,
     pub top5: f64,
+    /// Mean average precision, where images have several labels.
+    #[serde(rename = "mAP", skip_serializing_if = "Option::is_none")]
+    pub map: Option<f64>,
     pub images: u64,
 }
 
@@ -94,7 +97,10 @@ impl EvalLine {
                 0..=5 => String::new(),
                 _ => format!("   top-5 {:>7}", format::percent(s.top5)),
             };
-            format!("loss {:.4}   top-1 {:>7}{top5}", s.loss, format::percent(s.top1))
+            match s.map {
+                Some(map) => format!("loss {:.4}   mAP {:>7}", s.loss, format::percent(map)),
+                None => format!("loss {:.4}   top-1 {:>7}{top5}", s.loss, format::percent(s.top1)),
+            }
         };
         let mut text = format!("eval {:>width$}/{total}   {}", self.step, scores(&self.scores));
         if let Some(ema) = &self.ema {

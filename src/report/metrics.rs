@@ -79,7 +79,7 @@ mod tests {
     }
 
     fn eval_line(step: u64) -> EvalLine {
-        let scores = Scores { loss: 0.5, top1: 0.9, top5: 1.0, images: 2000 };
+        let scores = Scores { loss: 0.5, top1: 0.9, top5: 1.0, map: None, images: 2000 };
         EvalLine {
             step,
             epoch: 0.5,

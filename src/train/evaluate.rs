@@ -1,13 +1,14 @@
-//! Every image of a data set exactly once, without masks: loss, top-1, top-5.
+//! Every image of a data set exactly once, without masks: loss, top-1, top-5; where images have several labels, mAP.
 
 use std::time::Instant;
 
-use crate::backend::{Backend, Loss, Micro, sample_metric};
+use crate::backend::{Backend, Loss, Micro, Slot, sample_metric};
 use crate::data::Loader;
 use crate::error::Result;
 use crate::vit::Vit;
 
 use super::pass::forward_all;
+use super::score::average_precision;
 
 /// The result of an evaluation; means over `count` images.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
@@ -16,6 +17,8 @@ pub struct EvalReport {
     pub loss: f64,
     pub top1: f64,
     pub top5: f64,
+    /// Where images have several labels or none, the mean over classes of the average precision.
+    pub map: Option<f64>,
     pub img_per_s: f64,
 }
 
@@ -51,4 +54,26 @@ pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Los
     report.top5 /= n;
     report.img_per_s = report.count as f64 / start.elapsed().as_secs_f64().max(1e-9);
     Ok(report)
+}
+
+/// The mean, over the classes that any image has, of the average precision of the classes' logits. Runs the loader dry, whose
+/// slots hold dense targets.
+pub fn mean_average_precision(b: &mut dyn Backend, model: &Vit, loader: &mut Loader) -> Result<f64> {
+    let (micro, rows) = (Micro::whole(model.micro_batch), model.logits());
+    let classes = rows.cols;
+    let mut answers = vec![Vec::new(); classes];
+    let body = |b: &mut dyn Backend| {
+        b.begin_micro(micro)?;
+        model.forward(b, false)
+    };
+    let truth = |slot: &Slot| slot.targets()[..slot.count * classes].to_vec();
+    forward_all(b, loader, usize::MAX, &body, rows, truth, |truth, logits| {
+        for (truth, logits) in truth.chunks_exact(classes).zip(logits.chunks_exact(classes)) {
+            for (class, answers) in answers.iter_mut().enumerate() {
+                answers.push((logits[class], truth[class] > 0.5));
+            }
+        }
+    })?;
+    let precisions: Vec<f64> = answers.into_iter().filter_map(average_precision).collect();
+    Ok(precisions.iter().sum::<f64>() / precisions.len().max(1) as f64)
 }

@@ -13,7 +13,7 @@ use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine};
 use crate::weights::CheckpointMeta;
 
 use super::checkpoint::{Best, Checkpoints, RunState, Sums};
-use super::evaluate::{EvalReport, evaluate};
+use super::evaluate::{EvalReport, evaluate, mean_average_precision};
 use super::header::{memory_lines, model_lines, word};
 use super::pace::{FirstSteps, Pace};
 use super::{Trainer, build, samples, signals};
@@ -123,6 +123,17 @@ impl RunData {
                 self.train.name()
             ))
             .hint("use `--set loss.kind=sigmoid`"));
+        }
+        match (recipe.eval.metric, self.train.is_multi_label()) {
+            (Metric::Top1, true) => recipe.eval.metric = Metric::Map,
+            (Metric::Map, false) => {
+                return Err(Error::usage(format!(
+                    "`eval.metric = \"map\"`, but the samples of {} have one label each",
+                    self.train.name()
+                ))
+                .hint("use `--set eval.metric=top1`, or `loss`"));
+            }
+            _ => {}
         }
         recipe.resolved(self.train.classes().len(), images)
     }
@@ -487,8 +498,15 @@ impl Run {
             workers: recipe.data.workers,
             on_bad_record: OnBadRecord::Skip,
         };
-        let mut loader = Loader::new(dataset.clone(), spec, slots);
-        evaluate(&mut *trainer.backend, model, &mut loader, loss)
+        let mut loader = Loader::new(dataset.clone(), spec.clone(), slots);
+        let mut report = evaluate(&mut *trainer.backend, model, &mut loader, loss)?;
+        if dataset.is_multi_label() {
+            drop(loader);
+            let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
+            let mut loader = Loader::new(dataset.clone(), spec, slots);
+            report.map = Some(mean_average_precision(&mut *trainer.backend, model, &mut loader)?);
+        }
+        Ok(report)
     }
 
     /// Is this the best so far?
@@ -496,6 +514,7 @@ impl Run {
         let metric = match self.recipe.eval.metric {
             Metric::Top1 => report.top1,
             Metric::Loss => -report.loss,
+            Metric::Map => report.map.unwrap_or(f64::NAN),
         };
         let better = self.state.best.is_none_or(|b| metric > b.metric + self.recipe.train.min_delta);
         if better && metric.is_finite() {
@@ -609,7 +628,13 @@ impl Run {
 }
 
 fn scores(report: &EvalReport) -> Scores {
-    Scores { loss: report.loss, top1: report.top1, top5: report.top5, images: report.count as u64 }
+    Scores {
+        loss: report.loss,
+        top1: report.top1,
+        top5: report.top5,
+        map: report.map,
+        images: report.count as u64,
+    }
 }
 
 /// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ; and those that change bits

@@ -174,6 +174,7 @@ impl Sweep {
         let metric = match self.metric {
             Metric::Top1 => "best top-1",
             Metric::Loss => "best loss",
+            Metric::Map => "best mAP",
         };
         let keys = self.axes.iter().map(|axis| axis.key.as_str());
         let columns = ["at step", "last top-1", "last loss", "time", ""];
@@ -193,7 +194,9 @@ impl Sweep {
     fn results(&self, run: &RunSummary) -> Vec<String> {
         let (best, at) = match (run.best, self.metric) {
             (None, _) => ("-".into(), "-".into()),
-            (Some((step, top1)), Metric::Top1) => (format!("{:.2} %", 100.0 * top1), step.to_string()),
+            (Some((step, share)), Metric::Top1 | Metric::Map) => {
+                (format!("{:.2} %", 100.0 * share), step.to_string())
+            }
             (Some((step, loss)), Metric::Loss) => (format!("{:.4}", -loss), step.to_string()),
         };
         let last = |text: &dyn Fn(&super::EvalReport) -> String| run.last.as_ref().map_or("-".into(), text);
