@@ -111,12 +111,13 @@ fn renamed(shapes: Shapes, overrides: &ModelOverrides) -> Result<(Shapes, BTreeM
     let mut out = Shapes::new();
     let mut aliases = BTreeMap::new();
     for (name, shape) in shapes {
-        if overrides.exclude.iter().any(|pattern| pattern.is_match(&name)) {
-            continue;
-        }
         let mut new = name.clone();
         for (pattern, replacement) in &overrides.rename {
             new = pattern.replace(&new, replacement.as_str()).into_owned();
+        }
+        // Messages speak of the new names.
+        if overrides.exclude.iter().any(|pattern| pattern.is_match(&name) || pattern.is_match(&new)) {
+            continue;
         }
         if let Some(other) = aliases.insert(new.clone(), name.clone()) {
             fail!("`weights.rename` gives `{other}` and `{name}` the same name `{new}`");
