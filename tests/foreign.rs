@@ -114,6 +114,19 @@ fn q_k_and_v_may_lack_a_bias() {
     with.retain(|name, _| !name.ends_with("attn.qkv.bias"));
     assert_same(&without, &with);
 
+    // The same through updates, which start from the file's tensors and add none.
+    let (batches, run) = (dir.join("batches.safetensors"), dir.join("run.safetensors"));
+    let pixels: Vec<f32> = (0..2 * 2 * 16 * 16 * 3).map(|i| (i * 53 % 97) as f32 / 48.0 - 1.0).collect();
+    let views =
+        vec![View::f32("images", &[2, 2, 16, 16, 3], &pixels), View::i64("labels", &[2, 2], &[0, 2, 1, 1])];
+    write(&batches, &BTreeMap::new(), views).unwrap();
+    let files = [&own, &batches, &run].map(|p| p.to_str().unwrap());
+    vitrum(&["replay", "--weights", files[0], "--batches", files[1], "--out", files[2], "--device", "cpu"])
+        .ok();
+    let after = SafeTensors::open(&run).unwrap();
+    let trained: Vec<&str> = after.names().filter_map(|name| name.strip_prefix("final/")).collect();
+    assert_eq!(trained, tensors.keys().map(String::as_str).collect::<Vec<_>>());
+
     // timm's and HuggingFace's files say it by what they lack; a file that lacks only some is broken.
     let bare = dir.join("bare.safetensors");
     let store = |tensors: &Tensors| {

@@ -7,6 +7,7 @@ use std::path::Path;
 use support::models::{bare, folder, json, picture, saved, settings_of, tiny};
 use support::vitrum;
 use vitrum::vit::config::ModelConfig;
+use vitrum::weights::safetensors::SafeTensors;
 use vitrum::weights::{self, Format, ModelOverrides, Tensor, Tensors};
 
 #[test]
@@ -216,4 +217,55 @@ fn means_are_known_by_what_the_file_is_or_asked_for() {
     let mae = open(&bare(&dir, &config, &decoder), &[]);
     assert!(imagenet(&mae) && mae.notes.iter().any(|note| note.contains("pre-training")), "{:?}", mae.notes);
     assert!(ModelOverrides::from_sets(&[("data.std".into(), "0,1,1".into())]).is_err());
+}
+
+/// Today's plain models as timm and transformers keep them: what is built gives their logits, the rest is named.
+#[test]
+fn backbones_give_the_logits_of_timm_or_are_named() {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/reference");
+    let root = std::env::var_os("VITRUM_REFERENCE").map_or(default, Into::into).join("backbones");
+    if !root.is_dir() {
+        println!("skipped: no reference at {}", root.display());
+        return;
+    }
+    let dir = folder("backbones");
+    let (mut computed, mut named) = (0, 0);
+    for case in support::names(&root).iter().map(|name| root.join(name)).filter(|case| case.is_dir()) {
+        let out = dir.join("out.safetensors");
+        for kind in ["timm", "hf"] {
+            let (config, tensors) = (format!("{kind}_config.json"), format!("{kind}.safetensors"));
+            if !case.join(&config).exists() {
+                continue;
+            }
+            std::fs::copy(case.join(config), dir.join("config.json")).unwrap();
+            std::fs::copy(case.join(tensors), dir.join("model.safetensors")).unwrap();
+            let io = case.join("io.safetensors");
+            let paths = [&dir, &io, &out].map(|path| path.to_str().unwrap());
+            let done = vitrum(&[
+                "grad",
+                "--weights",
+                paths[0],
+                "--batch",
+                paths[1],
+                "--out",
+                paths[2],
+                "--device",
+                "cpu",
+            ]);
+            if done.code != 0 {
+                let says = ["not supported", "not built"].iter().any(|text| done.stderr.contains(text));
+                assert!(done.code == 1 && says, "{}, {kind}: {}", case.display(), done.stderr);
+                named += 1;
+                continue;
+            }
+            assert_eq!(kind, "timm", "{}", case.display());
+            let expected = SafeTensors::open(&io).unwrap().f64("timm.logits_f64").unwrap();
+            let got = SafeTensors::open(&out).unwrap().tensor("logits").unwrap().values;
+            let apart: f64 = got.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+            let norm: f64 = expected.iter().map(|b| b * b).sum();
+            assert!((apart / norm).sqrt() < 1e-5, "{}: {:e}", case.display(), (apart / norm).sqrt());
+            computed += 1;
+        }
+    }
+    assert!(computed >= 1 && named >= 9, "{computed} computed, {named} named");
 }
