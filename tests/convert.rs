@@ -371,6 +371,61 @@ fn an_adapted_model_computes_the_features_of_vit_jax() {
     assert_near("features", &got, &after.f64("features").unwrap(), 1e-5);
 }
 
+// ---- How pictures are prepared ----
+
+#[test]
+fn what_a_library_cannot_do_is_said_and_what_it_can_is_written() {
+    use vitrum::recipe::EvalResize;
+    let dir = folder("prepared");
+    let source = dir.join("own.safetensors");
+    let imagenet =
+        vitrum::backend::Normalise { mean: [123.675, 116.28, 103.53], std: [58.395, 57.12, 57.375] };
+    for (resize, crop_ratio, timm, hf) in [
+        (EvalResize::SquashBicubic, 1.0, ("squash", "bicubic"), ("ViTImageProcessor", 16, 3)),
+        (EvalResize::SquashSmooth, 0.8, ("squash", "bilinear"), ("DeiTImageProcessor", 20, 2)),
+        (EvalResize::Center, 0.8, ("center", "bicubic"), ("BitImageProcessor", 20, 3)),
+        (EvalResize::CenterBilinear, 1.0, ("center", "bilinear"), ("BitImageProcessor", 16, 2)),
+        (EvalResize::Squash, 1.0, ("squash", "bilinear"), ("ViTImageProcessor", 16, 2)),
+        (EvalResize::AreaCenter, 0.8, ("center", "bilinear"), ("BitImageProcessor", 20, 2)),
+    ] {
+        let classes = Some(["cat", "dog", "hen"].map(String::from).into());
+        let meta = CheckpointMeta { classes, resize, crop_ratio, normalise: imagenet, ..Default::default() };
+        weights::save(&source, &tiny(), &sample(&tiny()), &meta).unwrap();
+        let exact = !matches!(resize, EvalResize::Squash | EvalResize::AreaCenter);
+        for to in ["timm", "hf"] {
+            let out = dir.join(to);
+            let done = vitrum(&["convert", source.to_str().unwrap(), out.to_str().unwrap(), "--to", to]).ok();
+            assert_eq!(done.stderr.contains("accuracy may differ"), !exact, "{resize:?}: {}", done.stderr);
+            let back = weights::open(&out, &ModelOverrides::default()).unwrap();
+            assert_eq!((back.meta.normalise, back.config.heads, back.unprepared), (imagenet, 3, None));
+            assert_eq!(back.meta.classes.as_deref().unwrap()[2], "hen");
+            assert!(
+                !exact || (back.meta.resize, back.meta.crop_ratio) == (resize, crop_ratio),
+                "{:?}",
+                back.meta
+            );
+        }
+        let card = json(&dir.join("timm/config.json"));
+        assert_eq!(
+            (&card["pretrained_cfg"]["crop_mode"], &card["pretrained_cfg"]["interpolation"]),
+            (&timm.0.into(), &timm.1.into())
+        );
+        assert_eq!(card["pretrained_cfg"]["mean"], serde_json::json!([0.485, 0.456, 0.406]));
+        assert_eq!((&card["model_args"]["num_heads"], &card["num_classes"]), (&3.into(), &3.into()));
+        let file = json(&dir.join("hf/preprocessor_config.json"));
+        let size = file["size"]["height"].as_u64().or(file["size"]["shortest_edge"].as_u64());
+        assert_eq!(
+            (&file["image_processor_type"], size, &file["resample"]),
+            (&hf.0.into(), Some(hf.1), &hf.2.into())
+        );
+        assert_eq!(file["image_std"], serde_json::json!([0.229, 0.224, 0.225]));
+    }
+    // The state dict alone, where a file is named.
+    let alone = dir.join("alone.safetensors");
+    vitrum(&["convert", source.to_str().unwrap(), alone.to_str().unwrap(), "--to", "timm"]).ok();
+    assert!(alone.is_file());
+}
+
 // ---- Names ----
 
 #[test]
@@ -394,7 +449,7 @@ fn tensors_are_renamed_and_left_out_by_pattern() {
     let rename = "weights.rename=^module\\.=>";
     vitrum(&["convert", wrapped, out_text, "--set", rename])
         .exits(1)
-        .says(&["not part of the model: `ema_step`", "--set weights.exclude="]);
+        .says(&["not part of the model: `ema_step`", "--set 'weights.exclude=ema_step'"]);
     assert!(!out.exists());
     vitrum(&["convert", wrapped, out_text, "--set", rename, "--set", "weights.exclude=module\\.ema_.*"]).ok();
     let back = weights::open(&out, &ModelOverrides::default()).unwrap();

@@ -8,9 +8,11 @@ use std::sync::OnceLock;
 use serde_json::Value;
 
 use support::{Done, names, path, scratch, stripes, train, vitrum};
+use vitrum::data::classes::By;
 use vitrum::data::{Dataset, Split, imagenet};
 use vitrum::train::score::Truth;
 use vitrum::weights::safetensors::SafeTensors;
+use vitrum::weights::{self, CheckpointMeta, ModelOverrides};
 
 /// A run on [`stripes`]: three classes, 16 pixels, 40 pictures to validate.
 fn trained() -> &'static str {
@@ -188,7 +190,8 @@ fn folders_named_after_wordnet_ids_meet_the_published_heads() {
         return;
     }
     let data = Dataset::open(folder.to_str().unwrap(), Split::Val).unwrap();
-    let truth = Truth::of(&data, 1000, None).unwrap();
+    let mut truth = Truth::of(&data, 1000, None).unwrap();
+    assert_eq!(truth.matching.take().unwrap().by, By::Name);
     let class = |i: usize| imagenet::class_of(&data.classes()[data.label(i)]).unwrap();
     let expected: Vec<usize> = (0..data.len()).map(class).collect();
     let list = file("imagenet.json", &serde_json::to_string(&expected).unwrap());
@@ -196,4 +199,123 @@ fn folders_named_after_wordnet_ids_meet_the_published_heads() {
     assert!(expected.iter().any(|class| *class > 500));
     let error = Truth::of(&data, 999, None).unwrap_err();
     assert!(error.message().contains("the model 999"), "{error}");
+}
+
+// ---- Classes ----
+
+/// Links the validation pictures of some classes of [`stripes`] under other folder names.
+fn renamed(name: &str, folders: &[(&str, &str)]) -> String {
+    let root = scratch().join(name);
+    for (from, to) in folders {
+        let (from, to) = (Path::new(stripes()).join("val").join(from), root.join("val").join(to));
+        std::fs::create_dir_all(&to).unwrap();
+        for name in names(&from) {
+            std::fs::copy(from.join(&name), to.join(&name)).unwrap();
+        }
+        // A part to train on, so that the other one is a validation part.
+        let train = root.join("train").join(to.file_name().unwrap());
+        std::fs::create_dir_all(&train).unwrap();
+        std::fs::copy(to.join(&names(&to)[0]), train.join("0.png")).unwrap();
+    }
+    root.display().to_string()
+}
+
+/// The trained model without class names, or with others.
+fn with_classes(name: &str, classes: Option<&[&str]>) -> String {
+    let file = weights::open(Path::new(trained()), &ModelOverrides::default()).unwrap();
+    let classes = classes.map(|names| names.iter().map(|n| n.to_string()).collect());
+    let path = scratch().join(name);
+    weights::save(
+        &path,
+        &file.config,
+        &file.tensors.all().unwrap(),
+        &CheckpointMeta { classes, ..file.meta },
+    )
+    .unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn classes_meet_by_name_by_number_or_by_place_and_one_line_says_which() {
+    let top1 = |done: &Done| done.json()["top1"].as_f64().unwrap();
+    let own = eval(&["--json"]).ok();
+    own.says(&["classes  3 of the data are among the model's 3, by name"]);
+    let expected = top1(&eval(&["--json"]).ok());
+    let on = |weights: &str, data: &str| vitrum(&["eval", "--weights", weights, "--data", data, "--json"]);
+
+    // Two of three classes: the share of hits among their pictures.
+    let some = renamed("some", &[("down", "down"), ("checks", "checks")]);
+    let of_some = on(trained(), &some).ok();
+    let per_class = eval(&["--json"]).ok().json();
+    let (mut images, mut hits) = (0.0, 0.0);
+    for class in &per_class["per_class"].as_array().unwrap()[1..] {
+        images += class["images"].as_f64().unwrap();
+        hits += class["images"].as_f64().unwrap() * class["top1"].as_f64().unwrap();
+    }
+    assert_eq!(of_some.json()["images"].as_f64(), Some(images));
+    assert!((top1(&of_some) - hits / images).abs() < 1e-9);
+    of_some.says(&["2 of the data are among the model's 3, by name"]);
+
+    let bare = with_classes("bare.safetensors", None);
+    let numbers = renamed("numbers", &[("across", "0"), ("checks", "1"), ("down", "2")]);
+    let by_number = on(&bare, &numbers).ok();
+    assert_eq!((top1(&by_number), &by_number.json()["classes_matched"]), (expected, &"number".into()));
+    let by_place = on(&bare, stripes()).ok();
+    assert_eq!((top1(&by_place), &by_place.json()["classes_matched"]), (expected, &"place".into()));
+
+    // WordNet's folders and a model with English names, in another order.
+    let english = with_classes(
+        "english.safetensors",
+        Some(&["goldfish, Carassius auratus", "tench", "great white shark"]),
+    );
+    let wordnet =
+        renamed("wordnet", &[("across", "n01443537"), ("checks", "n01440764"), ("down", "n01484850")]);
+    let by_list = on(&english, &wordnet).ok();
+    assert_eq!((top1(&by_list), &by_list.json()["classes_matched"]), (expected, &"name".into()));
+
+    // Names that disagree are no match, however many there are.
+    let others = renamed("others", &[("across", "ant"), ("checks", "bee"), ("down", "cow")]);
+    on(trained(), &others).exits(1).says(&["a class `ant`", "it has `across` and 3 in all"]);
+}
+
+#[test]
+fn a_sigmoid_model_says_how_likely_each_class_is_by_itself() {
+    let list = scratch().join("several.csv");
+    let val = Path::new(stripes()).join("val");
+    let mut text = String::from("path,labels\n");
+    for class in ["across", "checks"] {
+        for name in names(val.join(class)) {
+            text += &format!("stripes/val/{class}/{name},{class};picture\n");
+        }
+    }
+    std::fs::write(&list, text).unwrap();
+    let (list, out) = (list.display().to_string(), path("several"));
+    let data = format!("data.train={list}");
+    let sets = [
+        &data,
+        "model.image=16",
+        "train.batch=16",
+        "train.steps=120",
+        "loss.kind=sigmoid",
+        "loss.label_smoothing=0",
+        "augment.mixup=0",
+        "model.dropout=0",
+    ];
+    vitrum(&train(&out, &sets)).ok();
+    let picture = val.join("across").join(&names(val.join("across"))[0]).display().to_string();
+    let shown = |more: &[&str]| {
+        let json = vitrum(&[&["predict", "--weights", &out, &picture, "--json"], more].concat()).ok().json();
+        json["predictions"][0]["top"].as_array().unwrap().clone()
+    };
+    let all = shown(&[]);
+    let of = |name: &str| all.iter().find(|c| c["name"] == name).unwrap()["probability"].as_f64().unwrap();
+    assert!(of("picture") > 0.8 && of("across") > 0.5 && of("checks") < 0.5, "{all:?}");
+    assert_eq!(shown(&["--threshold", "0.5"]).len(), 2);
+    assert_eq!(shown(&["--threshold", "0.5", "--top", "1"]).len(), 1);
+
+    let json = vitrum(&["eval", "--weights", &out, "--data", &list, "--json"]).ok().json();
+    assert_eq!(json["loss_kind"], "sigmoid");
+    assert!(json["mAP"].as_f64().unwrap() > 0.9 && json["f1"].as_f64().unwrap() > 0.8, "{json}");
+    let text = vitrum(&["eval", "--weights", &out, "--data", &list]).ok().stdout;
+    assert!(text.contains("mAP") && text.contains("F1"), "{text}");
 }

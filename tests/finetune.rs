@@ -512,3 +512,65 @@ fn fine_tuning_starts_from_what_vit_jax_loads() {
     let args = ["features", "--weights", &file, "--data", &data, "--out", &direct, "--set", &image];
     vitrum(&args).ok().says(&["position embedding resized"]);
 }
+
+// ---- How the weights are read ----
+
+/// A file of wrapped names and ImageNet's mean: patterns and mean stand in the run's recipe, the mean in its checkpoint,
+/// and the run goes on from there.
+#[test]
+fn patterns_for_names_and_mean_belong_to_the_run() {
+    let file = weights::open(Path::new(pretrained()), &Default::default()).unwrap();
+    let tensors = file.tensors.all().unwrap();
+    let wrapped = scratch().join("wrapped.safetensors");
+    let views = tensors.iter().map(|(name, t)| {
+        vitrum::weights::safetensors::View::f32(format!("module.{name}"), &t.shape, &t.values)
+    });
+    let extra = vitrum::weights::safetensors::View::f32("module.step", &[1], &[1.0]);
+    vitrum::weights::safetensors::write(&wrapped, &BTreeMap::new(), views.chain([extra]).collect()).unwrap();
+    let out = path("patterns");
+    let sets = [
+        "weights.rename=^module\\.=>",
+        "weights.exclude=ema_.*",
+        "weights.exclude=step",
+        "data.mean=[0.485,0.456,0.406]",
+        "data.std=[0.229,0.224,0.225]",
+        "model.heads=3",
+        "train.batch=16",
+        "train.micro_batch=0",
+        "train.steps=2",
+        "train.eval_every=2",
+    ];
+    let weights_file = wrapped.display().to_string();
+    let mut args = vec!["finetune", "--weights", &weights_file, "--data", stripes(), "--out", &out];
+    sets.iter().for_each(|set| args.extend(["--set", set]));
+    vitrum(&args).ok();
+    let recipe = Recipe::read(Some(&format!("{out}/recipe.toml")), &[]).unwrap().recipe;
+    let patterns = recipe.weights.unwrap();
+    assert_eq!(
+        (patterns.rename, patterns.exclude),
+        (vec!["^module\\.=>".into()], vec!["ema_.*".into(), "step".into()])
+    );
+    assert_eq!(recipe.data.mean, Some([0.485, 0.456, 0.406]));
+    let meta = weights::open(Path::new(&out), &Default::default()).unwrap().meta;
+    assert_eq!(meta.normalise.mean, [123.675, 116.28, 103.53]);
+    assert_eq!(meta.loss, Some(vitrum::backend::LossKind::Softmax));
+
+    // The next run starts from this one and keeps its mean, unless told otherwise.
+    let next = path("patterns-next");
+    let mut again = vec!["finetune", "--weights", &out, "--data", stripes(), "--out", &next];
+    sets[6..].iter().for_each(|set| again.extend(["--set", set]));
+    vitrum(&again).ok();
+    let recipe = Recipe::read(Some(&format!("{next}/recipe.toml")), &[]).unwrap().recipe;
+    assert_eq!(
+        (recipe.data.mean, recipe.data.std),
+        (Some([0.485, 0.456, 0.406]), Some([0.229, 0.224, 0.225]))
+    );
+    vitrum(&[again, vec!["--resume"]].concat()).ok();
+
+    // Without weights there is nothing to rename.
+    vitrum(&["train", "demo", "--set", "weights.exclude=x", "--dry-run"])
+        .exits(2)
+        .says(&["`weights` says how"]);
+    let zero = ["train", "demo", "--set", "data.std=[0,1,1]", "--dry-run"];
+    vitrum(&zero).exits(2).says(&["`data.std` is [0.0, 1.0, 1.0]"]);
+}

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use support::models::{assert_same, folder, json, sample, saved, tiny};
+use support::models::{assert_same, bare, folder, json, picture, sample, saved, settings_of, tiny};
 use support::{path, vitrum};
 use vitrum::vit::config::ModelConfig;
 use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
@@ -114,6 +114,19 @@ fn q_k_and_v_may_lack_a_bias() {
     with.retain(|name, _| !name.ends_with("attn.qkv.bias"));
     assert_same(&without, &with);
 
+    // The same through updates, which start from the file's tensors and add none.
+    let (batches, run) = (dir.join("batches.safetensors"), dir.join("run.safetensors"));
+    let pixels: Vec<f32> = (0..2 * 2 * 16 * 16 * 3).map(|i| (i * 53 % 97) as f32 / 48.0 - 1.0).collect();
+    let views =
+        vec![View::f32("images", &[2, 2, 16, 16, 3], &pixels), View::i64("labels", &[2, 2], &[0, 2, 1, 1])];
+    write(&batches, &BTreeMap::new(), views).unwrap();
+    let files = [&own, &batches, &run].map(|p| p.to_str().unwrap());
+    vitrum(&["replay", "--weights", files[0], "--batches", files[1], "--out", files[2], "--device", "cpu"])
+        .ok();
+    let after = SafeTensors::open(&run).unwrap();
+    let trained: Vec<&str> = after.names().filter_map(|name| name.strip_prefix("final/")).collect();
+    assert_eq!(trained, tensors.keys().map(String::as_str).collect::<Vec<_>>());
+
     // timm's and HuggingFace's files say it by what they lack; a file that lacks only some is broken.
     let bare = dir.join("bare.safetensors");
     let store = |tensors: &Tensors| {
@@ -134,6 +147,120 @@ fn q_k_and_v_may_lack_a_bias() {
         .exits(1)
         .says(&["q, k and v of vit_jax's model always have a bias"]);
     assert!(!dir.join("never.npz").exists());
+}
+
+// ---- Sizes, names and parts from elsewhere ----
+
+#[test]
+fn pictures_of_an_unknown_size_are_refused_and_the_hint_works_when_typed() {
+    let dir = folder("unknown-size");
+    let rectangle = bare(&dir, &ModelConfig { width: 64, heads: 1, image: (16, 32), ..tiny() }, &|_| ());
+    let fixed = dir.join("fixed.npz");
+    let mut config = ModelConfig { width: 64, heads: 1, ..tiny() };
+    (config.posemb, config.posemb_join) =
+        (vitrum::vit::config::Posemb::Sincos2d, vitrum::vit::config::PosembJoin::Before);
+    config.extra_tokens = 0;
+    config.pool = vitrum::vit::config::PoolKind::Gap;
+    let (own, _) = saved(&dir, &config);
+    weights::convert(&own, &fixed, None, &ModelOverrides::default()).unwrap();
+    let (picture, data) = (picture(&dir), support::stripes());
+    let out = dir.join("out.safetensors").display().to_string();
+    for file in [&rectangle, &fixed].map(|p| p.to_str().unwrap()) {
+        let commands: [Vec<&str>; 5] = [
+            vec!["predict", "--weights", file, &picture],
+            vec!["eval", "--weights", file, "--data", data, "--batch", "8"],
+            vec!["features", "--weights", file, "--data", data, "--out", &out],
+            vec!["probe", "--weights", file, "--data", data, "--method", "knn", "--images", "8"],
+            vec!["finetune", "--weights", file, "--data", data, "--out", &out, "--dry-run"],
+        ];
+        for command in commands {
+            let refused = vitrum(&command).exits(1).says(&["`model.image`", "is not known"]);
+            // A table of 224 x 224 is large for a test; what is asked for is a setting that is taken.
+            if file.ends_with(".npz") && command[0] != "predict" {
+                continue;
+            }
+            let mut typed: Vec<String> = command.iter().map(|word| word.to_string()).collect();
+            typed.extend(settings_of(&refused.stderr));
+            assert!(typed.len() > command.len(), "{}", refused.stderr);
+            let done = vitrum(&typed);
+            assert!(!done.stderr.contains("is not known"), "{}", done.stderr);
+            assert!(
+                done.code == 0 || (command[0] == "eval" && done.stderr.contains("classes")),
+                "{}",
+                done.stderr
+            );
+        }
+    }
+}
+
+#[test]
+fn models_that_are_not_supported_are_named_and_no_hint_leads_to_another() {
+    let dir = folder("not-supported");
+    let config = ModelConfig { width: 64, heads: 1, ..tiny() };
+    let picture = picture(&dir);
+    for (extra, says) in [
+        ("reg_token", "register tokens"),
+        ("blocks.0.attn.q_norm.weight", "norms of q and k"),
+        ("norm_pre.weight", "CLIP"),
+        ("blocks.0.attn.relative_position_bias_table", "BEiT"),
+        ("rope.freqs", "rotary"),
+    ] {
+        let add = |t: &mut Tensors| drop(t.insert(extra.into(), Tensor::new([1], vec![0.0])));
+        let file = bare(&dir, &config, &add);
+        for command in [
+            ["inspect", file.to_str().unwrap()].to_vec(),
+            vec!["predict", "--weights", file.to_str().unwrap(), &picture],
+        ] {
+            let done = vitrum(&command).exits(1).says(&[extra, says, "not supported"]);
+            assert!(settings_of(&done.stderr).is_empty(), "{}", done.stderr);
+        }
+    }
+    // A part of a block that nobody knows takes part in what the model computes.
+    let add = |t: &mut Tensors| drop(t.insert("blocks.0.mlp.gate".into(), Tensor::new([1], vec![0.0])));
+    let file = bare(&dir, &config, &add);
+    let done = vitrum(&["predict", "--weights", file.to_str().unwrap(), &picture]).exits(1);
+    assert!(settings_of(&done.stderr).is_empty(), "{}", done.stderr);
+}
+
+/// Each hint is typed, until the file is read.
+#[test]
+fn wrapped_names_and_what_lies_beside_them_are_mended_by_the_hints() {
+    let dir = folder("wrapped");
+    let config = ModelConfig { width: 64, heads: 1, ..tiny() };
+    let picture = picture(&dir);
+    for prefix in ["module.", "state_dict.", "model.", "module.model."] {
+        let wrap = |t: &mut Tensors| {
+            *t = t.iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor.clone())).collect();
+            for extra in
+                ["ema_step", "optimizer.state", "optimizer.rate", "temperature", "center", "queue.first"]
+            {
+                t.insert(format!("{prefix}{extra}"), Tensor::new([1], vec![0.0]));
+            }
+        };
+        let file = bare(&dir, &config, &wrap);
+        let file = file.to_str().unwrap();
+        let out = dir.join("run").display().to_string();
+        let commands = [
+            vec!["predict", "--weights", file, &picture],
+            vec!["finetune", "--weights", file, "--data", support::stripes(), "--out", &out, "--dry-run"],
+        ];
+        for command in commands {
+            let mut typed: Vec<String> = command.iter().map(|word| word.to_string()).collect();
+            for _ in 0..3 {
+                let done = vitrum(&typed);
+                if done.code == 0 {
+                    break;
+                }
+                let hint = done.stderr.split("hint: ").nth(1).unwrap_or_default();
+                assert!(!settings_of(hint).is_empty(), "{typed:?}: {}", done.stderr);
+                typed.extend(settings_of(hint));
+            }
+            vitrum(&typed).ok();
+            let settings: Vec<String> = typed[command.len()..].to_vec();
+            let inspect = [vec!["inspect".to_string(), file.into(), "--json".into()], settings].concat();
+            assert_eq!(vitrum(&inspect).ok().json()["unexpected"], serde_json::json!([]));
+        }
+    }
 }
 
 // ---- Files that mean harm ----

@@ -153,7 +153,7 @@ impl<'a> Known<'a> {
                 ))
             }
             None => Error::new(format!(
-                "the data set has {} classes, as `{missing}`; the model has {} without names",
+                "the data set has {} classes (`{missing}` is one), the model {} without names",
                 own.len(),
                 self.classes
             )),

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use crate::backend::Normalise;
 use crate::data::Dataset;
+use crate::data::classes::Known;
 use crate::error::{Error, Result};
 use crate::recipe::{FinetuneSection, Loaded, ModelSection, Recipe, Size, unit};
 use crate::vit::ModelConfig;
@@ -63,6 +64,7 @@ impl Start {
             .hint("choose another way, as with `--set eval.resize=center`"));
         }
         agree(loaded, &file)?;
+        call_as(&mut file, data.train.classes());
         let layout = file.layout.name();
         let mut notes = vec![format!("{} (layout {layout})", file.path.display())];
         notes.extend(file.notes.iter().cloned());
@@ -109,6 +111,16 @@ impl Start {
         let weights = self.notes.iter().map(|note| format!("weights  {note}"));
         Ok(weights.chain(advice.into_iter().map(|line| format!("advice   {line}"))).collect())
     }
+}
+
+/// Gives the model's classes the names that the data has for them: a head is kept by name.
+fn call_as(file: &mut ModelFile, own: &[String]) {
+    let Some(names) = file.meta.classes.clone() else { return };
+    let known = Known::new(names.len(), Some(&names));
+    let called = file.meta.classes.as_mut().expect("the names are there");
+    own.iter()
+        .filter_map(|name| Some((name, known.find(name)?)))
+        .for_each(|(name, class)| called[class].clone_from(name));
 }
 
 /// A run that is to start from trained weights, and no weights.

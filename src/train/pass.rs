@@ -40,7 +40,7 @@ impl Protocol {
         let (asked, resize, crop_ratio) = found.ok_or_else(|| {
             let known = PROTOCOLS.map(|(name, ..)| format!("`{name}`")).join(", ");
             Error::usage(format!("there is no protocol `{name}`"))
-                .hint(format!("use `all` or one of {known}"))
+                .hint(format!("use one of {known}; `vitrum eval` takes `all` as well"))
         })?;
         Ok(Self { resize, crop_ratio, asked: Some(asked), drop_last: false })
     }

@@ -3,7 +3,7 @@
 use regex_lite::Regex;
 
 use super::headers::Stored;
-use super::hub::{Hub, SizeOf};
+use super::hub::{Hub, SizeOf, Usual};
 use super::layouts::{LayoutKind, Plan, Shapes};
 use super::tensor::shape_text;
 use crate::backend::Gelu;
@@ -242,6 +242,13 @@ impl Sizes {
             map: shapes.contains_key("attn_pool.latent"),
             fc_norm: shapes.contains_key("fc_norm.weight"),
         };
+        // Both halves of a gated layer lie in one tensor; its name is that of a plain one.
+        if matrix("blocks.0.mlp.fc2.weight").is_ok_and(|(_, cols)| sizes.mlp == 2 * cols) {
+            fail!(
+                "`blocks.0.mlp.fc1.weight` has twice the rows that `blocks.0.mlp.fc2.weight` takes: the model has a \
+                 gated MLP (SwiGLU: DINOv2-g, EVA-02), which is not supported"
+            );
+        }
         let widest = sizes.width.max(sizes.mlp).max(sizes.classes).max(sizes.rep_size);
         if widest > MAX_WIDTH || sizes.depth > MAX_DEPTH {
             fail!("{} blocks and a layer of {widest} are no model", sizes.depth);
@@ -306,10 +313,11 @@ pub(super) fn detect(
     };
     let o = overrides;
     check_sizes(hub, &sizes)?;
-    let heads = o.heads.or(hub.heads).or(plan.heads);
+    let usual = if from_metadata { Usual::default() } else { hub.usual };
+    let heads = o.heads.or(hub.heads).or(plan.heads).or(usual.heads);
     config.heads = heads.unwrap_or(config.heads);
-    config.gelu = o.gelu.or(hub.gelu).unwrap_or(config.gelu);
-    config.ln_eps = o.ln_eps.or(hub.ln_eps).unwrap_or(config.ln_eps);
+    config.gelu = o.gelu.or(hub.gelu).or(usual.gelu).unwrap_or(config.gelu);
+    config.ln_eps = o.ln_eps.or(hub.ln_eps).or(usual.ln_eps).unwrap_or(config.ln_eps);
     config.pool = o.pool.or(hub.pool).unwrap_or(config.pool);
     config.norm = o.norm.unwrap_or(config.norm);
     config.posemb = o.posemb.unwrap_or(config.posemb);

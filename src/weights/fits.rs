@@ -68,12 +68,16 @@ impl Misfits {
     }
 }
 
-/// A regular expression for all of them: by their first segments.
+/// First segments of names that a model has, so that a pattern for them would be one for the model.
+const OF_MODELS: [&str; 9] =
+    ["vit", "deit", "module", "model", "blocks", "encoder", "embeddings", "head", "norm"];
+
+/// A regular expression for all of them: whole names, or by their first segments where these are many.
 fn pattern(names: &[String]) -> String {
     let of = |name: &String| {
         let name = name.trim_matches('`');
-        match name.split_once(['.', '/']) {
-            Some((first, _)) => format!("{}\\b.*", regex_lite::escape(first)),
+        match name.split_once('.').filter(|(first, _)| names.len() > 4 && !OF_MODELS.contains(first)) {
+            Some((first, _)) => format!("{}\\..*", regex_lite::escape(first)),
             None => regex_lite::escape(name),
         }
     };

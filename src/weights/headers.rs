@@ -51,7 +51,7 @@ impl Headers {
         if stored.is_some() && plan.kind == LayoutKind::Timm {
             plan.kind = LayoutKind::Vitrum;
         }
-        let heads = hub.heads.or(plan.heads).or(stored.as_ref().map(|s| s.config.heads));
+        let heads = hub.heads.or(hub.usual.heads).or(plan.heads).or(stored.as_ref().map(|s| s.config.heads));
         let mut meta = match container.metadata(META_KEY) {
             Some(text) => serde_json::from_str(text).map_err(|e| parse_error(META_KEY, e))?,
             None => CheckpointMeta::of_layout(plan.kind),
@@ -61,7 +61,8 @@ impl Headers {
             meta.normalise = Normalise::imagenet();
         }
         let says_mean = container.metadata(META_KEY).is_some() || hub.normalise.is_some();
-        if plan.kind == LayoutKind::Timm && !says_mean && meta.normalise == Normalise::INCEPTION {
+        let asked = overrides.mean.is_none();
+        if plan.kind == LayoutKind::Timm && asked && !says_mean && meta.normalise == Normalise::INCEPTION {
             plan.notes.push(
                 "no `config.json` says with which mean and deviation its pictures were fed: assumed 0.5 and 0.5, \
                  ImageNet's are `--set data.mean=[0.485,0.456,0.406] --set data.std=[0.229,0.224,0.225]`"
@@ -111,12 +112,13 @@ fn renamed(shapes: Shapes, overrides: &ModelOverrides) -> Result<(Shapes, BTreeM
     let mut out = Shapes::new();
     let mut aliases = BTreeMap::new();
     for (name, shape) in shapes {
-        if overrides.exclude.iter().any(|pattern| pattern.is_match(&name)) {
-            continue;
-        }
         let mut new = name.clone();
         for (pattern, replacement) in &overrides.rename {
             new = pattern.replace(&new, replacement.as_str()).into_owned();
+        }
+        // Messages speak of the new names.
+        if overrides.exclude.iter().any(|pattern| pattern.is_match(&name) || pattern.is_match(&new)) {
+            continue;
         }
         if let Some(other) = aliases.insert(new.clone(), name.clone()) {
             fail!("`weights.rename` gives `{other}` and `{name}` the same name `{new}`");

@@ -121,7 +121,7 @@ fn published_files_give_the_models_of_their_cases() {
             assert_eq!((c.norm, c.posemb_join), (NormPlace::Before, PosembJoin::After));
             assert!(file.notes.is_empty());
 
-            let described = describe(&path).unwrap();
+            let described = describe(&path, &ModelOverrides::default()).unwrap();
             for key in ["width", "depth", "heads", "patch", "classes", "pool"] {
                 assert_eq!(described[key], expected[key], "{name}: {key}");
             }
@@ -138,7 +138,7 @@ fn a_grid_that_is_not_square_is_known_once_the_image_is() {
         let square = image.0 * file.config.patch.1 == image.1 * file.config.patch.0;
         assert_eq!(file.grid_known, square);
         if !square {
-            assert_eq!(describe(&file.path).unwrap()["image"], "unknown");
+            assert_eq!(describe(&file.path, &ModelOverrides::default()).unwrap()["image"], "unknown");
         }
         let (ph, pw) = file.config.patch;
         let error = file.set_image((image.0 + ph, image.1 + pw)).unwrap_err();
@@ -160,7 +160,7 @@ fn npz_maps_to_timm_to_the_bit() {
         assert_eq!((timm.config.gelu, timm.config.ln_eps), (Gelu::Erf, 1e-6));
         let like_ours = ModelConfig { gelu: Gelu::Tanh, init: ours.config.init, ..timm.config.clone() };
         assert_eq!(like_ours, ours.config);
-        assert_eq!(describe(&timm.path).unwrap()["heads"], "unknown");
+        assert_eq!(describe(&timm.path, &ModelOverrides::default()).unwrap()["heads"], "unknown");
     }
 }
 
@@ -230,7 +230,7 @@ fn what_is_saved_is_read_back_with_its_configuration() {
         assert_same(&file.tensors.all().unwrap(), &tensors);
         // timm asks for the table where the model has one.
         assert!(SafeTensors::open(&path).unwrap().contains("pos_embed"));
-        let described = describe(&path).unwrap();
+        let described = describe(&path, &ModelOverrides::default()).unwrap();
         assert_eq!(described["heads"], 3);
         assert_eq!(described["params"], ParamLayout::new(&config, |_| false).count());
         assert_eq!(described["provenance"]["step"], 70);
@@ -445,7 +445,7 @@ fn other_models_are_refused_by_name() {
         with.insert(name.into(), Tensor::new([1], vec![0.0]));
         write_flax(&path, "", &with);
         assert_fails(open(&path, &ModelOverrides::default()), 1, &["w.npz", name, kind]);
-        assert_eq!(describe(&path).unwrap_err().exit_code(), 1);
+        assert_eq!(describe(&path, &ModelOverrides::default()).unwrap_err().exit_code(), 1);
     }
     write_flax(&path, "params/img/", &flax);
     assert_fails(open(&path, &ModelOverrides::default()), 1, &["two towers"]);

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use image::{Rgb, RgbImage};
 use serde_json::Value;
 use vitrum::vit::ParamLayout;
 use vitrum::vit::config::ModelConfig;
+use vitrum::weights::safetensors::{View, write};
 use vitrum::weights::{self, CheckpointMeta, Tensor, Tensors};
 
 use super::scratch;
@@ -60,4 +62,31 @@ pub fn saved(dir: &Path, config: &ModelConfig) -> (PathBuf, Tensors) {
     let (path, tensors) = (dir.join("own.safetensors"), sample(config));
     weights::save(&path, config, &tensors, &CheckpointMeta::default()).unwrap();
     (path, tensors)
+}
+
+/// A model under timm's names, with nothing in its metadata.
+pub fn bare(dir: &Path, config: &ModelConfig, change: &dyn Fn(&mut Tensors)) -> PathBuf {
+    let mut tensors = sample(config);
+    change(&mut tensors);
+    let path = dir.join("model.safetensors");
+    let views = tensors.iter().map(|(n, t)| View::f32(n, &t.shape, &t.values)).collect();
+    write(&path, &BTreeMap::new(), views).unwrap();
+    path
+}
+
+pub fn picture(dir: &Path) -> String {
+    let path = dir.join("picture.png");
+    RgbImage::from_fn(24, 20, |x, y| Rgb([(x * 9) as u8, (y * 11) as u8, (x * y) as u8]))
+        .save(&path)
+        .unwrap();
+    path.display().to_string()
+}
+
+/// The settings of a hint, as a shell would read them.
+pub fn settings_of(hint: &str) -> Vec<String> {
+    let typed = hint.split("--set ").skip(1).map(|rest| match rest.strip_prefix('\'') {
+        Some(quoted) => quoted.split('\'').next().unwrap(),
+        None => rest.split([' ', '`', ',']).next().unwrap(),
+    });
+    typed.flat_map(|setting| ["--set".to_string(), setting.to_string()]).collect()
 }

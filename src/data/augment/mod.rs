@@ -324,6 +324,25 @@ mod tests {
         assert!(compared > 0);
     }
 
+    /// Sums over the pixels that Pillow 12 makes, each value times its place from 1.
+    #[test]
+    fn squashed_and_centred_pictures_are_pillows() {
+        let pixels: Vec<u8> = (0..20 * 30 * 3).map(|i| (i * 31 % 251) as u8).collect();
+        let mut buffers = Buffers::default();
+        for (resize, ratio, expected) in [
+            (EvalResize::SquashBicubic, 8.0 / 12.0, 2_312_224),
+            (EvalResize::SquashSmooth, 8.0 / 12.0, 2_316_803),
+            (EvalResize::SquashSmooth, 1.0, 2_317_705),
+            (EvalResize::CenterBilinear, 8.0 / 12.0, 2_317_322),
+            (EvalResize::Center, 8.0 / 12.0, 2_316_146),
+        ] {
+            let mut out = vec![0; 8 * 8 * 3];
+            evaluate(resize, ratio, View::new(&pixels, 20, 30), (8, 8), &mut buffers, Target::U8(&mut out));
+            let sum: u64 = out.iter().zip(1..).map(|(value, place)| u64::from(*value) * place).sum();
+            assert_eq!(sum, expected, "{resize:?} {ratio}");
+        }
+    }
+
     /// What u8 slots lose: half a step of 1/127.5 at most.
     #[test]
     fn fractions_are_kept_in_f32_slots_and_rounded_in_u8_slots() {

@@ -26,6 +26,8 @@ pub(super) struct Hub {
     pub(super) gelu: Option<Gelu>,
     pub(super) ln_eps: Option<f32>,
     pub(super) pool: Option<PoolKind>,
+    /// What an architecture of that name has, unless a file's own metadata say otherwise.
+    pub(super) usual: Usual,
     /// (H, W) that the model is built for: its positions must fit.
     pub(super) image: Option<(usize, usize)>,
     /// (H, W) of the pictures that it was last fed with, which its positions may contradict.
@@ -41,6 +43,14 @@ pub(super) struct Hub {
     /// Why pictures cannot be prepared as the files say.
     pub(super) unprepared: Option<String>,
     pub(super) notes: Vec<String>,
+}
+
+/// What the name of an architecture stands for.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Usual {
+    pub(super) heads: Option<usize>,
+    pub(super) gelu: Option<Gelu>,
+    pub(super) ln_eps: Option<f32>,
 }
 
 /// Which of a model's sizes a key speaks of.

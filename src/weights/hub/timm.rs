@@ -76,12 +76,12 @@ fn architecture(hub: &mut Hub, name: &str) -> Result<()> {
         return Err(Error::new(format!("the architecture `{name}` has {what}, which is not built"))
             .hint("use a plain Vision Transformer, such as `vit_base_patch16_224`"));
     }
-    hub.gelu = Some(if TANH.iter().any(|mark| name.contains(mark)) { Gelu::Tanh } else { Gelu::Erf });
+    hub.usual.gelu = Some(if TANH.iter().any(|mark| name.contains(mark)) { Gelu::Tanh } else { Gelu::Erf });
     let other_eps =
         ["clip", "dinov3", "aimv2"].iter().any(|mark| name.contains(mark)) || name.starts_with("vit_pe_");
-    hub.ln_eps = Some(if other_eps { 1e-5 } else { 1e-6 });
+    hub.usual.ln_eps = Some(if other_eps { 1e-5 } else { 1e-6 });
     // Where they are not as wide as elsewhere: the width alone does not tell.
-    hub.heads = match name {
+    hub.usual.heads = match name {
         "vit_base_patch16_gap_224" => Some(16),
         _ if name.starts_with("test_vit") => Some(2),
         _ if name.contains("giantopt") => Some(16),

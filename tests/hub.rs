@@ -1,0 +1,271 @@
+//! Configurations that lie beside weights, timm's and HuggingFace's: obeyed or refused by name.
+
+mod support;
+
+use std::path::Path;
+
+use support::models::{bare, folder, json, picture, saved, settings_of, tiny};
+use support::vitrum;
+use vitrum::vit::config::ModelConfig;
+use vitrum::weights::safetensors::SafeTensors;
+use vitrum::weights::{self, Format, ModelOverrides, Tensor, Tensors};
+
+#[test]
+fn a_timm_configuration_is_obeyed_or_refused_by_name() {
+    let dir = folder("timm-config");
+    bare(&dir, &ModelConfig { width: 64, heads: 1, image: (16, 32), ..tiny() }, &|_| ());
+    let path = dir.to_str().unwrap();
+    let card = serde_json::json!({
+        "architecture": "vit_tiny_patch16_224", "num_classes": 3, "global_pool": "avg",
+        "model_args": { "num_heads": 4, "global_pool": "avg", "fc_norm": false, "act_layer": "gelu_tanh" },
+        "pretrained_cfg": {
+            "input_size": [3, 16, 32], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop_pct": 0.8,
+            "interpolation": "bicubic", "crop_mode": "squash", "label_names": ["n01440764", "n01443537", "hen"],
+        },
+    });
+    let with = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut card = card.clone();
+        change(&mut card);
+        std::fs::write(dir.join("config.json"), card.to_string()).unwrap();
+        vitrum(&["inspect", path, "--json"])
+    };
+    let shown = with(&|_| ()).ok().json();
+    let expected = serde_json::json!([4, "gap", "before", "tanh", 1e-6, [16, 32], "n01440764"]);
+    let fields = ["heads", "pool", "norm", "gelu", "ln_eps", "image"].map(|key| shown[key].clone());
+    assert_eq!(serde_json::json!([&fields[..], &[shown["class_names"][0].clone()]].concat()), expected);
+    let prepared = &shown["provenance"];
+    assert_eq!(
+        (&prepared["resize"], prepared["crop_ratio"].as_f64().map(|r| (r * 1e6).round())),
+        (&"squash_bicubic".into(), Some(8e5))
+    );
+    assert!((prepared["normalise"]["mean"][0].as_f64().unwrap() - 123.675).abs() < 1e-4);
+    let picture = picture(&dir);
+    let top = vitrum(&["predict", "--weights", path, &picture]).ok().stdout;
+    assert!(["tench", "goldfish", "hen"].iter().all(|name| top.contains(name)), "{top}");
+
+    let size = with(&|c| c["model_args"]["img_size"] = serde_json::json!([32, 16])).ok().json();
+    assert_eq!(size["image"], serde_json::json!([32, 16]), "the model's own comes first");
+    let silent = with(&|c| c["pretrained_cfg"] = serde_json::json!({})).ok().json();
+    assert_eq!((&silent["image"], &silent["provenance"]["crop_ratio"]), (&"unknown".into(), &0.875.into()));
+    let clip = with(&|c| c["architecture"] = "vit_base_patch16_clip_224".into()).ok().json();
+    assert_eq!(clip["ln_eps"], 1e-5);
+
+    for (says, change) in [
+        (
+            "QuickGELU",
+            &(|c: &mut serde_json::Value| c["architecture"] = "vit_base_patch32_clip_quickgelu_224".into())
+                as &dyn Fn(&mut serde_json::Value),
+        ),
+        ("`global_pool` is `avgmax`", &|c| c["model_args"]["global_pool"] = "avgmax".into()),
+        ("`act_layer` is `quick_gelu`", &|c| c["model_args"]["act_layer"] = "quick_gelu".into()),
+        ("`norm_layer` is \"rmsnorm\"", &|c| c["model_args"]["norm_layer"] = "rmsnorm".into()),
+        ("`final_norm` is false", &|c| c["model_args"]["final_norm"] = false.into()),
+        ("`magic` is 3", &|c| c["model_args"]["magic"] = 3.into()),
+        ("`num_classes` is 7, the tensors say 3", &|c| c["num_classes"] = 7.into()),
+        ("`crop_pct` is 0", &|c| c["pretrained_cfg"]["crop_pct"] = 0.into()),
+        ("`std` is [1,2]", &|c| c["pretrained_cfg"]["std"] = serde_json::json!([1, 2])),
+    ] {
+        with(change).exits(1).says(&["config.json", says]);
+    }
+    // What only the pictures need stops nothing else.
+    for (key, value) in [("crop_mode", "border"), ("interpolation", "lanczos")] {
+        let shown = with(&|c| c["pretrained_cfg"][key] = value.into()).ok().json();
+        assert!(shown["unprepared"].as_str().unwrap().contains(value), "{shown}");
+        vitrum(&["predict", "--weights", path, &picture]).exits(1).says(&[value, "--protocol timm"]);
+        vitrum(&["predict", "--weights", path, &picture, "--protocol", "timm"]).ok();
+        let out = dir.join("out.safetensors");
+        vitrum(&["convert", path, out.to_str().unwrap()]).ok();
+        let data = support::stripes();
+        let tune = ["finetune", "--weights", path, "--data", data, "--out", "never", "--dry-run"];
+        let refused = vitrum(&tune).exits(1).says(&[value]);
+        vitrum(&[tune.map(String::from).to_vec(), settings_of(&refused.stderr)].concat()).ok();
+    }
+}
+
+#[test]
+fn a_preprocessor_is_obeyed_or_refused_by_name() {
+    let dir = folder("preprocessor");
+    let (source, _) = saved(&dir, &tiny());
+    let hf = dir.join("hf");
+    weights::convert(&source, &hf, Some(Format::Hf), &ModelOverrides::default()).unwrap();
+    let (path, picture) = (hf.to_str().unwrap(), picture(&dir));
+    let plain = serde_json::json!({
+        "image_processor_type": "ViTImageProcessor", "do_resize": true, "size": { "height": 16, "width": 16 },
+        "resample": 2, "do_rescale": true, "rescale_factor": 1.0 / 255.0, "do_normalize": true,
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    });
+    let with = |more: serde_json::Value| {
+        let mut file = plain.clone();
+        more.as_object().unwrap().iter().for_each(|(key, value)| file[key] = value.clone());
+        std::fs::write(hf.join("preprocessor_config.json"), file.to_string()).unwrap();
+        let file = weights::open(&hf, &ModelOverrides::default()).unwrap();
+        (
+            serde_json::to_value(file.meta.resize).unwrap(),
+            file.meta.crop_ratio,
+            file.meta.normalise,
+            file.unprepared,
+        )
+    };
+    let crop = serde_json::json!({ "height": 16, "width": 16 });
+    for (more, resize, ratio, mean, std) in [
+        (serde_json::json!({}), "squash_smooth", 1.0, 127.5, 127.5),
+        (serde_json::json!({ "size": 16, "resample": 3 }), "squash_bicubic", 1.0, 127.5, 127.5),
+        (serde_json::json!({ "do_normalize": false }), "squash_smooth", 1.0, 0.0, 255.0),
+        (serde_json::json!({ "do_rescale": false }), "squash_smooth", 1.0, 0.5, 0.5),
+        (serde_json::json!({ "rescale_factor": 1.0 / 127.5 }), "squash_smooth", 1.0, 63.75, 63.75),
+        (
+            serde_json::json!({ "size": { "shortest_edge": 20 }, "do_center_crop": true, "crop_size": crop }),
+            "center_bilinear",
+            0.8,
+            127.5,
+            127.5,
+        ),
+        (
+            serde_json::json!({ "image_processor_type": "DeiTFeatureExtractor", "size": 20, "crop_size": 16 }),
+            "squash_smooth",
+            0.8,
+            127.5,
+            127.5,
+        ),
+        (
+            serde_json::json!({ "image_processor_type": "BitImageProcessor", "size": 20, "crop_size": 16, "resample": 3 }),
+            "center",
+            0.8,
+            127.5,
+            127.5,
+        ),
+        (
+            serde_json::json!({ "image_processor_type": "ViTImageProcessorFast" }),
+            "squash_smooth",
+            1.0,
+            127.5,
+            127.5,
+        ),
+    ] {
+        let (found, crop_ratio, normalise, unprepared) = with(more.clone());
+        assert_eq!((found, crop_ratio, unprepared), (resize.into(), ratio, None), "{more}");
+        let near = |a: f32, b: f32| (a - b).abs() < 1e-4;
+        assert!(near(normalise.mean[0], mean) && near(normalise.std[1], std), "{more}: {normalise:?}");
+    }
+    for (more, says) in [
+        (serde_json::json!({ "do_resize": false }), "`do_resize` is false"),
+        (serde_json::json!({ "resample": 1 }), "`resample` is 1"),
+        (serde_json::json!({ "size": { "longest_edge": 16 } }), "`size` is"),
+        (serde_json::json!({ "size": { "shortest_edge": 16 } }), "pictures would differ in size"),
+        (serde_json::json!({ "size": 12, "do_center_crop": true, "crop_size": 16 }), "`crop_size` of 16x16"),
+        (serde_json::json!({ "size": 24 }), "pictures of 24x24, and the model takes 16x16"),
+        (serde_json::json!({ "do_pad": true }), "`do_pad` is true"),
+        (serde_json::json!({ "crop_pct": 0.9 }), "`crop_pct` is 0.9"),
+        (serde_json::json!({ "image_processor_type": "BeitImageProcessor" }), "`BeitImageProcessor`"),
+    ] {
+        assert!(with(more.clone()).3.is_some_and(|why| why.contains(says)), "{more}");
+        vitrum(&["predict", "--weights", path, &picture]).exits(1).says(&[says, "--protocol"]);
+        vitrum(&["predict", "--weights", path, &picture, "--protocol", "hf"]).ok();
+    }
+    // Other kinds of models, and sizes that the tensors do not have.
+    let config = json(&hf.join("config.json"));
+    for (key, value, says) in [
+        ("model_type", serde_json::json!("swin"), "`model_type` is `swin`"),
+        ("hidden_size", 24.into(), "`hidden_size` is 24, the tensors say 12"),
+        ("intermediate_size", 24.into(), "`intermediate_size` is 24, the tensors say 20"),
+        ("patch_size", 8.into(), "`patch_size` is 8, the tensors say 4"),
+        ("problem_type", "regression".into(), "`problem_type` is `regression`"),
+        ("pooler_act", "gelu".into(), "`pooler_act` is `gelu`"),
+    ] {
+        let mut changed = config.clone();
+        changed[key] = value;
+        std::fs::write(hf.join("config.json"), changed.to_string()).unwrap();
+        vitrum(&["inspect", path]).exits(1).says(&["config.json", says]);
+    }
+    let mut changed = config.clone();
+    changed["problem_type"] = "multi_label_classification".into();
+    std::fs::write(hf.join("config.json"), changed.to_string()).unwrap();
+    let loss = weights::open(&hf, &ModelOverrides::default()).unwrap().meta.loss;
+    assert_eq!(loss, Some(vitrum::backend::LossKind::Sigmoid));
+    // DeiT's mean, where the folder has no such file.
+    changed["model_type"] = "deit".into();
+    std::fs::write(hf.join("config.json"), changed.to_string()).unwrap();
+    std::fs::remove_file(hf.join("preprocessor_config.json")).unwrap();
+    let meta = weights::open(&hf, &ModelOverrides::default()).unwrap().meta;
+    assert_eq!((meta.normalise.mean[0], meta.crop_ratio), (123.675, 0.875));
+}
+
+#[test]
+fn means_are_known_by_what_the_file_is_or_asked_for() {
+    let dir = folder("means");
+    let config = ModelConfig { width: 64, heads: 1, ..tiny() };
+    let open = |path: &Path, pairs: &[(&str, &str)]| {
+        let pairs: Vec<_> = pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        weights::open_backbone(path, &ModelOverrides::from_sets(&pairs).unwrap()).unwrap()
+    };
+    let imagenet = |file: &weights::ModelFile| file.meta.normalise.mean == [123.675, 116.28, 103.53];
+    let plain = open(&bare(&dir, &config, &|_| ()), &[]);
+    assert!(
+        !imagenet(&plain) && plain.notes.iter().any(|note| note.contains("data.mean")),
+        "{:?}",
+        plain.notes
+    );
+    let path = dir.join("model.safetensors");
+    let set = [("data.mean", "[0.485,0.456,0.406]"), ("data.std", "0.229,0.224,0.225")];
+    assert!(imagenet(&open(&path, &set)));
+    std::fs::copy(&path, dir.join("deit_small.safetensors")).unwrap();
+    assert!(imagenet(&open(&dir.join("deit_small.safetensors"), &[])));
+    let decoder = |t: &mut Tensors| {
+        t.insert("mask_token".into(), Tensor::new([1, 1, 64], vec![0.0; 64]));
+        t.insert("decoder_embed.weight".into(), Tensor::new([8, 64], vec![0.0; 512]));
+    };
+    let mae = open(&bare(&dir, &config, &decoder), &[]);
+    assert!(imagenet(&mae) && mae.notes.iter().any(|note| note.contains("pre-training")), "{:?}", mae.notes);
+    assert!(ModelOverrides::from_sets(&[("data.std".into(), "0,1,1".into())]).is_err());
+}
+
+/// Today's plain models as timm and transformers keep them: what is built gives their logits, the rest is named.
+#[test]
+fn backbones_give_the_logits_of_timm_or_are_named() {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/reference");
+    let root = std::env::var_os("VITRUM_REFERENCE").map_or(default, Into::into).join("backbones");
+    if !root.is_dir() {
+        println!("skipped: no reference at {}", root.display());
+        return;
+    }
+    let dir = folder("backbones");
+    let (mut computed, mut named) = (0, 0);
+    for case in support::names(&root).iter().map(|name| root.join(name)).filter(|case| case.is_dir()) {
+        let out = dir.join("out.safetensors");
+        for kind in ["timm", "hf"] {
+            let (config, tensors) = (format!("{kind}_config.json"), format!("{kind}.safetensors"));
+            if !case.join(&config).exists() {
+                continue;
+            }
+            std::fs::copy(case.join(config), dir.join("config.json")).unwrap();
+            std::fs::copy(case.join(tensors), dir.join("model.safetensors")).unwrap();
+            let io = case.join("io.safetensors");
+            let paths = [&dir, &io, &out].map(|path| path.to_str().unwrap());
+            let done = vitrum(&[
+                "grad",
+                "--weights",
+                paths[0],
+                "--batch",
+                paths[1],
+                "--out",
+                paths[2],
+                "--device",
+                "cpu",
+            ]);
+            if done.code != 0 {
+                let says = ["not supported", "not built"].iter().any(|text| done.stderr.contains(text));
+                assert!(done.code == 1 && says, "{}, {kind}: {}", case.display(), done.stderr);
+                named += 1;
+                continue;
+            }
+            assert_eq!(kind, "timm", "{}", case.display());
+            let expected = SafeTensors::open(&io).unwrap().f64("timm.logits_f64").unwrap();
+            let got = SafeTensors::open(&out).unwrap().tensor("logits").unwrap().values;
+            let apart: f64 = got.iter().zip(&expected).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+            let norm: f64 = expected.iter().map(|b| b * b).sum();
+            assert!((apart / norm).sqrt() < 1e-5, "{}: {:e}", case.display(), (apart / norm).sqrt());
+            computed += 1;
+        }
+    }
+    assert!(computed >= 1 && named >= 9, "{computed} computed, {named} named");
+}
