@@ -13,6 +13,7 @@ pub mod optim;
 pub mod recipe;
 pub mod report;
 pub mod rng;
+pub mod seal;
 pub mod selftest;
 pub mod train;
 pub mod vit;
