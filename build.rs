@@ -34,6 +34,7 @@ fn main() {
     for variable in ["VITRUM_NVCC", "CUDA_HOME", "CUDA_PATH", "VITRUM_CACHE", "VITRUM_STRICT", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
+    name_the_commit();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let build = match find_nvcc() {
         Ok((nvcc, version)) => {
@@ -45,6 +46,26 @@ fn main() {
         }
     };
     fs::write(out.join("images.rs"), build.source()).expect("OUT_DIR is writable");
+}
+
+/// Checkpoints say which commit made them. Only those of release builds: a build to try something out is not made anew
+/// with every commit.
+fn name_the_commit() {
+    println!("cargo::rerun-if-env-changed=VITRUM_COMMIT");
+    if env::var_os("VITRUM_COMMIT").is_some() || env::var("PROFILE").is_ok_and(|profile| profile != "release")
+    {
+        return;
+    }
+    let git = |args: &[&str]| {
+        let output = Command::new("git").args(args).output().ok().filter(|output| output.status.success())?;
+        Some(String::from_utf8(output.stdout).ok()?.trim().to_owned())
+    };
+    if let (Some(commit), Some(log)) =
+        (git(&["rev-parse", "--short=12", "HEAD"]), git(&["rev-parse", "--git-path", "logs/HEAD"]))
+    {
+        println!("cargo::rustc-env=VITRUM_COMMIT={commit}");
+        println!("cargo::rerun-if-changed={log}");
+    }
 }
 
 /// What ends up in the program.

@@ -78,6 +78,23 @@ pub fn sync_dir(dir: &Path) {
     }
 }
 
+/// Removes what killed writers left in a folder: files, links and folders called `.NAME.PID.tmp`. Nobody else may be
+/// writing there. What is called otherwise is somebody else's. Best effort.
+pub fn sweep(dir: &Path) {
+    let is_ours = |name: &str| {
+        let stem = name.strip_prefix('.').and_then(|n| n.strip_suffix(".tmp"));
+        let parts = stem.and_then(|stem| stem.rsplit_once('.'));
+        parts.is_some_and(|(name, pid)| {
+            !name.is_empty() && !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit())
+        })
+    };
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(is_ours) {
+            let _ = fs::remove_file(entry.path()).or_else(|_| fs::remove_dir_all(entry.path()));
+        }
+    }
+}
+
 fn temporary_name(path: &Path) -> PathBuf {
     let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))

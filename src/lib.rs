@@ -16,6 +16,7 @@ pub mod optim;
 pub mod recipe;
 pub mod report;
 pub mod rng;
+pub mod seal;
 pub mod selftest;
 pub mod terminal;
 pub mod train;

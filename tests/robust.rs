@@ -7,8 +7,11 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
 
-use support::{Done, command, finish, names, outcome, path, stripes, train, vitrum};
-use vitrum::weights::safetensors::{SafeTensors, View, write};
+use support::{Done, Random, command, finish, names, outcome, path, stripes, train, vitrum};
+use vitrum::data::Dataset;
+use vitrum::train::checkpoint::Checkpoints;
+use vitrum::weights;
+use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
 
 /// A short finished run, made once. Tests that change it take a [`copy`].
 fn trained() -> &'static str {
@@ -136,31 +139,201 @@ fn a_folder_that_cannot_hold_a_run_is_refused() {
     let holds = "holds a run already";
     vitrum(&train(trained(), &SHORT)).exits(1).says(&[trained(), holds, "hint: ", "--resume"]);
     let other = [&SHORT[..], &["--resume", "model.width=48"]].concat();
-    vitrum(&train(trained(), &other)).exits(1).says(&[
-        "another recipe",
-        "width = 24",
-        "width = 48",
-        "hint: ",
-    ]);
+    vitrum(&train(trained(), &other)).exits(1).says(&["another recipe: ", "model.width: 24 -> 48", "hint: "]);
     assert_eq!(outcome(trained()), before, "the run is untouched");
 }
 
+/// Seeded places all over a file, and one bit of each.
+fn flips(length: usize, count: u64, seed: u64) -> Vec<(usize, u8)> {
+    let mut random = Random(seed);
+    (0..count).map(|_| (random.below(length as u64) as usize, 1 << random.below(8))).collect()
+}
+
 #[test]
-fn a_damaged_checkpoint_is_not_resumed() {
-    let resume = |run: &str| vitrum(&train(run, &[&SHORT[..], &["--resume"]].concat()));
-    for file in ["model.safetensors", "ema.safetensors", "state.safetensors"] {
-        let run = copy(&format!("truncated-{file}"));
-        let damaged = Path::new(&run).join("checkpoints/last").join(file);
-        let whole = fs::read(&damaged).unwrap();
-        fs::write(&damaged, &whole[..whole.len() - 100]).unwrap();
-        let done = resume(&run).exits(1).says(&[file, "not a whole safetensors file", "hint: "]);
-        assert!(!done.stderr.contains("starting fresh"), "{}", done.stderr);
-        assert_eq!(fs::read(&damaged).unwrap().len(), whole.len() - 100, "it is left as it was");
+fn every_flipped_bit_of_a_checkpoint_is_noticed() {
+    let run = copy("flipped");
+    let folder = Path::new(&run).join("checkpoints/step-8");
+    fs::remove_dir_all(Path::new(&run).join("checkpoints/step-5")).unwrap();
+    let reads = |name: &str| match name {
+        "state.safetensors" => Checkpoints::new(Path::new(&run), 1).newest_state().is_some(),
+        "checkpoint.json" => weights::open(&folder.join("model.safetensors"), &Default::default()).is_ok(),
+        _ => weights::open(&folder.join(name), &Default::default()).is_ok(),
+    };
+    for (seed, name) in names(&folder).iter().enumerate() {
+        assert!(reads(name), "{name} as it was written");
+        let whole = fs::read(folder.join(name)).unwrap();
+        for (at, bit) in flips(whole.len(), 40, seed as u64) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= bit;
+            fs::write(folder.join(name), damaged).unwrap();
+            assert!(!reads(name), "{name}: bit {bit:#x} of byte {at}");
+        }
+        fs::write(folder.join(name), whole).unwrap();
     }
+}
+
+/// Changes one byte in the middle of a file.
+fn damage(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    fs::write(path, bytes).unwrap();
+}
+
+fn resume(run: &str) -> Done {
+    vitrum(&train(run, &[&SHORT[..], &["--resume"]].concat()))
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over_and_the_bits_are_those_of_a_whole_one() {
+    let want = outcome(trained());
+    for file in ["model.safetensors", "ema.safetensors", "state.safetensors", "checkpoint.json"] {
+        let run = copy(&format!("damaged-{file}"));
+        damage(&Path::new(&run).join("checkpoints/last").join(file));
+        let line = "resume   checkpoints/step-8 is passed over: ";
+        resume(&run).ok().says(&["resume   from checkpoints/step-5", line, file, "damaged"]);
+        assert_eq!(outcome(&run), want, "{file}");
+    }
+    // The file of another step is as whole as its own was.
+    let run = copy("mixed");
+    let checkpoints = Path::new(&run).join("checkpoints");
+    fs::copy(checkpoints.join("step-5/ema.safetensors"), checkpoints.join("step-8/ema.safetensors")).unwrap();
+    resume(&run)
+        .ok()
+        .says(&["step-8 is passed over: ", "ema.safetensors: damaged, or of another checkpoint"]);
+    assert_eq!(outcome(&run), want);
+    let run = copy("incomplete");
+    fs::remove_file(Path::new(&run).join("checkpoints/step-8/state.safetensors")).unwrap();
+    resume(&run).ok().says(&["step-8 is passed over: ", "state.safetensors"]);
+    assert_eq!(outcome(&run), want);
+    let run = copy("renamed");
+    let checkpoints = Path::new(&run).join("checkpoints");
+    fs::rename(checkpoints.join("step-8"), checkpoints.join("step-9")).unwrap();
+    resume(&run).ok().says(&["step-9 is passed over: ", "it is of step 8"]);
+    assert_eq!(outcome(&run), want);
+}
+
+#[test]
+fn a_run_whose_checkpoints_are_all_damaged_does_not_start_over() {
+    for (name, gone) in [("only", true), ("all", false)] {
+        let run = copy(name);
+        let checkpoints = Path::new(&run).join("checkpoints");
+        damage(&checkpoints.join("step-8/model.safetensors"));
+        match gone {
+            true => fs::remove_dir_all(checkpoints.join("step-5")).unwrap(),
+            false => damage(&checkpoints.join("step-5/state.safetensors")),
+        }
+        let before = fs::read(Path::new(&run).join("metrics.jsonl")).unwrap();
+        let done = resume(&run).exits(1).says(&["damaged", "step-8/model.safetensors", "hint: "]);
+        assert!(!done.stderr.contains("starting fresh"), "{}", done.stderr);
+        assert_eq!(fs::read(Path::new(&run).join("metrics.jsonl")).unwrap(), before);
+    }
+}
+
+#[test]
+fn every_command_that_opens_a_checkpoint_notices_damage() {
+    let run = copy("best-damaged");
+    damage(&Path::new(&run).join("checkpoints/best/model.safetensors"));
+    let picture = format!("{}/val/across/000.png", stripes());
+    let (out, weights) = (path("of-damaged"), run.as_str());
+    let commands: [&[&str]; 6] = [
+        &["eval", "--weights", weights, "--data", stripes()],
+        &["predict", "--weights", weights, &picture],
+        &["features", "--weights", weights, "--data", stripes(), "--out", &out],
+        &["finetune", "--weights", weights, "--data", stripes(), "--out", &out],
+        &["convert", weights, &format!("{out}.npz")],
+        &["inspect", weights],
+    ];
+    for command in commands {
+        vitrum(command).exits(1).says(&["model.safetensors: damaged, or of another checkpoint", "hint: "]);
+        assert!(!Path::new(&out).exists(), "{command:?}");
+    }
+}
+
+#[test]
+fn checkpoints_of_before_are_read_with_a_line_and_their_arenas_are_measured() {
+    let run = copy("of-before");
+    let checkpoints = Path::new(&run).join("checkpoints");
+    for step in ["step-5", "step-8"] {
+        fs::remove_file(checkpoints.join(step).join("checkpoint.json")).unwrap();
+    }
+    resume(&run).ok().says(&["step-8: no `checkpoint.json`"]);
+    vitrum(&["predict", "--weights", &run, &format!("{}/val/across/000.png", stripes())])
+        .ok()
+        .says(&["no `checkpoint.json`"]);
+
+    // 64 bytes of an arena are gone, and the file is as whole as any.
+    let short = checkpoints.join("step-8/state.safetensors");
+    let state = SafeTensors::open(&short).unwrap();
+    let arena = |name: &str, less: usize| {
+        let bytes = state.bytes(name).unwrap();
+        bytes[..bytes.len() - less].to_vec()
+    };
+    let (moment1, moment2) = (arena("moment1", 64), arena("moment2", 0));
+    let view =
+        |name: &str, bytes: &[u8]| View::new(name.to_owned(), Dtype::U8, &[bytes.len()], bytes.to_vec());
+    let views = vec![view("moment1", &moment1), view("moment2", &moment2)];
+    write(&short, &state.metadata().clone(), views).unwrap();
+    resume(&run).ok().says(&["step-8 is passed over: ", "`moment1` has ", "bytes, and the optimiser needs"]);
+
     let run = copy("with-nan");
-    let model = Path::new(&run).join("checkpoints/last/model.safetensors");
-    put_nan(&model, "head.bias");
-    resume(&run).exits(1).says(&["model.safetensors", "`head.bias` holds NaN", "hint: "]);
+    let checkpoints = Path::new(&run).join("checkpoints");
+    fs::remove_file(checkpoints.join("step-8/checkpoint.json")).unwrap();
+    put_nan(&checkpoints.join("step-8/model.safetensors"), "head.bias");
+    resume(&run).ok().says(&["model.safetensors", "`head.bias` holds NaN"]);
+}
+
+#[test]
+fn every_flipped_bit_of_a_shard_is_noticed_when_it_is_read() {
+    let packed = path("flipped-shards");
+    vitrum(&["pack", stripes(), &packed]).ok();
+    let train_part = Path::new(&packed).join("train");
+    let shard = train_part.join("00000.safetensors");
+    let whole = fs::read(&shard).unwrap();
+    let read = || -> vitrum::error::Result<()> {
+        let data = Dataset::open_packed(&train_part)?;
+        (0..data.len()).try_for_each(|i| data.record(i).map(drop))
+    };
+    read().unwrap();
+    for (at, bit) in flips(whole.len(), 60, 60) {
+        let mut damaged = whole.clone();
+        damaged[at] ^= bit;
+        // In place of the file, not into it: it may be mapped.
+        fs::remove_file(&shard).unwrap();
+        fs::write(&shard, damaged).unwrap();
+        assert!(read().is_err(), "bit {bit:#x} of byte {at}");
+    }
+    let mut damaged = whole.clone();
+    let pixel = whole.len() - 20_000;
+    damaged[pixel] ^= 1;
+    fs::remove_file(&shard).unwrap();
+    fs::write(&shard, damaged).unwrap();
+    let says = ["00000.safetensors: damaged: the checksum is ", "it holds the records 0 to 95"];
+    let data = format!("data.train={packed}");
+    vitrum(&train(&path("of-damaged-data"), &[&data, "data.on_bad_record=skip"])).exits(1).says(&says);
+    vitrum(&["pack", &packed, "--check"]).exits(1).says(&says);
+    vitrum(&train(&path("of-trusted-data"), &[&data, "data.verify=false", SHORT[0]])).ok();
+}
+
+#[test]
+fn a_folder_of_other_things_is_no_run_directory() {
+    let folder = path("thesis");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(Path::new(&folder).join("thesis.tex"), "text").unwrap();
+    for more in [&[][..], &["--resume"]] {
+        vitrum(&train(&folder, more)).exits(1).says(&[&folder, "`thesis.tex`", "hint: ", "--out"]);
+        assert_eq!(names(&folder), ["thesis.tex"]);
+    }
+    // In a run's own folders nothing is removed that it has not left there.
+    let run = copy("with-guests");
+    let checkpoints = Path::new(&run).join("checkpoints");
+    for name in ["notes.tmp", ".step-3.99.tmp"] {
+        fs::create_dir_all(checkpoints.join(name)).unwrap();
+    }
+    fs::write(Path::new(&run).join(".recipe.toml.99.tmp"), "half").unwrap();
+    resume(&run).ok();
+    assert!(checkpoints.join("notes.tmp").is_dir() && !checkpoints.join(".step-3.99.tmp").exists());
+    assert!(!Path::new(&run).join(".recipe.toml.99.tmp").exists());
 }
 
 /// Writes one NaN into a tensor of the file.
@@ -344,7 +517,7 @@ fn a_full_disk_stops_the_run_and_keeps_the_last_checkpoint() {
 
     let checkpoints = Path::new(&rescued).join("checkpoints");
     assert_eq!(names(&checkpoints), ["last", "step-2"]);
-    for name in names(checkpoints.join("last")) {
+    for name in names(checkpoints.join("last")).iter().filter(|name| name.ends_with(".safetensors")) {
         SafeTensors::open(&checkpoints.join("last").join(name)).unwrap();
     }
     let args = train(&rescued, &["train.checkpoint_every=2", "train.eval_every=100", "--resume"]);

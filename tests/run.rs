@@ -99,7 +99,8 @@ fn a_signal_saves_the_run_and_resume_has_the_bits_of_an_unbroken_run() {
             if done.code == 0 {
                 return false; // It was faster than the signal.
             }
-            let done = done.exits(code).says(&["stopped at step ", "saved to ", "hint: ", "--resume"]);
+            let done =
+                done.exits(code).says(&["stopped at step ", "saved to ", "hint: ", "vitrum train --resume "]);
             let saved = done.stderr.split("saved to ").nth(1).unwrap().lines().next().unwrap();
             let last = std::fs::canonicalize(Path::new(&out).join("checkpoints/last")).unwrap();
             assert_eq!(std::fs::canonicalize(saved).unwrap(), last);
@@ -316,4 +317,192 @@ fn a_finished_run_stays_as_it_is_when_it_is_resumed() {
         ["across", "checks", "down"],
         "the data is untouched"
     );
+}
+
+// ---- Going on ----
+
+/// A run of 8 steps whose last checkpoint is taken away: it stands at step 5.
+fn at_step_5(name: &str, more: &[&str]) -> String {
+    let out = path(name);
+    vitrum(&train(&out, &[&["train.steps=8"], more].concat())).ok();
+    let checkpoints = Path::new(&out).join("checkpoints");
+    std::fs::remove_dir_all(checkpoints.join("step-8")).unwrap();
+    let _ = std::fs::remove_file(checkpoints.join("best"));
+    out
+}
+
+#[test]
+fn a_directory_alone_says_how_its_run_goes_on() {
+    let want = path("alone-unbroken");
+    vitrum(&train(&want, &["train.steps=8"])).ok();
+    let want = outcome(&want);
+    let out = at_step_5("alone", &[]);
+    vitrum(&["train", "--resume", &out]).ok().says(&["(demo)", "from checkpoints/step-5"]);
+    assert_eq!(outcome(&out), want);
+    // Whatever else is in a checkpoint, it is told.
+    let told = vitrum(&["inspect", &out]).ok().stdout;
+    for line in [
+        "provenance.recipe: demo",
+        "provenance.step: 8",
+        "provenance.top1: ",
+        "provenance.made_by: vitrum ",
+        "checkpoint.epoch: 1.333",
+        "checkpoint.data: ",
+        "checkpoint.command: ",
+        "--resume ",
+        "checkpoint.host: ",
+    ] {
+        assert!(told.contains(line), "`{line}` is not in: {told}");
+    }
+    let none = path("no-run");
+    std::fs::create_dir_all(&none).unwrap();
+    vitrum(&["train", "--resume", &none]).exits(1).says(&[&none, "no run to continue", "hint: "]);
+    vitrum(&["train", "--resume"]).exits(2).says(&["`--resume` without a run", "hint: "]);
+}
+
+#[test]
+fn a_run_goes_on_with_other_settings_that_change_no_step() {
+    let out = at_step_5("other-settings", &[]);
+    let more = [
+        "train.steps=12",
+        "train.eval_every=3",
+        "train.patience=9",
+        "train.log_every=1",
+        "train.checkpoint_every=4",
+        "train.keep=1",
+        "train.micro_batch=4",
+        "eval.metric=loss",
+        "--resume",
+    ];
+    vitrum(&train(&out, &more)).ok().says(&[
+        "with train.steps: 8 -> 12: the cosine schedule now has that length",
+        "with train.micro_batch: 8 -> 4: from here on the bits are those of another run",
+        "with eval.metric: \"top1\" -> \"loss\": the best checkpoint is chosen anew",
+        "trained 12 steps",
+    ]);
+    // More of the same, by what the directory says now.
+    vitrum(&["train", "--resume", &out, "--set", "train.steps=13"]).ok().says(&["trained 13 steps"]);
+    vitrum(&["train", "--resume", &out, "--set", "train.steps=9"])
+        .exits(1)
+        .says(&["has done 13 steps, and `train.steps` is 9", "hint: "]);
+    vitrum(&["train", "--resume", &out, "--set", "optim.lr=1", "--set", "model.dropout=0.3"])
+        .exits(1)
+        .says(&["another recipe: model.dropout: ", " -> 0.3", "optim.lr: 0.003 -> 1.0", "hint: "]);
+}
+
+#[test]
+fn a_run_goes_on_with_its_own_data_alone() {
+    let data = path("resumed-data");
+    let copied = std::process::Command::new("cp").args(["-a", stripes(), &data]).status().unwrap();
+    assert!(copied.success());
+    let of = |name: &str| Path::new(&data).join("train").join(name);
+    let set = format!("data.train={data}");
+    let out = at_step_5("its-own-data", &[&set]);
+    let (run, saved) = (Path::new(&out), path("its-own-data-saved"));
+    assert!(std::process::Command::new("cp").args(["-a", &out, &saved]).status().unwrap().success());
+    let again = || {
+        std::fs::remove_dir_all(run).unwrap();
+        assert!(std::process::Command::new("cp").args(["-a", &saved, &out]).status().unwrap().success());
+    };
+    let resume = |more: &[&str]| vitrum(&[&["train", "--resume", &out][..], more].concat());
+    let accept = ["--set", "data.accept_changes=true"];
+    let refused = |says: &[&str]| {
+        resume(&[]).exits(1).says(says).says(&["hint: "]);
+        again();
+    };
+
+    let (first, second) = (of("across/000.png"), of("across/003.png"));
+    std::fs::rename(&first, of("across/new.png")).unwrap();
+    refused(&["other training data", "others have their names, labels or sizes", "data.accept_changes=true"]);
+    resume(&accept).ok().says(&["resume   on other data: ", "trained 8 steps"]);
+    let kept = std::fs::read_to_string(run.join("recipe.toml")).unwrap();
+    assert!(!kept.contains("accept_changes"), "{kept}");
+    again();
+    std::fs::rename(of("across/new.png"), &first).unwrap();
+
+    // Another picture under the same name.
+    let mine = std::fs::read(&first).unwrap();
+    std::fs::write(&first, [std::fs::read(&second).unwrap(), vec![0]].concat()).unwrap();
+    refused(&["other training data", "across/000.png"]);
+    std::fs::remove_file(&first).unwrap();
+    refused(&["96 records then, 95 now"]);
+    std::fs::write(&first, mine).unwrap();
+    std::fs::rename(of("across/000.png"), of("down/000.png")).unwrap();
+    refused(&["other training data"]);
+    std::fs::rename(of("down/000.png"), &first).unwrap();
+
+    for part in ["train", "val"] {
+        let at = |name: &str| Path::new(&data).join(part).join(name);
+        std::fs::rename(at("across"), at("x")).unwrap();
+        std::fs::rename(at("down"), at("across")).unwrap();
+        std::fs::rename(at("x"), at("down")).unwrap();
+    }
+    refused(&["other training data"]);
+    for part in ["train", "val"] {
+        std::fs::rename(Path::new(&data).join(part).join("down"), Path::new(&data).join(part).join("up"))
+            .unwrap();
+    }
+    refused(&["other classes: class 2 was `down`, and is `up` now", "data.accept_changes=true"]);
+    std::fs::create_dir(of("zebra")).unwrap();
+    std::fs::create_dir(Path::new(&data).join("val/zebra")).unwrap();
+    refused(&["other classes: class 2 was `down`, and is `up` now (3 classes, and 4 now)"]);
+
+    // Elsewhere, the same.
+    let moved = format!("data.train={}", stripes());
+    resume(&["--set", &moved]).ok().says(&["trained 8 steps"]);
+}
+
+#[test]
+fn one_run_has_a_directory_at_a_time() {
+    let out = path("busy");
+    let mut child = start(&train(&out, &["train.steps=100000", "train.eval_every=100000"]));
+    watch(&mut child, || Path::new(&out).join("checkpoints/last").exists());
+    let holder = format!("a run is at work there (process {} on ", child.id());
+    for more in [&["--resume"][..], &[]] {
+        vitrum(&train(&out, &[&["train.steps=100000"], more].concat())).exits(1).says(&[&holder, "hint: "]);
+    }
+    child.kill().unwrap();
+    wait(child);
+    // The lock has died with the process.
+    let mut child = start(&train(&out, &["train.steps=100000", "train.eval_every=100000", "--resume"]));
+    let before = lines(&out);
+    watch(&mut child, || lines(&out) > before + 1);
+    child.kill().unwrap();
+    wait(child).exits(128 + 9).says(&["resume   from checkpoints/step-"]);
+}
+
+#[test]
+fn runs_that_start_in_one_second_have_directories_of_their_own() {
+    let folder = path("crowd");
+    std::fs::create_dir_all(&folder).unwrap();
+    let args: Vec<String> = train("OUT", &["train.steps=1"]);
+    let unnamed: Vec<&String> = args.iter().filter(|a| *a != "--out" && *a != "OUT").collect();
+    let children: Vec<Child> = (0..3)
+        .map(|_| {
+            command(&unnamed)
+                .current_dir(&folder)
+                .stderr(Stdio::piped())
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    children.into_iter().for_each(|child| drop(wait(child).ok()));
+    let runs = names(Path::new(&folder).join("runs"));
+    assert_eq!(runs.len(), 3, "{runs:?}");
+}
+
+#[test]
+fn as_many_checkpoints_are_kept_as_asked_for() {
+    let steps = |name: &str, more: &[&str]| {
+        let out = path(name);
+        vitrum(&train(&out, &[&["train.checkpoint_every=2", "train.eval_every=24"], more].concat())).ok();
+        names(Path::new(&out).join("checkpoints"))
+            .into_iter()
+            .filter(|n| n.starts_with("step"))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(steps("keep-3", &[]), ["step-20", "step-22", "step-24"]);
+    assert_eq!(steps("keep-1", &["train.keep=1"]), ["step-24"]);
+    vitrum(&train(&path("keep-0"), &["train.keep=0"])).exits(2).says(&["`train.keep` is 0"]);
 }

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::flags::{Everyday, wanted_out};
+use super::flags::Everyday;
+use super::train::Place;
 use super::{On, Settings, print, print_json};
 use crate::error::Result;
 use crate::recipe::{HeadPolicy, Recipe};
 use crate::report::Log;
-use crate::train::run::{RunData, RunOptions, default_out};
+use crate::train::run::{RunData, RunOptions};
 use crate::train::sweep::{self, Axis};
 use crate::train::{finetune, finetune::Start};
 
@@ -37,9 +38,9 @@ pub struct Args {
     /// The run's directory; of a sweep, the folder of its runs [default: runs/RECIPE-DATE]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Continue the run, or the sweep, in --out from where it was left
-    #[arg(long, requires = "out")]
-    pub resume: bool,
+    /// Continue the run in DIR by its own recipe; without DIR, the run or the sweep in --out
+    #[arg(long, value_name = "DIR", num_args = 0..=1)]
+    pub resume: Option<Option<PathBuf>>,
     /// Load the weights, show the recipe in full and what it would take; train nothing
     #[arg(long, conflicts_with = "sweep")]
     pub dry_run: bool,
@@ -50,16 +51,18 @@ pub struct Args {
     pub json: bool,
 }
 
-pub fn run(args: Args) -> Result<()> {
+pub fn run(mut args: Args) -> Result<()> {
+    let place = Place::find(&mut args.recipe, args.out.take(), args.resume.take())?;
     let set = settings(&args);
     let name = args.recipe.as_deref().unwrap_or("finetune");
     let loaded = Recipe::read(Some(name), &set)?;
     let log = Log::stderr();
     loaded.notes.iter().for_each(|note| log.line(&format!("note: {note}")));
     let options = RunOptions {
-        out: wanted_out(args.out, &loaded.recipe.train)?.unwrap_or_else(|| default_out(&loaded.name)),
+        out: place.out(&loaded)?,
+        numbered: place.is_new(&loaded),
         recipe_name: loaded.name.clone(),
-        resume: args.resume,
+        resume: place.resume,
         overfit: None,
         device: args.on.device,
         notes: Vec::new(),

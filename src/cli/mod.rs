@@ -150,6 +150,7 @@ fn run(cli: Cli) -> Result<()> {
     let Some(command) = cli.command else {
         return print(&Cli::command().render_long_help().to_string());
     };
+    start_threads()?;
     match command {
         Command::Train(args) => train::run(args),
         Command::Finetune(args) => finetune::run(args),
@@ -168,6 +169,15 @@ fn run(cli: Cli) -> Result<()> {
         Command::Preview(args) => preview::run(args),
         Command::Convert(args) => convert::run(args),
     }
+}
+
+/// The threads that checksums, conversions and packs share: started here, because nobody could answer for them later.
+fn start_threads() -> Result<()> {
+    rayon::ThreadPoolBuilder::new().build_global().map_err(|e| {
+        Error::new(format!("the system starts no more threads: {e}")).hint(
+            "raise the limits that `ulimit -u` and `ulimit -v` show, or use fewer by `RAYON_NUM_THREADS=1`",
+        )
+    })
 }
 
 /// The refusal of a command or an option that the contract names and this version lacks.

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use super::flags::{Everyday, program, wanted_out};
 use super::{On, Settings};
-use crate::error::Result;
-use crate::recipe::{Metric, Recipe};
+use crate::error::{Error, Result};
+use crate::recipe::{Loaded, Metric, Recipe};
 use crate::report::{Log, Summary, format};
 use crate::train;
 use crate::train::finetune;
@@ -29,9 +29,9 @@ pub struct Args {
     /// The run's directory; of a sweep, the folder of its runs [default: runs/RECIPE-DATE]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Continue the run, or the sweep, in --out from where it was left
-    #[arg(long, requires = "out")]
-    pub resume: bool,
+    /// Continue the run in DIR by its own recipe; without DIR, the run or the sweep in --out
+    #[arg(long, value_name = "DIR", num_args = 0..=1)]
+    pub resume: Option<Option<PathBuf>>,
     /// Check that N samples can be learned by heart: no augmentation, loss below 0.01 within 300 steps
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub overfit: Option<u64>,
@@ -45,7 +45,74 @@ pub struct Args {
     pub json: bool,
 }
 
-pub fn run(args: Args) -> Result<()> {
+/// A run's own recipe, in its directory.
+const OWN: &str = "recipe.toml";
+
+/// Where a run is, or will be.
+pub(super) struct Place {
+    out: Option<PathBuf>,
+    pub(super) resume: bool,
+}
+
+impl Place {
+    /// From `--out` and `--resume [DIR]`. A run that goes on without a recipe does so by its own.
+    pub(super) fn find(
+        recipe: &mut Option<String>,
+        out: Option<PathBuf>,
+        resume: Option<Option<PathBuf>>,
+    ) -> Result<Self> {
+        let (dir, out) = match (resume, out) {
+            (None, out) => return Ok(Self { out, resume: false }),
+            (Some(None), None) => {
+                return Err(Error::usage("`--resume` without a run to continue")
+                    .hint("name its directory, as in `vitrum train --resume runs/NAME`"));
+            }
+            // A sweep, and a run that was stopped before it began, have no recipe of their own.
+            (Some(None), Some(out)) if !out.join(OWN).is_file() => {
+                return Ok(Self { out: Some(out), resume: true });
+            }
+            (Some(None), Some(out)) => (out.clone(), out),
+            (Some(Some(dir)), None) => (dir.clone(), dir),
+            (Some(Some(dir)), Some(out)) => (dir, out),
+        };
+        if dir != out && recipe.is_none() {
+            // `--resume RECIPE --out DIR`: a flag, and what follows it.
+            *recipe = Some(dir.display().to_string());
+        } else if dir != out {
+            return Err(Error::usage(format!(
+                "`--resume {}` and `--out {}` name two directories",
+                dir.display(),
+                out.display()
+            ))
+            .hint("leave out one of them"));
+        } else if recipe.is_none() {
+            let own = out.join(OWN);
+            if !own.is_file() {
+                return Err(Error::new(format!(
+                    "{}: no run to continue: no `recipe.toml` in it",
+                    out.display()
+                ))
+                .hint("name the directory of a run, or give its recipe as well"));
+            }
+            *recipe = Some(own.display().to_string());
+        }
+        Ok(Self { out: Some(out), resume: true })
+    }
+
+    /// The directory: where neither it nor the run is named, a new one.
+    pub(super) fn out(&self, loaded: &Loaded) -> Result<PathBuf> {
+        let wanted = wanted_out(self.out.clone(), &loaded.recipe.train)?;
+        Ok(wanted.unwrap_or_else(|| default_out(&loaded.name)))
+    }
+
+    /// Nobody has named it.
+    pub(super) fn is_new(&self, loaded: &Loaded) -> bool {
+        self.out.is_none() && loaded.recipe.train.name.is_none()
+    }
+}
+
+pub fn run(mut args: Args) -> Result<()> {
+    let place = Place::find(&mut args.recipe, args.out.take(), args.resume.take())?;
     let data = args.data.iter().map(|data| format!("data.train={data}"));
     let set: Vec<String> = data.chain(args.everyday.settings()).chain(args.settings.set).collect();
     let loaded = Recipe::read(args.recipe.as_deref(), &set)?;
@@ -55,9 +122,10 @@ pub fn run(args: Args) -> Result<()> {
         return super::plan::show(&loaded.recipe, &loaded.name, args.on.device, false);
     }
     let options = RunOptions {
-        out: wanted_out(args.out, &loaded.recipe.train)?.unwrap_or_else(|| default_out(&loaded.name)),
+        out: place.out(&loaded)?,
+        numbered: place.is_new(&loaded),
         recipe_name: loaded.name.clone(),
-        resume: args.resume,
+        resume: place.resume,
         overfit: args.overfit.map(|n| n as usize),
         device: args.on.device,
         notes: Vec::new(),

@@ -5,6 +5,7 @@
 //! `demo-hard`, which are drawn and packed into the cache folder when they are first asked for.
 
 mod chosen;
+pub(super) mod integrity;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -140,7 +141,7 @@ impl Records {
             *end += shard.len();
             Some(*end)
         }));
-        Records::Packed { shards: Arc::new(shards), starts }
+        Records::Packed { shards: integrity::watch(Arc::new(shards)), starts }
     }
 
     fn len(&self) -> usize {
@@ -195,13 +196,16 @@ impl Dataset {
     pub fn open_packed(dir: &Path) -> Result<Self> {
         let manifest = Manifest::read(dir)?;
         let mut shards = Vec::with_capacity(manifest.shards.len());
+        let mut first = 0;
         for entry in &manifest.shards {
             let path = dir.join(&entry.file);
             let shard = Shard::open(&path, manifest.classes.len())?;
             if shard.len() != entry.records {
                 fail!("{}: {} records, but `{MANIFEST}` says {}", path.display(), shard.len(), entry.records);
             }
-            shards.push(shard);
+            let len = shard.len();
+            shards.push(shard.listed(path, &entry.checksum, first));
+            first += len;
         }
         let records = Records::packed(shards);
         if records.len() == 0 {
@@ -319,11 +323,12 @@ impl Dataset {
         }
     }
 
-    /// The stored bytes of a sample. Only a file that is not packed can fail to be read.
+    /// The stored bytes of a sample. A file that is not packed can fail to be read, a shard can be damaged.
     pub fn record(&self, index: usize) -> Result<Record<'_>> {
         match &self.records {
             Records::Packed { shards, starts } => {
                 let (shard, at) = locate(starts, self.place(index));
+                shards[shard].sound()?;
                 Ok(shards[shard].record(at))
             }
             Records::Listed { source, split } => source.store.read(&source.items(*split)[self.place(index)]),

@@ -137,21 +137,21 @@ impl Loader {
         };
         let feed = Arc::new(Mutex::new(Feed { free: free_slots, position, ended: false }));
         let filler = Filler::new(dataset, spec, delivery, order, stop.clone(), bad.clone());
-        let lanes = match filler.map(Arc::new) {
-            Ok(filler) => (0..lanes)
-                .map(|i| {
-                    let (filler, feed, done) = (filler.clone(), feed.clone(), done.clone());
-                    std::thread::Builder::new()
-                        .name(format!("batches-{i}"))
-                        .spawn(move || lane(&filler, &feed, &done))
-                        .expect("the system starts a thread")
-                })
-                .collect(),
-            Err(error) => {
-                done.send((position, Message::Failed(error))).expect("the receiver lives");
-                Vec::new()
-            }
+        let start = |filler: Arc<Filler>| -> Result<Vec<_>> {
+            let lane = |i: usize| {
+                let (filler, feed, done) = (filler.clone(), feed.clone(), done.clone());
+                let thread = std::thread::Builder::new().name(format!("batches-{i}"));
+                thread.spawn(move || lane(&filler, &feed, &done)).map_err(|e| fill::threads(lanes, &e))
+            };
+            // One lane is slower than two, and makes the same batches.
+            let mut running = vec![lane(0)?];
+            running.extend((1..lanes).map_while(|i| lane(i).ok()));
+            Ok(running)
         };
+        let lanes = filler.map(Arc::new).and_then(start).unwrap_or_else(|error| {
+            done.send((position, Message::Failed(error))).expect("the receiver lives");
+            Vec::new()
+        });
         Self {
             ready,
             early: BTreeMap::new(),
@@ -248,7 +248,8 @@ fn lane(filler: &Filler, feed: &Mutex<Feed>, done: &Sender<(u64, Message)>) -> O
             }
             if filler.past_the_end(feed.position) {
                 feed.ended = true;
-                let _ = done.send((feed.position, Message::End));
+                let end = filler.verified().map_or_else(Message::Failed, |()| Message::End);
+                let _ = done.send((feed.position, end));
                 return None;
             }
             let mut slot = feed.free.recv().ok()?;

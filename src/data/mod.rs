@@ -22,6 +22,7 @@ pub mod shard;
 pub mod sheet;
 pub mod source;
 
+pub use dataset::integrity::Digest;
 pub use dataset::{Dataset, Split, pair};
 pub use describe::describe;
 pub use loader::{Delivery, Loader, LoaderSpec, Mode, pixels};

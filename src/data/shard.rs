@@ -7,14 +7,16 @@
 //! | `data`, `offsets` | U8 `[bytes]`, U64 `[count + 1]` | encoded pictures, one after the other |
 //! | `names`, `name_offsets` | U8 `[bytes]`, U64 `[count + 1]` | where each record came from; may be absent |
 //!
-//! A shard is mapped, never read whole; everything that its header and offsets claim is checked when it is opened,
-//! so that taking a record cannot fail.
+//! A shard is mapped; everything that its header and offsets claim is checked when it is opened, so that taking a record
+//! cannot fail. Whether its bytes are those that were packed is checked later ([`Shard::sound`]).
 
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
@@ -22,6 +24,8 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{At, Error, Result};
 use crate::{fail, files};
+
+use super::dataset::integrity;
 
 /// A record as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +43,19 @@ pub struct Shard {
     labels: Labels,
     body: Body,
     names: Option<Blob>,
+    listed: Option<Listed>,
+}
+
+/// What the manifest says of a shard, and whether it is true.
+#[derive(Debug)]
+struct Listed {
+    path: PathBuf,
+    checksum: String,
+    /// The number of its first record in the data set.
+    first: usize,
+    verdict: OnceLock<Result<()>>,
+    /// Somebody else compares; until then it is taken for sound.
+    elsewhere: AtomicBool,
 }
 
 /// Class indices of the records.
@@ -144,7 +161,7 @@ impl Shard {
             true => Some(blob("names", "name_offsets", count)?),
             false => None,
         };
-        Ok(Self { bytes, labels, body, names })
+        Ok(Self { bytes, labels, body, names, listed: None })
     }
 
     pub fn len(&self) -> usize {
@@ -226,6 +243,58 @@ impl Shard {
     /// The checksum that `dataset.json` holds: xxh3-64 of the whole file, in hex.
     pub fn checksum(&self) -> String {
         format!("{:016x}", xxhash_rust::xxh3::xxh3_64(self.bytes.as_slice()))
+    }
+
+    /// The same shard, which knows what the manifest says: its checksum, and the number of its first record.
+    pub(super) fn listed(mut self, path: PathBuf, checksum: &str, first: usize) -> Self {
+        let (checksum, verdict, elsewhere) = (checksum.to_owned(), OnceLock::new(), AtomicBool::new(false));
+        self.listed = Some(Listed { path, checksum, first, verdict, elsewhere });
+        self
+    }
+
+    /// The manifest's checksum; of a shard in memory, its own.
+    pub fn listed_checksum(&self) -> String {
+        self.listed.as_ref().map_or_else(|| self.checksum(), |listed| listed.checksum.clone())
+    }
+
+    /// Compares the whole file with the manifest's checksum, once.
+    pub fn verify(&self) -> Result<()> {
+        let Some(listed) = &self.listed else { return Ok(()) };
+        let compare = || {
+            let found = self.checksum();
+            if found == listed.checksum {
+                return Ok(());
+            }
+            let records = listed.first..listed.first + self.len();
+            Err(Error::new(integrity::damaged(&listed.path, &found, &listed.checksum, records))
+                .hint("pack the data set again; `--set data.verify=false` trains on it as it is"))
+        };
+        listed.verdict.get_or_init(compare).clone()
+    }
+
+    /// An error where the file is known not to be what was packed; compares it now, unless another thread does.
+    pub fn sound(&self) -> Result<()> {
+        let Some(listed) = &self.listed else { return Ok(()) };
+        match listed.verdict.get() {
+            Some(Ok(())) => Ok(()),
+            None if listed.elsewhere.load(Ordering::Relaxed) => Ok(()),
+            _ => self.verify(),
+        }
+    }
+
+    /// Takes the file as it is.
+    pub fn trust(&self) {
+        if let Some(listed) = &self.listed {
+            let _ = listed.verdict.set(Ok(()));
+        }
+    }
+
+    pub(super) fn verified_elsewhere(&self) {
+        self.listed.iter().for_each(|listed| listed.elsewhere.store(true, Ordering::Relaxed));
+    }
+
+    pub(super) fn verified_here(&self) {
+        self.listed.iter().for_each(|listed| listed.elsewhere.store(false, Ordering::Relaxed));
     }
 
     /// Bytes of the file.

@@ -207,6 +207,15 @@ impl Store {
         }
     }
 
+    /// Bytes of a record, where they can be told without reading it.
+    pub fn size(&self, item: &Item) -> Option<u64> {
+        match &item.place {
+            Place::File => fs::metadata(self.path.join(&item.name)).ok().map(|file| file.len()),
+            Place::Member { len, .. } => Some(*len as u64),
+            _ => None,
+        }
+    }
+
     /// As the user wrote it.
     pub fn path(&self) -> &Path {
         &self.path

@@ -40,11 +40,15 @@ const ALIASES: [(&str, &str, &str); 7] = [
     ("model", "attention_dropout_rate", "attention_dropout"),
 ];
 
+/// How the recipe of a run's directory begins, and what stands in front of its name.
+const WRITTEN: &str = "# Every setting of one run";
+const OF: &str = " of `";
+
 /// A recipe, where it came from, and what was adjusted to make it fit.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     pub recipe: Recipe,
-    /// `mini/cifar10`, or the file's name without `.toml`.
+    /// `mini/cifar10`, or the file's name without `.toml`; of a run's own recipe, the name that the run began with.
     pub name: String,
     /// The keys that the file or an override gives, as `model.image`; all others have their defaults.
     pub given: Vec<String>,
@@ -98,8 +102,15 @@ impl Recipe {
 
     /// The whole recipe as TOML, every default spelled out. Reads back as an equal recipe.
     pub fn to_toml(&self) -> String {
+        self.to_toml_of("")
+    }
+
+    /// The same for a run's directory. It remembers what the recipe was called, and reads back under that name.
+    pub fn to_toml_of(&self, name: &str) -> String {
         let body = toml::to_string(self).expect("a recipe can be written as TOML");
-        format!("# Every setting of one run, written by vitrum {}.\n\n{body}", env!("CARGO_PKG_VERSION"))
+        let plain = !name.is_empty() && !name.contains(|c: char| c == '`' || c.is_control());
+        let of = if plain { format!("{OF}{name}`") } else { String::new() };
+        format!("{WRITTEN}{of}, written by vitrum {}.\n\n{body}", env!("CARGO_PKG_VERSION"))
     }
 }
 
@@ -127,8 +138,10 @@ fn find(wanted: &str) -> Result<(String, String, String)> {
             .hint(format!("`vitrum finetune --weights {wanted} --data DIR` trains it further")));
     }
     if path.is_file() {
-        let name = path.file_stem().map_or_else(|| wanted.into(), |s| s.to_string_lossy().into_owned());
-        return Ok((name, wanted.into(), files::read_text(path)?));
+        let stem = path.file_stem().map_or_else(|| wanted.into(), |s| s.to_string_lossy().into_owned());
+        let text = files::read_text(path)?;
+        let own = text.strip_prefix(WRITTEN).and_then(|rest| rest.strip_prefix(OF)?.split_once('`'));
+        return Ok((own.map_or(stem, |(name, _)| name.to_owned()), wanted.into(), text));
     }
     let names = BUILT_IN.map(|(name, _)| name);
     let known = format!("built in are {}; or give the path of a .toml file", list(&names));

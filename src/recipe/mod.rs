@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod augment;
+mod compare;
 mod duration;
 mod load;
 mod micro_batch;
@@ -17,6 +18,7 @@ mod size;
 pub use augment::{
     AugmentSection, Crop, Dialect, EraseMode, Interpolation, Level, MixLaw, MixMode, RandAugment,
 };
+pub use compare::Difference;
 pub use duration::Duration;
 pub use load::{BUILT_IN, Loaded, keys};
 pub use micro_batch::MicroBatch;
@@ -158,6 +160,11 @@ pub struct DataSection {
     pub slots: usize,
     /// Records are shuffled within windows of this many neighbours (for disks that seek); 0: over the whole epoch.
     pub shuffle_window: usize,
+    /// Compare packed shards with their checksums when they are first read.
+    pub verify: bool,
+    /// Resume on data that has changed since the run began. Never kept: each resume asks anew.
+    #[serde(skip_serializing_if = "is_false")]
+    pub accept_changes: bool,
     /// Type of the pixels in a slot. `f32` keeps the fractions of a resize, for comparisons with references.
     pub pixels: SlotPixels,
     /// Of each channel, taken from pixels in [0, 1] in training and evaluation. Default: that of the weights that a run
@@ -167,6 +174,10 @@ pub struct DataSection {
     /// What they are divided by then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub std: Option<[f64; 3]>,
+}
+
+fn is_false(truth: &bool) -> bool {
+    !truth
 }
 
 /// See [`DataSection::pixels`].
@@ -188,6 +199,8 @@ impl Default for DataSection {
             workers: 0,
             slots: 3,
             shuffle_window: 0,
+            verify: true,
+            accept_changes: false,
             pixels: SlotPixels::U8,
             mean: None,
             std: None,
@@ -468,6 +481,8 @@ pub struct TrainSection {
     /// Default: as `eval_every`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_every: Option<u64>,
+    /// How many of the newest checkpoints stay, beside the best.
+    pub keep: usize,
     /// Non-finite steps in a row after which the run stops.
     pub max_skipped: u64,
     /// Evaluations without improvement after which the run stops; 0: never.
@@ -496,6 +511,7 @@ impl Default for TrainSection {
             log_every: 100,
             eval_every: 500,
             checkpoint_every: None,
+            keep: 3,
             max_skipped: 3,
             patience: 0,
             min_delta: 0.0,

@@ -104,6 +104,7 @@ impl Recipe {
             ("train.log_every", Some(t.log_every)),
             ("train.eval_every", Some(t.eval_every)),
             ("train.checkpoint_every", t.checkpoint_every),
+            ("train.keep", Some(t.keep as u64)),
             ("train.max_skipped", Some(t.max_skipped)),
         ];
         if let Some((key, _)) = counts.into_iter().find(|(_, count)| *count == Some(0)) {

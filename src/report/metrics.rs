@@ -43,6 +43,11 @@ impl MetricsFile {
         self.write(&json!({ "step": line.step, "eval": line }))
     }
 
+    /// Has the system put all lines on the disk.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().at(self.path.display())
+    }
+
     fn write(&mut self, line: &impl Serialize) -> Result<()> {
         let mut text = serde_json::to_string(line).expect("a line of numbers can be written");
         text.push('\n');

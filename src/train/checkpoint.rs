@@ -1,22 +1,26 @@
-//! Checkpoints: `checkpoints/step-N/{model,ema,state}.safetensors`, whole or not there at all.
+//! Checkpoints: `checkpoints/step-N/{model,ema,state}.safetensors` and their checksums, whole or not there at all.
 //!
-//! A checkpoint is written into a hidden folder, synced, and renamed; `last` and `best` are symbolic links that are
-//! replaced by a rename. A run that is killed at any moment therefore finds its newest whole checkpoint, and goes on to
-//! the bits of a run that was never interrupted: `state.safetensors` holds the optimiser's moments and every counter, and
-//! the loader's position is the number of finished steps.
+//! A checkpoint is written into a hidden folder, `checkpoint.json` ([`crate::seal`]) last, synced, and renamed; `last` and
+//! `best` are symbolic links that are replaced by a rename. A run that is killed at any moment therefore finds its newest
+//! whole checkpoint, and goes on to the bits of a run that was never interrupted: `state.safetensors` holds the optimiser's
+//! moments and every counter, and the loader's position is the number of finished steps. Where the newest checkpoint is
+//! damaged, the one before it is taken, with a line.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use ::safetensors::tensor::Dtype;
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::backend::{Arena, Backend};
+use crate::data::Digest;
 use crate::error::{At, Error, Result};
-use crate::files;
+use crate::seal::{SEAL, Seal};
 use crate::vit::Vit;
 use crate::weights::safetensors::{self, SafeTensors, View};
 use crate::weights::{self, CheckpointMeta, Tensor, Tensors};
+use crate::{fail, files, seal};
 
 use super::Trainer;
 
@@ -37,8 +41,24 @@ pub struct RunState {
     pub last_loss: Option<f64>,
     /// The recipe of the run, to refuse a resume under another one.
     pub recipe: String,
+    /// What it was called when the run began.
+    #[serde(default)]
+    pub recipe_name: String,
+    /// The training and the validation data, to refuse a resume on other data; none in checkpoints of before.
+    #[serde(default)]
+    pub data: Option<RunDigest>,
     /// The matrix product algorithms in use ([`Backend::algorithms`]).
     pub algorithms: Vec<String>,
+}
+
+/// Of what a run reads: enough to notice that it has changed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunDigest {
+    /// In the order of the labels.
+    pub classes: Vec<String>,
+    pub train: Digest,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub val: Option<Digest>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -65,42 +85,62 @@ fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
 /// Where [`RunState`] lies in the metadata of `state.safetensors`.
 const STATE_KEY: &str = "vitrum.state";
 
+/// The files of a checkpoint, as its `checkpoint.json` lists them.
+const FILES: [&str; 3] = ["model.safetensors", "ema.safetensors", "state.safetensors"];
+
 /// The checkpoints of one run directory.
 pub struct Checkpoints {
     dir: PathBuf,
+    /// How many of the newest stay, beside the best.
+    keep: usize,
+}
+
+/// What a checkpoint says about itself.
+pub struct About<'a> {
+    pub meta: &'a CheckpointMeta,
+    /// For `checkpoint.json`, an object.
+    pub facts: Value,
+}
+
+/// A run that goes on.
+pub struct Resumed {
+    pub state: RunState,
+    /// Lines for the header: which checkpoints were passed over, and why.
+    pub notes: Vec<String>,
 }
 
 impl Checkpoints {
-    /// `run/checkpoints`; nothing is created yet.
-    pub fn new(run: &Path) -> Self {
-        Self { dir: run.join("checkpoints") }
+    /// `run/checkpoints`; nothing is created yet. `keep` of the newest stay, and the best.
+    pub fn new(run: &Path, keep: usize) -> Self {
+        Self { dir: run.join("checkpoints"), keep: keep.max(1) }
     }
 
     pub fn path(&self, step: u64) -> PathBuf {
         self.dir.join(format!("step-{step}"))
     }
 
-    /// Steps of all whole checkpoints, ascending.
+    /// Steps of all checkpoints, ascending. A folder is renamed into place when it is whole: one that lacks a file is
+    /// damaged, and counts.
     pub fn steps(&self) -> Vec<u64> {
         let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
         let mut steps: Vec<u64> = entries
             .filter_map(|e| e.file_name().to_str()?.strip_prefix("step-")?.parse().ok())
-            .filter(|step| self.path(*step).join("state.safetensors").exists())
+            .filter(|step| self.path(*step).is_dir())
             .collect();
         steps.sort_unstable();
         steps
     }
 
-    /// Writes a checkpoint of the trainer, points `last` (and `best`) at it, and removes those that are neither.
+    /// Writes a checkpoint of the trainer, points `last` (and `best`) at it, and removes those that are not to be kept.
     ///
     /// False: the weights are not finite. Nothing was written, and the last good checkpoint is still there.
-    pub fn save(&self, trainer: &mut Trainer, state: &RunState, meta: &CheckpointMeta) -> Result<bool> {
+    pub fn save(&self, trainer: &mut Trainer, state: &RunState, about: &About<'_>) -> Result<bool> {
         let weights = read_weights(&trainer.model, &mut *trainer.backend, Arena::Params)?;
         if !weights.values().flat_map(|t| &t.values).all(|value| value.is_finite()) {
             return Ok(false);
         }
         let hidden = self.hidden(state.step);
-        let written = self.write(&hidden, trainer, &weights, state, meta).and_then(|()| {
+        let written = self.write(&hidden, trainer, &weights, state, about).and_then(|()| {
             let target = self.path(state.step);
             if target.exists() {
                 self.remove(state.step);
@@ -123,17 +163,20 @@ impl Checkpoints {
         trainer: &mut Trainer,
         weights: &Tensors,
         state: &RunState,
-        meta: &CheckpointMeta,
+        about: &About<'_>,
     ) -> Result<()> {
         files::create_dir(folder)?;
-        let meta = CheckpointMeta { step: Some(state.step), ..meta.clone() };
         let config = trainer.model.config.clone();
-        weights::save(&folder.join("model.safetensors"), &config, weights, &meta)?;
+        let [model, ema, of_state] = FILES;
+        weights::save(&folder.join(model), &config, weights, about.meta)?;
+        let mut names = vec![model, of_state];
         if trainer.optimizer.ema_decay().is_some() {
             let tensors = read_weights(&trainer.model, &mut *trainer.backend, Arena::Ema)?;
-            weights::save(&folder.join("ema.safetensors"), &config, &tensors, &meta)?;
+            weights::save(&folder.join(ema), &config, &tensors, about.meta)?;
+            names.insert(1, ema);
         }
-        write_state(&folder.join("state.safetensors"), &mut *trainer.backend, state)
+        write_state(&folder.join(of_state), &mut *trainer.backend, state)?;
+        seal::write(folder, &names, about.facts.clone())
     }
 
     /// Points `last` at the newest and `best` at the best checkpoint.
@@ -155,7 +198,7 @@ impl Checkpoints {
 
     /// Hides a checkpoint, then removes it: a killed run leaves no half of one under its name. Best effort.
     fn remove(&self, step: u64) {
-        let hidden = self.hidden(step).with_extension("old.tmp");
+        let hidden = self.dir.join(format!(".step-{step}-old.{}.tmp", std::process::id()));
         let _ = fs::rename(self.path(step), &hidden).and_then(|()| fs::remove_dir_all(&hidden));
     }
 
@@ -163,53 +206,67 @@ impl Checkpoints {
         self.dir.join(format!(".step-{step}.{}.tmp", std::process::id()))
     }
 
-    /// Removes what is neither last nor best, and leftovers of killed writers. Best effort.
+    /// Removes what is neither among the newest nor the best, and leftovers of killed writers. Best effort. Those behind
+    /// the run are damaged ones that it has passed over: they go when it has saved again.
     fn prune(&self, state: &RunState) {
         let best = state.best.map(|b| b.step);
-        for step in self.steps() {
-            if step != state.step && Some(step) != best {
-                self.remove(step);
-            }
-        }
-        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            if name.to_string_lossy().ends_with(".tmp") {
-                let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
-            }
-        }
+        let (past, beyond): (Vec<u64>, Vec<u64>) =
+            self.steps().into_iter().partition(|step| *step <= state.step);
+        let old = past.iter().rev().skip(self.keep);
+        old.chain(&beyond).filter(|step| Some(**step) != best).for_each(|step| self.remove(*step));
+        files::sweep(&self.dir);
     }
 
-    /// Restores the newest whole checkpoint, unless `check` objects to its state. `None`: there is none, the run starts
-    /// fresh.
+    /// The state of the newest checkpoint whose own file is whole.
+    pub fn newest_state(&self) -> Option<(u64, RunState)> {
+        let newest = self.steps().into_iter().rev();
+        newest.filter_map(|step| Some((step, open_state(&self.path(step), step).ok()?.1))).next()
+    }
+
+    /// Restores the newest checkpoint that is whole, unless `check` objects to its state. `None`: there is none, the run
+    /// starts fresh.
+    ///
+    /// Errors: what `check` says; checkpoints, all of which are damaged.
     pub fn resume(
         &self,
         trainer: &mut Trainer,
-        check: impl FnOnce(&RunState) -> Result<()>,
-    ) -> Result<Option<RunState>> {
-        let Some(step) = self.steps().last().copied() else { return Ok(None) };
-        let folder = self.path(step);
-        let restore = |trainer: &mut Trainer| -> Result<RunState> {
-            let stored = SafeTensors::open(&folder.join("state.safetensors"))?;
-            let state = read_state(&stored, &folder)?;
-            check(&state)?;
-            load_weights(&folder.join("model.safetensors"), trainer, Arena::Params)?;
-            if trainer.optimizer.ema_decay().is_some() {
-                load_weights(&folder.join("ema.safetensors"), trainer, Arena::Ema)?;
+        check: impl Fn(&RunState) -> Result<()>,
+    ) -> Result<Option<Resumed>> {
+        files::sweep(&self.dir);
+        let mut notes = Vec::new();
+        let mut first = None;
+        for step in self.steps().into_iter().rev() {
+            let folder = self.path(step);
+            let opened = match open_state(&folder, step) {
+                Ok((stored, state)) => {
+                    check(&state)?;
+                    restore(&folder, &stored, trainer).map(|()| state)
+                }
+                Err(e) => Err(e),
+            };
+            match opened {
+                Ok(state) => {
+                    trainer.resume_at(state.step, state.skipped, state.skipped_in_a_row);
+                    notes.extend(weights::unsealed(&folder));
+                    self.link(&state)?;
+                    return Ok(Some(Resumed { state, notes }));
+                }
+                Err(e) => {
+                    notes.push(format!("checkpoints/step-{step} is passed over: {}", e.message()));
+                    first.get_or_insert((folder, e));
+                }
             }
-            read_moments(&stored, &folder, &mut *trainer.backend)?;
-            Ok(state)
+        }
+        let Some((folder, error)) = first else { return Ok(None) };
+        let what = if notes.len() > 1 {
+            "every checkpoint of the run is damaged"
+        } else {
+            "the only checkpoint is damaged"
         };
-        let state = restore(trainer).map_err(|e| match e.hint_text() {
-            Some(_) => e,
-            None => e.hint(format!(
-                "the checkpoint is damaged or belongs to another model: remove {} to go on from an older one",
-                folder.display()
-            )),
-        })?;
-        trainer.resume_at(state.step, state.skipped, state.skipped_in_a_row);
-        self.link(&state)?;
-        self.prune(&state);
-        Ok(Some(state))
+        Err(Error::new(format!("{what}: {}", error.message())).hint(format!(
+            "put a copy of {} in its place, or start anew with another `--out`",
+            folder.display()
+        )))
     }
 }
 
@@ -225,6 +282,31 @@ pub fn read_weights(model: &Vit, backend: &mut dyn Backend, arena: Arena) -> Res
     Ok(tensors)
 }
 
+/// The state of a checkpoint folder, compared with its checksum and with the folder's name.
+fn open_state(folder: &Path, step: u64) -> Result<(SafeTensors, RunState)> {
+    let path = folder.join("state.safetensors");
+    if let Some(seal) = Seal::read(folder)? {
+        if let Some(missing) = seal.files().find(|name| !folder.join(name).is_file()) {
+            fail!("{}: {SEAL} lists it, and it is not there", folder.join(missing).display());
+        }
+        seal.check(&path, &files::map(&path)?)?;
+    }
+    let stored = SafeTensors::open(&path)?;
+    let state = read_state(&stored, folder)?;
+    if state.step != step {
+        fail!("{}: it is of step {}", path.display(), state.step);
+    }
+    Ok((stored, state))
+}
+
+fn restore(folder: &Path, stored: &SafeTensors, trainer: &mut Trainer) -> Result<()> {
+    load_weights(&folder.join("model.safetensors"), trainer, Arena::Params)?;
+    if trainer.optimizer.ema_decay().is_some() {
+        load_weights(&folder.join("ema.safetensors"), trainer, Arena::Ema)?;
+    }
+    read_moments(stored, folder, trainer)
+}
+
 fn load_weights(path: &Path, trainer: &mut Trainer, arena: Arena) -> Result<()> {
     let file = weights::open(path, &Default::default())?;
     let (model, backend) = (&trainer.model, &mut trainer.backend);
@@ -233,10 +315,11 @@ fn load_weights(path: &Path, trainer: &mut Trainer, arena: Arena) -> Result<()> 
     })
 }
 
+const MOMENTS: [(&str, Arena); 2] = [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)];
+
 fn write_state(path: &Path, backend: &mut dyn Backend, state: &RunState) -> Result<()> {
-    let moments = [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)];
     let mut buffers = Vec::new();
-    for (name, arena) in moments {
+    for (name, arena) in MOMENTS {
         buffers.push((name, backend.read_arena(arena)?));
     }
     let views =
@@ -252,11 +335,15 @@ fn read_state(file: &SafeTensors, folder: &Path) -> Result<RunState> {
     serde_json::from_str(json.at(place.display())?).at(place.display())
 }
 
-fn read_moments(file: &SafeTensors, folder: &Path, backend: &mut dyn Backend) -> Result<()> {
-    for (name, arena) in [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)] {
-        backend
-            .write_arena(arena, file.bytes(name)?)
-            .map_err(|e| e.at(format!("{}: `{name}`", folder.join("state.safetensors").display())))?;
+/// The file says how long its arenas are; the trainer's model and optimiser say how long they must be.
+fn read_moments(file: &SafeTensors, folder: &Path, trainer: &mut Trainer) -> Result<()> {
+    let place = |name: &str| format!("{}: `{name}`", folder.join("state.safetensors").display());
+    for (name, arena) in MOMENTS {
+        let (bytes, wanted) = (file.bytes(name)?, trainer.memory.bytes(arena));
+        if bytes.len() != wanted {
+            fail!("{} has {} bytes, and the optimiser needs {wanted}", place(name), bytes.len());
+        }
+        trainer.backend.write_arena(arena, bytes).map_err(|e| e.at(place(name)))?;
     }
     Ok(())
 }

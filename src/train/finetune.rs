@@ -15,6 +15,7 @@ use crate::vit::ModelConfig;
 use crate::weights::{self, AdaptTarget, ModelFile, ModelOverrides};
 
 use super::advice;
+use super::checkpoint::Checkpoints;
 use super::run::{RunData, RunOptions, RunSummary};
 use super::trainer::train_from;
 
@@ -41,8 +42,24 @@ pub fn run(loaded: &Loaded, options: &RunOptions) -> Result<RunSummary> {
         weights::locate(Path::new(path))?;
     }
     let data = RunData::open(&loaded.recipe, options)?;
-    let start = Start::load(loaded, &data)?;
+    let start = Start::load(&on_from_checkpoint(loaded, options), &data)?;
     start.run(loaded, data, options)
+}
+
+/// A run that goes on needs the model of its weights, not their values: where the file has gone, its own checkpoint says
+/// which model it is.
+fn on_from_checkpoint(loaded: &Loaded, options: &RunOptions) -> Loaded {
+    let mut loaded = loaded.clone();
+    let checkpoints = Checkpoints::new(&options.out, 1);
+    if let Some(finetune) = &mut loaded.recipe.finetune
+        && let Some(path) = &finetune.weights
+        && options.resume
+        && !Path::new(path).exists()
+        && let Some((step, _)) = checkpoints.newest_state()
+    {
+        finetune.weights = Some(checkpoints.path(step).display().to_string());
+    }
+    loaded
 }
 
 impl Start {

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod about;
 pub mod advice;
 pub mod batch_file;
 pub mod bench;
@@ -9,6 +10,7 @@ pub mod bench_data;
 pub mod bench_kernels;
 pub mod build;
 pub mod checkpoint;
+pub mod directory;
 pub mod evaluate;
 pub mod finetune;
 pub mod header;
@@ -19,8 +21,10 @@ pub mod plan;
 pub mod probe;
 pub mod proof;
 pub mod replay;
+mod resume;
 pub mod ridge;
 pub mod run;
+pub mod run_data;
 pub mod samples;
 pub mod score;
 pub mod settle;

@@ -1,22 +1,29 @@
-//! A run and its directory: the data it reads, the reports it writes, its checkpoints, and how it ends.
+//! A run: the reports it writes, its checkpoints, and how it ends. Its directory is [`super::directory`]'s, its data
+//! [`super::run_data`]'s.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Device, Loss, LossKind, Pixels, Slot, SlotLayout, StepReport, TargetKind};
+use crate::backend::{Arena, Device, Loss, Pixels, Slot, SlotLayout, StepReport};
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::recipe::{AugmentSection, Metric, MicroBatch, OnBadRecord, Recipe, ScheduleKind};
+use crate::recipe::{Metric, OnBadRecord, Recipe};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine};
 use crate::weights::CheckpointMeta;
 
-use super::checkpoint::{Best, Checkpoints, RunState, Sums};
+use super::checkpoint::{About, Best, Checkpoints, RunState, Sums};
+use super::directory::Directory;
 use super::evaluate::{EvalReport, evaluate, mean_average_precision};
 use super::header::{memory_lines, model_lines, word};
 use super::pace::{FirstSteps, Pace};
-use super::{Trainer, build, samples, signals};
+use super::resume::{self, Now};
+use super::run_data::OVERFIT_LOSS;
+use super::{Trainer, about, build, samples, signals};
+
+pub use super::directory::default_out;
+pub use super::run_data::RunData;
 
 /// What the command line says about a run, besides the recipe.
 #[derive(Clone, Debug)]
@@ -24,144 +31,14 @@ pub struct RunOptions {
     /// The recipe's name, for the header.
     pub recipe_name: String,
     pub out: PathBuf,
+    /// The directory must be new: where `out` is taken, it gets a number.
+    pub numbered: bool,
     pub resume: bool,
     /// Learn this many images by heart: a check of the whole machinery.
     pub overfit: Option<usize>,
     pub device: Device,
     /// Lines for the header: where the weights come from, and what was done to them.
     pub notes: Vec<String>,
-}
-
-/// Images to train on, and to validate with. Clones share them.
-#[derive(Clone)]
-pub struct RunData {
-    pub train: Arc<Dataset>,
-    pub val: Option<Arc<Dataset>>,
-    /// Training images that are evaluated as well, without augmentation: the gap to `val` shows overfitting.
-    train_part: Arc<Dataset>,
-    /// The share of the training images that became validation images, if any did.
-    held_out: Option<f64>,
-    overfit: Option<usize>,
-    /// `data.train` and `data.val`, as the recipe has them.
-    names: (Option<String>, Option<String>),
-}
-
-/// An overfit run has this many steps to reach [`OVERFIT_LOSS`].
-const OVERFIT_STEPS: u64 = 300;
-const OVERFIT_LOSS: f64 = 0.01;
-/// Training images that are evaluated beside the validation set, without augmentation.
-const TRAIN_EVAL_IMAGES: usize = 2000;
-/// `data.holdout` of a run that starts from trained weights.
-const HOLDOUT: f64 = 0.1;
-
-impl RunData {
-    /// Opens what `data.train` and `data.val` name.
-    pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
-        let spec = recipe.data.train.as_deref();
-        let (mut train, mut val) = data::pair(spec, recipe.data.val.as_deref())?;
-        let mut held_out = None;
-        let share = recipe.data.holdout.unwrap_or(if recipe.finetune.is_some() { HOLDOUT } else { 0.0 });
-        if val.is_none() && share > 0.0 && options.overfit.is_none() {
-            let (kept, held) = train.clone().hold_out(share);
-            if !kept.is_empty() && !held.is_empty() {
-                (train, val, held_out) = (kept, Some(held), Some(share));
-            }
-        }
-        if let Some(n) = options.overfit {
-            if n > train.len() {
-                return Err(Error::usage(format!(
-                    "`--overfit {n}`, but the data set has {} images",
-                    train.len()
-                ))
-                .hint(format!("use `--overfit {}` or less", train.len())));
-            }
-            train = train.take(n);
-            val = None;
-        }
-        if recipe.data.balance {
-            train = train.balanced()?;
-        }
-        let part = val.as_ref().map_or(TRAIN_EVAL_IMAGES, Dataset::len).min(TRAIN_EVAL_IMAGES);
-        let train_part = train.clone().take(part);
-        Ok(Self {
-            train: Arc::new(train),
-            val: val.map(Arc::new),
-            held_out,
-            train_part: Arc::new(train_part),
-            overfit: options.overfit,
-            names: (recipe.data.train.clone(), recipe.data.val.clone()),
-        })
-    }
-
-    /// Whether a recipe names these data sets.
-    pub fn is_of(&self, recipe: &Recipe) -> bool {
-        self.names == (recipe.data.train.clone(), recipe.data.val.clone())
-    }
-
-    /// What a slot holds of a sample's classes.
-    pub fn targets(&self) -> TargetKind {
-        build::targets(&self.train, self.val.as_deref())
-    }
-
-    /// Fills in what the data decides (classes, an overfit run's settings), and checks what depends on its size.
-    pub fn resolve(&self, mut recipe: Recipe) -> Result<Recipe> {
-        let images = self.train.len();
-        if self.overfit.is_some() {
-            overfit(&mut recipe, images);
-        }
-        if recipe.train.batch > images {
-            return Err(Error::new(format!(
-                "`train.batch` is {}, but the data set has {images} images",
-                recipe.train.batch
-            ))
-            .hint(format!("use `--set train.batch={}` or less", whole_micro_batches(&recipe, images))));
-        }
-        // Softmax makes classes compete: a sample with two of them, or with none, has no right answer.
-        if self.train.is_multi_label() && recipe.loss.kind == LossKind::Softmax {
-            return Err(Error::new(format!(
-                "{}: its samples may have several classes, and `loss.kind = \"softmax\"` is for exactly one",
-                self.train.name()
-            ))
-            .hint("use `--set loss.kind=sigmoid`"));
-        }
-        match (recipe.eval.metric, self.train.is_multi_label()) {
-            (Metric::Top1, true) => recipe.eval.metric = Metric::Map,
-            (Metric::Map, false) => {
-                return Err(Error::usage(format!(
-                    "`eval.metric = \"map\"`, but the samples of {} have one label each",
-                    self.train.name()
-                ))
-                .hint("use `--set eval.metric=top1`, or `loss`"));
-            }
-            _ => {}
-        }
-        recipe.resolved(self.train.classes().len(), images)
-    }
-}
-
-/// The largest batch of at most `images` that the recipe's micro-batch divides.
-fn whole_micro_batches(recipe: &Recipe, images: usize) -> usize {
-    match recipe.train.micro_batch {
-        MicroBatch::Samples(micro) if (1..=images).contains(&micro) => images / micro * micro,
-        MicroBatch::Samples(_) | MicroBatch::Auto => images,
-    }
-}
-
-/// Nothing random, nothing that holds the model back.
-fn overfit(recipe: &mut Recipe, images: usize) {
-    let model = &mut recipe.model;
-    (model.dropout, model.attention_dropout, model.drop_path) = (0.0, 0.0, 0.0);
-    recipe.augment = AugmentSection::none();
-    recipe.loss.label_smoothing = 0.0;
-    recipe.optim.weight_decay = 0.0;
-    recipe.schedule.kind = ScheduleKind::Constant;
-    recipe.schedule.warmup = crate::recipe::Duration::Steps(10);
-    recipe.schedule.total = None;
-    recipe.train.batch = recipe.train.batch.min(images);
-    recipe.train.micro_batch = MicroBatch::Samples(0);
-    recipe.train.log_every = recipe.train.log_every.min(10);
-    recipe.train.steps = Some(OVERFIT_STEPS);
-    recipe.train.epochs = None;
 }
 
 /// How a run ended.
@@ -205,30 +82,50 @@ pub struct Run {
     log: Log,
     progress: Progress,
     last_eval: Option<EvalReport>,
+    /// The step of `last_eval`.
+    evaluated_at: u64,
     start: Instant,
     first_steps: FirstSteps,
     pace: Pace,
+    /// Keeps others out as long as the run lives.
+    directory: Directory,
 }
 
 impl Run {
-    /// Prepares the run directory, restores the last checkpoint if asked, and prints the header.
-    pub fn open(recipe: Recipe, options: &RunOptions, data: RunData, trainer: &mut Trainer) -> Result<Self> {
-        let out = &options.out;
-        let checkpoints = Checkpoints::new(out);
-        let has_run = out.join("recipe.toml").exists() || !checkpoints.steps().is_empty();
-        if has_run && !options.resume {
-            return Err(Error::new(format!("{} holds a run already", out.display()))
-                .hint("go on with it by `--resume`, or choose another folder with `--out DIR`"));
+    /// Takes the run directory, restores the last checkpoint if asked, and prints the header.
+    pub fn open(
+        mut recipe: Recipe,
+        options: &RunOptions,
+        data: RunData,
+        trainer: &mut Trainer,
+    ) -> Result<Self> {
+        let mut options = options.clone();
+        if options.numbered {
+            options.out = Directory::numbered(&options.out)?;
         }
-        files::create_dir(out).map_err(|e| e.hint("choose another folder with `--out DIR`"))?;
-        let text = recipe.to_toml();
-        let state = match options.resume {
-            true => checkpoints.resume(trainer, |state| same_recipe(&state.recipe, &text))?,
-            false => None,
-        };
-        files::write_atomic(&out.join("recipe.toml"), |w| w.write_all(text.as_bytes()))?;
+        let out = &options.out;
+        let directory = Directory::open(out, options.resume)?;
+        let accept = std::mem::take(&mut recipe.data.accept_changes);
+        let checkpoints = Checkpoints::new(out, recipe.train.keep);
+        let digest = data.digest();
+        let now = Now { recipe: &recipe, data: &data, digest: &digest, accept };
+        let (mut state, mut notes) = (None, Vec::new());
+        if options.resume
+            && let Some(resumed) = checkpoints.resume(trainer, |state| now.fits(state).map(drop))?
+        {
+            notes.extend(resumed.notes);
+            notes.extend(now.fits(&resumed.state)?);
+            notes.extend(now.of_schedule(&resumed.state, trainer)?);
+            state = Some(go_on(resumed.state, &recipe)?);
+        }
         let resumed = state.as_ref().map(|s| s.step);
         let preferred = state.as_ref().map_or(Ok(()), |s| trainer.backend.prefer_algorithms(&s.algorithms));
+        let mut state = state.unwrap_or_default();
+        if state.recipe_name.is_empty() {
+            state.recipe_name = options.recipe_name.clone();
+        }
+        let text = recipe.to_toml_of(&state.recipe_name);
+        files::write_atomic(&out.join("recipe.toml"), |w| w.write_all(text.as_bytes()))?;
         let log = Log::to_file(&out.join("log.txt"))?;
         let metrics = MetricsFile::open(&out.join("metrics.jsonl"), resumed)?;
         let steps = recipe.train.steps.expect("a resolved recipe has its steps");
@@ -238,9 +135,17 @@ impl Run {
             resize: recipe.eval.resize,
             crop_ratio: recipe.eval.crop_ratio,
             loss: Some(recipe.loss.kind),
+            recipe: Some(state.recipe_name.clone()),
+            data: Some(format!(
+                "{}, {} records, {}",
+                recipe.data.train.as_deref().unwrap_or_default(),
+                digest.train.records,
+                digest.train.short()
+            )),
+            made_by: Some(about::made_by()),
             ..CheckpointMeta::default()
         };
-        let state = state.unwrap_or_else(|| RunState { recipe: text, ..RunState::default() });
+        (state.recipe, state.data) = (text, Some(digest));
         let run = Self {
             steps,
             checkpoints,
@@ -250,26 +155,44 @@ impl Run {
             progress: Progress::new(&log, steps, trainer.step),
             log,
             last_eval: None,
+            evaluated_at: 0,
             start: Instant::now(),
             first_steps: FirstSteps::new(trainer.step),
             pace: Pace::new(0.0),
             state,
-            options: options.clone(),
+            options,
             data,
             recipe,
+            directory,
         };
         run.print_header(trainer, resumed);
+        notes.iter().for_each(|note| run.log.line(&format!("resume   {note}")));
         if let Err(why) = preferred {
             run.log.line(&format!("         the bits are others from here on: {why}"));
         }
+        run.warn_of_the_disk(trainer);
         signals::install()?;
         Ok(run)
+    }
+
+    /// Before hours of training: will the disk hold what is to be kept, and one more while it is written?
+    fn warn_of_the_disk(&self, trainer: &Trainer) {
+        let arenas = [Arena::Params, Arena::Ema, Arena::Moment1, Arena::Moment2];
+        let bytes: usize = arenas.into_iter().map(|arena| trainer.memory.bytes(arena)).sum();
+        let kept = self.recipe.train.keep + usize::from(self.data.val.is_some());
+        let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every).max(1);
+        let to_come =
+            usize::try_from(self.steps.saturating_sub(trainer.step).div_ceil(every)).unwrap_or(usize::MAX);
+        let count = (kept + 1).min(to_come.max(1));
+        if let Some(warning) = self.directory.too_small_for(count, bytes as u64) {
+            self.log.warn(&warning);
+        }
     }
 
     fn print_header(&self, trainer: &Trainer, resumed: Option<u64>) {
         let (config, recipe) = (&trainer.model.config, &self.recipe);
         let log = |line: String| self.log.line(&line);
-        log(format!("run      {}  ({})", self.options.out.display(), self.options.recipe_name));
+        log(format!("run      {}  ({})", self.options.out.display(), self.state.recipe_name));
         log(format!("device   {}", trainer.backend.describe()));
         for line in model_lines(&trainer.model, recipe.finetune.is_none()) {
             log(line);
@@ -468,7 +391,7 @@ impl Run {
         };
         self.metrics.eval(&line)?;
         self.progress.eval(&line);
-        self.last_eval = Some(report);
+        (self.last_eval, self.evaluated_at) = (Some(report), trainer.step);
         self.pace.outside += began.elapsed().as_secs_f64();
         Ok(())
     }
@@ -541,7 +464,18 @@ impl Run {
         self.state.skipped = trainer.skipped;
         self.state.skipped_in_a_row = trainer.skipped_in_a_row();
         self.state.algorithms = trainer.backend.algorithms();
-        if self.checkpoints.save(trainer, &self.state, &self.meta)? {
+        // A checkpoint must not name a step whose lines a crash of the machine could still take away.
+        self.metrics.sync()?;
+        let evaluated =
+            self.last_eval.filter(|_| self.data.val.is_some() && self.evaluated_at == trainer.step);
+        let meta = CheckpointMeta {
+            step: Some(trainer.step),
+            epoch: Some(self.epoch(trainer.step)),
+            top1: evaluated.map(|report| report.top1),
+            ..self.meta.clone()
+        };
+        let about = About { meta: &meta, facts: about::facts(&meta) };
+        if self.checkpoints.save(trainer, &self.state, &about)? {
             self.saved_at = Some(trainer.step);
         } else {
             self.log
@@ -570,7 +504,7 @@ impl Run {
         self.read_reports(trainer, loader, 0)?;
         self.checkpoint(trainer)?;
         Err(Error::stopped(signal, format!("stopped at step {}, {}", trainer.step, self.saved()))
-            .hint(format!("go on with the same command and `--out {} --resume`", self.options.out.display())))
+            .hint(format!("go on with `vitrum train --resume {}`", self.options.out.display())))
     }
 
     /// The device failed in the middle of a step. A card's error is sticky and often comes late: the hint is the command
@@ -583,7 +517,7 @@ impl Run {
         let from = self.saved_at.map_or("the start".into(), |step| format!("checkpoints/step-{step}"));
         let out = self.options.out.display();
         error.hint(format!(
-            "nothing up to {from} is lost; `vitrum train {out}/recipe.toml --out {out} --resume --device cuda \
+            "nothing up to {from} is lost; `vitrum train --resume {out} --device cuda \
              --set train.graph=false --set train.check_launches=true` goes on from there and names the kernel"
         ))
     }
@@ -637,67 +571,10 @@ fn scores(report: &EvalReport) -> Scores {
     }
 }
 
-/// A run goes on under its own recipe. Keys that change no bit (threads, workers, logging) may differ; and those that change bits
-/// only where the user asks for it: what happens to broken records, the precision and the stream's type ([`super::settle`]).
-fn same_recipe(saved: &str, now: &str) -> Result<()> {
-    let free = [
-        "precision",
-        "residual",
-        "threads",
-        "workers",
-        "slots",
-        "on_bad_record",
-        "log_every",
-        "checkpoint_every",
-        "graph",
-        "check_launches",
-    ];
-    let keep = |text: &str| -> Vec<String> {
-        let is_free = |line: &&str| !free.iter().any(|key| line.starts_with(&format!("{key} =")));
-        text.lines().filter(is_free).map(str::to_owned).collect()
-    };
-    let (saved, now) = (keep(saved), keep(now));
-    let differs = |(a, b): &(&String, &String)| a != b;
-    match saved.iter().zip(&now).find(differs) {
-        None if saved.len() == now.len() => Ok(()),
-        pair => {
-            let (was, is) = pair.map_or(("...".into(), "...".into()), |(a, b)| (a.clone(), b.clone()));
-            Err(Error::new(format!("the run was started with another recipe: `{was}`, now `{is}`"))
-                .hint("resume with the same recipe and `--set` options, or start anew with another `--out`"))
-        }
+/// The state of a run that goes on by `recipe`: where evaluations can no longer be compared, none of them is best.
+fn go_on(mut state: RunState, recipe: &Recipe) -> Result<RunState> {
+    if resume::other_evaluation(&state, recipe)? {
+        (state.best, state.stale_evals) = (None, 0);
     }
-}
-
-/// `runs/RECIPE-DATE`, where nothing else is named.
-pub fn default_out(recipe_name: &str) -> PathBuf {
-    let stem = Path::new(recipe_name).with_extension("").to_string_lossy().replace(['/', '\\'], "-");
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    Path::new("runs").join(format!("{stem}-{}", utc_stamp(now)))
-}
-
-/// `20261124-150405` (days to a civil date: Howard Hinnant's algorithm).
-fn utc_stamp(unix: u64) -> String {
-    let (days, seconds) = ((unix / 86_400) as i64, unix % 86_400);
-    let z = days + 719_468;
-    let era = z.div_euclid(146_097);
-    let doe = z.rem_euclid(146_097);
-    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let (day, month) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
-    let year = yoe + era * 400 + i64::from(month <= 2);
-    let (h, m, s) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}{month:02}{day:02}-{h:02}{m:02}{s:02}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stamp_is_the_utc_date() {
-        assert_eq!(utc_stamp(0), "19700101-000000");
-        assert_eq!(utc_stamp(951_827_696), "20000229-123456");
-        assert_eq!(utc_stamp(1_795_532_645), "20261124-150405");
-    }
+    Ok(state)
 }

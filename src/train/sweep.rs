@@ -12,6 +12,7 @@ use crate::files;
 use crate::recipe::{Loaded, Metric, Recipe};
 use crate::report::{Log, format, table};
 
+use super::directory::Directory;
 use super::finetune::Start;
 use super::run::{RunData, RunOptions, RunSummary};
 use super::trainer::train_from;
@@ -107,11 +108,15 @@ pub struct Trial {
 /// Runs every trial in `options.out/trial-N`. `recipe` and `set` are the command's own; a trial's settings come last and
 /// win. A trial that fails is a result; a signal ends the sweep, and the same command with `--resume` goes on with it.
 pub fn run(recipe: &str, set: &[String], axes: Vec<Axis>, options: &RunOptions, log: &Log) -> Result<Sweep> {
-    let grid = grid(&axes)?;
+    let (grid, numbered) = (grid(&axes)?, options.numbered);
     let read = |settings: &Vec<String>| Recipe::read(Some(recipe), &[set, settings].concat());
     // Before the first trial takes its time, all must make sense.
     let loaded: Vec<Loaded> = grid.iter().map(read).collect::<Result<_>>()?;
     let metric = loaded[0].recipe.eval.metric;
+    let mut options = RunOptions { numbered: false, ..options.clone() };
+    if numbered {
+        options.out = Directory::numbered(&options.out)?;
+    }
 
     let (mut data, mut start): (Option<RunData>, Option<Start>) = (None, None);
     let mut trials = Vec::with_capacity(grid.len());

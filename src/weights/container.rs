@@ -11,6 +11,7 @@ use super::safetensors::{Dtype, SafeTensors};
 use super::shards::Shards;
 use super::tensor::Tensors;
 use crate::error::{Error, Result};
+use crate::seal;
 
 /// A file whose headers have been read, or tensors that are in memory already.
 #[derive(Debug)]
@@ -22,11 +23,14 @@ pub(super) enum Container {
 }
 
 impl Container {
+    /// A file of a checkpoint is compared with its checksums.
     pub(super) fn open(path: &Path) -> Result<Self> {
         if Shards::is_index(path) {
             return Ok(Self::Shards(Shards::open(path)?));
         }
-        Self::parse(Bytes::map(path)?, path)
+        let bytes = Bytes::map(path)?;
+        seal::check(path, &bytes)?;
+        Self::parse(bytes, path)
     }
 
     /// Told apart by the first bytes, not by the name.

@@ -8,8 +8,9 @@ use super::container::Container;
 use super::fits::Misfits;
 use super::headers::Headers;
 use super::hub::Hub;
-use super::{ModelOverrides, augreg, locate};
+use super::{ModelOverrides, augreg, locate, unsealed};
 use crate::error::{At, Result};
+use crate::seal::Seal;
 use crate::vit::config::Posemb;
 use crate::vit::params::ParamLayout;
 
@@ -31,6 +32,10 @@ pub fn describe(path: &Path, overrides: &ModelOverrides) -> Result<Value> {
     let misfits = Misfits::of(&ParamLayout::new(config, |_| false), &shapes);
     let unknown = || json!("unknown");
     let mut provenance = serde_json::to_value(&headers.meta).at(path.display())?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let name = path.file_name().unwrap_or_default();
+    let checkpoint = Seal::read(folder)?.filter(|s| s.files().any(|f| name == f)).map(|seal| seal.facts());
+    let notes: Vec<String> = headers.plan.notes.iter().cloned().chain(unsealed(folder)).collect();
     let class_names = provenance.as_object_mut().and_then(|p| p.remove("classes"));
     Ok(json!({
         "kind": "weights",
@@ -58,9 +63,10 @@ pub fn describe(path: &Path, overrides: &ModelOverrides) -> Result<Value> {
         "missing": misfits.missing,
         "unexpected": misfits.unexpected,
         "reshaped": misfits.reshaped,
-        "notes": headers.plan.notes,
+        "notes": notes,
         "unprepared": headers.unprepared,
         "augreg": augreg::Name::of_file(&path).map(|name| name.describe()),
         "provenance": provenance,
+        "checkpoint": checkpoint,
     }))
 }

@@ -51,6 +51,7 @@ use self::headers::Headers;
 use self::hub::Hub;
 use self::safetensors::View;
 use crate::error::{At, Error, Result};
+use crate::seal::SEAL;
 use crate::vit::config::{ModelConfig, Posemb};
 use crate::vit::params::{Param, ParamLayout, sincos2d};
 
@@ -114,7 +115,16 @@ pub fn open(path: &Path, overrides: &ModelOverrides) -> Result<ModelFile> {
 pub fn open_backbone(path: &Path, overrides: &ModelOverrides) -> Result<ModelFile> {
     let path = locate(path)?;
     let container = Container::open(&path)?;
-    read_model(container, &path, Hub::beside(&path)?, overrides).map_err(|e| e.at(path.display()))
+    let mut file =
+        read_model(container, &path, Hub::beside(&path)?, overrides).map_err(|e| e.at(path.display()))?;
+    file.notes.extend(unsealed(path.parent().unwrap_or(Path::new(""))));
+    Ok(file)
+}
+
+/// What is said of a checkpoint folder without checksums.
+pub fn unsealed(dir: &Path) -> Option<String> {
+    let is_one = dir.join("state.safetensors").is_file() && !dir.join(SEAL).is_file();
+    is_one.then(|| format!("{}: no `{SEAL}`: a checkpoint of before, read without checksums", dir.display()))
 }
 
 /// A file that is in memory.

@@ -54,7 +54,7 @@ impl Filler {
             .num_threads(workers)
             .thread_name(|i| format!("loader-{i}"))
             .build()
-            .map_err(|e| Error::new(format!("cannot start {workers} loader threads: {e}")))?;
+            .map_err(|e| threads(workers, &e))?;
         Ok(Self { dataset, spec, delivery, order, stop, bad, pool })
     }
 
@@ -66,6 +66,11 @@ impl Filler {
         matches!(self.spec.mode, Mode::Eval { .. })
             && position.saturating_mul((self.spec.batch * self.delivery.ranks) as u64)
                 >= self.dataset.len() as u64
+    }
+
+    /// Whether all that was read was what was packed.
+    pub(super) fn verified(&self) -> Result<()> {
+        self.dataset.verified()
     }
 
     /// Makes the batch of the slot's position.
@@ -252,6 +257,8 @@ impl Filler {
 
     /// Stops at a bad record, or warns of it the first time.
     fn bad_record(&self, record: usize, error: Error) -> Result<()> {
+        // A shard that is not what was packed is no matter of one record.
+        self.dataset.sound(record)?;
         let place = format!("{}: `{}`", self.dataset.name(), self.dataset.record_name(record));
         match self.spec.on_bad_record {
             OnBadRecord::Error => Err(error
@@ -265,6 +272,13 @@ impl Filler {
             }
         }
     }
+}
+
+/// The system starts no more threads.
+pub(super) fn threads(wanted: usize, why: &dyn std::fmt::Display) -> Error {
+    Error::new(format!("cannot start {wanted} threads for the loader: {why}")).hint(
+        "use fewer, as in `--set data.workers=1`, or raise the limits that `ulimit -u` and `ulimit -v` show",
+    )
 }
 
 #[derive(Default)]

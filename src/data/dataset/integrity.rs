@@ -1,0 +1,165 @@
+//! Is a data set what it was? While it is read: the checksums of its shards. From run to run: a digest of its records.
+//!
+//! A shard's checksum is compared when the first of its records is read. A set of more than [`AT_ONCE`] bytes would keep
+//! a run waiting for that, as a shuffled batch touches every shard: its shards are compared by a thread beside the run, in
+//! order, and the next record of a shard that proves damaged is the error.
+
+use std::path::Path;
+use std::sync::{Arc, Weak};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use super::{Dataset, Records, locate};
+use crate::data::shard::Shard;
+use crate::data::source::Item;
+
+/// Larger packed sets are compared beside the run.
+const AT_ONCE: usize = 1 << 30;
+/// Records of an unpacked set that one checksum of a digest covers.
+const CHUNK: usize = 1024;
+/// Asking the file system for the size of more files than this would keep a resume waiting.
+const MOST_SIZES: usize = 200_000;
+
+/// Which records a data set has, with their labels and sizes: never their pixels.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Digest {
+    pub records: usize,
+    /// Records, and the checksum (xxh3-64) of what is known of them: of a shard its own checksum; elsewhere names, labels
+    /// and sizes.
+    parts: Vec<(usize, String)>,
+}
+
+impl Digest {
+    /// One line for people: xxh3-64 of all parts.
+    pub fn short(&self) -> String {
+        let mut hash = Xxh3::new();
+        self.parts.iter().for_each(|(records, sum)| hash.update(format!("{records} {sum} ").as_bytes()));
+        hex(&hash)
+    }
+
+    /// The number of the record from which on another digest may differ, and of the first that is the same again.
+    pub fn difference(&self, other: &Digest) -> Option<(usize, usize)> {
+        let (mine, others) = (&self.parts, &other.parts);
+        let same = mine.iter().zip(others).take_while(|(a, b)| a == b).count();
+        if same == mine.len().max(others.len()) {
+            return None;
+        }
+        let first = mine[..same].iter().map(|(records, _)| records).sum();
+        let len = mine.get(same).map_or(0, |part| part.0).max(others.get(same).map_or(0, |part| part.0));
+        Some((first, first + len))
+    }
+}
+
+impl Dataset {
+    /// Takes shards as they are, whatever their checksums say.
+    pub fn trust(&self) {
+        match &self.records {
+            Records::Packed { shards, .. } => shards.iter().for_each(Shard::trust),
+            Records::Listed { .. } => {}
+            Records::Mixture { parts, .. } => parts.iter().for_each(|(part, _)| part.trust()),
+        }
+    }
+
+    /// An error where the shard of this sample is known not to be what was packed.
+    pub fn sound(&self, index: usize) -> crate::error::Result<()> {
+        match &self.records {
+            Records::Packed { shards, starts } => shards[locate(starts, self.place(index)).0].sound(),
+            Records::Listed { .. } => Ok(()),
+            Records::Mixture { parts, starts } => {
+                let (part, at) = locate(starts, self.place(index));
+                parts[part].0.sound(at)
+            }
+        }
+    }
+
+    /// Waits until every shard was compared. A few samples of a large set are not worth that.
+    pub fn verified(&self) -> crate::error::Result<()> {
+        match &self.records {
+            _ if self.chosen.is_some() => Ok(()),
+            Records::Packed { shards, .. } => shards.iter().try_for_each(Shard::verify),
+            Records::Listed { .. } => Ok(()),
+            Records::Mixture { parts, .. } => parts.iter().try_for_each(|(part, _)| part.verified()),
+        }
+    }
+
+    /// Names, labels and sizes of the records. Of packed data the checksums that its manifest lists.
+    pub fn digest(&self) -> Digest {
+        let parts = match &self.records {
+            Records::Packed { shards, .. } => shards.iter().map(|s| (s.len(), s.listed_checksum())).collect(),
+            Records::Listed { source, split } => {
+                let items = source.items(*split);
+                let sized = items.len() <= MOST_SIZES;
+                let part = |items: &[Item]| {
+                    let mut hash = Xxh3::new();
+                    for item in items {
+                        let size = if sized { source.store.size(item) } else { None };
+                        hash.update(format!("{:?} {:?} {size:?}\n", item.name, item.labels()).as_bytes());
+                    }
+                    (items.len(), hex(&hash))
+                };
+                items.par_chunks(CHUNK).map(part).collect()
+            }
+            Records::Mixture { parts, .. } => {
+                let of = |(part, weight): &(Dataset, f64)| {
+                    let digest = part.digest();
+                    let mut parts = digest.parts;
+                    parts.push((0, format!("weight {weight}")));
+                    parts
+                };
+                parts.iter().flat_map(of).collect()
+            }
+        };
+        match &self.chosen {
+            None => Digest { records: self.len(), parts },
+            Some(chosen) => {
+                let all = Digest { records: 0, parts }.short();
+                let indices: Vec<u8> = chosen.iter().flat_map(|i| (*i as u64).to_le_bytes()).collect();
+                let sum = format!("{all}-{:016x}", xxh3_64(&indices));
+                Digest { records: chosen.len(), parts: vec![(chosen.len(), sum)] }
+            }
+        }
+    }
+}
+
+fn hex(hash: &Xxh3) -> String {
+    format!("{:016x}", hash.digest())
+}
+
+/// Shards that know what they should be: see the head of this file.
+pub(super) fn watch(shards: Arc<Vec<Shard>>) -> Arc<Vec<Shard>> {
+    let bytes: usize = shards.iter().map(Shard::byte_len).sum();
+    if bytes <= AT_ONCE {
+        return shards;
+    }
+    shards.iter().for_each(Shard::verified_elsewhere);
+    let (watched, count): (Weak<Vec<Shard>>, usize) = (Arc::downgrade(&shards), shards.len());
+    let beside = std::thread::Builder::new().name("checksums".into()).spawn(move || {
+        for index in 0..count {
+            // A data set that nobody has any more needs no check.
+            let Some(shards) = watched.upgrade() else { return };
+            let _ = shards[index].verify();
+        }
+    });
+    if beside.is_err() {
+        // Without a thread each shard is compared before its first record is used.
+        shards.iter().for_each(Shard::verified_here);
+    }
+    shards
+}
+
+/// The words for a shard that is not what was packed; `pack --check` has the same.
+pub(in crate::data) fn damaged(
+    path: &Path,
+    found: &str,
+    listed: &str,
+    records: std::ops::Range<usize>,
+) -> String {
+    format!(
+        "{}: damaged: the checksum is {found}, and the manifest says {listed}; it holds the records {} to {}",
+        path.display(),
+        records.start,
+        records.end.saturating_sub(1)
+    )
+}

@@ -1,0 +1,124 @@
+//! Which changes of a recipe a run may go on with, and what is to be said of them.
+
+use crate::error::{Error, Result};
+use crate::recipe::{Difference, Recipe};
+
+use super::checkpoint::{RunDigest, RunState};
+use super::run_data::RunData;
+use super::{Trainer, build};
+
+/// Keys that decide where, how often and on how many threads, and change no bit of what is trained. The data may lie
+/// elsewhere: its records are compared. Precision and the stream's type are kept and told of by [`super::settle`].
+const FREE: [&str; 21] = [
+    "data.train",
+    "data.val",
+    "data.on_bad_record",
+    "data.workers",
+    "data.slots",
+    "data.verify",
+    "data.accept_changes",
+    "finetune.weights",
+    "train.precision",
+    "train.residual",
+    "train.threads",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.max_skipped",
+    "train.patience",
+    "train.min_delta",
+    "train.name",
+    "train.graph",
+    "train.check_launches",
+];
+
+/// The same training, rounded otherwise.
+const OTHER_BITS: [&str; 4] =
+    ["train.micro_batch", "train.recompute", "train.prune_last_block", "train.deterministic"];
+
+/// The length of the run, and of its schedule with it.
+const LENGTH: &str = "train.steps";
+
+/// More differences than this are not listed.
+const SHOWN: usize = 8;
+
+/// What a run would go on with.
+pub(super) struct Now<'a> {
+    pub recipe: &'a Recipe,
+    pub data: &'a RunData,
+    pub digest: &'a RunDigest,
+    /// Data that have changed are taken.
+    pub accept: bool,
+}
+
+impl Now<'_> {
+    /// Refuses a state that cannot go on like this; else returns what is to be said.
+    pub(super) fn fits(&self, state: &RunState) -> Result<Vec<String>> {
+        let mut notes = Vec::new();
+        if let Some(saved) = &state.data {
+            notes.extend(self.data.same_as(saved, self.digest, self.accept)?);
+        }
+        let differences = differences(state, self.recipe)?;
+        let is = |keys: &[&str], d: &Difference| keys.contains(&d.key.as_str());
+        let refused: Vec<&Difference> = differences
+            .iter()
+            .filter(|d| !is(&FREE, d) && !is(&OTHER_BITS, d) && !is(&[LENGTH], d) && !is_evaluation(d))
+            .collect();
+        if !refused.is_empty() {
+            let more = refused.len().saturating_sub(SHOWN);
+            let mut lines: Vec<String> = refused.iter().take(SHOWN).map(|d| d.to_string()).collect();
+            lines.extend((more > 0).then(|| format!("and {more} more")));
+            return Err(Error::new(format!("the run was started with another recipe: {}", lines.join(", ")))
+                .hint("leave out what changes these to go on by the run's own recipe, or start anew with another `--out`"));
+        }
+        let steps = self.recipe.train.steps.unwrap_or_default();
+        if steps < state.step {
+            return Err(Error::new(format!(
+                "the run has done {} steps, and `{LENGTH}` is {steps}",
+                state.step
+            ))
+            .hint(format!("use `--set {LENGTH}={}` or more", state.step)));
+        }
+        for difference in &differences {
+            if is(&OTHER_BITS, difference) {
+                notes.push(format!("with {difference}: from here on the bits are those of another run"));
+            } else if is_evaluation(difference) {
+                notes.push(format!("with {difference}: the best checkpoint is chosen anew"));
+            }
+        }
+        Ok(notes)
+    }
+
+    /// Says what becomes of the learning rate where the run has another length.
+    pub(super) fn of_schedule(&self, state: &RunState, trainer: &Trainer) -> Result<Option<String>> {
+        let differences = differences(state, self.recipe)?;
+        let Some(length) = differences.iter().find(|d| d.key == LENGTH) else { return Ok(None) };
+        let before = Recipe::from_toml(&state.recipe, "the checkpoint's recipe")?;
+        let before = build::optimizer(&before, &trainer.model, self.data.train.len())?;
+        let (was, is) = (before.lr(state.step), trainer.optimizer.lr(state.step));
+        let schedule = format!("{:?}", self.recipe.schedule.kind).to_lowercase();
+        Ok(Some(match was == is {
+            true => format!("with {length}: the rate of the next step is {is:.3e}, as it would have been"),
+            false => format!(
+                "with {length}: the {schedule} schedule now has that length, and the rate of the next step is {is:.3e}, not \
+                 {was:.3e}"
+            ),
+        }))
+    }
+}
+
+/// Whether evaluations before and after cannot be compared.
+pub(super) fn other_evaluation(state: &RunState, now: &Recipe) -> Result<bool> {
+    Ok(differences(state, now)?.iter().any(is_evaluation))
+}
+
+fn is_evaluation(difference: &Difference) -> bool {
+    difference.key.starts_with("eval.")
+}
+
+fn differences(state: &RunState, now: &Recipe) -> Result<Vec<Difference>> {
+    let before = Recipe::from_toml(&state.recipe, "the checkpoint's recipe")
+        .map_err(|e| e.into_failure().at("the run was started by another version"))?;
+    Ok(before.differences(now))
+}

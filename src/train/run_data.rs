@@ -1,0 +1,217 @@
+//! What a run reads, and whether it is what the run began with.
+
+use std::sync::Arc;
+
+use crate::backend::{LossKind, TargetKind};
+use crate::data::{self, Dataset, Digest};
+use crate::error::{Error, Result};
+use crate::recipe::{AugmentSection, Metric, MicroBatch, Recipe, ScheduleKind};
+
+use super::build;
+use super::checkpoint::{Checkpoints, RunDigest};
+use super::run::RunOptions;
+
+/// Images to train on, and to validate with. Clones share them.
+#[derive(Clone)]
+pub struct RunData {
+    pub train: Arc<Dataset>,
+    pub val: Option<Arc<Dataset>>,
+    /// Training images that are evaluated as well, without augmentation: the gap to `val` shows overfitting.
+    pub(super) train_part: Arc<Dataset>,
+    /// The share of the training images that became validation images, if any did.
+    pub(super) held_out: Option<f64>,
+    pub(super) overfit: Option<usize>,
+    /// `data.train` and `data.val`, as the recipe has them.
+    names: (Option<String>, Option<String>),
+}
+
+/// An overfit run has this many steps to reach [`OVERFIT_LOSS`].
+const OVERFIT_STEPS: u64 = 300;
+pub(super) const OVERFIT_LOSS: f64 = 0.01;
+/// Training images that are evaluated beside the validation set, without augmentation.
+const TRAIN_EVAL_IMAGES: usize = 2000;
+/// `data.holdout` of a run that starts from trained weights.
+const HOLDOUT: f64 = 0.1;
+
+impl RunData {
+    /// Opens what `data.train` and `data.val` name.
+    pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
+        let spec = recipe.data.train.as_deref();
+        let (mut train, mut val) = data::pair(spec, recipe.data.val.as_deref())?;
+        if !recipe.data.verify {
+            train.trust();
+            val.iter().for_each(Dataset::trust);
+        }
+        if options.resume && !recipe.data.accept_changes {
+            // Another number of classes would be somebody else's error before the run asks for all records.
+            let saved = Checkpoints::new(&options.out, 1).newest_state().and_then(|(_, state)| state.data);
+            saved.map_or(Ok(()), |saved| same_classes(&saved.classes, train.classes()))?;
+        }
+        let mut held_out = None;
+        let share = recipe.data.holdout.unwrap_or(if recipe.finetune.is_some() { HOLDOUT } else { 0.0 });
+        if val.is_none() && share > 0.0 && options.overfit.is_none() {
+            let (kept, held) = train.clone().hold_out(share);
+            if !kept.is_empty() && !held.is_empty() {
+                (train, val, held_out) = (kept, Some(held), Some(share));
+            }
+        }
+        if let Some(n) = options.overfit {
+            if n > train.len() {
+                return Err(Error::usage(format!(
+                    "`--overfit {n}`, but the data set has {} images",
+                    train.len()
+                ))
+                .hint(format!("use `--overfit {}` or less", train.len())));
+            }
+            train = train.take(n);
+            val = None;
+        }
+        if recipe.data.balance {
+            train = train.balanced()?;
+        }
+        let part = val.as_ref().map_or(TRAIN_EVAL_IMAGES, Dataset::len).min(TRAIN_EVAL_IMAGES);
+        let train_part = train.clone().take(part);
+        Ok(Self {
+            train: Arc::new(train),
+            val: val.map(Arc::new),
+            held_out,
+            train_part: Arc::new(train_part),
+            overfit: options.overfit,
+            names: (recipe.data.train.clone(), recipe.data.val.clone()),
+        })
+    }
+
+    /// Whether a recipe names these data sets.
+    pub fn is_of(&self, recipe: &Recipe) -> bool {
+        self.names == (recipe.data.train.clone(), recipe.data.val.clone())
+    }
+
+    /// Of classes and records; takes seconds for a million files.
+    pub fn digest(&self) -> RunDigest {
+        RunDigest {
+            classes: self.train.classes().to_vec(),
+            train: self.train.digest(),
+            val: self.val.as_ref().map(|val| val.digest()),
+        }
+    }
+
+    /// Refuses data that are not those of `saved`; returns what is to be said where they are accepted.
+    pub fn same_as(&self, saved: &RunDigest, now: &RunDigest, accept: bool) -> Result<Option<String>> {
+        let none = Digest::default();
+        let compare = || {
+            same_classes(&saved.classes, &now.classes)?;
+            same_records("training", &self.train, &saved.train, &now.train)?;
+            let val = self.val.as_ref().unwrap_or(&self.train);
+            let of = |digest: &RunDigest| digest.val.clone().unwrap_or(none.clone());
+            same_records("validation", val, &of(saved), &of(now))
+        };
+        match compare() {
+            Err(e) if accept => Ok(Some(format!("on other data: {}", e.message()))),
+            compared => compared.map(|()| None),
+        }
+    }
+
+    /// What a slot holds of a sample's classes.
+    pub fn targets(&self) -> TargetKind {
+        build::targets(&self.train, self.val.as_deref())
+    }
+
+    /// Fills in what the data decides (classes, an overfit run's settings), and checks what depends on its size.
+    pub fn resolve(&self, mut recipe: Recipe) -> Result<Recipe> {
+        let images = self.train.len();
+        if self.overfit.is_some() {
+            overfit(&mut recipe, images);
+        }
+        if recipe.train.batch > images {
+            return Err(Error::new(format!(
+                "`train.batch` is {}, but the data set has {images} images",
+                recipe.train.batch
+            ))
+            .hint(format!("use `--set train.batch={}` or less", whole_micro_batches(&recipe, images))));
+        }
+        // Softmax makes classes compete: a sample with two of them, or with none, has no right answer.
+        if self.train.is_multi_label() && recipe.loss.kind == LossKind::Softmax {
+            return Err(Error::new(format!(
+                "{}: its samples may have several classes, and `loss.kind = \"softmax\"` is for exactly one",
+                self.train.name()
+            ))
+            .hint("use `--set loss.kind=sigmoid`"));
+        }
+        match (recipe.eval.metric, self.train.is_multi_label()) {
+            (Metric::Top1, true) => recipe.eval.metric = Metric::Map,
+            (Metric::Map, false) => {
+                return Err(Error::usage(format!(
+                    "`eval.metric = \"map\"`, but the samples of {} have one label each",
+                    self.train.name()
+                ))
+                .hint("use `--set eval.metric=top1`, or `loss`"));
+            }
+            _ => {}
+        }
+        recipe.resolved(self.train.classes().len(), images)
+    }
+}
+
+/// The largest batch of at most `images` that the recipe's micro-batch divides.
+fn whole_micro_batches(recipe: &Recipe, images: usize) -> usize {
+    match recipe.train.micro_batch {
+        MicroBatch::Samples(micro) if (1..=images).contains(&micro) => images / micro * micro,
+        MicroBatch::Samples(_) | MicroBatch::Auto => images,
+    }
+}
+
+/// Nothing random, nothing that holds the model back.
+fn overfit(recipe: &mut Recipe, images: usize) {
+    let model = &mut recipe.model;
+    (model.dropout, model.attention_dropout, model.drop_path) = (0.0, 0.0, 0.0);
+    recipe.augment = AugmentSection::none();
+    recipe.loss.label_smoothing = 0.0;
+    recipe.optim.weight_decay = 0.0;
+    recipe.schedule.kind = ScheduleKind::Constant;
+    recipe.schedule.warmup = crate::recipe::Duration::Steps(10);
+    recipe.schedule.total = None;
+    recipe.train.batch = recipe.train.batch.min(images);
+    recipe.train.micro_batch = MicroBatch::Samples(0);
+    recipe.train.log_every = recipe.train.log_every.min(10);
+    recipe.train.steps = Some(OVERFIT_STEPS);
+    recipe.train.epochs = None;
+}
+
+const ACCEPT: &str = "go on with the data as it is now by `--set data.accept_changes=true`";
+
+fn same_classes(saved: &[String], now: &[String]) -> Result<()> {
+    let name =
+        |classes: &[String], i: usize| classes.get(i).map_or("none".into(), |name| format!("`{name}`"));
+    let Some(i) = (0..saved.len().max(now.len())).find(|i| saved.get(*i) != now.get(*i)) else {
+        return Ok(());
+    };
+    let error = Error::new(format!(
+        "the run was started with other classes: class {i} was {}, and is {} now ({} classes, and {} now)",
+        name(saved, i),
+        name(now, i),
+        saved.len(),
+        now.len()
+    ));
+    Err(match saved.len() == now.len() {
+        true => error.hint(format!("give the classes their names and their order again, or {ACCEPT}")),
+        false => error.hint("give the data the same classes again, or start anew with another `--out`"),
+    })
+}
+
+fn same_records(which: &str, data: &Dataset, saved: &Digest, now: &Digest) -> Result<()> {
+    let Some((first, end)) = saved.difference(now) else { return Ok(()) };
+    let from = match first < data.len() {
+        true => format!("record {first}, `{}`", data.record_name(first)),
+        false => format!("record {first}"),
+    };
+    let counts = match saved.records == now.records {
+        true => format!("{} records, of which others have their names, labels or sizes", now.records),
+        false => format!("{} records then, {} now", saved.records, now.records),
+    };
+    Err(Error::new(format!(
+        "{}: the run was started with other {which} data: {counts}; the first difference lies from {from}, to record {}",
+        data.name(),
+        end.saturating_sub(1)
+    ))
+    .hint(format!("put the records back as they were, or {ACCEPT}")))
+}
