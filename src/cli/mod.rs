@@ -29,8 +29,10 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::backend::Device;
+use crate::data::Split;
 use crate::error::{At, Error, Kind, Result};
 use crate::recipe::BUILT_IN;
+use crate::report::format;
 use crate::weights::ModelOverrides;
 
 /// Pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
@@ -179,6 +181,17 @@ pub fn print(text: &str) -> Result<()> {
 /// One JSON object on stdout, for `--json`.
 pub fn print_json(value: &serde_json::Value) -> Result<()> {
     print(&serde_json::to_string_pretty(value).expect("a JSON value can be written"))
+}
+
+/// Says which part of a data set is looked at.
+fn say_part(data: &str, part: Option<Split>, images: usize) {
+    let images = format::thousands(images as u64);
+    let which = match part {
+        Some(part) => format!("the {} part of {data}", part.name()),
+        None => format!("all of {data}, which has no parts: if the model was trained on it, this is no test"),
+    };
+    // Nobody may be there to read it.
+    let _ = writeln!(std::io::stderr(), "data    {which} ({images} images)");
 }
 
 /// The built-in recipes, for help texts: name and first line of each.

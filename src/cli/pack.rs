@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicUsize;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::data::dataset::MANIFEST;
+use crate::data::dataset::Manifest;
 use crate::data::decode::JpegPath;
 use crate::data::pack::{self, Format, Options, Packed, Target};
 use crate::error::{At, Error, Result};
@@ -45,9 +45,8 @@ pub struct Args {
 
 /// Packs, checks, or both.
 pub fn run(args: Args) -> Result<()> {
-    let packed_before = |dir: &Path| {
-        [dir.to_owned(), dir.join("train"), dir.join("val")].iter().any(|d| d.join(MANIFEST).is_file())
-    };
+    let packed_before =
+        |dir: &Path| [dir.to_owned(), dir.join("train"), dir.join("val")].iter().any(|d| Manifest::is_in(d));
     let Some(dest) = &args.dest else {
         if args.check {
             return check(&args.source);

@@ -1,12 +1,14 @@
 //! `vitrum predict`: the likeliest classes of single pictures.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use super::{On, Settings, not_built, print, print_json};
 use crate::backend::Options;
-use crate::error::Result;
+use crate::data::{Split, pictures};
+use crate::error::{At, Error, Result};
 use crate::report::format;
 use crate::train::loaded::{Loaded, Prediction};
 use crate::vit::Mode;
@@ -16,9 +18,12 @@ pub struct Args {
     /// A weights file, a checkpoint folder or a run directory (its best, else its last)
     #[arg(long, value_name = "FILE")]
     pub weights: PathBuf,
-    /// JPEG or PNG files
+    /// Pictures, folders of pictures, patterns such as 'photos/*.jpg', or `-` for a list of files on stdin
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
+    /// Of folders that are data sets, take this part: train, val or test [default: every picture below the folder]
+    #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
+    pub split: Option<Split>,
     /// How many classes to show
     #[arg(long, value_name = "K", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     pub top: u16,
@@ -38,12 +43,22 @@ pub fn run(args: Args) -> Result<()> {
     if args.attention.is_some() {
         return Err(not_built("vitrum predict --attention").hint("leave it out to get the classes"));
     }
+    let images = pictures::named(&args.images, args.split, list)?;
     let overrides = args.settings.model_overrides()?;
     let mut run =
         Loaded::open(&args.weights, &overrides, (args.on.device, &Options::default()), 1, Mode::Infer, None)?;
-    let mut all = Vec::new();
-    for path in &args.images {
-        let top = run.predict(path, args.top as usize)?;
+    let (mut all, mut errors) = (Vec::new(), Vec::new());
+    for path in &images {
+        // One bad file among many takes nothing from the others.
+        let top = match run.predict(path, args.top as usize) {
+            Ok(top) => top,
+            Err(error) if images.len() == 1 => return Err(error),
+            Err(error) => {
+                let _ = writeln!(std::io::stderr(), "error: {}", error.message());
+                errors.push(json!({ "image": path.display().to_string(), "error": error.message() }));
+                continue;
+            }
+        };
         if !args.json {
             print(&text(path, &top))?;
         }
@@ -53,7 +68,23 @@ pub fn run(args: Args) -> Result<()> {
             "top": top.iter().map(entry).collect::<Vec<_>>(),
         }));
     }
-    if args.json { print_json(&json!({ "predictions": all })) } else { Ok(()) }
+    let bad = errors.len();
+    if args.json {
+        let mut out = json!({ "predictions": all });
+        if bad > 0 {
+            out["errors"] = json!(errors);
+        }
+        print_json(&out)?;
+    }
+    match bad {
+        0 => Ok(()),
+        _ => Err(Error::new(format!("{bad} of {} pictures could not be read", images.len()))),
+    }
+}
+
+/// The lines of stdin.
+fn list() -> Result<String> {
+    std::io::read_to_string(std::io::stdin()).at("stdin")
 }
 
 /// The picture, then its classes with a bar each.
