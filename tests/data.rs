@@ -349,7 +349,7 @@ fn folders_that_cannot_be_a_data_set_say_why() {
     fs::create_dir_all(dir("text/b")).unwrap();
     fs::write(dir("text/a/1.txt"), "one").unwrap();
     fs::write(dir("text/b/2.txt"), "two").unwrap();
-    assert!(reason(&dir("text")).contains("no picture among"));
+    assert!(reason(&dir("text")).contains("no pictures in class folders: 2 files are left out"));
     small_folder(&dir("differ/train"), 8, 8);
     small_folder(&dir("differ/val"), 8, 8);
     fs::rename(dir("differ/val/dog"), dir("differ/val/cow")).unwrap();

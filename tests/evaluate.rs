@@ -319,3 +319,46 @@ fn a_sigmoid_model_says_how_likely_each_class_is_by_itself() {
     let text = vitrum(&["eval", "--weights", &out, "--data", &list]).ok().stdout;
     assert!(text.contains("mAP") && text.contains("F1"), "{text}");
 }
+
+#[test]
+fn the_part_that_is_measured_is_named_and_never_training_unasked() {
+    eval(&[]).ok().says(&["the val part of", "(40 images)"]);
+    eval(&["--split", "train"]).ok().says(&["the train part of", "(96 images)"]);
+    eval(&["--split", "test"]).exits(1).says(&["no test part, only train and val"]);
+    let json = eval(&["--split", "train", "--json"]).ok().json();
+    assert_eq!((json["split"].as_str(), json["images"].as_u64()), (Some("train"), Some(96)));
+    let alone = scratch().join("train-alone");
+    std::fs::create_dir_all(&alone).unwrap();
+    std::os::unix::fs::symlink(Path::new(stripes()).join("train"), alone.join("training")).unwrap();
+    let alone = alone.display().to_string();
+    let args = ["eval", "--weights", trained(), "--data", &alone];
+    vitrum(&args).exits(1).says(&["no val part, only train", "--split train"]);
+    vitrum(&[&args[..], &["--split", "train"]].concat()).ok().says(&["(96 images)"]);
+    let whole = format!("{}/val", stripes());
+    vitrum(&["eval", "--weights", trained(), "--data", &whole]).ok().says(&["all of", "has no parts"]);
+}
+
+#[test]
+fn predict_goes_through_folders_and_patterns_and_past_bad_files() {
+    let folder = scratch().join("to-predict");
+    let from = Path::new(stripes()).join("val/checks");
+    std::fs::create_dir_all(folder.join("deep")).unwrap();
+    for (from_name, to) in names(&from).iter().zip(["1.png", "3.png", "deep/4.png"]) {
+        std::fs::copy(from.join(from_name), folder.join(to)).unwrap();
+    }
+    let folder = folder.display().to_string();
+    let predict = |more: &[&str]| vitrum(&[&["predict", "--weights", trained(), "--json"], more].concat());
+    let seen = |done: Done| {
+        let json = done.json();
+        let images = json["predictions"].as_array().unwrap().iter();
+        images
+            .map(|p| p["image"].as_str().unwrap().rsplit('/').next().unwrap().to_string())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(seen(predict(&[&folder]).ok()), ["1.png", "3.png", "4.png"]);
+    assert_eq!(seen(predict(&[&format!("{folder}/*.png")]).ok()), ["1.png", "3.png"]);
+    assert_eq!(seen(predict(&[stripes(), "--split", "val"]).ok()).len(), 40);
+    std::fs::write(format!("{folder}/2.png"), b"junk").unwrap();
+    let done = predict(&[&folder]).exits(1).says(&["2.png", "1 of 4 pictures could not be read"]);
+    assert_eq!(seen(done), ["1.png", "3.png", "4.png"]);
+}

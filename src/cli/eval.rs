@@ -6,10 +6,11 @@ use serde_json::{Value, json};
 
 use super::{On, Settings, print, print_json};
 use crate::backend::Options;
-use crate::data::{Dataset, Split};
+use crate::data::{self, Split};
 use crate::error::Result;
 use crate::recipe::PROTOCOLS;
 use crate::report::{format, table};
+use crate::terminal;
 use crate::train::loaded::Loaded;
 use crate::train::pass::{Output, PassReport, Protocol};
 use crate::train::score::{Score, Truth};
@@ -20,9 +21,12 @@ pub struct Args {
     /// A weights file, a checkpoint folder or a run directory (its best, else its last)
     #[arg(long, value_name = "FILE")]
     pub weights: PathBuf,
-    /// A packed data set, an image folder, or `demo`; takes its validation part
+    /// A packed data set, an image folder, or `demo`
     #[arg(long, value_name = "DIR")]
     pub data: String,
+    /// Which part of it: train, val or test [default: val; data without parts are measured whole]
+    #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
+    pub split: Option<Split>,
     /// How pictures are prepared: a system's name, or `all` for a table [default: the file's own]
     #[arg(long, value_name = "NAME")]
     pub protocol: Option<String>,
@@ -56,7 +60,8 @@ pub fn run(args: Args) -> Result<()> {
     let named = protocols.iter().map(|name| Protocol::named(name)).collect::<Result<Vec<_>>>()?;
     let overrides = args.settings.model_overrides()?;
     crate::weights::locate(&args.weights)?;
-    let data = Dataset::open(&args.data, Split::Val)?;
+    let (data, part) = data::measured(&args.data, args.split)?;
+    super::say_part(&args.data, part, data.len());
     let batch = usize::from(args.batch).min(data.len());
     let mut model = Loaded::open(
         &args.weights,
@@ -72,7 +77,7 @@ pub fn run(args: Args) -> Result<()> {
         None => Truth::of(&data, classes, names.as_deref())?,
     };
     if let Some(matching) = &truth.matching {
-        eprintln!("{}", matching.line(classes));
+        terminal::say(&matching.line(classes));
     }
     let kind = model.loss();
     let named = if named.is_empty() { vec![model.protocol()?] } else { named };
@@ -83,7 +88,7 @@ pub fn run(args: Args) -> Result<()> {
         let report = model.pass(&data, protocol, Output::Logits, see)?;
         Ok(Measured { protocol, score, report })
     };
-    let what = json!({ "weights": args.weights.display().to_string(), "data": args.data });
+    let what = json!({ "weights": args.weights.display().to_string(), "data": args.data, "split": part.map(Split::name) });
     if args.protocol.as_deref() == Some("all") {
         let all = named.into_iter().map(measure).collect::<Result<Vec<_>>>()?;
         if args.json {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::{On, Settings};
-use crate::data::{Dataset, Split};
+use crate::data::{self, Split};
 use crate::error::{At, Result};
 use crate::report::format;
 use crate::terminal;
@@ -24,9 +24,9 @@ pub struct Args {
     /// Where to write `features` [N,D] (F32) and `labels` [N] (I64), as safetensors
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Which part of a data set that has two: train or val
-    #[arg(long, value_enum, hide_possible_values = true, default_value_t = Split::Val)]
-    pub split: Split,
+    /// Which part of it: train, val or test [default: val; data without parts are taken whole]
+    #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
+    pub split: Option<Split>,
     /// How pictures are prepared [default: the file's own]
     #[arg(long, value_name = "NAME")]
     pub protocol: Option<String>,
@@ -43,7 +43,8 @@ pub fn run(args: Args) -> Result<()> {
     let protocol = args.protocol.as_deref().map(Protocol::named).transpose()?;
     let overrides = args.settings.model_overrides()?;
     crate::weights::locate(&args.weights)?;
-    let data = Dataset::open(&args.data, args.split)?;
+    let (data, part) = data::measured(&args.data, args.split)?;
+    super::say_part(&args.data, part, data.len());
     let batch = BATCH.min(data.len());
     let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
     let protocol = protocol.map_or_else(|| model.protocol(), Ok)?;
@@ -53,7 +54,7 @@ pub fn run(args: Args) -> Result<()> {
     let metadata = BTreeMap::from([
         ("weights".to_string(), args.weights.display().to_string()),
         ("data".to_string(), args.data.clone()),
-        ("split".to_string(), args.split.name().to_string()),
+        ("split".to_string(), part.map_or("all", Split::name).to_string()),
         ("classes".to_string(), serde_json::to_string(data.classes()).at("class names")?),
     ]);
     let views = vec![

@@ -30,7 +30,7 @@ pub fn run(args: Args) -> Result<()> {
 fn describe(path: &Path, overrides: &ModelOverrides) -> Result<Value> {
     let is_demo = ["demo", "demo-hard"].iter().any(|name| path.as_os_str() == *name);
     let short_name = weights::is_model_name(path);
-    if !path.exists() && !is_demo && !short_name {
+    if !path.exists() && !is_demo && !short_name && !data::source::is_named(path) {
         return Err(Error::new(format!("{}: there is no such file or folder", path.display())));
     }
     // A pickle is named too, to be refused by the room that knows what to say.
@@ -38,8 +38,7 @@ fn describe(path: &Path, overrides: &ModelOverrides) -> Result<Value> {
         |name: &str| [path.join(name), path.join(format!("{name}.index.json"))].iter().any(|p| p.exists());
     let of_a_run = path.join("checkpoints").exists()
         || ["model.safetensors", "pytorch_model.bin"].into_iter().any(model);
-    let archive = path.extension().is_some_and(|end| end == "tar" || end == "bin");
-    let weights = of_a_run || short_name || (path.is_file() && !archive);
+    let weights = of_a_run || short_name || (path.is_file() && !data::source::is_named(path));
     if weights { weights::describe(path, overrides) } else { data::describe(path) }
 }
 

@@ -29,8 +29,10 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::backend::Device;
+use crate::data::Split;
 use crate::error::{Error, Kind, Result};
 use crate::recipe::BUILT_IN;
+use crate::report::format;
 use crate::terminal;
 pub use crate::terminal::{print, print_json};
 use crate::weights::ModelOverrides;
@@ -183,6 +185,16 @@ fn start_threads() -> Result<()> {
 /// The refusal of a command or an option that the contract names and this version lacks.
 pub fn not_built(what: &str) -> Error {
     Error::usage(format!("`{what}` is not built yet"))
+}
+
+/// Says which part of a data set is looked at.
+fn say_part(data: &str, part: Option<Split>, images: usize) {
+    let images = format::thousands(images as u64);
+    let which = match part {
+        Some(part) => format!("the {} part of {data}", part.name()),
+        None => format!("all of {data}, which has no parts: if the model was trained on it, this is no test"),
+    };
+    terminal::say(&format!("data    {which} ({images} images)"));
 }
 
 /// The built-in recipes, for help texts: name and first line of each.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::data::dataset::MANIFEST;
+use crate::data::dataset::Manifest;
 use crate::data::decode::JpegPath;
 use crate::data::pack::{self, Format, Options, Packed, Target};
 use crate::error::{Error, Result};
@@ -47,9 +47,8 @@ pub struct Args {
 
 /// Packs, checks, or both.
 pub fn run(args: Args) -> Result<()> {
-    let packed_before = |dir: &Path| {
-        [dir.to_owned(), dir.join("train"), dir.join("val")].iter().any(|d| d.join(MANIFEST).is_file())
-    };
+    let packed_before =
+        |dir: &Path| [dir.to_owned(), dir.join("train"), dir.join("val")].iter().any(|d| Manifest::is_in(d));
     let Some(dest) = &args.dest else {
         if args.check {
             return check(&args.source);

@@ -6,8 +6,10 @@ use serde_json::json;
 
 use super::{On, Settings, not_built, print, print_json};
 use crate::backend::Options;
-use crate::error::Result;
+use crate::data::{Split, pictures};
+use crate::error::{At, Error, Result};
 use crate::report::format;
+use crate::terminal;
 use crate::train::loaded::{Loaded, Prediction};
 use crate::train::pass::Protocol;
 use crate::vit::Mode;
@@ -17,7 +19,7 @@ pub struct Args {
     /// A weights file, a checkpoint folder or a run directory (its best, else its last)
     #[arg(long, value_name = "FILE")]
     pub weights: PathBuf,
-    /// JPEG or PNG files
+    /// Pictures, folders of pictures, patterns such as 'photos/*.jpg', or `-` for a list of files on stdin
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
     /// How many classes to show [default: 5; with --threshold, all above it]
@@ -26,6 +28,9 @@ pub struct Args {
     /// Show only classes of at least this probability, as in 0.5
     #[arg(long, value_name = "P", value_parser = share)]
     pub threshold: Option<f32>,
+    /// Of folders that are data sets, take this part: train, val or test [default: every picture below the folder]
+    #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
+    pub split: Option<Split>,
     /// How pictures are prepared: a system's name [default: the file's own]
     #[arg(long, value_name = "NAME")]
     pub protocol: Option<String>,
@@ -52,6 +57,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.attention.is_some() {
         return Err(not_built("vitrum predict --attention").hint("leave it out to get the classes"));
     }
+    let images = pictures::named(&args.images, args.split, list)?;
     let overrides = args.settings.model_overrides()?;
     let mut run =
         Loaded::open(&args.weights, &overrides, (args.on.device, &Options::default()), 1, Mode::Infer, None)?;
@@ -62,9 +68,18 @@ pub fn run(args: Args) -> Result<()> {
     let least = args.threshold.unwrap_or(0.0);
     // With a threshold all classes above it count, unless the user says how many.
     let most = args.top.map_or(if args.threshold.is_some() { usize::MAX } else { TOP }, usize::from);
-    let mut all = Vec::new();
-    for path in &args.images {
-        let mut top = run.predict(path, protocol)?;
+    let (mut all, mut errors) = (Vec::new(), Vec::new());
+    for path in &images {
+        // One bad file among many takes nothing from the others.
+        let mut top = match run.predict(path, protocol) {
+            Ok(top) => top,
+            Err(error) if images.len() == 1 => return Err(error),
+            Err(error) => {
+                terminal::say(&format!("error: {}", error.message()));
+                errors.push(json!({ "image": path.display().to_string(), "error": error.message() }));
+                continue;
+            }
+        };
         top.retain(|class| class.probability >= least);
         top.truncate(most);
         if !args.json {
@@ -76,7 +91,23 @@ pub fn run(args: Args) -> Result<()> {
             "top": top.iter().map(entry).collect::<Vec<_>>(),
         }));
     }
-    if args.json { print_json(&json!({ "predictions": all })) } else { Ok(()) }
+    let bad = errors.len();
+    if args.json {
+        let mut out = json!({ "predictions": all });
+        if bad > 0 {
+            out["errors"] = json!(errors);
+        }
+        print_json(&out)?;
+    }
+    match bad {
+        0 => Ok(()),
+        _ => Err(Error::new(format!("{bad} of {} pictures could not be read", images.len()))),
+    }
+}
+
+/// The lines of stdin.
+fn list() -> Result<String> {
+    std::io::read_to_string(std::io::stdin()).at("stdin")
 }
 
 /// The picture, then its classes with a bar each.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::features::BATCH;
 use super::{On, Settings, print, print_json};
-use crate::data::{self, Dataset};
+use crate::data::{self, Dataset, Split};
 use crate::error::{Error, Result};
 use crate::report::{format, table};
 use crate::train::loaded::Loaded;
@@ -30,6 +30,9 @@ pub struct Args {
     /// A data set with a training and a validation part
     #[arg(long, value_name = "DIR")]
     pub data: String,
+    /// Which part to score on, of features that are fitted on the training part [default: val]
+    #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
+    pub split: Option<Split>,
     /// ridge: a linear classifier on all training pictures; fewshot: on a few per class; knn: nearest neighbours
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = Method::Ridge)]
     pub method: Method,
@@ -68,11 +71,14 @@ pub fn run(args: Args) -> Result<()> {
     let protocol = args.protocol.as_deref().map(Protocol::named).transpose()?;
     let overrides = args.settings.model_overrides()?;
     crate::weights::locate(&args.weights)?;
-    let (mut train, val) = data::pair(Some(&args.data), None)?;
-    let val = val.ok_or_else(|| {
-        Error::new(format!("{}: no validation part, a probe needs one to be scored on", train.name()))
-            .hint("give a folder with `train/` and `val/` inside")
-    })?;
+    let mut train = Dataset::open(&args.data, Split::Train)?;
+    let (val, part) = data::measured(&args.data, args.split)?;
+    if part.is_none() {
+        let lacks = "no validation part, a probe needs one to be scored on";
+        return Err(Error::new(format!("{}: {lacks}", train.name()))
+            .hint("give a folder with `train/` and `val/` inside"));
+    }
+    super::say_part(&args.data, part, val.len());
     if let Some(images) = args.images {
         train = train.take(images as usize);
     }
@@ -88,6 +94,7 @@ pub fn run(args: Args) -> Result<()> {
     print_json(&json!({
         "weights": args.weights.display().to_string(),
         "data": args.data,
+        "split": part.map(Split::name),
         "method": format!("{:?}", args.method).to_lowercase(),
         "train_images": of_train.len(),
         "images": of_val.len(),

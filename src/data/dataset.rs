@@ -7,7 +7,7 @@
 mod chosen;
 pub(super) mod integrity;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
@@ -17,34 +17,15 @@ use crate::{fail, files, terminal};
 
 use super::classes::Known;
 use super::demo;
+use super::place::Place;
 use super::shard::{Kind, Record, Shard, ShardWriter};
 use super::source::Source;
+pub use super::split::Split;
 pub(super) use chosen::is_held_out;
-
-/// Which part of a data set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Split {
-    Train = 0,
-    Val = 1,
-}
-
-impl Split {
-    /// Folder names of the split, the preferred one first.
-    pub const fn folders(self) -> &'static [&'static str] {
-        match self {
-            Split::Train => &["train"],
-            Split::Val => &["val", "validation", "test"],
-        }
-    }
-
-    /// `train` or `val`.
-    pub const fn name(self) -> &'static str {
-        self.folders()[0]
-    }
-}
 
 /// The file that makes a folder a packed data set.
 pub const MANIFEST: &str = "dataset.json";
+const FIRST_SHARD: &str = "00000.safetensors";
 
 /// `dataset.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,6 +75,16 @@ impl Manifest {
             fail!("{}: shard `{}` is not in the data set's folder", path.display(), entry.file);
         }
         Ok(manifest)
+    }
+
+    /// Whether a folder is a packed data set. Other programs call files `dataset.json`, too: ours lists shards, and one that
+    /// is damaged lies beside them.
+    pub fn is_in(dir: &Path) -> bool {
+        let Ok(text) = std::fs::read(dir.join(MANIFEST)) else { return false };
+        match serde_json::from_slice::<serde_json::Value>(&text) {
+            Ok(value) => value.get("shards").is_some() || dir.join(FIRST_SHARD).is_file(),
+            Err(_) => dir.join(FIRST_SHARD).is_file(),
+        }
     }
 
     /// Writes `dataset.json` into a folder.
@@ -153,14 +144,14 @@ impl Records {
 }
 
 impl Dataset {
-    /// Opens `spec`: a path, `demo` or `demo-hard`, or a mixture of such, `3*DIR + 1*DIR`. Where it has both splits,
-    /// `split` says which; a data set without splits is taken as it is.
+    /// Opens `spec`: a path, `demo` or `demo-hard`, or a mixture of such, `3*DIR + 1*DIR`. Where it has parts, `split`
+    /// says which (for validation, the test part where there is no other); a data set without parts is taken as it is.
     pub fn open(spec: &str, split: Split) -> Result<Self> {
         Place::find(spec)?.open(split)
     }
 
     /// Data sets of the same classes as one. Training draws from each by its weight; an evaluation takes all of each.
-    fn mixture(name: &str, parts: Vec<(Dataset, f64)>) -> Result<Self> {
+    pub(super) fn mixture(name: &str, parts: Vec<(Dataset, f64)>) -> Result<Self> {
         let mut starts = vec![0];
         for (part, _) in &parts {
             same_classes(parts[0].0.classes(), part.classes()).map_err(|e| e.at(part.name()))?;
@@ -222,11 +213,8 @@ impl Dataset {
         })
     }
 
-    fn listed(source: Arc<Source>, split: Split) -> Result<Self> {
+    pub(super) fn listed(source: Arc<Source>, split: Split) -> Result<Self> {
         let name = source.store.path().display().to_string();
-        if source.items(split).is_empty() {
-            fail!("{name}: no pictures in its {} part", split.name());
-        }
         let classes = source.classes.clone();
         Ok(Self {
             name,
@@ -427,7 +415,7 @@ pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<D
     let train = place.open(Split::Train)?;
     let val = match val {
         Some(spec) => Some(Dataset::open(spec, Split::Val)?),
-        None if place.has_val() => Some(place.open(Split::Val)?),
+        None if place.part(Split::Val).is_some() => Some(place.open(Split::Val)?),
         None => None,
     };
     if let Some(val) = &val {
@@ -436,91 +424,24 @@ pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<D
     Ok((train, val))
 }
 
-/// What a user's `spec` names.
-pub(super) enum Place {
-    Demo(demo::Variant),
-    /// The folder of a packed data set.
-    Packed(PathBuf),
-    /// A folder with packed data sets in it.
-    PackedSplit {
-        path: PathBuf,
-        train: Option<PathBuf>,
-        val: Option<PathBuf>,
-    },
-    Unpacked(Arc<Source>),
-    /// What the user wrote, and its parts with their weights.
-    Mixture(String, Vec<(Place, f64)>),
-}
-
-impl Place {
-    pub(super) fn find(spec: &str) -> Result<Self> {
-        if let Some(variant) = demo::Variant::parse(spec) {
-            return Ok(Place::Demo(variant));
+/// What `eval`, `predict` and the like measure, and which part that is (none: a data set without parts). Without `split`
+/// that is validation; training data are measured where they are asked for.
+pub fn measured(spec: &str, split: Option<Split>) -> Result<(Dataset, Option<Split>)> {
+    let place = Place::find(spec)?;
+    let parts = place.parts();
+    let named = match (split, parts.is_empty()) {
+        (None | Some(Split::Train), true) => None,
+        (Some(split), true) => {
+            return Err(Error::new(format!("{spec}: it has no parts, and no {} part", split.name()))
+                .hint("leave out `--split` to measure all of it"));
         }
-        let path = Path::new(spec);
-        if !path.exists() && spec.contains(" + ") {
-            return Self::find_mixture(spec);
-        }
-        if !path.exists() {
-            return Err(Error::new(format!("{spec}: no such file or folder"))
-                .hint("name a packed data set, a folder of class folders, `demo` or `demo-hard`"));
-        }
-        let is_packed = |dir: &PathBuf| dir.join(MANIFEST).is_file();
-        if is_packed(&path.to_owned()) {
-            return Ok(Place::Packed(path.to_owned()));
-        }
-        let part = |split: Split| split.folders().iter().map(|name| path.join(name)).find(is_packed);
-        match (part(Split::Train), part(Split::Val)) {
-            (None, None) => Ok(Place::Unpacked(Arc::new(Source::open(path)?))),
-            (train, val) => Ok(Place::PackedSplit { path: path.to_owned(), train, val }),
-        }
-    }
-
-    /// `3*DIR + DIR`: a weight counts how often a part is drawn; without one it is 1.
-    fn find_mixture(spec: &str) -> Result<Self> {
-        let mut parts = Vec::new();
-        for term in spec.split(" + ").map(str::trim) {
-            let weighted =
-                term.split_once('*').and_then(|(w, path)| Some((w.trim().parse().ok()?, path.trim())));
-            let (weight, path): (f64, &str) = weighted.unwrap_or((1.0, term));
-            if !(weight > 0.0 && weight.is_finite()) {
-                return Err(Error::usage(format!("`{term}`: a weight is a number above 0"))
-                    .hint("write a mixture as `3*DIR + 1*DIR`"));
-            }
-            parts.push((Self::find(path)?, weight));
-        }
-        Ok(Place::Mixture(spec.into(), parts))
-    }
-
-    /// Whether validation samples are told apart from training samples.
-    fn has_val(&self) -> bool {
-        match self {
-            Place::Demo(_) => true,
-            Place::Packed(_) => false,
-            Place::PackedSplit { val, .. } => val.is_some(),
-            Place::Unpacked(source) => source.is_split(),
-            Place::Mixture(_, parts) => parts.iter().all(|(part, _)| part.has_val()),
-        }
-    }
-
-    pub(super) fn open(&self, split: Split) -> Result<Dataset> {
-        match self {
-            Place::Demo(variant) => open_demo(*variant, split, &files::cache_dir()),
-            Place::Packed(dir) => Dataset::open_packed(dir),
-            Place::PackedSplit { path, train, val } => {
-                let dir = if split == Split::Train { train } else { val };
-                let dir = dir.as_ref().ok_or_else(|| {
-                    Error::new(format!("{}: no `{}` data set in it", path.display(), split.name()))
-                })?;
-                Dataset::open_packed(dir)
-            }
-            Place::Unpacked(source) => Dataset::listed(source.clone(), split),
-            Place::Mixture(name, parts) => {
-                let open = |(place, weight): &(Place, f64)| Ok((place.open(split)?, *weight));
-                Dataset::mixture(name, parts.iter().map(open).collect::<Result<_>>()?)
-            }
-        }
-    }
+        (split, false) => Some(split.unwrap_or(Split::Val)),
+    };
+    let dataset = match named {
+        None => place.open(Split::Val)?,
+        Some(split) => place.open(split)?,
+    };
+    Ok((dataset, named.and_then(|split| place.part(split))))
 }
 
 /// Fails where two class lists differ, and says how.
@@ -544,7 +465,7 @@ pub(super) fn same_classes(train: &[String], val: &[String]) -> Result<()> {
 }
 
 /// The demo, from `cache` or drawn now.
-fn open_demo(variant: demo::Variant, split: Split, cache: &Path) -> Result<Dataset> {
+pub(super) fn open_demo(variant: demo::Variant, split: Split, cache: &Path) -> Result<Dataset> {
     // One drawing at a time in this process; other processes are harmless (see `store_demo`).
     static DRAWING: Mutex<()> = Mutex::new(());
     let _guard = DRAWING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -591,7 +512,7 @@ fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset
 /// at the same time write the same bytes and do not disturb each other.
 fn store_demo(writer: &ShardWriter, dir: &Path) -> Result<()> {
     files::create_dir(dir)?;
-    let file = "00000.safetensors".to_owned();
+    let file = FIRST_SHARD.to_owned();
     let checksum = writer.write_file(&dir.join(&file))?;
     let manifest = Manifest {
         version: Manifest::VERSION,

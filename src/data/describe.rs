@@ -6,7 +6,8 @@ use serde_json::{Value, json};
 
 use crate::error::Result;
 
-use super::dataset::{Manifest, Place, Split};
+use super::dataset::{Manifest, Split};
+use super::place::Place;
 use super::{demo, source};
 
 /// Describes a packed data set, a folder of such, a source of pictures, or `demo`: form, classes, sizes, samples of
@@ -23,21 +24,21 @@ pub fn describe(path: &Path) -> Result<Value> {
             about["classes"] = json!(demo::CLASSES);
         }
         Place::Packed(dir) => merge(&mut about, packed(&place, dir, Split::Train)?),
-        Place::PackedSplit { train, val, .. } => {
-            for (split, dir) in [(Split::Train, train), (Split::Val, val)] {
-                if let Some(dir) = dir {
-                    about[split.name()] = packed(&place, dir, split)?;
-                }
+        Place::PackedSplit { parts, .. } => {
+            for (split, dir) in parts {
+                about[split.name()] = packed(&place, dir, *split)?;
             }
         }
         Place::Unpacked(source) => {
             about["format"] = source.store.kind().into();
-            match &source.parts {
-                source::Parts::Whole(items) => merge(&mut about, listed(source, items)),
-                source::Parts::Split { train, val } => {
-                    about["train"] = listed(source, train);
-                    about["val"] = listed(source, val);
+            for (split, items) in source.lists() {
+                match split {
+                    None => merge(&mut about, listed(source, items)),
+                    Some(split) => about[split.name()] = listed(source, items),
                 }
+            }
+            if !source.notes().is_empty() {
+                about["notes"] = json!(source.notes());
             }
             about["classes"] = json!(source.classes);
         }

@@ -18,12 +18,15 @@ pub mod loader;
 pub mod order;
 pub mod pack;
 pub mod picture;
+pub mod pictures;
+mod place;
 pub mod shard;
 pub mod sheet;
 pub mod source;
+pub mod split;
 
 pub use dataset::integrity::Digest;
-pub use dataset::{Dataset, Split, pair};
+pub use dataset::{Dataset, Split, measured, pair};
 pub use describe::describe;
 pub use loader::{Delivery, Loader, LoaderSpec, Mode, pixels};
 pub use pack::encode_png;

@@ -1,19 +1,23 @@
-//! What is in a place full of pictures that are not packed: an image folder, tar archives ([`archive`]), the binary files
-//! of CIFAR-10 and CIFAR-100 ([`cifar`]), or a table of paths and labels ([`manifest`]).
+//! What is in a place full of pictures that are not packed: an image folder ([`folder`]), tar archives ([`archive`],
+//! [`webdataset`]), the binary files of CIFAR-10 and CIFAR-100 ([`cifar`]), or a table of paths and labels ([`manifest`]).
 //!
-//! Every source becomes the same thing: class names, and for each split a list of records with a label and a place to
-//! read them from. Paths are sorted, so that an archive and its unpacked folder give the same records in the same
-//! order. Nothing is decoded here.
+//! Every source becomes the same thing ([`listing`]): class names, and for each part a list of records with a label and a
+//! place to read them from. Paths are sorted, so that an archive and its unpacked folder give the same records in the
+//! same order. What is no data ([`strays`]) is left out with a line. Nothing is decoded here.
 
 mod archive;
 mod cifar;
+mod folder;
 mod index;
+mod listing;
+mod lists;
 mod manifest;
 #[cfg(feature = "parquet")]
 mod parquet;
+mod strays;
+mod webdataset;
 
 use std::borrow::Cow;
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -22,9 +26,12 @@ use memmap2::Mmap;
 use crate::error::{Error, Result};
 use crate::fail;
 
-use super::dataset::{Split, same_classes};
 use super::decode::Format;
 use super::shard::Record;
+use super::split::Split;
+use folder::Paths;
+use index::Index;
+use listing::{Labels, Listing};
 
 /// Pictures that are not packed.
 #[derive(Debug)]
@@ -34,13 +41,17 @@ pub struct Source {
     pub parts: Parts,
     pub store: Store,
     is_multi_label: bool,
+    notes: Vec<String>,
 }
 
-/// The records, with training and validation told apart or not.
-#[derive(Debug)]
-pub enum Parts {
-    Whole(Vec<Item>),
-    Split { train: Vec<Item>, val: Vec<Item> },
+/// The records, with training, validation and test told apart or not.
+#[derive(Debug, Default)]
+pub struct Parts {
+    is_split: bool,
+    /// There is no other validation part.
+    test_is_val: bool,
+    /// By [`Split`]; of what is not split, all in the first.
+    lists: [Vec<Item>; 3],
 }
 
 /// One record of a source.
@@ -86,16 +97,11 @@ enum Place {
 #[derive(Debug)]
 pub struct Store {
     path: PathBuf,
-    kind: StoreKind,
-}
-
-#[derive(Debug)]
-enum StoreKind {
-    Folder,
-    Archives(Vec<Mmap>),
-    Binaries(Vec<Mmap>),
+    kind: &'static str,
+    /// Archives or binaries.
+    maps: Vec<Mmap>,
     #[cfg(feature = "parquet")]
-    Parquet(parquet::Files),
+    parquet: parquet::Files,
 }
 
 /// Side of CIFAR's pictures.
@@ -103,38 +109,12 @@ const CIFAR_SIDE: usize = 32;
 const CIFAR_PIXELS: usize = CIFAR_SIDE * CIFAR_SIDE;
 
 impl Source {
-    /// Lists `path`: a folder, a tar archive, a CIFAR binary or a folder of such.
+    /// Lists `path`: a folder, a tar archive, a CIFAR binary, a table, or a folder of such. `{000..009}` in a path that
+    /// does not exist stands for these numbers.
     pub fn open(path: &Path) -> Result<Self> {
-        let (binaries, archives) = (cifar::files_of(path)?, archive::files_of(path)?);
-        #[cfg(feature = "parquet")]
-        let tables = parquet::files_of(path)?;
-        #[cfg(feature = "parquet")]
-        if !tables.is_empty() {
-            let source = parquet::open(path, &tables)?;
-            source.check().map_err(|e| e.at(path.display()))?;
-            return Ok(source);
-        }
-        if cfg!(not(feature = "parquet")) && path.extension().is_some_and(|e| e == "parquet") {
-            return Err(Error::new(format!("{}: this build reads no Parquet", path.display()))
-                .hint("build with `cargo build --release --features parquet`"));
-        }
-        let source = if !binaries.is_empty() {
-            cifar::open(path, &binaries)
-        } else if !archives.is_empty() {
-            archive::open(path, &archives)
-        } else if path.is_dir() {
-            open_folder(path)
-        } else if let Some(form) = manifest::Form::of(path) {
-            manifest::open(path, form)
-        } else {
-            archive::open(path, &[path.to_owned()])
-        }?;
+        let source = if path.is_dir() { open_folder(path) } else { open_file(path) }?;
         source.check().map_err(|e| e.at(path.display()))?;
         Ok(source)
-    }
-
-    fn new(classes: Vec<String>, parts: Parts, store: Store) -> Self {
-        Self { classes, parts, store, is_multi_label: false }
     }
 
     /// Whether samples may have several labels, or none.
@@ -142,39 +122,67 @@ impl Source {
         self.is_multi_label
     }
 
-    /// The records of a split; where splits are not told apart, all of them.
+    /// What was left out or decided, in sentences.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The records of a part; where parts are not told apart, all of them. The test part is the validation part of a
+    /// source without one.
     pub fn items(&self, split: Split) -> &[Item] {
-        match (&self.parts, split) {
-            (Parts::Whole(items), _) => items,
-            (Parts::Split { train, .. }, Split::Train) => train,
-            (Parts::Split { val, .. }, Split::Val) => val,
+        let Parts { is_split, test_is_val, lists } = &self.parts;
+        match split {
+            _ if !is_split => &lists[0],
+            Split::Test if *test_is_val => &lists[Split::Val as usize],
+            split => &lists[split as usize],
         }
     }
 
-    /// Whether training and validation are told apart.
+    /// Whether parts are told apart.
     pub fn is_split(&self) -> bool {
-        matches!(self.parts, Parts::Split { .. })
+        self.parts.is_split
+    }
+
+    /// Whether its validation part is called test.
+    pub fn test_is_val(&self) -> bool {
+        self.parts.test_is_val
+    }
+
+    /// Every part that has records, once: of what is not split, all of it and no name.
+    pub fn lists(&self) -> impl Iterator<Item = (Option<Split>, &[Item])> {
+        let parts = Split::ALL.into_iter().zip(&self.parts.lists).filter(|(_, items)| !items.is_empty());
+        parts.map(|(split, items)| (self.parts.is_split.then_some(split), items.as_slice()))
     }
 
     /// Refuses a source from which nothing can be learnt.
     fn check(&self) -> Result<()> {
-        let items = self.items(Split::Train);
+        let items: Vec<&Item> = self.lists().flat_map(|(_, items)| items).collect();
         if items.is_empty() {
-            return Err(Error::new("no pictures in class folders").hint(CLASS_FOLDERS));
+            // What there is instead is the best hint.
+            let why = self.notes.first().map_or(String::new(), |note| format!(": {note}"));
+            return Err(Error::new(format!("no pictures in class folders{why}")).hint(CLASS_FOLDERS));
         }
-        let is_picture = |item: &Item| match self.store.read(item) {
+        let is_picture = |item: &&&Item| match self.store.read(item) {
             Ok(Record::Encoded(bytes)) => Format::of(&bytes).is_ok(),
             Ok(Record::Raw { .. }) => true,
             Err(_) => false,
         };
-        if !items.iter().any(is_picture) {
+        if !items.iter().any(|item| is_picture(&item)) {
             fail!("no picture among its {} files", items.len());
         }
         let first = items[0].label;
         if !self.is_multi_label && items.iter().all(|item| item.label == first) {
             let only = &self.classes[first];
-            return Err(Error::new(format!("only one class, `{only}`; a classifier needs two or more"))
-                .hint(CLASS_FOLDERS));
+            let inside = self.store.path.join(only);
+            let has_folders = fs::read_dir(&inside)
+                .is_ok_and(|entries| entries.flatten().any(|entry| entry.path().is_dir()));
+            let hint = match has_folders {
+                true => format!("if the classes are the folders inside, name `{}`", inside.display()),
+                false => CLASS_FOLDERS.into(),
+            };
+            return Err(
+                Error::new(format!("only one class, `{only}`; a classifier needs two or more")).hint(hint)
+            );
         }
         Ok(())
     }
@@ -183,27 +191,159 @@ impl Source {
 const CLASS_FOLDERS: &str = "put the pictures of each class into a folder of its own, `DIR/CLASS/NAME.jpg` or \
                              `DIR/train/CLASS/NAME.jpg` and `DIR/val/CLASS/NAME.jpg`";
 
+/// Lists what is in a folder. Pictures in class folders come first: what lies beside them hides nothing.
+fn open_folder(path: &Path) -> Result<Source> {
+    let mut index = index::list(path)?;
+    let mut listing = Listing::default();
+    listing.note(&index.runs, "folder", "directories of runs");
+    listing.note(&index.strays, "folder", "never data");
+    listing.note(&index.cut, "link", "leading back to folders that are listed already");
+    if !index.files.iter().any(|name| name.contains('/')) {
+        #[cfg(feature = "parquet")]
+        let tables = parquet::files_of(path)?;
+        #[cfg(feature = "parquet")]
+        if !tables.is_empty() {
+            return parquet::open(path, &tables);
+        }
+        let binaries = cifar::files_of(path)?;
+        if !binaries.is_empty() {
+            return cifar::open(path, &binaries);
+        }
+    }
+    let has = |name: &str| index.others.iter().any(|other| other == name);
+    if index.files.is_empty() && (has("batches.meta") || has("meta") && has("train") && has("test")) {
+        return Err(Error::new(format!("{}: CIFAR as Python pickles, which hold code and are never loaded", path.display()))
+            .hint("its authors publish the same pictures as `cifar-10-binary.tar.gz` and `cifar-100-binary.tar.gz`: unpack one"));
+    }
+    let archives = archives_of(path, &mut index);
+    let files = std::mem::take(&mut index.files);
+    let empty = std::mem::take(&mut index.empty).into_iter().collect();
+    let mut paths = Paths { files: files.into_iter().map(|name| (name, Place::File)).collect(), empty };
+    if paths.files.is_empty() && !archives.is_empty() {
+        listing.note(&index.others, "file", "no pictures");
+        return archive::open(path, &archives, listing);
+    }
+    let mut store = Store::new(path, "folder");
+    let read = archive::read(&archives, &mut store)?;
+    let members = archive::paths(read, &store, false, &mut listing);
+    paths.files.extend(members.files);
+    paths.empty.extend(members.empty);
+    paths.files.sort_by(|a, b| a.0.cmp(&b.0));
+    let lists = lists::take(path, &mut paths, &mut index.others)?;
+    listing.note(&index.others, "file", "no pictures");
+    let has_folders = paths.files.iter().any(|(name, _)| name.contains('/'));
+    folder::arrange(paths, &mut listing).map_err(|e| e.at(path.display()))?;
+    lists.add(&mut listing).map_err(|e| e.at(path.display()))?;
+    listing.finish(if has_folders { Labels::Names } else { Labels::NamesOrIndices }, store)
+}
+
+/// Paths of all pictures below a folder, sorted, whatever folders they are in; and how many other files there are.
+pub fn pictures_below(folder: &Path) -> Result<(Vec<PathBuf>, usize)> {
+    let index = index::list(folder)?;
+    Ok((index.files.iter().map(|name| folder.join(name)).collect(), index.others.len()))
+}
+
+/// The archives that are data, by relative names: those in a folder, at the top or a part's, without class folders. The
+/// others stay among what is left out.
+fn archives_of(path: &Path, index: &mut Index) -> Vec<(String, PathBuf)> {
+    let is_archive = |name: &String| strays::ending(name) == "tar" && name.matches('/').count() < 2;
+    let below = |prefix: &str| {
+        let deeper = |name: &String| name.strip_prefix(prefix).is_some_and(|rest| rest.contains('/'));
+        index.files.iter().any(deeper)
+    };
+    let of_parts = |name: &String| {
+        name.split_once('/')
+            .is_some_and(|(top, _)| Split::of_word(top).is_some() && !below(&format!("{top}/")))
+    };
+    let mut found: Vec<String> =
+        index.others.iter().filter(|name| is_archive(name) && of_parts(name)).cloned().collect();
+    if found.is_empty() && !below("") {
+        let at_top = |name: &&String| is_archive(name) && !name.contains('/') && !strays::is_junk(name);
+        found = index.others.iter().filter(at_top).cloned().collect();
+    }
+    index.others.retain(|name| !found.contains(name));
+    found.into_iter().map(|name| (name.clone(), path.join(name))).collect()
+}
+
+fn open_file(path: &Path) -> Result<Source> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let ending = strays::ending(&name);
+    if ending == "parquet" {
+        #[cfg(feature = "parquet")]
+        return parquet::open(path, &[path.to_owned()]);
+        #[cfg(not(feature = "parquet"))]
+        return Err(Error::new(format!("{}: this build reads no Parquet", path.display()))
+            .hint("build with `cargo build --release --features parquet`"));
+    }
+    if ending == "bin" {
+        return cifar::open(path, &[path.to_owned()]);
+    }
+    if let Some(form) = manifest::Form::of(path) {
+        return manifest::open(path, form);
+    }
+    if !path.exists()
+        && let Some(files) = expand(&path.to_string_lossy())
+    {
+        let name = |file: &PathBuf| file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let files: Vec<_> = files.into_iter().map(PathBuf::from).map(|file| (name(&file), file)).collect();
+        return archive::open(path, &files, Listing::default());
+    }
+    archive::open(path, &[(name, path.to_owned())], Listing::default())
+}
+
+/// Whether a path has the name of a source that is a file, or stands for several.
+pub fn is_named(path: &Path) -> bool {
+    let name = path.to_string_lossy();
+    ["tar", "bin", "parquet"].contains(&strays::ending(&name).as_str())
+        || manifest::Form::of(path).is_some()
+        || (!path.exists() && expand(&name).is_some())
+}
+
+/// The paths that one with `{000..009}` stands for, as shells and WebDataset write lists of shards.
+pub(super) fn expand(path: &str) -> Option<Vec<String>> {
+    const MOST: usize = 100_000;
+    let (before, rest) = path.split_once('{')?;
+    let (range, after) = rest.split_once('}')?;
+    let (from, to) = range.split_once("..")?;
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    if !is_number(from) || !is_number(to) {
+        return None;
+    }
+    let (first, last): (usize, usize) = (from.parse().ok()?, to.parse().ok()?);
+    if last < first || last - first >= MOST {
+        return None;
+    }
+    Some((first..=last).map(|n| format!("{before}{n:0width$}{after}", width = from.len())).collect())
+}
+
 impl Store {
+    fn new(path: &Path, kind: &'static str) -> Self {
+        Self {
+            path: path.to_owned(),
+            kind,
+            maps: Vec::new(),
+            #[cfg(feature = "parquet")]
+            parquet: parquet::Files::default(),
+        }
+    }
+
     /// Reads a record.
     pub fn read(&self, item: &Item) -> Result<Record<'_>> {
-        match (&self.kind, &item.place) {
-            (StoreKind::Folder, Place::File) => {
+        match &item.place {
+            Place::File => {
                 let bytes = fs::read(self.path.join(&item.name)).map_err(|e| Error::new(e.to_string()))?;
                 Ok(Record::Encoded(Cow::Owned(bytes)))
             }
-            (StoreKind::Archives(archives), Place::Member { archive, offset, len }) => {
-                Ok(Record::Encoded(Cow::Borrowed(&archives[*archive][*offset..*offset + *len])))
+            Place::Member { archive, offset, len } => {
+                Ok(Record::Encoded(Cow::Borrowed(&self.maps[*archive][*offset..*offset + *len])))
             }
-            (StoreKind::Binaries(files), Place::Planes { file, offset }) => {
-                let planes = &files[*file][*offset..*offset + 3 * CIFAR_PIXELS];
+            Place::Planes { file, offset } => {
+                let planes = &self.maps[*file][*offset..*offset + 3 * CIFAR_PIXELS];
                 let pixels = (0..CIFAR_PIXELS).flat_map(|i| [0, 1, 2].map(|c| planes[c * CIFAR_PIXELS + i]));
                 Ok(Record::Raw { pixels: pixels.collect(), height: CIFAR_SIDE, width: CIFAR_SIDE })
             }
             #[cfg(feature = "parquet")]
-            (StoreKind::Parquet(files), Place::Row { file, group, row }) => {
-                Ok(Record::Encoded(files.read(*file, *group, *row)?))
-            }
-            _ => unreachable!("an item is read from the store that listed it"),
+            Place::Row { file, group, row } => Ok(Record::Encoded(self.parquet.read(*file, *group, *row)?)),
         }
     }
 
@@ -223,91 +363,30 @@ impl Store {
 
     /// How messages call a record: its file, or its path in the archive.
     pub fn display(&self, item: &Item) -> String {
-        match self.kind {
-            StoreKind::Folder => self.path.join(&item.name).display().to_string(),
+        match item.place {
+            Place::File => self.path.join(&item.name).display().to_string(),
             _ => item.name.clone(),
         }
     }
 
-    /// `folder`, `tar` or `cifar`.
+    /// `folder`, `tar`, `cifar` or `parquet`.
     pub fn kind(&self) -> &'static str {
-        match self.kind {
-            StoreKind::Folder => "folder",
-            StoreKind::Archives(_) => "tar",
-            StoreKind::Binaries(_) => "cifar",
-            #[cfg(feature = "parquet")]
-            StoreKind::Parquet(_) => "parquet",
-        }
+        self.kind
     }
 }
 
-/// Whether a file is named like the validation part of a data set.
-fn is_val(name: &str) -> bool {
-    let name = name.to_lowercase();
-    let has = |split: Split| split.folders().iter().any(|folder| name.contains(folder));
-    has(Split::Val) && !has(Split::Train)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// Relative paths with `/`: what a folder or an archive contains.
-#[derive(Debug, Default)]
-struct Paths {
-    files: Vec<(String, Place)>,
-    folders: BTreeSet<String>,
-}
-
-fn open_folder(path: &Path) -> Result<Source> {
-    let paths = index::paths(path)?;
-    arrange(paths, Store { path: path.to_owned(), kind: StoreKind::Folder }).map_err(|e| e.at(path.display()))
-}
-
-/// Finds splits and classes in the paths.
-fn arrange(mut paths: Paths, store: Store) -> Result<Source> {
-    let visible = |path: &str| !path.split('/').any(|part| part.starts_with('.') || part == "__MACOSX");
-    paths.files.retain(|(name, _)| visible(name));
-    paths.folders.retain(|name| visible(name));
-    paths.files.sort_by(|a, b| a.0.cmp(&b.0));
-    paths.files.dedup_by(|a, b| a.0 == b.0);
-
-    // A split's folder has class folders inside; one that has not is a class of that name.
-    let split_prefix = |split: Split| {
-        split.folders().iter().map(|name| format!("{name}/")).find(|prefix| {
-            let inside = |path: &str| path.strip_prefix(prefix.as_str()).map(str::to_owned);
-            paths.files.iter().any(|(name, _)| inside(name).is_some_and(|rest| rest.contains('/')))
-                || paths.folders.iter().any(|name| inside(name).is_some())
-        })
-    };
-    match (split_prefix(Split::Train), split_prefix(Split::Val)) {
-        (Some(train), Some(val)) => {
-            let (classes, train) = part(&paths, &train);
-            let (val_classes, val) = part(&paths, &val);
-            if !train.is_empty() && !val.is_empty() {
-                same_classes(&classes, &val_classes)?;
-            }
-            Ok(Source::new(classes, Parts::Split { train, val }, store))
-        }
-        (one, other) => {
-            let (classes, items) = part(&paths, &one.or(other).unwrap_or_default());
-            Ok(Source::new(classes, Parts::Whole(items), store))
+    #[test]
+    fn braces_stand_for_numbers() {
+        assert_eq!(
+            expand("a/train-{08..10}.tar").unwrap(),
+            ["a/train-08.tar", "a/train-09.tar", "a/train-10.tar"]
+        );
+        for path in ["a.tar", "{a..b}.tar", "{3..1}.tar", "{1,2}.tar", "{0..99999999999}.tar"] {
+            assert_eq!(expand(path), None, "{path}");
         }
     }
-}
-
-/// Classes and records below `prefix`: the first folder names the class, whatever lies deeper belongs to it.
-fn part(paths: &Paths, prefix: &str) -> (Vec<String>, Vec<Item>) {
-    fn class<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
-        Some(path.strip_prefix(prefix)?.split_once('/')?.0)
-    }
-    let folders =
-        paths.folders.iter().filter_map(|name| name.strip_prefix(prefix)).filter(|n| !n.contains('/'));
-    let of_files = paths.files.iter().filter_map(|(name, _)| class(name, prefix));
-    let classes: Vec<String> =
-        folders.chain(of_files).collect::<BTreeSet<_>>().into_iter().map(String::from).collect();
-    let items = paths.files.iter().filter_map(|(name, place)| {
-        let class = class(name, prefix)?;
-        let label =
-            classes.binary_search_by(|c| c.as_str().cmp(class)).expect("its class was just collected");
-        Some(Item::new(name.clone(), label, place.clone()))
-    });
-    let items = items.collect();
-    (classes, items)
 }

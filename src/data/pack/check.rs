@@ -1,10 +1,11 @@
 //! `vitrum pack --check`: is a packed data set what its `dataset.json` says, down to every picture?
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use crate::data::dataset::{MANIFEST, Manifest, ShardEntry, Split};
+use crate::data::dataset::{MANIFEST, Manifest, ShardEntry};
 use crate::data::decode::Decoder;
 use crate::data::shard::{Record, Shard};
 use crate::error::{Error, Result};
@@ -19,18 +20,16 @@ pub struct Checked {
     pub faults: Vec<String>,
 }
 
-/// Checks a packed data set, or those in the split folders of `dir`.
+/// Checks a packed data set, or those in the folders of `dir`.
 pub fn check(dir: &Path) -> Result<Checked> {
-    let sets: Vec<PathBuf> = if dir.join(MANIFEST).is_file() {
-        vec![dir.to_owned()]
-    } else {
-        let folders = [Split::Train, Split::Val].into_iter().flat_map(Split::folders);
-        folders
-            .chain(&["minival"])
-            .map(|name| dir.join(name))
-            .filter(|d| d.join(MANIFEST).is_file())
-            .collect()
+    let mut sets: Vec<PathBuf> = match Manifest::is_in(dir) {
+        true => vec![dir.to_owned()],
+        false => {
+            let parts = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+            parts.filter(|part| Manifest::is_in(part)).collect()
+        }
     };
+    sets.sort();
     if sets.is_empty() {
         return Err(Error::new(format!("{}: no packed data set", dir.display()))
             .hint("pack one with `vitrum pack SOURCE DEST`"));

@@ -12,7 +12,7 @@ use crate::data::augment::resize::{self, Filter};
 use crate::data::decode::{self, Decoder};
 use crate::data::picture::{Picture, View};
 use crate::data::shard::Record;
-use crate::data::source::{Item, Parts, Source};
+use crate::data::source::{Item, Source};
 use crate::error::{Error, Result};
 use crate::fail;
 
@@ -150,17 +150,13 @@ fn fail_raw(why: String) -> Result<Converter> {
 
 /// The size (H, W) of all pictures with a readable header; else a sentence that says why there is none.
 fn common_size(source: &Source) -> Result<(usize, usize), String> {
-    let lists: Vec<&[Item]> = match &source.parts {
-        Parts::Whole(items) => vec![items],
-        Parts::Split { train, val } => vec![train, val],
-    };
     let size = |item: &&Item| match source.store.read(item).ok()? {
         Record::Raw { height, width, .. } => Some((height, width)),
         Record::Encoded(bytes) => decode::header(&bytes).ok().map(|h| (h.height, h.width)),
     };
     let mut common = None;
     // Photographs differ within the first few, and then nothing is read twice.
-    let items: Vec<&Item> = lists.into_iter().flatten().collect();
+    let items: Vec<&Item> = source.lists().flat_map(|(_, items)| items).collect();
     let (first, rest) = items.split_at(items.len().min(8));
     for chunk in std::iter::once(first).chain(rest.chunks(1024)) {
         let sizes: Vec<_> = chunk.par_iter().map(size).collect();

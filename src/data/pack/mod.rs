@@ -22,10 +22,12 @@ use crate::error::{Error, Result};
 use crate::recipe::OnBadRecord;
 use crate::{fail, files, terminal};
 
-use super::dataset::{Manifest, ShardEntry, Split, is_held_out};
+use super::dataset::{Manifest, ShardEntry, is_held_out};
 use super::decode::Decoder;
+use super::place::say;
 use super::shard::{Kind, ShardWriter};
-use super::source::{Item, Parts, Source};
+use super::source::{Item, Source};
+use super::split::Split;
 use convert::Converter;
 use stage::{Finished, Stage};
 
@@ -84,7 +86,9 @@ const CHUNK: usize = 256;
 /// asks to stop, or 0.
 pub fn pack(source: &Path, dest: &Path, options: Options, stop: &AtomicUsize) -> Result<Packed> {
     check_destination(dest)?;
+    let name = source.display();
     let source = Source::open(source)?;
+    source.notes().iter().for_each(|note| say(&format!("{name}: {note}")));
     let converter = Converter::new(&source, options)?;
     let parts = parts(&source, options.minival);
     let mut stage = Stage::open(dest, fingerprint(&source, &parts, &options))?;
@@ -116,20 +120,26 @@ pub fn pack(source: &Path, dest: &Path, options: Options, stop: &AtomicUsize) ->
 
 /// The data sets to make, each with its folder and its records.
 fn parts(source: &Source, minival: f64) -> Vec<(Option<&'static str>, Vec<&Item>)> {
-    let (train, val) = match &source.parts {
-        Parts::Whole(items) if minival == 0.0 => return vec![(None, items.iter().collect())],
-        Parts::Whole(items) => (items, None),
-        Parts::Split { train, val } => (train, Some(val)),
-    };
+    let lists: Vec<_> = source.lists().collect();
+    let is_one = lists.len() == 1 && lists[0].0 != Some(Split::Train);
+    if is_one && minival == 0.0 {
+        return vec![(None, lists[0].1.iter().collect())];
+    }
+    let train = if source.is_split() { source.items(Split::Train) } else { lists[0].1 };
+    let others = lists.iter().filter(|(split, _)| split.is_some_and(|split| split != Split::Train));
+    let has_val = lists.iter().any(|(split, _)| *split == Some(Split::Val));
     // By name alone: neither order nor number of the records moves one from side to side.
     let is_minival = |item: &&Item| is_held_out(&item.name, minival);
     let (held, kept): (Vec<&Item>, Vec<&Item>) = train.iter().partition(is_minival);
-    let mut parts = vec![(Some(Split::Train.name()), kept)];
-    if let Some(val) = val {
-        parts.push((Some(Split::Val.name()), val.iter().collect()));
+    let mut parts = Vec::new();
+    if !kept.is_empty() {
+        parts.push((Some(Split::Train.name()), kept));
     }
+    parts.extend(
+        others.filter_map(|(split, items)| Some((Some(split.as_ref()?.name()), items.iter().collect()))),
+    );
     if minival > 0.0 {
-        parts.push((Some(if val.is_some() { "minival" } else { Split::Val.name() }), held));
+        parts.push((Some(if has_val { "minival" } else { Split::Val.name() }), held));
     }
     parts
 }

@@ -1,80 +1,81 @@
-//! Tar archives: class folders inside them, or WebDataset's naming, where the files of a sample share all of their name but
-//! the last part: `0001.jpg` and `0001.cls`.
+//! Tar archives: class folders inside them, class archives (each a class of its own, perhaps all in one), or WebDataset's
+//! naming ([`webdataset`](super::webdataset)).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
-use crate::data::dataset::Split;
 use crate::data::shard::map;
+use crate::data::split::Split;
 use crate::error::{At, Error, Result};
-use crate::fail;
 
-use super::{Item, Parts, Paths, Place, Source, Store, StoreKind, arrange, is_val};
+use super::folder::{self, Paths};
+use super::listing::{Labels, Listing};
+use super::strays::{self, count};
+use super::{Place, Source, Store, webdataset};
 
-/// The archives of a folder that has nothing else to train on, sorted.
-pub(super) fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
-    if !path.is_dir() {
-        return Ok(Vec::new());
-    }
-    let mut found = Vec::new();
-    for entry in fs::read_dir(path).at(path.display())? {
-        let entry = entry.at(path.display())?.path();
-        if entry.extension().is_some_and(|e| e == "tar") {
-            found.push(entry);
-        }
-    }
-    found.sort();
-    Ok(found)
+/// One archive, or the archive of a class inside one.
+pub(super) struct Archive {
+    /// Path in the data set, with `/`.
+    pub(super) name: String,
+    /// The number of its map.
+    pub(super) map: usize,
+    /// In the order of the archive; a name may be there twice.
+    pub(super) members: Vec<Member>,
+    folders: BTreeSet<String>,
 }
 
-/// One archive, or the archives of a folder.
-pub(super) fn open(path: &Path, files: &[PathBuf]) -> Result<Source> {
-    let mut maps = Vec::new();
-    let mut members = Vec::new();
-    let mut folders = BTreeSet::new();
-    for (archive, file) in files.iter().enumerate() {
+/// A file in an archive.
+pub(super) struct Member {
+    pub(super) name: String,
+    pub(super) offset: usize,
+    pub(super) len: usize,
+}
+
+impl Archive {
+    /// The name without folder and ending.
+    fn stem(&self) -> &str {
+        let base = self.name.rsplit('/').next().unwrap_or_default();
+        base.strip_suffix(".tar").unwrap_or(base)
+    }
+
+    /// The part that its folder or its name speaks of.
+    pub(super) fn split(&self) -> Option<Split> {
+        let of_folder = self.name.split_once('/').and_then(|(folder, _)| Split::of_word(folder));
+        of_folder.or_else(|| Split::of(self.stem()))
+    }
+}
+
+/// One archive (`files` is `path` itself), or those of the folder `path`, by their relative names.
+pub(super) fn open(path: &Path, files: &[(String, PathBuf)], mut listing: Listing) -> Result<Source> {
+    let mut store = Store::new(path, "tar");
+    let mut archives = read(files, &mut store)?;
+    let is_alone = files.len() == 1 && !path.is_dir();
+    if archives.iter().any(|archive| webdataset::is_sample_list(archive, &store)) {
+        webdataset::list(&archives, &store, is_alone, &mut listing)?;
+        return listing.finish(Labels::NamesOrIndices, store);
+    }
+    let classes = if is_alone { class_archives(&archives, &store)? } else { Vec::new() };
+    let is_alone = is_alone && classes.is_empty();
+    if !classes.is_empty() {
+        archives = classes;
+    }
+    let paths = paths(archives, &store, is_alone, &mut listing);
+    folder::arrange(paths, &mut listing).map_err(|e| e.at(path.display()))?;
+    listing.finish(Labels::Names, store)
+}
+
+/// Maps the files and lists their members.
+pub(super) fn read(files: &[(String, PathBuf)], store: &mut Store) -> Result<Vec<Archive>> {
+    let mut archives = Vec::new();
+    for (name, file) in files {
         let bytes = open_one(file)?;
-        let mut reader = tar::Archive::new(std::io::Cursor::new(&bytes[..]));
-        for entry in reader.entries_with_seek().at(file.display())? {
-            let entry = entry.at(file.display())?;
-            let Ok(name) = String::from_utf8(entry.path_bytes().into_owned()) else {
-                let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-                return Err(Error::new(format!("{}: `{name}` is no UTF-8 path", file.display()))
-                    .hint("pack the archive again with plain names"));
-            };
-            let name = name.trim_start_matches("./").trim_end_matches('/').to_owned();
-            let is_inside = !name.starts_with('/') && !name.split('/').any(|part| part == "..");
-            if !is_inside {
-                return Err(Error::new(format!("{}: `{name}` leaves the archive", file.display()))
-                    .hint("an archive of pictures has plain relative paths"));
-            }
-            let (offset, len) = (entry.raw_file_position() as usize, entry.size() as usize);
-            let kind = entry.header().entry_type();
-            if kind.is_dir() {
-                folders.insert(name);
-            } else if kind.is_symlink() || kind.is_hard_link() {
-                return Err(Error::new(format!("{}: `{name}` is a link", file.display()))
-                    .hint("make the archive with `tar --dereference --hard-dereference`"));
-            } else if kind.is_file() {
-                if offset.checked_add(len).is_none_or(|end| end > bytes.len()) {
-                    return Err(Error::new(format!("{}: the archive ends inside `{name}`", file.display()))
-                        .hint("it was cut short: copy or download it again"));
-                }
-                members.push((name, Place::Member { archive, offset, len }));
-            }
-        }
-        maps.push(bytes);
+        store.maps.push(bytes);
+        let map = store.maps.len() - 1;
+        archives.push(members(name, file, &store.maps[map], 0, map)?);
     }
-    let store = Store { path: path.to_owned(), kind: StoreKind::Archives(maps) };
-    if members.iter().any(|(name, _)| name.ends_with(".cls")) {
-        return web_dataset(members, files, store);
-    }
-    let mut paths = Paths { files: members, folders };
-    strip_common_folder(&mut paths);
-    arrange(paths, store).map_err(|e| e.at(path.display()))
+    Ok(archives)
 }
 
 fn open_one(path: &Path) -> Result<Mmap> {
@@ -93,74 +94,158 @@ fn open_one(path: &Path) -> Result<Mmap> {
     Ok(archive)
 }
 
-/// Samples are what shares a name up to its extension; the class is in the member `cls`, as a number or a name. Archives
-/// named like a split are that split.
-fn web_dataset(members: Vec<(String, Place)>, files: &[PathBuf], store: Store) -> Result<Source> {
-    /// Extensions of pictures; whatever else a sample has is left alone.
-    const PICTURES: [&str; 8] = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image"];
-    let mut samples: BTreeMap<(usize, String), (Option<Place>, Option<String>)> = BTreeMap::new();
-    for (name, place) in members {
-        let Place::Member { archive, offset, len } = place else { continue };
-        let folder_end = name.rfind('/').map_or(0, |i| i + 1);
-        let Some((stem, extension)) = name[folder_end..].split_once('.') else { continue };
-        let key = (archive, format!("{}{stem}", &name[..folder_end]));
-        let sample = samples.entry(key).or_default();
-        if extension == "cls" {
-            let StoreKind::Archives(maps) = &store.kind else { continue };
-            let text = std::str::from_utf8(&maps[archive][offset..offset + len.min(256)]).unwrap_or("");
-            sample.1 = Some(text.trim().to_owned());
-        } else if PICTURES.contains(&extension.to_ascii_lowercase().as_str()) {
-            sample.0 = Some(place);
+/// What is in an archive that starts `base` bytes into its map.
+fn members(name: &str, file: &Path, bytes: &[u8], base: usize, map: usize) -> Result<Archive> {
+    let mut archive = Archive { name: name.to_owned(), map, members: Vec::new(), folders: BTreeSet::new() };
+    let mut reader = tar::Archive::new(std::io::Cursor::new(bytes));
+    for entry in reader.entries_with_seek().at(file.display())? {
+        let entry = entry.at(file.display())?;
+        let Ok(full) = String::from_utf8(entry.path_bytes().into_owned()) else {
+            let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+            return Err(Error::new(format!("{}: `{name}` is no UTF-8 path", file.display()))
+                .hint("pack the archive again with plain names"));
+        };
+        if full.starts_with('/') || full.split('/').any(|part| part == "..") {
+            return Err(Error::new(format!("{}: `{full}` leaves the archive", file.display()))
+                .hint("an archive of pictures has plain relative paths"));
+        }
+        // `tar -C DIR -cf x.tar .` puts `./` in front.
+        let parts: Vec<&str> = full.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+        let name = parts.join("/");
+        let (offset, len) = (entry.raw_file_position() as usize, entry.size() as usize);
+        let kind = entry.header().entry_type();
+        if name.is_empty() {
+            continue;
+        }
+        if kind.is_dir() {
+            archive.folders.insert(name);
+        } else if kind.is_symlink() || kind.is_hard_link() {
+            return Err(Error::new(format!("{}: `{name}` is a link", file.display()))
+                .hint("make the archive with `tar --dereference --hard-dereference`"));
+        } else if kind.is_file() {
+            if offset.checked_add(len).is_none_or(|end| end > bytes.len()) {
+                return Err(Error::new(format!("{}: the archive ends inside `{name}`", file.display()))
+                    .hint("it was cut short: copy or download it again"));
+            }
+            archive.members.push(Member { name, offset: base + offset, len });
         }
     }
-    let texts: BTreeSet<&str> = samples.values().filter_map(|(_, class)| class.as_deref()).collect();
-    let numbers: Option<Vec<usize>> = texts.iter().map(|t| t.parse().ok().filter(|n| *n < 1 << 22)).collect();
-    let classes: Vec<String> = match &numbers {
-        Some(numbers) => (0..=numbers.iter().max().copied().unwrap_or(0)).map(|n| n.to_string()).collect(),
-        None => texts.iter().map(ToString::to_string).collect(),
-    };
-    let label = |text: &str| match &numbers {
-        Some(_) => text.parse().ok(),
-        None => classes.iter().position(|c| c == text),
-    };
-    let (mut train, mut val) = (Vec::new(), Vec::new());
-    for ((archive, key), sample) in &samples {
-        let name = format!("{}:{key}", files[*archive].file_name().unwrap_or_default().to_string_lossy());
-        let (Some(place), Some(text)) = sample else {
-            if sample.0.is_some() {
-                fail!("{}: sample `{name}` has no `cls` member", store.path.display());
-            }
-            continue;
-        };
-        let Some(label) = label(text) else {
-            fail!("{}: sample `{name}` has the class `{text}`", store.path.display());
-        };
-        let list = if is_val(&files[*archive].file_name().unwrap_or_default().to_string_lossy()) {
-            &mut val
-        } else {
-            &mut train
-        };
-        list.push(Item::new(name, label, place.clone()));
-    }
-    let parts = match (train.is_empty(), val.is_empty()) {
-        (false, false) => Parts::Split { train, val },
-        (true, _) => Parts::Whole(val),
-        _ => Parts::Whole(train),
-    };
-    Ok(Source::new(classes, parts, store))
+    Ok(archive)
 }
 
-/// An archive often has all its paths in one folder named like itself.
-fn strip_common_folder(paths: &mut Paths) {
-    let Some((top, _)) = paths.files.first().and_then(|(name, _)| name.split_once('/')) else { return };
-    let top = format!("{top}/");
-    let is_split =
-        [Split::Train, Split::Val].iter().any(|s| s.folders().contains(&top.trim_end_matches('/')));
-    let deep = |name: &String| name.strip_prefix(&top).is_some_and(|rest| rest.contains('/'));
-    if is_split || !paths.files.iter().all(|(name, _)| deep(name)) {
-        return;
+/// ImageNet's training archive holds an archive for each class: these, if there are any.
+fn class_archives(archives: &[Archive], store: &Store) -> Result<Vec<Archive>> {
+    let is_tar = |name: &str| strays::ending(name) == "tar";
+    let mut found = Vec::new();
+    for outer in archives {
+        let bytes = &store.maps[outer.map];
+        for member in outer.members.iter().filter(|m| is_tar(&m.name) && !strays::is_junk_path(&m.name)) {
+            let place = store.path.join(&member.name);
+            let inner = &bytes[member.offset..member.offset + member.len];
+            if inner.get(257..262) != Some(b"ustar") {
+                continue;
+            }
+            let inner = members(&member.name, &place, inner, member.offset, outer.map)?;
+            if webdataset::is_sample_list(&inner, store) {
+                return Err(Error::new(format!(
+                    "{}: an archive of WebDataset archives",
+                    store.path.display()
+                ))
+                .hint(format!("unpack it into a folder, `tar -xf {}`", store.path.display())));
+            }
+            found.push(inner);
+        }
     }
-    paths.files.iter_mut().for_each(|(name, _)| *name = name[top.len()..].to_owned());
-    paths.folders =
-        paths.folders.iter().filter_map(|name| name.strip_prefix(&top)).map(str::to_owned).collect();
+    Ok(found)
+}
+
+/// The archives' paths as one tree.
+pub(super) fn paths(archives: Vec<Archive>, store: &Store, is_alone: bool, listing: &mut Listing) -> Paths {
+    let mut paths = Paths::default();
+    let mut known: BTreeSet<String> = BTreeSet::new();
+    let (mut others, mut replaced) = (Vec::new(), Vec::new());
+    for archive in archives {
+        let (files, dropped, twice) = pictures(&archive, store);
+        others.extend(dropped.into_iter().map(|name| format!("{}:{name}", archive.name)));
+        replaced.extend(twice);
+        let (files, empty) = without_common_folder(files, &archive.folders);
+        let is_flat = !files.is_empty() && files.keys().all(|name| !name.contains('/'));
+        // In front of the paths: the folder of the archive, or the part that its name speaks of; and the class, if it
+        // holds one.
+        let has_parts =
+            files.keys().any(|n| n.split_once('/').is_some_and(|(f, _)| Split::of_word(f).is_some()));
+        let mut prefix = match (archive.name.rsplit_once('/'), archive.split()) {
+            _ if is_alone => String::new(),
+            (Some((folder, _)), _) => format!("{folder}/"),
+            (None, Some(split)) if !has_parts => format!("{}/", split.name()),
+            _ => String::new(),
+        };
+        if is_flat && Split::of(archive.stem()).is_none() {
+            prefix += &format!("{}/", archive.stem());
+        }
+        for (name, (offset, len)) in files {
+            let mut name = format!("{prefix}{name}");
+            // The same path in two archives is two pictures.
+            if known.contains(&name) {
+                let at = name.rfind('/').map_or(0, |i| i + 1);
+                name.insert_str(at, &format!("{}:", archive.name.replace('/', ":")));
+            }
+            known.insert(name.clone());
+            paths.files.push((name, Place::Member { archive: archive.map, offset, len }));
+        }
+        paths.empty.extend(empty.into_iter().map(|name| format!("{prefix}{name}")));
+    }
+    paths.files.sort_by(|a, b| a.0.cmp(&b.0));
+    listing.note(&others, "file", "no pictures");
+    if !replaced.is_empty() {
+        let pictures = count(replaced.len(), "picture");
+        listing.notes.push(format!(
+            "{pictures} left out, which {} again later in the archive: {}",
+            if replaced.len() == 1 { "comes" } else { "come" },
+            strays::named(&replaced)
+        ));
+    }
+    paths
+}
+
+type Files = BTreeMap<String, (usize, usize)>;
+
+/// Pictures with place and length, other files, and names that come again: the last of a name counts, as `tar` extracts.
+fn pictures(archive: &Archive, store: &Store) -> (Files, Vec<String>, Vec<String>) {
+    let (mut files, mut others, mut replaced) = (Files::new(), Vec::new(), Vec::new());
+    for Member { name, offset, len } in &archive.members {
+        let head = || store.maps[archive.map][*offset..*offset + (*len).min(16)].to_vec();
+        if strays::is_junk_path(name) || !strays::is_picture(name, head) {
+            others.push(name.clone());
+        } else if files.insert(name.clone(), (*offset, *len)).is_some() {
+            replaced.push(name.clone());
+        }
+    }
+    (files, others, replaced)
+}
+
+/// An archive often has all its paths in one folder named like itself. Returns the empty folders, too.
+fn without_common_folder(files: Files, folders: &BTreeSet<String>) -> (Files, Vec<String>) {
+    let has_inside = |folder: &str| {
+        let prefix = format!("{folder}/");
+        let next = |names: &BTreeSet<String>| {
+            names.range(prefix.clone()..).next().is_some_and(|n| n.starts_with(&prefix))
+        };
+        files.range(prefix.clone()..).next().is_some_and(|(n, _)| n.starts_with(&prefix)) || next(folders)
+    };
+    let visible = |name: &&String| !strays::is_junk_path(name);
+    let empty: Vec<String> =
+        folders.iter().filter(visible).filter(|name| !has_inside(name)).cloned().collect();
+    let Some((top, _)) = files.keys().next().and_then(|name| name.split_once('/')) else {
+        return (files, empty);
+    };
+    let prefix = format!("{top}/");
+    let deep = |name: &String| name.strip_prefix(&prefix).is_some_and(|rest| rest.contains('/'));
+    if Split::of_word(top).is_some() || !files.keys().all(deep) {
+        return (files, empty);
+    }
+    let strip = |name: &str| name.strip_prefix(&prefix).map(str::to_owned);
+    let empty = empty.iter().filter_map(|name| strip(name)).collect();
+    let files = files.iter().filter_map(|(name, place)| Some((strip(name)?, *place))).collect();
+    (files, empty)
 }

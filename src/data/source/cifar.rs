@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
-use super::{CIFAR_PIXELS, Item, Parts, Place, Source, Store, StoreKind};
+use super::listing::{Labels, Listing};
+use super::{CIFAR_PIXELS, Item, Place, Source, Store};
 use crate::data::shard::map;
+use crate::data::split::Split;
 
 /// The CIFAR binaries that `path` is or has, sorted.
 pub(super) fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
@@ -43,27 +45,24 @@ pub(super) fn open(path: &Path, binaries: &[PathBuf]) -> Result<Source> {
     };
     let (count, names_file) =
         if label_bytes == 1 { (10, "batches.meta.txt") } else { (100, "fine_label_names.txt") };
-    let classes = cifar_classes(&binaries[0].with_file_name(names_file), count)?;
-
-    let (mut train, mut val) = (Vec::new(), Vec::new());
+    let mut listing = Listing::default();
+    for class in cifar_classes(&binaries[0].with_file_name(names_file), count)? {
+        listing.label(&class);
+    }
     for (file, (binary, bytes)) in binaries.iter().zip(&maps).enumerate() {
         let name = binary.file_name().unwrap_or_default().to_string_lossy();
-        let list = if name.starts_with("test") { &mut val } else { &mut train };
+        // A file alone is what it is; of several, those without a part's name are for training.
+        let split = if path.is_dir() { Some(Split::of(&name).unwrap_or(Split::Train)) } else { None };
         for (record, start) in (0..bytes.len()).step_by(label_bytes + 3 * CIFAR_PIXELS).enumerate() {
             let offset = start + label_bytes;
             let label = usize::from(bytes[offset - 1]);
             if label >= count {
                 fail!("{}: record {record} has label {label}, not below {count}", binary.display());
             }
-            list.push(Item::new(format!("{name}:{record}"), label, Place::Planes { file, offset }));
+            listing.push(split, Item::new(format!("{name}:{record}"), label, Place::Planes { file, offset }));
         }
     }
-    let parts = match (train.is_empty(), val.is_empty()) {
-        (false, false) => Parts::Split { train, val },
-        (true, _) => Parts::Whole(val),
-        (_, true) => Parts::Whole(train),
-    };
-    Ok(Source::new(classes, parts, Store { path: path.to_owned(), kind: StoreKind::Binaries(maps) }))
+    listing.finish(Labels::Given, Store { maps, ..Store::new(path, "cifar") })
 }
 
 /// The lines of the file of names, or numbers where there is none.

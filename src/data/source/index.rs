@@ -1,8 +1,9 @@
 //! The list of an image folder's files. Walking a folder of a million files takes minutes, so a long list is kept in the
 //! cache folder, and is good as long as no folder that was walked has changed.
 
-use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -11,40 +12,62 @@ use serde::{Deserialize, Serialize};
 use crate::error::{At, Error, Result};
 use crate::files;
 
-use super::{Paths, Place};
+use super::strays::{self, RECIPE};
 
 /// Shorter lists are not worth a file.
 const LEAST: usize = 1000;
 
-/// What the cache holds.
-#[derive(Serialize, Deserialize)]
-struct Index {
+/// What is below a folder, as relative paths with `/`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Index {
     root: String,
-    /// Folders below the root (which is ""), with their times of change in nanoseconds.
+    /// Folders that were walked (the root is ""), with their times of change in nanoseconds.
     folders: Vec<(String, u64)>,
-    files: Vec<String>,
+    /// Pictures.
+    pub(super) files: Vec<String>,
+    /// Folders with nothing in them.
+    pub(super) empty: Vec<String>,
+    /// Files that are no pictures, in no hidden folder.
+    pub(super) others: Vec<String>,
+    /// Folders that are never data, with `/`, and why.
+    pub(super) strays: Vec<String>,
+    /// Run directories.
+    pub(super) runs: Vec<String>,
+    /// Links that lead back to a folder on the way to them.
+    pub(super) cut: Vec<String>,
 }
 
-/// Relative paths of all files and folders below `root`.
-pub(super) fn paths(root: &Path) -> Result<Paths> {
+/// Lists what is below `root`, sorted.
+pub(super) fn list(root: &Path) -> Result<Index> {
     let key = fs::canonicalize(root).at(root.display())?.display().to_string();
     let cached =
         files::cache_dir().join(format!("index/{:016x}.json", xxhash_rust::xxh3::xxh3_64(key.as_bytes())));
-    let index = match read(&cached, &key, root) {
-        Some(index) => index,
-        None => {
-            let mut index = Index { root: key, folders: Vec::new(), files: Vec::new() };
-            walk(root, "", 0, &mut index)?;
-            if index.files.len() >= LEAST {
-                // A cache that cannot be written is no reason to stop.
-                let _ = write(&cached, &index);
-            }
-            index
-        }
-    };
-    let folders: BTreeSet<String> =
-        index.folders.into_iter().map(|(name, _)| name).filter(|n| !n.is_empty()).collect();
-    Ok(Paths { files: index.files.into_iter().map(|name| (name, Place::File)).collect(), folders })
+    if let Some(index) = read(&cached, &key, root) {
+        return Ok(index);
+    }
+    let index = walk(root, key)?;
+    if index.files.len() >= LEAST {
+        // A cache that cannot be written is no reason to stop.
+        let _ = write(&cached, &index);
+    }
+    Ok(index)
+}
+
+fn walk(root: &Path, key: String) -> Result<Index> {
+    let mut index = Index { root: key, ..Index::default() };
+    let mut walk = Walk { root, real: fs::canonicalize(root).at(root.display())?, chain: Vec::new() };
+    walk.folder("", false, &mut index)?;
+    for list in [
+        &mut index.files,
+        &mut index.empty,
+        &mut index.others,
+        &mut index.strays,
+        &mut index.runs,
+        &mut index.cut,
+    ] {
+        list.sort();
+    }
+    Ok(index)
 }
 
 /// The index in the cache, if it is of this folder and nothing has changed.
@@ -66,28 +89,75 @@ fn changed(folder: &Path) -> Option<u64> {
     Some(time.duration_since(UNIX_EPOCH).ok()?.as_nanos() as u64)
 }
 
-/// Collects what is below `root/inside`. Symbolic links are followed, to a limited depth.
-fn walk(root: &Path, inside: &str, depth: usize, index: &mut Index) -> Result<()> {
-    const DEEPEST: usize = 16;
-    let dir = root.join(inside);
-    // Before the names are read: a change in between makes the index old, not wrong.
-    index.folders.push((inside.to_owned(), changed(&dir).unwrap_or(0)));
-    for entry in fs::read_dir(&dir).at(dir.display())? {
-        let entry = entry.at(dir.display())?;
-        let Some(name) = entry.file_name().to_str().map(str::to_owned) else {
-            return Err(Error::new(format!("{}: the name is not UTF-8", entry.path().display()))
-                .hint("rename the file"));
-        };
-        let path = if inside.is_empty() { name } else { format!("{inside}/{name}") };
-        let kind = entry.file_type().at(entry.path().display())?;
-        let is_dir = kind.is_dir() || (kind.is_symlink() && entry.path().is_dir());
-        if !is_dir {
-            index.files.push(path);
-        } else if depth < DEEPEST {
-            walk(root, &path, depth + 1, index)?;
+struct Walk<'a> {
+    root: &'a Path,
+    /// The root without links.
+    real: PathBuf,
+    /// Device and inode of the folders on the way down.
+    chain: Vec<(u64, u64)>,
+}
+
+impl Walk<'_> {
+    /// Collects what is in `root/inside`. Links to folders are followed, but never back to a folder on the way, and below
+    /// a link only out of the root: what is inside is listed where it is.
+    fn folder(&mut self, inside: &str, below_link: bool, index: &mut Index) -> Result<()> {
+        let dir = self.root.join(inside);
+        let about = fs::metadata(&dir).at(dir.display())?;
+        let identity = (about.dev(), about.ino());
+        if self.chain.contains(&identity) {
+            index.cut.push(inside.to_owned());
+            return Ok(());
         }
+        self.chain.push(identity);
+        // Before the names are read: a change in between makes the index old, not wrong.
+        index.folders.push((inside.to_owned(), changed(&dir).unwrap_or(0)));
+        let mut is_empty = true;
+        for entry in fs::read_dir(&dir).at(dir.display())? {
+            let entry = entry.at(dir.display())?;
+            is_empty = false;
+            let Some(name) = entry.file_name().to_str().map(str::to_owned) else {
+                return Err(Error::new(format!("{}: the name is not UTF-8", entry.path().display()))
+                    .hint("rename the file"));
+            };
+            let path = if inside.is_empty() { name.clone() } else { format!("{inside}/{name}") };
+            let kind = entry.file_type().at(entry.path().display())?;
+            let is_link = kind.is_symlink();
+            let is_dir = kind.is_dir() || (is_link && entry.path().is_dir());
+            if !is_dir {
+                // Only a plain file is looked into: a pipe would never end.
+                let head = || if entry.path().is_file() { head(&entry.path()) } else { Vec::new() };
+                match !strays::is_junk(&name) && strays::is_picture(&name, head) {
+                    true => index.files.push(path),
+                    false => index.others.push(path),
+                }
+            } else if strays::is_junk(&name) {
+                index.strays.push(format!("{path}/"));
+            } else if entry.path().join(RECIPE).is_file() {
+                index.runs.push(format!("{path}/"));
+            } else if is_link && below_link && self.is_inside(&entry.path()) {
+                index.cut.push(path);
+            } else {
+                self.folder(&path, below_link || is_link, index)?;
+            }
+        }
+        self.chain.pop();
+        if is_empty && !inside.is_empty() {
+            index.empty.push(inside.to_owned());
+        }
+        Ok(())
     }
-    Ok(())
+
+    fn is_inside(&self, link: &Path) -> bool {
+        fs::canonicalize(link).is_ok_and(|target| target.starts_with(&self.real))
+    }
+}
+
+/// The first bytes of a file.
+fn head(path: &Path) -> Vec<u8> {
+    let mut bytes = vec![0; 16];
+    let read = File::open(path).and_then(|mut file| file.read(&mut bytes)).unwrap_or(0);
+    bytes.truncate(read);
+    bytes
 }
 
 #[cfg(test)]
@@ -100,21 +170,42 @@ mod tests {
         let (root, cached) = (temp.path().join("pictures"), temp.path().join("cache.json"));
         fs::create_dir_all(root.join("cat/deep")).unwrap();
         fs::write(root.join("cat/a.jpg"), b"x").unwrap();
-        let make = || {
-            let mut index = Index { root: "key".into(), folders: Vec::new(), files: Vec::new() };
-            walk(&root, "", 0, &mut index).unwrap();
-            index
-        };
+        let make = || walk(&root, "key".into()).unwrap();
         write(&cached, &make()).unwrap();
         assert_eq!(read(&cached, "key", &root).unwrap().files, ["cat/a.jpg"]);
         assert!(read(&cached, "other", &root).is_none());
         std::thread::sleep(std::time::Duration::from_millis(20));
         fs::write(root.join("cat/deep/b.jpg"), b"x").unwrap();
         assert!(read(&cached, "key", &root).is_none(), "a new file in a folder");
-        let mut files = make().files;
-        files.sort();
-        assert_eq!(files, ["cat/a.jpg", "cat/deep/b.jpg"]);
+        assert_eq!(make().files, ["cat/a.jpg", "cat/deep/b.jpg"]);
         fs::write(&cached, b"{").unwrap();
         assert!(read(&cached, "key", &root).is_none(), "a damaged cache");
+    }
+    #[test]
+    fn links_are_followed_and_never_back() {
+        use std::os::unix::fs::symlink;
+        let temp = tempfile::tempdir().unwrap();
+        let (root, outside) = (temp.path().join("pictures"), temp.path().join("outside"));
+        for dir in [root.join("cat"), root.join("dog"), outside.clone()] {
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join("a.jpg"), b"x").unwrap();
+        }
+        symlink("..", root.join("cat/up")).unwrap();
+        symlink(&outside, root.join("dog/more")).unwrap();
+        // The linked folder leads back inside, which is listed already.
+        symlink(&root, outside.join("home")).unwrap();
+        let index = walk(&root, "key".into()).unwrap();
+        assert_eq!(index.files, ["cat/a.jpg", "dog/a.jpg", "dog/more/a.jpg"]);
+        assert_eq!(index.cut, ["cat/up", "dog/more/home"]);
+        // Folders that lead to each other: as many ways as orders, if all were followed.
+        let mesh = temp.path().join("mesh");
+        for i in 0..12 {
+            fs::create_dir_all(mesh.join(format!("c{i}"))).unwrap();
+            fs::write(mesh.join(format!("c{i}/a.jpg")), b"x").unwrap();
+            for k in (0..12).filter(|k| *k != i) {
+                symlink(format!("../c{k}"), mesh.join(format!("c{i}/to{k}"))).unwrap();
+            }
+        }
+        assert_eq!(walk(&mesh, "key".into()).unwrap().files.len(), 12 + 12 * 11);
     }
 }

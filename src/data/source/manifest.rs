@@ -1,23 +1,27 @@
-//! Tables of paths and labels: CSV, TSV, or one JSON object a line.
+//! Tables of paths and labels: CSV, TSV, one JSON object a line, or lines of `PATH LABEL`.
 //!
-//! Columns (keys) are found by name: the picture under `path`, `file`, `filename`, `image` or `image_path`; the class
-//! under `label`, `class`, `labels` or `classes`; and a split, if there is one, under `split`. Several labels are separated
-//! by `;` or are a JSON array, and make the data set multi-label. Paths are relative to the manifest's folder. A label is a
-//! name; where all are whole numbers they are class indices.
+//! Columns (keys) are found by name: the picture under `path`, `file_name` and the like; the class under `label`, `class`,
+//! `labels` or `classes`; and a split, if there is one, under `split`. Several labels are separated by `;` or are a JSON
+//! array, and make the data set multi-label. Paths are relative to the manifest's folder and may have backslashes. A label
+//! is a name; where all are whole numbers from 0 on they are class indices.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::Value;
 
-use crate::data::dataset::Split;
+use crate::data::split::Split;
 use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
-use super::{Item, Parts, Place, Source, Store, StoreKind};
+use super::listing::{Labels, Listing};
+use super::{Item, Place, Source, Store};
 
-const PATHS: [&str; 5] = ["path", "file", "filename", "image", "image_path"];
-const LABELS: [&str; 4] = ["label", "class", "labels", "classes"];
+const PATHS: [&str; 9] =
+    ["path", "file_name", "filename", "file", "filepath", "image_path", "image", "imageid", "image_id"];
+/// `PredictionString` of ImageNet's `LOC_val_solution.csv` is a class and its boxes.
+const BOXES: &str = "predictionstring";
+const LABELS: [&str; 5] = ["label", "class", "labels", "classes", BOXES];
 
 /// The form of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +29,8 @@ pub(super) enum Form {
     /// Separated by this.
     Columns(char),
     JsonLines,
+    /// A path and a label, separated by spaces or a tab.
+    Pairs,
 }
 
 impl Form {
@@ -34,6 +40,7 @@ impl Form {
             "csv" => Some(Form::Columns(',')),
             "tsv" => Some(Form::Columns('\t')),
             "jsonl" | "ndjson" => Some(Form::JsonLines),
+            "txt" | "lst" => Some(Form::Pairs),
             _ => None,
         }
     }
@@ -41,36 +48,97 @@ impl Form {
 
 /// One line of a table.
 #[derive(Debug, PartialEq)]
-struct Row {
+pub(super) struct Row {
     line: usize,
-    path: String,
-    labels: Vec<String>,
-    split: Option<String>,
+    /// With `/`.
+    pub(super) path: String,
+    pub(super) labels: Vec<String>,
+    pub(super) split: Option<Split>,
 }
 
 /// Lists what a manifest names.
 pub(super) fn open(path: &Path, form: Form) -> Result<Source> {
-    let text = files::read_text(path)?;
-    let (rows, several) = match form {
-        Form::Columns(separator) => columns(&text, separator),
-        Form::JsonLines => json_lines(&text),
-    }
-    .map_err(|e| e.at(path.display()))?;
+    let (rows, several) = read(path, form)?;
     arrange(path, rows, several)
+}
+
+/// The rows of a table, and whether samples may have several labels.
+pub(super) fn read(path: &Path, form: Form) -> Result<(Vec<Row>, bool)> {
+    let text = files::read_text(path)?;
+    // What editors of other systems put in front.
+    let text = text.trim_start_matches('\u{feff}');
+    match form {
+        Form::Columns(separator) => columns(text, separator),
+        Form::JsonLines => json_lines(text),
+        Form::Pairs => pairs(text).map(|rows| (rows, false)),
+    }
+    .map_err(|e| e.at(path.display()))
+}
+
+/// A path as it is on this system: `./` and backslashes are other ways to write the same.
+fn plain_path(path: &str) -> String {
+    let path = path.trim().replace('\\', "/");
+    path.trim_start_matches("./").to_owned()
+}
+
+/// The part that a value names; none for an empty one.
+fn split_of(value: &str) -> Result<Option<Split>> {
+    match (value.trim(), Split::of_word(value)) {
+        ("", _) => Ok(None),
+        (_, Some(split)) => Ok(Some(split)),
+        (value, None) => Err(Error::new(format!("there is no split `{value}`"))
+            .hint("use `train`, `val` (`validation`, `dev`) or `test`")),
+    }
+}
+
+/// Lines of a path and a label; of more columns separated by tabs, the first two.
+fn pairs(text: &str) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for (index, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+        let columns = match line.contains('\t') {
+            true => {
+                let mut columns = line.split('\t').map(str::trim);
+                columns.next().zip(columns.next())
+            }
+            false => line.trim().rsplit_once(char::is_whitespace).map(|(path, label)| (path.trim(), label)),
+        };
+        let Some((path, label)) = columns.filter(|(path, label)| !path.is_empty() && !label.is_empty())
+        else {
+            if text.lines().all(|line| line.trim().bytes().all(|b| b.is_ascii_digit())) {
+                return Err(Error::new("its lines are numbers alone, which name no pictures").hint(
+                    "make it a list of `PATH LABEL`, with WordNet ids (`n01440764`) as labels: ILSVRC numbers its \
+                     classes in an order of its own",
+                ));
+            }
+            return Err(Error::new(format!(
+                "not a folder, a tar archive, a CIFAR binary or a manifest: line {} is not `PATH LABEL`",
+                index + 1
+            ))
+            .hint("see `vitrum pack --help` for what can be packed"));
+        };
+        rows.push(Row {
+            line: index + 1,
+            path: plain_path(path),
+            labels: vec![label.to_owned()],
+            split: None,
+        });
+    }
+    Ok(rows)
 }
 
 /// Rows, and whether samples may have several labels.
 fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
-    let mut records = fields(text.trim_start_matches('\u{feff}'), separator)?.into_iter();
+    let mut records = fields(text, separator)?.into_iter();
     let Some((_, head)) = records.next() else { fail!("the manifest is empty") };
     let find =
         |names: &[&str]| head.iter().position(|h| names.contains(&h.trim().to_ascii_lowercase().as_str()));
     let (Some(path), Some(label)) = (find(&PATHS), find(&LABELS)) else {
         return Err(Error::new(format!("its columns are {}", head.join(", ")))
-            .hint("the first line names a column `path` and a column `label`"));
+            .hint("the first line names a column `path` (or `file_name`) and a column `label`"));
     };
     let split = find(&["split"]);
     // The plural says that there may be several, even where no row has more than one.
+    let is_boxes = head[label].trim().eq_ignore_ascii_case(BOXES);
     let mut several = head[label].trim().to_ascii_lowercase().ends_with('s') && head[label].trim() != "class";
     let mut rows = Vec::new();
     for (line, record) in records {
@@ -80,11 +148,16 @@ fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
         if record.len() != head.len() {
             fail!("line {line} has {} columns, the first line {}", record.len(), head.len());
         }
-        let labels: Vec<String> =
-            record[label].split(';').map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()).collect();
+        let labels: Vec<String> = match is_boxes {
+            true => record[label].split_whitespace().next().map(str::to_owned).into_iter().collect(),
+            false => {
+                record[label].split(';').map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()).collect()
+            }
+        };
         several |= labels.len() > 1;
-        let split = split.map(|i| record[i].trim().to_ascii_lowercase());
-        rows.push(Row { line, path: record[path].trim().to_owned(), labels, split });
+        let split = split.map_or(Ok(None), |i| split_of(&record[i]));
+        let split = split.map_err(|e| e.at(format!("line {line}")))?;
+        rows.push(Row { line, path: plain_path(&record[path]), labels, split });
     }
     Ok((rows, several))
 }
@@ -148,25 +221,20 @@ fn json_lines(text: &str) -> Result<(Vec<Row>, bool)> {
             None => None,
         };
         let Some(labels) = labels else { fail!("line {line} has no `label` that is a text or a number") };
-        let split = value.get("split").and_then(Value::as_str).map(str::to_ascii_lowercase);
-        rows.push(Row { line, path: path.to_owned(), labels, split });
+        let split = match value.get("split") {
+            None | Some(Value::Null) => None,
+            Some(Value::String(split)) => split_of(split).map_err(|e| e.at(format!("line {line}")))?,
+            Some(other) => split_of(&other.to_string()).map_err(|e| e.at(format!("line {line}")))?,
+        };
+        rows.push(Row { line, path: plain_path(path), labels, split });
     }
     Ok((rows, several))
 }
 
 fn arrange(path: &Path, rows: Vec<Row>, several: bool) -> Result<Source> {
-    let names: BTreeSet<&str> = rows.iter().flat_map(|r| &r.labels).map(String::as_str).collect();
-    let numbers: Option<Vec<usize>> = names.iter().map(|n| n.parse().ok().filter(|n| *n < 1 << 22)).collect();
-    let classes: Vec<String> = match numbers.as_deref() {
-        Some(numbers) => (0..=numbers.iter().copied().max().unwrap_or(0)).map(|n| n.to_string()).collect(),
-        None => names.iter().map(ToString::to_string).collect(),
-    };
-    let is_numbered = numbers.is_some();
-    let label = |name: &str| match is_numbered {
-        true => name.parse().expect("all names are numbers"),
-        false => classes.binary_search_by(|c| c.as_str().cmp(name)).expect("its class was just collected"),
-    };
-    let (mut train, mut val, mut seen) = (Vec::new(), Vec::new(), BTreeSet::new());
+    let mut listing = Listing::default();
+    listing.several = several;
+    let mut seen = BTreeSet::new();
     for row in &rows {
         let at = || format!("{}, line {}", path.display(), row.line);
         if row.path.is_empty() {
@@ -182,29 +250,15 @@ fn arrange(path: &Path, rows: Vec<Row>, several: bool) -> Result<Source> {
         if row.labels.is_empty() && !several {
             fail!("{}: `{}` has no label", at(), row.path);
         }
-        let labels: Vec<usize> = row.labels.iter().map(|l| label(l)).collect();
+        let labels: Vec<usize> = row.labels.iter().map(|word| listing.label(word)).collect();
         let mut item = Item::new(row.path.clone(), labels.first().copied().unwrap_or(0), Place::File);
         if several {
             item.several = Some(labels.iter().map(|l| *l as u32).collect());
         }
-        match row.split.as_deref() {
-            None | Some("train" | "") => train.push(item),
-            Some(split) if Split::Val.folders().contains(&split) => val.push(item),
-            Some(other) => {
-                return Err(Error::new(format!("{}: there is no split `{other}`", at()))
-                    .hint("use `train`, `val`, `validation` or `test`"));
-            }
-        }
+        listing.push(row.split, item);
     }
-    let parts = match (train.is_empty(), val.is_empty()) {
-        (false, false) => Parts::Split { train, val },
-        (true, _) => Parts::Whole(val),
-        _ => Parts::Whole(train),
-    };
-    let folder = path.parent().unwrap_or(Path::new("")).to_owned();
-    let mut source = Source::new(classes, parts, Store { path: folder, kind: StoreKind::Folder });
-    source.is_multi_label = several;
-    Ok(source)
+    let folder = path.parent().unwrap_or(Path::new(""));
+    listing.finish(Labels::NamesOrIndices, Store::new(folder, "folder"))
 }
 
 #[cfg(test)]
@@ -224,7 +278,7 @@ mod tests {
         let (rows, several) = columns("filename\tclass\n1.jpg\tcat\n\n2.jpg\tdog\n", '\t').unwrap();
         assert_eq!((rows.len(), several, rows[1].labels.as_slice()), (2, false, &["dog".to_owned()][..]));
         let (rows, several) = columns("path,labels,split\na,cat;dog,train\nb,,val\n", ',').unwrap();
-        assert!(several && rows[1].labels.is_empty() && rows[1].split.as_deref() == Some("val"));
+        assert!(several && rows[1].labels.is_empty() && rows[1].split == Some(Split::Val));
         let text = "{\"path\": \"a\", \"label\": 3}\n{\"image\": \"b\", \"label\": \"4\"}\n";
         let (rows, several) = json_lines(text).unwrap();
         assert_eq!((rows[0].labels[0].as_str(), rows[1].path.as_str(), several), ("3", "b", false));

@@ -17,7 +17,9 @@ use serde_json::Value;
 use crate::error::{At, Error, Result};
 use crate::fail;
 
-use super::{Item, Parts, Place, Source, Store, StoreKind, is_val};
+use super::listing::{Labels, Listing};
+use super::{Item, Place, Source, Store};
+use crate::data::split::Split;
 
 const IMAGES: [&str; 3] = ["image", "img", "bytes"];
 const LABELS: [&str; 4] = ["label", "labels", "fine_label", "class"];
@@ -86,36 +88,25 @@ pub(super) fn open(path: &Path, files: &[PathBuf]) -> Result<Source> {
             }
         }
     }
+    let mut listing = Listing::default();
     let numbers: Option<Vec<usize>> =
         rows.iter().map(|(_, t)| t.parse().ok().filter(|n| *n < 1 << 22)).collect();
-    let classes = match (&numbers, names) {
-        (Some(numbers), Some(names)) if numbers.iter().all(|n| *n < names.len()) => names,
-        (Some(numbers), _) => {
-            (0..=numbers.iter().max().copied().unwrap_or(0)).map(|n| n.to_string()).collect()
-        }
-        (None, _) => {
-            let distinct: std::collections::BTreeSet<&String> = rows.iter().map(|(_, text)| text).collect();
-            distinct.into_iter().cloned().collect()
-        }
-    };
-    let (mut train, mut val) = (Vec::new(), Vec::new());
+    // Where the file names its classes, a number is the place of its name.
+    let names = names.filter(|names| numbers.as_ref().is_some_and(|ns| ns.iter().all(|n| *n < names.len())));
+    names.iter().flatten().for_each(|name| drop(listing.label(name)));
     for (i, (place, text)) in rows.into_iter().enumerate() {
         let Place::Row { file, group, row } = place else { continue };
-        let label = match &numbers {
-            Some(numbers) => numbers[i],
-            None => classes.binary_search(&text).expect("its class was just collected"),
+        let label = match (&numbers, &names) {
+            (Some(numbers), Some(_)) => numbers[i],
+            _ => listing.label(&text),
         };
         let name = files[file].file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let list = if is_val(&name) { &mut val } else { &mut train };
-        list.push(Item::new(format!("{name}:{group}:{row}"), label, place));
+        let split = if path.is_dir() { Split::of(&name) } else { None };
+        listing.push(split, Item::new(format!("{name}:{group}:{row}"), label, place));
     }
-    let parts = match (train.is_empty(), val.is_empty()) {
-        (false, false) => Parts::Split { train, val },
-        (true, _) => Parts::Whole(val),
-        _ => Parts::Whole(train),
-    };
-    let kind = StoreKind::Parquet(Files { paths: files.to_vec(), last: Mutex::default() });
-    Ok(Source::new(classes, parts, Store { path: path.to_owned(), kind }))
+    let files = Files { paths: files.to_vec(), last: Mutex::default() };
+    let labels = if names.is_some() { Labels::Given } else { Labels::NamesOrIndices };
+    listing.finish(labels, Store { parquet: files, ..Store::new(path, "parquet") })
 }
 
 /// What the hub writes beside the schema.
@@ -177,7 +168,6 @@ mod tests {
     use parquet::schema::parser::parse_message_type;
 
     use super::*;
-    use crate::data::dataset::Split;
     use crate::data::shard::Record;
 
     /// A PNG of one pixel.

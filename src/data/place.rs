@@ -1,0 +1,185 @@
+//! What a user's word for a data set names: the demo, something packed, pictures as they are, or a mixture.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::{At, Error, Result};
+use crate::files;
+use crate::terminal;
+
+use super::dataset::{self, Dataset, Manifest};
+use super::demo;
+use super::source::{Source, expand};
+use super::split::Split;
+
+/// What a user's `spec` names.
+pub(super) enum Place {
+    Demo(demo::Variant),
+    /// The folder of a packed data set.
+    Packed(PathBuf),
+    /// A folder with packed data sets in it, by part.
+    PackedSplit {
+        path: PathBuf,
+        parts: Vec<(Split, PathBuf)>,
+    },
+    Unpacked(Arc<Source>),
+    /// What the user wrote, and its parts with their weights.
+    Mixture(String, Vec<(Place, f64)>),
+}
+
+impl Place {
+    pub(super) fn find(spec: &str) -> Result<Self> {
+        if let Some(variant) = demo::Variant::parse(spec) {
+            return Ok(Place::Demo(variant));
+        }
+        let path = Path::new(spec);
+        if !path.exists() && spec.contains(" + ") {
+            return Self::find_mixture(spec);
+        }
+        if !path.exists() && expand(spec).is_none() {
+            return Err(Error::new(format!("{spec}: no such file or folder"))
+                .hint("name a packed data set, a folder of class folders, `demo` or `demo-hard`"));
+        }
+        if Manifest::is_in(path) {
+            return Ok(Place::Packed(path.to_owned()));
+        }
+        let parts = packed_parts(path)?;
+        if !parts.is_empty() {
+            let has = |split: Split| parts.iter().any(|(part, _)| *part == split);
+            if has(Split::Train) && has(Split::Test) && !has(Split::Val) {
+                say(&format!("{spec}: no validation part: the test part is taken in its place"));
+            }
+            return Ok(Place::PackedSplit { path: path.to_owned(), parts });
+        }
+        let source = Source::open(path)?;
+        source.notes().iter().for_each(|note| say(&format!("{spec}: {note}")));
+        Ok(Place::Unpacked(Arc::new(source)))
+    }
+
+    /// `3*DIR + DIR`: a weight counts how often a part is drawn; without one it is 1.
+    fn find_mixture(spec: &str) -> Result<Self> {
+        let mut parts = Vec::new();
+        for term in spec.split(" + ").map(str::trim) {
+            let weighted =
+                term.split_once('*').and_then(|(w, path)| Some((w.trim().parse().ok()?, path.trim())));
+            let (weight, path): (f64, &str) = weighted.unwrap_or((1.0, term));
+            if !(weight > 0.0 && weight.is_finite()) {
+                return Err(Error::usage(format!("`{term}`: a weight is a number above 0"))
+                    .hint("write a mixture as `3*DIR + 1*DIR`"));
+            }
+            parts.push((Self::find(path)?, weight));
+        }
+        Ok(Place::Mixture(spec.into(), parts))
+    }
+
+    /// The parts that it has. None where parts are not told apart.
+    pub(super) fn parts(&self) -> Vec<Split> {
+        match self {
+            Place::Demo(_) => vec![Split::Train, Split::Val],
+            Place::Packed(_) => Vec::new(),
+            Place::PackedSplit { parts, .. } => parts.iter().map(|(split, _)| *split).collect(),
+            Place::Unpacked(source) => {
+                let named =
+                    |split| if source.test_is_val() && split == Split::Val { Split::Test } else { split };
+                source.lists().filter_map(|(split, _)| split.map(named)).collect()
+            }
+            Place::Mixture(_, places) => {
+                let of_all =
+                    |split: &Split| places.iter().all(|(place, _)| place.part(*split) == Some(*split));
+                Split::ALL.into_iter().filter(of_all).collect()
+            }
+        }
+    }
+
+    /// The part that stands for another, if there is any: the test part for validation where there is no other.
+    pub(super) fn part(&self, split: Split) -> Option<Split> {
+        let parts = self.parts();
+        match split {
+            split if parts.contains(&split) => Some(split),
+            Split::Val if parts.contains(&Split::Test) => Some(Split::Test),
+            _ => None,
+        }
+    }
+
+    /// Opens a part; what is not divided, all of it.
+    pub(super) fn open(&self, split: Split) -> Result<Dataset> {
+        let parts = self.parts();
+        let part = match self.part(split) {
+            Some(part) => part,
+            None if parts.is_empty() => split,
+            None => return Err(self.lacks(split, &parts)),
+        };
+        match self {
+            Place::Demo(variant) => dataset::open_demo(*variant, part, &files::cache_dir()),
+            Place::Packed(dir) => Dataset::open_packed(dir),
+            Place::PackedSplit { parts, .. } => {
+                let (_, dir) =
+                    parts.iter().find(|(split, _)| *split == part).expect("it is one of the parts");
+                Dataset::open_packed(dir)
+            }
+            Place::Unpacked(source) => Dataset::listed(source.clone(), part),
+            Place::Mixture(name, places) => {
+                let open = |(place, weight): &(Place, f64)| Ok((place.open(split)?, *weight));
+                Dataset::mixture(name, places.iter().map(open).collect::<Result<_>>()?)
+            }
+        }
+    }
+
+    fn lacks(&self, split: Split, parts: &[Split]) -> Error {
+        let name = match self {
+            Place::Demo(variant) => variant.name().to_owned(),
+            Place::Packed(path) | Place::PackedSplit { path, .. } => path.display().to_string(),
+            Place::Unpacked(source) => source.store.path().display().to_string(),
+            Place::Mixture(name, _) => name.clone(),
+        };
+        let has: Vec<&str> = parts.iter().map(|part| part.name()).collect();
+        let error =
+            Error::new(format!("{name}: it has no {} part, only {}", split.name(), has.join(" and ")));
+        match (split, has.as_slice()) {
+            (Split::Val, _) => error.hint(format!(
+                "`--split {}` measures that part; `data.val` names validation data elsewhere",
+                has[0]
+            )),
+            (Split::Train, _) => {
+                error.hint("training needs a part that is called `train`, or data without parts")
+            }
+            (Split::Test, _) => error.hint(format!("use `--split {}`", has.join("` or `--split "))),
+        }
+    }
+}
+
+/// The packed data sets in a folder, by what their folders are called.
+fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
+    let mut parts: Vec<(Split, PathBuf)> = Vec::new();
+    if !path.is_dir() {
+        return Ok(parts);
+    }
+    let mut folders = Vec::new();
+    for entry in std::fs::read_dir(path).at(path.display())? {
+        folders.push(entry.at(path.display())?.path());
+    }
+    folders.sort();
+    for folder in folders {
+        let named = folder.file_name().and_then(|name| name.to_str()).and_then(Split::of_word);
+        let Some(split) = named.filter(|_| Manifest::is_in(&folder)) else { continue };
+        if let Some((_, other)) = parts.iter().find(|(known, _)| *known == split) {
+            let both = format!("`{}` and `{}`", other.display(), folder.display());
+            return Err(
+                Error::new(format!("{both} are both a {} part", split.name())).hint("move one of them away")
+            );
+        }
+        parts.push((split, folder));
+    }
+    parts.sort();
+    Ok(parts)
+}
+
+/// One line on stderr for people, once in a process: data are often opened more than once.
+pub(super) fn say(line: &str) {
+    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if said.insert(line.to_owned()) {
+        terminal::note(line);
+    }
+}

@@ -1,0 +1,222 @@
+//! Paths with `/` to parts and classes: `CLASS/...`, or `train/CLASS/...` beside `val/CLASS/...`. The paths are an image
+//! folder's or an archive's.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::data::dataset::same_classes;
+use crate::data::split::Split;
+use crate::error::{Error, Result};
+
+use super::listing::Listing;
+use super::strays::{count, named};
+use super::{Item, Place};
+
+/// Relative paths: what a folder or an archive contains.
+#[derive(Debug, Default)]
+pub(super) struct Paths {
+    /// Pictures.
+    pub(super) files: Vec<(String, Place)>,
+    /// Folders with nothing in them: classes without a picture.
+    pub(super) empty: BTreeSet<String>,
+}
+
+/// A folder at the top.
+#[derive(Debug, Default)]
+struct Top<'a> {
+    /// Pictures directly inside.
+    direct: usize,
+    /// Pictures in all.
+    all: usize,
+    /// Folders inside, with pictures or empty.
+    inside: BTreeSet<&'a str>,
+}
+
+type Tops<'a> = BTreeMap<&'a str, Top<'a>>;
+
+impl Paths {
+    fn tops(&self) -> Tops<'_> {
+        let mut tops = Tops::new();
+        for (name, _) in &self.files {
+            let Some((top, rest)) = name.split_once('/') else { continue };
+            let top = tops.entry(top).or_default();
+            top.all += 1;
+            match rest.split_once('/') {
+                Some((inside, _)) => drop(top.inside.insert(inside)),
+                None => top.direct += 1,
+            }
+        }
+        for name in &self.empty {
+            let (top, rest) = name.split_once('/').unwrap_or((name, ""));
+            let top = tops.entry(top).or_default();
+            if let Some(inside) = rest.split('/').next().filter(|inside| !inside.is_empty()) {
+                top.inside.insert(inside);
+            }
+        }
+        tops
+    }
+}
+
+/// The folders at the top that are parts of the data set; none where they are classes. A part's folder has class folders
+/// inside; one that has not is a class of that name.
+fn parts(tops: &Tops) -> Result<Vec<(Split, String)>> {
+    let full: Vec<&str> = tops.iter().filter(|(_, top)| top.all > 0).map(|(name, _)| *name).collect();
+    let is_part = |name: &&str| !tops[name].inside.is_empty();
+    let of_one_word = full.iter().copied().filter(|name| Split::of_word(name).is_some()).filter(is_part);
+    let mut folders: Vec<&str> = of_one_word.collect();
+    let all_named = !full.is_empty() && full.iter().all(|name| Split::of(name).is_some());
+    if folders.is_empty() && all_named {
+        folders = full.iter().copied().filter(is_part).collect();
+        if folders.is_empty() && (full.len() > 1 || Split::of_word(full[0]).is_some()) {
+            return Err(Error::new(format!(
+                "{} {} named like parts of a data set, and {} no class folders inside",
+                named(&full),
+                if full.len() == 1 { "is" } else { "are" },
+                if full.len() == 1 { "has" } else { "have" },
+            ))
+            .hint("put the pictures of each class into a folder of its own, `DIR/train/CLASS/NAME.jpg`"));
+        }
+    }
+    if folders.is_empty() {
+        return no_parts_of_another_name(tops, &full).map(|()| Vec::new());
+    }
+    let mut parts: Vec<(Split, String)> = Vec::new();
+    for name in &folders {
+        let split = Split::of(name).expect("it was found by its name");
+        if let Some((_, other)) = parts.iter().find(|(known, _)| *known == split) {
+            return Err(Error::new(format!("`{other}` and `{name}` are both a {} part", split.name()))
+                .hint("keep one of them, or move the pictures of both into one"));
+        }
+        parts.push((split, (*name).to_owned()));
+    }
+    // One folder of such a name among others that are none may be a class, and a part may have another name.
+    let others: Vec<&str> =
+        full.iter().copied().filter(|name| !folders.contains(name) && Split::of(name).is_none()).collect();
+    if parts.len() == 1 && !others.is_empty() {
+        let part = folders[0];
+        return Err(Error::new(format!(
+            "`{part}` has class folders inside, and {} {} beside it: is `{part}` a part of the data or a class?",
+            named(&others),
+            if others.len() == 1 { "lies" } else { "lie" }
+        ))
+        .hint(format!(
+            "name `DIR/{part}` itself as the data, call the parts `train`, `val` and `test`, or move the others away"
+        )));
+    }
+    parts.sort();
+    Ok(parts)
+}
+
+/// Refuses folders that have the same folders inside: they are no classes, and nothing says which part each is.
+fn no_parts_of_another_name(tops: &Tops, full: &[&str]) -> Result<()> {
+    let deep = full.len() > 1 && full.iter().all(|name| tops[name].direct == 0);
+    if !deep {
+        return Ok(());
+    }
+    let all: BTreeSet<&str> = full.iter().flat_map(|name| &tops[name].inside).copied().collect();
+    let is_common = |sub: &&str| full.iter().all(|name| tops[name].inside.contains(sub));
+    let common: Vec<&str> = all.iter().copied().filter(is_common).collect();
+    if all.len() > 1 && all.iter().all(|sub| Split::of_word(sub).is_some()) {
+        return Err(Error::new(format!(
+            "{} have the parts {} inside",
+            named(full),
+            named(&common_or(&common, &all))
+        ))
+        .hint("put the parts above the classes: `DIR/train/CLASS/NAME.jpg` and `DIR/val/CLASS/NAME.jpg`"));
+    }
+    if common.len() > 1 && 2 * common.len() >= all.len() {
+        return Err(Error::new(format!(
+            "{} have the same folders inside ({}): they look like parts of a data set, and their names do not say which",
+            named(full),
+            named(&common)
+        ))
+        .hint(format!(
+            "rename them to `train` and `val`, or name one of them, as in `DIR/{}`; \
+             a table of paths and labels says anything else",
+            full[0]
+        )));
+    }
+    Ok(())
+}
+
+fn common_or<'a>(common: &[&'a str], all: &BTreeSet<&'a str>) -> Vec<&'a str> {
+    if common.is_empty() { all.iter().copied().collect() } else { common.to_vec() }
+}
+
+/// Finds parts and classes in the paths, which are sorted.
+pub(super) fn arrange(paths: Paths, listing: &mut Listing) -> Result<()> {
+    let tops = paths.tops();
+    let parts = parts(&tops)?;
+    let homeless: Vec<&str> =
+        paths.files.iter().map(|(name, _)| name.as_str()).filter(|name| !name.contains('/')).collect();
+    listing.note(&homeless, "picture", "in no class folder");
+    if parts.is_empty() {
+        part(&paths, "", None, listing);
+        return Ok(());
+    }
+    for (name, top) in &tops {
+        if top.all > 0 && !parts.iter().any(|(_, part)| part == name) {
+            let pictures = count(top.all, "picture");
+            listing.notes.push(match Split::of(name) {
+                Some(_) => format!("`{name}` has no class folders inside: {pictures} left out"),
+                None => format!("`{name}` is no part of the data set: {pictures} left out"),
+            });
+        }
+    }
+    let mut classes: BTreeMap<Split, Vec<String>> = BTreeMap::new();
+    let of_val = parts.iter().any(|(split, _)| *split == Split::Val);
+    for (split, folder) in parts {
+        // Pictures without labels are often in one folder of their own.
+        if split == Split::Test
+            && let Some(train) = classes.get(&Split::Train)
+            && are_others(&tops[folder.as_str()].inside, train, of_val)
+        {
+            let (pictures, inside) =
+                (count(tops[folder.as_str()].all, "picture"), &tops[folder.as_str()].inside);
+            let inside = named(&inside.iter().copied().collect::<Vec<_>>());
+            listing
+                .notes
+                .push(format!("`{folder}` has other classes than training ({inside}): {pictures} left out"));
+            continue;
+        }
+        classes.insert(split, part(&paths, &format!("{folder}/"), Some(split), listing));
+    }
+    let measured = classes.get(&Split::Val).or(classes.get(&Split::Test));
+    match (classes.get(&Split::Train), measured) {
+        (Some(train), Some(val)) => same_classes(train, val),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a test part is of other classes: beside a validation part any that training has not, else all of them.
+fn are_others(inside: &BTreeSet<&str>, train: &[String], of_val: bool) -> bool {
+    let is_known = |class: &&str| train.iter().any(|known| known == class);
+    if of_val { !inside.iter().all(is_known) } else { !inside.iter().any(is_known) }
+}
+
+/// Lists the records below `prefix`: the first folder names the class, whatever lies deeper belongs to it. Returns the
+/// names of its classes.
+fn part(paths: &Paths, prefix: &str, split: Option<Split>, listing: &mut Listing) -> Vec<String> {
+    let first = |path: &str| Some(path.strip_prefix(prefix)?.split('/').next()?.to_owned());
+    let mut classes: BTreeSet<String> =
+        paths.empty.iter().filter_map(|name| first(name)).filter(|name| !name.is_empty()).collect();
+    let mut homeless = Vec::new();
+    for (name, place) in &paths.files {
+        let Some(rest) = name.strip_prefix(prefix) else { continue };
+        let Some((class, _)) = rest.split_once('/') else {
+            homeless.push(name.as_str());
+            continue;
+        };
+        if !classes.contains(class) {
+            classes.insert(class.to_owned());
+        }
+        let label = listing.label(class);
+        listing.push(split, Item::new(name.clone(), label, place.clone()));
+    }
+    if !prefix.is_empty() {
+        listing.note(&homeless, "picture", "in no class folder");
+    }
+    for class in &classes {
+        listing.label(class);
+    }
+    classes.into_iter().collect()
+}

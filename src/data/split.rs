@@ -1,0 +1,77 @@
+//! What the parts of a data set are called. Folders, archives, shards, tables, packed folders and `--split` all ask here.
+
+/// Which part of a data set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Split {
+    #[value(alias = "training")]
+    Train = 0,
+    #[value(aliases = ["valid", "validation", "dev"])]
+    Val = 1,
+    #[value(alias = "testing")]
+    Test = 2,
+}
+
+impl Split {
+    pub const ALL: [Split; 3] = [Split::Train, Split::Val, Split::Test];
+
+    /// What each part may be called, the preferred name first.
+    const fn words(self) -> &'static [&'static str] {
+        match self {
+            Split::Train => &["train", "training"],
+            Split::Val => &["val", "valid", "validation", "dev"],
+            Split::Test => &["test", "testing"],
+        }
+    }
+
+    /// `train`, `val` or `test`.
+    pub const fn name(self) -> &'static str {
+        self.words()[0]
+    }
+
+    /// The part that a name speaks of, by its whole words in any case: `Train`, `imagenet-val-0003.tar`, `val2017`. None
+    /// where it speaks of no part, or of two.
+    pub fn of(name: &str) -> Option<Split> {
+        let mut found = None;
+        for split in name.split(|c: char| !c.is_alphanumeric()).filter_map(Self::of_word) {
+            if found.is_some_and(|before| before != split) {
+                return None;
+            }
+            found = Some(split);
+        }
+        found
+    }
+
+    /// The part of a name that is one word: the name of a folder, or the value of a column.
+    pub fn of_word(word: &str) -> Option<Split> {
+        // `train2017` and `val00` are numbered; `latest` and `carnival` are other words.
+        let word = word.trim().trim_end_matches(|c: char| c.is_ascii_digit()).to_lowercase();
+        Self::ALL.into_iter().find(|split| split.words().contains(&word.as_str()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_speak_of_parts_by_whole_words() {
+        for (name, split) in [
+            ("train", Some(Split::Train)),
+            ("Training", Some(Split::Train)),
+            ("VALID", Some(Split::Val)),
+            ("dev", Some(Split::Val)),
+            ("imagenet-validation-0003.tar", Some(Split::Val)),
+            ("my_data.test.tar", Some(Split::Test)),
+            ("val2017", Some(Split::Val)),
+            ("animals-latest-0.tar", None),
+            ("carnival-0.tar", None),
+            ("trainer", None),
+            ("train-val-0.tar", None),
+            ("", None),
+            ("2017", None),
+        ] {
+            assert_eq!(Split::of(name), split, "{name}");
+        }
+        assert_eq!(Split::of_word("train-0"), None);
+    }
+}
