@@ -143,6 +143,8 @@ pub struct DataSection {
     pub val: Option<String>,
     /// What training does with a picture that cannot be decoded. Evaluations leave it out and say so.
     pub on_bad_record: OnBadRecord,
+    /// Turns pictures as their EXIF orientation says, in training and evaluation. Off, as in timm and torchvision.
+    pub exif: bool,
     /// Loader threads; 0: one per core, at most 16.
     pub workers: usize,
     /// Batch slots in flight.
@@ -167,6 +169,7 @@ impl Default for DataSection {
             train: None,
             val: None,
             on_bad_record: OnBadRecord::Error,
+            exif: false,
             workers: 0,
             slots: 3,
             shuffle_window: 0,

@@ -73,6 +73,9 @@ impl Start {
                 recipe.eval.crop_ratio = self.weights.meta.crop_ratio;
             }
         }
+        if !loaded.gives("data.exif") {
+            recipe.data.exif = self.weights.meta.exif;
+        }
         data.resolve(recipe)
     }
 

@@ -82,8 +82,8 @@ impl Loaded {
     /// The likeliest `top` classes of one picture, the first being the likeliest.
     pub fn predict(&mut self, picture: &Path, top: usize) -> Result<Vec<Prediction>> {
         let mut slot = self.backend.new_slot(self.slot_layout())?;
-        let pixels =
-            data::read_image(picture, self.model.config.image, self.meta.resize, self.meta.crop_ratio)?;
+        let CheckpointMeta { resize, crop_ratio, exif, .. } = self.meta;
+        let pixels = data::read_image(picture, self.model.config.image, (resize, crop_ratio), exif)?;
         slot.images_u8_mut().copy_from_slice(&pixels);
         let b = &mut *self.backend;
         b.bind_batch(slot)?;

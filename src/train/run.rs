@@ -220,6 +220,7 @@ impl Run {
             normalise: trainer.model.normalise,
             resize: recipe.eval.resize,
             crop_ratio: recipe.eval.crop_ratio,
+            exif: recipe.data.exif,
             ..CheckpointMeta::default()
         };
         let state = state.unwrap_or_else(|| RunState { recipe: text, ..RunState::default() });
@@ -304,6 +305,7 @@ impl Run {
             start_batch: trainer.step,
             workers: recipe.data.workers,
             on_bad_record: recipe.data.on_bad_record,
+            exif: recipe.data.exif,
         };
         let delivery = Delivery {
             shuffle_window: recipe.data.shuffle_window,
@@ -470,6 +472,7 @@ impl Run {
             start_batch: 0,
             workers: recipe.data.workers,
             on_bad_record: OnBadRecord::Skip,
+            exif: recipe.data.exif,
         };
         let mut loader = Loader::new(dataset.clone(), spec, slots);
         evaluate(&mut *trainer.backend, model, &mut loader, loss)

@@ -19,6 +19,9 @@ pub struct CheckpointMeta {
     pub resize: EvalResize,
     /// For [`EvalResize::Center`]: the share of the resized shorter side that is kept.
     pub crop_ratio: f32,
+    /// Pictures are turned as their EXIF orientation says.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub exif: bool,
     /// The recipe's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
@@ -58,6 +61,7 @@ impl CheckpointMeta {
             normalise: Normalise::INCEPTION,
             resize,
             crop_ratio,
+            exif: false,
             recipe: None,
             data: None,
             step: None,
