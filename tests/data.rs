@@ -26,8 +26,14 @@ fn test_data(name: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-const DEFAULTS: Options =
-    Options { format: None, size: None, quality: None, on_bad_record: OnBadRecord::Skip, minival: 0.0 };
+const DEFAULTS: Options = Options {
+    format: None,
+    size: None,
+    quality: None,
+    on_bad_record: OnBadRecord::Skip,
+    exif: false,
+    minival: 0.0,
+};
 
 fn pack_with(source: &Path, dest: &Path, options: Options) -> vitrum::error::Result<pack::Packed> {
     pack::pack(source, dest, options, &AtomicUsize::new(0))
@@ -218,7 +224,7 @@ fn loader(
 ) -> Loader {
     let layout = SlotLayout { samples: batch, image, pixels: Pixels::U8, targets: TargetKind::Labels };
     let slot = || Slot::new(Box::new(PlainMemory::new(layout.bytes()).unwrap()), layout);
-    let spec = LoaderSpec { batch, image, mode, start_batch: 0, workers, on_bad_record };
+    let spec = LoaderSpec { batch, image, mode, start_batch: 0, workers, on_bad_record, exif: false };
     Loader::new(Arc::new(data), spec, vec![slot(), slot()])
 }
 

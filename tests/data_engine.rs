@@ -15,8 +15,14 @@ use vitrum::data::loader::{Delivery, Loader, LoaderSpec, Mode};
 use vitrum::data::pack::{self, Options};
 use vitrum::recipe::{AugmentSection, Crop, OnBadRecord};
 
-const DEFAULTS: Options =
-    Options { format: None, size: None, quality: None, on_bad_record: OnBadRecord::Skip, minival: 0.0 };
+const DEFAULTS: Options = Options {
+    format: None,
+    size: None,
+    quality: None,
+    on_bad_record: OnBadRecord::Skip,
+    exif: false,
+    minival: 0.0,
+};
 
 fn pack_with(source: &Path, dest: &Path, options: Options) -> vitrum::error::Result<pack::Packed> {
     pack::pack(source, dest, options, &AtomicUsize::new(0))
@@ -263,6 +269,7 @@ fn a_mixture_is_drawn_by_its_weights() {
         start_batch: 0,
         workers: 2,
         on_bad_record: OnBadRecord::Error,
+        exif: false,
     };
     let layout = SlotLayout { samples: 400, image: (8, 8), pixels: Pixels::U8, targets: TargetKind::Labels };
     let slot = Slot::new(Box::new(PlainMemory::new(layout.bytes()).unwrap()), layout);

@@ -29,6 +29,7 @@ fn photographs(dir: &Path) -> Dataset {
         size: None,
         quality: Some(90),
         on_bad_record: OnBadRecord::Error,
+        exif: false,
         minival: 0.0,
     };
     let dest = dir.join("packed");
@@ -64,6 +65,7 @@ fn a_loader_takes_no_more_memory_after_a_thousand_batches_than_after_fifty() {
         start_batch: 0,
         workers: 2,
         on_bad_record: OnBadRecord::Error,
+        exif: false,
     };
     let mut loader = Loader::new(Arc::new(data), spec, vec![slot(), slot(), slot()]);
     let mut after = |batches: usize| {

@@ -80,7 +80,7 @@ fn a_record_that_is_no_picture_is_named() {
     }
     fs::write(Path::new(&broken).join("train/down/05.png"), b"this is no picture").unwrap();
     let data = format!("data.train={broken}");
-    let bad = ["down/05.png", "JPEG, PNG, WebP, GIF and BMP are supported"];
+    let bad = ["down/05.png", "JPEG, PNG, WebP, GIF, BMP and TIFF are supported"];
     let skip = "data.on_bad_record=skip";
     vitrum(&train(&path("skips"), &[&data, "train.steps=4", skip])).ok().says(&bad);
     let stops = path("stops");
@@ -397,7 +397,7 @@ fn pictures_and_data_that_do_not_fit_the_weights_are_named() {
     let text = path("picture.png");
     fs::write(&text, "no picture").unwrap();
     let predict = |picture: &str| vitrum(&["predict", "--weights", trained(), picture]);
-    predict(&text).exits(1).says(&[&text, "JPEG, PNG, WebP, GIF and BMP are supported"]);
+    predict(&text).exits(1).says(&[&text, "JPEG, PNG, WebP, GIF, BMP and TIFF are supported"]);
     predict("/no/such/picture.png").exits(1).says(&["/no/such/picture.png"]);
     predict(stripes()).exits(1).says(&[stripes()]);
 

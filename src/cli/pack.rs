@@ -36,6 +36,9 @@ pub struct Args {
     /// What to do with a record that cannot be decoded
     #[arg(long, value_name = "WHAT", default_value = "skip")]
     pub on_bad_record: OnBadRecord,
+    /// Turn pictures as their EXIF orientation says; those that it turns are encoded anew
+    #[arg(long)]
+    pub exif: bool,
     /// Hold out this share of the training records (0.01 = 1 %), chosen by a hash of their names: as `val`, or as `minival`
     /// where the source has a validation part
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
@@ -61,6 +64,7 @@ pub fn run(args: Args) -> Result<()> {
             size: args.size,
             quality: args.quality,
             on_bad_record: args.on_bad_record,
+            exif: args.exif,
             minival: args.minival,
         };
         if !(0.0..=0.9).contains(&options.minival) {

@@ -58,6 +58,7 @@ pub fn run(args: Args) -> Result<()> {
         start_batch: args.batch,
         workers: recipe.data.workers,
         on_bad_record: recipe.data.on_bad_record,
+        exif: recipe.data.exif,
     };
     let mut loader = Loader::new(Arc::new(dataset), spec, vec![slot]);
     let slot = loader.next()?.ok_or_else(|| Error::new("the data set gave no batch"))?;

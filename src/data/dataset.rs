@@ -37,6 +37,9 @@ pub struct Manifest {
     /// (H, W) of all pictures, for raw pixels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<(usize, usize)>,
+    /// Pictures were turned as their EXIF orientation says when they were packed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exif: bool,
     pub records: usize,
     /// Records of the source that could not be used.
     pub skipped: usize,
@@ -517,6 +520,7 @@ fn store_demo(writer: &ShardWriter, dir: &Path) -> Result<()> {
     let manifest = Manifest {
         version: Manifest::VERSION,
         format: "raw".into(),
+        exif: false,
         image: Some((demo::SIDE, demo::SIDE)),
         records: writer.len(),
         skipped: 0,

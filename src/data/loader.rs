@@ -52,6 +52,8 @@ pub struct LoaderSpec {
     /// Worker threads; 0: one per core, at most 16.
     pub workers: usize,
     pub on_bad_record: OnBadRecord,
+    /// Whether pictures are turned as their EXIF orientation says.
+    pub exif: bool,
 }
 
 /// Beyond what every run needs: parts of a run, and special slots.
@@ -299,6 +301,7 @@ mod tests {
             start_batch: 0,
             workers,
             on_bad_record: OnBadRecord::Error,
+            exif: false,
         }
     }
 

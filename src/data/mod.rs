@@ -12,6 +12,7 @@ pub mod dataset;
 pub mod decode;
 pub mod demo;
 mod describe;
+pub mod header;
 pub mod imagenet;
 pub mod jpeg;
 pub mod loader;
@@ -24,6 +25,9 @@ pub mod shard;
 pub mod sheet;
 pub mod source;
 pub mod split;
+mod tags;
+mod tiff;
+mod turn;
 
 pub use dataset::integrity::Digest;
 pub use dataset::{Dataset, Split, measured, pair};
@@ -37,18 +41,19 @@ use crate::error::Result;
 use crate::files;
 use crate::recipe::EvalResize;
 
-/// Reads one picture file and prepares it as an evaluation does: `[H, W, 3]` for an `image` of (H, W).
+/// Reads one picture file and prepares it as an evaluation does: `[H, W, 3]` for an `image` of (H, W). `exif`: turned as
+/// its EXIF orientation says.
 pub fn read_image(
     path: &Path,
     image: (usize, usize),
-    resize: EvalResize,
-    crop_ratio: f32,
+    (resize, crop_ratio): (EvalResize, f32),
+    exif: bool,
 ) -> Result<Vec<u8>> {
-    let mut picture = picture::Picture::default();
-    decode::decode_into(&files::read(path)?, &mut picture).map_err(|e| e.at(path.display()))?;
+    let (bytes, mut decoder) = (files::read(path)?, decode::Decoder::upright(exif));
+    let picture = decoder.decode(&bytes).map_err(|e| e.at(path.display()))?;
     let mut out = vec![0; image.0 * image.1 * 3];
     let target = augment::Target::U8(&mut out);
-    augment::evaluate(resize, crop_ratio, picture.view(), image, &mut augment::Buffers::default(), target);
+    augment::evaluate(resize, crop_ratio, picture, image, &mut augment::Buffers::default(), target);
     Ok(out)
 }
 

@@ -1,6 +1,9 @@
 //! Pixels on their way: an owned picture, a borrowed window of one, and a part of that with borders inside pixels. Always
 //! u8 RGB, row by row.
 
+use crate::error::Result;
+use crate::fail;
+
 /// A picture that owns its pixels; workers keep one each and decode into it again and again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Picture {
@@ -14,6 +17,21 @@ impl Picture {
     pub fn view(&self) -> View<'_> {
         View::new(&self.pixels, self.height, self.width)
     }
+
+    /// Makes room for (H, W) pixels, which are to be written. Memory that cannot be had is an error.
+    pub fn reset(&mut self, (height, width): (usize, usize)) -> Result<()> {
+        (self.height, self.width) = (height, width);
+        room(&mut self.pixels, height * width * 3)
+    }
+}
+
+/// Brings a buffer to a length. What is in it is anything.
+pub(super) fn room(buffer: &mut Vec<u8>, len: usize) -> Result<()> {
+    if buffer.try_reserve_exact(len.saturating_sub(buffer.len())).is_err() {
+        fail!("no memory for {len} bytes of pixels");
+    }
+    buffer.resize(len, 0);
+    Ok(())
 }
 
 /// Which part of a picture, in pixels.
@@ -26,6 +44,17 @@ pub struct Window {
 }
 
 impl Window {
+    /// The one of `size` (H, W) in the middle of a picture of `of`; an odd remainder is at the bottom and right.
+    pub fn centre(of: (usize, usize), size: (usize, usize)) -> Self {
+        Self { y: (of.0 - size.0) / 2, x: (of.1 - size.1) / 2, height: size.0, width: size.1 }
+    }
+
+    /// The one in the middle as torchvision places it: half of an odd remainder is rounded to even.
+    pub fn centre_rounded(of: (usize, usize), size: (usize, usize)) -> Self {
+        let start = |room: usize| (room as f64 / 2.0).round_ties_even() as usize;
+        Self { y: start(of.0 - size.0), x: start(of.1 - size.1), height: size.0, width: size.1 }
+    }
+
     /// All of a picture of (H, W).
     pub fn whole((height, width): (usize, usize)) -> Self {
         Self { y: 0, x: 0, height, width }
@@ -117,6 +146,11 @@ impl<'a> View<'a> {
 
     /// The part of `height × width` pixels whose top left corner is `(y, x)`.
     pub fn window(&self, y: usize, x: usize, height: usize, width: usize) -> View<'a> {
+        self.shows(Window { y, x, height, width })
+    }
+
+    /// The same of a [`Window`].
+    pub fn shows(&self, Window { y, x, height, width }: Window) -> View<'a> {
         assert!(y + height <= self.height && x + width <= self.width, "the window lies inside the picture");
         Self {
             data: &self.data[(y * self.stride + x * 3).min(self.data.len())..],
@@ -124,17 +158,6 @@ impl<'a> View<'a> {
             width,
             stride: self.stride,
         }
-    }
-
-    /// The window of `size` in the middle; an odd remainder is at the bottom and right.
-    pub fn centre(&self, size: (usize, usize)) -> View<'a> {
-        self.window((self.height - size.0) / 2, (self.width - size.1) / 2, size.0, size.1)
-    }
-
-    /// The window of `size` in the middle as torchvision places it: half of an odd remainder is rounded to even.
-    pub fn centre_rounded(&self, size: (usize, usize)) -> View<'a> {
-        let start = |room: usize| (room as f64 / 2.0).round_ties_even() as usize;
-        self.window(start(self.height - size.0), start(self.width - size.1), size.0, size.1)
     }
 
     /// Copies the pixels to `out`, `[H, W, 3]` without gaps.

@@ -154,6 +154,8 @@ pub struct DataSection {
     pub balance: bool,
     /// What training does with a picture that cannot be decoded. Evaluations leave it out and say so.
     pub on_bad_record: OnBadRecord,
+    /// Turns pictures as their EXIF orientation says, in training and evaluation. Off, as in timm and torchvision.
+    pub exif: bool,
     /// Loader threads; 0: one per core, at most 16.
     pub workers: usize,
     /// Batch slots in flight.
@@ -196,6 +198,7 @@ impl Default for DataSection {
             holdout: None,
             balance: false,
             on_bad_record: OnBadRecord::Error,
+            exif: false,
             workers: 0,
             slots: 3,
             shuffle_window: 0,

@@ -302,6 +302,7 @@ impl Source {
             start_batch: 0,
             workers: recipe.data.workers,
             on_bad_record: OnBadRecord::Skip,
+            exif: recipe.data.exif,
         };
         Ok(Self::Loader(Box::new(Loader::new(Arc::new(dataset), spec, slots))))
     }

@@ -341,6 +341,7 @@ fn loader_rate(
         start_batch: 0,
         workers,
         on_bad_record: recipe.data.on_bad_record,
+        exif: recipe.data.exif,
     };
     let mut loader = Loader::new(dataset.clone(), spec, slots);
     let mut next = || -> Result<()> {

@@ -113,6 +113,9 @@ impl Start {
             recipe.data.std = Some(unit(normalise.std));
         }
         fit_length(&mut recipe, loaded, data.train.len());
+        if !loaded.gives("data.exif") {
+            recipe.data.exif = self.weights.meta.exif;
+        }
         data.resolve(recipe)
     }
 

@@ -19,7 +19,7 @@ pub struct Loaded {
     pub model: Vit,
     pub meta: CheckpointMeta,
     /// Why pictures cannot be prepared as the file says, where they cannot.
-    pub(super) unprepared: Option<String>,
+    pub unprepared: Option<String>,
 }
 
 impl Loaded {
@@ -88,8 +88,8 @@ impl Loaded {
     /// All classes of one picture, the likeliest first.
     pub fn predict(&mut self, picture: &Path, protocol: Protocol) -> Result<Vec<Prediction>> {
         let mut slot = self.backend.new_slot(self.slot_layout())?;
-        let pixels =
-            data::read_image(picture, self.model.config.image, protocol.resize, protocol.crop_ratio)?;
+        let how = (protocol.resize, protocol.crop_ratio);
+        let pixels = data::read_image(picture, self.model.config.image, how, self.meta.exif)?;
         slot.images_u8_mut().copy_from_slice(&pixels);
         let b = &mut *self.backend;
         b.bind_batch(slot)?;

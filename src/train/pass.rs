@@ -103,6 +103,7 @@ impl Loaded {
             start_batch: 0,
             workers: 0,
             on_bad_record: OnBadRecord::Skip,
+            exif: self.meta.exif,
         };
         let slots = (0..2).map(|_| self.backend.new_slot(self.slot_layout())).collect::<Result<_>>()?;
         // No operation of a forward pass reads labels: they carry the record's number.

@@ -143,6 +143,7 @@ impl Run {
                 digest.train.short()
             )),
             made_by: Some(about::made_by()),
+            exif: recipe.data.exif,
             ..CheckpointMeta::default()
         };
         (state.recipe, state.data) = (text, Some(digest));
@@ -250,6 +251,7 @@ impl Run {
             start_batch: trainer.step,
             workers: recipe.data.workers,
             on_bad_record: recipe.data.on_bad_record,
+            exif: recipe.data.exif,
         };
         let delivery = Delivery {
             shuffle_window: recipe.data.shuffle_window,
@@ -420,6 +422,7 @@ impl Run {
             start_batch: 0,
             workers: recipe.data.workers,
             on_bad_record: OnBadRecord::Skip,
+            exif: recipe.data.exif,
         };
         let mut loader = Loader::new(dataset.clone(), spec.clone(), slots);
         let mut report = evaluate(&mut *trainer.backend, model, &mut loader, loss)?;

@@ -53,6 +53,7 @@ fn picture_file(data: &Dataset, index: usize) -> Option<(Vec<u8>, &'static str)>
                 Format::WebP => "webp",
                 Format::Gif => "gif",
                 Format::Bmp => "bmp",
+                Format::Tiff => "tif",
             };
             (bytes.into_owned(), end)
         }

@@ -22,6 +22,9 @@ pub struct CheckpointMeta {
     /// What the head was trained with: how its logits become probabilities.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<LossKind>,
+    /// Pictures are turned as their EXIF orientation says.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub exif: bool,
     /// The recipe's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
@@ -62,6 +65,7 @@ impl CheckpointMeta {
             resize,
             crop_ratio,
             loss: None,
+            exif: false,
             recipe: None,
             data: None,
             step: None,

@@ -1,5 +1,7 @@
 //! Which part of a picture a sample shows.
 
+use std::ops::Range;
+
 use crate::data::picture::{View, Window};
 use crate::rng::Stream;
 
@@ -82,42 +84,99 @@ pub fn torch_window(draws: &mut Stream, image: (usize, usize), area: (f32, f32))
     Window { y: (height - h) / 2, x: (width - w) / 2, height: h, width: w }
 }
 
-/// Pads a picture by `pad` black pixels on each side and copies a random window of `size` (H, W) to `out`.
-pub fn padded(picture: View, size: (usize, usize), pad: usize, draws: &mut Stream, out: &mut [u8]) {
-    // Window offsets, in padded coordinates.
-    let y0 = draws.below(picture.height + 2 * pad - size.0 + 1);
-    let x0 = draws.below(picture.width + 2 * pad - size.1 + 1);
-    // The rows and columns of the window that show the picture.
-    let shown = |start: usize, end: usize, n: usize| {
-        let first = pad.saturating_sub(start).min(n);
-        first..(end + pad).saturating_sub(start).clamp(first, n)
-    };
-    let (rows, columns) = (shown(y0, picture.height, size.0), shown(x0, picture.width, size.1));
-    let line = size.1 * 3;
-    if rows.is_empty() || columns.is_empty() {
-        return out.fill(0);
+/// A random window of a picture with a margin around it.
+#[derive(Clone, Copy, Debug)]
+pub struct Framed {
+    /// (H, W) of the picture.
+    of: (usize, usize),
+    pad: usize,
+    /// (y, x) of the window in the padded picture, and its (H, W).
+    at: (usize, usize),
+    size: (usize, usize),
+}
+
+impl Framed {
+    /// A window of `size` of a picture of `of` with `pad` pixels on each side.
+    pub fn draw(of: (usize, usize), size: (usize, usize), pad: usize, draws: &mut Stream) -> Self {
+        let y = draws.below(of.0 + 2 * pad - size.0 + 1);
+        let x = draws.below(of.1 + 2 * pad - size.1 + 1);
+        Self { of, pad, at: (y, x), size }
     }
-    out[..rows.start * line].fill(0);
-    out[rows.end * line..].fill(0);
-    let out = &mut out[rows.start * line..rows.end * line];
-    let (first_row, first_column) = (y0 + rows.start - pad, x0 + columns.start - pad);
-    match picture.whole_rows(first_row, rows.len()) {
-        // Rows as long as the window's follow each other on both sides: one copy takes all, and what it brings from the
-        // rows' other ends is blackened.
-        Some(from) if picture.width == size.1 => {
-            let (skipped, from_column) = (columns.start * 3, first_column * 3);
-            let len = from.len() - skipped.max(from_column);
-            out[skipped..skipped + len].copy_from_slice(&from[from_column..from_column + len]);
+
+    /// The rows and columns of the window that show the picture.
+    fn shown(&self) -> (Range<usize>, Range<usize>) {
+        let shown = |start: usize, end: usize, n: usize| {
+            let first = self.pad.saturating_sub(start).min(n);
+            first..(end + self.pad).saturating_sub(start).clamp(first, n)
+        };
+        (shown(self.at.0, self.of.0, self.size.0), shown(self.at.1, self.of.1, self.size.1))
+    }
+
+    /// The part of the picture that is seen; none of it may be.
+    pub fn seen(&self) -> Window {
+        let (rows, columns) = self.shown();
+        Window {
+            y: (self.at.0 + rows.start).saturating_sub(self.pad),
+            x: (self.at.1 + columns.start).saturating_sub(self.pad),
+            height: rows.len(),
+            width: columns.len(),
         }
-        _ => {
-            for (y, out) in out.chunks_exact_mut(line).enumerate() {
-                let row = &picture.row(first_row + y)[first_column * 3..][..columns.len() * 3];
-                out[columns.start * 3..columns.end * 3].copy_from_slice(row);
+    }
+
+    /// Copies the window to `out`, with black around the picture, of which `picture` shows what begins at `origin`.
+    pub fn padded(&self, picture: View, origin: (usize, usize), out: &mut [u8]) {
+        let (rows, columns) = self.shown();
+        let line = self.size.1 * 3;
+        if rows.is_empty() || columns.is_empty() {
+            return out.fill(0);
+        }
+        out[..rows.start * line].fill(0);
+        out[rows.end * line..].fill(0);
+        let out = &mut out[rows.start * line..rows.end * line];
+        let seen = self.seen();
+        let (first_row, first_column) = (seen.y - origin.0, seen.x - origin.1);
+        match picture.whole_rows(first_row, rows.len()) {
+            // Rows as long as the window's follow each other on both sides: one copy takes all, and what it brings from
+            // the rows' other ends is blackened.
+            Some(from) if picture.width == self.size.1 => {
+                let (skipped, from_column) = (columns.start * 3, first_column * 3);
+                let len = from.len() - skipped.max(from_column);
+                out[skipped..skipped + len].copy_from_slice(&from[from_column..from_column + len]);
+            }
+            _ => {
+                for (y, out) in out.chunks_exact_mut(line).enumerate() {
+                    let row = &picture.row(first_row + y)[first_column * 3..][..columns.len() * 3];
+                    out[columns.start * 3..columns.end * 3].copy_from_slice(row);
+                }
             }
         }
+        for out in out.chunks_exact_mut(line) {
+            blacken(out, columns.start * 3, columns.end * 3);
+        }
     }
-    for out in out.chunks_exact_mut(line) {
-        blacken(out, columns.start * 3, columns.end * 3);
+
+    /// The part of the picture that is seen where its reflection is around it.
+    pub fn seen_reflected(&self) -> Window {
+        let range = |start: usize, size: usize, of: usize| {
+            let places = || (start..start + size).map(|at| reflect(at, self.pad, of));
+            let (first, last) = (places().min().unwrap_or(0), places().max().unwrap_or(0));
+            (first, last + 1 - first)
+        };
+        let (y, height) = range(self.at.0, self.size.0, self.of.0);
+        let (x, width) = range(self.at.1, self.size.1, self.of.1);
+        Window { y, x, height, width }
+    }
+
+    /// As [`Framed::padded`], with the picture's reflection instead of black; the edge itself is not repeated.
+    pub fn reflected(&self, picture: View, origin: (usize, usize), out: &mut [u8]) {
+        let Self { of, pad, at, size } = *self;
+        for (y, line) in out.chunks_exact_mut(size.1 * 3).enumerate() {
+            let row = picture.row(reflect(at.0 + y, pad, of.0) - origin.0);
+            for (x, pixel) in line.chunks_exact_mut(3).enumerate() {
+                let from = (reflect(at.1 + x, pad, of.1) - origin.1) * 3;
+                pixel.copy_from_slice(&row[from..from + 3]);
+            }
+        }
     }
 }
 
@@ -147,24 +206,11 @@ fn blacken(row: &mut [u8], start: usize, end: usize) {
 /// Pixels of reflection around DeiT-III's "simple random crop".
 pub const SIMPLE_PAD: usize = 4;
 
-/// A window of `size` (H, W) anywhere in a picture that is at least as large.
-pub fn random<'a>(picture: View<'a>, size: (usize, usize), draws: &mut Stream) -> View<'a> {
-    let y = draws.below(picture.height - size.0 + 1);
-    let x = draws.below(picture.width - size.1 + 1);
-    picture.window(y, x, size.0, size.1)
-}
-
-/// As [`padded`], with the picture's reflection instead of black; the edge itself is not repeated.
-pub fn reflected(picture: View, size: (usize, usize), pad: usize, draws: &mut Stream, out: &mut [u8]) {
-    let y0 = draws.below(picture.height + 2 * pad - size.0 + 1);
-    let x0 = draws.below(picture.width + 2 * pad - size.1 + 1);
-    for (y, line) in out.chunks_exact_mut(size.1 * 3).enumerate() {
-        let row = picture.row(reflect(y0 + y, pad, picture.height));
-        for (x, pixel) in line.chunks_exact_mut(3).enumerate() {
-            let from = reflect(x0 + x, pad, picture.width) * 3;
-            pixel.copy_from_slice(&row[from..from + 3]);
-        }
-    }
+/// A window of `size` (H, W) anywhere in a picture of `of`, which is at least as large.
+pub fn random(of: (usize, usize), size: (usize, usize), draws: &mut Stream) -> Window {
+    let y = draws.below(of.0 - size.0 + 1);
+    let x = draws.below(of.1 - size.1 + 1);
+    Window { y, x, height: size.0, width: size.1 }
 }
 
 /// Place in a line of `n` pixels of place `at` of the padded line.
@@ -286,7 +332,8 @@ mod tests {
         let mut offsets = std::collections::BTreeSet::new();
         for i in 0..300 {
             let mut out = vec![99; 4 * 5 * 3];
-            padded(picture, (4, 5), 2, &mut Stream::new(1, Domain::Augment, 0, i), &mut out);
+            let framed = Framed::draw((4, 5), (4, 5), 2, &mut Stream::new(1, Domain::Augment, 0, i));
+            framed.padded(picture, (0, 0), &mut out);
             // The same draws again give the offsets; every pixel is then looked up one by one.
             let mut s = Stream::new(1, Domain::Augment, 0, i);
             let (y0, x0) = (s.below(5), s.below(5));
@@ -302,7 +349,8 @@ mod tests {
         }
         assert_eq!(offsets.len(), 25, "every offset is drawn");
         let mut out = vec![0; 4 * 5 * 3];
-        padded(picture, (4, 5), 0, &mut Stream::new(1, Domain::Augment, 0, 0), &mut out);
+        let framed = Framed::draw((4, 5), (4, 5), 0, &mut Stream::new(1, Domain::Augment, 0, 0));
+        framed.padded(picture, (0, 0), &mut out);
         assert_eq!(out, pixels);
     }
 }

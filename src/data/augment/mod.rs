@@ -21,7 +21,7 @@ use crate::backend::Normalise;
 use crate::recipe::{AugmentSection, Crop, EvalResize, Interpolation};
 use crate::rng::Stream;
 
-use super::picture::{Part, Scale, View, Wanted};
+use super::picture::{Part, Scale, View, Wanted, Window};
 use canvas::Canvas;
 use resize::{Filter, Out};
 
@@ -114,24 +114,33 @@ pub fn train(
             resize::pil(part, size, filter, scratch, &mut canvas.spare);
             View::new(&canvas.spare, size.0, size.1)
         }
-        Crop::Center => cover(picture, size, resized, scratch).centre(size),
+        Crop::Center => {
+            let whole = shorter(picture, size, Filter::Bicubic);
+            whole.window(Window::centre(whole.size, size), resized, scratch)
+        }
         Crop::Pad => {
-            let picture = cover(picture, size, resized, scratch);
+            let whole = shorter(picture, size, Filter::Bicubic);
+            let framed = crop::Framed::draw(whole.size, size, augment.pad, draws);
+            let (seen, origin) = whole.around(framed.seen(), resized, scratch);
             if let (true, false, Target::U8(pixels)) = (is_plain, flip, &mut target) {
-                return crop::padded(picture, size, augment.pad, draws, pixels);
+                return framed.padded(seen, origin, pixels);
             }
-            crop::padded(picture, size, augment.pad, draws, &mut canvas.spare);
+            framed.padded(seen, origin, &mut canvas.spare);
             View::new(&canvas.spare, size.0, size.1)
         }
         Crop::Resize => {
             let whole = (augment.resize, augment.resize);
-            crop::random(squash(picture, whole, true, resized, scratch), size, draws)
+            squash(picture, whole, true, resized, scratch).shows(crop::random(whole, size, draws))
         }
-        Crop::ResizeSmall => crop::random(area(picture, augment.resize, resized), size, draws),
+        Crop::ResizeSmall => {
+            let whole = area(picture, augment.resize);
+            whole.window(crop::random(whole.size, size, draws), resized, scratch)
+        }
         Crop::Simple => {
-            let filter = filter(augment.interpolation, draws);
-            let picture = shorter(picture, size, filter, resized, scratch);
-            crop::reflected(picture, size, crop::SIMPLE_PAD, draws, &mut canvas.spare);
+            let whole = shorter(picture, size, filter(augment.interpolation, draws));
+            let framed = crop::Framed::draw(whole.size, size, crop::SIMPLE_PAD, draws);
+            let (seen, origin) = whole.around(framed.seen_reflected(), resized, scratch);
+            framed.reflected(seen, origin, &mut canvas.spare);
             View::new(&canvas.spare, size.0, size.1)
         }
     };
@@ -189,23 +198,27 @@ pub fn evaluate(
         }
         EvalResize::Center | EvalResize::CenterBilinear => {
             let filter = if resize == EvalResize::Center { Filter::Bicubic } else { Filter::Bilinear };
-            let view = shorter(picture, (down(size.0), down(size.1)), filter, resized, scratch);
-            write(view.centre_rounded(size), false, target);
+            let whole = shorter(picture, (down(size.0), down(size.1)), filter);
+            let window = Window::centre_rounded(whole.size, size);
+            write(whole.window(window, resized, scratch), false, target);
         }
         EvalResize::AreaCenter => {
-            let view = area(picture, nearest(size.0.max(size.1)), resized);
-            write(view.centre(size), false, target);
+            let whole = area(picture, nearest(size.0.max(size.1)));
+            let window = Window::centre(whole.size, size);
+            write(whole.window(window, resized, scratch), false, target);
         }
         EvalResize::SquashCenter => {
-            let view = squash(picture, (nearest(size.0), nearest(size.1)), true, resized, scratch);
-            write(view.centre(size), false, target);
+            let whole = (nearest(size.0), nearest(size.1));
+            let view = squash(picture, whole, true, resized, scratch);
+            write(view.shows(Window::centre(whole, size)), false, target);
         }
         EvalResize::SquashSmooth | EvalResize::SquashBicubic => {
             let filter = if resize == EvalResize::SquashSmooth { Filter::Bilinear } else { Filter::Bicubic };
             let (height, width) = (down(size.0), down(size.1));
             resized.resize(height * width * 3, 0);
             resize::pil(picture, (height, width), filter, scratch, resized);
-            write(View::new(resized, height, width).centre_rounded(size), false, target);
+            let view = View::new(resized, height, width);
+            write(view.shows(Window::centre_rounded((height, width), size)), false, target);
         }
     }
 }
@@ -240,30 +253,57 @@ fn write_floats(floats: &[f32], width: usize, flip: bool, out: &mut [f32]) {
     }
 }
 
-/// The picture itself if it has `size`, else a copy whose shorter side was resized so that it just covers `size`.
-fn cover<'a>(
+/// A picture at another size, of which only what is looked at is made.
+#[derive(Clone, Copy)]
+struct Resized<'a> {
     picture: View<'a>,
+    /// (H, W)
     size: (usize, usize),
-    resized: &'a mut Vec<u8>,
-    scratch: &mut resize::Scratch,
-) -> View<'a> {
-    shorter(picture, size, Filter::Bicubic, resized, scratch)
+    law: Law,
 }
 
-fn shorter<'a>(
-    picture: View<'a>,
-    size: (usize, usize),
-    filter: Filter,
-    resized: &'a mut Vec<u8>,
-    scratch: &mut resize::Scratch,
-) -> View<'a> {
-    let target = resize::covering(picture.size(), size);
-    if target == picture.size() {
-        return picture;
+#[derive(Clone, Copy)]
+enum Law {
+    Pil(Filter),
+    Area,
+}
+
+impl<'a> Resized<'a> {
+    fn window(self, window: Window, pixels: &'a mut Vec<u8>, scratch: &mut resize::Scratch) -> View<'a> {
+        let Self { picture, size, law } = self;
+        if size == picture.size() {
+            return picture.shows(window);
+        }
+        pixels.resize(window.height * window.width * 3, 0);
+        match law {
+            Law::Pil(filter) => resize::pil_window(picture, size, window, filter, scratch, pixels),
+            Law::Area => resize::tf_area(picture, size, window, Out::U8 { pixels, truncate: true }),
+        }
+        View::new(pixels, window.height, window.width)
     }
-    resized.resize(target.0 * target.1 * 3, 0);
-    resize::pil(picture, target, filter, scratch, resized);
-    View::new(resized, target.0, target.1)
+
+    /// What has at least the pixels of `window`, and where that begins: all of a picture that keeps its size.
+    fn around(
+        self,
+        window: Window,
+        pixels: &'a mut Vec<u8>,
+        scratch: &mut resize::Scratch,
+    ) -> (View<'a>, (usize, usize)) {
+        if self.size == self.picture.size() || window.height * window.width == 0 {
+            return (self.picture, (0, 0));
+        }
+        (self.window(window, pixels, scratch), (window.y, window.x))
+    }
+}
+
+/// A picture whose shorter side just covers `size`.
+fn shorter(picture: View, size: (usize, usize), filter: Filter) -> Resized {
+    Resized { picture, size: resize::covering(picture.size(), size), law: Law::Pil(filter) }
+}
+
+/// big_vision's `resize_small`: the shorter side by areas, to u8 again.
+fn area(picture: View, side: usize) -> Resized {
+    Resized { picture, size: resize::small(picture.size(), side), law: Law::Area }
 }
 
 /// big_vision's `resize`: bilinear as TensorFlow has it, to u8 again.
@@ -279,17 +319,6 @@ fn squash<'a>(
     }
     resized.resize(size.0 * size.1 * 3, 0);
     resize::tf_bilinear(picture, size, scratch, Out::U8 { pixels: resized, truncate });
-    View::new(resized, size.0, size.1)
-}
-
-/// big_vision's `resize_small`: the shorter side by areas, to u8 again.
-fn area<'a>(picture: View<'a>, side: usize, resized: &'a mut Vec<u8>) -> View<'a> {
-    let size = resize::small(picture.size(), side);
-    if picture.size() == size {
-        return picture;
-    }
-    resized.resize(size.0 * size.1 * 3, 0);
-    resize::tf_area(picture, size, Out::U8 { pixels: resized, truncate: true });
     View::new(resized, size.0, size.1)
 }
 
@@ -310,9 +339,10 @@ mod tests {
             let small = arrays.picture(&format!("{case}.resize_small_area"));
             let expected = arrays.picture(&format!("{case}.resize_small_then_central_crop"));
             let side = small.height.min(small.width);
-            let mut resized = Vec::new();
-            let ours = area(input.view(), side, &mut resized);
-            assert_eq!(ours.size(), (small.height, small.width), "{case}");
+            let (mut resized, mut scratch) = (Vec::new(), resize::Scratch::default());
+            let ours = area(input.view(), side);
+            assert_eq!(ours.size, (small.height, small.width), "{case}");
+            ours.window(Window::whole(ours.size), &mut resized, &mut scratch);
             let mut out = vec![0; expected.pixels.len()];
             let size = (expected.height, expected.width);
             let ratio = size.0 as f32 / side as f32;

@@ -3,11 +3,16 @@
 //! TensorFlow's bilinear takes 2×2 taps whatever the scale and its area kernel averages what an output pixel covers;
 //! both give floats. Pillow widens its kernel when it shrinks and keeps u8 between its two passes.
 //!
+//! Of what a resize would make, a window can be made alone: a long thin picture, scaled up by its shorter side, would need
+//! gigabytes, and a sample shows a square of it. Memory is bounded by the picture and by that window.
+//!
 //! Pixels are worked on in fours of values, three of them theirs: rows are copied behind a margin, so that the fourth
 //! can be read, and each pixel is written before the next one overwrites it.
 
+use std::ops::Range;
+
 use crate::backend::Normalise;
-use crate::data::picture::{Part, View};
+use crate::data::picture::{Part, View, Window};
 
 use super::canvas::cut;
 use super::vector::{self, Task};
@@ -18,6 +23,7 @@ pub struct Scratch {
     columns: PilTaps,
     rows: PilTaps,
     between: Vec<u8>,
+    sums: Vec<i32>,
     /// A source row with a margin, or a group of rows side by side.
     line: Vec<u8>,
     /// Source rows resized across: which row, and its values.
@@ -144,13 +150,15 @@ fn bilinear_taps(from: usize, part: (f64, f64), to: usize) -> Vec<BilinearTap> {
     (0..to).map(tap).collect()
 }
 
-/// TensorFlow's `resize(area)`: the mean of the covered pixels, edges by their share.
-pub fn tf_area(src: View, size: (usize, usize), mut out: Out) {
-    assert_eq!(out.len(), size.0 * size.1 * 3);
-    let rows = area_taps(src.height, size.0);
-    let columns = area_taps(src.width, size.1);
-    let scale = 1.0 / ((src.height as f32 / size.0 as f32) * (src.width as f32 / size.1 as f32));
-    let mut values = vec![0f32; size.1 * 3];
+/// TensorFlow's `resize(area)`: the mean of the covered pixels, edges by their share. Of `whole` (H, W) pixels those of
+/// `window` are made.
+pub fn tf_area(src: View, whole: (usize, usize), window: Window, mut out: Out) {
+    let Window { y, x, height, width } = window;
+    assert_eq!(out.len(), height * width * 3);
+    let rows = area_taps(src.height, whole.0, y..y + height);
+    let columns = area_taps(src.width, whole.1, x..x + width);
+    let scale = 1.0 / ((src.height as f32 / whole.0 as f32) * (src.width as f32 / whole.1 as f32));
+    let mut values = vec![0f32; width * 3];
     for (y, row) in rows.iter().enumerate() {
         for (pixel, column) in values.chunks_exact_mut(3).zip(&columns) {
             let mut total = [0f32; 3];
@@ -168,28 +176,34 @@ pub fn tf_area(src: View, size: (usize, usize), mut out: Out) {
             }
             pixel.iter_mut().zip(total).for_each(|(p, sum)| *p = sum * scale);
         }
-        out.put(y * size.1 * 3, &values);
+        out.put(y * width * 3, &values);
     }
 }
 
-/// For each output, the source pixels that it covers and how much of each.
-fn area_taps(from: usize, to: usize) -> Vec<Vec<(usize, f32)>> {
+/// For each output of a range, the source pixels that it covers and how much of each.
+fn area_taps(from: usize, to: usize, range: Range<usize>) -> Vec<Vec<(usize, f32)>> {
+    // Beyond, places in f32 as TensorFlow has them are off by a visible part of what an output covers.
+    const LARGEST_IN_F32: usize = 1 << 16;
     let scale = from as f32 / to as f32;
+    let place = |i: usize| match to {
+        ..=LARGEST_IN_F32 => f64::from(i as f32 * scale),
+        _ => i as f64 * (from as f64 / to as f64),
+    };
     let taps = |i: usize| {
-        let (start, end) = (i as f32 * scale, (i + 1) as f32 * scale);
+        let (start, end) = (place(i), place(i + 1));
         let covered = |k: isize| {
-            let at = k as f32;
+            let at = k as f64;
             let share = match (at < start, at + 1.0 > end) {
                 (true, true) => scale,
-                (true, false) => at + 1.0 - start,
-                (false, true) => end - at,
+                (true, false) => (at + 1.0 - start) as f32,
+                (false, true) => (end - at) as f32,
                 (false, false) => 1.0,
             };
             (k.clamp(0, from as isize - 1) as usize, share)
         };
         (start.floor() as isize..end.ceil() as isize).map(covered).collect()
     };
-    (0..to).map(taps).collect()
+    range.map(taps).collect()
 }
 
 /// Kernels of Pillow's resampling.
@@ -225,6 +239,9 @@ const BLOCK: usize = 32;
 /// Bits behind the point of Pillow's integer weights.
 const PIL_BITS: u32 = 22;
 
+/// Bytes of rows that are resized across and wait to be resized down. More are made as they are needed.
+const BETWEEN: usize = 32 << 20;
+
 /// Pillow's `resize`: antialiased, across and then down, u8 in between. A part is its argument `box`: beside it the kernel
 /// reads what else the view has. `out` is `[H, W, 3]`.
 pub fn pil<'a>(
@@ -234,14 +251,29 @@ pub fn pil<'a>(
     scratch: &mut Scratch,
     out: &mut [u8],
 ) {
-    assert_eq!(out.len(), size.0 * size.1 * 3);
-    vector::run(Pil { src: src.into(), size, filter, scratch, out });
+    pil_window(src, size, Window::whole(size), filter, scratch, out);
+}
+
+/// Of the `whole` (H, W) pixels that [`pil`] would make, those of `window`.
+pub fn pil_window<'a>(
+    src: impl Into<Part<'a>>,
+    whole: (usize, usize),
+    window: Window,
+    filter: Filter,
+    scratch: &mut Scratch,
+    out: &mut [u8],
+) {
+    assert_eq!(out.len(), window.height * window.width * 3);
+    assert!(window.y + window.height <= whole.0 && window.x + window.width <= whole.1);
+    vector::run(Pil { src: src.into(), whole, window, filter, between: BETWEEN, scratch, out });
 }
 
 struct Pil<'a> {
     src: Part<'a>,
-    size: (usize, usize),
+    whole: (usize, usize),
+    window: Window,
     filter: Filter,
+    between: usize,
     scratch: &'a mut Scratch,
     out: &'a mut [u8],
 }
@@ -251,56 +283,57 @@ impl Task for Pil<'_> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { src: Part { view: src, corner, size: part }, size, filter, scratch, out } = self;
-        let Scratch { columns, rows, between, line, .. } = scratch;
-        columns.fill(src.width, (corner.1, part.1), size.1, filter);
-        rows.fill(src.height, (corner.0, part.0), size.0, filter);
+        let Self { src: Part { view: src, corner, size: part }, whole, window, filter, scratch, out, .. } =
+            self;
+        let Scratch { columns, rows, between, line, sums, .. } = scratch;
+        let (across, down) = (window.x..window.x + window.width, window.y..window.y + window.height);
+        columns.fill(src.width, (corner.1, part.1), whole.1, across, filter);
+        rows.fill(src.height, (corner.0, part.0), whole.0, down, filter);
         // Pixels that stay as they are.
         let (keeps_columns, keeps_rows) =
-            (corner.1 == 0.0 && part.1 == size.1 as f64, corner.0 == 0.0 && part.0 == size.0 as f64);
-        let length = size.1 * 3;
+            (corner.1 == 0.0 && part.1 == whole.1 as f64, corner.0 == 0.0 && part.0 == whole.0 as f64);
+        let length = window.width * 3;
         // One byte more a row, for the fourth value of its last pixel.
         let stride = length + 1;
-        between.resize(src.height.next_multiple_of(TOGETHER) * stride, 0);
-        for (group, targets) in between.chunks_exact_mut(TOGETHER * stride).enumerate() {
-            let first = group * TOGETHER;
-            let group = first..(first + TOGETHER).min(src.height);
-            if keeps_columns {
-                for (target, y) in targets.chunks_exact_mut(stride).zip(group) {
-                    target[..length].copy_from_slice(src.row(y));
-                }
-                continue;
-            }
-            line.resize(src.width * FOURS, 0);
-            for (at, y) in group.enumerate() {
-                lay_out(src.row(y), at, line);
-            }
-            for x in 0..size.1 {
-                let (from, weights) = columns.tap(x);
-                let taps = &line[from * FOURS..][..weights.len() * FOURS];
-                // Sums stay in registers from tap to tap.
-                let mut sum = [1i32 << (PIL_BITS - 1); FOURS];
-                for (values, weight) in taps.chunks_exact(FOURS).zip(weights) {
-                    let values: &[u8; FOURS] = values.try_into().unwrap();
-                    for i in 0..FOURS {
-                        sum[i] += weight * i32::from(values[i]);
-                    }
-                }
-                let pixels: [u8; FOURS] = sum.map(clip);
-                for (at, four) in pixels.chunks_exact(4).enumerate() {
-                    targets[at * stride + x * 3..][..4].copy_from_slice(four);
-                }
-            }
-        }
+        // Rows of the source that are held between the passes, mostly all that count.
+        let most = (self.between / stride).max(TOGETHER);
+        let mut held = 0..0;
+        let mut hold = |wanted: Range<usize>, between: &mut Vec<u8>| {
+            let kept = if keeps_columns { Err(window.x) } else { Ok(&*columns) };
+            resize_rows(src, wanted, kept, length, line, between);
+        };
         if keeps_rows {
-            for (target, row) in out.chunks_exact_mut(length).zip(between.chunks_exact(stride)) {
-                target.copy_from_slice(&row[..length]);
+            for (first, targets) in (window.y..).step_by(most).zip(out.chunks_mut(most * length)) {
+                hold(first..first + targets.len() / length, between);
+                for (target, row) in targets.chunks_exact_mut(length).zip(between.chunks_exact(stride)) {
+                    target.copy_from_slice(&row[..length]);
+                }
             }
             return;
         }
+        let last = rows.span().end;
         for (y, target) in out.chunks_exact_mut(length).enumerate() {
             let (from, weights) = rows.tap(y);
-            let sources = &between[from * stride..][..weights.len() * stride];
+            if weights.len() > most {
+                // Piece by piece.
+                sums.clear();
+                sums.resize(length, 1 << (PIL_BITS - 1));
+                for (piece, weights) in weights.chunks(most).enumerate() {
+                    let first = from + piece * most;
+                    held = first..first + weights.len();
+                    hold(held.clone(), between);
+                    for (weight, row) in weights.iter().zip(between.chunks_exact(stride)) {
+                        sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += weight * i32::from(*value));
+                    }
+                }
+                target.iter_mut().zip(&*sums).for_each(|(to, sum)| *to = clip(*sum));
+                continue;
+            }
+            if from < held.start || from + weights.len() > held.end {
+                held = from..(from + most).min(last);
+                hold(held.clone(), between);
+            }
+            let sources = &between[(from - held.start) * stride..][..weights.len() * stride];
             let mut columns = target.chunks_exact_mut(BLOCK);
             for (block, target) in columns.by_ref().enumerate() {
                 let mut sum = [1i32 << (PIL_BITS - 1); BLOCK];
@@ -321,6 +354,55 @@ impl Task for Pil<'_> {
                 let column = |k: usize| i32::from(sources[k * stride + start + i]);
                 let taps = weights.iter().enumerate().map(|(k, weight)| weight * column(k));
                 *target = clip((1 << (PIL_BITS - 1)) + taps.sum::<i32>());
+            }
+        }
+    }
+}
+
+/// Resizes some rows across, by the taps of their columns, or copies them from a column on; each becomes `length` values
+/// and one more.
+#[inline(always)]
+fn resize_rows(
+    src: View,
+    rows: Range<usize>,
+    columns: Result<&PilTaps, usize>,
+    length: usize,
+    line: &mut Vec<u8>,
+    between: &mut Vec<u8>,
+) {
+    let stride = length + 1;
+    between.resize(rows.len().next_multiple_of(TOGETHER) * stride, 0);
+    for (group, targets) in between.chunks_exact_mut(TOGETHER * stride).enumerate() {
+        let first = rows.start + group * TOGETHER;
+        let group = first..(first + TOGETHER).min(rows.end);
+        let columns = match columns {
+            Ok(columns) => columns,
+            Err(column) => {
+                for (target, y) in targets.chunks_exact_mut(stride).zip(group) {
+                    target[..length].copy_from_slice(&src.row(y)[column * 3..][..length]);
+                }
+                continue;
+            }
+        };
+        let span = columns.span();
+        line.resize(span.len() * FOURS, 0);
+        for (at, y) in group.enumerate() {
+            lay_out(&src.row(y)[span.start * 3..span.end * 3], at, line);
+        }
+        for x in 0..length / 3 {
+            let (from, weights) = columns.tap(x);
+            let taps = &line[(from - span.start) * FOURS..][..weights.len() * FOURS];
+            // Sums stay in registers from tap to tap.
+            let mut sum = [1i32 << (PIL_BITS - 1); FOURS];
+            for (values, weight) in taps.chunks_exact(FOURS).zip(weights) {
+                let values: &[u8; FOURS] = values.try_into().unwrap();
+                for i in 0..FOURS {
+                    sum[i] += weight * i32::from(values[i]);
+                }
+            }
+            let pixels: [u8; FOURS] = sum.map(clip);
+            for (at, four) in pixels.chunks_exact(4).enumerate() {
+                targets[at * stride + x * 3..][..4].copy_from_slice(four);
             }
         }
     }
@@ -356,15 +438,16 @@ struct PilTaps {
 }
 
 impl PilTaps {
-    /// Of `from` pixels, for a part that begins at `part.0` and is `part.1` long.
-    fn fill(&mut self, from: usize, part: (f64, f64), to: usize, filter: Filter) {
+    /// Of `from` pixels, for a part that begins at `part.0` and is `part.1` long and becomes `to` pixels, of which those
+    /// of a range are made.
+    fn fill(&mut self, from: usize, part: (f64, f64), to: usize, range: Range<usize>, filter: Filter) {
         let Self { places, weights, exact } = self;
         places.clear();
         weights.clear();
         let scale = part.1 / to as f64;
         let stretch = scale.max(1.0);
         let support = filter.support() * stretch;
-        for i in 0..to {
+        for i in range {
             let centre = part.0 + (i as f64 + 0.5) * scale;
             let first = (centre - support + 0.5).max(0.0) as usize;
             let last = ((centre + support + 0.5) as usize).min(from);
@@ -377,6 +460,14 @@ impl PilTaps {
             }));
             places.push((first, weights.len()));
         }
+    }
+
+    /// The source pixels that count for anything.
+    fn span(&self) -> Range<usize> {
+        let start = self.places.iter().map(|(first, _)| *first).min().unwrap_or(0);
+        let end =
+            (0..self.places.len()).map(|i| self.tap(i)).map(|(first, weights)| first + weights.len()).max();
+        start..end.unwrap_or(0)
     }
 
     #[inline(always)]
@@ -438,7 +529,7 @@ mod tests {
             tf_bilinear(input.view(), size, &mut Scratch::default(), plain(&mut out));
             check(&out, "bilinear");
             let (_, expected) = arrays.get::<f32>(&format!("{case}.area"));
-            tf_area(input.view(), size, plain(&mut out));
+            tf_area(input.view(), size, Window::whole(size), plain(&mut out));
             assert!(out == expected, "{case} area");
             // big_vision's u8 form; a float within 1e-3 of an integer may fall on either side.
             let (_, expected) = arrays.get::<u8>(&format!("{case}.bilinear.bv_u8"));
@@ -520,7 +611,7 @@ mod tests {
             tf_bilinear(view, (7, 5), &mut Scratch::default(), Out::U8 { pixels: &mut out, truncate });
             assert_eq!(out, pixels);
             out.fill(0);
-            tf_area(view, (7, 5), Out::U8 { pixels: &mut out, truncate });
+            tf_area(view, (7, 5), Window::whole((7, 5)), Out::U8 { pixels: &mut out, truncate });
             assert_eq!(out, pixels);
         }
     }
@@ -531,5 +622,73 @@ mod tests {
         assert_eq!(covering((500, 375), (224, 224)), (298, 224));
         assert_eq!(covering((100, 100), (32, 64)), (64, 64));
         assert_eq!(covering((1, 5000), (8, 8)), (8, 40000));
+    }
+
+    #[test]
+    fn a_window_of_the_result_is_that_part_of_the_whole() {
+        let mut draws = crate::data::reference::seeded(31);
+        for _ in 0..300 {
+            let (height, width) = (1 + draws.below(40), 1 + draws.below(40));
+            let pixels: Vec<u8> = (0..height * width * 3).map(|_| draws.next_u32() as u8).collect();
+            let view = View::new(&pixels, height, width);
+            // Sides that stay as they are have a way of their own.
+            let side = |own: usize, other: usize| if other % 4 == 0 { own } else { other };
+            let whole = (side(height, 1 + draws.below(90)), side(width, 1 + draws.below(90)));
+            let (y, x) = (draws.below(whole.0), draws.below(whole.1));
+            let window =
+                Window { y, x, height: 1 + draws.below(whole.0 - y), width: 1 + draws.below(whole.1 - x) };
+            let mut all = vec![0; whole.0 * whole.1 * 3];
+            let mut out = vec![0; window.height * window.width * 3];
+            let same = |law: &str, all: &[u8], out: &[u8]| {
+                for (row, ours) in out.chunks_exact(window.width * 3).enumerate() {
+                    let expected = &all[((y + row) * whole.1 + x) * 3..][..ours.len()];
+                    assert_eq!(ours, expected, "{law}: {height}x{width} to {whole:?}, {window:?}");
+                }
+            };
+            for filter in [Filter::Bilinear, Filter::Bicubic] {
+                let mut scratch = Scratch::default();
+                pil(view, whole, filter, &mut scratch, &mut all);
+                pil_window(view, whole, window, filter, &mut scratch, &mut out);
+                same("window", &all, &out);
+                // With room for a few rows only.
+                for between in [0, 40 * window.width] {
+                    out.fill(0);
+                    let (src, scratch, out) = (view.into(), &mut scratch, &mut out[..]);
+                    Pil { src, whole, window, filter, between, scratch, out }.run();
+                    same("a few rows", &all, out);
+                }
+            }
+            tf_area(view, whole, Window::whole(whole), Out::U8 { pixels: &mut all, truncate: true });
+            tf_area(view, whole, window, Out::U8 { pixels: &mut out, truncate: true });
+            same("area", &all, &out);
+        }
+    }
+
+    /// The whole of these would have gigabytes.
+    #[test]
+    fn long_thin_pictures_take_memory_of_their_own_size() {
+        let mut scratch = Scratch::default();
+        for (height, width) in
+            [(60_000, 1), (1, 60_000), (100_000, 2), (2, 100_000), (400_000, 1), (1, 400_000)]
+        {
+            let pixels: Vec<u8> = (0..height * width).flat_map(|i| [(i / 9000) as u8, 20, 90]).collect();
+            let view = View::new(&pixels, height, width);
+            let whole = covering((height, width), (256, 256));
+            let window = Window::centre_rounded(whole, (224, 224));
+            let mut out = vec![0; 224 * 224 * 3];
+            for filter in [Filter::Bilinear, Filter::Bicubic] {
+                pil_window(view, whole, window, filter, &mut scratch, &mut out);
+                let middle = (height * width / 2 / 9000) as u8;
+                assert!(out.chunks(3).all(|p| p[0].abs_diff(middle) <= 1 && p[1..] == [20, 90]), "{whole:?}");
+            }
+            tf_area(view, whole, window, Out::U8 { pixels: &mut out, truncate: true });
+            assert!(out.chunks(3).all(|p| p[1].abs_diff(20) <= 1 && p[2].abs_diff(90) <= 1), "{whole:?}");
+            // All of it in a square, too.
+            pil(view, (224, 224), Filter::Bicubic, &mut scratch, &mut out);
+            let weights = |taps: &PilTaps| taps.weights.capacity() * 4 + taps.exact.capacity() * 8;
+            let kept = [scratch.between.capacity(), scratch.line.capacity(), weights(&scratch.columns)];
+            let kept = kept.iter().sum::<usize>() + weights(&scratch.rows);
+            assert!(kept < 2 * BETWEEN + 40 * pixels.len(), "{kept} bytes for {height}x{width}");
+        }
     }
 }

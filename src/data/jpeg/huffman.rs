@@ -56,6 +56,8 @@ impl Entry {
 #[derive(Debug)]
 pub(super) struct Huffman {
     fast: Box<[Entry; 1 << LOOKUP]>,
+    /// The same as length and symbol, for scans in which a symbol means something else; length 0: the code is longer.
+    plain: Box<[(u8, u8); 1 << LOOKUP]>,
     /// For each length: one past the largest code, as the first of 16 bits.
     limit: [u32; 17],
     /// For each length: index of its first symbol, minus its first code.
@@ -69,6 +71,7 @@ impl Default for Huffman {
     fn default() -> Self {
         Self {
             fast: Box::new([Entry(0); 1 << LOOKUP]),
+            plain: Box::new([(0, 0); 1 << LOOKUP]),
             limit: [0; 17],
             first: [0; 17],
             symbols: [0; 256],
@@ -91,6 +94,7 @@ impl Huffman {
     pub(super) fn define(&mut self, counts: &[u8; 16], symbols: &[u8], is_dc: bool) -> Option<()> {
         self.defined = false;
         self.fast.fill(Entry(0));
+        self.plain.fill((0, 0));
         self.symbols[..symbols.len()].copy_from_slice(symbols);
         let (mut code, mut index) = (0u32, 0usize);
         for length in 1..=16u32 {
@@ -100,7 +104,7 @@ impl Huffman {
                     return None;
                 }
                 let symbol = symbols[index];
-                if is_dc && symbol > 11 {
+                if is_dc && symbol > 15 {
                     return None;
                 }
                 if length <= LOOKUP {
@@ -122,6 +126,7 @@ impl Huffman {
     fn enter(&mut self, code: u32, length: u32, symbol: u8, is_dc: bool) {
         let entry = Self::entry(length, symbol, is_dc);
         let free = LOOKUP - length;
+        self.plain[(code << free) as usize..][..1 << free].fill((length as u8, symbol));
         let all = &mut self.fast[(code << free) as usize..][..1 << free];
         let size = entry.size();
         if size > free || size == 0 {
@@ -146,10 +151,15 @@ impl Huffman {
     #[cold]
     #[inline(never)]
     fn long(&self, bits: u64, is_dc: bool) -> Option<Entry> {
+        let (length, symbol) = self.long_symbol(bits)?;
+        Some(Self::entry(length, symbol, is_dc))
+    }
+
+    fn long_symbol(&self, bits: u64) -> Option<(u32, u8)> {
         let top = (bits >> 48) as u32;
         let length = (LOOKUP + 1..=16).find(|l| top < self.limit[*l as usize])?;
         let index = (top >> (16 - length)) as i32 + self.first[length as usize];
-        Some(Self::entry(length, *self.symbols.get(usize::try_from(index).ok()?)?, is_dc))
+        Some((length, *self.symbols.get(usize::try_from(index).ok()?)?))
     }
 }
 
@@ -248,6 +258,53 @@ impl<'a> Bits<'a> {
         Some(())
     }
 
+    /// Where the next marker is to be looked for: nothing before it is one.
+    pub(super) fn position(&self) -> usize {
+        self.at
+    }
+
+    /// After damage: goes on behind the next restart marker if it has this number.
+    pub(super) fn find_restart(&mut self, index: usize) -> Option<()> {
+        let rest = self.data.get(self.at..)?;
+        let is_marker = |pair: &[u8]| pair[0] == 0xFF && !matches!(pair[1], 0 | 0xFF);
+        let at = self.at + rest.windows(2).position(is_marker)?;
+        *self = Self { at, ..Self::new(self.data) };
+        self.restart(index)
+    }
+
+    /// The next `count` bits, at most 16.
+    #[inline(always)]
+    pub(super) fn take(&mut self, count: u32) -> u32 {
+        if self.count < 32 {
+            self.fill();
+        }
+        // In two steps: a shift by 64 is none.
+        let value = (self.bits >> 1 >> (63 - count)) as u32;
+        self.drop(count);
+        value
+    }
+
+    /// The next symbol as it is.
+    #[inline(always)]
+    pub(super) fn symbol(&mut self, code: &Huffman) -> Option<u8> {
+        if self.count < 32 {
+            self.fill();
+        }
+        let (mut length, mut symbol) = code.plain[(self.bits >> (64 - LOOKUP)) as usize];
+        if length == 0 {
+            let (long, found) = code.long_symbol(self.bits)?;
+            (length, symbol) = (long as u8, found);
+        }
+        self.drop(length.into());
+        Some(symbol)
+    }
+
+    /// A value of `size` bits, of which 0 stand for 0.
+    #[inline(always)]
+    pub(super) fn value(&mut self, size: u32) -> i16 {
+        if size == 0 { 0 } else { extend(self.take(size), size) }
+    }
+
     /// The next entry of a code, and its value.
     #[inline(always)]
     fn next(&mut self, code: &Huffman, is_dc: bool) -> Option<(u32, i16)> {
@@ -325,7 +382,7 @@ impl<'a> Bits<'a> {
 
 /// Place, row by row, of each coefficient in the order of the file.
 #[rustfmt::skip]
-const ZIGZAG: [u8; 64] = [
+pub(super) const ZIGZAG: [u8; 64] = [
      0,  1,  8, 16,  9,  2,  3, 10,
     17, 24, 32, 25, 18, 11,  4,  5,
     12, 19, 26, 33, 40, 48, 41, 34,

@@ -1,24 +1,31 @@
-//! A JPEG decoder for what photo collections are made of: baseline, Huffman-coded, grey or YCbCr with full or halved
-//! chroma. It decodes a window of the picture and leaves out what the window does not need: rows below it altogether,
-//! transforms and colours of everything beside it. It can decode at a half, a quarter or an eighth of the size. Its pixels
-//! are libjpeg's to the bit (accurate transform, "fancy" upsampling), hence Pillow's and OpenCV's.
+//! A JPEG decoder. Its pixels are libjpeg's to the bit (accurate transform, "fancy" upsampling), hence Pillow's and
+//! OpenCV's. It can decode a window of the picture, and at a half, a quarter or an eighth of the size.
 //!
-//! Everything else (progressive, arithmetic, CMYK, 12 bits, several scans, damage of any kind) is [`None`], and the
-//! caller asks a general decoder. So nothing here explains what is wrong with a file.
+//! Photo collections are made of baseline pictures, grey or YCbCr with full or halved chroma, in one scan. These are decoded
+//! as they are read, and what the window does not need is left out: rows below it altogether, transforms and colours of
+//! everything beside it. Everything else (progressive, several scans, other samplings, CMYK, RGB, damage) goes to
+//! [`general`], which collects all coefficients first. What neither takes (arithmetic, lossless, 12 bits) is refused by name.
 //!
-//! [`parse`] reads the segments (ITU-T T.81, annex B), [`huffman`] the scan, [`isa`] transforms, [`rows`] makes pixels;
-//! [`scaled`] knows what is different in a smaller picture.
+//! [`parse`] reads the segments of the common kind (ITU-T T.81, annex B), [`huffman`] bits and codes, [`isa`] transforms,
+//! [`rows`] makes pixels; [`scaled`] knows what is different in a smaller picture, [`scan`] reads any scan.
 
+mod general;
 mod huffman;
 mod isa;
 mod rows;
 mod scaled;
+mod scan;
+#[cfg(test)]
+mod written;
 
 use super::picture::{Scale, Window};
+use crate::error::Result;
 use huffman::{Bits, Huffman};
 use isa::{Isa, Portable};
 use rows::Output;
 use scaled::Layout;
+
+pub use general::Collected;
 
 /// Memory that a worker uses again for every picture.
 #[derive(Debug, Default)]
@@ -29,6 +36,7 @@ pub struct Scratch {
     planes: [Vec<u8>; 3],
     /// Lines of one component on their way to pixels.
     lines: rows::Lines,
+    general: general::Memory,
     counts: Counts,
 }
 
@@ -43,7 +51,7 @@ pub struct Counts {
     pub reduced: usize,
 }
 
-/// A picture that can be decoded here.
+/// A picture of the common kind.
 #[derive(Clone, Debug)]
 pub struct Frame<'a> {
     pub height: usize,
@@ -69,7 +77,7 @@ struct Component {
     ac: usize,
 }
 
-/// Reads the segments up to the scan. `None`: not for this decoder.
+/// Reads the segments up to the scan. `None`: not of the common kind.
 pub fn parse<'a>(bytes: &'a [u8], scratch: &mut Scratch) -> Option<Frame<'a>> {
     scratch.dc.iter_mut().chain(&mut scratch.ac).for_each(Huffman::clear);
     let mut tables = [[0i16; 64]; 4];
@@ -86,7 +94,7 @@ pub fn parse<'a>(bytes: &'a [u8], scratch: &mut Scratch) -> Option<Frame<'a>> {
         at += 2 + length;
         match marker {
             0xC0 | 0xC1 if frame.is_none() => frame = Some(read_frame(body)?),
-            0xC4 => read_huffman(body, scratch)?,
+            0xC4 => read_huffman(body, &mut scratch.dc, &mut scratch.ac)?,
             0xDB => read_quant(body, &mut tables)?,
             0xDD => restart = usize::from(word(body)?),
             0xDA => {
@@ -175,6 +183,10 @@ fn read_frame(body: &[u8]) -> Option<Frame<'static>> {
             return None;
         }
     }
+    let ids = frame.components.map(|c| c.id);
+    if count == 3 && (ids[0] == ids[1] || ids[0] == ids[2] || ids[1] == ids[2]) {
+        return None;
+    }
     if count == 1 {
         // A scan of one component is not interleaved: its blocks come one by one.
         (frame.components[0].across, frame.components[0].down) = (1, 1);
@@ -188,25 +200,31 @@ fn read_frame(body: &[u8]) -> Option<Frame<'static>> {
 fn read_quant(mut body: &[u8], tables: &mut [[i16; 64]; 4]) -> Option<()> {
     while let [head, rest @ ..] = body {
         let table = tables.get_mut(usize::from(head & 15))?;
-        // 16-bit factors belong to 12-bit pictures.
-        if head >> 4 != 0 || rest.len() < 64 {
-            return None;
+        let is_wide = head >> 4 != 0;
+        let (factors, after) = rest.split_at_checked(if is_wide { 128 } else { 64 })?;
+        if is_wide {
+            // Products are taken modulo 2^16.
+            table
+                .iter_mut()
+                .zip(factors.chunks_exact(2))
+                .for_each(|(to, f)| *to = i16::from_be_bytes([f[0], f[1]]));
+        } else {
+            table.iter_mut().zip(factors).for_each(|(factor, byte)| *factor = i16::from(*byte));
         }
-        table.iter_mut().zip(rest).for_each(|(factor, byte)| *factor = i16::from(*byte));
-        body = &rest[64..];
+        body = after;
     }
     Some(())
 }
 
-fn read_huffman(mut body: &[u8], scratch: &mut Scratch) -> Option<()> {
+fn read_huffman(mut body: &[u8], dc: &mut [Huffman; 4], ac: &mut [Huffman; 4]) -> Option<()> {
     while let [head, rest @ ..] = body {
         let counts: &[u8; 16] = rest.get(..16)?.try_into().ok()?;
         let total: usize = counts.iter().map(|n| usize::from(*n)).sum();
         let symbols = rest.get(16..16 + total).filter(|s| s.len() <= 256)?;
         let index = usize::from(head & 15);
         match head >> 4 {
-            0 => scratch.dc.get_mut(index)?.define(counts, symbols, true)?,
-            1 => scratch.ac.get_mut(index)?.define(counts, symbols, false)?,
+            0 => dc.get_mut(index)?.define(counts, symbols, true)?,
+            1 => ac.get_mut(index)?.define(counts, symbols, false)?,
             _ => return None,
         }
         body = &rest[16 + total..];
@@ -257,6 +275,40 @@ impl Frame<'_> {
     }
 }
 
+/// Reads all scans of a picture of any kind, which is `size` (H, W). The error says what is wrong with it, or not
+/// supported.
+pub fn collect(bytes: &[u8], size: (usize, usize), scratch: &mut Scratch) -> Result<Collected> {
+    scratch.forget_counts();
+    general::collect(bytes, size, scratch)
+}
+
+impl Collected {
+    /// Makes the pixels of `window`, which lies inside the picture at `scale`, in `out`, `[window.height, window.width, 3]`.
+    pub fn decode(&self, scale: Scale, window: Window, scratch: &mut Scratch, out: &mut [u8]) {
+        assert_eq!(out.len(), window.height * window.width * 3);
+        let memory = &mut scratch.general;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(avx2) = isa::Avx2::detect() {
+            // SAFETY: `avx2` is the proof that the processor has the features that the function is compiled for.
+            return unsafe { paint_avx2(avx2, self, scale, window, memory, out) };
+        }
+        self.paint(Portable, scale, window, memory, out);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
+fn paint_avx2(
+    isa: isa::Avx2,
+    picture: &Collected,
+    scale: Scale,
+    window: Window,
+    memory: &mut general::Memory,
+    out: &mut [u8],
+) {
+    picture.paint(isa, scale, window, memory, out);
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
 fn decode_avx2(
@@ -289,7 +341,7 @@ fn decode<I: Isa>(
         (window.y + window.height + margin.0).div_ceil(mcu.0).min(frame.mcus_down()),
         (window.x + window.width + margin.1).div_ceil(mcu.1).min(frame.mcus_across()),
     );
-    let Scratch { dc, ac, planes, lines, counts } = scratch;
+    let Scratch { dc, ac, planes, lines, counts, .. } = scratch;
     let mut output = Output::new(layout, window, first.1 * mcu.1, (end.1 - first.1) * mcu.1, lines);
     for (c, plane) in planes.iter_mut().enumerate().take(frame.count) {
         plane.resize(output.plane_len(c), 0);
@@ -380,6 +432,12 @@ impl Scratch {
     /// What the last picture took.
     pub fn counts(&self) -> Counts {
         self.counts
+    }
+
+    /// Bytes that are kept for the next picture.
+    pub fn memory(&self) -> usize {
+        let planes = self.planes.iter().map(Vec::capacity).sum::<usize>();
+        planes + self.general.bytes()
     }
 
     /// The next picture may not be decoded here.

@@ -113,45 +113,74 @@ impl<'a> Output<'a> {
         let Layout { mcu, halved, is_smooth, .. } = self.layout;
         let top = mcu_row * mcu.0 / halved.0;
         let own = y / halved.0;
-        let other = match (halved.0, y % 2) {
-            (1, _) => own,
-            (_, 0) => own.saturating_sub(1),
+        let other = match y % 2 {
+            0 => own.saturating_sub(1),
             _ => (own + 1).min(self.chroma_rows - 1),
         };
         let end = self.chroma_end;
+        let stretch = Stretch { down: halved.0, across: halved.1, is_smooth };
         let Lines { sums, chroma, .. } = &mut *self.lines;
         for (plane, line) in planes[1..].iter().zip(chroma) {
             let row = |row: usize| &plane[(row + 1 - top) * stride..][..stride];
-            match (halved, is_smooth) {
-                ((1, 1), _) => line.copy_from_slice(row(own)),
-                ((_, across), false) => {
-                    for (x, sample) in line.iter_mut().enumerate() {
-                        *sample = row(own)[x / across];
+            // Where no neighbour counts, its row may not be there.
+            let other = if halved.0 == 2 && is_smooth { row(other) } else { row(own) };
+            stretch.row(row(own), other, y % 2, end, sums, line);
+        }
+    }
+}
+
+/// How the samples of a component become as many as the picture has pixels.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stretch {
+    /// Pixels of one sample, in each direction.
+    pub(super) down: usize,
+    pub(super) across: usize,
+    /// Whether two pixels of one sample look at its neighbours. More than two are copies.
+    pub(super) is_smooth: bool,
+}
+
+impl Stretch {
+    /// One row of pixels, of the row of samples that it lies in and the other one that is nearest to it. `y` is the row of
+    /// pixels modulo `down`; `end` samples belong to the picture; `sums` are two longer than a row of samples.
+    #[inline(always)]
+    pub(super) fn row(
+        self,
+        own: &[u8],
+        other: &[u8],
+        y: usize,
+        end: usize,
+        sums: &mut [u16],
+        line: &mut [u8],
+    ) {
+        match (self.down, self.across, self.is_smooth) {
+            (_, 1, false) | (1, 1, _) => line.copy_from_slice(own),
+            (2, 1, true) => {
+                let bias = 1 + y as u16;
+                for ((sample, near), far) in line.iter_mut().zip(own).zip(other) {
+                    *sample = ((3 * u16::from(*near) + u16::from(*far) + bias) >> 2) as u8;
+                }
+            }
+            (1 | 2, 2, true) => {
+                let inner = &mut sums[1..=end];
+                if self.down == 1 {
+                    inner.iter_mut().zip(own).for_each(|(sum, s)| *sum = u16::from(*s));
+                } else {
+                    for ((sum, near), far) in inner.iter_mut().zip(own).zip(other) {
+                        *sum = 3 * u16::from(*near) + u16::from(*far);
                     }
                 }
-                ((_, 1), true) => {
-                    let bias = 1 + (y % 2) as u16;
-                    for ((sample, near), far) in line.iter_mut().zip(row(own)).zip(row(other)) {
-                        *sample = ((3 * u16::from(*near) + u16::from(*far) + bias) >> 2) as u8;
-                    }
+                sums[0] = sums[1];
+                sums[end + 1] = sums[end];
+                let sums = &sums[..end + 2];
+                if self.down == 1 {
+                    widen::<2, 1, 2>(sums, line);
+                } else {
+                    widen::<4, 8, 7>(sums, line);
                 }
-                ((down, _), true) => {
-                    let inner = &mut sums[1..=end];
-                    if down == 1 {
-                        inner.iter_mut().zip(row(own)).for_each(|(sum, s)| *sum = u16::from(*s));
-                    } else {
-                        for ((sum, near), far) in inner.iter_mut().zip(row(own)).zip(row(other)) {
-                            *sum = 3 * u16::from(*near) + u16::from(*far);
-                        }
-                    }
-                    sums[0] = sums[1];
-                    sums[end + 1] = sums[end];
-                    let sums = &sums[..end + 2];
-                    if down == 1 {
-                        widen::<2, 1, 2>(sums, line);
-                    } else {
-                        widen::<4, 8, 7>(sums, line);
-                    }
+            }
+            _ => {
+                for (x, sample) in line.iter_mut().enumerate() {
+                    *sample = own[x / self.across];
                 }
             }
         }
@@ -172,7 +201,7 @@ fn widen<const SHIFT: u32, const LEFT: u16, const RIGHT: u16>(sums: &[u16], line
 
 /// YCbCr to RGB, one channel after the other.
 #[inline(always)]
-fn colour(luma: &[u8], cb: &[u8], cr: &[u8], rgb: &mut [Vec<u8>; 3]) {
+pub(super) fn colour(luma: &[u8], cb: &[u8], cr: &[u8], rgb: &mut [Vec<u8>; 3]) {
     const ROUND: i32 = 1 << 15;
     let [r, g, b] = rgb;
     let n = luma.len();

@@ -103,6 +103,7 @@ impl Filler {
         }
         let made = self.each_sample(slot, batch, |i, buffers, mut target| {
             let WorkerBuffers { decoder, augment: buffers } = buffers;
+            decoder.set_exif(self.spec.exif);
             let drawn = order[i];
             if let Some(next) = order.get(i + 1) {
                 self.dataset.prefetch(next.record);
@@ -145,7 +146,8 @@ impl Filler {
         let first = self.number(slot.position, 0, 1) as usize;
         let count = self.dataset.len().saturating_sub(first).min(self.spec.batch);
         let made = self.each_sample(slot, count, |i, buffers, mut target| {
-            let WorkerBuffers { decoder, augment: buffers, .. } = buffers;
+            let WorkerBuffers { decoder, augment: buffers } = buffers;
+            decoder.set_exif(self.spec.exif);
             let made = self.dataset.record(first + i).and_then(|stored| {
                 let view = pixels(&stored, decoder, Wanted::whole)?.view;
                 augment::evaluate(resize, crop_ratio, view, self.spec.image, buffers, target.again());

@@ -9,8 +9,8 @@ use image::codecs::png::{CompressionType, FilterType, PngEncoder};
 use rayon::prelude::*;
 
 use crate::data::augment::resize::{self, Filter};
-use crate::data::decode::{self, Decoder};
-use crate::data::picture::{Picture, View};
+use crate::data::decode::{self, Decoder, MAX_PIXELS};
+use crate::data::picture::{Picture, View, Window};
 use crate::data::shard::Record;
 use crate::data::source::{Item, Source};
 use crate::error::{Error, Result};
@@ -42,7 +42,13 @@ impl FromStr for Target {
 const DEFAULT_QUALITY: u8 = 92;
 
 /// The conversion that one pack applies to every record.
-pub(super) enum Converter {
+pub(super) struct Converter {
+    form: Form,
+    /// Pictures are turned as their EXIF orientation says.
+    exif: bool,
+}
+
+enum Form {
     /// u8 pixels of this size.
     Raw { height: usize, width: usize, resize: bool },
     /// Encoded pictures; `None` twice keeps the bytes.
@@ -51,54 +57,40 @@ pub(super) enum Converter {
 
 impl Converter {
     pub(super) fn new(source: &Source, options: Options) -> Result<Self> {
-        let Options { format, size, quality, .. } = options;
-        if format == Some(Format::Raw) && quality.is_some() {
-            return Err(Error::usage("`--quality` is for JPEG pictures, and raw pixels have none")
-                .hint("leave out `--quality`, or use `--format jpeg`"));
-        }
-        // Raw pixels need one size: the one that is asked for, or the one that all pictures have.
-        let raw = |(height, width), resize| Converter::Raw { height, width, resize };
-        match (format, size) {
-            (Some(Format::Jpeg), _) => Ok(Converter::Encoded { size, quality }),
-            (Some(Format::Raw), Some(Target::Shorter(n))) => Ok(raw((n, n), true)),
-            (Some(Format::Raw), Some(Target::Exactly(h, w))) => Ok(raw((h, w), true)),
-            (Some(Format::Raw), None) => match common_size(source) {
-                Ok(size) => Ok(raw(size, false)),
-                Err(why) => fail_raw(why),
-            },
-            (None, _) if quality.is_some() => Ok(Converter::Encoded { size, quality }),
-            (None, size) => match (common_size(source), size) {
-                (Ok(common), None) if small(common) => Ok(raw(common, false)),
-                (Ok(common), Some(Target::Shorter(n))) if small(common) => Ok(raw((n, n), true)),
-                (Ok(common), Some(Target::Exactly(h, w))) if small(common) => Ok(raw((h, w), true)),
-                _ => Ok(Converter::Encoded { size, quality }),
-            },
-        }
+        let exif = options.exif;
+        Ok(Self { form: Form::new(source, options)?, exif })
+    }
+
+    /// Of a [`super::Decoder`] for it.
+    pub(super) fn exif(&self) -> bool {
+        self.exif
     }
 
     pub(super) fn format(&self) -> Format {
-        match self {
-            Converter::Raw { .. } => Format::Raw,
-            Converter::Encoded { .. } => Format::Jpeg,
+        match self.form {
+            Form::Raw { .. } => Format::Raw,
+            Form::Encoded { .. } => Format::Jpeg,
         }
     }
 
     /// (H, W) of raw pixels.
     pub(super) fn image(&self) -> Option<(usize, usize)> {
-        match self {
-            Converter::Raw { height, width, .. } => Some((*height, *width)),
-            Converter::Encoded { .. } => None,
+        match self.form {
+            Form::Raw { height, width, .. } => Some((height, width)),
+            Form::Encoded { .. } => None,
         }
     }
 
     /// The bytes to store. What is kept as it came is verified ([`Decoder::verify`]), the rest is decoded.
     pub(super) fn convert<'a>(&self, record: Record<'a>, decoder: &mut Decoder) -> Result<Cow<'a, [u8]>> {
         // A picture that is kept as it came needs no copy.
-        match (self, &record) {
-            (Converter::Encoded { size: None, quality: None }, Record::Encoded(bytes)) => {
+        match (&self.form, &record) {
+            (Form::Encoded { size: None, quality: None }, Record::Encoded(bytes))
+                if !self.exif || !decoder.turns(bytes) =>
+            {
                 decoder.verify(bytes)?;
             }
-            (Converter::Raw { height, width, .. }, Record::Raw { height: h, width: w, .. })
+            (Form::Raw { height, width, .. }, Record::Raw { height: h, width: w, .. })
                 if (height, width) == (h, w) => {}
             _ => return self.changed(&record, decoder).map(Cow::Owned),
         }
@@ -109,27 +101,28 @@ impl Converter {
     }
 
     fn changed(&self, record: &Record, decoder: &mut Decoder) -> Result<Vec<u8>> {
+        let turns = matches!(record, Record::Encoded(bytes) if self.exif && decoder.turns(bytes));
         let picture = match record {
             Record::Raw { pixels, height, width } => View::new(pixels, *height, *width),
             Record::Encoded(bytes) => decoder.decode(bytes)?,
         };
-        match *self {
-            Converter::Raw { height, width, resize } => {
+        match self.form {
+            Form::Raw { height, width, resize } => {
                 if !resize && picture.size() != (height, width) {
                     fail!("{} pixels, not {width}x{height}", dimensions(picture.size()));
                 }
-                Ok(fitted(picture, Target::Exactly(height, width)).pixels)
+                Ok(fitted(picture, Target::Exactly(height, width))?.pixels)
             }
-            Converter::Encoded { size, quality } => {
+            Form::Encoded { size, quality } => {
                 let fits = size.is_none_or(|size| goal(picture.size(), size).1 == picture.size());
                 match (record, quality) {
-                    (Record::Encoded(bytes), None) if fits => Ok(bytes.to_vec()),
+                    (Record::Encoded(bytes), None) if fits && !turns => Ok(bytes.to_vec()),
                     // Pixels without a picture format of their own lose nothing as PNG.
                     (Record::Raw { .. }, None) if fits => encode_png(picture),
                     _ => {
                         let fitted = match size {
-                            Some(size) => fitted(picture, size),
-                            None => fitted(picture, Target::Exactly(picture.height, picture.width)),
+                            Some(size) => fitted(picture, size)?,
+                            None => fitted(picture, Target::Exactly(picture.height, picture.width))?,
                         };
                         encode_jpeg(&fitted, quality.unwrap_or(DEFAULT_QUALITY))
                     }
@@ -139,20 +132,48 @@ impl Converter {
     }
 }
 
+impl Form {
+    fn new(source: &Source, options: Options) -> Result<Self> {
+        let Options { format, size, quality, exif, .. } = options;
+        if format == Some(Format::Raw) && quality.is_some() {
+            return Err(Error::usage("`--quality` is for JPEG pictures, and raw pixels have none")
+                .hint("leave out `--quality`, or use `--format jpeg`"));
+        }
+        // Raw pixels need one size: the one that is asked for, or the one that all pictures have.
+        let raw = |(height, width), resize| Form::Raw { height, width, resize };
+        match (format, size) {
+            (Some(Format::Jpeg), _) => Ok(Form::Encoded { size, quality }),
+            (Some(Format::Raw), Some(Target::Shorter(n))) => Ok(raw((n, n), true)),
+            (Some(Format::Raw), Some(Target::Exactly(h, w))) => Ok(raw((h, w), true)),
+            (Some(Format::Raw), None) => match common_size(source, exif) {
+                Ok(size) => Ok(raw(size, false)),
+                Err(why) => fail_raw(why),
+            },
+            (None, _) if quality.is_some() => Ok(Form::Encoded { size, quality }),
+            (None, size) => match (common_size(source, exif), size) {
+                (Ok(common), None) if small(common) => Ok(raw(common, false)),
+                (Ok(common), Some(Target::Shorter(n))) if small(common) => Ok(raw((n, n), true)),
+                (Ok(common), Some(Target::Exactly(h, w))) if small(common) => Ok(raw((h, w), true)),
+                _ => Ok(Form::Encoded { size, quality }),
+            },
+        }
+    }
+}
+
 fn small((height, width): (usize, usize)) -> bool {
     height.max(width) <= LARGEST_RAW_SIDE
 }
 
-fn fail_raw(why: String) -> Result<Converter> {
+fn fail_raw(why: String) -> Result<Form> {
     Err(Error::new(format!("raw pixels need one size: {why}"))
         .hint("give one with `--size N`, or keep the encoded pictures with `--format jpeg`"))
 }
 
 /// The size (H, W) of all pictures with a readable header; else a sentence that says why there is none.
-fn common_size(source: &Source) -> Result<(usize, usize), String> {
+fn common_size(source: &Source, exif: bool) -> Result<(usize, usize), String> {
     let size = |item: &&Item| match source.store.read(item).ok()? {
         Record::Raw { height, width, .. } => Some((height, width)),
-        Record::Encoded(bytes) => decode::header(&bytes).ok().map(|h| (h.height, h.width)),
+        Record::Encoded(bytes) => decode::size(&bytes, exif).ok(),
     };
     let mut common = None;
     // Photographs differ within the first few, and then nothing is read twice.
@@ -192,20 +213,27 @@ fn goal(from: (usize, usize), target: Target) -> ((usize, usize), (usize, usize)
     }
 }
 
-/// Resizes (antialiased) so that the target is just covered, then takes the centre.
-fn fitted(picture: View, target: Target) -> Picture {
+/// Resizes (antialiased) so that the target is just covered, and of that makes the centre.
+fn fitted(picture: View, target: Target) -> Result<Picture> {
     let (whole, kept) = goal(picture.size(), target);
-    let mut resized = Vec::new();
-    let view = if whole == picture.size() {
-        picture
+    let mut fitted = Picture::default();
+    if (kept.0 * kept.1) as u64 > MAX_PIXELS {
+        fail!(
+            "{} pixels would become {}, over the limit of {} million",
+            dimensions(picture.size()),
+            dimensions(kept),
+            MAX_PIXELS / 1_000_000
+        );
+    }
+    fitted.reset(kept)?;
+    let window = Window::centre(whole, kept);
+    if whole == picture.size() {
+        picture.shows(window).copy_to(&mut fitted.pixels);
     } else {
-        resized.resize(whole.0 * whole.1 * 3, 0);
-        resize::pil(picture, whole, Filter::Bicubic, &mut resize::Scratch::default(), &mut resized);
-        View::new(&resized, whole.0, whole.1)
-    };
-    let mut pixels = vec![0; kept.0 * kept.1 * 3];
-    view.centre(kept).copy_to(&mut pixels);
-    Picture { height: kept.0, width: kept.1, pixels }
+        let mut scratch = resize::Scratch::default();
+        resize::pil_window(picture, whole, window, Filter::Bicubic, &mut scratch, &mut fitted.pixels);
+    }
+    Ok(fitted)
 }
 
 fn encode_jpeg(picture: &Picture, quality: u8) -> Result<Vec<u8>> {

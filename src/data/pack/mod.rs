@@ -59,6 +59,8 @@ pub struct Options {
     /// Re-encode as JPEG of this quality, 1 to 100.
     pub quality: Option<u8>,
     pub on_bad_record: OnBadRecord,
+    /// Store pictures turned as their EXIF orientation says.
+    pub exif: bool,
     /// Share of the training records that become a data set of their own, chosen by a hash of their names: the validation
     /// part of a source without one, else `minival`.
     pub minival: f64,
@@ -194,9 +196,15 @@ impl PartWriter<'_> {
         for chunk in items[done..].chunks(CHUNK) {
             let converted: Vec<_> = chunk
                 .par_iter()
-                .map_init(Decoder::default, |decoder, item| {
-                    self.source.store.read(item).and_then(|record| self.converter.convert(record, decoder))
-                })
+                .map_init(
+                    || Decoder::upright(self.converter.exif()),
+                    |decoder, item| {
+                        self.source
+                            .store
+                            .read(item)
+                            .and_then(|record| self.converter.convert(record, decoder))
+                    },
+                )
                 .collect();
             for (item, bytes) in chunk.iter().zip(converted) {
                 match bytes {
@@ -236,6 +244,7 @@ impl PartWriter<'_> {
             version: Manifest::VERSION,
             format: self.converter.format().name().into(),
             image: self.converter.image(),
+            exif: self.converter.exif(),
             records,
             skipped,
             classes: self.source.classes.clone(),
