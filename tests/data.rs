@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicUsize;
 use vitrum::backend::batch::PlainMemory;
 use vitrum::backend::{Pixels, Slot, SlotLayout, TargetKind};
 use vitrum::data::dataset::{Dataset, MANIFEST, Manifest, Split, pair};
+use vitrum::data::decode::Decoder;
 use vitrum::data::loader::{Loader, LoaderSpec, Mode};
 use vitrum::data::pack::{self, Format, Options, Target};
 use vitrum::data::shard::Record;
@@ -270,6 +271,83 @@ fn sizes_are_what_was_asked_for() {
     let options = Options { format: Some(Format::Raw), ..DEFAULTS };
     let error = pack_with(&source, &temp.path().join("none"), options).unwrap_err().to_string();
     assert!(error.contains("60x41") && error.contains("--size"), "{error}");
+}
+
+/// Less common JPEGs, as libjpeg writes them, and its pixels as PNG (`tests/pictures/odd_jpeg.py`).
+#[test]
+fn odd_jpegs_have_libjpegs_pixels() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/odd");
+    let mut decoders = [Decoder::default(), Decoder::default()];
+    let mut compared = 0;
+    for (file, png) in tree(&dir).into_iter().filter(|(file, _)| file.extension().is_some_and(|e| e == "png"))
+    {
+        let jpeg = fs::read(dir.join(file.with_extension("jpg"))).unwrap();
+        let [ours, theirs] = &mut decoders;
+        let (ours, theirs) = (ours.decode(&jpeg).unwrap(), theirs.decode(&png).unwrap());
+        assert_eq!(ours.size(), theirs.size(), "{file:?}");
+        assert!((0..ours.height).all(|y| ours.row(y) == theirs.row(y)), "{file:?}");
+        compared += 1;
+    }
+    assert_eq!(compared, 24);
+}
+
+/// Every picture is stored lying on its side, and says so.
+#[test]
+fn exif_turns_pictures_in_training_evaluation_and_packs_if_it_is_asked_for() {
+    let temp = tempfile::tempdir().unwrap();
+    let source = temp.path().join("source");
+    small_folder(&source, 24, 36);
+    let plain = open(&source, Split::Train);
+    let stored: Vec<Vec<u8>> = pictures(&plain).into_values().map(|(_, pixels)| pixels).collect();
+    for file in tree(&source).into_keys() {
+        let mut bytes = fs::read(source.join(&file)).unwrap();
+        let exif = b"\0\0\0\x1AeXIfMM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0\0\0\0\0";
+        bytes.splice(33..33, *exif);
+        fs::write(source.join(file), bytes).unwrap();
+    }
+    // A quarter clockwise: the first row is the first column from below.
+    let upright = |pixels: &[u8]| -> Vec<u8> {
+        let places = (0..36).flat_map(|y| (0..24).map(move |x| ((23 - x) * 36 + y) * 3));
+        places.flat_map(|at| pixels[at..at + 3].to_vec()).collect()
+    };
+    let augment = AugmentSection { crop: Crop::Center, flip: false, ..Default::default() };
+    let modes =
+        [Mode::Eval { resize: EvalResize::Center, crop_ratio: 1.0 }, Mode::Train { augment, seed: 1 }];
+    for (mode, exif) in modes.into_iter().flat_map(|mode| [(mode.clone(), false), (mode, true)]) {
+        let image = if exif { (36, 24) } else { (24, 36) };
+        let layout = SlotLayout { samples: 6, image, pixels: Pixels::U8, targets: TargetKind::Labels };
+        let slot = Slot::new(Box::new(PlainMemory::new(layout.bytes()).unwrap()), layout);
+        let spec = LoaderSpec {
+            batch: 6,
+            image,
+            mode,
+            start_batch: 0,
+            workers: 1,
+            on_bad_record: OnBadRecord::Error,
+            exif,
+        };
+        let slot = Loader::new(Arc::new(plain.clone()), spec, vec![slot]).next().unwrap().unwrap();
+        for picture in slot.images_u8()[..6 * 24 * 36 * 3].chunks(24 * 36 * 3) {
+            let same = |from: &Vec<u8>| if exif { picture == upright(from) } else { picture == *from };
+            assert!(stored.iter().any(same), "exif {exif}");
+        }
+    }
+    for (exif, format) in
+        [(false, Format::Raw), (true, Format::Raw), (false, Format::Jpeg), (true, Format::Jpeg)]
+    {
+        let dest = temp.path().join(format!("{exif}-{}", format.name()));
+        let packed = pack_with(&source, &dest, Options { format: Some(format), exif, ..DEFAULTS }).unwrap();
+        let (data, raw) = (open(&dest, Split::Train), format == Format::Raw);
+        assert_eq!(packed.image, raw.then_some(if exif { (36, 24) } else { (24, 36) }));
+        assert_eq!(Manifest::read(&dest).unwrap().exif, exif);
+        for (i, (_, pixels)) in pictures(&data).into_values().enumerate() {
+            let expected = if exif { upright(&stored[i]) } else { stored[i].clone() };
+            let off: f64 = pixels.iter().zip(&expected).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
+            // What is turned and kept as a file is a JPEG.
+            let most = if exif && !raw { 12.0 } else { 0.0 };
+            assert!(off / expected.len() as f64 <= most, "{exif} {format:?}: {off}");
+        }
+    }
 }
 
 #[test]
