@@ -180,7 +180,8 @@ pub(super) fn say(line: &str) {
     static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
     if said.insert(line.to_owned()) {
-        // Nobody may be there to read it.
-        let _ = writeln!(std::io::stderr(), "note: {line}");
+        // Names may hold anything, and nobody may be there to read them.
+        let plain = line.replace(char::is_control, "?");
+        let _ = writeln!(std::io::stderr(), "note: {plain}");
     }
 }
