@@ -43,7 +43,7 @@ fn data_that_cannot_train_is_refused() {
     fs::create_dir_all(Path::new(&empty).join("notes")).unwrap();
     refuses(1, &[&format!("data.train={empty}")], &[&empty, "no pictures in class folders", "hint: "]);
     fs::write(Path::new(&empty).join("notes/readme.txt"), "no pictures").unwrap();
-    refuses(1, &[&format!("data.train={empty}")], &[&empty, "no picture among its 1 files"]);
+    refuses(1, &[&format!("data.train={empty}")], &[&empty, "1 file is left out, no pictures"]);
 
     let one_class = path("one-class");
     fs::create_dir_all(Path::new(&one_class).join("cat")).unwrap();
