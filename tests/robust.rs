@@ -46,7 +46,7 @@ fn data_that_cannot_train_is_refused() {
     fs::create_dir_all(Path::new(&empty).join("notes")).unwrap();
     refuses(1, &[&format!("data.train={empty}")], &[&empty, "no pictures in class folders", "hint: "]);
     fs::write(Path::new(&empty).join("notes/readme.txt"), "no pictures").unwrap();
-    refuses(1, &[&format!("data.train={empty}")], &[&empty, "no picture among its 1 files"]);
+    refuses(1, &[&format!("data.train={empty}")], &[&empty, "1 file is left out, no pictures"]);
 
     let one_class = path("one-class");
     fs::create_dir_all(Path::new(&one_class).join("cat")).unwrap();
@@ -399,7 +399,9 @@ fn pictures_and_data_that_do_not_fit_the_weights_are_named() {
     let predict = |picture: &str| vitrum(&["predict", "--weights", trained(), picture]);
     predict(&text).exits(1).says(&[&text, "JPEG, PNG, WebP, GIF, BMP and TIFF are supported"]);
     predict("/no/such/picture.png").exits(1).says(&["/no/such/picture.png"]);
-    predict(stripes()).exits(1).says(&[stripes()]);
+    let empty = path("no-pictures");
+    fs::create_dir_all(&empty).unwrap();
+    predict(&empty).exits(1).says(&["no picture to look at", "hint: "]);
 
     let eval = |data: &str| vitrum(&["eval", "--weights", trained(), "--data", data]);
     let two = path("two-classes");

@@ -154,6 +154,10 @@ fn parts_have_many_names_and_test_is_validation_only_where_there_is_none() {
     save_png(&flat.join("train/1.png"), 4, 4, 1);
     save_png(&flat.join("test/2.png"), 4, 4, 1);
     assert!(why(&flat).contains("no class folders inside"), "{}", why(&flat));
+    // A third folder of another name does not make classes of two parts.
+    let three = made("three-words", &["seg_train", "seg_test"]);
+    save_png(&three.join("seg_pred/all/1.png"), 4, 4, 1);
+    assert_eq!(lens(&source(&three).unwrap()), [6, 6, 6]);
     // A class may be called so.
     fs::rename(flat.join("test"), flat.join("bus")).unwrap();
     assert_eq!(source(&flat).unwrap().classes, ["bus", "train"]);

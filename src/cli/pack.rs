@@ -18,8 +18,9 @@ const GRACE: Duration = Duration::from_secs(3);
 /// Packs pictures into a data set.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// An image folder (`CLASS/...`, or `train/CLASS/...` and `val/CLASS/...`), a tar archive of such paths or of WebDataset
-    /// samples, a folder of such archives, CIFAR binaries, or a manifest (`.csv`, `.tsv`, `.jsonl`) of paths and labels
+    /// An image folder (`CLASS/...`, or `train/CLASS/...` and `val/CLASS/...`), a tar archive of such paths, of an archive
+    /// for each class or of WebDataset samples, a folder of such archives, CIFAR binaries, or a manifest (`.csv`, `.tsv`,
+    /// `.jsonl`, `.txt`) of paths and labels
     pub source: PathBuf,
     /// The folder to make; with `--check` alone, SOURCE may itself be a packed data set
     pub dest: Option<PathBuf>,

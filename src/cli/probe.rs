@@ -78,6 +78,10 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::new(format!("{}: {lacks}", train.name()))
             .hint("give a folder with `train/` and `val/` inside"));
     }
+    if train.classes() != val.classes() {
+        return Err(Error::new(format!("{}: its parts have other classes", train.name()))
+            .hint("give both the same class folders (an empty folder counts as a class)"));
+    }
     super::say_part(&args.data, part, val.len());
     if let Some(images) = args.images {
         train = train.take(images as usize);

@@ -65,7 +65,9 @@ fn add_folder(folder: &Path, split: Option<Split>, found: &mut Vec<PathBuf>) -> 
     let Some(split) = split else {
         let (pictures, others) = pictures_below(folder)?;
         if others > 0 {
-            say(&format!("{}: {others} files that are no pictures are left out", folder.display()));
+            let which = if others == 1 { "1 file that is no picture" } else { "files that are no pictures" };
+            let number = if others == 1 { String::new() } else { format!("{others} ") };
+            say(&format!("{}: left out {number}{which}", folder.display()));
         }
         found.extend(pictures);
         return Ok(());

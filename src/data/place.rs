@@ -180,6 +180,7 @@ pub(super) fn say(line: &str) {
     static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
     if said.insert(line.to_owned()) {
-        terminal::note(line);
+        // A name may hold an end of a line.
+        terminal::note(&terminal::one_line(line));
     }
 }

@@ -46,9 +46,7 @@ pub(super) fn open(path: &Path, binaries: &[PathBuf]) -> Result<Source> {
     let (count, names_file) =
         if label_bytes == 1 { (10, "batches.meta.txt") } else { (100, "fine_label_names.txt") };
     let mut listing = Listing::default();
-    for class in cifar_classes(&binaries[0].with_file_name(names_file), count)? {
-        listing.label(&class);
-    }
+    cifar_classes(&binaries[0].with_file_name(names_file), count)?.into_iter().for_each(|c| listing.give(c));
     for (file, (binary, bytes)) in binaries.iter().zip(&maps).enumerate() {
         let name = binary.file_name().unwrap_or_default().to_string_lossy();
         // A file alone is what it is; of several, those without a part's name are for training.

@@ -63,8 +63,13 @@ fn parts(tops: &Tops) -> Result<Vec<(Split, String)>> {
     let is_part = |name: &&str| !tops[name].inside.is_empty();
     let of_one_word = full.iter().copied().filter(|name| Split::of_word(name).is_some()).filter(is_part);
     let mut folders: Vec<&str> = of_one_word.collect();
+    // A longer name may be a class's (`train station`), unless all are such or two parts are named.
     let all_named = !full.is_empty() && full.iter().all(|name| Split::of(name).is_some());
-    if folders.is_empty() && all_named {
+    let named_parts: BTreeSet<Split> =
+        full.iter().filter(|n| is_part(n)).filter_map(|n| Split::of(n)).collect();
+    if folders.is_empty() && named_parts.len() > 1 && named_parts.contains(&Split::Train) {
+        folders = full.iter().copied().filter(is_part).filter(|name| Split::of(name).is_some()).collect();
+    } else if folders.is_empty() && all_named {
         folders = full.iter().copied().filter(is_part).collect();
         if folders.is_empty() && (full.len() > 1 || Split::of_word(full[0]).is_some()) {
             return Err(Error::new(format!(

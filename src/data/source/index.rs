@@ -133,6 +133,8 @@ impl Walk<'_> {
             } else if strays::is_junk(&name) {
                 index.strays.push(format!("{path}/"));
             } else if entry.path().join(RECIPE).is_file() {
+                // Looked at again when it is no run any more.
+                index.folders.push((path.clone(), changed(&entry.path()).unwrap_or(0)));
                 index.runs.push(format!("{path}/"));
             } else if is_link && below_link && self.is_inside(&entry.path()) {
                 index.cut.push(path);

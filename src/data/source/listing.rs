@@ -13,7 +13,7 @@ use super::{Item, Parts, Source, Store};
 pub(super) enum Labels {
     /// Names of classes. Where all are whole numbers, they are in the order of the numbers.
     Names,
-    /// Names, or, where all are whole numbers that start at 0 and leave out no more than they use, class indices.
+    /// Names, or class indices, where all are whole numbers that start at 0 and leave out no more than they use.
     NamesOrIndices,
     /// Names in the order in which they were given.
     Given,
@@ -32,6 +32,10 @@ pub(super) struct Listing {
 }
 
 impl Listing {
+    pub(super) fn new(several: bool) -> Self {
+        Self { several, ..Self::default() }
+    }
+
     /// The label that a word stands for.
     pub(super) fn label(&mut self, word: &str) -> usize {
         if let Some(place) = self.places.get(word) {
@@ -40,6 +44,11 @@ impl Listing {
         self.words.push(word.to_owned());
         self.places.insert(word.to_owned(), self.words.len() - 1);
         self.words.len() - 1
+    }
+
+    /// Adds a class of this name, of which there may be two: for [`Labels::Given`].
+    pub(super) fn give(&mut self, name: String) {
+        self.words.push(name);
     }
 
     pub(super) fn push(&mut self, split: Option<Split>, item: Item) {
@@ -58,8 +67,8 @@ impl Listing {
     /// The source. Records without a part belong to training where others have one.
     pub(super) fn finish(mut self, labels: Labels, store: Store) -> Result<Source> {
         let (classes, numbers) = self.classes(labels);
-        let mut parts = Parts::default();
-        parts.is_split = self.records.iter().any(|(split, _)| split.is_some());
+        let is_split = self.records.iter().any(|(split, _)| split.is_some());
+        let mut parts = Parts { is_split, ..Parts::default() };
         let mut seen = vec![false; classes.len()];
         for (split, mut item) in std::mem::take(&mut self.records) {
             item.label = numbers.get(item.label).copied().unwrap_or(0);
@@ -81,8 +90,8 @@ impl Listing {
         } else if !test.is_empty() {
             let (records, verb) = (count(test.len(), "record"), if test.len() == 1 { "is" } else { "are" });
             let of = "of the test part";
-            self.notes
-                .push(format!("{records} {of} {verb} left out; `--split test` measures the model on it"));
+            let left = "left out of training and validation";
+            self.notes.push(format!("{records} {of} {verb} {left}; `--split test` measures a model on it"));
         }
         let without: Vec<&String> = classes.iter().zip(&seen).filter(|(_, s)| !**s).map(|(c, _)| c).collect();
         if !without.is_empty() && without.len() < classes.len() {

@@ -232,8 +232,7 @@ fn json_lines(text: &str) -> Result<(Vec<Row>, bool)> {
 }
 
 fn arrange(path: &Path, rows: Vec<Row>, several: bool) -> Result<Source> {
-    let mut listing = Listing::default();
-    listing.several = several;
+    let mut listing = Listing::new(several);
     let mut seen = BTreeSet::new();
     for row in &rows {
         let at = || format!("{}, line {}", path.display(), row.line);

@@ -93,7 +93,7 @@ pub(super) fn open(path: &Path, files: &[PathBuf]) -> Result<Source> {
         rows.iter().map(|(_, t)| t.parse().ok().filter(|n| *n < 1 << 22)).collect();
     // Where the file names its classes, a number is the place of its name.
     let names = names.filter(|names| numbers.as_ref().is_some_and(|ns| ns.iter().all(|n| *n < names.len())));
-    names.iter().flatten().for_each(|name| drop(listing.label(name)));
+    names.iter().flatten().for_each(|name| listing.give(name.clone()));
     for (i, (place, text)) in rows.into_iter().enumerate() {
         let Place::Row { file, group, row } = place else { continue };
         let label = match (&numbers, &names) {
