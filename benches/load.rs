@@ -101,7 +101,8 @@ fn measure(path: &Path, reads: usize) -> Measured {
     let temporary = tempfile::tempdir_in(path.parent().unwrap()).unwrap();
     let picture = temporary.path().join("grey.png");
     image::RgbImage::from_pixel(224, 224, image::Rgb([127; 3])).save(&picture).unwrap();
-    let run = seconds(|| loaded.predict(&picture, 1).unwrap()).0;
+    let protocol = loaded.protocol().unwrap();
+    let run = seconds(|| loaded.predict(&picture, protocol).unwrap()).0;
     drop(loaded);
     let (out, format) = match path.extension() {
         None => (temporary.path().join("hf"), Format::Hf),

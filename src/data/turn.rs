@@ -112,7 +112,7 @@ mod tests {
                     assert_eq!((part.view.size(), part.corner), ((window.height, window.width), (0.0, 0.0)));
                     for (row, text) in expected[y..].iter().enumerate() {
                         let row: Vec<u8> = part.view.row(row).iter().step_by(3).copied().collect();
-                        assert_eq!(row, text[x..].as_bytes(), "{orientation}, from {y}, {x}");
+                        assert_eq!(row, &text.as_bytes()[x..], "{orientation}, from {y}, {x}");
                     }
                 }
             }

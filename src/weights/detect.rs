@@ -367,13 +367,13 @@ fn usual_heads(sizes: &Sizes) -> Result<usize> {
             "the number of heads is not in the file, and a width of 1536 is built with 16 and with 24",
         )
         .hint("give it, as in `--set model.heads=16`")),
-        _ if width % 64 == 0 => Ok(width / 64),
+        _ if width.is_multiple_of(64) => Ok(width / 64),
         _ => Err(Error::new(format!(
             "the number of heads is not in the file, and its width {width} is no multiple of 64"
         ))
         .hint(format!(
             "give it, as in `--set model.heads={}`",
-            (1..=width / 8).rev().find(|h| width % h == 0).unwrap_or(1)
+            (1..=width / 8).rev().find(|h| width.is_multiple_of(*h)).unwrap_or(1)
         ))),
     }
 }

@@ -632,7 +632,7 @@ mod tests {
             let pixels: Vec<u8> = (0..height * width * 3).map(|_| draws.next_u32() as u8).collect();
             let view = View::new(&pixels, height, width);
             // Sides that stay as they are have a way of their own.
-            let side = |own: usize, other: usize| if other % 4 == 0 { own } else { other };
+            let side = |own: usize, other: usize| if other.is_multiple_of(4) { own } else { other };
             let whole = (side(height, 1 + draws.below(90)), side(width, 1 + draws.below(90)));
             let (y, x) = (draws.below(whole.0), draws.below(whole.1));
             let window =

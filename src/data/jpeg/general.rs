@@ -314,7 +314,8 @@ impl Plane {
         let (down, across) = (picture.most.0 / component.grid.mcu.0, picture.most.1 / component.grid.mcu.1);
         // A block may have more samples than the scale asks for, and then needs less upsampling.
         let mut side = least;
-        while side < 8 && (down * least) % (side * 2) == 0 && (across * least) % (side * 2) == 0 {
+        while side < 8 && (down * least).is_multiple_of(side * 2) && (across * least).is_multiple_of(side * 2)
+        {
             side *= 2;
         }
         let (down, across) = (down * least / side, across * least / side);

@@ -243,7 +243,10 @@ impl Plan {
         // At a smaller scale, as many samples of a block as upsampling in both directions would make of it.
         let least = 8 / scale.divisor();
         let mut side = least;
-        while side < 8 && (ratio.0 * least) % (2 * side) == 0 && (ratio.1 * least) % (2 * side) == 0 {
+        while side < 8
+            && (ratio.0 * least).is_multiple_of(2 * side)
+            && (ratio.1 * least).is_multiple_of(2 * side)
+        {
             side *= 2;
         }
         let (down, across) = (ratio.0 * least / side, ratio.1 * least / side);
@@ -258,7 +261,8 @@ impl Plan {
             for x in 0..width {
                 let pair = |at: usize, ratio: usize, end: usize| {
                     let own = at / ratio;
-                    let other = if at % 2 == 0 { own.saturating_sub(1) } else { (own + 1).min(end - 1) };
+                    let other =
+                        if at.is_multiple_of(2) { own.saturating_sub(1) } else { (own + 1).min(end - 1) };
                     if is_smooth && ratio == 2 {
                         [(own, 0.75), (other, 0.25)]
                     } else {
