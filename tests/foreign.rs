@@ -171,7 +171,20 @@ fn pictures_of_an_unknown_size_are_refused_and_the_hint_works_when_typed() {
             vec!["eval", "--weights", file, "--data", data, "--batch", "8"],
             vec!["features", "--weights", file, "--data", data, "--out", &out],
             vec!["probe", "--weights", file, "--data", data, "--method", "knn", "--images", "8"],
-            vec!["finetune", "--weights", file, "--data", data, "--out", &out, "--dry-run"],
+            vec![
+                "finetune",
+                "--weights",
+                file,
+                "--data",
+                data,
+                "--out",
+                &out,
+                "--dry-run",
+                "--set",
+                "train.batch=16",
+                "--set",
+                "train.micro_batch=0",
+            ],
         ];
         for command in commands {
             let refused = vitrum(&command).exits(1).says(&["`model.image`", "is not known"]);
@@ -242,7 +255,20 @@ fn wrapped_names_and_what_lies_beside_them_are_mended_by_the_hints() {
         let out = dir.join("run").display().to_string();
         let commands = [
             vec!["predict", "--weights", file, &picture],
-            vec!["finetune", "--weights", file, "--data", support::stripes(), "--out", &out, "--dry-run"],
+            vec![
+                "finetune",
+                "--weights",
+                file,
+                "--data",
+                support::stripes(),
+                "--out",
+                &out,
+                "--dry-run",
+                "--set",
+                "train.batch=16",
+                "--set",
+                "train.micro_batch=0",
+            ],
         ];
         for command in commands {
             let mut typed: Vec<String> = command.iter().map(|word| word.to_string()).collect();

@@ -76,7 +76,20 @@ fn a_timm_configuration_is_obeyed_or_refused_by_name() {
         let out = dir.join("out.safetensors");
         vitrum(&["convert", path, out.to_str().unwrap()]).ok();
         let data = support::stripes();
-        let tune = ["finetune", "--weights", path, "--data", data, "--out", "never", "--dry-run"];
+        let tune = [
+            "finetune",
+            "--weights",
+            path,
+            "--data",
+            data,
+            "--out",
+            "never",
+            "--dry-run",
+            "--set",
+            "train.batch=16",
+            "--set",
+            "train.micro_batch=0",
+        ];
         let refused = vitrum(&tune).exits(1).says(&[value]);
         vitrum(&[tune.map(String::from).to_vec(), settings_of(&refused.stderr)].concat()).ok();
     }

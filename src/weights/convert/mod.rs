@@ -138,7 +138,7 @@ fn other_resize(resize: EvalResize, library: &str) -> String {
     let name =
         serde_json::to_value(resize).map_or_else(|_| String::new(), |v| v.to_string().replace('"', ""));
     format!(
-        "the model was measured with `eval.resize = {name}`, which {library} cannot do: it will prepare pictures in the \
+        "the model was measured with the resize `{name}`, which {library} cannot do: it will prepare pictures in the \
          nearest way, and accuracy may differ a little"
     )
 }
