@@ -11,8 +11,14 @@ use vitrum::data::shard::Record;
 use vitrum::data::source::Source;
 use vitrum::recipe::OnBadRecord;
 
-const DEFAULTS: Options =
-    Options { format: None, size: None, quality: None, on_bad_record: OnBadRecord::Skip, minival: 0.0 };
+const DEFAULTS: Options = Options {
+    format: None,
+    size: None,
+    quality: None,
+    on_bad_record: OnBadRecord::Skip,
+    minival: 0.0,
+    exif: false,
+};
 
 fn pack_with(source: &Path, dest: &Path, options: Options) -> vitrum::error::Result<pack::Packed> {
     pack::pack(source, dest, options, &AtomicUsize::new(0))
