@@ -30,6 +30,7 @@ impl Recipe {
         let table = |recipe: &Recipe| Value::Table(Table::try_from(recipe).expect("a recipe is a table"));
         let mut found = Vec::new();
         compare("", Some(&table(self)), Some(&table(now)), &mut found);
+        found.sort_by(|a, b| a.key.cmp(&b.key));
         found
     }
 }
@@ -78,11 +79,11 @@ mod tests {
         ]);
         let lines: Vec<String> = before.differences(&now).iter().map(|d| d.to_string()).collect();
         assert_eq!(
-            lines[..2],
-            ["optim.lr: 0.001 -> 0.002", "optim.groups[0].lr_mult: 2.0 -> 3.0"],
+            [&lines[0], &lines[2]],
+            ["optim.groups[0].lr_mult: 2.0 -> 3.0", "optim.lr: 0.001 -> 0.002"],
             "{lines:?}"
         );
-        assert!(lines[2].starts_with("optim.groups[1]: not set -> {"), "{lines:?}");
+        assert!(lines[1].starts_with("optim.groups[1]: not set -> {"), "{lines:?}");
         assert_eq!(lines[3], "train.checkpoint_every: not set -> 7");
     }
 }

@@ -607,7 +607,8 @@ mod tests {
     #[test]
     fn the_types_tell_their_keys_and_alternatives() {
         let sections = keys_of(&[]).unwrap();
-        let known = ["model", "data", "augment", "optim", "schedule", "loss", "train", "eval", "finetune"];
+        let known =
+            ["model", "data", "augment", "optim", "schedule", "loss", "train", "eval", "finetune", "weights"];
         assert_eq!(sections, known);
         assert!(keys_of(&path("train")).unwrap().contains(&"steps".to_string()));
         assert!(keys_of(&path("optim.groups.[0]")).unwrap().contains(&"lr_mult".to_string()));

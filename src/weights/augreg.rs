@@ -30,13 +30,10 @@ const RECOMMENDED: [(&str, &str, &str); 8] = [
 
 /// The file that a user means by `path`: a short name's, a folder's, a model's of the HuggingFace hub, or `path` itself.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
-    if let Some(folder) = hub_cache::resolve(path)? {
-        return in_folder(&folder);
-    }
     match path.to_str() {
         Some(text) if !path.exists() => match ShortName::parse(text) {
             Some(name) => name.find(),
-            None => in_folder(path),
+            None => in_folder(hub_cache::resolve(path)?.as_deref().unwrap_or(path)),
         },
         _ => in_folder(path),
     }

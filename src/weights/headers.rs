@@ -57,10 +57,12 @@ impl Headers {
             None => CheckpointMeta::of_layout(plan.kind),
         };
         let detected = detect(&plan, stored, &hub, overrides)?;
-        if plan.imagenet || named_after_imagenet(path) {
+        // What tensors and names give away yields to what a file says of itself.
+        let own = container.metadata(META_KEY).is_some();
+        if !own && (plan.imagenet || named_after_imagenet(path)) {
             meta.normalise = Normalise::imagenet();
         }
-        let says_mean = container.metadata(META_KEY).is_some() || hub.normalise.is_some();
+        let says_mean = own || hub.normalise.is_some();
         let asked = overrides.mean.is_none();
         if plan.kind == LayoutKind::Timm && asked && !says_mean && meta.normalise == Normalise::INCEPTION {
             plan.notes.push(

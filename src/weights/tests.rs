@@ -408,7 +408,7 @@ fn timm_files_without_metadata_need_heads_that_are_64_wide() {
         tensors
     };
     write(&tiny());
-    assert_fails(open(&path, &ModelOverrides::default()), 1, &["timm.safetensors", "--set model.heads=N"]);
+    assert_fails(open(&path, &ModelOverrides::default()), 1, &["timm.safetensors", "--set model.heads=1"]);
 
     let wide = ModelConfig { width: 128, heads: 2, layer_scale: 1e-4, ..tiny() };
     let tensors = write(&wide);
