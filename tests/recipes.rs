@@ -205,7 +205,8 @@ fn unknown_keys_are_refused_with_the_nearest_known_one() {
     let (_, hint) = refused(&["qqq=1"]);
     assert_eq!(
         hint,
-        "the sections are `model`, `data`, `augment`, `optim`, `schedule`, `loss`, `train`, `eval`, `finetune`"
+        "the sections are `model`, `data`, `augment`, `optim`, `schedule`, `loss`, `train`, `eval`, `finetune`, \
+         `weights`"
     );
     let (_, hint) = refused(&["loss.zzzzzzz=1"]);
     assert_eq!(hint, "the keys of `loss` are `kind`, `label_smoothing`");

@@ -410,7 +410,8 @@ fn pictures_and_data_that_do_not_fit_the_weights_are_named() {
         fs::create_dir_all(&dir).unwrap();
         fs::copy(format!("{}/val/down/002.png", stripes()), dir.join("1.png")).unwrap();
     }
-    eval(&two).exits(1).says(&["2 classes", "the model 3", "hint: "]);
+    // Two of the model's three classes by their names.
+    eval(&two).ok().says(&["2 of the data are among the model's 3, by name"]);
     let third = Path::new(&two).join("zebra");
     fs::create_dir_all(&third).unwrap();
     fs::copy(format!("{}/val/down/002.png", stripes()), third.join("1.png")).unwrap();

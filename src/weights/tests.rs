@@ -413,7 +413,7 @@ fn timm_files_without_metadata_need_heads_that_are_64_wide() {
     let wide = ModelConfig { width: 128, heads: 2, layer_scale: 1e-4, ..tiny() };
     let tensors = write(&wide);
     let file = open(&path, &ModelOverrides::default()).unwrap();
-    assert_eq!((file.config.heads, file.notes.len()), (2, 1));
+    assert_eq!((file.config.heads, file.notes.len()), (2, 2));
     assert!(file.config.layer_scale > 0.0);
     assert_same(&file.tensors.all().unwrap(), &tensors);
 

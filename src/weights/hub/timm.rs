@@ -111,7 +111,7 @@ fn argument(hub: &mut Hub, key: &str, value: &Value) -> Result<()> {
         "final_norm" | "proj_bias" => standard(true.into())?,
         "pool_include_prefix" | "scale_attn_norm" | "scale_mlp_norm" => standard(false.into())?,
         key if SILENT.contains(&key) => {}
-        key => fail!("`{key}` is {value}, and no such argument is known"),
+        key => fail!("`{key}` is {value}, an argument that is not supported"),
     }
     Ok(())
 }
