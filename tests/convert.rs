@@ -93,8 +93,10 @@ fn the_reference_weights_go_round_through_every_layout_to_the_bit() {
             if format != Format::Npz {
                 assert_eq!(back.config, first.config, "{place} as {name}");
                 // A HuggingFace folder is prepared for as transformers does, whatever the model was trained with.
-                let resize = if format == Format::Hf { back.meta.resize } else { first.meta.resize };
-                let meta = CheckpointMeta { resize, ..first.meta.clone() };
+                // Its sizes are in whole pixels: the share that is kept is exact for them.
+                let CheckpointMeta { resize, crop_ratio, .. } =
+                    if format == Format::Hf { &back.meta } else { &first.meta };
+                let meta = CheckpointMeta { resize: *resize, crop_ratio: *crop_ratio, ..first.meta.clone() };
                 assert_eq!((back.meta, back.grid_known), (meta, true));
             }
             // Whatever the way, the `.npz` at its end holds the arrays of the published one.
