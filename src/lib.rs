@@ -18,6 +18,7 @@ pub mod report;
 pub mod rng;
 pub mod seal;
 pub mod selftest;
+pub mod signals;
 pub mod terminal;
 pub mod train;
 pub mod vit;

@@ -197,6 +197,12 @@ fn overfit_learns_by_heart_or_fails() {
     assert!(last < 0.01, "loss {last}");
     let step = metrics(&out).last().unwrap()["step"].as_u64().unwrap();
     assert!(step <= 300, "{step} steps");
+    // The run knows what it learns.
+    vitrum(&["train", "--resume", &out]).ok().says(&["learned by heart"]);
+    vitrum(&train(&out, &[&more[..], &["--resume"]].concat())).ok().says(&["learned by heart"]);
+    vitrum(&train(&out, &["--overfit", "8", "--resume"]))
+        .exits(2)
+        .says(&["was started with `--overfit 16`", "hint: "]);
 
     let out = path("overfit-not");
     let more = ["--overfit", "16", "optim.lr=0"];
@@ -358,6 +364,10 @@ fn a_directory_alone_says_how_its_run_goes_on() {
     std::fs::create_dir_all(&none).unwrap();
     vitrum(&["train", "--resume", &none]).exits(1).says(&[&none, "no run to continue", "hint: "]);
     vitrum(&["train", "--resume"]).exits(2).says(&["`--resume` without a run", "hint: "]);
+    vitrum(&["train", "--resume", &out, "--out", &none]).exits(2).says(&["two directories", &out, &none]);
+    vitrum(&["train", "--resume", &out, "--overfit", "4"])
+        .exits(2)
+        .says(&["was started without `--overfit`", "hint: "]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use signal_hook::consts::SIGTERM;
 use signal_hook::low_level::raise;
-use vitrum::train::signals;
+use vitrum::signals;
 
 #[test]
 fn a_first_signal_is_noted_and_does_not_end_the_process() {

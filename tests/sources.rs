@@ -447,3 +447,28 @@ fn numbered_class_folders_are_in_the_order_of_their_numbers() {
         assert_eq!(item.name, format!("{}/1.png", item.label));
     }
 }
+
+#[test]
+fn packings_that_are_not_read_are_named_with_the_way_out() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, says) in [
+        ("shard-000.tar.gz", ["compressed by gzip", "`gzip -d`"]),
+        ("train.TGZ", ["compressed by gzip", "`gzip -d`"]),
+        ("train.tar.zst", ["Zstandard", "`zstd -d`"]),
+        ("pictures.zip", ["a ZIP archive", "unpack it"]),
+        ("train.tfrecord-00000-of-00010", ["TensorFlow records", "WebDataset"]),
+        ("imagenet.beton", ["a file of FFCV", "vitrum pack"]),
+        ("data.mdb", ["an LMDB database", "class folders"]),
+        ("pcam.h5", ["an HDF5 file", "class folders"]),
+    ] {
+        let folder = dir.path().join(name.replace('.', "-"));
+        write(folder.join(name), b"\x1f\x8b");
+        for path in [folder.clone(), folder.join(name)] {
+            let error = why(&path);
+            assert!(says.iter().all(|text| error.contains(text)) && error.contains(name), "{error}");
+        }
+        // Beside pictures in class folders it is a stray like others.
+        small_folder(&folder, 4, 4);
+        assert!(source(&folder).unwrap().notes().iter().any(|note| note.contains(name)));
+    }
+}

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use support::{Done, command, finish, path, stripes, train, vitrum, wait};
+use support::{Done, command, finish, names, path, stripes, train, vitrum, wait};
 
 /// A disk without room.
 fn full() -> File {
@@ -121,19 +121,57 @@ fn a_signal_that_is_ignored_stays_ignored() {
     assert!(Path::new(&out).join("checkpoints/step-40").exists());
 }
 
-/// A picture that is a pipe which nobody fills.
-#[test]
-fn a_pack_that_waits_for_a_read_ends_when_it_is_told_to() {
-    let folder = path("stalled");
-    for class in ["a", "b"] {
-        std::fs::create_dir_all(format!("{folder}/{class}")).unwrap();
-        std::fs::copy(format!("{}/val/down/002.png", stripes()), format!("{folder}/{class}/1.png")).unwrap();
+/// A list of pictures, of which one is a pipe that nobody fills.
+fn stalled(name: &str) -> String {
+    let folder = path(name);
+    let mut table = "path,label\n".to_owned();
+    for class in ["across", "checks", "down"] {
+        for name in names(format!("{}/train/{class}", stripes())) {
+            table += &format!("{}/train/{class}/{name},{class}\n", stripes());
+        }
     }
-    let table = format!("{folder}/list.csv");
-    std::fs::write(&table, "path,label\na/1.png,a\nb/1.png,b\npipe.png,b\n").unwrap();
+    table += "pipe.png,down\n";
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(format!("{folder}/list.csv"), table).unwrap();
     assert!(
         std::process::Command::new("mkfifo").arg(format!("{folder}/pipe.png")).status().unwrap().success()
     );
+    format!("{folder}/list.csv")
+}
+
+#[test]
+fn a_run_that_waits_for_a_read_is_saved_when_it_is_told_to_stop() {
+    let (table, out) = (stalled("stalled-run-data"), path("stalled-run"));
+    let set = format!("data.train={table}");
+    let more = ["train.batch=2", "train.micro_batch=2", "train.log_every=1", "train.steps=1000", "train.eval_every=1000"];
+    let run = command(&train(&out, &[&[&set[..]], &more[..]].concat()))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let metrics = Path::new(&out).join("metrics.jsonl");
+    let lines = || std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count());
+    let limit = Instant::now() + Duration::from_secs(60);
+    let mut seen = (0, Instant::now());
+    // It stands still when its one epoch has come to the pipe.
+    while seen.0 == 0 || seen.1.elapsed() < Duration::from_secs(2) {
+        assert!(Instant::now() < limit, "it does not stand still: {} lines", seen.0);
+        if lines() != seen.0 {
+            seen = (lines(), Instant::now());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let start = Instant::now();
+    kill_process(Pid::from_child(&run), Signal::TERM).unwrap();
+    let done = wait(run).exits(143);
+    assert!(start.elapsed() < Duration::from_secs(20), "it went on waiting");
+    done.says(&["saved to ", "stopped while waiting for a read of the data", "vitrum train --resume "]);
+    assert!(Path::new(&out).join("checkpoints/last").exists());
+}
+
+#[test]
+fn a_pack_that_waits_for_a_read_ends_when_it_is_told_to() {
+    let table = stalled("stalled");
     let pack = command(&["pack", &table, &path("stalled-packed")])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

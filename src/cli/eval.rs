@@ -119,11 +119,15 @@ struct Measured {
 impl Measured {
     /// One line.
     fn text(&self) -> String {
+        // Of five classes, five are always right.
+        let top5 = match self.score.classes() {
+            ..=5 => String::new(),
+            _ => format!("   top-5 {}", format::percent(self.score.top5())),
+        };
         let mut text = format!(
-            "{} images   top-1 {}   top-5 {}   loss {:.4}   {}",
+            "{} images   top-1 {}{top5}   loss {:.4}   {}",
             format::thousands(self.score.images as u64),
             format::percent(self.score.top1()),
-            format::percent(self.score.top5()),
             self.score.loss(),
             format::rate(self.report.img_per_s)
         );

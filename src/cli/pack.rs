@@ -7,10 +7,8 @@ use crate::data::dataset::Manifest;
 use crate::data::decode::JpegPath;
 use crate::data::pack::{self, Format, Options, Packed, Target};
 use crate::error::{Error, Result};
-use crate::fail;
 use crate::recipe::OnBadRecord;
-use crate::terminal;
-use crate::train::signals;
+use crate::{fail, signals, terminal};
 
 /// How long a pack may take to stop after a signal.
 const GRACE: Duration = Duration::from_secs(3);

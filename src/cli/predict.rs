@@ -9,7 +9,7 @@ use crate::backend::Options;
 use crate::data::{Split, pictures};
 use crate::error::{At, Error, Result};
 use crate::report::format;
-use crate::terminal;
+use crate::terminal::{self, one_line};
 use crate::train::loaded::{Loaded, Prediction};
 use crate::train::pass::Protocol;
 use crate::vit::Mode;
@@ -112,10 +112,10 @@ fn list() -> Result<String> {
 
 /// The picture, then its classes with a bar each.
 fn text(path: &Path, top: &[Prediction]) -> String {
-    let width = top.iter().map(|p| p.name.chars().count()).max().unwrap_or(0);
+    let width = top.iter().map(|p| one_line(&p.name).chars().count()).max().unwrap_or(0);
     let row = |p: &Prediction| {
         let bar = "#".repeat((p.probability * 40.0).round() as usize);
-        format!("  {:<width$}  {:>7}  {bar}\n", p.name, format::percent(p.probability.into()))
+        format!("  {:<width$}  {:>7}  {bar}\n", one_line(&p.name), format::percent(p.probability.into()))
     };
-    format!("{}\n{}", path.display(), top.iter().map(row).collect::<String>())
+    format!("{}\n{}", one_line(&path.display().to_string()), top.iter().map(row).collect::<String>())
 }

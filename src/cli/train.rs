@@ -75,7 +75,7 @@ impl Place {
             (Some(Some(dir)), None) => (dir.clone(), dir),
             (Some(Some(dir)), Some(out)) => (dir, out),
         };
-        if dir != out && recipe.is_none() {
+        if dir != out && recipe.is_none() && !dir.join(OWN).is_file() {
             // `--resume RECIPE --out DIR`: a flag, and what follows it.
             *recipe = Some(dir.display().to_string());
         } else if dir != out {

@@ -12,7 +12,7 @@ mod fill;
 use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use crate::backend::{Normalise, Slot};
 use crate::error::{Error, Result};
 use crate::recipe::{AugmentSection, EvalResize, OnBadRecord};
+use crate::signals;
 
 use super::dataset::Dataset;
 use super::order::Order;
@@ -88,8 +89,15 @@ pub struct Loader {
     lanes: Vec<JoinHandle<Option<Slot>>>,
     waited: Duration,
     ended: bool,
+    /// A thread waits for a read that does not return, and nobody waits for the thread any more.
+    is_stuck: bool,
     bad: Arc<Mutex<HashSet<usize>>>,
 }
+
+/// How often a loader that waits for a batch looks whether it should still wait, and how long it does after a signal: a read
+/// from a disk that hangs cannot be asked to stop.
+const LOOK: Duration = Duration::from_millis(100);
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Slots that may be filled, and what goes into the next one.
 struct Feed {
@@ -164,23 +172,36 @@ impl Loader {
             lanes,
             waited: Duration::ZERO,
             ended: false,
+            is_stuck: false,
             bad,
         }
     }
 
-    /// The next batch; `None` after the last one of an evaluation. The slot comes back through [`Loader::recycle`].
+    /// The next batch; `None` after the last one of an evaluation. Where a signal asks the process to stop and no batch
+    /// comes any more, that is an error. The slot comes back through [`Loader::recycle`].
     #[expect(clippy::should_implement_trait, reason = "a slot is lent, and an end may be an error")]
     pub fn next(&mut self) -> Result<Option<Slot>> {
         if self.ended {
             return Ok(None);
         }
         let start = Instant::now();
+        let mut asked = None;
         let message = loop {
             if let Some(message) = self.early.remove(&self.position) {
                 break message;
             }
-            let (position, message) = self.ready.recv().unwrap_or((self.position, Message::Died));
-            self.early.insert(position, message);
+            match self.ready.recv_timeout(LOOK) {
+                Ok((position, message)) => drop(self.early.insert(position, message)),
+                Err(RecvTimeoutError::Disconnected) => break Message::Died,
+                Err(RecvTimeoutError::Timeout) => {
+                    let Some(signal) = signals::pending() else { continue };
+                    if asked.get_or_insert_with(Instant::now).elapsed() > GRACE {
+                        self.is_stuck = true;
+                        let error = Error::stopped(signal, "stopped while waiting for a read of the data");
+                        break Message::Failed(error);
+                    }
+                }
+            }
         };
         self.waited += start.elapsed();
         self.position += 1;
@@ -219,6 +240,9 @@ impl Loader {
     fn shut_down(&mut self) -> Vec<Slot> {
         self.stop.store(true, Ordering::Relaxed);
         drop(self.free.take());
+        if self.is_stuck {
+            return Vec::new();
+        }
         let mut slots: Vec<Slot> =
             self.lanes.drain(..).filter_map(|lane| lane.join().unwrap_or_default()).collect();
         let made = std::mem::take(&mut self.early).into_values();

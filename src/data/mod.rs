@@ -34,6 +34,7 @@ pub use dataset::{Dataset, Split, measured, pair};
 pub use describe::describe;
 pub use loader::{Delivery, Loader, LoaderSpec, Mode, pixels};
 pub use pack::encode_png;
+pub use place::notes;
 
 use std::path::Path;
 

@@ -1,6 +1,5 @@
 //! What a user's word for a data set names: the demo, something packed, pictures as they are, or a mixture.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -175,12 +174,21 @@ fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
     Ok(parts)
 }
 
+/// What was said of the data so far.
+static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
 /// One line on stderr for people, once in a process: data are often opened more than once.
 pub(super) fn say(line: &str) {
-    static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    // A name may hold an end of a line.
+    let line = terminal::one_line(line).into_owned();
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
-    if said.insert(line.to_owned()) {
-        // A name may hold an end of a line.
-        terminal::note(&terminal::one_line(line));
+    if !said.contains(&line) {
+        terminal::note(&line);
+        said.push(line);
     }
+}
+
+/// What was left out of the data that this process has opened, and how they were read: lines for the log of a run.
+pub fn notes() -> Vec<String> {
+    SAID.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }

@@ -12,6 +12,7 @@ mod index;
 mod listing;
 mod lists;
 mod manifest;
+mod packing;
 #[cfg(feature = "parquet")]
 mod parquet;
 mod strays;
@@ -223,6 +224,10 @@ fn open_folder(path: &Path) -> Result<Source> {
         listing.note(&index.others, "file", "no pictures");
         return archive::open(path, &archives, listing);
     }
+    if paths.files.is_empty() {
+        // Folders of nothing else.
+        index.others.iter().try_for_each(|name| packing::refuse(&path.join(name)))?;
+    }
     let mut store = Store::new(path, "folder");
     let read = archive::read(&archives, &mut store)?;
     let members = archive::paths(read, &store, false, &mut listing);
@@ -267,13 +272,11 @@ fn archives_of(path: &Path, index: &mut Index) -> Vec<(String, PathBuf)> {
 
 fn open_file(path: &Path) -> Result<Source> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    packing::refuse(path)?;
     let ending = strays::ending(&name);
+    #[cfg(feature = "parquet")]
     if ending == "parquet" {
-        #[cfg(feature = "parquet")]
         return parquet::open(path, &[path.to_owned()]);
-        #[cfg(not(feature = "parquet"))]
-        return Err(Error::new(format!("{}: this build reads no Parquet", path.display()))
-            .hint("build with `cargo build --release --features parquet`"));
     }
     if ending == "bin" {
         return cifar::open(path, &[path.to_owned()]);

@@ -46,8 +46,8 @@ impl Log {
         self.line(&format!("warning: {text}"));
     }
 
-    /// A line for the file alone: what the terminal shows as a bar.
-    pub(super) fn file_line(&self, text: &str) {
+    /// A line for the file alone: what the terminal shows as a bar, or has shown before there was a file.
+    pub(crate) fn file_line(&self, text: &str) {
         self.lock().write_file(text);
     }
 

@@ -1,8 +1,12 @@
 //! Rows in columns, for people.
 
-/// A head, a rule of dashes, and the rows. Columns of numbers are aligned to the right, others to the left.
+use crate::terminal::one_line;
+
+/// A head, a rule of dashes, and the rows; a name that has a line's end in it stays in its row. Columns of numbers are aligned to the right, others to the left.
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
-    let cell = |row: &[String], column: usize| row.get(column).cloned().unwrap_or_default();
+    let cell = |row: &[String], column: usize| {
+        row.get(column).map_or(String::new(), |text| one_line(text).into_owned())
+    };
     let is_number =
         |text: &str| text.is_empty() || text.starts_with(|c: char| c.is_ascii_digit() || c == '-');
     let columns: Vec<(usize, bool)> = (0..head.len())
@@ -37,5 +41,7 @@ mod tests {
         let expected = "protocol    top-1\n--------  -------\nvit_jax     9.1 %\ntimm      10.25 %\n";
         assert_eq!(table(&["protocol", "top-1"], &rows), expected);
         assert_eq!(table(&["a"], &[]), "a\n-\n");
+        let two = [vec!["a\nb".into()]];
+        assert_eq!(table(&["class"], &two), "class\n-----\na\\nb\n");
     }
 }

@@ -47,6 +47,9 @@ pub struct RunState {
     /// The training and the validation data, to refuse a resume on other data; none in checkpoints of before.
     #[serde(default)]
     pub data: Option<RunDigest>,
+    /// So many images are learned by heart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overfit: Option<usize>,
     /// The matrix product algorithms in use ([`Backend::algorithms`]).
     pub algorithms: Vec<String>,
 }

@@ -43,6 +43,9 @@ impl Directory {
     /// and no run.
     pub fn open(path: &Path, resume: bool) -> Result<Self> {
         let elsewhere = "choose another folder with `--out DIR`";
+        if path.exists() && !path.is_dir() {
+            return Err(Error::new(format!("{} is a file, and a run needs a folder", path.display())).hint(elsewhere));
+        }
         if !has_run(path)
             && let Some(name) = stranger(path)
         {
@@ -193,6 +196,18 @@ mod tests {
         fs::write(run.join("thesis.tex"), "x").unwrap();
         let refused = Directory::open(&run, true).err().unwrap();
         assert!(refused.message().contains("`thesis.tex`"), "{}", refused.message());
+    }
+
+    #[test]
+    fn a_file_is_no_place_for_a_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.safetensors");
+        fs::write(&file, "weights").unwrap();
+        for resume in [false, true] {
+            let refused = Directory::open(&file, resume).err().unwrap();
+            assert!(refused.message().ends_with("is a file, and a run needs a folder"), "{}", refused.message());
+        }
+        assert_eq!(fs::read(&file).unwrap(), b"weights");
     }
 
     #[test]

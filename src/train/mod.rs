@@ -28,7 +28,6 @@ pub mod run_data;
 pub mod samples;
 pub mod score;
 pub mod settle;
-pub mod signals;
 pub mod sweep;
 pub mod trainer;
 

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use crate::backend::{Arena, Device, Loss, Pixels, Slot, SlotLayout, StepReport};
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
-use crate::error::{Error, Result};
-use crate::files;
+use crate::error::{Error, Kind, Result};
+use crate::{files, signals};
 use crate::recipe::{Metric, OnBadRecord, Recipe};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine};
 use crate::weights::CheckpointMeta;
@@ -20,7 +20,7 @@ use super::header::{memory_lines, model_lines, word};
 use super::pace::{FirstSteps, Pace};
 use super::resume::{self, Now};
 use super::run_data::OVERFIT_LOSS;
-use super::{Trainer, about, build, samples, signals};
+use super::{Trainer, about, build, samples};
 
 pub use super::directory::default_out;
 pub use super::run_data::RunData;
@@ -146,7 +146,7 @@ impl Run {
             exif: recipe.data.exif,
             ..CheckpointMeta::default()
         };
-        (state.recipe, state.data) = (text, Some(digest));
+        (state.recipe, state.data, state.overfit) = (text, Some(digest), data.overfit);
         let run = Self {
             steps,
             checkpoints,
@@ -199,6 +199,7 @@ impl Run {
             log(line);
         }
         self.options.notes.iter().cloned().for_each(log);
+        data::notes().iter().for_each(|note| self.log.file_line(&format!("note: {note}")));
         let held_out = match self.data.held_out {
             Some(share) => format!(" (held out: `data.holdout = {share}`)"),
             None => String::new(),
@@ -275,7 +276,9 @@ impl Run {
                     Ok(()) => format!("{}, from where `--resume` goes on", self.saved()),
                     Err(why) => format!("which could not be saved ({})", why.message()),
                 };
-                Err(error.at(format!("after step {}, {saved}", trainer.step)))
+                let is_stopped = matches!(error.kind(), Kind::Stopped(_));
+                let error = error.at(format!("after step {}, {saved}", trainer.step));
+                Err(if is_stopped { error.hint(self.how_to_go_on()) } else { error })
             }
         }
     }
@@ -507,7 +510,11 @@ impl Run {
         self.read_reports(trainer, loader, 0)?;
         self.checkpoint(trainer)?;
         Err(Error::stopped(signal, format!("stopped at step {}, {}", trainer.step, self.saved()))
-            .hint(format!("go on with `vitrum train --resume {}`", self.options.out.display())))
+            .hint(self.how_to_go_on()))
+    }
+
+    fn how_to_go_on(&self) -> String {
+        format!("go on with `vitrum train --resume {}`", self.options.out.display())
     }
 
     /// The device failed in the middle of a step. A card's error is sticky and often comes late: the hint is the command

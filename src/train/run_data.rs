@@ -42,20 +42,24 @@ impl RunData {
             train.trust();
             val.iter().for_each(Dataset::trust);
         }
-        if options.resume && !recipe.data.accept_changes {
+        let saved = if options.resume { Checkpoints::new(&options.out, 1).newest_state() } else { None };
+        let saved = saved.map(|(_, state)| state);
+        if let Some(digest) = saved.as_ref().and_then(|state| state.data.as_ref())
+            && !recipe.data.accept_changes
+        {
             // Another number of classes would be somebody else's error before the run asks for all records.
-            let saved = Checkpoints::new(&options.out, 1).newest_state().and_then(|(_, state)| state.data);
-            saved.map_or(Ok(()), |saved| same_classes(&saved.classes, train.classes()))?;
+            same_classes(&digest.classes, train.classes())?;
         }
+        let overfit = saved.map_or(Ok(options.overfit), |state| same_overfit(state.overfit, options.overfit))?;
         let mut held_out = None;
         let share = recipe.data.holdout.unwrap_or(if recipe.finetune.is_some() { HOLDOUT } else { 0.0 });
-        if val.is_none() && share > 0.0 && options.overfit.is_none() {
+        if val.is_none() && share > 0.0 && overfit.is_none() {
             let (kept, held) = train.clone().hold_out(share);
             if !kept.is_empty() && !held.is_empty() {
                 (train, val, held_out) = (kept, Some(held), Some(share));
             }
         }
-        if let Some(n) = options.overfit {
+        if let Some(n) = overfit {
             if n > train.len() {
                 return Err(Error::usage(format!(
                     "`--overfit {n}`, but the data set has {} images",
@@ -76,7 +80,7 @@ impl RunData {
             val: val.map(Arc::new),
             held_out,
             train_part: Arc::new(train_part),
-            overfit: options.overfit,
+            overfit,
             names: (recipe.data.train.clone(), recipe.data.val.clone()),
         })
     }
@@ -178,6 +182,18 @@ fn overfit(recipe: &mut Recipe, images: usize) {
 }
 
 const ACCEPT: &str = "go on with the data as it is now by `--set data.accept_changes=true`";
+
+/// What a run that goes on learns by heart: what it began with, whether that is said again or not.
+fn same_overfit(began: Option<usize>, now: Option<usize>) -> Result<Option<usize>> {
+    match (began, now) {
+        (_, None) => Ok(began),
+        (Some(began), Some(now)) if began == now => Ok(Some(now)),
+        (Some(began), Some(_)) => Err(Error::usage(format!("the run was started with `--overfit {began}`"))
+            .hint(format!("leave it out, or use `--overfit {began}`; or start anew with another `--out`"))),
+        (None, Some(_)) => Err(Error::usage("the run was started without `--overfit`")
+            .hint("leave it out to go on, or start anew with another `--out`")),
+    }
+}
 
 fn same_classes(saved: &[String], now: &[String]) -> Result<()> {
     let name =

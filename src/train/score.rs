@@ -131,6 +131,11 @@ impl Score {
         }
     }
 
+    /// Of the model.
+    pub fn classes(&self) -> usize {
+        self.per_class.len()
+    }
+
     /// Counts one picture.
     pub fn add(&mut self, truth: &Truth, picture: usize, logits: &[f32]) {
         let classes = &truth.labels[picture];

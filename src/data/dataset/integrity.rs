@@ -5,7 +5,8 @@
 //! order, and the next record of a shard that proves damaged is the error.
 
 use std::path::Path;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -134,19 +135,23 @@ pub(super) fn watch(shards: Arc<Vec<Shard>>) -> Arc<Vec<Shard>> {
         return shards;
     }
     shards.iter().for_each(Shard::verified_elsewhere);
-    let (watched, count): (Weak<Vec<Shard>>, usize) = (Arc::downgrade(&shards), shards.len());
-    let beside = std::thread::Builder::new().name("checksums".into()).spawn(move || {
+    if beside(&shards).is_err() {
+        // Without a thread each shard is compared before its first record is used.
+        shards.iter().for_each(Shard::verified_here);
+    }
+    shards
+}
+
+/// Compares shard after shard in a thread of its own.
+fn beside(shards: &Arc<Vec<Shard>>) -> std::io::Result<JoinHandle<()>> {
+    let (watched, count) = (Arc::downgrade(shards), shards.len());
+    std::thread::Builder::new().name("checksums".into()).spawn(move || {
         for index in 0..count {
             // A data set that nobody has any more needs no check.
             let Some(shards) = watched.upgrade() else { return };
             let _ = shards[index].verify();
         }
-    });
-    if beside.is_err() {
-        // Without a thread each shard is compared before its first record is used.
-        shards.iter().for_each(Shard::verified_here);
-    }
-    shards
+    })
 }
 
 /// The words for a shard that is not what was packed; `pack --check` has the same.
@@ -162,4 +167,86 @@ pub(in crate::data) fn damaged(
         records.start,
         records.end.saturating_sub(1)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::shard::{Kind, ShardWriter};
+
+    /// Ten records of a class each, from `first` on.
+    fn packed(first: usize) -> Vec<u8> {
+        let mut writer = ShardWriter::new(Kind::Encoded);
+        (first..first + 10).for_each(|i| writer.push(i, &format!("name {i}"), &[i as u8; 64]));
+        let mut bytes = Vec::new();
+        writer.write(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// Shards as a manifest lists them; a bit of `flipped`'s first record is another.
+    fn listed(flipped: Option<usize>) -> Vec<Shard> {
+        let shard = |number: usize| {
+            let mut bytes = packed(10 * number);
+            let checksum = Shard::from_bytes(bytes.clone(), 30).unwrap().checksum();
+            if flipped == Some(number) {
+                let at = bytes.windows(64).position(|bytes| bytes == [10 * number as u8; 64]).unwrap();
+                bytes[at] ^= 1;
+            }
+            let name = format!("0000{number}.safetensors");
+            Shard::from_bytes(bytes, 30).unwrap().listed(name.into(), &checksum, 10 * number)
+        };
+        (0..3).map(shard).collect()
+    }
+
+    fn dataset(shards: Vec<Shard>) -> Dataset {
+        Dataset {
+            name: "test".into(),
+            classes: (0..30).map(|c| c.to_string()).collect(),
+            records: Records::packed(shards),
+            chosen: None,
+            relabel: None,
+            numbered: false,
+            of_classes: None,
+        }
+    }
+
+    #[test]
+    fn a_damaged_shard_is_found_before_its_first_record() {
+        let whole = dataset(listed(None));
+        assert!((0..30).all(|i| whole.sound(i).is_ok()) && whole.verified().is_ok());
+
+        let damaged = dataset(listed(Some(1)));
+        assert!((0..30).all(|i| damaged.sound(i).is_ok() != (10..20).contains(&i)));
+        let error = damaged.verified().unwrap_err().to_string();
+        assert!(error.contains("00001.safetensors: damaged: the checksum is "), "{error}");
+        assert!(error.contains("it holds the records 10 to 19") && error.contains("data.verify=false"));
+
+        let trusted = dataset(listed(Some(1)));
+        trusted.trust();
+        assert!((0..30).all(|i| trusted.sound(i).is_ok()) && trusted.verified().is_ok());
+    }
+
+    #[test]
+    fn large_sets_are_compared_beside_the_run() {
+        let shards = Arc::new(listed(Some(2)));
+        shards.iter().for_each(Shard::verified_elsewhere);
+        assert!(shards.iter().all(|shard| shard.sound().is_ok()), "nobody has compared them yet");
+        beside(&shards).unwrap().join().unwrap();
+        let sound: Vec<bool> = shards.iter().map(|shard| shard.sound().is_ok()).collect();
+        assert_eq!(sound, [true, true, false]);
+    }
+
+    #[test]
+    fn digests_tell_where_records_differ() {
+        let (ours, same) = (dataset(listed(None)).digest(), dataset(listed(None)).digest());
+        assert_eq!((ours.records, ours.difference(&same)), (30, None));
+        let mut shards = listed(None);
+        shards[1] = Shard::from_bytes(packed(20), 30).unwrap();
+        assert_eq!(ours.difference(&dataset(shards).digest()), Some((10, 20)));
+        let mut shards = listed(None);
+        shards.truncate(2);
+        assert_eq!(ours.difference(&dataset(shards).digest()), Some((20, 30)));
+        // A part of the same records is another set.
+        assert!(ours.difference(&dataset(listed(None)).take(29).digest()).is_some());
+    }
 }
