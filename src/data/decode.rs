@@ -36,7 +36,7 @@ pub enum JpegPath {
     Own,
     /// Crate `image`, which is zune-jpeg. It does not know all samplings and scans.
     Zune,
-    /// libjpeg-turbo.
+    /// libjpeg-turbo, and our decoder where that one refuses a picture.
     #[cfg(feature = "turbojpeg")]
     Turbo,
 }
@@ -162,15 +162,15 @@ impl Decoder {
         let Header { format, height, width } = header;
         let size = (height, width);
         match (format, JpegPath::chosen()) {
-            (Format::Jpeg, JpegPath::Own) => {
-                self.own_jpeg(bytes, size, wanted)?;
-                return Ok(Decoded { wanted, is_whole: false });
-            }
             #[cfg(feature = "turbojpeg")]
             (Format::Jpeg, JpegPath::Turbo)
                 if turbo(bytes, size, wanted.scale, &mut self.picture).is_some() =>
             {
                 return Ok(Decoded { wanted, is_whole: true });
+            }
+            (Format::Jpeg, path) if path != JpegPath::Zune => {
+                self.own_jpeg(bytes, size, wanted)?;
+                return Ok(Decoded { wanted, is_whole: false });
             }
             (Format::Tiff, _) => tiff::decode(bytes, size, &mut self.picture)?,
             _ => self.read(open(format, bytes)?, size)?,
