@@ -7,36 +7,8 @@ use vitrum::backend::{
     Storage, TargetKind,
 };
 use vitrum::rng::{Domain, Stream};
-use vitrum::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
+use vitrum::vit::config::{DropPathMode, NormPlace, PoolKind, Posemb, PosembJoin};
 use vitrum::vit::{LastBlock, Mode, ModelConfig, Param, Vit};
-
-fn base() -> ModelConfig {
-    ModelConfig {
-        image: (8, 12),
-        patch: (4, 4),
-        width: 24,
-        depth: 2,
-        heads: 3,
-        mlp: 20,
-        qkv_bias: true,
-        classes: 5,
-        pool: PoolKind::Token,
-        norm: NormPlace::Before,
-        extra_tokens: 1,
-        posemb: Posemb::Learned,
-        posemb_join: PosembJoin::After,
-        rep_size: 0,
-        layer_scale: 0.0,
-        gelu: Gelu::Tanh,
-        ln_eps: 1e-6,
-        dropout: 0.0,
-        attention_dropout: 0.0,
-        drop_path: 0.0,
-        drop_path_mode: DropPathMode::Linear,
-        init: InitScheme::Deit3,
-        head_bias: 0.0,
-    }
-}
 
 struct Bench {
     backend: CpuBackend,
@@ -182,35 +154,42 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 
 #[test]
 fn gradients_of_every_head_and_position_embedding_are_right() {
-    check("class token", base());
-    check("representation", ModelConfig { rep_size: 11, gelu: Gelu::Erf, ..base() });
-    check("class token, positions before", ModelConfig { posemb_join: PosembJoin::Before, ..base() });
-    check("distillation", ModelConfig { extra_tokens: 2, ..base() });
+    check("class token", ModelConfig::tiny());
+    check("representation", ModelConfig { rep_size: 11, gelu: Gelu::Erf, ..ModelConfig::tiny() });
+    check(
+        "class token, positions before",
+        ModelConfig { posemb_join: PosembJoin::Before, ..ModelConfig::tiny() },
+    );
+    check("distillation", ModelConfig { extra_tokens: 2, ..ModelConfig::tiny() });
     check(
         "distillation, positions before",
-        ModelConfig { extra_tokens: 2, posemb_join: PosembJoin::Before, ..base() },
+        ModelConfig { extra_tokens: 2, posemb_join: PosembJoin::Before, ..ModelConfig::tiny() },
     );
-    let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, ..base() };
+    let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, ..ModelConfig::tiny() };
     check("gap", gap.clone());
     check("gap, fc_norm", ModelConfig { norm: NormPlace::After, ..gap.clone() });
     check("gap over patches beside a class token", ModelConfig { extra_tokens: 1, ..gap.clone() });
     check("sincos2d", ModelConfig { posemb: Posemb::Sincos2d, ..gap.clone() });
-    let sincos = ModelConfig { posemb: Posemb::Sincos2d, posemb_join: PosembJoin::Before, ..base() };
+    let sincos =
+        ModelConfig { posemb: Posemb::Sincos2d, posemb_join: PosembJoin::Before, ..ModelConfig::tiny() };
     check("sincos2d with a class token", sincos);
     check("map", ModelConfig { pool: PoolKind::Map, ..gap.clone() });
     check(
         "map with a class token and a representation",
-        ModelConfig { pool: PoolKind::Map, rep_size: 7, ..base() },
+        ModelConfig { pool: PoolKind::Map, rep_size: 7, ..ModelConfig::tiny() },
     );
-    check("one block, rectangular patch", ModelConfig { depth: 1, patch: (2, 6), heads: 2, ..base() });
+    check(
+        "one block, rectangular patch",
+        ModelConfig { depth: 1, patch: (2, 6), heads: 2, ..ModelConfig::tiny() },
+    );
 }
 
 #[test]
 fn gradients_with_masks_and_layer_scale_are_right() {
-    check("layer scale", ModelConfig { layer_scale: 0.3, ..base() });
-    check("dropout", ModelConfig { dropout: 0.2, ..base() });
-    check("attention dropout", ModelConfig { attention_dropout: 0.3, ..base() });
-    let path = ModelConfig { drop_path: 0.5, drop_path_mode: DropPathMode::Constant, ..base() };
+    check("layer scale", ModelConfig { layer_scale: 0.3, ..ModelConfig::tiny() });
+    check("dropout", ModelConfig { dropout: 0.2, ..ModelConfig::tiny() });
+    check("attention dropout", ModelConfig { attention_dropout: 0.3, ..ModelConfig::tiny() });
+    let path = ModelConfig { drop_path: 0.5, drop_path_mode: DropPathMode::Constant, ..ModelConfig::tiny() };
     check("drop path", path.clone());
     check(
         "all of them",
@@ -228,13 +207,13 @@ fn a_pruned_last_block_changes_nothing_but_rounding() {
         attention_dropout: 0.2,
         drop_path: 0.4,
         drop_path_mode: DropPathMode::Constant,
-        ..base()
+        ..ModelConfig::tiny()
     };
     let cases = [
-        ("plain", base()),
+        ("plain", ModelConfig::tiny()),
         ("masked", masked.clone()),
         ("layer scale, masked", ModelConfig { layer_scale: 0.4, gelu: Gelu::Erf, ..masked.clone() }),
-        ("layer scale", ModelConfig { layer_scale: 0.4, ..base() }),
+        ("layer scale", ModelConfig { layer_scale: 0.4, ..ModelConfig::tiny() }),
         ("representation", ModelConfig { rep_size: 11, ..masked.clone() }),
         ("one block", ModelConfig { depth: 1, ..masked.clone() }),
         ("odd sizes", ModelConfig { width: 21, mlp: 13, posemb_join: PosembJoin::Before, ..masked }),
@@ -292,9 +271,9 @@ fn pruning_takes_less_memory_and_fewer_operations_and_leaves_other_models_alone(
         assert_eq!(both[0].layout, both[1].layout);
     }
     let others = [
-        ModelConfig { pool: PoolKind::Gap, ..base() },
-        ModelConfig { pool: PoolKind::Map, ..base() },
-        ModelConfig { extra_tokens: 2, ..base() },
+        ModelConfig { pool: PoolKind::Gap, ..ModelConfig::tiny() },
+        ModelConfig { pool: PoolKind::Map, ..ModelConfig::tiny() },
+        ModelConfig { extra_tokens: 2, ..ModelConfig::tiny() },
     ];
     for config in others {
         let [whole, pruned] = [LastBlock::Whole, LastBlock::Pruned].map(|l| vit(&config, Mode::Train, l));
@@ -305,7 +284,7 @@ fn pruning_takes_less_memory_and_fewer_operations_and_leaves_other_models_alone(
 
 #[test]
 fn gradients_of_the_sigmoid_loss_are_right() {
-    Bench::new(base(), 3, 3, LossKind::Sigmoid, &[]).check("sigmoid");
+    Bench::new(ModelConfig::tiny(), 3, 3, LossKind::Sigmoid, &[]).check("sigmoid");
 }
 
 #[test]
@@ -315,7 +294,7 @@ fn accumulation_changes_no_mask_and_no_mean() {
         attention_dropout: 0.2,
         drop_path: 0.3,
         drop_path_mode: DropPathMode::Constant,
-        ..base()
+        ..ModelConfig::tiny()
     };
     let whole = Bench::new(config.clone(), 6, 6, LossKind::Softmax, &[]).gradients();
     let largest = whole.iter().flat_map(|(_, g)| g).fold(0.0f32, |m, g| m.max(g.abs()));
@@ -331,7 +310,7 @@ fn accumulation_changes_no_mask_and_no_mean() {
 
 #[test]
 fn frozen_parameters_get_no_gradient_and_leave_the_others_as_they_were() {
-    let config = ModelConfig { depth: 3, drop_path: 0.2, ..base() };
+    let config = ModelConfig { depth: 3, drop_path: 0.2, ..ModelConfig::tiny() };
     let all = Bench::new(config.clone(), 3, 3, LossKind::Softmax, &[]).gradients();
     let frozen = [
         "cls_token",
@@ -354,7 +333,7 @@ fn frozen_parameters_get_no_gradient_and_leave_the_others_as_they_were() {
 #[test]
 fn what_is_recomputed_changes_no_bit_of_a_gradient_and_takes_less_memory() {
     let depth = 4;
-    let plain = ModelConfig { depth, ..base() };
+    let plain = ModelConfig { depth, ..ModelConfig::tiny() };
     let masked = ModelConfig { dropout: 0.2, attention_dropout: 0.1, drop_path: 0.3, ..plain.clone() };
     let scaled = ModelConfig { layer_scale: 0.1, gelu: Gelu::Erf, ..plain.clone() };
     for (what, config) in [("plain", plain), ("masked", masked), ("scaled", scaled)] {

@@ -143,7 +143,13 @@ fn stalled(name: &str) -> String {
 fn a_run_that_waits_for_a_read_is_saved_when_it_is_told_to_stop() {
     let (table, out) = (stalled("stalled-run-data"), path("stalled-run"));
     let set = format!("data.train={table}");
-    let more = ["train.batch=2", "train.micro_batch=2", "train.log_every=1", "train.steps=1000", "train.eval_every=1000"];
+    let more = [
+        "train.batch=2",
+        "train.micro_batch=2",
+        "train.log_every=1",
+        "train.steps=1000",
+        "train.eval_every=1000",
+    ];
     let run = command(&train(&out, &[&[&set[..]], &more[..]].concat()))
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

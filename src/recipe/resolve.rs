@@ -42,16 +42,7 @@ impl Recipe {
         recipe.train.epochs = None;
         recipe.train.checkpoint_every.get_or_insert(self.train.eval_every);
         recipe.augment = recipe.augment.effective();
-        recipe.model = ModelSection {
-            patch: Some(Size { height: config.patch.0, width: config.patch.1 }),
-            width: Some(config.width),
-            depth: Some(config.depth),
-            heads: Some(config.heads),
-            mlp: Some(config.mlp),
-            classes: Some(config.classes),
-            extra_tokens: Some(config.extra_tokens),
-            ..recipe.model
-        };
+        recipe.model = ModelSection { variant: recipe.model.variant, ..ModelSection::from(&config) };
         Ok(recipe)
     }
 
@@ -241,6 +232,22 @@ impl ModelSection {
         })
     }
 
+    /// The model of a weights file. What regularises or initialises a model stays as it is here: files do not say how they
+    /// are to be trained on.
+    pub fn of_file(&self, file: &ModelConfig) -> Self {
+        Self {
+            variant: self.variant.clone(),
+            classes: self.classes.or(Some(file.classes)),
+            dropout: self.dropout,
+            attention_dropout: self.attention_dropout,
+            drop_path: self.drop_path,
+            drop_path_mode: self.drop_path_mode,
+            init: self.init,
+            head_bias: self.head_bias,
+            ..Self::from(file)
+        }
+    }
+
     /// The variant's sizes, overridden key by key.
     fn config(&self, classes: usize) -> Result<ModelConfig> {
         let missing = |key: &str| {
@@ -286,6 +293,65 @@ impl ModelSection {
             init: self.init,
             head_bias: self.head_bias,
         })
+    }
+}
+
+impl From<&ModelConfig> for ModelSection {
+    /// Every key spelled out: the inverse of [`Recipe::model_config`].
+    fn from(config: &ModelConfig) -> Self {
+        let size = |(height, width): (usize, usize)| Size { height, width };
+        // No `..`: the compiler asks for a line for each new setting of the model.
+        let ModelConfig {
+            image,
+            patch,
+            width,
+            depth,
+            heads,
+            mlp,
+            qkv_bias,
+            classes,
+            pool,
+            norm,
+            extra_tokens,
+            posemb,
+            posemb_join,
+            rep_size,
+            layer_scale,
+            gelu,
+            ln_eps,
+            dropout,
+            attention_dropout,
+            drop_path,
+            drop_path_mode,
+            init,
+            head_bias,
+        } = *config;
+        Self {
+            variant: None,
+            image: size(image),
+            patch: Some(size(patch)),
+            width: Some(width),
+            depth: Some(depth),
+            heads: Some(heads),
+            mlp: Some(mlp),
+            qkv_bias,
+            classes: Some(classes),
+            pool,
+            norm,
+            extra_tokens: Some(extra_tokens),
+            posemb,
+            posemb_join,
+            rep_size,
+            layer_scale,
+            gelu,
+            ln_eps,
+            dropout,
+            attention_dropout,
+            drop_path,
+            drop_path_mode,
+            init,
+            head_bias,
+        }
     }
 }
 

@@ -44,7 +44,9 @@ impl Directory {
     pub fn open(path: &Path, resume: bool) -> Result<Self> {
         let elsewhere = "choose another folder with `--out DIR`";
         if path.exists() && !path.is_dir() {
-            return Err(Error::new(format!("{} is a file, and a run needs a folder", path.display())).hint(elsewhere));
+            return Err(
+                Error::new(format!("{} is a file, and a run needs a folder", path.display())).hint(elsewhere)
+            );
         }
         if !has_run(path)
             && let Some(name) = stranger(path)
@@ -205,7 +207,11 @@ mod tests {
         fs::write(&file, "weights").unwrap();
         for resume in [false, true] {
             let refused = Directory::open(&file, resume).err().unwrap();
-            assert!(refused.message().ends_with("is a file, and a run needs a folder"), "{}", refused.message());
+            assert!(
+                refused.message().ends_with("is a file, and a run needs a folder"),
+                "{}",
+                refused.message()
+            );
         }
         assert_eq!(fs::read(&file).unwrap(), b"weights");
     }

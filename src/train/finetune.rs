@@ -10,8 +10,7 @@ use crate::backend::Normalise;
 use crate::data::Dataset;
 use crate::data::classes::Known;
 use crate::error::{Error, Result};
-use crate::recipe::{FinetuneSection, Loaded, ModelSection, Recipe, Size, unit};
-use crate::vit::ModelConfig;
+use crate::recipe::{FinetuneSection, Loaded, Recipe, unit};
 use crate::weights::{self, AdaptTarget, ModelFile, ModelOverrides};
 
 use super::advice;
@@ -99,7 +98,7 @@ impl Start {
     pub fn complete(&self, loaded: &Loaded, data: &RunData) -> Result<Recipe> {
         agree(loaded, &self.weights)?;
         let mut recipe = loaded.recipe.clone();
-        recipe.model = complete(&recipe.model, &self.weights.config);
+        recipe.model = recipe.model.of_file(&self.weights.config);
         if !loaded.gives("eval.resize") {
             recipe.eval.resize = self.weights.meta.resize;
             if !loaded.gives("eval.crop_ratio") {
@@ -240,30 +239,4 @@ fn agree(loaded: &Loaded, file: &ModelFile) -> Result<()> {
     };
     Err(Error::new(format!("{}: the model has {key} {found}, the recipe says {wanted}", file.path.display()))
         .hint(hint))
-}
-
-/// The recipe's `model` section with the architecture of a file. How the model is trained (dropout, stochastic depth)
-/// stays the recipe's.
-fn complete(recipe: &ModelSection, file: &ModelConfig) -> ModelSection {
-    let size = |(height, width): (usize, usize)| Size { height, width };
-    ModelSection {
-        image: size(file.image),
-        patch: Some(size(file.patch)),
-        width: Some(file.width),
-        depth: Some(file.depth),
-        heads: Some(file.heads),
-        mlp: Some(file.mlp),
-        qkv_bias: file.qkv_bias,
-        classes: recipe.classes.or(Some(file.classes)),
-        pool: file.pool,
-        norm: file.norm,
-        extra_tokens: Some(file.extra_tokens),
-        posemb: file.posemb,
-        posemb_join: file.posemb_join,
-        rep_size: file.rep_size,
-        layer_scale: file.layer_scale,
-        gelu: file.gelu,
-        ln_eps: file.ln_eps,
-        ..recipe.clone()
-    }
 }

@@ -3,7 +3,7 @@
 use crate::backend::{self, Device, StepReport, TargetKind};
 use crate::dist::Collective;
 use crate::error::Result;
-use crate::recipe::{Recipe, Size};
+use crate::recipe::Recipe;
 use crate::vit::{Mode, ModelConfig};
 use crate::weights::{ModelFile, Tensors};
 
@@ -26,15 +26,7 @@ pub struct Trajectory {
 /// The default recipe with this model and length; `--set` changes the rest.
 pub fn recipe(config: &ModelConfig, batch: usize, steps: u64) -> Recipe {
     let mut recipe = Recipe::default();
-    let (model, c) = (&mut recipe.model, config);
-    let size = |(height, width): (usize, usize)| Size { height, width };
-    (model.image, model.patch) = (size(c.image), Some(size(c.patch)));
-    (model.width, model.depth, model.heads) = (Some(c.width), Some(c.depth), Some(c.heads));
-    (model.mlp, model.classes, model.extra_tokens) = (Some(c.mlp), Some(c.classes), Some(c.extra_tokens));
-    (model.pool, model.norm, model.qkv_bias) = (c.pool, c.norm, c.qkv_bias);
-    (model.posemb, model.posemb_join) = (c.posemb, c.posemb_join);
-    (model.rep_size, model.layer_scale) = (c.rep_size, c.layer_scale);
-    (model.gelu, model.ln_eps) = (c.gelu, c.ln_eps);
+    recipe.model = recipe.model.of_file(config);
     recipe.train.batch = batch;
     recipe.train.steps = Some(steps);
     recipe

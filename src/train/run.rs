@@ -8,10 +8,10 @@ use std::time::Instant;
 use crate::backend::{Arena, Device, Loss, Pixels, Slot, SlotLayout, StepReport};
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Kind, Result};
-use crate::{files, signals};
 use crate::recipe::{Metric, OnBadRecord, Recipe};
 use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine};
 use crate::weights::CheckpointMeta;
+use crate::{files, signals};
 
 use super::checkpoint::{About, Best, Checkpoints, RunState, Sums};
 use super::directory::Directory;

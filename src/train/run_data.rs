@@ -50,7 +50,8 @@ impl RunData {
             // Another number of classes would be somebody else's error before the run asks for all records.
             same_classes(&digest.classes, train.classes())?;
         }
-        let overfit = saved.map_or(Ok(options.overfit), |state| same_overfit(state.overfit, options.overfit))?;
+        let overfit =
+            saved.map_or(Ok(options.overfit), |state| same_overfit(state.overfit, options.overfit))?;
         let mut held_out = None;
         let share = recipe.data.holdout.unwrap_or(if recipe.finetune.is_some() { HOLDOUT } else { 0.0 });
         if val.is_none() && share > 0.0 && overfit.is_none() {

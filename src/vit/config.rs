@@ -198,6 +198,20 @@ impl ModelConfig {
         })
     }
 
+    /// The model of the tests: every kind of parameter, no two sizes alike.
+    #[doc(hidden)]
+    pub fn tiny() -> Self {
+        Self {
+            image: (8, 12),
+            width: 24,
+            depth: 2,
+            heads: 3,
+            mlp: 20,
+            init: InitScheme::Deit3,
+            ..Self::variant("testing/4", 8, 5).expect("the variant is one of the table")
+        }
+    }
+
     /// Refuses what cannot be computed, naming the key.
     pub fn validate(&self) -> Result<()> {
         let wrong = |message: String, hint: String| Err(Error::usage(message).hint(hint));

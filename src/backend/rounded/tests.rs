@@ -3,50 +3,22 @@
 use super::*;
 use crate::backend::{GroupScalars, LossKind, Pixels, Rule, Segment, TargetKind};
 use crate::rng::{Domain, Stream};
-use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
+use crate::vit::config::PoolKind;
 use crate::vit::{LastBlock, Mode, ModelConfig, Vit};
-
-fn config() -> ModelConfig {
-    ModelConfig {
-        image: (8, 12),
-        patch: (4, 4),
-        width: 24,
-        depth: 2,
-        heads: 3,
-        mlp: 20,
-        qkv_bias: true,
-        classes: 5,
-        pool: PoolKind::Token,
-        norm: NormPlace::Before,
-        extra_tokens: 1,
-        posemb: Posemb::Learned,
-        posemb_join: PosembJoin::After,
-        rep_size: 0,
-        layer_scale: 0.0,
-        gelu: Gelu::Tanh,
-        ln_eps: 1e-6,
-        dropout: 0.0,
-        attention_dropout: 0.0,
-        drop_path: 0.0,
-        drop_path_mode: DropPathMode::Linear,
-        init: InitScheme::Deit3,
-        head_bias: 0.0,
-    }
-}
 
 /// Every operation.
 fn models() -> [ModelConfig; 4] {
-    let map = ModelConfig { pool: PoolKind::Map, extra_tokens: 0, drop_path: 0.2, ..config() };
-    let representation = ModelConfig { rep_size: 7, ..config() };
+    let map = ModelConfig { pool: PoolKind::Map, extra_tokens: 0, drop_path: 0.2, ..ModelConfig::tiny() };
+    let representation = ModelConfig { rep_size: 7, ..ModelConfig::tiny() };
     let masks = ModelConfig {
         extra_tokens: 2,
         layer_scale: 0.5,
         gelu: Gelu::Erf,
         dropout: 0.1,
         attention_dropout: 0.1,
-        ..config()
+        ..ModelConfig::tiny()
     };
-    [config(), map, representation, masks]
+    [ModelConfig::tiny(), map, representation, masks]
 }
 
 /// A model after one step of gradient descent on one batch.
@@ -141,7 +113,7 @@ fn the_residual_stream_alone_can_stay_f32() {
         names.retain(|name| !is_statistic(name));
         names
     };
-    let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, drop_path: 0.2, ..config() };
+    let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, drop_path: 0.2, ..ModelConfig::tiny() };
     let stream = ["block 0 x", "block 0 mid", "block 1 x", "block 1 mid", "x", "d_x"];
     assert_eq!(names(gap.clone()), stream);
     // By the epilogue of a product.
@@ -149,13 +121,13 @@ fn the_residual_stream_alone_can_stay_f32() {
     // The class tokens' part of the stream.
     let [blocks, class] =
         [["block 0 x", "block 0 mid", "block 1 x"], ["block 1 class x", "block 1 class mid", "x"]];
-    assert_eq!(names(config()), [&blocks[..], &class, &["d_x", "class d_x"]].concat());
+    assert_eq!(names(ModelConfig::tiny()), [&blocks[..], &class, &["d_x", "class d_x"]].concat());
 }
 
 #[test]
 fn products_read_rounded_weights_and_updates_do_not() {
     for rounds in [Rounds::All, Rounds::AllButResidual] {
-        let (mut b, _) = trained(config(), rounds);
+        let (mut b, _) = trained(ModelConfig::tiny(), rounds);
         let params = values(&mut b, Arena::Params);
         assert!(!params.iter().all(is_bf16));
         let rounded: Vec<f32> = params.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect();
