@@ -15,6 +15,7 @@ pub struct KernelReport {
 }
 
 /// A compiled file as bytes at a multiple of 64: the driver is given its address and reads words there.
+#[allow(unused_macros, reason = "a build without nvcc has no images")]
 macro_rules! image {
     ($path:expr) => {{
         #[repr(C, align(64))]
