@@ -123,6 +123,13 @@ fn unsafe_code_stays_where_it_belongs() {
         let belongs = UNSAFE_PLACES.iter().any(|place| path.starts_with(place));
         assert!(belongs || !site.is_match(&text), "{path} has unsafe code");
     }
+    // The map names the same places and rooms.
+    let map = read("ARCHITECTURE.md");
+    let sentences = map.split("- **Unsafe code** ").nth(1).and_then(|rest| rest.split("\n- ").next()).unwrap();
+    let mut named: Vec<&str> = sentences.split('`').skip(1).step_by(2).collect();
+    let mut expected = [&UNSAFE_PLACES[..], &SAFE_ROOMS].concat();
+    (named.sort_unstable(), expected.sort_unstable());
+    assert_eq!(named, expected);
 }
 
 #[test]
