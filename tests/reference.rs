@@ -120,8 +120,13 @@ fn logits_losses_and_every_gradient_equal_the_reference() {
                 let label_smoothing =
                     if smooth { config["label_smoothing"].as_f64().unwrap() as f32 } else { 0.0 };
                 let batch = slot(&run, &io, loss);
-                let report =
-                    gradients(&mut *run.backend, &run.model, Loss { label_smoothing, ..Loss::plain(kind) }, batch).unwrap();
+                let report = gradients(
+                    &mut *run.backend,
+                    &run.model,
+                    Loss { label_smoothing, ..Loss::plain(kind) },
+                    batch,
+                )
+                .unwrap();
                 let want = io.f64(&format!("loss.{loss}.f64")).unwrap()[0];
                 assert!(
                     (report.loss - want).abs() <= 1e-5 * want.abs(),

@@ -34,7 +34,9 @@ impl<'de> Deserialize<'de> for ClassWeights {
             type Value = ClassWeights;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("\"none\", \"balanced\", or a list of one number for each class, as in [1, 2, 0.5]")
+                f.write_str(
+                    "\"none\", \"balanced\", or a list of one number for each class, as in [1, 2, 0.5]",
+                )
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<ClassWeights, E> {

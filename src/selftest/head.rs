@@ -158,7 +158,15 @@ fn objectives() -> Vec<Objective> {
             for (i, targets) in [Targets::Labels, Targets::MultiHot, Targets::Soft].into_iter().enumerate() {
                 for (smoothing, mixed) in [(0.0, i == 1), (0.125, i != 1)] {
                     let in_place = (i + classes) % 2 == 0;
-                    objectives.push(Objective { kind, classes, targets, smoothing, mixed, weighted: true, in_place });
+                    objectives.push(Objective {
+                        kind,
+                        classes,
+                        targets,
+                        smoothing,
+                        mixed,
+                        weighted: true,
+                        in_place,
+                    });
                 }
             }
         }

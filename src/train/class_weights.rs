@@ -56,7 +56,11 @@ pub fn line(weights: &[f32], classes: &[String]) -> String {
     let shown = |class: Option<usize>| {
         class.map_or("none".into(), |c| format!("{} (`{}`)", rounded(weights[c]), classes[c]))
     };
-    format!("loss     classes weigh from {} to {}; evaluations weigh them all the same", shown(least), shown(most))
+    format!(
+        "loss     classes weigh from {} to {}; evaluations weigh them all the same",
+        shown(least),
+        shown(most)
+    )
 }
 
 /// Three digits.
@@ -80,7 +84,8 @@ mod tests {
             balanced(LossKind::Softmax, &counts, 10),
             [10.0 / 18.0, 10.0 / 9.0, 1.0, 10.0 / 3.0].map(|w: f64| w as f32)
         );
-        let mean: f32 = balanced(LossKind::Softmax, &counts, 10).iter().zip(counts).map(|(w, n)| w * n as f32).sum();
+        let mean: f32 =
+            balanced(LossKind::Softmax, &counts, 10).iter().zip(counts).map(|(w, n)| w * n as f32).sum();
         assert!((mean / 10.0 - 1.0).abs() < 1e-6);
         // Samples have several classes, or all of them.
         let several = balanced(LossKind::Sigmoid, &[6, 3, 0, 10], 10);

@@ -11,8 +11,8 @@ use crate::recipe::Recipe;
 use crate::vit::{Mode, Vit};
 use crate::weights::ModelFile;
 
-use super::{build, class_weights};
 use super::loaded::load_weights;
+use super::{build, class_weights};
 
 use super::run::{Run, RunData, RunOptions, RunSummary};
 use super::settle;

@@ -78,18 +78,7 @@ impl Vit {
         let pruned = last_block == LastBlock::Pruned && config.reads_class_token_alone();
         let train = Graph::new(&config, &layout, micro_batch, mode, pruned, &mut plan);
         let eval = train.without_masks();
-        Self {
-            config,
-            layout,
-            mode,
-            micro_batch,
-            normalise,
-            pruned,
-            class_weights: None,
-            train,
-            eval,
-            plan,
-        }
+        Self { config, layout, mode, micro_batch, normalise, pruned, class_weights: None, train, eval, plan }
     }
 
     /// The same with room for a weight of each class, behind everything else: no other buffer moves. They are a run's and

@@ -311,7 +311,8 @@ mod tests {
                     check(&mut b, &logits, classes, loss, make, |d_logits, result| {
                         let losses = |z: &[f64]| -> Vec<f64> {
                             let rows = z.chunks(classes).enumerate();
-                            rows.map(|(i, z)| by_definition(kind, z, &target(2 + i), &wide(&weights))).collect()
+                            rows.map(|(i, z)| by_definition(kind, z, &target(2 + i), &wide(&weights)))
+                                .collect()
                         };
                         let got: Vec<f32> = result.chunks(3).map(|r| r[0]).collect();
                         assert_close("loss", &got, &losses(&wide(&logits)), 1e-6);
@@ -324,7 +325,71 @@ mod tests {
         }
     }
 
-    /// PLACEHOLDER
+    /// `F.cross_entropy(weight=)` and `F.binary_cross_entropy_with_logits(pos_weight=)` with `reduction="none"`, the latter
+    /// summed over classes, and the gradient of the mean over samples: PyTorch's formulas, worked out in float64. Its mean
+    /// for labels divides by the sum of their weights; ours divides by the samples, as its mean for probabilities does.
+    #[test]
+    fn weighted_losses_are_those_of_pytorch() {
+        use LossKind::{Sigmoid, Softmax};
+        let logits = [1.5, -0.25, 0.75, -2.0, -1.0, 3.0, 0.5, 0.125];
+        let weights = [0.5, 2.0, 1.25, 4.0];
+        let soft: &[f32] = &[0.25, 0.5, 0.0, 0.25, 0.0, 0.125, 0.75, 0.125];
+        let several: &[f32] = &[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0];
+        #[rustfmt::skip]
+        let cases = [
+            (Softmax, 0.0, None, [1.5832644756956054, 0.29134415054104945], [
+                0.37283653110791576, 0.06478927427300708, -0.44888449306463574, 0.011258687683712916,
+                0.01583279154713915, -0.1355588716657985, 0.07095764882975444, 0.048768431288905005,
+            ]),
+            (Softmax, 0.1, None, [1.9859690218588637, 0.7060587000706088], [
+                0.3870925403188512, 0.04335268435802248, -0.3923231401831907, -0.03812208449368287,
+                0.009533314073554339, -0.06326025019184289, 0.05511090617716147, -0.0013839700588728215,
+            ]),
+            (Softmax, 0.0, Some(soft), [6.347799608682529, 4.02707162701901], [
+                0.5713221028834569, -0.38985823373588796, 0.29939636179011925, -0.48086023093768804,
+                0.013358917867898657, 0.6043722020319825, -0.4088794837998947, -0.20885163609998642,
+            ]),
+            (Sigmoid, 0.0, Some(several), [1.2871628275568174, 6.8663221645407475], [
+                -0.04560638095158909, 0.21891174955710097, -0.2005133130153794, 0.05960146101105884,
+                0.13447071068499755, 0.4762870634112166, 0.3112296656009273, -0.9375812532524875,
+            ]),
+            (Sigmoid, 0.0, Some(soft), [5.774140773493276, 4.660087550313667], [
+                0.2951888333347191, -0.17163237566434852, 0.3395893495876965, -0.39569744323064704,
+                0.13447071068499755, 0.4108229463376187, -0.09916477209889885, 0.11520644419445741,
+            ]),
+        ];
+        for (kind, label_smoothing, targets, losses, gradient) in cases {
+            let mut b = Testbed::new(2);
+            let class_weights = Some(b.put(1, 4, &weights));
+            let make = || targets.map_or_else(|| labelled(&[2, 1]), |targets| dense(targets, 4));
+            let loss = Loss { kind, label_smoothing, class_weights };
+            check(&mut b, &logits, 4, loss, make, |d_logits, result| {
+                assert_close("loss", &[result[0], result[3]], &losses, 1e-6);
+                assert_close("d_logits", d_logits, &gradient, 1e-6);
+            });
+        }
+    }
+
+    #[test]
+    fn weights_of_one_are_the_loss_without_weights() {
+        for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+            let logits = normal(4, 5 * 7, 3.0);
+            let run = |weights: Option<&[f32]>| {
+                let mut b = Testbed::new(5);
+                let class_weights = weights.map(|weights| b.put(1, 7, weights));
+                let (z, samples) = (b.put(5, 7, &logits), b.room(5, 3));
+                let mut backend = b.backend(Isa::Scalar, 1);
+                backend.bind_batch(labelled(&[0, 6, 3, 3, -1])).unwrap();
+                let loss = Loss { kind, label_smoothing: 0.1, class_weights };
+                backend.loss(loss, z, z, samples).unwrap();
+                [take(&mut backend, z), take(&mut backend, samples)].concat()
+            };
+            let plain = run(None);
+            assert_eq!(run(Some(&[1.0; 7])), plain);
+            assert_ne!(run(Some(&[1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0])), plain);
+        }
+    }
+
     #[test]
     fn hits_follow_the_own_label_and_ties_go_to_the_first_class() {
         let logits = [
