@@ -10,7 +10,7 @@
 //           is ahead.
 // Tensors   logits, d_logits [B, C] in T (may be the same matrix); samples f32 [B, 3]: loss, top-1, top-5
 //           targets of the slot: labels i32 (-1: none), or f32 [samples, C]. Padding samples give zeros.
-//           weights f32 [C], or null: then the launch takes the code that knows of none, to the bit.
+//           weights f32 [C]: the kernels without `weighted` in their names do not look at them.
 // Numerics  f32 storage: sums and differences in f64, as the CPU has them. bf16 storage: f32; the logits' own
 //           rounding is larger.
 // Launch    one block per sample; three passes over its logits (the largest; the sums; the gradient). Rows of
@@ -30,7 +30,7 @@ struct LossArgs {
   u32 classes;
   u32 dense;  // targets are f32 [samples, C]
   u32 first;  // index in the slot of the micro-batch's first sample
-  const float* weights;  // of the classes; null: none
+  const float* weights;  // of the classes; null where the kernel knows of none
 };
 static_assert(sizeof(LossArgs) == 32, "shared with Rust");
 
@@ -341,23 +341,19 @@ __device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossA
 }
 
 // `staged`: the launch has shared memory for 512 bytes and a row of bf16.
-#define LOSS(suffix, T, threads, blocks)                                                                \
+#define LOSS(suffix, T, weighted, threads, blocks)                                                      \
   HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, \
                                                      const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
                                                      float* samples, u32 ld_samples) {                  \
-    if (args.weights)                                                                                   \
-      softmax_loss<T, true>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);      \
-    else                                                                                                \
-      softmax_loss<T, false>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);     \
+    softmax_loss<T, weighted>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
   }                                                                                                     \
   HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, \
                                                      const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
                                                      float* samples, u32 ld_samples) {                  \
-    if (args.weights)                                                                                   \
-      sigmoid_loss<T, true>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);      \
-    else                                                                                                \
-      sigmoid_loss<T, false>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);     \
+    sigmoid_loss<T, weighted>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
   }
 
-LOSS(bf16, bf16, 512, 2)
-LOSS(f32, float, 256, 2)
+LOSS(bf16, bf16, false, 512, 2)
+LOSS(f32, float, false, 256, 2)
+LOSS(weighted_bf16, bf16, true, 512, 2)
+LOSS(weighted_f32, float, true, 256, 2)

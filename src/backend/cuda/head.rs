@@ -116,9 +116,11 @@ pub(super) fn loss(cuda: &mut Cuda, loss: Loss, logits: Mat, d_logits: Mat, samp
         (1025..=4096, _) | (_, Dtype::F32) => 256,
         _ => 512,
     };
-    let kernel = match loss.kind {
-        LossKind::Softmax => variant!(logits.dtype, "loss_softmax"),
-        LossKind::Sigmoid => variant!(logits.dtype, "loss_sigmoid"),
+    let kernel = match (loss.kind, loss.class_weights) {
+        (LossKind::Softmax, None) => variant!(logits.dtype, "loss_softmax"),
+        (LossKind::Softmax, Some(_)) => variant!(logits.dtype, "loss_softmax_weighted"),
+        (LossKind::Sigmoid, None) => variant!(logits.dtype, "loss_sigmoid"),
+        (LossKind::Sigmoid, Some(_)) => variant!(logits.dtype, "loss_sigmoid_weighted"),
     };
     let args = LossArgs {
         scale: 1.0 / micro.mean_over as f64,
