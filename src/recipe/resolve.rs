@@ -83,7 +83,7 @@ impl Recipe {
                 "`loss.class_weights` has {} numbers, and there are {classes} classes",
                 weights.len()
             ))
-            .hint("give one for each class in their order, or `--set loss.class_weights=balanced`")),
+            .hint(format!("give {classes} numbers, one for each class in their order"))),
             _ => Ok(()),
         }
     }
