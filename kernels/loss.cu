@@ -4,17 +4,21 @@
 // Math      y_c = (1-s)·(λ·own_c + (1-λ)·partner_c) + s/C
 //           softmax: loss = Σy·ln Σe^(z-m) + Σ y·(m - z), d = Σy·softmax(z) - y
 //           sigmoid: loss = Σ softplus(z) - y·z, d = σ(z) - y;   d_logits = d·scale, scale = 1/mean_over
+//           with class weights w: softmax has w·y in place of y;
+//           sigmoid: loss = Σ (1 + (w-1)·y)·softplus(z) - w·y·z, d = (1 + (w-1)·y)·σ(z) - w·y
 //           hits: a class with own_c ≠ 0 is ranked by how many logits beat it; of equal logits the first class
 //           is ahead.
 // Tensors   logits, d_logits [B, C] in T (may be the same matrix); samples f32 [B, 3]: loss, top-1, top-5
 //           targets of the slot: labels i32 (-1: none), or f32 [samples, C]. Padding samples give zeros.
+//           weights f32 [C]: the kernels without `weighted` in their names do not look at them.
 // Numerics  f32 storage: sums and differences in f64, as the CPU has them. bf16 storage: f32; the logits' own
 //           rounding is larger.
 // Launch    one block per sample; three passes over its logits (the largest; the sums; the gradient). Rows of
 //           bf16 wait in shared memory between the passes, so each logit is read from memory once; where a
 //           row does not fit (more than 48,000 classes on the smallest card) and in f32 the later passes read
 //           through L2.
-// Bytes     4 per logit in bf16; dense targets 4 more (8 where mixed), and again from L2 for each pass.
+// Bytes     4 per logit in bf16; dense targets 4 more (8 where mixed), and again from L2 for each pass; class
+//           weights 4 per class, from L2 for all samples but the first.
 // Order     classes of a thread, lanes, warps.
 // Source    Szegedy et al. 2016 (smoothing); Beyer et al. 2020 (sigmoid loss).
 #include "reduce.cuh"
@@ -26,8 +30,9 @@ struct LossArgs {
   u32 classes;
   u32 dense;  // targets are f32 [samples, C]
   u32 first;  // index in the slot of the micro-batch's first sample
+  const float* weights;  // of the classes; null where the kernel knows of none
 };
-static_assert(sizeof(LossArgs) == 24, "shared with Rust");
+static_assert(sizeof(LossArgs) == 32, "shared with Rust");
 
 // The type of sums and of differences that cancel.
 template <typename T>
@@ -110,6 +115,15 @@ __device__ __forceinline__ void target8(const Target<Real>& t, u32 first, u32 n,
       if (first + i == t.partner_label) y[i] += t.partner_weight;
     }
   }
+}
+
+// w·y of eight classes.
+template <typename Real>
+__device__ __forceinline__ void weigh8(const float* weights, u32 first, u32 n, Real (&y)[VEC]) {
+  float w[VEC];
+  load8(weights + first, n, w);
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) y[i] *= static_cast<Real>(w[i]);
 }
 
 // ---- the row ----------------------------------------------------------------------------------------------
@@ -220,7 +234,7 @@ __device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossAr
 
 // ---- losses -----------------------------------------------------------------------------------------------
 
-template <typename T>
+template <typename T, bool WEIGHTED>
 __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossArgs& args, u32 staged,
                                              const T* logits, u32 ld, T* d_logits, u32 ld_d, float* samples,
                                              u32 ld_samples) {
@@ -248,6 +262,7 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
   row.each([&](u32 first, u32 n, const float (&z)[VEC]) {
     Real y[VEC];
     target8(target, first, n, y);
+    if constexpr (WEIGHTED) weigh8(args.weights, first, n, y);
     ahead += beaten_by(truth, first, n, z);
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) {
@@ -265,6 +280,7 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
     Real y[VEC];
     float d[VEC];
     target8(target, first, n, y);
+    if constexpr (WEIGHTED) weigh8(args.weights, first, n, y);
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) {
       d[i] = static_cast<float>(scale * (static_cast<Real>(exp_of(z[i] - largest, Real())) * ratio - y[i]));
@@ -274,7 +290,7 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
   store_sample(sample, static_cast<float>(sums[1] * log(sums[0]) + sums[2]), truth, ahead);
 }
 
-template <typename T>
+template <typename T, bool WEIGHTED>
 __device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossArgs& args, u32 staged,
                                              const T* logits, u32 ld, T* d_logits, u32 ld_d, float* samples,
                                              u32 ld_samples) {
@@ -296,11 +312,23 @@ __device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossA
     float d[VEC];
     target8(target, first, n, y);
     ahead += beaten_by(truth, first, n, z);
+    [[maybe_unused]] Real both[VEC];  // 1 + (w-1)·y
+    if constexpr (WEIGHTED) {
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) both[i] = Real(1) - y[i];
+      weigh8(args.weights, first, n, y);
+#pragma unroll
+      for (u32 i = 0; i < VEC; ++i) both[i] += y[i];
+    }
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) {
       Real small = static_cast<Real>(exp_of(-fabsf(z[i]), Real()));
       Real chance = (z[i] >= 0.0f ? Real(1) : small) / (Real(1) + small);
       Real loss = static_cast<Real>(fmaxf(z[i], 0.0f)) + log1p(small);
+      if constexpr (WEIGHTED) {
+        chance *= both[i];
+        loss *= both[i];
+      }
       if (y[i] != Real(0)) loss -= y[i] * static_cast<Real>(z[i]);
       if (i < n) sums[0] += loss;
       d[i] = static_cast<float>(scale * (chance - y[i]));
@@ -313,17 +341,19 @@ __device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossA
 }
 
 // `staged`: the launch has shared memory for 512 bytes and a row of bf16.
-#define LOSS(suffix, T, threads, blocks)                                                                \
+#define LOSS(suffix, T, weighted, threads, blocks)                                                      \
   HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, \
                                                      const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
                                                      float* samples, u32 ld_samples) {                  \
-    softmax_loss<T>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);              \
+    softmax_loss<T, weighted>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
   }                                                                                                     \
   HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, \
                                                      const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
                                                      float* samples, u32 ld_samples) {                  \
-    sigmoid_loss<T>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);              \
+    sigmoid_loss<T, weighted>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
   }
 
-LOSS(bf16, bf16, 512, 2)
-LOSS(f32, float, 256, 2)
+LOSS(bf16, bf16, false, 512, 2)
+LOSS(f32, float, false, 256, 2)
+LOSS(weighted_bf16, bf16, true, 512, 2)
+LOSS(weighted_f32, float, true, 256, 2)

@@ -188,7 +188,7 @@ fn gradients(model: &Vit, is_early: bool) -> (Vec<(String, Vec<f32>)>, usize) {
         let (samples, accumulate) = (MICRO_BATCH, first > 0);
         b.begin_micro(Micro { first, samples, global_first: 0, accumulate, mean_over: BATCH }).unwrap();
         model.forward(&mut b, true).unwrap();
-        model.loss(&mut b, Loss { kind: LossKind::Softmax, label_smoothing: 0.1 }).unwrap();
+        model.loss(&mut b, Loss { label_smoothing: 0.1, ..Loss::plain(LossKind::Softmax) }).unwrap();
         model.backward(&mut b, true).unwrap();
         assert_eq!(b.made, None, "no product came");
     }

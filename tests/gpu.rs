@@ -100,6 +100,13 @@ fn training_with_a_map_head_and_layer_scale_follows_the_cpu() {
     follows_the_cpu("map", &["model.pool=map", "model.layer_scale=0.1", "train.recompute=ln+gelu"]);
 }
 
+#[test]
+fn training_with_class_weights_follows_the_cpu() {
+    let weights = ["loss.class_weights=[0.25,3,1.5]", "loss.label_smoothing=0.1"];
+    follows_the_cpu("weighted", &weights);
+    follows_the_cpu("weighted-sigmoid", &[&weights[..], &["loss.kind=sigmoid"]].concat());
+}
+
 fn follows_the_cpu(name: &str, more: &[&str]) {
     let Some(folder) = stand_in() else { return };
     let on_cpu = path(&format!("cpu-{name}"));
@@ -432,7 +439,7 @@ fn an_evaluation_copies_the_next_batch_beside_its_pass() {
 fn a_card_holds_exactly_what_the_plan_says() {
     let Some(folder) = stand_in() else { return };
     let cases: [&[&str]; 4] = [
-        &["train.precision=f32"],
+        &["train.precision=f32", "loss.class_weights=balanced"],
         &["train.residual=f32", "model.pool=token", "model.posemb_join=before"],
         &["optim.name=adafactor", "train.micro_batch=2"],
         &[

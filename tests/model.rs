@@ -58,7 +58,7 @@ impl Bench {
         slot.labels_mut().iter_mut().for_each(|l| *l = s.below(config.classes) as i32);
         mix(&mut slot);
         backend.bind_batch(slot).unwrap();
-        Self { backend, model, loss: Loss { kind: loss, label_smoothing: 0.1 }, batch }
+        Self { backend, model, loss: Loss { label_smoothing: 0.1, ..Loss::plain(loss) }, batch }
     }
 
     /// Loss of the whole batch; gradients too where asked.

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use vitrum::error::{Error, Kind, Result};
-use vitrum::recipe::{BUILT_IN, Crop, Duration, OptimName, Recipe, Size};
+use vitrum::recipe::{BUILT_IN, ClassWeights, Crop, Duration, OptimName, Recipe, Size};
 use vitrum::vit::config::PoolKind;
 
 fn load(name: &str, set: &[&str]) -> Result<Recipe> {
@@ -209,7 +209,7 @@ fn unknown_keys_are_refused_with_the_nearest_known_one() {
          `weights`"
     );
     let (_, hint) = refused(&["loss.zzzzzzz=1"]);
-    assert_eq!(hint, "the keys of `loss` are `kind`, `label_smoothing`");
+    assert_eq!(hint, "the keys of `loss` are `kind`, `label_smoothing`, `class_weights`");
 }
 
 #[test]
@@ -356,4 +356,56 @@ fn overrides_work_without_a_model_or_a_length() {
     assert_eq!(recipe.optim.name, OptimName::Sgd);
     assert_eq!(base.with(&["optim.beta1=2".into()]).unwrap_err().message(), "`optim.beta1` is 2");
     assert_eq!(base.with(&[]).unwrap(), base);
+}
+
+#[test]
+fn class_weights_are_a_word_or_a_number_for_each_class() {
+    let of = |value: &str| demo(&[&format!("loss.class_weights={value}")]);
+    assert_eq!(demo(&[]).loss.class_weights, ClassWeights::None);
+    assert_eq!(of("none"), demo(&[]));
+    assert_eq!(of("balanced").loss.class_weights, ClassWeights::Balanced);
+    let ten = "[1,2,0.5,1,1,1,1,1,1,1e-3]";
+    let list = vec![1.0, 2.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1e-3];
+    assert_eq!(of(ten).loss.class_weights, ClassWeights::Given(list));
+    for value in ["none", "balanced", ten] {
+        let text = of(value).to_toml();
+        assert_eq!(Recipe::from_toml(&text, "recipe.toml").unwrap(), of(value), "{text}");
+    }
+    // Written either way they are the same numbers.
+    assert_eq!(of("[1,1,1,1,1,1,1,1,1,2]").differences(&of("[1.0,1,1,1,1,1,1,1,1,2.0]")), []);
+    assert_eq!(of("balanced").differences(&of(ten))[0].key, "loss.class_weights");
+
+    for (value, expected) in [
+        ("[1,2,0]", "`loss.class_weights[2]` is 0"),
+        ("[1,-2,0]", "`loss.class_weights[1]` is -2"),
+        ("[nan]", "`loss.class_weights[0]` is NaN"),
+        ("[1,inf]", "`loss.class_weights[1]` is inf"),
+        // None in f32.
+        ("[1e-60]", "`loss.class_weights[0]` is 0.000000"),
+        ("balancd", "`loss.class_weights` is the text `balancd`, expected \"none\", \"balanced\", or a list"),
+        ("2", "`loss.class_weights` is 2, expected \"none\""),
+        (
+            "[1,'a']",
+            "`loss.class_weights` is a list, expected \"none\", \"balanced\", or a list of one number",
+        ),
+    ] {
+        let (message, _) = refused(&[&format!("loss.class_weights={value}")]);
+        assert!(message.starts_with(expected), "{value}: {message}");
+    }
+    let (message, hint) = refused(&["loss.class_weights=[1,2]", "model.classes=10"]);
+    assert_eq!(message, "`loss.class_weights` has 2 numbers, and there are 10 classes");
+    assert_eq!(hint, "give 10 numbers, one for each class in their order");
+    let error = of(ten).resolved(3, 100).unwrap_err();
+    assert_eq!(error.message(), "`loss.class_weights` has 10 numbers, and there are 3 classes");
+
+    let (message, hint) = refused(&["loss.class_weights=balanced", "data.balance=true"]);
+    assert!(message.contains("rare classes twice"), "{message}");
+    assert!(hint.contains("--set data.balance=false"), "{hint}");
+    assert!(load("demo", &["data.balance=true", &format!("loss.class_weights={ten}")]).is_ok());
+
+    let (message, hint) = refused_file(
+        "[model]\nvariant = \"Ti/16\"\nclasses = 3\n[train]\nsteps = 10\n[loss]\nclass_weights = [1, 2]\n",
+    );
+    assert!(message.starts_with(", line 7, column 17: `loss.class_weights` has 2 numbers"), "{message}");
+    assert!(hint.contains("in their order"), "{hint}");
 }

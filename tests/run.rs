@@ -234,6 +234,7 @@ fn a_run_allocates_what_the_plan_says() {
             "model.posemb=sincos2d",
             "model.pool=gap",
             "loss.kind=sigmoid",
+            "loss.class_weights=[1,2,3]",
         ],
     ];
     for more in cases {
@@ -398,6 +399,68 @@ fn a_run_goes_on_with_other_settings_that_change_no_step() {
     vitrum(&["train", "--resume", &out, "--set", "optim.lr=1", "--set", "model.dropout=0.3"])
         .exits(1)
         .says(&["another recipe: model.dropout: ", " -> 0.3", "optim.lr: 0.003 -> 1.0", "hint: "]);
+}
+
+/// [`stripes`] with eight of the 32 pictures of `down` to train on.
+fn few_down() -> String {
+    let data = path("few-down");
+    let copied = std::process::Command::new("cp").args(["-a", stripes(), &data]).status().unwrap();
+    assert!(copied.success());
+    let down = Path::new(&data).join("train/down");
+    names(&down).iter().skip(8).for_each(|name| std::fs::remove_file(down.join(name)).unwrap());
+    format!("data.train={data}")
+}
+
+#[test]
+fn rare_classes_weigh_more_and_the_run_is_resumed_to_the_bit() {
+    let data = few_down();
+    let balanced = [data.as_str(), "loss.class_weights=balanced"];
+    let want = path("weighted-unbroken");
+    // 72 / (3 · 32) and 72 / (3 · 8).
+    vitrum(&train(&want, &[&balanced[..], &["train.steps=8"]].concat()))
+        .ok()
+        .says(&["loss     classes weigh from 0.75 (`across`) to 3 (`down`)"]);
+    let out = at_step_5("weighted", &balanced);
+    for other in ["loss.class_weights=none", "loss.class_weights=[0.75,0.75,3]"] {
+        vitrum(&["train", "--resume", &out, "--set", other])
+            .exits(1)
+            .says(&["another recipe: loss.class_weights: \"balanced\" -> ", "hint: "]);
+    }
+    vitrum(&["train", "--resume", &out]).ok().says(&["from checkpoints/step-5", "to 3 (`down`)"]);
+    let want = outcome(&want);
+    assert_eq!(outcome(&out), want);
+
+    let of = |name: &str, weights: &str| {
+        let out = path(name);
+        vitrum(&train(&out, &[&data, "train.steps=8", weights])).ok();
+        outcome(&out)
+    };
+    // Its state holds another recipe.
+    let by_hand = of("weighted-by-hand", "loss.class_weights=[0.75,0.75,3]");
+    assert_eq!((&by_hand.metrics, &by_hand.files[..2]), (&want.metrics, &want.files[..2]));
+    let plain = of("weighted-not", "loss.class_weights=none");
+    assert_eq!(of("weighted-the-same", "loss.class_weights=[1,1,1]").files[0], plain.files[0]);
+    assert_ne!(want.files[0], plain.files[0]);
+
+    // The head starts at zero: each of three classes has a third, and costs ln 3.
+    let first = path("weighted-first");
+    let pace = ["train.steps=1", "train.log_every=1", "optim.lr=0", "loss.class_weights=[100,100,100]"];
+    vitrum(&train(&first, &[&[data.as_str()], &pace[..]].concat())).ok();
+    let losses: Vec<f64> = metrics(&first)
+        .iter()
+        .filter_map(|line| line["loss"].as_f64().or(line["eval"]["loss"].as_f64()))
+        .collect();
+    let near = |loss: f64, expected: f64| (loss / expected - 1.0).abs() < 1e-5;
+    let ln3 = 3f64.ln();
+    assert!(near(losses[0], 100.0 * ln3), "training: {losses:?}");
+    assert!(losses.len() == 2 && near(losses[1], ln3), "evaluations weigh nothing: {losses:?}");
+
+    let none = path("weighted-wrong");
+    vitrum(&train(&none, &[&data, "loss.class_weights=[1,2]"])).exits(2).says(&[
+        "`loss.class_weights` has 2 numbers, and there are 3 classes",
+        "hint: their order is across, checks, down",
+    ]);
+    assert!(!Path::new(&none).exists());
 }
 
 #[test]

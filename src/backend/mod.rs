@@ -305,19 +305,29 @@ pub enum Pool {
 }
 
 /// The training objective over `[B, C]` logits; targets come from the bound batch.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Loss {
     pub kind: LossKind,
     /// Targets become `(1-s)·y + s/C`.
     pub label_smoothing: f32,
+    /// f32 `[1, C]`: what class c of the mixed and smoothed target counts.
+    pub class_weights: Option<Mat>,
+}
+
+impl Loss {
+    /// Plain targets, all classes the same: what evaluations report.
+    pub fn plain(kind: LossKind) -> Loss {
+        Loss { kind, label_smoothing: 0.0, class_weights: None }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LossKind {
-    /// `-Σ_c y_c·log_softmax(z)_c`
+    /// `-Σ_c w_c·y_c·log_softmax(z)_c`, where w is 1 without class weights.
     Softmax,
-    /// `Σ_c softplus(z_c) - y_c·z_c`: binary cross-entropy, summed over classes.
+    /// `Σ_c (1 + (w_c-1)·y_c)·softplus(z_c) - w_c·y_c·z_c`: binary cross-entropy, summed over classes; without class weights
+    /// `Σ_c softplus(z_c) - y_c·z_c`.
     Sigmoid,
 }
 

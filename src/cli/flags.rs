@@ -85,11 +85,13 @@ pub(super) fn program() -> String {
 
 /// Flags of other programs (timm, big_vision, ultralytics, torchvision, HuggingFace), and what they are here: a setting, or
 /// flags.
-const ELSEWHERE: [(&str, &str); 48] = [
+const ELSEWHERE: [(&str, &str); 50] = [
     ("amp", "train.precision"),
     ("batch-size", "train.batch"),
     ("bs", "train.batch"),
     ("checkpoint", "--weights"),
+    ("class-weight", "loss.class_weights"),
+    ("class-weights", "loss.class_weights"),
     ("clip-grad", "optim.clip"),
     ("cos-lr", "schedule.kind"),
     ("data-dir", "--data"),

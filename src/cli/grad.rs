@@ -49,7 +49,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut run = Loaded::open(&args.weights, &overrides, on, samples, Mode::Train, Some(image))?;
     batch.check_classes(run.model.config.classes)?;
     let slot = batch.slot(&*run.backend, 0)?;
-    let loss = Loss { kind: args.loss, label_smoothing: args.label_smoothing };
+    let loss = Loss { label_smoothing: args.label_smoothing, ..Loss::plain(args.loss) };
     let report = gradients(&mut *run.backend, &run.model, loss, slot)?;
 
     let mut out = vec![("loss".to_string(), vec![1], vec![report.loss as f32])];

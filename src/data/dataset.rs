@@ -289,6 +289,13 @@ impl Dataset {
         stored.into_iter().map(|label| self.relabel.as_ref().map_or(label, |number| number[label]))
     }
 
+    /// How many samples have each class: C counts.
+    pub fn class_counts(&self) -> Vec<usize> {
+        let mut counts = vec![0; self.classes.len()];
+        (0..self.len()).flat_map(|index| self.labels(index)).for_each(|label| counts[label] += 1);
+        counts
+    }
+
     /// Whether samples may have several labels, or none.
     pub fn is_multi_label(&self) -> bool {
         match &self.records {

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod augment;
+mod class_weights;
 mod compare;
 mod duration;
 mod load;
@@ -18,6 +19,7 @@ mod size;
 pub use augment::{
     AugmentSection, Crop, Dialect, EraseMode, Interpolation, Level, MixLaw, MixMode, RandAugment,
 };
+pub use class_weights::ClassWeights;
 pub use compare::Difference;
 pub use duration::Duration;
 pub use load::{BUILT_IN, Loaded, keys};
@@ -434,16 +436,19 @@ impl Default for ScheduleSection {
     }
 }
 
+/// The training objective. Evaluations neither smooth nor weigh.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossSection {
     pub kind: LossKind,
     pub label_smoothing: f32,
+    /// `none`, `balanced` (rare classes count more), or one number for each class in their order.
+    pub class_weights: ClassWeights,
 }
 
 impl Default for LossSection {
     fn default() -> Self {
-        Self { kind: LossKind::Softmax, label_smoothing: 0.0 }
+        Self { kind: LossKind::Softmax, label_smoothing: 0.0, class_weights: ClassWeights::None }
     }
 }
 

@@ -1,7 +1,7 @@
 //! From what the user wrote to what the program works with: the model's sizes, the run's length, and a refusal of
 //! what makes no sense or is not built yet.
 
-use super::{Duration, MicroBatch, ModelSection, Recipe, Size};
+use super::{ClassWeights, Duration, MicroBatch, ModelSection, Recipe, Size};
 use crate::error::{Error, Result};
 use crate::vit::config::{ModelConfig, PoolKind, Variant};
 
@@ -37,6 +37,7 @@ impl Recipe {
     /// The recipe with everything that had to be worked out written into it: sizes, classes, steps.
     pub fn resolved(&self, classes_of_data: usize, data_size: usize) -> Result<Recipe> {
         let config = self.model_config(classes_of_data)?;
+        self.check_class_weights(config.classes)?;
         let mut recipe = self.clone();
         recipe.train.steps = Some(self.steps(data_size)?);
         recipe.train.epochs = None;
@@ -59,8 +60,23 @@ impl Recipe {
             )
             .hint("leave it out, or use `vitrum finetune`"));
         }
+        if let Some(classes) = self.model.classes {
+            self.check_class_weights(classes)?;
+        }
         self.steps(1)?;
         self.validate_settings()
+    }
+
+    /// Refuses a list of `loss.class_weights` that has not one number for each of `classes`.
+    pub fn check_class_weights(&self, classes: usize) -> Result<()> {
+        match &self.loss.class_weights {
+            ClassWeights::Given(weights) if weights.len() != classes => Err(Error::usage(format!(
+                "`loss.class_weights` has {} numbers, and there are {classes} classes",
+                weights.len()
+            ))
+            .hint(format!("give {classes} numbers, one for each class in their order"))),
+            _ => Ok(()),
+        }
     }
 
     /// Everything but the model and the length of the run.
@@ -70,6 +86,7 @@ impl Recipe {
                 .hint("give numbers above 0, as in `--set data.std=[0.229,0.224,0.225]`"));
         }
         self.check_train()?;
+        self.check_loss()?;
         self.check_data_and_augment()?;
         self.check_optim()
     }
@@ -106,6 +123,28 @@ impl Recipe {
         }
         within("train.threads", t.threads as f64, 0.0, 4096.0)?;
         within("train.min_delta", t.min_delta, 0.0, f64::MAX)
+    }
+
+    fn check_loss(&self) -> Result<()> {
+        match &self.loss.class_weights {
+            ClassWeights::None => Ok(()),
+            ClassWeights::Balanced if self.data.balance => Err(Error::usage(
+                "`loss.class_weights = \"balanced\"` and `data.balance = true` would make up for rare classes twice",
+            )
+            .hint("use one of them: `--set data.balance=false`, or `--set loss.class_weights=none`")),
+            ClassWeights::Balanced => Ok(()),
+            ClassWeights::Given(weights) => {
+                // The loss takes them in f32.
+                let is_weight = |w: &f64| (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(w);
+                match weights.iter().position(|w| !is_weight(w)) {
+                    None => Ok(()),
+                    Some(index) => {
+                        Err(Error::usage(format!("`loss.class_weights[{index}]` is {}", weights[index]))
+                            .hint("a weight is a finite number above 0, as in `--set loss.class_weights=[1,2,0.5]`"))
+                    }
+                }
+            }
+        }
     }
 
     fn check_data_and_augment(&self) -> Result<()> {

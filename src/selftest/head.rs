@@ -107,6 +107,8 @@ struct Objective {
     targets: Targets,
     smoothing: f32,
     mixed: bool,
+    /// Classes have weights.
+    weighted: bool,
     /// The gradient takes the place of the logits.
     in_place: bool,
 }
@@ -130,7 +132,15 @@ fn objectives() -> Vec<Objective> {
                     for mixed in [false, true] {
                         i += 1;
                         let in_place = i % 3 == 0;
-                        objectives.push(Objective { kind, classes, targets, smoothing, mixed, in_place });
+                        objectives.push(Objective {
+                            kind,
+                            classes,
+                            targets,
+                            smoothing,
+                            mixed,
+                            weighted: false,
+                            in_place,
+                        });
                     }
                 }
             }
@@ -139,7 +149,26 @@ fn objectives() -> Vec<Objective> {
     // More classes than the threads of a block take at once.
     for kind in [LossKind::Softmax, LossKind::Sigmoid] {
         for (classes, targets, in_place) in [(2051, Targets::Soft, true), (5003, Targets::Labels, false)] {
-            objectives.push(Objective { kind, classes, targets, smoothing: 0.125, mixed: true, in_place });
+            let (smoothing, mixed, weighted) = (0.125, true, false);
+            objectives.push(Objective { kind, classes, targets, smoothing, mixed, weighted, in_place });
+        }
+    }
+    for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+        for classes in [1, 3, 10, 1001, 5003] {
+            for (i, targets) in [Targets::Labels, Targets::MultiHot, Targets::Soft].into_iter().enumerate() {
+                for (smoothing, mixed) in [(0.0, i == 1), (0.125, i != 1)] {
+                    let in_place = (i + classes) % 2 == 0;
+                    objectives.push(Objective {
+                        kind,
+                        classes,
+                        targets,
+                        smoothing,
+                        mixed,
+                        weighted: true,
+                        in_place,
+                    });
+                }
+            }
         }
     }
     // One class has nothing to choose between under softmax.
@@ -163,8 +192,9 @@ impl Objective {
         };
         let smoothing = if self.smoothing > 0.0 { ", smoothing" } else { "" };
         let mixed = if self.mixed { ", mixed" } else { "" };
+        let weighted = if self.weighted { ", class weights" } else { "" };
         let in_place = if self.in_place { ", in place" } else { "" };
-        format!("{} classes, {targets}{smoothing}{mixed}{in_place}", self.classes)
+        format!("{} classes, {targets}{smoothing}{mixed}{weighted}{in_place}", self.classes)
     }
 
     fn layout(&self) -> SlotLayout {
@@ -212,6 +242,14 @@ fn loss(t: &mut Trial, o: Objective) -> Result<()> {
         })
         .collect();
 
+    // From a rare class to a common one; 1 where the loss knows of none.
+    let weights: Vec<f64> = match o.weighted {
+        true => (0..classes).map(|_| bf16::from_f32(2f32.powf(stream.range(-4.0, 3.0))).to_f64()).collect(),
+        false => vec![1.0; classes],
+    };
+    let largest = weights.iter().copied().fold(0.0, f64::max);
+    let class_weights = o.weighted.then(|| t.statistics(1, classes, weights.clone()).mat);
+
     let (mut losses, mut gradient) = (vec![0.0; SAMPLES * 3], vec![0.0; SAMPLES * classes]);
     for row in 0..COUNT - FIRST {
         let (sample, partner) = (FIRST + row, PARTNER[FIRST + row] as usize);
@@ -226,8 +264,8 @@ fn loss(t: &mut Trial, o: Objective) -> Result<()> {
             .collect();
         let z = logits.row(row);
         let (loss, d) = match o.kind {
-            LossKind::Softmax => softmax(z, &y),
-            LossKind::Sigmoid => sigmoid(z, &y),
+            LossKind::Softmax => softmax(z, &y, &weights),
+            LossKind::Sigmoid => sigmoid(z, &y, &weights),
         };
         let mut order: Vec<usize> = (0..classes).collect();
         order.sort_by(|a, b| z[*b].total_cmp(&z[*a]));
@@ -254,7 +292,7 @@ fn loss(t: &mut Trial, o: Objective) -> Result<()> {
     }
     spoil_padding(&mut slot, o.targets);
     backend.bind_batch(slot)?;
-    let loss = Loss { kind: o.kind, label_smoothing: o.smoothing };
+    let loss = Loss { kind: o.kind, label_smoothing: o.smoothing, class_weights };
     backend.loss(loss, logits.mat, d_logits.mat, samples.mat)?;
 
     let got = t.take(&samples)?;
@@ -263,8 +301,8 @@ fn loss(t: &mut Trial, o: Objective) -> Result<()> {
     t.judge("loss", &column(&got, 0), &column(&losses, 0), 1, sum_of(classes));
     t.judge("top-1", &column(&got, 1), &column(&losses, 1), 1, 0.0);
     t.judge("top-5", &column(&got, 2), &column(&losses, 2), 1, 0.0);
-    // A probability of nearly 1 less a target of 1 keeps the rounding of both.
-    t.compare_rows("d_logits", &d_logits, &gradient, 0.1 / mean_over as f64, 2.0 * ELEMENTWISE)
+    // A probability of nearly 1 less a target of 1 keeps the rounding of both, and so do their multiples.
+    t.compare_rows("d_logits", &d_logits, &gradient, 0.1 * largest / mean_over as f64, 2.0 * ELEMENTWISE)
 }
 
 /// Samples past the count hold what an earlier batch left there.
@@ -279,20 +317,24 @@ fn spoil_padding(slot: &mut Slot, targets: Targets) {
     }
 }
 
-/// `-Σ y·log_softmax(z)`, and its gradient.
-fn softmax(z: &[f64], y: &[f64]) -> (f64, Vec<f64>) {
+/// `-Σ w·y·log_softmax(z)`, and its gradient.
+fn softmax(z: &[f64], y: &[f64], w: &[f64]) -> (f64, Vec<f64>) {
+    let y: Vec<f64> = y.iter().zip(w).map(|(y, w)| w * y).collect();
     let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let lse = largest + z.iter().map(|z| (z - largest).exp()).sum::<f64>().ln();
     let mass: f64 = y.iter().sum();
-    let loss = z.iter().zip(y).map(|(z, y)| y * (lse - z)).sum();
-    (loss, z.iter().zip(y).map(|(z, y)| mass * (z - lse).exp() - y).collect())
+    let loss = z.iter().zip(&y).map(|(z, y)| y * (lse - z)).sum();
+    (loss, z.iter().zip(&y).map(|(z, y)| mass * (z - lse).exp() - y).collect())
 }
 
-/// `Σ softplus(z) - y·z`, and its gradient.
-fn sigmoid(z: &[f64], y: &[f64]) -> (f64, Vec<f64>) {
+/// `-Σ w·y·log σ(z) + (1-y)·log(1-σ(z))`, and its gradient.
+fn sigmoid(z: &[f64], y: &[f64], w: &[f64]) -> (f64, Vec<f64>) {
     let softplus = |z: f64| z.max(0.0) + (-z.abs()).exp().ln_1p();
-    let loss = z.iter().zip(y).map(|(z, y)| softplus(*z) - y * z).sum();
-    (loss, z.iter().zip(y).map(|(z, y)| 1.0 / (1.0 + (-z).exp()) - y).collect())
+    let chance = |z: f64| 1.0 / (1.0 + (-z).exp());
+    let classes = || z.iter().zip(y).zip(w).map(|((z, y), w)| (*z, *y, *w));
+    let loss = classes().map(|(z, y, w)| w * y * softplus(-z) + (1.0 - y) * softplus(z)).sum();
+    // σ(-z) is 1 - σ(z), without its rounding.
+    (loss, classes().map(|(z, y, w)| (1.0 - y) * chance(z) - w * y * chance(-z)).collect())
 }
 
 // Reports --------------------------------------------------------------------------------------------------------

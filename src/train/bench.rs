@@ -19,7 +19,7 @@ use crate::rng::{Domain, Stream};
 use crate::vit::{Mode, Vit};
 
 use super::bench_kernels::{self, Ceilings};
-use super::{Trainer, build, header, settle};
+use super::{Trainer, build, class_weights, header, settle};
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
@@ -198,7 +198,9 @@ impl Subject {
             let model = build::model(recipe, Mode::Train, backend.storage())?;
             let optimizer = build::optimizer(recipe, &model, recipe.train.batch)?;
             let collective = Collective::from_env()?;
-            let trainer = Trainer::new(backend, model, optimizer, collective, build::options(recipe))?;
+            let of_classes = class_weights::of_list(recipe)?;
+            let mut trainer = Trainer::new(backend, model, optimizer, collective, build::options(recipe))?;
+            of_classes.map_or(Ok(()), |weights| trainer.weigh_classes(&weights))?;
             return Ok(Self::Train(Box::new(trainer)));
         }
         // A pass is a batch: nothing is added up over parts of one.

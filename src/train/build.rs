@@ -4,7 +4,7 @@ use crate::backend::{self, Loss, Normalise, Pixels, SlotLayout, Storage, TargetK
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::optim::{self, Optimizer, RunLength};
-use crate::recipe::{MicroBatch, Recipe, SlotPixels};
+use crate::recipe::{ClassWeights, MicroBatch, Recipe, SlotPixels};
 use crate::vit::{LastBlock, Mode, Param, Vit};
 
 use super::trainer::TrainerOptions;
@@ -17,11 +17,14 @@ pub fn model(recipe: &Recipe, mode: Mode, storage: Storage) -> Result<Vit> {
         );
     };
     let config = recipe.model_config(classes)?;
+    recipe.check_class_weights(classes)?;
     let frozen = |param: &Param| optim::is_frozen(&recipe.optim, param);
     let storage = Storage { recompute: recipe.train.recompute, ..storage };
     let last_block = if recipe.train.prune_last_block { LastBlock::Pruned } else { LastBlock::Whole };
     let normalise = recipe.data.normalise(Normalise::INCEPTION);
-    Ok(Vit::new(config, normalise, micro_batch(recipe)?, mode, storage, last_block, frozen))
+    let model = Vit::new(config, normalise, micro_batch(recipe)?, mode, storage, last_block, frozen);
+    let weighs = mode == Mode::Train && recipe.loss.class_weights != ClassWeights::None;
+    Ok(if weighs { model.with_class_weights() } else { model })
 }
 
 /// The recipe's optimiser for a data set of `data_size` images.
@@ -65,10 +68,10 @@ pub fn targets(train: &Dataset, val: Option<&Dataset>) -> TargetKind {
     }
 }
 
-/// Batch, seed and objective, for slots of labels.
+/// Batch, seed and objective, for slots of labels. Class weights come with [`super::Trainer::weigh_classes`].
 pub fn options(recipe: &Recipe) -> TrainerOptions {
     TrainerOptions {
-        loss: Loss { kind: recipe.loss.kind, label_smoothing: recipe.loss.label_smoothing },
+        loss: Loss { label_smoothing: recipe.loss.label_smoothing, ..Loss::plain(recipe.loss.kind) },
         batch: recipe.train.batch,
         seed: recipe.train.seed,
         slot: slot_layout(recipe, TargetKind::Labels),

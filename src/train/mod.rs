@@ -10,6 +10,7 @@ pub mod bench_data;
 pub mod bench_kernels;
 pub mod build;
 pub mod checkpoint;
+pub mod class_weights;
 pub mod directory;
 pub mod evaluate;
 pub mod finetune;

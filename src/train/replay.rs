@@ -9,7 +9,7 @@ use crate::weights::{ModelFile, Tensors};
 
 use super::batch_file::BatchFile;
 use super::checkpoint::read_weights;
-use super::{Trainer, build, settle};
+use super::{Trainer, build, class_weights, settle};
 
 /// What came of it; one value per update.
 pub struct Trajectory {
@@ -41,6 +41,7 @@ pub fn run(
     mut watch: impl FnMut(u64, &StepReport),
 ) -> Result<Trajectory> {
     let steps = batches.steps;
+    let of_classes = class_weights::of_list(recipe)?;
     let backend = backend::select(device, &build::device_options(recipe))?;
     let data_size = steps * recipe.train.batch;
     let recipe = &settle::settle(recipe.clone(), &*backend, TargetKind::Labels, data_size)?;
@@ -48,6 +49,7 @@ pub fn run(
     let optimizer = build::optimizer(recipe, &model, data_size)?;
     let (collective, options) = (Collective::from_env()?, build::options(recipe));
     let mut trainer = Trainer::from_weights(backend, model, optimizer, collective, options, file)?;
+    of_classes.map_or(Ok(()), |weights| trainer.weigh_classes(&weights))?;
 
     let mut out = Trajectory { losses: vec![], grad_norms: vec![], lrs: vec![], weights: Tensors::new() };
     for step in 0..steps {

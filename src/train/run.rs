@@ -409,7 +409,7 @@ impl Run {
     }
 
     fn evaluate_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
-        let loss = Loss { label_smoothing: 0.0, ..trainer.loss };
+        let loss = Loss::plain(trainer.loss.kind);
         let (model, recipe) = (&trainer.model, &self.recipe);
         let layout = SlotLayout {
             samples: model.micro_batch,

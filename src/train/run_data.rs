@@ -30,6 +30,8 @@ const OVERFIT_STEPS: u64 = 300;
 pub(super) const OVERFIT_LOSS: f64 = 0.01;
 /// Training images that are evaluated beside the validation set, without augmentation.
 const TRAIN_EVAL_IMAGES: usize = 2000;
+/// So many classes are listed where their order matters.
+const FEW_CLASSES: usize = 20;
 /// `data.holdout` of a run that starts from trained weights.
 const HOLDOUT: f64 = 0.1;
 
@@ -153,7 +155,12 @@ impl RunData {
             }
             _ => {}
         }
-        recipe.resolved(self.train.classes().len(), images)
+        let classes = self.train.classes();
+        recipe.check_class_weights(classes.len()).map_err(|e| match classes.len() {
+            ..=FEW_CLASSES => e.hint(format!("their order is {}", classes.join(", "))),
+            _ => e,
+        })?;
+        recipe.resolved(classes.len(), images)
     }
 }
 

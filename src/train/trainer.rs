@@ -11,8 +11,8 @@ use crate::recipe::Recipe;
 use crate::vit::{Mode, Vit};
 use crate::weights::ModelFile;
 
-use super::build;
 use super::loaded::load_weights;
+use super::{build, class_weights};
 
 use super::run::{Run, RunData, RunOptions, RunSummary};
 use super::settle;
@@ -32,7 +32,10 @@ pub fn train_from(
 ) -> Result<RunSummary> {
     let targets = data.targets();
     let (backend, recipe, notes) = settle::open(recipe, options, targets, data.train.len())?;
-    let options = &RunOptions { notes: [&options.notes[..], &notes].concat(), ..options.clone() };
+    let of_classes = class_weights::of(&recipe, &data.train);
+    let note = of_classes.iter().map(|weights| class_weights::line(weights, data.train.classes()));
+    let notes = options.notes.iter().cloned().chain(notes).chain(note).collect();
+    let options = &RunOptions { notes, ..options.clone() };
     let model = build::model(&recipe, Mode::Train, backend.storage())?;
     let optimizer = build::optimizer(&recipe, &model, data.train.len())?;
     let collective = Collective::from_env()?;
@@ -42,6 +45,7 @@ pub fn train_from(
         None => Trainer::new(backend, model, optimizer, collective, of_trainer)?,
         Some(file) => Trainer::from_weights(backend, model, optimizer, collective, of_trainer, file)?,
     };
+    of_classes.map_or(Ok(()), |weights| trainer.weigh_classes(&weights))?;
     let mut run = Run::open(recipe, options, data, &mut trainer)?;
     let mut loader = run.loader(&trainer)?;
 
@@ -182,6 +186,15 @@ impl Trainer {
         Ok(())
     }
 
+    /// Gives the model's classes their weights in the training loss, before the first step: C finite numbers above 0. The
+    /// model has room for them ([`Vit::with_class_weights`]).
+    pub fn weigh_classes(&mut self, weights: &[f32]) -> Result<()> {
+        let place = self.model.class_weights.expect("the model has room for class weights");
+        self.backend.write(place, weights)?;
+        self.loss.class_weights = Some(place);
+        Ok(())
+    }
+
     /// One update from one batch, waited for. Returns the slot that is free again, and the step's numbers.
     pub fn step(&mut self, batch: Slot) -> Result<(Option<Slot>, StepReport)> {
         assert_eq!(self.in_flight, 0, "reports of earlier steps are waiting");
@@ -192,6 +205,7 @@ impl Trainer {
     /// Asks for one update from one batch, and does not wait for it: [`Trainer::report`] tells how it went. At most one step
     /// more than [`Backend::steps_ahead`] may be in flight. Returns the slot that is free again.
     pub fn ask(&mut self, batch: Slot) -> Result<Option<Slot>> {
+        assert_eq!(self.loss.class_weights, self.model.class_weights, "the classes have their weights");
         let step = self.asked();
         let micro_batches: Vec<Micro> =
             (0..self.batch).step_by(self.model.micro_batch).map(|i| self.micro(i)).collect();

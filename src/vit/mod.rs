@@ -52,6 +52,8 @@ pub struct Vit {
     pub normalise: Normalise,
     /// The class token alone goes through the end of the last block.
     pub pruned: bool,
+    /// Where the weights of the classes in the training loss lie, f32 `[1, C]`, if it weighs them.
+    pub class_weights: Option<Mat>,
     train: Graph,
     eval: Graph,
     plan: MemoryPlan,
@@ -76,7 +78,14 @@ impl Vit {
         let pruned = last_block == LastBlock::Pruned && config.reads_class_token_alone();
         let train = Graph::new(&config, &layout, micro_batch, mode, pruned, &mut plan);
         let eval = train.without_masks();
-        Self { config, layout, mode, micro_batch, normalise, pruned, train, eval, plan }
+        Self { config, layout, mode, micro_batch, normalise, pruned, class_weights: None, train, eval, plan }
+    }
+
+    /// The same with room for a weight of each class, behind everything else: no other buffer moves. They are a run's and
+    /// no part of the model, so they lie beside its activations, where no file holds them.
+    pub fn with_class_weights(mut self) -> Self {
+        self.class_weights = Some(self.plan.statistics("class weights", 1, self.config.classes));
+        self
     }
 
     /// Parameters, gradients and activations; whoever trains adds the optimiser's arenas.

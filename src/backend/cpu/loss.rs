@@ -1,7 +1,8 @@
 //! Cross-entropy and sigmoid loss on mixed and smoothed targets, their gradient, and whether the sample was a hit.
 //!
 //! The target of a sample is `(1-s)·(λ·own + (1-λ)·partner's) + s/C`; it is evaluated class by class and never
-//! stored. Exponentials are f32 of differences to the largest logit, sums are f64.
+//! stored. Exponentials are f32 of differences to the largest logit, sums are f64. Class weights, where there are any,
+//! multiply the target (softmax) or its positive term (sigmoid); without them there is no multiplication by 1.
 
 use super::compute::Compute;
 use super::view::{Rows, RowsMut};
@@ -16,6 +17,8 @@ pub(super) struct Targets<'a> {
     lambda: &'a [f32],
     /// Samples that are real.
     count: usize,
+    /// Of each class.
+    weights: Option<&'a [f32]>,
 }
 
 #[derive(Clone, Copy)]
@@ -26,7 +29,7 @@ enum Kind<'a> {
 
 impl<'a> Targets<'a> {
     /// Fails on a label that is not one of `classes`; -1 is no class at all.
-    pub(super) fn new(slot: &'a Slot, classes: usize) -> Result<Self> {
+    pub(super) fn new(slot: &'a Slot, classes: usize, weights: Option<&'a [f32]>) -> Result<Self> {
         let layout = slot.layout();
         let kind = match layout.targets {
             TargetKind::Labels => {
@@ -45,7 +48,7 @@ impl<'a> Targets<'a> {
                 Kind::Dense(Rows::dense(slot.targets(), layout.samples, classes))
             }
         };
-        Ok(Self { kind, partner: slot.partner(), lambda: slot.lambda(), count: slot.count })
+        Ok(Self { kind, partner: slot.partner(), lambda: slot.lambda(), count: slot.count, weights })
     }
 }
 
@@ -92,27 +95,35 @@ pub(super) fn forward_backward(
 
 /// Turns the logits `z` of a sample into their gradient, and fills in its loss and hits.
 fn one_sample(loss: Loss, targets: &Targets, sample: usize, scale: f64, z: &mut [f32], result: &mut [f32]) {
-    let Targets { kind, partner, lambda, .. } = *targets;
+    let Targets { kind, partner, lambda, weights, .. } = *targets;
     (result[TOP1], result[TOP5]) = hits(z, |class| kind.own(sample, class) != 0.0);
 
     let keep = 1.0 - f64::from(loss.label_smoothing);
     let floor = f64::from(loss.label_smoothing) / z.len() as f64;
     let (lambda, partner) = (f64::from(lambda[sample]), partner[sample] as usize);
     let total = if lambda == 1.0 {
-        in_place(loss.kind, z, |class| keep * kind.own(sample, class) + floor, scale)
+        in_place(loss.kind, z, |class| keep * kind.own(sample, class) + floor, weights, scale)
     } else {
         let mixed = |class| lambda * kind.own(sample, class) + (1.0 - lambda) * kind.own(partner, class);
-        in_place(loss.kind, z, |class| keep * mixed(class) + floor, scale)
+        in_place(loss.kind, z, |class| keep * mixed(class) + floor, weights, scale)
     };
     result[LOSS] = total as f32;
 }
 
 /// The loss of one sample; logits become their gradient times `scale`.
 #[inline(always)]
-fn in_place(kind: LossKind, z: &mut [f32], target: impl Fn(usize) -> f64, scale: f64) -> f64 {
-    match kind {
-        LossKind::Softmax => softmax(z, target, scale),
-        LossKind::Sigmoid => sigmoid(z, target, scale),
+fn in_place(
+    kind: LossKind,
+    z: &mut [f32],
+    target: impl Fn(usize) -> f64,
+    weights: Option<&[f32]>,
+    scale: f64,
+) -> f64 {
+    match (kind, weights) {
+        (LossKind::Softmax, None) => softmax(z, target, scale),
+        (LossKind::Softmax, Some(w)) => softmax(z, |class| f64::from(w[class]) * target(class), scale),
+        (LossKind::Sigmoid, None) => sigmoid(z, target, scale),
+        (LossKind::Sigmoid, Some(w)) => weighted_sigmoid(z, target, w, scale),
     }
 }
 
@@ -134,6 +145,25 @@ fn softmax(z: &mut [f32], target: impl Fn(usize) -> f64, scale: f64) -> f64 {
         *z = (scale * (f64::from(*z) * (mass / sum) - target(class))) as f32;
     }
     mass * sum.ln() + below
+}
+
+/// `-Σ w·y·log σ(z) + (1-y)·log(1-σ(z))`, that is `Σ (1 + (w-1)·y)·softplus(z) - w·y·z`; gradient
+/// `(1 + (w-1)·y)·σ(z) - w·y`.
+#[inline(always)]
+fn weighted_sigmoid(z: &mut [f32], target: impl Fn(usize) -> f64, weights: &[f32], scale: f64) -> f64 {
+    let mut loss = 0.0;
+    for (class, (z, w)) in z.iter_mut().zip(weights).enumerate() {
+        let (y, w) = (target(class), f64::from(*w));
+        let (positive, both) = (w * y, 1.0 + (w - 1.0) * y);
+        let small = f64::from((-z.abs()).exp());
+        loss += both * (f64::from(z.max(0.0)) + small.ln_1p());
+        if positive != 0.0 {
+            loss -= positive * f64::from(*z);
+        }
+        let probability = if *z >= 0.0 { 1.0 / (1.0 + small) } else { small / (1.0 + small) };
+        *z = (scale * (both * probability - positive)) as f32;
+    }
+    loss
 }
 
 /// `Σ softplus(z) - y·z`, gradient `σ(z) - y`.
@@ -192,15 +222,18 @@ mod tests {
     }
 
     /// The loss of one sample in f64, written from its definition.
-    fn by_definition(kind: LossKind, z: &[f64], y: &[f64]) -> f64 {
+    fn by_definition(kind: LossKind, z: &[f64], y: &[f64], w: &[f64]) -> f64 {
+        let classes = z.iter().zip(y).zip(w);
         match kind {
             LossKind::Softmax => {
                 let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let lse = largest + z.iter().map(|z| (z - largest).exp()).sum::<f64>().ln();
-                z.iter().zip(y).map(|(z, y)| y * (lse - z)).sum()
+                classes.map(|((z, y), w)| w * y * (lse - z)).sum()
             }
             LossKind::Sigmoid => {
-                z.iter().zip(y).map(|(z, y)| z.max(0.0) + (-z.abs()).exp().ln_1p() - y * z).sum()
+                // -log σ(z) is softplus(-z), and -log(1 - σ(z)) is softplus(z).
+                let softplus = |z: f64| z.max(0.0) + (-z.abs()).exp().ln_1p();
+                classes.map(|((z, y), w)| w * y * softplus(-z) + (1.0 - y) * softplus(*z)).sum()
             }
         }
     }
@@ -230,7 +263,8 @@ mod tests {
     fn losses_and_slopes_are_those_of_mixed_and_smoothed_targets() {
         for (samples, classes) in [(1, 2), (5, 7), (3, 1000)] {
             for kind in [LossKind::Softmax, LossKind::Sigmoid] {
-                for (smoothing, labels) in [(0.0, true), (0.1, true), (0.0, false), (0.2, false)] {
+                let cases = [(0.0, true), (0.1, true), (0.0, false), (0.2, false)];
+                for ((smoothing, labels), weighted) in cases.iter().flat_map(|c| [(*c, false), (*c, true)]) {
                     let logits = normal(1, samples * classes, 3.0);
                     let whole = samples + 2; // the micro-batch starts at sample 2 of the slot
                     let make = || {
@@ -268,11 +302,17 @@ mod tests {
 
                     let mut b = Testbed::new(samples);
                     (b.micro.first, b.micro.mean_over) = (2, 9);
-                    let loss = Loss { kind, label_smoothing: smoothing };
+                    let weights: Vec<f32> = match weighted {
+                        true => (0..classes).map(|c| 0.1 + 0.7 * ((c * 5 + 3) % 7) as f32).collect(),
+                        false => vec![1.0; classes],
+                    };
+                    let class_weights = weighted.then(|| b.put(1, classes, &weights));
+                    let loss = Loss { kind, label_smoothing: smoothing, class_weights };
                     check(&mut b, &logits, classes, loss, make, |d_logits, result| {
                         let losses = |z: &[f64]| -> Vec<f64> {
                             let rows = z.chunks(classes).enumerate();
-                            rows.map(|(i, z)| by_definition(kind, z, &target(2 + i))).collect()
+                            rows.map(|(i, z)| by_definition(kind, z, &target(2 + i), &wide(&weights)))
+                                .collect()
                         };
                         let got: Vec<f32> = result.chunks(3).map(|r| r[0]).collect();
                         assert_close("loss", &got, &losses(&wide(&logits)), 1e-6);
@@ -282,6 +322,71 @@ mod tests {
                     });
                 }
             }
+        }
+    }
+
+    /// `F.cross_entropy(weight=)` and `F.binary_cross_entropy_with_logits(pos_weight=)` with `reduction="none"`, the latter
+    /// summed over classes, and the gradient of the mean over samples: PyTorch's formulas, worked out in float64. Its mean
+    /// for labels divides by the sum of their weights; ours divides by the samples, as its mean for probabilities does.
+    #[test]
+    fn weighted_losses_are_those_of_pytorch() {
+        use LossKind::{Sigmoid, Softmax};
+        let logits = [1.5, -0.25, 0.75, -2.0, -1.0, 3.0, 0.5, 0.125];
+        let weights = [0.5, 2.0, 1.25, 4.0];
+        let soft: &[f32] = &[0.25, 0.5, 0.0, 0.25, 0.0, 0.125, 0.75, 0.125];
+        let several: &[f32] = &[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0];
+        #[rustfmt::skip]
+        let cases = [
+            (Softmax, 0.0, None, [1.5832644756956054, 0.29134415054104945], [
+                0.37283653110791576, 0.06478927427300708, -0.44888449306463574, 0.011258687683712916,
+                0.01583279154713915, -0.1355588716657985, 0.07095764882975444, 0.048768431288905005,
+            ]),
+            (Softmax, 0.1, None, [1.9859690218588637, 0.7060587000706088], [
+                0.3870925403188512, 0.04335268435802248, -0.3923231401831907, -0.03812208449368287,
+                0.009533314073554339, -0.06326025019184289, 0.05511090617716147, -0.0013839700588728215,
+            ]),
+            (Softmax, 0.0, Some(soft), [6.347799608682529, 4.02707162701901], [
+                0.5713221028834569, -0.38985823373588796, 0.29939636179011925, -0.48086023093768804,
+                0.013358917867898657, 0.6043722020319825, -0.4088794837998947, -0.20885163609998642,
+            ]),
+            (Sigmoid, 0.0, Some(several), [1.2871628275568174, 6.8663221645407475], [
+                -0.04560638095158909, 0.21891174955710097, -0.2005133130153794, 0.05960146101105884,
+                0.13447071068499755, 0.4762870634112166, 0.3112296656009273, -0.9375812532524875,
+            ]),
+            (Sigmoid, 0.0, Some(soft), [5.774140773493276, 4.660087550313667], [
+                0.2951888333347191, -0.17163237566434852, 0.3395893495876965, -0.39569744323064704,
+                0.13447071068499755, 0.4108229463376187, -0.09916477209889885, 0.11520644419445741,
+            ]),
+        ];
+        for (kind, label_smoothing, targets, losses, gradient) in cases {
+            let mut b = Testbed::new(2);
+            let class_weights = Some(b.put(1, 4, &weights));
+            let make = || targets.map_or_else(|| labelled(&[2, 1]), |targets| dense(targets, 4));
+            let loss = Loss { kind, label_smoothing, class_weights };
+            check(&mut b, &logits, 4, loss, make, |d_logits, result| {
+                assert_close("loss", &[result[0], result[3]], &losses, 1e-6);
+                assert_close("d_logits", d_logits, &gradient, 1e-6);
+            });
+        }
+    }
+
+    #[test]
+    fn weights_of_one_are_the_loss_without_weights() {
+        for kind in [LossKind::Softmax, LossKind::Sigmoid] {
+            let logits = normal(4, 5 * 7, 3.0);
+            let run = |weights: Option<&[f32]>| {
+                let mut b = Testbed::new(5);
+                let class_weights = weights.map(|weights| b.put(1, 7, weights));
+                let (z, samples) = (b.put(5, 7, &logits), b.room(5, 3));
+                let mut backend = b.backend(Isa::Scalar, 1);
+                backend.bind_batch(labelled(&[0, 6, 3, 3, -1])).unwrap();
+                let loss = Loss { kind, label_smoothing: 0.1, class_weights };
+                backend.loss(loss, z, z, samples).unwrap();
+                [take(&mut backend, z), take(&mut backend, samples)].concat()
+            };
+            let plain = run(None);
+            assert_eq!(run(Some(&[1.0; 7])), plain);
+            assert_ne!(run(Some(&[1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0])), plain);
         }
     }
 
@@ -307,7 +412,7 @@ mod tests {
             slot
         };
         let mut b = Testbed::new(8);
-        let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
+        let loss = Loss::plain(LossKind::Softmax);
         check(&mut b, logits.as_flattened(), 7, loss, make, |d_logits, result| {
             let got: Vec<_> = result.chunks(3).map(|r| (r[1] as i32, r[2] as i32)).collect();
             assert_eq!(got, expected);
@@ -320,7 +425,7 @@ mod tests {
         let logits = [[1.0, 3.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0], [1.0, 3.0, 2.0, 0.0]];
         let targets = [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0];
         let mut b = Testbed::new(3);
-        let loss = Loss { kind: LossKind::Sigmoid, label_smoothing: 0.0 };
+        let loss = Loss::plain(LossKind::Sigmoid);
         check(
             &mut b,
             logits.as_flattened(),
@@ -338,7 +443,7 @@ mod tests {
     fn a_logit_that_is_no_number_makes_a_loss_that_is_none() {
         for kind in [LossKind::Softmax, LossKind::Sigmoid] {
             let mut b = Testbed::new(1);
-            let loss = Loss { kind, label_smoothing: 0.1 };
+            let loss = Loss { label_smoothing: 0.1, ..Loss::plain(kind) };
             check(
                 &mut b,
                 &[1.0, f32::NAN, 0.0],
@@ -358,7 +463,7 @@ mod tests {
         let (z, samples): (Mat, Mat) = (b.put(2, 3, &[0.0; 6]), b.room(2, 3));
         let mut backend = b.backend(Isa::Scalar, 1);
         backend.bind_batch(labelled(&[1, 3])).unwrap();
-        let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
+        let loss = Loss::plain(LossKind::Softmax);
         let error = backend.loss(loss, z, z, samples).unwrap_err();
         assert_eq!(error.message(), "label 3 in a batch for a model of 3 classes");
     }
@@ -384,7 +489,7 @@ mod tests {
                     Some(name) => dense(&get(name), classes),
                 };
                 let mut b = Testbed::new(samples);
-                let loss = Loss { kind, label_smoothing };
+                let loss = Loss { label_smoothing, ..Loss::plain(kind) };
                 check(&mut b, &get("logits"), classes, loss, make, |d_logits, result| {
                     let expected = |name: &str| file.f64(&format!("l{i}.{case}.{name}"));
                     let got: Vec<f32> = result.chunks(3).map(|r| r[0]).collect();

@@ -608,8 +608,12 @@ impl Backend for CpuBackend {
         assert_eq!((logits.rows, samples.rows, samples.cols), (count, count, 3), "loss: one row per sample");
         assert!(first + count <= slot.layout().samples, "loss: micro-batch outside the batch");
 
-        let targets = loss::Targets::new(slot, logits.cols)?;
         let mut a = Access::new(&mut self.arenas);
+        let weights = loss.class_weights.map(|weights| {
+            assert_eq!((weights.rows, weights.cols), (1, logits.cols), "loss: one weight for each class");
+            a.read_flat(weights)
+        });
+        let targets = loss::Targets::new(slot, logits.cols, weights)?;
         let source = if logits == d_logits { None } else { Some(a.read(logits)) };
         let (d_logits, samples) = (a.write(d_logits), a.write(samples));
         let scale = 1.0 / mean_over as f64;

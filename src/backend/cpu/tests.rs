@@ -315,7 +315,7 @@ fn small_step() -> (CpuBackend, Mat, Mat, [Mat; 2]) {
 }
 
 fn one_update(backend: &mut CpuBackend, logits: Mat, samples: Mat) -> StepReport {
-    let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.0 };
+    let loss = Loss::plain(LossKind::Softmax);
     let segment = Segment { name: "w".into(), param: 0, grad: 0, len: 64, group: 0, factor: None };
     let update = Update {
         rule: Rule::Sgd { momentum: 0.9, nesterov: false, bf16: false },

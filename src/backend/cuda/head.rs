@@ -2,6 +2,7 @@
 
 use super::Cuda;
 use super::dense::elementwise_grid;
+use super::driver::Address;
 use super::launch::{Argument, launch, variant};
 use crate::backend::{Dtype, Loss, LossKind, Mat, Pool, Slot, TargetKind};
 use crate::error::{Error, Result};
@@ -71,11 +72,12 @@ struct LossArgs {
     classes: u32,
     dense: u32,
     first: u32,
+    weights: Address,
 }
 
-// SAFETY: one f64 and four words.
+// SAFETY: one f64, four words and an address.
 unsafe impl Argument for LossArgs {}
-const _: () = assert!(size_of::<LossArgs>() == 24);
+const _: () = assert!(size_of::<LossArgs>() == 32);
 
 /// Shared memory in front of the logits that wait there.
 const LOSS_SCRATCH: usize = 512;
@@ -102,6 +104,10 @@ pub(super) fn loss(cuda: &mut Cuda, loss: Loss, logits: Mat, d_logits: Mat, samp
     let expected = (micro.samples, micro.samples, 3);
     assert_eq!((logits.rows, samples.rows, samples.cols), expected, "loss: one row per sample");
     assert!(micro.first + micro.samples <= slot.layout().samples, "loss: micro-batch outside the batch");
+    if let Some(weights) = loss.class_weights {
+        let shape = (weights.rows, weights.cols, weights.dtype);
+        assert_eq!(shape, (1, classes, Dtype::F32), "loss: one weight for each class");
+    }
 
     let staged = LOSS_SCRATCH + 2 * classes.next_multiple_of(8);
     let fits = logits.dtype == Dtype::Bf16 && staged <= cuda.card().shared_memory as usize;
@@ -110,9 +116,11 @@ pub(super) fn loss(cuda: &mut Cuda, loss: Loss, logits: Mat, d_logits: Mat, samp
         (1025..=4096, _) | (_, Dtype::F32) => 256,
         _ => 512,
     };
-    let kernel = match loss.kind {
-        LossKind::Softmax => variant!(logits.dtype, "loss_softmax"),
-        LossKind::Sigmoid => variant!(logits.dtype, "loss_sigmoid"),
+    let kernel = match (loss.kind, loss.class_weights) {
+        (LossKind::Softmax, None) => variant!(logits.dtype, "loss_softmax"),
+        (LossKind::Softmax, Some(_)) => variant!(logits.dtype, "loss_softmax_weighted"),
+        (LossKind::Sigmoid, None) => variant!(logits.dtype, "loss_sigmoid"),
+        (LossKind::Sigmoid, Some(_)) => variant!(logits.dtype, "loss_sigmoid_weighted"),
     };
     let args = LossArgs {
         scale: 1.0 / micro.mean_over as f64,
@@ -120,6 +128,7 @@ pub(super) fn loss(cuda: &mut Cuda, loss: Loss, logits: Mat, d_logits: Mat, samp
         classes: classes as u32,
         dense,
         first: micro.first as u32,
+        weights: cuda.at_or_null(loss.class_weights),
     };
     launch!(
         cuda,

@@ -57,7 +57,7 @@ fn trained(config: ModelConfig, rounds: Rounds) -> (Rounded, Vit) {
         clip_torch: false,
         ema_decay: None,
     };
-    let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.1 };
+    let loss = Loss { label_smoothing: 0.1, ..Loss::plain(LossKind::Softmax) };
     let mut body = |b: &mut dyn Backend| {
         model.forward(b, true)?;
         model.loss(b, loss)?;

@@ -591,7 +591,7 @@ fn loss(samples: usize, classes: usize) -> Case {
         move |room| {
             let (z, d_z) = (room.activation(samples, classes), room.activation(samples, classes));
             let metrics = room.f32(samples, 3);
-            let loss = Loss { kind: LossKind::Softmax, label_smoothing: 0.1 };
+            let loss = Loss { label_smoothing: 0.1, ..Loss::plain(LossKind::Softmax) };
             Placed::new(move |b| b.loss(loss, z, d_z, metrics))
         },
     )
