@@ -1,15 +1,13 @@
 //! Where the time of a step goes: a [`Backend`] in front of another that counts calls and seconds per operation.
 //!
-//! Matrix products are counted by their epilogue, because those are the kernels that one can work on. Times are those
-//! of the calls: a device that works asynchronously has to finish an operation before it returns for them to mean
+//! Operations go by [`Op::name`], which tells matrix products apart by their epilogue. Times are those of the calls: a device that works asynchronously has to finish an operation before it returns for them to mean
 //! anything.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::{
-    Arena, Backend, Body, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
-    Micro, Norm, Normalise, PatchGrid, Pool, Precision, Slot, SlotLayout, Stats, StepKeys, StepReport,
+    Arena, Backend, Body, Mat, MemoryPlan, Micro, Op, Precision, Slot, SlotLayout, StepKeys, StepReport,
     Storage, Update,
 };
 use crate::error::Result;
@@ -187,164 +185,10 @@ impl Backend for Timed {
         self.inner.synchronize()
     }
 
-    // Patch embedding -------------------------------------------------------------------------------------------
+    // Operations and reports ------------------------------------------------------------------------------------
 
-    fn patchify(&mut self, grid: PatchGrid, normalise: Normalise, patches: Mat) -> Result<()> {
-        self.time("patchify", |b| b.patchify(grid, normalise, patches))
-    }
-
-    fn embed(&mut self, embed: &Embed, x: Mat) -> Result<()> {
-        self.time("embed", |b| b.embed(embed, x))
-    }
-
-    fn embed_backward(&mut self, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
-        self.time("embed_backward", |b| b.embed_backward(embed, d_x, d_y))
-    }
-
-    // Dense layers ----------------------------------------------------------------------------------------------
-
-    fn matmul(&mut self, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()> {
-        let operation = match epilogue {
-            Epilogue::None => "matmul none",
-            Epilogue::Bias => "matmul bias",
-            Epilogue::BiasResidual(_) => "matmul residual",
-            Epilogue::BiasGelu { .. } => "matmul gelu",
-            Epilogue::BiasTanh => "matmul tanh",
-        };
-        self.time(operation, |b| b.matmul(x, w, epilogue, y))
-    }
-
-    fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
-        let operation = match d_x {
-            InputGrad::None => "matmul_backward none",
-            InputGrad::Plain(_) => "matmul_backward plain",
-            InputGrad::Add(_) => "matmul_backward add",
-            InputGrad::Gelu { .. } => "matmul_backward gelu",
-            InputGrad::Tanh { .. } => "matmul_backward tanh",
-        };
-        self.time(operation, |b| b.matmul_backward(d_y, x, w, d_x))
-    }
-
-    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
-        self.time("gelu", |b| b.gelu(pre, form, dropout, y))
-    }
-
-    // LayerNorm and the residual stream -------------------------------------------------------------------------
-
-    fn layernorm(&mut self, join: &Join, norm: &Norm, y: Mat, stats: Stats) -> Result<()> {
-        self.time("layernorm", |b| b.layernorm(join, norm, y, stats))
-    }
-
-    fn layernorm_backward(
-        &mut self,
-        d_y: Mat,
-        join: &Join,
-        norm: &Norm,
-        stats: Stats,
-        d_sum: Mat,
-        fresh: bool,
-        d_branch: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.time("layernorm_backward", |b| {
-            b.layernorm_backward(d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)
-        })
-    }
-
-    fn residual(&mut self, join: &Join) -> Result<()> {
-        self.time("residual", |b| b.residual(join))
-    }
-
-    fn residual_backward(
-        &mut self,
-        join: &Join,
-        d_sum: Mat,
-        d_branch: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.time("residual_backward", |b| b.residual_backward(join, d_sum, d_branch, d_bias))
-    }
-
-    // Attention -------------------------------------------------------------------------------------------------
-
-    fn attention(&mut self, heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask) -> Result<()> {
-        self.time("attention", |b| b.attention(heads, qkv, o, lse, dropout))
-    }
-
-    fn attention_backward(
-        &mut self,
-        heads: Heads,
-        qkv: Mat,
-        o: Mat,
-        lse: Mat,
-        dropout: Mask,
-        d_o: Mat,
-        d_qkv: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.time("attention_backward", |b| {
-            b.attention_backward(heads, qkv, o, lse, dropout, d_o, d_qkv, d_bias)
-        })
-    }
-
-    fn probe_attention(
-        &mut self,
-        heads: Heads,
-        q: Mat,
-        kv: Mat,
-        p: Mat,
-        o: Mat,
-        dropout: Mask,
-    ) -> Result<()> {
-        self.time("probe_attention", |b| b.probe_attention(heads, q, kv, p, o, dropout))
-    }
-
-    fn probe_attention_backward(
-        &mut self,
-        heads: Heads,
-        q: Mat,
-        kv: Mat,
-        p: Mat,
-        dropout: Mask,
-        d_o: Mat,
-        d_q: Mat,
-        d_kv: Mat,
-    ) -> Result<()> {
-        self.time("probe_attention_backward", |b| {
-            b.probe_attention_backward(heads, q, kv, p, dropout, d_o, d_q, d_kv)
-        })
-    }
-
-    // Head ------------------------------------------------------------------------------------------------------
-
-    fn pool(&mut self, pool: Pool, x: Mat, y: Mat) -> Result<()> {
-        self.time("pool", |b| b.pool(pool, x, y))
-    }
-
-    fn pool_backward(&mut self, pool: Pool, d_y: Mat, d_x: Mat, fresh: bool) -> Result<()> {
-        self.time("pool_backward", |b| b.pool_backward(pool, d_y, d_x, fresh))
-    }
-
-    fn scale(&mut self, x: Mat, factor: f32) -> Result<()> {
-        self.time("scale", |b| b.scale(x, factor))
-    }
-
-    fn loss(&mut self, loss: Loss, logits: Mat, d_logits: Mat, samples: Mat) -> Result<()> {
-        self.time("loss", |b| b.loss(loss, logits, d_logits, samples))
-    }
-
-    // Update ----------------------------------------------------------------------------------------------------
-
-    fn begin_report(&mut self) -> Result<()> {
-        self.time("begin_report", |b| b.begin_report())
-    }
-
-    fn add_to_report(&mut self, samples: Mat) -> Result<()> {
-        self.time("add_to_report", |b| b.add_to_report(samples))
-    }
-
-    fn update(&mut self, update: &Update) -> Result<()> {
-        self.time("update", |b| b.update(update))
+    fn execute(&mut self, op: &Op) -> Result<()> {
+        self.time(op.name(), |b| b.execute(op))
     }
 
     fn report(&mut self) -> Result<StepReport> {
