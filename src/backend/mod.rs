@@ -18,9 +18,11 @@
 //! it holds anyway, and then leaves it out of the product. The product has to follow, with that `d_y` as it was left.
 
 pub mod batch;
+pub mod cost;
 pub mod cpu;
 pub mod cuda;
 pub mod device;
+pub mod dry_run;
 pub mod mask;
 pub mod memory;
 pub mod operands;
@@ -31,6 +33,7 @@ pub mod timed;
 pub mod update;
 
 pub use batch::{Erase, HostMemory, MixBox, Pixels, Slot, SlotLayout, TargetKind};
+pub use cost::Cost;
 pub use device::{Device, decide, planned, select};
 pub use memory::{Arena, Dtype, Mat, MemoryPlan, Recompute, Storage};
 pub use operands::{

@@ -1,4 +1,5 @@
-//! Where the time of a step goes: a [`Backend`] in front of another that counts calls and seconds per operation.
+//! Where the time of a step goes: a [`Backend`] in front of another that counts calls and seconds per operation, and what
+//! the operations cost at least ([`super::cost`]).
 //!
 //! Operations go by [`Op::name`], which tells matrix products apart by their epilogue. Times are those of the calls: a device that works asynchronously has to finish an operation before it returns for them to mean
 //! anything.
@@ -6,9 +7,10 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::cost::{Cost, Setting};
 use super::{
-    Arena, Backend, Body, Mat, MemoryPlan, Micro, Op, Precision, Slot, SlotLayout, StepKeys, StepReport,
-    Storage, Update,
+    Arena, Backend, Body, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
+    StepReport, Storage, TargetKind, Update,
 };
 use crate::error::Result;
 
@@ -16,24 +18,36 @@ use crate::error::Result;
 pub struct Timed {
     inner: Box<dyn Backend>,
     times: Times,
+    setting: Setting,
 }
 
 /// What a [`Timed`] has counted: a handle that stays when the backend has gone into a trainer.
 #[derive(Clone, Default)]
 pub struct Times {
     /// In the order in which the operations were first called.
-    entries: Arc<Mutex<Vec<Entry>>>,
+    entries: Arc<Mutex<Vec<Timing>>>,
 }
 
-struct Entry {
-    operation: &'static str,
-    calls: usize,
-    seconds: f64,
+/// All calls of one operation, or of another method of a [`Backend`].
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    pub operation: &'static str,
+    pub calls: usize,
+    pub seconds: f64,
+    /// Nothing where the method is no operation.
+    pub cost: Cost,
 }
 
 impl Timed {
     pub fn new(inner: Box<dyn Backend>) -> Self {
-        Self { inner, times: Times::default() }
+        let (storage, pixels, targets) = (inner.storage(), Pixels::U8, TargetKind::Labels);
+        let setting = Setting { storage, pixels, targets, accumulate: false };
+        Self { inner, times: Times::default(), setting }
+    }
+
+    /// Counts for such batches until one is bound.
+    pub fn expect_batch(&mut self, layout: SlotLayout) {
+        (self.setting.pixels, self.setting.targets) = (layout.pixels, layout.targets);
     }
 
     /// Without the clock.
@@ -45,22 +59,36 @@ impl Timed {
         self.times.clone()
     }
 
-    fn time<R>(&mut self, operation: &'static str, call: impl FnOnce(&mut dyn Backend) -> R) -> R {
+    fn time<R>(&mut self, method: &'static str, call: impl FnOnce(&mut dyn Backend) -> R) -> R {
+        self.time_work(method, Cost::default(), call)
+    }
+
+    fn time_work<R>(
+        &mut self,
+        operation: &'static str,
+        cost: Cost,
+        call: impl FnOnce(&mut dyn Backend) -> R,
+    ) -> R {
         let start = Instant::now();
         let result = call(&mut *self.inner);
         // A failure shows in the next operation's own result.
         let _ = self.inner.synchronize();
-        self.times.add(operation, start.elapsed().as_secs_f64());
+        self.times.add(Timing { operation, calls: 1, seconds: start.elapsed().as_secs_f64(), cost });
         result
     }
 }
 
 impl Times {
-    /// `(operation, calls, seconds)` since the start or the last [`Times::reset`], the longest first.
-    pub fn report(&self) -> Vec<(&'static str, usize, f64)> {
-        let mut report: Vec<_> = self.lock().iter().map(|e| (e.operation, e.calls, e.seconds)).collect();
-        report.sort_by(|a, b| b.2.total_cmp(&a.2));
+    /// Everything since the start or the last [`Times::reset`], the longest first.
+    pub fn report(&self) -> Vec<Timing> {
+        let mut report = self.lock().clone();
+        report.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
         report
+    }
+
+    /// The operations alone, in the order of their first calls.
+    pub fn operations(&self) -> Vec<Timing> {
+        self.lock().iter().filter(|timing| timing.cost != Cost::default()).copied().collect()
     }
 
     /// Forgets what was counted so far: after the warm-up.
@@ -68,18 +96,19 @@ impl Times {
         self.lock().clear();
     }
 
-    fn add(&self, operation: &'static str, seconds: f64) {
+    fn add(&self, one: Timing) {
         let mut entries = self.lock();
-        match entries.iter_mut().find(|entry| entry.operation == operation) {
+        match entries.iter_mut().find(|entry| entry.operation == one.operation) {
             Some(entry) => {
-                entry.calls += 1;
-                entry.seconds += seconds;
+                entry.calls += one.calls;
+                entry.seconds += one.seconds;
+                entry.cost += one.cost;
             }
-            None => entries.push(Entry { operation, calls: 1, seconds }),
+            None => entries.push(one),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Timing>> {
         // A count is whole at any moment: a panic elsewhere spoils nothing.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -153,6 +182,7 @@ impl Backend for Timed {
     }
 
     fn bind_batch(&mut self, slot: Slot) -> Result<Option<Slot>> {
+        self.expect_batch(slot.layout());
         self.time("bind_batch", |b| b.bind_batch(slot))
     }
 
@@ -167,6 +197,7 @@ impl Backend for Timed {
     }
 
     fn begin_micro(&mut self, micro: Micro) -> Result<()> {
+        self.setting.accumulate = micro.accumulate;
         self.time("begin_micro", |b| b.begin_micro(micro))
     }
 
@@ -188,7 +219,7 @@ impl Backend for Timed {
     // Operations and reports ------------------------------------------------------------------------------------
 
     fn execute(&mut self, op: &Op) -> Result<()> {
-        self.time(op.name(), |b| b.execute(op))
+        self.time_work(op.name(), op.cost(&self.setting), |b| b.execute(op))
     }
 
     fn report(&mut self) -> Result<StepReport> {
@@ -230,10 +261,18 @@ mod tests {
         assert_eq!(values, [8.0; 6]);
 
         let mut counts: Vec<_> =
-            times.report().iter().map(|(operation, calls, _)| (*operation, *calls)).collect();
+            times.report().iter().map(|timing| (timing.operation, timing.calls)).collect();
         counts.sort_unstable();
         assert_eq!(counts, [("read", 1), ("scale", 3), ("write", 1)]);
-        assert!(times.report().is_sorted_by(|a, b| a.2 >= b.2) && times.report().iter().all(|e| e.2 >= 0.0));
+        let seconds: Vec<f64> = times.report().iter().map(|timing| timing.seconds).collect();
+        assert!(seconds.is_sorted_by(|a, b| a >= b) && seconds.iter().all(|s| *s >= 0.0));
+        let operations = times.operations();
+        assert_eq!((operations.len(), operations[0].calls), (1, 3));
+        assert_eq!(
+            operations[0].cost,
+            Cost { flops: 0, read: 72, written: 72 },
+            "read and written, three times"
+        );
         times.reset();
         assert!(times.report().is_empty());
     }

@@ -1,7 +1,7 @@
 //! An update of the parameters, as the backend is told of it: the rule, the slices of the flat buffers and their scalars;
 //! and what a step reports.
 
-use super::{Storage, cuda};
+use super::{Dtype, Storage, cuda};
 
 /// How an optimiser turns a gradient into an update `u`; the caller's group scalars then give
 /// `θ ← θ - lr·u - decay·θ`. State is f32 unless said otherwise. The constants are f64, because `1 - beta2` in f32
@@ -19,6 +19,28 @@ pub enum Rule {
     /// decays by `min(beta2_cap, 1 - t^-decay_power)`; then momentum as an EMA without bias correction. `clip_rms` limits
     /// the root mean square of one tensor's update before the momentum.
     Adafactor { momentum: f64, beta2_cap: f64, decay_power: f64, clip_rms: Option<f64>, bf16: bool },
+}
+
+impl Rule {
+    /// What the first moment is stored in.
+    pub fn first_moment(&self) -> Dtype {
+        let (Rule::Sgd { bf16, .. }
+        | Rule::Adam { bf16, .. }
+        | Rule::Lion { bf16, .. }
+        | Rule::Adafactor { bf16, .. }) = *self;
+        if bf16 { Dtype::Bf16 } else { Dtype::F32 }
+    }
+
+    /// f32 values of second moments: Adam's mirror the gradients, Adafactor's are its statistics, others have none.
+    pub fn second_moments(&self, segments: &[Segment]) -> usize {
+        match self {
+            Rule::Sgd { .. } | Rule::Lion { .. } => 0,
+            Rule::Adam { .. } => segments.iter().map(|segment| segment.len).sum(),
+            Rule::Adafactor { .. } => {
+                segments.iter().filter_map(|s| s.factor.as_ref()).map(|f| f.state_len()).sum()
+            }
+        }
+    }
 }
 
 /// One tensor's slice of the flat buffers. Offsets and lengths are in elements and include padding, which stays zero.

@@ -1,9 +1,7 @@
 //! What is rounded, operation by operation and in whole models.
 
 use super::*;
-use crate::backend::{
-    GroupScalars, Loss, LossKind, Mask, Normalise, Pixels, Rule, Segment, TargetKind,
-};
+use crate::backend::{GroupScalars, Loss, LossKind, Mask, Normalise, Pixels, Rule, Segment, TargetKind};
 use crate::rng::{Domain, Stream};
 use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
 use crate::vit::{LastBlock, Mode, ModelConfig, Vit};

@@ -3,7 +3,7 @@
 use crate::backend::cpu::arenas::Access;
 use crate::backend::cpu::{CpuBackend, update};
 use crate::backend::sample_metric::LOSS;
-use crate::backend::{Rule, Update, ops};
+use crate::backend::{Dtype, Update, ops};
 use crate::error::Result;
 
 pub(super) fn begin_report(cpu: &mut CpuBackend) -> Result<()> {
@@ -26,17 +26,12 @@ pub(super) fn add_to_report(cpu: &mut CpuBackend, op: &ops::AddToReport) -> Resu
 pub(super) fn update(cpu: &mut CpuBackend, update: &Update) -> Result<()> {
     let loss_is_finite = cpu.sums[LOSS].is_finite();
     let arenas = cpu.arenas.for_update();
-    let bf16 = match update.rule {
-        Rule::Sgd { bf16, .. } | Rule::Adam { bf16, .. } => bf16,
-        Rule::Lion { bf16, .. } | Rule::Adafactor { bf16, .. } => bf16,
-    };
     let buffers = update::Buffers {
         params: arenas.params,
         grads: arenas.grads,
-        moment1: if bf16 {
-            update::Moment1::Bf16(bytemuck::cast_slice_mut(arenas.moment1))
-        } else {
-            update::Moment1::F32(bytemuck::cast_slice_mut(arenas.moment1))
+        moment1: match update.rule.first_moment() {
+            Dtype::Bf16 => update::Moment1::Bf16(bytemuck::cast_slice_mut(arenas.moment1)),
+            Dtype::F32 => update::Moment1::F32(bytemuck::cast_slice_mut(arenas.moment1)),
         },
         moment2: arenas.moment2,
         ema: update.ema_decay.map(|_| arenas.ema),
