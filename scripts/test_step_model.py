@@ -8,7 +8,9 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
+import tempfile
 import unittest
 
 sys.dont_write_bytecode = True
@@ -188,6 +190,67 @@ class Launches(unittest.TestCase):
         self.assertIn(f"const HEAD_TOKENS: usize = {step_model.HEAD_TOKENS};", source)
 
 
+class Program(unittest.TestCase):
+    """What `vitrum plan` counts of the same steps, from the operations themselves: `src/backend/cost.rs`."""
+
+    def setUp(self):
+        built = [os.path.join(step_model.ROOT, "target", profile, "vitrum") for profile in ("debug", "release")]
+        built = [path for path in built if os.path.isfile(path)]
+        if not built:
+            self.skipTest("no program was built: `cargo build`")
+        self.program = max(built, key=os.path.getmtime)
+
+    def operations(self, model, pruned, residual):
+        """Name → FLOPs and bytes of all its calls in a step."""
+        settings = {
+            "model": {"variant": f"Ti/{model.patch}", "width": model.width, "depth": model.depth, "heads": model.heads, "mlp": 4 * model.width},
+            "train": {"batch": model.batch, "steps": 10, "precision": "bf16", "residual": residual, "prune_last_block": pruned},
+            "optim": {"name": "adamw", "clip": 1.0},
+        }
+        settings["model"] |= {"image": model.image, "classes": step_model.CLASSES, "pool": "token"}
+        with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+            for section, keys in settings.items():
+                file.write(f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
+            file.flush()
+            # The number of a card: a plan for one can be made anywhere.
+            command = [self.program, "plan", file.name, "--device", "cuda:0", "--json"]
+            found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+        return {o["operation"]: (o["flops"], o["read_bytes"] + o["written_bytes"]) for o in found["operations_of_a_step"]}
+
+    def test_flops_and_bytes_are_those_of_the_operations(self):
+        for name, model in MODELS.items():
+            for pruned in (False, True):
+                for residual in ("bf16", "f32"):
+                    what = f"{name}, pruned {pruned}, stream in {residual}"
+                    operations = self.operations(model, pruned, residual)
+                    step, s = Step(model, CARDS["H100"], "likely", pruned, residual), Sizes(model, residual)
+                    # The class token's own attention is limited by memory, and its FLOPs are left out.
+                    probe = sum(flops for name, (flops, _) in operations.items() if name.startswith("probe_attention"))
+                    self.assertEqual(probe, pruned * 12 * s.rows * s.d, what)
+                    full = model.depth - pruned
+                    # Two kernels do seven products where the operation asks for five.
+                    twice = full * 4 * s.rows * s.tokens * s.d if any("queries" in k.name for k in step.list) else 0
+                    flops = sum(kernel.launches * kernel.flops for kernel in step.list)
+                    self.assertEqual(sum(flops for flops, _ in operations.values()), flops - twice + probe, what)
+                    bytes_ = {
+                        "patchify": BYTES["patchify_u8"](s),
+                        "embed": BYTES["embed"](s),
+                        "attention": full * BYTES["attention_forward"](s),
+                        # Without the partial sums of a bias.
+                        "attention_backward": full * (8 * s.x + s.lse),
+                        "loss": BYTES["loss_softmax"](s),
+                        "pool_backward": BYTES["pool_backward"](s),
+                    }
+                    if pruned:
+                        bytes_["probe_attention"] = BYTES["probe_attention"](s)
+                        bytes_["probe_attention_backward"] = BYTES["probe_attention_backward"](s)
+                    self.assertEqual({name: operations[name][1] for name in bytes_}, bytes_, what)
+                    # The norm's partial sums are none of the operands; the program's rows are padded.
+                    padding = 34 * (-s.run % 8) * s.d
+                    update = BYTES["gradient_squares"](s) - 64 * s.multiprocessors + BYTES["update_adam"](s)
+                    self.assertEqual(operations["update"][1], update + padding, what)
+
+
 class Printed(unittest.TestCase):
     def test_the_page_has_what_is_printed(self):
         with open(predict_gpu.PAGE) as file:
@@ -209,8 +272,6 @@ class Printed(unittest.TestCase):
                         self.assertTrue(0 < interval["low"] <= interval["likely"] <= interval["high"])
 
     def test_measured_rates_replace_the_assumed(self):
-        import tempfile
-
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             measured = {"device": "NVIDIA H200", "stand_in": False, "product_flops_per_s": 395e12, "copy_bytes_per_s": 2.15e12, "multiprocessors": 132}
             json.dump(measured, file)

@@ -10,9 +10,8 @@ use serde_json::Value;
 use support::{command, finish, path, run_on_gpu, stand_in, train};
 use vitrum::backend::cpu::CpuBackend;
 use vitrum::backend::{
-    Arena, Backend, Body, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, LossKind, Mask, Mat,
-    MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pixels, Pool, Precision, Recompute, Slot, SlotLayout,
-    Stats, StepKeys, StepReport, Storage, TargetKind, Update,
+    Arena, Backend, Body, InputGrad, Linear, Loss, LossKind, Mat, MemoryPlan, Micro, Normalise, Op, Pixels,
+    Precision, Recompute, Slot, SlotLayout, StepKeys, StepReport, Storage, TargetKind, Update, ops,
 };
 use vitrum::error::Result;
 use vitrum::rng::{Domain, Stream};
@@ -52,51 +51,22 @@ macro_rules! pass_on {
 }
 
 impl Backend for Device {
-    fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
-        let mut layer = *w;
-        if let Some(made) = self.made.take() {
-            assert_eq!(Some(made), w.d_bias.map(|d_bias| (d_y, d_bias)), "another product was announced");
-            layer.d_bias = None;
+    fn execute(&mut self, op: &Op) -> Result<()> {
+        if let Op::MatmulBackward(op) = op
+            && let Some(made) = self.made.take()
+        {
+            let announced = op.w.d_bias.map(|d_bias| (op.d_y, d_bias));
+            assert_eq!(Some(made), announced, "another product was announced");
+            let w = &Linear { d_bias: None, ..*op.w };
+            return self.cpu.execute(&Op::MatmulBackward(ops::MatmulBackward { w, ..*op }));
         }
-        self.cpu.matmul_backward(d_y, x, &layer, d_x)
-    }
-    fn layernorm_backward(
-        &mut self,
-        d_y: Mat,
-        join: &Join,
-        norm: &Norm,
-        stats: Stats,
-        d_sum: Mat,
-        fresh: bool,
-        d_branch: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.cpu.layernorm_backward(d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)?;
-        self.make(d_branch, d_bias)
-    }
-    fn residual_backward(
-        &mut self,
-        join: &Join,
-        d_sum: Mat,
-        d_branch: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.cpu.residual_backward(join, d_sum, d_branch, d_bias)?;
-        self.make(d_branch, d_bias)
-    }
-    fn attention_backward(
-        &mut self,
-        heads: Heads,
-        qkv: Mat,
-        o: Mat,
-        lse: Mat,
-        dropout: Mask,
-        d_o: Mat,
-        d_qkv: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.cpu.attention_backward(heads, qkv, o, lse, dropout, d_o, d_qkv, d_bias)?;
-        self.make(d_qkv, d_bias)
+        self.cpu.execute(op)?;
+        match op {
+            Op::LayerNormBackward(op) => self.make(op.d_branch, op.d_bias),
+            Op::ResidualBackward(op) => self.make(op.d_branch, op.d_bias),
+            Op::AttentionBackward(op) => self.make(op.d_qkv, op.d_bias),
+            _ => Ok(()),
+        }
     }
 
     fn describe(&self) -> String {
@@ -137,25 +107,6 @@ impl Backend for Device {
         begin_micro(micro: Micro);
         step(body: Body, update: Option<&Update>);
         synchronize();
-        patchify(grid: PatchGrid, normalise: Normalise, patches: Mat);
-        embed(embed: &Embed, x: Mat);
-        embed_backward(embed: &Embed, d_x: Mat, d_y: Mat);
-        matmul(x: Mat, w: &Linear, epilogue: Epilogue, y: Mat);
-        gelu(pre: Mat, form: Gelu, dropout: Mask, y: Mat);
-        layernorm(join: &Join, norm: &Norm, y: Mat, stats: Stats);
-        residual(join: &Join);
-        attention(heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask);
-        probe_attention(heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat, dropout: Mask);
-        probe_attention_backward(
-            heads: Heads, q: Mat, kv: Mat, p: Mat, dropout: Mask, d_o: Mat, d_q: Mat, d_kv: Mat
-        );
-        pool(pool: Pool, x: Mat, y: Mat);
-        pool_backward(pool: Pool, d_y: Mat, d_x: Mat, fresh: bool);
-        scale(x: Mat, factor: f32);
-        loss(loss: Loss, logits: Mat, d_logits: Mat, samples: Mat);
-        begin_report();
-        add_to_report(samples: Mat);
-        update(update: &Update);
         report() -> Result<StepReport>;
     }
 }

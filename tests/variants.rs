@@ -1,7 +1,12 @@
-//! Parameters and multiply-adds of every named variant, as the papers' code counts them.
+//! Parameters and multiply-adds of every named variant, as the papers' code counts them, and as the operations of a pass
+//! come to them.
 
+use vitrum::backend::dry_run::DryRun;
+use vitrum::backend::timed::Timed;
+use vitrum::backend::{Normalise, Precision, Storage};
 use vitrum::vit::config::{ModelConfig, PoolKind, VARIANTS};
 use vitrum::vit::params::{ParamKind, ParamLayout};
+use vitrum::vit::{LastBlock, Mode, Vit};
 
 fn count(config: &ModelConfig) -> usize {
     ParamLayout::new(config, |_| false).count()
@@ -112,5 +117,53 @@ fn the_closed_form_holds_for_every_variant() {
         let expected = (14 * 14 * 3 * d + d) + 257 * d + d + v.depth * block + 2 * d + (d * 10 + 10);
         assert_eq!(count(&config), expected, "{}", v.name);
         config.validate().unwrap();
+    }
+}
+
+/// FLOPs that the operations of a forward and of a backward pass come to, for a batch of 3.
+fn flops_of_passes(model: &Vit) -> [u64; 2] {
+    let mut counted = Timed::new(Box::new(DryRun::new(Storage::CPU, Precision::F32)));
+    let times = counted.times();
+    let sum = || times.operations().iter().map(|timing| timing.cost.flops).sum();
+    model.forward(&mut counted, true).unwrap();
+    let forward = sum();
+    times.reset();
+    model.backward(&mut counted, true).unwrap();
+    [forward, sum()]
+}
+
+#[test]
+fn operations_come_to_what_is_counted_of_the_model() {
+    let token = ModelConfig::variant("Ti/16", 32, 10).unwrap();
+    let cases = [
+        token.clone(),
+        ModelConfig { extra_tokens: 2, ..token.clone() },
+        ModelConfig { rep_size: 24, ..token.clone() },
+        ModelConfig { dropout: 0.1, layer_scale: 0.1, drop_path: 0.1, ..token.clone() },
+        ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, ..token.clone() },
+        ModelConfig { pool: PoolKind::Map, extra_tokens: 0, ..token },
+    ];
+    let batch = 3;
+    for config in cases {
+        for last_block in [LastBlock::Whole, LastBlock::Pruned] {
+            let (normalise, mode) = (Normalise::INCEPTION, Mode::Train);
+            let model = Vit::new(config.clone(), normalise, batch, mode, Storage::CPU, last_block, |_| false);
+            let [b, t, d, patch] =
+                [batch, config.tokens(), config.width, config.patch_grid().patch_len()].map(|n| n as u64);
+            // Rows of extra tokens go through the patch embedding too; all images share a MAP head's query.
+            let mut expected = b * model.flops_done(false) + 2 * b * config.extra_tokens as u64 * patch * d;
+            if config.pool == PoolKind::Map {
+                expected -= 2 * (b - 1) * d * d;
+            }
+            let [forward, backward] = flops_of_passes(&model);
+            assert_eq!(forward, expected, "{config:?}");
+            // Two products for one, save that pixels have no gradient, and that attention does one of its own once more.
+            let blocks = (config.depth - usize::from(model.pruned)) as u64;
+            assert_eq!(
+                backward,
+                2 * forward - 2 * b * t * patch * d + 2 * b * blocks * t * t * d,
+                "{config:?}"
+            );
+        }
     }
 }

@@ -10,10 +10,10 @@
 //! in the MLP, tanh) before that kernel reads it.
 
 use super::cpu::CpuBackend;
+use super::ops::{self, Op};
 use super::{
-    Arena, Backend, Body, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat,
-    MemoryPlan, Micro, Norm, Normalise, PatchGrid, Pool, Precision, Slot, SlotLayout, Stats, StepKeys,
-    StepReport, Storage, Update,
+    Arena, Backend, Body, Dtype, Epilogue, Gelu, InputGrad, Join, Linear, Mat, MemoryPlan, Micro, Precision,
+    Slot, SlotLayout, StepKeys, StepReport, Storage, Update,
 };
 use crate::error::{Error, Result};
 
@@ -129,6 +129,113 @@ impl Rounded {
     /// Rounds the copy of the weights anew.
     fn refresh(&mut self, at: Mat) {
         self.inner.copy_as_bf16(at, Mat { arena: Arena::Working, ..at });
+    }
+
+    /// Rounds what an operation has stored, where the operation itself is the CPU's.
+    fn round_results(&mut self, op: &Op) {
+        match *op {
+            Op::Patchify(op) => self.stored(op.patches),
+            // What is added is read in f32.
+            Op::Embed(op) => self.joined(op.x),
+            Op::EmbedBackward(op) => self.joined(op.d_y),
+            Op::Gelu(op) => self.stored(op.y),
+            Op::Residual(ops::Residual { join: Join::Branch { sum, .. } }) => self.joined(*sum),
+            Op::ResidualBackward(ops::ResidualBackward { join: Join::Branch { .. }, d_branch, .. }) => {
+                self.stored(d_branch);
+            }
+            // The stream, and its gradient, as they were.
+            Op::Residual(_) | Op::ResidualBackward(_) => {}
+            Op::Attention(op) => self.stored(op.o),
+            Op::AttentionBackward(op) => self.stored(op.d_qkv),
+            Op::ProbeAttention(op) => self.stored(op.o),
+            Op::ProbeAttentionBackward(op) => {
+                self.stored(op.d_q);
+                self.stored(op.d_kv);
+            }
+            // Rows of the stream, or their mean, are the stream's still.
+            Op::Pool(op) => self.stored_like(self.is_in_stream(op.x), op.y),
+            Op::PoolBackward(op) => self.stored_like(self.is_in_stream(op.d_y), op.d_x),
+            Op::Scale(op) => self.stored(op.x),
+            Op::Loss(op) => self.stored(op.d_logits),
+            Op::BeginReport | Op::AddToReport(_) => {}
+            Op::Update(_) => self.refresh(self.params),
+            Op::Matmul(_) | Op::MatmulBackward(_) | Op::LayerNorm(_) | Op::LayerNormBackward(_) => {
+                unreachable!("{} rounds its own results", op.name())
+            }
+        }
+    }
+
+    fn run_matmul(&mut self, op: &ops::Matmul) -> Result<()> {
+        let ops::Matmul { x, w, epilogue, y } = *op;
+        let (x, layer) = (self.operand(x, 0), self.layer(w));
+        // What an own kernel behind the product reads.
+        let layer_of_kernel = Linear { bias: w.bias, ..layer };
+        match epilogue {
+            // What is added to the stream; alone in front of `embed`.
+            Epilogue::None | Epilogue::BiasResidual(_) => {
+                let in_stream = match epilogue {
+                    Epilogue::BiasResidual(residual) => self.is_in_stream(residual),
+                    _ => self.rounds == Rounds::AllButResidual,
+                };
+                // A product adds a bias of its output's type.
+                self.inner.matmul(x, if in_stream { &layer_of_kernel } else { &layer }, epilogue, y)?;
+                self.stored_like(in_stream, y);
+            }
+            Epilogue::Bias => {
+                self.inner.matmul(x, &layer, epilogue, y)?;
+                self.stored(y);
+            }
+            // Fused: the GELU is that of the value before it is rounded.
+            Epilogue::BiasGelu { pre, form: Gelu::Tanh, dropout } if dropout.rate == 0.0 => {
+                self.inner.matmul(x, &layer, epilogue, y)?;
+                pre.into_iter().for_each(|pre| self.stored(pre));
+                self.stored(y);
+            }
+            Epilogue::BiasGelu { pre: Some(pre), form, dropout } => {
+                self.inner.matmul(x, &layer_of_kernel, Epilogue::Bias, pre)?;
+                self.stored(pre);
+                self.gelu(pre, form, dropout, y)?;
+            }
+            // `y` holds it for a moment, on a GPU as well.
+            Epilogue::BiasGelu { pre: None, form, dropout } => {
+                self.inner.matmul(x, &layer_of_kernel, Epilogue::Bias, y)?;
+                let pre = self.copied(y, 0);
+                self.gelu(pre, form, dropout, y)?;
+            }
+            Epilogue::BiasTanh => {
+                self.inner.matmul(x, &layer_of_kernel, epilogue, y)?;
+                self.stored(y);
+            }
+        }
+        Ok(())
+    }
+
+    fn run_matmul_backward(&mut self, op: &ops::MatmulBackward) -> Result<()> {
+        let (d_y, x, w) = (self.operand(op.d_y, 0), self.operand(op.x, 1), self.layer(op.w));
+        self.inner.matmul_backward(d_y, x, &w, op.d_x)?;
+        match op.d_x {
+            InputGrad::None => {}
+            InputGrad::Plain(d) | InputGrad::Add(d) => self.stored(d),
+            InputGrad::Gelu { d_pre: d, .. } | InputGrad::Tanh { d, .. } => self.stored(d),
+        }
+        Ok(())
+    }
+
+    /// A sum is normalised as it was stored.
+    fn run_layernorm(&mut self, op: &ops::LayerNorm) -> Result<()> {
+        self.residual(op.join)?;
+        self.inner.layernorm(&Join::Ready(op.join.sum()), op.norm, op.y, op.stats)?;
+        self.stored(op.y);
+        Ok(())
+    }
+
+    /// A branch gets its share of `d_sum` as that was stored.
+    fn run_layernorm_backward(&mut self, op: &ops::LayerNormBackward) -> Result<()> {
+        let sum = Join::Ready(op.join.sum());
+        let alone = ops::LayerNormBackward { join: &sum, d_bias: None, ..*op };
+        self.inner.execute(&Op::LayerNormBackward(alone))?;
+        self.stored_like(self.is_in_stream(op.join.sum()), op.d_sum);
+        self.execute(&Op::ResidualBackward(op.residual()))
     }
 }
 
@@ -258,236 +365,20 @@ impl Backend for Rounded {
         self.inner.synchronize()
     }
 
-    // Patch embedding -------------------------------------------------------------------------------------------
+    // Operations and reports ------------------------------------------------------------------------------------
 
-    fn patchify(&mut self, grid: PatchGrid, normalise: Normalise, patches: Mat) -> Result<()> {
-        self.inner.patchify(grid, normalise, patches)?;
-        self.stored(patches);
-        Ok(())
-    }
-
-    /// What is added is read in f32.
-    fn embed(&mut self, embed: &Embed, x: Mat) -> Result<()> {
-        self.inner.embed(embed, x)?;
-        self.joined(x);
-        Ok(())
-    }
-
-    fn embed_backward(&mut self, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
-        self.inner.embed_backward(embed, d_x, d_y)?;
-        self.joined(d_y);
-        Ok(())
-    }
-
-    // Dense layers ----------------------------------------------------------------------------------------------
-
-    fn matmul(&mut self, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()> {
-        let (x, layer) = (self.operand(x, 0), self.layer(w));
-        // What an own kernel behind the product reads.
-        let layer_of_kernel = Linear { bias: w.bias, ..layer };
-        match epilogue {
-            // What is added to the stream; alone in front of `embed`.
-            Epilogue::None | Epilogue::BiasResidual(_) => {
-                let in_stream = match epilogue {
-                    Epilogue::BiasResidual(residual) => self.is_in_stream(residual),
-                    _ => self.rounds == Rounds::AllButResidual,
-                };
-                // A product adds a bias of its output's type.
-                self.inner.matmul(x, if in_stream { &layer_of_kernel } else { &layer }, epilogue, y)?;
-                self.stored_like(in_stream, y);
-            }
-            Epilogue::Bias => {
-                self.inner.matmul(x, &layer, epilogue, y)?;
-                self.stored(y);
-            }
-            // Fused: the GELU is that of the value before it is rounded.
-            Epilogue::BiasGelu { pre, form: Gelu::Tanh, dropout } if dropout.rate == 0.0 => {
-                self.inner.matmul(x, &layer, epilogue, y)?;
-                pre.into_iter().for_each(|pre| self.stored(pre));
-                self.stored(y);
-            }
-            Epilogue::BiasGelu { pre: Some(pre), form, dropout } => {
-                self.inner.matmul(x, &layer_of_kernel, Epilogue::Bias, pre)?;
-                self.stored(pre);
-                self.gelu(pre, form, dropout, y)?;
-            }
-            // `y` holds it for a moment, on a GPU as well.
-            Epilogue::BiasGelu { pre: None, form, dropout } => {
-                self.inner.matmul(x, &layer_of_kernel, Epilogue::Bias, y)?;
-                let pre = self.copied(y, 0);
-                self.gelu(pre, form, dropout, y)?;
-            }
-            Epilogue::BiasTanh => {
-                self.inner.matmul(x, &layer_of_kernel, epilogue, y)?;
-                self.stored(y);
+    fn execute(&mut self, op: &Op) -> Result<()> {
+        match op {
+            Op::Matmul(op) => self.run_matmul(op),
+            Op::MatmulBackward(op) => self.run_matmul_backward(op),
+            Op::LayerNorm(op) => self.run_layernorm(op),
+            Op::LayerNormBackward(op) => self.run_layernorm_backward(op),
+            _ => {
+                self.inner.execute(op)?;
+                self.round_results(op);
+                Ok(())
             }
         }
-        Ok(())
-    }
-
-    fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
-        let (d_y, x, layer) = (self.operand(d_y, 0), self.operand(x, 1), self.layer(w));
-        self.inner.matmul_backward(d_y, x, &layer, d_x)?;
-        match d_x {
-            InputGrad::None => {}
-            InputGrad::Plain(d) | InputGrad::Add(d) => self.stored(d),
-            InputGrad::Gelu { d_pre: d, .. } | InputGrad::Tanh { d, .. } => self.stored(d),
-        }
-        Ok(())
-    }
-
-    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
-        self.inner.gelu(pre, form, dropout, y)?;
-        self.stored(y);
-        Ok(())
-    }
-
-    // LayerNorm and the residual stream -------------------------------------------------------------------------
-
-    /// A sum is normalised as it was stored.
-    fn layernorm(&mut self, join: &Join, norm: &Norm, y: Mat, stats: Stats) -> Result<()> {
-        self.residual(join)?;
-        self.inner.layernorm(&Join::Ready(join.sum()), norm, y, stats)?;
-        self.stored(y);
-        Ok(())
-    }
-
-    /// A branch gets its share of `d_sum` as that was stored.
-    fn layernorm_backward(
-        &mut self,
-        d_y: Mat,
-        join: &Join,
-        norm: &Norm,
-        stats: Stats,
-        d_sum: Mat,
-        fresh: bool,
-        d_branch: Mat,
-        _d_bias: Option<Mat>,
-    ) -> Result<()> {
-        let sum = Join::Ready(join.sum());
-        self.inner.layernorm_backward(d_y, &sum, norm, stats, d_sum, fresh, d_branch, None)?;
-        self.stored_like(self.is_in_stream(join.sum()), d_sum);
-        self.residual_backward(join, d_sum, d_branch, None)
-    }
-
-    fn residual(&mut self, join: &Join) -> Result<()> {
-        self.inner.residual(join)?;
-        if let Join::Branch { sum, .. } = join {
-            self.joined(*sum);
-        }
-        Ok(())
-    }
-
-    fn residual_backward(
-        &mut self,
-        join: &Join,
-        d_sum: Mat,
-        d_branch: Mat,
-        _d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.inner.residual_backward(join, d_sum, d_branch, None)?;
-        if let Join::Branch { .. } = join {
-            self.stored(d_branch);
-        }
-        Ok(())
-    }
-
-    // Attention -------------------------------------------------------------------------------------------------
-
-    fn attention(&mut self, heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask) -> Result<()> {
-        self.inner.attention(heads, qkv, o, lse, dropout)?;
-        self.stored(o);
-        Ok(())
-    }
-
-    fn attention_backward(
-        &mut self,
-        heads: Heads,
-        qkv: Mat,
-        o: Mat,
-        lse: Mat,
-        dropout: Mask,
-        d_o: Mat,
-        d_qkv: Mat,
-        _d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.inner.attention_backward(heads, qkv, o, lse, dropout, d_o, d_qkv, None)?;
-        self.stored(d_qkv);
-        Ok(())
-    }
-
-    fn probe_attention(
-        &mut self,
-        heads: Heads,
-        q: Mat,
-        kv: Mat,
-        p: Mat,
-        o: Mat,
-        dropout: Mask,
-    ) -> Result<()> {
-        self.inner.probe_attention(heads, q, kv, p, o, dropout)?;
-        self.stored(o);
-        Ok(())
-    }
-
-    fn probe_attention_backward(
-        &mut self,
-        heads: Heads,
-        q: Mat,
-        kv: Mat,
-        p: Mat,
-        dropout: Mask,
-        d_o: Mat,
-        d_q: Mat,
-        d_kv: Mat,
-    ) -> Result<()> {
-        self.inner.probe_attention_backward(heads, q, kv, p, dropout, d_o, d_q, d_kv)?;
-        self.stored(d_q);
-        self.stored(d_kv);
-        Ok(())
-    }
-
-    // Head ------------------------------------------------------------------------------------------------------
-
-    /// Rows of the stream, or their mean, are the stream's still.
-    fn pool(&mut self, pool: Pool, x: Mat, y: Mat) -> Result<()> {
-        self.inner.pool(pool, x, y)?;
-        self.stored_like(self.is_in_stream(x), y);
-        Ok(())
-    }
-
-    fn pool_backward(&mut self, pool: Pool, d_y: Mat, d_x: Mat, fresh: bool) -> Result<()> {
-        self.inner.pool_backward(pool, d_y, d_x, fresh)?;
-        self.stored_like(self.is_in_stream(d_y), d_x);
-        Ok(())
-    }
-
-    fn scale(&mut self, x: Mat, factor: f32) -> Result<()> {
-        self.inner.scale(x, factor)?;
-        self.stored(x);
-        Ok(())
-    }
-
-    fn loss(&mut self, loss: Loss, logits: Mat, d_logits: Mat, samples: Mat) -> Result<()> {
-        self.inner.loss(loss, logits, d_logits, samples)?;
-        self.stored(d_logits);
-        Ok(())
-    }
-
-    // Update ----------------------------------------------------------------------------------------------------
-
-    fn begin_report(&mut self) -> Result<()> {
-        self.inner.begin_report()
-    }
-
-    fn add_to_report(&mut self, samples: Mat) -> Result<()> {
-        self.inner.add_to_report(samples)
-    }
-
-    fn update(&mut self, update: &Update) -> Result<()> {
-        self.inner.update(update)?;
-        self.refresh(self.params);
-        Ok(())
     }
 
     fn report(&mut self) -> Result<StepReport> {

@@ -1,16 +1,16 @@
-//! Where the time of a step goes: a [`Backend`] in front of another that counts calls and seconds per operation.
+//! Where the time of a step goes: a [`Backend`] in front of another that counts calls and seconds per operation, and what
+//! the operations cost at least ([`super::cost`]).
 //!
-//! Matrix products are counted by their epilogue, because those are the kernels that one can work on. Times are those
-//! of the calls: a device that works asynchronously has to finish an operation before it returns for them to mean
+//! Operations go by [`Op::name`], which tells matrix products apart by their epilogue. Times are those of the calls: a device that works asynchronously has to finish an operation before it returns for them to mean
 //! anything.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::cost::{Cost, Setting};
 use super::{
-    Arena, Backend, Body, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
-    Micro, Norm, Normalise, PatchGrid, Pool, Precision, Slot, SlotLayout, Stats, StepKeys, StepReport,
-    Storage, Update,
+    Arena, Backend, Body, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
+    StepReport, Storage, TargetKind, Update,
 };
 use crate::error::Result;
 
@@ -18,24 +18,36 @@ use crate::error::Result;
 pub struct Timed {
     inner: Box<dyn Backend>,
     times: Times,
+    setting: Setting,
 }
 
 /// What a [`Timed`] has counted: a handle that stays when the backend has gone into a trainer.
 #[derive(Clone, Default)]
 pub struct Times {
     /// In the order in which the operations were first called.
-    entries: Arc<Mutex<Vec<Entry>>>,
+    entries: Arc<Mutex<Vec<Timing>>>,
 }
 
-struct Entry {
-    operation: &'static str,
-    calls: usize,
-    seconds: f64,
+/// All calls of one operation, or of another method of a [`Backend`].
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    pub operation: &'static str,
+    pub calls: usize,
+    pub seconds: f64,
+    /// Nothing where the method is no operation.
+    pub cost: Cost,
 }
 
 impl Timed {
     pub fn new(inner: Box<dyn Backend>) -> Self {
-        Self { inner, times: Times::default() }
+        let (storage, pixels, targets) = (inner.storage(), Pixels::U8, TargetKind::Labels);
+        let setting = Setting { storage, pixels, targets, accumulate: false };
+        Self { inner, times: Times::default(), setting }
+    }
+
+    /// Counts for such batches until one is bound.
+    pub fn expect_batch(&mut self, layout: SlotLayout) {
+        (self.setting.pixels, self.setting.targets) = (layout.pixels, layout.targets);
     }
 
     /// Without the clock.
@@ -47,22 +59,36 @@ impl Timed {
         self.times.clone()
     }
 
-    fn time<R>(&mut self, operation: &'static str, call: impl FnOnce(&mut dyn Backend) -> R) -> R {
+    fn time<R>(&mut self, method: &'static str, call: impl FnOnce(&mut dyn Backend) -> R) -> R {
+        self.time_work(method, Cost::default(), call)
+    }
+
+    fn time_work<R>(
+        &mut self,
+        operation: &'static str,
+        cost: Cost,
+        call: impl FnOnce(&mut dyn Backend) -> R,
+    ) -> R {
         let start = Instant::now();
         let result = call(&mut *self.inner);
         // A failure shows in the next operation's own result.
         let _ = self.inner.synchronize();
-        self.times.add(operation, start.elapsed().as_secs_f64());
+        self.times.add(Timing { operation, calls: 1, seconds: start.elapsed().as_secs_f64(), cost });
         result
     }
 }
 
 impl Times {
-    /// `(operation, calls, seconds)` since the start or the last [`Times::reset`], the longest first.
-    pub fn report(&self) -> Vec<(&'static str, usize, f64)> {
-        let mut report: Vec<_> = self.lock().iter().map(|e| (e.operation, e.calls, e.seconds)).collect();
-        report.sort_by(|a, b| b.2.total_cmp(&a.2));
+    /// Everything since the start or the last [`Times::reset`], the longest first.
+    pub fn report(&self) -> Vec<Timing> {
+        let mut report = self.lock().clone();
+        report.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
         report
+    }
+
+    /// The operations alone, in the order of their first calls.
+    pub fn operations(&self) -> Vec<Timing> {
+        self.lock().iter().filter(|timing| timing.cost != Cost::default()).copied().collect()
     }
 
     /// Forgets what was counted so far: after the warm-up.
@@ -70,18 +96,19 @@ impl Times {
         self.lock().clear();
     }
 
-    fn add(&self, operation: &'static str, seconds: f64) {
+    fn add(&self, one: Timing) {
         let mut entries = self.lock();
-        match entries.iter_mut().find(|entry| entry.operation == operation) {
+        match entries.iter_mut().find(|entry| entry.operation == one.operation) {
             Some(entry) => {
-                entry.calls += 1;
-                entry.seconds += seconds;
+                entry.calls += one.calls;
+                entry.seconds += one.seconds;
+                entry.cost += one.cost;
             }
-            None => entries.push(Entry { operation, calls: 1, seconds }),
+            None => entries.push(one),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Timing>> {
         // A count is whole at any moment: a panic elsewhere spoils nothing.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -155,6 +182,7 @@ impl Backend for Timed {
     }
 
     fn bind_batch(&mut self, slot: Slot) -> Result<Option<Slot>> {
+        self.expect_batch(slot.layout());
         self.time("bind_batch", |b| b.bind_batch(slot))
     }
 
@@ -169,6 +197,7 @@ impl Backend for Timed {
     }
 
     fn begin_micro(&mut self, micro: Micro) -> Result<()> {
+        self.setting.accumulate = micro.accumulate;
         self.time("begin_micro", |b| b.begin_micro(micro))
     }
 
@@ -187,164 +216,10 @@ impl Backend for Timed {
         self.inner.synchronize()
     }
 
-    // Patch embedding -------------------------------------------------------------------------------------------
+    // Operations and reports ------------------------------------------------------------------------------------
 
-    fn patchify(&mut self, grid: PatchGrid, normalise: Normalise, patches: Mat) -> Result<()> {
-        self.time("patchify", |b| b.patchify(grid, normalise, patches))
-    }
-
-    fn embed(&mut self, embed: &Embed, x: Mat) -> Result<()> {
-        self.time("embed", |b| b.embed(embed, x))
-    }
-
-    fn embed_backward(&mut self, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
-        self.time("embed_backward", |b| b.embed_backward(embed, d_x, d_y))
-    }
-
-    // Dense layers ----------------------------------------------------------------------------------------------
-
-    fn matmul(&mut self, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()> {
-        let operation = match epilogue {
-            Epilogue::None => "matmul none",
-            Epilogue::Bias => "matmul bias",
-            Epilogue::BiasResidual(_) => "matmul residual",
-            Epilogue::BiasGelu { .. } => "matmul gelu",
-            Epilogue::BiasTanh => "matmul tanh",
-        };
-        self.time(operation, |b| b.matmul(x, w, epilogue, y))
-    }
-
-    fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
-        let operation = match d_x {
-            InputGrad::None => "matmul_backward none",
-            InputGrad::Plain(_) => "matmul_backward plain",
-            InputGrad::Add(_) => "matmul_backward add",
-            InputGrad::Gelu { .. } => "matmul_backward gelu",
-            InputGrad::Tanh { .. } => "matmul_backward tanh",
-        };
-        self.time(operation, |b| b.matmul_backward(d_y, x, w, d_x))
-    }
-
-    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
-        self.time("gelu", |b| b.gelu(pre, form, dropout, y))
-    }
-
-    // LayerNorm and the residual stream -------------------------------------------------------------------------
-
-    fn layernorm(&mut self, join: &Join, norm: &Norm, y: Mat, stats: Stats) -> Result<()> {
-        self.time("layernorm", |b| b.layernorm(join, norm, y, stats))
-    }
-
-    fn layernorm_backward(
-        &mut self,
-        d_y: Mat,
-        join: &Join,
-        norm: &Norm,
-        stats: Stats,
-        d_sum: Mat,
-        fresh: bool,
-        d_branch: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.time("layernorm_backward", |b| {
-            b.layernorm_backward(d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)
-        })
-    }
-
-    fn residual(&mut self, join: &Join) -> Result<()> {
-        self.time("residual", |b| b.residual(join))
-    }
-
-    fn residual_backward(
-        &mut self,
-        join: &Join,
-        d_sum: Mat,
-        d_branch: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.time("residual_backward", |b| b.residual_backward(join, d_sum, d_branch, d_bias))
-    }
-
-    // Attention -------------------------------------------------------------------------------------------------
-
-    fn attention(&mut self, heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask) -> Result<()> {
-        self.time("attention", |b| b.attention(heads, qkv, o, lse, dropout))
-    }
-
-    fn attention_backward(
-        &mut self,
-        heads: Heads,
-        qkv: Mat,
-        o: Mat,
-        lse: Mat,
-        dropout: Mask,
-        d_o: Mat,
-        d_qkv: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.time("attention_backward", |b| {
-            b.attention_backward(heads, qkv, o, lse, dropout, d_o, d_qkv, d_bias)
-        })
-    }
-
-    fn probe_attention(
-        &mut self,
-        heads: Heads,
-        q: Mat,
-        kv: Mat,
-        p: Mat,
-        o: Mat,
-        dropout: Mask,
-    ) -> Result<()> {
-        self.time("probe_attention", |b| b.probe_attention(heads, q, kv, p, o, dropout))
-    }
-
-    fn probe_attention_backward(
-        &mut self,
-        heads: Heads,
-        q: Mat,
-        kv: Mat,
-        p: Mat,
-        dropout: Mask,
-        d_o: Mat,
-        d_q: Mat,
-        d_kv: Mat,
-    ) -> Result<()> {
-        self.time("probe_attention_backward", |b| {
-            b.probe_attention_backward(heads, q, kv, p, dropout, d_o, d_q, d_kv)
-        })
-    }
-
-    // Head ------------------------------------------------------------------------------------------------------
-
-    fn pool(&mut self, pool: Pool, x: Mat, y: Mat) -> Result<()> {
-        self.time("pool", |b| b.pool(pool, x, y))
-    }
-
-    fn pool_backward(&mut self, pool: Pool, d_y: Mat, d_x: Mat, fresh: bool) -> Result<()> {
-        self.time("pool_backward", |b| b.pool_backward(pool, d_y, d_x, fresh))
-    }
-
-    fn scale(&mut self, x: Mat, factor: f32) -> Result<()> {
-        self.time("scale", |b| b.scale(x, factor))
-    }
-
-    fn loss(&mut self, loss: Loss, logits: Mat, d_logits: Mat, samples: Mat) -> Result<()> {
-        self.time("loss", |b| b.loss(loss, logits, d_logits, samples))
-    }
-
-    // Update ----------------------------------------------------------------------------------------------------
-
-    fn begin_report(&mut self) -> Result<()> {
-        self.time("begin_report", |b| b.begin_report())
-    }
-
-    fn add_to_report(&mut self, samples: Mat) -> Result<()> {
-        self.time("add_to_report", |b| b.add_to_report(samples))
-    }
-
-    fn update(&mut self, update: &Update) -> Result<()> {
-        self.time("update", |b| b.update(update))
+    fn execute(&mut self, op: &Op) -> Result<()> {
+        self.time_work(op.name(), op.cost(&self.setting), |b| b.execute(op))
     }
 
     fn report(&mut self) -> Result<StepReport> {
@@ -386,10 +261,18 @@ mod tests {
         assert_eq!(values, [8.0; 6]);
 
         let mut counts: Vec<_> =
-            times.report().iter().map(|(operation, calls, _)| (*operation, *calls)).collect();
+            times.report().iter().map(|timing| (timing.operation, timing.calls)).collect();
         counts.sort_unstable();
         assert_eq!(counts, [("read", 1), ("scale", 3), ("write", 1)]);
-        assert!(times.report().is_sorted_by(|a, b| a.2 >= b.2) && times.report().iter().all(|e| e.2 >= 0.0));
+        let seconds: Vec<f64> = times.report().iter().map(|timing| timing.seconds).collect();
+        assert!(seconds.is_sorted_by(|a, b| a >= b) && seconds.iter().all(|s| *s >= 0.0));
+        let operations = times.operations();
+        assert_eq!((operations.len(), operations[0].calls), (1, 3));
+        assert_eq!(
+            operations[0].cost,
+            Cost { flops: 0, read: 72, written: 72 },
+            "read and written, three times"
+        );
         times.reset();
         assert!(times.report().is_empty());
     }

@@ -11,6 +11,9 @@ pub struct Collective {
 }
 
 impl Collective {
+    /// One process by itself.
+    pub const ALONE: Collective = Collective { rank: 0, size: 1 };
+
     /// The ranks that a launcher (mpirun, srun, torchrun) has started.
     ///
     /// # Errors
@@ -25,7 +28,7 @@ impl Collective {
                 .hint("start one process, without mpirun, srun or torchrun"));
             }
         }
-        Ok(Self { rank: 0, size: 1 })
+        Ok(Self::ALONE)
     }
 
     /// Sums the gradients over all ranks; nothing to do for one.

@@ -187,13 +187,7 @@ impl Optimizer {
 
     /// Bytes of the first moments: they mirror the gradients, in f32 or bf16.
     pub fn moment1_bytes(&self) -> usize {
-        let bf16 = match self.rule {
-            Rule::Sgd { bf16, .. }
-            | Rule::Adam { bf16, .. }
-            | Rule::Lion { bf16, .. }
-            | Rule::Adafactor { bf16, .. } => bf16,
-        };
-        self.grad_elements * if bf16 { 2 } else { 4 }
+        self.grad_elements * self.rule.first_moment().bytes()
     }
 
     /// Bytes of the second moments: Adam's mirror the gradients, Adafactor's are its statistics, others have none.

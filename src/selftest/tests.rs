@@ -4,8 +4,8 @@ use super::*;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::compute::{Compute, Isa};
 use crate::backend::{
-    Arena, Body, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, Mask, Mat, MemoryPlan,
-    Micro, Norm, Normalise, PatchGrid, Pool, Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update,
+    Arena, Body, Dtype, InputGrad, Join, Mat, MemoryPlan, Micro, Op, Slot, SlotLayout, StepKeys, StepReport,
+    Storage, Update,
 };
 
 fn cpu(isa: Isa, threads: usize) -> Result<Box<dyn Backend>> {
@@ -181,17 +181,6 @@ impl Broken {
     }
 }
 
-/// Methods that pass their arguments on, and spoil the output named last.
-macro_rules! pass_on {
-    ($($name:ident($($arg:ident: $type:ty),*) $(spoils $output:expr)?;)*) => {
-        $(fn $name(&mut self, $($arg: $type),*) -> Result<()> {
-            self.inner.$name($($arg),*)?;
-            $(self.spoil($output)?;)?
-            Ok(())
-        })*
-    };
-}
-
 impl Backend for Broken {
     fn describe(&self) -> String {
         self.inner.describe()
@@ -247,72 +236,57 @@ impl Backend for Broken {
         let accumulate = micro.accumulate && self.fault != Fault::ForgetsToAccumulate;
         self.inner.begin_micro(Micro { accumulate, ..micro })
     }
-    fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
-        self.inner.matmul_backward(d_y, x, w, d_x)?;
-        match d_x {
-            InputGrad::None => Ok(()),
-            InputGrad::Plain(d_x) | InputGrad::Add(d_x) => self.spoil(d_x),
-            InputGrad::Gelu { d_pre, .. } => self.spoil(d_pre),
-            InputGrad::Tanh { d, .. } => self.spoil(d),
-        }
-    }
-    fn residual(&mut self, join: &Join) -> Result<()> {
-        self.inner.residual(join)?;
-        if let Join::Branch { sum, .. } = join { self.spoil(*sum) } else { Ok(()) }
-    }
-    fn residual_backward(
-        &mut self,
-        join: &Join,
-        d_sum: Mat,
-        d_branch: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        self.inner.residual_backward(join, d_sum, d_branch, d_bias)?;
-        self.spoil(d_branch)
-    }
-    fn update(&mut self, update: &Update) -> Result<()> {
-        self.inner.update(update)?;
-        let Some(last) = update.segments.last() else { return Ok(()) };
-        let weights = Mat {
-            arena: Arena::Params,
-            offset: 4 * last.param,
-            rows: 1,
-            cols: last.len,
-            ld: last.len,
-            dtype: Dtype::F32,
+    fn execute(&mut self, op: &Op) -> Result<()> {
+        self.inner.execute(op)?;
+        let result = match *op {
+            Op::Patchify(op) => op.patches,
+            Op::Embed(op) => op.x,
+            Op::EmbedBackward(op) => op.d_y,
+            Op::Matmul(op) => op.y,
+            Op::MatmulBackward(op) => match op.d_x {
+                InputGrad::None => return Ok(()),
+                InputGrad::Plain(d_x) | InputGrad::Add(d_x) => d_x,
+                InputGrad::Gelu { d_pre, .. } => d_pre,
+                InputGrad::Tanh { d, .. } => d,
+            },
+            Op::Gelu(op) => op.y,
+            Op::LayerNorm(op) => op.y,
+            Op::LayerNormBackward(op) => op.d_sum,
+            Op::Residual(op) => match op.join {
+                Join::Ready(_) => return Ok(()),
+                Join::Branch { sum, .. } => *sum,
+            },
+            Op::ResidualBackward(op) => op.d_branch,
+            Op::Attention(op) => op.o,
+            Op::AttentionBackward(op) => op.d_qkv,
+            Op::ProbeAttention(op) => op.o,
+            Op::ProbeAttentionBackward(op) => op.d_kv,
+            Op::Pool(op) => op.y,
+            Op::PoolBackward(op) => op.d_x,
+            Op::Scale(op) => op.x,
+            Op::Loss(op) => op.d_logits,
+            Op::BeginReport | Op::AddToReport(_) => return Ok(()),
+            Op::Update(update) => {
+                let Some(last) = update.segments.last() else { return Ok(()) };
+                let (offset, cols) = (4 * last.param, last.len);
+                Mat { arena: Arena::Params, offset, rows: 1, cols, ld: cols, dtype: Dtype::F32 }
+            }
         };
-        self.spoil(weights)
+        self.spoil(result)
     }
-
-    pass_on! {
-        allocate(plan: &MemoryPlan);
-        write(at: Mat, values: &[f32]);
-        read(at: Mat, values: &mut [f32]);
-        write_arena(arena: Arena, bytes: &[u8]);
-        swap_ema();
-        patchify(grid: PatchGrid, normalise: Normalise, patches: Mat) spoils patches;
-        embed(embed: &Embed, x: Mat) spoils x;
-        embed_backward(embed: &Embed, d_x: Mat, d_y: Mat) spoils d_y;
-        gelu(pre: Mat, form: Gelu, dropout: Mask, y: Mat) spoils y;
-        matmul(x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) spoils y;
-        layernorm(join: &Join, norm: &Norm, y: Mat, stats: Stats) spoils y;
-        layernorm_backward(
-            d_y: Mat, join: &Join, norm: &Norm, stats: Stats, d_sum: Mat, fresh: bool, d_branch: Mat,
-            d_bias: Option<Mat>
-        ) spoils d_sum;
-        attention(heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask) spoils o;
-        attention_backward(
-            heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask, d_o: Mat, d_qkv: Mat, d_bias: Option<Mat>
-        ) spoils d_qkv;
-        probe_attention(heads: Heads, q: Mat, kv: Mat, p: Mat, o: Mat, dropout: Mask) spoils o;
-        probe_attention_backward(
-            heads: Heads, q: Mat, kv: Mat, p: Mat, dropout: Mask, d_o: Mat, d_q: Mat, d_kv: Mat
-        ) spoils d_kv;
-        pool(pool: Pool, x: Mat, y: Mat) spoils y;
-        pool_backward(pool: Pool, d_y: Mat, d_x: Mat, fresh: bool) spoils d_x;
-        scale(x: Mat, factor: f32) spoils x;
-        loss(loss: Loss, logits: Mat, d_logits: Mat, samples: Mat) spoils d_logits;
-        begin_report();
-        add_to_report(samples: Mat);
+    fn allocate(&mut self, plan: &MemoryPlan) -> Result<()> {
+        self.inner.allocate(plan)
+    }
+    fn write(&mut self, at: Mat, values: &[f32]) -> Result<()> {
+        self.inner.write(at, values)
+    }
+    fn read(&mut self, at: Mat, values: &mut [f32]) -> Result<()> {
+        self.inner.read(at, values)
+    }
+    fn write_arena(&mut self, arena: Arena, bytes: &[u8]) -> Result<()> {
+        self.inner.write_arena(arena, bytes)
+    }
+    fn swap_ema(&mut self) -> Result<()> {
+        self.inner.swap_ema()
     }
 }

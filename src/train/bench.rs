@@ -6,9 +6,9 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use crate::backend::cuda::Cuda;
-use crate::backend::timed::Timed;
+use crate::backend::timed::{Timed, Timing};
 use crate::backend::{
-    self, Backend, Choice, Device, Micro, Pixels, Precision, Slot, SlotLayout, StepKeys, TargetKind,
+    self, Backend, Choice, Cost, Device, Micro, Pixels, Precision, Slot, SlotLayout, StepKeys, TargetKind,
 };
 use crate::data::{self, Dataset, Loader, LoaderSpec, Split};
 use crate::dist::Collective;
@@ -62,8 +62,8 @@ pub struct Measured {
     pub peak_rss_bytes: Option<u64>,
     /// How products are done with what is around them, where the device timed several ways.
     pub products: Vec<Choice>,
-    /// (operation, calls, seconds) over all rounds.
-    pub profile: Vec<(&'static str, usize, f64)>,
+    /// Over all rounds.
+    pub profile: Vec<Timing>,
     pub steps: usize,
 }
 
@@ -358,16 +358,41 @@ impl Measured {
             lines.push("products, with what is around them: the way that was taken, and the others".into());
             lines.extend(self.products.iter().map(choice_line));
         }
-        let total: f64 = self.profile.iter().map(|(_, _, s)| s).sum();
-        for (operation, calls, seconds) in &self.profile {
+        let total: f64 = self.profile.iter().map(|timing| timing.seconds).sum();
+        for timing in &self.profile {
             lines.push(format!(
-                "  {operation:<28} {:>8.2} ms/step {:>6.1} %   {:>4} calls",
-                seconds / self.steps as f64 * 1e3,
-                100.0 * seconds / total,
-                calls / self.steps
+                "  {:<28} {:>8.2} ms/step {:>6.1} %   {:>4} calls{}",
+                timing.operation,
+                timing.seconds / self.steps as f64 * 1e3,
+                100.0 * timing.seconds / total,
+                timing.calls / self.steps,
+                self.achieved(timing)
             ));
         }
         lines.join("\n")
+    }
+
+    /// What an operation has achieved of what it costs at least; on a card also the share of its time that this would take there
+    /// at best.
+    fn achieved(&self, timing: &Timing) -> String {
+        let Timing { seconds, cost, .. } = timing;
+        if *cost == Cost::default() {
+            return String::new();
+        }
+        let flops = match cost.flops {
+            0 => String::new(),
+            flops => format!("{:.1} GFLOP/s", flops as f64 / seconds / 1e9),
+        };
+        let of_floor = self
+            .floor(timing)
+            .map_or(String::new(), |floor| format!("  floor {:>5.1} %", 100.0 * floor / seconds));
+        format!(" {flops:>16} {:>8.1} GB/s{of_floor}", cost.bytes() as f64 / seconds / 1e9)
+    }
+
+    /// Seconds that the operation's calls would take at the rates of this card's large products and copies.
+    fn floor(&self, timing: &Timing) -> Option<f64> {
+        let card = self.on_card.as_ref()?;
+        Some(timing.cost.floor(card.ceilings.matmul, card.ceilings.copy))
     }
 
     fn card_lines(&self, card: &OnCard) -> Vec<String> {
@@ -402,7 +427,19 @@ impl Measured {
                 "copy_bytes_per_s": card.ceilings.copy,
             })
         });
-        let operation = |(name, calls, seconds): &(&str, usize, f64)| json!({"operation": name, "calls": calls, "ms_per_step": seconds / self.steps as f64 * 1e3});
+        let steps = self.steps as f64;
+        let operation = |timing: &Timing| {
+            let Timing { operation, calls, seconds, cost } = timing;
+            let is_operation = *cost != Cost::default();
+            json!({
+                "operation": operation,
+                "calls": calls,
+                "ms_per_step": seconds / steps * 1e3,
+                "flops_per_step": is_operation.then(|| cost.flops as f64 / steps),
+                "bytes_per_step": is_operation.then(|| cost.bytes() as f64 / steps),
+                "of_floor": self.floor(timing).filter(|_| is_operation).map(|floor| floor / seconds),
+            })
+        };
         json!({
             "engine": concat!("vitrum ", env!("CARGO_PKG_VERSION")),
             "device": self.device,

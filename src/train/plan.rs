@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::backend::{self, Arena, Device, MemoryPlan, TargetKind};
+use crate::backend::timed::Timing;
+use crate::backend::{self, Arena, Cost, Device, MemoryPlan, TargetKind};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::optim::Optimizer;
@@ -10,6 +11,7 @@ use crate::recipe::{Duration, MicroBatch, Recipe};
 use crate::report::format;
 use crate::vit::{Mode, Vit};
 
+use super::trainer::TrainerOptions;
 use super::{Trainer, build, header, settle};
 
 /// For a recipe whose data set is not there.
@@ -25,6 +27,8 @@ pub struct Plan {
     pub slot_bytes: usize,
     /// Training images, if the data set is there.
     pub images: Option<usize>,
+    /// What an update asks of the device, and what that costs at least.
+    pub operations: Vec<Timing>,
 }
 
 impl Plan {
@@ -48,11 +52,13 @@ impl Plan {
         let (precision, storage) = backend::planned(device, t.precision, t.residual);
         (t.precision, t.residual) = (precision, t.residual.settled(precision));
         let model = build::model(&recipe, Mode::Train, storage)?;
-        let optimizer = build::optimizer(&recipe, &model, size)?;
+        let mut optimizer = build::optimizer(&recipe, &model, size)?;
         let layout = build::slot_layout(&recipe, targets);
         let slot_bytes = layout.bytes() * recipe.data.slots;
         let memory = Trainer::plan(&model, &optimizer, layout);
-        Ok(Self { memory, recipe, model, optimizer, slot_bytes, images })
+        let options = TrainerOptions { slot: layout, ..build::options(&recipe) };
+        let operations = Trainer::operations(&model, &mut optimizer, &options)?;
+        Ok(Self { memory, recipe, model, optimizer, slot_bytes, images, operations })
     }
 
     fn steps(&self) -> u64 {
@@ -102,6 +108,8 @@ impl Plan {
         for (what, bytes) in self.activations() {
             lines.push(format!("  {what:<24} {:>12}", format::bytes(bytes as u64)));
         }
+        lines.push("operations of a step, at least".into());
+        lines.extend(self.operation_lines());
         lines.push(String::new());
         lines.push(self.recipe.to_toml());
         lines.join("\n")
@@ -138,9 +146,32 @@ impl Plan {
         sums
     }
 
+    /// Calls, floating-point operations of matrix products, and bytes that have to move.
+    fn operation_lines(&self) -> Vec<String> {
+        let line = |operation: &str, calls: String, cost: Cost| {
+            let flops = if cost.flops == 0 { String::new() } else { format::si(cost.flops as f64, "FLOP") };
+            format!("  {operation:<26} {calls:>10} {flops:>14} {:>12}", format::bytes(cost.bytes()))
+        };
+        let each = self.operations.iter().map(|op| {
+            let plural = if op.calls == 1 { "call" } else { "calls" };
+            line(op.operation, format!("{} {plural}", op.calls), op.cost)
+        });
+        let all: Cost = self.operations.iter().map(|op| op.cost).sum();
+        each.chain([line("all", String::new(), all)]).collect()
+    }
+
     /// For programs.
     pub fn json(&self, name: &str) -> Value {
         let bytes = |arena: Arena| self.memory.bytes(arena);
+        let operation = |op: &Timing| {
+            json!({
+                "operation": op.operation,
+                "calls": op.calls,
+                "flops": op.cost.flops,
+                "read_bytes": op.cost.read,
+                "written_bytes": op.cost.written,
+            })
+        };
         json!({
             "recipe": name,
             "params": self.model.layout.count(),
@@ -164,6 +195,7 @@ impl Plan {
                 "update_bytes": bytes(Arena::Update),
                 "slots_bytes": self.slot_bytes,
             },
+            "operations_of_a_step": self.operations.iter().map(operation).collect::<Vec<_>>(),
             "config": self.recipe.to_toml(),
         })
     }

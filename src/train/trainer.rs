@@ -3,7 +3,11 @@
 //! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. The run directory, its
 //! checkpoints and its reports are the business of [`super::run`].
 
-use crate::backend::{self, Arena, Backend, Loss, MemoryPlan, Micro, Slot, SlotLayout, StepKeys, StepReport};
+use crate::backend::dry_run::DryRun;
+use crate::backend::timed::{Timed, Timing};
+use crate::backend::{
+    self, Arena, Backend, Loss, MemoryPlan, Micro, Precision, Slot, SlotLayout, StepKeys, StepReport,
+};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::optim::Optimizer;
@@ -177,6 +181,25 @@ impl Trainer {
         plan
     }
 
+    /// The operations of one update on a device that stores things as the model was laid out for, in the order of their first
+    /// calls: how often each comes, and what all its calls cost at least. Nothing is computed, and the seconds mean nothing.
+    ///
+    /// # Errors
+    /// None is known: a device that does nothing does not fail.
+    pub fn operations(
+        model: &Vit,
+        optimizer: &mut Optimizer,
+        options: &TrainerOptions,
+    ) -> Result<Vec<Timing>> {
+        // No cost depends on the precision but through what is stored.
+        let mut counted = Timed::new(Box::new(DryRun::new(model.plan().storage(), Precision::F32)));
+        counted.expect_batch(options.slot);
+        let parts = micro_batches(model, options.batch, &Collective::ALONE);
+        gradients(&mut counted, model, options.loss, &parts)?;
+        counted.update(&optimizer.update(0))?;
+        Ok(counted.times().operations())
+    }
+
     /// Call after writing weights from outside: the EMA starts from them.
     pub fn weights_changed(&mut self) -> Result<()> {
         if self.optimizer.ema_decay().is_some() {
@@ -207,22 +230,15 @@ impl Trainer {
     pub fn ask(&mut self, batch: Slot) -> Result<Option<Slot>> {
         assert_eq!(self.loss.class_weights, self.model.class_weights, "the classes have their weights");
         let step = self.asked();
-        let micro_batches: Vec<Micro> =
-            (0..self.batch).step_by(self.model.micro_batch).map(|i| self.micro(i)).collect();
+        let micro_batches = micro_batches(&self.model, self.batch, &self.collective);
         let free = self.backend.bind_batch(batch)?;
         self.backend.begin_step(StepKeys { seed: self.seed, step })?;
         let (model, loss, collective) = (&self.model, self.loss, &self.collective);
-        let mut gradients = |b: &mut dyn Backend| {
-            b.begin_report()?;
-            for micro in &micro_batches {
-                b.begin_micro(*micro)?;
-                model.forward(b, true)?;
-                model.loss(b, loss)?;
-                model.backward(b, true)?;
-            }
+        let mut work = |b: &mut dyn Backend| {
+            gradients(b, model, loss, &micro_batches)?;
             collective.all_reduce_gradients(b)
         };
-        self.backend.step(&mut gradients, Some(&self.optimizer.update(step)))?;
+        self.backend.step(&mut work, Some(&self.optimizer.update(step)))?;
         self.in_flight += 1;
         Ok(free)
     }
@@ -264,16 +280,6 @@ impl Trainer {
             .hint("lower `optim.lr`, lengthen `schedule.warmup`, or set `optim.clip=1`")
     }
 
-    fn micro(&self, first: usize) -> Micro {
-        Micro {
-            first,
-            samples: self.model.micro_batch,
-            global_first: (self.collective.rank * self.batch) as u64,
-            accumulate: first > 0,
-            mean_over: self.batch * self.collective.size,
-        }
-    }
-
     fn count(&mut self, report: &StepReport) {
         self.step += 1;
         if report.skipped {
@@ -290,4 +296,28 @@ impl Trainer {
         self.skipped = skipped;
         self.skipped_in_a_row = skipped_in_a_row;
     }
+}
+
+/// The parts of a rank's batch.
+fn micro_batches(model: &Vit, batch: usize, collective: &Collective) -> Vec<Micro> {
+    let micro = |first| Micro {
+        first,
+        samples: model.micro_batch,
+        global_first: (collective.rank * batch) as u64,
+        accumulate: first > 0,
+        mean_over: batch * collective.size,
+    };
+    (0..batch).step_by(model.micro_batch).map(micro).collect()
+}
+
+/// The gradients of a batch, and the sums of its report.
+fn gradients(b: &mut dyn Backend, model: &Vit, loss: Loss, micro_batches: &[Micro]) -> Result<()> {
+    b.begin_report()?;
+    for micro in micro_batches {
+        b.begin_micro(*micro)?;
+        model.forward(b, true)?;
+        model.loss(b, loss)?;
+        model.backward(b, true)?;
+    }
+    Ok(())
 }

@@ -3,8 +3,8 @@
 use super::testbed::*;
 use super::*;
 use crate::backend::{
-    Device, Dtype, Gelu, GroupScalars, LossKind, Options, Pixels, Segment, TargetKind, mask::BoundMask,
-    select,
+    Device, Dtype, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Linear, Loss, LossKind, Options, Pixels,
+    Rule, Segment, TargetKind, mask::BoundMask, select,
 };
 
 fn gelu_tanh(x: f64) -> f64 {

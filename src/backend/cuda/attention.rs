@@ -15,7 +15,7 @@
 use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
 use super::{Cuda, SCRATCH, bias, sums};
-use crate::backend::{Dtype, Heads, Mask, Mat};
+use crate::backend::{Dtype, Heads, Mask, Mat, ops};
 use crate::error::{Error, Result};
 
 /// One kernel for tensor cores, as `kernels/attention_forward.cu` and `attention_backward.cu` instantiate it.
@@ -253,15 +253,8 @@ impl Work {
     }
 }
 
-/// `o: [B·T, H·Dh]` and `lse: [B·H, T]` from `qkv: [B·T, 3·H·Dh]`.
-pub(super) fn attention(
-    cuda: &mut Cuda,
-    heads: Heads,
-    qkv: Mat,
-    o: Mat,
-    lse: Mat,
-    dropout: Mask,
-) -> Result<()> {
+pub(super) fn attention(cuda: &mut Cuda, op: &ops::Attention) -> Result<()> {
+    let ops::Attention { heads, qkv, o, lse, dropout } = *op;
     let work = Work::new(heads, qkv, &[o], dropout)?;
     let scratch = work.scratch(cuda, 0, false)?;
     let keep = scratch.keep;
@@ -294,36 +287,21 @@ pub(super) fn attention(
     Ok(())
 }
 
-/// `d_qkv: [B·T, 3·H·Dh]` from `d_o`, with `o` and `lse` of the forward.
-pub(super) fn attention_backward(
-    cuda: &mut Cuda,
-    heads: Heads,
-    qkv: Mat,
-    o: Mat,
-    lse: Mat,
-    dropout: Mask,
-    d_o: Mat,
-    d_qkv: Mat,
-    d_bias: Option<Mat>,
-) -> Result<()> {
-    bias::make(cuda, "attention_backward", (d_qkv, d_qkv.dtype), d_bias, &[], &|cuda, d_bias| {
-        launch_attention_backward(cuda, heads, qkv, o, lse, dropout, d_o, d_qkv, d_bias)
+pub(super) fn attention_backward(cuda: &mut Cuda, op: &ops::AttentionBackward) -> Result<()> {
+    let (d_y, stream) = (op.d_qkv, op.d_qkv.dtype);
+    bias::make(cuda, "attention_backward", (d_y, stream), op.d_bias, &[], &|cuda, d_bias| {
+        launch_attention_backward(cuda, op, d_bias)
     })
 }
 
 /// The kernels with the sums of a bias, or without. Gives the gradient back if it was made: the plain kernels make none, and
 /// the sums have to fit beside the rest of the scratch.
-pub(super) fn launch_attention_backward(
+fn launch_attention_backward(
     cuda: &Cuda,
-    heads: Heads,
-    qkv: Mat,
-    o: Mat,
-    lse: Mat,
-    dropout: Mask,
-    d_o: Mat,
-    d_qkv: Mat,
+    op: &ops::AttentionBackward,
     d_bias: Option<Mat>,
 ) -> Result<Option<Mat>> {
+    let ops::AttentionBackward { heads, qkv, o, lse, dropout, d_o, d_qkv, .. } = *op;
     let work = Work::new(heads, qkv, &[o, d_o, d_qkv], dropout)?;
     let limit = cuda.card().shared_memory as usize;
     let tile = work.tile.filter(|&tile| {

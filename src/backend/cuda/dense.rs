@@ -12,7 +12,7 @@ use super::launch::{MaskArgs, launch, variant};
 use super::product;
 use super::sums;
 use super::ways::{Way, in_the_fastest_way};
-use crate::backend::{Dtype, Epilogue, Gelu, InputGrad, Linear, Mask, Mat};
+use crate::backend::{Dtype, Epilogue, Gelu, InputGrad, Linear, Mask, Mat, ops};
 use crate::error::Result;
 
 impl Cuda {
@@ -143,8 +143,8 @@ fn fused_or_apart(cuda: &mut Cuda, fused: &Product, apart: &dyn Fn(&mut Cuda) ->
     in_the_fastest_way(cuda, &fused.shape, &fused.changed(), &ways).map(|_| ())
 }
 
-/// [`crate::backend::Backend::matmul`]
-pub(super) fn matmul(cuda: &mut Cuda, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()> {
+pub(super) fn matmul(cuda: &mut Cuda, op: &ops::Matmul) -> Result<()> {
+    let ops::Matmul { x, w, epilogue, y } = *op;
     let product = Product::forward(cuda, x, w.weight, y);
     // The library reads a bias in D's type.
     let bias = cuda.at(if y.dtype == Dtype::F32 { w.bias } else { cuda.operand(w.bias) });
@@ -196,8 +196,8 @@ pub(super) fn matmul(cuda: &mut Cuda, x: Mat, w: &Linear, epilogue: Epilogue, y:
     }
 }
 
-/// [`crate::backend::Backend::matmul_backward`]
-pub(super) fn matmul_backward(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
+pub(super) fn matmul_backward(cuda: &mut Cuda, op: &ops::MatmulBackward) -> Result<()> {
+    let ops::MatmulBackward { d_y, x, w, d_x } = *op;
     weight_and_bias_grad(cuda, d_y, x, w)?;
     // After the weights' gradients, because `d_x` may take the place of `x`.
     match d_x {
@@ -288,9 +288,8 @@ fn bias_residual(cuda: &Cuda, z: Mat, bias: Mat, residual: Mat, y: Mat) -> Resul
     )
 }
 
-/// [`crate::backend::Backend::gelu`]
-pub(super) fn gelu(cuda: &Cuda, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
-    bias_gelu(cuda, pre, None, None, form, dropout, y)
+pub(super) fn gelu(cuda: &mut Cuda, op: &ops::Gelu) -> Result<()> {
+    bias_gelu(cuda, op.pre, None, None, op.form, op.dropout, op.y)
 }
 
 /// `z` holds `pre`, or the product without its bias: then `pre` is where the sum is kept, if it is.

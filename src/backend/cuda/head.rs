@@ -4,7 +4,7 @@ use super::Cuda;
 use super::dense::elementwise_grid;
 use super::driver::Address;
 use super::launch::{Argument, launch, variant};
-use crate::backend::{Dtype, Loss, LossKind, Mat, Pool, Slot, TargetKind};
+use crate::backend::{Dtype, LossKind, Mat, Pool, Slot, TargetKind, ops};
 use crate::error::{Error, Result};
 
 /// `PoolShape` of `kernels/pool.cu`.
@@ -33,15 +33,15 @@ fn pool_shape(pool: Pool, x: Mat, y: Mat) -> PoolShape {
     PoolShape { samples, tokens, width, first, last }
 }
 
-/// [`crate::backend::Backend::pool`]
-pub(super) fn pool(cuda: &mut Cuda, pool: Pool, x: Mat, y: Mat) -> Result<()> {
+pub(super) fn pool(cuda: &mut Cuda, op: &ops::Pool) -> Result<()> {
+    let ops::Pool { pool, x, y } = *op;
     let (shape, grid) = (pool_shape(pool, x, y), elementwise_grid(y.rows, y.cols));
     let (from, to) = (cuda.at(x), cuda.at(y));
     launch!(cuda, variant!(x.dtype, "pool"), grid, 256, 0, shape, from, x.ld as u32, to, y.ld as u32)
 }
 
-/// [`crate::backend::Backend::pool_backward`]
-pub(super) fn pool_backward(cuda: &mut Cuda, pool: Pool, d_y: Mat, d_x: Mat, fresh: bool) -> Result<()> {
+pub(super) fn pool_backward(cuda: &mut Cuda, op: &ops::PoolBackward) -> Result<()> {
+    let ops::PoolBackward { pool, d_y, d_x, fresh } = *op;
     launch!(
         cuda,
         variant!(d_x.dtype, "pool_backward"),
@@ -57,8 +57,8 @@ pub(super) fn pool_backward(cuda: &mut Cuda, pool: Pool, d_y: Mat, d_x: Mat, fre
     )
 }
 
-/// [`crate::backend::Backend::scale`]
-pub(super) fn scale(cuda: &mut Cuda, x: Mat, factor: f32) -> Result<()> {
+pub(super) fn scale(cuda: &mut Cuda, op: &ops::Scale) -> Result<()> {
+    let ops::Scale { x, factor } = *op;
     let (name, grid, at) = (variant!(x.dtype, "scale"), elementwise_grid(x.rows, x.cols), cuda.at(x));
     launch!(cuda, name, grid, 256, 0, at, x.ld as u32, factor, x.rows as u32, x.cols as u32)
 }
@@ -82,8 +82,8 @@ const _: () = assert!(size_of::<LossArgs>() == 32);
 /// Shared memory in front of the logits that wait there.
 const LOSS_SCRATCH: usize = 512;
 
-/// [`crate::backend::Backend::loss`]
-pub(super) fn loss(cuda: &mut Cuda, loss: Loss, logits: Mat, d_logits: Mat, samples: Mat) -> Result<()> {
+pub(super) fn loss(cuda: &mut Cuda, op: &ops::Loss) -> Result<()> {
+    let ops::Loss { loss, logits, d_logits, samples } = *op;
     let micro = cuda.micro;
     let classes = logits.cols;
     cuda.classes = Some(classes);

@@ -30,9 +30,8 @@ mod update;
 mod ways;
 
 use super::{
-    Arena, Backend, Body, Choice, Device, Dtype, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss,
-    Mask, Mat, MemoryPlan, Micro, Norm, Normalise, Options, PatchGrid, Pool, Precision, Recompute, Residual,
-    Slot, SlotLayout, Stats, StepKeys, StepReport, Storage, Update, memory,
+    Arena, Backend, Body, Choice, Device, Dtype, Mat, MemoryPlan, Micro, Op, Options, Precision, Recompute,
+    Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, memory,
 };
 use crate::error::{Error, Result};
 
@@ -452,146 +451,37 @@ impl Backend for Cuda {
         self.gpu.synchronize(Stream::Compute)
     }
 
-    // Patch embedding -------------------------------------------------------------------------------------------
+    // Operations and reports ------------------------------------------------------------------------------------
 
-    fn patchify(&mut self, grid: PatchGrid, normalise: Normalise, patches: Mat) -> Result<()> {
-        stem::patchify(self, grid, normalise, patches)
-    }
-
-    fn embed(&mut self, embed: &Embed, x: Mat) -> Result<()> {
-        stem::embed(self, embed, x)
-    }
-
-    fn embed_backward(&mut self, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
-        stem::embed_backward(self, embed, d_x, d_y)
-    }
-
-    // Dense layers ----------------------------------------------------------------------------------------------
-
-    fn matmul(&mut self, x: Mat, w: &Linear, epilogue: Epilogue, y: Mat) -> Result<()> {
-        dense::matmul(self, x, w, epilogue, y)
-    }
-
-    fn matmul_backward(&mut self, d_y: Mat, x: Mat, w: &Linear, d_x: InputGrad) -> Result<()> {
-        dense::matmul_backward(self, d_y, x, w, d_x)
-    }
-
-    fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
-        dense::gelu(self, pre, form, dropout, y)
-    }
-
-    // LayerNorm and the residual stream -------------------------------------------------------------------------
-
-    fn layernorm(&mut self, join: &Join, norm: &Norm, y: Mat, stats: Stats) -> Result<()> {
-        norm::layernorm(self, join, norm, y, stats)
-    }
-
-    fn layernorm_backward(
-        &mut self,
-        d_y: Mat,
-        join: &Join,
-        norm: &Norm,
-        stats: Stats,
-        d_sum: Mat,
-        fresh: bool,
-        d_branch: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        norm::layernorm_backward(self, d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)
-    }
-
-    fn residual(&mut self, join: &Join) -> Result<()> {
-        norm::residual(self, join)
-    }
-
-    fn residual_backward(
-        &mut self,
-        join: &Join,
-        d_sum: Mat,
-        d_branch: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        norm::residual_backward(self, join, d_sum, d_branch, d_bias)
-    }
-
-    // Attention -------------------------------------------------------------------------------------------------
-
-    fn attention(&mut self, heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask) -> Result<()> {
-        attention::attention(self, heads, qkv, o, lse, dropout)
-    }
-
-    fn attention_backward(
-        &mut self,
-        heads: Heads,
-        qkv: Mat,
-        o: Mat,
-        lse: Mat,
-        dropout: Mask,
-        d_o: Mat,
-        d_qkv: Mat,
-        d_bias: Option<Mat>,
-    ) -> Result<()> {
-        attention::attention_backward(self, heads, qkv, o, lse, dropout, d_o, d_qkv, d_bias)
-    }
-
-    fn probe_attention(
-        &mut self,
-        heads: Heads,
-        q: Mat,
-        kv: Mat,
-        p: Mat,
-        o: Mat,
-        dropout: Mask,
-    ) -> Result<()> {
-        probe_attention::probe_attention(self, heads, q, kv, p, o, dropout)
-    }
-
-    fn probe_attention_backward(
-        &mut self,
-        heads: Heads,
-        q: Mat,
-        kv: Mat,
-        p: Mat,
-        dropout: Mask,
-        d_o: Mat,
-        d_q: Mat,
-        d_kv: Mat,
-    ) -> Result<()> {
-        probe_attention::probe_attention_backward(self, heads, q, kv, p, dropout, d_o, d_q, d_kv)
-    }
-
-    // Head ------------------------------------------------------------------------------------------------------
-
-    fn pool(&mut self, pool: Pool, x: Mat, y: Mat) -> Result<()> {
-        head::pool(self, pool, x, y)
-    }
-
-    fn pool_backward(&mut self, pool: Pool, d_y: Mat, d_x: Mat, fresh: bool) -> Result<()> {
-        head::pool_backward(self, pool, d_y, d_x, fresh)
-    }
-
-    fn scale(&mut self, x: Mat, factor: f32) -> Result<()> {
-        head::scale(self, x, factor)
-    }
-
-    fn loss(&mut self, loss: Loss, logits: Mat, d_logits: Mat, samples: Mat) -> Result<()> {
-        head::loss(self, loss, logits, d_logits, samples)
-    }
-
-    // Update ----------------------------------------------------------------------------------------------------
-
-    fn begin_report(&mut self) -> Result<()> {
-        update::begin_report(self)
-    }
-
-    fn add_to_report(&mut self, samples: Mat) -> Result<()> {
-        update::add_to_report(self, samples)
-    }
-
-    fn update(&mut self, update: &Update) -> Result<()> {
-        self.cells.set_rates(update);
-        self.cells.send(&self.gpu)?;
-        update::update(self, update)
+    fn execute(&mut self, op: &Op) -> Result<()> {
+        match op {
+            Op::Patchify(op) => stem::patchify(self, op),
+            Op::Embed(op) => stem::embed(self, op),
+            Op::EmbedBackward(op) => stem::embed_backward(self, op),
+            Op::Matmul(op) => dense::matmul(self, op),
+            Op::MatmulBackward(op) => dense::matmul_backward(self, op),
+            Op::Gelu(op) => dense::gelu(self, op),
+            Op::LayerNorm(op) => norm::layernorm(self, op),
+            Op::LayerNormBackward(op) => norm::layernorm_backward(self, op),
+            Op::Residual(op) => norm::residual(self, op),
+            Op::ResidualBackward(op) => norm::residual_backward(self, op),
+            Op::Attention(op) => attention::attention(self, op),
+            Op::AttentionBackward(op) => attention::attention_backward(self, op),
+            Op::ProbeAttention(op) => probe_attention::probe_attention(self, op),
+            Op::ProbeAttentionBackward(op) => probe_attention::probe_attention_backward(self, op),
+            Op::Pool(op) => head::pool(self, op),
+            Op::PoolBackward(op) => head::pool_backward(self, op),
+            Op::Scale(op) => head::scale(self, op),
+            Op::Loss(op) => head::loss(self, op),
+            Op::BeginReport => update::begin_report(self),
+            Op::AddToReport(op) => update::add_to_report(self, op),
+            Op::Update(update) => {
+                // Outside of a step its rates have not been sent.
+                self.cells.set_rates(update);
+                self.cells.send(&self.gpu)?;
+                update::update(self, update)
+            }
+        }
     }
 
     fn report(&mut self) -> Result<StepReport> {

@@ -13,7 +13,7 @@ use super::dense::elementwise_grid;
 use super::driver::Address;
 use super::launch::{Argument, MaskArgs, launch, stream_variant};
 use super::sums::{self, COLUMN_SHARED, COLUMN_STRETCH, Partials};
-use crate::backend::{Branch, Dtype, Join, Mask, Mat, Norm, Stats};
+use crate::backend::{Branch, Dtype, Join, Mask, Mat, Norm, Stats, ops};
 use crate::error::Result;
 
 /// The kernels for rows of up to 256 values times their number, with their launch shape: blocks of a multiprocessor, and
@@ -138,8 +138,8 @@ fn same_kind(what: &str, a: Mat, b: Mat) {
     assert_eq!(a.dtype, b.dtype, "{what}: {a} and {b} differ in type");
 }
 
-/// [`crate::backend::Backend::layernorm`]
-pub(super) fn layernorm(cuda: &mut Cuda, join: &Join, norm: &Norm, y: Mat, stats: Stats) -> Result<()> {
+pub(super) fn layernorm(cuda: &mut Cuda, op: &ops::LayerNorm) -> Result<()> {
+    let ops::LayerNorm { join, norm, y, stats } = *op;
     same_shape("layernorm", join.sum(), y);
     assert_eq!(stats.mean.rows, y.rows, "layernorm: one mean and one rstd per row");
     if let (Join::Branch { sum, branch }, Some(kernels)) = (join, instance(join.sum(), y)) {
@@ -170,7 +170,7 @@ pub(super) fn layernorm(cuda: &mut Cuda, join: &Join, norm: &Norm, y: Mat, stats
             y.cols as u32,
         );
     }
-    residual(cuda, join)?;
+    residual(cuda, &ops::Residual { join })?;
     let x = join.sum();
     let (kernel, threads, blocks) = match instance(x, y) {
         Some(kernels) => (kernels.forward, kernels.forward_threads, kernels.forward_blocks),
@@ -207,18 +207,8 @@ fn wide(stream: Dtype, y: Dtype, direction: &str) -> &'static str {
     }
 }
 
-/// [`crate::backend::Backend::layernorm_backward`]
-pub(super) fn layernorm_backward(
-    cuda: &mut Cuda,
-    d_y: Mat,
-    join: &Join,
-    norm: &Norm,
-    stats: Stats,
-    d_sum: Mat,
-    fresh: bool,
-    d_branch: Mat,
-    d_bias: Option<Mat>,
-) -> Result<()> {
+pub(super) fn layernorm_backward(cuda: &mut Cuda, op: &ops::LayerNormBackward) -> Result<()> {
+    let ops::LayerNormBackward { join, norm, d_sum, d_branch, d_bias, .. } = *op;
     let read_next = handed_on(join, d_sum, d_branch);
     let scale_grad = scale_grad_of(join);
     let changed = [Some(d_sum), norm.d_gamma, norm.d_beta, scale_grad].into_iter().flatten();
@@ -226,22 +216,17 @@ pub(super) fn layernorm_backward(
     let operation =
         if matches!(join, Join::Ready(_)) { "layernorm_backward" } else { "layernorm_backward join" };
     bias::make(cuda, operation, (read_next, d_sum.dtype), d_bias, &changed, &|cuda, d_bias| {
-        launch_layernorm_backward(cuda, d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias)
+        launch_layernorm_backward(cuda, op, d_bias)
     })
 }
 
 /// The kernels with the sums of a bias, or without. Gives the gradient back if it was made: no kernel for wide rows does.
-pub(super) fn launch_layernorm_backward(
+fn launch_layernorm_backward(
     cuda: &Cuda,
-    d_y: Mat,
-    join: &Join,
-    norm: &Norm,
-    stats: Stats,
-    d_sum: Mat,
-    fresh: bool,
-    d_branch: Mat,
+    op: &ops::LayerNormBackward,
     d_bias: Option<Mat>,
 ) -> Result<Option<Mat>> {
+    let ops::LayerNormBackward { d_y, join, norm, stats, d_sum, fresh, d_branch, .. } = *op;
     let backward = Backward { d_y, x: join.sum(), norm, stats, d_sum, fresh, d_bias: None };
     same_shape("layernorm_backward", d_y, d_sum);
     same_kind("layernorm_backward", d_sum, backward.x);
@@ -257,7 +242,7 @@ pub(super) fn launch_layernorm_backward(
         }
         (Some(kernels), None) => backward.alone(cuda, kernels)?,
     }
-    launch_residual_backward(cuda, join, d_sum, d_branch, d_bias)
+    launch_residual_backward(cuda, &op.residual(), d_bias)
 }
 
 /// The matrix that the products below read.
@@ -431,9 +416,8 @@ impl Backward<'_> {
     }
 }
 
-/// [`crate::backend::Backend::residual`]
-pub(super) fn residual(cuda: &mut Cuda, join: &Join) -> Result<()> {
-    let Join::Branch { sum, branch } = join else { return Ok(()) };
+pub(super) fn residual(cuda: &mut Cuda, op: &ops::Residual) -> Result<()> {
+    let Join::Branch { sum, branch } = op.join else { return Ok(()) };
     same_kind("residual", *sum, branch.base);
     same_shape("residual", *sum, branch.branch);
     launch!(
@@ -455,29 +439,22 @@ pub(super) fn residual(cuda: &mut Cuda, join: &Join) -> Result<()> {
     )
 }
 
-/// [`crate::backend::Backend::residual_backward`]
-pub(super) fn residual_backward(
-    cuda: &mut Cuda,
-    join: &Join,
-    d_sum: Mat,
-    d_branch: Mat,
-    d_bias: Option<Mat>,
-) -> Result<()> {
+pub(super) fn residual_backward(cuda: &mut Cuda, op: &ops::ResidualBackward) -> Result<()> {
+    let ops::ResidualBackward { join, d_sum, d_branch, d_bias } = *op;
     let read_next = handed_on(join, d_sum, d_branch);
     let changed: Vec<Mat> = scale_grad_of(join).into_iter().collect();
     bias::make(cuda, "residual_backward", (read_next, d_sum.dtype), d_bias, &changed, &|cuda, d_bias| {
-        launch_residual_backward(cuda, join, d_sum, d_branch, d_bias)
+        launch_residual_backward(cuda, op, d_bias)
     })
 }
 
 /// The kernel with the sums of a bias, or without. Gives the gradient back if it was made: only beside that of a LayerScale.
-pub(super) fn launch_residual_backward(
+fn launch_residual_backward(
     cuda: &Cuda,
-    join: &Join,
-    d_sum: Mat,
-    d_branch: Mat,
+    op: &ops::ResidualBackward,
     d_bias: Option<Mat>,
 ) -> Result<Option<Mat>> {
+    let ops::ResidualBackward { join, d_sum, d_branch, .. } = *op;
     if let Some(branch) = branch_of(cuda, join, d_sum, d_branch) {
         same_shape("residual_backward", d_sum, d_branch);
         launch!(

@@ -7,7 +7,7 @@ use super::Cuda;
 use super::attention::{MAX_HEAD_SIZE, check_head_size};
 use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
-use crate::backend::{Dtype, Heads, Mask, Mat};
+use crate::backend::{Dtype, Heads, Mask, Mat, ops};
 use crate::error::{Error, Result};
 
 const THREADS: u32 = 128;
@@ -101,16 +101,8 @@ fn slices(images: usize, heads: usize, multiprocessors: usize) -> usize {
     images.min((BLOCKS * multiprocessors).div_ceil(heads))
 }
 
-/// [`crate::backend::Backend::probe_attention`]
-pub(super) fn probe_attention(
-    cuda: &mut Cuda,
-    heads: Heads,
-    q: Mat,
-    kv: Mat,
-    p: Mat,
-    o: Mat,
-    dropout: Mask,
-) -> Result<()> {
+pub(super) fn probe_attention(cuda: &mut Cuda, op: &ops::ProbeAttention) -> Result<()> {
+    let ops::ProbeAttention { heads, q, kv, p, o, dropout } = *op;
     let work = Work::new(cuda, heads, [q, kv, p], [&[o], &[]], dropout)?;
     let [t, h, dh] = work.sizes();
     launch! {
@@ -121,19 +113,8 @@ pub(super) fn probe_attention(
     }
 }
 
-/// [`crate::backend::Backend::probe_attention_backward`]
-#[allow(clippy::too_many_arguments)]
-pub(super) fn probe_attention_backward(
-    cuda: &mut Cuda,
-    heads: Heads,
-    q: Mat,
-    kv: Mat,
-    p: Mat,
-    dropout: Mask,
-    d_o: Mat,
-    d_q: Mat,
-    d_kv: Mat,
-) -> Result<()> {
+pub(super) fn probe_attention_backward(cuda: &mut Cuda, op: &ops::ProbeAttentionBackward) -> Result<()> {
+    let ops::ProbeAttentionBackward { heads, q, kv, p, dropout, d_o, d_q, d_kv } = *op;
     assert_eq!((d_q.rows, d_q.cols, d_q.dtype), (q.rows, q.cols, q.dtype), "probe attention: shape of d_q");
     let work = Work::new(cuda, heads, [q, kv, p], [&[d_o], &[d_kv]], dropout)?;
     let [t, h, dh] = work.sizes();

@@ -4,7 +4,7 @@ use super::Cuda;
 use super::dense::elementwise_grid;
 use super::launch::{Argument, launch, stream_variant, variant};
 use super::sums;
-use crate::backend::{Dtype, Embed, Mat, Normalise, PatchGrid, Pixels};
+use crate::backend::{Dtype, Embed, Mat, Pixels, ops};
 use crate::error::Result;
 
 /// `PatchShape` of `kernels/patchify.cu`.
@@ -31,8 +31,8 @@ struct NormaliseArgs {
 // SAFETY: six words.
 unsafe impl Argument for NormaliseArgs {}
 
-/// [`crate::backend::Backend::patchify`]
-pub(super) fn patchify(cuda: &mut Cuda, grid: PatchGrid, normalise: Normalise, patches: Mat) -> Result<()> {
+pub(super) fn patchify(cuda: &mut Cuda, op: &ops::Patchify) -> Result<()> {
+    let ops::Patchify { grid, normalise, patches } = *op;
     let slot = cuda.batch.slot.as_ref().expect("patchify: no batch is bound");
     let micro = cuda.micro;
     assert_eq!(slot.layout().image, grid.image, "patchify: the batch has another image size");
@@ -95,8 +95,8 @@ fn embed_shape(embed: &Embed, x: Mat) -> EmbedShape {
     }
 }
 
-/// [`crate::backend::Backend::embed`]
-pub(super) fn embed(cuda: &mut Cuda, embed: &Embed, x: Mat) -> Result<()> {
+pub(super) fn embed(cuda: &mut Cuda, op: &ops::Embed) -> Result<()> {
+    let ops::Embed { embed, x } = *op;
     let posemb = embed.posemb.0;
     let expected = (embed.tokens - embed.posemb_first, x.cols);
     assert_eq!((posemb.rows, posemb.cols), expected, "embed: positions");
@@ -123,8 +123,8 @@ pub(super) fn embed(cuda: &mut Cuda, embed: &Embed, x: Mat) -> Result<()> {
 /// Most scratch for partial sums over slices of the batch.
 const PARTIAL_BYTES: usize = 16 << 20;
 
-/// [`crate::backend::Backend::embed_backward`]
-pub(super) fn embed_backward(cuda: &mut Cuda, embed: &Embed, d_x: Mat, d_y: Mat) -> Result<()> {
+pub(super) fn embed_backward(cuda: &mut Cuda, op: &ops::EmbedBackward) -> Result<()> {
+    let ops::EmbedBackward { embed, d_x, d_y } = *op;
     assert_eq!((d_x.rows, d_x.cols), (d_y.rows, d_y.cols), "embed_backward: {d_x} and {d_y} differ");
     let shape = embed_shape(embed, d_x);
     let d_extra = embed.extra_tokens.map(|token| token.and_then(|(_, d)| d));

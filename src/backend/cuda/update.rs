@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use super::driver::{Address, Buffer, Event, Gpu, Pinned, Stream};
 use super::launch::{Argument, launch};
 use super::{Arena, Cuda};
-use crate::backend::{HostMemory, Mat, Rule, Segment, StepReport, Update};
+use crate::backend::{HostMemory, Rule, Segment, StepReport, Update, ops};
 use crate::error::Result;
 
 use adafactor::Tables;
@@ -89,14 +89,13 @@ impl State {
 
 // Reports ------------------------------------------------------------------------------------------------------------
 
-/// [`crate::backend::Backend::begin_report`]
 pub(super) fn begin_report(cuda: &mut Cuda) -> Result<()> {
     let (sums, constants) = (cuda.update.sums(), cuda.update.constants());
     launch!(cuda, "report_begin", [1, 1, 1], 32, 0, sums, constants)
 }
 
-/// [`crate::backend::Backend::add_to_report`]
-pub(super) fn add_to_report(cuda: &mut Cuda, samples: Mat) -> Result<()> {
+pub(super) fn add_to_report(cuda: &mut Cuda, op: &ops::AddToReport) -> Result<()> {
+    let samples = op.samples;
     let (at, ld, rows) = (cuda.at(samples), samples.ld as u32, samples.rows as u32);
     launch!(cuda, "report_add", [1, 1, 1], 256, 8 * 3 * 8, cuda.update.sums(), at, ld, rows)
 }

@@ -1,7 +1,7 @@
 //! What is rounded, operation by operation and in whole models.
 
 use super::*;
-use crate::backend::{GroupScalars, LossKind, Pixels, Rule, Segment, TargetKind};
+use crate::backend::{GroupScalars, Loss, LossKind, Mask, Normalise, Pixels, Rule, Segment, TargetKind};
 use crate::rng::{Domain, Stream};
 use crate::vit::config::PoolKind;
 use crate::vit::{LastBlock, Mode, ModelConfig, Vit};

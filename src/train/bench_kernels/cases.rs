@@ -1,14 +1,15 @@
 //! What is timed: every operation of a training step at the sizes of the named models, with the traffic that its
 //! kernels cannot avoid.
 //!
-//! The traffic is the formula in the head of each `kernels/*.cu`: every operand read once, every result written once,
-//! partial sums included. A count of it on the stand-in GPU stands beside it in `docs/kernel-table.md`.
+//! That is what the operation costs at least ([`crate::backend::cost`]), where it is one kernel; several kernels hand partial
+//! sums to one another, and theirs is the formula in the head of each `kernels/*.cu`: every operand read once, every result
+//! written once, partial sums included. A count of it on the stand-in GPU stands beside it in `docs/kernel-table.md`.
 
 use crate::backend::cuda::driver::Launched;
 use crate::backend::{
-    Arena, Backend, Branch, Dtype, Embed, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Join, Linear, Loss,
-    LossKind, Mask, Mat, MemoryPlan, Norm, Normalise, PatchGrid, Pixels, Pool, Rule, Segment, SlotLayout,
-    Stats, TargetKind, Update,
+    Arena, Backend, Branch, Cost, Dtype, Embed, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Join, Linear,
+    Loss, LossKind, Mask, Mat, MemoryPlan, Norm, Normalise, PatchGrid, Pixels, Pool, Rule, Segment,
+    SlotLayout, Stats, TargetKind, Update,
 };
 use crate::error::Result;
 
@@ -47,17 +48,13 @@ impl Placed {
 }
 
 type Place = Box<dyn Fn(&mut Room) -> Placed>;
-/// The least traffic of each own kernel, from what was launched.
-type Least = Box<dyn Fn(&[Launched]) -> Vec<Traffic>>;
+/// The least traffic of each own kernel, from what was launched and what the operation costs at least.
+type Least = Box<dyn Fn(&[Launched], Cost) -> Vec<Traffic>>;
 
 /// One line of the benchmark.
 pub(super) struct Case {
     pub(super) operation: &'static str,
     pub(super) shape: String,
-    /// FLOPs that the operation is worth: 0 where it is limited by memory.
-    pub(super) flops: f64,
-    /// Bytes of operands and results of a matrix product, which is none of the launches.
-    pub(super) product_bytes: usize,
     /// The work is the same launches each time, so that it can be recorded.
     pub(super) recorded: bool,
     /// The batch that has to be bound.
@@ -72,29 +69,11 @@ impl Case {
         operation: &'static str,
         shape: String,
         samples: usize,
-        least: impl Fn(&[Launched]) -> Vec<Traffic> + 'static,
+        least: impl Fn(&[Launched], Cost) -> Vec<Traffic> + 'static,
         place: impl Fn(&mut Room) -> Placed + 'static,
     ) -> Self {
         let (least, place) = (Box::new(least), Box::new(place));
-        Self {
-            operation,
-            shape,
-            flops: 0.0,
-            product_bytes: 0,
-            recorded: true,
-            batch: None,
-            samples,
-            least,
-            place,
-        }
-    }
-
-    pub(super) fn flops(self, flops: f64) -> Self {
-        Self { flops, ..self }
-    }
-
-    pub(super) fn product_bytes(self, product_bytes: usize) -> Self {
-        Self { product_bytes, ..self }
+        Self { operation, shape, recorded: true, batch: None, samples, least, place }
     }
 
     fn batch(self, batch: SlotLayout) -> Self {
@@ -164,6 +143,11 @@ pub(super) fn half(rows: usize, cols: usize) -> usize {
     2 * rows * cols
 }
 
+/// The traffic of an operation that is one kernel.
+fn whole(_: &[Launched], cost: Cost) -> Vec<Traffic> {
+    vec![traffic(cost.read as usize, cost.written as usize)]
+}
+
 /// `sum_partials` behind a kernel that left `count` partial sums of `columns` columns, `sums` times.
 pub(super) fn sum_partials(count: usize, sums: usize, columns: usize) -> Traffic {
     traffic(4 * count * sums * columns, 4 * sums * columns)
@@ -205,13 +189,11 @@ fn stem(model: &Model, images: usize) -> Option<Case> {
     let grid = PatchGrid { image: (model.image, model.image), patch: (model.patch, model.patch), extra: 1 };
     let (rows, run) = (images * model.tokens(), grid.patch_len());
     let shape = format!("{images} images, patch {}", model.patch);
-    let pixels = images * 3 * model.image * model.image;
-    let least = move |_: &[Launched]| vec![traffic(pixels, half(rows, run))];
     let place = move |room: &mut Room| {
         let patches = room.activation(rows, run);
         Placed::new(move |b| b.patchify(grid, Normalise::INCEPTION, patches))
     };
-    let case = Case::new("patchify", shape, images, least, place).batch(slot(images, model.image));
+    let case = Case::new("patchify", shape, images, whole, place).batch(slot(images, model.image));
     // The others have the pixels of one of these two.
     Some(case).filter(|_| ["B/16", "H/14"].contains(&model.name))
 }
@@ -240,21 +222,15 @@ fn embeds(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
     let shape = shape_with(model, rows, stream);
     let joined = stream.bytes() * rows * d;
     vec![
-        Case::new(
-            "embed",
-            shape.clone(),
-            images,
-            move |_| vec![traffic(joined + 4 * (t + 2) * d, joined)],
-            move |room| {
-                let (embed, x) = (parameters(room, false), room.stream(rows, d, stream));
-                Placed::new(move |b| b.embed(&embed, x))
-            },
-        ),
+        Case::new("embed", shape.clone(), images, whole, move |room| {
+            let (embed, x) = (parameters(room, false), room.stream(rows, d, stream));
+            Placed::new(move |b| b.embed(&embed, x))
+        }),
         Case::new(
             "embed_backward",
             shape,
             images,
-            move |launches| {
+            move |launches, _| {
                 let slices = launches[0].grid[1] as usize;
                 let partials = 4 * slices * t * d;
                 vec![
@@ -276,59 +252,46 @@ fn embeds(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
 fn norms(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
     let (t, d) = (model.tokens(), model.width);
     let rows = images * t;
-    // A part of the stream, and what products read.
-    let (x, y, statistics) = (stream.bytes() * rows * d, half(rows, d), 8 * rows);
     let shape = shape_with(model, rows, stream);
-    let backward = move |launches: &[Launched], d_branch: usize, sums: usize| {
+    // The first kernel leaves partial sums instead of the gradients of γ and β.
+    let backward = move |launches: &[Launched], cost: Cost, sums: usize| {
         let blocks = launches[0].grid[0] as usize;
         let partials = 4 * sums * blocks * d;
-        let read = 2 * x + y + statistics + 4 * d;
-        vec![traffic(read, x + d_branch + partials), sum_partials(blocks, sums, d)]
+        let written = cost.written as usize - 2 * 4 * d + partials;
+        vec![traffic(cost.read as usize, written), sum_partials(blocks, sums, d)]
     };
     let size = Stretch { rows, d, tokens: t, stream };
-    // A stream of another type is handed on as products read it.
-    let copy = if stream == Dtype::F32 { y } else { 0 };
     vec![
-        Case::new(
-            "layernorm",
-            shape.clone(),
-            images,
-            move |_| vec![traffic(x + 8 * d, y + statistics)],
-            move |room| forward_norm(room, size, false),
-        ),
-        Case::new(
-            "layernorm, join",
-            shape.clone(),
-            images,
-            move |_| vec![traffic(x + y + 8 * d, x + y + statistics)],
-            move |room| forward_norm(room, size, true),
-        ),
+        Case::new("layernorm", shape.clone(), images, whole, move |room| forward_norm(room, size, false)),
+        Case::new("layernorm, join", shape.clone(), images, whole, move |room| {
+            forward_norm(room, size, true)
+        }),
         Case::new(
             "layernorm_backward",
             shape.clone(),
             images,
-            move |launches| backward(launches, copy, 2),
+            move |launches, cost| backward(launches, cost, 2),
             move |room| backward_norm(room, size, false, false),
         ),
         Case::new(
             "layernorm_backward, join",
             shape.clone(),
             images,
-            move |launches| backward(launches, y, 2),
+            move |launches, cost| backward(launches, cost, 2),
             move |room| backward_norm(room, size, true, false),
         ),
         Case::new(
             "layernorm_backward, bias",
             shape.clone(),
             images,
-            move |launches| backward(launches, copy, 3),
+            move |launches, cost| backward(launches, cost, 3),
             move |room| backward_norm(room, size, false, true),
         ),
         Case::new(
             "layernorm_backward, join, bias",
             shape,
             images,
-            move |launches| backward(launches, y, 3),
+            move |launches, cost| backward(launches, cost, 3),
             move |room| backward_norm(room, size, true, true),
         ),
     ]
@@ -384,7 +347,6 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
     let (rows, d, lse) = (images * t, model.width, 4 * images * h * t);
     let x = half(rows, d);
     let shape = format!("{} [{rows}, {d}], {t} tokens, {h} heads of {head_size}", model.name);
-    let product = 2.0 * (images * h * t * t * head_size) as f64;
     let place = move |room: &mut Room| {
         let (qkv, o) = (room.activation(rows, 3 * d), room.activation(rows, d));
         (qkv, o, room.f32(images * h, t))
@@ -395,11 +357,11 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
             shape.clone(),
             images,
             // One kernel, or one that owns queries and hands δ to one that owns keys; the sums of a bias come on top.
-            move |launches| {
+            move |launches, cost| {
                 let parts = launches[0].grid[0] as usize / h;
                 let sums = if is_biased { 4 * parts * d } else { 0 };
                 let mut least = match launches.len() - usize::from(is_biased) {
-                    1 => vec![traffic(5 * x + lse, 3 * x + 3 * sums)],
+                    1 => vec![traffic(cost.read as usize, cost.written as usize + 3 * sums)],
                     _ => {
                         vec![traffic(5 * x + lse, x + lse + sums), traffic(4 * x + 2 * lse, 2 * x + 2 * sums)]
                     }
@@ -417,20 +379,12 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
                 run.after(move |b| b.attention(heads, qkv, o, lse, Mask::NONE))
             },
         )
-        .flops(5.0 * product)
     };
     vec![
-        Case::new(
-            "attention",
-            shape.clone(),
-            images,
-            move |_| vec![traffic(3 * x, x + lse)],
-            move |room| {
-                let (qkv, o, lse) = place(room);
-                Placed::new(move |b| b.attention(heads, qkv, o, lse, Mask::NONE))
-            },
-        )
-        .flops(2.0 * product),
+        Case::new("attention", shape.clone(), images, whole, move |room| {
+            let (qkv, o, lse) = place(room);
+            Placed::new(move |b| b.attention(heads, qkv, o, lse, Mask::NONE))
+        }),
         backward(false),
         backward(true),
     ]
@@ -440,41 +394,24 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
 fn class_attentions(model: &Model, images: usize) -> Vec<Case> {
     let heads = Heads { tokens: model.tokens(), heads: model.heads, head_size: model.width / model.heads };
     let (t, h, d) = (heads.tokens, heads.heads, model.width);
-    let (one, kv, p) = (half(images, d), half(images * t, 2 * d), 4 * images * h * t);
     let shape = format!("{} [{}, {d}], {t} tokens, {h} heads, class token", model.name, images * t);
     let place = move |room: &mut Room| {
         let (q, kv) = (room.activation(images, d), room.activation(images * t, 2 * d));
         (q, kv, room.f32(images * h, t), room.activation(images, d))
     };
     vec![
-        Case::new(
-            "probe_attention",
-            shape.clone(),
-            images,
-            move |_| vec![traffic(one + kv, p + one)],
-            move |room| {
-                let (q, kv, p, o) = place(room);
-                Placed::new(move |b| b.probe_attention(heads, q, kv, p, o, Mask::NONE))
-            },
-        ),
-        Case::new(
-            "probe_attention_backward",
-            shape,
-            images,
-            move |_| vec![traffic(2 * one + kv + p, one + kv)],
-            move |room| {
-                let (q, kv, p, o) = place(room);
-                let (d_o, d_q, d_kv) = (
-                    room.activation(images, d),
-                    room.activation(images, d),
-                    room.activation(images * t, 2 * d),
-                );
-                let run = Placed::new(move |b| {
-                    b.probe_attention_backward(heads, q, kv, p, Mask::NONE, d_o, d_q, d_kv)
-                });
-                run.after(move |b| b.probe_attention(heads, q, kv, p, o, Mask::NONE))
-            },
-        ),
+        Case::new("probe_attention", shape.clone(), images, whole, move |room| {
+            let (q, kv, p, o) = place(room);
+            Placed::new(move |b| b.probe_attention(heads, q, kv, p, o, Mask::NONE))
+        }),
+        Case::new("probe_attention_backward", shape, images, whole, move |room| {
+            let (q, kv, p, o) = place(room);
+            let (d_o, d_q, d_kv) =
+                (room.activation(images, d), room.activation(images, d), room.activation(images * t, 2 * d));
+            let run =
+                Placed::new(move |b| b.probe_attention_backward(heads, q, kv, p, Mask::NONE, d_o, d_q, d_kv));
+            run.after(move |b| b.probe_attention(heads, q, kv, p, o, Mask::NONE))
+        }),
     ]
 }
 
@@ -483,21 +420,15 @@ fn elementwise(model: &Model, images: usize, all_images: bool) -> Vec<Case> {
     let (rows, d, m) = (images * model.tokens(), model.width, 4 * model.width);
     let hidden = half(rows, m);
     let mut cases = vec![
-        Case::new(
-            "gelu",
-            format!("{} [{rows}, {m}]", model.name),
-            images,
-            move |_| vec![traffic(hidden, hidden)],
-            move |room| {
-                let (pre, y) = (room.activation(rows, m), room.activation(rows, m));
-                Placed::new(move |b| b.gelu(pre, Gelu::Tanh, Mask::NONE, y))
-            },
-        ),
+        Case::new("gelu", format!("{} [{rows}, {m}]", model.name), images, whole, move |room| {
+            let (pre, y) = (room.activation(rows, m), room.activation(rows, m));
+            Placed::new(move |b| b.gelu(pre, Gelu::Tanh, Mask::NONE, y))
+        }),
         Case::new(
             "bias gradient",
             format!("{} [{rows}, {m}]", model.name),
             images,
-            move |launches| {
+            move |launches, _| {
                 let slices = launches[0].grid[1] as usize;
                 vec![traffic(hidden, 4 * slices * m), sum_partials(slices, 1, m)]
             },
@@ -510,100 +441,72 @@ fn elementwise(model: &Model, images: usize, all_images: bool) -> Vec<Case> {
     ];
     // A few rows will do where the product around the kernel takes its time on the host.
     let rows = if all_images { rows } else { model.tokens() };
-    let (hidden, flops) = (half(rows, m), 2.0 * (rows * d * m) as f64);
-    let bytes = half(rows, d) + half(d, m) + hidden;
+    let hidden = half(rows, m);
     let shape = format!("{} [{rows}, {m}], erf", model.name);
     let images = rows / model.tokens();
-    cases.push(
-        Case::new(
-            "fc1, gelu",
-            shape.clone(),
-            images,
-            move |_| vec![traffic(hidden + 4 * m, 2 * hidden)],
-            move |room| {
-                let (x, pre, y) =
-                    (room.activation(rows, d), room.activation(rows, m), room.activation(rows, m));
-                let w = room.linear(m, d, false);
-                let epilogue = Epilogue::BiasGelu { pre: Some(pre), form: Gelu::Erf, dropout: Mask::NONE };
-                Placed::new(move |b| b.matmul(x, &w, epilogue, y))
-            },
-        )
-        .flops(flops)
-        .product_bytes(bytes),
-    );
-    cases.push(
-        Case::new(
-            "fc2 input gradient, gelu",
-            shape,
-            images,
-            move |_| vec![traffic(2 * hidden, hidden)],
-            move |room| {
-                let (d_y, x) = (room.activation(rows, d), room.activation(rows, m));
-                let (pre, d_pre) = (room.activation(rows, m), room.activation(rows, m));
-                let w = room.linear(d, m, false);
-                let grad = InputGrad::Gelu { d_pre, pre, form: Gelu::Erf, dropout: Mask::NONE };
-                Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
-            },
-        )
-        .flops(flops)
-        .product_bytes(bytes),
-    );
+    cases.push(Case::new(
+        "fc1, gelu",
+        shape.clone(),
+        images,
+        move |_, _| vec![traffic(hidden + 4 * m, 2 * hidden)],
+        move |room| {
+            let (x, pre, y) = (room.activation(rows, d), room.activation(rows, m), room.activation(rows, m));
+            let w = room.linear(m, d, false);
+            let epilogue = Epilogue::BiasGelu { pre: Some(pre), form: Gelu::Erf, dropout: Mask::NONE };
+            Placed::new(move |b| b.matmul(x, &w, epilogue, y))
+        },
+    ));
+    cases.push(Case::new(
+        "fc2 input gradient, gelu",
+        shape,
+        images,
+        move |_, _| vec![traffic(2 * hidden, hidden)],
+        move |room| {
+            let (d_y, x) = (room.activation(rows, d), room.activation(rows, m));
+            let (pre, d_pre) = (room.activation(rows, m), room.activation(rows, m));
+            let w = room.linear(d, m, false);
+            let grad = InputGrad::Gelu { d_pre, pre, form: Gelu::Erf, dropout: Mask::NONE };
+            Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
+        },
+    ));
     cases
 }
 
 fn head(model: &Model, images: usize) -> Vec<Case> {
     let (t, d) = (model.tokens(), model.width);
     let rows = images * t;
-    let (pool, one, all) = (Pool::Token { tokens: t, index: 0 }, half(images, d), half(rows, d));
+    let pool = Pool::Token { tokens: t, index: 0 };
     let shape = format!("{} [{rows}, {d}]", model.name);
     vec![
-        Case::new(
-            "pool",
-            shape.clone(),
-            images,
-            move |_| vec![traffic(one, one)],
-            move |room| {
-                let (x, y) = (room.activation(rows, d), room.activation(images, d));
-                Placed::new(move |b| b.pool(pool, x, y))
-            },
-        ),
-        Case::new(
-            "pool_backward",
-            shape,
-            images,
-            move |_| vec![traffic(one, all)],
-            move |room| {
-                let (d_y, d_x) = (room.activation(images, d), room.activation(rows, d));
-                Placed::new(move |b| b.pool_backward(pool, d_y, d_x, true))
-            },
-        ),
+        Case::new("pool", shape.clone(), images, whole, move |room| {
+            let (x, y) = (room.activation(rows, d), room.activation(images, d));
+            Placed::new(move |b| b.pool(pool, x, y))
+        }),
+        Case::new("pool_backward", shape, images, whole, move |room| {
+            let (d_y, d_x) = (room.activation(images, d), room.activation(rows, d));
+            Placed::new(move |b| b.pool_backward(pool, d_y, d_x, true))
+        }),
     ]
 }
 
 fn loss(samples: usize, classes: usize) -> Case {
-    let logits = half(samples, classes);
-    Case::new(
-        "loss",
-        format!("[{samples}, {classes}]"),
-        samples,
-        // A label and λ come with each sample.
-        move |_| vec![traffic(logits + 8 * samples, logits + 12 * samples)],
-        move |room| {
-            let (z, d_z) = (room.activation(samples, classes), room.activation(samples, classes));
-            let metrics = room.f32(samples, 3);
-            let loss = Loss { label_smoothing: 0.1, ..Loss::plain(LossKind::Softmax) };
-            Placed::new(move |b| b.loss(loss, z, d_z, metrics))
-        },
-    )
+    Case::new("loss", format!("[{samples}, {classes}]"), samples, whole, move |room| {
+        let (z, d_z) = (room.activation(samples, classes), room.activation(samples, classes));
+        let metrics = room.f32(samples, 3);
+        let loss = Loss { label_smoothing: 0.1, ..Loss::plain(LossKind::Softmax) };
+        Placed::new(move |b| b.loss(loss, z, d_z, metrics))
+    })
     .batch(slot(samples, 8))
 }
 
 /// Norm, clip and AdamW over the parameters of a model, with their bf16 copy.
 fn adamw(params: usize) -> Case {
     let params = params.next_multiple_of(64);
-    let least = move |launches: &[Launched]| {
+    let least = move |launches: &[Launched], cost: Cost| {
         let partials = 8 * launches.first().map_or(0, |norm| norm.grid[0] as usize);
-        vec![traffic(4 * params, partials), traffic(partials, 0), traffic(16 * params, 14 * params)]
+        // The norm of the gradients comes first.
+        let update = traffic(cost.read as usize - 4 * params, cost.written as usize);
+        vec![traffic(4 * params, partials), traffic(partials, 0), update]
     };
     let place = move |room: &mut Room| {
         for arena in [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2] {

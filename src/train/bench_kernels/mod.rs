@@ -15,9 +15,11 @@ use serde_json::{Value, json};
 
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::driver::Launched;
+use crate::backend::dry_run::DryRun;
+use crate::backend::timed::Timed;
 use crate::backend::{
-    Arena, Backend, Dtype, Epilogue, Linear, Mat, MemoryPlan, Micro, Options as DeviceOptions, Precision,
-    StepKeys,
+    Arena, Backend, Cost, Dtype, Epilogue, Linear, Mat, MemoryPlan, Micro, Options as DeviceOptions,
+    Precision, StepKeys,
 };
 use crate::error::{Error, Result};
 use crate::report::table;
@@ -50,10 +52,8 @@ pub struct Line {
     /// Medians and bests of rounds, of one run.
     pub seconds: f64,
     pub best: f64,
-    /// The least traffic: of its own kernels, and of its product.
-    pub bytes: usize,
-    /// 0 where memory is the limit.
-    pub flops: f64,
+    /// What it costs at least, partial sums of its kernels not counted.
+    pub cost: Cost,
     pub launches: Vec<(Launched, Traffic)>,
 }
 
@@ -172,7 +172,7 @@ pub struct Bench {
 pub struct Ready {
     sets: Vec<Placed>,
     recorded: bool,
-    bytes: usize,
+    cost: Cost,
     launches: Vec<(Launched, Traffic)>,
 }
 
@@ -218,14 +218,22 @@ impl Bench {
         (sets[0].run)(&mut self.cuda)?;
         let launches = self.cuda.launches(&mut |b| (sets[0].run)(b))?;
 
-        let least = (case.least)(&launches);
+        let cost = self.cost(case, &sets[0])?;
+        let least = (case.least)(&launches, cost);
         if least.len() != launches.len() {
             let kernels: Vec<&str> = launches.iter().map(|l| l.kernel).collect();
             return Err(Error::new(format!("{}: no formula for each of {kernels:?}", case.title())));
         }
-        let bytes = case.product_bytes + least.iter().map(|t| t.read + t.written).sum::<usize>();
         let launches = launches.into_iter().zip(least).collect();
-        Ok(Ready { sets, recorded: case.recorded, bytes, launches })
+        Ok(Ready { sets, recorded: case.recorded, cost, launches })
+    }
+
+    /// What the operation costs at least on a device that stores as this one does.
+    fn cost(&self, case: &Case, set: &Placed) -> Result<Cost> {
+        let mut counted = Timed::new(Box::new(DryRun::new(self.cuda.storage(), self.cuda.precision())));
+        case.batch.into_iter().for_each(|layout| counted.expect_batch(layout));
+        (set.run)(&mut counted)?;
+        Ok(counted.times().operations().iter().map(|timing| timing.cost).sum())
     }
 
     /// Seconds that `runs` runs take on the card.
@@ -270,7 +278,7 @@ fn bind(cuda: &mut Cuda, case: &Case, pattern: &Pattern) -> Result<()> {
 impl Ready {
     /// Bytes that a run cannot avoid to move.
     pub fn bytes(&self) -> usize {
-        self.bytes
+        self.cost.bytes() as usize
     }
 
     fn line(self, case: &Case, seconds: &[f64]) -> Line {
@@ -279,8 +287,7 @@ impl Ready {
             shape: case.shape.clone(),
             seconds: median(seconds),
             best: seconds.iter().copied().fold(f64::INFINITY, f64::min),
-            bytes: self.bytes,
-            flops: case.flops,
+            cost: self.cost,
             launches: self.launches,
         }
     }
@@ -288,11 +295,11 @@ impl Ready {
 
 impl Line {
     fn bytes_per_s(&self) -> f64 {
-        self.bytes as f64 / self.seconds
+        self.cost.bytes() as f64 / self.seconds
     }
 
     fn flops_per_s(&self) -> f64 {
-        self.flops / self.seconds
+        self.cost.flops as f64 / self.seconds
     }
 }
 
@@ -312,8 +319,8 @@ impl Measured {
             .iter()
             .map(|line| {
                 let share = |of: f64, ceiling: f64| format!("{:.1} %", 100.0 * of / ceiling);
-                let (flops, of_product) = match line.flops {
-                    0.0 => (String::new(), String::new()),
+                let (flops, of_product) = match line.cost.flops {
+                    0 => (String::new(), String::new()),
                     _ => (
                         format!("{:.0}", line.flops_per_s() / 1e12),
                         share(line.flops_per_s(), self.ceilings.matmul),
@@ -346,16 +353,16 @@ impl Measured {
             })
         };
         let line = |line: &Line| {
-            let product = line.flops > 0.0;
+            let product = line.cost.flops > 0;
             json!({
                 "operation": line.operation,
                 "shape": line.shape,
                 "ms": line.seconds * 1e3,
                 "best_ms": line.best * 1e3,
-                "bytes": line.bytes,
+                "bytes": line.cost.bytes(),
                 "bytes_per_s": line.bytes_per_s(),
                 "of_copy": line.bytes_per_s() / self.ceilings.copy,
-                "flops": product.then_some(line.flops),
+                "flops": product.then_some(line.cost.flops),
                 "flops_per_s": product.then(|| line.flops_per_s()),
                 "of_product": product.then(|| line.flops_per_s() / self.ceilings.matmul),
                 "launches": line.launches.iter().map(launch).collect::<Vec<_>>(),

@@ -1,10 +1,10 @@
 //! The matrix products that are timed.
 
 use crate::backend::cuda::driver::Launched;
-use crate::backend::{Dtype, Epilogue, Gelu, InputGrad, Mask};
+use crate::backend::{Cost, Dtype, Epilogue, Gelu, InputGrad, Mask};
 
 use super::Traffic;
-use super::cases::{Case, Placed, Room, half, sum_partials, traffic};
+use super::cases::{Case, Placed, Room, sum_partials, traffic};
 use super::sizes::Model;
 
 /// The products of a block and of the patch embedding, each with its epilogue, and the two of its backward.
@@ -22,8 +22,6 @@ fn product(
     images: usize,
     (layer, out, input): (&'static str, usize, usize),
 ) -> Vec<Case> {
-    let flops = 2.0 * (rows * out * input) as f64;
-    let (x, y, w) = (half(rows, input), half(rows, out), half(out, input));
     let shape = format!("{model} [{rows}, {input}] → {out}");
     // What these give is a part of the residual stream.
     let streams: &[Dtype] = match layer {
@@ -40,7 +38,6 @@ fn product(
         _ => (Some("fc2 input gradient, gelu"), "fc2 weight gradient, bias"),
     };
     if let Some(operation) = input_grad {
-        let gelu_bytes = if layer == "fc2" { x } else { 0 };
         let place = move |room: &mut Room| {
             let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
             let (pre, d_x, w) =
@@ -51,11 +48,7 @@ fn product(
             };
             Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
         };
-        cases.push(
-            Case::new(operation, shape.clone(), images, beside(rows, input, Dtype::Bf16), place)
-                .flops(flops)
-                .product_bytes(x + y + w + gelu_bytes),
-        );
+        cases.push(Case::new(operation, shape.clone(), images, beside(rows, input, Dtype::Bf16), place));
     }
     let place = move |room: &mut Room| {
         let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
@@ -64,19 +57,14 @@ fn product(
         w.d_bias = w.d_bias.filter(|_| layer != "patch_embed");
         Placed::new(move |b| b.matmul_backward(d_y, x, &w, InputGrad::None))
     };
-    // Weight gradients are f32.
-    cases.push(
-        Case::new(weight_grad, shape, images, beside(rows, out, Dtype::Bf16), place)
-            .flops(flops)
-            .product_bytes(x + y + 2 * w),
-    );
+    cases.push(Case::new(weight_grad, shape, images, beside(rows, out, Dtype::Bf16), place));
     cases
 }
 
 /// The least traffic of the own kernels that are started where an epilogue is not fused, for a result `[rows, cols]` in `y`.
-fn beside(rows: usize, cols: usize, y: Dtype) -> impl Fn(&[Launched]) -> Vec<Traffic> {
+fn beside(rows: usize, cols: usize, y: Dtype) -> impl Fn(&[Launched], Cost) -> Vec<Traffic> {
     let (size, bias) = (y.bytes() * rows * cols, 4 * cols);
-    move |launches| {
+    move |launches, _| {
         let slices = launches.first().map_or(0, |launched| launched.grid[1] as usize);
         let least = |launched: &Launched| match launched.kernel {
             "bias_f32" | "bias_bf16" => traffic(size + bias, size),
@@ -96,13 +84,12 @@ fn forward(
     (layer, out, input): (&'static str, usize, usize),
     stream: Dtype,
 ) -> Case {
-    let y = stream.bytes() * rows * out;
-    let (operation, epilogue_bytes) = match layer {
-        "patch_embed" => ("patch_embed", 0),
-        "qkv" => ("qkv, bias", 0),
-        "proj" => ("proj, bias, residual", y),
-        "fc1" => ("fc1, bias, gelu", y),
-        _ => ("fc2, bias, residual", y),
+    let operation = match layer {
+        "patch_embed" => "patch_embed",
+        "qkv" => "qkv, bias",
+        "proj" => "proj, bias, residual",
+        "fc1" => "fc1, bias, gelu",
+        _ => "fc2, bias, residual",
     };
     let note = if stream == Dtype::F32 { ", stream f32" } else { "" };
     let place = move |room: &mut Room| {
@@ -118,6 +105,4 @@ fn forward(
     };
     let shape = format!("{model} [{rows}, {input}] → {out}{note}");
     Case::new(operation, shape, images, beside(rows, out, stream), place)
-        .flops(2.0 * (rows * out * input) as f64)
-        .product_bytes(half(rows, input) + y + half(out, input) + epilogue_bytes)
 }

@@ -1,0 +1,351 @@
+//! What an operation costs at least: floating-point operations, and bytes that have to move.
+//!
+//! FLOPs are those of matrix products, attention's included, two per multiply-add, as they are counted in papers; what is done to
+//! single elements is limited by memory and counts as bytes. Bytes are the floor for a device whose caches hold none of
+//! the operands from one operation to the next: every operand is read once and every result written once, in the type in
+//! which it is stored. What is both counts twice. Masks are drawn, not stored, and cost nothing; statistics are operands
+//! like any other; partial sums, scratch and padding are a device's own affair and are left out.
+
+use std::iter::Sum;
+use std::ops::AddAssign;
+
+use super::ops::{self, Op};
+use super::{
+    Arena, Dtype, Epilogue, InputGrad, Join, Mat, Pixels, Pool, SlotLayout, Storage, TargetKind, Update,
+};
+
+/// The least that has to be done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Cost {
+    /// Floating-point operations of matrix products.
+    pub flops: u64,
+    /// Bytes read.
+    pub read: u64,
+    /// Bytes written.
+    pub written: u64,
+}
+
+impl Cost {
+    /// Bytes read and written.
+    pub fn bytes(&self) -> u64 {
+        self.read + self.written
+    }
+
+    /// Seconds that it takes a device at least which does `flops_per_s` in large products and moves `bytes_per_s` in large
+    /// copies, both as fast as it can at the same time.
+    pub fn floor(&self, flops_per_s: f64, bytes_per_s: f64) -> f64 {
+        (self.flops as f64 / flops_per_s).max(self.bytes() as f64 / bytes_per_s)
+    }
+}
+
+impl AddAssign for Cost {
+    fn add_assign(&mut self, other: Cost) {
+        self.flops += other.flops;
+        self.read += other.read;
+        self.written += other.written;
+    }
+}
+
+impl Sum for Cost {
+    fn sum<I: Iterator<Item = Cost>>(costs: I) -> Cost {
+        costs.fold(Cost::default(), |mut sum, cost| {
+            sum += cost;
+            sum
+        })
+    }
+}
+
+/// What costs depend on besides the operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// Where products read a bf16 copy of the weights, an update writes it.
+    pub storage: Storage,
+    /// The bound batch: the type of its pixels and targets.
+    pub pixels: Pixels,
+    pub targets: TargetKind,
+    /// Gradients of parameters are added to: those of every micro-batch but the first.
+    pub accumulate: bool,
+}
+
+impl Setting {
+    /// The first micro-batch of such a slot.
+    pub fn new(storage: Storage, layout: SlotLayout) -> Self {
+        Self { storage, pixels: layout.pixels, targets: layout.targets, accumulate: false }
+    }
+}
+
+impl Op<'_> {
+    /// What the operation costs at least: see the module.
+    pub fn cost(&self, setting: &Setting) -> Cost {
+        let mut count = Count { cost: Cost::default(), setting };
+        match *self {
+            Op::Patchify(op) => count.patchify(op),
+            Op::Embed(op) => count.embed(op),
+            Op::EmbedBackward(op) => count.embed_backward(op),
+            Op::Matmul(op) => count.matmul(op),
+            Op::MatmulBackward(op) => count.matmul_backward(op),
+            Op::Gelu(op) => {
+                count.reads(op.pre);
+                count.writes(op.y);
+            }
+            Op::LayerNorm(op) => count.layernorm(op),
+            Op::LayerNormBackward(op) => count.layernorm_backward(op),
+            Op::Residual(op) => {
+                if let Join::Branch { sum, .. } = *op.join {
+                    count.join(op.join);
+                    count.writes(sum);
+                }
+            }
+            Op::ResidualBackward(op) => {
+                if count.hands_on(&op) {
+                    count.reads(op.d_sum);
+                }
+            }
+            Op::Attention(op) => {
+                count.reads(op.qkv);
+                count.writes(op.o);
+                count.writes(op.lse);
+                count.products(2, op.o, op.heads.tokens);
+            }
+            Op::AttentionBackward(op) => {
+                [op.qkv, op.o, op.lse, op.d_o].into_iter().for_each(|mat| count.reads(mat));
+                count.writes(op.d_qkv);
+                // The probabilities were not kept: QKᵀ is done once more.
+                count.products(5, op.o, op.heads.tokens);
+            }
+            Op::ProbeAttention(op) => {
+                count.reads(op.q);
+                count.reads(op.kv);
+                count.writes(op.p);
+                count.writes(op.o);
+                count.products(2, op.o, op.heads.tokens);
+            }
+            Op::ProbeAttentionBackward(op) => {
+                [op.q, op.kv, op.p, op.d_o].into_iter().for_each(|mat| count.reads(mat));
+                count.writes(op.d_q);
+                count.writes(op.d_kv);
+                count.products(4, op.d_o, op.heads.tokens);
+            }
+            Op::Pool(op) => {
+                count.reads(Mat { rows: op.y.rows * pooled_rows(op.pool), ..op.x });
+                count.writes(op.y);
+            }
+            Op::PoolBackward(op) => {
+                count.reads(op.d_y);
+                let touched = Mat { rows: op.d_y.rows * pooled_rows(op.pool), ..op.d_x };
+                if op.fresh { count.writes(op.d_x) } else { count.changes(touched) }
+            }
+            Op::Scale(op) => count.changes(op.x),
+            Op::Loss(op) => count.loss(op),
+            Op::BeginReport => {}
+            Op::AddToReport(op) => count.reads(op.samples),
+            Op::Update(update) => count.update(update),
+        }
+        count.cost
+    }
+}
+
+/// Rows of a sample that a pool looks at.
+fn pooled_rows(pool: Pool) -> usize {
+    match pool {
+        Pool::Token { .. } => 1,
+        Pool::Mean { tokens, first } => tokens - first,
+    }
+}
+
+fn bytes(mat: Mat) -> u64 {
+    (mat.rows * mat.cols * mat.dtype.bytes()) as u64
+}
+
+/// The cost of one operation, as far as it is counted.
+struct Count<'a> {
+    cost: Cost,
+    setting: &'a Setting,
+}
+
+impl Count<'_> {
+    fn reads(&mut self, mat: Mat) {
+        self.cost.read += bytes(mat);
+    }
+
+    fn writes(&mut self, mat: Mat) {
+        self.cost.written += bytes(mat);
+    }
+
+    /// In place.
+    fn changes(&mut self, mat: Mat) {
+        self.reads(mat);
+        self.writes(mat);
+    }
+
+    /// The gradient of a parameter, if it is trained.
+    fn gradient(&mut self, d: Option<Mat>) {
+        match d {
+            None => {}
+            Some(d) if self.setting.accumulate => self.changes(d),
+            Some(d) => self.writes(d),
+        }
+    }
+
+    /// A parameter that a matrix product reads.
+    fn reads_operand(&mut self, mat: Mat) {
+        let copied = mat.arena == Arena::Params && self.setting.storage.has_working_copy();
+        self.reads(Mat { dtype: if copied { Dtype::Bf16 } else { mat.dtype }, ..mat });
+    }
+
+    /// `count` products of each row of `rows` with the rows of `tokens` tokens, all heads together.
+    fn products(&mut self, count: u64, rows: Mat, tokens: usize) {
+        self.cost.flops += 2 * count * (rows.rows * rows.cols * tokens) as u64;
+    }
+
+    fn patchify(&mut self, op: ops::Patchify) {
+        let pixel = match self.setting.pixels {
+            Pixels::U8 => 1,
+            Pixels::F32 => 4,
+        };
+        // What is left over at the right and bottom is not looked at.
+        let samples = op.patches.rows / op.grid.tokens();
+        self.cost.read += (samples * op.grid.patches() * op.grid.patch_len() * pixel) as u64;
+        self.writes(op.patches);
+    }
+
+    fn embed(&mut self, op: ops::Embed) {
+        let extra = op.embed.extra_tokens.iter().flatten();
+        let added = [op.embed.bias, op.embed.posemb];
+        extra.chain(&added).for_each(|(value, _)| self.reads(*value));
+        self.changes(op.x);
+    }
+
+    fn embed_backward(&mut self, op: ops::EmbedBackward) {
+        let extra = op.embed.extra_tokens.iter().flatten();
+        let gradients: Vec<Mat> =
+            extra.chain(&[op.embed.bias, op.embed.posemb]).filter_map(|(_, d)| *d).collect();
+        let stored = op.embed.dropout.rate > 0.0 || op.d_y != op.d_x;
+        if stored {
+            self.writes(op.d_y);
+        }
+        if stored || !gradients.is_empty() {
+            self.reads(op.d_x);
+        }
+        gradients.into_iter().for_each(|d| self.gradient(Some(d)));
+    }
+
+    fn matmul(&mut self, op: ops::Matmul) {
+        self.reads(op.x);
+        self.reads_operand(op.w.weight);
+        self.products(1, op.x, op.w.weight.rows);
+        if !matches!(op.epilogue, Epilogue::None) {
+            self.reads_operand(op.w.bias);
+        }
+        match op.epilogue {
+            Epilogue::None | Epilogue::Bias | Epilogue::BiasTanh => {}
+            Epilogue::BiasResidual(residual) => self.reads(residual),
+            Epilogue::BiasGelu { pre, .. } => pre.into_iter().for_each(|pre| self.writes(pre)),
+        }
+        self.writes(op.y);
+    }
+
+    fn matmul_backward(&mut self, op: ops::MatmulBackward) {
+        let wants_input = !matches!(op.d_x, InputGrad::None);
+        if wants_input || op.w.d_weight.is_some() || op.w.d_bias.is_some() {
+            self.reads(op.d_y);
+        }
+        if op.w.d_weight.is_some() {
+            self.reads(op.x);
+            self.products(1, op.x, op.w.weight.rows);
+        }
+        self.gradient(op.w.d_weight);
+        self.gradient(op.w.d_bias);
+        if wants_input {
+            self.reads_operand(op.w.weight);
+            self.products(1, op.x, op.w.weight.rows);
+        }
+        match op.d_x {
+            InputGrad::None => {}
+            InputGrad::Plain(d) => self.writes(d),
+            InputGrad::Add(d) => self.changes(d),
+            InputGrad::Gelu { d_pre: d, pre: of, .. } | InputGrad::Tanh { d, y: of } => {
+                self.reads(of);
+                self.writes(d);
+            }
+        }
+    }
+
+    /// What a join reads, if it adds.
+    fn join(&mut self, join: &Join) {
+        if let Join::Branch { branch, .. } = join {
+            self.reads(branch.base);
+            self.reads(branch.branch);
+            branch.layer_scale.into_iter().for_each(|(scale, _)| self.reads(scale));
+        }
+    }
+
+    fn layernorm(&mut self, op: ops::LayerNorm) {
+        match *op.join {
+            Join::Ready(sum) => self.reads(sum),
+            Join::Branch { sum, .. } => {
+                self.join(op.join);
+                self.writes(sum);
+            }
+        }
+        self.reads(op.norm.gamma);
+        self.reads(op.norm.beta);
+        [op.y, op.stats.mean, op.stats.rstd].into_iter().for_each(|mat| self.writes(mat));
+    }
+
+    fn layernorm_backward(&mut self, op: ops::LayerNormBackward) {
+        let read = [op.d_y, op.join.sum(), op.norm.gamma, op.stats.mean, op.stats.rstd];
+        read.into_iter().for_each(|mat| self.reads(mat));
+        if op.fresh {
+            self.writes(op.d_sum)
+        } else {
+            self.changes(op.d_sum)
+        }
+        self.gradient(op.norm.d_gamma);
+        self.gradient(op.norm.d_beta);
+        // `d_sum` is at hand.
+        self.hands_on(&op.residual());
+    }
+
+    /// `d_branch`, and what it is made of besides `d_sum`. False where there is nothing to do. A bias gradient counts where its
+    /// product is.
+    fn hands_on(&mut self, op: &ops::ResidualBackward) -> bool {
+        let layer_scale = match op.join {
+            Join::Ready(_) if op.d_branch.dtype == op.d_sum.dtype => return false,
+            Join::Ready(_) => None,
+            Join::Branch { branch, .. } => branch.layer_scale.map(|scale| (branch.branch, scale)),
+        };
+        self.writes(op.d_branch);
+        if let Some((branch, (scale, d_scale))) = layer_scale {
+            self.reads(scale);
+            self.gradient(d_scale);
+            d_scale.into_iter().for_each(|_| self.reads(branch));
+        }
+        true
+    }
+
+    fn loss(&mut self, op: ops::Loss) {
+        let samples = op.samples.rows as u64;
+        self.cost.read += match self.setting.targets {
+            // A label, and the λ of a mixed picture.
+            TargetKind::Labels => 8 * samples,
+            TargetKind::Dense { classes } => 4 * samples * classes as u64,
+        };
+        op.loss.class_weights.into_iter().for_each(|weights| self.reads(weights));
+        self.reads(op.logits);
+        self.writes(op.d_logits);
+        self.writes(op.samples);
+    }
+
+    fn update(&mut self, update: &Update) {
+        let (second, copied) =
+            (update.rule.second_moments(update.segments), self.setting.storage.has_working_copy());
+        let values: usize = update.segments.iter().map(|segment| segment.len).sum();
+        let first = values * update.rule.first_moment().bytes();
+        let average = if update.ema_decay.is_some() { 4 * values } else { 0 };
+        let state = 4 * values + first + 4 * second + average;
+        // Gradients are read twice: the norm of all of them is known before the first is used.
+        self.cost.read += (state + 8 * values) as u64;
+        self.cost.written += (state + if copied { 2 * values } else { 0 }) as u64;
+    }
+}

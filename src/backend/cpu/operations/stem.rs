@@ -1,0 +1,62 @@
+//! From the bound batch to tokens, and back to the gradients of what was added.
+
+use super::{vector, vector_grad};
+use crate::backend::cpu::arenas::Access;
+use crate::backend::cpu::{CpuBackend, embed, patchify};
+use crate::backend::{Embed, Micro, ops};
+use crate::error::Result;
+
+pub(super) fn patchify(cpu: &mut CpuBackend, op: &ops::Patchify) -> Result<()> {
+    let ops::Patchify { grid, normalise, patches } = *op;
+    let slot = cpu.slot.as_ref().expect("patchify: no batch is bound");
+    let Micro { first, samples, .. } = cpu.micro;
+    assert_eq!(slot.layout().image, grid.image, "patchify: the batch has another image size");
+    assert!(first + samples <= slot.layout().samples, "patchify: micro-batch outside the batch");
+    let expected = (samples * grid.tokens(), grid.patch_len());
+    assert_eq!((patches.rows, patches.cols), expected, "patchify: {patches} has the wrong shape");
+
+    let patches = Access::new(&mut cpu.arenas).write(patches);
+    patchify::patchify(&cpu.compute, grid, normalise, &patchify::Pictures::new(slot), first, patches);
+    Ok(())
+}
+
+fn embed_shape(cpu: &CpuBackend, embed: &Embed) -> embed::Shape {
+    assert!(embed.extra <= 2 && embed.extra < embed.tokens, "embed: too many extra tokens");
+    embed::Shape {
+        tokens: embed.tokens,
+        extra: embed.extra,
+        posemb_first: embed.posemb_first,
+        dropout: cpu.bind(embed.dropout),
+    }
+}
+
+pub(super) fn embed(cpu: &mut CpuBackend, op: &ops::Embed) -> Result<()> {
+    let ops::Embed { embed, x } = *op;
+    let shape = embed_shape(cpu, embed);
+    let posemb = embed.posemb.0;
+    assert_eq!(x.rows % embed.tokens, 0, "embed: rows are whole samples");
+    assert_eq!((posemb.rows, posemb.cols), (embed.tokens - embed.posemb_first, x.cols), "embed: positions");
+
+    let mut a = Access::new(&mut cpu.arenas);
+    let bias = vector(&mut a, embed.bias.0, x.cols);
+    let extra = embed.extra_tokens.map(|token| token.map(|(value, _)| vector(&mut a, value, x.cols)));
+    let (posemb, x) = (a.read(posemb), a.write(x));
+    embed::forward(&cpu.compute, shape, bias, extra, posemb, x);
+    Ok(())
+}
+
+pub(super) fn embed_backward(cpu: &mut CpuBackend, op: &ops::EmbedBackward) -> Result<()> {
+    let ops::EmbedBackward { embed, d_x, d_y } = *op;
+    assert_eq!(d_x, d_y, "embed_backward: the CPU works in place");
+    let shape = embed_shape(cpu, embed);
+    assert_eq!(d_x.rows % embed.tokens, 0, "embed_backward: rows are whole samples");
+
+    let mut a = Access::new(&mut cpu.arenas);
+    let d_bias = vector_grad(&mut a, embed.bias.1, d_x.cols);
+    let d_extra = embed.extra_tokens.map(|token| vector_grad(&mut a, token.and_then(|(_, d)| d), d_x.cols));
+    let d_posemb = embed.posemb.1.map(|d| a.write(d));
+    let d_x = a.write(d_x);
+    let accumulate = cpu.micro.accumulate;
+    embed::backward(&cpu.compute, shape, d_x, d_bias, d_extra, d_posemb, accumulate);
+    Ok(())
+}

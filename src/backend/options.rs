@@ -1,0 +1,81 @@
+//! How a device is to be opened: what it computes in, and what it may do to be fast.
+
+/// The numbers that a run computes with. Statistics, losses, master weights, gradients and moments are f32 in each.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// bf16 on a GPU, f32 on the CPU.
+    #[default]
+    Auto,
+    /// IEEE single precision throughout.
+    F32,
+    /// f32 in memory; matrix products round their operands to 10 bits of mantissa.
+    Tf32,
+    /// bf16 activations and matrix operands, f32 accumulation.
+    Bf16,
+}
+
+/// What the residual stream and its gradient are stored in, where activations are bf16. In other precisions it is f32, like
+/// everything else, and there is nothing to choose.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Residual {
+    /// bf16.
+    #[default]
+    Auto,
+    /// A sum is rounded to bf16 wherever it is stored: the least memory traffic.
+    Bf16,
+    /// What a block adds to the stream is rounded, the stream is not: gradients nearer to those of f32, for twice the bytes
+    /// of x, mid and d_x.
+    F32,
+}
+
+impl Residual {
+    /// What it comes to in a precision. Where everything is stored in f32 it says nothing.
+    pub fn settled(self, precision: Precision) -> Residual {
+        match (precision, self) {
+            (Precision::Bf16, Residual::Auto) => Residual::Bf16,
+            (Precision::Bf16, given) => given,
+            _ => Residual::Auto,
+        }
+    }
+}
+
+/// How a device is to be opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub precision: Precision,
+    pub residual: Residual,
+    /// CPU threads; 0: one per core.
+    pub threads: usize,
+    /// Record a step once and replay it.
+    pub graph: bool,
+    /// Wait after every kernel, so that an error names it.
+    pub check_launches: bool,
+    /// Take matrix product algorithms by rule, not by timing.
+    pub deterministic: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            precision: Precision::Auto,
+            residual: Residual::Auto,
+            threads: 0,
+            graph: true,
+            check_launches: false,
+            deterministic: false,
+        }
+    }
+}
+
+impl Options {
+    /// Everything by default, with this many CPU threads.
+    pub fn threads(threads: usize) -> Self {
+        Self { threads, ..Self::default() }
+    }
+}

@@ -1,0 +1,133 @@
+//! An update of the parameters, as the backend is told of it: the rule, the slices of the flat buffers and their scalars;
+//! and what a step reports.
+
+use super::{Dtype, Storage, cuda};
+
+/// How an optimiser turns a gradient into an update `u`; the caller's group scalars then give
+/// `θ ← θ - lr·u - decay·θ`. State is f32 unless said otherwise. The constants are f64, because `1 - beta2` in f32
+/// would already be wrong in the fifth digit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rule {
+    /// `m ← g + momentum·m`; `u = m`, or `g + momentum·m` with Nesterov. With `bf16` the stored m is rounded, and the
+    /// momentum is `bf16(momentum)` as JAX has it (spec: Optax `trace`).
+    Sgd { momentum: f64, nesterov: bool, bf16: bool },
+    /// Kingma and Ba 2015; decoupled decay is Loshchilov and Hutter 2019. `bf16` rounds the first moment.
+    Adam { beta1: f64, beta2: f64, eps: f64, bf16: bool },
+    /// Chen et al. 2023: `u = sign(beta1·m + (1-beta1)·g)`, then `m ← beta2·m + (1-beta2)·g`.
+    Lion { beta1: f64, beta2: f64, bf16: bool },
+    /// Shazeer and Stern 2018 in big_vision's form: the second moment, factored where [`Factor::factored`] says so,
+    /// decays by `min(beta2_cap, 1 - t^-decay_power)`; then momentum as an EMA without bias correction. `clip_rms` limits
+    /// the root mean square of one tensor's update before the momentum.
+    Adafactor { momentum: f64, beta2_cap: f64, decay_power: f64, clip_rms: Option<f64>, bf16: bool },
+}
+
+impl Rule {
+    /// What the first moment is stored in.
+    pub fn first_moment(&self) -> Dtype {
+        let (Rule::Sgd { bf16, .. }
+        | Rule::Adam { bf16, .. }
+        | Rule::Lion { bf16, .. }
+        | Rule::Adafactor { bf16, .. }) = *self;
+        if bf16 { Dtype::Bf16 } else { Dtype::F32 }
+    }
+
+    /// f32 values of second moments: Adam's mirror the gradients, Adafactor's are its statistics, others have none.
+    pub fn second_moments(&self, segments: &[Segment]) -> usize {
+        match self {
+            Rule::Sgd { .. } | Rule::Lion { .. } => 0,
+            Rule::Adam { .. } => segments.iter().map(|segment| segment.len).sum(),
+            Rule::Adafactor { .. } => {
+                segments.iter().filter_map(|s| s.factor.as_ref()).map(|f| f.state_len()).sum()
+            }
+        }
+    }
+}
+
+/// One tensor's slice of the flat buffers. Offsets and lengths are in elements and include padding, which stays zero.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    pub name: String,
+    /// Offset in the parameter arena.
+    pub param: usize,
+    /// Offset in the gradient arena; moments mirror it.
+    pub grad: usize,
+    pub len: usize,
+    /// Index into [`Update::groups`].
+    pub group: usize,
+    /// For Adafactor: how the tensor is viewed and where its statistics lie in `Moment2`.
+    pub factor: Option<Factor>,
+}
+
+/// A tensor seen as `[outer0, outer1, rows, cols]`, whose element lies at the sum of its indices times their strides
+/// from the segment's start. Factored over rows and cols, `Moment2` holds the statistics `[outer0, outer1, rows]` and then
+/// `[outer0, outer1, cols]` from `state` on, with the same index order; with `factored` false it holds the tensor in full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Factor {
+    pub outer: [usize; 2],
+    pub rows: usize,
+    pub cols: usize,
+    pub outer_stride: [usize; 2],
+    pub row_stride: usize,
+    pub col_stride: usize,
+    pub state: usize,
+    pub factored: bool,
+}
+
+impl Factor {
+    /// Values of the tensor.
+    pub fn len(&self) -> usize {
+        self.outer[0] * self.outer[1] * self.rows * self.cols
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Elements of `Moment2`.
+    pub fn state_len(&self) -> usize {
+        if self.factored { self.outer[0] * self.outer[1] * (self.rows + self.cols) } else { self.len() }
+    }
+}
+
+/// The scalars of one parameter group for one update: `θ ← θ - lr·u - decay·θ`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupScalars {
+    pub lr: f32,
+    /// Already multiplied by lr (torch) or by the relative schedule (big_vision).
+    pub decay: f32,
+}
+
+/// One optimiser update over the flat buffers.
+#[derive(Clone, Debug)]
+pub struct Update<'a> {
+    pub rule: Rule,
+    pub segments: &'a [Segment],
+    pub groups: &'a [GroupScalars],
+    /// Updates done including this one (Adam's t), from 1.
+    pub t: u64,
+    /// Largest global norm of the gradient; `factor = max/norm` above it.
+    pub clip: Option<f32>,
+    /// PyTorch's factor `min(1, max/(norm + 1e-6))` instead of Optax's.
+    pub clip_torch: bool,
+    /// EMA of the weights: `e ← d·e + (1-d)·θ`, in the same pass. It starts as a copy of the weights, so that frozen
+    /// ones need no pass.
+    pub ema_decay: Option<f64>,
+}
+
+/// What a step reports.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepReport {
+    /// Mean loss over the batch.
+    pub loss: f64,
+    pub top1: f64,
+    pub top5: f64,
+    /// Global norm before clipping.
+    pub grad_norm: f64,
+    /// The update was skipped because the loss or the norm was not finite.
+    pub skipped: bool,
+}
+
+/// Bytes of [`Arena::Update`] for an optimiser on a device that stores things this way.
+pub fn update_bytes(storage: Storage, rule: Rule, segments: &[Segment]) -> usize {
+    if storage.is_apart() { cuda::update_bytes(rule, segments) } else { 0 }
+}
