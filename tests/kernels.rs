@@ -25,7 +25,7 @@ const INSTANCES: [(&str, usize); 18] = [
     ("column_sums", 3),
     ("embed", 6),
     ("layernorm", 64),
-    ("loss", 4),
+    ("loss", 8),
     ("patchify", 4),
     ("pool", 4),
     ("probe_attention", 6),
