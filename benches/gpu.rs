@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use vitrum::train::bench_kernels::Bench;
+use vitrum::bench::kernels::Bench;
 
 fn operations(criterion: &mut Criterion) {
     let mut bench = match Bench::open(0, std::env::var_os("VITRUM_BENCH_FEW").is_some()) {

@@ -17,7 +17,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 use vitrum::backend::{Device, Options};
 use vitrum::rng::{Domain, Stream};
-use vitrum::train::loaded::Loaded;
+use vitrum::infer::loaded::LoadedModel;
 use vitrum::vit::{Mode, ModelConfig, ParamLayout};
 use vitrum::weights::{self, CheckpointMeta, Format, ModelOverrides, Tensor, Tensors};
 
@@ -95,7 +95,7 @@ fn measure(path: &Path, reads: usize) -> Measured {
     let read = (0..reads).map(|_| seconds(sum_all).0).fold(f64::INFINITY, f64::min);
     let before = anonymous();
     let (load, mut loaded) = seconds(|| {
-        Loaded::open(path, &none, (Device::Cpu, &Options::default()), 1, Mode::Infer, None).unwrap()
+        LoadedModel::open(path, &none, (Device::Cpu, &Options::default()), 1, Mode::Infer, None).unwrap()
     });
     let memory = anonymous().saturating_sub(before);
     let temporary = tempfile::tempdir_in(path.parent().unwrap()).unwrap();

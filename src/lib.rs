@@ -7,11 +7,14 @@
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod backend;
+pub mod bench;
+pub mod check;
 pub mod cli;
 pub mod data;
 pub mod dist;
 pub mod error;
 pub mod files;
+pub mod infer;
 pub mod optim;
 pub mod recipe;
 pub mod report;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use support::models::{assert_same, folder, json, sample, saved, tiny};
 use support::vitrum;
 use vitrum::backend::{Device, Options, Pixels, SlotLayout, StepKeys, TargetKind};
-use vitrum::train::loaded::Loaded;
+use vitrum::infer::loaded::LoadedModel;
 use vitrum::vit::Mode;
 use vitrum::vit::config::{ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
 use vitrum::weights::safetensors::{SafeTensors, View, write};
@@ -277,11 +277,11 @@ fn logits(file_at: &Path, overrides: &ModelOverrides, io: &SafeTensors) -> Vec<f
     let shape = io.shape("images_u8").unwrap().to_vec();
     let image = (shape[1], shape[2]);
     let on = (Device::Cpu, &Options::default());
-    let mut run = Loaded::open(file_at, overrides, on, shape[0], Mode::Infer, Some(image)).unwrap();
+    let mut run = LoadedModel::open(file_at, overrides, on, shape[0], Mode::Infer, Some(image)).unwrap();
     forward(&mut run, io)
 }
 
-fn forward(run: &mut Loaded, io: &SafeTensors) -> Vec<f32> {
+fn forward(run: &mut LoadedModel, io: &SafeTensors) -> Vec<f32> {
     let shape = io.shape("images_u8").unwrap();
     let layout = SlotLayout {
         samples: shape[0],

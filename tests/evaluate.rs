@@ -10,7 +10,7 @@ use serde_json::Value;
 use support::{Done, names, path, scratch, stripes, train, vitrum};
 use vitrum::data::classes::By;
 use vitrum::data::{Dataset, Split, imagenet};
-use vitrum::train::score::Truth;
+use vitrum::infer::score::Truth;
 use vitrum::weights::safetensors::SafeTensors;
 use vitrum::weights::{self, CheckpointMeta, ModelOverrides};
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use vitrum::backend::{self, Device, Loss, LossKind, Pixels, Slot, SlotLayout, TargetKind};
-use vitrum::train::loaded::{Loaded, gradients, load_weights};
-use vitrum::train::{batch_file::BatchFile, replay};
+use vitrum::infer::loaded::{LoadedModel, gradients, load_weights};
+use vitrum::check::{batch_file::BatchFile, replay};
 use vitrum::vit::{LastBlock, Mode, Vit};
 use vitrum::weights::safetensors::{SafeTensors, View, write};
 use vitrum::weights::{self, Numbering, Tensor, Tensors};
@@ -49,7 +49,7 @@ const LOSSES: [(&str, LossKind, bool); 3] = [
 ];
 
 /// The batch of a case, with the targets of one loss, as u8 pixels.
-fn slot(run: &Loaded, io: &SafeTensors, loss: &str) -> Slot {
+fn slot(run: &LoadedModel, io: &SafeTensors, loss: &str) -> Slot {
     let shape = io.shape("images_u8").unwrap();
     let targets = match loss {
         "bce" => TargetKind::Dense { classes: run.model.config.classes },
@@ -69,7 +69,7 @@ fn slot(run: &Loaded, io: &SafeTensors, loss: &str) -> Slot {
 }
 
 /// Gradients as the reference names them.
-fn flax_gradients(run: &mut Loaded, numbering: Numbering) -> Tensors {
+fn flax_gradients(run: &mut LoadedModel, numbering: Numbering) -> Tensors {
     let mut own = Tensors::new();
     for param in run.model.layout.parameters() {
         let mut values = vec![0.0; param.len()];
@@ -80,7 +80,7 @@ fn flax_gradients(run: &mut Loaded, numbering: Numbering) -> Tensors {
 }
 
 /// A file's model on the CPU, ready for gradients, with or without what nobody reads of its last block.
-fn open(path: &Path, samples: usize, image: (usize, usize), last_block: LastBlock) -> Loaded {
+fn open(path: &Path, samples: usize, image: (usize, usize), last_block: LastBlock) -> LoadedModel {
     let mut file = weights::open(path, &Default::default()).unwrap();
     file.set_image(image).unwrap();
     let mut backend = backend::select(Device::Cpu, &Default::default()).unwrap();
@@ -88,7 +88,7 @@ fn open(path: &Path, samples: usize, image: (usize, usize), last_block: LastBloc
     let model = Vit::new(config, normalise, samples, Mode::Train, storage, last_block, |_| false);
     backend.allocate(&model.plan()).unwrap();
     load_weights(&file, &model, &mut *backend).unwrap();
-    Loaded { backend, model, meta: file.meta, unprepared: None }
+    LoadedModel { backend, model, meta: file.meta, unprepared: None }
 }
 
 #[test]
@@ -385,7 +385,7 @@ fn a_short_training_run_follows_the_reference() {
         let test_shape = data.shape("test_images").unwrap();
         let on = (Device::Cpu, &backend::Options::default());
         let mut run =
-            Loaded::open(&trained, &Default::default(), on, test_shape[0], Mode::Train, None).unwrap();
+            LoadedModel::open(&trained, &Default::default(), on, test_shape[0], Mode::Train, None).unwrap();
         let layout = SlotLayout {
             samples: test_shape[0],
             image: batches.layout.image,

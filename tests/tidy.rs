@@ -15,22 +15,28 @@ const OVERSIZE: [(&str, usize); 0] = [];
 const MOST_LINES: usize = 700;
 
 /// What each room may import from the others, besides `error`, `files`, `rng`, `seal` and itself.
-const IMPORTS: [(&str, &[&str]); 11] = [
+const IMPORTS: [(&str, &[&str]); 14] = [
     ("backend", &[]),
-    ("cli", &["backend", "data", "recipe", "report", "selftest", "train", "vit", "weights"]),
+    ("bench", &["backend", "data", "dist", "recipe", "report", "train", "vit"]),
+    ("check", &["backend", "dist", "infer", "recipe", "train", "vit", "weights"]),
+    ("cli", &[
+            "backend", "bench", "check", "data", "infer", "recipe", "report", "selftest", "train", "vit", "weights",
+        ]),
     ("data", &["backend", "recipe"]),
     ("dist", &["backend"]),
+    ("infer", &["backend", "data", "recipe", "vit", "weights"]),
     ("optim", &["backend", "recipe", "vit"]),
     ("recipe", &["backend", "vit"]),
     ("report", &[]),
     ("selftest", &["backend"]),
-    ("train", &["backend", "data", "dist", "optim", "recipe", "report", "vit", "weights"]),
+    ("train", &["backend", "data", "dist", "infer", "optim", "recipe", "report", "vit", "weights"]),
     ("vit", &["backend"]),
     ("weights", &["backend", "recipe", "vit"]),
 ];
 
 /// Rooms that forbid unsafe code, and the only places that have any.
-const SAFE_ROOMS: [&str; 6] = ["cli", "optim", "recipe", "report", "train", "vit"];
+const SAFE_ROOMS: [&str; 9] =
+    ["bench", "check", "cli", "infer", "optim", "recipe", "report", "train", "vit"];
 const UNSAFE_PLACES: [&str; 6] = [
     "src/backend/cpu/",
     "src/backend/cuda/",

@@ -4,8 +4,8 @@ use super::{On, Settings, print, print_json};
 use crate::data::{Dataset, Split};
 use crate::error::{Error, Result};
 use crate::recipe::{Recipe, ScheduleKind};
-use crate::train::bench::{self, Options};
-use crate::train::{bench_data, bench_kernels};
+use crate::bench::step::{self, Options};
+use crate::bench::{data as pipeline, kernels};
 
 /// What to time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -43,8 +43,8 @@ pub struct Args {
     #[arg(long, value_name = "S")]
     pub seconds: Option<f64>,
     /// For `--what data`: the card that is to be fed
-    #[arg(long, value_name = "NAME", value_enum, default_value_t = bench_data::Card::H200)]
-    pub card: bench_data::Card,
+    #[arg(long, value_name = "NAME", value_enum, default_value_t = pipeline::Card::H200)]
+    pub card: pipeline::Card,
     /// Say where the time goes, operation by operation
     #[arg(long)]
     pub profile: bool,
@@ -78,19 +78,19 @@ pub fn run(args: Args) -> Result<()> {
         profile: args.profile,
         data: args.data.clone(),
     };
-    let measured = bench::run(&recipe, &args.model, &options)?;
+    let measured = step::run(&recipe, &args.model, &options)?;
     if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
 }
 
 fn time_data(args: &Args) -> Result<()> {
     let recipe = recipe(args)?;
-    let options = bench_data::Options {
+    let options = pipeline::Options {
         data: args.data.clone().unwrap_or_else(|| "demo".into()),
         rounds: args.rounds as usize,
         seconds: args.seconds.unwrap_or(3.0),
         card: args.card,
     };
-    let measured = bench_data::run(&recipe, &args.model, &options)?;
+    let measured = pipeline::run(&recipe, &args.model, &options)?;
     if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
 }
 
@@ -99,14 +99,14 @@ fn time_kernels(args: &Args) -> Result<()> {
         Error::usage("`bench --what kernels` times a GPU's kernels")
             .hint("`cargo bench --bench kernels` times those of the CPU")
     })?;
-    let options = bench_kernels::Options {
+    let options = kernels::Options {
         card,
         filter: args.filter.clone(),
         few: args.few,
         rounds: args.rounds as usize,
         seconds: args.seconds.unwrap_or(0.05),
     };
-    let measured = bench_kernels::run(&options)?;
+    let measured = kernels::run(&options)?;
     if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
 }
 

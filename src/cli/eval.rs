@@ -11,9 +11,9 @@ use crate::error::Result;
 use crate::recipe::PROTOCOLS;
 use crate::report::{format, table};
 use crate::terminal;
-use crate::train::loaded::Loaded;
-use crate::train::pass::{Output, PassReport, Protocol};
-use crate::train::score::{Score, Truth};
+use crate::infer::loaded::LoadedModel;
+use crate::infer::pass::{Output, PassReport, Protocol};
+use crate::infer::score::{Score, Truth};
 use crate::vit::Mode;
 
 #[derive(clap::Args)]
@@ -63,7 +63,7 @@ pub fn run(args: Args) -> Result<()> {
     let (data, part) = data::measured(&args.data, args.split)?;
     super::say_part(&args.data, part, data.len());
     let batch = usize::from(args.batch).min(data.len());
-    let mut model = Loaded::open(
+    let mut model = LoadedModel::open(
         &args.weights,
         &overrides,
         (args.on.device, &Options::default()),

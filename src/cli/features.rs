@@ -8,9 +8,9 @@ use crate::data::{self, Split};
 use crate::error::{At, Result};
 use crate::report::format;
 use crate::terminal;
-use crate::train::loaded::Loaded;
-use crate::train::pass::Protocol;
-use crate::train::probe;
+use crate::infer::loaded::LoadedModel;
+use crate::infer::pass::Protocol;
+use crate::infer::probe;
 use crate::weights::safetensors::{self, View};
 
 #[derive(clap::Args)]
@@ -46,7 +46,7 @@ pub fn run(args: Args) -> Result<()> {
     let (data, part) = data::measured(&args.data, args.split)?;
     super::say_part(&args.data, part, data.len());
     let batch = BATCH.min(data.len());
-    let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
+    let mut model = LoadedModel::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
     let protocol = protocol.map_or_else(|| model.protocol(), Ok)?;
     let samples = probe::features(&mut model, &data, protocol)?;
 

@@ -6,8 +6,8 @@ use super::{On, Settings};
 use crate::backend::{Loss, LossKind, Options, Residual};
 use crate::error::{Error, Result};
 use crate::terminal;
-use crate::train::batch_file::BatchFile;
-use crate::train::loaded::{Loaded, gradients};
+use crate::check::batch_file::BatchFile;
+use crate::infer::loaded::{LoadedModel, gradients};
 use crate::vit::Mode;
 use crate::weights::safetensors::{self, View};
 
@@ -46,7 +46,7 @@ pub fn run(args: Args) -> Result<()> {
     let (samples, image) = (batch.layout.samples, batch.layout.image);
     let options = Options { residual: args.residual, ..Options::default() };
     let on = (args.on.device, &options);
-    let mut run = Loaded::open(&args.weights, &overrides, on, samples, Mode::Train, Some(image))?;
+    let mut run = LoadedModel::open(&args.weights, &overrides, on, samples, Mode::Train, Some(image))?;
     batch.check_classes(run.model.config.classes)?;
     let slot = batch.slot(&*run.backend, 0)?;
     let loss = Loss { label_smoothing: args.label_smoothing, ..Loss::plain(args.loss) };

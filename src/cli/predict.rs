@@ -10,8 +10,8 @@ use crate::data::{Split, pictures};
 use crate::error::{At, Error, Result};
 use crate::report::format;
 use crate::terminal::{self, one_line};
-use crate::train::loaded::{Loaded, Prediction};
-use crate::train::pass::Protocol;
+use crate::infer::loaded::{LoadedModel, Prediction};
+use crate::infer::pass::Protocol;
 use crate::vit::Mode;
 
 #[derive(clap::Args)]
@@ -60,7 +60,7 @@ pub fn run(args: Args) -> Result<()> {
     let images = pictures::named(&args.images, args.split, list)?;
     let overrides = args.settings.model_overrides()?;
     let mut run =
-        Loaded::open(&args.weights, &overrides, (args.on.device, &Options::default()), 1, Mode::Infer, None)?;
+        LoadedModel::open(&args.weights, &overrides, (args.on.device, &Options::default()), 1, Mode::Infer, None)?;
     let protocol = match args.protocol.as_deref() {
         Some(name) => Protocol::named(name)?,
         None => run.protocol()?,

@@ -9,10 +9,10 @@ use super::{On, Settings, print, print_json};
 use crate::data::{self, Dataset, Split};
 use crate::error::{Error, Result};
 use crate::report::{format, table};
-use crate::train::loaded::Loaded;
-use crate::train::pass::Protocol;
-use crate::train::probe::{self, chosen};
-use crate::train::ridge::Samples;
+use crate::infer::loaded::LoadedModel;
+use crate::infer::pass::Protocol;
+use crate::infer::probe::{self, chosen};
+use crate::infer::ridge::Samples;
 
 /// What is fitted to the features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -87,7 +87,7 @@ pub fn run(args: Args) -> Result<()> {
         train = train.take(images as usize);
     }
     let batch = BATCH.min(train.len()).min(val.len());
-    let mut model = Loaded::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
+    let mut model = LoadedModel::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
     let protocol = protocol.map_or_else(|| model.protocol(), Ok)?;
     let mut features = |data: &Dataset| probe::features(&mut model, data, protocol);
     let (of_train, of_val) = (features(&train)?, features(&val)?);

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use super::{On, Settings};
 use crate::error::Result;
 use crate::terminal;
-use crate::train::batch_file::BatchFile;
-use crate::train::replay;
+use crate::check::batch_file::BatchFile;
+use crate::check::replay;
 use crate::weights;
 use crate::weights::safetensors::{self, View};
 

@@ -8,7 +8,7 @@ use crate::backend::cuda::device::usable;
 use crate::backend::{Device, Options, Precision, Residual, select};
 use crate::error::{Error, Result};
 use crate::selftest::{self, in_a_process};
-use crate::train::proof::{Proof, STEPS, prove};
+use crate::check::steps::{Proof, STEPS, prove};
 
 /// What `--filter` calls the whole steps.
 const TRAINING: &str = "training";

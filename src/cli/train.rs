@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::flags::{Everyday, program, wanted_out};
 use super::{On, Settings};
 use crate::error::{Error, Result};
-use crate::recipe::{Loaded, Metric, Recipe};
+use crate::recipe::{RecipeFile, Metric, Recipe};
 use crate::report::{Log, Summary, format};
 use crate::train;
 use crate::train::finetune;
@@ -100,13 +100,13 @@ impl Place {
     }
 
     /// The directory: where neither it nor the run is named, a new one.
-    pub(super) fn out(&self, loaded: &Loaded) -> Result<PathBuf> {
+    pub(super) fn out(&self, loaded: &RecipeFile) -> Result<PathBuf> {
         let wanted = wanted_out(self.out.clone(), &loaded.recipe.train)?;
         Ok(wanted.unwrap_or_else(|| default_out(&loaded.name)))
     }
 
     /// Nobody has named it.
-    pub(super) fn is_new(&self, loaded: &Loaded) -> bool {
+    pub(super) fn is_new(&self, loaded: &RecipeFile) -> bool {
         self.out.is_none() && loaded.recipe.train.name.is_none()
     }
 }

@@ -46,7 +46,7 @@ const OF: &str = " of `";
 
 /// A recipe, where it came from, and what was adjusted to make it fit.
 #[derive(Clone, Debug)]
-pub struct Loaded {
+pub struct RecipeFile {
     pub recipe: Recipe,
     /// `mini/cifar10`, or the file's name without `.toml`; of a run's own recipe, the name that the run began with.
     pub name: String,
@@ -69,7 +69,7 @@ impl Recipe {
     /// # Errors
     /// Exit 2: no such recipe; a key that is unknown, of the wrong type, or given twice; values that make no sense
     /// together. In a file, the message shows the line.
-    pub fn read(name_or_path: Option<&str>, overrides: &[String]) -> Result<Loaded> {
+    pub fn read(name_or_path: Option<&str>, overrides: &[String]) -> Result<RecipeFile> {
         let wanted = name_or_path.unwrap_or("demo");
         let (name, source, text) = find(wanted)?;
         let table = parse(&text, &source)?;
@@ -82,7 +82,7 @@ impl Recipe {
             Ok(notes)
         });
         let notes = checked.map_err(|e| quote(e, &text, &source, &set))?;
-        Ok(Loaded { recipe, name, given, notes })
+        Ok(RecipeFile { recipe, name, given, notes })
     }
 
     /// A recipe's text, as in a run directory; `source` names it in errors.
@@ -114,7 +114,7 @@ impl Recipe {
     }
 }
 
-impl Loaded {
+impl RecipeFile {
     /// Whether the file or an override gives `key`, as in `model.image`.
     pub fn gives(&self, key: &str) -> bool {
         self.given.iter().any(|given| given == key)

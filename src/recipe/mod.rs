@@ -22,7 +22,7 @@ pub use augment::{
 pub use class_weights::ClassWeights;
 pub use compare::Difference;
 pub use duration::Duration;
-pub use load::{BUILT_IN, Loaded, keys};
+pub use load::{BUILT_IN, RecipeFile, keys};
 pub use micro_batch::MicroBatch;
 pub use resolve::GivenSizes;
 pub use size::Size;

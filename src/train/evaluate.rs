@@ -7,8 +7,8 @@ use crate::data::Loader;
 use crate::error::Result;
 use crate::vit::Vit;
 
-use super::pass::forward_all;
-use super::score::average_precision;
+use crate::infer::pass::forward_all;
+use crate::infer::score::average_precision;
 
 /// The result of an evaluation; means over `count` images.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]

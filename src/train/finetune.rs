@@ -10,7 +10,7 @@ use crate::backend::Normalise;
 use crate::data::Dataset;
 use crate::data::classes::Known;
 use crate::error::{Error, Result};
-use crate::recipe::{FinetuneSection, Loaded, Recipe, unit};
+use crate::recipe::{FinetuneSection, RecipeFile, Recipe, unit};
 use crate::weights::{self, AdaptTarget, ModelFile, ModelOverrides};
 
 use super::advice;
@@ -36,7 +36,7 @@ struct Need {
 }
 
 /// Fine-tunes as `loaded` says, to the end of the run.
-pub fn run(loaded: &Loaded, options: &RunOptions) -> Result<RunSummary> {
+pub fn run(loaded: &RecipeFile, options: &RunOptions) -> Result<RunSummary> {
     if let Some(path) = loaded.recipe.finetune.as_ref().and_then(|finetune| finetune.weights.as_deref()) {
         weights::locate(Path::new(path))?;
     }
@@ -47,7 +47,7 @@ pub fn run(loaded: &Loaded, options: &RunOptions) -> Result<RunSummary> {
 
 /// A run that goes on needs the model of its weights, not their values: where the file has gone, its own checkpoint says
 /// which model it is.
-fn on_from_checkpoint(loaded: &Loaded, options: &RunOptions) -> Loaded {
+fn on_from_checkpoint(loaded: &RecipeFile, options: &RunOptions) -> RecipeFile {
     let mut loaded = loaded.clone();
     let checkpoints = Checkpoints::new(&options.out, 1);
     if let Some(finetune) = &mut loaded.recipe.finetune
@@ -66,7 +66,7 @@ impl Start {
     ///
     /// Errors: a file that cannot be read; sizes that the recipe gives and the file has not; what [`weights::adapt`]
     /// refuses.
-    pub fn load(loaded: &Loaded, data: &RunData) -> Result<Start> {
+    pub fn load(loaded: &RecipeFile, data: &RunData) -> Result<Start> {
         let need = Need::of(loaded, &data.train)?;
         let mut file = weights::open_backbone(Path::new(&need.path), &need.overrides)?;
         if need.target.image.is_none() {
@@ -90,12 +90,12 @@ impl Start {
     }
 
     /// Whether a run with this recipe and data would load the same.
-    pub fn fits(&self, loaded: &Loaded, data: &RunData) -> bool {
+    pub fn fits(&self, loaded: &RecipeFile, data: &RunData) -> bool {
         Need::of(loaded, &data.train).is_ok_and(|need| need == self.need)
     }
 
     /// The recipe with everything that the file and the data decide.
-    pub fn complete(&self, loaded: &Loaded, data: &RunData) -> Result<Recipe> {
+    pub fn complete(&self, loaded: &RecipeFile, data: &RunData) -> Result<Recipe> {
         agree(loaded, &self.weights)?;
         let mut recipe = loaded.recipe.clone();
         recipe.model = recipe.model.of_file(&self.weights.config);
@@ -119,13 +119,13 @@ impl Start {
     }
 
     /// Trains from these weights to the end of the run.
-    pub fn run(&self, loaded: &Loaded, data: RunData, options: &RunOptions) -> Result<RunSummary> {
+    pub fn run(&self, loaded: &RecipeFile, data: RunData, options: &RunOptions) -> Result<RunSummary> {
         let (recipe, notes) = (self.complete(loaded, &data)?, self.header(loaded, &data)?);
         train_from(Some(&self.weights), recipe, data, &RunOptions { notes, ..options.clone() })
     }
 
     /// What the head of a run says about its weights, and what might be tried.
-    pub fn header(&self, loaded: &Loaded, data: &RunData) -> Result<Vec<String>> {
+    pub fn header(&self, loaded: &RecipeFile, data: &RunData) -> Result<Vec<String>> {
         let advice = advice::lines(&self.complete(loaded, data)?, data.train.len());
         let weights = self.notes.iter().map(|note| format!("weights  {note}"));
         Ok(weights.chain(advice.into_iter().map(|line| format!("advice   {line}"))).collect())
@@ -143,13 +143,13 @@ fn call_as(file: &mut ModelFile, own: &[String]) {
 }
 
 /// A run that is to start from trained weights, and no weights.
-pub fn names_none(loaded: &Loaded) -> Error {
+pub fn names_none(loaded: &RecipeFile) -> Error {
     Error::usage(format!("`{}` starts from trained weights, and names none", loaded.name))
         .hint(format!("give them, as in `vitrum finetune {} --weights FILE --data DIR`", loaded.name))
 }
 
 impl Need {
-    fn of(loaded: &Loaded, data: &Dataset) -> Result<Need> {
+    fn of(loaded: &RecipeFile, data: &Dataset) -> Result<Need> {
         let FinetuneSection { weights, head, rep_layer, posemb } =
             loaded.recipe.finetune.clone().unwrap_or_default();
         let path = weights.ok_or_else(|| names_none(loaded))?;
@@ -168,7 +168,7 @@ impl Need {
 }
 
 /// What the recipe says about how to read the file: the keys that a file may leave open.
-fn overrides(loaded: &Loaded) -> Result<ModelOverrides> {
+fn overrides(loaded: &RecipeFile) -> Result<ModelOverrides> {
     let names = loaded.recipe.weights.clone().unwrap_or_default();
     let of = |key: &str, values: Vec<String>| {
         values.into_iter().map(|value| (key.to_string(), value)).collect::<Vec<_>>()
@@ -191,7 +191,7 @@ fn overrides(loaded: &Loaded) -> Result<ModelOverrides> {
 }
 
 /// What a recipe leaves open of batch and pace follows from the number of pictures: any folder can be fine-tuned on as it is.
-fn fit_length(recipe: &mut Recipe, loaded: &Loaded, images: usize) {
+fn fit_length(recipe: &mut Recipe, loaded: &RecipeFile, images: usize) {
     /// That of published transfers.
     const BATCH: usize = 512;
     const WHOLE: usize = 32;
@@ -215,7 +215,7 @@ fn fit_length(recipe: &mut Recipe, loaded: &Loaded, images: usize) {
 }
 
 /// Sizes that the recipe gives must be the file's: they cannot be changed.
-fn agree(loaded: &Loaded, file: &ModelFile) -> Result<()> {
+fn agree(loaded: &RecipeFile, file: &ModelFile) -> Result<()> {
     let c = &file.config;
     let m = loaded.recipe.model.sizes()?;
     let pairs = [

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::error::{At, Error, Kind, Result};
 use crate::files;
-use crate::recipe::{Loaded, Metric, Recipe};
+use crate::recipe::{RecipeFile, Metric, Recipe};
 use crate::report::{Log, format, table};
 
 use super::directory::Directory;
@@ -111,7 +111,7 @@ pub fn run(recipe: &str, set: &[String], axes: Vec<Axis>, options: &RunOptions, 
     let (grid, numbered) = (grid(&axes)?, options.numbered);
     let read = |settings: &Vec<String>| Recipe::read(Some(recipe), &[set, settings].concat());
     // Before the first trial takes its time, all must make sense.
-    let loaded: Vec<Loaded> = grid.iter().map(read).collect::<Result<_>>()?;
+    let loaded: Vec<RecipeFile> = grid.iter().map(read).collect::<Result<_>>()?;
     let metric = loaded[0].recipe.eval.metric;
     let mut options = RunOptions { numbered: false, ..options.clone() };
     if numbered {

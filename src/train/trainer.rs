@@ -15,7 +15,7 @@ use crate::recipe::Recipe;
 use crate::vit::{Mode, Vit};
 use crate::weights::ModelFile;
 
-use super::loaded::load_weights;
+use crate::infer::loaded::load_weights;
 use super::{build, class_weights};
 
 use super::run::{Run, RunData, RunOptions, RunSummary};

@@ -18,8 +18,8 @@ use crate::report::format;
 use crate::rng::{Domain, Stream};
 use crate::vit::{Mode, Vit};
 
-use super::bench_kernels::{self, Ceilings};
-use super::{Trainer, build, class_weights, header, settle};
+use super::kernels::{self, Ceilings};
+use crate::train::{Trainer, build, class_weights, header, settle};
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
@@ -182,7 +182,7 @@ fn on_card(on: Device, device: &str, memory_bytes: usize) -> Result<OnCard> {
         stand_in: cuda.is_stand_in(),
         memory_bytes,
         data_sheet: data_sheet(device),
-        ceilings: bench_kernels::ceilings(&mut cuda)?,
+        ceilings: kernels::ceilings(&mut cuda)?,
     })
 }
 

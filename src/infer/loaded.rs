@@ -14,7 +14,7 @@ use crate::weights::{self, AdaptTarget, CheckpointMeta, ModelFile, ModelOverride
 use super::pass::Protocol;
 
 /// Weights, model and device.
-pub struct Loaded {
+pub struct LoadedModel {
     pub backend: Box<dyn Backend>,
     pub model: Vit,
     pub meta: CheckpointMeta,
@@ -22,7 +22,7 @@ pub struct Loaded {
     pub unprepared: Option<String>,
 }
 
-impl Loaded {
+impl LoadedModel {
     /// Reads the file and puts its weights on the device, for passes of `batch` samples of `image` (height, width);
     /// `None` takes the size that the file was made for.
     pub fn open(

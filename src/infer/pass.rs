@@ -11,7 +11,7 @@ use crate::data::{self, Dataset, Loader, LoaderSpec};
 use crate::error::{Error, Result};
 use crate::recipe::{EvalResize, OnBadRecord, PROTOCOLS};
 
-use super::loaded::Loaded;
+use super::loaded::LoadedModel;
 
 /// Which rows of the model are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +62,7 @@ pub struct PassReport {
     pub img_per_s: f64,
 }
 
-impl Loaded {
+impl LoadedModel {
     /// The protocol that the file's own metadata names, or its layout. An error where the file names one that is not
     /// built.
     pub fn protocol(&self) -> Result<Protocol> {
@@ -142,7 +142,7 @@ impl Loaded {
 ///
 /// A GPU waits little: the next batch is on its way up while it computes, and the next pass is asked for as soon as the rows of the
 /// one before have come down, before the host looks at them.
-pub(super) fn forward_all<T>(
+pub(crate) fn forward_all<T>(
     b: &mut dyn Backend,
     loader: &mut Loader,
     batches: usize,

@@ -8,8 +8,8 @@ use crate::vit::{Mode, ModelConfig};
 use crate::weights::{ModelFile, Tensors};
 
 use super::batch_file::BatchFile;
-use super::checkpoint::read_weights;
-use super::{Trainer, build, class_weights, settle};
+use crate::train::checkpoint::read_weights;
+use crate::train::{Trainer, build, class_weights, settle};
 
 /// What came of it; one value per update.
 pub struct Trajectory {

@@ -12,7 +12,7 @@ use crate::recipe::Recipe;
 use crate::rng::{Domain, Stream};
 use crate::vit::Mode;
 
-use super::{Trainer, build};
+use crate::train::{Trainer, build};
 
 /// Steps of a proof: enough for a recorded step to be replayed, and for the warm-up to end.
 pub const STEPS: usize = 12;

@@ -247,7 +247,7 @@ pub struct Several {
 
 /// The mean of the precision over the pictures that have the class, each at its own logit; equal logits are one step.
 /// `None` where no picture has it.
-pub(super) fn average_precision(mut answers: Vec<(f32, bool)>) -> Option<f64> {
+pub(crate) fn average_precision(mut answers: Vec<(f32, bool)>) -> Option<f64> {
     answers.sort_by(|a, b| b.0.total_cmp(&a.0));
     let (mut seen, mut hits, mut sum) = (0usize, 0usize, 0.0);
     for equals in answers.chunk_by(|a, b| a.0 == b.0) {

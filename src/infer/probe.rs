@@ -7,12 +7,12 @@ use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::rng::{Domain, Permutation};
 
-use super::loaded::Loaded;
+use super::loaded::LoadedModel;
 use super::pass::{Output, Protocol};
 use super::ridge::{Problem, Samples};
 
 /// The features of a data set, in one pass; pictures that cannot be decoded are left out. Labels are the data set's own.
-pub fn features(model: &mut Loaded, data: &Dataset, protocol: Protocol) -> Result<Samples> {
+pub fn features(model: &mut LoadedModel, data: &Dataset, protocol: Protocol) -> Result<Samples> {
     let width = model.row_len(Output::Features);
     let mut samples = Samples { width, features: Vec::with_capacity(data.len() * width), labels: Vec::new() };
     model.pass(data, protocol, Output::Features, |record, row| {
