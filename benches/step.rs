@@ -10,8 +10,7 @@ use vitrum::backend::{Backend, Pixels, Slot, SlotLayout, TargetKind};
 use vitrum::dist::Collective;
 use vitrum::recipe::Recipe;
 use vitrum::rng::{Domain, Stream};
-use vitrum::train::{Trainer, build};
-use vitrum::vit::Mode;
+use vitrum::train::{DataShape, Setup, Trainer};
 
 /// Name, variant, image, classes, batch.
 const CASES: [(&str, &str, usize, usize, usize); 4] = [
@@ -37,10 +36,8 @@ fn trainer(variant: &str, image: usize, classes: usize, batch: usize) -> Trainer
         Recipe::default().with(&set).unwrap()
     };
     let backend: Box<dyn Backend> = Box::new(CpuBackend::new(0).unwrap());
-    let model = build::model(&recipe, Mode::Train, backend.storage()).unwrap();
-    let optimizer = build::optimizer(&recipe, &model, batch).unwrap();
-    let collective = Collective { rank: 0, size: 1 };
-    Trainer::new(backend, model, optimizer, collective, build::options(&recipe)).unwrap()
+    let setup = Setup::on(backend, &recipe, DataShape::labels(batch)).unwrap();
+    Trainer::new(setup, Collective::ALONE, None).unwrap()
 }
 
 fn batch_of(trainer: &Trainer) -> Slot {

@@ -14,8 +14,7 @@ use support::{
 use vitrum::backend::{self, Device};
 use vitrum::dist::Collective;
 use vitrum::recipe::Recipe;
-use vitrum::train::{Trainer, build};
-use vitrum::vit::Mode;
+use vitrum::train::{DataShape, Setup, Trainer};
 use vitrum::weights::safetensors::SafeTensors;
 
 /// A run that goes through without a break.
@@ -244,13 +243,9 @@ fn a_run_allocates_what_the_plan_says() {
         let plan = vitrum(&args).ok().json();
 
         let recipe = Recipe::read(Some("demo"), &set).unwrap().recipe.resolved(3, 96).unwrap();
-        let model = build::model(&recipe, Mode::Train, backend::Storage::CPU).unwrap();
-        let optimizer = build::optimizer(&recipe, &model, 96).unwrap();
-        let (backend, one) = (
-            backend::select(Device::Cpu, &backend::Options::threads(1)).unwrap(),
-            Collective::from_env().unwrap(),
-        );
-        let trainer = Trainer::new(backend, model, optimizer, one, build::options(&recipe)).unwrap();
+        let backend = backend::select(Device::Cpu, &backend::Options::threads(1)).unwrap();
+        let setup = Setup::on(backend, &recipe, DataShape::labels(96)).unwrap();
+        let trainer = Trainer::new(setup, Collective::ALONE, None).unwrap();
         let memory = &plan["memory"];
         assert_eq!(memory["total_bytes"], trainer.backend.allocated_bytes(), "{more:?}");
         let parts = ["params", "grads", "optimizer", "ema", "activations"];

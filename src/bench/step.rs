@@ -19,7 +19,7 @@ use crate::rng::{Domain, Stream};
 use crate::vit::{Mode, Vit};
 
 use super::kernels::{self, Ceilings};
-use crate::train::{Trainer, build, class_weights, header, settle};
+use crate::train::{DataShape, Setup, Trainer, header, setup};
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
@@ -107,16 +107,11 @@ fn data_sheet(device: &str) -> Option<f64> {
 
 /// Times the recipe's model.
 pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
-    let timed = Timed::new(backend::select(options.device, &build::device_options(recipe))?);
+    let timed = Timed::new(backend::select(options.device, &setup::device_options(recipe))?);
     let times = timed.times();
     let backend: Box<dyn Backend> = if options.profile { Box::new(timed) } else { timed.into_inner() };
-    let settled = match options.train {
-        true => settle::settle(recipe.clone(), &*backend, TargetKind::Labels, recipe.train.batch)?,
-        false => recipe.clone(),
-    };
-    let recipe = &settled;
-    let mut subject = Subject::new(recipe, backend, options)?;
-    let mut source = Source::new(recipe, &subject, options)?;
+    let (mut subject, recipe) = Subject::new(recipe, backend, options)?;
+    let mut source = Source::new(&recipe, &subject, options)?;
 
     subject.step(&mut source)?;
     subject.wait()?;
@@ -193,26 +188,23 @@ enum Subject {
 }
 
 impl Subject {
-    fn new(recipe: &Recipe, mut backend: Box<dyn Backend>, options: &Options) -> Result<Self> {
+    /// What is timed, and the recipe as the device resolves it.
+    fn new(recipe: &Recipe, mut backend: Box<dyn Backend>, options: &Options) -> Result<(Self, Recipe)> {
         if options.train {
-            let model = build::model(recipe, Mode::Train, backend.storage())?;
-            let optimizer = build::optimizer(recipe, &model, recipe.train.batch)?;
-            let collective = Collective::from_env()?;
-            let of_classes = class_weights::of_list(recipe)?;
-            let mut trainer = Trainer::new(backend, model, optimizer, collective, build::options(recipe))?;
-            of_classes.map_or(Ok(()), |weights| trainer.weigh_classes(&weights))?;
-            return Ok(Self::Train(Box::new(trainer)));
+            let setup = Setup::on(backend, recipe, DataShape::labels(recipe.train.batch))?;
+            let recipe = setup.recipe.clone();
+            let trainer = Trainer::new(setup, Collective::from_env()?, None)?;
+            return Ok((Self::Train(Box::new(trainer)), recipe));
         }
         // A pass is a batch: nothing is added up over parts of one.
-        let mut recipe = recipe.clone();
-        recipe.train.micro_batch = MicroBatch::Samples(recipe.train.batch);
-        let recipe = &recipe;
-        let model = build::model(recipe, Mode::Infer, backend.storage())?;
+        let mut whole = recipe.clone();
+        whole.train.micro_batch = MicroBatch::Samples(recipe.train.batch);
+        let model = setup::model(&whole, Mode::Infer, backend.storage())?;
         let mut plan = model.plan();
-        plan.set_batch(build::slot_layout(recipe, TargetKind::Labels));
+        plan.set_batch(setup::slot_layout(recipe, TargetKind::Labels));
         backend.allocate(&plan)?;
         model.init(&mut *backend, recipe.train.seed)?;
-        Ok(Self::Infer { backend, model: Box::new(model) })
+        Ok((Self::Infer { backend, model: Box::new(model) }, recipe.clone()))
     }
 
     fn backend(&self) -> &dyn Backend {

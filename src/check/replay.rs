@@ -1,15 +1,15 @@
 //! Training on stored batches in their order, without augmentation: a trajectory that anyone can compare.
 
-use crate::backend::{self, Device, StepReport, TargetKind};
+use crate::backend::{self, Device, StepReport};
 use crate::dist::Collective;
 use crate::error::Result;
 use crate::recipe::Recipe;
-use crate::vit::{Mode, ModelConfig};
+use crate::vit::ModelConfig;
 use crate::weights::{ModelFile, Tensors};
 
 use super::batch_file::BatchFile;
 use crate::train::checkpoint::read_weights;
-use crate::train::{Trainer, build, class_weights, settle};
+use crate::train::{DataShape, Setup, Trainer};
 
 /// What came of it; one value per update.
 pub struct Trajectory {
@@ -41,15 +41,8 @@ pub fn run(
     mut watch: impl FnMut(u64, &StepReport),
 ) -> Result<Trajectory> {
     let steps = batches.steps;
-    let of_classes = class_weights::of_list(recipe)?;
-    let backend = backend::select(device, &build::device_options(recipe))?;
-    let data_size = steps * recipe.train.batch;
-    let recipe = &settle::settle(recipe.clone(), &*backend, TargetKind::Labels, data_size)?;
-    let model = build::model(recipe, Mode::Train, backend.storage())?;
-    let optimizer = build::optimizer(recipe, &model, data_size)?;
-    let (collective, options) = (Collective::from_env()?, build::options(recipe));
-    let mut trainer = Trainer::from_weights(backend, model, optimizer, collective, options, file)?;
-    of_classes.map_or(Ok(()), |weights| trainer.weigh_classes(&weights))?;
+    let setup = Setup::open(recipe, device, DataShape::labels(steps * recipe.train.batch))?;
+    let mut trainer = Trainer::new(setup, Collective::from_env()?, Some(file))?;
 
     let mut out = Trajectory { losses: vec![], grad_norms: vec![], lrs: vec![], weights: Tensors::new() };
     for step in 0..steps {

@@ -5,14 +5,13 @@
 
 use std::time::Instant;
 
-use crate::backend::{self, Arena, Device, Precision, Residual, TargetKind};
+use crate::backend::{Arena, Device, Precision, Residual};
 use crate::dist::Collective;
 use crate::error::Result;
 use crate::recipe::Recipe;
 use crate::rng::{Domain, Stream};
-use crate::vit::Mode;
 
-use crate::train::{Trainer, build};
+use crate::train::{DataShape, Setup, Trainer};
 
 /// Steps of a proof: enough for a recorded step to be replayed, and for the warm-up to end.
 pub const STEPS: usize = 12;
@@ -43,7 +42,7 @@ const RECIPE: [&str; 19] = [
 /// What was found on one device in one precision.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Proof {
-    /// [`backend::Backend::describe`]
+    /// [`crate::backend::Backend::describe`]
     pub device: String,
     pub seconds: f64,
     /// The largest relative distance of a loss or a gradient norm from the CPU's, which has one thread and f32.
@@ -132,15 +131,11 @@ fn steps(device: Device, settings: &[&str]) -> Result<Ran> {
     let settings: Vec<String> = RECIPE.iter().chain(settings).map(|s| (*s).to_owned()).collect();
     let mut recipe = Recipe::default().with(&settings)?;
     recipe.train.steps = Some(STEPS as u64);
-    let backend = backend::select(device, &build::device_options(&recipe))?;
-    let described = backend.describe();
-    let model = build::model(&recipe, Mode::Train, backend.storage())?;
-    let classes = model.config.classes;
-    let optimizer = build::optimizer(&recipe, &model, STEPS * recipe.train.batch)?;
-    let one_rank = Collective { rank: 0, size: 1 };
-    let mut trainer = Trainer::new(backend, model, optimizer, one_rank, build::options(&recipe))?;
+    let setup = Setup::open(&recipe, device, DataShape::labels(STEPS * recipe.train.batch))?;
+    let (layout, classes) = (setup.parts.slot, setup.parts.model.config.classes);
+    let described = setup.backend.describe();
+    let mut trainer = Trainer::new(setup, Collective::ALONE, None)?;
 
-    let layout = build::slot_layout(&recipe, TargetKind::Labels);
     let mut free = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<Vec<_>>>()?;
     let mut reports = Vec::new();
     for step in 0..STEPS {

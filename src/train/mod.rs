@@ -4,7 +4,6 @@
 
 pub mod about;
 pub mod advice;
-pub mod build;
 pub mod checkpoint;
 pub mod class_weights;
 pub mod directory;
@@ -17,10 +16,11 @@ mod resume;
 pub mod run;
 pub mod run_data;
 pub mod samples;
-pub mod settle;
+pub mod setup;
 pub mod sweep;
 pub mod trainer;
 
 pub use evaluate::{EvalReport, evaluate};
 pub use run::{RunOptions, RunSummary};
+pub use setup::{DataShape, Setup};
 pub use trainer::{Trainer, train, train_from};

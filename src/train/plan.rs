@@ -3,16 +3,16 @@
 use serde_json::{Value, json};
 
 use crate::backend::timed::Timing;
-use crate::backend::{self, Arena, Cost, Device, MemoryPlan, TargetKind};
+use crate::backend::{self, Arena, Cost, Device, MemoryPlan};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::optim::Optimizer;
 use crate::recipe::{Duration, MicroBatch, Recipe};
 use crate::report::format;
-use crate::vit::{Mode, Vit};
+use crate::vit::Vit;
 
-use super::trainer::TrainerOptions;
-use super::{Trainer, build, header, settle};
+use super::setup::{DataShape, Parts};
+use super::{header, setup};
 
 /// For a recipe whose data set is not there.
 const UNKNOWN_DATA: &str = "not opened";
@@ -40,24 +40,21 @@ impl Plan {
         let images = data.as_ref().map(Dataset::len);
         // Without data an epoch has no length; recipes in steps do not need it.
         let size = images.unwrap_or(recipe.train.batch);
-        let targets = data.as_ref().map_or(TargetKind::Labels, |train| build::targets(train, None));
+        let shape = DataShape { images: size, ..data.as_ref().map_or(DataShape::labels(size), |d| DataShape::of(d, None)) };
         let mut recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
         if recipe.train.micro_batch == MicroBatch::Auto {
-            let backend = backend::select(device, &build::device_options(&recipe)).map_err(|e| {
+            let backend = backend::select(device, &setup::device_options(&recipe)).map_err(|e| {
                 e.hint("`train.micro_batch = \"auto\"` asks a device for its free memory; without one give a number")
             })?;
-            recipe = settle::settle(recipe, &*backend, targets, size)?;
+            recipe = setup::resolve_for_device(recipe, &*backend, shape)?;
         }
         let t = &mut recipe.train;
         let (precision, storage) = backend::planned(device, t.precision, t.residual);
         (t.precision, t.residual) = (precision, t.residual.settled(precision));
-        let model = build::model(&recipe, Mode::Train, storage)?;
-        let mut optimizer = build::optimizer(&recipe, &model, size)?;
-        let layout = build::slot_layout(&recipe, targets);
-        let slot_bytes = layout.bytes() * recipe.data.slots;
-        let memory = Trainer::plan(&model, &optimizer, layout);
-        let options = TrainerOptions { slot: layout, ..build::options(&recipe) };
-        let operations = Trainer::operations(&model, &mut optimizer, &options)?;
+        let mut parts = Parts::of(&recipe, storage, shape)?;
+        let slot_bytes = parts.slot.bytes() * recipe.data.slots;
+        let (memory, operations) = (parts.memory(), parts.operations()?);
+        let Parts { model, optimizer, .. } = parts;
         Ok(Self { memory, recipe, model, optimizer, slot_bytes, images, operations })
     }
 

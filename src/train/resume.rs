@@ -5,7 +5,7 @@ use crate::recipe::{Difference, Recipe};
 
 use super::checkpoint::{RunDigest, RunState};
 use super::run_data::RunData;
-use super::{Trainer, build};
+use super::{Trainer, setup};
 
 /// Keys that decide where, how often and on how many threads, and change no bit of what is trained. The data may lie
 /// elsewhere: its records are compared. Precision and the stream's type are kept and told of by [`super::settle`].
@@ -95,7 +95,7 @@ impl Now<'_> {
         let differences = differences(state, self.recipe)?;
         let Some(length) = differences.iter().find(|d| d.key == LENGTH) else { return Ok(None) };
         let before = Recipe::from_toml(&state.recipe, "the checkpoint's recipe")?;
-        let before = build::optimizer(&before, &trainer.model, self.data.train.len())?;
+        let before = setup::optimizer(&before, &trainer.model, self.data.train.len())?;
         let (was, is) = (before.lr(state.step), trainer.optimizer.lr(state.step));
         let schedule = format!("{:?}", self.recipe.schedule.kind).to_lowercase();
         Ok(Some(match was == is {

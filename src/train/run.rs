@@ -20,7 +20,7 @@ use super::header::{memory_lines, model_lines, word};
 use super::pace::{FirstSteps, Pace};
 use super::resume::{self, Now};
 use super::run_data::OVERFIT_LOSS;
-use super::{Trainer, about, build, samples};
+use super::{Trainer, about, samples, setup};
 
 pub use super::directory::default_out;
 pub use super::run_data::RunData;
@@ -242,7 +242,7 @@ impl Run {
     /// The training loader, from the batch after the last finished step.
     pub fn loader(&self, trainer: &Trainer) -> Result<Loader> {
         let (recipe, config) = (&self.recipe, &trainer.model.config);
-        let layout = build::slot_layout(recipe, self.data.targets());
+        let layout = setup::slot_layout(recipe, self.data.shape().targets);
         let slots =
             (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
@@ -415,7 +415,7 @@ impl Run {
             samples: model.micro_batch,
             image: model.config.image,
             pixels: Pixels::U8,
-            targets: self.data.targets(),
+            targets: self.data.shape().targets,
         };
         let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use crate::backend::{LossKind, TargetKind};
+use crate::backend::LossKind;
 use crate::data::{self, Dataset, Digest};
 use crate::error::{Error, Result};
 use crate::recipe::{AugmentSection, Metric, MicroBatch, Recipe, ScheduleKind};
 
-use super::build;
 use super::checkpoint::{Checkpoints, RunDigest};
 use super::run::RunOptions;
+use super::setup::DataShape;
 
 /// Images to train on, and to validate with. Clones share them.
 #[derive(Clone)]
@@ -118,9 +118,9 @@ impl RunData {
         }
     }
 
-    /// What a slot holds of a sample's classes.
-    pub fn targets(&self) -> TargetKind {
-        build::targets(&self.train, self.val.as_deref())
+    /// What the data decide about the run's parts.
+    pub fn shape(&self) -> DataShape {
+        DataShape::of(&self.train, self.val.as_deref())
     }
 
     /// Fills in what the data decides (classes, an overfit run's settings), and checks what depends on its size.

@@ -3,23 +3,17 @@
 //! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. The run directory, its
 //! checkpoints and its reports are the business of [`super::run`].
 
-use crate::backend::dry_run::DryRun;
-use crate::backend::timed::{Timed, Timing};
-use crate::backend::{
-    self, Arena, Backend, Loss, MemoryPlan, Micro, Precision, Slot, SlotLayout, StepKeys, StepReport,
-};
+use crate::backend::{Arena, Backend, Loss, MemoryPlan, Micro, Slot, StepKeys, StepReport};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
+use crate::infer::loaded::load_weights;
 use crate::optim::Optimizer;
 use crate::recipe::Recipe;
 use crate::vit::{Mode, Vit};
 use crate::weights::ModelFile;
 
-use crate::infer::loaded::load_weights;
-use super::{build, class_weights};
-
 use super::run::{Run, RunData, RunOptions, RunSummary};
-use super::settle;
+use super::setup::{Parts, Setup};
 
 /// Trains one recipe from its first step, or from its last checkpoint, to its end.
 pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
@@ -34,22 +28,11 @@ pub fn train_from(
     data: RunData,
     options: &RunOptions,
 ) -> Result<RunSummary> {
-    let targets = data.targets();
-    let (backend, recipe, notes) = settle::open(recipe, options, targets, data.train.len())?;
-    let of_classes = class_weights::of(&recipe, &data.train);
-    let note = of_classes.iter().map(|weights| class_weights::line(weights, data.train.classes()));
-    let notes = options.notes.iter().cloned().chain(notes).chain(note).collect();
+    let setup = Setup::for_run(recipe, &data, options)?;
+    let recipe = setup.recipe.clone();
+    let notes = options.notes.iter().chain(&setup.notes).cloned().collect();
     let options = &RunOptions { notes, ..options.clone() };
-    let model = build::model(&recipe, Mode::Train, backend.storage())?;
-    let optimizer = build::optimizer(&recipe, &model, data.train.len())?;
-    let collective = Collective::from_env()?;
-    let slot = build::slot_layout(&recipe, targets);
-    let of_trainer = TrainerOptions { slot, ..build::options(&recipe) };
-    let mut trainer = match weights {
-        None => Trainer::new(backend, model, optimizer, collective, of_trainer)?,
-        Some(file) => Trainer::from_weights(backend, model, optimizer, collective, of_trainer, file)?,
-    };
-    of_classes.map_or(Ok(()), |weights| trainer.weigh_classes(&weights))?;
+    let mut trainer = Trainer::new(setup, Collective::from_env()?, weights)?;
     let mut run = Run::open(recipe, options, data, &mut trainer)?;
     let mut loader = run.loader(&trainer)?;
 
@@ -98,57 +81,27 @@ pub struct Trainer {
     skipped_in_a_row: u64,
 }
 
-/// What a [`Trainer`] needs besides its parts.
-#[derive(Clone, Copy, Debug)]
-pub struct TrainerOptions {
-    pub loss: Loss,
-    pub batch: usize,
-    pub seed: u64,
-    /// The largest slot that will be bound.
-    pub slot: SlotLayout,
-}
-
 impl Trainer {
-    /// Allocates everything the run will need, and draws the initial weights.
-    pub fn new(
-        backend: Box<dyn Backend>,
-        model: Vit,
-        optimizer: Optimizer,
-        collective: Collective,
-        options: TrainerOptions,
-    ) -> Result<Self> {
-        let init = |model: &Vit, b: &mut dyn Backend| model.init(b, options.seed);
-        Self::with(backend, model, optimizer, collective, options, init)
-    }
-
-    /// The same with the weights of a file, which are fed as its pictures were.
-    pub fn from_weights(
-        backend: Box<dyn Backend>,
-        mut model: Vit,
-        optimizer: Optimizer,
-        collective: Collective,
-        options: TrainerOptions,
-        file: &ModelFile,
-    ) -> Result<Self> {
-        model.normalise = file.meta.normalise;
-        let load = |model: &Vit, b: &mut dyn Backend| load_weights(file, model, b);
-        Self::with(backend, model, optimizer, collective, options, load)
-    }
-
-    fn with(
-        mut backend: Box<dyn Backend>,
-        model: Vit,
-        optimizer: Optimizer,
-        collective: Collective,
-        options: TrainerOptions,
-        fill: impl FnOnce(&Vit, &mut dyn Backend) -> Result<()>,
-    ) -> Result<Self> {
+    /// Allocates everything the run will need. The weights are drawn, or they are those of a file; then pictures are normalised
+    /// as the file's were.
+    pub fn new(setup: Setup, collective: Collective, weights: Option<&ModelFile>) -> Result<Self> {
+        let memory = setup.parts.memory();
+        let Setup { mut backend, recipe, parts, class_weights, .. } = setup;
+        let Parts { mut model, optimizer, loss, batch, .. } = parts;
         assert_eq!(model.mode, Mode::Train, "a trainer needs a model with gradients");
-        assert_eq!(options.batch % model.micro_batch, 0, "the micro-batch divides the batch");
-        let memory = Self::plan(&model, &optimizer, options.slot);
+        assert_eq!(batch % model.micro_batch, 0, "the micro-batch divides the batch");
         backend.allocate(&memory)?;
-        fill(&model, &mut *backend)?;
-        let TrainerOptions { loss, batch, seed, .. } = options;
+        let seed = recipe.train.seed;
+        match weights {
+            None => model.init(&mut *backend, seed)?,
+            Some(file) => {
+                model.normalise = file.meta.normalise;
+                load_weights(file, &model, &mut *backend)?;
+            }
+        }
+        if let Some(place) = model.class_weights {
+            backend.write(place, &class_weights.expect("a loss that weighs classes has their weights"))?;
+        }
         let mut trainer = Self {
             backend,
             model,
@@ -167,54 +120,12 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Bytes of every arena of a run with such slots: what `vitrum plan` prints and [`Trainer::new`] allocates.
-    pub fn plan(model: &Vit, optimizer: &Optimizer, slot: SlotLayout) -> MemoryPlan {
-        let mut plan = model.plan();
-        plan.set_batch(slot);
-        let update = backend::update_bytes(plan.storage(), optimizer.rule(), optimizer.segments());
-        plan.set_bytes(Arena::Update, update);
-        plan.set_bytes(Arena::Moment1, optimizer.moment1_bytes());
-        plan.set_bytes(Arena::Moment2, optimizer.moment2_bytes());
-        if optimizer.ema_decay().is_some() {
-            plan.set_bytes(Arena::Ema, plan.bytes(Arena::Params));
-        }
-        plan
-    }
-
-    /// The operations of one update on a device that stores things as the model was laid out for, in the order of their first
-    /// calls: how often each comes, and what all its calls cost at least. Nothing is computed, and the seconds mean nothing.
-    ///
-    /// # Errors
-    /// None is known: a device that does nothing does not fail.
-    pub fn operations(
-        model: &Vit,
-        optimizer: &mut Optimizer,
-        options: &TrainerOptions,
-    ) -> Result<Vec<Timing>> {
-        // No cost depends on the precision but through what is stored.
-        let mut counted = Timed::new(Box::new(DryRun::new(model.plan().storage(), Precision::F32)));
-        counted.expect_batch(options.slot);
-        let parts = micro_batches(model, options.batch, &Collective::ALONE);
-        gradients(&mut counted, model, options.loss, &parts)?;
-        counted.update(&optimizer.update(0))?;
-        Ok(counted.times().operations())
-    }
-
     /// Call after writing weights from outside: the EMA starts from them.
     pub fn weights_changed(&mut self) -> Result<()> {
         if self.optimizer.ema_decay().is_some() {
             let weights = self.backend.read_arena(Arena::Params)?;
             self.backend.write_arena(Arena::Ema, &weights)?;
         }
-        Ok(())
-    }
-
-    /// Gives the model's classes their weights in the training loss, before the first step: C finite numbers above 0. The
-    /// model has room for them ([`Vit::with_class_weights`]).
-    pub fn weigh_classes(&mut self, weights: &[f32]) -> Result<()> {
-        let place = self.model.class_weights.expect("the model has room for class weights");
-        self.backend.write(place, weights)?;
-        self.loss.class_weights = Some(place);
         Ok(())
     }
 
@@ -228,7 +139,6 @@ impl Trainer {
     /// Asks for one update from one batch, and does not wait for it: [`Trainer::report`] tells how it went. At most one step
     /// more than [`Backend::steps_ahead`] may be in flight. Returns the slot that is free again.
     pub fn ask(&mut self, batch: Slot) -> Result<Option<Slot>> {
-        assert_eq!(self.loss.class_weights, self.model.class_weights, "the classes have their weights");
         let step = self.asked();
         let micro_batches = micro_batches(&self.model, self.batch, &self.collective);
         let free = self.backend.bind_batch(batch)?;
@@ -299,7 +209,7 @@ impl Trainer {
 }
 
 /// The parts of a rank's batch.
-fn micro_batches(model: &Vit, batch: usize, collective: &Collective) -> Vec<Micro> {
+pub(super) fn micro_batches(model: &Vit, batch: usize, collective: &Collective) -> Vec<Micro> {
     let micro = |first| Micro {
         first,
         samples: model.micro_batch,
@@ -311,7 +221,7 @@ fn micro_batches(model: &Vit, batch: usize, collective: &Collective) -> Vec<Micr
 }
 
 /// The gradients of a batch, and the sums of its report.
-fn gradients(b: &mut dyn Backend, model: &Vit, loss: Loss, micro_batches: &[Micro]) -> Result<()> {
+pub(super) fn gradients(b: &mut dyn Backend, model: &Vit, loss: Loss, micro_batches: &[Micro]) -> Result<()> {
     b.begin_report()?;
     for micro in micro_batches {
         b.begin_micro(*micro)?;

@@ -1,0 +1,348 @@
+//! From a recipe to everything that the first step needs: a device, the recipe as that device resolves it, the model, the
+//! optimiser, and the layout of a batch.
+//!
+//! The device decides what `"auto"` is in `train.precision`, `train.residual` and `train.micro_batch`, and whether the run
+//! fits. All of it is written into the run's recipe, because the bits depend on it: a resumed run keeps what its directory
+//! says.
+
+use crate::backend::dry_run::DryRun;
+use crate::backend::timed::{Timed, Timing};
+use crate::backend::{
+    self, Arena, Backend, Device, Loss, MemoryPlan, Normalise, Pixels, Precision, Residual, SlotLayout, Storage,
+    TargetKind,
+};
+use crate::data::Dataset;
+use crate::dist::Collective;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::optim::{self, Optimizer, RunLength};
+use crate::recipe::{ClassWeights, MicroBatch, Recipe, SlotPixels, TrainSection};
+use crate::report::format;
+use crate::vit::{LastBlock, Mode, Param, Vit};
+
+use super::class_weights;
+use super::run::{RunData, RunOptions};
+use super::trainer::{gradients, micro_batches};
+
+/// Of the free memory, the tenth that `"auto"` leaves alone: for what no plan counts, as a recorded step on a GPU, or
+/// slots and the system's cache on the CPU.
+const SPARE: usize = 10;
+
+/// More samples at a time make a CPU no faster.
+const CPU_MOST: usize = 32;
+
+/// What the training data decide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataShape {
+    /// What a slot holds of a sample's classes.
+    pub targets: TargetKind,
+    /// Images of an epoch.
+    pub images: usize,
+}
+
+impl DataShape {
+    /// Class indices, or rows of zeros and ones where samples of either set may have several classes: one form for a whole
+    /// run, because a recorded step reads one.
+    pub fn of(train: &Dataset, val: Option<&Dataset>) -> Self {
+        let targets = match train.is_multi_label() || val.is_some_and(Dataset::is_multi_label) {
+            true => TargetKind::Dense { classes: train.classes().len() },
+            false => TargetKind::Labels,
+        };
+        Self { targets, images: train.len() }
+    }
+
+    /// So many images with one label each.
+    pub fn labels(images: usize) -> Self {
+        Self { targets: TargetKind::Labels, images }
+    }
+}
+
+/// A recipe's parts for a device that stores things in one way. No device is needed to make them.
+pub struct Parts {
+    pub model: Vit,
+    pub optimizer: Optimizer,
+    /// The largest slot that will be bound.
+    pub slot: SlotLayout,
+    pub loss: Loss,
+    /// Samples of a whole batch on one rank.
+    pub batch: usize,
+}
+
+impl Parts {
+    /// The parts of a resolved recipe: classes and micro-batch are known by now.
+    pub fn of(recipe: &Recipe, storage: Storage, data: DataShape) -> Result<Self> {
+        let model = model(recipe, Mode::Train, storage)?;
+        let optimizer = optimizer(recipe, &model, data.images)?;
+        let slot = slot_layout(recipe, data.targets);
+        let loss = Loss {
+            kind: recipe.loss.kind,
+            label_smoothing: recipe.loss.label_smoothing,
+            class_weights: model.class_weights,
+        };
+        Ok(Self { model, optimizer, slot, loss, batch: recipe.train.batch })
+    }
+
+    /// Bytes of every arena of the run: what `vitrum plan` prints and [`super::Trainer::new`] allocates.
+    pub fn memory(&self) -> MemoryPlan {
+        let mut plan = self.model.plan();
+        plan.set_batch(self.slot);
+        let optimizer = &self.optimizer;
+        let update = backend::update_bytes(plan.storage(), optimizer.rule(), optimizer.segments());
+        plan.set_bytes(Arena::Update, update);
+        plan.set_bytes(Arena::Moment1, optimizer.moment1_bytes());
+        plan.set_bytes(Arena::Moment2, optimizer.moment2_bytes());
+        if optimizer.ema_decay().is_some() {
+            plan.set_bytes(Arena::Ema, plan.bytes(Arena::Params));
+        }
+        plan
+    }
+
+    /// The operations of one update, in the order of their first calls: how often each comes, and what all its calls cost at
+    /// least. Nothing is computed, and the seconds mean nothing.
+    ///
+    /// # Errors
+    /// None is known: a device that does nothing does not fail.
+    pub fn operations(&mut self) -> Result<Vec<Timing>> {
+        // No cost depends on the precision but through what is stored.
+        let mut counted = Timed::new(Box::new(DryRun::new(self.model.plan().storage(), Precision::F32)));
+        counted.expect_batch(self.slot);
+        let micro_batches = micro_batches(&self.model, self.batch, &Collective::ALONE);
+        gradients(&mut counted, &self.model, self.loss, &micro_batches)?;
+        counted.update(&self.optimizer.update(0))?;
+        Ok(counted.times().operations())
+    }
+}
+
+/// Everything that [`super::Trainer::new`] takes.
+pub struct Setup {
+    pub backend: Box<dyn Backend>,
+    /// With everything that the device decides written into it.
+    pub recipe: Recipe,
+    pub parts: Parts,
+    /// C weights in the order of the classes, if the loss weighs them.
+    pub class_weights: Option<Vec<f32>>,
+    /// Lines for the header of a run.
+    pub notes: Vec<String>,
+}
+
+impl Setup {
+    /// Opens a run's device. A run that goes on keeps the precision and the micro-batch that its directory names.
+    pub fn for_run(recipe: Recipe, data: &RunData, options: &RunOptions) -> Result<Self> {
+        let weights = class_weights::of(&recipe, &data.train);
+        let (backend, recipe, mut notes) = open(recipe, options, data.shape())?;
+        notes.extend(weights.iter().map(|weights| class_weights::line(weights, data.train.classes())));
+        Ok(Self { notes, ..Self::with(backend, recipe, data.shape(), weights)? })
+    }
+
+    /// Opens a device for data that are counted, and not read.
+    ///
+    /// # Errors
+    /// Those of [`Setup::on`]; the device cannot be opened.
+    pub fn open(recipe: &Recipe, device: Device, data: DataShape) -> Result<Self> {
+        class_weights::of_list(recipe)?;
+        Self::on(backend::select(device, &device_options(recipe))?, recipe, data)
+    }
+
+    /// The same on a device that is open already.
+    ///
+    /// # Errors
+    /// The recipe makes no sense; it does not fit on the device; its class weights need records to count.
+    pub fn on(backend: Box<dyn Backend>, recipe: &Recipe, data: DataShape) -> Result<Self> {
+        let weights = class_weights::of_list(recipe)?;
+        let recipe = resolve_for_device(recipe.clone(), &*backend, data)?;
+        Self::with(backend, recipe, data, weights)
+    }
+
+    fn with(
+        backend: Box<dyn Backend>,
+        recipe: Recipe,
+        data: DataShape,
+        class_weights: Option<Vec<f32>>,
+    ) -> Result<Self> {
+        let parts = Parts::of(&recipe, backend.storage(), data)?;
+        Ok(Self { backend, recipe, parts, class_weights, notes: Vec::new() })
+    }
+}
+
+/// The recipe with a precision and a micro-batch for this device.
+///
+/// # Errors
+/// The run does not fit into the device's own memory; the hint names the largest micro-batch that does.
+pub fn resolve_for_device(mut recipe: Recipe, backend: &dyn Backend, data: DataShape) -> Result<Recipe> {
+    recipe.train.precision = backend.precision();
+    recipe.train.residual = recipe.train.residual.settled(backend.precision());
+    let needs = |micro_batch: MicroBatch| -> Result<usize> {
+        let mut recipe = recipe.clone();
+        recipe.train.micro_batch = micro_batch;
+        Ok(Parts::of(&recipe, backend.storage(), data)?.memory().total_bytes())
+    };
+    let batch = recipe.train.batch;
+    let most = if backend.storage().is_apart() { batch } else { batch.min(CPU_MOST) };
+    let largest = |room: usize| -> Result<Option<usize>> {
+        for micro_batch in (1..=most).rev().filter(|m| batch.is_multiple_of(*m)) {
+            if needs(MicroBatch::Samples(micro_batch))? <= room {
+                return Ok(Some(micro_batch));
+            }
+        }
+        Ok(None)
+    };
+    let refuse = |needed: usize, free: usize, largest: Option<usize>| {
+        let size = |bytes: usize| format::bytes(bytes as u64);
+        let hint = match largest {
+            Some(fits) => format!("`--set train.micro_batch={fits}` is the largest that fits"),
+            None => "not even `train.micro_batch=1` fits: try `--set train.recompute=block`, another optimiser or a \
+                     smaller model"
+                .into(),
+        };
+        let (needed, free, device) = (size(needed), size(free), backend.describe());
+        Error::new(format!("the run needs {needed}, and {free} are free on {device}")).hint(hint)
+    };
+    match recipe.train.micro_batch {
+        MicroBatch::Auto => {
+            let free = backend.free_memory()?;
+            let Some(fits) = largest(free - free / SPARE)? else {
+                return Err(refuse(needs(MicroBatch::Samples(1))?, free, largest(free)?));
+            };
+            recipe.train.micro_batch = MicroBatch::Samples(fits);
+        }
+        given if backend.storage().is_apart() => {
+            let (needed, free) = (needs(given)?, backend.free_memory()?);
+            if needed > free {
+                return Err(refuse(needed, free, largest(free)?));
+            }
+        }
+        MicroBatch::Samples(_) => {}
+    }
+    Ok(recipe)
+}
+
+/// Opens the run's device and resolves the recipe for it. Returns lines for the header, too.
+fn open(
+    mut recipe: Recipe,
+    options: &RunOptions,
+    data: DataShape,
+) -> Result<(Box<dyn Backend>, Recipe, Vec<String>)> {
+    let chosen = recipe.train.micro_batch == MicroBatch::Auto;
+    let before = if options.resume { saved(options)? } else { None };
+    if let Some(before) = &before {
+        let t = &mut recipe.train;
+        if t.precision == Precision::Auto {
+            t.precision = before.train.precision;
+        }
+        if t.residual == Residual::Auto && t.precision == Precision::Bf16 {
+            t.residual = before.train.residual;
+        }
+        if t.micro_batch == MicroBatch::Auto {
+            t.micro_batch = before.train.micro_batch;
+        }
+    }
+    let kept = recipe.train.precision;
+    let words = in_words(&recipe.train);
+    let backend = backend::select(options.device, &device_options(&recipe)).map_err(|e| {
+        // Only the CPU refuses a precision.
+        let refused =
+            !matches!(options.device, Device::Cuda(_)) && !matches!(kept, Precision::Auto | Precision::F32);
+        if !refused || before.is_none() {
+            return e;
+        }
+        e.at(format!("the run in {} computes in {}", options.out.display(), words)).hint(
+            "go on in f32 with `--set train.precision=f32`: from there on the bits are those of another run",
+        )
+    })?;
+    let recipe = resolve_for_device(recipe, &*backend, data)?;
+    let mut notes = Vec::new();
+    if chosen && let MicroBatch::Samples(n) = recipe.train.micro_batch {
+        notes.push(format!("batch    {} in micro-batches of {n}", recipe.train.batch));
+    }
+    if let Some(before) = before.filter(|b| b.train.precision != Precision::Auto) {
+        let (now, then) = (in_words(&recipe.train), in_words(&before.train));
+        if now != then {
+            notes.push(format!(
+                "resume   in {now}, after {then}: from here on the bits are those of another run"
+            ));
+        }
+    }
+    Ok((backend, recipe, notes))
+}
+
+/// `f32`, or `bf16 with the residual stream in f32`.
+fn in_words(train: &TrainSection) -> String {
+    let precision = format!("{:?}", train.precision).to_lowercase();
+    match (train.precision, train.residual) {
+        (Precision::Bf16, Residual::F32) => precision + " with the residual stream in f32",
+        _ => precision,
+    }
+}
+
+/// The recipe that the run's directory holds, if it holds one.
+fn saved(options: &RunOptions) -> Result<Option<Recipe>> {
+    let path = options.out.join("recipe.toml");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = files::read_text(&path)?;
+    let recipe = Recipe::from_toml(&text, &path.display().to_string());
+    recipe.map(Some).map_err(|e| e.at("the run's own recipe says in what it computes"))
+}
+
+/// The recipe's model. `model.classes` must be known by now.
+pub fn model(recipe: &Recipe, mode: Mode, storage: Storage) -> Result<Vit> {
+    let Some(classes) = recipe.model.classes else {
+        return Err(
+            Error::usage("the number of classes is not known").hint("set it with `--set model.classes=...`")
+        );
+    };
+    let config = recipe.model_config(classes)?;
+    recipe.check_class_weights(classes)?;
+    let frozen = |param: &Param| optim::is_frozen(&recipe.optim, param);
+    let storage = Storage { recompute: recipe.train.recompute, ..storage };
+    let last_block = if recipe.train.prune_last_block { LastBlock::Pruned } else { LastBlock::Whole };
+    let normalise = recipe.data.normalise(Normalise::INCEPTION);
+    let model = Vit::new(config, normalise, micro_batch(recipe)?, mode, storage, last_block, frozen);
+    let weighs = mode == Mode::Train && recipe.loss.class_weights != ClassWeights::None;
+    Ok(if weighs { model.with_class_weights() } else { model })
+}
+
+/// The recipe's optimiser for a data set of `data_size` images.
+pub fn optimizer(recipe: &Recipe, model: &Vit, data_size: usize) -> Result<Optimizer> {
+    let run = RunLength { steps: recipe.steps(data_size)?, batch: recipe.train.batch, data_size };
+    Optimizer::new(&recipe.optim, &recipe.schedule, &model.layout, &model.config, run)
+}
+
+/// How the recipe wants its device opened.
+pub fn device_options(recipe: &Recipe) -> backend::Options {
+    let t = &recipe.train;
+    backend::Options {
+        precision: t.precision,
+        residual: t.residual,
+        threads: t.threads,
+        graph: t.graph,
+        check_launches: t.check_launches,
+        deterministic: t.deterministic,
+    }
+}
+
+/// What a slot of the run holds.
+pub fn slot_layout(recipe: &Recipe, targets: TargetKind) -> SlotLayout {
+    SlotLayout {
+        samples: recipe.train.batch,
+        image: (recipe.model.image.height, recipe.model.image.width),
+        pixels: match recipe.data.pixels {
+            SlotPixels::U8 => Pixels::U8,
+            SlotPixels::F32 => Pixels::F32,
+        },
+        targets,
+    }
+}
+
+/// Samples of one forward and backward.
+fn micro_batch(recipe: &Recipe) -> Result<usize> {
+    match recipe.train.micro_batch {
+        MicroBatch::Samples(0) => Ok(recipe.train.batch),
+        MicroBatch::Samples(n) => Ok(n),
+        MicroBatch::Auto => {
+            Err(Error::usage("`train.micro_batch` is \"auto\", and no device has been asked")
+                .hint("give a number of samples"))
+        }
+    }
+}
