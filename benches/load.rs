@@ -16,8 +16,8 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use vitrum::backend::{Device, Options};
-use vitrum::rng::{Domain, Stream};
 use vitrum::infer::loaded::LoadedModel;
+use vitrum::rng::{Domain, Stream};
 use vitrum::vit::{Mode, ModelConfig, ParamLayout};
 use vitrum::weights::{self, CheckpointMeta, Format, ModelOverrides, Tensor, Tensors};
 

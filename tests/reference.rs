@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use vitrum::backend::{self, Device, Loss, LossKind, Pixels, Slot, SlotLayout, TargetKind};
-use vitrum::infer::loaded::{LoadedModel, gradients, load_weights};
 use vitrum::check::{batch_file::BatchFile, replay};
+use vitrum::infer::loaded::{LoadedModel, gradients, load_weights};
 use vitrum::vit::{LastBlock, Mode, Vit};
 use vitrum::weights::safetensors::{SafeTensors, View, write};
 use vitrum::weights::{self, Numbering, Tensor, Tensors};

@@ -19,9 +19,13 @@ const IMPORTS: [(&str, &[&str]); 14] = [
     ("backend", &[]),
     ("bench", &["backend", "data", "dist", "recipe", "report", "train", "vit"]),
     ("check", &["backend", "dist", "infer", "recipe", "train", "vit", "weights"]),
-    ("cli", &[
-            "backend", "bench", "check", "data", "infer", "recipe", "report", "selftest", "train", "vit", "weights",
-        ]),
+    (
+        "cli",
+        &[
+            "backend", "bench", "check", "data", "infer", "recipe", "report", "selftest", "train", "vit",
+            "weights",
+        ],
+    ),
     ("data", &["backend", "recipe"]),
     ("dist", &["backend"]),
     ("infer", &["backend", "data", "recipe", "vit", "weights"]),
@@ -35,8 +39,7 @@ const IMPORTS: [(&str, &[&str]); 14] = [
 ];
 
 /// Rooms that forbid unsafe code, and the only places that have any.
-const SAFE_ROOMS: [&str; 9] =
-    ["bench", "check", "cli", "infer", "optim", "recipe", "report", "train", "vit"];
+const SAFE_ROOMS: [&str; 9] = ["bench", "check", "cli", "infer", "optim", "recipe", "report", "train", "vit"];
 const UNSAFE_PLACES: [&str; 6] = [
     "src/backend/cpu/",
     "src/backend/cuda/",
@@ -131,7 +134,8 @@ fn unsafe_code_stays_where_it_belongs() {
     }
     // The map names the same places and rooms.
     let map = read("ARCHITECTURE.md");
-    let sentences = map.split("- **Unsafe code** ").nth(1).and_then(|rest| rest.split("\n- ").next()).unwrap();
+    let sentences =
+        map.split("- **Unsafe code** ").nth(1).and_then(|rest| rest.split("\n- ").next()).unwrap();
     let mut named: Vec<&str> = sentences.split('`').skip(1).step_by(2).collect();
     let mut expected = [&UNSAFE_PLACES[..], &SAFE_ROOMS].concat();
     (named.sort_unstable(), expected.sort_unstable());

@@ -156,7 +156,7 @@ impl Storage {
     };
 
     /// A device with memory of its own: batches are copied there, and so is what an update needs besides the arenas.
-    pub fn is_apart(&self) -> bool {
+    pub fn has_device_memory(&self) -> bool {
         self.workspace > 0
     }
 
@@ -208,7 +208,7 @@ impl MemoryPlan {
 
     /// Makes room for the slots that will be bound, of which `layout` is the largest.
     pub fn set_batch(&mut self, layout: SlotLayout) {
-        if self.storage.is_apart() {
+        if self.storage.has_device_memory() {
             self.sizes[Arena::Batches as usize] = 2 * layout.bytes().next_multiple_of(TENSOR_ALIGN);
         }
     }

@@ -129,5 +129,5 @@ pub struct StepReport {
 
 /// Bytes of [`Arena::Update`] for an optimiser on a device that stores things this way.
 pub fn update_bytes(storage: Storage, rule: Rule, segments: &[Segment]) -> usize {
-    if storage.is_apart() { cuda::update_bytes(rule, segments) } else { 0 }
+    if storage.has_device_memory() { cuda::update_bytes(rule, segments) } else { 0 }
 }

@@ -139,7 +139,8 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
     let flops = if options.train { config.train_flops() } else { 2 * config.forward_macs() };
     let rate = |flops: u64| flops as f64 * batch as f64 / median / 1e9;
     let device = subject.backend().describe();
-    let memory_bytes = if subject.backend().storage().is_apart() { Some(Cuda::used_memory()?) } else { None };
+    let memory_bytes =
+        if subject.backend().storage().has_device_memory() { Some(Cuda::used_memory()?) } else { None };
     let mut measured = Measured {
         device,
         model: name.into(),
@@ -233,7 +234,7 @@ impl Subject {
         let batch = source.next()?;
         let free = match self {
             Self::Train(trainer) => {
-                let free = trainer.ask(batch)?;
+                let free = trainer.submit(batch)?;
                 // As in a run, the host is a step ahead of a GPU.
                 while trainer.in_flight() > trainer.backend.steps_ahead() {
                     if !trainer.report()?.loss.is_finite() {

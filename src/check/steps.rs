@@ -41,7 +41,7 @@ const RECIPE: [&str; 19] = [
 
 /// What was found on one device in one precision.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
-pub struct Proof {
+pub struct StepCheck {
     /// [`crate::backend::Backend::describe`]
     pub device: String,
     pub seconds: f64,
@@ -56,8 +56,8 @@ pub struct Proof {
 /// Proves the device in every precision that it is used in, or in the one that is asked for.
 ///
 /// # Errors
-/// The device cannot be used. What does not agree is no error but a [`Proof`] that has not passed.
-pub fn prove(device: Device, precision: Precision) -> Result<Vec<Proof>> {
+/// The device cannot be used. What does not agree is no error but a [`StepCheck`] that has not passed.
+pub fn check_steps(device: Device, precision: Precision) -> Result<Vec<StepCheck>> {
     let f32 = (Precision::F32, Residual::Auto, 1e-4);
     let bf16 = [(Precision::Bf16, Residual::Bf16, 0.02), (Precision::Bf16, Residual::F32, 0.02)];
     let kinds = match (device, precision) {
@@ -67,7 +67,7 @@ pub fn prove(device: Device, precision: Precision) -> Result<Vec<Proof>> {
         (_, Precision::Bf16) => bf16.to_vec(),
     };
     let on_cpu = steps(Device::Cpu, &["train.threads=1"])?;
-    let one = |(precision, residual, tolerance): (Precision, Residual, f64)| -> Result<Proof> {
+    let one = |(precision, residual, tolerance): (Precision, Residual, f64)| -> Result<StepCheck> {
         let word = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
         let settings =
             [format!("train.precision={}", word(&precision)), format!("train.residual={}", word(&residual))];
@@ -76,7 +76,7 @@ pub fn prove(device: Device, precision: Precision) -> Result<Vec<Proof>> {
         let (first, again) = (steps(device, &settings)?, steps(device, &settings)?);
         let distance = first.distance(&on_cpu);
         let seconds = start.elapsed().as_secs_f64();
-        Ok(Proof { repeats: first == again, device: first.device, seconds, distance, tolerance })
+        Ok(StepCheck { repeats: first == again, device: first.device, seconds, distance, tolerance })
     };
     kinds.into_iter().map(one).collect()
 }
@@ -86,7 +86,7 @@ fn or_infinite<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result
     Ok(<Option<f64> as serde::Deserialize>::deserialize(from)?.unwrap_or(f64::INFINITY))
 }
 
-impl Proof {
+impl StepCheck {
     pub fn passed(&self) -> bool {
         self.repeats && self.distance <= self.tolerance
     }
@@ -169,10 +169,15 @@ mod tests {
 
     #[test]
     fn a_proof_fails_by_distance_and_by_bits() {
-        let good =
-            Proof { device: "a device".into(), seconds: 1.0, distance: 1e-5, tolerance: 1e-4, repeats: true };
+        let good = StepCheck {
+            device: "a device".into(),
+            seconds: 1.0,
+            distance: 1e-5,
+            tolerance: 1e-4,
+            repeats: true,
+        };
         assert!(good.passed() && !good.text().contains("FAILED"));
-        for bad in [Proof { distance: 1e-3, ..good.clone() }, Proof { repeats: false, ..good }] {
+        for bad in [StepCheck { distance: 1e-3, ..good.clone() }, StepCheck { repeats: false, ..good }] {
             assert!(!bad.passed());
             assert_eq!(bad.text().matches("FAILED").count(), 1, "{}", bad.text());
         }

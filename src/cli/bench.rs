@@ -1,11 +1,11 @@
 //! `vitrum bench`: how fast a model trains or infers on this machine.
 
 use super::{On, Settings, print, print_json};
+use crate::bench::step::{self, Options};
+use crate::bench::{data as pipeline, kernels};
 use crate::data::{Dataset, Split};
 use crate::error::{Error, Result};
 use crate::recipe::{Recipe, ScheduleKind};
-use crate::bench::step::{self, Options};
-use crate::bench::{data as pipeline, kernels};
 
 /// What to time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -8,12 +8,12 @@ use super::{On, Settings, print, print_json};
 use crate::backend::Options;
 use crate::data::{self, Split};
 use crate::error::Result;
-use crate::recipe::PROTOCOLS;
-use crate::report::{format, table};
-use crate::terminal;
 use crate::infer::loaded::LoadedModel;
 use crate::infer::pass::{Output, PassReport, Protocol};
 use crate::infer::score::{Score, Truth};
+use crate::recipe::PROTOCOLS;
+use crate::report::{format, table};
+use crate::terminal;
 use crate::vit::Mode;
 
 #[derive(clap::Args)]

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use super::{On, Settings};
 use crate::data::{self, Split};
 use crate::error::{At, Result};
-use crate::report::format;
-use crate::terminal;
 use crate::infer::loaded::LoadedModel;
 use crate::infer::pass::Protocol;
 use crate::infer::probe;
+use crate::report::format;
+use crate::terminal;
 use crate::weights::safetensors::{self, View};
 
 #[derive(clap::Args)]

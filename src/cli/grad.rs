@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use super::{On, Settings};
 use crate::backend::{Loss, LossKind, Options, Residual};
-use crate::error::{Error, Result};
-use crate::terminal;
 use crate::check::batch_file::BatchFile;
+use crate::error::{Error, Result};
 use crate::infer::loaded::{LoadedModel, gradients};
+use crate::terminal;
 use crate::vit::Mode;
 use crate::weights::safetensors::{self, View};
 

@@ -8,10 +8,10 @@ use super::{On, Settings, not_built, print, print_json};
 use crate::backend::Options;
 use crate::data::{Split, pictures};
 use crate::error::{At, Error, Result};
-use crate::report::format;
-use crate::terminal::{self, one_line};
 use crate::infer::loaded::{LoadedModel, Prediction};
 use crate::infer::pass::Protocol;
+use crate::report::format;
+use crate::terminal::{self, one_line};
 use crate::vit::Mode;
 
 #[derive(clap::Args)]
@@ -59,8 +59,14 @@ pub fn run(args: Args) -> Result<()> {
     }
     let images = pictures::named(&args.images, args.split, list)?;
     let overrides = args.settings.model_overrides()?;
-    let mut run =
-        LoadedModel::open(&args.weights, &overrides, (args.on.device, &Options::default()), 1, Mode::Infer, None)?;
+    let mut run = LoadedModel::open(
+        &args.weights,
+        &overrides,
+        (args.on.device, &Options::default()),
+        1,
+        Mode::Infer,
+        None,
+    )?;
     let protocol = match args.protocol.as_deref() {
         Some(name) => Protocol::named(name)?,
         None => run.protocol()?,

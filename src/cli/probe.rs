@@ -8,11 +8,11 @@ use super::features::BATCH;
 use super::{On, Settings, print, print_json};
 use crate::data::{self, Dataset, Split};
 use crate::error::{Error, Result};
-use crate::report::{format, table};
 use crate::infer::loaded::LoadedModel;
 use crate::infer::pass::Protocol;
 use crate::infer::probe::{self, chosen};
 use crate::infer::ridge::Samples;
+use crate::report::{format, table};
 
 /// What is fitted to the features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use super::{On, Settings};
-use crate::error::Result;
-use crate::terminal;
 use crate::check::batch_file::BatchFile;
 use crate::check::replay;
+use crate::error::Result;
+use crate::terminal;
 use crate::weights;
 use crate::weights::safetensors::{self, View};
 

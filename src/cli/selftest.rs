@@ -6,9 +6,9 @@ use serde_json::{Value, json};
 
 use crate::backend::cuda::device::usable;
 use crate::backend::{Device, Options, Precision, Residual, select};
+use crate::check::steps::{STEPS, StepCheck, check_steps};
 use crate::error::{Error, Result};
 use crate::selftest::{self, in_a_process};
-use crate::check::steps::{Proof, STEPS, prove};
 
 /// What `--filter` calls the whole steps.
 const TRAINING: &str = "training";
@@ -43,7 +43,7 @@ pub fn run(args: Args) -> Result<()> {
     let filter = args.filter.as_deref();
     if let Some(from) = args.report_from {
         return match filter {
-            Some(TRAINING) => print(&json!(prove(args.on.device, args.precision)?).to_string()),
+            Some(TRAINING) => print(&json!(check_steps(args.on.device, args.precision)?).to_string()),
             filter => selftest::report_cases(args.on.device, &options, filter, from),
         };
     }
@@ -56,24 +56,24 @@ pub fn run(args: Args) -> Result<()> {
     if !args.json {
         reports.iter().try_for_each(|report| print(&report.table()))?;
     }
-    let proofs = match (filter, device) {
+    let checks = match (filter, device) {
         (Some(filter), _) if filter != TRAINING => Vec::new(),
-        (_, Device::Cuda(_)) => prove_apart(device, args.precision)?,
-        _ => prove(device, args.precision)?,
+        (_, Device::Cuda(_)) => check_steps_apart(device, args.precision)?,
+        _ => check_steps(device, args.precision)?,
     };
     if args.json {
         let mut all = selftest::json(&reports);
-        if let (Value::Null, Some(first)) = (&all["device"], proofs.first()) {
+        if let (Value::Null, Some(first)) = (&all["device"], checks.first()) {
             all["device"] = json!(first.device);
         }
-        all["passed"] = json!(all["passed"] == true && proofs.iter().all(Proof::passed));
-        all["training"] = json!(proofs);
+        all["passed"] = json!(all["passed"] == true && checks.iter().all(StepCheck::passed));
+        all["training"] = json!(checks);
         print_json(&all)?;
-    } else if !proofs.is_empty() {
-        print(&training_table(&proofs))?;
+    } else if !checks.is_empty() {
+        print(&training_table(&checks))?;
     }
     selftest::verdict(&reports)?;
-    match proofs.iter().find(|proof| !proof.passed()) {
+    match checks.iter().find(|proof| !proof.passed()) {
         None => Ok(()),
         Some(failed) => {
             Err(Error::new(format!("training steps are not what they should be on {}", failed.device))
@@ -93,22 +93,22 @@ fn settle(device: Device, options: &Options) -> Result<Device> {
 }
 
 /// [`prove`] in a process of its own.
-fn prove_apart(device: Device, precision: Precision) -> Result<Vec<Proof>> {
+fn check_steps_apart(device: Device, precision: Precision) -> Result<Vec<StepCheck>> {
     let precision = format!("{precision:?}").to_lowercase();
-    let mut proofs = None;
+    let mut checks = None;
     let args = ["--precision", &precision, "--filter", TRAINING, "--report-from", "0"];
-    let status = in_a_process(device, &args, &mut |line| proofs = serde_json::from_str(line).ok())?;
-    proofs.ok_or_else(|| {
+    let status = in_a_process(device, &args, &mut |line| checks = serde_json::from_str(line).ok())?;
+    checks.ok_or_else(|| {
         let how = status.map_or("it did not end".into(), |status| format!("its process ended: {status}"));
         Error::new(format!("training steps on {device} came to no result: {how}"))
             .hint("`vitrum selftest --filter training` runs them alone")
     })
 }
 
-fn training_table(proofs: &[Proof]) -> String {
+fn training_table(checks: &[StepCheck]) -> String {
     let title = format!("training, {STEPS} steps of a small model");
     let head = format!("{title:<42}  {:>9}  {:>9}\n", "distance", "tolerance");
-    let seconds: f64 = proofs.iter().map(|proof| proof.seconds).sum();
-    let lines: String = proofs.iter().map(Proof::text).collect();
+    let seconds: f64 = checks.iter().map(|proof| proof.seconds).sum();
+    let lines: String = checks.iter().map(StepCheck::text).collect();
     format!("{head}{lines}\nin {seconds:.1} s\n")
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::flags::{Everyday, program, wanted_out};
 use super::{On, Settings};
 use crate::error::{Error, Result};
-use crate::recipe::{RecipeFile, Metric, Recipe};
+use crate::recipe::{Metric, Recipe, RecipeFile};
 use crate::report::{Log, Summary, format};
 use crate::train;
 use crate::train::finetune;

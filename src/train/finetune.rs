@@ -10,7 +10,7 @@ use crate::backend::Normalise;
 use crate::data::Dataset;
 use crate::data::classes::Known;
 use crate::error::{Error, Result};
-use crate::recipe::{FinetuneSection, RecipeFile, Recipe, unit};
+use crate::recipe::{FinetuneSection, Recipe, RecipeFile, unit};
 use crate::weights::{self, AdaptTarget, ModelFile, ModelOverrides};
 
 use super::advice;

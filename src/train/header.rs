@@ -65,7 +65,7 @@ pub fn memory_lines(plan: &MemoryPlan) -> Vec<String> {
         size(plan.bytes(Ema)),
         size(plan.bytes(Activations)),
     );
-    if !plan.storage().is_apart() {
+    if !plan.storage().has_device_memory() {
         return vec![line];
     }
     let of_device = format!(

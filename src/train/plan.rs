@@ -40,7 +40,10 @@ impl Plan {
         let images = data.as_ref().map(Dataset::len);
         // Without data an epoch has no length; recipes in steps do not need it.
         let size = images.unwrap_or(recipe.train.batch);
-        let shape = DataShape { images: size, ..data.as_ref().map_or(DataShape::labels(size), |d| DataShape::of(d, None)) };
+        let shape = DataShape {
+            images: size,
+            ..data.as_ref().map_or(DataShape::labels(size), |d| DataShape::of(d, None))
+        };
         let mut recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
         if recipe.train.micro_batch == MicroBatch::Auto {
             let backend = backend::select(device, &setup::device_options(&recipe)).map_err(|e| {

@@ -292,8 +292,8 @@ impl Run {
 
     /// Will somebody look at what the step that was asked for last leaves? Then nothing may follow it before that: an
     /// evaluation, a checkpoint, a signal, or a run that may end by what its steps report.
-    pub fn is_awaited(&self, trainer: &Trainer) -> bool {
-        let step = trainer.asked();
+    pub fn must_drain(&self, trainer: &Trainer) -> bool {
+        let step = trainer.submitted();
         self.evaluation_is_due(step)
             || self.is_checkpoint_step(step)
             || trainer.skipped_in_a_row() > 0
@@ -382,7 +382,7 @@ impl Run {
         let ema = val.as_ref().filter(|_| trainer.optimizer.ema_decay().is_some());
         let on_ema = ema.map(|val| self.evaluate_ema_on(trainer, val)).transpose()?;
         let report = on_val.unwrap_or(on_part);
-        let best = on_val.is_some_and(|report| self.judge(trainer.step, &report));
+        let best = on_val.is_some_and(|report| self.record_best(trainer.step, &report));
         let line = EvalLine {
             step: trainer.step,
             epoch: self.epoch(trainer.step),
@@ -439,7 +439,7 @@ impl Run {
     }
 
     /// Is this the best so far?
-    fn judge(&mut self, step: u64, report: &EvalReport) -> bool {
+    fn record_best(&mut self, step: u64, report: &EvalReport) -> bool {
         let metric = match self.recipe.eval.metric {
             Metric::Top1 => report.top1,
             Metric::Loss => -report.loss,
@@ -460,7 +460,7 @@ impl Run {
     }
 
     /// Writes a checkpoint of the trainer as it is. Weights that are not finite are not saved: such a run ends soon, by
-    /// [`Run::ended`].
+    /// [`Run::check_end`].
     pub fn checkpoint(&mut self, trainer: &mut Trainer) -> Result<()> {
         if self.saved_at == Some(trainer.step) {
             return Ok(());
@@ -492,7 +492,7 @@ impl Run {
     }
 
     /// Asked before every step, the first of a resumed run too. Divergence and signals are errors.
-    pub fn ended(&mut self, trainer: &mut Trainer, loader: &Loader) -> Result<Option<Ending>> {
+    pub fn check_end(&mut self, trainer: &mut Trainer, loader: &Loader) -> Result<Option<Ending>> {
         if trainer.skipped_in_a_row() >= self.recipe.train.max_skipped {
             return Err(self.diverged(trainer));
         }

@@ -8,8 +8,8 @@
 use crate::backend::dry_run::DryRun;
 use crate::backend::timed::{Timed, Timing};
 use crate::backend::{
-    self, Arena, Backend, Device, Loss, MemoryPlan, Normalise, Pixels, Precision, Residual, SlotLayout, Storage,
-    TargetKind,
+    self, Arena, Backend, Device, Loss, MemoryPlan, Normalise, Pixels, Precision, Residual, SlotLayout,
+    Storage, TargetKind,
 };
 use crate::data::Dataset;
 use crate::dist::Collective;
@@ -177,7 +177,7 @@ pub fn resolve_for_device(mut recipe: Recipe, backend: &dyn Backend, data: DataS
         Ok(Parts::of(&recipe, backend.storage(), data)?.memory().total_bytes())
     };
     let batch = recipe.train.batch;
-    let most = if backend.storage().is_apart() { batch } else { batch.min(CPU_MOST) };
+    let most = if backend.storage().has_device_memory() { batch } else { batch.min(CPU_MOST) };
     let largest = |room: usize| -> Result<Option<usize>> {
         for micro_batch in (1..=most).rev().filter(|m| batch.is_multiple_of(*m)) {
             if needs(MicroBatch::Samples(micro_batch))? <= room {
@@ -205,7 +205,7 @@ pub fn resolve_for_device(mut recipe: Recipe, backend: &dyn Backend, data: DataS
             };
             recipe.train.micro_batch = MicroBatch::Samples(fits);
         }
-        given if backend.storage().is_apart() => {
+        given if backend.storage().has_device_memory() => {
             let (needed, free) = (needs(given)?, backend.free_memory()?);
             if needed > free {
                 return Err(refuse(needed, free, largest(free)?));

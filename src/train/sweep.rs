@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::error::{At, Error, Kind, Result};
 use crate::files;
-use crate::recipe::{RecipeFile, Metric, Recipe};
+use crate::recipe::{Metric, Recipe, RecipeFile};
 use crate::report::{Log, format, table};
 
 use super::directory::Directory;

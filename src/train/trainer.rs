@@ -1,4 +1,4 @@
-//! Training, as a story: [`train`] reads top to bottom; [`Trainer::ask`] is one update.
+//! Training, as a story: [`train`] reads top to bottom; [`Trainer::submit`] is one update.
 //!
 //! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. The run directory, its
 //! checkpoints and its reports are the business of [`super::run`].
@@ -37,14 +37,14 @@ pub fn train_from(
     let mut loader = run.loader(&trainer)?;
 
     let ending = loop {
-        if let Some(ending) = run.ended(&mut trainer, &loader)? {
+        if let Some(ending) = run.check_end(&mut trainer, &loader)? {
             break ending;
         }
         let batch = run.next_batch(&mut trainer, &mut loader)?;
-        let free = trainer.ask(batch).map_err(|e| run.device_failed(&trainer, e))?;
+        let free = trainer.submit(batch).map_err(|e| run.device_failed(&trainer, e))?;
         free.into_iter().for_each(|slot| loader.recycle(slot));
         // The host is a step ahead of a GPU, except where somebody will look at what the step leaves.
-        let ahead = if run.is_awaited(&trainer) { 0 } else { trainer.backend.steps_ahead() };
+        let ahead = if run.must_drain(&trainer) { 0 } else { trainer.backend.steps_ahead() };
         run.read_reports(&mut trainer, &loader, ahead)?;
         if trainer.in_flight() > 0 {
             continue;
@@ -132,14 +132,14 @@ impl Trainer {
     /// One update from one batch, waited for. Returns the slot that is free again, and the step's numbers.
     pub fn step(&mut self, batch: Slot) -> Result<(Option<Slot>, StepReport)> {
         assert_eq!(self.in_flight, 0, "reports of earlier steps are waiting");
-        let free = self.ask(batch)?;
+        let free = self.submit(batch)?;
         Ok((free, self.report()?))
     }
 
     /// Asks for one update from one batch, and does not wait for it: [`Trainer::report`] tells how it went. At most one step
     /// more than [`Backend::steps_ahead`] may be in flight. Returns the slot that is free again.
-    pub fn ask(&mut self, batch: Slot) -> Result<Option<Slot>> {
-        let step = self.asked();
+    pub fn submit(&mut self, batch: Slot) -> Result<Option<Slot>> {
+        let step = self.submitted();
         let micro_batches = micro_batches(&self.model, self.batch, &self.collective);
         let free = self.backend.bind_batch(batch)?;
         self.backend.begin_step(StepKeys { seed: self.seed, step })?;
@@ -168,7 +168,7 @@ impl Trainer {
     }
 
     /// Steps that were asked for, finished ones included.
-    pub fn asked(&self) -> u64 {
+    pub fn submitted(&self) -> u64 {
         self.step + self.in_flight
     }
 
