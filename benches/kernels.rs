@@ -15,7 +15,7 @@ use vitrum::backend::cpu::compute::{Compute, Isa};
 use vitrum::backend::cpu::gemm::{self, Epilogue, InputEpilogue, Residual};
 use vitrum::backend::cpu::math::{self, Function};
 use vitrum::backend::cpu::view::{Rows, RowsMut};
-use vitrum::backend::cpu::{attention, probe_attention};
+use vitrum::backend::cpu::{attention, query_attention};
 use vitrum::backend::{Gelu, Heads};
 
 struct Shape {
@@ -279,9 +279,9 @@ fn attentions(criterion: &mut Criterion) {
         let (q, kv) = (numbers(7, d), numbers(8, r * 2 * d));
         let q = Rows::dense(&q, 1, d);
         let (mut p, mut o) = (vec![0.0; b * h * t], vec![0.0; b * d]);
-        timed(&mut group, "probe_attention/forward".into(), 4 * (r * d) as u64, || {
+        timed(&mut group, "query_attention/forward".into(), 4 * (r * d) as u64, || {
             let o = RowsMut::dense(black_box(&mut o), b, d);
-            probe_attention::forward(&c, heads, q, Rows::dense(&kv, r, 2 * d), &mut p, o, None)
+            query_attention::forward(&c, heads, q, Rows::dense(&kv, r, 2 * d), &mut p, o, None)
         });
         group.finish();
     }

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rayon::prelude::*;
-use vitrum::backend::{Device, Options};
+use vitrum::backend::{Device, DeviceOptions};
 use vitrum::infer::loaded::LoadedModel;
 use vitrum::rng::{Domain, Stream};
 use vitrum::vit::{Mode, ModelConfig, ParamLayout};
@@ -95,7 +95,8 @@ fn measure(path: &Path, reads: usize) -> Measured {
     let read = (0..reads).map(|_| seconds(sum_all).0).fold(f64::INFINITY, f64::min);
     let before = anonymous();
     let (load, mut loaded) = seconds(|| {
-        LoadedModel::open(path, &none, (Device::Cpu, &Options::default()), 1, Mode::Infer, None).unwrap()
+        LoadedModel::open(path, &none, (Device::Cpu, &DeviceOptions::default()), 1, Mode::Infer, None)
+            .unwrap()
     });
     let memory = anonymous().saturating_sub(before);
     let temporary = tempfile::tempdir_in(path.parent().unwrap()).unwrap();

@@ -42,11 +42,11 @@ __device__ __forceinline__ float gelu_slope(float x, u32 form) {
 }
 
 // The factors of eight values of row `row`, of which a sample has `rows_per_sample`.
-__device__ __forceinline__ void drop8(MaskArgs args, const StepCells* cells, u32 rows_per_sample, u32 columns,
+__device__ __forceinline__ void drop8(MaskArgs args, const StepParams* params, u32 rows_per_sample, u32 columns,
                                       const Place& at, float (&v)[VEC]) {
   if (args.rate == 0.0f) return;
   float f[VEC];
-  Mask mask = bind_mask(args, cells);
+  Mask mask = bind_mask(args, params);
   mask_factors8(mask, at.row / rows_per_sample, at.row % rows_per_sample * columns + at.column, f);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] *= f[i];
@@ -86,7 +86,7 @@ __device__ __forceinline__ void bias_residual(const T* z, u32 ld_z, const float*
 }
 
 template <typename T>
-__device__ __forceinline__ void bias_gelu(const StepCells* cells, MaskArgs dropout, u32 rows_per_sample,
+__device__ __forceinline__ void bias_gelu(const StepParams* params, MaskArgs dropout, u32 rows_per_sample,
                                           const T* z, u32 ld_z, const float* bias, u32 form, T* pre,
                                           u32 ld_pre, T* y, u32 ld_y, u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
@@ -100,12 +100,12 @@ __device__ __forceinline__ void bias_gelu(const StepCells* cells, MaskArgs dropo
   }
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = gelu(v[i], form);
-  drop8(dropout, cells, rows_per_sample, columns, at, v);
+  drop8(dropout, params, rows_per_sample, columns, at, v);
   store8(row_of(y, at.row, ld_y) + at.column, at.n, v);
 }
 
 template <typename T>
-__device__ __forceinline__ void gelu_backward(const StepCells* cells, MaskArgs dropout, u32 rows_per_sample,
+__device__ __forceinline__ void gelu_backward(const StepParams* params, MaskArgs dropout, u32 rows_per_sample,
                                               T* d, u32 ld_d, const T* pre, u32 ld_pre, u32 form, u32 rows,
                                               u32 columns) {
   Place at = place_of_thread(rows, columns);
@@ -116,7 +116,7 @@ __device__ __forceinline__ void gelu_backward(const StepCells* cells, MaskArgs d
   load8(row_of(pre, at.row, ld_pre) + at.column, at.n, x);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] *= gelu_slope(x[i], form);
-  drop8(dropout, cells, rows_per_sample, columns, at, v);
+  drop8(dropout, params, rows_per_sample, columns, at, v);
   store8(p, at.n, v);
 }
 
@@ -166,15 +166,15 @@ __device__ __forceinline__ void scale(T* x, u32 ld, float factor, u32 rows, u32 
                                          u32 ld_residual, T* y, u32 ld_y, u32 rows, u32 columns) {           \
     bias_residual<T>(z, ld_z, b, residual, ld_residual, y, ld_y, rows, columns);                             \
   }                                                                                                          \
-  KERNEL(bias_gelu_##suffix, 256, 4)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, const T* z, \
+  KERNEL(bias_gelu_##suffix, 256, 4)(const StepParams* params, MaskArgs mask, u32 rows_per_sample, const T* z, \
                                      u32 ld_z, const float* b, u32 form, T* pre, u32 ld_pre, T* y, u32 ld_y, \
                                      u32 rows, u32 columns) {                                                \
-    bias_gelu<T>(cells, mask, rows_per_sample, z, ld_z, b, form, pre, ld_pre, y, ld_y, rows, columns);       \
+    bias_gelu<T>(params, mask, rows_per_sample, z, ld_z, b, form, pre, ld_pre, y, ld_y, rows, columns);       \
   }                                                                                                          \
-  KERNEL(gelu_backward_##suffix, 256, 3)(const StepCells* cells, MaskArgs mask, u32 rows_per_sample, T* d,   \
+  KERNEL(gelu_backward_##suffix, 256, 3)(const StepParams* params, MaskArgs mask, u32 rows_per_sample, T* d,   \
                                          u32 ld_d, const T* pre, u32 ld_pre, u32 form, u32 rows,             \
                                          u32 columns) {                                                      \
-    gelu_backward<T>(cells, mask, rows_per_sample, d, ld_d, pre, ld_pre, form, rows, columns);               \
+    gelu_backward<T>(params, mask, rows_per_sample, d, ld_d, pre, ld_pre, form, rows, columns);               \
   }                                                                                                          \
   KERNEL(bias_tanh_##suffix, 256, 4)(const T* z, u32 ld_z, const float* b, T* y, u32 ld_y, u32 rows,         \
                                      u32 columns) {                                                          \

@@ -91,9 +91,9 @@ __device__ __forceinline__ void each_element(const AdafactorTensor& t, const Ada
 // ---- kernels ----------------------------------------------------------------------------------------------
 
 // Factored: the sums of squares of the tile's rows and columns. In full: the new second moments.
-KERNEL(adafactor_statistics, 256, 4)(const UpdateCells* cells, AdafactorBuffers b,
+KERNEL(adafactor_statistics, 256, 4)(const UpdateParams* params, AdafactorBuffers b,
                                      const AdafactorTensor* tensors, const AdafactorTile* tiles) {
-  UpdateCells c = *cells;
+  UpdateParams c = *params;
   if (c.skip) return;
   AdafactorTile tile = tiles[blockIdx.x];
   AdafactorTensor t = tensors[tile.tensor];
@@ -134,7 +134,7 @@ KERNEL(adafactor_statistics, 256, 4)(const UpdateCells* cells, AdafactorBuffers 
 }
 
 // β·s + (1-β)·(Σ partials/n + 1e-30): the new mean of one row or column, stored.
-__device__ __forceinline__ float new_mean(const UpdateCells& c, float* state, const double* partials,
+__device__ __forceinline__ float new_mean(const UpdateParams& c, float* state, const double* partials,
                                           u32 count, u32 stride, u32 n) {
   double sum = 0.0;
   for (u32 i = 0; i < count; ++i) sum += partials[static_cast<u64>(i) * stride];
@@ -144,9 +144,9 @@ __device__ __forceinline__ float new_mean(const UpdateCells& c, float* state, co
 }
 
 // Means and factors of tensor blockIdx.x.
-KERNEL(adafactor_factors, 256, 2)(const UpdateCells* cells, AdafactorBuffers b,
+KERNEL(adafactor_factors, 256, 2)(const UpdateParams* params, AdafactorBuffers b,
                                   const AdafactorTensor* tensors) {
-  UpdateCells c = *cells;
+  UpdateParams c = *params;
   AdafactorTensor t = tensors[blockIdx.x];
   if (c.skip || !t.factored) return;
   u32 all_rows = t.outers * t.rows, all_cols = t.outers * t.cols;
@@ -181,9 +181,9 @@ __device__ __forceinline__ float direction(const AdafactorBuffers& b, const Adaf
 }
 
 // Σu² of each tile.
-KERNEL(adafactor_squares, 256, 4)(const UpdateCells* cells, AdafactorBuffers b,
+KERNEL(adafactor_squares, 256, 4)(const UpdateParams* params, AdafactorBuffers b,
                                   const AdafactorTensor* tensors, const AdafactorTile* tiles) {
-  UpdateCells c = *cells;
+  UpdateParams c = *params;
   if (c.skip) return;
   AdafactorTile tile = tiles[blockIdx.x];
   AdafactorTensor t = tensors[tile.tensor];
@@ -197,9 +197,9 @@ KERNEL(adafactor_squares, 256, 4)(const UpdateCells* cells, AdafactorBuffers b,
 }
 
 // 1 / max(1, rms(u)/clip_rms) of tensor blockIdx.x.
-KERNEL(adafactor_scales, 256, 4)(const UpdateCells* cells, AdafactorBuffers b, const AdafactorTensor* tensors,
+KERNEL(adafactor_scales, 256, 4)(const UpdateParams* params, AdafactorBuffers b, const AdafactorTensor* tensors,
                                  double clip_rms) {
-  if (cells->skip) return;
+  if (params->skip) return;
   AdafactorTensor t = tensors[blockIdx.x];
   double sum[1] = {};
   for (u32 i = threadIdx.x; i < t.tiles; i += blockDim.x) sum[0] += b.squares[t.first_tile + i];
@@ -210,10 +210,10 @@ KERNEL(adafactor_scales, 256, 4)(const UpdateCells* cells, AdafactorBuffers b, c
 }
 
 template <typename M>
-__device__ __forceinline__ void adafactor_update(const UpdateCells* cells, const AdafactorBuffers& b,
+__device__ __forceinline__ void adafactor_update(const UpdateParams* params, const AdafactorBuffers& b,
                                                  const AdafactorTensor* tensors, const AdafactorTile* tiles,
                                                  const GroupScalars* groups) {
-  UpdateCells c = *cells;
+  UpdateParams c = *params;
   if (c.skip) return;
   AdafactorTile tile = tiles[blockIdx.x];
   AdafactorTensor t = tensors[tile.tensor];
@@ -233,13 +233,13 @@ __device__ __forceinline__ void adafactor_update(const UpdateCells* cells, const
   });
 }
 
-KERNEL(adafactor_update_f32, 256, 4)(const UpdateCells* cells, AdafactorBuffers buffers,
+KERNEL(adafactor_update_f32, 256, 4)(const UpdateParams* params, AdafactorBuffers buffers,
                                      const AdafactorTensor* tensors, const AdafactorTile* tiles,
                                      const GroupScalars* groups) {
-  adafactor_update<float>(cells, buffers, tensors, tiles, groups);
+  adafactor_update<float>(params, buffers, tensors, tiles, groups);
 }
-KERNEL(adafactor_update_bf16, 256, 4)(const UpdateCells* cells, AdafactorBuffers buffers,
+KERNEL(adafactor_update_bf16, 256, 4)(const UpdateParams* params, AdafactorBuffers buffers,
                                       const AdafactorTensor* tensors, const AdafactorTile* tiles,
                                       const GroupScalars* groups) {
-  adafactor_update<bf16>(cells, buffers, tensors, tiles, groups);
+  adafactor_update<bf16>(params, buffers, tensors, tiles, groups);
 }

@@ -12,10 +12,10 @@
 #include "philox.cuh"
 
 KERNEL(attention_keep, 256, 1)
-(u32* keep, const StepCells* cells, MaskArgs mask, u32 images, u32 heads, u32 tokens) {
+(u32* keep, const StepParams* params, MaskArgs mask, u32 images, u32 heads, u32 tokens) {
   const u32 words = ceil_div(tokens, 32), i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= images * heads * tokens * words) return;
-  const Mask bound = bind_mask(mask, cells);
+  const Mask bound = bind_mask(mask, params);
   const u32 row = i / words, sample = row / (heads * tokens);
   const u32 element = row % (heads * tokens) * tokens + i % words * 32, skew = element % 4;
   u32 bits = 0;

@@ -40,7 +40,7 @@ __device__ __forceinline__ void add8(const float* p, u32 n, float (&v)[VEC]) {
 }
 
 template <typename T>
-__device__ __forceinline__ void embed(const StepCells* cells, const EmbedShape& s, MaskArgs dropout, T* x,
+__device__ __forceinline__ void embed(const StepParams* params, const EmbedShape& s, MaskArgs dropout, T* x,
                                       u32 ld, const float* bias, const float* extra0, const float* extra1,
                                       const float* posemb, u32 posemb_ld) {
   Place at = place_of_thread(s.samples * s.tokens, s.width);
@@ -52,14 +52,14 @@ __device__ __forceinline__ void embed(const StepCells* cells, const EmbedShape& 
   const float* joins = token >= s.extra ? bias : token == 0 ? extra0 : extra1;
   if (joins) add8(joins + at.column, at.n, v);
   if (token >= s.posemb_first) add8(row_of(posemb, token - s.posemb_first, posemb_ld) + at.column, at.n, v);
-  drop8(bind_mask(dropout, cells), sample, token, s.width, at.column, v);
+  drop8(bind_mask(dropout, params), sample, token, s.width, at.column, v);
   store8(p, at.n, v);
 }
 
 // Slice blockIdx.y of gridDim.y of the batch. `partials` is null where no parameter is trained. d_y is
 // written where dropout makes it another than d_x.
 template <typename S, typename T>
-__device__ __forceinline__ void embed_backward(const StepCells* cells, const EmbedShape& s, MaskArgs dropout,
+__device__ __forceinline__ void embed_backward(const StepParams* params, const EmbedShape& s, MaskArgs dropout,
                                                const S* d_x, u32 ld, T* d_y, u32 ld_dy, float* partials,
                                                u32 pitch) {
   Place at = place_of_thread(s.tokens, s.width);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void embed_backward(const StepCells* cells, const Emb
       for (u32 i = 0; i < VEC; ++i) sum[i] += v[i];
     }
   } else {
-    Mask mask = bind_mask(dropout, cells);
+    Mask mask = bind_mask(dropout, params);
     for (u32 sample = begin; sample < end; ++sample) {
       float v[VEC];
       load8(column + sample * per_sample, at.n, v);
@@ -97,16 +97,16 @@ __device__ __forceinline__ void put(float* p, float v, u32 accumulate) {
 }
 
 #define EMBED(suffix, T)                                                                                   \
-  KERNEL(embed_##suffix, 256, 4)(const StepCells* cells, EmbedShape shape, MaskArgs dropout, T* x, u32 ld, \
+  KERNEL(embed_##suffix, 256, 4)(const StepParams* params, EmbedShape shape, MaskArgs dropout, T* x, u32 ld, \
                                  const float* bias, const float* extra0, const float* extra1,              \
                                  const float* posemb, u32 posemb_ld) {                                     \
-    embed<T>(cells, shape, dropout, x, ld, bias, extra0, extra1, posemb, posemb_ld);                       \
+    embed<T>(params, shape, dropout, x, ld, bias, extra0, extra1, posemb, posemb_ld);                       \
   }
 #define EMBED_BACKWARD(suffix, S, T)                                                                      \
-  KERNEL(embed_backward_##suffix, 256, 4)(const StepCells* cells, EmbedShape shape, MaskArgs dropout,     \
+  KERNEL(embed_backward_##suffix, 256, 4)(const StepParams* params, EmbedShape shape, MaskArgs dropout,     \
                                           const S* d_x, u32 ld, T* d_y, u32 ld_dy, float* partials,       \
                                           u32 pitch) {                                                    \
-    embed_backward(cells, shape, dropout, d_x, ld, d_y, ld_dy, partials, pitch);                          \
+    embed_backward(params, shape, dropout, d_x, ld, d_y, ld_dy, partials, pitch);                          \
   }
 
 EMBED(bf16, bf16)

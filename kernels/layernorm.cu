@@ -172,12 +172,12 @@ __device__ __forceinline__ void layernorm(const S* x, u32 ld_x, const float* gam
 }
 
 template <u32 STRETCHES, typename S>
-__device__ __forceinline__ void layernorm_join(const StepCells* cells, const BranchArgs& args,
+__device__ __forceinline__ void layernorm_join(const StepParams* params, const BranchArgs& args,
                                                const S* base, u32 ld_base, const bf16* branch, u32 ld_branch,
                                                S* sum, u32 ld_sum, const float* gamma,
                                                const float* beta, float eps, bf16* y, u32 ld_y, float* mean,
                                                float* rstd, u32 rows, u32 columns) {
-  Branch b = bind_branch(args, cells, columns);
+  Branch b = bind_branch(args, params, columns);
   u32 stride = gridDim.x * rows_of_block();
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows; row += stride) {
     const S* base_row = row_of(base, row, ld_base);
@@ -314,7 +314,7 @@ __device__ __forceinline__ auto* handed_on(S* d_sum, bf16* d_branch) {
 // Where JOIN, `d_branch` gets its share of d_sum, rounded as it was stored; a trained LayerScale takes
 // `residual_scale_backward` instead. Where BIAS, a product reads d_branch, or d_sum, and its bias is trained.
 template <u32 STRETCHES, bool JOIN, bool BIAS, typename S>
-__device__ __forceinline__ void layernorm_backward(const StepCells* cells, const BranchArgs& args,
+__device__ __forceinline__ void layernorm_backward(const StepParams* params, const BranchArgs& args,
                                                    const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,
                                                    const float* gamma, const float* mean, const float* rstd,
                                                    S* d_sum, u32 ld_sum, u32 fresh, bf16* d_branch,
@@ -325,7 +325,7 @@ __device__ __forceinline__ void layernorm_backward(const StepCells* cells, const
   // With the sums there are no registers for what binds the branch: it is bound anew for each row.
   constexpr bool BOUND_ONCE = JOIN && !BIAS;
   Branch branch = {};
-  if constexpr (BOUND_ONCE) branch = bind_branch(args, cells, columns);
+  if constexpr (BOUND_ONCE) branch = bind_branch(args, params, columns);
   BiasSums<STRETCHES> d_bias;
   if constexpr (BIAS) d_bias.clear();
   float inverse = 1.0f / static_cast<float>(columns);
@@ -366,7 +366,7 @@ __device__ __forceinline__ void layernorm_backward(const StepCells* cells, const
       }
     }
     RowGrad grad = row_grad(row_mean, row_rstd, off_sum, u_sum, u_off_sum, inverse);
-    if constexpr (JOIN && !BOUND_ONCE) branch = bind_branch(args, cells, columns);
+    if constexpr (JOIN && !BOUND_ONCE) branch = bind_branch(args, params, columns);
     float path = JOIN ? path_factor(branch, row) : 1.0f;
 
 #pragma unroll
@@ -489,10 +489,10 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
 // row allow.
 #define LAYERNORM_BACKWARD_JOIN(kind, suffix, S, N, threads, blocks, bias)                                   \
   HOT_KERNEL(layernorm_##kind##_##suffix##_##N, threads, blocks)(                                            \
-      const StepCells* cells, BranchArgs args, const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,             \
+      const StepParams* params, BranchArgs args, const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,             \
       const float* gamma, const float* mean, const float* rstd, S* d_sum, u32 ld_sum, u32 fresh,             \
       bf16* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                    \
-    layernorm_backward<N, true, bias>(cells, args, d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum,    \
+    layernorm_backward<N, true, bias>(params, args, d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum,    \
                                       fresh, d_branch, ld_branch, rows, columns, partials, pitch);           \
   }
 
@@ -504,10 +504,10 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
     layernorm<N, ahead>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                      \
   }                                                                                                          \
   HOT_KERNEL(layernorm_join_##suffix##_##N, join_threads, join_blocks)(                                      \
-      const StepCells* cells, BranchArgs args, const S* base, u32 ld_base, const bf16* branch,               \
+      const StepParams* params, BranchArgs args, const S* base, u32 ld_base, const bf16* branch,               \
       u32 ld_branch, S* sum, u32 ld_sum, const float* gamma, const float* beta, float eps, bf16* y,          \
       u32 ld_y, float* mean, float* rstd, u32 rows, u32 columns) {                                           \
-    layernorm_join<N>(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, gamma, beta, eps, y, ld_y, \
+    layernorm_join<N>(params, args, base, ld_base, branch, ld_branch, sum, ld_sum, gamma, beta, eps, y, ld_y, \
                       mean, rstd, rows, columns);                                                            \
   }                                                                                                          \
   HOT_KERNEL(layernorm_backward_##suffix##_##N, backward_threads, backward_blocks)(                          \

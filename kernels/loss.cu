@@ -235,11 +235,11 @@ __device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossAr
 // ---- losses -----------------------------------------------------------------------------------------------
 
 template <typename T, bool WEIGHTED>
-__device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossArgs& args, u32 staged,
+__device__ __forceinline__ void softmax_loss(const StepParams* params, const LossArgs& args, u32 staged,
                                              const T* logits, u32 ld, T* d_logits, u32 ld_d, float* samples,
                                              u32 ld_samples) {
   using Real = typename Accumulator<T>::Real;
-  SlotView slot = cells->slot;
+  SlotView slot = params->slot;
   T* d_row = row_of(d_logits, blockIdx.x, ld_d);
   float* sample = row_of(samples, blockIdx.x, ld_samples);
   if (clear_padding(slot, args, d_row, sample)) return;
@@ -291,11 +291,11 @@ __device__ __forceinline__ void softmax_loss(const StepCells* cells, const LossA
 }
 
 template <typename T, bool WEIGHTED>
-__device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossArgs& args, u32 staged,
+__device__ __forceinline__ void sigmoid_loss(const StepParams* params, const LossArgs& args, u32 staged,
                                              const T* logits, u32 ld, T* d_logits, u32 ld_d, float* samples,
                                              u32 ld_samples) {
   using Real = typename Accumulator<T>::Real;
-  SlotView slot = cells->slot;
+  SlotView slot = params->slot;
   T* d_row = row_of(d_logits, blockIdx.x, ld_d);
   float* sample = row_of(samples, blockIdx.x, ld_samples);
   if (clear_padding(slot, args, d_row, sample)) return;
@@ -342,15 +342,15 @@ __device__ __forceinline__ void sigmoid_loss(const StepCells* cells, const LossA
 
 // `staged`: the launch has shared memory for 512 bytes and a row of bf16.
 #define LOSS(suffix, T, weighted, threads, blocks)                                                      \
-  HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, \
+  HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(const StepParams* params, LossArgs args, u32 staged, \
                                                      const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
                                                      float* samples, u32 ld_samples) {                  \
-    softmax_loss<T, weighted>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
+    softmax_loss<T, weighted>(params, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
   }                                                                                                     \
-  HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(const StepCells* cells, LossArgs args, u32 staged, \
+  HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(const StepParams* params, LossArgs args, u32 staged, \
                                                      const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
                                                      float* samples, u32 ld_samples) {                  \
-    sigmoid_loss<T, weighted>(cells, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
+    sigmoid_loss<T, weighted>(params, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
   }
 
 LOSS(bf16, bf16, false, 512, 2)

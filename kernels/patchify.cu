@@ -157,7 +157,7 @@ __device__ __forceinline__ void erase8(const Erase& erase, u32 y0, u32 x0, const
 }
 
 template <typename Pixel, typename T>
-__device__ __forceinline__ void patchify(const StepCells* cells, const PatchShape& shape,
+__device__ __forceinline__ void patchify(const StepParams* params, const PatchShape& shape,
                                          const Normalise& normalise, u32 first, T* patches, u32 ld,
                                          u32 rows) {
   u32 run = shape.patch_width * 3;
@@ -168,7 +168,7 @@ __device__ __forceinline__ void patchify(const StepCells* cells, const PatchShap
 
   float v[VEC] = {};
   if (token >= shape.extra) {
-    SlotView slot = cells->slot;
+    SlotView slot = params->slot;
     u32 patch = token - shape.extra;
     u32 y0 = patch / shape.grid_width * shape.patch_height, x0 = patch % shape.grid_width * shape.patch_width;
     u32 pitch = shape.image_width * 3;
@@ -203,9 +203,9 @@ __device__ __forceinline__ void patchify(const StepCells* cells, const PatchShap
 
 // `first`: index in the slot of the micro-batch's first sample. `rows` = B·T.
 #define PATCHIFY(name, Pixel, T)                                                                     \
-  HOT_KERNEL(name, 256, 4)(const StepCells* cells, PatchShape shape, Normalise normalise, u32 first, \
+  HOT_KERNEL(name, 256, 4)(const StepParams* params, PatchShape shape, Normalise normalise, u32 first, \
                            T* patches, u32 ld, u32 rows) {                                           \
-    patchify<Pixel, T>(cells, shape, normalise, first, patches, ld, rows);                           \
+    patchify<Pixel, T>(params, shape, normalise, first, patches, ld, rows);                           \
   }
 
 PATCHIFY(patchify_u8_bf16, u8, bf16)

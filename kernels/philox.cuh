@@ -23,11 +23,11 @@ struct Mask {
   u32 key0, key1;
 };
 
-__device__ __forceinline__ Mask bind_mask(MaskArgs args, const StepCells* cells) {
+__device__ __forceinline__ Mask bind_mask(MaskArgs args, const StepParams* params) {
   Mask m = {args.rate, 1.0f, args.site, 0, args.first_sample, 0, 0};
   if (args.rate != 0.0f) {
     constexpr u32 MASK_DOMAIN = 2u << 28;
-    u64 seed = cells->seed, step = cells->step;
+    u64 seed = params->seed, step = params->step;
     m.scale = 1.0f / (1.0f - args.rate);
     m.step = static_cast<u32>(step);
     m.key0 = static_cast<u32>(seed);

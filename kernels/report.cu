@@ -8,7 +8,7 @@
 #include "reduce.cuh"
 #include "step.cuh"
 
-KERNEL(report_begin, 32, 1)(ReportSums* report, UpdateCells* update) {
+KERNEL(report_begin, 32, 1)(ReportSums* report, UpdateParams* update) {
   if (threadIdx.x != 0) return;
   for (u32 i = 0; i < 3; ++i) report->sums[i] = 0.0;
   update->grad_norm = 0.0;
@@ -28,7 +28,7 @@ KERNEL(report_add, 256, 1)(ReportSums* report, const float* samples, u32 ld, u32
 }
 
 // The finished report, for the host to fetch.
-KERNEL(report_close, 32, 1)(const StepCells* cells, const ReportSums* report, const UpdateCells* update,
+KERNEL(report_close, 32, 1)(const StepParams* params, const ReportSums* report, const UpdateParams* update,
                             double mean_over, StepReport* out) {
   if (threadIdx.x != 0) return;
   out->loss = report->sums[0] / mean_over;
@@ -37,5 +37,5 @@ KERNEL(report_close, 32, 1)(const StepCells* cells, const ReportSums* report, co
   out->grad_norm = update->grad_norm;
   out->skipped = update->skip;
   out->reserved = 0;
-  out->step = cells->step;
+  out->step = params->step;
 }

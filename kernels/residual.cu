@@ -17,7 +17,7 @@
 #include "residual.cuh"
 
 template <typename S, typename T>
-__device__ __forceinline__ void residual(const StepCells* cells, const BranchArgs& args, const S* base,
+__device__ __forceinline__ void residual(const StepParams* params, const BranchArgs& args, const S* base,
                                          u32 ld_base, const T* branch, u32 ld_branch, S* sum, u32 ld_sum,
                                          u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
@@ -25,7 +25,7 @@ __device__ __forceinline__ void residual(const StepCells* cells, const BranchArg
   float v[VEC], x[VEC], f[VEC];
   load8(row_of(base, at.row, ld_base) + at.column, at.n, v);
   load8(row_of(branch, at.row, ld_branch) + at.column, at.n, x);
-  Branch b = bind_branch(args, cells, columns);
+  Branch b = bind_branch(args, params, columns);
   branch_factors(b, at.row, at.column, at.n, path_factor(b, at.row), f);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = fmaf(x[i], f[i], v[i]);
@@ -33,14 +33,14 @@ __device__ __forceinline__ void residual(const StepCells* cells, const BranchArg
 }
 
 template <typename S, typename T>
-__device__ __forceinline__ void residual_backward(const StepCells* cells, const BranchArgs& args,
+__device__ __forceinline__ void residual_backward(const StepParams* params, const BranchArgs& args,
                                                   const S* d_sum, u32 ld_sum, T* d_branch, u32 ld_branch,
                                                   u32 rows, u32 columns) {
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   float d[VEC], f[VEC];
   load8(row_of(d_sum, at.row, ld_sum) + at.column, at.n, d);
-  Branch b = bind_branch(args, cells, columns);
+  Branch b = bind_branch(args, params, columns);
   branch_factors(b, at.row, at.column, at.n, path_factor(b, at.row), f);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) d[i] *= f[i];
@@ -49,14 +49,14 @@ __device__ __forceinline__ void residual_backward(const StepCells* cells, const 
 
 // Also the LayerScale's gradient, and where BIAS that of the bias whose product reads d_branch.
 template <bool BIAS, typename S, typename T>
-__device__ __forceinline__ void residual_scale_backward(const StepCells* cells, const BranchArgs& args,
+__device__ __forceinline__ void residual_scale_backward(const StepParams* params, const BranchArgs& args,
                                                         const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,
                                                         T* d_branch, u32 ld_branch, u32 rows, u32 columns,
                                                         float* partials, u32 pitch) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 first = blockIdx.x * COLUMN_STRETCH;
   u32 column = first + lane * VEC, n = valid8(column, columns);
-  Branch b = bind_branch(args, cells, columns);
+  Branch b = bind_branch(args, params, columns);
   float scale[VEC], total[VEC] = {}, d_bias[VEC] = {};
   load8(args.layer_scale + column, n, scale);
   for (u32 row = blockIdx.y * COLUMN_WARPS + warp; row < rows; row += gridDim.y * COLUMN_WARPS) {
@@ -84,23 +84,23 @@ __device__ __forceinline__ void residual_scale_backward(const StepCells* cells, 
 }
 
 #define RESIDUAL(suffix, S, T)                                                                               \
-  KERNEL(residual_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const S* base, u32 ld_base,     \
+  KERNEL(residual_##suffix, 256, 4)(const StepParams* params, BranchArgs args, const S* base, u32 ld_base,     \
                                     const T* branch, u32 ld_branch, S* sum, u32 ld_sum, u32 rows,            \
                                     u32 columns) {                                                           \
-    residual(cells, args, base, ld_base, branch, ld_branch, sum, ld_sum, rows, columns);                     \
+    residual(params, args, base, ld_base, branch, ld_branch, sum, ld_sum, rows, columns);                     \
   }                                                                                                          \
-  KERNEL(residual_backward_##suffix, 256, 4)(const StepCells* cells, BranchArgs args, const S* d_sum,        \
+  KERNEL(residual_backward_##suffix, 256, 4)(const StepParams* params, BranchArgs args, const S* d_sum,        \
                                              u32 ld_sum, T* d_branch, u32 ld_branch, u32 rows,               \
                                              u32 columns) {                                                  \
-    residual_backward(cells, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                       \
+    residual_backward(params, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                       \
   }                                                                                                          \
   RESIDUAL_SCALE(scale_backward, suffix, S, T, false)
 
 #define RESIDUAL_SCALE(kind, suffix, S, T, bias)                                                             \
   KERNEL(residual_##kind##_##suffix, 256, 2)(                                                                \
-      const StepCells* cells, BranchArgs args, const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,        \
+      const StepParams* params, BranchArgs args, const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,        \
       T* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                       \
-    residual_scale_backward<bias>(cells, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows,       \
+    residual_scale_backward<bias>(params, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows,       \
                                   columns, partials, pitch);                                                 \
   }
 

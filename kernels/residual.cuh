@@ -19,8 +19,8 @@ struct Branch {
   u32 tokens, columns;
 };
 
-__device__ __forceinline__ Branch bind_branch(const BranchArgs& args, const StepCells* cells, u32 columns) {
-  return {args.layer_scale, bind_mask(args.dropout, cells), bind_mask(args.drop_path, cells), args.tokens,
+__device__ __forceinline__ Branch bind_branch(const BranchArgs& args, const StepParams* params, u32 columns) {
+  return {args.layer_scale, bind_mask(args.dropout, params), bind_mask(args.drop_path, params), args.tokens,
           columns};
 }
 

@@ -1,5 +1,5 @@
 // What changes from step to step, in device memory: a captured step is replayed with the same arguments, so
-// everything that its kernels must see anew they read from here. The host copies a fresh `StepCells` in front
+// everything that its kernels must see anew they read from here. The host copies a fresh `StepParams` in front
 // of each replay.
 //
 // Shared with Rust (`#[repr(C)]`, same names): sizes are asserted on both sides.
@@ -32,7 +32,7 @@ struct SlotView {
   u32 samples;          // samples of the slot
 };
 
-struct StepCells {
+struct StepParams {
   u64 seed;  // keys of the masks
   u64 step;  // updates already done
   u64 t;     // updates including this one, from 1
@@ -59,7 +59,7 @@ struct StepReport {
 };
 
 // What the update kernels need to know before they start, worked out by one block: `update_prepare`.
-struct UpdateCells {
+struct UpdateParams {
   double grad_norm;          // before clipping
   float clip;                // multiplies the gradient
   u32 skip;                  // the loss or the norm is not finite: change nothing
@@ -67,7 +67,7 @@ struct UpdateCells {
   float keep2, add2;         // Adafactor: β of the second moment at t, and 1 - β
 };
 
-static_assert(sizeof(MixBox) == 8 && sizeof(SlotView) == 64 && sizeof(StepCells) == 88, "shared with Rust");
+static_assert(sizeof(MixBox) == 8 && sizeof(SlotView) == 64 && sizeof(StepParams) == 88, "shared with Rust");
 static_assert(sizeof(GroupScalars) == 8 && sizeof(ReportSums) == 24 && sizeof(StepReport) == 48,
               "shared with Rust");
-static_assert(sizeof(UpdateCells) == 32, "shared with Rust");
+static_assert(sizeof(UpdateParams) == 32, "shared with Rust");

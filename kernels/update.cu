@@ -11,7 +11,7 @@
 // Numerics  the norm in f64 over the gradient as it is; constants that need it were rounded once, from f64,
 //           by the host or by `update_prepare`. A loss or norm that is not finite skips the update: nothing
 //           is written.
-// Launch    three kernels: sums of squares (persistent), one block that works out `UpdateCells`, and the
+// Launch    three kernels: sums of squares (persistent), one block that works out `UpdateParams`, and the
 //           update, which walks the chunks; 4 elements per thread, 16-byte accesses. No host involved: the
 //           clip factor is read from device memory.
 // Bytes     per parameter, Adam with bf16 copy: norm 4, update 4 + 8 + 8 + 8 + 2 = 30; EMA 8 more; bf16
@@ -56,13 +56,13 @@ __device__ __forceinline__ float clip_factor(const UpdateConstants& k, double no
   return norm < k.max_norm ? 1.0f : static_cast<float>(k.max_norm / norm);
 }
 
-KERNEL(update_prepare, 256, 1)(const StepCells* cells, const ReportSums* report, const double* partials,
-                               u32 count, UpdateConstants k, UpdateCells* out) {
+KERNEL(update_prepare, 256, 1)(const StepParams* params, const ReportSums* report, const double* partials,
+                               u32 count, UpdateConstants k, UpdateParams* out) {
   double sum[1] = {};
   for (u32 i = threadIdx.x; i < count; i += blockDim.x) sum[0] += partials[i];
   block_sums(sum, reinterpret_cast<double*>(smem_base()));
   if (threadIdx.x != 0) return;
-  double norm = sqrt(sum[0]), loss = report->sums[0], t = static_cast<double>(cells->t);
+  double norm = sqrt(sum[0]), loss = report->sums[0], t = static_cast<double>(params->t);
   // x - x is 0 for every finite number and NaN for the others.
   bool finite = norm - norm == 0.0 && loss - loss == 0.0;
   out->grad_norm = norm;
@@ -91,7 +91,7 @@ static_assert(sizeof(RuleConstants) == 24, "shared with Rust");
 struct Sgd {
   static constexpr bool HAS_V = false;
   RuleConstants k;
-  __device__ __forceinline__ float operator()(const UpdateCells&, float g, float& m, float&) const {
+  __device__ __forceinline__ float operator()(const UpdateParams&, float g, float& m, float&) const {
     m = g + k.keep1 * m;
     return k.nesterov ? g + k.keep1 * m : m;
   }
@@ -99,7 +99,7 @@ struct Sgd {
 struct Adam {
   static constexpr bool HAS_V = true;
   RuleConstants k;
-  __device__ __forceinline__ float operator()(const UpdateCells& c, float g, float& m, float& v) const {
+  __device__ __forceinline__ float operator()(const UpdateParams& c, float g, float& m, float& v) const {
     m = k.keep1 * m + k.add1 * g;
     v = k.keep2 * v + k.add2 * (g * g);
     return m * c.correct1 / (sqrtf(v) * c.correct2 + k.eps);
@@ -108,7 +108,7 @@ struct Adam {
 struct Lion {
   static constexpr bool HAS_V = false;
   RuleConstants k;
-  __device__ __forceinline__ float operator()(const UpdateCells&, float g, float& m, float&) const {
+  __device__ __forceinline__ float operator()(const UpdateParams&, float g, float& m, float&) const {
     float direction = k.keep1 * m + k.add1 * g;
     m = k.keep2 * m + k.add2 * g;
     // Padding has to stay where it is: the sign of 0 is 0.
@@ -179,10 +179,10 @@ __device__ __forceinline__ void store4(bf16* p, u32 n, const float (&v)[QUAD]) {
 }
 
 template <typename Rule, typename M>
-__device__ __forceinline__ void update(const UpdateCells* cells, const UpdateBuffers& b,
+__device__ __forceinline__ void update(const UpdateParams* params, const UpdateBuffers& b,
                                        const UpdateChunk* chunks, u32 count, const GroupScalars* groups,
                                        Rule rule) {
-  UpdateCells c = *cells;
+  UpdateParams c = *params;
   if (c.skip) return;
   M* moment1 = static_cast<M*>(b.moment1);
   for (u32 index = blockIdx.x; index < count; index += gridDim.x) {
@@ -217,9 +217,9 @@ __device__ __forceinline__ void update(const UpdateCells* cells, const UpdateBuf
 
 // Kernels are named by the rule and by the type of the stored first moment.
 #define UPDATE(name, Rule, M)                                                                          \
-  HOT_KERNEL(name, 256, 4)(const UpdateCells* cells, UpdateBuffers buffers, const UpdateChunk* chunks, \
+  HOT_KERNEL(name, 256, 4)(const UpdateParams* params, UpdateBuffers buffers, const UpdateChunk* chunks, \
                            u32 count, const GroupScalars* groups, RuleConstants constants) {           \
-    update<Rule, M>(cells, buffers, chunks, count, groups, Rule{constants});                           \
+    update<Rule, M>(params, buffers, chunks, count, groups, Rule{constants});                           \
   }
 
 UPDATE(update_sgd_f32, Sgd, float)

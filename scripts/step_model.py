@@ -106,7 +106,7 @@ BYTES = {
     "embed": lambda s: 2 * s.r + 4 * (s.tokens + 2) * s.d,
     "layernorm": lambda s: s.r + s.x + s.statistics + 8 * s.d,
     "attention_forward": lambda s: 4 * s.x + s.lse,
-    "probe_attention": lambda s: 2 * s.x + 2 * s.sample + s.lse,
+    "query_attention": lambda s: 2 * s.x + 2 * s.sample + s.lse,
     "pool": lambda s: s.stream * s.sample,
     "loss_softmax": lambda s: 4 * s.batch * CLASSES + 20 * s.batch,
     "pool_backward": lambda s: s.stream * s.sample // 2 + s.r,
@@ -116,7 +116,7 @@ BYTES = {
     "attention_backward_head": lambda s: 8 * s.x + s.lse + 12 * s.batch * s.d,
     "attention_backward_queries": lambda s: 6 * s.x + 2 * s.lse + 4 * s.batch * s.d * tiles_of_keys(s),
     "attention_backward_keys": lambda s: 6 * s.x + 2 * s.lse + 8 * s.batch * s.d * tiles_of_keys(s),
-    "probe_attention_backward": lambda s: 4 * s.x + 3 * s.sample + s.lse,
+    "query_attention_backward": lambda s: 4 * s.x + 3 * s.sample + s.lse,
     "column_sums": lambda s: 8 * s.rows * s.d + 16 * s.d * math.ceil(4 * s.multiprocessors / math.ceil(4 * s.d / 256)),
     "embed_backward": lambda s: s.r + 4 * s.tokens * s.d * s.slices,
     "embed_gradients": lambda s: 4 * s.tokens * s.d * (s.slices + 2) + 4 * s.d,
@@ -281,7 +281,7 @@ class Step(Kernels):
                 self.attention("attention_forward", full)
         if self.pruned:
             self.product("last block, kv", 2 * d, s.rows, d, 3 * s.x + 4 * d * d)
-            self.own("probe_attention")
+            self.own("query_attention")
             for name, out, inputs in [("q", d, d), ("proj", d, d), ("fc1", 4 * d, d), ("fc2", d, 4 * d)]:
                 self.of_samples(f"last block, {name}", out, s.batch, inputs)
         self.own("pool")
@@ -317,7 +317,7 @@ class Step(Kernels):
         if self.pruned:
             self.product("last block, kv, input gradient", d, s.rows, 2 * d, 3 * s.x + 4 * d * d)
             self.product("last block, kv, weight gradient", d, 2 * d, s.rows, 3 * s.x + 8 * d * d, 1, "weight_gradient")
-            self.own("probe_attention_backward")
+            self.own("query_attention_backward")
             for name, out, inputs in [("q", d, d), ("proj", d, d), ("fc1", 4 * d, d), ("fc2", d, 4 * d)]:
                 self.of_samples(f"last block, {name}, input gradient", inputs, s.batch, out)
                 self.of_samples(f"last block, {name}, weight gradient", inputs, out, s.batch)

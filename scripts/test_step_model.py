@@ -225,7 +225,7 @@ class Program(unittest.TestCase):
                     operations = self.operations(model, pruned, residual)
                     step, s = Step(model, CARDS["H100"], "likely", pruned, residual), Sizes(model, residual)
                     # The class token's own attention is limited by memory, and its FLOPs are left out.
-                    probe = sum(flops for name, (flops, _) in operations.items() if name.startswith("probe_attention"))
+                    probe = sum(flops for name, (flops, _) in operations.items() if name.startswith("query_attention"))
                     self.assertEqual(probe, pruned * 12 * s.rows * s.d, what)
                     full = model.depth - pruned
                     # Two kernels do seven products where the operation asks for five.
@@ -242,8 +242,8 @@ class Program(unittest.TestCase):
                         "pool_backward": BYTES["pool_backward"](s),
                     }
                     if pruned:
-                        bytes_["probe_attention"] = BYTES["probe_attention"](s)
-                        bytes_["probe_attention_backward"] = BYTES["probe_attention_backward"](s)
+                        bytes_["query_attention"] = BYTES["query_attention"](s)
+                        bytes_["query_attention_backward"] = BYTES["query_attention_backward"](s)
                     self.assertEqual({name: operations[name][1] for name in bytes_}, bytes_, what)
                     # The norm's partial sums are none of the operands; the program's rows are padded.
                     padding = 34 * (-s.run % 8) * s.d

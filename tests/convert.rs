@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use support::models::{assert_same, folder, json, sample, saved, tiny};
 use support::vitrum;
-use vitrum::backend::{Device, Options, Pixels, SlotLayout, StepKeys, TargetKind};
+use vitrum::backend::{Device, DeviceOptions, Pixels, SlotLayout, StepKeys, TargetKind};
 use vitrum::infer::loaded::LoadedModel;
 use vitrum::vit::Mode;
 use vitrum::vit::config::{ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
@@ -276,7 +276,7 @@ fn a_model_without_a_classifier_is_read_for_another_head() {
 fn logits(file_at: &Path, overrides: &ModelOverrides, io: &SafeTensors) -> Vec<f32> {
     let shape = io.shape("images_u8").unwrap().to_vec();
     let image = (shape[1], shape[2]);
-    let on = (Device::Cpu, &Options::default());
+    let on = (Device::Cpu, &DeviceOptions::default());
     let mut run = LoadedModel::open(file_at, overrides, on, shape[0], Mode::Infer, Some(image)).unwrap();
     forward(&mut run, io)
 }

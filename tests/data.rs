@@ -12,7 +12,7 @@ use vitrum::backend::{Pixels, Slot, SlotLayout, TargetKind};
 use vitrum::data::dataset::{Dataset, MANIFEST, Manifest, Split, pair};
 use vitrum::data::decode::Decoder;
 use vitrum::data::loader::{Loader, LoaderSpec, Mode};
-use vitrum::data::pack::{self, Format, Options, Target};
+use vitrum::data::pack::{self, Format, PackOptions, Target};
 use vitrum::data::shard::Record;
 use vitrum::recipe::{AugmentSection, Crop, EvalResize, OnBadRecord};
 
@@ -27,7 +27,7 @@ fn test_data(name: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-const DEFAULTS: Options = Options {
+const DEFAULTS: PackOptions = PackOptions {
     format: None,
     size: None,
     quality: None,
@@ -36,7 +36,7 @@ const DEFAULTS: Options = Options {
     minival: 0.0,
 };
 
-fn pack_with(source: &Path, dest: &Path, options: Options) -> vitrum::error::Result<pack::Packed> {
+fn pack_with(source: &Path, dest: &Path, options: PackOptions) -> vitrum::error::Result<pack::Packed> {
     pack::pack(source, dest, options, &AtomicUsize::new(0))
 }
 
@@ -252,7 +252,7 @@ fn sizes_are_what_was_asked_for() {
     ];
     for (k, (format, size, quality, expected, raw)) in cases.into_iter().enumerate() {
         let dest = temp.path().join(k.to_string());
-        pack_with(&source, &dest, Options { format, size, quality, ..DEFAULTS }).unwrap();
+        pack_with(&source, &dest, PackOptions { format, size, quality, ..DEFAULTS }).unwrap();
         let data = open(&dest, Split::Train);
         assert!((0..6).all(|i| size_of(&data, i) == expected), "case {k}");
         assert_eq!(data.image().is_some(), raw, "case {k}");
@@ -260,7 +260,7 @@ fn sizes_are_what_was_asked_for() {
     }
     // Where the size fits, not a pixel and not a byte changes.
     let untouched = temp.path().join("untouched");
-    let options = Options { format: Some(Format::Jpeg), size: Some(Target::Shorter(40)), ..DEFAULTS };
+    let options = PackOptions { format: Some(Format::Jpeg), size: Some(Target::Shorter(40)), ..DEFAULTS };
     pack_with(&source, &untouched, options).unwrap();
     assert_eq!(
         open(&untouched, Split::Train).record(0).unwrap(),
@@ -268,7 +268,7 @@ fn sizes_are_what_was_asked_for() {
     );
 
     save_png(&source.join("dog/other.png"), 41, 60, 1);
-    let options = Options { format: Some(Format::Raw), ..DEFAULTS };
+    let options = PackOptions { format: Some(Format::Raw), ..DEFAULTS };
     let error = pack_with(&source, &temp.path().join("none"), options).unwrap_err().to_string();
     assert!(error.contains("60x41") && error.contains("--size"), "{error}");
 }
@@ -336,7 +336,8 @@ fn exif_turns_pictures_in_training_evaluation_and_packs_if_it_is_asked_for() {
         [(false, Format::Raw), (true, Format::Raw), (false, Format::Jpeg), (true, Format::Jpeg)]
     {
         let dest = temp.path().join(format!("{exif}-{}", format.name()));
-        let packed = pack_with(&source, &dest, Options { format: Some(format), exif, ..DEFAULTS }).unwrap();
+        let packed =
+            pack_with(&source, &dest, PackOptions { format: Some(format), exif, ..DEFAULTS }).unwrap();
         let (data, raw) = (open(&dest, Split::Train), format == Format::Raw);
         assert_eq!(packed.image, raw.then_some(if exif { (36, 24) } else { (24, 36) }));
         assert_eq!(Manifest::read(&dest).unwrap().exif, exif);
@@ -363,7 +364,7 @@ fn bad_records_are_skipped_or_fatal_and_a_failed_pack_leaves_nothing() {
     let manifest = Manifest::read(&dest).unwrap();
     assert_eq!((manifest.records, manifest.skipped, manifest.classes.len()), (6, 2, 2));
 
-    let strict = Options { on_bad_record: OnBadRecord::Error, ..DEFAULTS };
+    let strict = PackOptions { on_bad_record: OnBadRecord::Error, ..DEFAULTS };
     let before = tree(temp.path());
     let error = pack_with(&source, &temp.path().join("other/dest"), strict).unwrap_err();
     assert!(error.message().contains("cat/broken.jpg"), "{error}");

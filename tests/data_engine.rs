@@ -12,10 +12,10 @@ use vitrum::backend::batch::PlainMemory;
 use vitrum::backend::{Pixels, Slot, SlotLayout, TargetKind};
 use vitrum::data::dataset::{Dataset, Manifest, Split, pair};
 use vitrum::data::loader::{Delivery, Loader, LoaderSpec, Mode};
-use vitrum::data::pack::{self, Options};
+use vitrum::data::pack::{self, PackOptions};
 use vitrum::recipe::{AugmentSection, Crop, OnBadRecord};
 
-const DEFAULTS: Options = Options {
+const DEFAULTS: PackOptions = PackOptions {
     format: None,
     size: None,
     quality: None,
@@ -24,7 +24,7 @@ const DEFAULTS: Options = Options {
     minival: 0.0,
 };
 
-fn pack_with(source: &Path, dest: &Path, options: Options) -> vitrum::error::Result<pack::Packed> {
+fn pack_with(source: &Path, dest: &Path, options: PackOptions) -> vitrum::error::Result<pack::Packed> {
     pack::pack(source, dest, options, &AtomicUsize::new(0))
 }
 
@@ -175,7 +175,7 @@ fn webdataset_archives_are_read_and_hostile_ones_refused() {
 fn a_part_is_held_out_by_name_and_always_the_same() {
     let temp = tempfile::tempdir().unwrap();
     folder(&temp.path().join("source"), 3, 60);
-    let options = Options { minival: 0.2, ..DEFAULTS };
+    let options = PackOptions { minival: 0.2, ..DEFAULTS };
     let packed = pack_with(&temp.path().join("source"), &temp.path().join("a"), options).unwrap();
     let [(Some("train"), train, 0), (Some("val"), val, 0)] = packed.parts[..] else {
         panic!("{:?}", packed.parts)

@@ -46,7 +46,7 @@ fn every_kernel_equals_float64_under_three_schedules() {
                 &["f32", "--filter", "layernorm"],
                 &["f32", "--filter", "residual_backward"],
                 &["f32", "--filter", "embed_backward"],
-                &["f32", "--filter", "probe_attention_backward"],
+                &["f32", "--filter", "query_attention_backward"],
             ],
         ),
     ];

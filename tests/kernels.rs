@@ -28,7 +28,7 @@ const INSTANCES: [(&str, usize); 18] = [
     ("loss", 8),
     ("patchify", 4),
     ("pool", 4),
-    ("probe_attention", 6),
+    ("query_attention", 6),
     ("product", 8),
     ("report", 3),
     ("residual", 11),
@@ -62,8 +62,8 @@ const CASES: [(&str, &str, &[&str]); 11] = [
     ("column_sums.cu", "bf16", &["layernorm_backward: "]),
     ("layernorm.cu", "bf16", &["layernorm_backward: "]),
     ("loss.cu", "bf16", &["loss softmax: 10 classes", "loss sigmoid: 10 classes"]),
-    ("probe_attention.cu", "bf16", &["probe_attention"]),
-    ("reduce.cuh", "bf16", &["loss softmax: 10 classes", "probe_attention", "layernorm_backward: "]),
+    ("query_attention.cu", "bf16", &["query_attention"]),
+    ("reduce.cuh", "bf16", &["loss softmax: 10 classes", "query_attention", "layernorm_backward: "]),
 ];
 
 #[test]

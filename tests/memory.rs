@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicUsize;
 
 use vitrum::backend::batch::PlainMemory;
 use vitrum::backend::{Pixels, Slot, SlotLayout, TargetKind};
-use vitrum::data::pack::{self, Format, Options};
+use vitrum::data::pack::{self, Format, PackOptions};
 use vitrum::data::picture::View;
 use vitrum::data::{Dataset, Loader, LoaderSpec, Mode, Split, encode_png};
 use vitrum::recipe::{AugmentSection, Crop, OnBadRecord};
@@ -24,7 +24,7 @@ fn photographs(dir: &Path) -> Dataset {
         fs::write(folder.join(format!("{i}.png")), encode_png(View::new(&pixels, height, width)).unwrap())
             .unwrap();
     }
-    let options = Options {
+    let options = PackOptions {
         format: Some(Format::Jpeg),
         size: None,
         quality: Some(90),

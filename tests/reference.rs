@@ -383,7 +383,7 @@ fn a_short_training_run_follows_the_reference() {
         let trained = temporary.path().join(format!("{name}.safetensors"));
         weights::save(&trained, &file.config, &tensors, &file.meta).unwrap();
         let test_shape = data.shape("test_images").unwrap();
-        let on = (Device::Cpu, &backend::Options::default());
+        let on = (Device::Cpu, &backend::DeviceOptions::default());
         let mut run =
             LoadedModel::open(&trained, &Default::default(), on, test_shape[0], Mode::Train, None).unwrap();
         let layout = SlotLayout {

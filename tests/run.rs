@@ -243,7 +243,7 @@ fn a_run_allocates_what_the_plan_says() {
         let plan = vitrum(&args).ok().json();
 
         let recipe = Recipe::read(Some("demo"), &set).unwrap().recipe.resolved(3, 96).unwrap();
-        let backend = backend::select(Device::Cpu, &backend::Options::threads(1)).unwrap();
+        let backend = backend::select(Device::Cpu, &backend::DeviceOptions::threads(1)).unwrap();
         let setup = Setup::on(backend, &recipe, DataShape::labels(96)).unwrap();
         let trainer = Trainer::new(setup, Collective::ALONE, None).unwrap();
         let memory = &plan["memory"];

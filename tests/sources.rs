@@ -6,12 +6,12 @@ use std::sync::atomic::AtomicUsize;
 
 use vitrum::data::dataset::{Dataset, MANIFEST, Split, pair};
 use vitrum::data::measured;
-use vitrum::data::pack::{self, Options};
+use vitrum::data::pack::{self, PackOptions};
 use vitrum::data::shard::Record;
 use vitrum::data::source::Source;
 use vitrum::recipe::OnBadRecord;
 
-const DEFAULTS: Options = Options {
+const DEFAULTS: PackOptions = PackOptions {
     format: None,
     size: None,
     quality: None,
@@ -20,7 +20,7 @@ const DEFAULTS: Options = Options {
     exif: false,
 };
 
-fn pack_with(source: &Path, dest: &Path, options: Options) -> vitrum::error::Result<pack::Packed> {
+fn pack_with(source: &Path, dest: &Path, options: PackOptions) -> vitrum::error::Result<pack::Packed> {
     pack::pack(source, dest, options, &AtomicUsize::new(0))
 }
 

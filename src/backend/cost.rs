@@ -113,14 +113,14 @@ impl Op<'_> {
                 // The probabilities were not kept: QKᵀ is done once more.
                 count.products(5, op.o, op.heads.tokens);
             }
-            Op::ProbeAttention(op) => {
+            Op::QueryAttention(op) => {
                 count.reads(op.q);
                 count.reads(op.kv);
                 count.writes(op.p);
                 count.writes(op.o);
                 count.products(2, op.o, op.heads.tokens);
             }
-            Op::ProbeAttentionBackward(op) => {
+            Op::QueryAttentionBackward(op) => {
                 [op.q, op.kv, op.p, op.d_o].into_iter().for_each(|mat| count.reads(mat));
                 count.writes(op.d_q);
                 count.writes(op.d_kv);

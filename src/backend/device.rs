@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{Backend, Options, Precision, Residual, Storage, cpu, cuda, rounded};
+use super::{Backend, DeviceOptions, Precision, Residual, Storage, cpu, cuda, rounded};
 use crate::error::{Error, Result};
 use crate::terminal;
 
@@ -63,7 +63,7 @@ const FIRST_CARD: usize = 0;
 /// What the device computes in and how it stores what a run needs, without opening it where the user names it: a plan for
 /// a GPU can be made anywhere.
 pub fn planned(device: Device, precision: Precision, residual: Residual) -> (Precision, Storage) {
-    let options = Options { precision, residual, ..Options::default() };
+    let options = DeviceOptions { precision, residual, ..DeviceOptions::default() };
     let on_card = match device {
         Device::Cpu => false,
         Device::Auto => cuda::Cuda::open(FIRST_CARD, &options).is_ok(),
@@ -81,7 +81,7 @@ pub fn planned(device: Device, precision: Precision, residual: Residual) -> (Pre
 ///
 /// # Errors
 /// Those of [`select`].
-pub fn decide(device: Device, options: &Options) -> Result<Device> {
+pub fn decide(device: Device, options: &DeviceOptions) -> Result<Device> {
     match device {
         Device::Auto if cuda::Cuda::open(FIRST_CARD, options).is_ok() => Ok(Device::Cuda(FIRST_CARD)),
         Device::Auto => select(device, options).map(|_| Device::Cpu),
@@ -93,7 +93,7 @@ pub fn decide(device: Device, options: &Options) -> Result<Device> {
 ///
 /// # Errors
 /// The device cannot be used, or does not compute in the precision that is asked for.
-pub fn select(device: Device, options: &Options) -> Result<Box<dyn Backend>> {
+pub fn select(device: Device, options: &DeviceOptions) -> Result<Box<dyn Backend>> {
     let cpu = || -> Result<Box<dyn Backend>> {
         if !matches!(options.precision, Precision::Auto | Precision::F32) {
             return Err(Error::usage("the CPU computes in f32").hint("use `--set train.precision=f32`"));

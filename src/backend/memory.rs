@@ -26,7 +26,7 @@ pub enum Arena {
     Activations,
     /// bf16 copy of `Params` with the same element offsets; only where matrix products read bf16.
     Working,
-    /// Partial sums and scratch of a device's own operations, and the cells through which steps reach its kernels.
+    /// Partial sums and scratch of a device's own operations, and the params through which steps reach its kernels.
     Workspace,
     /// Two places for batches, where operations do not read the slot itself: one is filled while the other is read.
     Batches,

@@ -41,7 +41,7 @@ pub use operands::{
     PatchGrid, Pool, Stats, sample_metric,
 };
 pub use ops::Op;
-pub use options::{Options, Precision, Residual};
+pub use options::{DeviceOptions, Precision, Residual};
 pub use update::{Factor, GroupScalars, Rule, Segment, StepReport, Update, update_bytes};
 
 use crate::error::Result;
@@ -252,8 +252,8 @@ pub trait Backend: Send {
             d_bias,
         }))
     }
-    /// [`ops::ProbeAttention`]
-    fn probe_attention(
+    /// [`ops::QueryAttention`]
+    fn query_attention(
         &mut self,
         heads: Heads,
         q: Mat,
@@ -262,10 +262,10 @@ pub trait Backend: Send {
         o: Mat,
         dropout: Mask,
     ) -> Result<()> {
-        self.execute(&Op::ProbeAttention(ops::ProbeAttention { heads, q, kv, p, o, dropout }))
+        self.execute(&Op::QueryAttention(ops::QueryAttention { heads, q, kv, p, o, dropout }))
     }
-    /// [`ops::ProbeAttentionBackward`]
-    fn probe_attention_backward(
+    /// [`ops::QueryAttentionBackward`]
+    fn query_attention_backward(
         &mut self,
         heads: Heads,
         q: Mat,
@@ -276,7 +276,7 @@ pub trait Backend: Send {
         d_q: Mat,
         d_kv: Mat,
     ) -> Result<()> {
-        self.execute(&Op::ProbeAttentionBackward(ops::ProbeAttentionBackward {
+        self.execute(&Op::QueryAttentionBackward(ops::QueryAttentionBackward {
             heads,
             q,
             kv,

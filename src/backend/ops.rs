@@ -29,8 +29,8 @@ pub enum Op<'a> {
     // Attention
     Attention(Attention),
     AttentionBackward(AttentionBackward),
-    ProbeAttention(ProbeAttention),
-    ProbeAttentionBackward(ProbeAttentionBackward),
+    QueryAttention(QueryAttention),
+    QueryAttentionBackward(QueryAttentionBackward),
     // Head
     Pool(Pool),
     PoolBackward(PoolBackward),
@@ -73,8 +73,8 @@ impl Op<'_> {
             Op::ResidualBackward(_) => "residual_backward",
             Op::Attention(_) => "attention",
             Op::AttentionBackward(_) => "attention_backward",
-            Op::ProbeAttention(_) => "probe_attention",
-            Op::ProbeAttentionBackward(_) => "probe_attention_backward",
+            Op::QueryAttention(_) => "query_attention",
+            Op::QueryAttentionBackward(_) => "query_attention_backward",
             Op::Pool(_) => "pool",
             Op::PoolBackward(_) => "pool_backward",
             Op::Scale(_) => "scale",
@@ -223,7 +223,7 @@ pub struct AttentionBackward {
 /// `p: [B·H, T]`, dense, the probabilities before dropout. The masks are those of the first token's query in
 /// [`Attention`].
 #[derive(Clone, Copy, Debug)]
-pub struct ProbeAttention {
+pub struct QueryAttention {
     pub heads: Heads,
     pub q: Mat,
     pub kv: Mat,
@@ -234,7 +234,7 @@ pub struct ProbeAttention {
 
 /// `d_q`, shaped as `q` (summed over the samples where they share it), and `d_kv` from `d_o`.
 #[derive(Clone, Copy, Debug)]
-pub struct ProbeAttentionBackward {
+pub struct QueryAttentionBackward {
     pub heads: Heads,
     pub q: Mat,
     pub kv: Mat,

@@ -47,7 +47,7 @@ impl Residual {
 
 /// How a device is to be opened.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub struct DeviceOptions {
     pub precision: Precision,
     pub residual: Residual,
     /// CPU threads; 0: one per core.
@@ -60,7 +60,7 @@ pub struct Options {
     pub deterministic: bool,
 }
 
-impl Default for Options {
+impl Default for DeviceOptions {
     fn default() -> Self {
         Self {
             precision: Precision::Auto,
@@ -73,7 +73,7 @@ impl Default for Options {
     }
 }
 
-impl Options {
+impl DeviceOptions {
     /// Everything by default, with this many CPU threads.
     pub fn threads(threads: usize) -> Self {
         Self { threads, ..Self::default() }

@@ -147,8 +147,8 @@ impl Rounded {
             Op::Residual(_) | Op::ResidualBackward(_) => {}
             Op::Attention(op) => self.stored(op.o),
             Op::AttentionBackward(op) => self.stored(op.d_qkv),
-            Op::ProbeAttention(op) => self.stored(op.o),
-            Op::ProbeAttentionBackward(op) => {
+            Op::QueryAttention(op) => self.stored(op.o),
+            Op::QueryAttentionBackward(op) => {
                 self.stored(op.d_q);
                 self.stored(op.d_kv);
             }

@@ -21,7 +21,7 @@ use crate::rng::{Domain, Stream};
 
 /// What to measure, and how long.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct DataBench {
     pub data: String,
     /// Rounds of at least `seconds`; medians are reported.
     pub rounds: usize,
@@ -79,7 +79,7 @@ pub struct Measured {
 }
 
 /// Times the recipe's input pipeline on a data set.
-pub fn run(recipe: &Recipe, model: &str, options: &Options) -> Result<Measured> {
+pub fn run(recipe: &Recipe, model: &str, options: &DataBench) -> Result<Measured> {
     let dataset = Arc::new(Dataset::open(&options.data, Split::Train)?);
     let config = recipe.model_config(dataset.classes().len())?;
     let image = config.image;

@@ -23,7 +23,7 @@ use crate::train::{DataShape, Setup, Trainer, header, setup};
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct StepBench {
     /// Forward, backward, clip and update; else forward only.
     pub train: bool,
     pub device: Device,
@@ -106,7 +106,7 @@ fn data_sheet(device: &str) -> Option<f64> {
 }
 
 /// Times the recipe's model.
-pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
+pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Measured> {
     let timed = Timed::new(backend::select(options.device, &setup::device_options(recipe))?);
     let times = timed.times();
     let backend: Box<dyn Backend> = if options.profile { Box::new(timed) } else { timed.into_inner() };
@@ -171,7 +171,7 @@ pub fn run(recipe: &Recipe, name: &str, options: &Options) -> Result<Measured> {
 
 /// The card's ceilings, now that the model has left it.
 fn on_card(on: Device, device: &str, memory_bytes: usize) -> Result<OnCard> {
-    let options = backend::Options { precision: Precision::Bf16, ..backend::Options::default() };
+    let options = backend::DeviceOptions { precision: Precision::Bf16, ..backend::DeviceOptions::default() };
     let card = on.card().expect("a step was timed on a card");
     let mut cuda = Cuda::open(card, &options)?;
     Ok(OnCard {
@@ -190,7 +190,7 @@ enum Subject {
 
 impl Subject {
     /// What is timed, and the recipe as the device resolves it.
-    fn new(recipe: &Recipe, mut backend: Box<dyn Backend>, options: &Options) -> Result<(Self, Recipe)> {
+    fn new(recipe: &Recipe, mut backend: Box<dyn Backend>, options: &StepBench) -> Result<(Self, Recipe)> {
         if options.train {
             let setup = Setup::on(backend, recipe, DataShape::labels(recipe.train.batch))?;
             let recipe = setup.recipe.clone();
@@ -269,7 +269,7 @@ enum Source {
 }
 
 impl Source {
-    fn new(recipe: &Recipe, subject: &Subject, options: &Options) -> Result<Self> {
+    fn new(recipe: &Recipe, subject: &Subject, options: &StepBench) -> Result<Self> {
         let config = &subject.model().config;
         let layout = SlotLayout {
             samples: recipe.train.batch,

@@ -1,7 +1,7 @@
 //! `vitrum bench`: how fast a model trains or infers on this machine.
 
 use super::{On, Settings, print, print_json};
-use crate::bench::step::{self, Options};
+use crate::bench::step::{self, StepBench};
 use crate::bench::{data as pipeline, kernels};
 use crate::data::{Dataset, Split};
 use crate::error::{Error, Result};
@@ -70,7 +70,7 @@ pub fn run(args: Args) -> Result<()> {
         What::Kernels => return time_kernels(&args),
     }
     let recipe = recipe(&args)?;
-    let options = Options {
+    let options = StepBench {
         train: args.what == What::Train,
         device: args.on.device,
         rounds: args.rounds as usize,
@@ -84,7 +84,7 @@ pub fn run(args: Args) -> Result<()> {
 
 fn time_data(args: &Args) -> Result<()> {
     let recipe = recipe(args)?;
-    let options = pipeline::Options {
+    let options = pipeline::DataBench {
         data: args.data.clone().unwrap_or_else(|| "demo".into()),
         rounds: args.rounds as usize,
         seconds: args.seconds.unwrap_or(3.0),
@@ -99,7 +99,7 @@ fn time_kernels(args: &Args) -> Result<()> {
         Error::usage("`bench --what kernels` times a GPU's kernels")
             .hint("`cargo bench --bench kernels` times those of the CPU")
     })?;
-    let options = kernels::Options {
+    let options = kernels::KernelBench {
         card,
         filter: args.filter.clone(),
         few: args.few,

@@ -7,11 +7,11 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::{print, print_json};
-use crate::backend::Options;
+use crate::backend::DeviceOptions;
 use crate::backend::cpu::compute::Isa;
 use crate::backend::cpu::main_memory::MainMemory;
 use crate::backend::cuda::device::{self, Card};
-use crate::backend::cuda::{Cuda, images, probe};
+use crate::backend::cuda::{Cuda, images, libraries};
 use crate::data::decode::JpegPath;
 use crate::error::Result;
 use crate::files;
@@ -142,7 +142,7 @@ impl Machine {
 
 /// Opens the card as a run would.
 fn look_for_cuda() -> std::result::Result<Gpu, Unusable> {
-    match Cuda::open(0, &Options::default()) {
+    match Cuda::open(0, &DeviceOptions::default()) {
         Ok(cuda) => Ok(Gpu { card: cuda.card().clone(), cublaslt: cuda.cublaslt_version() }),
         Err(e) => Err(Unusable { reason: e.message().into(), hint: e.hint_text().map(Into::into) }),
     }
@@ -150,7 +150,7 @@ fn look_for_cuda() -> std::result::Result<Gpu, Unusable> {
 
 impl Gpu {
     fn text(&self) -> String {
-        let driver = probe::dotted(self.card.driver_version);
+        let driver = libraries::dotted(self.card.driver_version);
         format!("{}, driver for CUDA {driver}, cuBLASLt {}", card_text(&self.card), self.cublaslt)
     }
 
@@ -161,7 +161,7 @@ impl Gpu {
             "capability": format!("{major}.{minor}"),
             "multiprocessors": self.card.multiprocessors,
             "memory_bytes": self.card.total_memory,
-            "driver": probe::dotted(self.card.driver_version),
+            "driver": libraries::dotted(self.card.driver_version),
             "cublaslt": self.cublaslt,
         })
     }
@@ -175,11 +175,11 @@ fn card_text(card: &Card) -> String {
 
 /// The oldest parts that a GPU run accepts.
 fn needs() -> String {
-    let driver = probe::dotted(probe::oldest_driver());
+    let driver = libraries::dotted(libraries::oldest_driver());
     format!(
         "for a GPU: Ampere (sm_80) or newer, a driver for CUDA {driver} or newer, cuBLASLt {} or newer; \
          to build: nvcc 12.4 or newer",
-        probe::OLDEST_CUBLASLT / 10_000
+        libraries::OLDEST_CUBLASLT / 10_000
     )
 }
 

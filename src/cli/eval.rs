@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::{On, Settings, print, print_json};
-use crate::backend::Options;
+use crate::backend::DeviceOptions;
 use crate::data::{self, Split};
 use crate::error::Result;
 use crate::infer::loaded::LoadedModel;
@@ -66,7 +66,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut model = LoadedModel::open(
         &args.weights,
         &overrides,
-        (args.on.device, &Options::default()),
+        (args.on.device, &DeviceOptions::default()),
         batch,
         Mode::Infer,
         None,

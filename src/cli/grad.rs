@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{On, Settings};
-use crate::backend::{Loss, LossKind, Options, Residual};
+use crate::backend::{DeviceOptions, Loss, LossKind, Residual};
 use crate::check::batch_file::BatchFile;
 use crate::error::{Error, Result};
 use crate::infer::loaded::{LoadedModel, gradients};
@@ -44,7 +44,7 @@ pub fn run(args: Args) -> Result<()> {
     let overrides = args.settings.model_overrides()?;
     let batch = BatchFile::open(&args.batch, false)?;
     let (samples, image) = (batch.layout.samples, batch.layout.image);
-    let options = Options { residual: args.residual, ..Options::default() };
+    let options = DeviceOptions { residual: args.residual, ..DeviceOptions::default() };
     let on = (args.on.device, &options);
     let mut run = LoadedModel::open(&args.weights, &overrides, on, samples, Mode::Train, Some(image))?;
     batch.check_classes(run.model.config.classes)?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::data::dataset::Manifest;
 use crate::data::decode::JpegPath;
-use crate::data::pack::{self, Format, Options, Packed, Target};
+use crate::data::pack::{self, Format, PackOptions, Packed, Target};
 use crate::error::{Error, Result};
 use crate::recipe::OnBadRecord;
 use crate::{fail, signals, terminal};
@@ -58,7 +58,7 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::usage("`vitrum pack` needs a folder to pack into").hint("vitrum pack SOURCE DEST"));
     };
     if !(args.check && packed_before(dest)) {
-        let options = Options {
+        let options = PackOptions {
             format: args.format,
             size: args.size,
             quality: args.quality,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::{On, Settings, not_built, print, print_json};
-use crate::backend::Options;
+use crate::backend::DeviceOptions;
 use crate::data::{Split, pictures};
 use crate::error::{At, Error, Result};
 use crate::infer::loaded::{LoadedModel, Prediction};
@@ -62,7 +62,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut run = LoadedModel::open(
         &args.weights,
         &overrides,
-        (args.on.device, &Options::default()),
+        (args.on.device, &DeviceOptions::default()),
         1,
         Mode::Infer,
         None,

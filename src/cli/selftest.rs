@@ -5,7 +5,7 @@ use super::{On, print, print_json};
 use serde_json::{Value, json};
 
 use crate::backend::cuda::device::usable;
-use crate::backend::{Device, Options, Precision, Residual, select};
+use crate::backend::{Device, DeviceOptions, Precision, Residual, select};
 use crate::check::steps::{STEPS, StepCheck, check_steps};
 use crate::error::{Error, Result};
 use crate::selftest::{self, in_a_process};
@@ -39,7 +39,7 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<()> {
     let Args { precision, residual, deterministic, .. } = args;
-    let options = Options { precision, residual, deterministic, ..Options::default() };
+    let options = DeviceOptions { precision, residual, deterministic, ..DeviceOptions::default() };
     let filter = args.filter.as_deref();
     if let Some(from) = args.report_from {
         return match filter {
@@ -83,7 +83,7 @@ pub fn run(args: Args) -> Result<()> {
 }
 
 /// What `auto` is, found out without opening a card: its cases run in processes of their own.
-fn settle(device: Device, options: &Options) -> Result<Device> {
+fn settle(device: Device, options: &DeviceOptions) -> Result<Device> {
     match device {
         Device::Auto if device.card().is_some_and(|card| usable(card).is_ok()) => Ok(Device::Cuda(0)),
         // One line says why not.

@@ -76,7 +76,7 @@ pub fn decode_into(bytes: &[u8], picture: &mut Picture) -> Result<()> {
 /// Memory that a worker decodes into again and again.
 #[derive(Debug, Default)]
 pub struct Decoder {
-    jpeg: jpeg::Scratch,
+    jpeg: jpeg::JpegScratch,
     picture: Picture,
     /// Samples that are not RGB of 8 bits yet.
     samples: Vec<u8>,

@@ -28,7 +28,7 @@ impl LoadedModel {
     pub fn open(
         path: &Path,
         overrides: &ModelOverrides,
-        (device, options): (Device, &backend::Options),
+        (device, options): (Device, &backend::DeviceOptions),
         batch: usize,
         mode: Mode,
         image: Option<(usize, usize)>,
@@ -57,12 +57,12 @@ impl LoadedModel {
             let one = AdaptTarget { classes: Some(1), rep_layer: RepLayer::Keep, ..AdaptTarget::default() };
             file = weights::adapt(file, &one)?.0;
         }
-        Self::on_device(file, (device, &backend::Options::default()), batch, Mode::Infer)
+        Self::on_device(file, (device, &backend::DeviceOptions::default()), batch, Mode::Infer)
     }
 
     fn on_device(
         file: ModelFile,
-        (device, options): (Device, &backend::Options),
+        (device, options): (Device, &backend::DeviceOptions),
         batch: usize,
         mode: Mode,
     ) -> Result<Self> {

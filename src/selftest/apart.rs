@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Case, CaseResult, Report, cases_of, kinds, some_case};
-use crate::backend::{Device, Options, select};
+use crate::backend::{Device, DeviceOptions, select};
 use crate::error::{Error, Result};
 
 /// How long a child may be silent. A case takes a second at most, on the stand-in GPU of a busy machine some more.
@@ -39,16 +39,16 @@ enum Line {
 ///
 /// # Errors
 /// Those of [`super::check`], and of starting a process.
-pub fn check_apart(device: Device, options: &Options, filter: Option<&str>) -> Result<Vec<Report>> {
+pub fn check_apart(device: Device, options: &DeviceOptions, filter: Option<&str>) -> Result<Vec<Report>> {
     let reports = kinds(device, options.precision).into_iter().map(|kind| {
         let (precision, residual) = kind;
-        report_of(device, &Options { precision, residual, ..*options }, filter)
+        report_of(device, &DeviceOptions { precision, residual, ..*options }, filter)
     });
     some_case(reports.collect::<Result<_>>()?, filter)
 }
 
 /// All cases of a precision, by as many processes as it takes.
-fn report_of(device: Device, options: &Options, filter: Option<&str>) -> Result<Report> {
+fn report_of(device: Device, options: &DeviceOptions, filter: Option<&str>) -> Result<Report> {
     let cases = cases_of((options.precision, options.residual), filter);
     let start = Instant::now();
     let mut report = Report { device: device.to_string(), seconds: 0.0, cases: Vec::new() };
@@ -92,7 +92,7 @@ enum Ended {
 /// Runs the cases that have no result yet in one process, as far as it comes.
 fn run_child(
     device: Device,
-    options: &Options,
+    options: &DeviceOptions,
     filter: Option<&str>,
     cases: &[Case],
     report: &mut Report,
@@ -172,7 +172,12 @@ pub fn in_a_process(device: Device, args: &[&str], hear: &mut dyn FnMut(&str)) -
 ///
 /// # Errors
 /// Nobody hears the lines any more.
-pub fn report_cases(device: Device, options: &Options, filter: Option<&str>, from: usize) -> Result<()> {
+pub fn report_cases(
+    device: Device,
+    options: &DeviceOptions,
+    filter: Option<&str>,
+    from: usize,
+) -> Result<()> {
     let make = || select(device, options);
     let opened = match make() {
         Ok(opened) => opened,

@@ -88,13 +88,13 @@ pub(super) fn cases() -> Vec<Case> {
         cases.push(Case::new("attention_backward", title, body));
     }
     for probe in probes() {
-        cases.push(Case::new("probe_attention", probe.title(), move |t| probe_attention(t, probe)));
+        cases.push(Case::new("query_attention", probe.title(), move |t| query_attention(t, probe)));
     }
     // Enough samples that one block sums several of them into the gradient of their query, and several lanes to a token.
     let many = Probe { shape: shape(40, 2, 64, 16), shared: true };
     for probe in probes().into_iter().chain([many]) {
-        let body = move |t: &mut Trial| probe_attention_backward(t, probe);
-        cases.push(Case::new("probe_attention_backward", probe.title(), body));
+        let body = move |t: &mut Trial| query_attention_backward(t, probe);
+        cases.push(Case::new("query_attention_backward", probe.title(), body));
     }
     cases
 }
@@ -370,7 +370,7 @@ impl Probe {
     }
 }
 
-fn probe_attention(t: &mut Trial, probe: Probe) -> Result<()> {
+fn query_attention(t: &mut Trial, probe: Probe) -> Result<()> {
     let s = probe.shape;
     let (q, kv) = probe.operands(t);
     let p = t.statistics_output(s.samples * s.heads.heads, s.heads.tokens);
@@ -378,7 +378,7 @@ fn probe_attention(t: &mut Trial, probe: Probe) -> Result<()> {
     let [k, v] = [0, 1].map(|which| part(&kv, s.heads, which));
     let expected = attend(s, 1, probe.query(&q), k, v, keep(t, s));
 
-    t.start()?.probe_attention(s.heads, q.mat, kv.mat, p.mat, o.mat, s.dropout)?;
+    t.start()?.query_attention(s.heads, q.mat, kv.mat, p.mat, o.mat, s.dropout)?;
     for (name, output, expected) in [("p", &p, &expected.p), ("o", &o, &expected.o)] {
         let (got, tolerance) = (t.take(output)?, t.tolerance(output, s.tolerance()));
         t.judge(name, s.seen(&got), s.seen(expected), output.mat.cols, tolerance);
@@ -386,7 +386,7 @@ fn probe_attention(t: &mut Trial, probe: Probe) -> Result<()> {
     Ok(())
 }
 
-fn probe_attention_backward(t: &mut Trial, probe: Probe) -> Result<()> {
+fn query_attention_backward(t: &mut Trial, probe: Probe) -> Result<()> {
     let s = probe.shape;
     let (q, kv) = probe.operands(t);
     let [k, v] = [0, 1].map(|which| part(&kv, s.heads, which));
@@ -403,7 +403,7 @@ fn probe_attention_backward(t: &mut Trial, probe: Probe) -> Result<()> {
     };
 
     let (q, kv, p, d_o) = (q.mat, kv.mat, p.mat, d_o.mat);
-    t.start()?.probe_attention_backward(s.heads, q, kv, p, s.dropout, d_o, d_q.mat, d_kv.mat)?;
+    t.start()?.query_attention_backward(s.heads, q, kv, p, s.dropout, d_o, d_q.mat, d_kv.mat)?;
     let summed = if probe.shared { s.samples } else { 1 };
     let d_kv_expected = pack(&[&d.k, &d.v], s.width());
     for (name, output, expected) in [("d_q", &d_q, &d_queries), ("d_kv", &d_kv, &d_kv_expected)] {

@@ -5,8 +5,8 @@
 //! [`harness`] places operands, poisons what an operation has to write, and looks for writes elsewhere.
 //!
 //! ```no_run
-//! use vitrum::backend::{Device, Options, select};
-//! let results = vitrum::selftest::run(&|| select(Device::Cpu, &Options::default()), Some("attention"));
+//! use vitrum::backend::{Device, DeviceOptions, select};
+//! let results = vitrum::selftest::run(&|| select(Device::Cpu, &DeviceOptions::default()), Some("attention"));
 //! assert!(results.iter().all(|result| result.passed));
 //! ```
 
@@ -28,7 +28,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::backend::{Backend, Device, Options, Precision, Residual, Storage, select};
+use crate::backend::{Backend, Device, DeviceOptions, Precision, Residual, Storage, select};
 use crate::error::{Error, Result};
 
 use apart::or_infinite;
@@ -129,10 +129,10 @@ fn cases_of((_, residual): Kind, filter: Option<&str>) -> Vec<Case> {
 ///
 /// # Errors
 /// The device cannot be opened, or the filter leaves no case; for what the cases found see [`verdict`].
-pub fn check(device: Device, options: &Options, filter: Option<&str>) -> Result<Vec<Report>> {
+pub fn check(device: Device, options: &DeviceOptions, filter: Option<&str>) -> Result<Vec<Report>> {
     let report = |kind: Kind| -> Result<Report> {
         let (precision, residual) = kind;
-        let options = Options { precision, residual, ..*options };
+        let options = DeviceOptions { precision, residual, ..*options };
         let make = move || select(device, &options);
         let opened = make()?;
         let start = Instant::now();

@@ -310,9 +310,9 @@ pub fn optimizer(recipe: &Recipe, model: &Vit, data_size: usize) -> Result<Optim
 }
 
 /// How the recipe wants its device opened.
-pub fn device_options(recipe: &Recipe) -> backend::Options {
+pub fn device_options(recipe: &Recipe) -> backend::DeviceOptions {
     let t = &recipe.train;
-    backend::Options {
+    backend::DeviceOptions {
         precision: t.precision,
         residual: t.residual,
         threads: t.threads,

@@ -5,7 +5,7 @@ use crate::backend::{Backend, Epilogue, InputGrad, Join, Mask, Mat};
 use crate::error::Result;
 
 use super::block::{Attention, Block};
-use super::graph::{Graph, Head, MapHead, Scratch, Stem, Tail};
+use super::graph::{BlockScratch, Graph, Head, MapHead, Stem, Tail};
 use super::recompute;
 
 /// Gradients of every trained parameter.
@@ -77,7 +77,7 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, g: &Graph) -> Result<()> {
     b.matmul_backward(m.d_pre, m.ln, &m.fc1, InputGrad::Plain(m.d_ln))?; // 7
     b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, false, d_a, m.proj.d_bias)?; // 6
     b.matmul_backward(d_a, m.o, &m.proj, InputGrad::Plain(m.d_o))?; // 5
-    b.probe_attention_backward(m.heads, m.q_out, m.kv_out, m.p, Mask::NONE, m.d_o, m.d_q, m.d_kv)?; // 4
+    b.query_attention_backward(m.heads, m.q_out, m.kv_out, m.p, Mask::NONE, m.d_o, m.d_q, m.d_kv)?; // 4
     b.matmul_backward(m.d_kv, m.tokens, &m.kv, InputGrad::Plain(s.d_ln))?; // 3
     b.matmul_backward(m.d_q, m.probe, &m.q, m.d_probe)?; // 2
     b.layernorm_backward(s.d_ln, last, &m.norm, m.stats, s.d_x, true, s.d_branch, d_bias) // 1
@@ -85,7 +85,7 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, g: &Graph) -> Result<()> {
 
 /// Enters with the gradient of the block's output in `above.d_x` (and of its MLP branch in `above.d_branch`), leaves with
 /// those of its input in `s`.
-fn block(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
+fn block(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     let (above, (pre, form, dropout)) = (&a.above, a.gelu_parts());
     let d_act = InputGrad::Gelu { d_pre: above.d_pre, pre, form, dropout };
     b.matmul_backward(above.d_branch, a.act, &a.fc2, d_act)?; // 6
@@ -98,7 +98,7 @@ fn block(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
 }
 
 /// From `above.d_o` to `d_ln`; where the stream has been the class tokens' alone, it is that of all tokens again.
-fn attention(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
+fn attention(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     let d_o = a.above.d_o;
     match &a.attention {
         Attention::Full { qkv, qkv_out, lse } => {
@@ -108,7 +108,7 @@ fn attention(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
         }
         Attention::ClassToken(c) => {
             let (q, kv, dropout) = (c.q_out, c.kv_out, a.attention_dropout);
-            b.probe_attention_backward(a.heads, q, kv, c.p, dropout, d_o, c.d_q, c.d_kv)?; // 4
+            b.query_attention_backward(a.heads, q, kv, c.p, dropout, d_o, c.d_q, c.d_kv)?; // 4
             b.matmul_backward(c.d_kv, a.ln1, &c.kv, InputGrad::Plain(s.d_ln))?; // 3
             b.matmul_backward(c.d_q, c.ln1, &c.q, InputGrad::Add(c.d_ln1))?; // 2
             b.pool_backward(c.pool, a.above.d_x, s.d_x, true) // 1
@@ -116,7 +116,7 @@ fn attention(b: &mut dyn Backend, a: &Block, s: &Scratch) -> Result<()> {
     }
 }
 
-fn stem(b: &mut dyn Backend, a: &Stem, s: &Scratch) -> Result<()> {
+fn stem(b: &mut dyn Backend, a: &Stem, s: &BlockScratch) -> Result<()> {
     b.embed_backward(&a.embed, s.d_x, s.d_embed)?; // 3
     b.matmul_backward(s.d_embed, a.patches, &a.patch_embed, InputGrad::None) // 2
 }

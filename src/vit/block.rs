@@ -6,7 +6,7 @@
 
 use crate::backend::{Branch, Epilogue, Gelu, Heads, Join, Linear, Mask, Mat, Norm, Pool, Recompute, Stats};
 
-use super::graph::{Builder, Scratch, site};
+use super::graph::{BlockScratch, Builder, site};
 
 /// Everything that a block's steps read and write. Q are the rows that have a query: R, or B class tokens.
 #[derive(Clone)]
@@ -34,7 +34,7 @@ pub struct Block {
     pub fc2_epilogue: Epilogue,
     pub fc2_out: Mat, // the next block's x, or the branch
     /// Gradients of everything behind the attention, Q rows each.
-    pub above: Scratch,
+    pub above: BlockScratch,
     /// Gradient of the bias whose product reads the gradient of `x`: that of the block below's fc2, where it is trained.
     pub bias_below: Option<Mat>,
     /// What the backward works out again first.
@@ -71,7 +71,13 @@ pub struct ClassToken {
 }
 
 impl Block {
-    pub(super) fn new(b: &mut Builder, l: usize, kept: &[Kept], next_x: Mat, scratch: &Scratch) -> Block {
+    pub(super) fn new(
+        b: &mut Builder,
+        l: usize,
+        kept: &[Kept],
+        next_x: Mat,
+        scratch: &BlockScratch,
+    ) -> Block {
         let (c, k) = (b.config, &kept[l]);
         let (attention, above) = Attention::new(b, l, k, scratch);
         let name = |part: &str| format!("blocks.{l}.{part}");
@@ -155,7 +161,7 @@ impl Block {
 impl Attention {
     /// Attention, and the gradients of what follows it. For a class token these have memory of their own only where they
     /// live beside those of all tokens.
-    fn new(b: &mut Builder, l: usize, k: &Kept, scratch: &Scratch) -> (Attention, Scratch) {
+    fn new(b: &mut Builder, l: usize, k: &Kept, scratch: &BlockScratch) -> (Attention, BlockScratch) {
         let (d, tokens) = (b.config.width, b.config.tokens());
         let qkv = b.linear(&format!("blocks.{l}.attn.qkv"));
         match k.attention {
@@ -177,7 +183,7 @@ impl Attention {
                     d_ln1: scratch.d_ln.every_row(tokens),
                 };
                 let d_x = b.stream("class d_x", samples, d);
-                let above = Scratch {
+                let above = BlockScratch {
                     d_x,
                     d_branch: b.branch_of("class d_branch", d_x, k.branches.is_some()),
                     d_ln: scratch.d_ln.first_rows(samples),

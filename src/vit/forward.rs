@@ -44,7 +44,7 @@ pub(super) fn attention(b: &mut dyn Backend, a: &Block) -> Result<()> {
             b.pool(c.pool, a.x.sum(), c.x)?; // 1
             b.matmul(c.ln1, &c.q, Epilogue::Bias, c.q_out)?; // 2
             b.matmul(a.ln1, &c.kv, Epilogue::Bias, c.kv_out)?; // 3
-            b.probe_attention(a.heads, c.q_out, c.kv_out, c.p, a.o, a.attention_dropout) // 4
+            b.query_attention(a.heads, c.q_out, c.kv_out, c.p, a.o, a.attention_dropout) // 4
         }
     }
 }
@@ -70,7 +70,7 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, x: Mat) -> Result<()> {
     b.layernorm(&Join::Ready(x), &m.norm, m.tokens, m.stats)?; // 1
     b.matmul(m.probe, &m.q, Epilogue::Bias, m.q_out)?; // 2
     b.matmul(m.tokens, &m.kv, Epilogue::Bias, m.kv_out)?; // 3
-    b.probe_attention(m.heads, m.q_out, m.kv_out, m.p, m.o, Mask::NONE)?; // 4
+    b.query_attention(m.heads, m.q_out, m.kv_out, m.p, m.o, Mask::NONE)?; // 4
     b.matmul(m.o, &m.proj, Epilogue::Bias, m.a)?; // 5
     b.layernorm(&Join::Ready(m.a), &m.norm2, m.ln, m.stats2)?; // 6
     b.matmul(m.ln, &m.fc1, m.gelu, m.act)?; // 7

@@ -22,7 +22,7 @@ pub struct Graph {
     pub last: Join,
     pub tail: Tail,
     pub head: Head,
-    pub scratch: Scratch,
+    pub scratch: BlockScratch,
     /// Blocks from this one on, and the stem if it is 0, are reached by the backward; `blocks.len()`: none is.
     pub first_trained_block: usize,
     pub train_stem: bool,
@@ -109,7 +109,7 @@ pub struct Rep {
 
 /// Gradients on their way down: one set for all blocks, and one of B rows instead of R for class tokens alone.
 #[derive(Clone, Copy)]
-pub struct Scratch {
+pub struct BlockScratch {
     pub d_x: Mat,      // [R, D] of the residual stream
     pub d_branch: Mat, // [R, D] of a block half; d_x itself where the epilogue adds the residual and products can read it
     pub d_embed: Mat,  // [R, D] of the patch embedding: d_x, or d_branch where products cannot read that
@@ -120,13 +120,13 @@ pub struct Scratch {
     pub d_pooled: Mat, // [B, D] (of every pooled token)
 }
 
-impl Scratch {
+impl BlockScratch {
     /// For `samples` samples; a graph without a backward has the fields, but no memory behind them.
-    pub(super) fn new(b: &mut Builder, samples: usize, joined_by_norm: bool) -> Scratch {
+    pub(super) fn new(b: &mut Builder, samples: usize, joined_by_norm: bool) -> BlockScratch {
         let (r, d, m) = (samples * b.config.tokens(), b.config.width, b.config.mlp);
         let d_x = b.stream("d_x", r, d);
         let d_branch = b.branch_of("d_branch", d_x, joined_by_norm);
-        Scratch {
+        BlockScratch {
             d_x,
             d_branch,
             d_embed: if d_branch.dtype == d_x.dtype { d_x } else { d_branch },
@@ -265,7 +265,7 @@ impl Graph {
         let x_last = b.stream("x", if pruned { samples } else { r }, d);
 
         let with_gradients = if mode == Mode::Train { samples } else { 0 };
-        let scratch = Scratch::new(&mut b, with_gradients, joined_by_norm);
+        let scratch = BlockScratch::new(&mut b, with_gradients, joined_by_norm);
         let stem = Self::stem(&b, patches, kept[0].x);
         let next_x = |l: usize| kept.get(l + 1).map_or(x_last, |next| next.x);
         let blocks = (0..depth).map(|l| Block::new(&mut b, l, &kept, next_x(l), &scratch)).collect();
@@ -299,7 +299,7 @@ impl Graph {
         }
     }
 
-    fn tail(b: &mut Builder, x: Mat, scratch: &Scratch, mode: Mode, pruned: bool) -> Tail {
+    fn tail(b: &mut Builder, x: Mat, scratch: &BlockScratch, mode: Mode, pruned: bool) -> Tail {
         let (c, samples, tokens) = (b.config, b.samples, b.config.tokens());
         let d = c.width;
         let mean = Pool::Mean { tokens, first: c.extra_tokens };
@@ -346,7 +346,7 @@ impl Graph {
     }
 
     /// The gradient of what was pooled from the stream. `d_ln` is free by then, if it has the stream's type.
-    fn d_parts(b: &mut Builder, pooled: Mat, scratch: &Scratch, mode: Mode) -> Mat {
+    fn d_parts(b: &mut Builder, pooled: Mat, scratch: &BlockScratch, mode: Mode) -> Mat {
         match mode {
             Mode::Train if scratch.d_ln.dtype == pooled.dtype => scratch.d_ln.first_rows(pooled.rows),
             Mode::Train => b.stream("d_parts", pooled.rows, pooled.cols),
@@ -392,7 +392,7 @@ impl Graph {
         }
     }
 
-    fn head(b: &mut Builder, tail: &Tail, scratch: &Scratch, mode: Mode) -> Head {
+    fn head(b: &mut Builder, tail: &Tail, scratch: &BlockScratch, mode: Mode) -> Head {
         let (c, n) = (b.config, b.samples);
         let back = |rows: usize| if mode == Mode::Train { rows } else { 0 };
         let pooled = match tail {
@@ -433,7 +433,7 @@ impl Graph {
     }
 
     /// The gradients of what follows the last block.
-    pub fn above(&self) -> &Scratch {
+    pub fn above(&self) -> &BlockScratch {
         &self.last_block().above
     }
 

@@ -126,7 +126,7 @@ impl Compute {
     }
 
     /// A buffer of at least `len` values with unspecified contents, aligned to 64 bytes; it returns when dropped.
-    pub fn scratch(&self, len: usize) -> Scratch<'_> {
+    pub fn scratch(&self, len: usize) -> ThreadScratch<'_> {
         let lines = len.div_ceil(LINE);
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         // The smallest that is large enough, else the largest, which then grows.
@@ -141,7 +141,7 @@ impl Compute {
             // A new allocation: growing in place would copy contents that nobody needs.
             buffer = vec![Line([0.0; LINE]); lines];
         }
-        Scratch { owner: self, buffer, len }
+        ThreadScratch { owner: self, buffer, len }
     }
 
     /// Bytes of all scratch buffers, idle or in use.
@@ -158,26 +158,26 @@ const LINE: usize = 16;
 struct Line([f32; LINE]);
 
 /// A buffer borrowed from [`Compute::scratch`].
-pub struct Scratch<'a> {
+pub struct ThreadScratch<'a> {
     owner: &'a Compute,
     buffer: Vec<Line>,
     len: usize,
 }
 
-impl Deref for Scratch<'_> {
+impl Deref for ThreadScratch<'_> {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
         &bytemuck::cast_slice(&self.buffer)[..self.len]
     }
 }
 
-impl DerefMut for Scratch<'_> {
+impl DerefMut for ThreadScratch<'_> {
     fn deref_mut(&mut self) -> &mut [f32] {
         &mut bytemuck::cast_slice_mut(&mut self.buffer)[..self.len]
     }
 }
 
-impl Drop for Scratch<'_> {
+impl Drop for ThreadScratch<'_> {
     fn drop(&mut self) {
         let buffer = std::mem::take(&mut self.buffer);
         self.owner.idle.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);

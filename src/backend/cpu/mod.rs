@@ -17,7 +17,7 @@ pub mod math;
 mod operations;
 mod patchify;
 mod pool;
-pub mod probe_attention;
+pub mod query_attention;
 mod residual;
 mod round;
 mod rowwise;

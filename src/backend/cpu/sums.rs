@@ -2,14 +2,14 @@
 //!
 //! Rows go in chunks of [`CHUNK`], each with partial sums of its own, and the chunks are added in order.
 
-use super::compute::{Compute, Scratch};
+use super::compute::{Compute, ThreadScratch};
 
 /// Rows of one chunk. A part of the result's definition: another value gives other bits.
 pub(super) const CHUNK: usize = 64;
 
 /// `K` sums of rows of `width` values, each of them wanted or not.
 pub(super) struct Sums<'a, const K: usize> {
-    partial: Scratch<'a>, // [chunks, wanted, width]
+    partial: ThreadScratch<'a>, // [chunks, wanted, width]
     wanted: [bool; K],
     width: usize,
 }

@@ -3,8 +3,8 @@
 use super::testbed::*;
 use super::*;
 use crate::backend::{
-    Device, Dtype, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Linear, Loss, LossKind, Options, Pixels,
-    Rule, Segment, TargetKind, mask::BoundMask, select,
+    Device, DeviceOptions, Dtype, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Linear, Loss, LossKind,
+    Pixels, Rule, Segment, TargetKind, mask::BoundMask, select,
 };
 
 fn gelu_tanh(x: f64) -> f64 {
@@ -27,7 +27,7 @@ fn weighted(values: &[f64], weights: &[f32]) -> f64 {
 
 #[test]
 fn the_device_of_the_command_line_opens_and_describes_itself() {
-    let backend = select(Device::Cpu, &Options::threads(2)).unwrap();
+    let backend = select(Device::Cpu, &DeviceOptions::threads(2)).unwrap();
     assert!(backend.describe().starts_with("cpu, 2 threads, "), "{}", backend.describe());
 }
 
@@ -243,7 +243,7 @@ fn attention_has_the_slopes_of_the_f64_function_with_dropout_too() {
 }
 
 #[test]
-fn probe_attention_has_the_slopes_of_the_f64_function() {
+fn query_attention_has_the_slopes_of_the_f64_function() {
     let (samples, tokens, heads, size) = (3, 7, 2, 6);
     let width = heads * size;
     let mut b = Testbed::new(samples);
@@ -255,8 +255,8 @@ fn probe_attention_has_the_slopes_of_the_f64_function() {
     let (d_o_mat, d_q) = (b.put(samples, width, &d_o), b.room(1, width));
     let d_kv = b.room(samples * tokens, 2 * width);
     let run = |k: &mut CpuBackend| {
-        k.probe_attention(shape, q_mat, kv_mat, p, o, Mask::NONE).unwrap();
-        k.probe_attention_backward(shape, q_mat, kv_mat, p, Mask::NONE, d_o_mat, d_q, d_kv).unwrap();
+        k.query_attention(shape, q_mat, kv_mat, p, o, Mask::NONE).unwrap();
+        k.query_attention_backward(shape, q_mat, kv_mat, p, Mask::NONE, d_o_mat, d_q, d_kv).unwrap();
     };
     b.everywhere(&[o, d_q, d_kv], run, |r| {
         let f = |q: &[f64], kv: &[f64]| -> Vec<f64> {

@@ -119,7 +119,7 @@ struct Work {
 }
 
 /// Scratch of one group of images, behind what all groups share.
-struct Scratch {
+struct AttentionScratch {
     shared: Address,
     /// Images of a group.
     images: usize,
@@ -189,7 +189,7 @@ impl Work {
     ///
     /// # Errors
     /// Not even one fits: dropout draws a bit for every pair of tokens.
-    fn scratch(&self, cuda: &Cuda, shared: usize, delta: bool) -> Result<Scratch> {
+    fn scratch(&self, cuda: &Cuda, shared: usize, delta: bool) -> Result<AttentionScratch> {
         let delta = if delta { 4 * self.heads.heads * self.delta_ld() } else { 0 };
         let keep = if self.dropout.rate > 0.0 { 4 * self.keep_words() } else { 0 };
         let room = SCRATCH - shared;
@@ -205,7 +205,7 @@ impl Work {
         }
         let at = cuda.scratch(shared + images * (delta + keep));
         let (delta, keep_at) = (at + shared as u64, at + (shared + images * delta) as u64);
-        Ok(Scratch { shared: at, images, delta, keep: if keep > 0 { keep_at } else { 0 } })
+        Ok(AttentionScratch { shared: at, images, delta, keep: if keep > 0 { keep_at } else { 0 } })
     }
 
     /// Draws which probabilities of `images` images from `first` on are kept.
@@ -217,10 +217,10 @@ impl Work {
         mask.first_sample = mask.first_sample.wrapping_add(first as u32);
         let [tokens, heads, _] = self.sizes();
         let blocks = (images * self.keep_words()).div_ceil(256) as u32;
-        let cells = cuda.cells.address();
+        let params = cuda.step_params.address();
         launch! {
             cuda, "attention_keep", [blocks, 1, 1], 256, 0,
-            keep, cells, mask, images as u32, heads, tokens,
+            keep, params, mask, images as u32, heads, tokens,
         }
     }
 

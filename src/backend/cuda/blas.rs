@@ -19,7 +19,7 @@ use sys::cublasLtMatmulDescAttributes_t as DescAttribute;
 use super::BLAS_WORKSPACE;
 use super::api::{self, Candidate, Code};
 use super::driver::{Address, Gpu, Stream};
-use super::probe;
+use super::libraries;
 use super::race::race;
 use crate::backend::{Dtype, Precision};
 use crate::error::Result;
@@ -182,7 +182,7 @@ fn handle_of(card: usize) -> Result<sys::cublasLtHandle_t> {
 impl Blas {
     /// `by_rule` takes the heuristic's first algorithm that works instead of timing.
     pub(super) fn new(gpu: &Gpu, precision: Precision, by_rule: bool) -> Result<Self> {
-        let version = probe::cublaslt()?.version;
+        let version = libraries::cublaslt()?.version;
         let card = gpu.card();
         let compute = match precision {
             Precision::Tf32 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,

@@ -16,7 +16,7 @@ use sys::CUfunction_attribute as FunctionAttribute;
 
 use super::api::{self, Code};
 use super::images;
-use super::probe::{self, dotted};
+use super::libraries::{self, dotted};
 use crate::error::{Error, Result};
 
 /// The oldest compute capability that the kernels are compiled for.
@@ -86,12 +86,12 @@ static OPEN: Mutex<Vec<&'static Device>> = Mutex::new(Vec::new());
 /// # Errors
 /// No driver, one too old, no card.
 pub fn cards() -> Result<Vec<Card>> {
-    let found = probe::driver()?;
+    let found = libraries::driver()?;
     let mut count = 0;
     // SAFETY: a valid out-pointer.
     unsafe { check(found.api.cuDeviceGetCount(&mut count), "count the cards")? };
     if count == 0 {
-        return Err(probe::no_card());
+        return Err(libraries::no_card());
     }
     (0..count as usize).map(|ordinal| Ok(describe(ordinal, found.version)?.1)).collect()
 }
@@ -105,7 +105,7 @@ pub fn usable(ordinal: usize) -> Result<Card> {
     let count = cards.len();
     let card = cards.into_iter().nth(ordinal).ok_or_else(|| no_such_card(ordinal, count))?;
     accept(&card)?;
-    probe::cublaslt()?;
+    libraries::cublaslt()?;
     if images_for(&card).is_empty() {
         return Err(no_images());
     }
@@ -277,7 +277,7 @@ fn accept(card: &Card) -> Result<()> {
 /// The kernels that are loaded on a card. The stand-in GPU has its own and takes an empty image.
 fn images_for(card: &Card) -> &'static [(&'static str, &'static [u8])] {
     const STAND_IN: &[(&str, &[u8])] = &[("stand-in", &[])];
-    if card.name.starts_with(probe::STAND_IN) { STAND_IN } else { images::IMAGES }
+    if card.name.starts_with(libraries::STAND_IN) { STAND_IN } else { images::IMAGES }
 }
 
 fn no_images() -> Error {

@@ -136,7 +136,7 @@ pub(super) fn loss(cuda: &mut Cuda, op: &ops::Loss) -> Result<()> {
         [micro.samples as u32, 1, 1],
         threads,
         (if fits { staged } else { LOSS_SCRATCH }) as u32,
-        cuda.cells.address(),
+        cuda.step_params.address(),
         args,
         u32::from(fits),
         cuda.at(logits),

@@ -11,27 +11,27 @@ mod api;
 mod attention;
 mod bias;
 mod blas;
-mod cells;
 mod dense;
 pub mod device;
 pub mod driver;
 mod head;
 pub mod images;
 mod launch;
+pub mod libraries;
 mod norm;
-pub mod probe;
-mod probe_attention;
 mod product;
+mod query_attention;
 mod race;
 mod stem;
+mod step_params;
 mod sums;
 pub mod time;
 mod update;
 mod ways;
 
 use super::{
-    Arena, Backend, Body, Choice, Device, Dtype, Mat, MemoryPlan, Micro, Op, Options, Precision, Recompute,
-    Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, memory,
+    Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, Mat, MemoryPlan, Micro, Op, Precision,
+    Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, memory,
 };
 use crate::error::{Error, Result};
 
@@ -39,19 +39,19 @@ pub(in crate::backend) use update::update_bytes;
 
 use bias::BiasSums;
 use blas::Blas;
-use cells::Cells;
 use driver::{Address, Buffer, Event, Gpu, Graph, Stream};
+use step_params::StepParamsRing;
 use ways::Ways;
 
 /// Rows of activations are padded to this many elements: 16 bytes in bf16, which vector loads and cuBLASLt want.
 const ROW_ALIGN: usize = 8;
-/// The workspace: cuBLASLt's for split products, then scratch of one operation's own kernels, then the step's cells and
+/// The workspace: cuBLASLt's for split products, then scratch of one operation's own kernels, then the step's params and
 /// those of reports and updates.
-const WORKSPACE: usize = UPDATE_CELLS + update::CELLS_BYTES;
+const WORKSPACE: usize = UPDATE_PARAMS + update::PARAMS_BYTES;
 const BLAS_WORKSPACE: usize = 256 << 20;
 const SCRATCH: usize = 32 << 20;
-const STEP_CELLS: usize = BLAS_WORKSPACE + SCRATCH;
-const UPDATE_CELLS: usize = (STEP_CELLS + cells::BYTES).next_multiple_of(memory::TENSOR_ALIGN);
+const STEP_PARAMS: usize = BLAS_WORKSPACE + SCRATCH;
+const UPDATE_PARAMS: usize = (STEP_PARAMS + step_params::BYTES).next_multiple_of(memory::TENSOR_ALIGN);
 
 /// A GPU as a device.
 pub struct Cuda {
@@ -59,9 +59,9 @@ pub struct Cuda {
     blas: Blas,
     ways: Ways,
     precision: Precision,
-    options: Options,
+    options: DeviceOptions,
     arenas: Vec<Buffer>,
-    cells: Cells,
+    step_params: StepParamsRing,
     batch: BoundBatch,
     keys: StepKeys,
     micro: Micro,
@@ -99,14 +99,14 @@ impl Cuda {
     ///
     /// # Errors
     /// No driver, one too old, no such card, one too old, a CUDA library missing, no kernels in this build.
-    pub fn open(ordinal: usize, options: &Options) -> Result<Self> {
+    pub fn open(ordinal: usize, options: &DeviceOptions) -> Result<Self> {
         let gpu = Gpu::open(ordinal)?;
         gpu.check_launches(options.check_launches);
         let precision = match options.precision {
             Precision::Auto => Precision::Bf16,
             other => other,
         };
-        let cells = Cells::new(&gpu)?;
+        let step_params = StepParamsRing::new(&gpu)?;
         let event = || gpu.new_event();
         Ok(Self {
             blas: Blas::new(&gpu, precision, options.deterministic)?,
@@ -114,7 +114,7 @@ impl Cuda {
             precision,
             options: *options,
             arenas: Vec::new(),
-            cells,
+            step_params,
             batch: BoundBatch {
                 slot: None,
                 current: 0,
@@ -299,10 +299,10 @@ impl Backend for Cuda {
             self.arenas.push(if is_workspace { self.gpu.reserve(bytes) } else { self.gpu.allocate(bytes) }?);
         }
         let workspace = self.arena(Arena::Workspace).address;
-        self.gpu.fill(workspace + STEP_CELLS as u64, 0, WORKSPACE - STEP_CELLS)?;
+        self.gpu.fill(workspace + STEP_PARAMS as u64, 0, WORKSPACE - STEP_PARAMS)?;
         self.recorded = [Recorded::Never, Recorded::Never];
-        self.cells.place(workspace + STEP_CELLS as u64);
-        self.update.place(workspace + UPDATE_CELLS as u64);
+        self.step_params.place(workspace + STEP_PARAMS as u64);
+        self.update.place(workspace + UPDATE_PARAMS as u64);
         self.gpu.synchronize(Stream::Compute)
     }
 
@@ -400,8 +400,8 @@ impl Backend for Cuda {
         self.gpu.upload_async(room, slot.memory(), Stream::Copy)?;
         self.gpu.record_event(&self.batch.filled[place], Stream::Copy)?;
         self.gpu.wait_event(Stream::Compute, &self.batch.filled[place])?;
-        self.cells.bind(&slot, room);
-        self.cells.send(&self.gpu)?;
+        self.step_params.bind(&slot, room);
+        self.step_params.send(&self.gpu)?;
         self.batch.current = place;
         let free = self.batch.slot.replace(slot);
         if free.is_some() {
@@ -421,8 +421,8 @@ impl Backend for Cuda {
     fn begin_step(&mut self, keys: StepKeys) -> Result<()> {
         self.gpu.make_current()?;
         self.keys = keys;
-        self.cells.set_keys(keys);
-        self.cells.send(&self.gpu)
+        self.step_params.set_keys(keys);
+        self.step_params.send(&self.gpu)
     }
 
     fn begin_micro(&mut self, micro: Micro) -> Result<()> {
@@ -435,9 +435,9 @@ impl Backend for Cuda {
     fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
         self.gpu.make_current()?;
         if let Some(update) = update {
-            self.cells.set_rates(update);
+            self.step_params.set_rates(update);
         }
-        self.cells.send(&self.gpu)?;
+        self.step_params.send(&self.gpu)?;
         self.run(body, update)?;
         update.map_or(Ok(()), |_| update::send_report(self))
     }
@@ -467,8 +467,8 @@ impl Backend for Cuda {
             Op::ResidualBackward(op) => norm::residual_backward(self, op),
             Op::Attention(op) => attention::attention(self, op),
             Op::AttentionBackward(op) => attention::attention_backward(self, op),
-            Op::ProbeAttention(op) => probe_attention::probe_attention(self, op),
-            Op::ProbeAttentionBackward(op) => probe_attention::probe_attention_backward(self, op),
+            Op::QueryAttention(op) => query_attention::query_attention(self, op),
+            Op::QueryAttentionBackward(op) => query_attention::query_attention_backward(self, op),
             Op::Pool(op) => head::pool(self, op),
             Op::PoolBackward(op) => head::pool_backward(self, op),
             Op::Scale(op) => head::scale(self, op),
@@ -477,8 +477,8 @@ impl Backend for Cuda {
             Op::AddToReport(op) => update::add_to_report(self, op),
             Op::Update(update) => {
                 // Outside of a step its rates have not been sent.
-                self.cells.set_rates(update);
-                self.cells.send(&self.gpu)?;
+                self.step_params.set_rates(update);
+                self.step_params.send(&self.gpu)?;
                 update::update(self, update)
             }
         }

@@ -47,7 +47,7 @@ pub(super) fn patchify(cuda: &mut Cuda, op: &ops::Patchify) -> Result<()> {
         grid: pair(grid.grid()),
         extra: grid.extra as u32,
     };
-    let kernel = match (cuda.cells.pixels(), patches.dtype) {
+    let kernel = match (cuda.step_params.pixels(), patches.dtype) {
         (Pixels::U8, Dtype::Bf16) => "patchify_u8_bf16",
         (Pixels::U8, Dtype::F32) => "patchify_u8_f32",
         (Pixels::F32, Dtype::Bf16) => "patchify_f32_bf16",
@@ -59,7 +59,7 @@ pub(super) fn patchify(cuda: &mut Cuda, op: &ops::Patchify) -> Result<()> {
         elementwise_grid(patches.rows, patches.cols),
         256,
         0,
-        cuda.cells.address(),
+        cuda.step_params.address(),
         shape,
         NormaliseArgs { mean: normalise.mean, std: normalise.std },
         micro.first as u32,
@@ -107,7 +107,7 @@ pub(super) fn embed(cuda: &mut Cuda, op: &ops::Embed) -> Result<()> {
         elementwise_grid(x.rows, x.cols),
         256,
         0,
-        cuda.cells.address(),
+        cuda.step_params.address(),
         embed_shape(embed, x),
         cuda.mask(embed.dropout),
         cuda.at(x),
@@ -148,7 +148,7 @@ pub(super) fn embed_backward(cuda: &mut Cuda, op: &ops::EmbedBackward) -> Result
         [blocks, slices as u32, 1],
         256,
         0,
-        cuda.cells.address(),
+        cuda.step_params.address(),
         shape,
         cuda.mask(embed.dropout),
         cuda.at(d_x),

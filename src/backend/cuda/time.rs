@@ -3,7 +3,7 @@
 
 use super::Cuda;
 use super::driver::{Buffer, Launched, Stream, memory_of_current_card};
-use super::probe::STAND_IN;
+use super::libraries::STAND_IN;
 use crate::backend::{Arena, Body};
 use crate::error::Result;
 

@@ -21,8 +21,8 @@ use adafactor::Tables;
 
 /// What reports and updates keep between launches.
 pub(super) struct State {
-    /// Sums, constants, the closed report and partial norms: [`CELLS_BYTES`] of device memory.
-    cells: Address,
+    /// Sums, constants, the closed report and partial norms: [`PARAMS_BYTES`] of device memory.
+    params: Address,
     /// Free places for reports.
     places: Vec<Arrival>,
     /// Reports that were not read yet, the oldest first.
@@ -36,13 +36,13 @@ type Arrival = (Pinned, Event);
 /// Reports that may wait for the host: that of the step under way, and of the one before.
 const ARRIVALS: usize = 2;
 
-/// Bytes of `ReportSums`, `UpdateCells` and `StepReport` (kernels/step.cuh), each in 64 bytes of its own.
+/// Bytes of `ReportSums`, `UpdateParams` and `StepReport` (kernels/step.cuh), each in 64 bytes of its own.
 const CELL_BYTES: u64 = 64;
 /// The norm's blocks of a multiprocessor, and in all.
 const NORM_BLOCKS: usize = 8;
 const MOST_NORM_BLOCKS: usize = 4096;
-/// Device memory of [`State::cells`].
-pub(super) const CELLS_BYTES: usize = 3 * CELL_BYTES as usize + MOST_NORM_BLOCKS * 8;
+/// Device memory of [`State::params`].
+pub(super) const PARAMS_BYTES: usize = 3 * CELL_BYTES as usize + MOST_NORM_BLOCKS * 8;
 
 /// `StepReport` of `kernels/step.cuh`.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -61,29 +61,29 @@ impl State {
     pub(super) fn new(gpu: &Gpu) -> Result<Self> {
         let place = |_| Ok((gpu.allocate_pinned(size_of::<RawReport>())?, gpu.new_event()?));
         let places = (0..ARRIVALS).map(place).collect::<Result<_>>()?;
-        Ok(Self { cells: 0, places, arrivals: VecDeque::new(), table: None })
+        Ok(Self { params: 0, places, arrivals: VecDeque::new(), table: None })
     }
 
-    /// Puts the cells into [`CELLS_BYTES`] bytes of device memory.
-    pub(super) fn place(&mut self, cells: Address) {
-        self.cells = cells;
+    /// Puts the params into [`PARAMS_BYTES`] bytes of device memory.
+    pub(super) fn place(&mut self, params: Address) {
+        self.params = params;
     }
 
     /// `ReportSums*`
     fn sums(&self) -> Address {
-        self.cells
+        self.params
     }
-    /// `UpdateCells*`
+    /// `UpdateParams*`
     fn constants(&self) -> Address {
-        self.cells + CELL_BYTES
+        self.params + CELL_BYTES
     }
     /// `StepReport*`
     fn report(&self) -> Address {
-        self.cells + 2 * CELL_BYTES
+        self.params + 2 * CELL_BYTES
     }
     /// `double*`: one partial norm per block.
     fn partials(&self) -> Address {
-        self.cells + 3 * CELL_BYTES
+        self.params + 3 * CELL_BYTES
     }
 }
 
@@ -104,7 +104,18 @@ pub(super) fn add_to_report(cuda: &mut Cuda, op: &ops::AddToReport) -> Result<()
 pub(super) fn close_report(cuda: &mut Cuda) -> Result<()> {
     let (sums, constants, out) = (cuda.update.sums(), cuda.update.constants(), cuda.update.report());
     let mean_over = cuda.micro.mean_over as f64;
-    launch!(cuda, "report_close", [1, 1, 1], 32, 0, cuda.cells.address(), sums, constants, mean_over, out)
+    launch!(
+        cuda,
+        "report_close",
+        [1, 1, 1],
+        32,
+        0,
+        cuda.step_params.address(),
+        sums,
+        constants,
+        mean_over,
+        out
+    )
 }
 
 /// Sends the closed report to the host, behind what was asked for so far.
@@ -351,7 +362,7 @@ pub(super) fn update(cuda: &mut Cuda, update: &Update) -> Result<()> {
         Rule::Adafactor { .. } => unreachable!("it walks tensors"),
     };
     let blocks = count.min(UPDATE_BLOCKS * cuda.card().multiprocessors as usize) as u32;
-    let (count, rates) = (count as u32, cuda.cells.rates());
+    let (count, rates) = (count as u32, cuda.step_params.rates());
     launch!(cuda, kernel, [blocks, 1, 1], 256, 0, constants, buffers, table, count, rates, rule)
 }
 
@@ -370,7 +381,7 @@ fn prepare(cuda: &Cuda, update: &Update) -> Result<()> {
         [1, 1, 1],
         256,
         8 * 8,
-        cuda.cells.address(),
+        cuda.step_params.address(),
         sums,
         partials,
         blocks,

@@ -400,17 +400,17 @@ fn class_attentions(model: &Model, images: usize) -> Vec<Case> {
         (q, kv, room.f32(images * h, t), room.activation(images, d))
     };
     vec![
-        Case::new("probe_attention", shape.clone(), images, whole, move |room| {
+        Case::new("query_attention", shape.clone(), images, whole, move |room| {
             let (q, kv, p, o) = place(room);
-            Placed::new(move |b| b.probe_attention(heads, q, kv, p, o, Mask::NONE))
+            Placed::new(move |b| b.query_attention(heads, q, kv, p, o, Mask::NONE))
         }),
-        Case::new("probe_attention_backward", shape, images, whole, move |room| {
+        Case::new("query_attention_backward", shape, images, whole, move |room| {
             let (q, kv, p, o) = place(room);
             let (d_o, d_q, d_kv) =
                 (room.activation(images, d), room.activation(images, d), room.activation(images * t, 2 * d));
             let run =
-                Placed::new(move |b| b.probe_attention_backward(heads, q, kv, p, Mask::NONE, d_o, d_q, d_kv));
-            run.after(move |b| b.probe_attention(heads, q, kv, p, o, Mask::NONE))
+                Placed::new(move |b| b.query_attention_backward(heads, q, kv, p, Mask::NONE, d_o, d_q, d_kv));
+            run.after(move |b| b.query_attention(heads, q, kv, p, o, Mask::NONE))
         }),
     ]
 }

@@ -18,8 +18,7 @@ use crate::backend::cuda::driver::Launched;
 use crate::backend::dry_run::DryRun;
 use crate::backend::timed::Timed;
 use crate::backend::{
-    Arena, Backend, Cost, Dtype, Epilogue, Linear, Mat, MemoryPlan, Micro, Options as DeviceOptions,
-    Precision, StepKeys,
+    Arena, Backend, Cost, DeviceOptions, Dtype, Epilogue, Linear, Mat, MemoryPlan, Micro, Precision, StepKeys,
 };
 use crate::error::{Error, Result};
 use crate::report::table;
@@ -32,7 +31,7 @@ use sizes::Sizes;
 
 /// What to time, and how long.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct KernelBench {
     /// The card's number.
     pub card: usize,
     /// Only operations whose title holds this text.
@@ -85,7 +84,7 @@ const PATTERN: usize = (4 << 20) + 10;
 ///
 /// # Errors
 /// There is no card, or it fails.
-pub fn run(options: &Options) -> Result<Measured> {
+pub fn run(options: &KernelBench) -> Result<Measured> {
     let start = Instant::now();
     let mut bench = Bench::open(options.card, options.few)?;
     let mut lines = Vec::new();
@@ -243,7 +242,7 @@ impl Bench {
         Ok(one * runs as f64)
     }
 
-    fn rounds(&mut self, ready: &Ready, options: &Options) -> Result<Vec<f64>> {
+    fn rounds(&mut self, ready: &Ready, options: &KernelBench) -> Result<Vec<f64>> {
         if options.few {
             return self.time(ready, 1, 1);
         }

@@ -30,7 +30,7 @@ use resize::{Filter, Out};
 pub struct Buffers {
     canvas: Canvas,
     resized: Vec<u8>,
-    scratch: resize::Scratch,
+    scratch: resize::ResizeScratch,
     floats: Vec<f32>,
 }
 
@@ -269,7 +269,12 @@ enum Law {
 }
 
 impl<'a> Resized<'a> {
-    fn window(self, window: Window, pixels: &'a mut Vec<u8>, scratch: &mut resize::Scratch) -> View<'a> {
+    fn window(
+        self,
+        window: Window,
+        pixels: &'a mut Vec<u8>,
+        scratch: &mut resize::ResizeScratch,
+    ) -> View<'a> {
         let Self { picture, size, law } = self;
         if size == picture.size() {
             return picture.shows(window);
@@ -287,7 +292,7 @@ impl<'a> Resized<'a> {
         self,
         window: Window,
         pixels: &'a mut Vec<u8>,
-        scratch: &mut resize::Scratch,
+        scratch: &mut resize::ResizeScratch,
     ) -> (View<'a>, (usize, usize)) {
         if self.size == self.picture.size() || window.height * window.width == 0 {
             return (self.picture, (0, 0));
@@ -312,7 +317,7 @@ fn squash<'a>(
     size: (usize, usize),
     truncate: bool,
     resized: &'a mut Vec<u8>,
-    scratch: &mut resize::Scratch,
+    scratch: &mut resize::ResizeScratch,
 ) -> View<'a> {
     if picture.size() == size {
         return picture;
@@ -339,7 +344,7 @@ mod tests {
             let small = arrays.picture(&format!("{case}.resize_small_area"));
             let expected = arrays.picture(&format!("{case}.resize_small_then_central_crop"));
             let side = small.height.min(small.width);
-            let (mut resized, mut scratch) = (Vec::new(), resize::Scratch::default());
+            let (mut resized, mut scratch) = (Vec::new(), resize::ResizeScratch::default());
             let ours = area(input.view(), side);
             assert_eq!(ours.size, (small.height, small.width), "{case}");
             ours.window(Window::whole(ours.size), &mut resized, &mut scratch);

@@ -19,7 +19,7 @@ use super::vector::{self, Task};
 
 /// Memory that a worker uses again for every resize.
 #[derive(Debug, Default)]
-pub struct Scratch {
+pub struct ResizeScratch {
     columns: PilTaps,
     rows: PilTaps,
     between: Vec<u8>,
@@ -65,7 +65,12 @@ impl Out<'_> {
 }
 
 /// TensorFlow's `resize(bilinear)`: half-pixel centres, no antialiasing. Every operation rounds to f32.
-pub fn tf_bilinear<'a>(src: impl Into<Part<'a>>, size: (usize, usize), scratch: &mut Scratch, out: Out) {
+pub fn tf_bilinear<'a>(
+    src: impl Into<Part<'a>>,
+    size: (usize, usize),
+    scratch: &mut ResizeScratch,
+    out: Out,
+) {
     assert_eq!(out.len(), size.0 * size.1 * 3);
     vector::run(TfBilinear { src: src.into(), size, scratch, out });
 }
@@ -73,7 +78,7 @@ pub fn tf_bilinear<'a>(src: impl Into<Part<'a>>, size: (usize, usize), scratch: 
 struct TfBilinear<'a> {
     src: Part<'a>,
     size: (usize, usize),
-    scratch: &'a mut Scratch,
+    scratch: &'a mut ResizeScratch,
     out: Out<'a>,
 }
 
@@ -85,7 +90,7 @@ impl Task for TfBilinear<'_> {
         let Self { src: Part { view: src, corner, size: part }, size, scratch, mut out } = self;
         let rows = bilinear_taps(src.height, (corner.0, part.0), size.0);
         let columns = bilinear_taps(src.width, (corner.1, part.1), size.1);
-        let Scratch { line, across, .. } = scratch;
+        let ResizeScratch { line, across, .. } = scratch;
         for cached in across.iter_mut() {
             cached.0 = usize::MAX;
             cached.1.resize(size.1 * 3 + 1, 0.0);
@@ -248,7 +253,7 @@ pub fn pil<'a>(
     src: impl Into<Part<'a>>,
     size: (usize, usize),
     filter: Filter,
-    scratch: &mut Scratch,
+    scratch: &mut ResizeScratch,
     out: &mut [u8],
 ) {
     pil_window(src, size, Window::whole(size), filter, scratch, out);
@@ -260,7 +265,7 @@ pub fn pil_window<'a>(
     whole: (usize, usize),
     window: Window,
     filter: Filter,
-    scratch: &mut Scratch,
+    scratch: &mut ResizeScratch,
     out: &mut [u8],
 ) {
     assert_eq!(out.len(), window.height * window.width * 3);
@@ -274,7 +279,7 @@ struct Pil<'a> {
     window: Window,
     filter: Filter,
     between: usize,
-    scratch: &'a mut Scratch,
+    scratch: &'a mut ResizeScratch,
     out: &'a mut [u8],
 }
 
@@ -285,7 +290,7 @@ impl Task for Pil<'_> {
     fn run(self) {
         let Self { src: Part { view: src, corner, size: part }, whole, window, filter, scratch, out, .. } =
             self;
-        let Scratch { columns, rows, between, line, sums, .. } = scratch;
+        let ResizeScratch { columns, rows, between, line, sums, .. } = scratch;
         let (across, down) = (window.x..window.x + window.width, window.y..window.y + window.height);
         columns.fill(src.width, (corner.1, part.1), whole.1, across, filter);
         rows.fill(src.height, (corner.0, part.0), whole.0, down, filter);
@@ -526,7 +531,7 @@ mod tests {
                 assert_eq!(off, None, "{case} {what}");
             };
             let mut out = vec![0.0; expected.len()];
-            tf_bilinear(input.view(), size, &mut Scratch::default(), plain(&mut out));
+            tf_bilinear(input.view(), size, &mut ResizeScratch::default(), plain(&mut out));
             check(&out, "bilinear");
             let (_, expected) = arrays.get::<f32>(&format!("{case}.area"));
             tf_area(input.view(), size, Window::whole(size), plain(&mut out));
@@ -535,7 +540,7 @@ mod tests {
             let (_, expected) = arrays.get::<u8>(&format!("{case}.bilinear.bv_u8"));
             let mut cut = vec![0; expected.len()];
             let to = Out::U8 { pixels: &mut cut, truncate: true };
-            tf_bilinear(input.view(), size, &mut Scratch::default(), to);
+            tf_bilinear(input.view(), size, &mut ResizeScratch::default(), to);
             assert!(cut.iter().zip(&expected).all(|(a, b)| a.abs_diff(*b) <= 1), "{case}");
             let off = cut.iter().zip(&expected).filter(|(a, b)| a != b).count();
             assert!(off * 500 <= cut.len(), "{case}: {off} values differ");
@@ -548,7 +553,7 @@ mod tests {
             let mut arrays = Arrays::open("augment/torch_pil_resize.npz").unwrap();
             for (filter, name) in [(Filter::Bilinear, "pil_bilinear"), (Filter::Bicubic, "pil_bicubic")] {
                 let mut out = vec![0; size.0 * size.1 * 3];
-                pil(input.view(), size, filter, &mut Scratch::default(), &mut out);
+                pil(input.view(), size, filter, &mut ResizeScratch::default(), &mut out);
                 assert!(out == arrays.picture(&format!("{case}.{name}")).pixels, "{case} {name}");
             }
         });
@@ -563,10 +568,10 @@ mod tests {
         let copy = View::new(&copy, 17, 11);
         let resized = |view: View| {
             let mut out = vec![0; 8 * 9 * 3];
-            pil(view, (8, 9), Filter::Bicubic, &mut Scratch::default(), &mut out);
+            pil(view, (8, 9), Filter::Bicubic, &mut ResizeScratch::default(), &mut out);
             let mut other = vec![0; 8 * 9 * 3];
             let to = Out::U8 { pixels: &mut other, truncate: false };
-            tf_bilinear(view, (8, 9), &mut Scratch::default(), to);
+            tf_bilinear(view, (8, 9), &mut ResizeScratch::default(), to);
             (out, other)
         };
         assert_eq!(resized(window), resized(copy));
@@ -581,7 +586,7 @@ mod tests {
         for (name, filter) in [("bilinear", Filter::Bilinear), ("bicubic", Filter::Bicubic)] {
             let expected = arrays.picture(&format!("part.{name}"));
             let mut out = vec![0; expected.pixels.len()];
-            pil(part, (expected.height, expected.width), filter, &mut Scratch::default(), &mut out);
+            pil(part, (expected.height, expected.width), filter, &mut ResizeScratch::default(), &mut out);
             assert_eq!(out, expected.pixels, "{name}");
         }
     }
@@ -591,7 +596,7 @@ mod tests {
         let pixels: Vec<u8> = (0..6 * 30 * 3).map(|i| (i / 3 % 30 * 8) as u8).collect();
         let part = Part { view: View::new(&pixels, 6, 30), corner: (0.25, 3.5), size: (4.5, 20.0) };
         let mut out = vec![0.0; 2 * 8 * 3];
-        tf_bilinear(part, (2, 8), &mut Scratch::default(), plain(&mut out));
+        tf_bilinear(part, (2, 8), &mut ResizeScratch::default(), plain(&mut out));
         for (i, value) in out.iter().enumerate() {
             // The middle of output pixel x is this far into the ramp.
             let x = 3.5 + ((i / 3 % 8) as f32 + 0.5) * 2.5 - 0.5;
@@ -604,11 +609,11 @@ mod tests {
         let pixels: Vec<u8> = (0..7 * 5 * 3).map(|i| (i * 91 % 256) as u8).collect();
         let view = View::new(&pixels, 7, 5);
         let mut out = vec![0; pixels.len()];
-        pil(view, (7, 5), Filter::Bicubic, &mut Scratch::default(), &mut out);
+        pil(view, (7, 5), Filter::Bicubic, &mut ResizeScratch::default(), &mut out);
         assert_eq!(out, pixels);
         for truncate in [false, true] {
             out.fill(0);
-            tf_bilinear(view, (7, 5), &mut Scratch::default(), Out::U8 { pixels: &mut out, truncate });
+            tf_bilinear(view, (7, 5), &mut ResizeScratch::default(), Out::U8 { pixels: &mut out, truncate });
             assert_eq!(out, pixels);
             out.fill(0);
             tf_area(view, (7, 5), Window::whole((7, 5)), Out::U8 { pixels: &mut out, truncate });
@@ -646,7 +651,7 @@ mod tests {
                 }
             };
             for filter in [Filter::Bilinear, Filter::Bicubic] {
-                let mut scratch = Scratch::default();
+                let mut scratch = ResizeScratch::default();
                 pil(view, whole, filter, &mut scratch, &mut all);
                 pil_window(view, whole, window, filter, &mut scratch, &mut out);
                 same("window", &all, &out);
@@ -667,7 +672,7 @@ mod tests {
     /// The whole of these would have gigabytes.
     #[test]
     fn long_thin_pictures_take_memory_of_their_own_size() {
-        let mut scratch = Scratch::default();
+        let mut scratch = ResizeScratch::default();
         for (height, width) in
             [(60_000, 1), (1, 60_000), (100_000, 2), (2, 100_000), (400_000, 1), (1, 400_000)]
         {

@@ -16,7 +16,7 @@ use super::isa::Isa;
 use super::rows::{Stretch, colour};
 use super::scaled;
 use super::scan::{Block, Coding, Grid, Part, read};
-use super::{Scratch, flat, read_huffman, read_quant, word};
+use super::{JpegScratch, flat, read_huffman, read_quant, word};
 use crate::data::picture::{Scale, Window};
 
 /// Memory that is used again for every picture.
@@ -37,7 +37,7 @@ impl Memory {
     }
 }
 
-/// A picture whose coefficients are in a [`Scratch`].
+/// A picture whose coefficients are in a [`JpegScratch`].
 #[derive(Debug)]
 pub struct Collected {
     /// (H, W)
@@ -72,8 +72,8 @@ enum Colours {
 }
 
 /// Reads all scans.
-pub(super) fn collect(bytes: &[u8], size: (usize, usize), scratch: &mut Scratch) -> Result<Collected> {
-    let Scratch { dc, ac, general: Memory { blocks, .. }, .. } = scratch;
+pub(super) fn collect(bytes: &[u8], size: (usize, usize), scratch: &mut JpegScratch) -> Result<Collected> {
+    let JpegScratch { dc, ac, general: Memory { blocks, .. }, .. } = scratch;
     dc.iter_mut().chain(&mut *ac).for_each(Huffman::clear);
     let mut tables = [[0i16; 64]; 4];
     let mut picture: Option<Collected> = None;

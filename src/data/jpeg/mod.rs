@@ -29,7 +29,7 @@ pub use general::Collected;
 
 /// Memory that a worker uses again for every picture.
 #[derive(Debug, Default)]
-pub struct Scratch {
+pub struct JpegScratch {
     dc: [Huffman; 4],
     ac: [Huffman; 4],
     /// Samples of each component: a row of blocks, below the last row of the one before.
@@ -78,7 +78,7 @@ struct Component {
 }
 
 /// Reads the segments up to the scan. `None`: not of the common kind.
-pub fn parse<'a>(bytes: &'a [u8], scratch: &mut Scratch) -> Option<Frame<'a>> {
+pub fn parse<'a>(bytes: &'a [u8], scratch: &mut JpegScratch) -> Option<Frame<'a>> {
     scratch.dc.iter_mut().chain(&mut scratch.ac).for_each(Huffman::clear);
     let mut tables = [[0i16; 64]; 4];
     let mut frame = None;
@@ -136,7 +136,7 @@ pub fn parse<'a>(bytes: &'a [u8], scratch: &mut Scratch) -> Option<Frame<'a>> {
 
 /// Whether the file is of the kind that is decoded here and nothing of it seems to be missing: its segments are sound, and
 /// its scan runs on to the end-of-image marker, with the restart markers that belong in it. The codes are not read.
-pub fn seems_whole(bytes: &[u8], scratch: &mut Scratch) -> bool {
+pub fn seems_whole(bytes: &[u8], scratch: &mut JpegScratch) -> bool {
     let Some(frame) = parse(bytes, scratch) else { return false };
     let mcus = frame.mcus_across() * frame.mcus_down();
     let expected = (mcus - 1).checked_div(frame.restart).unwrap_or(0);
@@ -264,7 +264,13 @@ impl Frame<'_> {
 
     /// Decodes `window`, which lies inside the picture at `scale`, to `out`, `[window.height, window.width, 3]`. `None`: the
     /// scan is damaged, or ends too early; `out` is then anything.
-    pub fn decode(&self, scale: Scale, window: Window, scratch: &mut Scratch, out: &mut [u8]) -> Option<()> {
+    pub fn decode(
+        &self,
+        scale: Scale,
+        window: Window,
+        scratch: &mut JpegScratch,
+        out: &mut [u8],
+    ) -> Option<()> {
         assert_eq!(out.len(), window.height * window.width * 3);
         #[cfg(target_arch = "x86_64")]
         if let Some(avx2) = isa::Avx2::detect() {
@@ -277,14 +283,14 @@ impl Frame<'_> {
 
 /// Reads all scans of a picture of any kind, which is `size` (H, W). The error says what is wrong with it, or not
 /// supported.
-pub fn collect(bytes: &[u8], size: (usize, usize), scratch: &mut Scratch) -> Result<Collected> {
+pub fn collect(bytes: &[u8], size: (usize, usize), scratch: &mut JpegScratch) -> Result<Collected> {
     scratch.forget_counts();
     general::collect(bytes, size, scratch)
 }
 
 impl Collected {
     /// Makes the pixels of `window`, which lies inside the picture at `scale`, in `out`, `[window.height, window.width, 3]`.
-    pub fn decode(&self, scale: Scale, window: Window, scratch: &mut Scratch, out: &mut [u8]) {
+    pub fn decode(&self, scale: Scale, window: Window, scratch: &mut JpegScratch, out: &mut [u8]) {
         assert_eq!(out.len(), window.height * window.width * 3);
         let memory = &mut scratch.general;
         #[cfg(target_arch = "x86_64")]
@@ -316,7 +322,7 @@ fn decode_avx2(
     frame: &Frame,
     scale: Scale,
     window: Window,
-    scratch: &mut Scratch,
+    scratch: &mut JpegScratch,
     out: &mut [u8],
 ) -> Option<()> {
     decode(isa, frame, scale, window, scratch, out)
@@ -328,7 +334,7 @@ fn decode<I: Isa>(
     frame: &Frame,
     scale: Scale,
     window: Window,
-    scratch: &mut Scratch,
+    scratch: &mut JpegScratch,
     out: &mut [u8],
 ) -> Option<()> {
     let layout = Layout::new(frame, scale);
@@ -341,7 +347,7 @@ fn decode<I: Isa>(
         (window.y + window.height + margin.0).div_ceil(mcu.0).min(frame.mcus_down()),
         (window.x + window.width + margin.1).div_ceil(mcu.1).min(frame.mcus_across()),
     );
-    let Scratch { dc, ac, planes, lines, counts, .. } = scratch;
+    let JpegScratch { dc, ac, planes, lines, counts, .. } = scratch;
     let mut output = Output::new(layout, window, first.1 * mcu.1, (end.1 - first.1) * mcu.1, lines);
     for (c, plane) in planes.iter_mut().enumerate().take(frame.count) {
         plane.resize(output.plane_len(c), 0);
@@ -428,7 +434,7 @@ fn flat<const SIDE: usize>(mean: i16, out: &mut [u8], stride: usize) {
     }
 }
 
-impl Scratch {
+impl JpegScratch {
     /// What the last picture took.
     pub fn counts(&self) -> Counts {
         self.counts
@@ -451,7 +457,7 @@ mod tests {
     use super::*;
     use crate::data::reference::{pictures, seeded};
 
-    fn whole(bytes: &[u8], scratch: &mut Scratch) -> Option<(usize, usize, Vec<u8>)> {
+    fn whole(bytes: &[u8], scratch: &mut JpegScratch) -> Option<(usize, usize, Vec<u8>)> {
         let frame = parse(bytes, scratch)?;
         let (height, width) = (frame.height, frame.width);
         let mut out = vec![0; height * width * 3];
@@ -462,7 +468,7 @@ mod tests {
     #[test]
     fn a_window_has_the_pixels_of_the_whole_picture() {
         let mut draws = seeded(1);
-        let mut scratch = Scratch::default();
+        let mut scratch = JpegScratch::default();
         let mut compared = 0;
         for (name, bytes) in pictures(&["imagenet-mini", "bad-images"]) {
             let Some((height, width, all)) = whole(&bytes, &mut scratch) else { continue };
@@ -493,7 +499,7 @@ mod tests {
     #[test]
     fn damage_is_none_or_a_picture_and_never_a_panic() {
         let mut draws = seeded(2);
-        let mut scratch = Scratch::default();
+        let mut scratch = JpegScratch::default();
         for (_, bytes) in pictures(&["bad-images"]).into_iter().filter(|(_, b)| b.len() < 40_000) {
             for _ in 0..60 {
                 let mut bytes = bytes.clone();
@@ -518,7 +524,7 @@ mod tests {
 
     #[test]
     fn other_pictures_are_left_to_other_decoders() {
-        let mut scratch = Scratch::default();
+        let mut scratch = JpegScratch::default();
         for (name, bytes) in pictures(&["bad-images"]) {
             let file = name.rsplit('/').next().unwrap();
             let ours = ["good", "restart", "grayscale", "sampling_440", "one_pixel", "tall", "wide", "exif"];

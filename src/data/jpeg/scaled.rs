@@ -122,7 +122,7 @@ fn pass2<const SHIFT: u32, const W: usize>(x: [[i32; W]; 8]) -> [[i32; W]; 2] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::jpeg::{Scratch, parse};
+    use crate::data::jpeg::{JpegScratch, parse};
     use crate::data::picture::Window;
     use crate::data::reference::{Arrays, pictures, seeded};
 
@@ -133,7 +133,7 @@ mod tests {
         bytes: &[u8],
         scale: Scale,
         window: Option<Window>,
-        scratch: &mut Scratch,
+        scratch: &mut JpegScratch,
     ) -> Option<(Window, Vec<u8>)> {
         let frame = parse(bytes, scratch)?;
         let window = window.unwrap_or(Window::whole(scale.size((frame.height, frame.width))));
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn pixels_are_libjpeg_turbos() {
-        let (mut arrays, mut scratch) = (fixtures(), Scratch::default());
+        let (mut arrays, mut scratch) = (fixtures(), JpegScratch::default());
         let names: Vec<String> =
             arrays.names().iter().filter_map(|n| n.strip_suffix(".jpg")).map(str::to_owned).collect();
         assert_eq!(names.len(), 15, "five samplings, three sizes");
@@ -175,7 +175,7 @@ mod tests {
         if photos.is_empty() {
             return;
         }
-        let mut scratch = Scratch::default();
+        let mut scratch = JpegScratch::default();
         for (scale, expected) in SCALES.into_iter().zip([0x4a1f_7b80, 0x14f1_b28f, 0xfa1f_660a]) {
             // Adler-32 (RFC 1950).
             let (mut a, mut b) = (1, 0);
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_window_has_the_pixels_of_the_whole_picture() {
-        let (mut arrays, mut scratch, mut draws) = (fixtures(), Scratch::default(), seeded(3));
+        let (mut arrays, mut scratch, mut draws) = (fixtures(), JpegScratch::default(), seeded(3));
         let names: Vec<String> = arrays.names().into_iter().filter(|n| n.ends_with(".jpg")).collect();
         let small = names.iter().map(|name| (name.clone(), arrays.get::<u8>(name).1)).collect::<Vec<_>>();
         for (name, bytes) in small.into_iter().chain(pictures(&["imagenet-mini", "bad-images"])) {

@@ -408,7 +408,7 @@ impl BitWriter<'_> {
     }
 }
 
-fn decoded(bytes: &[u8], size: (usize, usize), scale: Scale, scratch: &mut Scratch) -> Result<Vec<u8>> {
+fn decoded(bytes: &[u8], size: (usize, usize), scale: Scale, scratch: &mut JpegScratch) -> Result<Vec<u8>> {
     let picture = collect(bytes, size, scratch)?;
     let window = Window::whole(scale.size(size));
     let mut out = vec![1; window.height * window.width * 3];
@@ -459,7 +459,7 @@ const SCALES: [Scale; 4] = [Scale::Full, Scale::Half, Scale::Quarter, Scale::Eig
 #[test]
 fn every_sampling_is_decoded_right_or_refused() {
     let mut draws = seeded(21);
-    let mut scratch = Scratch::default();
+    let mut scratch = JpegScratch::default();
     let factors: Vec<(usize, usize)> = (0..16).map(|i| (1 + i / 4, 1 + i % 4)).collect();
     let (mut right, mut refused) = (0, 0);
     for case in 0..4096 {
@@ -524,7 +524,7 @@ fn every_sampling_is_decoded_right_or_refused() {
 #[test]
 fn progressive_scans_add_up_to_the_pixels_of_one() {
     let mut draws = seeded(22);
-    let mut scratch = Scratch::default();
+    let mut scratch = JpegScratch::default();
     let samplings: [&[(usize, usize)]; 7] = [
         &[(1, 1)],
         &[(1, 1); 3],
@@ -555,14 +555,14 @@ fn progressive_scans_add_up_to_the_pixels_of_one() {
 #[test]
 fn marker_and_table_habits_change_nothing() {
     let mut draws = seeded(23);
-    let mut scratch = Scratch::default();
+    let mut scratch = JpegScratch::default();
     let sampling = [(2, 2), (1, 1), (1, 1)];
     let scans = sequential(vec![vec![2], vec![0], vec![1]]);
     let plan = Plan::new((37, 51), &sampling, scans, &mut draws);
     let expected = decoded(&plan.written(), plan.size, Scale::Full, &mut scratch).unwrap();
     is_exact(&plan, Scale::Full, &expected);
     let same = |plan: Plan, what: &str| {
-        let pixels = decoded(&plan.written(), plan.size, Scale::Full, &mut Scratch::default());
+        let pixels = decoded(&plan.written(), plan.size, Scale::Full, &mut JpegScratch::default());
         assert!(pixels.unwrap_or_else(|e| panic!("{what}: {e}")) == expected, "{what}");
     };
     same(Plan { restarts: vec![1, 0, 5], ..plan.clone() }, "restarts that change between scans");
@@ -597,7 +597,7 @@ fn colours_are_what_the_markers_say() {
     ] {
         let plan = Plan::new((20, 30), &[(1, 1); 3], all(3), &mut draws);
         let plan = Plan { segments, ids: ids.to_vec(), ..plan };
-        let pixels = decoded(&plan.written(), plan.size, Scale::Full, &mut Scratch::default()).unwrap();
+        let pixels = decoded(&plan.written(), plan.size, Scale::Full, &mut JpegScratch::default()).unwrap();
         if !is_rgb {
             is_exact(&plan, Scale::Full, &pixels);
             continue;
@@ -610,7 +610,7 @@ fn colours_are_what_the_markers_say() {
     for (segments, is_ycc) in [(vec![], false), (adobe(0), false), (adobe(2), true)] {
         let plan = Plan::new((20, 30), &[(1, 2), (1, 1), (1, 1), (1, 2)], all(4), &mut draws);
         let plan = Plan { segments, ..plan };
-        let pixels = decoded(&plan.written(), plan.size, Scale::Full, &mut Scratch::default()).unwrap();
+        let pixels = decoded(&plan.written(), plan.size, Scale::Full, &mut JpegScratch::default()).unwrap();
         let (planes, exact) = (planes(&plan), plan.exact(Scale::Full));
         for (i, value) in pixels.iter().enumerate() {
             let ink = if is_ycc { exact[i] } else { 255.0 - planes[i % 3][i / 3] };
@@ -648,7 +648,7 @@ fn what_cannot_be_decoded_is_refused_by_name() {
     ];
     for (bytes, reason) in cases {
         let error =
-            decoded(&bytes, (9, 9), Scale::Full, &mut Scratch::default()).expect_err(reason).to_string();
+            decoded(&bytes, (9, 9), Scale::Full, &mut JpegScratch::default()).expect_err(reason).to_string();
         assert!(error.contains(reason), "{error}, not {reason}");
         println!("{error}");
     }
@@ -658,7 +658,7 @@ fn what_cannot_be_decoded_is_refused_by_name() {
 #[test]
 fn damage_of_odd_files_is_a_picture_or_an_error() {
     let mut draws = seeded(26);
-    let mut scratch = Scratch::default();
+    let mut scratch = JpegScratch::default();
     let sampling = [(1, 2), (1, 1), (2, 1)];
     for is_progressive in [false, true] {
         let plan = Plan::new((40, 33), &sampling, sequential(vec![vec![0], vec![1, 2]]), &mut draws);

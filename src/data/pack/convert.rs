@@ -16,7 +16,7 @@ use crate::data::source::{Item, Source};
 use crate::error::{Error, Result};
 use crate::fail;
 
-use super::{Format, LARGEST_RAW_SIDE, Options};
+use super::{Format, LARGEST_RAW_SIDE, PackOptions};
 
 /// `--size`: the shorter side, or height and width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,7 @@ enum Form {
 }
 
 impl Converter {
-    pub(super) fn new(source: &Source, options: Options) -> Result<Self> {
+    pub(super) fn new(source: &Source, options: PackOptions) -> Result<Self> {
         let exif = options.exif;
         Ok(Self { form: Form::new(source, options)?, exif })
     }
@@ -133,8 +133,8 @@ impl Converter {
 }
 
 impl Form {
-    fn new(source: &Source, options: Options) -> Result<Self> {
-        let Options { format, size, quality, exif, .. } = options;
+    fn new(source: &Source, options: PackOptions) -> Result<Self> {
+        let PackOptions { format, size, quality, exif, .. } = options;
         if format == Some(Format::Raw) && quality.is_some() {
             return Err(Error::usage("`--quality` is for JPEG pictures, and raw pixels have none")
                 .hint("leave out `--quality`, or use `--format jpeg`"));
@@ -230,7 +230,7 @@ fn fitted(picture: View, target: Target) -> Result<Picture> {
     if whole == picture.size() {
         picture.shows(window).copy_to(&mut fitted.pixels);
     } else {
-        let mut scratch = resize::Scratch::default();
+        let mut scratch = resize::ResizeScratch::default();
         resize::pil_window(picture, whole, window, Filter::Bicubic, &mut scratch, &mut fitted.pixels);
     }
     Ok(fitted)

@@ -52,7 +52,7 @@ impl Format {
 
 /// What the user asked for.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
+pub struct PackOptions {
     /// Default: raw if all pictures have one size of at most [`LARGEST_RAW_SIDE`], else jpeg.
     pub format: Option<Format>,
     pub size: Option<Target>,
@@ -86,7 +86,7 @@ const CHUNK: usize = 256;
 
 /// Packs `source` into the folder `dest`, which must not exist or be empty. `stop` holds the number of a signal that
 /// asks to stop, or 0.
-pub fn pack(source: &Path, dest: &Path, options: Options, stop: &AtomicUsize) -> Result<Packed> {
+pub fn pack(source: &Path, dest: &Path, options: PackOptions, stop: &AtomicUsize) -> Result<Packed> {
     check_destination(dest)?;
     let name = source.display();
     let source = Source::open(source)?;
@@ -147,7 +147,11 @@ fn parts(source: &Source, minival: f64) -> Vec<(Option<&'static str>, Vec<&Item>
 }
 
 /// Says whether a pack that was killed was the same pack: the records with their labels, and what becomes of them.
-fn fingerprint(source: &Source, parts: &[(Option<&'static str>, Vec<&Item>)], options: &Options) -> String {
+fn fingerprint(
+    source: &Source,
+    parts: &[(Option<&'static str>, Vec<&Item>)],
+    options: &PackOptions,
+) -> String {
     let mut hash = xxhash_rust::xxh3::Xxh3::new();
     hash.update(format!("{options:?} {:?} {:?}", source.store.path(), source.classes).as_bytes());
     for (folder, items) in parts {

@@ -1,7 +1,7 @@
 //! Attention, and that of a single query.
 
 use crate::backend::cpu::arenas::Access;
-use crate::backend::cpu::{CpuBackend, attention, probe_attention};
+use crate::backend::cpu::{CpuBackend, attention, query_attention};
 use crate::backend::{Heads, Mat, ops};
 use crate::error::Result;
 
@@ -27,26 +27,26 @@ pub(super) fn attention_backward(cpu: &mut CpuBackend, op: &ops::AttentionBackwa
     Ok(())
 }
 
-pub(super) fn probe_attention(cpu: &mut CpuBackend, op: &ops::ProbeAttention) -> Result<()> {
-    let ops::ProbeAttention { heads, q, kv, p, o, dropout } = *op;
+pub(super) fn query_attention(cpu: &mut CpuBackend, op: &ops::QueryAttention) -> Result<()> {
+    let ops::QueryAttention { heads, q, kv, p, o, dropout } = *op;
     check_probe(heads, q, kv, o);
     let dropout = Some(cpu.bind(dropout)).filter(|mask| !mask.is_none());
     let mut a = Access::new(&mut cpu.arenas);
     let (q, kv) = (a.read(q), a.read(kv));
     let (p, o) = (a.write_flat(p), a.write(o));
-    probe_attention::forward(&cpu.compute, heads, q, kv, p, o, dropout);
+    query_attention::forward(&cpu.compute, heads, q, kv, p, o, dropout);
     Ok(())
 }
 
-pub(super) fn probe_attention_backward(cpu: &mut CpuBackend, op: &ops::ProbeAttentionBackward) -> Result<()> {
-    let ops::ProbeAttentionBackward { heads, q, kv, p, dropout, d_o, d_q, d_kv } = *op;
+pub(super) fn query_attention_backward(cpu: &mut CpuBackend, op: &ops::QueryAttentionBackward) -> Result<()> {
+    let ops::QueryAttentionBackward { heads, q, kv, p, dropout, d_o, d_q, d_kv } = *op;
     check_probe(heads, q, kv, d_o);
     check_probe(heads, d_q, d_kv, d_o);
     let dropout = Some(cpu.bind(dropout)).filter(|mask| !mask.is_none());
     let mut a = Access::new(&mut cpu.arenas);
     let (q, kv, p, d_o) = (a.read(q), a.read(kv), a.read_flat(p), a.read(d_o));
     let (d_q, d_kv) = (a.write(d_q), a.write(d_kv));
-    probe_attention::backward(&cpu.compute, heads, q, kv, p, dropout, d_o, d_q, d_kv);
+    query_attention::backward(&cpu.compute, heads, q, kv, p, dropout, d_o, d_q, d_kv);
     Ok(())
 }
 
@@ -63,7 +63,7 @@ fn check_heads(heads: Heads, parts: usize, packed: Mat, o: Mat) {
 
 fn check_probe(heads: Heads, q: Mat, kv: Mat, o: Mat) {
     let width = heads.heads * heads.head_size;
-    assert_eq!((q.cols, kv.cols, o.cols), (width, 2 * width, width), "probe_attention: {q}, {kv}, {o}");
-    assert!(q.rows == 1 || q.rows == o.rows, "probe_attention: {q} is neither one query nor one per sample");
-    assert_eq!(kv.rows, o.rows * heads.tokens, "probe_attention: rows are whole samples");
+    assert_eq!((q.cols, kv.cols, o.cols), (width, 2 * width, width), "query_attention: {q}, {kv}, {o}");
+    assert!(q.rows == 1 || q.rows == o.rows, "query_attention: {q} is neither one query nor one per sample");
+    assert_eq!(kv.rows, o.rows * heads.tokens, "query_attention: rows are whole samples");
 }

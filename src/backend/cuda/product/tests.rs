@@ -10,7 +10,7 @@ use half::bf16;
 
 use super::super::SCRATCH;
 use super::*;
-use crate::backend::{Arena, Backend, Mat, MemoryPlan, Options, Precision, Residual};
+use crate::backend::{Arena, Backend, DeviceOptions, Mat, MemoryPlan, Precision, Residual};
 
 /// What tells a test that it runs in a process whose driver is the stand-in.
 const ON_STAND_IN: &str = "VITRUM_TEST_ON_STAND_IN";
@@ -123,7 +123,7 @@ fn products_of_every_form_equal_float64_to_the_bit() {
     if !on_stand_in("products_of_every_form_equal_float64_to_the_bit") {
         return;
     }
-    let options = Options { deterministic: true, ..Options::default() };
+    let options = DeviceOptions { deterministic: true, ..DeviceOptions::default() };
     let mut cuda = Cuda::open(0, &options).unwrap();
     let mut plan = MemoryPlan::new(Cuda::storage_of(Precision::Bf16, Residual::Auto));
     let (long, small): (Vec<_>, Vec<_>) = cases().into_iter().partition(|case| LONG.contains(&case.sizes));

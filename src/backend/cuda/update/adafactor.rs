@@ -245,7 +245,7 @@ impl Tables {
             )?;
         }
         let kernel = if bf16 { "adafactor_update_bf16" } else { "adafactor_update_f32" };
-        let rates = cuda.cells.rates();
+        let rates = cuda.step_params.rates();
         launch!(cuda, kernel, by_tile, THREADS, 0, constants, buffers, tensors, tiles, rates)
     }
 }

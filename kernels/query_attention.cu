@@ -13,7 +13,7 @@
 //           bf16, whole sectors across them. A thread has four tokens on their way before it uses the first.
 //           WHOLE: heads and rows consist of such accesses; other shapes go value by value.
 // Launch    one block of 128 threads per image and head; the backward of a shared query: per slice and head,
-//           every slice takes each `slices`-th image; `probe_attention_backward_query`: a thread per column.
+//           every slice takes each `slices`-th image; `query_attention_backward_query`: a thread per column.
 // Shared    four partial rows, and f32 [T] (forward), [2, T] (backward).
 // Bytes     kv once forward, kv once and d_kv once backward: 4·D and 8·D per token in bf16; p is f32, once.
 // Order     a group of lanes sums every n-th token, then the groups of a warp, the warps in order, images in
@@ -276,20 +276,20 @@ __device__ __forceinline__ void sum_slices(const float* parts, T* d_q, u32 slice
 }  // namespace
 
 #define PROBE(suffix, T)                                                                                     \
-  HOT_KERNEL(probe_attention_##suffix, 128, 4)                                                               \
-  (const StepCells* cells, MaskArgs dropout, const T* q, u32 q_ld, const T* kv, u32 kv_ld, float* p,         \
+  HOT_KERNEL(query_attention_##suffix, 128, 4)                                                               \
+  (const StepParams* params, MaskArgs dropout, const T* q, u32 q_ld, const T* kv, u32 kv_ld, float* p,         \
    u32 p_ld, T* o, u32 o_ld, float scale, u32 tokens, u32 heads, u32 head_size, u32 whole) {                 \
-    const Mask mask = bind_mask(dropout, cells);                                                             \
+    const Mask mask = bind_mask(dropout, params);                                                             \
     if (whole)                                                                                               \
       forward<true>(mask, q, q_ld, kv, kv_ld, p, p_ld, o, o_ld, scale, tokens, heads, head_size);            \
     else                                                                                                     \
       forward<false>(mask, q, q_ld, kv, kv_ld, p, p_ld, o, o_ld, scale, tokens, heads, head_size);           \
   }                                                                                                          \
-  HOT_KERNEL(probe_attention_backward_##suffix, 128, 4)                                                      \
-  (const StepCells* cells, MaskArgs dropout, const T* q, u32 q_ld, const T* kv, u32 kv_ld, const float* p,   \
+  HOT_KERNEL(query_attention_backward_##suffix, 128, 4)                                                      \
+  (const StepParams* params, MaskArgs dropout, const T* q, u32 q_ld, const T* kv, u32 kv_ld, const float* p,   \
    u32 p_ld, const T* d_o, u32 d_o_ld, T* d_q, u32 d_q_ld, float* parts, T* d_kv, u32 d_kv_ld, float scale,  \
    u32 images, u32 tokens, u32 heads, u32 head_size, u32 whole) {                                            \
-    const Mask mask = bind_mask(dropout, cells);                                                             \
+    const Mask mask = bind_mask(dropout, params);                                                             \
     if (whole)                                                                                               \
       backward<true>(mask, q, q_ld, kv, kv_ld, p, p_ld, d_o, d_o_ld, d_q, d_q_ld, parts, d_kv, d_kv_ld,      \
                      scale, images, tokens, heads, head_size);                                               \
@@ -297,7 +297,7 @@ __device__ __forceinline__ void sum_slices(const float* parts, T* d_q, u32 slice
       backward<false>(mask, q, q_ld, kv, kv_ld, p, p_ld, d_o, d_o_ld, d_q, d_q_ld, parts, d_kv, d_kv_ld,     \
                       scale, images, tokens, heads, head_size);                                              \
   }                                                                                                          \
-  KERNEL(probe_attention_backward_query_##suffix, 128, 1)                                                    \
+  KERNEL(query_attention_backward_query_##suffix, 128, 1)                                                    \
   (const float* parts, T* d_q, u32 slices, u32 width) {                                                      \
     sum_slices<T>(parts, d_q, slices, width);                                                                \
   }

@@ -1,6 +1,6 @@
 //! What changes from step to step: small structs in device memory that recorded kernels read (`kernels/step.cuh`).
 //!
-//! The host writes the next step's cells into a ring of page-locked copies and sends one ahead of each step, so that
+//! The host writes the next step's params into a ring of page-locked copies and sends one ahead of each step, so that
 //! a copy under way is never overwritten.
 
 use super::driver::{Address, Event, Gpu, Pinned, Stream};
@@ -9,7 +9,7 @@ use crate::error::Result;
 
 /// Parameter groups that a step may have.
 pub(super) const MAX_GROUPS: usize = 512;
-/// Copies of the cells: as many steps may be asked for before the first is done.
+/// Copies of the params: as many steps may be asked for before the first is done.
 const RING: usize = 8;
 
 /// `SlotView` of `kernels/step.cuh`.
@@ -27,10 +27,10 @@ struct SlotView {
     samples: u32,
 }
 
-/// `StepCells` of `kernels/step.cuh`.
+/// `StepParams` of `kernels/step.cuh`.
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
-struct StepCells {
+struct StepParams {
     seed: u64,
     step: u64,
     t: u64,
@@ -45,30 +45,30 @@ struct Rates {
     decay: f32,
 }
 
-const CELLS_BYTES: usize = size_of::<StepCells>().next_multiple_of(16);
+const PARAMS_BYTES: usize = size_of::<StepParams>().next_multiple_of(16);
 /// Bytes on the device.
-pub(super) const BYTES: usize = CELLS_BYTES + MAX_GROUPS * size_of::<Rates>();
+pub(super) const BYTES: usize = PARAMS_BYTES + MAX_GROUPS * size_of::<Rates>();
 
-/// The cells of one device.
-pub(super) struct Cells {
+/// The params of one device.
+pub(super) struct StepParamsRing {
     device: Address,
     ring: Vec<(Pinned, Event)>,
     next: usize,
-    now: StepCells,
+    now: StepParams,
     rates: Vec<Rates>,
     pixels: Pixels,
     /// The device has other values.
     stale: bool,
 }
 
-impl Cells {
+impl StepParamsRing {
     pub(super) fn new(gpu: &Gpu) -> Result<Self> {
         let slot = |_| Ok((gpu.allocate_pinned(BYTES)?, gpu.new_event()?));
         Ok(Self {
             device: 0,
             ring: (0..RING).map(slot).collect::<Result<_>>()?,
             next: 0,
-            now: StepCells::default(),
+            now: StepParams::default(),
             rates: vec![Rates::default(); MAX_GROUPS],
             pixels: Pixels::U8,
             stale: true,
@@ -81,14 +81,14 @@ impl Cells {
         self.stale = true;
     }
 
-    /// `StepCells*`
+    /// `StepParams*`
     pub(super) fn address(&self) -> Address {
         self.device
     }
 
     /// `GroupScalars*`
     pub(super) fn rates(&self) -> Address {
-        self.device + CELLS_BYTES as u64
+        self.device + PARAMS_BYTES as u64
     }
 
     /// What the bound batch's pixels are.
@@ -130,8 +130,8 @@ impl Cells {
         self.next = (self.next + 1) % RING;
         sent.synchronize()?;
         let bytes = copy.bytes_mut();
-        bytes[..size_of::<StepCells>()].copy_from_slice(bytemuck::bytes_of(&self.now));
-        bytes[CELLS_BYTES..].copy_from_slice(bytemuck::cast_slice(&self.rates));
+        bytes[..size_of::<StepParams>()].copy_from_slice(bytemuck::bytes_of(&self.now));
+        bytes[PARAMS_BYTES..].copy_from_slice(bytemuck::cast_slice(&self.rates));
         gpu.upload_async(self.device, copy.bytes(), Stream::Compute)?;
         gpu.record_event(sent, Stream::Compute)
     }

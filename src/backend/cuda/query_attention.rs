@@ -101,20 +101,20 @@ fn slices(images: usize, heads: usize, multiprocessors: usize) -> usize {
     images.min((BLOCKS * multiprocessors).div_ceil(heads))
 }
 
-pub(super) fn probe_attention(cuda: &mut Cuda, op: &ops::ProbeAttention) -> Result<()> {
-    let ops::ProbeAttention { heads, q, kv, p, o, dropout } = *op;
+pub(super) fn query_attention(cuda: &mut Cuda, op: &ops::QueryAttention) -> Result<()> {
+    let ops::QueryAttention { heads, q, kv, p, o, dropout } = *op;
     let work = Work::new(cuda, heads, [q, kv, p], [&[o], &[]], dropout)?;
     let [t, h, dh] = work.sizes();
     launch! {
-        cuda, variant!(work.dtype, "probe_attention"), [(work.images * heads.heads) as u32, 1, 1], THREADS,
+        cuda, variant!(work.dtype, "query_attention"), [(work.images * heads.heads) as u32, 1, 1], THREADS,
         work.shared(cuda, 1)?,
-        cuda.cells.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
+        cuda.step_params.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
         cuda.at(o), o.ld as u32, work.scale(), t, h, dh, work.whole,
     }
 }
 
-pub(super) fn probe_attention_backward(cuda: &mut Cuda, op: &ops::ProbeAttentionBackward) -> Result<()> {
-    let ops::ProbeAttentionBackward { heads, q, kv, p, dropout, d_o, d_q, d_kv } = *op;
+pub(super) fn query_attention_backward(cuda: &mut Cuda, op: &ops::QueryAttentionBackward) -> Result<()> {
+    let ops::QueryAttentionBackward { heads, q, kv, p, dropout, d_o, d_q, d_kv } = *op;
     assert_eq!((d_q.rows, d_q.cols, d_q.dtype), (q.rows, q.cols, q.dtype), "probe attention: shape of d_q");
     let work = Work::new(cuda, heads, [q, kv, p], [&[d_o], &[d_kv]], dropout)?;
     let [t, h, dh] = work.sizes();
@@ -126,9 +126,9 @@ pub(super) fn probe_attention_backward(cuda: &mut Cuda, op: &ops::ProbeAttention
         (slices, cuda.scratch(4 * slices * width))
     };
     launch! {
-        cuda, variant!(work.dtype, "probe_attention_backward"), [(slices * heads.heads) as u32, 1, 1], THREADS,
+        cuda, variant!(work.dtype, "query_attention_backward"), [(slices * heads.heads) as u32, 1, 1], THREADS,
         work.shared(cuda, 2)?,
-        cuda.cells.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
+        cuda.step_params.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
         cuda.at(d_o), d_o.ld as u32, cuda.at(d_q), d_q.ld as u32, parts, cuda.at(d_kv), d_kv.ld as u32,
         work.scale(), work.images as u32, t, h, dh, work.whole,
     }?;
@@ -136,7 +136,7 @@ pub(super) fn probe_attention_backward(cuda: &mut Cuda, op: &ops::ProbeAttention
         return Ok(());
     }
     launch! {
-        cuda, variant!(work.dtype, "probe_attention_backward_query"), [(width as u32).div_ceil(THREADS), 1, 1],
+        cuda, variant!(work.dtype, "query_attention_backward_query"), [(width as u32).div_ceil(THREADS), 1, 1],
         THREADS, 0,
         parts, cuda.at(d_q), slices as u32, width as u32,
     }
