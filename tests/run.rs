@@ -255,6 +255,29 @@ fn a_run_allocates_what_the_plan_says() {
 }
 
 #[test]
+fn a_profile_counts_the_operations_that_the_plan_lists() {
+    let recipe = path("of-a-profile.toml");
+    let text = "[model]\nvariant = \"mu/16\"\nimage = 32\nclasses = 1000\n[train]\nbatch = 4\nsteps = 10\n";
+    std::fs::write(&recipe, text).unwrap();
+    let plan = vitrum(&["plan", &recipe, "--device", "cpu", "--json"]).ok().json();
+    let what =
+        ["bench", "--what", "train", "--model", "mu/16", "--batch", "4", "--device", "cpu", "--profile"];
+    let how = ["--set", "model.image=32", "--rounds", "1", "--seconds", "0", "--json"];
+    let profile = vitrum(&[&what[..], &how].concat()).ok().json();
+    let operations = profile["profile"].as_array().unwrap();
+    // What is no operation costs nothing.
+    assert!(operations.iter().any(|o| o["operation"] == "begin_step" && o["bytes_per_step"].is_null()));
+    let planned = plan["operations_of_a_step"].as_array().unwrap();
+    assert_eq!(operations.iter().filter(|o| !o["bytes_per_step"].is_null()).count(), planned.len());
+    for planned in planned {
+        let timed = operations.iter().find(|o| o["operation"] == planned["operation"]).unwrap();
+        let bytes = planned["read_bytes"].as_u64().unwrap() + planned["written_bytes"].as_u64().unwrap();
+        assert_eq!(timed["flops_per_step"].as_f64(), planned["flops"].as_f64(), "{planned}");
+        assert_eq!(timed["bytes_per_step"].as_f64().unwrap(), bytes as f64, "{planned}");
+    }
+}
+
+#[test]
 fn a_run_that_rounds_says_so_and_another_way_to_round_is_refused() {
     let run = |out: &str, rounds: &str, more: &[&str]| {
         let mut command = command(&train(&path(out), &[&["train.steps=2"][..], more].concat()));

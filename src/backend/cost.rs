@@ -349,3 +349,72 @@ impl Count<'_> {
         self.cost.written += (state + if copied { 2 * values } else { 0 }) as u64;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Linear, MemoryPlan, Precision, Residual, cuda::Cuda};
+
+    const ROWS: usize = 6;
+    const IN: usize = 16;
+    const OUT: usize = 24;
+
+    /// `x`, `y`, and a layer whose parameters are trained.
+    fn layer(storage: Storage) -> (Mat, Mat, Linear) {
+        let mut plan = MemoryPlan::new(storage);
+        let (x, y) = (plan.activation("x", ROWS, IN), plan.activation("y", ROWS, OUT));
+        let weight = Mat { arena: Arena::Params, offset: 0, rows: OUT, cols: IN, ld: IN, dtype: Dtype::F32 };
+        let bias = Mat { rows: 1, cols: OUT, ld: OUT, ..weight };
+        let [d_weight, d_bias] = [weight, bias].map(|mat| Some(Mat { arena: Arena::Grads, ..mat }));
+        (x, y, Linear { weight, bias, d_weight, d_bias })
+    }
+
+    fn setting(storage: Storage) -> Setting {
+        Setting { storage, pixels: Pixels::U8, targets: TargetKind::Labels, accumulate: false }
+    }
+
+    #[test]
+    fn a_product_moves_its_operands_once_in_the_type_that_it_reads() {
+        let card = Cuda::storage_of(Precision::Bf16, Residual::Auto);
+        for (storage, size) in [(Storage::CPU, 4), (card, 2)] {
+            let (x, y, w) = layer(storage);
+            let cost = |epilogue| Op::Matmul(ops::Matmul { x, w: &w, epilogue, y }).cost(&setting(storage));
+            let flops = 2 * (ROWS * IN * OUT) as u64;
+            let read = size * (ROWS * IN + OUT * IN) as u64;
+            let written = size * (ROWS * OUT) as u64;
+            assert_eq!(cost(Epilogue::None), Cost { flops, read, written });
+            let bias = size * OUT as u64;
+            assert_eq!(cost(Epilogue::Bias), Cost { flops, read: read + bias, written });
+            // In place or not: the sum reads what was there.
+            assert_eq!(cost(Epilogue::BiasResidual(y)), Cost { flops, read: read + bias + written, written });
+        }
+    }
+
+    #[test]
+    fn two_products_of_a_backward_share_their_operand() {
+        let (x, d_y, w) = layer(Storage::CPU);
+        let d_x = Mat { offset: 1 << 20, ..x };
+        let cost = |w: &Linear, d_x, accumulate| {
+            let op = Op::MatmulBackward(ops::MatmulBackward { d_y, x, w, d_x });
+            op.cost(&Setting { accumulate, ..setting(Storage::CPU) })
+        };
+        let sizes = [ROWS * OUT, ROWS * IN, OUT * IN, OUT].map(|n| 4 * n as u64);
+        let ([of_y, of_x, of_w, of_bias], product) = (sizes, 2 * (ROWS * IN * OUT) as u64);
+        let all = cost(&w, InputGrad::Plain(d_x), false);
+        let (read, written) = (of_y + of_x + of_w, of_w + of_bias + of_x);
+        assert_eq!(all, Cost { flops: 2 * product, read, written });
+        // Later micro-batches add to what is there.
+        let more = cost(&w, InputGrad::Plain(d_x), true);
+        assert_eq!(more, Cost { read: read + of_w + of_bias, ..all });
+        let frozen = Linear { d_weight: None, d_bias: None, ..w };
+        let input = cost(&frozen, InputGrad::Plain(d_x), false);
+        assert_eq!(input, Cost { flops: product, read: of_y + of_w, written: of_x });
+        assert_eq!(cost(&frozen, InputGrad::None, false), Cost::default());
+    }
+
+    #[test]
+    fn the_floor_is_what_takes_longer() {
+        let cost = Cost { flops: 600, read: 30, written: 10 };
+        assert_eq!((cost.floor(100.0, 10.0), cost.floor(1000.0, 10.0)), (6.0, 4.0));
+    }
+}

@@ -89,8 +89,8 @@ pub struct Choice {
 /// A pass of operations over a backend.
 pub type Body<'a> = &'a mut dyn FnMut(&mut dyn Backend) -> Result<()>;
 
-/// A device. What it computes comes through [`Backend::execute`]; the rest is memory, batches and steps. Operations panic on shapes that do not fit together (the caller's mistake) and return an error when the
-/// device fails.
+/// A device. What it computes comes through [`Backend::execute`]; the rest is memory, batches and steps. Operations panic on
+/// shapes that do not fit together (the caller's mistake) and return an error when the device fails.
 pub trait Backend: Send {
     /// One line for the header of a run: `cpu, 2 threads, avx512`.
     fn describe(&self) -> String;

@@ -127,7 +127,7 @@ pub struct StepReport {
     pub skipped: bool,
 }
 
-/// Bytes of [`Arena::Update`] for an optimiser on a device that stores things this way.
+/// Bytes of [`super::Arena::Update`] for an optimiser on a device that stores things this way.
 pub fn update_bytes(storage: Storage, rule: Rule, segments: &[Segment]) -> usize {
     if storage.has_device_memory() { cuda::update_bytes(rule, segments) } else { 0 }
 }

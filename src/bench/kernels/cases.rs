@@ -55,6 +55,8 @@ type Least = Box<dyn Fn(&[Launched], Cost) -> Vec<Traffic>>;
 pub(super) struct Case {
     pub(super) operation: &'static str,
     pub(super) shape: String,
+    /// A matrix product, which is none of the launches: those are beside it in some ways of doing it, and not in others.
+    pub(super) product: bool,
     /// The work is the same launches each time, so that it can be recorded.
     pub(super) recorded: bool,
     /// The batch that has to be bound.
@@ -73,7 +75,11 @@ impl Case {
         place: impl Fn(&mut Room) -> Placed + 'static,
     ) -> Self {
         let (least, place) = (Box::new(least), Box::new(place));
-        Self { operation, shape, recorded: true, batch: None, samples, least, place }
+        Self { operation, shape, product: false, recorded: true, batch: None, samples, least, place }
+    }
+
+    pub(super) fn product(self) -> Self {
+        Self { product: true, ..self }
     }
 
     fn batch(self, batch: SlotLayout) -> Self {
@@ -444,31 +450,38 @@ fn elementwise(model: &Model, images: usize, all_images: bool) -> Vec<Case> {
     let hidden = half(rows, m);
     let shape = format!("{} [{rows}, {m}], erf", model.name);
     let images = rows / model.tokens();
-    cases.push(Case::new(
-        "fc1, gelu",
-        shape.clone(),
-        images,
-        move |_, _| vec![traffic(hidden + 4 * m, 2 * hidden)],
-        move |room| {
-            let (x, pre, y) = (room.activation(rows, d), room.activation(rows, m), room.activation(rows, m));
-            let w = room.linear(m, d, false);
-            let epilogue = Epilogue::BiasGelu { pre: Some(pre), form: Gelu::Erf, dropout: Mask::NONE };
-            Placed::new(move |b| b.matmul(x, &w, epilogue, y))
-        },
-    ));
-    cases.push(Case::new(
-        "fc2 input gradient, gelu",
-        shape,
-        images,
-        move |_, _| vec![traffic(2 * hidden, hidden)],
-        move |room| {
-            let (d_y, x) = (room.activation(rows, d), room.activation(rows, m));
-            let (pre, d_pre) = (room.activation(rows, m), room.activation(rows, m));
-            let w = room.linear(d, m, false);
-            let grad = InputGrad::Gelu { d_pre, pre, form: Gelu::Erf, dropout: Mask::NONE };
-            Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
-        },
-    ));
+    cases.push(
+        Case::new(
+            "fc1, gelu",
+            shape.clone(),
+            images,
+            move |_, _| vec![traffic(hidden + 4 * m, 2 * hidden)],
+            move |room| {
+                let (x, pre, y) =
+                    (room.activation(rows, d), room.activation(rows, m), room.activation(rows, m));
+                let w = room.linear(m, d, false);
+                let epilogue = Epilogue::BiasGelu { pre: Some(pre), form: Gelu::Erf, dropout: Mask::NONE };
+                Placed::new(move |b| b.matmul(x, &w, epilogue, y))
+            },
+        )
+        .product(),
+    );
+    cases.push(
+        Case::new(
+            "fc2 input gradient, gelu",
+            shape,
+            images,
+            move |_, _| vec![traffic(2 * hidden, hidden)],
+            move |room| {
+                let (d_y, x) = (room.activation(rows, d), room.activation(rows, m));
+                let (pre, d_pre) = (room.activation(rows, m), room.activation(rows, m));
+                let w = room.linear(d, m, false);
+                let grad = InputGrad::Gelu { d_pre, pre, form: Gelu::Erf, dropout: Mask::NONE };
+                Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
+            },
+        )
+        .product(),
+    );
     cases
 }
 

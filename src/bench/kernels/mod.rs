@@ -51,8 +51,11 @@ pub struct Line {
     /// Medians and bests of rounds, of one run.
     pub seconds: f64,
     pub best: f64,
-    /// What it costs at least, partial sums of its kernels not counted.
+    /// What it costs at least.
     pub cost: Cost,
+    /// The least traffic: of a product that of the operation, whatever is beside it; else that of its kernels, with the partial
+    /// sums that they hand on.
+    pub bytes: usize,
     pub launches: Vec<(Launched, Traffic)>,
 }
 
@@ -172,6 +175,7 @@ pub struct Ready {
     sets: Vec<Placed>,
     recorded: bool,
     cost: Cost,
+    bytes: usize,
     launches: Vec<(Launched, Traffic)>,
 }
 
@@ -223,8 +227,12 @@ impl Bench {
             let kernels: Vec<&str> = launches.iter().map(|l| l.kernel).collect();
             return Err(Error::new(format!("{}: no formula for each of {kernels:?}", case.title())));
         }
+        let bytes = match case.product {
+            true => cost.bytes() as usize,
+            false => least.iter().map(|t| t.read + t.written).sum(),
+        };
         let launches = launches.into_iter().zip(least).collect();
-        Ok(Ready { sets, recorded: case.recorded, cost, launches })
+        Ok(Ready { sets, recorded: case.recorded, cost, bytes, launches })
     }
 
     /// What the operation costs at least on a device that stores as this one does.
@@ -277,7 +285,7 @@ fn bind(cuda: &mut Cuda, case: &Case, pattern: &Pattern) -> Result<()> {
 impl Ready {
     /// Bytes that a run cannot avoid to move.
     pub fn bytes(&self) -> usize {
-        self.cost.bytes() as usize
+        self.bytes
     }
 
     fn line(self, case: &Case, seconds: &[f64]) -> Line {
@@ -287,6 +295,7 @@ impl Ready {
             seconds: median(seconds),
             best: seconds.iter().copied().fold(f64::INFINITY, f64::min),
             cost: self.cost,
+            bytes: self.bytes,
             launches: self.launches,
         }
     }
@@ -294,7 +303,7 @@ impl Ready {
 
 impl Line {
     fn bytes_per_s(&self) -> f64 {
-        self.cost.bytes() as f64 / self.seconds
+        self.bytes as f64 / self.seconds
     }
 
     fn flops_per_s(&self) -> f64 {
@@ -358,7 +367,7 @@ impl Measured {
                 "shape": line.shape,
                 "ms": line.seconds * 1e3,
                 "best_ms": line.best * 1e3,
-                "bytes": line.cost.bytes(),
+                "bytes": line.bytes,
                 "bytes_per_s": line.bytes_per_s(),
                 "of_copy": line.bytes_per_s() / self.ceilings.copy,
                 "flops": product.then_some(line.cost.flops),

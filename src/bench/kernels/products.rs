@@ -48,7 +48,9 @@ fn product(
             };
             Placed::new(move |b| b.matmul_backward(d_y, x, &w, grad))
         };
-        cases.push(Case::new(operation, shape.clone(), images, beside(rows, input, Dtype::Bf16), place));
+        cases.push(
+            Case::new(operation, shape.clone(), images, beside(rows, input, Dtype::Bf16), place).product(),
+        );
     }
     let place = move |room: &mut Room| {
         let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
@@ -57,7 +59,7 @@ fn product(
         w.d_bias = w.d_bias.filter(|_| layer != "patch_embed");
         Placed::new(move |b| b.matmul_backward(d_y, x, &w, InputGrad::None))
     };
-    cases.push(Case::new(weight_grad, shape, images, beside(rows, out, Dtype::Bf16), place));
+    cases.push(Case::new(weight_grad, shape, images, beside(rows, out, Dtype::Bf16), place).product());
     cases
 }
 
@@ -104,5 +106,5 @@ fn forward(
         Placed::new(move |b| b.matmul(x, &w, epilogue, y))
     };
     let shape = format!("{model} [{rows}, {input}] → {out}{note}");
-    Case::new(operation, shape, images, beside(rows, out, stream), place)
+    Case::new(operation, shape, images, beside(rows, out, stream), place).product()
 }
