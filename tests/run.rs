@@ -18,9 +18,9 @@ use vitrum::train::{DataShape, Setup, Trainer};
 use vitrum::weights::safetensors::SafeTensors;
 
 /// A run that goes through without a break.
-fn unbroken(name: &str) -> Outcome {
+fn unbroken(name: &str, more: &[&str]) -> Outcome {
     let out = path(name);
-    vitrum(&train(&out, &[])).ok();
+    vitrum(&train(&out, more)).ok();
     outcome(&out)
 }
 
@@ -49,7 +49,7 @@ fn has_hidden_checkpoint(run: &str) -> bool {
 #[test]
 fn resume_after_kill_has_the_bits_of_an_unbroken_run() {
     const KILLS: usize = 20;
-    let want = unbroken("unbroken");
+    let want = unbroken("unbroken", &[]);
     let mut random = Random(20);
     let (mut kills, mut in_a_checkpoint, mut before_any, mut runs) = (0, 0, 0, 0);
     while kills < KILLS || in_a_checkpoint == 0 || before_any == 0 {
@@ -87,11 +87,13 @@ fn resume_after_kill_has_the_bits_of_an_unbroken_run() {
 
 #[test]
 fn a_signal_saves_the_run_and_resume_has_the_bits_of_an_unbroken_run() {
-    let want = unbroken("not-stopped");
+    // Long enough that a signal arrives on a busy machine.
+    let long = ["train.steps=240"];
+    let want = unbroken("not-stopped", &long);
     for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
         let stopped = (0..20).any(|attempt| {
             let out = path(&format!("stopped-{code}-{attempt}"));
-            let mut child = start(&train(&out, &[]));
+            let mut child = start(&train(&out, &long));
             watch(&mut child, || lines(&out) > 0);
             let _ = kill_process(Pid::from_child(&child), signal);
             let done = wait(child);
@@ -103,7 +105,7 @@ fn a_signal_saves_the_run_and_resume_has_the_bits_of_an_unbroken_run() {
             let saved = done.stderr.split("saved to ").nth(1).unwrap().lines().next().unwrap();
             let last = std::fs::canonicalize(Path::new(&out).join("checkpoints/last")).unwrap();
             assert_eq!(std::fs::canonicalize(saved).unwrap(), last);
-            vitrum(&train(&out, &["--resume"])).ok();
+            vitrum(&train(&out, &[&long[..], &["--resume"]].concat())).ok();
             assert_eq!(outcome(&out), want);
             true
         });

@@ -1,7 +1,7 @@
 //! The backward pass: gradient of the logits → gradients of the parameters. The numbers are those of
 //! [`super::forward`], descending. It ends at the first trained block.
 
-use crate::backend::{Backend, Epilogue, InputGrad, Join, Mask, Mat};
+use crate::backend::{Backend, InputGrad, Join, Mask};
 use crate::error::Result;
 
 use super::block::{Attention, Block};
@@ -29,12 +29,12 @@ pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
 /// Leaves the gradient of the pooled vector in `d_pooled`.
 fn head(b: &mut dyn Backend, h: &Head) -> Result<()> {
     b.scale(h.d_logits, 1.0 / h.heads.len() as f32)?; // 3
-    for (linear, features, _, d_features) in &h.heads {
+    for class in &h.heads {
         let d_x = match &h.rep {
-            Some(_) => InputGrad::Tanh { d: *d_features, y: *features },
-            None => InputGrad::Plain(*d_features),
+            Some(_) => InputGrad::Tanh { d: class.d_features, y: class.features },
+            None => InputGrad::Plain(class.d_features),
         };
-        b.matmul_backward(h.d_logits, *features, linear, d_x)?; // 2
+        b.matmul_backward(h.d_logits, class.features, &class.linear, d_x)?; // 2
     }
     if let Some(rep) = &h.rep {
         b.matmul_backward(rep.d_pre, rep.pooled, &rep.linear, InputGrad::Plain(rep.d_pooled))?; // 1
@@ -46,13 +46,11 @@ fn head(b: &mut dyn Backend, h: &Head) -> Result<()> {
 fn tail(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     let (last, s, d_bias) = (&g.last, g.above(), g.last_bias());
     match &g.tail {
-        Tail::PoolNorm { pools, pooled, norm, stats, d_parts, .. } => {
-            let (pooled, d_sum) = (*pooled, *d_parts);
-            b.layernorm_backward(s.d_pooled, &Join::Ready(pooled), norm, *stats, d_sum, true, d_sum, None)?; // 2
-            for (i, (pool, part)) in pools.iter().enumerate() {
-                let d_part =
-                    Mat { offset: d_sum.offset + (part.offset - pooled.offset), rows: part.rows, ..d_sum };
-                b.pool_backward(*pool, d_part, s.d_x, i == 0)?; // 1
+        Tail::PoolNorm { pools, pooled, norm, stats, d_pooled, .. } => {
+            let (pooled, d) = (Join::Ready(*pooled), *d_pooled);
+            b.layernorm_backward(s.d_pooled, &pooled, norm, *stats, d, true, d, None)?; // 2
+            for (i, part) in pools.iter().enumerate() {
+                b.pool_backward(part.pool, part.d_y, s.d_x, i == 0)?; // 1
             }
             Ok(())
         }
@@ -68,12 +66,9 @@ fn tail(b: &mut dyn Backend, g: &Graph) -> Result<()> {
 }
 
 fn map_head(b: &mut dyn Backend, m: &MapHead, g: &Graph) -> Result<()> {
-    let Epilogue::BiasGelu { pre: Some(pre), form, dropout } = m.gelu else {
-        unreachable!("the MLP has a GELU, and its pre-activation is kept for this pass")
-    };
     let (last, s, d_bias) = (&g.last, g.above(), g.last_bias());
     let d_a = s.d_pooled;
-    b.matmul_backward(d_a, m.act, &m.fc2, InputGrad::Gelu { d_pre: m.d_pre, pre, form, dropout })?; // 8
+    b.matmul_backward(d_a, m.act, &m.fc2, m.gelu.gradient(m.d_pre))?; // 8
     b.matmul_backward(m.d_pre, m.ln, &m.fc1, InputGrad::Plain(m.d_ln))?; // 7
     b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, false, d_a, m.proj.d_bias)?; // 6
     b.matmul_backward(d_a, m.o, &m.proj, InputGrad::Plain(m.d_o))?; // 5
@@ -86,9 +81,8 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, g: &Graph) -> Result<()> {
 /// Enters with the gradient of the block's output in `above.d_x` (and of its MLP branch in `above.d_branch`), leaves with
 /// those of its input in `s`.
 fn block(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
-    let (above, (pre, form, dropout)) = (&a.above, a.gelu_parts());
-    let d_act = InputGrad::Gelu { d_pre: above.d_pre, pre, form, dropout };
-    b.matmul_backward(above.d_branch, a.act, &a.fc2, d_act)?; // 6
+    let above = &a.above;
+    b.matmul_backward(above.d_branch, a.act, &a.fc2, a.gelu.gradient(above.d_pre))?; // 6
     b.matmul_backward(above.d_pre, a.ln2, &a.fc1, InputGrad::Plain(above.d_ln))?; // 5
     let d_bias = a.proj.d_bias;
     b.layernorm_backward(above.d_ln, &a.mid, &a.norm2, a.stats2, above.d_x, false, above.d_branch, d_bias)?; // 4

@@ -4,7 +4,9 @@
 //! Where nothing but the class token is read behind the last block, that block needs keys and values of all tokens, but one
 //! query per image; what follows its attention has B rows instead of R = B·T.
 
-use crate::backend::{Branch, Epilogue, Gelu, Heads, Join, Linear, Mask, Mat, Norm, Pool, Recompute, Stats};
+use crate::backend::{
+    Branch, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Mask, Mat, Norm, Pool, Recompute, Stats,
+};
 
 use super::graph::{BlockScratch, Builder, site};
 
@@ -29,8 +31,8 @@ pub struct Block {
     pub mid: Join,     // [Q, D] after the attention half
     pub ln2: Mat,      // [Q, D]
     pub stats2: Stats,
-    pub gelu: Epilogue, // keeps pre: [Q, M]
-    pub act: Mat,       // [Q, M]
+    pub gelu: MlpGelu,
+    pub act: Mat, // [Q, M]
     pub fc2_epilogue: Epilogue,
     pub fc2_out: Mat, // the next block's x, or the branch
     /// Gradients of everything behind the attention, Q rows each.
@@ -117,7 +119,7 @@ impl Block {
             mid,
             ln2: k.ln2,
             stats2: k.stats2,
-            gelu: Epilogue::BiasGelu { pre: k.pre, form: c.gelu, dropout: b.mask(c.dropout, l, site::GELU) },
+            gelu: MlpGelu { pre: k.pre, form: c.gelu, dropout: b.mask(c.dropout, l, site::GELU) },
             act: k.act,
             fc2_epilogue,
             fc2_out,
@@ -125,8 +127,8 @@ impl Block {
             bias_below: l
                 .checked_sub(1)
                 .and_then(|below| b.linear(&format!("blocks.{below}.mlp.fc2")).d_bias),
-            // Without a backward there is nothing to work out again.
-            recompute: if k.pre.is_some() { b.recompute() } else { Recompute::None },
+            // Without a backward there is nothing to compute again.
+            recompute: if k.pre.rows > 0 { b.recompute() } else { Recompute::None },
         }
     }
 
@@ -148,13 +150,28 @@ impl Block {
             },
         }
     }
+}
 
-    /// The pre-activation, the form and the mask of the MLP's GELU, for a backward.
-    pub fn gelu_parts(&self) -> (Mat, Gelu, Mask) {
-        let Epilogue::BiasGelu { pre: Some(pre), form, dropout } = self.gelu else {
-            unreachable!("the MLP has a GELU, and a block with a backward keeps its pre-activation")
-        };
-        (pre, form, dropout)
+/// The GELU between the two dense layers of an MLP, with dropout on its output.
+#[derive(Clone, Copy)]
+pub struct MlpGelu {
+    /// `[Q, M]`: what fc1 gives, kept for the backward. Without a backward it has no rows.
+    pub pre: Mat,
+    pub form: Gelu,
+    pub dropout: Mask,
+}
+
+impl MlpGelu {
+    /// The end of fc1.
+    pub fn epilogue(&self) -> Epilogue {
+        let Self { pre, form, dropout } = *self;
+        Epilogue::BiasGelu { pre: (pre.rows > 0).then_some(pre), form, dropout }
+    }
+
+    /// How fc2's backward goes on into `d_pre: [Q, M]`.
+    pub fn gradient(&self, d_pre: Mat) -> InputGrad {
+        let Self { pre, form, dropout } = *self;
+        InputGrad::Gelu { d_pre, pre, form, dropout }
     }
 }
 
@@ -197,7 +214,7 @@ impl Attention {
     }
 }
 
-/// The activations that one block keeps for its backward.
+/// The activations of one block.
 #[derive(Clone, Copy)]
 pub(super) struct Kept {
     pub(super) x: Mat,
@@ -208,8 +225,8 @@ pub(super) struct Kept {
     mid: Mat,
     ln2: Mat,
     stats2: Stats,
-    /// What the GELU's backward reads.
-    pre: Option<Mat>,
+    /// What the GELU's backward reads; without a backward it has no rows.
+    pre: Mat,
     act: Mat,
     /// Outputs of the two halves before they join the stream; only where the model has masks or LayerScale.
     branches: Option<[Mat; 2]>,
@@ -221,101 +238,64 @@ enum KeptAttention {
     ClassToken { x: Mat, q: Mat, kv: Mat, p: Mat },
 }
 
-impl KeptAttention {
-    fn full(b: &mut Builder, name: &str) -> Self {
-        let (r, d) = (b.rows(), b.config.width);
-        let (heads, tokens) = (b.config.heads, b.config.tokens());
-        KeptAttention::Full {
-            qkv: b.mat(format!("{name} qkv"), r, 3 * d),
-            lse: b.plan.statistics(format!("{name} lse"), b.samples * heads, tokens),
-        }
-    }
+/// Which buffers a block has.
+#[derive(Clone, Copy)]
+pub(super) struct Form {
+    /// What follows the attention has a row for the class token alone.
+    pub(super) class_token: bool,
+    pub(super) has_backward: bool,
+    /// Both halves leave a branch, which joins the stream in the next LayerNorm.
+    pub(super) has_branches: bool,
+}
+
+/// Buffers that a block shares with another one.
+#[derive(Clone, Copy)]
+pub(super) enum Reuse {
+    /// None: the block is the first.
+    Nothing,
+    /// Those that the backward computes again before it reads them.
+    Recomputed(Kept),
+    /// All of them: neither block has a backward.
+    Everything(Kept),
 }
 
 impl Kept {
-    /// Of a block with a backward, or of all those without.
-    pub(super) fn new(b: &mut Builder, name: &str, branches: bool, has_backward: bool) -> Kept {
+    /// Buffers of R rows are shared as far as `reuse` goes. Those of a class token are small, and the block's own.
+    pub(super) fn new(b: &mut Builder, name: &str, form: Form, reuse: Reuse) -> Kept {
         let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
+        let (all, recomputed) = match reuse {
+            Reuse::Nothing => (None, None),
+            Reuse::Recomputed(kept) => (None, Some(kept)),
+            Reuse::Everything(kept) => (Some(kept), Some(kept)),
+        };
+        let at = |least: Recompute| all.or(recomputed.filter(|_| b.recompute() >= least));
+        let (by_ln_gelu, by_block) = (at(Recompute::LnGelu), at(Recompute::Block));
+        // After the attention.
+        let is_small = form.class_token;
+        let (name_q, q) = if is_small { (format!("{name} class"), b.samples) } else { (name.to_owned(), r) };
+        let (all_q, by_ln_gelu_q, by_block_q) =
+            if is_small { (None, None, None) } else { (all, by_ln_gelu, by_block) };
+        let pre_rows = if form.has_backward { q } else { 0 };
         Kept {
-            x: b.stream(format!("{name} x"), r, d),
-            ln1: b.mat(format!("{name} ln1"), r, d),
-            stats1: b.stats(&format!("{name} ln1"), r),
-            attention: KeptAttention::full(b, name),
-            o: b.mat(format!("{name} o"), r, d),
-            mid: b.stream(format!("{name} mid"), r, d),
-            ln2: b.mat(format!("{name} ln2"), r, d),
-            stats2: b.stats(&format!("{name} ln2"), r),
-            pre: has_backward.then(|| b.mat(format!("{name} pre"), r, m)),
-            act: b.mat(format!("{name} act"), r, m),
-            branches: branches.then(|| Self::new_branches(b, name, r)),
-        }
-    }
-
-    fn new_branches(b: &mut Builder, name: &str, rows: usize) -> [Mat; 2] {
-        ["attention branch", "mlp branch"]
-            .map(|branch| b.mat(format!("{name} {branch}"), rows, b.config.width))
-    }
-
-    /// Buffers of a further block, which shares with `first` what the backward works out again.
-    pub(super) fn beside(first: Kept, b: &mut Builder, name: &str) -> Kept {
-        let (r, d, m) = (b.rows(), b.config.width, b.config.mlp);
-        match b.recompute() {
-            Recompute::None => Kept::new(b, name, first.branches.is_some(), true),
-            Recompute::LnGelu => Kept {
-                x: b.stream(format!("{name} x"), r, d),
-                stats1: b.stats(&format!("{name} ln1"), r),
-                attention: KeptAttention::full(b, name),
-                o: b.mat(format!("{name} o"), r, d),
-                mid: b.stream(format!("{name} mid"), r, d),
-                stats2: b.stats(&format!("{name} ln2"), r),
-                pre: Some(b.mat(format!("{name} pre"), r, m)),
-                branches: first.branches.map(|_| Self::new_branches(b, name, r)),
-                ..first
-            },
-            // The MLP's branch joins the stream in the next block, whose backward still reads it.
-            Recompute::Block => Kept {
-                x: b.stream(format!("{name} x"), r, d),
-                branches: first
-                    .branches
-                    .map(|[attention, _]| [attention, b.mat(format!("{name} mlp branch"), r, d)]),
-                ..first
-            },
-        }
-    }
-
-    /// Buffers of a last block of which only the class token is read. Those of R rows are taken from `shared`, if nothing
-    /// is kept for a backward, else from `first` as far as the backward works them out again; the others are small.
-    pub(super) fn class_token(
-        b: &mut Builder,
-        name: &str,
-        (branches, has_backward): (bool, bool),
-        shared: Option<Kept>,
-        first: Option<Kept>,
-    ) -> Kept {
-        let (r, n, d, m) = (b.rows(), b.samples, b.config.width, b.config.mlp);
-        let (heads, tokens) = (b.config.heads, b.config.tokens());
-        let light = shared.or(first.filter(|_| b.recompute() >= Recompute::LnGelu));
-        let heavy = shared.or(first.filter(|_| b.recompute() == Recompute::Block));
-        Kept {
-            x: shared.map_or_else(|| b.stream(format!("{name} x"), r, d), |k| k.x),
-            ln1: light.map_or_else(|| b.mat(format!("{name} ln1"), r, d), |k| k.ln1),
-            stats1: heavy.map_or_else(|| b.stats(&format!("{name} ln1"), r), |k| k.stats1),
-            attention: KeptAttention::ClassToken {
-                x: b.stream(format!("{name} class x"), n, d),
-                q: b.mat(format!("{name} class q"), n, d),
-                kv: match heavy.map(|k| k.attention) {
-                    Some(KeptAttention::Full { qkv, .. }) => qkv.column_range(0, 2 * d),
-                    _ => b.mat(format!("{name} kv"), r, 2 * d),
-                },
-                p: b.plan.statistics(format!("{name} p"), n * heads, tokens),
-            },
-            o: b.mat(format!("{name} class o"), n, d),
-            mid: b.stream(format!("{name} class mid"), n, d),
-            ln2: b.mat(format!("{name} class ln2"), n, d),
-            stats2: b.stats(&format!("{name} class ln2"), n),
-            pre: has_backward.then(|| b.mat(format!("{name} class pre"), n, m)),
-            act: b.mat(format!("{name} class act"), n, m),
-            branches: branches.then(|| Self::new_branches(b, &format!("{name} class"), n)),
+            x: all.map_or_else(|| b.stream(format!("{name} x"), r, d), |k| k.x),
+            ln1: by_ln_gelu.map_or_else(|| b.mat(format!("{name} ln1"), r, d), |k| k.ln1),
+            stats1: by_block.map_or_else(|| b.stats(&format!("{name} ln1"), r), |k| k.stats1),
+            attention: KeptAttention::new(b, name, is_small, by_block.map(|k| k.attention)),
+            o: by_block_q.map_or_else(|| b.mat(format!("{name_q} o"), q, d), |k| k.o),
+            mid: by_block_q.map_or_else(|| b.stream(format!("{name_q} mid"), q, d), |k| k.mid),
+            ln2: by_ln_gelu_q.map_or_else(|| b.mat(format!("{name_q} ln2"), q, d), |k| k.ln2),
+            stats2: by_block_q.map_or_else(|| b.stats(&format!("{name_q} ln2"), q), |k| k.stats2),
+            pre: by_block_q.map_or_else(|| b.mat(format!("{name_q} pre"), pre_rows, m), |k| k.pre),
+            act: by_ln_gelu_q.map_or_else(|| b.mat(format!("{name_q} act"), q, m), |k| k.act),
+            branches: form.has_branches.then(|| {
+                let attention = by_block_q.and_then(|k| k.branches).map(|[attention, _]| attention);
+                // The MLP's branch joins the stream in the next block, whose backward still reads it.
+                let mlp = all_q.and_then(|k| k.branches).map(|[_, mlp]| mlp);
+                [
+                    attention.unwrap_or_else(|| b.mat(format!("{name_q} attention branch"), q, d)),
+                    mlp.unwrap_or_else(|| b.mat(format!("{name_q} mlp branch"), q, d)),
+                ]
+            }),
         }
     }
 
@@ -324,6 +304,30 @@ impl Kept {
         match self.attention {
             KeptAttention::Full { .. } => self.x,
             KeptAttention::ClassToken { x, .. } => x,
+        }
+    }
+}
+
+impl KeptAttention {
+    /// `shared` is that of a block of all tokens.
+    fn new(b: &mut Builder, name: &str, class_token: bool, shared: Option<KeptAttention>) -> Self {
+        let (r, n, d) = (b.rows(), b.samples, b.config.width);
+        let (heads, tokens) = (b.config.heads, b.config.tokens());
+        match (class_token, shared) {
+            (false, Some(shared)) => shared,
+            (false, None) => KeptAttention::Full {
+                qkv: b.mat(format!("{name} qkv"), r, 3 * d),
+                lse: b.plan.statistics(format!("{name} lse"), n * heads, tokens),
+            },
+            (true, shared) => KeptAttention::ClassToken {
+                x: b.stream(format!("{name} class x"), n, d),
+                q: b.mat(format!("{name} class q"), n, d),
+                kv: match shared {
+                    Some(KeptAttention::Full { qkv, .. }) => qkv.column_range(0, 2 * d),
+                    _ => b.mat(format!("{name} kv"), r, 2 * d),
+                },
+                p: b.plan.statistics(format!("{name} p"), n * heads, tokens),
+            },
         }
     }
 }

@@ -52,8 +52,8 @@ pub(super) fn attention(b: &mut dyn Backend, a: &Block) -> Result<()> {
 fn tail(b: &mut dyn Backend, t: &Tail, x: Mat) -> Result<()> {
     match t {
         Tail::PoolNorm { pools, pooled, norm, stats, y, .. } => {
-            for (pool, to) in pools {
-                b.pool(*pool, x, *to)?; // 1
+            for part in pools {
+                b.pool(part.pool, x, part.y)?; // 1
             }
             b.layernorm(&Join::Ready(*pooled), norm, *y, *stats) // 2
         }
@@ -73,7 +73,7 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, x: Mat) -> Result<()> {
     b.query_attention(m.heads, m.q_out, m.kv_out, m.p, m.o, Mask::NONE)?; // 4
     b.matmul(m.o, &m.proj, Epilogue::Bias, m.a)?; // 5
     b.layernorm(&Join::Ready(m.a), &m.norm2, m.ln, m.stats2)?; // 6
-    b.matmul(m.ln, &m.fc1, m.gelu, m.act)?; // 7
+    b.matmul(m.ln, &m.fc1, m.gelu.epilogue(), m.act)?; // 7
     b.matmul(m.act, &m.fc2, Epilogue::BiasResidual(m.a), m.y) // 8
 }
 
@@ -81,8 +81,8 @@ fn head(b: &mut dyn Backend, h: &Head) -> Result<()> {
     if let Some(rep) = &h.rep {
         b.matmul(rep.pooled, &rep.linear, Epilogue::BiasTanh, h.features)?; // 1
     }
-    for (linear, features, epilogue, _) in &h.heads {
-        b.matmul(*features, linear, *epilogue, h.logits)?; // 2
+    for class in &h.heads {
+        b.matmul(class.features, &class.linear, class.epilogue, h.logits)?; // 2
     }
     b.scale(h.logits, 1.0 / h.heads.len() as f32) // 3
 }

@@ -9,7 +9,7 @@ use crate::backend::{
 };
 
 use super::Mode;
-use super::block::{Block, Kept};
+use super::block::{Block, Form, Kept, MlpGelu, Reuse};
 use super::config::{ModelConfig, NormPlace, PoolKind};
 use super::params::ParamLayout;
 
@@ -41,15 +41,22 @@ pub struct Stem {
 /// From tokens to one vector per image.
 #[derive(Clone)]
 pub enum Tail {
-    /// Pool, then normalise: class tokens (where it equals normalising first), and timm's `fc_norm`. `d_parts` is the gradient
-    /// of `pooled`.
-    PoolNorm { pools: Vec<(Pool, Mat)>, pooled: Mat, norm: Norm, stats: Stats, y: Mat, d_parts: Mat },
+    /// Pool, then normalise: class tokens (where it equals normalising first), and timm's `fc_norm`.
+    PoolNorm { pools: Vec<PooledPart>, pooled: Mat, norm: Norm, stats: Stats, y: Mat, d_pooled: Mat },
     /// Normalise: the last block has left the class tokens alone.
     Norm { norm: Norm, stats: Stats, y: Mat },
     /// Normalise every token, then pool.
     NormPool { norm: Norm, stats: Stats, tokens: Mat, pool: Pool, y: Mat },
     /// Normalise every token, then attend to them with one learned query (big_vision's MAP head).
     Map(Box<MapHead>),
+}
+
+/// One pool of several, which stand one after the other in a matrix of all of them.
+#[derive(Clone)]
+pub struct PooledPart {
+    pub pool: Pool,
+    pub y: Mat,   // [B, D]
+    pub d_y: Mat, // [B, D]
 }
 
 /// `y = a + mlp(layernorm(a))`, `a = attention(probe, tokens)`.
@@ -73,7 +80,7 @@ pub struct MapHead {
     pub stats2: Stats,
     pub ln: Mat, // [B, D]
     pub fc1: Linear,
-    pub gelu: Epilogue,
+    pub gelu: MlpGelu,
     pub act: Mat, // [B, M]
     pub fc2: Linear,
     pub y: Mat,     // [B, D]
@@ -93,10 +100,19 @@ pub struct Head {
     /// `tanh(pooled·Wᵀ + b)`
     pub rep: Option<Rep>,
     /// One per extra token that is classified; their logits are averaged.
-    pub heads: Vec<(Linear, Mat, Epilogue, Mat)>, // parameters, features, epilogue, gradient of the features
+    pub heads: Vec<ClassHead>,
     pub logits: Mat,   // [B, C]
     pub d_logits: Mat, // [B, C]
     pub samples: Mat,  // [B, 3]
+}
+
+/// One linear classifier; those after the first add their logits to its.
+#[derive(Clone, Copy)]
+pub struct ClassHead {
+    pub linear: Linear,
+    pub features: Mat, // [B, D] or [B, R]
+    pub epilogue: Epilogue,
+    pub d_features: Mat,
 }
 
 #[derive(Clone, Copy)]
@@ -224,6 +240,14 @@ impl Builder<'_> {
     }
 }
 
+/// Rows `index·rows..` of a matrix; of one without memory, itself.
+fn part(of: Mat, index: usize, rows: usize) -> Mat {
+    match of.rows {
+        0 => of,
+        _ => Mat { offset: of.offset + index * rows * of.ld * of.dtype.bytes(), rows, ..of },
+    }
+}
+
 impl Graph {
     pub(super) fn new(
         config: &ModelConfig,
@@ -247,21 +271,24 @@ impl Graph {
         let whole = depth - usize::from(pruned);
 
         let patches = b.mat("patches", r, config.patch_grid().patch_len());
-        let shared =
-            (0..whole).any(|l| !keeps(l)).then(|| Kept::new(&mut b, "shared", joined_by_norm, false));
-        let mut first: Option<Kept> = None;
-        let mut kept: Vec<Kept> = (0..whole)
-            .map(|l| match (shared, first) {
-                (Some(shared), _) if !keeps(l) => shared,
-                (_, Some(first)) => Kept::beside(first, &mut b, &format!("block {l}")),
-                (_, None) => *first.insert(Kept::new(&mut b, &format!("block {l}"), joined_by_norm, true)),
+        // The first block without a backward, and the first with one: those after it share their buffers.
+        let mut first: [Option<Kept>; 2] = [None, None];
+        let kept: Vec<Kept> = (0..depth)
+            .map(|l| {
+                let form =
+                    Form { class_token: l == whole, has_backward: keeps(l), has_branches: joined_by_norm };
+                let name = if keeps(l) || form.class_token { format!("block {l}") } else { "shared".into() };
+                let first = &mut first[usize::from(keeps(l))];
+                let reuse = match *first {
+                    None => Reuse::Nothing,
+                    Some(kept) if keeps(l) => Reuse::Recomputed(kept),
+                    Some(kept) => Reuse::Everything(kept),
+                };
+                let kept = Kept::new(&mut b, &name, form, reuse);
+                first.get_or_insert(kept);
+                kept
             })
             .collect();
-        if pruned {
-            let shared = shared.filter(|_| !keeps(whole));
-            let name = format!("block {whole}");
-            kept.push(Kept::class_token(&mut b, &name, (joined_by_norm, keeps(whole)), shared, first));
-        }
         let x_last = b.stream("x", if pruned { samples } else { r }, d);
 
         let with_gradients = if mode == Mode::Train { samples } else { 0 };
@@ -312,26 +339,31 @@ impl Graph {
             (PoolKind::Token, _) => {
                 let n = c.extra_tokens;
                 let pooled = b.stream("pooled", n * samples, d);
-                let part_bytes = samples * pooled.ld * pooled.dtype.bytes();
-                let part = |i: usize| Mat { offset: pooled.offset + i * part_bytes, rows: samples, ..pooled };
+                let d_pooled = Self::d_pooled(b, pooled, scratch, mode);
+                let part = |index: usize| PooledPart {
+                    pool: Pool::Token { tokens, index },
+                    y: part(pooled, index, samples),
+                    d_y: part(d_pooled, index, samples),
+                };
                 Tail::PoolNorm {
-                    pools: (0..n).map(|index| (Pool::Token { tokens, index }, part(index))).collect(),
+                    pools: (0..n).map(part).collect(),
                     pooled,
                     norm: b.norm("norm"),
                     stats: b.stats("norm", n * samples),
                     y: b.mat("normed", n * samples, d),
-                    d_parts: Self::d_parts(b, pooled, scratch, mode),
+                    d_pooled,
                 }
             }
             (PoolKind::Gap, NormPlace::After) => {
                 let pooled = b.stream("pooled", samples, d);
+                let d_pooled = Self::d_pooled(b, pooled, scratch, mode);
                 Tail::PoolNorm {
-                    pools: vec![(mean, pooled)],
+                    pools: vec![PooledPart { pool: mean, y: pooled, d_y: d_pooled }],
                     pooled,
                     norm: b.norm("fc_norm"),
                     stats: b.stats("norm", samples),
                     y: b.mat("normed", samples, d),
-                    d_parts: Self::d_parts(b, pooled, scratch, mode),
+                    d_pooled,
                 }
             }
             (PoolKind::Gap, NormPlace::Before) => Tail::NormPool {
@@ -346,10 +378,10 @@ impl Graph {
     }
 
     /// The gradient of what was pooled from the stream. `d_ln` is free by then, if it has the stream's type.
-    fn d_parts(b: &mut Builder, pooled: Mat, scratch: &BlockScratch, mode: Mode) -> Mat {
+    fn d_pooled(b: &mut Builder, pooled: Mat, scratch: &BlockScratch, mode: Mode) -> Mat {
         match mode {
             Mode::Train if scratch.d_ln.dtype == pooled.dtype => scratch.d_ln.first_rows(pooled.rows),
-            Mode::Train => b.stream("d_parts", pooled.rows, pooled.cols),
+            Mode::Train => b.stream("d_pooled of the stream", pooled.rows, pooled.cols),
             Mode::Infer => pooled.first_rows(0),
         }
     }
@@ -360,7 +392,7 @@ impl Graph {
         let (probe, d_probe) = b.param("attn_pool.latent");
         // Backward buffers: none for inference.
         let back = |rows: usize| if mode == Mode::Train { rows } else { 0 };
-        let pre = (mode == Mode::Train).then(|| b.mat("map pre", n, m));
+        let pre = b.mat("map pre", back(n), m);
         MapHead {
             norm: b.norm("norm"),
             stats: b.stats("norm", x.rows),
@@ -380,7 +412,7 @@ impl Graph {
             stats2: b.stats("map norm", n),
             ln: b.mat("map ln", n, d),
             fc1: b.linear("attn_pool.mlp.fc1"),
-            gelu: Epilogue::BiasGelu { pre, form: c.gelu, dropout: Mask::NONE },
+            gelu: MlpGelu { pre, form: c.gelu, dropout: Mask::NONE },
             act: b.mat("map act", n, m),
             fc2: b.linear("attn_pool.mlp.fc2"),
             y: b.mat("pooled", n, d),
@@ -411,18 +443,19 @@ impl Graph {
         } else {
             (pooled, scratch.d_pooled, None)
         };
-        let part = |of: Mat, i: usize| match of.rows {
-            0 => of,
-            _ => Mat { offset: of.offset + i * n * of.ld * of.dtype.bytes(), rows: n, ..of },
-        };
         let epilogues = [Epilogue::Bias, Epilogue::BiasResidual(logits)];
         let heads = ["head", "head_dist"][..c.extra_tokens.clamp(1, 2)]
             .iter()
             .enumerate()
-            .map(|(i, name)| (b.linear(name), part(features, i), epilogues[i], part(d_features, i)))
+            .map(|(i, name)| ClassHead {
+                linear: b.linear(name),
+                features: part(features, i, n),
+                epilogue: epilogues[i],
+                d_features: part(d_features, i, n),
+            })
             .collect();
         Head {
-            features: part(features, 0),
+            features: part(features, 0, n),
             d_features,
             rep,
             heads,
@@ -461,9 +494,7 @@ impl Graph {
             plain(&mut block.x);
             plain(&mut block.mid);
             block.attention_dropout = Mask::NONE;
-            if let Epilogue::BiasGelu { dropout, .. } = &mut block.gelu {
-                *dropout = Mask::NONE;
-            }
+            block.gelu.dropout = Mask::NONE;
         }
         graph
     }

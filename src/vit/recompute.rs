@@ -4,17 +4,22 @@
 use crate::backend::{Backend, Epilogue, Join, Recompute};
 use crate::error::Result;
 
-use super::block::Block;
+use super::block::{Block, MlpGelu};
 use super::forward;
 
 /// `act = gelu(fc1(ln2))`. Where `act` is worked out again, it is worked out apart here too: a device's fused GELU may
 /// round otherwise than its own kernel.
 pub(super) fn matmul_gelu(b: &mut dyn Backend, a: &Block) -> Result<()> {
     if a.recompute != Recompute::LnGelu {
-        return b.matmul(a.ln2, &a.fc1, a.gelu, a.act);
+        return b.matmul(a.ln2, &a.fc1, a.gelu.epilogue(), a.act);
     }
-    let (pre, form, dropout) = a.gelu_parts();
-    b.matmul(a.ln2, &a.fc1, Epilogue::Bias, pre)?;
+    b.matmul(a.ln2, &a.fc1, Epilogue::Bias, a.gelu.pre)?;
+    gelu(b, a)
+}
+
+/// `act` from what fc1 gave.
+fn gelu(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    let MlpGelu { pre, form, dropout } = a.gelu;
     b.gelu(pre, form, dropout, a.act)
 }
 
@@ -27,8 +32,7 @@ pub(super) fn restore(b: &mut dyn Backend, a: &Block) -> Result<()> {
         Recompute::LnGelu => {
             b.layernorm(&x, &a.norm1, a.ln1, a.stats1)?;
             b.layernorm(&mid, &a.norm2, a.ln2, a.stats2)?;
-            let (pre, form, dropout) = a.gelu_parts();
-            b.gelu(pre, form, dropout, a.act)
+            gelu(b, a)
         }
         Recompute::Block => {
             b.layernorm(&x, &a.norm1, a.ln1, a.stats1)?;
