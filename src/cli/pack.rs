@@ -11,7 +11,7 @@ use crate::recipe::OnBadRecord;
 use crate::{fail, signals, terminal};
 
 /// How long a pack may take to stop after a signal.
-const GRACE: Duration = Duration::from_secs(3);
+const GRACE: Duration = Duration::from_millis(500);
 
 /// Packs pictures into a data set.
 #[derive(Debug, clap::Args)]
