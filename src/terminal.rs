@@ -41,7 +41,7 @@ pub fn print(text: &str) -> Result<()> {
 /// One JSON object on stdout, for `--json`.
 ///
 /// # Errors
-/// Those of [`print`].
+/// Those of [`print()`].
 pub fn print_json(value: &serde_json::Value) -> Result<()> {
     print(&serde_json::to_string_pretty(value).expect("a JSON value can be written"))
 }

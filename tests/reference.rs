@@ -88,7 +88,7 @@ fn open(path: &Path, samples: usize, image: (usize, usize), last_block: LastBloc
     let model = Vit::new(config, normalise, samples, Mode::Train, storage, last_block, |_| false);
     backend.allocate(&model.plan()).unwrap();
     load_weights(&file, &model, &mut *backend).unwrap();
-    LoadedModel { backend, model, meta: file.meta, unprepared: None }
+    LoadedModel { backend, model, meta: file.meta, unprepared: None, notes: file.notes }
 }
 
 #[test]

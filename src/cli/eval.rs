@@ -71,6 +71,7 @@ pub fn run(args: Args) -> Result<()> {
         Mode::Infer,
         None,
     )?;
+    super::say_notes(&model.notes);
     let (classes, names) = (model.model.config.classes, model.meta.classes.clone());
     let truth = match &args.labels {
         Some(path) => Truth::read(path, &data, classes, names.as_deref())?,

@@ -47,6 +47,7 @@ pub fn run(args: Args) -> Result<()> {
     super::say_part(&args.data, part, data.len());
     let batch = BATCH.min(data.len());
     let mut model = LoadedModel::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
+    super::say_notes(&model.notes);
     let protocol = protocol.map_or_else(|| model.protocol(), Ok)?;
     let samples = probe::features(&mut model, &data, protocol)?;
 

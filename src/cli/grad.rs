@@ -47,6 +47,7 @@ pub fn run(args: Args) -> Result<()> {
     let options = DeviceOptions { residual: args.residual, ..DeviceOptions::default() };
     let on = (args.on.device, &options);
     let mut run = LoadedModel::open(&args.weights, &overrides, on, samples, Mode::Train, Some(image))?;
+    super::say_notes(&run.notes);
     batch.check_classes(run.model.config.classes)?;
     let slot = batch.slot(&*run.backend, 0)?;
     let loss = Loss { label_smoothing: args.label_smoothing, ..Loss::plain(args.loss) };

@@ -4,6 +4,8 @@
 //! explains, 2 wrong usage, 130 interrupted, 143 terminated.
 
 #![forbid(unsafe_code)]
+// Help texts are written for a terminal: `[B, C]` in them is a shape.
+#![allow(rustdoc::broken_intra_doc_links)]
 
 pub mod bench;
 pub mod convert;
@@ -185,6 +187,11 @@ fn start_threads() -> Result<()> {
 /// The refusal of a command or an option that the contract names and this version lacks.
 pub fn not_built(what: &str) -> Error {
     Error::usage(format!("`{what}` is not built yet"))
+}
+
+/// What was assumed about a weights file.
+fn say_notes(notes: &[String]) {
+    notes.iter().for_each(|note| terminal::note(note));
 }
 
 /// Says which part of a data set is looked at.

@@ -67,6 +67,7 @@ pub fn run(args: Args) -> Result<()> {
         Mode::Infer,
         None,
     )?;
+    super::say_notes(&run.notes);
     let protocol = match args.protocol.as_deref() {
         Some(name) => Protocol::named(name)?,
         None => run.protocol()?,

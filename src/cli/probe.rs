@@ -88,6 +88,7 @@ pub fn run(args: Args) -> Result<()> {
     }
     let batch = BATCH.min(train.len()).min(val.len());
     let mut model = LoadedModel::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
+    super::say_notes(&model.notes);
     let protocol = protocol.map_or_else(|| model.protocol(), Ok)?;
     let mut features = |data: &Dataset| probe::features(&mut model, data, protocol);
     let (of_train, of_val) = (features(&train)?, features(&val)?);

@@ -92,7 +92,7 @@ fn settle(device: Device, options: &DeviceOptions) -> Result<Device> {
     }
 }
 
-/// [`prove`] in a process of its own.
+/// [`check_steps`] in a process of its own.
 fn check_steps_apart(device: Device, precision: Precision) -> Result<Vec<StepCheck>> {
     let precision = format!("{precision:?}").to_lowercase();
     let mut checks = None;

@@ -6,7 +6,7 @@
 //! error that says what is wrong; a decoder's panic becomes one too. A JPEG stream that ends early but of which there is a
 //! whole picture (the rest is grey) is taken.
 //!
-//! JPEG goes to our own decoder ([`jpeg`](super::jpeg)), whose pixels are libjpeg's, TIFF to [`tiff`](super::tiff), the rest
+//! JPEG goes to our own decoder ([`jpeg`]), whose pixels are libjpeg's, TIFF to [`tiff`], the rest
 //! to crate `image`. [`JpegPath`] chooses another JPEG decoder by name, for comparisons.
 
 use std::io::Cursor;

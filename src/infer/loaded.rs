@@ -7,7 +7,7 @@ use crate::backend::{
 };
 use crate::data;
 use crate::error::Result;
-use crate::terminal;
+use crate::fail;
 use crate::vit::{LastBlock, Mode, Vit};
 use crate::weights::{self, AdaptTarget, CheckpointMeta, ModelFile, ModelOverrides, RepLayer};
 
@@ -20,9 +20,20 @@ pub struct LoadedModel {
     pub meta: CheckpointMeta,
     /// Why pictures cannot be prepared as the file says, where they cannot.
     pub unprepared: Option<String>,
+    /// What was assumed about the file, in sentences.
+    pub notes: Vec<String>,
 }
 
 impl LoadedModel {
+    /// Loads a weights file, a run's directory or a model folder, to classify one picture at a time.
+    ///
+    /// # Errors
+    /// The weights cannot be read, or they are not a model that is supported; the device cannot be opened.
+    pub fn load(path: impl AsRef<Path>, device: Device) -> Result<Self> {
+        let (overrides, options) = (ModelOverrides::default(), backend::DeviceOptions::default());
+        Self::open(path.as_ref(), &overrides, (device, &options), 1, Mode::Infer, None)
+    }
+
     /// Reads the file and puts its weights on the device, for passes of `batch` samples of `image` (height, width);
     /// `None` takes the size that the file was made for.
     pub fn open(
@@ -66,7 +77,6 @@ impl LoadedModel {
         batch: usize,
         mode: Mode,
     ) -> Result<Self> {
-        file.notes.iter().for_each(|note| terminal::note(note));
         let mut backend = backend::select(device, options)?;
         let model = Vit::new(
             file.config.clone(),
@@ -82,23 +92,54 @@ impl LoadedModel {
         backend.allocate(&plan)?;
         load_weights(&file, &model, &mut *backend)?;
         let unprepared = file.unprepared.map(|why| format!("{}: {why}", file.path.display()));
-        Ok(Self { backend, model, meta: file.meta, unprepared })
+        Ok(Self { backend, model, meta: file.meta, unprepared, notes: file.notes })
     }
 
-    /// All classes of one picture, the likeliest first.
+    /// All classes of a picture file, the likeliest first. The picture is prepared as the weights file says.
+    ///
+    /// # Errors
+    /// The file is not a picture; the weights file names a preparation that is not supported.
+    pub fn classify(&mut self, picture: impl AsRef<Path>) -> Result<Vec<Prediction>> {
+        let protocol = self.protocol()?;
+        self.predict(picture.as_ref(), protocol)
+    }
+
+    /// The same for another preparation of the picture.
     pub fn predict(&mut self, picture: &Path, protocol: Protocol) -> Result<Vec<Prediction>> {
-        let mut slot = self.backend.new_slot(self.slot_layout())?;
         let how = (protocol.resize, protocol.crop_ratio);
         let pixels = data::read_image(picture, self.model.config.image, how, self.meta.exif)?;
-        slot.images_u8_mut().copy_from_slice(&pixels);
+        self.predict_pixels(&pixels)
+    }
+
+    /// The same for pixels: `[H, W, 3]`, RGB, of the model's image size.
+    pub fn predict_pixels(&mut self, pixels: &[u8]) -> Result<Vec<Prediction>> {
+        self.forward(pixels)?;
+        let mut logits = vec![0.0; self.model.config.classes];
+        self.backend.read(self.model.logits(), &mut logits)?;
+        Ok(likeliest(&logits, self.loss(), self.meta.classes.as_deref()))
+    }
+
+    /// What the head reads, `[D]`, for pixels `[H, W, 3]` of the model's image size.
+    pub fn features_of_pixels(&mut self, pixels: &[u8]) -> Result<Vec<f32>> {
+        self.forward(pixels)?;
+        let mut features = vec![0.0; self.model.features().cols];
+        self.backend.read(self.model.features(), &mut features)?;
+        Ok(features)
+    }
+
+    /// One picture through a model that was opened for one at a time.
+    fn forward(&mut self, pixels: &[u8]) -> Result<()> {
+        let (height, width) = self.model.config.image;
+        if pixels.len() != height * width * 3 {
+            fail!("{} bytes of pixels, and the model takes {height}x{width} pixels of 3", pixels.len());
+        }
+        let mut slot = self.backend.new_slot(self.slot_layout())?;
+        slot.images_u8_mut().copy_from_slice(pixels);
         let b = &mut *self.backend;
         b.bind_batch(slot)?;
         b.begin_step(StepKeys { seed: 0, step: 0 })?;
         b.begin_micro(Micro::whole(1))?;
-        self.model.forward(b, false)?;
-        let mut logits = vec![0.0; self.model.config.classes];
-        b.read(self.model.logits(), &mut logits)?;
-        Ok(likeliest(&logits, self.loss(), self.meta.classes.as_deref()))
+        self.model.forward(b, false)
     }
 
     /// How the head's logits become probabilities.

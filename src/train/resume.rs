@@ -8,7 +8,7 @@ use super::run_data::RunData;
 use super::{Trainer, setup};
 
 /// Keys that decide where, how often and on how many threads, and change no bit of what is trained. The data may lie
-/// elsewhere: its records are compared. Precision and the stream's type are kept and told of by [`super::settle`].
+/// elsewhere: its records are compared. Precision and the stream's type are kept and told of by [`super::setup`].
 const FREE: [&str; 21] = [
     "data.train",
     "data.val",

@@ -41,6 +41,21 @@ pub struct RunOptions {
     pub notes: Vec<String>,
 }
 
+impl RunOptions {
+    /// A new run in `out`, on the GPU if there is one.
+    pub fn new(recipe_name: impl Into<String>, out: impl Into<PathBuf>) -> Self {
+        Self {
+            recipe_name: recipe_name.into(),
+            out: out.into(),
+            numbered: false,
+            resume: false,
+            overfit: None,
+            device: Device::Auto,
+            notes: Vec::new(),
+        }
+    }
+}
+
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -520,7 +535,7 @@ impl Run {
     /// The device failed in the middle of a step. A card's error is sticky and often comes late: the hint is the command
     /// that repeats the step kernel by kernel.
     pub fn device_failed(&self, trainer: &Trainer, error: Error) -> Error {
-        if error.hint_text().is_some() || trainer.backend.describe().starts_with("cpu") {
+        if error.hint_text().is_some() || !trainer.backend.storage().has_device_memory() {
             return error;
         }
         let error = error.at(format!("after step {}", trainer.step));

@@ -2,7 +2,7 @@
 //!
 //! This file owns the device memory, the bound batch, and how a step is recorded and replayed. Each group of operations
 //! has a file that turns handles into launches; the kernels are in `kernels/`. [`driver`] is the CUDA driver behind safe
-//! functions and [`device`] the card behind it, [`blas`] chooses and runs matrix products, [`probe`] finds out whether there
+//! functions and [`device`] the card behind it, [`blas`] chooses and runs matrix products, [`libraries`] finds out whether there
 //! is anything to run on.
 //!
 //! Nothing here knows of the stand-in GPU, save that it brings its own kernels: tests run this very code on it.

@@ -1,5 +1,5 @@
 //! Tar archives: class folders inside them, class archives (each a class of its own, perhaps all in one), or WebDataset's
-//! naming ([`webdataset`](super::webdataset)).
+//! naming ([`webdataset`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -2,7 +2,7 @@
 //!
 //! They differ in a prefix (optimiser state may travel along), in how sub-modules are numbered, in where the position
 //! embedding lies, in whether the MAP head has a module of its own, and in whether the blocks are stacked along a
-//! leading axis. All are brought to one form, linen's, before the table of [`names`](crate::vit::names) is used.
+//! leading axis. All are brought to one form, linen's, before the table of [`names`] is used.
 
 use super::{LayoutKind, Plan, Shapes, Source};
 use crate::error::{Error, Result};
