@@ -1,9 +1,10 @@
-//! Which of a model's classes a data set's classes are.
+//! Matches a data set's classes to a model's.
 //!
-//! By name, where both sides have names: as they are, then without regard to case and to `_` or `-` for a space, then by
-//! one of several names (`tench, Tinca tinca`). WordNet ids and English names meet through ImageNet's list
-//! ([`imagenet`]). Else by number, where both sides are whole numbers; else by place, where there are as many. Two lists
-//! of names that disagree are no match: nobody knows which of them is wrong.
+//! If both sides have names, they are matched by name: exactly, then ignoring case and taking `_` or `-` as a
+//! space, then by one of several names (`tench, Tinca tinca`). WordNet ids and English names are matched
+//! through ImageNet's list ([`imagenet`]). Otherwise they are matched by number if both sides are whole
+//! numbers, or else by position if there are as many. Two lists of names that disagree do not match, because
+//! nothing says which of them is wrong.
 
 use std::collections::HashMap;
 
@@ -38,18 +39,18 @@ impl Matching {
     }
 }
 
-/// A model's classes, to be found by name. A name that two of them have finds neither.
+/// A model's classes, looked up by name. If two classes share a name, the name finds neither.
 pub struct Known<'a> {
     names: Option<&'a [String]>,
     classes: usize,
     exact: HashMap<&'a str, Option<usize>>,
     spellings: HashMap<String, Option<usize>>,
-    /// By the class of ImageNet that a name is the WordNet id of.
+    /// The class by the WordNet id of the ImageNet class that the name means.
     synsets: HashMap<usize, usize>,
 }
 
 impl<'a> Known<'a> {
-    /// Of a model with `classes` classes; one of 1,000 without names is ImageNet's.
+    /// For a model with `classes` classes; a model of 1,000 unnamed classes is taken to be ImageNet's.
     pub fn new(classes: usize, names: Option<&'a [String]>) -> Self {
         let mut known = Self {
             names,
@@ -84,7 +85,7 @@ impl<'a> Known<'a> {
         known
     }
 
-    /// The class that is called so.
+    /// The class with this name.
     pub fn find(&self, name: &str) -> Option<usize> {
         if let Some(class) = self.exact.get(name) {
             return *class;
@@ -95,7 +96,8 @@ impl<'a> Known<'a> {
         spellings(name).iter().find_map(|spelling| self.spellings.get(spelling).copied().flatten())
     }
 
-    /// Where a model's names are English. Two of ImageNet's names stand for two classes each: there the place decides.
+    /// If the model's names are English. Two of ImageNet's names stand for two classes each; for these the
+    /// position decides.
     fn find_english(&self, synset: usize) -> Option<usize> {
         let wanted = spelling(imagenet::english(synset)?);
         let at_its_place =
@@ -162,11 +164,11 @@ impl<'a> Known<'a> {
     }
 }
 
-/// A name that people read: WordNet ids in English, and the classes of a nameless ImageNet model.
+/// A name for people: WordNet ids in English, and the classes of an ImageNet model without names.
 pub fn shown(class: usize, classes: usize, names: Option<&[String]>) -> String {
     let english = |synset: usize| imagenet::english(synset).map(String::from);
     match names.and_then(|names| names.get(class)) {
-        // A folder's own words behind an id are kept.
+        // The folder's own words after an id are kept.
         Some(name) => {
             imagenet::class_of(name).filter(|_| !name.contains('_')).and_then(english).unwrap_or(name.clone())
         }
@@ -179,7 +181,7 @@ fn spelling(name: &str) -> String {
     words.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// The whole, then each of several.
+/// The whole name, then each of several.
 fn spellings(name: &str) -> Vec<String> {
     let parts = name.split(',').filter(|_| name.contains(',')).map(spelling);
     std::iter::once(spelling(name)).chain(parts).filter(|s| !s.is_empty()).collect()
@@ -240,7 +242,7 @@ mod tests {
         // Some of the classes, in another order than ImageNet's.
         assert_eq!(matched("n01443537;n01440764", 2, Some("tench;goldfish")).unwrap(), both);
         assert_eq!(matched("goldfish;tench", 3, Some("n01440764;n01443537;n02012849")).unwrap(), both);
-        // Two cranes: the place tells them apart.
+        // Two classes are called crane: the position tells them apart.
         let all: Vec<String> = (0..1000).map(|i| imagenet::english(i).unwrap().to_string()).collect();
         let cranes = matched("n02012849;n03126707", 1000, Some(&all.join(";"))).unwrap();
         assert_eq!(cranes, (vec![134, 517], By::Name));

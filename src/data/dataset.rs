@@ -1,8 +1,8 @@
 //! A data set that is open for reading: classes, labels, records by index.
 //!
-//! [`Dataset::open`] takes whatever the user names: a packed folder (`dataset.json` and its shards), a folder with
-//! `train/` and `val/` inside, pictures that are not packed at all ([`source`](super::source)), or `demo` and
-//! `demo-hard`, which are drawn and packed into the cache folder when they are first asked for.
+//! [`Dataset::open`] takes whatever the user names: a packed folder (`dataset.json` and its shards), a folder
+//! with `train/` and `val/` inside, unpacked pictures ([`source`](super::source)), or `demo` and `demo-hard`,
+//! which are drawn and packed into the cache folder on first use.
 
 mod chosen;
 pub(super) mod integrity;
@@ -37,7 +37,7 @@ pub struct Manifest {
     /// (H, W) of all pictures, for raw pixels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<(usize, usize)>,
-    /// Pictures were turned as their EXIF orientation says when they were packed.
+    /// Whether pictures were turned by their EXIF orientation when they were packed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub exif: bool,
     pub records: usize,
@@ -80,8 +80,8 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Whether a folder is a packed data set. Other programs call files `dataset.json`, too: ours lists shards, and one that
-    /// is damaged lies beside them.
+    /// Whether a folder is a packed data set. Other programs also call files `dataset.json`. Ours lists
+    /// shards, or, if it is damaged, has shards beside it.
     pub fn is_in(dir: &Path) -> bool {
         let Ok(text) = std::fs::read(dir.join(MANIFEST)) else { return false };
         match serde_json::from_slice::<serde_json::Value>(&text) {
@@ -98,20 +98,21 @@ impl Manifest {
     }
 }
 
-/// An open data set. Clones share what is mapped.
+/// An open data set. Clones share the maps.
 #[derive(Clone, Debug)]
 pub struct Dataset {
-    /// How messages call it: what the user wrote.
+    /// Its name in messages: what the user wrote.
     name: String,
     classes: Vec<String>,
     records: Records,
-    /// Indices into `records`, where only some are taken.
+    /// Indices into `records`, if only some are used.
     chosen: Option<Vec<usize>>,
     /// Stored label → label, after [`Dataset::with_classes`].
     relabel: Option<Vec<usize>>,
-    /// A sample's label is its own number, after [`Dataset::numbered`].
+    /// Whether a sample's label is its own number, after [`Dataset::numbered`].
     numbered: bool,
-    /// Samples of each class that has any, one class behind the other, after [`Dataset::balanced`].
+    /// Number of samples of each class that has any, after [`Dataset::balanced`]; samples are ordered by
+    /// class.
     of_classes: Option<Vec<usize>>,
 }
 
@@ -119,10 +120,10 @@ pub struct Dataset {
 enum Records {
     Packed {
         shards: Arc<Vec<Shard>>,
-        /// Index of each shard's first record, and the number of all.
+        /// Index of each shard's first record, then the total.
         starts: Vec<usize>,
     },
-    /// Not packed.
+    /// Unpacked pictures.
     Listed { source: Arc<Source>, split: Split },
     /// Several data sets of the same classes, with weights; `starts` as above.
     Mixture { parts: Arc<Vec<(Dataset, f64)>>, starts: Vec<usize> },
@@ -147,13 +148,15 @@ impl Records {
 }
 
 impl Dataset {
-    /// Opens `spec`: a path, `demo` or `demo-hard`, or a mixture of such, `3*DIR + 1*DIR`. Where it has parts, `split`
-    /// says which (for validation, the test part where there is no other); a data set without parts is taken as it is.
+    /// Opens `spec`: a path, `demo` or `demo-hard`, or a mixture of these, `3*DIR + 1*DIR`. If it has splits,
+    /// `split` says which to open (for validation, the test split if there is no other); a data set without
+    /// splits is opened whole.
     pub fn open(spec: &str, split: Split) -> Result<Self> {
         Place::find(spec)?.open(split)
     }
 
-    /// Data sets of the same classes as one. Training draws from each by its weight; an evaluation takes all of each.
+    /// Combines data sets of the same classes. Training draws from each by its weight; an evaluation uses all
+    /// of each.
     pub(super) fn mixture(name: &str, parts: Vec<(Dataset, f64)>) -> Result<Self> {
         let mut starts = vec![0];
         for (part, _) in &parts {
@@ -173,7 +176,8 @@ impl Dataset {
         })
     }
 
-    /// Records and weight of each part of a mixture, or of each class of a balanced data set; of another, all of it.
+    /// Records and weight of each part of a mixture, or of each class of a balanced data set; otherwise one
+    /// part with all records.
     pub fn parts(&self) -> Vec<(usize, f64)> {
         if let Some(counts) = &self.of_classes {
             return counts.iter().map(|count| (*count, 1.0)).collect();
@@ -230,7 +234,7 @@ impl Dataset {
         })
     }
 
-    /// Samples.
+    /// Number of samples.
     pub fn len(&self) -> usize {
         self.chosen.as_ref().map_or(self.records.len(), Vec::len)
     }
@@ -240,7 +244,7 @@ impl Dataset {
         self.len() == 0
     }
 
-    /// How messages call the data set.
+    /// The data set's name in messages.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -273,7 +277,7 @@ impl Dataset {
         }
     }
 
-    /// All class indices of a sample: one, unless samples have several labels.
+    /// All class indices of a sample: exactly one, unless samples may have several labels.
     pub fn labels(&self, index: usize) -> impl Iterator<Item = usize> {
         let stored = match &self.records {
             Records::Packed { shards, starts } => {
@@ -289,7 +293,7 @@ impl Dataset {
         stored.into_iter().map(|label| self.relabel.as_ref().map_or(label, |number| number[label]))
     }
 
-    /// How many samples have each class: C counts.
+    /// Number of samples of each class: C counts.
     pub fn class_counts(&self) -> Vec<usize> {
         let mut counts = vec![0; self.classes.len()];
         (0..self.len()).flat_map(|index| self.labels(index)).for_each(|label| counts[label] += 1);
@@ -321,7 +325,7 @@ impl Dataset {
         }
     }
 
-    /// The stored bytes of a sample. A file that is not packed can fail to be read, a shard can be damaged.
+    /// The stored bytes of a sample. Fails if an unpacked file cannot be read or a shard is damaged.
     pub fn record(&self, index: usize) -> Result<Record<'_>> {
         match &self.records {
             Records::Packed { shards, starts } => {
@@ -337,7 +341,7 @@ impl Dataset {
         }
     }
 
-    /// Asks the system to have a packed sample's bytes in memory soon.
+    /// Asks the system to read a packed sample's bytes into memory soon.
     pub fn will_need(&self, index: usize) {
         match &self.records {
             Records::Packed { shards, starts } => {
@@ -352,7 +356,7 @@ impl Dataset {
         }
     }
 
-    /// Asks the processor to have a packed sample's pixels in its cache soon, if they are few.
+    /// Asks the processor to read a packed sample's pixels into its cache soon, if they are few.
     pub fn prefetch(&self, index: usize) {
         match &self.records {
             Records::Packed { shards, starts } => {
@@ -367,7 +371,7 @@ impl Dataset {
         }
     }
 
-    /// (H, W) of all pictures, where it is known to be one.
+    /// (H, W) of the pictures, if all are known to have the same.
     pub fn image(&self) -> Option<(usize, usize)> {
         match &self.records {
             Records::Packed { shards, .. } => {
@@ -382,7 +386,7 @@ impl Dataset {
         }
     }
 
-    /// Bytes of the mapped shards; 0 for what is not packed.
+    /// Bytes of the mapped shards; 0 for unpacked data.
     pub fn byte_len(&self) -> usize {
         match &self.records {
             Records::Packed { shards, .. } => shards.iter().map(Shard::byte_len).sum(),
@@ -391,7 +395,7 @@ impl Dataset {
         }
     }
 
-    /// Numbers the labels as a model does that knows these classes, matched as [`classes`](super::classes) says.
+    /// Renumbers the labels for a model with these classes, matched as [`classes`](super::classes) says.
     pub fn with_classes(mut self, classes: &[String]) -> Result<Self> {
         let matching = Known::new(classes.len(), Some(classes)).matching(&self.classes);
         self.relabel = Some(matching.map_err(|e| e.at(&self.name))?.numbers);
@@ -399,7 +403,7 @@ impl Dataset {
         Ok(self)
     }
 
-    /// Gives every sample its own number for a label: for a pass that has to know which sample it sees.
+    /// Makes each sample's label its own number, for a pass that must know which sample it sees.
     pub fn numbered(mut self) -> Self {
         self.numbered = true;
         self
@@ -416,8 +420,8 @@ fn locate(starts: &[usize], index: usize) -> (usize, usize) {
     (shard, index - starts[shard])
 }
 
-/// Training and validation data as a recipe names them: `train` alone gives both where it has both, `val` overrides
-/// where validation samples come from. Both must have the same classes.
+/// Opens training and validation data as a recipe names them. `train` alone gives both if it has both; `val`
+/// overrides where validation samples come from. Both must have the same classes.
 pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<Dataset>)> {
     let train_spec = train
         .ok_or_else(|| Error::usage("no training data").hint("name it: `--data DIR`, or `--data demo`"))?;
@@ -434,8 +438,8 @@ pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<D
     Ok((train, val))
 }
 
-/// What `eval`, `predict` and the like measure, and which part that is (none: a data set without parts). Without `split`
-/// that is validation; training data are measured where they are asked for.
+/// Opens the data that `eval`, `predict` and the like measure, and says which split it is (none for a data
+/// set without splits). Without `split` that is validation; training data is measured only on request.
 pub fn measured(spec: &str, split: Option<Split>) -> Result<(Dataset, Option<Split>)> {
     let place = Place::find(spec)?;
     let parts = place.parts();
@@ -454,7 +458,7 @@ pub fn measured(spec: &str, split: Option<Split>) -> Result<(Dataset, Option<Spl
     Ok((dataset, named.and_then(|split| place.part(split))))
 }
 
-/// Fails where two class lists differ, and says how.
+/// Fails if two class lists differ, and says how.
 pub(super) fn same_classes(train: &[String], val: &[String]) -> Result<()> {
     if train == val {
         return Ok(());
@@ -476,7 +480,7 @@ pub(super) fn same_classes(train: &[String], val: &[String]) -> Result<()> {
 
 /// The demo, from `cache` or drawn now.
 pub(super) fn open_demo(variant: demo::Variant, split: Split, cache: &Path) -> Result<Dataset> {
-    // One drawing at a time in this process; other processes are harmless (see `store_demo`).
+    // One drawing at a time in this process; other processes do no harm (see `store_demo`).
     static DRAWING: Mutex<()> = Mutex::new(());
     let _guard = DRAWING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let dir = cache.join(format!("{}-v{}", variant.name(), demo::VERSION)).join(split.name());
@@ -488,7 +492,7 @@ pub(super) fn open_demo(variant: demo::Variant, split: Split, cache: &Path) -> R
     Ok(dataset)
 }
 
-/// Draws the demo and packs it into `dir`. Where that cannot be done it stays in memory, after one warning.
+/// Draws the demo and packs it into `dir`. If that fails it stays in memory, after one warning.
 fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset> {
     let pixels = demo::draw_all(variant, split);
     let mut writer = ShardWriter::new(Kind::Raw(demo::SIDE, demo::SIDE));
@@ -518,8 +522,8 @@ fn draw_demo(variant: demo::Variant, split: Split, dir: &Path) -> Result<Dataset
     }
 }
 
-/// Every file is renamed into its place when it is whole, and `dataset.json` comes last: two runs that draw the demo
-/// at the same time write the same bytes and do not disturb each other.
+/// Every file is renamed into place when it is complete, and `dataset.json` comes last. So two runs that draw
+/// the demo at the same time write the same bytes and do not disturb each other.
 fn store_demo(writer: &ShardWriter, dir: &Path) -> Result<()> {
     files::create_dir(dir)?;
     let file = FIRST_SHARD.to_owned();

@@ -1,13 +1,14 @@
-//! Encoded bytes to RGB pixels, by content and not by name.
+//! Decodes encoded bytes to RGB pixels. The content decides the format, not the name.
 //!
-//! Grey becomes three equal channels, alpha is dropped (not composited), 16 bits become 8, CMYK is converted, an animation
-//! is its first frame. The EXIF orientation is ignored, as all reference pipelines do, unless a [`Decoder`] is told to obey
-//! it. [`header`] is read first, and what is too large is refused before anything is allocated for it. Broken input is an
-//! error that says what is wrong; a decoder's panic becomes one too. A JPEG stream that ends early but of which there is a
-//! whole picture (the rest is grey) is taken.
+//! Grey becomes three equal channels, alpha is dropped (not composited), 16 bits become 8, CMYK is converted,
+//! and of an animation the first frame is taken. The EXIF orientation is ignored, as in all reference
+//! pipelines, unless a [`Decoder`] is told to obey it. [`header`] is read first, and refuses pictures that
+//! are too large before anything is allocated for them. Broken input is an error that says what is wrong; a
+//! decoder's panic becomes an error, too. A JPEG stream that ends early is accepted if it gives a whole
+//! picture (the rest is grey).
 //!
-//! JPEG goes to our own decoder ([`jpeg`]), whose pixels are libjpeg's, TIFF to [`tiff`], the rest
-//! to crate `image`. [`JpegPath`] chooses another JPEG decoder by name, for comparisons.
+//! Our own decoder ([`jpeg`]) reads JPEG, with libjpeg's pixels; [`tiff`] reads
+//! TIFF, and the crate `image` the rest. [`JpegPath`] chooses another JPEG decoder by name, for comparisons.
 
 use std::io::Cursor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,20 +30,20 @@ use super::{jpeg, tags, tiff};
 
 pub use super::header::{Format, Header, MAX_PIXELS, header};
 
-/// Who decodes JPEG. `VITRUM_JPEG` chooses, for comparisons.
+/// Which decoder reads JPEG. `VITRUM_JPEG` chooses, for comparisons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JpegPath {
     /// Our decoder.
     Own,
-    /// Crate `image`, which is zune-jpeg. It does not know all samplings and scans.
+    /// zune-jpeg, through the crate `image`. It does not support all samplings and scans.
     Zune,
-    /// libjpeg-turbo, and our decoder where that one refuses a picture.
+    /// libjpeg-turbo, and our decoder for pictures that it refuses.
     #[cfg(feature = "turbojpeg")]
     Turbo,
 }
 
 impl JpegPath {
-    /// The one that this process uses. An unknown name is our own decoder.
+    /// The decoder that this process uses. An unknown name selects our own.
     pub fn chosen() -> Self {
         static CHOSEN: OnceLock<JpegPath> = OnceLock::new();
         *CHOSEN.get_or_init(|| match std::env::var("VITRUM_JPEG").as_deref() {
@@ -64,7 +65,7 @@ impl JpegPath {
     }
 }
 
-/// Decodes a whole picture into `picture`, whose memory is used again. A worker keeps a [`Decoder`] instead.
+/// Decodes a whole picture into `picture`, whose memory is reused. A worker keeps a [`Decoder`] instead.
 pub fn decode_into(bytes: &[u8], picture: &mut Picture) -> Result<()> {
     let mut decoder = Decoder::default();
     let view = decoder.decode(bytes)?;
@@ -73,20 +74,20 @@ pub fn decode_into(bytes: &[u8], picture: &mut Picture) -> Result<()> {
     Ok(())
 }
 
-/// Memory that a worker decodes into again and again.
+/// Memory that a worker reuses for every picture.
 #[derive(Debug, Default)]
 pub struct Decoder {
     jpeg: jpeg::JpegScratch,
     picture: Picture,
-    /// Samples that are not RGB of 8 bits yet.
+    /// Samples that are not 8-bit RGB yet.
     samples: Vec<u8>,
-    /// The picture once more, turned.
+    /// The picture after turning.
     turned: Vec<u8>,
     exif: bool,
 }
 
-/// How a stored picture of a format is turned. Pillow turns TIFF whether it is asked to or not, and so does everybody who
-/// reads it with Pillow.
+/// How a stored picture of a format is turned. Pillow always turns TIFF, and so does every program that reads
+/// it with Pillow.
 fn turn(format: Format, bytes: &[u8], exif: bool) -> Turn {
     if exif || format == Format::Tiff { Turn::of(tags::orientation(format, bytes)) } else { Turn::default() }
 }
@@ -98,17 +99,17 @@ pub fn size(bytes: &[u8], exif: bool) -> Result<(usize, usize)> {
 }
 
 impl Decoder {
-    /// One that turns pictures as their EXIF orientation says, if `exif`.
+    /// A decoder that turns pictures by their EXIF orientation if `exif`.
     pub fn upright(exif: bool) -> Self {
         Self { exif, ..Self::default() }
     }
 
-    /// Whether pictures are turned from now on.
+    /// Sets whether pictures are turned from now on.
     pub fn set_exif(&mut self, exif: bool) {
         self.exif = exif;
     }
 
-    /// Whether EXIF would have the picture turned, and this decoder does it.
+    /// Whether this decoder turns the picture.
     pub fn turns(&self, bytes: &[u8]) -> bool {
         Format::of(bytes).is_ok_and(|format| turn(format, bytes, self.exif) != Turn::default())
     }
@@ -118,8 +119,8 @@ impl Decoder {
         Ok(self.part(bytes, Wanted::whole)?.view)
     }
 
-    /// Decodes the part that `choose` picks, told the picture's (H, W). It is asked once. Where nothing can decode this
-    /// picture at the scale that it allows, the part comes at full size.
+    /// Decodes the part that `choose` picks; `choose` gets the picture's (H, W) and is called once. If no
+    /// decoder can decode this picture at the chosen scale, the part comes at full size.
     pub fn part(&mut self, bytes: &[u8], choose: impl FnOnce((usize, usize)) -> Wanted) -> Result<Part<'_>> {
         let (Decoded { wanted: Wanted { window, scale }, is_whole }, turn) = guarded(|| {
             let header = header(bytes)?;
@@ -136,9 +137,9 @@ impl Decoder {
         Ok(turn.upright(Part::scaled(view, window, scale), &mut self.turned))
     }
 
-    /// Whether a picture can be kept as it is: a plain JPEG by its structure alone ([`jpeg::seems_whole`]), everything
-    /// else, and a JPEG with anything odd about it, by decoding it. What is damaged inside a scan that is whole is found
-    /// by [`Decoder::decode`] only.
+    /// Checks whether a picture can be kept as it is. A plain JPEG is checked by its structure alone
+    /// ([`jpeg::seems_whole`]); everything else, and a JPEG with anything unusual, by decoding it. Only
+    /// [`Decoder::decode`] finds damage inside a complete scan.
     pub fn verify(&mut self, bytes: &[u8]) -> Result<()> {
         let seems_whole = guarded(|| {
             let is_jpeg = header(bytes)?.format == Format::Jpeg;
@@ -147,12 +148,12 @@ impl Decoder {
         if seems_whole { Ok(()) } else { self.decode(bytes).map(drop) }
     }
 
-    /// What our own JPEG decoder did of the last picture.
+    /// What our own JPEG decoder did for the last picture.
     pub fn counts(&self) -> jpeg::Counts {
         self.jpeg.counts()
     }
 
-    /// Bytes that are kept for the next picture.
+    /// Bytes of memory that are kept for the next picture.
     pub fn memory(&self) -> usize {
         self.jpeg.memory() + self.picture.pixels.capacity() + self.samples.capacity() + self.turned.capacity()
     }
@@ -178,7 +179,7 @@ impl Decoder {
         Ok(Decoded { wanted: Wanted { scale: Scale::Full, ..wanted }, is_whole: true })
     }
 
-    /// The window at the scale, by the fast way if it is one for this picture.
+    /// Decodes the window at the scale by the fast path, if it supports this picture.
     fn own_jpeg(&mut self, bytes: &[u8], size: (usize, usize), wanted: Wanted) -> Result<()> {
         let Self { jpeg: scratch, picture, .. } = self;
         let window = wanted.scale.window(wanted.window);
@@ -195,7 +196,7 @@ impl Decoder {
         Ok(())
     }
 
-    /// Reads a whole picture by crate `image`.
+    /// Reads a whole picture with the crate `image`.
     fn read(&mut self, decoder: Box<dyn ImageDecoder + '_>, size: (usize, usize)) -> Result<()> {
         let Self { picture, samples, .. } = self;
         let (width, height) = decoder.dimensions();
@@ -210,7 +211,7 @@ impl Decoder {
         let step = usize::from(colours.bytes_per_pixel());
         room(samples, size.0 * size.1 * step)?;
         decoder.read_image(samples).map_err(reason)?;
-        // The high samples of 16 bits, rounded.
+        // The high bytes of 16-bit samples, rounded.
         let deep = |pixel: &[u8], at: usize| {
             let value = u32::from(u16::from_ne_bytes([pixel[at * 2], pixel[at * 2 + 1]]));
             ((value + 128) / 257) as u8
@@ -229,15 +230,15 @@ impl Decoder {
     }
 }
 
-/// What is in a decoder's picture.
+/// The contents of a decoder's picture.
 struct Decoded {
-    /// With the scale at which it was decoded.
+    /// The part, with the scale at which it was decoded.
     wanted: Wanted,
-    /// The whole picture, not only what was wanted of it.
+    /// Whether the whole picture was decoded, not only the wanted part.
     is_whole: bool,
 }
 
-/// A general decoder that is ready to read a picture whose header has been checked.
+/// A general decoder, ready to read a picture whose header has been checked.
 fn open(format: Format, bytes: &[u8]) -> Result<Box<dyn ImageDecoder + '_>> {
     let cursor = Cursor::new(bytes);
     let mut decoder: Box<dyn ImageDecoder + '_> = match format {
@@ -254,20 +255,20 @@ fn open(format: Format, bytes: &[u8]) -> Result<Box<dyn ImageDecoder + '_>> {
     let mut limits = Limits::default();
     limits.max_alloc = Some(2 * total + (1 << 20));
     decoder.set_limits(limits).map_err(reason)?;
-    // The densest codes of these formats: runs of BMP and GIF, Deflate's 1,032 bytes for one; WebP's have less than a bit
-    // for a pixel.
+    // The densest codes of these formats: runs in BMP and GIF; Deflate packs 1,032 bytes into one; WebP uses
+    // less than a bit per pixel.
     let densest = if format == Format::WebP { 1 << 20 } else { 32 * 1032 };
     if total / densest > bytes.len() as u64 {
         fail!("{} bytes cannot hold {width}x{height} pixels", bytes.len());
     }
-    // The decoders take what they need without asking; what cannot be had is an error here.
+    // The decoders allocate unconditionally; a failed allocation must be an error here.
     if Vec::<u8>::new().try_reserve_exact(total as usize * 2).is_err() {
         fail!("no memory for {width}x{height} pixels");
     }
     Ok(decoder)
 }
 
-/// By libjpeg-turbo; a warning that leaves a picture is none. CMYK is left to the others.
+/// libjpeg-turbo; a warning that leaves a picture is ignored. CMYK is left to the other decoders.
 #[cfg(feature = "turbojpeg")]
 fn turbo(bytes: &[u8], of: (usize, usize), scale: Scale, picture: &mut Picture) -> Option<()> {
     let mut decompressor = turbojpeg::Decompressor::new().ok()?;
@@ -294,7 +295,7 @@ fn reason(error: image::ImageError) -> Error {
     Error::new(format!("damaged {}", text.trim()))
 }
 
-/// Runs a decoder; should it panic, that is the picture's fault and an error.
+/// Runs a decoder. A panic becomes an error about the picture.
 fn guarded<T>(decode: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(decode)).unwrap_or_else(|_| fail!("the decoder failed on this picture"))
 }
@@ -406,7 +407,8 @@ mod tests {
             let size = size.unwrap_or((good.height, good.width));
             assert_eq!((picture.height, picture.width), size, "{name}");
             assert_eq!(picture.pixels.len(), size.0 * size.1 * 3, "{name}");
-            // The same scene in another coding must look alike: a mean difference of colours, not of structure.
+            // The same scene in another coding must look alike: the mean difference comes from colours, not
+            // from structure.
             if ["rgb_stored", "cmyk", "progressive", "restart_markers", "no_eoi"].contains(&name) {
                 let off: f64 =
                     picture.pixels.iter().zip(&good.pixels).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
@@ -422,7 +424,7 @@ mod tests {
         }
     }
 
-    /// A TIFF as its specification has it: tags of type, count and values, then one strip.
+    /// A TIFF by its specification: tags with type, count and values, then one strip.
     fn tiff(is_little: bool, size: (u16, u16), tags: &[(u16, &[u16])], strip: &[u8]) -> Vec<u8> {
         let word = |n: u16| if is_little { n.to_le_bytes() } else { n.to_be_bytes() };
         let long = |n: u32| if is_little { n.to_le_bytes() } else { n.to_be_bytes() };
@@ -491,7 +493,7 @@ mod tests {
                 let error = read(&tags, &with_alpha).expect_err(reason).to_string();
                 assert!(error.contains(reason), "{error}");
             }
-            // Turned without being asked, as Pillow does.
+            // TIFF is always turned, as in Pillow.
             let turned = read(&[(258, &eight[..3]), (262, &[2]), (277, &[3]), (274, &[6])], &rgb).unwrap();
             assert_eq!((turned.height, turned.width, &turned.pixels[..3]), (4, 5, &rgb[4 * 4 * 3..][..3]));
         }
@@ -502,7 +504,7 @@ mod tests {
         assert!(decoded(&jpeg_inside).unwrap_err().to_string().contains("compression 7"));
     }
 
-    /// An EXIF block that says only this.
+    /// An EXIF block with only the orientation.
     fn exif(orientation: u8) -> Vec<u8> {
         [b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0", &[orientation][..], &[0; 6]].concat()
     }
@@ -524,7 +526,7 @@ mod tests {
             let segment =
                 [b"\xFF\xE1".as_slice(), &(exif.len() as u16 + 8).to_be_bytes(), b"Exif\0\0", &exif];
             let chunk = [&(exif.len() as u32).to_be_bytes()[..], b"eXIf", &exif, &[0; 4]].concat();
-            // Behind the extended header, which has a flag for it.
+            // After the extended header, which has a flag for it.
             let body = [&b"VP8X\x0A\0\0\0\x08\0\0\0\x37\0\0\x27\0\0"[..], &webp[12..], b"EXIF"].concat();
             let body = [body, (exif.len() as u32).to_le_bytes().to_vec(), exif.clone()].concat();
             let length = (body.len() as u32 + 4).to_le_bytes();
@@ -553,7 +555,7 @@ mod tests {
                 });
                 assert!(same(part.unwrap().view, expected.shows(window)), "{name} {orientation}");
             }
-            // At half the size, what is turned is the smaller picture.
+            // At half the size, the smaller picture is turned.
             let bytes = [&jpeg[..2], &segment.concat(), &jpeg[2..]].concat();
             let mut decoders = [Decoder::default(), Decoder::upright(true)];
             let whole = |of| Wanted { window: Window::whole(of), scale: Scale::Half };

@@ -1,9 +1,11 @@
-//! The embedded demo: ten shapes on busy grounds, drawn on the spot, so that a fresh clone trains without a download.
+//! The embedded demo: ten shapes on busy backgrounds, drawn on first use, so that a fresh clone trains
+//! without a download.
 //!
-//! The classes differ by shape alone. Size, place, rotation, aspect and all colours are drawn independently of the
-//! class, and half of the shapes are partly hidden: a linear model on the pixels or on the colours learns little, a
-//! small Vision Transformer nearly everything. A shape is brighter than the ground and than what hides it. Picture
-//! `index` of a split is a function of (seed, split, index), whoever draws it and in whatever order.
+//! The classes differ only in shape. Size, position, rotation, aspect and all colours are drawn independently
+//! of the class, and half of the shapes are partly hidden. So a linear model on the pixels or on the colours
+//! learns little, and a small Vision Transformer nearly everything. A shape is brighter than the background
+//! and than what hides it. Picture `index` of a split is a function of (seed, split, index), in whatever
+//! order and by whichever thread it is drawn.
 
 use std::f32::consts::{FRAC_PI_4, PI, TAU};
 
@@ -21,27 +23,27 @@ pub const SIDE: usize = 32;
 pub const CLASSES: [&str; 10] =
     ["disc", "ring", "square", "triangle", "star", "cross", "heart", "crescent", "arrow", "house"];
 
-/// Changes whenever the pictures do: the cache folder keeps one data set per version.
+/// Changes whenever the pictures change: the cache folder keeps one data set per version.
 pub const VERSION: u32 = 2;
 
 /// Supersamples along each axis of a pixel.
 const SAMPLES: usize = 4;
-/// Least difference in brightness (0 to 1) between a shape and the darker things that it lies on or under.
+/// Least difference in brightness (0 to 1) between a shape and the darker background or occluder.
 const CONTRAST: f32 = 0.3;
-/// Largest value of a channel of those.
+/// Largest value of a channel of background and occluder.
 const DIM: f32 = 0.6;
 const SEED: u64 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variant {
-    /// Shapes are turned by at most 45°.
+    /// Shapes are rotated by at most 45°.
     Demo,
-    /// Shapes are turned by any angle.
+    /// Shapes are rotated by any angle.
     Hard,
 }
 
 impl Variant {
-    /// The variant that a user names, if it is one.
+    /// The variant of this name, if there is one.
     pub fn parse(name: &str) -> Option<Self> {
         match name {
             "demo" => Some(Variant::Demo),
@@ -70,7 +72,7 @@ impl Variant {
 pub fn len(split: Split) -> usize {
     match split {
         Split::Train => 20_000,
-        // There is no test part; nobody asks for one.
+        // There is no test split, and no caller asks for one.
         Split::Val | Split::Test => 2_000,
     }
 }
@@ -139,7 +141,7 @@ fn encode_png(pixels: &[u8], height: usize, width: usize) -> Result<Vec<u8>> {
 
 type Colour = [f32; 3];
 
-/// Everything that is drawn at random about one picture, noise apart.
+/// All random properties of one picture except the noise.
 struct Scene {
     class: usize,
     centre: [f32; 2],
@@ -175,7 +177,7 @@ impl Scene {
         Self { class, centre, to_shape, reach, colour, ground, grounds, occluder }
     }
 
-    /// The colour of a pixel: the ground, the shape by its coverage, the occluder by its own.
+    /// The colour of a pixel: background, shape and occluder, blended by their coverage.
     fn pixel(&self, row: usize, column: usize) -> Colour {
         let (x, y) = (column as f32 + 0.5, row as f32 + 0.5);
         let mut colour = lerp(self.grounds[0], self.grounds[1], self.ground.blend(x, y));
@@ -203,7 +205,8 @@ impl Scene {
     }
 }
 
-/// Whether a point lies in the shape of `class`, upright around the origin with a radius of about 1; y points down.
+/// Whether a point lies in the shape of `class`, upright around the origin with a radius of about 1; y points
+/// down.
 fn contains(class: usize, x: f32, y: f32) -> bool {
     let r2 = x * x + y * y;
     match CLASSES[class] {
@@ -225,7 +228,7 @@ fn contains(class: usize, x: f32, y: f32) -> bool {
     }
 }
 
-/// A five-pointed star: one edge, folded tenfold.
+/// A five-pointed star: one edge, by tenfold symmetry.
 fn in_star(x: f32, y: f32) -> bool {
     const INNER: f32 = 0.45;
     let sector = TAU / 5.0;
@@ -239,7 +242,7 @@ fn in_star(x: f32, y: f32) -> bool {
     (nx - 1.0) * py - ny * (px - 1.0) > 0.0
 }
 
-/// How the two ground colours are blended over the picture.
+/// How the two background colours are blended over the picture.
 enum Ground {
     /// Along one direction.
     Gradient {
@@ -253,7 +256,7 @@ enum Ground {
     },
     /// A few soft spots: centre and inverse variance.
     Blobs([[f32; 3]; 4]),
-    /// Stripes that bend.
+    /// Wavy stripes.
     Waves {
         along: Direction,
         bend: Direction,
@@ -291,7 +294,7 @@ impl Ground {
         }
     }
 
-    /// Weight of the second ground colour, 0 to 1.
+    /// Weight of the second background colour, 0 to 1.
     fn blend(&self, x: f32, y: f32) -> f32 {
         // A sine, steepened to an edge of about a pixel.
         let edge = |phase: f32| (0.5 + 2.0 * phase.sin()).clamp(0.0, 1.0);
@@ -314,9 +317,9 @@ impl Ground {
     }
 }
 
-/// What lies over a shape.
+/// What covers part of a shape.
 enum Occluder {
-    /// A strip right across the picture: normal, offset along it, half width.
+    /// A strip across the whole picture: normal, offset along it, half width.
     Bar([f32; 2], f32, f32),
     /// Centre and radius.
     Disc([f32; 2], f32),
@@ -346,7 +349,7 @@ impl Occluder {
     }
 }
 
-/// A colour of a ground or an occluder.
+/// A colour of a background or an occluder.
 fn dim_colour(draws: &mut Stream) -> Colour {
     std::array::from_fn(|_| draws.range(0.0, DIM))
 }
@@ -458,7 +461,7 @@ mod tests {
     fn neither_pixels_nor_colours_tell_the_class_to_a_linear_model() {
         let train = pictures(Variant::Demo, Split::Train, 4000);
         let val = pictures(Variant::Demo, Split::Val, 2000);
-        // Means of 2×2 pixels: 768 features, which a linear model over-fits less than 3,072.
+        // Means of 2×2 pixels: 768 features, on which a linear model over-fits less than on 3,072.
         let pooled = |picture: &Vec<u8>| -> Vec<f64> {
             let at = |y: usize, x: usize, c: usize| f64::from(picture[(y * SIDE + x) * 3 + c]);
             let half = SIDE / 2;
@@ -483,7 +486,7 @@ mod tests {
             let val: Vec<_> = val.iter().map(features).collect();
             ridge_accuracy(&train, &val, penalty)
         };
-        // The yardstick itself: a linear model that is shown the label finds it.
+        // Checks the method itself: a linear model that gets the label as input learns it.
         let told = |split: &[Vec<u8>]| -> Vec<Vec<f64>> {
             let label_too = |(index, picture)| {
                 let one_hot = (0..CLASSES.len()).map(move |class| f64::from(u8::from(class == label(index))));

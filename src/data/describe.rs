@@ -10,8 +10,8 @@ use super::dataset::{Manifest, Split};
 use super::place::Place;
 use super::{demo, source};
 
-/// Describes a packed data set, a folder of such, a source of pictures, or `demo`: form, classes, sizes, samples of
-/// each class. Fails where `path` is none of these.
+/// Describes a packed data set, a folder of such, a source of pictures, or `demo`: form, classes, sizes,
+/// samples of each class. Fails if `path` is none of these.
 pub fn describe(path: &Path) -> Result<Value> {
     let place = Place::find(&path.display().to_string())?;
     let mut about = json!({ "kind": "dataset" });

@@ -1,15 +1,16 @@
-//! What a picture file says of itself before anything of it is decoded: format and size, by the bytes alone. A picture of
-//! more than [`MAX_PIXELS`] is refused here, so nothing is allocated for it, whatever decoder it would have gone to.
+//! Reads a picture file's format and size from its first bytes, before anything is decoded. A picture of more
+//! than [`MAX_PIXELS`] is refused here, so that no decoder allocates anything for it.
 
 use crate::error::{Error, Result};
 use crate::fail;
 
 use super::tags::Tags;
 
-/// The largest picture that is decoded: 512 MiB as RGB. It is where Pillow stops, too (twice its `MAX_IMAGE_PIXELS`).
+/// The largest picture that is decoded: 512 MiB as RGB. Pillow has the same limit (twice its
+/// `MAX_IMAGE_PIXELS`).
 pub const MAX_PIXELS: u64 = 178_956_970;
 
-/// What a picture's header says.
+/// Contents of a picture's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     pub format: Format,
@@ -28,7 +29,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// By the first bytes; the error names the format that it is instead, where that is known.
+    /// Detects the format by the first bytes. The error names the other format, if it is known.
     pub fn of(bytes: &[u8]) -> Result<Self> {
         let starts = |magic: &[u8]| bytes.starts_with(magic);
         let other = if bytes.is_empty() {
@@ -78,7 +79,7 @@ pub fn header(bytes: &[u8]) -> Result<Header> {
     checked(format, height, width)
 }
 
-/// Refuses what is too large, or nothing.
+/// Refuses a picture that is too large or empty.
 fn checked(format: Format, height: u64, width: u64) -> Result<Header> {
     if height == 0 || width == 0 {
         let what = if format == Format::Jpeg && height == 0 {
@@ -111,7 +112,7 @@ fn be32(bytes: &[u8]) -> u64 {
     bytes[..4].iter().fold(0, |n, byte| n << 8 | u64::from(*byte))
 }
 
-/// (H, W) of the first chunk, of one of three kinds.
+/// (H, W) of the first chunk, which is of one of three kinds.
 fn webp(bytes: &[u8]) -> Option<(u64, u64)> {
     let body = bytes.get(20..30)?;
     match bytes.get(12..16)? {
@@ -131,7 +132,7 @@ fn le24(bytes: &[u8]) -> u64 {
     le16(bytes) | u64::from(bytes[2]) << 16
 }
 
-/// (H, W); a negative height says that rows go downwards.
+/// (H, W); a negative height means that rows go downwards.
 fn bmp(bytes: &[u8]) -> Option<(u64, u64)> {
     if le32(bytes.get(14..18)?) == 12 {
         return bytes.get(18..22).map(|b| (le16(&b[2..]), le16(b)));
@@ -140,7 +141,7 @@ fn bmp(bytes: &[u8]) -> Option<(u64, u64)> {
     Some((side(22)?, side(18)?))
 }
 
-/// Walks a JPEG's segments up to its frame header, and names what no decoder here reads.
+/// Walks a JPEG's segments up to its frame header, and refuses by name what no decoder here reads.
 fn jpeg(bytes: &[u8]) -> Result<Header> {
     let mut at = 2;
     loop {
@@ -192,7 +193,7 @@ mod tests {
     use super::*;
     use crate::data::decode::Decoder;
 
-    /// A header of each format that claims a size, and no picture behind it.
+    /// A header of each format that claims a size, without the picture's data.
     fn claims(height: u32, width: u32) -> Vec<(&'static str, Vec<u8>)> {
         let (h16, w16) = (height.min(65_535) as u16, width.min(65_535) as u16);
         let mut png = b"\x89PNG\r\n\x1A\n\0\0\0\rIHDR".to_vec();
@@ -246,7 +247,7 @@ mod tests {
         }
     }
 
-    /// A decoder keeps what it has allocated, so its memory says what a claim was worth to it.
+    /// A decoder keeps what it has allocated, so its memory shows how much it allocated for a claim.
     #[test]
     fn claims_of_huge_pictures_are_errors_and_no_memory() {
         let mut draws = crate::data::reference::seeded(9);

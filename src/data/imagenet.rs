@@ -1,9 +1,9 @@
-//! ImageNet-1k's classes, for weights whose file does not name its classes, or by other names than the data's folders:
-//! every published 1,000-class head is in the order of the sorted WordNet ids.
+//! ImageNet-1k's classes, for weights files that do not name their classes, or name them unlike the data's
+//! folders. Every published 1,000-class head has the order of the sorted WordNet ids.
 
 use std::sync::LazyLock;
 
-/// WordNet ids and first lemmas of ILSVRC 2012, in the order of the classes, below WordNet's licence.
+/// WordNet ids and first lemmas of ILSVRC 2012, in the order of the classes, after WordNet's licence.
 static LIST: LazyLock<Vec<(&str, &str)>> = LazyLock::new(|| {
     let lines = include_str!("imagenet_classes.txt").lines().filter(|line| !line.starts_with('#'));
     lines.filter_map(|line| line.split_once(' ')).collect()
@@ -15,7 +15,7 @@ const ID_LEN: usize = 9;
 /// Classes of ImageNet-1k.
 pub const CLASSES: usize = 1000;
 
-/// The class of a folder that is named after a WordNet id, as `n01440764` and `n01440764_tench` are.
+/// The class of a folder named after a WordNet id, as `n01440764` or `n01440764_tench`.
 pub fn class_of(name: &str) -> Option<usize> {
     let id = name.get(..ID_LEN)?;
     let rest = &name[ID_LEN..];
@@ -30,8 +30,8 @@ pub fn english(class: usize) -> Option<&'static str> {
     LIST.get(class).map(|(_, lemma)| *lemma)
 }
 
-/// The picture number in a name as `val/n01440764/ILSVRC2012_val_00000293.JPEG`, from 1: lists of labels for the
-/// validation set are in this order.
+/// The picture number in a name such as `val/n01440764/ILSVRC2012_val_00000293.JPEG`, from 1: lists of labels
+/// for the validation set are in this order.
 pub fn validation_number(record: &str) -> Option<usize> {
     let rest = &record[record.find("ILSVRC2012_val_")? + "ILSVRC2012_val_".len()..];
     let digits = rest.bytes().take_while(u8::is_ascii_digit).count();

@@ -1,11 +1,12 @@
-//! The loader: workers that fill batch slots ahead of the trainer, who takes them in order.
+//! The loader: workers fill batch slots ahead of the trainer, who takes them in order.
 //!
-//! Batch `k` of a training run holds samples `k·B ..` of the run, and [`Order`] says which record a sample is, so that the
-//! position of the next batch is the loader's whole state. What a sample looks like is a function of (seed, epoch, record,
-//! repeat). Neither workers nor ranks nor restarts change a byte.
+//! Batch `k` of a training run holds samples `k·B ..` of the run, and [`Order`] says which record a sample
+//! is. So the position of the next batch is the loader's whole state. The pixels of a sample are a function
+//! of (seed, epoch, record, repeat). Workers, ranks and restarts do not change a byte.
 //!
-//! [`LANES`] batches are in the making at a time, each led by a thread that cuts it into pieces for the workers, first
-//! batch first ([`fill`]): when the last pieces of one are at work, the other workers are at the next one already.
+//! [`LANES`] batches are prepared at a time. A thread per batch cuts it into pieces for the workers, who take
+//! the first batch's pieces first ([`fill`]). While the last pieces of one batch are being made, the other
+//! workers already make the next one.
 
 mod fill;
 
@@ -28,13 +29,13 @@ use fill::Filler;
 
 pub use fill::pixels;
 
-/// Batches in the making at a time, if there are slots for them.
+/// Batches prepared at a time, if there are slots for them.
 const LANES: usize = 2;
 
-/// What the batches are for.
+/// The purpose of the batches.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Mode {
-    /// Shuffled, augmented, without end.
+    /// Shuffled, augmented, endless.
     Train { augment: AugmentSection, seed: u64 },
     /// Every sample once, in order; the last batch may be short ([`Slot::count`]).
     Eval { resize: EvalResize, crop_ratio: f32 },
@@ -53,19 +54,19 @@ pub struct LoaderSpec {
     /// Worker threads; 0: one per core, at most 16.
     pub workers: usize,
     pub on_bad_record: OnBadRecord,
-    /// Whether pictures are turned as their EXIF orientation says.
+    /// Whether pictures are turned by their EXIF orientation.
     pub exif: bool,
 }
 
-/// Beyond what every run needs: parts of a run, and special slots.
+/// Settings that not every run needs: a rank's part of a run, and f32 slots.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Delivery {
-    /// This process, of how many: each has its own part of every batch.
+    /// This process and the number of processes: each has its own part of every batch.
     pub rank: usize,
     pub ranks: usize,
-    /// Records within which neighbours are shuffled, for disks that seek; 0: the whole epoch.
+    /// Size of the windows in which records are shuffled, for disks that seek; 0: the whole epoch.
     pub shuffle_window: usize,
-    /// Of the model: for slots that hold f32.
+    /// The model's normalisation, for slots that hold f32.
     pub normalise: Normalise,
 }
 
@@ -80,7 +81,7 @@ pub struct Loader {
     ready: Receiver<(u64, Message)>,
     /// Batches that were ready before their turn.
     early: BTreeMap<u64, Message>,
-    /// Of the batch whose turn it is.
+    /// Number of the batch whose turn it is.
     position: u64,
     /// `None` only while the loader is being stopped.
     free: Option<Sender<Slot>>,
@@ -89,17 +90,17 @@ pub struct Loader {
     lanes: Vec<JoinHandle<Option<Slot>>>,
     waited: Duration,
     ended: bool,
-    /// A thread waits for a read that does not return, and nobody waits for the thread any more.
+    /// A thread is stuck in a read, and nothing waits for that thread any more.
     is_stuck: bool,
     bad: Arc<Mutex<HashSet<usize>>>,
 }
 
-/// How often a loader that waits for a batch looks whether it should still wait, and how long it does after a signal: a read
-/// from a disk that hangs cannot be asked to stop.
+/// How often a loader that waits for a batch checks whether to stop, and how long it still waits after a
+/// signal: a read from a disk that hangs cannot be cancelled.
 const LOOK: Duration = Duration::from_millis(100);
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Slots that may be filled, and what goes into the next one.
+/// Slots to fill, and what goes into the next one.
 struct Feed {
     free: Receiver<Slot>,
     position: u64,
@@ -110,7 +111,7 @@ enum Message {
     Batch(Slot),
     End,
     Failed(Error),
-    /// A mistake of ours: the thread that made the batch panicked.
+    /// A bug: the thread that made the batch panicked.
     Died,
 }
 
@@ -120,7 +121,7 @@ impl Loader {
         Self::with(dataset, spec, Delivery::default(), slots)
     }
 
-    /// The same for a part of a run, or for slots of f32.
+    /// The same for a rank's part of a run, or for slots of f32.
     pub fn with(dataset: Arc<Dataset>, mut spec: LoaderSpec, delivery: Delivery, slots: Vec<Slot>) -> Self {
         assert!(delivery.rank < delivery.ranks, "a rank is one of the ranks");
         assert!(!slots.is_empty(), "a loader needs at least one slot");
@@ -153,7 +154,7 @@ impl Loader {
                 let thread = std::thread::Builder::new().name(format!("batches-{i}"));
                 thread.spawn(move || lane(&filler, &feed, &done)).map_err(|e| fill::threads(lanes, &e))
             };
-            // One lane is slower than two, and makes the same batches.
+            // One lane is slower than two but makes the same batches.
             let mut running = vec![lane(0)?];
             running.extend((1..lanes).map_while(|i| lane(i).ok()));
             Ok(running)
@@ -177,8 +178,8 @@ impl Loader {
         }
     }
 
-    /// The next batch; `None` after the last one of an evaluation. Where a signal asks the process to stop and no batch
-    /// comes any more, that is an error. The slot comes back through [`Loader::recycle`].
+    /// The next batch; `None` after the last one of an evaluation. It is an error if a signal asks the
+    /// process to stop and no batch arrives. The caller returns the slot through [`Loader::recycle`].
     #[expect(clippy::should_implement_trait, reason = "a slot is lent, and an end may be an error")]
     pub fn next(&mut self) -> Result<Option<Slot>> {
         if self.ended {
@@ -216,7 +217,8 @@ impl Loader {
 
     /// Gives a slot back for another batch.
     pub fn recycle(&self, slot: Slot) {
-        // After an evaluation's last batch nobody waits for slots any more; they are kept for `into_slots`.
+        // After an evaluation's last batch no thread waits for slots any more; they are kept for
+        // `into_slots`.
         if let Some(free) = &self.free {
             let _ = free.send(slot);
         }
@@ -227,12 +229,12 @@ impl Loader {
         self.waited.as_secs_f64()
     }
 
-    /// Records that could not be decoded so far.
+    /// Number of records that could not be decoded so far.
     pub fn bad_records(&self) -> usize {
         self.bad.lock().expect("no worker panics with the lock").len()
     }
 
-    /// Stops loading and returns the slots that are not with the caller, for another loader.
+    /// Stops loading and returns the slots that the caller does not hold, for another loader.
     pub fn into_slots(mut self) -> Vec<Slot> {
         self.shut_down()
     }
@@ -263,11 +265,12 @@ impl Drop for Loader {
     }
 }
 
-/// Has batch after batch made until told to stop or done; returns the slot that it holds by then.
+/// Makes batch after batch until the loader stops or the data ends. Returns the slot that it then holds.
 fn lane(filler: &Filler, feed: &Mutex<Feed>, done: &Sender<(u64, Message)>) -> Option<Slot> {
     loop {
         let mut slot = {
-            // Who has the lock waits for a slot; the other lane has nothing to wait for but the same.
+            // The lane that holds the lock waits for a free slot; the other lane would have to wait for the
+            // same.
             let mut feed = feed.lock().unwrap_or_else(PoisonError::into_inner);
             if feed.ended {
                 return None;
@@ -341,7 +344,7 @@ mod tests {
         Mode::Train { augment, seed }
     }
 
-    /// Everything that a slot says.
+    /// All contents of a slot.
     type Content = (u64, usize, Vec<u8>, Vec<i32>, Vec<u32>, Vec<f32>);
 
     fn content(slot: &Slot) -> Content {

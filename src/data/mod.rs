@@ -1,9 +1,10 @@
 //! From pictures on disk to batches in slots.
 //!
-//! A data set is packed once ([`pack`]) into a folder of memory-mapped safetensors shards ([`shard`], [`dataset`]);
-//! image folders, tar archives, CIFAR binaries and manifests ([`source`]) train unpacked as well, and [`demo`] draws a
-//! data set of its own. [`order`] says which record a sample is. The [`loader`] decodes ([`decode`], [`jpeg`]) and
-//! augments ([`augment`]) with a few workers and writes the finished pixels once, straight into the batch slots that the
+//! A data set is packed once ([`pack`]) into a folder of memory-mapped safetensors shards ([`shard`],
+//! [`dataset`]). Image folders, tar archives, CIFAR binaries and manifests ([`source`]) train unpacked as
+//! well, and [`demo`] draws a data set of its own. [`order`] says which record a sample is. The [`loader`]
+//! decodes ([`decode`], [`jpeg`]) and augments ([`augment`]) with a few workers, and writes the finished
+//! pixels once, directly into the batch slots that the device reads. [`sheet`] shows them to people.
 //! device reads. [`sheet`] shows them to people.
 
 pub mod augment;
@@ -42,8 +43,8 @@ use crate::error::Result;
 use crate::files;
 use crate::recipe::EvalResize;
 
-/// Reads one picture file and prepares it as an evaluation does: `[H, W, 3]` for an `image` of (H, W). `exif`: turned as
-/// its EXIF orientation says.
+/// Reads one picture file and prepares it as an evaluation does: `[H, W, 3]` for an `image` of (H, W).
+/// `exif`: whether to turn it by its EXIF orientation.
 pub fn read_image(
     path: &Path,
     image: (usize, usize),

@@ -1,7 +1,9 @@
-//! Which record a sample is: a function of its number, so that the next number is a run's whole state.
+//! Which record a sample is. This is a function of the sample's number, so the next number is a run's whole
+//! state.
 //!
-//! An epoch is a keyed permutation of the records, evaluated where it is needed. A mixture of data sets is a fixed pattern
-//! of places, each with its own stream of epochs, and a windowed shuffle permutes windows and the records within each.
+//! An epoch is a keyed permutation of the records that can be evaluated at any position. A mixture of data
+//! sets is a fixed pattern of places, each with its own stream of epochs. A windowed shuffle permutes the
+//! windows and the records within each.
 
 use crate::rng::{Domain, Permutation};
 
@@ -11,16 +13,16 @@ use super::augment::vector::{self, Task};
 #[derive(Clone, Debug)]
 pub struct Order {
     seed: u64,
-    /// Records within which neighbours are shuffled; 0: all.
+    /// Size of the windows in which records are shuffled; 0: all.
     window: usize,
     /// Samples of each record, one after the other.
     repeats: usize,
     parts: Vec<Part>,
-    /// Index into `parts` of each place, and how many places of that part came before.
+    /// For each place of the pattern: its index into `parts`, and how many places of that part came before.
     pattern: Vec<(u32, u32)>,
 }
 
-/// A data set of the mixture: its records, and its places of the pattern.
+/// A data set of the mixture: its records, and its number of places in the pattern.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Part {
     start: usize,
@@ -28,7 +30,7 @@ struct Part {
     places: usize,
 }
 
-/// What sample number n is.
+/// Which picture sample number n is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drawn {
     pub epoch: u64,
@@ -37,16 +39,17 @@ pub struct Drawn {
     pub repeat: usize,
 }
 
-/// Places of the pattern of a mixture: weights are kept to a thousandth, or to a quarter of the mean weight of many parts.
+/// Slots in the pattern of a mixture: weights are exact to a thousandth, or, with many parts, to a quarter of
+/// their mean weight.
 const PLACES: usize = 1000;
 const PLACES_OF_A_PART: usize = 4;
 
 impl Order {
-    /// `parts` are the numbers of records of each data set, one behind the other, with weights.
+    /// `parts` gives the number of records and the weight of each data set, in their order.
     pub fn new(parts: &[(usize, f64)], seed: u64, window: usize, repeats: usize) -> Self {
         let total: f64 = parts.iter().map(|(_, weight)| weight).sum();
         let places = if parts.len() == 1 { 1 } else { PLACES.max(PLACES_OF_A_PART * parts.len()) };
-        // Each part's share of the places, so that the sum is right: the largest remainders are rounded up.
+        // Each part's share of the places. The largest remainders are rounded up, so that the sum is right.
         let exact: Vec<f64> = parts.iter().map(|(_, weight)| weight / total * places as f64).collect();
         let mut counts: Vec<usize> = exact.iter().map(|e| (*e as usize).max(1)).collect();
         while counts.iter().sum::<usize>() != places {
@@ -66,12 +69,12 @@ impl Order {
         Self { seed, window, repeats: repeats.max(1), parts: made, pattern: pattern(&counts) }
     }
 
-    /// Sample number `n` of the run.
+    /// The record of sample number `n` of the run.
     pub fn at(&self, n: u64) -> Drawn {
         self.of([n])[0]
     }
 
-    /// The samples of these numbers, one by one. Neighbours come cheaper than each alone.
+    /// The records of these samples, one by one. Consecutive numbers cost less than single ones.
     pub fn of(&self, numbers: impl IntoIterator<Item = u64>) -> Vec<Drawn> {
         let mut drawn: Vec<Drawn> = Vec::new();
         // Numbers of one part and one epoch are permuted together.
@@ -104,9 +107,9 @@ impl Order {
         drawn
     }
 
-    /// Puts into each place of an epoch of a part the record that stands there.
+    /// Replaces each position in an epoch of a part by the record at that position.
     fn permute(&self, part: Part, epoch: u64, places: &mut [usize]) {
-        // Parts of one length must not share an order.
+        // Parts of equal length must not share an order.
         let key = epoch ^ (part.start as u64) << 32;
         if self.window == 0 || self.window >= part.len {
             let permutation = self.permutation(part.len, key);
@@ -128,7 +131,7 @@ impl Order {
             i => (i, part.len - whole * window),
         };
         let inner = permutation(size, key ^ (index as u64 + 1) << 20 ^ 1 << 63);
-        // Windows begin elsewhere in each epoch.
+        // Windows start at another offset in each epoch.
         let turn = permutation(part.len, key).at(0);
         (index * window + inner.at(place % window) + turn) % part.len
     }
@@ -148,7 +151,7 @@ impl Task for Permute<'_> {
     }
 }
 
-/// Spreads the parts evenly: the next place goes to the part that is most behind its share.
+/// Spreads the parts evenly: the next place goes to the part that is furthest behind its share.
 fn pattern(counts: &[usize]) -> Vec<(u32, u32)> {
     let places: usize = counts.iter().sum();
     let mut given = vec![0u32; counts.len()];
@@ -216,7 +219,7 @@ mod tests {
         assert_eq!(first, 600);
         assert!((0..10).all(|r| counts[&r] == 60), "{counts:?}");
         assert!((10..210).all(|r| counts[&r] == 1), "{counts:?}");
-        // Far from the start as well, and without walking there.
+        // Far from the start as well, without stepping there.
         let far = order.at(1 << 50);
         assert!(far.record < 210 && far.epoch > 1 << 40);
         // Evenly spread.

@@ -1,10 +1,10 @@
-//! Pixels on their way: an owned picture, a borrowed window of one, and a part of that with borders inside pixels. Always
-//! u8 RGB, row by row.
+//! Pixels in transit: an owned picture, a borrowed window of one, and a part of a window whose borders may
+//! lie inside pixels. Always u8 RGB, row by row.
 
 use crate::error::Result;
 use crate::fail;
 
-/// A picture that owns its pixels; workers keep one each and decode into it again and again.
+/// A picture that owns its pixels. Each worker keeps one and decodes into it repeatedly.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Picture {
     pub height: usize,
@@ -18,14 +18,15 @@ impl Picture {
         View::new(&self.pixels, self.height, self.width)
     }
 
-    /// Makes room for (H, W) pixels, which are to be written. Memory that cannot be had is an error.
+    /// Makes room for (H, W) pixels, which the caller then writes. It is an error if the memory cannot be
+    /// allocated.
     pub fn reset(&mut self, (height, width): (usize, usize)) -> Result<()> {
         (self.height, self.width) = (height, width);
         room(&mut self.pixels, height * width * 3)
     }
 }
 
-/// Brings a buffer to a length. What is in it is anything.
+/// Resizes a buffer. Its contents are unspecified.
 pub(super) fn room(buffer: &mut Vec<u8>, len: usize) -> Result<()> {
     if buffer.try_reserve_exact(len.saturating_sub(buffer.len())).is_err() {
         fail!("no memory for {len} bytes of pixels");
@@ -34,7 +35,7 @@ pub(super) fn room(buffer: &mut Vec<u8>, len: usize) -> Result<()> {
     Ok(())
 }
 
-/// Which part of a picture, in pixels.
+/// A part of a picture, in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
     pub y: usize,
@@ -44,24 +45,25 @@ pub struct Window {
 }
 
 impl Window {
-    /// The one of `size` (H, W) in the middle of a picture of `of`; an odd remainder is at the bottom and right.
+    /// The window of `size` (H, W) in the middle of a picture of `of`; an odd remainder is at the bottom and
+    /// right.
     pub fn centre(of: (usize, usize), size: (usize, usize)) -> Self {
         Self { y: (of.0 - size.0) / 2, x: (of.1 - size.1) / 2, height: size.0, width: size.1 }
     }
 
-    /// The one in the middle as torchvision places it: half of an odd remainder is rounded to even.
+    /// The window in the middle, as torchvision places it: half of an odd remainder is rounded to even.
     pub fn centre_rounded(of: (usize, usize), size: (usize, usize)) -> Self {
         let start = |room: usize| (room as f64 / 2.0).round_ties_even() as usize;
         Self { y: start(of.0 - size.0), x: start(of.1 - size.1), height: size.0, width: size.1 }
     }
 
-    /// All of a picture of (H, W).
+    /// The whole of a picture of (H, W).
     pub fn whole((height, width): (usize, usize)) -> Self {
         Self { y: 0, x: 0, height, width }
     }
 }
 
-/// How much smaller than it is a picture is decoded.
+/// The factor by which a picture is shrunk in decoding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scale {
     #[default]
@@ -77,19 +79,19 @@ impl Scale {
         self as usize
     }
 
-    /// The smallest one at which `window` still has the pixels of `size` (H, W) in both directions.
+    /// The smallest scale at which `window` still has the pixels of `size` (H, W) in both directions.
     pub fn least(window: Window, size: (usize, usize)) -> Self {
         let covers =
             |s: &Scale| window.height >= size.0 * s.divisor() && window.width >= size.1 * s.divisor();
         [Scale::Eighth, Scale::Quarter, Scale::Half].into_iter().find(covers).unwrap_or_default()
     }
 
-    /// Size (H, W) at this scale of a picture of `of`: what is left over at the edges is a pixel, too.
+    /// Size (H, W) at this scale of a picture of `of`; a remainder at the edge is one pixel.
     pub fn size(self, of: (usize, usize)) -> (usize, usize) {
         (of.0.div_ceil(self.divisor()), of.1.div_ceil(self.divisor()))
     }
 
-    /// The pixels at this scale that `window` touches.
+    /// The pixels at this scale that overlap `window`.
     pub fn window(self, window: Window) -> Window {
         let d = self.divisor();
         let (y, x) = (window.y / d, window.x / d);
@@ -98,7 +100,7 @@ impl Scale {
     }
 }
 
-/// What somebody wants of a picture: a window in full pixels, and how small it may be decoded.
+/// The wanted part of a picture: a window in full pixels, and how small it may be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
     pub window: Window,
@@ -106,7 +108,7 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// All of a picture of (H, W), as it is.
+    /// The whole of a picture of (H, W), at full size.
     pub fn whole(of: (usize, usize)) -> Self {
         Self { window: Window::whole(of), scale: Scale::Full }
     }
@@ -138,18 +140,18 @@ impl<'a> View<'a> {
         &self.data[y * self.stride..][..self.width * 3]
     }
 
-    /// `count` rows from `first` on in one piece, if there are no gaps between rows.
+    /// `count` rows from `first` on as one slice, if there are no gaps between rows.
     pub fn whole_rows(&self, first: usize, count: usize) -> Option<&'a [u8]> {
         let line = self.width * 3;
         (self.stride == line).then(|| &self.data[first * line..(first + count) * line])
     }
 
-    /// The part of `height × width` pixels whose top left corner is `(y, x)`.
+    /// The window of `height × width` pixels whose top left corner is `(y, x)`.
     pub fn window(&self, y: usize, x: usize, height: usize, width: usize) -> View<'a> {
         self.shows(Window { y, x, height, width })
     }
 
-    /// The same of a [`Window`].
+    /// The same, given as a [`Window`].
     pub fn shows(&self, Window { y, x, height, width }: Window) -> View<'a> {
         assert!(y + height <= self.height && x + width <= self.width, "the window lies inside the picture");
         Self {
@@ -169,10 +171,10 @@ impl<'a> View<'a> {
     }
 }
 
-/// A part of a view that a resize reads: its borders may lie inside pixels.
+/// A part of a view for a resize to read: its borders may lie inside pixels.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
-    /// All pixels that the part touches.
+    /// All pixels that overlap the part.
     pub view: View<'a>,
     /// (y, x) of its upper left corner in the view.
     pub corner: (f64, f64),
@@ -181,10 +183,10 @@ pub struct Part<'a> {
 }
 
 impl<'a> Part<'a> {
-    /// The part that `window`, in full pixels, is of a picture that was decoded at `scale`; `view` shows
+    /// The part of a picture, decoded at `scale`, that corresponds to `window` in full pixels; `view` shows
     /// [`Scale::window`] of it.
     pub fn scaled(view: View<'a>, window: Window, scale: Scale) -> Self {
-        // Eighths of numbers of 16 bits: exact in f64, and in f32.
+        // Eighths of 16-bit numbers: exact in f64 and in f32.
         let at = |n: usize| n as f64 / scale.divisor() as f64;
         let within = |n: usize| at(n % scale.divisor());
         Self {
@@ -196,7 +198,7 @@ impl<'a> Part<'a> {
 }
 
 impl<'a> From<View<'a>> for Part<'a> {
-    /// All of it.
+    /// The whole view.
     fn from(view: View<'a>) -> Self {
         Self { view, corner: (0.0, 0.0), size: (view.height as f64, view.width as f64) }
     }

@@ -1,4 +1,4 @@
-//! Pictures as people name them on a command line: files, folders, patterns that no shell has expanded, lists.
+//! Pictures as users name them on a command line: files, folders, patterns that no shell has expanded, lists.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,9 +9,9 @@ use super::place::say;
 use super::source::{Source, pictures_below};
 use super::split::Split;
 
-/// The picture files that `words` name, in their order: a file itself, a folder's pictures (of one part of it, where
-/// `split` says which), a pattern with `*` and `?`, or `-` for the lines of `list`. A file that is not there is for its
-/// reader to miss.
+/// The picture files that `words` name, in their order: a file, a folder's pictures (of one split, if `split`
+/// is given), a pattern with `*` and `?`, or `-` for the lines of `list`. A missing file is reported by
+/// whoever reads it.
 pub fn named(
     words: &[PathBuf],
     split: Option<Split>,
@@ -85,7 +85,7 @@ fn add_folder(folder: &Path, split: Option<Split>, found: &mut Vec<PathBuf>) -> 
     Ok(())
 }
 
-/// What there is of a pattern, sorted, part by part.
+/// The files that match a pattern, sorted. Goes through the path component by component.
 fn expand(folder: &Path, parts: &[&str], found: &mut Vec<PathBuf>) -> Result<()> {
     let Some((part, rest)) = parts.split_first() else {
         found.push(folder.to_owned());
@@ -114,7 +114,7 @@ fn expand(folder: &Path, parts: &[&str], found: &mut Vec<PathBuf>) -> Result<()>
     names.into_iter().try_for_each(|name| expand(&folder.join(name), rest, found))
 }
 
-/// `*` is any characters, `?` is one.
+/// `*` matches any characters, `?` exactly one.
 fn matches(pattern: &[char], name: &[char]) -> bool {
     let (mut p, mut n, mut star) = (0, 0, None);
     while n < name.len() {
@@ -124,7 +124,7 @@ fn matches(pattern: &[char], name: &[char]) -> bool {
                 p += 1;
             }
             Some(c) if *c == '?' || *c == name[n] => (p, n) = (p + 1, n + 1),
-            // The last star takes one more.
+            // The last star takes one more character.
             _ => match star {
                 Some((at, from)) => {
                     star = Some((at, from + 1));

@@ -1,4 +1,4 @@
-//! What a user's word for a data set names: the demo, something packed, pictures as they are, or a mixture.
+//! What a user's name for a data set means: the demo, a packed data set, unpacked pictures, or a mixture.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,18 +12,18 @@ use super::demo;
 use super::source::{Source, expand};
 use super::split::Split;
 
-/// What a user's `spec` names.
+/// What a user's `spec` means.
 pub(super) enum Place {
     Demo(demo::Variant),
     /// The folder of a packed data set.
     Packed(PathBuf),
-    /// A folder with packed data sets in it, by part.
+    /// A folder with packed data sets in it, by split.
     PackedSplit {
         path: PathBuf,
         parts: Vec<(Split, PathBuf)>,
     },
     Unpacked(Arc<Source>),
-    /// What the user wrote, and its parts with their weights.
+    /// What the user wrote, and the mixture's parts with their weights.
     Mixture(String, Vec<(Place, f64)>),
 }
 
@@ -56,7 +56,7 @@ impl Place {
         Ok(Place::Unpacked(Arc::new(source)))
     }
 
-    /// `3*DIR + DIR`: a weight counts how often a part is drawn; without one it is 1.
+    /// `3*DIR + DIR`: the weight says how often a part is drawn; the default is 1.
     fn find_mixture(spec: &str) -> Result<Self> {
         let mut parts = Vec::new();
         for term in spec.split(" + ").map(str::trim) {
@@ -72,7 +72,7 @@ impl Place {
         Ok(Place::Mixture(spec.into(), parts))
     }
 
-    /// The parts that it has. None where parts are not told apart.
+    /// The splits that it has; empty if there are none.
     pub(super) fn parts(&self) -> Vec<Split> {
         match self {
             Place::Demo(_) => vec![Split::Train, Split::Val],
@@ -91,7 +91,7 @@ impl Place {
         }
     }
 
-    /// The part that stands for another, if there is any: the test part for validation where there is no other.
+    /// The split that stands in for another, if any: the test split for validation if there is no other.
     pub(super) fn part(&self, split: Split) -> Option<Split> {
         let parts = self.parts();
         match split {
@@ -101,7 +101,7 @@ impl Place {
         }
     }
 
-    /// Opens a part; what is not divided, all of it.
+    /// Opens a split; data without splits is opened whole.
     pub(super) fn open(&self, split: Split) -> Result<Dataset> {
         let parts = self.parts();
         let part = match self.part(split) {
@@ -148,7 +148,7 @@ impl Place {
     }
 }
 
-/// The packed data sets in a folder, by what their folders are called.
+/// The packed data sets in a folder, by the names of their folders.
 fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
     let mut parts: Vec<(Split, PathBuf)> = Vec::new();
     if !path.is_dir() {
@@ -174,12 +174,12 @@ fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
     Ok(parts)
 }
 
-/// What was said of the data so far.
+/// The messages about the data so far.
 static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// One line on stderr for people, once in a process: data are often opened more than once.
+/// Prints a line on stderr once per process: data is often opened more than once.
 pub(super) fn say(line: &str) {
-    // A name may hold an end of a line.
+    // A name may contain a line break.
     let line = terminal::one_line(line).into_owned();
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
     if !said.contains(&line) {
@@ -188,7 +188,8 @@ pub(super) fn say(line: &str) {
     }
 }
 
-/// What was left out of the data that this process has opened, and how they were read: lines for the log of a run.
+/// What was left out of the data that this process has opened, and how the data was read: lines for the log
+/// of a run.
 pub fn notes() -> Vec<String> {
     SAID.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }

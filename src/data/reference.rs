@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// A file of the reference folder; `None`, and a line that says so, where it is absent.
+/// A file of the reference folder. If it is absent, `None`, and a line says so.
 pub(crate) fn path(name: &str) -> Option<PathBuf> {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/reference");
     let path = std::env::var_os("VITRUM_REFERENCE").map_or_else(|| default.into(), PathBuf::from).join(name);
@@ -57,8 +57,8 @@ impl Arrays {
     }
 }
 
-/// Name and bytes of all files below these folders of `VITRUM_TEST_DATA` that fit a decoder's test; none where the data
-/// is absent, and a line that says so.
+/// Name and bytes of all files below these folders of `VITRUM_TEST_DATA` that are suitable for a decoder's
+/// test. None if the data is absent; a line says so.
 pub(crate) fn pictures(folders: &[&str]) -> Vec<(String, Vec<u8>)> {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/data");
     let root = std::env::var_os("VITRUM_TEST_DATA").map_or_else(|| default.into(), PathBuf::from);
@@ -70,7 +70,7 @@ pub(crate) fn pictures(folders: &[&str]) -> Vec<(String, Vec<u8>)> {
             continue;
         };
         for path in entries.map(|entry| entry.unwrap().path()) {
-            // What takes seconds by design has tests of its own.
+            // Files that take seconds by design have tests of their own.
             let slow = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("bomb"));
             if path.is_dir() {
                 dirs.push(path);
@@ -83,7 +83,7 @@ pub(crate) fn pictures(folders: &[&str]) -> Vec<(String, Vec<u8>)> {
     found
 }
 
-/// Draws for tests.
+/// Random numbers for tests.
 pub(crate) fn seeded(seed: u64) -> crate::rng::Stream {
     crate::rng::Stream::new(seed, crate::rng::Domain::Demo, u64::MAX, 0)
 }

@@ -1,4 +1,4 @@
-//! One shard of a packed data set: a safetensors file that any reader of that format opens.
+//! One shard of a packed data set: a safetensors file that any reader of that format can open.
 //!
 //! | tensor | type, shape | |
 //! |---|---|---|
@@ -7,8 +7,9 @@
 //! | `data`, `offsets` | U8 `[bytes]`, U64 `[count + 1]` | encoded pictures, one after the other |
 //! | `names`, `name_offsets` | U8 `[bytes]`, U64 `[count + 1]` | where each record came from; may be absent |
 //!
-//! A shard is mapped; everything that its header and offsets claim is checked when it is opened, so that taking a record
-//! cannot fail. Whether its bytes are those that were packed is checked later ([`Shard::sound`]).
+//! A shard is memory-mapped. Everything that its header and offsets claim is checked when it is opened, so
+//! that reading a record cannot fail. Whether its bytes are those that were packed is checked later
+//! ([`Shard::sound`]).
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -46,7 +47,7 @@ pub struct Shard {
     listed: Option<Listed>,
 }
 
-/// What the manifest says of a shard, and whether it is true.
+/// The manifest's checksum of a shard, and whether it matches.
 #[derive(Debug)]
 struct Listed {
     path: PathBuf,
@@ -54,7 +55,7 @@ struct Listed {
     /// The number of its first record in the data set.
     first: usize,
     verdict: OnceLock<Result<()>>,
-    /// Somebody else compares; until then it is taken for sound.
+    /// Another thread compares it; until then the shard counts as sound.
     elsewhere: AtomicBool,
 }
 
@@ -62,14 +63,14 @@ struct Listed {
 #[derive(Debug)]
 enum Labels {
     One(Vec<u32>),
-    /// Those of record i are `values[ends[i-1]..ends[i]]`.
+    /// The classes of record i are `values[ends[i-1]..ends[i]]`.
     Several {
         ends: Vec<usize>,
         values: Vec<u32>,
     },
 }
 
-/// Where a shard's bytes are.
+/// The bytes of a shard.
 #[derive(Debug)]
 enum Bytes {
     /// The map, and the file's name for [`guard`].
@@ -83,7 +84,7 @@ enum Body {
     Encoded(Blob),
 }
 
-/// Variable-length pieces: `offsets` count from `start`.
+/// Variable-length pieces; `offsets` count from `start`.
 #[derive(Debug)]
 struct Blob {
     start: usize,
@@ -100,12 +101,12 @@ impl Shard {
     /// Maps a shard file and checks it. `classes` bounds the labels.
     pub fn open(path: &Path, classes: usize) -> Result<Self> {
         let bytes = map(path)?;
-        // Names outlive their maps: whoever handles a signal cannot ask whether they are still there.
+        // Names outlive their maps, because a signal handler cannot ask whether they still exist.
         let name = Box::leak(path.display().to_string().into_boxed_str());
         Self::parse(Bytes::Mapped(bytes, name), classes).map_err(|e| damaged(e.at(path.display())))
     }
 
-    /// A shard that lives in memory.
+    /// A shard in memory.
     pub fn from_bytes(bytes: Vec<u8>, classes: usize) -> Result<Self> {
         Self::parse(Bytes::Owned(bytes), classes)
     }
@@ -172,7 +173,7 @@ impl Shard {
         self.len() == 0
     }
 
-    /// The class of a record; of several the first, of none 0.
+    /// The class of a record; the first if there are several, 0 if there is none.
     pub fn label(&self, index: usize) -> usize {
         self.labels.of(index).first().map_or(0, |label| *label as usize)
     }
@@ -207,7 +208,7 @@ impl Shard {
         }
     }
 
-    /// Asks the system to have an encoded record in memory soon. A hint: failing is no error.
+    /// Asks the system to read an encoded record into memory soon. A hint: failures are ignored.
     pub fn will_need(&self, index: usize) {
         if let (Bytes::Mapped(map, _), Body::Encoded(blob)) = (&self.bytes, &self.body) {
             let range = blob.range(index);
@@ -215,9 +216,9 @@ impl Shard {
         }
     }
 
-    /// Asks the processor to have raw pixels in its cache soon, if they are few. A hint.
+    /// Asks the processor to load raw pixels into its cache soon, if they are few. A hint.
     pub fn prefetch(&self, index: usize) {
-        /// More than this would push out what is being worked on.
+        /// Prefetching more would evict data in use.
         const MOST: usize = 16 << 10;
         let Body::Raw { start, height, width } = self.body else { return };
         let len = height * width * 3;
@@ -227,12 +228,13 @@ impl Shard {
         #[cfg(target_arch = "x86_64")]
         for line in self.bytes.as_slice()[start + index * len..][..len].chunks(64) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a prefetch reads nothing and never faults, whatever the address; this one is inside the map.
+            // SAFETY: a prefetch reads nothing and never faults, whatever the address; this one is inside the
+            // map.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
         }
     }
 
-    /// (H, W) of all records, where they are raw pixels.
+    /// (H, W) of all records, if they are raw pixels.
     pub fn image(&self) -> Option<(usize, usize)> {
         match self.body {
             Body::Raw { height, width, .. } => Some((height, width)),
@@ -245,19 +247,19 @@ impl Shard {
         format!("{:016x}", xxhash_rust::xxh3::xxh3_64(self.bytes.as_slice()))
     }
 
-    /// The same shard, which knows what the manifest says: its checksum, and the number of its first record.
+    /// The same shard with the manifest's data: its checksum, and the number of its first record.
     pub(super) fn listed(mut self, path: PathBuf, checksum: &str, first: usize) -> Self {
         let (checksum, verdict, elsewhere) = (checksum.to_owned(), OnceLock::new(), AtomicBool::new(false));
         self.listed = Some(Listed { path, checksum, first, verdict, elsewhere });
         self
     }
 
-    /// The manifest's checksum; of a shard in memory, its own.
+    /// The manifest's checksum; for a shard in memory, its own.
     pub fn listed_checksum(&self) -> String {
         self.listed.as_ref().map_or_else(|| self.checksum(), |listed| listed.checksum.clone())
     }
 
-    /// Compares the whole file with the manifest's checksum, once.
+    /// Compares the checksum of the whole file with the manifest's, once.
     pub fn verify(&self) -> Result<()> {
         let Some(listed) = &self.listed else { return Ok(()) };
         let compare = || {
@@ -272,7 +274,8 @@ impl Shard {
         listed.verdict.get_or_init(compare).clone()
     }
 
-    /// An error where the file is known not to be what was packed; compares it now, unless another thread does.
+    /// An error if the file is known to differ from what was packed. Compares it now, unless another thread
+    /// does.
     pub fn sound(&self) -> Result<()> {
         let Some(listed) = &self.listed else { return Ok(()) };
         match listed.verdict.get() {
@@ -282,7 +285,7 @@ impl Shard {
         }
     }
 
-    /// Takes the file as it is.
+    /// Uses the file without comparing.
     pub fn trust(&self) {
         if let Some(listed) = &self.listed {
             let _ = listed.verdict.set(Ok(()));
@@ -323,8 +326,9 @@ pub(super) fn map(path: &Path) -> Result<Mmap> {
     if file.metadata().at(path.display())?.len() == 0 {
         fail!("{}: the file is empty", path.display());
     }
-    // SAFETY: the map is read only. That nobody changes or cuts a data set's files while a program reads them is the
-    // one assumption that every mapped reader makes; a pack never writes into an existing file, it renames new ones.
+    // SAFETY: the map is read only. We assume, as every mapped reader must, that no process changes or
+    // truncates a data set's files while they are read. A pack never writes into an existing file; it renames
+    // new ones.
     unsafe { Mmap::map(&file) }.at(path.display())
 }
 
@@ -379,7 +383,8 @@ impl Labels {
     }
 }
 
-/// What happens when a mapped file is cut short, or its disk fails: the system sends SIGBUS to the thread that reads.
+/// Handles a mapped file that is cut short, or whose disk fails: the system then sends SIGBUS to the thread
+/// that reads.
 pub(super) mod guard {
     use std::cell::Cell;
     use std::sync::Once;
@@ -393,7 +398,7 @@ pub(super) mod guard {
         READING.set(Some(name));
     }
 
-    /// From now on the signal becomes a message that names the file, and exit code 1.
+    /// From now on the signal prints a message that names the file, and exits with code 1.
     pub(crate) fn install() {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
@@ -408,14 +413,15 @@ pub(super) mod guard {
                 write("hint: `vitrum pack DIR --check` says what is left of a data set\n");
                 signal_hook::low_level::exit(1);
             };
-            // SAFETY: the handler calls only write(2) and _exit(2), and reads a thread-local without a destructor that
-            // is initialised at compile time; `stderr()` is a handle without a lock. It never returns to the fault.
+            // SAFETY: the handler calls only write(2) and _exit(2), and reads a thread-local without a
+            // destructor that is initialised at compile time; `stderr()` is a handle without a lock. The
+            // handler never returns to the fault.
             let _ = unsafe { signal_hook::low_level::register(signal_hook::consts::SIGBUS, say) };
         });
     }
 }
 
-/// What a shard under construction holds.
+/// The kind of records in a shard under construction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// u8 pixels of one size (H, W).
@@ -428,7 +434,7 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct ShardWriter {
     kind: Kind,
-    /// Where samples may have several labels: how many classes there are, and their rows of zeros and ones.
+    /// For multi-label samples: the number of classes, and their rows of zeros and ones.
     several: Option<(usize, Vec<u8>)>,
     labels: Vec<i64>,
     data: Vec<u8>,
@@ -491,7 +497,7 @@ impl ShardWriter {
         self.data.len()
     }
 
-    /// Writes the shard, whole or not at all, and returns its checksum.
+    /// Writes the shard, or nothing on failure, and returns its checksum.
     pub fn write_file(&self, path: &Path) -> Result<String> {
         let mut checksum = String::new();
         files::write_atomic(path, |out| {

@@ -6,14 +6,14 @@ use super::picture::{Picture, View};
 
 /// Pixels between tiles.
 const GAP: usize = 4;
-/// Height of a line of text, and size of a dot of it.
+/// Height of a line of text, and size of one of its dots.
 const LINE: usize = 14;
 const DOT: usize = 2;
-/// Tiles are drawn at least this wide, so that a label has room.
+/// Least width of a tile, so that a label has room.
 const LEAST: usize = 96;
 
-/// Draws the samples of a slot in rows of `columns`. `names` are the classes. What is under a mixture's sample are both
-/// labels, the larger share first.
+/// Draws the samples of a slot in rows of `columns`. `names` are the classes. A mixed sample has both labels
+/// below it, the one with the larger share first.
 pub fn draw(slot: &Slot, names: &[String], normalise: Normalise, columns: usize) -> Picture {
     let (height, width) = slot.layout().image;
     let scale = LEAST.div_ceil(width).max(1);
@@ -80,7 +80,7 @@ fn erased(slot: &Slot, sample: usize, normalise: Normalise) -> Vec<f32> {
     values
 }
 
-/// The names of a sample's classes, and of its partner's with the shares.
+/// The names of a sample's classes, and of its partner's, with the shares.
 fn label(slot: &Slot, sample: usize, names: &[String], room: usize) -> String {
     let own = |i: usize| match slot.layout().targets {
         TargetKind::Labels => short_name(&names[slot.labels()[i] as usize]).to_owned(),
@@ -98,7 +98,7 @@ fn label(slot: &Slot, sample: usize, names: &[String], room: usize) -> String {
         return parts.remove(0).1.chars().take(room).collect();
     }
     parts.sort_by(|a, b| b.0.total_cmp(&a.0));
-    // Each name gets half of the room, less its share.
+    // Each name gets half of the room, less the digits of its share.
     let each = (room / 2).saturating_sub(5).max(2);
     let short = |(share, name): &(f32, String)| {
         format!("{} {:02.0}", name.chars().take(each).collect::<String>(), share * 100.0)
@@ -106,7 +106,7 @@ fn label(slot: &Slot, sample: usize, names: &[String], room: usize) -> String {
     format!("{} {}", short(&parts[0]), short(&parts[1]))
 }
 
-/// A name without the number that WordNet gives it.
+/// A name without its WordNet id.
 fn short_name(name: &str) -> &str {
     let rest = name.split_once('_').filter(|(number, _)| {
         number.len() == 9 && number.starts_with('n') && number[1..].bytes().all(|b| b.is_ascii_digit())
@@ -133,7 +133,7 @@ fn text(sheet: &mut Picture, (y, x): (usize, usize), line: &str) {
     }
 }
 
-/// Dots of each row, the left one is worth 4. What is not here is left blank.
+/// Dots of each row; the left one has the value 4. Other characters are blank.
 #[rustfmt::skip]
 const FONT: [(char, [u8; 5]); 44] = [
     ('A', [2, 5, 7, 5, 5]), ('B', [6, 5, 6, 5, 6]), ('C', [3, 4, 4, 4, 3]), ('D', [6, 5, 5, 5, 6]),

@@ -1,9 +1,10 @@
-//! What is in a place full of pictures that are not packed: an image folder ([`folder`]), tar archives ([`archive`],
-//! [`webdataset`]), the binary files of CIFAR-10 and CIFAR-100 ([`cifar`]), or a table of paths and labels ([`manifest`]).
+//! Lists unpacked pictures: an image folder ([`folder`]), tar archives ([`archive`], [`webdataset`]), the
+//! binary files of CIFAR-10 and CIFAR-100 ([`cifar`]), or a table of paths and labels ([`manifest`]).
 //!
-//! Every source becomes the same thing ([`listing`]): class names, and for each part a list of records with a label and a
-//! place to read them from. Paths are sorted, so that an archive and its unpacked folder give the same records in the
-//! same order. What is no data ([`strays`]) is left out with a line. Nothing is decoded here.
+//! Every source gives the same kind of list ([`listing`]): class names, and for each split the records, each
+//! with a label and a place to read it from. Paths are sorted, so that an archive and its unpacked folder
+//! give the same records in the same order. Files that are not data ([`strays`]) are left out with a line.
+//! Nothing is decoded here.
 
 mod archive;
 mod cifar;
@@ -34,7 +35,7 @@ use folder::Paths;
 use index::Index;
 use listing::{Labels, Listing};
 
-/// Pictures that are not packed.
+/// Unpacked pictures.
 #[derive(Debug)]
 pub struct Source {
     /// Names in the order of the labels.
@@ -45,13 +46,13 @@ pub struct Source {
     notes: Vec<String>,
 }
 
-/// The records, with training, validation and test told apart or not.
+/// The records, with or without splits.
 #[derive(Debug, Default)]
 pub struct Parts {
     is_split: bool,
-    /// There is no other validation part.
+    /// The test split also serves for validation.
     test_is_val: bool,
-    /// By [`Split`]; of what is not split, all in the first.
+    /// By [`Split`]; without splits, all records are in the first.
     lists: [Vec<Item>; 3],
 }
 
@@ -60,9 +61,9 @@ pub struct Parts {
 pub struct Item {
     /// Path inside the source, with `/`.
     pub name: String,
-    /// Of several, the first.
+    /// The first label, if there are several.
     pub label: usize,
-    /// Where samples may have several labels or none: all of them.
+    /// All labels, if samples may have several or none.
     several: Option<Box<[u32]>>,
     place: Place,
 }
@@ -110,8 +111,8 @@ const CIFAR_SIDE: usize = 32;
 const CIFAR_PIXELS: usize = CIFAR_SIDE * CIFAR_SIDE;
 
 impl Source {
-    /// Lists `path`: a folder, a tar archive, a CIFAR binary, a table, or a folder of such. `{000..009}` in a path that
-    /// does not exist stands for these numbers.
+    /// Lists `path`: a folder, a tar archive, a CIFAR binary, a table, or a folder of these. In a path that
+    /// does not exist, `{000..009}` stands for these numbers.
     pub fn open(path: &Path) -> Result<Self> {
         let source = if path.is_dir() { open_folder(path) } else { open_file(path) }?;
         source.check().map_err(|e| e.at(path.display()))?;
@@ -128,8 +129,8 @@ impl Source {
         &self.notes
     }
 
-    /// The records of a part; where parts are not told apart, all of them. The test part is the validation part of a
-    /// source without one.
+    /// The records of a split; without splits, all of them. If there is no validation split, the test split
+    /// takes its place.
     pub fn items(&self, split: Split) -> &[Item] {
         let Parts { is_split, test_is_val, lists } = &self.parts;
         match split {
@@ -139,27 +140,27 @@ impl Source {
         }
     }
 
-    /// Whether parts are told apart.
+    /// Whether there are splits.
     pub fn is_split(&self) -> bool {
         self.parts.is_split
     }
 
-    /// Whether its validation part is called test.
+    /// Whether the test split serves for validation.
     pub fn test_is_val(&self) -> bool {
         self.parts.test_is_val
     }
 
-    /// Every part that has records, once: of what is not split, all of it and no name.
+    /// Every split that has records, once; without splits, all records and no name.
     pub fn lists(&self) -> impl Iterator<Item = (Option<Split>, &[Item])> {
         let parts = Split::ALL.into_iter().zip(&self.parts.lists).filter(|(_, items)| !items.is_empty());
         parts.map(|(split, items)| (self.parts.is_split.then_some(split), items.as_slice()))
     }
 
-    /// Refuses a source from which nothing can be learnt.
+    /// Refuses a source that cannot train a classifier.
     fn check(&self) -> Result<()> {
         let items: Vec<&Item> = self.lists().flat_map(|(_, items)| items).collect();
         if items.is_empty() {
-            // What there is instead is the best hint.
+            // What was left out is the best hint.
             let why = self.notes.first().map_or(String::new(), |note| format!(": {note}"));
             return Err(Error::new(format!("no pictures in class folders{why}")).hint(CLASS_FOLDERS));
         }
@@ -192,7 +193,7 @@ impl Source {
 const CLASS_FOLDERS: &str = "put the pictures of each class into a folder of its own, `DIR/CLASS/NAME.jpg` or \
                              `DIR/train/CLASS/NAME.jpg` and `DIR/val/CLASS/NAME.jpg`";
 
-/// Lists what is in a folder. Pictures in class folders come first: what lies beside them hides nothing.
+/// Lists the contents of a folder. Pictures in class folders take precedence over whatever lies beside them.
 fn open_folder(path: &Path) -> Result<Source> {
     let mut index = index::list(path)?;
     let mut listing = Listing::default();
@@ -225,7 +226,7 @@ fn open_folder(path: &Path) -> Result<Source> {
         return archive::open(path, &archives, listing);
     }
     if paths.files.is_empty() {
-        // Folders of nothing else.
+        // Folders that contain nothing else.
         index.others.iter().try_for_each(|name| packing::refuse(&path.join(name)))?;
     }
     let mut store = Store::new(path, "folder");
@@ -242,14 +243,14 @@ fn open_folder(path: &Path) -> Result<Source> {
     listing.finish(if has_folders { Labels::Names } else { Labels::NamesOrIndices }, store)
 }
 
-/// Paths of all pictures below a folder, sorted, whatever folders they are in; and how many other files there are.
+/// Paths of all pictures below a folder, sorted, whatever folders they are in; and the number of other files.
 pub fn pictures_below(folder: &Path) -> Result<(Vec<PathBuf>, usize)> {
     let index = index::list(folder)?;
     Ok((index.files.iter().map(|name| folder.join(name)).collect(), index.others.len()))
 }
 
-/// The archives that are data, by relative names: those in a folder, at the top or a part's, without class folders. The
-/// others stay among what is left out.
+/// The archives that are data, by relative names: those in a folder without class folders, at its top or in a
+/// split's folder. The other archives stay among what is left out.
 fn archives_of(path: &Path, index: &mut Index) -> Vec<(String, PathBuf)> {
     let is_archive = |name: &String| strays::ending(name) == "tar" && name.matches('/').count() < 2;
     let below = |prefix: &str| {
@@ -302,7 +303,7 @@ pub fn is_named(path: &Path) -> bool {
         || (!path.exists() && expand(&name).is_some())
 }
 
-/// The paths that one with `{000..009}` stands for, as shells and WebDataset write lists of shards.
+/// The paths for a path with `{000..009}`, the notation of shells and WebDataset for lists of shards.
 pub(super) fn expand(path: &str) -> Option<Vec<String>> {
     const MOST: usize = 100_000;
     let (before, rest) = path.split_once('{')?;
@@ -350,7 +351,7 @@ impl Store {
         }
     }
 
-    /// Bytes of a record, where they can be told without reading it.
+    /// Bytes of a record, if they are known without reading it.
     pub fn size(&self, item: &Item) -> Option<u64> {
         match &item.place {
             Place::File => fs::metadata(self.path.join(&item.name)).ok().map(|file| file.len()),
@@ -364,7 +365,7 @@ impl Store {
         &self.path
     }
 
-    /// How messages call a record: its file, or its path in the archive.
+    /// The name of a record in messages: its file, or its path in the archive.
     pub fn display(&self, item: &Item) -> String {
         match item.place {
             Place::File => self.path.join(&item.name).display().to_string(),

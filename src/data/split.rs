@@ -1,6 +1,7 @@
-//! What the parts of a data set are called. Folders, archives, shards, tables, packed folders and `--split` all ask here.
+//! The names of the splits of a data set. Folders, archives, shards, tables, packed folders and `--split` all
+//! ask here.
 
-/// Which part of a data set.
+/// A split of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Split {
     #[value(alias = "training")]
@@ -14,7 +15,7 @@ pub enum Split {
 impl Split {
     pub const ALL: [Split; 3] = [Split::Train, Split::Val, Split::Test];
 
-    /// What each part may be called, the preferred name first.
+    /// The names of each split, the preferred one first.
     const fn words(self) -> &'static [&'static str] {
         match self {
             Split::Train => &["train", "training"],
@@ -28,8 +29,8 @@ impl Split {
         self.words()[0]
     }
 
-    /// The part that a name speaks of, by its whole words in any case: `Train`, `imagenet-val-0003.tar`, `val2017`. None
-    /// where it speaks of no part, or of two.
+    /// The split that a name indicates by its whole words in any case: `Train`, `imagenet-val-0003.tar`,
+    /// `val2017`. None if it indicates no split, or two.
     pub fn of(name: &str) -> Option<Split> {
         let mut found = None;
         for split in name.split(|c: char| !c.is_alphanumeric()).filter_map(Self::of_word) {
@@ -41,7 +42,7 @@ impl Split {
         found
     }
 
-    /// The part of a name that is one word: the name of a folder, or the value of a column.
+    /// The split that a single word names: the name of a folder, or the value of a column.
     pub fn of_word(word: &str) -> Option<Split> {
         // `train2017` and `val00` are numbered; `latest` and `carnival` are other words.
         let word = word.trim().trim_end_matches(|c: char| c.is_ascii_digit()).to_lowercase();

@@ -1,4 +1,4 @@
-//! Tags of the TIFF structure, which also holds EXIF data: numbers by their key, in the first directory.
+//! Tags of the TIFF structure, which EXIF uses as well: numbers by their key, from the first directory.
 
 use crate::data::header::Format;
 
@@ -9,7 +9,7 @@ pub(super) struct Tags<'a> {
     is_little: bool,
     /// Entries of 12 bytes.
     entries: &'a [u8],
-    /// Where they begin.
+    /// Where the entries begin.
     at: usize,
 }
 
@@ -25,7 +25,7 @@ impl<'a> Tags<'a> {
         let at = tags.word(bytes.get(4..8)?) as usize;
         let count = tags.word(bytes.get(at..at.checked_add(2)?)?) as usize;
         let all = &bytes[at + 2..];
-        // A directory that is cut still has its first tags.
+        // A truncated directory still has its first tags.
         let entries = &all[..(count * 12).min(all.len() / 12 * 12)];
         Some(Self { entries, at: at + 2, ..tags })
     }
@@ -35,7 +35,7 @@ impl<'a> Tags<'a> {
         if self.is_little { bytes.iter().rev().fold(0, join) } else { bytes.iter().fold(0, join) }
     }
 
-    /// Place and size of a tag's first number, and how many there are.
+    /// Position and size of a tag's first number, and how many there are.
     fn place(&self, tag: u16) -> Option<(usize, usize, usize)> {
         let index =
             self.entries.chunks_exact(12).position(|entry| self.word(&entry[..2]) == u64::from(tag))?;
@@ -47,7 +47,7 @@ impl<'a> Tags<'a> {
             _ => return None,
         };
         let count = self.word(&entry[4..8]) as usize;
-        // Numbers of up to four bytes stand in the entry.
+        // Values of up to four bytes are stored in the entry.
         let at = match count * size {
             0 => return None,
             1..=4 => self.at + index * 12 + 8,
@@ -69,7 +69,7 @@ impl<'a> Tags<'a> {
         Some(all.chunks_exact(size).map(|number| self.word(number)).collect())
     }
 
-    /// Where the first number of a tag stands, and its bytes with `value` in them.
+    /// Position of a tag's first number, and its bytes with `value` in them.
     pub(super) fn encoded(&self, tag: u16, value: u8) -> Option<(usize, Vec<u8>)> {
         let (at, size, _) = self.place(tag)?;
         let mut bytes = vec![0; size];
@@ -78,8 +78,8 @@ impl<'a> Tags<'a> {
     }
 }
 
-/// Which of the eight ways a picture is to be turned before people look at it (EXIF 2.3, tag 0x0112; what Pillow's
-/// `exif_transpose` reads), 1 where the file does not say.
+/// Which of the eight orientations a picture has (EXIF 2.3, tag 0x0112; Pillow's `exif_transpose` reads the
+/// same); 1 if the file does not say.
 pub(super) fn orientation(format: Format, bytes: &[u8]) -> u8 {
     let tags = match format {
         Format::Jpeg => jpeg_exif(bytes).and_then(Tags::of),
@@ -102,8 +102,8 @@ fn le32(bytes: &[u8]) -> u32 {
     u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
-/// The body of the first chunk with a name: from `at` on there are chunks with heads of 8 bytes, of which `read` tells the
-/// body's length, the head's and the tail's; the name stands at `name_at`.
+/// The body of the first chunk with a name. Chunks start at `at` and have heads of 8 bytes. `read` gives
+/// the lengths of the body, the head and the tail; the name is at `name_at`.
 fn chunk<'a>(
     bytes: &'a [u8],
     mut at: usize,
@@ -118,7 +118,7 @@ fn chunk<'a>(
         if head[name_at..].starts_with(name) {
             return bytes.get(start..start.checked_add(length)?);
         }
-        // Chunks of WebP begin at even places.
+        // Chunks of WebP begin at even offsets.
         let length = if after == 0 { length.next_multiple_of(2) } else { length };
         at = start.checked_add(length)?.checked_add(after)?;
     }

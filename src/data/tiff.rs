@@ -1,5 +1,5 @@
-//! TIFF pictures of 8 bits: grey, RGB, palettes, with or without alpha (which is dropped), in strips or tiles, plain or
-//! packed by LZW, Deflate or PackBits. Others are refused by name.
+//! TIFF pictures of 8 bits: grey, RGB, palettes, with or without alpha (which is dropped), in strips or
+//! tiles, uncompressed or packed with LZW, Deflate or PackBits. Others are refused by name.
 
 use std::borrow::Cow;
 use std::io::Cursor;
@@ -25,7 +25,7 @@ const COLOURS: u16 = 320;
 const BLACK_IS_ZERO: u8 = 1;
 const PALETTE: u64 = 3;
 
-/// Decodes the first picture of a file, which is `size` (H, W).
+/// Decodes the first picture of a file, which has `size` (H, W).
 pub(super) fn decode(bytes: &[u8], size: (usize, usize), picture: &mut Picture) -> Result<()> {
     let tags = Tags::of(bytes).ok_or_else(|| Error::new("damaged TIFF: no directory"))?;
     let samples = tags.number(SAMPLES).unwrap_or(1) as usize;
@@ -41,7 +41,7 @@ pub(super) fn decode(bytes: &[u8], size: (usize, usize), picture: &mut Picture) 
     {
         fail!("TIFF with compression {compression} is not supported");
     }
-    // Nothing packs more than Deflate: 1,032 bytes in one.
+    // Deflate packs best: 1,032 bytes into one.
     let total = size.0 * size.1 * samples.clamp(1, 16);
     if total / 1100 > bytes.len() {
         fail!("{} bytes cannot hold {}x{} pixels", bytes.len(), size.1, size.0);
@@ -50,7 +50,7 @@ pub(super) fn decode(bytes: &[u8], size: (usize, usize), picture: &mut Picture) 
         Some(PALETTE) => Some(palette(&tags)?),
         _ => None,
     };
-    // The crate knows no palettes: it reads their places as grey.
+    // The crate does not support palettes, so we have it read the indices as grey.
     let mut bytes = Cow::Borrowed(bytes);
     if colours.is_some() {
         let (at, grey) = tags.encoded(PHOTOMETRIC, BLACK_IS_ZERO).expect("the tag was read");
@@ -85,7 +85,7 @@ pub(super) fn decode(bytes: &[u8], size: (usize, usize), picture: &mut Picture) 
     Ok(())
 }
 
-/// 256 colours, of which the tag has all reds, then all greens, then all blues, of 16 bits.
+/// 256 colours. The tag has all reds, then all greens, then all blues, in 16 bits.
 fn palette(tags: &Tags) -> Result<Vec<[u8; 3]>> {
     let values = tags.numbers(COLOURS).filter(|values| values.len() == 3 * 256);
     let values = values.ok_or_else(|| Error::new("damaged TIFF: no palette of 256 colours"))?;

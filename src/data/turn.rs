@@ -1,8 +1,8 @@
-//! The eight ways to look at a picture: as it is stored, mirrored, turned. EXIF numbers them.
+//! The eight orientations of a picture, mirrored and turned, as EXIF numbers them.
 
 use super::picture::{Part, View, Window};
 
-/// How a stored picture becomes an upright one: rows and columns flipped as they are stored, then exchanged.
+/// How a stored picture becomes an upright one: flip rows and columns as stored, then exchange them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Turn {
     flips_rows: bool,
@@ -11,7 +11,7 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    /// Of EXIF's number; what is no number of EXIF's turns nothing.
+    /// From EXIF's number; any other number turns nothing.
     pub(super) fn of(orientation: u8) -> Self {
         let (flips_rows, flips_columns, transposes) = match orientation {
             2 => (false, true, false),
@@ -35,7 +35,7 @@ impl Turn {
         self.swapped(of)
     }
 
-    /// Where a window of the upright picture is in the stored one of (H, W).
+    /// Position of a window of the upright picture in the stored one of (H, W).
     pub(super) fn stored(self, window: Window, of: (usize, usize)) -> Window {
         let (y, x) = self.swapped((window.y, window.x));
         let (height, width) = self.swapped((window.height, window.width));
@@ -47,7 +47,7 @@ impl Turn {
         }
     }
 
-    /// The upright form of a stored part; `pixels` hold it where anything is turned.
+    /// The upright form of a stored part; `pixels` holds it if anything is turned.
     pub(super) fn upright<'a>(self, part: Part<'a>, pixels: &'a mut Vec<u8>) -> Part<'a> {
         if self == Self::default() {
             return part;
@@ -79,7 +79,7 @@ impl Turn {
 mod tests {
     use super::*;
 
-    /// What Pillow's `ImageOps.exif_transpose` makes of `abc / def`, by its table of methods: mirrored, turned by 180°,
+    /// Pillow's `ImageOps.exif_transpose` of `abc / def`, by its table of methods: mirrored, turned by 180°,
     /// flipped, transposed, turned by 270° (counter-clockwise), transversed, turned by 90°.
     const UPRIGHT: [(u8, &[&str]); 10] = [
         (0, &["abc", "def"]),
@@ -101,7 +101,7 @@ mod tests {
             let turn = Turn::of(orientation);
             let size = (expected.len(), expected[0].len());
             assert_eq!(turn.size((2, 3)), size, "{orientation}");
-            // Each window by itself is the window of the whole.
+            // A window turned alone equals the window of the turned whole.
             for y in 0..size.0 {
                 for x in 0..size.1 {
                     let window = Window { y, x, height: size.0 - y, width: size.1 - x };

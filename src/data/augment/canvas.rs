@@ -1,6 +1,6 @@
-//! A sample under work, and the operations on it that all dialects share: tables, histograms, fills.
+//! The sample being augmented, and the operations that all dialects share: tables, histograms, fills.
 
-/// Pixels `[H, W, 3]`, and memory for operations that cannot work in place.
+/// Pixels `[H, W, 3]`, and a second buffer for operations that cannot work in place.
 #[derive(Debug, Default)]
 pub struct Canvas {
     pub height: usize,
@@ -10,26 +10,26 @@ pub struct Canvas {
 }
 
 impl Canvas {
-    /// A canvas of (H, W); its pixels are to be written.
+    /// Sets the size (H, W); the caller then writes the pixels.
     pub fn reset(&mut self, (height, width): (usize, usize)) {
         (self.height, self.width) = (height, width);
         self.pixels.resize(height * width * 3, 0);
         self.spare.resize(height * width * 3, 0);
     }
 
-    /// What was written into `spare` is the picture.
+    /// Makes the contents of `spare` the picture.
     #[inline(always)]
     pub fn swap(&mut self) {
         std::mem::swap(&mut self.pixels, &mut self.spare);
     }
 
-    /// The same table for all channels.
+    /// Applies one table to all channels.
     #[inline(always)]
     pub fn map(&mut self, table: &[u8; 256]) {
         self.pixels.iter_mut().for_each(|p| *p = table[usize::from(*p)]);
     }
 
-    /// A table for each channel.
+    /// Applies a table per channel.
     #[inline(always)]
     pub fn map_channels(&mut self, tables: &[[u8; 256]; 3]) {
         for pixel in self.pixels.chunks_exact_mut(3) {
@@ -39,10 +39,10 @@ impl Canvas {
         }
     }
 
-    /// Least and greatest value of each channel.
+    /// Minimum and maximum of each channel.
     #[inline(always)]
     pub fn ranges(&self) -> [(u8, u8); 3] {
-        // 48 values are 16 pixels: lanes with a fixed channel.
+        // 48 values are 16 pixels, so each lane keeps one channel.
         let (mut low, mut high) = ([255u8; 48], [0u8; 48]);
         let chunks = self.pixels.chunks_exact(48);
         for (i, value) in chunks.remainder().iter().enumerate() {
@@ -71,7 +71,7 @@ impl Canvas {
         counts
     }
 
-    /// Pillow's `equalize`, which TensorFlow's models repeat.
+    /// Pillow's `equalize`; TensorFlow's version gives the same.
     #[inline(always)]
     pub fn equalize(&mut self) {
         let histograms = self.histograms();
@@ -87,13 +87,13 @@ impl Canvas {
         self.pixels.iter_mut().for_each(|p| *p = 255 - *p);
     }
 
-    /// Inverts what is not below `threshold`.
+    /// Inverts values of at least `threshold`.
     #[inline(always)]
     pub fn solarize(&mut self, threshold: u8) {
         self.pixels.iter_mut().for_each(|p| *p = if *p < threshold { *p } else { 255 - *p });
     }
 
-    /// Adds to what is below 128, up to 255.
+    /// Adds to values below 128, up to 255.
     #[inline(always)]
     pub fn solarize_add(&mut self, add: u8) {
         self.pixels.iter_mut().for_each(|p| *p = if *p < 128 { p.saturating_add(add) } else { *p });
@@ -106,7 +106,7 @@ impl Canvas {
         self.pixels.iter_mut().for_each(|p| *p &= mask);
     }
 
-    /// Fills the rectangle of rows and columns that lies within the picture.
+    /// Fills the part of the rectangle that lies within the picture.
     pub fn fill(&mut self, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>, value: u8) {
         let columns = columns.start.min(self.width)..columns.end.min(self.width);
         for y in rows.start.min(self.height)..rows.end.min(self.height) {
@@ -116,7 +116,7 @@ impl Canvas {
     }
 }
 
-/// The table that spreads a channel's values evenly; `table` stays as it is where there is nothing to spread.
+/// The table that spreads a channel's values evenly. Leaves `table` unchanged if there is nothing to spread.
 #[inline(always)]
 fn even_out(counts: &[u32; 256], table: &mut [u8; 256]) {
     let (mut pixels, mut last) = (0, 0);
@@ -134,7 +134,7 @@ fn even_out(counts: &[u32; 256], table: &mut [u8; 256]) {
         *to = f64::from(total);
         total += count;
     }
-    // Exact: a quotient of numbers below 2^32 that is no integer is further from the next one than f64 rounds.
+    // Exact: a non-integer quotient of numbers below 2^32 is further from the next integer than f64 rounds.
     for (to, total) in table.iter_mut().zip(&before) {
         *to = cut((total / f64::from(step)).floor() as f32);
     }
@@ -150,20 +150,20 @@ pub const IDENTITY: [u8; 256] = {
     table
 };
 
-/// `a + factor·(b - a)` in f32, cut to [0, 255] and truncated: what both PIL and TensorFlow's models do (a factor inside
-/// [0, 1] leaves nothing to cut).
+/// `a + factor·(b - a)` in f32, clamped to [0, 255] and truncated, as in both PIL and TensorFlow's models (a
+/// factor inside [0, 1] needs no clamping).
 #[inline(always)]
 pub fn blend(a: f32, b: f32, factor: f32) -> u8 {
     cut(a + factor * (b - a))
 }
 
-/// `x as u8`, for wider registers: compilers make lanes one by one of that.
+/// `x as u8`, in a form that compilers vectorise; they compile the cast lane by lane.
 #[inline(always)]
 pub fn cut(x: f32) -> u8 {
     integer(x.clamp(0.0, 255.0).floor()) as u8
 }
 
-/// An integer in [0, 2^23) as such: the bits behind 2^23 of a float that has no room for fractions.
+/// An integer in [0, 2^23): the bits above 2^23 of a float that is too large for fractions.
 #[inline(always)]
 pub fn integer(x: f32) -> u32 {
     const ROOM: f32 = 8_388_608.0;

@@ -3,7 +3,7 @@
 use crate::recipe::AugmentSection;
 use crate::rng::Stream;
 
-/// Half-widths of the jitter; 0 leaves an operation out.
+/// Half-widths of the jitter; 0 turns an operation off.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Jitter {
     brightness: f32,
@@ -13,7 +13,7 @@ pub struct Jitter {
 }
 
 impl Jitter {
-    /// `None` where nothing is jittered.
+    /// `None` if nothing is jittered.
     pub fn new(augment: &AugmentSection) -> Option<Self> {
         let AugmentSection { brightness, contrast, saturation, hue, .. } = *augment;
         let any = [brightness, contrast, saturation, hue].iter().any(|x| *x > 0.0);
@@ -61,7 +61,7 @@ pub fn saturation(pixels: &mut [f32], factor: f32) {
     through_hsv(pixels, |[h, s, v]| [h, (s * factor).clamp(0.0, 1.0), v]);
 }
 
-/// Turns the hue of HSV by `delta` turns.
+/// Rotates the hue of HSV by `delta` turns.
 pub fn hue(pixels: &mut [f32], delta: f32) {
     through_hsv(pixels, |[h, s, v]| [(h + delta).rem_euclid(1.0), s, v]);
 }

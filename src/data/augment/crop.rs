@@ -5,12 +5,13 @@ use std::ops::Range;
 use crate::data::picture::{View, Window};
 use crate::rng::Stream;
 
-/// Width over height of a random window, in both laws; TensorFlow's upper end is 1.33 exactly.
+/// Aspect (width over height) of a random window, in both laws; TensorFlow's upper end is exactly 1.33.
 const TF_ASPECT: (f32, f32) = (0.75, 1.33);
 const TORCH_ASPECT: (f64, f64) = (3.0 / 4.0, 4.0 / 3.0);
 
-/// A window as TensorFlow's `sample_distorted_bounding_box` draws it: the aspect is uniform, and so is the *height*
-/// between what the least and the largest area allow. `area` are shares of the picture. In f32, as there.
+/// A window as TensorFlow's `sample_distorted_bounding_box` draws it: the aspect is uniform, and so is the
+/// *height* between its limits for the smallest and the largest area. `area` holds shares of the picture. In
+/// f32, as in TensorFlow.
 pub fn tf_window(draws: &mut Stream, image: (usize, usize), area: (f32, f32)) -> Window {
     const ATTEMPTS: usize = 100;
     let (height, width) = image;
@@ -112,7 +113,7 @@ impl Framed {
         (shown(self.at.0, self.of.0, self.size.0), shown(self.at.1, self.of.1, self.size.1))
     }
 
-    /// The part of the picture that is seen; none of it may be.
+    /// The part of the picture that is visible; it may be empty.
     pub fn seen(&self) -> Window {
         let (rows, columns) = self.shown();
         Window {
@@ -123,7 +124,8 @@ impl Framed {
         }
     }
 
-    /// Copies the window to `out`, with black around the picture, of which `picture` shows what begins at `origin`.
+    /// Copies the window to `out`, with black around the picture. `picture` starts at `origin` of the whole
+    /// picture.
     pub fn padded(&self, picture: View, origin: (usize, usize), out: &mut [u8]) {
         let (rows, columns) = self.shown();
         let line = self.size.1 * 3;
@@ -136,8 +138,8 @@ impl Framed {
         let seen = self.seen();
         let (first_row, first_column) = (seen.y - origin.0, seen.x - origin.1);
         match picture.whole_rows(first_row, rows.len()) {
-            // Rows as long as the window's follow each other on both sides: one copy takes all, and what it brings from
-            // the rows' other ends is blackened.
+            // If rows have the same length on both sides, one copy takes them all. It also copies pixels from
+            // the other ends of the rows, which are then blackened.
             Some(from) if picture.width == self.size.1 => {
                 let (skipped, from_column) = (columns.start * 3, first_column * 3);
                 let len = from.len() - skipped.max(from_column);
@@ -155,7 +157,7 @@ impl Framed {
         }
     }
 
-    /// The part of the picture that is seen where its reflection is around it.
+    /// The part of the picture that is needed if its reflection surrounds it.
     pub fn seen_reflected(&self) -> Window {
         let range = |start: usize, size: usize, of: usize| {
             let places = || (start..start + size).map(|at| reflect(at, self.pad, of));
@@ -180,7 +182,7 @@ impl Framed {
     }
 }
 
-/// Zeros what is before `start` and what is from `end` on.
+/// Zeros everything before `start` and from `end` on.
 #[inline(always)]
 fn blacken(row: &mut [u8], start: usize, end: usize) {
     const WORD: usize = 16;
@@ -190,7 +192,7 @@ fn blacken(row: &mut [u8], start: usize, end: usize) {
         row[end..].fill(0);
         return;
     }
-    // Few bytes: a mask is faster than a call.
+    // For few bytes a mask is faster than a call.
     let all = u128::MAX;
     let head = &mut row[..WORD];
     let kept =
@@ -213,7 +215,7 @@ pub fn random(of: (usize, usize), size: (usize, usize), draws: &mut Stream) -> W
     Window { y, x, height: size.0, width: size.1 }
 }
 
-/// Place in a line of `n` pixels of place `at` of the padded line.
+/// Index in a line of `n` pixels of index `at` of the padded line.
 fn reflect(at: usize, pad: usize, n: usize) -> usize {
     let period = (2 * n as isize - 2).max(1);
     let place = (at as isize - pad as isize).rem_euclid(period);
@@ -334,7 +336,7 @@ mod tests {
             let mut out = vec![99; 4 * 5 * 3];
             let framed = Framed::draw((4, 5), (4, 5), 2, &mut Stream::new(1, Domain::Augment, 0, i));
             framed.padded(picture, (0, 0), &mut out);
-            // The same draws again give the offsets; every pixel is then looked up one by one.
+            // Draws the same offsets again, then looks up every pixel one by one.
             let mut s = Stream::new(1, Domain::Augment, 0, i);
             let (y0, x0) = (s.below(5), s.below(5));
             offsets.insert((y0, x0));

@@ -1,5 +1,5 @@
-//! Random erasing (Zhong et al. 2020) as timm does it. A box and a seed travel with the batch; the device draws what the
-//! box holds after normalisation, so that it is normal there.
+//! Random erasing (Zhong et al. 2020) as timm does it. A box and a seed travel with the batch. The device
+//! draws the contents of the box after normalisation, so that they are normally distributed there.
 
 use crate::backend::{MixBox, Slot};
 use crate::recipe::{AugmentSection, EraseMode};
@@ -8,7 +8,7 @@ use crate::rng::Stream;
 /// Aspect of a box: height over width.
 const ASPECT: (f64, f64) = (0.3, 1.0 / 0.3);
 
-/// Draws a sample's box; empty where it is not erased.
+/// Draws a sample's box; empty if the sample is not erased.
 pub fn draw(augment: &AugmentSection, (height, width): (usize, usize), draws: &mut Stream) -> MixBox {
     const ATTEMPTS: usize = 10;
     if !draws.chance(augment.erase) {
@@ -30,7 +30,7 @@ pub fn draw(augment: &AugmentSection, (height, width): (usize, usize), draws: &m
     MixBox::default()
 }
 
-/// Enters the boxes of a batch's samples, and the seeds of their noise.
+/// Writes the boxes of a batch's samples and the seeds of their noise into the slot.
 pub fn enter(slot: &mut Slot, augment: &AugmentSection, boxes: impl Iterator<Item = (MixBox, u32)>) {
     for (i, (cut, seed)) in boxes.enumerate() {
         slot.erase_mut()[i] = crate::backend::Erase {

@@ -1,4 +1,4 @@
-//! Copying rows of pixels, straight or the other way round. A row is turned sixteen pixels at a time.
+//! Copies rows of pixels, unchanged or mirrored. A row is mirrored sixteen pixels at a time.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -32,7 +32,7 @@ fn turn_row(row: &[u8], out: &mut [u8]) {
     }
 }
 
-/// Bytes that are turned at a time: sixteen pixels.
+/// Bytes that are mirrored at a time: sixteen pixels.
 #[cfg(target_arch = "x86_64")]
 const BLOCK: usize = 48;
 
@@ -62,7 +62,7 @@ fn turn_avx2(view: View, out: &mut [u8]) {
         for (out, block) in line.chunks_exact_mut(BLOCK).zip(row.rchunks_exact(BLOCK)) {
             turn_block(block, out);
         }
-        // The first ones come last, some of them a second time.
+        // The first pixels come last, some of them a second time.
         if row.len().is_multiple_of(BLOCK) {
             continue;
         }

@@ -5,8 +5,8 @@ use crate::backend::{MixBox, Slot};
 use crate::recipe::{AugmentSection, MixLaw, MixMode};
 use crate::rng::{Domain, Stream};
 
-/// Decides how batch `slot.position` is mixed. Partners come from groups of `mix_group`; what shares its draws follows
-/// `mix_mode`; ranks share the draws of a batch, and have their own for pairs and elements.
+/// Decides how batch `slot.position` is mixed. Partners come from groups of `mix_group`. `mix_mode` decides
+/// which samples share a draw. Ranks share the draws of a batch, but have their own for pairs and elements.
 pub fn fill(slot: &mut Slot, augment: &AugmentSection, seed: u64, rank: usize) {
     slot.clear_mix();
     if augment.mixup <= 0.0 && augment.cutmix <= 0.0 && augment.cutmix_minmax.1 <= 0.0 {
@@ -29,7 +29,7 @@ pub fn fill(slot: &mut Slot, augment: &AugmentSection, seed: u64, rank: usize) {
         };
         let mix = match augment.mix_mode {
             MixMode::Batch => shared,
-            // Both of a pair take the first one's draws.
+            // Both samples of a pair use the first one's draws.
             MixMode::Pair => own(place.min(partner)),
             MixMode::Elem => own(place),
         };
@@ -44,9 +44,9 @@ pub fn fill(slot: &mut Slot, augment: &AugmentSection, seed: u64, rank: usize) {
 /// One draw.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Mix {
-    /// Weight of the own target.
+    /// Weight of the sample's own target.
     target: f32,
-    /// Weight of the own pixels outside the box.
+    /// Weight of the sample's own pixels outside the box.
     pixels: f32,
     cut: MixBox,
 }
@@ -68,7 +68,8 @@ impl Mix {
         if augment.mix_chain {
             let mixed = lambda(augment.mixup, draws);
             let (cut, kept) = cut_box(augment, image, draws);
-            // CutMix of mixtures: inside the box stands the partner's mixture, which is this one with the weights exchanged.
+            // CutMix of mixtures: the box shows the partner's mixture, which is this one with the weights
+            // exchanged.
             let target = kept * mixed + (1.0 - kept) * (1.0 - mixed);
             return Some(Self { target: target as f32, pixels: mixed as f32, cut });
         }
@@ -81,11 +82,11 @@ impl Mix {
     }
 }
 
-/// A box as timm draws it, and the share of the picture outside of it.
+/// A box as timm draws it, and the share of the picture outside it.
 fn cut_box(augment: &AugmentSection, (height, width): (usize, usize), draws: &mut Stream) -> (MixBox, f64) {
     let (least, most) = augment.cutmix_minmax;
     let (y0, y1, x0, x1) = if most > 0.0 {
-        // `rand_bbox_minmax`: sides uniform, wholly inside.
+        // `rand_bbox_minmax`: uniform sides, entirely inside.
         let mut side = |n: usize| {
             let (low, high) = ((n as f32 * least) as usize, (n as f32 * most) as usize);
             let cut = low + draws.below(high.saturating_sub(low).max(1));
@@ -231,7 +232,7 @@ mod tests {
         }
     }
 
-    /// Chained by hand: mixup of everything, then CutMix of what came out.
+    /// Chained by hand: mixup of everything, then CutMix of the result.
     #[test]
     fn a_chain_is_cutmix_of_mixtures() {
         let mut slot = sized(4, (8, 8));
@@ -241,7 +242,7 @@ mod tests {
             fill(&mut slot, &chain, 3, 0);
             let (a, b) = (f64::from(slot.pixel_lambda()[0]), slot.boxes()[0]);
             let kept = 1.0 - f64::from(b.y1 - b.y0) * f64::from(b.x1 - b.x0) / 64.0;
-            // Own share of the target: of the own mixture outside, of the partner's inside.
+            // The target's own share: of the sample's own mixture outside the box, of the partner's inside.
             let expected = kept * a + (1.0 - kept) * (1.0 - a);
             assert!((f64::from(slot.lambda()[0]) - expected).abs() < 1e-6);
         }

@@ -1,9 +1,9 @@
-//! What happens to one picture between its decoder and its slot: crop, resize, flip, operations on pixels; or, for
-//! evaluation, only the resize that the protocol wants. Mixing ([`mix`]) and erasing ([`erase`]) are decided here and
-//! done on the device.
+//! What happens to a picture between its decoder and its slot: crop, resize, flip, pixel operations; or, for
+//! evaluation, only the protocol's resize. Mixing ([`mix`]) and erasing ([`erase`]) are decided here and
+//! carried out on the device.
 //!
-//! All draws of a sample come from one stream, keyed by (seed, epoch, record, repeat): who prepares the sample, when, and
-//! beside which others never changes a pixel.
+//! All draws of a sample come from one stream, keyed by (seed, epoch, record, repeat). Which worker prepares
+//! the sample, when, and in which batch never changes a pixel.
 
 pub mod canvas;
 pub mod color;
@@ -25,7 +25,7 @@ use super::picture::{Part, Scale, View, Wanted, Window};
 use canvas::Canvas;
 use resize::{Filter, Out};
 
-/// Memory that a worker uses again for every sample.
+/// Memory that a worker reuses for every sample.
 #[derive(Debug, Default)]
 pub struct Buffers {
     canvas: Canvas,
@@ -34,15 +34,15 @@ pub struct Buffers {
     floats: Vec<f32>,
 }
 
-/// Where a finished sample goes, `[H, W, 3]`: written once, in order, and never read.
+/// Destination of a finished sample, `[H, W, 3]`: written once, in order, and never read.
 pub enum Target<'a> {
     U8(&'a mut [u8]),
-    /// Normalised. Where nothing but a resize by TensorFlow's rules happens to a sample, its fractions are kept.
+    /// Normalised. If a sample is only resized by TensorFlow's rules, its fractions are kept.
     F32(&'a mut [f32], Normalise),
 }
 
 impl Target<'_> {
-    /// The same place once more, for another try.
+    /// The same destination again, for another try.
     pub fn again(&mut self) -> Target<'_> {
         match self {
             Target::U8(pixels) => Target::U8(pixels),
@@ -51,8 +51,9 @@ impl Target<'_> {
     }
 }
 
-/// Which part of a picture of `of` (H, W) a training sample of `size` shows, the first of its draws, and how small the
-/// picture may be decoded for that: so that the resize still shrinks it.
+/// Draws which part of a picture of `of` (H, W) a training sample of `size` shows, and says how far the
+/// picture may be shrunk in decoding so that the resize still shrinks it. This is the first of the sample's
+/// draws.
 pub fn wanted(
     augment: &AugmentSection,
     of: (usize, usize),
@@ -70,7 +71,7 @@ pub fn wanted(
     Wanted { window, scale }
 }
 
-/// Makes a training sample of `size` (H, W) of the part of a picture that is [`wanted`].
+/// Makes a training sample of `size` (H, W) from the part of a picture that is [`wanted`].
 pub fn train(
     augment: &AugmentSection,
     part: Part,
@@ -86,10 +87,10 @@ pub fn train(
         && augment.color_jitter == 0.0
         && color::Jitter::new(augment).is_none();
     canvas.reset(size);
-    // Of crops without a window of their own the part is the whole picture.
+    // Crops without a window of their own use the whole picture.
     let picture = part.view;
 
-    // 1. A view of the sample's size, in the picture itself if it can be.
+    // 1. A view of the sample's size, in the picture itself if possible.
     let view = match augment.crop {
         Crop::Tf => {
             if let (true, Target::F32(values, normalise)) = (is_plain, &mut target) {
@@ -157,7 +158,7 @@ pub fn train(
     if augment.three_augment {
         randaug::three_augment(draws, canvas);
     }
-    // timm: RandAugment takes the jitter's place.
+    // In timm, RandAugment replaces the jitter.
     if augment.color_jitter > 0.0 && augment.randaugment.is_none_or(|r| r.keeps_jitter) {
         randaug::color_jitter(augment.color_jitter, draws, canvas);
     }
@@ -223,7 +224,7 @@ pub fn evaluate(
     }
 }
 
-/// Copies a view to where it goes.
+/// Copies a view to its destination.
 fn write(view: View, flip: bool, target: Target) {
     match target {
         Target::U8(pixels) => mirror::copy(view, flip, pixels),
@@ -253,7 +254,7 @@ fn write_floats(floats: &[f32], width: usize, flip: bool, out: &mut [f32]) {
     }
 }
 
-/// A picture at another size, of which only what is looked at is made.
+/// A picture at another size, of which only the needed part is computed.
 #[derive(Clone, Copy)]
 struct Resized<'a> {
     picture: View<'a>,
@@ -287,7 +288,7 @@ impl<'a> Resized<'a> {
         View::new(pixels, window.height, window.width)
     }
 
-    /// What has at least the pixels of `window`, and where that begins: all of a picture that keeps its size.
+    /// Pixels that include `window`, and where they begin: all of the picture if its size does not change.
     fn around(
         self,
         window: Window,
@@ -306,12 +307,12 @@ fn shorter(picture: View, size: (usize, usize), filter: Filter) -> Resized {
     Resized { picture, size: resize::covering(picture.size(), size), law: Law::Pil(filter) }
 }
 
-/// big_vision's `resize_small`: the shorter side by areas, to u8 again.
+/// big_vision's `resize_small`: the shorter side by areas, rounded to u8.
 fn area(picture: View, side: usize) -> Resized {
     Resized { picture, size: resize::small(picture.size(), side), law: Law::Area }
 }
 
-/// big_vision's `resize`: bilinear as TensorFlow has it, to u8 again.
+/// big_vision's `resize`: TensorFlow's bilinear, rounded to u8.
 fn squash<'a>(
     picture: View<'a>,
     size: (usize, usize),
@@ -359,7 +360,7 @@ mod tests {
         assert!(compared > 0);
     }
 
-    /// Sums over the pixels that Pillow 12 makes, each value times its place from 1.
+    /// Sums over Pillow 12's pixels, each value times its position from 1.
     #[test]
     fn squashed_and_centred_pictures_are_pillows() {
         let pixels: Vec<u8> = (0..20 * 30 * 3).map(|i| (i * 31 % 251) as u8).collect();
@@ -378,7 +379,7 @@ mod tests {
         }
     }
 
-    /// What u8 slots lose: half a step of 1/127.5 at most.
+    /// The rounding error of u8 slots: at most half a step of 1/127.5.
     #[test]
     fn fractions_are_kept_in_f32_slots_and_rounded_in_u8_slots() {
         let pixels: Vec<u8> = (0..50 * 40 * 3).map(|i| (i * 31 % 256) as u8).collect();
@@ -420,7 +421,7 @@ mod tests {
                     let view = View::new(&pixels, height, width).window(w.y, w.x, w.height, w.width);
                     let mut out = vec![0; size.0 * size.1 * 3];
                     train(&augment, view.into(), size, &mut draws, &mut buffers, Target::U8(&mut out));
-                    // Areas add up to 1 but for f32's last bit, and their fractions are cut.
+                    // Areas add up to 1 except for f32's last bit, and their fractions are truncated.
                     let least = if crop == Crop::ResizeSmall { 199 } else { 200 };
                     assert!(
                         out.iter().all(|p| (least..=200).contains(p)),

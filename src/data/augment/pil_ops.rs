@@ -1,13 +1,14 @@
-//! The operations of timm's RandAugment, 3-Augment and torchvision's colour jitter, as Pillow does them on u8 pictures
-//! (libImaging; formulas checked against Pillow 13). Bilinear and bicubic transforms are in f64, as there.
+//! The operations of timm's RandAugment, 3-Augment and torchvision's colour jitter, as Pillow does them on u8
+//! pictures (libImaging; formulas checked against Pillow 13). Bilinear and bicubic transforms use f64, as
+//! Pillow does.
 
 use super::canvas::{Canvas, IDENTITY, blend};
 
-/// How a transform reads between pixels.
+/// How a transform interpolates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sampling {
     Bilinear,
-    /// a = -1, unlike Pillow's resizing.
+    /// a = -1, unlike in Pillow's resizing.
     Bicubic,
 }
 
@@ -66,7 +67,8 @@ pub fn brightness(canvas: &mut Canvas, factor: f32) {
     canvas.pixels.iter_mut().for_each(|p| *p = blend(0.0, f32::from(*p), factor));
 }
 
-/// `ImageEnhance.Sharpness`: a blend with the 3×3 mean whose centre counts five times; the border stays.
+/// `ImageEnhance.Sharpness`: a blend with the 3×3 mean whose centre counts five times; the border is left
+/// unchanged.
 #[inline(always)]
 pub fn sharpness(canvas: &mut Canvas, factor: f32) {
     let line = canvas.width * 3;
@@ -95,8 +97,8 @@ pub fn solarize(canvas: &mut Canvas, threshold: u32) {
     }
 }
 
-/// `Image.transform(AFFINE)`: the output point (x, y) shows `(m0·x + m1·y + m2, m3·x + m4·y + m5)`, all at the middles of
-/// pixels; from outside comes `fill`.
+/// `Image.transform(AFFINE)`: the output point (x, y) shows `(m0·x + m1·y + m2, m3·x + m4·y + m5)`.
+/// Coordinates are pixel centres; points outside the picture become `fill`.
 #[inline(always)]
 pub fn affine(canvas: &mut Canvas, m: [f64; 6], sampling: Sampling, fill: [u8; 3]) {
     let (height, width) = (canvas.height, canvas.width);
@@ -126,7 +128,7 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    /// Offset of a pixel; columns beyond the edge are the edge's.
+    /// Offset of a pixel; columns beyond the edge repeat the edge.
     #[inline(always)]
     fn at(&self, x: isize, y: isize) -> usize {
         ((y * self.width + x.clamp(0, self.width - 1)) * 3) as usize
@@ -143,7 +145,7 @@ impl Source<'_> {
         let (dx, dy) = (x - left, y - top);
         let (left, top) = (left as isize, top as isize);
         let upper = top.clamp(0, self.height - 1);
-        // A row below the picture repeats what the one above gave, and so does one above it.
+        // A row outside the picture repeats the nearest row inside.
         let lower = if (0..self.height).contains(&(top + 1)) { top + 1 } else { upper };
         let places =
             [self.at(left, upper), self.at(left + 1, upper), self.at(left, lower), self.at(left + 1, lower)];
@@ -285,7 +287,7 @@ mod tests {
             }
             let expected = arrays.picture(key).pixels;
             let worst = c.pixels.iter().zip(&expected).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
-            // A transform may truncate a value that is an integer but for f64's last bit.
+            // A transform may truncate a value that misses an integer only by f64's last bit.
             let allowed = u8::from(key.contains("bilinear") || key.contains("bicubic"));
             if worst > allowed {
                 wrong.push(format!("{key}: off by {worst}"));

@@ -1,5 +1,5 @@
-//! RandAugment in its dialects, 3-Augment, and torchvision's colour jitter: which operations a sample gets, and how
-//! strong. The operations are in [`tf_ops`] and [`pil_ops`].
+//! RandAugment in its dialects, 3-Augment, and torchvision's colour jitter: chooses the operations of a
+//! sample and their strength. The operations are in [`tf_ops`] and [`pil_ops`].
 
 use crate::recipe::{Dialect, Interpolation, RandAugment};
 use crate::rng::Stream;
@@ -9,7 +9,7 @@ use super::pil_ops::{self, Sampling};
 use super::tf_ops;
 use super::vector::{self, Task};
 
-/// An operation with its argument: everything that was drawn.
+/// An operation with its argument: the result of all draws.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Op {
     AutoContrast,
@@ -17,7 +17,7 @@ pub enum Op {
     Invert,
     /// Degrees.
     Rotate(f64),
-    /// Bits that stay.
+    /// Bits to keep.
     Posterize(u32),
     /// Threshold; 256 changes nothing.
     Solarize(u32),
@@ -38,12 +38,12 @@ pub enum Op {
     Blur(f64),
 }
 
-/// Names of big_vision's operations, in the order of its list.
+/// big_vision's operations, in the order of its list.
 const TF_OPS: usize = 16;
-/// The same without Cutout: timm's.
+/// timm's: the same without Cutout.
 const TIMM_OPS: usize = 15;
 
-/// Draws a sample's operations and works on it.
+/// Draws a sample's operations and applies them.
 pub fn apply(settings: &RandAugment, look: Look, draws: &mut Stream, canvas: &mut Canvas) {
     for _ in 0..settings.layers {
         match settings.dialect {
@@ -53,7 +53,7 @@ pub fn apply(settings: &RandAugment, look: Look, draws: &mut Stream, canvas: &mu
             }
             Dialect::Timm { increasing, std, most, prob } => {
                 let index = draws.below(TIMM_OPS);
-                // Every draw is made, so that what one layer does never moves another's.
+                // Every layer makes all its draws, so that one layer never changes the draws of another.
                 let chosen = draws.uniform_f64() < prob;
                 let magnitude = magnitude(settings.magnitude, std, most, draws);
                 let op = timm(index, magnitude, increasing, (canvas.height, canvas.width), draws);
@@ -84,7 +84,7 @@ impl Look {
     }
 }
 
-/// timm's: normal about `magnitude`; a deviation above 100 means uniform from 0.
+/// timm's: normally distributed about `magnitude`; a deviation above 100 means uniform from 0.
 fn magnitude(magnitude: f64, std: f64, most: f64, draws: &mut Stream) -> f64 {
     let drawn = if std > 100.0 {
         magnitude * draws.uniform_f64()
@@ -96,12 +96,12 @@ fn magnitude(magnitude: f64, std: f64, most: f64, draws: &mut Stream) -> f64 {
     drawn.clamp(0.0, most)
 }
 
-/// `x` or `-x`, evenly.
+/// `x` or `-x`, with equal probability.
 fn signed(x: f64, draws: &mut Stream) -> f64 {
     if draws.chance(0.5) { -x } else { x }
 }
 
-/// big_vision's: one of 16 with replacement, always applied; the magnitude is not cut at 10.
+/// big_vision's: one of 16 with replacement, always applied; the magnitude is not clamped at 10.
 fn draw_tf(magnitude: f64, (height, width): (usize, usize), fixed: bool, draws: &mut Stream) -> Op {
     let level = magnitude / 10.0;
     let enhance = (level * 1.8 + 0.1) as f32;
@@ -113,7 +113,8 @@ fn draw_tf(magnitude: f64, (height, width): (usize, usize), fixed: bool, draws: 
         4 => Op::Posterize((level * 4.0) as u32),
         5 => {
             let threshold = (level * 256.0) as u32;
-            // A comparison with a u8: the original takes it modulo 256 (google-research/big_vision#110).
+            // The original compares with a u8, so it takes the threshold modulo 256
+            // (google-research/big_vision#110).
             Op::Solarize(if fixed { threshold.min(256) } else { threshold % 256 })
         }
         6 => Op::Color(enhance),
@@ -264,7 +265,7 @@ mod tests {
     use super::*;
     use crate::data::reference::{Arrays, json, seeded};
 
-    /// Every operation, through what the workers call, at the arguments that the levels give.
+    /// Tests every operation through the function that workers call, at the arguments that the levels give.
     #[test]
     fn drawn_operations_are_the_references_at_their_magnitude() {
         let Some(table) = json("augment/randaug_ops.json") else { return };

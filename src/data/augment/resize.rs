@@ -1,13 +1,13 @@
-//! Resizing as the reference systems do it, to the last bit.
+//! Resizing, bit-identical to the reference systems.
 //!
-//! TensorFlow's bilinear takes 2×2 taps whatever the scale and its area kernel averages what an output pixel covers;
-//! both give floats. Pillow widens its kernel when it shrinks and keeps u8 between its two passes.
+//! TensorFlow's bilinear uses 2×2 taps at every scale; its area kernel averages the source pixels that an
+//! output pixel covers. Both give floats. Pillow widens its kernel to shrink, and stores u8 between two passes.
 //!
-//! Of what a resize would make, a window can be made alone: a long thin picture, scaled up by its shorter side, would need
-//! gigabytes, and a sample shows a square of it. Memory is bounded by the picture and by that window.
+//! A resize can compute just a window of its result, so picture and window bound its memory. A long thin
+//! picture, scaled up by its shorter side, would need gigabytes, and a sample shows only a square of it.
 //!
-//! Pixels are worked on in fours of values, three of them theirs: rows are copied behind a margin, so that the fourth
-//! can be read, and each pixel is written before the next one overwrites it.
+//! Loops process each pixel as four values, of which three belong to it. Rows are copied with a margin, so
+//! that the fourth can be read, and each pixel is written before the next one overwrites its fourth value.
 
 use std::ops::Range;
 
@@ -17,7 +17,7 @@ use crate::data::picture::{Part, View, Window};
 use super::canvas::cut;
 use super::vector::{self, Task};
 
-/// Memory that a worker uses again for every resize.
+/// Memory that a worker reuses for every resize.
 #[derive(Debug, Default)]
 pub struct ResizeScratch {
     columns: PilTaps,
@@ -26,13 +26,13 @@ pub struct ResizeScratch {
     sums: Vec<i32>,
     /// A source row with a margin, or a group of rows side by side.
     line: Vec<u8>,
-    /// Source rows resized across: which row, and its values.
+    /// Source rows after the horizontal pass: the row's index and its values.
     across: [(usize, Vec<f32>); 2],
 }
 
-/// Where resized values go: `[H, W, 3]` in order, from the scale of u8.
+/// Destination of resized values: `[H, W, 3]` in order, on u8's scale.
 pub enum Out<'a> {
-    /// To the nearest integer, or cut.
+    /// Rounded to the nearest integer, or truncated.
     U8 { pixels: &'a mut [u8], truncate: bool },
     /// Normalised.
     F32 { values: &'a mut [f32], normalise: Normalise },
@@ -97,7 +97,7 @@ impl Task for TfBilinear<'_> {
         }
         let mut values = vec![0f32; size.1 * 3];
         for (y, row) in rows.iter().enumerate() {
-            // Rows come in order: what the row before needed is often needed again.
+            // Rows come in order, so the next row often needs the same source rows.
             if across[1].0 == row.low {
                 across.swap(0, 1);
             }
@@ -136,7 +136,7 @@ fn resize_across(row: &[u8], columns: &[BilinearTap], line: &mut Vec<u8>, out: &
 struct BilinearTap {
     low: usize,
     high: usize,
-    /// Of `high`.
+    /// The weight of `high`.
     weight: f32,
 }
 
@@ -148,15 +148,15 @@ fn bilinear_taps(from: usize, part: (f64, f64), to: usize) -> Vec<BilinearTap> {
         let source = (i as f32 + 0.5) * scale - 0.5 + start;
         let floor = source.floor();
         let low = floor.max(0.0) as usize;
-        // TensorFlow clamps the upper neighbour only; below the first centre both taps are pixel 0.
+        // TensorFlow clamps only the upper neighbour; below the first centre both taps are pixel 0.
         let high = ((floor + 1.0) as usize).min(from - 1);
         BilinearTap { low: low.min(from - 1), high, weight: source - floor }
     };
     (0..to).map(tap).collect()
 }
 
-/// TensorFlow's `resize(area)`: the mean of the covered pixels, edges by their share. Of `whole` (H, W) pixels those of
-/// `window` are made.
+/// TensorFlow's `resize(area)`: the mean of the covered pixels, edges by their share. Computes only `window`
+/// of the `whole` (H, W) output pixels.
 pub fn tf_area(src: View, whole: (usize, usize), window: Window, mut out: Out) {
     let Window { y, x, height, width } = window;
     assert_eq!(out.len(), height * width * 3);
@@ -187,7 +187,7 @@ pub fn tf_area(src: View, whole: (usize, usize), window: Window, mut out: Out) {
 
 /// For each output of a range, the source pixels that it covers and how much of each.
 fn area_taps(from: usize, to: usize, range: Range<usize>) -> Vec<Vec<(usize, f32)>> {
-    // Beyond, places in f32 as TensorFlow has them are off by a visible part of what an output covers.
+    // For larger sizes, TensorFlow's f32 positions are wrong by a visible part of an output pixel's area.
     const LARGEST_IN_F32: usize = 1 << 16;
     let scale = from as f32 / to as f32;
     let place = |i: usize| match to {
@@ -239,16 +239,16 @@ impl Filter {
     }
 }
 
-/// Values of a row that are summed up at a time.
+/// Values of a row that are summed at a time.
 const BLOCK: usize = 32;
-/// Bits behind the point of Pillow's integer weights.
+/// Fractional bits of Pillow's integer weights.
 const PIL_BITS: u32 = 22;
 
-/// Bytes of rows that are resized across and wait to be resized down. More are made as they are needed.
+/// Bytes of rows that wait between the horizontal and the vertical pass. More are made as needed.
 const BETWEEN: usize = 32 << 20;
 
-/// Pillow's `resize`: antialiased, across and then down, u8 in between. A part is its argument `box`: beside it the kernel
-/// reads what else the view has. `out` is `[H, W, 3]`.
+/// Pillow's `resize`: antialiased, first horizontal, then vertical, with u8 in between. `part` is Pillow's
+/// argument `box`: the kernel also reads the view's pixels beside it. `out` is `[H, W, 3]`.
 pub fn pil<'a>(
     src: impl Into<Part<'a>>,
     size: (usize, usize),
@@ -259,7 +259,7 @@ pub fn pil<'a>(
     pil_window(src, size, Window::whole(size), filter, scratch, out);
 }
 
-/// Of the `whole` (H, W) pixels that [`pil`] would make, those of `window`.
+/// Computes only `window` of the `whole` (H, W) pixels that [`pil`] would make.
 pub fn pil_window<'a>(
     src: impl Into<Part<'a>>,
     whole: (usize, usize),
@@ -294,13 +294,13 @@ impl Task for Pil<'_> {
         let (across, down) = (window.x..window.x + window.width, window.y..window.y + window.height);
         columns.fill(src.width, (corner.1, part.1), whole.1, across, filter);
         rows.fill(src.height, (corner.0, part.0), whole.0, down, filter);
-        // Pixels that stay as they are.
+        // The size does not change.
         let (keeps_columns, keeps_rows) =
             (corner.1 == 0.0 && part.1 == whole.1 as f64, corner.0 == 0.0 && part.0 == whole.0 as f64);
         let length = window.width * 3;
-        // One byte more a row, for the fourth value of its last pixel.
+        // One extra byte per row, for the fourth value of its last pixel.
         let stride = length + 1;
-        // Rows of the source that are held between the passes, mostly all that count.
+        // Number of source rows held between the passes; usually all that are needed.
         let most = (self.between / stride).max(TOGETHER);
         let mut held = 0..0;
         let mut hold = |wanted: Range<usize>, between: &mut Vec<u8>| {
@@ -364,8 +364,8 @@ impl Task for Pil<'_> {
     }
 }
 
-/// Resizes some rows across, by the taps of their columns, or copies them from a column on; each becomes `length` values
-/// and one more.
+/// Resizes some rows horizontally with the taps of their columns, or copies them from a column on. Each
+/// result has `length` values and one more.
 #[inline(always)]
 fn resize_rows(
     src: View,
@@ -413,15 +413,15 @@ fn resize_rows(
     }
 }
 
-/// Rows that are resized across together, and the values of a pixel of each, four by four.
+/// Rows that are resized together: the values of one pixel of each, four by four.
 const TOGETHER: usize = 4;
 const FOURS: usize = TOGETHER * 4;
 
-/// Puts a row's pixels beside those of the other rows of its group.
+/// Writes a row's pixels beside those of the other rows of its group.
 #[inline(always)]
 fn lay_out(row: &[u8], at: usize, line: &mut [u8]) {
     let last = row.len() / 3 - 1;
-    // Each pixel with the first value of the next one, which counts for nothing.
+    // Each pixel is stored with the next one's first value, which is ignored.
     for (to, x) in line.chunks_exact_mut(FOURS).zip(0..last) {
         to[at * 4..at * 4 + 4].copy_from_slice(&row[x * 3..x * 3 + 4]);
     }
@@ -433,7 +433,7 @@ fn clip(sum: i32) -> u8 {
     (sum >> PIL_BITS).clamp(0, 255) as u8
 }
 
-/// For each output pixel the first source pixel that counts, and the weights from there on.
+/// For each output pixel, the first source pixel with a weight, and the weights from there on.
 #[derive(Debug, Default)]
 struct PilTaps {
     /// First source pixel, and end of the weights.
@@ -467,7 +467,7 @@ impl PilTaps {
         }
     }
 
-    /// The source pixels that count for anything.
+    /// The range of source pixels that have a weight.
     fn span(&self) -> Range<usize> {
         let start = self.places.iter().map(|(first, _)| *first).min().unwrap_or(0);
         let end =
@@ -598,7 +598,7 @@ mod tests {
         let mut out = vec![0.0; 2 * 8 * 3];
         tf_bilinear(part, (2, 8), &mut ResizeScratch::default(), plain(&mut out));
         for (i, value) in out.iter().enumerate() {
-            // The middle of output pixel x is this far into the ramp.
+            // The position of output pixel x's centre in the ramp.
             let x = 3.5 + ((i / 3 % 8) as f32 + 0.5) * 2.5 - 0.5;
             assert!((value - x * 8.0).abs() < 1e-3, "{i}: {value}");
         }
@@ -636,7 +636,7 @@ mod tests {
             let (height, width) = (1 + draws.below(40), 1 + draws.below(40));
             let pixels: Vec<u8> = (0..height * width * 3).map(|_| draws.next_u32() as u8).collect();
             let view = View::new(&pixels, height, width);
-            // Sides that stay as they are have a way of their own.
+            // Sides that do not change have their own code path.
             let side = |own: usize, other: usize| if other.is_multiple_of(4) { own } else { other };
             let whole = (side(height, 1 + draws.below(90)), side(width, 1 + draws.below(90)));
             let (y, x) = (draws.below(whole.0), draws.below(whole.1));
@@ -655,7 +655,7 @@ mod tests {
                 pil(view, whole, filter, &mut scratch, &mut all);
                 pil_window(view, whole, window, filter, &mut scratch, &mut out);
                 same("window", &all, &out);
-                // With room for a few rows only.
+                // With room for only a few rows.
                 for between in [0, 40 * window.width] {
                     out.fill(0);
                     let (src, scratch, out) = (view.into(), &mut scratch, &mut out[..]);
@@ -669,7 +669,7 @@ mod tests {
         }
     }
 
-    /// The whole of these would have gigabytes.
+    /// The complete results would have gigabytes.
     #[test]
     fn long_thin_pictures_take_memory_of_their_own_size() {
         let mut scratch = ResizeScratch::default();
@@ -689,7 +689,7 @@ mod tests {
             }
             tf_area(view, whole, window, Out::U8 { pixels: &mut out, truncate: true });
             assert!(out.chunks(3).all(|p| p[1].abs_diff(20) <= 1 && p[2].abs_diff(90) <= 1), "{whole:?}");
-            // All of it in a square, too.
+            // The whole picture, squashed to a square, too.
             pil(view, (224, 224), Filter::Bicubic, &mut scratch, &mut out);
             let weights = |taps: &PilTaps| taps.weights.capacity() * 4 + taps.exact.capacity() * 8;
             let kept = [scratch.between.capacity(), scratch.line.capacity(), weights(&scratch.columns)];

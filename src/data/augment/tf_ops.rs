@@ -1,9 +1,9 @@
-//! The operations of RandAugment as big_vision's TensorFlow code does them, to the bit (spec of the arithmetic:
+//! The operations of RandAugment, bit-identical to big_vision's TensorFlow code (arithmetic as in
 //! google-research/big_vision, `pp/autoaugment.py`; TensorFlow 2.15).
 
 use super::canvas::{Canvas, IDENTITY, blend, cut, integer};
 
-/// What pixels from outside become.
+/// The value of pixels from outside the picture.
 const GREY: u8 = 128;
 
 /// Stretches each channel to [0, 255].
@@ -47,8 +47,8 @@ pub fn color(canvas: &mut Canvas, factor: f32) {
     }
 }
 
-/// Blends a constant and the picture. The constant should be the mean grey; the original counts pixels instead
-/// (google-research/big_vision#109), and `fixed` is what it meant.
+/// Blends a constant and the picture. The constant should be the mean grey; the original counts pixels
+/// instead (google-research/big_vision#109). `fixed` uses the mean.
 #[inline(always)]
 pub fn contrast(canvas: &mut Canvas, factor: f32, fixed: bool) {
     let pixels = canvas.height * canvas.width;
@@ -73,7 +73,7 @@ fn blend_with(canvas: &mut Canvas, base: u8, factor: f32) {
     canvas.pixels.iter_mut().for_each(|p| *p = blend(base, f32::from(*p), factor));
 }
 
-/// Blends a 3×3 mean (the centre counts five times) and the picture; the border stays.
+/// Blends a 3×3 mean (the centre counts five times) and the picture; the border is left unchanged.
 #[inline(always)]
 pub fn sharpness(canvas: &mut Canvas, factor: f32) {
     const ONE: f32 = 1.0 / 13.0;
@@ -88,13 +88,14 @@ pub fn sharpness(canvas: &mut Canvas, factor: f32) {
         let (above, rest) = rows.split_at(line);
         let (middle, below) = rest.split_at(line);
         let out = &mut canvas.pixels[y * line + 3..][..line - 6];
-        // Slices of one length, so that no place has to be checked.
+        // Slices of equal length need no bounds checks.
         let n = out.len();
         let (a0, a1, a2) = (&above[..n], &above[3..][..n], &above[6..][..n]);
         let (m0, m1, m2) = (&middle[..n], &middle[3..][..n], &middle[6..][..n]);
         let (b0, b1, b2) = (&below[..n], &below[3..][..n], &below[6..][..n]);
         for i in 0..n {
-            // The order and the fused products are TensorFlow's: another sum differs in the last bit, and that decides.
+            // TensorFlow's order and fused products: another order changes the last bit, and that decides the
+            // result.
             let mut sum = f32::from(a0[i]) * ONE;
             sum = f32::from(a1[i]).mul_add(ONE, sum);
             sum = f32::from(a2[i]).mul_add(ONE, sum);
@@ -109,12 +110,14 @@ pub fn sharpness(canvas: &mut Canvas, factor: f32) {
     }
 }
 
-/// The picture point (x, y) shows what was at `(a·(x, y, 1), b·(x, y, 1))`, the nearest pixel; from outside comes grey.
+/// The output pixel (x, y) shows the nearest pixel to `(a·(x, y, 1), b·(x, y, 1))`; points outside become
+/// grey.
 #[inline(always)]
 pub fn affine(canvas: &mut Canvas, a: [f32; 3], b: [f32; 3]) {
     let size = (canvas.height, canvas.width);
     let (line, end) = (size.1 * 3, canvas.pixels.len());
-    // What lies outside is the pixel behind the last. Pixels are copied with a fourth byte, which the next one overwrites.
+    // Points outside use the pixel after the last. Pixels are copied with a fourth byte, which the next one
+    // overwrites.
     canvas.pixels.extend([GREY; 4]);
     canvas.spare.push(0);
     let mut places = [0i32; RUN];
@@ -141,10 +144,11 @@ pub fn affine(canvas: &mut Canvas, a: [f32; 3], b: [f32; 3]) {
     canvas.swap();
 }
 
-/// Pixels whose places are worked out at a time.
+/// Pixels whose positions are computed at a time.
 const RUN: usize = 32;
 
-/// Offsets of the source pixels of [`RUN`] pixels from (x0, y) on; the picture's length: outside.
+/// Offsets of the source pixels of [`RUN`] pixels from (x0, y) on; an offset of the picture's length means
+/// outside.
 #[inline(always)]
 fn source_places(
     x0: usize,
@@ -157,10 +161,10 @@ fn source_places(
     let y = y as f32;
     let (right, bottom) = (width as f32, height as f32);
     let outside = (height * width * 3) as i32;
-    debug_assert!(height * width < 1 << 23, "a sample's pixels can be told apart in f32");
+    debug_assert!(height * width < 1 << 23, "f32 can distinguish a sample's pixels");
     for (i, place) in places.iter_mut().enumerate() {
         let x = (x0 + i) as i32 as f32;
-        // Rounded first, half away from zero, then tested.
+        // Rounded first, half away from zero, then compared with the borders.
         let from_x = (a[0] * x + a[1] * y + a[2]).round();
         let from_y = (b[0] * x + b[1] * y + b[2]).round();
         let inside = from_x >= 0.0 && from_x < right && from_y >= 0.0 && from_y < bottom;
@@ -169,10 +173,10 @@ fn source_places(
     }
 }
 
-/// Turns by `degrees` about the centre.
+/// Rotates by `degrees` about the centre.
 #[inline(always)]
 pub fn rotate(canvas: &mut Canvas, degrees: f64) {
-    // As there, all of it in f32.
+    // All in f32, as in TensorFlow.
     let radians = degrees.to_radians() as f32;
     let (w, h) = ((canvas.width as f32 - 1.0), (canvas.height as f32 - 1.0));
     let (sin, cos) = (radians.sin(), radians.cos());
@@ -201,13 +205,13 @@ pub fn translate_y(canvas: &mut Canvas, pixels: f32) {
     affine(canvas, [1.0, 0.0, 0.0], [0.0, 1.0, pixels]);
 }
 
-/// A grey square of half side `half` about `centre` (y, x).
+/// Draws a grey square of half side `half` about `centre` (y, x).
 pub fn cutout(canvas: &mut Canvas, half: usize, centre: (usize, usize)) {
     let span = |c: usize| c.saturating_sub(half)..c + half;
     canvas.fill(span(centre.0), span(centre.1), GREY);
 }
 
-/// Bits to keep: TensorFlow cannot shift 8 bits by 8, so that 0 keeps one.
+/// Bits to keep: TensorFlow cannot shift 8 bits by 8, so 0 keeps one.
 #[inline(always)]
 pub fn posterize(canvas: &mut Canvas, bits: u32) {
     canvas.posterize(bits.max(1));

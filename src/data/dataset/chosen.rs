@@ -1,4 +1,4 @@
-//! Parts of a data set: a few samples, those that are held out for validation, each class as often as the others.
+//! Parts of a data set: a few samples, held-out validation samples, or each class equally often.
 
 use super::Dataset;
 use crate::error::{Error, Result};
@@ -13,8 +13,9 @@ impl Dataset {
         self
     }
 
-    /// Training and held-out samples: `share` of them, chosen by a hash of their names, so that neither order nor number of
-    /// the others moves one from side to side. Either side may be empty.
+    /// Training and held-out samples. `share` of them are held out, chosen by a hash of their names, so that
+    /// neither the order nor the number of the others moves a sample from one side to the other. Either side
+    /// may be empty.
     pub fn hold_out(self, share: f64) -> (Self, Self) {
         let (held, kept): (Vec<usize>, Vec<usize>) =
             (0..self.len()).partition(|index| is_held_out(&self.record_name(*index), share));
@@ -25,7 +26,7 @@ impl Dataset {
         (with(kept), with(held))
     }
 
-    /// Training draws as often from each class that has samples as from any other, however many they are.
+    /// Makes training draw equally often from each class that has samples, however many there are.
     ///
     /// # Errors
     /// Samples have several classes.
@@ -43,7 +44,7 @@ impl Dataset {
     }
 }
 
-/// Whether a record of this name is among the `share` that is held out of the training data.
+/// Whether a record of this name belongs to the `share` that is held out of the training data.
 pub(in crate::data) fn is_held_out(name: &str, share: f64) -> bool {
     let hash = xxhash_rust::xxh3::xxh3_64(name.as_bytes());
     (hash >> 11) as f64 / (1u64 << 53) as f64 <= share && share > 0.0
@@ -81,7 +82,7 @@ mod tests {
         assert!((3..=16).contains(&held.len()), "{}", held.len());
         let (kept, held) = (names(&kept), names(&held));
         assert!(held.iter().all(|name| !kept.contains(name)));
-        // A picture that comes or goes moves no other.
+        // Adding or removing a picture moves no other.
         std::fs::remove_file(temp.path().join("many/03.png")).unwrap();
         std::fs::copy(temp.path().join("many/04.png"), temp.path().join("few/new.png")).unwrap();
         let (_, after) = data_again(temp.path()).hold_out(0.2);
@@ -109,7 +110,7 @@ mod tests {
             drawn.iter().filter(|(name, _)| name.starts_with(class)).map(|(_, n)| n).sum::<usize>()
         };
         assert_eq!([of("few"), of("many")], [500, 500]);
-        // Within a class every picture once per epoch of its own.
+        // Within a class, every picture comes once per epoch of that class.
         assert!(drawn.iter().all(|(name, n)| if name.starts_with("few") {
             *n == 100
         } else {

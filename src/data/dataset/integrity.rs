@@ -1,8 +1,9 @@
-//! Is a data set what it was? While it is read: the checksums of its shards. From run to run: a digest of its records.
+//! Checks that a data set has not changed. While reading, it compares the checksums of shards; between runs,
+//! a digest of the records.
 //!
-//! A shard's checksum is compared when the first of its records is read. A set of more than [`AT_ONCE`] bytes would keep
-//! a run waiting for that, as a shuffled batch touches every shard: its shards are compared by a thread beside the run, in
-//! order, and the next record of a shard that proves damaged is the error.
+//! A shard's checksum is compared when the first of its records is read. In a set of more than [`AT_ONCE`]
+//! bytes a run would wait too long for that, because a shuffled batch touches every shard. So a background
+//! thread compares these shards in order. If a shard proves damaged, reading its next record is an error.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,19 +17,19 @@ use super::{Dataset, Records, locate};
 use crate::data::shard::Shard;
 use crate::data::source::Item;
 
-/// Larger packed sets are compared beside the run.
+/// Larger packed sets are compared in the background.
 const AT_ONCE: usize = 1 << 30;
 /// Records of an unpacked set that one checksum of a digest covers.
 const CHUNK: usize = 1024;
-/// Asking the file system for the size of more files than this would keep a resume waiting.
+/// For more files than this, reading all sizes from the file system would delay a resume.
 const MOST_SIZES: usize = 200_000;
 
-/// Which records a data set has, with their labels and sizes: never their pixels.
+/// Which records a data set has, with their labels and sizes, but not their pixels.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Digest {
     pub records: usize,
-    /// Records, and the checksum (xxh3-64) of what is known of them: of a shard its own checksum; elsewhere names, labels
-    /// and sizes.
+    /// Number of records and a checksum (xxh3-64): a shard's own checksum, or that of names, labels and sizes
+    /// for other data.
     parts: Vec<(usize, String)>,
 }
 
@@ -40,7 +41,7 @@ impl Digest {
         hex(&hash)
     }
 
-    /// The number of the record from which on another digest may differ, and of the first that is the same again.
+    /// The range of records in which another digest may differ: the first, and the first that is equal again.
     pub fn difference(&self, other: &Digest) -> Option<(usize, usize)> {
         let (mine, others) = (&self.parts, &other.parts);
         let same = mine.iter().zip(others).take_while(|(a, b)| a == b).count();
@@ -54,7 +55,7 @@ impl Digest {
 }
 
 impl Dataset {
-    /// Takes shards as they are, whatever their checksums say.
+    /// Uses shards without comparing their checksums.
     pub fn trust(&self) {
         match &self.records {
             Records::Packed { shards, .. } => shards.iter().for_each(Shard::trust),
@@ -63,7 +64,7 @@ impl Dataset {
         }
     }
 
-    /// An error where the shard of this sample is known not to be what was packed.
+    /// An error if the shard of this sample is known to differ from what was packed.
     pub fn sound(&self, index: usize) -> crate::error::Result<()> {
         match &self.records {
             Records::Packed { shards, starts } => shards[locate(starts, self.place(index)).0].sound(),
@@ -75,7 +76,7 @@ impl Dataset {
         }
     }
 
-    /// Waits until every shard was compared. A few samples of a large set are not worth that.
+    /// Waits until every shard has been compared. Does not wait for a few samples of a large set.
     pub fn verified(&self) -> crate::error::Result<()> {
         match &self.records {
             _ if self.chosen.is_some() => Ok(()),
@@ -85,7 +86,7 @@ impl Dataset {
         }
     }
 
-    /// Names, labels and sizes of the records. Of packed data the checksums that its manifest lists.
+    /// Names, labels and sizes of the records; for packed data, the checksums of its manifest.
     pub fn digest(&self) -> Digest {
         let parts = match &self.records {
             Records::Packed { shards, .. } => shards.iter().map(|s| (s.len(), s.listed_checksum())).collect(),
@@ -128,7 +129,7 @@ fn hex(hash: &Xxh3) -> String {
     format!("{:016x}", hash.digest())
 }
 
-/// Shards that know what they should be: see the head of this file.
+/// Has large sets compared by a background thread: see the head of this file.
 pub(super) fn watch(shards: Arc<Vec<Shard>>) -> Arc<Vec<Shard>> {
     let bytes: usize = shards.iter().map(Shard::byte_len).sum();
     if bytes <= AT_ONCE {
@@ -142,19 +143,19 @@ pub(super) fn watch(shards: Arc<Vec<Shard>>) -> Arc<Vec<Shard>> {
     shards
 }
 
-/// Compares shard after shard in a thread of its own.
+/// Compares one shard after the other in a background thread.
 fn beside(shards: &Arc<Vec<Shard>>) -> std::io::Result<JoinHandle<()>> {
     let (watched, count) = (Arc::downgrade(shards), shards.len());
     std::thread::Builder::new().name("checksums".into()).spawn(move || {
         for index in 0..count {
-            // A data set that nobody has any more needs no check.
+            // A data set that has been dropped needs no check.
             let Some(shards) = watched.upgrade() else { return };
             let _ = shards[index].verify();
         }
     })
 }
 
-/// The words for a shard that is not what was packed; `pack --check` has the same.
+/// The message for a shard that differs from what was packed; `pack --check` uses it, too.
 pub(in crate::data) fn damaged(
     path: &Path,
     found: &str,
@@ -174,7 +175,7 @@ mod tests {
     use super::*;
     use crate::data::shard::{Kind, ShardWriter};
 
-    /// Ten records of a class each, from `first` on.
+    /// Ten records of one class each, from `first` on.
     fn packed(first: usize) -> Vec<u8> {
         let mut writer = ShardWriter::new(Kind::Encoded);
         (first..first + 10).for_each(|i| writer.push(i, &format!("name {i}"), &[i as u8; 64]));
@@ -183,7 +184,7 @@ mod tests {
         bytes
     }
 
-    /// Shards as a manifest lists them; a bit of `flipped`'s first record is another.
+    /// Shards as a manifest lists them; one bit of `flipped`'s first record is flipped.
     fn listed(flipped: Option<usize>) -> Vec<Shard> {
         let shard = |number: usize| {
             let mut bytes = packed(10 * number);

@@ -1,12 +1,13 @@
-//! Every Huffman-coded JPEG of 8 bits, whatever its scans: the coefficients of all of them are collected, then those that
-//! a window needs are transformed, and its pixels made. Progressive or sequential, components in one scan or in several,
-//! any whole ratio of their samplings, grey, YCbCr, RGB, CMYK, YCCK.
+//! Decodes every Huffman-coded 8-bit JPEG, whatever its scans. It collects the coefficients of all scans,
+//! then transforms those that a window needs and makes its pixels. Progressive or sequential, components in
+//! one scan or in several, any whole ratio of their samplings, grey, YCbCr, RGB, CMYK, YCCK.
 //!
-//! Pixels are libjpeg's here as well, hence Pillow's: a component with half of the pixels of a direction is upsampled
-//! smoothly, one with a third or a quarter by copying. What it cannot do is refused by name. Data that end early, or are
-//! damaged, leave the blocks behind without colour, up to the next restart marker.
+//! Pixels equal libjpeg's here as well, hence Pillow's. A component with half of the pixels in a direction is
+//! upsampled smoothly; one with a third or a quarter, by copying. Unsupported files are refused by name. If
+//! data ends early or is damaged, the following blocks have no colour, up to the next restart marker.
 //!
-//! Memory is bounded by the picture and by the file: a block has 128 bytes, and takes one bit at least.
+//! Memory is bounded by the picture and by the file: a block takes 128 bytes, and at least one bit of the
+//! file.
 
 use crate::error::{Error, Result};
 use crate::fail;
@@ -19,7 +20,7 @@ use super::scan::{Block, Coding, Grid, Part, read};
 use super::{JpegScratch, flat, read_huffman, read_quant, word};
 use crate::data::picture::{Scale, Window};
 
-/// Memory that is used again for every picture.
+/// Memory that is reused for every picture.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     blocks: Vec<Block>,
@@ -54,9 +55,10 @@ struct Component {
     id: u8,
     grid: Grid,
     table: usize,
-    /// Factors of the coefficients in zigzag order: those that stood in `table` at the component's first scan.
+    /// Quantisation factors of the coefficients in zigzag order: those in `table` at the component's first
+    /// scan.
     quant: Option<[i16; 64]>,
-    /// The lowest bit of each coefficient that has come.
+    /// The lowest bit of each coefficient that has been read.
     lowest: [Option<u8>; 64],
 }
 
@@ -66,7 +68,7 @@ enum Colours {
     Grey,
     Ycc,
     Rgb,
-    /// Inverted, as Adobe stores it, and everybody after it.
+    /// Inverted, as Adobe stores it and all others do, too.
     Cmyk,
     Ycck,
 }
@@ -138,10 +140,11 @@ fn damaged(what: &str) -> Error {
     Error::new(format!("damaged JPEG: {what}"))
 }
 
-/// The next marker that has a body, its body, and where that ends. `None` at the end of the picture or of the data.
+/// The next marker that has a body, its body, and where the body ends. `None` at the end of the picture or of
+/// the data.
 fn next_segment(bytes: &[u8], mut at: usize) -> Option<(u8, &[u8], usize)> {
     loop {
-        // Fill bytes, and what is left over of a damaged scan.
+        // Fill bytes, and leftovers of a damaged scan.
         while bytes.get(at)? != &0xFF || matches!(bytes.get(at + 1)?, 0 | 0xFF) {
             at += 1;
         }
@@ -158,7 +161,7 @@ fn next_segment(bytes: &[u8], mut at: usize) -> Option<(u8, &[u8], usize)> {
 }
 
 impl Collected {
-    /// Of a frame header; `file` bytes hold all of it. `blocks` become zeros.
+    /// From a frame header; `file` bytes hold the whole picture. `blocks` become zeros.
     fn read(body: &[u8], is_progressive: bool, file: usize, blocks: &mut Vec<Block>) -> Result<Self> {
         let &[_, h1, h0, w1, w0, count, ref specs @ ..] = body else { fail!("damaged JPEG: a short frame") };
         let size = (usize::from(h1) << 8 | usize::from(h0), usize::from(w1) << 8 | usize::from(w0));
@@ -170,7 +173,7 @@ impl Collected {
             fail!("damaged JPEG: a frame of {}x{} pixels with {} bytes", size.1, size.0, body.len());
         }
         let factors = |spec: &[u8]| match count {
-            // A lone component is not interleaved, and nothing is beside it.
+            // A single component is not interleaved, so its factors have no effect.
             1 => (1, 1),
             _ => (usize::from(spec[1] & 15), usize::from(spec[1] >> 4)),
         };
@@ -228,12 +231,12 @@ impl Collected {
         (self.size.0.div_ceil(8 * self.most.0), self.size.1.div_ceil(8 * self.most.1))
     }
 
-    /// The first component of which nothing has come.
+    /// The first component for which no data has been read.
     fn missing(&self) -> Option<usize> {
         self.components.iter().position(|c| c.lowest[0].is_none())
     }
 
-    /// The components of a scan, each with the numbers of its codes, and what the scan says of them.
+    /// The components of a scan, each with the numbers of its tables, and the scan's parameters.
     fn scan(&mut self, body: &[u8], tables: &[[i16; 64]; 4]) -> Result<(Vec<(usize, u8)>, Coding)> {
         let short = || damaged("a short scan header");
         let count = usize::from(*body.first().ok_or_else(short)?);
@@ -270,7 +273,7 @@ impl Collected {
         for (place, _) in &places {
             let component = &mut self.components[*place];
             component.quant.get_or_insert(tables[component.table]);
-            // Each bit comes once, which also bounds the work.
+            // Each bit may come once, which also bounds the work.
             let before = if high == 0 || !self.is_progressive { None } else { Some(high) };
             for lowest in &mut component.lowest[usize::from(from)..=usize::from(to)] {
                 if *lowest != before {
@@ -282,7 +285,7 @@ impl Collected {
         Ok((places, coding))
     }
 
-    /// As libjpeg decides it.
+    /// The colour space, by libjpeg's rules.
     fn colours(&self, jfif: bool, adobe: Option<u8>) -> Colours {
         let ids: Vec<u8> = self.components.iter().map(|c| c.id).collect();
         match (ids.len(), adobe) {
@@ -298,10 +301,10 @@ impl Collected {
 
 /// How a component becomes pixels at a scale.
 struct Plane {
-    /// Samples of a block's side.
+    /// Side of a block in samples.
     side: usize,
     stretch: Stretch,
-    /// Samples of the picture, down and across.
+    /// Samples that belong to the picture, down and across.
     samples: (usize, usize),
     /// The first blocks that the window needs, and how many, down and across.
     first: (usize, usize),
@@ -312,7 +315,7 @@ impl Plane {
     fn new(picture: &Collected, component: &Component, scale: Scale, window: Window) -> Self {
         let least = 8 / scale.divisor();
         let (down, across) = (picture.most.0 / component.grid.mcu.0, picture.most.1 / component.grid.mcu.1);
-        // A block may have more samples than the scale asks for, and then needs less upsampling.
+        // A block may keep more samples than the scale asks for, and then needs less upsampling.
         let mut side = least;
         while side < 8 && (down * least).is_multiple_of(side * 2) && (across * least).is_multiple_of(side * 2)
         {
@@ -324,7 +327,7 @@ impl Plane {
         let is_halved = matches!((down, across), (2, 1) | (1, 2) | (2, 2));
         let is_narrow = across == 2 && samples.1 <= 2;
         let is_smooth = is_halved && least > 1 && !is_narrow;
-        // Smooth upsampling looks one sample beyond the window.
+        // Smooth upsampling reads one sample beyond the window.
         let margin = usize::from(is_smooth);
         let range = |start: usize, count: usize, ratio: usize, of: usize| {
             let first = (start / ratio).saturating_sub(margin) / side;
@@ -434,7 +437,7 @@ impl Collected {
                     under_black(rgb, line(3), out);
                 }
                 Colours::Ycck => {
-                    // Inks are stored as what they leave of the light, and inverted once more.
+                    // Inks are stored as the light that they leave, and inverted once more.
                     colour(line(0), line(1), line(2), rgb);
                     under_black(rgb, line(3), out);
                 }
@@ -443,7 +446,7 @@ impl Collected {
     }
 }
 
-/// What is left of `light`, black counted, when `inks` take their share: Pillow's conversion.
+/// The rest of `light`, including black, after `inks` take their share: Pillow's conversion.
 fn under_black(inks: &[Vec<u8>; 3], light: &[u8], out: &mut [u8]) {
     for (x, pixel) in out.chunks_exact_mut(3).enumerate() {
         let light = u32::from(light[x]);

@@ -1,15 +1,16 @@
 //! Bits and Huffman codes of an entropy-coded JPEG scan.
 //!
-//! One look-up of [`LOOKUP`] bits mostly yields a whole coefficient: how many zeros precede it, its value, and how many
-//! bits code and value take together. Longer codes are found by their place in the canonical order. The reader keeps 64
-//! bits and is filled eight bytes at a time as long as none of them is `FF` (Giesen 2018, "Reading bits in far too many
-//! ways").
+//! One look-up of [`LOOKUP`] bits usually yields a whole coefficient: how many zeros precede it, its value,
+//! and how many bits code and value take together. Longer codes are found by their position in the canonical
+//! order. The reader keeps 64 bits, and is filled eight bytes at a time as long as none of them is `FF`
+//! (Giesen 2018, "Reading bits in far too many ways").
 
 /// Bits of the fast look-up.
 const LOOKUP: u32 = 10;
 
-/// A symbol with what follows it, packed: bits 0-4 length of code and value, 5-11 step to the coefficient after this one
-/// ([`END`]: none), 12-15 bits of a value that the entry does not hold, 16-31 the value. 0: the code is longer.
+/// A symbol and its step and value, packed: bits 0-4 length of code and value, 5-11 step to the coefficient
+/// after this one ([`END`]: none), 12-15 bits of a value that the entry does not hold, 16-31 the value. 0:
+/// the code is longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Entry(u32);
 
@@ -52,18 +53,19 @@ impl Entry {
     }
 }
 
-/// One code.
+/// One Huffman code.
 #[derive(Debug)]
 pub(super) struct Huffman {
     fast: Box<[Entry; 1 << LOOKUP]>,
-    /// The same as length and symbol, for scans in which a symbol means something else; length 0: the code is longer.
+    /// The same as length and symbol, for scans in which symbols have another meaning; length 0: the code is
+    /// longer.
     plain: Box<[(u8, u8); 1 << LOOKUP]>,
     /// For each length: one past the largest code, as the first of 16 bits.
     limit: [u32; 17],
     /// For each length: index of its first symbol, minus its first code.
     first: [i32; 17],
     symbols: [u8; 256],
-    /// A DC code has sizes only: no symbol means the end.
+    /// A DC code has only sizes: no symbol means the end.
     defined: bool,
 }
 
@@ -89,8 +91,8 @@ impl Huffman {
         self.defined = false;
     }
 
-    /// From the numbers of codes of each length, 1 to 16, and the symbols in the order of their codes. `None` for what
-    /// is no code.
+    /// From the numbers of codes of each length, 1 to 16, and the symbols in the order of their codes. `None`
+    /// if this is not a code.
     pub(super) fn define(&mut self, counts: &[u8; 16], symbols: &[u8], is_dc: bool) -> Option<()> {
         self.defined = false;
         self.fast.fill(Entry(0));
@@ -163,7 +165,7 @@ impl Huffman {
     }
 }
 
-/// The signed value that `size` bits stand for: below the middle of their range it is negative.
+/// The signed value that `size` bits stand for: negative below the middle of their range.
 #[inline(always)]
 fn extend(bits: u32, size: u32) -> i16 {
     let negative = bits >> (size - 1) == 0;
@@ -174,11 +176,11 @@ fn extend(bits: u32, size: u32) -> i16 {
 pub(super) struct Bits<'a> {
     data: &'a [u8],
     at: usize,
-    /// The next bits, first at the top; the lowest may be ahead of `count`.
+    /// The next bits, the first one at the top; the lowest may be ahead of `count`.
     bits: u64,
-    /// How many of `bits` count.
+    /// How many of `bits` are valid.
     count: u32,
-    /// Zeros that were put behind the end.
+    /// Zeros that were added after the end.
     made_up: u32,
 }
 
@@ -187,7 +189,7 @@ impl<'a> Bits<'a> {
         Self { data, at: 0, bits: 0, count: 0, made_up: 0 }
     }
 
-    /// Makes sure of 48 bits, if the scan has them.
+    /// Makes sure that 48 bits are available, if the scan has them.
     #[inline(always)]
     fn fill(&mut self) {
         if let Some(next) = self.data.get(self.at..self.at + 8) {
@@ -237,12 +239,12 @@ impl<'a> Bits<'a> {
         self.count -= count;
     }
 
-    /// Whether bits were read that the scan does not have.
+    /// Whether bits beyond the scan's end were read.
     pub(super) fn is_overrun(&self) -> bool {
         self.made_up > self.count
     }
 
-    /// Goes on behind the restart marker that must be next.
+    /// Continues after the restart marker, which must come next.
     pub(super) fn restart(&mut self, index: usize) -> Option<()> {
         if self.is_overrun() {
             return None;
@@ -258,12 +260,12 @@ impl<'a> Bits<'a> {
         Some(())
     }
 
-    /// Where the next marker is to be looked for: nothing before it is one.
+    /// Where to look for the next marker: there is none before this position.
     pub(super) fn position(&self) -> usize {
         self.at
     }
 
-    /// After damage: goes on behind the next restart marker if it has this number.
+    /// After damage: continues after the next restart marker if it has this number.
     pub(super) fn find_restart(&mut self, index: usize) -> Option<()> {
         let rest = self.data.get(self.at..)?;
         let is_marker = |pair: &[u8]| pair[0] == 0xFF && !matches!(pair[1], 0 | 0xFF);
@@ -278,13 +280,13 @@ impl<'a> Bits<'a> {
         if self.count < 32 {
             self.fill();
         }
-        // In two steps: a shift by 64 is none.
+        // In two steps, because a shift by 64 is undefined.
         let value = (self.bits >> 1 >> (63 - count)) as u32;
         self.drop(count);
         value
     }
 
-    /// The next symbol as it is.
+    /// The next symbol, unchanged.
     #[inline(always)]
     pub(super) fn symbol(&mut self, code: &Huffman) -> Option<u8> {
         if self.count < 32 {
@@ -299,7 +301,7 @@ impl<'a> Bits<'a> {
         Some(symbol)
     }
 
-    /// A value of `size` bits, of which 0 stand for 0.
+    /// A value of `size` bits; 0 bits stand for 0.
     #[inline(always)]
     pub(super) fn value(&mut self, size: u32) -> i16 {
         if size == 0 { 0 } else { extend(self.take(size), size) }
@@ -324,8 +326,9 @@ impl<'a> Bits<'a> {
         Some((entry.step(), value))
     }
 
-    /// Decodes a block into zeroed `coefficients` (row by row), times `quant` (in zigzag order, as the file has it), and
-    /// returns whether it has more than its mean. `dc` is the mean before, and becomes the block's.
+    /// Decodes a block into zeroed `coefficients` (row by row), multiplied by `quant` (in zigzag order, as in
+    /// the file), and returns whether it has more than its mean. `dc` is the previous block's mean, and
+    /// becomes this block's.
     #[inline(always)]
     pub(super) fn block(
         &mut self,
@@ -355,7 +358,7 @@ impl<'a> Bits<'a> {
         Some(k > 0)
     }
 
-    /// Passes over a block.
+    /// Skips a block.
     #[inline(always)]
     pub(super) fn skip_block(&mut self, codes: (&Huffman, &Huffman), dc: &mut i16) -> Option<()> {
         let (_, difference) = self.next(codes.0, true)?;
@@ -380,7 +383,7 @@ impl<'a> Bits<'a> {
     }
 }
 
-/// Place, row by row, of each coefficient in the order of the file.
+/// Row-by-row index of each coefficient, in the order of the file.
 #[rustfmt::skip]
 pub(super) const ZIGZAG: [u8; 64] = [
      0,  1,  8, 16,  9,  2,  3, 10,

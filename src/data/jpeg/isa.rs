@@ -1,22 +1,22 @@
 //! The vector work of the JPEG decoder, portable and for AVX2: inverse cosine transforms, and the interleaving of three
 //! channels. Both give the same bits.
 //!
-//! The transform is the accurate integer one of libjpeg (`islow`: Loeffler, Ligtenberg and Moschytz 1989, with 13 bits
-//! behind the point, 2 more between its passes), written as the matrix that it is: every sum is of integers, so order and
-//! form change nothing.
+//! The transform is libjpeg's accurate integer one (`islow`: Loeffler, Ligtenberg and Moschytz 1989, with 13
+//! fractional bits, and 2 more between its passes), written as the matrix product that it is. All sums are of
+//! integers, so order and form do not change the result.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
 use super::scaled;
 
-/// What the decoder needs of an instruction set. A value is a proof that the processor has it.
+/// The operations that the decoder needs from an instruction set. A value proves that the processor has it.
 pub(super) trait Isa: Copy {
     /// Coefficients (dequantised, row by row) to 8×8 samples in rows of `stride` bytes.
     fn idct(self, coefficients: &[i16; 64], out: &mut [u8], stride: usize);
     /// To the 4×4 samples of half the size ([`scaled`]).
     fn idct4(self, coefficients: &[i16; 64], out: &mut [u8], stride: usize);
-    /// `out[3·i..]` becomes `r[i], g[i], b[i]`. All three have one length, `out` three times that.
+    /// `out[3·i..]` becomes `r[i], g[i], b[i]`. All three have the same length, `out` three times that.
     fn interleave(self, r: &[u8], g: &[u8], b: &[u8], out: &mut [u8]);
 }
 
@@ -64,7 +64,7 @@ pub(super) fn load(coefficients: &[i16; 64]) -> [[i32; 8]; 8] {
     rows
 }
 
-/// Writes rows of samples, which are about zero.
+/// Writes rows of samples, which are centred on zero.
 #[inline(always)]
 pub(super) fn store<const N: usize>(samples: [[i32; N]; N], out: &mut [u8], stride: usize) {
     for (y, row) in samples.iter().enumerate() {
@@ -73,7 +73,7 @@ pub(super) fn store<const N: usize>(samples: [[i32; N]; N], out: &mut [u8], stri
     }
 }
 
-/// One pass down the columns of eight rows; what leaves 16 bits is cut there, as the vector form does.
+/// One pass down the columns of eight rows. Values beyond 16 bits are clamped, as in the vector form.
 #[inline(always)]
 fn pass<const SHIFT: u32>(x: [[i32; 8]; 8]) -> [[i32; 8]; 8] {
     let mut out = [[0; 8]; 8];
@@ -111,7 +111,7 @@ pub(super) struct Avx2(());
 
 #[cfg(target_arch = "x86_64")]
 impl Avx2 {
-    /// `None` where the processor lacks it.
+    /// `None` if the processor lacks it.
     pub(super) fn detect() -> Option<Self> {
         let has = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("bmi1")
@@ -164,7 +164,7 @@ impl Isa for Avx2 {
 fn idct_avx2(rows: [__m128i; 8]) -> [__m128i; 4] {
     let columns = transpose_avx2(pass_avx2::<11>(rows));
     let rows = transpose_avx2(pass_avx2::<18>(columns));
-    // To i8 and from there to u8: that adds 128 and cuts at both ends.
+    // To i8 and from there to u8: this adds 128 and clamps at both ends.
     let middle = _mm_set1_epi8(i8::MIN);
     std::array::from_fn(|i| _mm_xor_si128(_mm_packs_epi16(rows[2 * i], rows[2 * i + 1]), middle))
 }
@@ -176,7 +176,7 @@ fn idct4_avx2(rows: [__m128i; 8]) -> __m128i {
     let [r0, r1, r2, r3] = pass4_avx2::<{ scaled::SHIFTS4.0 as i32 }>(rows);
     let none = _mm_setzero_si128();
     let columns = transpose_avx2([r0, r1, r2, r3, none, none, none, none]);
-    // Of these, four lanes count.
+    // Only four lanes of these are used.
     let [c0, c1, c2, c3] = pass4_avx2::<{ scaled::SHIFTS4.1 as i32 }>(columns);
     let (left, right) = (_mm_unpacklo_epi16(c0, c1), _mm_unpacklo_epi16(c2, c3));
     let (top, bottom) = (_mm_unpacklo_epi32(left, right), _mm_unpackhi_epi32(left, right));
@@ -191,7 +191,7 @@ fn pairs_avx2(a: __m128i, b: __m128i) -> __m256i {
     _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b))
 }
 
-/// Of each pair, `a` times the first and `b` times the second.
+/// Of each pair, `a` times the first plus `b` times the second.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -199,7 +199,7 @@ fn times_avx2(pairs: __m256i, a: i16, b: i16) -> __m256i {
     _mm256_madd_epi16(pairs, _mm256_set1_epi32(i32::from(a as u16) | i32::from(b) << 16))
 }
 
-/// Two rows of sums to 16 bits.
+/// Two rows of sums, narrowed to 16 bits.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -286,7 +286,7 @@ fn transpose_avx2(r: [__m128i; 8]) -> [__m128i; 8] {
     })
 }
 
-/// For each of the three vectors of output, which byte of red, green and blue goes where; 255 puts a zero.
+/// For each of the three output vectors, which byte of red, green and blue goes where; 255 gives a zero.
 #[cfg(target_arch = "x86_64")]
 const INTERLEAVE: [[[u8; 16]; 3]; 3] = {
     let mut tables = [[[255; 16]; 3]; 3];
@@ -359,7 +359,7 @@ mod tests {
     fn avx2_has_the_bits_of_the_portable_form() {
         let Some(avx2) = Avx2::detect() else { return };
         let mut draws = Stream::new(2, Domain::Demo, 0, 0);
-        // Wild coefficients, too: damaged files have them.
+        // Extreme coefficients, too: damaged files have them.
         let wild = (0..500).map(|_| std::array::from_fn(|_| draws.next_u32() as i16));
         for block in blocks().into_iter().chain(wild.collect::<Vec<_>>()) {
             let (mut a, mut b) = ([0; 80], [0; 80]);

@@ -1,13 +1,16 @@
-//! A JPEG decoder. Its pixels are libjpeg's to the bit (accurate transform, "fancy" upsampling), hence Pillow's and
-//! OpenCV's. It can decode a window of the picture, and at a half, a quarter or an eighth of the size.
+//! A JPEG decoder. Its pixels are bit-identical to libjpeg's (accurate transform, "fancy" upsampling), hence
+//! to Pillow's and OpenCV's. It can decode a window of the picture, and at a half, a quarter or an eighth of
+//! the size.
 //!
-//! Photo collections are made of baseline pictures, grey or YCbCr with full or halved chroma, in one scan. These are decoded
-//! as they are read, and what the window does not need is left out: rows below it altogether, transforms and colours of
-//! everything beside it. Everything else (progressive, several scans, other samplings, CMYK, RGB, damage) goes to
-//! [`general`], which collects all coefficients first. What neither takes (arithmetic, lossless, 12 bits) is refused by name.
+//! Photo collections consist of baseline pictures, grey or YCbCr with full or halved chroma, in one scan.
+//! These are decoded while they are read. Work that the window does not need is skipped: rows below it
+//! entirely, and transforms and colours of everything beside it. Everything else (progressive, several scans,
+//! other samplings, CMYK, RGB, damage) goes to [`general`], which collects all coefficients first. Files that
+//! neither supports (arithmetic, lossless, 12 bits) are refused by name.
 //!
-//! [`parse`] reads the segments of the common kind (ITU-T T.81, annex B), [`huffman`] bits and codes, [`isa`] transforms,
-//! [`rows`] makes pixels; [`scaled`] knows what is different in a smaller picture, [`scan`] reads any scan.
+//! [`parse`] reads the segments of the common kind (ITU-T T.81, annex B), [`huffman`] reads bits and codes,
+//! [`isa`] transforms, [`rows`] makes pixels, [`scaled`] has what is different in a smaller picture, and
+//! [`scan`] reads any scan.
 
 mod general;
 mod huffman;
@@ -27,12 +30,12 @@ use scaled::Layout;
 
 pub use general::Collected;
 
-/// Memory that a worker uses again for every picture.
+/// Memory that a worker reuses for every picture.
 #[derive(Debug, Default)]
 pub struct JpegScratch {
     dc: [Huffman; 4],
     ac: [Huffman; 4],
-    /// Samples of each component: a row of blocks, below the last row of the one before.
+    /// Samples of each component: the last row of the previous row of blocks, then a row of blocks.
     planes: [Vec<u8>; 3],
     /// Lines of one component on their way to pixels.
     lines: rows::Lines,
@@ -40,14 +43,14 @@ pub struct JpegScratch {
     counts: Counts,
 }
 
-/// What the last picture took, for `vitrum bench`.
+/// The work for the last picture, for `vitrum bench`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Blocks of 8×8 samples whose codes were read.
     pub read: usize,
-    /// Of these, transformed.
+    /// Of these, the transformed blocks.
     pub transformed: usize,
-    /// Of these, to fewer than 8×8 samples.
+    /// Of these, blocks transformed to fewer than 8×8 samples.
     pub reduced: usize,
 }
 
@@ -59,7 +62,7 @@ pub struct Frame<'a> {
     components: [Component; 3],
     /// 1 or 3
     count: usize,
-    /// Factors of the coefficients of each component, in zigzag order.
+    /// Quantisation factors of each component, in zigzag order.
     quant: [[i16; 64]; 3],
     /// MCUs between restart markers; 0: none.
     restart: usize,
@@ -77,7 +80,7 @@ struct Component {
     ac: usize,
 }
 
-/// Reads the segments up to the scan. `None`: not of the common kind.
+/// Reads the segments up to the scan. `None` if the picture is not of the common kind.
 pub fn parse<'a>(bytes: &'a [u8], scratch: &mut JpegScratch) -> Option<Frame<'a>> {
     scratch.dc.iter_mut().chain(&mut scratch.ac).for_each(Huffman::clear);
     let mut tables = [[0i16; 64]; 4];
@@ -111,14 +114,14 @@ pub fn parse<'a>(bytes: &'a [u8], scratch: &mut JpegScratch) -> Option<Frame<'a>
                         return None;
                     }
                 }
-                // Three channels are YCbCr unless somebody says otherwise.
+                // Three channels are YCbCr unless a segment says otherwise.
                 let ids = [0, 1, 2].map(|i| frame.components[i].id);
                 let is_rgb = !jfif && (adobe == Some(0) || (adobe.is_none() && &ids == b"RGB"));
                 if frame.count == 3 && is_rgb {
                     return None;
                 }
                 let scan = bytes.get(at..)?;
-                // Every block takes two bits at least: what is shorter is cut, and not worth its memory.
+                // Every block takes at least two bits. A shorter file is truncated, and gets no memory.
                 let (mcu, across, down) = (frame.mcu(), frame.mcus_across(), frame.mcus_down());
                 let blocks: usize = frame.components[..frame.count].iter().map(|c| c.across * c.down).sum();
                 if scan.len() * 4 < across * down * blocks || mcu.0 * mcu.1 == 0 {
@@ -134,8 +137,8 @@ pub fn parse<'a>(bytes: &'a [u8], scratch: &mut JpegScratch) -> Option<Frame<'a>
     }
 }
 
-/// Whether the file is of the kind that is decoded here and nothing of it seems to be missing: its segments are sound, and
-/// its scan runs on to the end-of-image marker, with the restart markers that belong in it. The codes are not read.
+/// Whether the file is of the kind that is decoded here and seems complete: its segments are valid, and its
+/// scan reaches the end-of-image marker with the right restart markers. The codes are not read.
 pub fn seems_whole(bytes: &[u8], scratch: &mut JpegScratch) -> bool {
     let Some(frame) = parse(bytes, scratch) else { return false };
     let mcus = frame.mcus_across() * frame.mcus_down();
@@ -232,7 +235,7 @@ fn read_huffman(mut body: &[u8], dc: &mut [Huffman; 4], ac: &mut [Huffman; 4]) -
     Some(())
 }
 
-/// The one scan, of all components in the frame's order.
+/// The single scan, of all components in the frame's order.
 fn read_scan(body: &[u8], frame: &mut Frame) -> Option<()> {
     let [count, rest @ ..] = body else { return None };
     let count = usize::from(*count);
@@ -262,8 +265,8 @@ impl Frame<'_> {
         self.height.div_ceil(self.mcu().0)
     }
 
-    /// Decodes `window`, which lies inside the picture at `scale`, to `out`, `[window.height, window.width, 3]`. `None`: the
-    /// scan is damaged, or ends too early; `out` is then anything.
+    /// Decodes `window`, which lies inside the picture at `scale`, to `out`, `[window.height, window.width,
+    /// 3]`. `None` if the scan is damaged or ends too early; the contents of `out` are then unspecified.
     pub fn decode(
         &self,
         scale: Scale,
@@ -281,7 +284,7 @@ impl Frame<'_> {
     }
 }
 
-/// Reads all scans of a picture of any kind, which is `size` (H, W). The error says what is wrong with it, or not
+/// Reads all scans of a picture of any kind, with `size` (H, W). The error says what is damaged or not
 /// supported.
 pub fn collect(bytes: &[u8], size: (usize, usize), scratch: &mut JpegScratch) -> Result<Collected> {
     scratch.forget_counts();
@@ -289,7 +292,8 @@ pub fn collect(bytes: &[u8], size: (usize, usize), scratch: &mut JpegScratch) ->
 }
 
 impl Collected {
-    /// Makes the pixels of `window`, which lies inside the picture at `scale`, in `out`, `[window.height, window.width, 3]`.
+    /// Writes the pixels of `window`, which lies inside the picture at `scale`, to `out`, `[window.height,
+    /// window.width, 3]`.
     pub fn decode(&self, scale: Scale, window: Window, scratch: &mut JpegScratch, out: &mut [u8]) {
         assert_eq!(out.len(), window.height * window.width * 3);
         let memory = &mut scratch.general;
@@ -339,7 +343,7 @@ fn decode<I: Isa>(
 ) -> Option<()> {
     let layout = Layout::new(frame, scale);
     let mcu = layout.mcu;
-    // Upsampling looks one chroma sample, two pixels, beyond the window.
+    // Upsampling reads one chroma sample, two pixels, beyond the window.
     let beyond = |halved: usize| if layout.is_smooth && halved == 2 { 2 } else { 0 };
     let margin = (beyond(layout.halved.0), beyond(layout.halved.1));
     let first = (window.y.saturating_sub(margin.0) / mcu.0, window.x.saturating_sub(margin.1) / mcu.1);
@@ -427,7 +431,7 @@ fn decode<I: Isa>(
 /// A block that has only its mean.
 #[inline(always)]
 fn flat<const SIDE: usize>(mean: i16, out: &mut [u8], stride: usize) {
-    // The two passes of any of the transforms, which round once and shift exactly otherwise.
+    // The two passes of each transform round once and otherwise shift exactly.
     let sample = (((i32::from(mean) + 4) >> 3) + 128).clamp(0, 255) as u8;
     for y in 0..SIDE {
         out[y * stride..][..SIDE].fill(sample);
@@ -435,18 +439,18 @@ fn flat<const SIDE: usize>(mean: i16, out: &mut [u8], stride: usize) {
 }
 
 impl JpegScratch {
-    /// What the last picture took.
+    /// The work for the last picture.
     pub fn counts(&self) -> Counts {
         self.counts
     }
 
-    /// Bytes that are kept for the next picture.
+    /// Bytes of memory that are kept for the next picture.
     pub fn memory(&self) -> usize {
         let planes = self.planes.iter().map(Vec::capacity).sum::<usize>();
         planes + self.general.bytes()
     }
 
-    /// The next picture may not be decoded here.
+    /// The next picture may not be decodable here.
     pub fn forget_counts(&mut self) {
         self.counts = Counts::default();
     }
@@ -482,7 +486,7 @@ mod tests {
                 };
                 let mut out = vec![0; h * w * 3];
                 let frame = parse(&bytes, &mut scratch).unwrap();
-                // Damage below a window is not seen.
+                // Damage below a window goes unnoticed.
                 frame.decode(Scale::Full, window, &mut scratch, &mut out).unwrap();
                 for (y, row) in out.chunks_exact(w * 3).enumerate() {
                     let expected = &all[((window.y + y) * width + window.x) * 3..][..w * 3];
@@ -505,7 +509,7 @@ mod tests {
                 let mut bytes = bytes.clone();
                 for _ in 0..1 + draws.below(8) {
                     if !bytes.is_empty() {
-                        // Half of the damage goes where the tables are.
+                        // Half of the damage hits the tables.
                         let most = if draws.chance(0.5) { 700 } else { usize::MAX };
                         let at = draws.below(bytes.len().min(most));
                         bytes[at] = draws.next_u32() as u8;

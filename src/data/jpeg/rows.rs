@@ -1,9 +1,9 @@
-//! From samples of a row of MCUs to RGB pixels: upsampling of the chroma, and colour.
+//! Turns the samples of a row of MCUs into RGB pixels: chroma upsampling and colour conversion.
 //!
-//! Upsampling is libjpeg's "fancy" one: each sample counts three quarters, its nearer neighbour one quarter, in each
-//! halved direction, with rounding that alternates. Colour is BT.601 with 16 bits behind the point. A row of pixels may
-//! need the chroma row below it, which belongs to the next row of MCUs: it waits for that, and the last rows of samples
-//! are kept above the new ones.
+//! Upsampling is libjpeg's "fancy" one: in each halved direction, a sample counts three quarters and its
+//! nearer neighbour one quarter, with alternating rounding. Colour is BT.601 with 16 fractional bits. A row
+//! of pixels may need the chroma row below it, which belongs to the next row of MCUs. It then waits for that
+//! row, and the last rows of samples are kept above the new ones.
 
 use super::Window;
 use super::isa::Isa;
@@ -26,7 +26,7 @@ pub(super) struct Output<'a> {
     x: usize,
     /// Width of the decoded part in pixels, whole MCUs.
     width: usize,
-    /// Chroma columns of the planes that belong to the picture; beyond, the last one counts.
+    /// Chroma columns of the planes that belong to the picture; beyond them, the last one is repeated.
     chroma_end: usize,
     /// Chroma rows of the picture.
     chroma_rows: usize,
@@ -68,7 +68,8 @@ impl<'a> Output<'a> {
         self.stride(c) * (1 + rows)
     }
 
-    /// Writes the rows that can be written once `mcu_row` is in the planes, and keeps the planes' last rows for the next.
+    /// Writes the rows that are complete once `mcu_row` is in the planes, and keeps the planes' last rows for
+    /// the next call.
     #[inline(always)]
     pub(super) fn rows<I: Isa>(
         &mut self,
@@ -80,7 +81,7 @@ impl<'a> Output<'a> {
     ) {
         let Layout { mcu: (mcu_height, _), halved, is_grey, .. } = self.layout;
         let top = mcu_row * mcu_height;
-        // The last row waits for the chroma below it, if that counts.
+        // The last row waits for the chroma below it, if it needs that.
         let waits = usize::from(halved.0 == 2 && !is_last);
         let end = (top + mcu_height - waits).min(self.window.y + self.window.height);
         while self.next < end {
@@ -122,26 +123,27 @@ impl<'a> Output<'a> {
         let Lines { sums, chroma, .. } = &mut *self.lines;
         for (plane, line) in planes[1..].iter().zip(chroma) {
             let row = |row: usize| &plane[(row + 1 - top) * stride..][..stride];
-            // Where no neighbour counts, its row may not be there.
+            // If no neighbour is used, its row may be missing.
             let other = if halved.0 == 2 && is_smooth { row(other) } else { row(own) };
             stretch.row(row(own), other, y % 2, end, sums, line);
         }
     }
 }
 
-/// How the samples of a component become as many as the picture has pixels.
+/// How the samples of a component are upsampled to the picture's pixels.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stretch {
     /// Pixels of one sample, in each direction.
     pub(super) down: usize,
     pub(super) across: usize,
-    /// Whether two pixels of one sample look at its neighbours. More than two are copies.
+    /// Whether the two pixels of a sample depend on its neighbours. More than two pixels are copies.
     pub(super) is_smooth: bool,
 }
 
 impl Stretch {
-    /// One row of pixels, of the row of samples that it lies in and the other one that is nearest to it. `y` is the row of
-    /// pixels modulo `down`; `end` samples belong to the picture; `sums` are two longer than a row of samples.
+    /// One row of pixels, from the row of samples that contains it and the other nearest row. `y` is the row
+    /// of pixels modulo `down`; `end` samples belong to the picture; `sums` is two longer than a row of
+    /// samples.
     #[inline(always)]
     pub(super) fn row(
         self,
@@ -187,7 +189,8 @@ impl Stretch {
     }
 }
 
-/// Two samples for each of `sums[1..n-1]`: three quarters of its own, and one quarter of the left or right neighbour.
+/// Two samples for each of `sums[1..n-1]`: three quarters of itself, and one quarter of the left or right
+/// neighbour.
 #[inline(always)]
 fn widen<const SHIFT: u32, const LEFT: u16, const RIGHT: u16>(sums: &[u16], line: &mut [u8]) {
     let count = sums.len() - 2;

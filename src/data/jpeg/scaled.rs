@@ -1,11 +1,12 @@
-//! Decoding at a half, a quarter or an eighth of the size: how a frame is laid out then, and transforms that make 4×4, 2×2
-//! or 1 samples of a block instead of 8×8.
+//! Decodes at a half, a quarter or an eighth of the size: the layout of a frame at that scale, and transforms
+//! that make 4×4, 2×2 or 1 samples of a block instead of 8×8.
 //!
-//! Each of these samples stands for the mean of the samples of the whole transform that it covers, one direction after the
-//! other. The mean of two neighbours is a sum over coefficients as well, and so is the mean of four; coefficients whose
-//! cosine has the mean zero there (the fifth of eight for two samples, all even ones for four) drop out and are not read.
-//! That is libjpeg's pruning of the transform of Loeffler, Ligtenberg and Moschytz 1989, and its bits: constants of 13 bits,
-//! and sums of integers, whose order changes nothing.
+//! Each of these samples is the mean of the samples of the full transform that it covers, one direction after
+//! the other. The mean of two neighbours is also a sum over coefficients, and so is the mean of four.
+//! Coefficients whose cosine has the mean zero there (the fifth of eight for two samples, all even ones for
+//! four) drop out and are not read. This is libjpeg's pruning of the transform of Loeffler, Ligtenberg and
+//! Moschytz 1989, and bit-identical to it: constants of 13 bits, and sums of integers, whose order does not
+//! matter.
 //!
 //! Pixels are those of libjpeg's `scale_num/8`, hence of Pillow's `Image.draft`.
 
@@ -22,9 +23,9 @@ pub(super) struct Layout {
     pub(super) mcu: (usize, usize),
     /// Side of a block of each component.
     pub(super) sides: [usize; 3],
-    /// (down, across): 2 where chroma has half of the samples, and is upsampled.
+    /// (down, across): 2 if chroma has half of the samples, and is upsampled.
     pub(super) halved: (usize, usize),
-    /// Whether upsampling looks at neighbours.
+    /// Whether upsampling uses neighbours.
     pub(super) is_smooth: bool,
     pub(super) is_grey: bool,
 }
@@ -34,8 +35,8 @@ impl Layout {
         let side = 8 / scale.divisor();
         let (height, width) = scale.size((frame.height, frame.width));
         let (down, across) = (frame.components[0].down, frame.components[0].across);
-        // Chroma halved in both directions needs no upsampling: its blocks get twice the side. libjpeg does that only where
-        // it serves both directions at once.
+        // Chroma that is halved in both directions needs no upsampling, because its blocks get twice the
+        // side. libjpeg does this only if it works in both directions at once.
         let doubled = scale != Scale::Full && (down, across) == (2, 2);
         let (chroma, halved) = if doubled { (side * 2, (1, 1)) } else { (side, (down, across)) };
         let is_narrow = halved.1 == 2 && width.div_ceil(2) <= 2;
@@ -45,7 +46,7 @@ impl Layout {
             mcu: (down * side, across * side),
             sides: [side, chroma, chroma],
             halved,
-            // Narrow pictures, and those of one sample a block, are upsampled by copying.
+            // Narrow pictures, and those with one sample per block, are upsampled by copying.
             is_smooth: side > 1 && !is_narrow,
             is_grey: frame.count == 1,
         }
@@ -60,8 +61,8 @@ pub(super) const EVEN4: [i16; 2] = [15137, -6270];
 /// Of the first four samples, for k = 1, 3, 5, 7.
 const ODD2: [i16; 4] = [29692, -10426, 6967, -5906];
 
-/// Shifts of the passes: 13 bits of the constants and as many as a group has samples (as a power of 2), less or more the 2
-/// bits between the passes, and 3 of the transform.
+/// Shifts of the passes: the 13 bits of the constants and the bits of a group's size (as a power of 2), minus
+/// or plus the 2 bits between the passes, and 3 of the transform.
 pub(super) const SHIFTS4: (u32, u32) = (13 + 1 - 2, 13 + 1 + 2 + 3);
 const SHIFTS2: (u32, u32) = (13 + 2 - 2, 13 + 2 + 2 + 3);
 
@@ -79,13 +80,13 @@ pub(super) fn idct2(coefficients: &[i16; 64], out: &mut [u8], stride: usize) {
     store(transpose(pass2::<{ SHIFTS2.1 }, 2>(columns)), out, stride);
 }
 
-/// What leaves 16 bits is cut there, as the vector form does.
+/// Values beyond 16 bits are clamped, as in the vector form.
 #[inline(always)]
 fn cut<const SHIFT: u32>(sum: i32) -> i32 {
     (sum.wrapping_add(1 << (SHIFT - 1)) >> SHIFT).clamp(i16::MIN.into(), i16::MAX.into())
 }
 
-/// Sum of coefficients 1, 3, 5 and 7 of a column, weighted.
+/// Weighted sum of coefficients 1, 3, 5 and 7 of a column.
 #[inline(always)]
 fn odd<const W: usize>(x: &[[i32; W]; 8], column: usize, weights: [i16; 4]) -> i32 {
     (0..4).fold(0, |sum: i32, i| sum.wrapping_add(x[2 * i + 1][column].wrapping_mul(weights[i].into())))
@@ -128,7 +129,7 @@ mod tests {
 
     const SCALES: [Scale; 3] = [Scale::Half, Scale::Quarter, Scale::Eighth];
 
-    /// `window` of the picture at `scale`; all of it without one.
+    /// `window` of the picture at `scale`; the whole picture without one.
     fn decoded(
         bytes: &[u8],
         scale: Scale,

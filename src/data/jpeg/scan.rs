@@ -1,22 +1,22 @@
-//! One scan of any Huffman-coded JPEG, into the coefficients of its blocks: sequential or progressive, one component or
-//! several, with restarts (ITU-T T.81, annexes F and G).
+//! Reads one scan of any Huffman-coded JPEG into the coefficients of its blocks: sequential or progressive,
+//! one component or several, with restarts (ITU-T T.81, annexes F and G).
 //!
-//! A scan of several components comes in MCUs, and so covers whole MCUs. A scan of one component comes block by block, and
-//! covers only blocks that hold samples of the picture.
+//! A scan of several components comes in MCUs, and so covers whole MCUs. A scan of one component comes block
+//! by block, and covers only blocks that hold samples of the picture.
 
 use super::huffman::{Bits, Huffman, ZIGZAG};
 
-/// Coefficients of a block, row by row, not yet multiplied.
+/// Coefficients of a block, row by row, before dequantisation.
 pub(super) type Block = [i16; 64];
 
-/// Where the blocks of a component are.
+/// The layout of a component's blocks.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Grid {
     /// Blocks of an MCU, down and across: the component's sampling factors.
     pub(super) mcu: (usize, usize),
     /// Blocks that hold samples of the picture.
     pub(super) used: (usize, usize),
-    /// Blocks of a row of whole MCUs.
+    /// Blocks in a row of whole MCUs.
     pub(super) stride: usize,
     /// The component's first block.
     pub(super) start: usize,
@@ -29,12 +29,12 @@ pub(super) struct Part<'a> {
     pub(super) ac: &'a Huffman,
 }
 
-/// What a scan says of the coefficients.
+/// Which part of the coefficients a scan has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Coding {
     Sequential,
-    /// Coefficients `from..=to` in zigzag order, down to the bit `low`; `is_first`: nothing of them has come before, else
-    /// they get that one bit more.
+    /// Coefficients `from..=to` in zigzag order, down to the bit `low`. `is_first`: none of their bits has
+    /// been read before; otherwise the scan adds one bit to each.
     Progressive {
         from: usize,
         to: usize,
@@ -43,8 +43,8 @@ pub(super) enum Coding {
     },
 }
 
-/// Reads a scan of `mcus` (down, across) into `blocks`, and returns where in `data` the next marker is to be looked for.
-/// Blocks that the data do not have, or that are damaged up to the next restart marker, stay as they are.
+/// Reads a scan of `mcus` (down, across) into `blocks`, and returns where in `data` to look for the next
+/// marker. Blocks that are missing, or damaged up to the next restart marker, are left unchanged.
 pub(super) fn read(
     data: &[u8],
     coding: Coding,
@@ -80,12 +80,12 @@ pub(super) fn read(
     bits.position()
 }
 
-/// What one block hands on to the next.
+/// State that one block passes to the next.
 #[derive(Default)]
 struct State {
     /// Mean of the last block of each part.
     means: [i16; 4],
-    /// Blocks without a further coefficient that are still to come.
+    /// Number of following blocks without further coefficients.
     run: u32,
 }
 
@@ -159,7 +159,8 @@ fn first(
     Some(())
 }
 
-/// One bit more of coefficients: those that have any get it as it is, between the codes of those that get their first.
+/// One more bit of coefficients. Nonzero coefficients get it directly, between the codes of coefficients that
+/// get their first bit.
 fn further(
     bits: &mut Bits,
     code: &Huffman,

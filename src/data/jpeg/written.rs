@@ -1,5 +1,5 @@
-//! Tests with files that no camera writes: any sampling, order of scans, restarts, tables. [`Plan`] writes them from
-//! random coefficients, and [`Plan::exact`] says their pixels in f64, from the definitions.
+//! Tests with files that no camera writes: any sampling, order of scans, restarts, tables. [`Plan`] writes
+//! them from random coefficients, and [`Plan::exact`] computes their pixels in f64, from the definitions.
 
 use std::f64::consts::PI;
 
@@ -27,12 +27,12 @@ struct Plan {
     ids: Vec<u8>,
     scans: Vec<Scan>,
     is_progressive: bool,
-    /// Of each scan; the last one goes on.
+    /// For each scan; later scans use the last entry.
     restarts: Vec<usize>,
-    /// Segments behind the start of the image.
+    /// Segments after the start-of-image marker.
     segments: Vec<u8>,
     wide_factors: bool,
-    /// Bytes before each marker that may be there.
+    /// Fill bytes before each marker that allows them.
     fill: Vec<u8>,
     end: Vec<u8>,
     /// Of each component, in zigzag order, block by block.
@@ -85,7 +85,7 @@ impl Plan {
 
     fn most(&self) -> (usize, usize) {
         let most = |f: fn(&(usize, usize)) -> usize| self.sampling.iter().map(f).max().unwrap();
-        // A component that is alone has no factors.
+        // The factors of a single component have no effect.
         if self.sampling.len() == 1 { self.sampling[0] } else { (most(|s| s.0), most(|s| s.1)) }
     }
 
@@ -146,7 +146,8 @@ impl Plan {
         segment(&mut out, 0xC4, &codes);
         let mut known = [false; 4];
         for (i, scan) in self.scans.iter().enumerate() {
-            // Each table comes before the first scan that needs it, and is then nonsense.
+            // Each table is written before the first scan that needs it, and overwritten with nonsense
+            // afterwards.
             for c in &scan.components {
                 let mut table = vec![*c as u8 | if self.wide_factors { 0x10 } else { 0 }];
                 for k in 0..64 {
@@ -214,8 +215,8 @@ impl Plan {
         bits.flush();
     }
 
-    /// Pixels at a scale by the definitions: cosines, upsampling by three quarters and one quarter where a component has
-    /// half of the pixels and by copying elsewhere, colours of BT.601. `[H, W, 3]`
+    /// Pixels at a scale by the definitions: cosines; upsampling by three quarters and one quarter for a
+    /// component with half of the pixels, and by copying otherwise; colours of BT.601. `[H, W, 3]`
     fn exact(&self, scale: Scale) -> Vec<f64> {
         let (height, width) = scale.size(self.size);
         let planes: Vec<Vec<f64>> = (0..self.sampling.len()).map(|c| self.plane(c, scale)).collect();
@@ -240,7 +241,8 @@ impl Plan {
     fn plane(&self, c: usize, scale: Scale) -> Vec<f64> {
         let (most, own) = (self.most(), self.sampling[c]);
         let ratio = (most.0 / own.0, most.1 / own.1);
-        // At a smaller scale, as many samples of a block as upsampling in both directions would make of it.
+        // At a smaller scale, a block gives as many samples as upsampling in both directions would make of
+        // it.
         let least = 8 / scale.divisor();
         let mut side = least;
         while side < 8
@@ -282,7 +284,7 @@ impl Plan {
     }
 }
 
-/// `side` × `side` samples of a block: means of those of the whole transform.
+/// `side` × `side` samples of a block: means of the samples of the full transform.
 fn inverse(c: usize, block: &Coefficients, side: usize) -> Vec<f64> {
     let scale = |k: usize| if k == 0 { 0.125f64.sqrt() } else { 0.5 };
     let basis: Vec<[f64; 8]> = (0..8)
@@ -339,7 +341,7 @@ impl BitWriter<'_> {
         self.value(difference, size);
     }
 
-    /// The blocks that have nothing more.
+    /// Blocks without further coefficients.
     fn end_run(&mut self, run: &mut u32) {
         if *run > 0 {
             let size = run.ilog2();
@@ -416,7 +418,8 @@ fn decoded(bytes: &[u8], size: (usize, usize), scale: Scale, scratch: &mut JpegS
     Ok(out)
 }
 
-/// Rounding of samples (0.6 with the integers of the transform), of upsampling and of colours, times the factor of blue.
+/// Rounding of samples (0.6 with the integers of the transform), of upsampling and of colours, times the
+/// factor of blue.
 const MOST: f64 = (0.6 + 0.6) * 1.772 + 0.6 + 0.5;
 
 #[track_caller]
@@ -430,7 +433,8 @@ fn is_exact(plan: &Plan, scale: Scale, pixels: &[u8]) {
     );
 }
 
-/// For `tests/interop/jpeg.py`: the file, and our pixels (none where it is refused), into the folder `VITRUM_JPEGS`.
+/// For `tests/interop/jpeg.py`: writes the file, and our pixels (none if it is refused), into the folder
+/// `VITRUM_JPEGS`.
 fn hand_over(plan: &Plan, scale: Scale, pixels: &[u8]) {
     let Some(dir) = std::env::var_os("VITRUM_JPEGS") else { return };
     let sampling: Vec<String> =
@@ -454,8 +458,8 @@ fn hand_over(plan: &Plan, scale: Scale, pixels: &[u8]) {
 
 const SCALES: [Scale; 4] = [Scale::Full, Scale::Half, Scale::Quarter, Scale::Eighth];
 
-/// All three samplings from 1×1 to 4×4: what divides is decoded right, in one scan or in several, in any order, with
-/// restarts or without, whole and in windows, at all scales; the rest is refused by its name.
+/// All three samplings from 1×1 to 4×4: whole ratios are decoded correctly, in one scan or several, in any
+/// order, with or without restarts, whole and in windows, at all scales; the others are refused by name.
 #[test]
 fn every_sampling_is_decoded_right_or_refused() {
     let mut draws = seeded(21);
@@ -495,7 +499,7 @@ fn every_sampling_is_decoded_right_or_refused() {
             let whole = whole.unwrap_or_else(|e| panic!("{sampling:?}: {e}"));
             is_exact(&plan, scale, &whole);
             hand_over(&plan, scale, &whole);
-            // The fast way, where it takes the picture, has the same bits.
+            // The fast path, if it supports the picture, gives the same bits.
             let of = scale.size(size);
             if let Some(frame) = parse(&bytes, &mut scratch) {
                 let mut out = vec![0; whole.len()];
@@ -551,7 +555,7 @@ fn progressive_scans_add_up_to_the_pixels_of_one() {
     }
 }
 
-/// Whatever may stand between and behind scans.
+/// Everything that may stand between and after scans.
 #[test]
 fn marker_and_table_habits_change_nothing() {
     let mut draws = seeded(23);
@@ -654,7 +658,8 @@ fn what_cannot_be_decoded_is_refused_by_name() {
     }
 }
 
-/// Every prefix and many damaged forms: a picture or an error, and memory as the file's length allows.
+/// Every prefix and many damaged forms give a picture or an error, and use memory in proportion to the file's
+/// length.
 #[test]
 fn damage_of_odd_files_is_a_picture_or_an_error() {
     let mut draws = seeded(26);

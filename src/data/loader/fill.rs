@@ -1,4 +1,4 @@
-//! How a batch is made: which records, on which workers, and what goes into the slot besides pixels.
+//! Makes one batch: which records, on which workers, and the slot's contents besides pixels.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -21,18 +21,18 @@ use crate::terminal;
 
 use super::{Delivery, LoaderSpec, Mode};
 
-/// Values of pixels that a worker makes at a time: small pictures come by the dozen, so that handing them out costs
-/// nothing beside them.
+/// Values of pixels that a worker makes at a time. Small pictures come by the dozen, so that the cost of
+/// distributing them is negligible.
 const PIECE: usize = 96 << 10;
 
-/// What all batches of a loader have in common, and the workers.
+/// State that all batches of a loader share, and the workers.
 pub(super) struct Filler {
     dataset: Arc<Dataset>,
     spec: LoaderSpec,
     delivery: Delivery,
     order: Order,
     stop: Arc<AtomicBool>,
-    /// Records that could not be decoded, each warned of once.
+    /// Records that could not be decoded; each causes one warning.
     bad: Arc<Mutex<HashSet<usize>>>,
     pool: ThreadPool,
 }
@@ -68,7 +68,7 @@ impl Filler {
                 >= self.dataset.len() as u64
     }
 
-    /// Whether all that was read was what was packed.
+    /// Checks that all data read so far is what was packed.
     pub(super) fn verified(&self) -> Result<()> {
         self.dataset.verified()
     }
@@ -86,7 +86,8 @@ impl Filler {
         self.order.of((0..self.spec.batch).map(|i| self.number(position, i, repeats)))
     }
 
-    /// The run's number of this rank's sample `i` of a batch. Samples of one record go to different ranks.
+    /// The number, within the run, of this rank's sample `i` of a batch. Samples of one record go to
+    /// different ranks.
     fn number(&self, position: u64, i: usize, repeats: usize) -> u64 {
         let (batch, Delivery { rank, ranks, .. }) = (self.spec.batch, self.delivery);
         let in_batch = if repeats > 1 { i * ranks + rank } else { rank * batch + i };
@@ -97,7 +98,8 @@ impl Filler {
         let batch = self.spec.batch;
         let order = self.drawn(slot.position, augment.repeats);
         if self.dataset.image().is_none() {
-            // Has the system read the next batch while this one is made. Small records it reads ahead as well as we.
+            // Asks the system to read the next batch while this one is made. For small records its own
+            // read-ahead is enough.
             let next = self.drawn(slot.position + 1, augment.repeats);
             next.iter().for_each(|drawn| self.dataset.will_need(drawn.record));
         }
@@ -108,7 +110,7 @@ impl Filler {
             if let Some(next) = order.get(i + 1) {
                 self.dataset.prefetch(next.record);
             }
-            // Records are below 2^40, repeats few.
+            // Records are below 2^40, and repeats are few.
             let key = drawn.record as u64 | (drawn.repeat as u64) << 40;
             let mut draws = Stream::new(seed, Domain::Augment, drawn.epoch, key);
             // A record that cannot be decoded is replaced by the next one that can.
@@ -158,7 +160,7 @@ impl Filler {
                 Err(error) => self.bad_record(first + i, error).map(|()| None),
             }
         })?;
-        // A record that cannot be decoded is left out: the others move up.
+        // A record that cannot be decoded is left out, and the others move up.
         let kept: Vec<usize> = (0..count).filter(|i| made[*i].is_some()).collect();
         let image_len = slot.layout().image_len();
         match slot.layout().pixels {
@@ -172,8 +174,8 @@ impl Filler {
         Ok(())
     }
 
-    /// Runs `make(i, buffers, target)` for samples `0..count` of a slot on the workers. Of several errors the first
-    /// sample's is returned, as far as it was reached.
+    /// Runs `make(i, buffers, target)` for samples `0..count` of a slot on the workers. If several samples
+    /// fail, returns the error of the first of those that ran.
     fn each_sample(
         &self,
         slot: &mut Slot,
@@ -202,7 +204,7 @@ impl Filler {
             }
         };
         let (one, normalise) = (&one, self.delivery.normalise);
-        // Pieces wait in one line for all batches: workers take them first come, first served.
+        // All batches share one queue of pieces: workers take them first come, first served.
         self.pool.in_place_scope(|scope| {
             let made = made.chunks_mut(piece).enumerate();
             match slot.layout().pixels {
@@ -238,7 +240,7 @@ impl Filler {
         }
     }
 
-    /// Labels, one-hot or multi-hot targets; padding is class 0, and counts for nothing.
+    /// Writes labels, or one-hot or multi-hot targets. Padding is class 0 and is ignored.
     fn write_targets(&self, slot: &mut Slot, made: &[Option<Made>]) {
         let record = |i: usize| made.get(i).copied().flatten().map(|m| m.record);
         match slot.layout().targets {
@@ -257,9 +259,9 @@ impl Filler {
         }
     }
 
-    /// Stops at a bad record, or warns of it the first time.
+    /// Stops at a bad record, or warns the first time.
     fn bad_record(&self, record: usize, error: Error) -> Result<()> {
-        // A shard that is not what was packed is no matter of one record.
+        // If the shard differs from what was packed, the error is about the shard, not about one record.
         self.dataset.sound(record)?;
         let place = format!("{}: `{}`", self.dataset.name(), self.dataset.record_name(record));
         match self.spec.on_bad_record {
@@ -276,7 +278,7 @@ impl Filler {
     }
 }
 
-/// The system starts no more threads.
+/// The error for threads that the system refuses to start.
 pub(super) fn threads(wanted: usize, why: &dyn std::fmt::Display) -> Error {
     Error::new(format!("cannot start {wanted} threads for the loader: {why}")).hint(
         "use fewer, as in `--set data.workers=1`, or raise the limits that `ulimit -u` and `ulimit -v` show",
@@ -289,7 +291,7 @@ struct WorkerBuffers {
     augment: Buffers,
 }
 
-/// What became of a sample, besides its pixels.
+/// The result for one sample, besides its pixels.
 #[derive(Clone, Copy)]
 struct Made {
     record: usize,
@@ -297,7 +299,7 @@ struct Made {
     erase: (MixBox, u32),
 }
 
-/// Moves the pictures that are kept to the front; what is behind them becomes zero.
+/// Moves the kept pictures to the front and zeros the rest.
 fn close_up<T: Copy + Default>(pixels: &mut [T], image_len: usize, kept: &[usize]) {
     for (to, from) in kept.iter().enumerate().filter(|(to, from)| to != *from) {
         pixels.copy_within(from * image_len..(from + 1) * image_len, to * image_len);
@@ -305,7 +307,8 @@ fn close_up<T: Copy + Default>(pixels: &mut [T], image_len: usize, kept: &[usize
     pixels[kept.len() * image_len..].fill(T::default());
 }
 
-/// The part of a record that `choose` picks, told its (H, W): of what is stored, or decoded. Raw pixels come at full size.
+/// The part of a record that `choose` picks given its (H, W): a view of stored pixels, or decoded. Raw pixels
+/// come at full size.
 pub fn pixels<'a>(
     record: &'a Record,
     decoder: &'a mut Decoder,

@@ -1,4 +1,4 @@
-//! `vitrum pack --check`: is a packed data set what its `dataset.json` says, down to every picture?
+//! `vitrum pack --check`: compares a packed data set with its `dataset.json`, down to every picture.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::data::shard::{Record, Shard};
 use crate::error::{Error, Result};
 use crate::fail;
 
-/// What was found.
+/// The result of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Checked {
     pub shards: usize,
@@ -20,7 +20,7 @@ pub struct Checked {
     pub faults: Vec<String>,
 }
 
-/// Checks a packed data set, or those in the folders of `dir`.
+/// Checks a packed data set, or all of them in the folders of `dir`.
 pub fn check(dir: &Path) -> Result<Checked> {
     let mut sets: Vec<PathBuf> = match Manifest::is_in(dir) {
         true => vec![dir.to_owned()],
@@ -62,7 +62,7 @@ pub fn check(dir: &Path) -> Result<Checked> {
     Ok(checked)
 }
 
-/// Faults of single records; an error where the shard as a whole is wrong.
+/// Faults of single records; an error if the shard as a whole is wrong.
 fn check_shard(path: &Path, entry: &ShardEntry, classes: usize, first: usize) -> Result<Vec<String>> {
     let shard = Shard::open(path, classes)?.listed(path.into(), &entry.checksum, first);
     shard.verify()?;

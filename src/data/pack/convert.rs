@@ -1,4 +1,4 @@
-//! What a record becomes on its way into a shard: kept as it is after a check, resized, or re-encoded.
+//! Converts a record on its way into a shard: checks it and keeps its bytes, resizes it, or re-encodes it.
 
 use std::borrow::Cow;
 use std::str::FromStr;
@@ -38,20 +38,20 @@ impl FromStr for Target {
     }
 }
 
-/// Quality of a JPEG that has to be encoded where the user names none.
+/// Quality of re-encoded JPEG if the user gives none.
 const DEFAULT_QUALITY: u8 = 92;
 
 /// The conversion that one pack applies to every record.
 pub(super) struct Converter {
     form: Form,
-    /// Pictures are turned as their EXIF orientation says.
+    /// Whether pictures are turned by their EXIF orientation.
     exif: bool,
 }
 
 enum Form {
     /// u8 pixels of this size.
     Raw { height: usize, width: usize, resize: bool },
-    /// Encoded pictures; `None` twice keeps the bytes.
+    /// Encoded pictures; if both are `None`, the bytes are kept.
     Encoded { size: Option<Target>, quality: Option<u8> },
 }
 
@@ -61,7 +61,7 @@ impl Converter {
         Ok(Self { form: Form::new(source, options)?, exif })
     }
 
-    /// Of a [`super::Decoder`] for it.
+    /// Whether a [`super::Decoder`] for it turns pictures.
     pub(super) fn exif(&self) -> bool {
         self.exif
     }
@@ -81,9 +81,10 @@ impl Converter {
         }
     }
 
-    /// The bytes to store. What is kept as it came is verified ([`Decoder::verify`]), the rest is decoded.
+    /// The bytes to store. A picture whose bytes are kept is verified ([`Decoder::verify`]); others are
+    /// decoded.
     pub(super) fn convert<'a>(&self, record: Record<'a>, decoder: &mut Decoder) -> Result<Cow<'a, [u8]>> {
-        // A picture that is kept as it came needs no copy.
+        // A picture whose bytes are kept needs no copy.
         match (&self.form, &record) {
             (Form::Encoded { size: None, quality: None }, Record::Encoded(bytes))
                 if !self.exif || !decoder.turns(bytes) =>
@@ -117,7 +118,7 @@ impl Converter {
                 let fits = size.is_none_or(|size| goal(picture.size(), size).1 == picture.size());
                 match (record, quality) {
                     (Record::Encoded(bytes), None) if fits && !turns => Ok(bytes.to_vec()),
-                    // Pixels without a picture format of their own lose nothing as PNG.
+                    // PNG stores raw pixels, which have no encoded form, without loss.
                     (Record::Raw { .. }, None) if fits => encode_png(picture),
                     _ => {
                         let fitted = match size {
@@ -139,7 +140,7 @@ impl Form {
             return Err(Error::usage("`--quality` is for JPEG pictures, and raw pixels have none")
                 .hint("leave out `--quality`, or use `--format jpeg`"));
         }
-        // Raw pixels need one size: the one that is asked for, or the one that all pictures have.
+        // Raw pixels need one size: the one that the user gives, or the one that all pictures have.
         let raw = |(height, width), resize| Form::Raw { height, width, resize };
         match (format, size) {
             (Some(Format::Jpeg), _) => Ok(Form::Encoded { size, quality }),
@@ -169,14 +170,15 @@ fn fail_raw(why: String) -> Result<Form> {
         .hint("give one with `--size N`, or keep the encoded pictures with `--format jpeg`"))
 }
 
-/// The size (H, W) of all pictures with a readable header; else a sentence that says why there is none.
+/// The common size (H, W) of all pictures with a readable header; else a sentence that says why there is
+/// none.
 fn common_size(source: &Source, exif: bool) -> Result<(usize, usize), String> {
     let size = |item: &&Item| match source.store.read(item).ok()? {
         Record::Raw { height, width, .. } => Some((height, width)),
         Record::Encoded(bytes) => decode::size(&bytes, exif).ok(),
     };
     let mut common = None;
-    // Photographs differ within the first few, and then nothing is read twice.
+    // Photographs usually differ within the first few, so nothing is read twice.
     let items: Vec<&Item> = source.lists().flat_map(|(_, items)| items).collect();
     let (first, rest) = items.split_at(items.len().min(8));
     for chunk in std::iter::once(first).chain(rest.chunks(1024)) {
@@ -197,12 +199,12 @@ fn common_size(source: &Source, exif: bool) -> Result<(usize, usize), String> {
     common.map(|(size, _)| size).ok_or_else(|| "no picture can be read".into())
 }
 
-/// Width first, as people say it.
+/// Width first, as is customary.
 fn dimensions((height, width): (usize, usize)) -> String {
     format!("{width}x{height}")
 }
 
-/// The size to resize to, and the size of the part of it that is kept.
+/// The size to resize to, and the size of the part that is kept.
 fn goal(from: (usize, usize), target: Target) -> ((usize, usize), (usize, usize)) {
     match target {
         Target::Shorter(n) => {
@@ -213,7 +215,7 @@ fn goal(from: (usize, usize), target: Target) -> ((usize, usize), (usize, usize)
     }
 }
 
-/// Resizes (antialiased) so that the target is just covered, and of that makes the centre.
+/// Resizes (antialiased) so that the target is just covered, and keeps the centre.
 fn fitted(picture: View, target: Target) -> Result<Picture> {
     let (whole, kept) = goal(picture.size(), target);
     let mut fitted = Picture::default();

@@ -1,9 +1,10 @@
-//! From a source of pictures to a packed data set, or two for a source with a split.
+//! Packs a source of pictures into a data set, or into one for each split of the source.
 //!
-//! Everything is written into a hidden folder beside the destination ([`stage`]), `dataset.json` last, and renamed into
-//! place when it is complete: what is at the destination is whole, a failed pack leaves nothing, and one that was killed
-//! goes on behind its last whole shard. Records are read, checked and converted in parallel and written in the source's
-//! order, so the same source gives the same bytes on any machine. Memory is bounded by one shard and one chunk of records.
+//! All files are written into a hidden folder beside the destination ([`stage`]), `dataset.json` last. The
+//! folder is renamed into place when it is complete. So the destination is always complete, a failed pack
+//! leaves nothing, and a killed pack can continue after its last complete shard. Records are read, checked
+//! and converted in parallel and written in the source's order, so the same source gives the same bytes on
+//! any machine. Memory is bounded by one shard and one chunk of records.
 
 mod check;
 mod convert;
@@ -50,7 +51,7 @@ impl Format {
     }
 }
 
-/// What the user asked for.
+/// The user's options.
 #[derive(Clone, Copy, Debug)]
 pub struct PackOptions {
     /// Default: raw if all pictures have one size of at most [`LARGEST_RAW_SIDE`], else jpeg.
@@ -59,33 +60,33 @@ pub struct PackOptions {
     /// Re-encode as JPEG of this quality, 1 to 100.
     pub quality: Option<u8>,
     pub on_bad_record: OnBadRecord,
-    /// Store pictures turned as their EXIF orientation says.
+    /// Store pictures turned by their EXIF orientation.
     pub exif: bool,
-    /// Share of the training records that become a data set of their own, chosen by a hash of their names: the validation
-    /// part of a source without one, else `minival`.
+    /// Share of the training records that become a data set of their own, chosen by a hash of their names:
+    /// the validation split if the source has none, else `minival`.
     pub minival: f64,
 }
 
-/// What was packed.
+/// The result of a pack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packed {
     pub format: Format,
     /// (H, W), for raw pixels.
     pub image: Option<(usize, usize)>,
     pub classes: usize,
-    /// Folder (none for a source without splits), records, skipped records.
+    /// For each data set: folder (none for a source without splits), records, skipped records.
     pub parts: Vec<(Option<&'static str>, usize, usize)>,
 }
 
-/// Pictures of one size up to this many pixels on a side are stored raw by default.
+/// By default, pictures of one size with sides up to this many pixels are stored raw.
 pub const LARGEST_RAW_SIDE: usize = 64;
 /// A shard is closed when its pictures reach this many bytes.
 const SHARD_BYTES: usize = 128 << 20;
 /// Records that are read and converted at a time.
 const CHUNK: usize = 256;
 
-/// Packs `source` into the folder `dest`, which must not exist or be empty. `stop` holds the number of a signal that
-/// asks to stop, or 0.
+/// Packs `source` into the folder `dest`, which must be empty or not exist. `stop` holds the number of a
+/// signal that asks to stop, or 0.
 pub fn pack(source: &Path, dest: &Path, options: PackOptions, stop: &AtomicUsize) -> Result<Packed> {
     check_destination(dest)?;
     let name = source.display();
@@ -130,7 +131,7 @@ fn parts(source: &Source, minival: f64) -> Vec<(Option<&'static str>, Vec<&Item>
     let train = if source.is_split() { source.items(Split::Train) } else { lists[0].1 };
     let others = lists.iter().filter(|(split, _)| split.is_some_and(|split| split != Split::Train));
     let has_val = lists.iter().any(|(split, _)| *split == Some(Split::Val));
-    // By name alone: neither order nor number of the records moves one from side to side.
+    // By name alone: neither the order nor the number of records moves one from one side to the other.
     let is_minival = |item: &&Item| is_held_out(&item.name, minival);
     let (held, kept): (Vec<&Item>, Vec<&Item>) = train.iter().partition(is_minival);
     let mut parts = Vec::new();
@@ -146,7 +147,8 @@ fn parts(source: &Source, minival: f64) -> Vec<(Option<&'static str>, Vec<&Item>
     parts
 }
 
-/// Says whether a pack that was killed was the same pack: the records with their labels, and what becomes of them.
+/// Identifies a pack, so that a killed one is continued only by the same: the records with their labels, and
+/// the conversion.
 fn fingerprint(
     source: &Source,
     parts: &[(Option<&'static str>, Vec<&Item>)],
@@ -266,7 +268,7 @@ impl PartWriter<'_> {
         }
     }
 
-    /// `done` records of the part are behind this shard, `skipped` of them left out.
+    /// The split has `done` records up to the end of this shard, of which `skipped` were left out.
     fn close(&mut self, writer: ShardWriter, done: usize, skipped: usize) -> Result<()> {
         let file = format!("{:05}.safetensors", self.stage.shards(self.name).len());
         let checksum = writer.write_file(&self.stage.dir().join(self.name).join(&file))?;

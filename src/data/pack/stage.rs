@@ -1,7 +1,7 @@
-//! The folder in which a data set is put together, and what is known of it after a kill.
+//! The folder in which a data set is assembled, and the state that survives a kill.
 //!
-//! It stands beside the destination, hence on its file system, and is renamed when it is complete. `progress.json` in it
-//! lists the shards that are whole; it is replaced after each. A lock keeps a second pack out.
+//! It is beside the destination, hence on the same file system, and is renamed when it is complete. Its
+//! `progress.json` lists the complete shards and is replaced after each. A lock keeps a second pack out.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -16,13 +16,13 @@ use crate::terminal;
 
 const PROGRESS: &str = "progress.json";
 
-/// A shard that is whole.
+/// A complete shard.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Finished {
     /// Folder of its data set.
     pub(super) part: String,
     pub(super) shard: ShardEntry,
-    /// Records of the part that are in this shard and those before, or left out.
+    /// Records of the split in this shard and those before, including records that were left out.
     pub(super) done: usize,
     pub(super) skipped: usize,
 }
@@ -33,7 +33,7 @@ struct Progress {
     shards: Vec<Finished>,
 }
 
-/// Dropped before it is published, it disappears if nothing in it is whole.
+/// If it is dropped before it is published, it removes the folder unless it has a complete shard.
 pub(super) struct Stage {
     dir: PathBuf,
     progress: Progress,
@@ -43,7 +43,7 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    /// Makes the folder, or goes on with what the same pack (`fingerprint`) left behind.
+    /// Makes the folder, or continues with what an earlier run of the same pack (`fingerprint`) left.
     pub(super) fn open(dest: &Path, fingerprint: String) -> Result<Self> {
         let name = dest.file_name().ok_or_else(|| {
             Error::usage(format!("`{}` does not name a folder to pack into", dest.display()))
@@ -65,7 +65,7 @@ impl Stage {
             .unwrap_or_default();
         let is_whole = |f: &Finished| dir.join(&f.part).join(&f.shard.file).is_file();
         if progress.fingerprint != fingerprint || !progress.shards.iter().all(is_whole) {
-            // Of another pack, or from before its first shard.
+            // From another pack, or from before its first shard.
             for entry in fs::read_dir(&dir).at(dir.display())? {
                 let path = entry.at(dir.display())?.path();
                 let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
@@ -83,25 +83,26 @@ impl Stage {
         &self.dir
     }
 
-    /// How many of a part's records are done, and how many of these were left out.
+    /// How many of a split's records are done, and how many of these were left out.
     pub(super) fn resume(&self, part: &str) -> (usize, usize) {
         let last = self.progress.shards.iter().rfind(|f| f.part == part);
         last.map_or((0, 0), |f| (f.done, f.skipped))
     }
 
-    /// The whole shards of a part.
+    /// The complete shards of a split.
     pub(super) fn shards(&self, part: &str) -> Vec<ShardEntry> {
         self.progress.shards.iter().filter(|f| f.part == part).map(|f| f.shard.clone()).collect()
     }
 
-    /// A shard has been written.
+    /// Records that a shard has been written.
     pub(super) fn finish(&mut self, shard: Finished) -> Result<()> {
         self.progress.shards.push(shard);
         let text = serde_json::to_vec(&self.progress).at(PROGRESS)?;
         files::write_atomic(&self.dir.join(PROGRESS), |out| out.write_all(&text))
     }
 
-    /// A failure removes everything; a signal leaves what is whole, for the same command to go on with.
+    /// A failure removes everything. A signal keeps the complete shards, so that the same command can
+    /// continue.
     pub(super) fn give_up(mut self, error: Error) -> Error {
         self.keep =
             matches!(error.kind(), crate::error::Kind::Stopped(_)) && !self.progress.shards.is_empty();
@@ -111,7 +112,7 @@ impl Stage {
         }
     }
 
-    /// Puts the data set in place.
+    /// Renames the data set to its destination.
     pub(super) fn publish(self, dest: &Path) -> Result<()> {
         if let Some(parent) = dest.parent().filter(|p| !p.as_os_str().is_empty()) {
             files::create_dir(parent)?;

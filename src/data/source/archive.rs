@@ -1,5 +1,5 @@
-//! Tar archives: class folders inside them, class archives (each a class of its own, perhaps all in one), or WebDataset's
-//! naming ([`webdataset`]).
+//! Tar archives: with class folders inside, one archive per class (perhaps all inside one archive), or with
+//! WebDataset's naming ([`webdataset`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -15,13 +15,13 @@ use super::listing::{Labels, Listing};
 use super::strays::{self, count};
 use super::{Place, Source, Store, webdataset};
 
-/// One archive, or the archive of a class inside one.
+/// One archive, or a class's archive inside another.
 pub(super) struct Archive {
     /// Path in the data set, with `/`.
     pub(super) name: String,
     /// The number of its map.
     pub(super) map: usize,
-    /// In the order of the archive; a name may be there twice.
+    /// In the order of the archive; a name may occur twice.
     pub(super) members: Vec<Member>,
     folders: BTreeSet<String>,
 }
@@ -34,13 +34,13 @@ pub(super) struct Member {
 }
 
 impl Archive {
-    /// The name without folder and ending.
+    /// The name without folder and extension.
     fn stem(&self) -> &str {
         let base = self.name.rsplit('/').next().unwrap_or_default();
         base.strip_suffix(".tar").unwrap_or(base)
     }
 
-    /// The part that its folder or its name speaks of.
+    /// The split that its folder or its name indicates.
     pub(super) fn split(&self) -> Option<Split> {
         let of_folder = self.name.split_once('/').and_then(|(folder, _)| Split::of_word(folder));
         of_folder.or_else(|| Split::of(self.stem()))
@@ -94,7 +94,7 @@ fn open_one(path: &Path) -> Result<Mmap> {
     Ok(archive)
 }
 
-/// What is in an archive that starts `base` bytes into its map.
+/// Lists an archive that starts `base` bytes into its map.
 fn members(name: &str, file: &Path, bytes: &[u8], base: usize, map: usize) -> Result<Archive> {
     let mut archive = Archive { name: name.to_owned(), map, members: Vec::new(), folders: BTreeSet::new() };
     let mut reader = tar::Archive::new(std::io::Cursor::new(bytes));
@@ -133,7 +133,7 @@ fn members(name: &str, file: &Path, bytes: &[u8], base: usize, map: usize) -> Re
     Ok(archive)
 }
 
-/// ImageNet's training archive holds an archive for each class: these, if there are any.
+/// The archives inside ImageNet's training archive, one per class, if there are any.
 fn class_archives(archives: &[Archive], store: &Store) -> Result<Vec<Archive>> {
     let is_tar = |name: &str| strays::ending(name) == "tar";
     let mut found = Vec::new();
@@ -170,8 +170,8 @@ pub(super) fn paths(archives: Vec<Archive>, store: &Store, is_alone: bool, listi
         replaced.extend(twice);
         let (files, empty) = without_common_folder(files, &archive.folders);
         let is_flat = !files.is_empty() && files.keys().all(|name| !name.contains('/'));
-        // In front of the paths: the folder of the archive, or the part that its name speaks of; and the class, if it
-        // holds one.
+        // Prefixes of the paths: the folder of the archive, or the split that its name indicates; and the
+        // class, if it holds one.
         let has_parts =
             files.keys().any(|n| n.split_once('/').is_some_and(|(f, _)| Split::of_word(f).is_some()));
         let mut prefix = match (archive.name.rsplit_once('/'), archive.split()) {
@@ -185,7 +185,7 @@ pub(super) fn paths(archives: Vec<Archive>, store: &Store, is_alone: bool, listi
         }
         for (name, (offset, len)) in files {
             let mut name = format!("{prefix}{name}");
-            // The same path in two archives is two pictures.
+            // The same path in two archives means two pictures.
             if known.contains(&name) {
                 let at = name.rfind('/').map_or(0, |i| i + 1);
                 name.insert_str(at, &format!("{}:", archive.name.replace('/', ":")));
@@ -210,7 +210,8 @@ pub(super) fn paths(archives: Vec<Archive>, store: &Store, is_alone: bool, listi
 
 type Files = BTreeMap<String, (usize, usize)>;
 
-/// Pictures with place and length, other files, and names that come again: the last of a name counts, as `tar` extracts.
+/// Pictures with place and length, other files, and repeated names: the last one of a name counts, as when
+/// `tar` extracts.
 fn pictures(archive: &Archive, store: &Store) -> (Files, Vec<String>, Vec<String>) {
     let (mut files, mut others, mut replaced) = (Files::new(), Vec::new(), Vec::new());
     for Member { name, offset, len } in &archive.members {
@@ -224,7 +225,7 @@ fn pictures(archive: &Archive, store: &Store) -> (Files, Vec<String>, Vec<String
     (files, others, replaced)
 }
 
-/// An archive often has all its paths in one folder named like itself. Returns the empty folders, too.
+/// An archive often has all its paths in one folder with the archive's name. Returns the empty folders, too.
 fn without_common_folder(files: Files, folders: &BTreeSet<String>) -> (Files, Vec<String>) {
     let has_inside = |folder: &str| {
         let prefix = format!("{folder}/");

@@ -11,7 +11,7 @@ use super::{CIFAR_PIXELS, Item, Place, Source, Store};
 use crate::data::shard::map;
 use crate::data::split::Split;
 
-/// The CIFAR binaries that `path` is or has, sorted.
+/// The CIFAR binaries that `path` is or contains, sorted.
 pub(super) fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         let binary = path.extension().is_some_and(|e| e == "bin");
@@ -30,7 +30,8 @@ pub(super) fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// CIFAR-10 has a label byte in front of each picture, CIFAR-100 a coarse and a fine one, of which the fine one counts.
+/// CIFAR-10 has a label byte before each picture; CIFAR-100 has a coarse and a fine one, and the fine one
+/// counts.
 pub(super) fn open(path: &Path, binaries: &[PathBuf]) -> Result<Source> {
     let maps = binaries.iter().map(|file| map(file)).collect::<Result<Vec<_>>>()?;
     let label_bytes = [1, 2].into_iter().find(|n| maps.iter().all(|m| m.len() % (n + 3 * CIFAR_PIXELS) == 0));
@@ -49,7 +50,7 @@ pub(super) fn open(path: &Path, binaries: &[PathBuf]) -> Result<Source> {
     cifar_classes(&binaries[0].with_file_name(names_file), count)?.into_iter().for_each(|c| listing.give(c));
     for (file, (binary, bytes)) in binaries.iter().zip(&maps).enumerate() {
         let name = binary.file_name().unwrap_or_default().to_string_lossy();
-        // A file alone is what it is; of several, those without a part's name are for training.
+        // A single file is used whole; of several, those without a split's name are for training.
         let split = if path.is_dir() { Some(Split::of(&name).unwrap_or(Split::Train)) } else { None };
         for (record, start) in (0..bytes.len()).step_by(label_bytes + 3 * CIFAR_PIXELS).enumerate() {
             let offset = start + label_bytes;
@@ -63,7 +64,7 @@ pub(super) fn open(path: &Path, binaries: &[PathBuf]) -> Result<Source> {
     listing.finish(Labels::Given, Store { maps, ..Store::new(path, "cifar") })
 }
 
-/// The lines of the file of names, or numbers where there is none.
+/// The lines of the file of names; numbers if there is none.
 fn cifar_classes(path: &Path, count: usize) -> Result<Vec<String>> {
     if !path.is_file() {
         return Ok((0..count).map(|i| i.to_string()).collect());

@@ -1,5 +1,5 @@
-//! Paths with `/` to parts and classes: `CLASS/...`, or `train/CLASS/...` beside `val/CLASS/...`. The paths are an image
-//! folder's or an archive's.
+//! Turns paths with `/` into splits and classes: `CLASS/...`, or `train/CLASS/...` beside `val/CLASS/...`.
+//! The paths come from an image folder or an archive.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,12 +11,12 @@ use super::listing::Listing;
 use super::strays::{count, named};
 use super::{Item, Place};
 
-/// Relative paths: what a folder or an archive contains.
+/// Relative paths: the contents of a folder or an archive.
 #[derive(Debug, Default)]
 pub(super) struct Paths {
     /// Pictures.
     pub(super) files: Vec<(String, Place)>,
-    /// Folders with nothing in them: classes without a picture.
+    /// Empty folders: classes without a picture.
     pub(super) empty: BTreeSet<String>,
 }
 
@@ -56,14 +56,14 @@ impl Paths {
     }
 }
 
-/// The folders at the top that are parts of the data set; none where they are classes. A part's folder has class folders
-/// inside; one that has not is a class of that name.
+/// The top folders that are splits; none if they are classes. A split's folder contains class folders;
+/// without them it is a class of that name.
 fn parts(tops: &Tops) -> Result<Vec<(Split, String)>> {
     let full: Vec<&str> = tops.iter().filter(|(_, top)| top.all > 0).map(|(name, _)| *name).collect();
     let is_part = |name: &&str| !tops[name].inside.is_empty();
     let of_one_word = full.iter().copied().filter(|name| Split::of_word(name).is_some()).filter(is_part);
     let mut folders: Vec<&str> = of_one_word.collect();
-    // A longer name may be a class's (`train station`), unless all are such or two parts are named.
+    // A longer name may be a class's (`train station`), unless all are such or two splits are named.
     let all_named = !full.is_empty() && full.iter().all(|name| Split::of(name).is_some());
     let named_parts: BTreeSet<Split> =
         full.iter().filter(|n| is_part(n)).filter_map(|n| Split::of(n)).collect();
@@ -93,7 +93,7 @@ fn parts(tops: &Tops) -> Result<Vec<(Split, String)>> {
         }
         parts.push((split, (*name).to_owned()));
     }
-    // One folder of such a name among others that are none may be a class, and a part may have another name.
+    // A single folder with a split's name among others may be a class, or a split may have another name.
     let others: Vec<&str> =
         full.iter().copied().filter(|name| !folders.contains(name) && Split::of(name).is_none()).collect();
     if parts.len() == 1 && !others.is_empty() {
@@ -111,7 +111,7 @@ fn parts(tops: &Tops) -> Result<Vec<(Split, String)>> {
     Ok(parts)
 }
 
-/// Refuses folders that have the same folders inside: they are no classes, and nothing says which part each is.
+/// Refuses folders with the same subfolders: they are not classes, and nothing says which split each one is.
 fn no_parts_of_another_name(tops: &Tops, full: &[&str]) -> Result<()> {
     let deep = full.len() > 1 && full.iter().all(|name| tops[name].direct == 0);
     if !deep {
@@ -147,7 +147,7 @@ fn common_or<'a>(common: &[&'a str], all: &BTreeSet<&'a str>) -> Vec<&'a str> {
     if common.is_empty() { all.iter().copied().collect() } else { common.to_vec() }
 }
 
-/// Finds parts and classes in the paths, which are sorted.
+/// Finds splits and classes in the sorted paths.
 pub(super) fn arrange(paths: Paths, listing: &mut Listing) -> Result<()> {
     let tops = paths.tops();
     let parts = parts(&tops)?;
@@ -192,14 +192,15 @@ pub(super) fn arrange(paths: Paths, listing: &mut Listing) -> Result<()> {
     }
 }
 
-/// Whether a test part is of other classes: beside a validation part any that training has not, else all of them.
+/// Whether a test split has other classes: if there is a validation split, any that training lacks; else all
+/// of them.
 fn are_others(inside: &BTreeSet<&str>, train: &[String], of_val: bool) -> bool {
     let is_known = |class: &&str| train.iter().any(|known| known == class);
     if of_val { !inside.iter().all(is_known) } else { !inside.iter().any(is_known) }
 }
 
-/// Lists the records below `prefix`: the first folder names the class, whatever lies deeper belongs to it. Returns the
-/// names of its classes.
+/// Lists the records below `prefix`. The first folder names the class; everything deeper belongs to it.
+/// Returns the names of its classes.
 fn part(paths: &Paths, prefix: &str, split: Option<Split>, listing: &mut Listing) -> Vec<String> {
     let first = |path: &str| Some(path.strip_prefix(prefix)?.split('/').next()?.to_owned());
     let mut classes: BTreeSet<String> =

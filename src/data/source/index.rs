@@ -1,5 +1,5 @@
-//! The list of an image folder's files. Walking a folder of a million files takes minutes, so a long list is kept in the
-//! cache folder, and is good as long as no folder that was walked has changed.
+//! The list of an image folder's files. Walking a folder of a million files takes minutes, so a long list is
+//! kept in the cache folder. It is valid as long as no folder that was walked has changed.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -14,30 +14,30 @@ use crate::files;
 
 use super::strays::{self, RECIPE};
 
-/// Shorter lists are not worth a file.
+/// Shorter lists are not cached.
 const LEAST: usize = 1000;
 
-/// What is below a folder, as relative paths with `/`.
+/// Contents of a folder, as relative paths with `/`.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Index {
     root: String,
-    /// Folders that were walked (the root is ""), with their times of change in nanoseconds.
+    /// Folders that were walked (the root is ""), with their modification times in nanoseconds.
     folders: Vec<(String, u64)>,
     /// Pictures.
     pub(super) files: Vec<String>,
-    /// Folders with nothing in them.
+    /// Empty folders.
     pub(super) empty: Vec<String>,
-    /// Files that are no pictures, in no hidden folder.
+    /// Files that are not pictures, outside hidden folders.
     pub(super) others: Vec<String>,
     /// Folders that are never data, with `/`, and why.
     pub(super) strays: Vec<String>,
     /// Run directories.
     pub(super) runs: Vec<String>,
-    /// Links that lead back to a folder on the way to them.
+    /// Links to one of their own parent folders.
     pub(super) cut: Vec<String>,
 }
 
-/// Lists what is below `root`, sorted.
+/// Lists everything below `root`, sorted.
 pub(super) fn list(root: &Path) -> Result<Index> {
     let key = fs::canonicalize(root).at(root.display())?.display().to_string();
     let cached =
@@ -47,7 +47,7 @@ pub(super) fn list(root: &Path) -> Result<Index> {
     }
     let index = walk(root, key)?;
     if index.files.len() >= LEAST {
-        // A cache that cannot be written is no reason to stop.
+        // An unwritable cache is no reason to stop.
         let _ = write(&cached, &index);
     }
     Ok(index)
@@ -70,7 +70,7 @@ fn walk(root: &Path, key: String) -> Result<Index> {
     Ok(index)
 }
 
-/// The index in the cache, if it is of this folder and nothing has changed.
+/// The cached index, if it is of this folder and nothing has changed.
 fn read(cached: &PathBuf, key: &str, root: &Path) -> Option<Index> {
     let index: Index = serde_json::from_slice(&fs::read(cached).ok()?).ok()?;
     let unchanged = |(name, time): &(String, u64)| changed(&root.join(name)) == Some(*time);
@@ -83,7 +83,7 @@ fn write(cached: &Path, index: &Index) -> Result<()> {
     files::write_atomic(cached, |out| out.write_all(&text))
 }
 
-/// When names in a folder last changed.
+/// When the names in a folder last changed.
 fn changed(folder: &Path) -> Option<u64> {
     let time = fs::metadata(folder).ok()?.modified().ok()?;
     Some(time.duration_since(UNIX_EPOCH).ok()?.as_nanos() as u64)
@@ -91,15 +91,16 @@ fn changed(folder: &Path) -> Option<u64> {
 
 struct Walk<'a> {
     root: &'a Path,
-    /// The root without links.
+    /// The root with links resolved.
     real: PathBuf,
     /// Device and inode of the folders on the way down.
     chain: Vec<(u64, u64)>,
 }
 
 impl Walk<'_> {
-    /// Collects what is in `root/inside`. Links to folders are followed, but never back to a folder on the way, and below
-    /// a link only out of the root: what is inside is listed where it is.
+    /// Collects the contents of `root/inside`. Links to folders are followed, but not to a folder on the way
+    /// down, and below a link only to places outside the root: everything inside the root is listed at its
+    /// own place.
     fn folder(&mut self, inside: &str, below_link: bool, index: &mut Index) -> Result<()> {
         let dir = self.root.join(inside);
         let about = fs::metadata(&dir).at(dir.display())?;
@@ -109,7 +110,8 @@ impl Walk<'_> {
             return Ok(());
         }
         self.chain.push(identity);
-        // Before the names are read: a change in between makes the index old, not wrong.
+        // The time is taken before the names are read: a change in between makes the index outdated, not
+        // wrong.
         index.folders.push((inside.to_owned(), changed(&dir).unwrap_or(0)));
         let mut is_empty = true;
         for entry in fs::read_dir(&dir).at(dir.display())? {
@@ -124,7 +126,7 @@ impl Walk<'_> {
             let is_link = kind.is_symlink();
             let is_dir = kind.is_dir() || (is_link && entry.path().is_dir());
             if !is_dir {
-                // Only a plain file is looked into: a pipe would never end.
+                // Only regular files are read: reading a pipe might never end.
                 let head = || if entry.path().is_file() { head(&entry.path()) } else { Vec::new() };
                 match !strays::is_junk(&name) && strays::is_picture(&name, head) {
                     true => index.files.push(path),
@@ -133,7 +135,7 @@ impl Walk<'_> {
             } else if strays::is_junk(&name) {
                 index.strays.push(format!("{path}/"));
             } else if entry.path().join(RECIPE).is_file() {
-                // Looked at again when it is no run any more.
+                // Checked again, in case it is no longer a run.
                 index.folders.push((path.clone(), changed(&entry.path()).unwrap_or(0)));
                 index.runs.push(format!("{path}/"));
             } else if is_link && below_link && self.is_inside(&entry.path()) {
@@ -194,12 +196,12 @@ mod tests {
         }
         symlink("..", root.join("cat/up")).unwrap();
         symlink(&outside, root.join("dog/more")).unwrap();
-        // The linked folder leads back inside, which is listed already.
+        // The linked folder leads back inside the root, which is listed already.
         symlink(&root, outside.join("home")).unwrap();
         let index = walk(&root, "key".into()).unwrap();
         assert_eq!(index.files, ["cat/a.jpg", "dog/a.jpg", "dog/more/a.jpg"]);
         assert_eq!(index.cut, ["cat/up", "dog/more/home"]);
-        // Folders that lead to each other: as many ways as orders, if all were followed.
+        // Folders that link to each other: following every link would list them in every order.
         let mesh = temp.path().join("mesh");
         for i in 0..12 {
             fs::create_dir_all(mesh.join(format!("c{i}"))).unwrap();

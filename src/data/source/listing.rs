@@ -1,4 +1,4 @@
-//! From records with labels in words to classes with numbers and parts: the same for every kind of source.
+//! Turns records with labels as words into numbered classes and splits, for every kind of source.
 
 use std::collections::HashMap;
 
@@ -8,18 +8,19 @@ use crate::error::Result;
 use super::strays::{count, named};
 use super::{Item, Parts, Source, Store};
 
-/// What the words of labels are.
+/// How the words of labels are interpreted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Labels {
-    /// Names of classes. Where all are whole numbers, they are in the order of the numbers.
+    /// Class names. If all are whole numbers, they are sorted as numbers.
     Names,
-    /// Names, or class indices, where all are whole numbers that start at 0 and leave out no more than they use.
+    /// Class names; or class indices, if all are whole numbers that start at 0 and skip no more numbers than
+    /// they use.
     NamesOrIndices,
-    /// Names in the order in which they were given.
+    /// Class names in the given order.
     Given,
 }
 
-/// Records as a source lists them: an item's labels are places in a list of words.
+/// Records as a source lists them: an item's labels are indices into a list of words.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
     words: Vec<String>,
@@ -36,7 +37,7 @@ impl Listing {
         Self { several, ..Self::default() }
     }
 
-    /// The label that a word stands for.
+    /// The label for a word.
     pub(super) fn label(&mut self, word: &str) -> usize {
         if let Some(place) = self.places.get(word) {
             return *place;
@@ -46,7 +47,7 @@ impl Listing {
         self.words.len() - 1
     }
 
-    /// Adds a class of this name, of which there may be two: for [`Labels::Given`].
+    /// Adds a class of this name; two classes may share a name, for [`Labels::Given`].
     pub(super) fn give(&mut self, name: String) {
         self.words.push(name);
     }
@@ -64,7 +65,7 @@ impl Listing {
         }
     }
 
-    /// The source. Records without a part belong to training where others have one.
+    /// The finished source. Records without a split belong to training if others have one.
     pub(super) fn finish(mut self, labels: Labels, store: Store) -> Result<Source> {
         let (classes, numbers) = self.classes(labels);
         let is_split = self.records.iter().any(|(split, _)| split.is_some());
@@ -110,7 +111,7 @@ impl Listing {
         self.order().into_iter().map(|place| self.words[place].clone()).collect()
     }
 
-    /// Places of the words, sorted: whole numbers by their value, else by name.
+    /// Indices of the words, sorted: whole numbers by value, else by name.
     fn order(&self) -> Vec<usize> {
         let values: Option<Vec<u64>> = self.words.iter().map(|word| whole_number(word)).collect();
         let value = |i: usize| values.as_ref().map_or(0, |values| values[i]);
@@ -145,7 +146,7 @@ fn whole_number(word: &str) -> Option<u64> {
     is_number.then(|| word.parse().ok())?
 }
 
-/// Class indices start at 0 and leave out no more than they use: years, and the ids of another list, do not.
+/// Class indices start at 0 and skip no more numbers than they use, unlike years or the ids of another list.
 fn are_indices(values: &[u64]) -> bool {
     let mut distinct = values.to_vec();
     distinct.sort_unstable();

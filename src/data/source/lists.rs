@@ -1,5 +1,6 @@
-//! Label lists beside pictures: a table in the folder that names pictures and their classes, as `metadata.csv` of the
-//! HuggingFace hub, `val.txt` beside ImageNet's flat validation folder, or `labels.csv` beside `images/`.
+//! Label lists beside pictures: a table in the folder that names pictures and their classes, such as
+//! `metadata.csv` of the HuggingFace hub, `val.txt` beside ImageNet's flat validation folder, or `labels.csv`
+//! beside `images/`.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -30,7 +31,7 @@ struct Row {
     labels: Vec<String>,
 }
 
-/// Takes the pictures that tables have labels for out of `paths`, and these tables out of `others`.
+/// Takes the pictures with labels in tables out of `paths`, and these tables out of `others`.
 pub(super) fn take(root: &Path, paths: &mut Paths, others: &mut Vec<String>) -> Result<Lists> {
     let mut lists = Lists::default();
     let tops: BTreeSet<String> =
@@ -49,7 +50,7 @@ pub(super) fn take(root: &Path, paths: &mut Paths, others: &mut Vec<String>) -> 
             .collect();
         let is_flat = inside.len() < 2;
         for table in tables(&prefix, split, is_flat, others) {
-            // A table that speaks of no labels says something else about the pictures.
+            // A table without labels says something else about the pictures.
             let form = Form::of(Path::new(&table)).expect("it was found by its ending");
             let file = root.join(&table);
             let (rows, several) = match manifest::read(&file, form) {
@@ -69,8 +70,8 @@ pub(super) fn take(root: &Path, paths: &mut Paths, others: &mut Vec<String>) -> 
     Ok(lists)
 }
 
-/// Tables that may list the pictures of a folder: `metadata` whatever the folder holds; of a folder without class folders
-/// the one table in it, or those at the top that are named like the part.
+/// Tables that may list the pictures of a folder: `metadata` in any folder; in a folder without class
+/// folders, its only table, or the tables at the top that are named like the split.
 fn tables(prefix: &str, split: Option<Split>, is_flat: bool, others: &[String]) -> Vec<String> {
     let is_table = |name: &&String| Form::of(Path::new(name)).is_some();
     let here: Vec<&String> = (others.iter().filter(is_table))
@@ -98,7 +99,7 @@ fn tables(prefix: &str, split: Option<Split>, is_flat: bool, others: &[String]) 
 }
 
 impl Lists {
-    /// Moves what the rows name out of the paths. False where they name nothing that is there.
+    /// Moves the named pictures out of the paths. False if the rows name none that exist.
     fn match_rows(
         &mut self,
         rows: Vec<manifest::Row>,
@@ -148,7 +149,8 @@ impl Lists {
         true
     }
 
-    /// Lists the records. Where other pictures have class folders, a label is the name of one, or its place among them.
+    /// Lists the records. If other pictures have class folders, a label is the name of one, or its index
+    /// among them.
     pub(super) fn add(self, listing: &mut Listing) -> Result<()> {
         let known = listing.sorted_words();
         let are_numbers = |labels: &[String]| labels.iter().all(|l| l.bytes().all(|b| b.is_ascii_digit()));

@@ -1,9 +1,9 @@
-//! Tables of paths and labels: CSV, TSV, one JSON object a line, or lines of `PATH LABEL`.
+//! Tables of paths and labels: CSV, TSV, one JSON object per line, or lines of `PATH LABEL`.
 //!
-//! Columns (keys) are found by name: the picture under `path`, `file_name` and the like; the class under `label`, `class`,
-//! `labels` or `classes`; and a split, if there is one, under `split`. Several labels are separated by `;` or are a JSON
-//! array, and make the data set multi-label. Paths are relative to the manifest's folder and may have backslashes. A label
-//! is a name; where all are whole numbers from 0 on they are class indices.
+//! Columns (keys) are found by name: the picture under `path`, `file_name` and similar names; the class under
+//! `label`, `class`, `labels` or `classes`; and an optional split under `split`. Several labels are separated
+//! by `;` or are a JSON array, and make the data set multi-label. Paths are relative to the manifest's folder
+//! and may have backslashes. Labels are names; if all are whole numbers from 0 on, they are class indices.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -19,14 +19,14 @@ use super::{Item, Place, Source, Store};
 
 const PATHS: [&str; 9] =
     ["path", "file_name", "filename", "file", "filepath", "image_path", "image", "imageid", "image_id"];
-/// `PredictionString` of ImageNet's `LOC_val_solution.csv` is a class and its boxes.
+/// `PredictionString` in ImageNet's `LOC_val_solution.csv` is a class and its boxes.
 const BOXES: &str = "predictionstring";
 const LABELS: [&str; 5] = ["label", "class", "labels", "classes", BOXES];
 
 /// The form of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
-    /// Separated by this.
+    /// Separated by this character.
     Columns(char),
     JsonLines,
     /// A path and a label, separated by spaces or a tab.
@@ -56,7 +56,7 @@ pub(super) struct Row {
     pub(super) split: Option<Split>,
 }
 
-/// Lists what a manifest names.
+/// Lists the pictures of a manifest.
 pub(super) fn open(path: &Path, form: Form) -> Result<Source> {
     let (rows, several) = read(path, form)?;
     arrange(path, rows, several)
@@ -65,7 +65,7 @@ pub(super) fn open(path: &Path, form: Form) -> Result<Source> {
 /// The rows of a table, and whether samples may have several labels.
 pub(super) fn read(path: &Path, form: Form) -> Result<(Vec<Row>, bool)> {
     let text = files::read_text(path)?;
-    // What editors of other systems put in front.
+    // A byte order mark, as editors on other systems write.
     let text = text.trim_start_matches('\u{feff}');
     match form {
         Form::Columns(separator) => columns(text, separator),
@@ -75,13 +75,13 @@ pub(super) fn read(path: &Path, form: Form) -> Result<(Vec<Row>, bool)> {
     .map_err(|e| e.at(path.display()))
 }
 
-/// A path as it is on this system: `./` and backslashes are other ways to write the same.
+/// Normalises a path: `./` and backslashes are other spellings of the same path.
 fn plain_path(path: &str) -> String {
     let path = path.trim().replace('\\', "/");
     path.trim_start_matches("./").to_owned()
 }
 
-/// The part that a value names; none for an empty one.
+/// The split that a value names; none for an empty one.
 fn split_of(value: &str) -> Result<Option<Split>> {
     match (value.trim(), Split::of_word(value)) {
         ("", _) => Ok(None),
@@ -91,7 +91,7 @@ fn split_of(value: &str) -> Result<Option<Split>> {
     }
 }
 
-/// Lines of a path and a label; of more columns separated by tabs, the first two.
+/// Lines of a path and a label; of more tab-separated columns, the first two.
 fn pairs(text: &str) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (index, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
@@ -137,7 +137,7 @@ fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
             .hint("the first line names a column `path` (or `file_name`) and a column `label`"));
     };
     let split = find(&["split"]);
-    // The plural says that there may be several, even where no row has more than one.
+    // A plural name says that there may be several, even if no row has more than one.
     let is_boxes = head[label].trim().eq_ignore_ascii_case(BOXES);
     let mut several = head[label].trim().to_ascii_lowercase().ends_with('s') && head[label].trim() != "class";
     let mut rows = Vec::new();
@@ -162,8 +162,8 @@ fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
     Ok((rows, several))
 }
 
-/// Splits a table into records with their line numbers (RFC 4180: quotes may hold separators, line ends and, doubled,
-/// quotes).
+/// Splits a table into records with their line numbers (RFC 4180: quotes may enclose separators, line breaks
+/// and doubled quotes).
 fn fields(text: &str, separator: char) -> Result<Vec<(usize, Vec<String>)>> {
     let (mut records, mut record, mut field) = (Vec::new(), Vec::new(), String::new());
     let (mut line, mut first_line, mut quoted) = (1, 1, false);

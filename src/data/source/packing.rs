@@ -1,4 +1,4 @@
-//! Packings that other programs read and this one does not: they are named, with what to do.
+//! Names packings that other programs read and Vitrum does not, and says what to do.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 
 const UNPACK: &str = "unpack it, and name the folder or the .tar files";
 
-/// Ends of names, what such a file is, and the way out.
+/// Endings of names, what such a file is, and the way out.
 const PACKINGS: &[(&[&str], &str, &str)] = &[
     (
         &[".tar.gz", ".tgz", ".gz"],
@@ -46,10 +46,10 @@ const PACKINGS: &[(&[&str], &str, &str)] = &[
     (&[".h5", ".hdf5"], "an HDF5 file", "write its pictures into class folders"),
 ];
 
-/// An error that names the packing, if a file is one by its name.
+/// An error that names the packing, if the file's name has such an ending.
 pub(super) fn refuse(path: &Path) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-    // TensorFlow numbers its shards behind the ending: `train.tfrecord-00000-of-00010`.
+    // TensorFlow puts the shard number after the ending: `train.tfrecord-00000-of-00010`.
     let is = |end: &&&str| name.ends_with(**end) || (**end == ".tfrecord" && name.contains(".tfrecord-"));
     match PACKINGS.iter().find(|(ends, ..)| ends.iter().any(|end| is(&end))) {
         Some((_, what, way)) => Err(Error::new(format!("{}: {what} is not read", path.display())).hint(*way)),

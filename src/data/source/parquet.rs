@@ -1,8 +1,9 @@
-//! Parquet files with a column of encoded pictures, as the HuggingFace hub has them: `image` is a group with `bytes`, or
-//! the bytes themselves; `label` is a number or a text. Files named like a split are that split.
+//! Parquet files with a column of encoded pictures, as on the HuggingFace hub: `image` is a group with
+//! `bytes`, or the bytes themselves; `label` is a number or a text. Files named like a split belong to that
+//! split.
 //!
-//! Pictures are read a row group at a time, and the last group is kept: a pack reads in order, and nothing trains from
-//! Parquet as it is.
+//! Pictures are read one row group at a time, and the last group is kept: a pack reads in order, and training
+//! directly from Parquet is not supported.
 
 use std::borrow::Cow;
 use std::fs::{self, File};
@@ -55,7 +56,7 @@ fn reader(path: &Path) -> Result<SerializedFileReader<File>> {
     SerializedFileReader::new(File::open(path).at(path.display())?).at(path.display())
 }
 
-/// The first of the columns of these names, alone.
+/// A projection to the first column with one of these names.
 fn projection(reader: &SerializedFileReader<File>, names: &[&str]) -> Result<Type> {
     let root = reader.metadata().file_metadata().schema();
     let fields: &[TypePtr] = root.get_fields();
@@ -91,7 +92,7 @@ pub(super) fn open(path: &Path, files: &[PathBuf]) -> Result<Source> {
     let mut listing = Listing::default();
     let numbers: Option<Vec<usize>> =
         rows.iter().map(|(_, t)| t.parse().ok().filter(|n| *n < 1 << 22)).collect();
-    // Where the file names its classes, a number is the place of its name.
+    // If the file names its classes, a number is the index of its name.
     let names = names.filter(|names| numbers.as_ref().is_some_and(|ns| ns.iter().all(|n| *n < names.len())));
     names.iter().flatten().for_each(|name| listing.give(name.clone()));
     for (i, (place, text)) in rows.into_iter().enumerate() {
@@ -109,7 +110,7 @@ pub(super) fn open(path: &Path, files: &[PathBuf]) -> Result<Source> {
     listing.finish(labels, Store { parquet: files, ..Store::new(path, "parquet") })
 }
 
-/// What the hub writes beside the schema.
+/// What the hub stores beside the schema.
 fn class_names(reader: &SerializedFileReader<File>) -> Option<Vec<String>> {
     let pairs = reader.metadata().file_metadata().key_value_metadata()?;
     let text = pairs.iter().find(|pair| pair.key == "huggingface")?.value.as_ref()?;
@@ -148,7 +149,7 @@ impl Files {
     }
 }
 
-/// The bytes of the row's one column: itself, or its part `bytes`.
+/// The bytes of the row's one column: the column itself, or its field `bytes`.
 fn picture(row: &Row) -> Option<Vec<u8>> {
     match row.get_column_iter().next()?.1 {
         Field::Bytes(bytes) => Some(bytes.data().to_vec()),
@@ -212,7 +213,7 @@ mod tests {
         for (split, first) in [(Split::Train, 0), (Split::Val, 100)] {
             let items = source.items(split);
             assert_eq!(items.iter().map(|i| i.label).collect::<Vec<_>>(), [0, 1, 0, 0, 1, 0]);
-            // Backwards, too: the group that was read last is not the one that is asked for.
+            // Backwards, too: the group that was read last is not the one that is needed next.
             for (i, item) in items.iter().enumerate().rev() {
                 let colour = first + i as u8 / 3 * 10 + i as u8 % 3;
                 assert_eq!(

@@ -1,11 +1,11 @@
-//! What lies among pictures and is none: files of systems and programs, folders that they make, other files. All of it is
-//! left out of a listing, counted and named in one line.
+//! Files and folders among pictures that are not pictures: those of systems and programs, and other files.
+//! They are left out of a listing, and one line counts and names them.
 
 use std::path::Path;
 
 use crate::data::decode::Format;
 
-/// Folders that systems and file servers make.
+/// Folders that systems and file servers create.
 const FOLDERS: [&str; 8] = [
     "@eaDir",
     "#recycle",
@@ -17,16 +17,17 @@ const FOLDERS: [&str; 8] = [
     "@Recently-Snapshot",
 ];
 
-/// The file that makes a folder a run's directory.
+/// The file that marks a folder as a run directory.
 pub(super) const RECIPE: &str = "recipe.toml";
 
-/// Endings of pictures. One that is none after all is a bad record, as is one in a format that cannot be read.
+/// File extensions of pictures. A file with one that is not a picture, or in an unsupported format, is a bad
+/// record.
 const PICTURES: [&str; 15] = [
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic", "heif",
     "ppm",
 ];
 
-/// The ending of a name in small letters, or "".
+/// The extension of a name in lower case, or "".
 pub(super) fn ending(name: &str) -> String {
     Path::new(name).extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase()
 }
@@ -46,7 +47,7 @@ pub(super) fn is_junk(name: &str) -> bool {
     name.starts_with('.') || FOLDERS.contains(&name)
 }
 
-/// Whether any part of a path is.
+/// Whether any component of a path is such a name.
 pub(super) fn is_junk_path(path: &str) -> bool {
     path.split('/').any(is_junk)
 }

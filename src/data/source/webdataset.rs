@@ -1,5 +1,6 @@
-//! WebDataset's naming in archives: the files of a sample share folder and name up to the first dot of the name. The class
-//! is in the member `cls`, as a number or a name, or in `json` under `label`, `cls` or `class`.
+//! WebDataset's naming in archives: the files of a sample share their folder and their name up to its first
+//! dot. The class is in the member `cls`, as a number or a name, or in `json` under `label`, `cls` or
+//! `class`.
 
 use std::collections::BTreeMap;
 
@@ -20,13 +21,13 @@ const LABELS: [&str; 3] = ["label", "cls", "class"];
 struct Sample<'a> {
     picture: Option<&'a Member>,
     label: Option<String>,
-    /// In `json`, for samples without `cls`.
+    /// From `json`, for samples without `cls`.
     json_label: Option<String>,
     /// Other files.
     rest: Vec<&'a str>,
 }
 
-/// Key and ending of a member: `a/b.c/0001.left.jpg` is `left.jpg` of `a/b.c/0001`.
+/// Key and extension of a member: `a/b.c/0001.left.jpg` is `left.jpg` of `a/b.c/0001`.
 fn key(name: &str) -> Option<(&str, &str)> {
     let folder_end = name.rfind('/').map_or(0, |i| i + 1);
     let dot = name[folder_end..].find('.')?;
@@ -63,7 +64,7 @@ fn json_label(bytes: &[u8]) -> Option<String> {
     })
 }
 
-/// Lists the samples of all archives. Archives named like a part are that part.
+/// Lists the samples of all archives. Archives named like a split belong to that split.
 pub(super) fn list(archives: &[Archive], store: &Store, is_alone: bool, listing: &mut Listing) -> Result<()> {
     let (mut others, mut without) = (Vec::new(), Vec::new());
     for archive in archives {
