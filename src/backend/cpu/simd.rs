@@ -16,7 +16,7 @@ use super::gemm::tile::{Tile, TileFn, tile};
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Values of a vector.
     const LANES: usize;
-    /// Most rows of a matmul tile, which is two vectors wide: the accumulators fill the register file.
+    /// Most rows of a matmul tile, which is two vectors wide: its accumulators fill the register file.
     const MR: usize;
     type V: Copy;
 
@@ -46,7 +46,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn recip(self, a: Self::V) -> Self::V {
         self.div(self.splat(1.0), a)
     }
-    /// `a·b + c`; rounded once where the instruction set has it.
+    /// `a·b + c`; rounded once if the instruction set has a fused form.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `c - a·b`
     fn nfma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
@@ -404,7 +404,7 @@ impl Simd for Avx2 {
         // SAFETY: proof.
         unsafe {
             let n = _mm256_cvtps_epi32(n);
-            // In two halves: one factor of 2^n is not a number below 2^-126.
+            // In two halves: a single factor 2^n does not exist below 2^-126.
             let half = _mm256_srai_epi32::<1>(n);
             let bias = _mm256_set1_epi32(127);
             let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
