@@ -30,7 +30,7 @@ impl FromStr for Device {
             ("cpu", _) => Ok(Device::Cpu),
             ("cuda" | "gpu", _) => Ok(Device::Cuda(0)),
             (_, Ok(card)) if number.bytes().all(|b| b.is_ascii_digit()) => Ok(Device::Cuda(card)),
-            _ => Err("a device is `auto`, `cpu`, `cuda` or `cuda:N`, N being the card's number".into()),
+            _ => Err("a device is `auto`, `cpu`, `cuda` or `cuda:N`, N being the GPU's number".into()),
         }
     }
 }

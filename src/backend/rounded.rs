@@ -44,7 +44,7 @@ impl Rounds {
     fn parse(word: &str) -> Result<Rounds> {
         [Rounds::All, Rounds::AllButResidual].into_iter().find(|rounds| rounds.word() == word).ok_or_else(
             || {
-                Error::usage(format!("`{VARIABLE}={word}` is no way to round"))
+                Error::usage(format!("`{VARIABLE}={word}` is not a rounding mode"))
                     .hint("use `bf16` or `bf16-residual-f32`, or unset it to compute in f32")
             },
         )

@@ -92,7 +92,7 @@ fn images(heads: Heads, qkv: Rows) -> usize {
     let Heads { tokens, heads, head_size } = heads;
     assert!(tokens > 0 && heads > 0 && head_size > 0, "attention: an empty head");
     assert_eq!(qkv.cols, 3 * heads * head_size, "attention: columns of qkv");
-    assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are no whole images of {tokens} tokens", qkv.rows);
+    assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are not whole images of {tokens} tokens", qkv.rows);
     qkv.rows / tokens
 }
 

@@ -89,7 +89,7 @@ fn images(heads: Heads, q: Rows, kv: Rows) -> usize {
     assert!(tokens > 0 && heads > 0 && head_size > 0, "probe attention: an empty head");
     assert_eq!(q.cols, heads * head_size, "probe attention: columns of q");
     assert_eq!(kv.cols, 2 * q.cols, "probe attention: columns of kv");
-    assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are no whole images", kv.rows);
+    assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are not whole images", kv.rows);
     let images = kv.rows / tokens;
     assert!(q.rows == 1 || q.rows == images, "probe attention: {} queries of {images} images", q.rows);
     images

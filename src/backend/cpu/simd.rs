@@ -1,9 +1,10 @@
 //! Vectors of f32: one trait, three instruction sets, so that each kernel is written once.
 //!
-//! A value of a [`Simd`] type is a proof: it exists only where the processor has its instructions. [`Isa::run`] makes
-//! one and hands it to a [`Task`] behind a `#[target_feature]` boundary; everything the task calls must be
-//! `#[inline(always)]` (and not a closure), or it would be compiled without the features. The whole body of an
-//! operation lives inside one such task, so the choice costs one branch per task and nothing per element.
+//! A value of a [`Simd`] type is a proof: it exists only where the processor has its instructions.
+//! [`Isa::run`] creates one and passes it to a [`Task`] across a `#[target_feature]` boundary. Everything the
+//! task calls must be `#[inline(always)]` (and not a closure), or it would be compiled without the features.
+//! The whole body of an operation is one such task, so the choice costs one branch per task and nothing per
+//! element.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;

@@ -135,7 +135,7 @@ pub(super) fn check_head_size(head_size: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(format!(
-        "heads of {head_size} values are not built for CUDA, whose attention takes {MAX_HEAD_SIZE} at most"
+        "heads of {head_size} values are not supported on CUDA: attention takes at most {MAX_HEAD_SIZE}"
     ))
     .hint("give `model.heads` a larger number, or run on `--device cpu`"))
 }
@@ -146,7 +146,7 @@ impl Work {
         assert!(tokens > 0 && count > 0 && head_size > 0, "attention: an empty head");
         check_head_size(head_size)?;
         assert_eq!(qkv.cols, 3 * count * head_size, "attention: columns of qkv");
-        assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are no whole images", qkv.rows);
+        assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are not whole images", qkv.rows);
         for mat in rows {
             assert_eq!((mat.rows, mat.dtype), (qkv.rows, qkv.dtype), "attention: rows and type of {mat}");
         }
@@ -197,7 +197,7 @@ impl Work {
         if images == 0 {
             let Heads { tokens, heads, .. } = self.heads;
             return Err(Error::new(format!(
-                "dropout of attention draws {} MiB for one image of {tokens} tokens and {heads} heads, and there is room for {}",
+                "attention dropout needs {} MiB of scratch for one image of {tokens} tokens and {heads} heads; {} MiB are available",
                 keep.div_ceil(1 << 20),
                 room >> 20
             ))

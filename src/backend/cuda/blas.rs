@@ -252,7 +252,7 @@ impl Blas {
             _ => {
                 if self.algorithms.is_preferred(&key) && !self.by_rule {
                     terminal::warn(&format!(
-                        "the checkpoint's algorithm for {key} cannot be used: it is chosen anew"
+                        "the checkpoint's algorithm for {key} cannot be used; choosing another one"
                     ));
                 }
                 chosen_anew = !self.by_rule;
@@ -341,7 +341,7 @@ impl Blas {
         if self.by_rule {
             return Ok(());
         }
-        self.algorithms.prefer(algorithms).map_err(|why| format!("matrix products are timed anew: {why}"))
+        self.algorithms.prefer(algorithms).map_err(|why| format!("matrix products are timed again: {why}"))
     }
 
     /// How to do the product with this key and the work around it, if that is already known.
@@ -430,7 +430,7 @@ impl Trial<'_> {
         let agrees = proof::agree(&self.blas.gpu, self.shape, self.operands, &mut multiply)?;
         if !agrees {
             terminal::warn(&format!(
-                "cuBLASLt {} offers an algorithm that computes wrongly for {}; another one is taken",
+                "cuBLASLt {} offers an algorithm that computes wrongly for {}; another one is used",
                 self.blas.version(),
                 self.shape.key()
             ));

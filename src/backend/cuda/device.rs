@@ -90,7 +90,7 @@ pub fn cards() -> Result<Vec<Card>> {
     let found = libraries::driver()?;
     let mut count = 0;
     // SAFETY: a valid out-pointer.
-    unsafe { check(found.api.cuDeviceGetCount(&mut count), "count the cards")? };
+    unsafe { check(found.api.cuDeviceGetCount(&mut count), "count the GPUs")? };
     if count == 0 {
         return Err(libraries::no_card());
     }
@@ -208,13 +208,13 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
     let mut device = 0;
     // SAFETY: a valid out-pointer.
     unsafe {
-        check(api::driver().cuDeviceGet(&mut device, ordinal as i32), format_args!("look at card {ordinal}"))?
+        check(api::driver().cuDeviceGet(&mut device, ordinal as i32), format_args!("open GPU {ordinal}"))?
     };
     let attribute = |which: Attribute| {
         let mut value = 0;
         // SAFETY: a valid out-pointer and device.
         unsafe {
-            check(api::driver().cuDeviceGetAttribute(&mut value, which, device), "ask for a card's property")?
+            check(api::driver().cuDeviceGetAttribute(&mut value, which, device), "read a property of the GPU")?
         };
         Ok::<i32, Error>(value)
     };
@@ -223,8 +223,8 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
     // SAFETY: the driver writes at most `len` bytes and a NUL.
     unsafe {
         let code = api::driver().cuDeviceGetName(name.as_mut_ptr(), name.len() as i32, device);
-        check(code, "ask for the card's name")?;
-        check(api::driver().cuDeviceTotalMem_v2(&mut total_memory, device), "ask for the card's memory")?;
+        check(code, "read the name of the GPU")?;
+        check(api::driver().cuDeviceTotalMem_v2(&mut total_memory, device), "read the memory size of the GPU")?;
     }
     // SAFETY: NUL-terminated by the driver.
     let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
@@ -248,11 +248,11 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
 
 fn no_such_card(ordinal: usize, count: usize) -> Error {
     let there = match count {
-        1 => "the driver sees one, `cuda:0`".to_string(),
-        n => format!("the driver sees {n}, `cuda:0` to `cuda:{}`", n - 1),
+        1 => "the driver finds one, `cuda:0`".to_string(),
+        n => format!("the driver finds {n}, `cuda:0` to `cuda:{}`", n - 1),
     };
-    Error::new(format!("there is no card {ordinal}: {there}")).hint(
-        "`vitrum doctor` lists the cards; `CUDA_VISIBLE_DEVICES` hides some and numbers the others anew",
+    Error::new(format!("there is no GPU {ordinal}: {there}")).hint(
+        "`vitrum doctor` lists the GPUs; `CUDA_VISIBLE_DEVICES` hides some and renumbers the others",
     )
 }
 
@@ -267,8 +267,8 @@ fn accept(card: &Card) -> Result<()> {
     }
     if *major >= FIRST_TRANSLATED && *driver_version < MENDED_TRANSLATOR {
         return Err(Error::new(format!(
-            "{name} (sm_{major}{minor}) is not supported with this driver: it translates the kernels for such cards itself, \
-             and drivers for CUDA 12.8 to 13.2, this one for {}, can do so wrongly",
+            "{name} (sm_{major}{minor}) is not supported with this driver: it translates the kernels for such GPUs itself, \
+             and drivers for CUDA 12.8 to 13.2, this one for {}, can do so incorrectly",
             dotted(*driver_version)
         ))
         .hint(format!("update NVIDIA's driver to one for CUDA {} or newer", dotted(MENDED_TRANSLATOR))));

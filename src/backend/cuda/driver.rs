@@ -134,7 +134,7 @@ impl Gpu {
             let (free, total) = self.memory()?;
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
             return Err(Error::new(format!(
-                "no memory left on the card: {:.2} GiB were asked for, {:.2} of {:.2} GiB are free",
+                "out of memory on the GPU: {:.2} GiB requested, {:.2} of {:.2} GiB are free",
                 gib(bytes),
                 gib(free),
                 gib(total)
@@ -176,7 +176,7 @@ impl Gpu {
         unsafe {
             let code =
                 api::driver().cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.0.compute);
-            check(code, "copy to the card")?;
+            check(code, "copy to the GPU")?;
         }
         self.synchronize(Stream::Compute)
     }
@@ -190,7 +190,7 @@ impl Gpu {
         unsafe {
             let code =
                 api::driver().cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), self.0.compute);
-            check(code, "copy from the card")?;
+            check(code, "copy from the GPU")?;
         }
         self.synchronize(Stream::Compute)
     }
@@ -203,7 +203,7 @@ impl Gpu {
         unsafe {
             let code =
                 api::driver().cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.stream(stream));
-            check(code, "copy to the card")
+            check(code, "copy to the GPU")
         }
     }
 
@@ -219,7 +219,7 @@ impl Gpu {
                 to.len(),
                 self.stream(stream),
             );
-            check(code, "copy from the card")
+            check(code, "copy from the GPU")
         }
     }
 
@@ -227,13 +227,13 @@ impl Gpu {
     pub(super) fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
         // SAFETY: callers pass ranges inside their own buffers.
         unsafe {
-            check(api::driver().cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.compute), "copy on the card")
+            check(api::driver().cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.compute), "copy on the GPU")
         }
     }
 
     pub(super) fn synchronize(&self, stream: Stream) -> Result<()> {
         // SAFETY: a stream of this context.
-        unsafe { check(api::driver().cuStreamSynchronize(self.stream(stream)), "wait for the card") }
+        unsafe { check(api::driver().cuStreamSynchronize(self.stream(stream)), "wait for the GPU") }
     }
 
     /// An event that orders streams and that the host may wait for. It records no time, and waiting for it
@@ -425,7 +425,7 @@ pub(super) struct Event(sys::CUevent);
 impl Event {
     pub(super) fn synchronize(&self) -> Result<()> {
         // SAFETY: a live event.
-        unsafe { check(api::driver().cuEventSynchronize(self.0), "wait for the card") }
+        unsafe { check(api::driver().cuEventSynchronize(self.0), "wait for the GPU") }
     }
 
     /// Milliseconds from `start` to this event. Both are timers and have occurred.

@@ -75,8 +75,8 @@ pub(super) fn driver() -> Result<Found<Driver, i32>> {
 
 /// The error where the driver works and lists no GPU.
 pub(super) fn no_card() -> Error {
-    Error::new("the CUDA driver sees no card")
-        .hint("`nvidia-smi` lists the cards; an empty `CUDA_VISIBLE_DEVICES` hides them all")
+    Error::new("the CUDA driver finds no GPU")
+        .hint("`nvidia-smi` lists the GPUs; an empty `CUDA_VISIBLE_DEVICES` hides them all")
 }
 
 /// cuBLASLt, if it is present, complete and new enough.

@@ -43,7 +43,7 @@ impl Work {
         check_head_size(head_size)?;
         let width = count * head_size;
         assert_eq!((q.cols, kv.cols), (width, 2 * width), "probe attention: columns of q and kv");
-        assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are no whole images", kv.rows);
+        assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are not whole images", kv.rows);
         let images = kv.rows / tokens;
         assert!(q.rows == 1 || q.rows == images, "probe attention: {} queries of {images} images", q.rows);
         assert_eq!((p.rows * p.cols, p.dtype), (images * count * tokens, Dtype::F32), "probe attention: p");

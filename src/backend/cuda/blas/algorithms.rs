@@ -55,7 +55,7 @@ impl Algorithms {
             let entries = text.and_then(|text| serde_json::from_str(&text).map_err(|e| e.to_string()));
             entries
                 .map_err(|why| {
-                    terminal::warn(&format!("{}: {why}; algorithms are chosen anew", path.display()))
+                    terminal::warn(&format!("{}: {why}; algorithms are chosen again", path.display()))
                 })
                 .ok()
         });
