@@ -1,10 +1,10 @@
 //! Compiles `kernels/*.cu` with nvcc and embeds the result; without nvcc the program is built without CUDA kernels.
 //!
-//! Each file becomes one fat binary: machine code for Ampere (sm_80) and Hopper (sm_90a), and PTX (compute_90) that the
-//! driver translates for newer cards. Files are compiled in parallel and only when they, a header, the flags or nvcc
-//! have changed: finished binaries are kept in `target/kernels`, shared by all profiles. What `ptxas` says about
-//! registers and spills is kept beside them, and a kernel declared with `HOT_KERNEL` must not spill: a warning, or an
-//! error under `VITRUM_STRICT=1`.
+//! Each file becomes one fat binary: machine code for Ampere (sm_80) and Hopper (sm_90a), and PTX
+//! (compute_90) that the driver translates for newer GPUs. Files are compiled in parallel, and only if they,
+//! a header, the flags or nvcc have changed: binaries are kept in `target/kernels`, shared by all profiles.
+//! The register and spill report of `ptxas` is kept with them. A spill in a kernel declared with `HOT_KERNEL`
+//! is a warning, or an error under `VITRUM_STRICT=1`.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -15,17 +15,18 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
-/// What every file is compiled for.
+/// The targets of every file.
 const TARGETS: [(&str, &str); 3] =
     [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_90", "compute_90")];
 
 const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "-Xptxas", "-v", "-lineinfo"];
 
-/// Images a fifth as large, which drivers from CUDA 12.4 on unpack: all that an nvcc of this version's images run with.
+/// Makes images a fifth as large. Drivers from CUDA 12.4 on can unpack them, and older drivers cannot run
+/// images of this nvcc anyway.
 const SMALL: &str = "--compress-mode=size";
 const FIRST_SMALL: (u32, u32) = (13, 0);
 
-/// The oldest nvcc that knows the targets and the language.
+/// The oldest nvcc that supports the targets and the language.
 const OLDEST_NVCC: (u32, u32) = (12, 4);
 
 fn main() {
@@ -48,8 +49,8 @@ fn main() {
     fs::write(out.join("images.rs"), build.source()).expect("OUT_DIR is writable");
 }
 
-/// Checkpoints say which commit made them. Only those of release builds: a build to try something out is not made anew
-/// with every commit.
+/// Checkpoints name the commit that made them, in release builds only: other builds are not redone with every
+/// commit.
 fn name_the_commit() {
     println!("cargo::rerun-if-env-changed=VITRUM_COMMIT");
     if env::var_os("VITRUM_COMMIT").is_some() || env::var("PROFILE").is_ok_and(|profile| profile != "release")
@@ -68,7 +69,7 @@ fn name_the_commit() {
     }
 }
 
-/// What ends up in the program.
+/// What is embedded in the program.
 #[derive(Default)]
 struct Build {
     /// File stem → fat binary.
@@ -78,7 +79,7 @@ struct Build {
     nvcc: Option<(u32, u32)>,
 }
 
-/// One kernel for one target, as ptxas reports it.
+/// One kernel for one target, as reported by ptxas.
 struct Kernel {
     /// Stem of its source.
     file: String,
@@ -125,7 +126,8 @@ fn kernel_cache(out: &Path) -> PathBuf {
     cache
 }
 
-/// nvcc from `VITRUM_NVCC` (nvcc or its folder), `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda`, Vitrum's cache.
+/// nvcc from `VITRUM_NVCC` (nvcc or its folder), `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda`, or
+/// Vitrum's cache.
 fn find_nvcc() -> Result<(PathBuf, (u32, u32)), String> {
     let asked = env::var_os("VITRUM_NVCC").map(PathBuf::from);
     let found = match &asked {
@@ -185,7 +187,7 @@ fn compile_all(nvcc: &Path, version: (u32, u32), cache: &Path) -> Build {
     let is = |path: &Path, extension: &str| path.extension().is_some_and(|e| e == extension);
     let read = |path: &Path| fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
 
-    // A change of any header compiles everything: they are few and small.
+    // A change of any header recompiles everything: headers are few and small.
     let mut base = DefaultHasher::new();
     (FLAGS, small, TARGETS, nvcc, fs::metadata(nvcc).map(|m| m.len()).ok()).hash(&mut base);
     files.iter().filter(|f| is(f, "cuh")).for_each(|f| (f, read(f)).hash(&mut base));
@@ -244,7 +246,7 @@ impl Job {
     }
 
     fn compile(&self, nvcc: &Path) -> Result<(), String> {
-        // Written beside its final name: a killed build leaves no half-written image.
+        // Written under another name first: a killed build leaves no half-written image.
         let part = self.image.with_extension(format!("{}.part", std::process::id()));
         let mut command = Command::new(nvcc);
         command.args(FLAGS).args(self.small).args(["-fatbin", "-o"]).arg(&part).arg(&self.file);
@@ -298,8 +300,8 @@ impl Job {
     }
 }
 
-/// How the names of a file's hot kernels begin: `HOT_KERNEL(layernorm_##suffix,` stands for all `layernorm_…`, and a
-/// macro's bare parameter for every kernel of the file.
+/// Prefixes of the names of a file's hot kernels: `HOT_KERNEL(layernorm_##suffix,` stands for all
+/// `layernorm_…`, and a macro's bare parameter for every kernel of the file.
 fn hot_prefixes(source: &str) -> Vec<&str> {
     let names = source.split("HOT_KERNEL(").skip(1).filter_map(|rest| rest.split(',').next());
     names.map(|name| if name == "name" { "" } else { name.split("##").next().unwrap_or(name) }).collect()

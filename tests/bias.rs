@@ -1,5 +1,6 @@
-//! Bias gradients that a device makes together with the matrix that their product reads: which product that is, the model
-//! says, in every architecture, whatever is frozen or worked out again; and what the GPU makes of it, on the stand-in.
+//! Bias gradients that a device computes together with the matrix that their product reads. The model says
+//! which product that is: tested for every architecture, with frozen parameters and recomputation. And the
+//! GPU's results, on the stand-in.
 
 mod support;
 
@@ -19,11 +20,12 @@ use vitrum::vit::config::{DropPathMode, NormPlace, PoolKind};
 use vitrum::vit::{LastBlock, Mode, ModelConfig, Param, Vit};
 use vitrum::weights::safetensors::SafeTensors;
 
-/// The CPU, which makes such gradients in the product; or makes them early, and leaves them out there.
+/// The CPU, which computes such gradients in the product; or computes them early, and leaves them out of the
+/// product.
 struct Device {
     cpu: CpuBackend,
     is_early: bool,
-    /// The matrix and the gradient that the next product has to be about.
+    /// The matrix and the gradient that the next product must have.
     made: Option<(Mat, Mat)>,
     count: usize,
 }
@@ -33,7 +35,7 @@ impl Device {
         let Some(d_bias) = d_bias.filter(|_| self.is_early) else { return Ok(()) };
         assert_eq!(self.made.replace((d_y, d_bias)), None, "two matrices before a product");
         self.count += 1;
-        // A product of which the bias gradient is all that anyone wants.
+        // A product that computes only the bias gradient.
         let one_column = |of: Mat, rows: usize| Mat { rows, cols: 1, ..of };
         let weight = Mat { arena: Arena::Params, offset: 0, ld: 1, ..one_column(d_y, d_y.cols) };
         let layer = Linear { weight, bias: d_bias, d_weight: None, d_bias: Some(d_bias) };
@@ -114,7 +116,7 @@ impl Backend for Device {
 const BATCH: usize = 4;
 const MICRO_BATCH: usize = 2;
 
-/// All gradients of a batch in two parts, and how many of biases were made early.
+/// All gradients of a batch in two parts, and how many bias gradients were made early.
 fn gradients(model: &Vit, is_early: bool) -> (Vec<(String, Vec<f32>)>, usize) {
     let mut b = Device { cpu: CpuBackend::new(2).unwrap(), is_early, made: None, count: 0 };
     b.allocate(&model.plan()).unwrap();
@@ -152,13 +154,13 @@ fn gradients(model: &Vit, is_early: bool) -> (Vec<(String, Vec<f32>)>, usize) {
     (model.layout.parameters().filter_map(read).collect(), b.count)
 }
 
-/// Whether the matrix that gives this bias its gradient is made by LayerNorm's or by attention's backward.
+/// Whether the matrix that gives this bias its gradient is made by the backward of LayerNorm or attention.
 fn is_announced(model: &Vit, name: &str) -> bool {
     let last = format!("blocks.{}.", model.config.depth - 1);
     match name.split_once('.') {
         Some(("attn_pool", rest)) => rest == "proj.bias",
         Some(("blocks", rest)) if rest.ends_with("attn.qkv.bias") => {
-            // What is pruned has a query of its own, and its gradients come from elsewhere.
+            // A pruned block has a separate query, and its gradients come from another kernel.
             !(model.pruned && name.starts_with(&last))
         }
         Some(("blocks", rest)) => rest.ends_with("attn.proj.bias") || rest.ends_with("mlp.fc2.bias"),
@@ -223,8 +225,8 @@ fn gradients_have_the_same_bits_wherever_those_of_biases_are_made() {
     }
 }
 
-/// One step of plain descent in two micro-batches, so that what a bias has moved by is its gradient: 16 tokens, width 64,
-/// depth 2.
+/// One step of plain descent in two micro-batches, so that the change of a bias is its gradient: 16 tokens,
+/// width 64, depth 2.
 fn one_step(out: &str, more: &[&str]) -> Vec<String> {
     let size =
         ["model.width=64", "model.heads=2", "model.init=deit3", "train.batch=4", "train.micro_batch=2"];
@@ -235,7 +237,7 @@ fn one_step(out: &str, more: &[&str]) -> Vec<String> {
     train(out, &all)
 }
 
-/// The biases that a run has ended with.
+/// The biases at the end of a run.
 fn biases(run: &str) -> BTreeMap<String, Vec<f32>> {
     let file = SafeTensors::open(&Path::new(run).join("checkpoints/last/model.safetensors")).unwrap();
     let biases = file.names().filter(|name| name.ends_with(".bias"));
@@ -295,8 +297,8 @@ fn biases_are_summed_by_the_kernels_that_read_their_rows() {
         std::fs::remove_file(&counters).unwrap();
         launches
     };
-    // In each of two micro-batches: of the last block's fc2 in the tail, of fc2 below and of both proj in the blocks. The
-    // first LayerNorm of all has no product below.
+    // In each of two micro-batches: fc2 of the last block in the tail; fc2 of the block below and both proj
+    // in the blocks. The first LayerNorm of the model has no product below it.
     let (biased, not) = ("layernorm_backward_bias_bf16_1", "layernorm_backward_bf16_1");
     let plain = launches("counted", &["model.dropout=0", "model.attention_dropout=0", "model.drop_path=0"]);
     assert_eq!((plain.get(biased), plain.get(not)), (Some(&8), Some(&2)), "{plain:?}");

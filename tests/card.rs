@@ -1,4 +1,4 @@
-//! What a driver and cuBLASLt of a real card do not forgive, on a stand-in GPU that does not either.
+//! Errors of a real GPU's driver and cuBLASLt that a stand-in GPU reproduces.
 
 mod support;
 
@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 use support::{Done, finish, metrics, on_gpu, path, run_on_gpu as run, stand_in, train};
 
-/// Two steps of a small model, algorithms timed, in a cache of its own.
+/// Two steps of a small model, with timed algorithms, in a cache of their own.
 fn two_steps(folder: &Path, name: &str, options: &str, more: &[&str]) -> (Done, Vec<f64>) {
     let out = path(name);
     let size = ["model.width=64", "model.heads=2", "model.depth=2", "train.steps=2"];
@@ -93,7 +93,7 @@ fn a_card_is_chosen_by_its_number() {
     }
     let args = ["selftest", "--device", "cuda:2", "--filter", "scale"];
     let done = run(&folder, two, &args).exits(1);
-    done.says(&["error: ", "there is no card 2", "`cuda:0` to `cuda:1`", "hint: `vitrum doctor`"]);
+    done.says(&["error: ", "there is no GPU 2", "`cuda:0` to `cuda:1`", "hint: `vitrum doctor`"]);
     let done = run(&folder, two, &["selftest", "--device", "tpu"]).exits(2);
     done.says(&["a device is `auto`, `cpu`, `cuda` or `cuda:N`"]);
 }
@@ -110,7 +110,7 @@ fn a_card_whose_translator_is_wrong_is_refused_in_words() {
         ]);
         run(&folder, &format!("checks=off,sm={sm},driver=13030"), &args).ok();
     }
-    // Left to itself the program takes the CPU, and says why.
+    // By default the program uses the CPU, and says why.
     let args = ["selftest", "--filter", "scale"];
     run(&folder, "sm=100,driver=13000", &args).ok().says(&["note: computing on the CPU", "not supported"]);
 }
@@ -119,7 +119,7 @@ fn a_card_whose_translator_is_wrong_is_refused_in_words() {
 fn a_driver_that_does_not_start_is_one_sentence() {
     let Some(folder) = stand_in() else { return };
     for (code, says) in
-        [(34, "is a stub"), (100, "sees no card"), (803, "does not match"), (4242, "code 4242")]
+        [(34, "is a stub"), (100, "finds no GPU"), (803, "does not match"), (4242, "code 4242")]
     {
         let done = run(&folder, &format!("init_code={code}"), &["selftest", "--device", "cuda"]).exits(1);
         done.says(&[says]);
@@ -134,7 +134,7 @@ fn a_code_without_a_name_is_told_as_a_number() {
     assert!(done.stdout.contains("the driver's code 4242"), "{}", done.stdout);
 }
 
-/// A development package's `libcuda.so` before the driver's own `libcuda.so.1`.
+/// A development package's `libcuda.so`, found before the driver's own `libcuda.so.1`.
 #[test]
 fn the_drivers_own_library_comes_before_a_stub() {
     let Some(folder) = stand_in() else { return };
@@ -174,7 +174,7 @@ fn every_product_is_right_where_cublaslt_refuses_it() {
     });
 }
 
-/// Sizes that the CPU trains and no kernel takes.
+/// Sizes that the CPU trains but no kernel supports.
 #[test]
 fn attention_that_the_kernels_have_no_room_for_is_refused_in_words() {
     let Some(folder) = stand_in() else { return };
@@ -187,14 +187,14 @@ fn attention_that_the_kernels_have_no_room_for_is_refused_in_words() {
     refused(
         "wide-heads",
         &["model.width=144", "model.heads=1"],
-        "heads of 144 values are not built for CUDA",
+        "heads of 144 values are not supported on CUDA",
     );
-    // 46 x 46 patches : a bit for each pair of 2,116 tokens, 64 times.
+    // 46 × 46 patches: a bit for each pair of 2,116 tokens, 64 times.
     let many = ["model.image=184", "model.patch=4", "model.width=64", "model.heads=64", "model.depth=1"];
     refused(
         "many-pairs",
         &[&many[..], &["model.attention_dropout=0.1"]].concat(),
-        "dropout of attention draws 35 MiB for one image of 2116 tokens and 64 heads",
+        "attention dropout needs 35 MiB of scratch for one image of 2116 tokens and 64 heads",
     );
 }
 
@@ -210,7 +210,7 @@ fn a_model_of_one_row_and_one_column_trains_where_cublaslt_has_no_vectors() {
     }
 }
 
-/// 129 tokens of one picture: k is no multiple of two, and its half a multiple of the stage's depth.
+/// 129 tokens of one image: k is not a multiple of two, and its half is a multiple of the stage's depth.
 #[test]
 fn splits_that_the_library_gets_wrong_are_not_taken() {
     let Some(folder) = stand_in() else { return };
@@ -225,13 +225,13 @@ fn splits_that_the_library_gets_wrong_are_not_taken() {
         "train.prune_last_block=false",
     ];
     let (_, want) = two_steps(&folder, "split-right", "checks=off", &more);
-    // By rule the first that is offered is taken: without the fault, the split one.
+    // By rule, the first algorithm offered is used: without the fault, the split one.
     let options = "checks=off,split_fault=1,first_algorithm=1";
     let by_rule = [&more[..], &["train.deterministic=true"]].concat();
     let (done, got) = two_steps(&folder, "split-wrong", &format!("{options},blaslt=130101"), &by_rule);
     near(&got, &want);
     assert!(!done.stderr.contains("computes wrongly"), "known by its configuration: {}", done.stderr);
-    // A library that is not known to be wrong and is: the comparison finds it.
+    // A library that is wrong and not known to be: the comparison detects it.
     let (done, got) = two_steps(&folder, "split-unknown", &format!("{options},blaslt=130800"), &by_rule);
     near(&got, &want);
     done.says(&["offers an algorithm that computes wrongly"]);
@@ -247,7 +247,7 @@ fn an_algorithm_that_computes_wrongly_is_found_and_another_taken() {
         let (done, got) = two_steps(&folder, "one-wrong", wrong, &[&precision, "train.deterministic=true"]);
         near(&got, &want);
         done.says(&["offers an algorithm that computes wrongly"]);
-        // Timed, it may win or not.
+        // With timing it may or may not win.
         let (_, got) = two_steps(&folder, "one-wrong-timed", wrong, &[&precision]);
         near(&got, &want);
         for run in ["all-right", "one-wrong", "one-wrong-timed"] {
@@ -276,7 +276,8 @@ fn fused_or_apart_is_decided_by_the_clock() {
         command.env("VITRUM_CACHE", path(name));
         finish(command).ok().json()["products"].as_array().unwrap().clone()
     };
-    // What the sums of a bias add to a kernel is lost in the noise of a busy machine, so `beside` may win where kernels are slow.
+    // On a busy machine the time that bias sums add to a kernel is lost in noise, so `beside` may win where
+    // kernels are slow.
     for (options, hopeless) in [("slow_epilogue=30", "fused"), ("slow_kernels=200", "apart")] {
         let cache = format!("not-{hopeless}");
         let products = bench(&cache, options);
@@ -293,9 +294,9 @@ fn fused_or_apart_is_decided_by_the_clock() {
                 assert!(times.values().all(|t| chosen <= t.as_f64().unwrap()), "{product}");
             }
         }
-        // Bias gradients of LayerNorm's and attention's making are among the ways.
+        // One of the ways computes bias gradients in LayerNorm's and attention's kernels.
         assert!(products.iter().any(|p| p["microseconds"].get("beside").is_some()), "{products:?}");
-        // The choice is kept: nothing is timed again, and the times are those of before.
+        // The choice is kept: nothing is timed again, and the times are the earlier ones.
         assert_eq!(bench(&cache, options), products, "{options}");
     }
 }

@@ -1,7 +1,7 @@
 //! The CUDA backend without a GPU: the program itself, on the stand-in of `standin/`.
 //!
-//! The libraries lie beside the program once `cargo build -p vitrum-standin` (or `cargo test --workspace`) has made
-//! them; where they are absent each test says so and passes.
+//! `cargo build -p vitrum-standin` (or `cargo test --workspace`) puts the libraries next to the program.
+//! Without them, each test prints a line and passes.
 
 mod support;
 
@@ -15,7 +15,7 @@ use support::{
 use vitrum::rng::{Domain, Stream};
 use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
 
-/// A short training run on the GPU: 16 tokens, width 64, depth 2, batch 4, dropout and drop-path at work.
+/// A short training run on the GPU: 16 tokens, width 64, depth 2, batch 4, with dropout and drop-path.
 fn small(out: &str, more: &[&str]) -> Vec<String> {
     let size = ["model.width=64", "model.heads=2", "train.batch=4", "train.micro_batch=4", "train.steps=12"];
     let pace =
@@ -32,10 +32,10 @@ fn series(run: &str, field: &str) -> Vec<f64> {
 #[test]
 fn every_kernel_equals_float64_under_three_schedules() {
     let Some(folder) = stand_in() else { return };
-    // The options of the card; then the precision and the filter of each run, f32 and bf16 for the first card, that of real
-    // runs for the others. The second has the least shared memory of all, the third a single multiprocessor: what blocks
-    // share out comes round to each of them several times, in f32 too, where that is so.
-    // Nothing is timed: that takes many launches, and what is chosen among has tests of its own (tests/card.rs).
+    // The options of the stand-in; then the precision and the filter of each run: f32 and bf16 for the first
+    // GPU, bf16 for the others. The second GPU has the least shared memory, the third has a single
+    // multiprocessor, so that each block gets several pieces of divided work; the kernels that do this in f32
+    // run in f32 too. Nothing is timed: that takes many launches, and tests/card.rs tests the choices.
     let schedules: [(&str, &[&[&str]]); 3] = [
         ("seed=0", &[&["auto"]]),
         ("seed=1,sm=86", &[&["bf16"]]),
@@ -68,7 +68,8 @@ fn every_kernel_equals_float64_under_three_schedules() {
 #[test]
 fn attention_fits_the_shared_memory_of_every_card() {
     let Some(folder) = stand_in() else { return };
-    // sm_86 is one of the schedules above, sm_90 the others. Addresses alone are checked: what differs is which kernels run.
+    // sm_86 is one of the schedules above, sm_90 the others. Only addresses are checked: GPUs differ in which
+    // kernels run.
     for sm in [80, 89, 100, 120] {
         for filter in ["attention: B 1 T", "attention_backward: B 1 T"] {
             let args = ["selftest", "--device", "cuda", "--precision", "bf16", "--filter", filter];
@@ -136,8 +137,9 @@ fn follows_the_cpu(name: &str, more: &[&str]) {
     }
 }
 
-/// `VITRUM_CPU_ROUNDS=bf16` stands for a GPU in experiments: its gradients have to be those of one. With a single token,
-/// because probabilities are rounded inside the GPU's attention alone, and those of one token are 1.
+/// `VITRUM_CPU_ROUNDS=bf16` emulates a GPU in experiments, so its gradients must be those of a GPU. The model
+/// has a single token, because the GPU also rounds probabilities inside attention, and those of one token are
+/// 1.
 #[test]
 fn a_cpu_that_rounds_has_the_gradients_of_bf16() {
     let Some(folder) = stand_in() else { return };
@@ -169,7 +171,7 @@ fn gradients(
     let out = format!("{weights}-{device}-{rounds}-{residual}.safetensors");
     let files = ["grad", "--weights", weights, "--batch", batch, "--out", &out];
     let mut command =
-        // What is not fused into a product is rounded once more: all is fused here, whatever the clock says.
+        // Unfused results are rounded once more: here everything is fused, whatever the timing says.
         on_gpu(folder, "checks=off,slow_kernels=500", &[&files[..], &["--device", device, "--residual", residual]].concat());
     command.env("VITRUM_CPU_ROUNDS", rounds);
     finish(command).ok();
@@ -199,8 +201,8 @@ fn a_residual_stream_in_f32_brings_gradients_nearer_to_those_of_f32() {
     assert!(f32 < 0.5 * bf16, "{f32:e} with the stream in f32, {bf16:e} in bf16");
 }
 
-/// The last weights of a run with noise on top, as those of a long training: after twelve steps most branches are still too
-/// weak to move the stream.
+/// The last weights of a run with noise added, like those of a long training: after twelve steps most
+/// branches are still too weak to change the stream.
 fn shaken(run: &str) -> String {
     let at = Path::new(run).join("checkpoints/last/model.safetensors");
     let file = SafeTensors::open(&at).unwrap();
@@ -218,7 +220,7 @@ fn shaken(run: &str) -> String {
     shaken
 }
 
-/// Four pictures of 16 by 16 pixels.
+/// Four images of 16 by 16 pixels.
 fn batch_of_noise() -> String {
     let batch = path("batch.safetensors");
     let mut noise = Stream::new(6, Domain::Init, 0, 0);
@@ -232,7 +234,7 @@ fn batch_of_noise() -> String {
     batch
 }
 
-/// A run on the GPU that nothing disturbs.
+/// A run on the GPU without failures.
 fn undisturbed(folder: &Path, name: &str, more: &[&str]) -> Outcome {
     let out = path(name);
     let more: Vec<&str> = ["--device", "cuda"].iter().chain(more).copied().collect();
@@ -257,7 +259,7 @@ fn resume_after_a_broken_context_has_the_bits_of_an_unbroken_run() {
     let want = undisturbed(&folder, "unbroken", &[]);
     let out = path("broken");
     let args = small(&out, &["--device", "cuda"]);
-    // Somewhere past the first checkpoint: find the launch by trying ever later ones.
+    // Somewhere after the first checkpoint: find the launch by trying later and later ones.
     let mut crashed = 0;
     for launch in [400, 900, 1400] {
         let done = run(&folder, &format!("checks=off,fail_launch={launch}"), &resumed(&args));
@@ -294,12 +296,12 @@ fn a_stream_in_f32_is_resumed_to_the_bit_and_changed_only_in_words() {
         small(out, &[&["--device", "cuda", "train.residual=f32"][..], more].concat())
     };
     run(&folder, "checks=off", &args(&unbroken, &[])).ok();
-    // It breaks off behind a checkpoint.
+    // It breaks after a checkpoint.
     let broken = [400, 900, 1400].map(|launch| {
         run(&folder, &format!("checks=off,fail_launch={launch}"), &resumed(&args(&out, &[]))).code
     });
     assert_eq!(broken[0], 1, "no launch failed");
-    // `auto` is what the run has been told.
+    // `auto` resolves to the run's own setting.
     let auto = small(&out, &["--device", "cuda", "--resume"]);
     let done = run(&folder, "checks=off", &auto).ok();
     assert!(!done.stderr.contains("bits are those of another"), "{}", done.stderr);
@@ -310,7 +312,7 @@ fn a_stream_in_f32_is_resumed_to_the_bit_and_changed_only_in_words() {
     let on = small(&out, &["--device", "cuda", "--resume", "train.residual=bf16"]);
     run(&folder, "checks=off", &on).ok().says(&["in bf16, after bf16 with the residual stream in f32"]);
 
-    // In f32 the key says nothing, and takes nothing away.
+    // In f32 the key has no effect, and does no harm.
     let f32 = path("stream-of-f32");
     let resume = |more: &[&str]| {
         run(&folder, "checks=off", &small(&f32, &[&["--device", "cuda"], more].concat())).ok()
@@ -322,7 +324,7 @@ fn a_stream_in_f32_is_resumed_to_the_bit_and_changed_only_in_words() {
     }
 }
 
-/// One operation of the card, as the stand-in's `order` writes it down.
+/// One operation of the GPU, as written to the stand-in's `order` file.
 struct Operation {
     what: String,
     bytes: u64,
@@ -331,7 +333,7 @@ struct Operation {
 }
 
 impl Operation {
-    /// How many operations of a stream this one comes after; of its own stream, itself included.
+    /// How many operations of a stream this one must follow; for its own stream, this includes itself.
     fn after(&self, stream: u64) -> u64 {
         self.after.get(stream.to_string()).and_then(Value::as_u64).unwrap_or(0)
     }
@@ -375,19 +377,19 @@ fn a_batch_is_copied_beside_the_step_before_it() {
             if operation.what != "a copy to the card" || operation.stream == compute {
                 continue;
             }
-            // Batch n + 1, while step n was asked for last.
+            // Batch n + 1, after step n was submitted.
             uploads += 1;
             assert!(operation.bytes > 4 * 16 * 16 * 3, "a batch has four pictures and more");
             let n = begins.len();
-            // The first step loads kernels and makes tables, for which the host waits.
+            // The first step loads kernels and makes tables, and the host waits for that.
             if n >= 2 {
                 assert!(operation.after(compute) < begins[n - 1], "batch {} waits for step {n}", n + 1);
                 assert!(operation.after(compute) >= begins[n - 2], "its place is read by step {}", n - 1);
             }
         }
-        // One report of each step before the last, and nothing else, is copied to the host.
+        // Exactly one report per step except the last is copied to the host.
         assert_eq!((uploads, begins.len(), reports), (steps, steps, steps as u32 - 1), "{graph}");
-        // Patches are made of batches that have arrived.
+        // Patches are made from batches that have arrived.
         let copies = all.iter().map(|o| o.stream).find(|s| *s != compute).unwrap();
         let patchify = all.iter().filter(|o| o.what.starts_with("patchify"));
         for (n, patchify) in patchify.take(steps).enumerate() {
@@ -406,7 +408,7 @@ fn an_evaluation_copies_the_next_batch_beside_its_pass() {
         let files = ["eval", "--weights", &weights, "--data", stripes()];
         [&files[..], &["--batch", "12", "--json", "--device", device]].concat()
     };
-    // Algorithms are chosen by a first run, which copies more.
+    // A first run chooses the algorithms, because that makes more copies.
     run(&folder, "checks=off", &eval("cuda")).ok();
     let order = path("order-eval");
     let on_gpu = run(&folder, &format!("checks=on,order={order}"), &eval("cuda")).ok();
@@ -458,7 +460,8 @@ fn a_card_holds_exactly_what_the_plan_says() {
         let plan = run(&folder, "checks=off", &plan.collect::<Vec<_>>()).ok().json();
         let total = plan["memory"]["total_bytes"].as_u64().unwrap();
 
-        // A card of one byte less refuses the run before it allocates anything; one of this size is enough to its end.
+        // A GPU with one byte less refuses the run before it allocates anything; one of exactly this size is
+        // enough to the end.
         let less = run(&folder, &format!("checks=off,memory={}", total - 1), &args).exits(1);
         let less = less.says(&["error: the run needs", "hint: "]);
         assert!(!less.stderr.contains("no memory left"), "{}", less.stderr);
@@ -470,7 +473,7 @@ fn a_card_holds_exactly_what_the_plan_says() {
 #[test]
 fn a_resumed_run_takes_the_algorithms_of_its_checkpoint() {
     let Some(folder) = stand_in() else { return };
-    // An evaluation before the failure, too: it multiplies matrices that training does not.
+    // The evaluation before the failure multiplies matrices of shapes that training does not use.
     let more = ["--device", "cuda", "train.deterministic=false", "train.eval_every=4"];
     let args = |name: &str| small(&path(name), &more);
     let go = |args: &[String], cache: &str, options: &str| {
@@ -481,7 +484,7 @@ fn a_resumed_run_takes_the_algorithms_of_its_checkpoint() {
     go(&args("timed"), "timed-cache", "seed=0").ok();
     let want = outcome(&path("timed"));
 
-    // The same choices up to a failure past the first checkpoint; from there on without the file.
+    // The same choices until a failure after the first checkpoint; then resume without the file.
     let broken = args("timed-broken");
     go(&broken, "timed-cache", "fail_launch=1400").exits(1);
     assert!(!names(Path::new(&path("timed-broken")).join("checkpoints")).is_empty());
@@ -489,11 +492,11 @@ fn a_resumed_run_takes_the_algorithms_of_its_checkpoint() {
     assert_eq!(outcome(&path("timed-broken")), want);
     assert!(names(Path::new(&path("empty-cache")).join("matmul")).is_empty(), "nothing was timed");
 
-    // Another library: said in a line, and timed anew.
+    // Another library: the run says so in one line, and times again.
     let other = go(&resumed(&broken), "empty-cache", "blaslt=130100").ok();
-    other.says(&["matrix products are timed anew", "cuBLASLt 130000", "cuBLASLt 130100"]);
+    other.says(&["matrix products are timed again", "cuBLASLt 130000", "cuBLASLt 130100"]);
     let same = go(&resumed(&broken), "empty-cache", "seed=0").ok();
-    assert!(!same.stderr.contains("timed anew"), "{}", same.stderr);
+    assert!(!same.stderr.contains("timed again"), "{}", same.stderr);
 }
 
 #[test]
@@ -511,7 +514,7 @@ fn a_micro_batch_that_fits_is_found_and_kept() {
         plan["memory"]["total_bytes"].as_u64().unwrap()
     };
 
-    // All of it where there is room; the largest part where there is not, with a tenth to spare.
+    // The whole batch if it fits; otherwise the largest part that fits, with a tenth to spare.
     let (all, part) = (path("auto-all"), path("auto-part"));
     run(&folder, "checks=off", &auto(&all, &[])).ok().says(&["micro-batches of 16"]);
     assert!(recipe(&all).contains("micro_batch = 16"), "{}", recipe(&all));
@@ -519,10 +522,10 @@ fn a_micro_batch_that_fits_is_found_and_kept() {
     let done = run(&folder, &small_card, &auto(&part, &[])).ok();
     done.says(&["micro-batches of 4"]);
     assert!(recipe(&part).contains("micro_batch = 4\n"), "{}", recipe(&part));
-    // A run that goes on keeps what it has, on a card with more room too.
+    // A resumed run keeps its setting, even on a GPU with more memory.
     run(&folder, "checks=off", &resumed(&auto(&part, &[]))).ok().says(&["micro-batches of 4"]);
 
-    // A number that does not fit: the message names one that does. The plan shows what `auto` gives.
+    // The message for a number that does not fit names one that does. The plan shows what `auto` resolves to.
     let small_card = format!("checks=off,memory={}", total("4"));
     let done = run(&folder, &small_card, &auto(&path("refused-16"), &["train.micro_batch=16"])).exits(1);
     done.says(&["error: the run needs", "`--set train.micro_batch=4` is the largest that fits"]);
@@ -541,14 +544,14 @@ fn a_run_keeps_its_precision_until_it_is_told_otherwise() {
     run(&folder, "checks=off", &short(&["--device", "cuda"])).ok();
     assert!(recipe().contains("precision = \"bf16\""), "{}", recipe());
 
-    // The CPU cannot do it, and says how to go on.
+    // The CPU cannot do it, and says how to continue.
     let on_cpu = short(&["--device", "cpu", "--resume"]);
     let done = finish(command(&on_cpu)).exits(2);
     done.says(&["computes in bf16", "the CPU computes in f32", "--set train.precision=f32"]);
     let on_cpu = short(&["--device", "cpu", "--resume", "train.precision=f32"]);
     finish(command(&on_cpu)).ok().says(&["in f32, after bf16"]);
     assert!(recipe().contains("precision = \"f32\""), "{}", recipe());
-    // Back again: `auto` keeps f32, bf16 is taken on purpose.
+    // Back again: `auto` keeps f32; bf16 must be requested.
     let done = run(&folder, "checks=off", &short(&["--device", "cuda", "--resume"])).ok();
     assert!(!done.stderr.contains("after"), "{}", done.stderr);
     let back = short(&["--device", "cuda", "--resume", "train.precision=bf16"]);
@@ -580,7 +583,7 @@ fn resumed(args: &[String]) -> Vec<String> {
 fn what_keeps_a_gpu_from_being_used_is_one_sentence() {
     let Some(folder) = stand_in() else { return };
     let cases: [(&str, &[&str]); 5] = [
-        ("cards=0", &["the CUDA driver sees no card"]),
+        ("cards=0", &["the CUDA driver finds no GPU"]),
         ("driver=11040", &["the CUDA driver is too old", "11.4"]),
         ("sm=75", &["compute capability 7.5"]),
         ("blaslt=110000", &["cuBLASLt is too old"]),
@@ -592,7 +595,7 @@ fn what_keeps_a_gpu_from_being_used_is_one_sentence() {
         let errors = done.stderr.lines().filter(|line| line.starts_with("error:")).count();
         assert_eq!(errors, 1, "{options}: {}", done.stderr);
     }
-    // A driver without cuBLASLt beside it.
+    // A driver without cuBLASLt next to it.
     let alone = path("driver-alone");
     std::fs::create_dir_all(&alone).unwrap();
     std::fs::copy(folder.join("libcuda.so"), Path::new(&alone).join("libcuda.so")).unwrap();
@@ -611,7 +614,7 @@ fn memory_that_runs_out_at_any_allocation_ends_the_run_with_advice() {
         if done.code == 0 {
             break;
         }
-        let done = done.exits(1).says(&["no memory left on the card", "hint:"]);
+        let done = done.exits(1).says(&["out of memory on the GPU", "hint:"]);
         assert!(names(Path::new(&out).join("checkpoints")).is_empty(), "{}", done.stderr);
         refused += 1;
     }
@@ -637,17 +640,17 @@ fn a_spoiled_file_of_algorithms_costs_one_warning() {
     let file = folder_of_files.join(&files[0]);
     let good = std::fs::read(&file).unwrap();
 
-    // The remembered choices are used: the file stays as it is.
+    // The remembered choices are used: the file stays unchanged.
     go("remembered", "checks=off").ok();
     assert_eq!(std::fs::read(&file).unwrap(), good);
-    // A refused algorithm is chosen anew, without a word.
+    // A refused algorithm is chosen again, silently.
     let done = go("refused-algorithm", "checks=off,refuse_algorithm=0").ok();
     assert!(!done.stderr.contains("error"), "{}", done.stderr);
-    // A file that is no JSON.
+    // A file that is not JSON.
     std::fs::write(&file, "{\"half").unwrap();
     let done = go("spoiled", "checks=off").ok();
-    assert_eq!(done.stderr.matches("algorithms are chosen anew").count(), 1, "{}", done.stderr);
-    // Words that no library ever gave.
+    assert_eq!(done.stderr.matches("algorithms are chosen again").count(), 1, "{}", done.stderr);
+    // Words that no library produces.
     let text = String::from_utf8(good).unwrap();
     let digits = |c: char| if c.is_ascii_digit() { '7' } else { c };
     let spoiled: String = text

@@ -1,5 +1,5 @@
-//! The CUDA kernels as a whole: how many there are, whether each barrier is needed and tested, and what benchmarks say of
-//! them. Without a GPU: what runs, runs on the stand-in of `standin/`.
+//! The CUDA kernels as a whole: how many there are, whether each barrier is needed and tested, and what
+//! benchmarks report about them. Without a GPU, kernels run on the stand-in of `standin/`.
 
 mod support;
 
@@ -12,8 +12,8 @@ use serde_json::Value;
 use support::{run_on_gpu, stand_in, vitrum};
 use vitrum::backend::cuda::images::{KERNELS, TARGETS};
 
-/// Kernels of each source, every instance counted. An instance is machine code for each target, time of each build and a row
-/// of each table: a new one is written down here, and pays for itself.
+/// Kernels of each source, counting every instance. An instance costs machine code for each target, build
+/// time, and a row in each table, so a new one must be listed here.
 const INSTANCES: [(&str, usize); 18] = [
     ("activation", 14),
     ("adafactor", 6),
@@ -51,7 +51,8 @@ fn instances_of_kernels_are_counted() {
     assert_eq!(KERNELS.len(), all * machine_code, "each kernel once for each target");
 }
 
-/// Cases of `vitrum selftest` that meet the barriers of a source: the precision, and filters that are tried in turn.
+/// Cases of `vitrum selftest` that reach the barriers of a source: the precision, and filters that are tried
+/// in turn.
 const CASES: [(&str, &str, &[&str]); 11] = [
     ("adafactor.cu", "bf16", &["adafactor"]),
     ("attention_backward.cu", "bf16", &["attention_backward: "]),
@@ -75,13 +76,13 @@ fn every_barrier_of_the_kernels_is_missed_when_it_is_left_out() {
             .iter()
             .find(|(name, ..)| *name == file)
             .unwrap_or_else(|| panic!("`CASES` does not say what tests the barriers of kernels/{file}"));
-        // One multiprocessor: a barrier may be there for a block's next turn.
+        // One multiprocessor: a barrier may exist for a block's next round.
         let options = format!("checks=on,threads=1,multiprocessors=1,skip_barrier=kernels/{file}:{line}");
         filters.iter().any(|filter| {
             let args = ["selftest", "--device", "cuda", "--precision", precision, "--filter", filter];
             let done = run_on_gpu(&folder, &options, &args);
             assert!([0, 1].contains(&done.code), "{file}:{line}: {}", done.stderr);
-            // Either a report of the stand-in, or a wrong value.
+            // Either the stand-in reports an error, or a value is wrong.
             done.code == 1
         })
     };
@@ -156,7 +157,7 @@ fn kernels_are_timed_on_a_gpu_or_not_at_all() {
     let args = ["bench", "--what", "kernels", "--few", "--device"];
     vitrum(&[&args[..], &["cpu"]].concat()).exits(2).says(&["times a GPU's kernels"]);
     let done = vitrum(&[&args[..], &["cuda"]].concat());
-    // A machine with a card times them; without one it says so in one sentence.
+    // A machine with a GPU times them; without one, one sentence says so.
     if done.code != 0 {
         let done = done.exits(1).says(&["kernels are timed on a GPU"]);
         assert_eq!(done.stderr.lines().filter(|line| line.starts_with("error:")).count(), 1);
@@ -173,7 +174,7 @@ fn a_step_on_a_card_is_measured_against_the_card() {
         let size = ["--seconds", "0", "--set", "model.image=32", "--set", "train.deterministic=true"];
         let out = run_on_gpu(&folder, "checks=off", &[&args[..], &size, &["--json"]].concat()).ok().json();
         if what == "infer" {
-            // A pass is a batch, whatever the recipe makes of one.
+            // A pass is one batch, regardless of the recipe's micro-batch.
             let parts = ["--set", "train.micro_batch=1", "--json"];
             let parts = run_on_gpu(&folder, "checks=off", &[&args[..], &size, &parts].concat()).ok().json();
             assert_eq!(parts["arena_bytes"], out["arena_bytes"]);

@@ -1,11 +1,11 @@
-//! A batch slot: host memory that loader workers fill and the device reads, passed around by ownership.
+//! A batch slot: host memory that loader workers fill and the device reads. It is passed around by ownership.
 //!
 //! A slot travels loader → trainer → backend → loader and is never copied on the host. On CUDA its memory is
-//! page-locked and the copy engine reads it; on the CPU the operations read it where it is.
+//! page-locked and the copy engine reads it; on the CPU the operations read it in place.
 
 use crate::error::{Error, Result};
 
-/// Memory behind a slot. Implementations: plain aligned memory (CPU), page-locked memory (CUDA).
+/// The memory of a slot. Implementations: plain aligned memory (CPU), page-locked memory (CUDA).
 pub trait HostMemory: Send {
     fn bytes(&self) -> &[u8];
     fn bytes_mut(&mut self) -> &mut [u8];
@@ -38,7 +38,7 @@ pub struct SlotLayout {
     pub targets: TargetKind,
 }
 
-/// A rectangle `[y0, y1) × [x0, x1)` of pixels; empty means none.
+/// A rectangle `[y0, y1) × [x0, x1)` of pixels, or empty.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct MixBox {
@@ -48,20 +48,21 @@ pub struct MixBox {
     pub x1: u16,
 }
 
-/// What is erased of a sample, after normalisation and before mixing: what the box holds is drawn on the device.
+/// What is erased from a sample, after normalisation and before mixing. The device draws the content of the
+/// box.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct Erase {
     pub cut: MixBox,
     pub seed: u32,
-    /// 0: zeros; 1: one normal colour; 2: a normal draw for each value.
+    /// 0: zeros; 1: one normal colour; 2: a normal draw per value.
     pub mode: u32,
 }
 
 impl Erase {
-    /// The normalised colour that stands at pixel (y, x) of the box: Box and Muller (1958) on the words of
-    /// `philox([y, x, 0, 0], [seed, ERASE_KEY])`, `y = x = 0` for one colour; red and green from the first two words, blue
-    /// from the others.
+    /// The normalised colour of pixel (y, x) of the box: Box and Muller (1958) on the words of `philox([y, x,
+    /// 0, 0], [seed, ERASE_KEY])`, with `y = x = 0` for one colour. Red and green use the first two words,
+    /// blue the others.
     pub fn colour(&self, y: usize, x: usize) -> [f32; 3] {
         const ERASE_KEY: u32 = 0x4572_6173;
         let (y, x) = match self.mode {
@@ -81,7 +82,7 @@ impl Erase {
 }
 
 impl SlotLayout {
-    /// Values (not bytes) of one image.
+    /// Values (not bytes) per image.
     pub fn image_len(&self) -> usize {
         self.image.0 * self.image.1 * 3
     }
@@ -101,7 +102,7 @@ impl SlotLayout {
         }
     }
 
-    /// Byte offsets of pixels, targets, partner, lambda, boxes, pixel lambda, erased boxes, and the end.
+    /// Byte offsets of pixels, targets, partner, lambda, boxes, pixel lambda and erased boxes, and the end.
     pub(super) fn offsets(&self) -> [usize; 8] {
         let n = self.samples;
         let sizes = [self.pixel_bytes(), self.target_bytes(), n * 4, n * 4, n * 8, n * 4, n * 16];
@@ -120,22 +121,24 @@ impl SlotLayout {
 
 /// One batch: pixels, targets, and how samples are mixed.
 ///
-/// Sample i becomes `lambda·x_i + (1-lambda)·x_partner`, both normalised, and the same for its target; where `boxes`
-/// is not empty (cutmix) the partner's pixels replace those inside the box instead, and `lambda` weighs the targets
-/// only. `lambda = 1` with an empty box mixes nothing. Where a mixture is cut (chained mixup and cutmix), `pixel_lambda`
-/// is below 1: outside the box stands `pixel_lambda·x_i + (1-pixel_lambda)·x_partner`, inside it the same with the weights
-/// exchanged; without a box it counts for nothing. Before all this, each sample is erased as its [`Erase`] says.
+/// Sample i becomes `lambda·x_i + (1-lambda)·x_partner`, both normalised; its target is mixed the same way.
+/// Where `boxes` is not empty (cutmix), the partner's pixels replace those inside the box instead, and
+/// `lambda` weighs the targets only. `lambda = 1` with an empty box mixes nothing. Chained mixup and cutmix
+/// have `pixel_lambda` below 1: pixels outside the box are `pixel_lambda·x_i + (1-pixel_lambda)·x_partner`,
+/// pixels inside it the same with the weights exchanged. Without a box, `pixel_lambda` is ignored. Before all
+/// this, each sample is erased as its [`Erase`] says.
 pub struct Slot {
     memory: Box<dyn HostMemory>,
     layout: SlotLayout,
-    /// Samples that are real; the rest is padding that counts for nothing.
+    /// Real samples; the rest is padding and is ignored.
     pub count: usize,
-    /// Place of this batch in the data stream, set by the loader.
+    /// Position of this batch in the data stream, set by the loader.
     pub position: u64,
 }
 
 impl Slot {
-    /// `memory` has at least [`SlotLayout::bytes`] bytes, aligned to 64. It starts unmixed with `count = samples`.
+    /// `memory` has at least [`SlotLayout::bytes`] bytes, aligned to 64. The slot starts unmixed, with `count
+    /// = samples`.
     pub fn new(memory: Box<dyn HostMemory>, layout: SlotLayout) -> Self {
         assert!(memory.bytes().len() >= layout.bytes(), "slot memory is too small");
         assert_eq!(memory.bytes().as_ptr() as usize % 64, 0, "slot memory is not aligned");
@@ -148,7 +151,7 @@ impl Slot {
         self.layout
     }
 
-    /// All of it, for the copy engine.
+    /// The whole memory, for the copy engine.
     pub(super) fn memory(&self) -> &[u8] {
         &self.memory.bytes()[..self.layout.bytes()]
     }
@@ -199,7 +202,7 @@ impl Slot {
         let TargetKind::Dense { classes } = self.layout.targets else { panic!("the slot holds labels") };
         self.part_mut(1, self.layout.samples * classes)
     }
-    /// `[B]` index into this slot of the sample that is mixed in.
+    /// `[B]` index within this slot of the sample that is mixed in.
     pub fn partner(&self) -> &[u32] {
         self.part(2, self.layout.samples)
     }
@@ -228,7 +231,7 @@ impl Slot {
     pub fn pixel_lambda_mut(&mut self) -> &mut [f32] {
         self.part_mut(5, self.layout.samples)
     }
-    /// `[B]` what is erased of each sample.
+    /// `[B]` what is erased from each sample.
     pub fn erase(&self) -> &[Erase] {
         self.part(6, self.layout.samples)
     }
@@ -236,7 +239,7 @@ impl Slot {
         self.part_mut(6, self.layout.samples)
     }
 
-    /// No sample is mixed or erased.
+    /// Turns off mixing and erasing for all samples.
     pub fn clear_mix(&mut self) {
         self.partner_mut().iter_mut().zip(0u32..).for_each(|(p, i)| *p = i);
         self.lambda_mut().fill(1.0);

@@ -1,10 +1,11 @@
-//! What an operation costs at least: floating-point operations, and bytes that have to move.
+//! The minimum cost of an operation: floating-point operations, and bytes that have to move.
 //!
-//! FLOPs are those of matrix products, attention's included, two per multiply-add, as they are counted in papers; what is done to
-//! single elements is limited by memory and counts as bytes. Bytes are the floor for a device whose caches hold none of
-//! the operands from one operation to the next: every operand is read once and every result written once, in the type in
-//! which it is stored. What is both counts twice. Masks are drawn, not stored, and cost nothing; statistics are operands
-//! like any other; partial sums, scratch and padding are a device's own affair and are left out.
+//! FLOPs are those of matrix products, including attention's: two per multiply-add, as papers count them.
+//! Elementwise work is limited by memory and counts as bytes. Bytes are the minimum for a device whose caches
+//! keep no operand between operations: every operand is read once and every result written once, in its
+//! storage type. What is both an operand and a result counts twice. Masks are drawn, not stored, and cost
+//! nothing. Statistics are operands like any other. Partial sums, scratch and padding depend on the device
+//! and are left out.
 
 use std::iter::Sum;
 use std::ops::AddAssign;
@@ -14,7 +15,7 @@ use super::{
     Arena, Dtype, Epilogue, InputGrad, Join, Mat, Pixels, Pool, SlotLayout, Storage, TargetKind, Update,
 };
 
-/// The least that has to be done.
+/// The least work that has to be done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Cost {
     /// Floating-point operations of matrix products.
@@ -31,8 +32,8 @@ impl Cost {
         self.read + self.written
     }
 
-    /// Seconds that it takes a device at least which does `flops_per_s` in large products and moves `bytes_per_s` in large
-    /// copies, both as fast as it can at the same time.
+    /// The least time in seconds on a device that does `flops_per_s` in large products and moves
+    /// `bytes_per_s` in large copies, both at full speed at the same time.
     pub fn floor(&self, flops_per_s: f64, bytes_per_s: f64) -> f64 {
         (self.flops as f64 / flops_per_s).max(self.bytes() as f64 / bytes_per_s)
     }
@@ -55,7 +56,7 @@ impl Sum for Cost {
     }
 }
 
-/// What costs depend on besides the operands.
+/// What costs depend on, besides the operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Setting {
     /// Where products read a bf16 copy of the weights, an update writes it.
@@ -63,7 +64,7 @@ pub struct Setting {
     /// The bound batch: the type of its pixels and targets.
     pub pixels: Pixels,
     pub targets: TargetKind,
-    /// Gradients of parameters are added to: those of every micro-batch but the first.
+    /// Gradients of parameters are added to: true in every micro-batch but the first.
     pub accumulate: bool,
 }
 
@@ -75,7 +76,7 @@ impl Setting {
 }
 
 impl Op<'_> {
-    /// What the operation costs at least: see the module.
+    /// The minimum cost of the operation: see the module.
     pub fn cost(&self, setting: &Setting) -> Cost {
         let mut count = Count { cost: Cost::default(), setting };
         match *self {
@@ -110,7 +111,7 @@ impl Op<'_> {
             Op::AttentionBackward(op) => {
                 [op.qkv, op.o, op.lse, op.d_o].into_iter().for_each(|mat| count.reads(mat));
                 count.writes(op.d_qkv);
-                // The probabilities were not kept: QKᵀ is done once more.
+                // The probabilities were not kept: QKᵀ is computed once more.
                 count.products(5, op.o, op.heads.tokens);
             }
             Op::QueryAttention(op) => {
@@ -145,7 +146,7 @@ impl Op<'_> {
     }
 }
 
-/// Rows of a sample that a pool looks at.
+/// Rows of a sample that a pool reads.
 fn pooled_rows(pool: Pool) -> usize {
     match pool {
         Pool::Token { .. } => 1,
@@ -157,7 +158,7 @@ fn bytes(mat: Mat) -> u64 {
     (mat.rows * mat.cols * mat.dtype.bytes()) as u64
 }
 
-/// The cost of one operation, as far as it is counted.
+/// Adds up the cost of one operation.
 struct Count<'a> {
     cost: Cost,
     setting: &'a Setting,
@@ -172,13 +173,13 @@ impl Count<'_> {
         self.cost.written += bytes(mat);
     }
 
-    /// In place.
+    /// Read and written in place.
     fn changes(&mut self, mat: Mat) {
         self.reads(mat);
         self.writes(mat);
     }
 
-    /// The gradient of a parameter, if it is trained.
+    /// The gradient of a parameter, if the parameter is trained.
     fn gradient(&mut self, d: Option<Mat>) {
         match d {
             None => {}
@@ -203,7 +204,7 @@ impl Count<'_> {
             Pixels::U8 => 1,
             Pixels::F32 => 4,
         };
-        // What is left over at the right and bottom is not looked at.
+        // Pixels left over at the right and bottom are not read.
         let samples = op.patches.rows / op.grid.tokens();
         self.cost.read += (samples * op.grid.patches() * op.grid.patch_len() * pixel) as u64;
         self.writes(op.patches);
@@ -271,7 +272,7 @@ impl Count<'_> {
         }
     }
 
-    /// What a join reads, if it adds.
+    /// What a join reads, if it adds a branch.
     fn join(&mut self, join: &Join) {
         if let Join::Branch { branch, .. } = join {
             self.reads(branch.base);
@@ -303,12 +304,12 @@ impl Count<'_> {
         }
         self.gradient(op.norm.d_gamma);
         self.gradient(op.norm.d_beta);
-        // `d_sum` is at hand.
+        // `d_sum` is already in registers.
         self.hands_on(&op.residual());
     }
 
-    /// `d_branch`, and what it is made of besides `d_sum`. False where there is nothing to do. A bias gradient counts where its
-    /// product is.
+    /// Computes `d_branch` from `d_sum` and the join's factors. False where there is nothing to do. The bias
+    /// gradient is counted with its product.
     fn hands_on(&mut self, op: &ops::ResidualBackward) -> bool {
         let layer_scale = match op.join {
             Join::Ready(_) if op.d_branch.dtype == op.d_sum.dtype => return false,
@@ -327,7 +328,7 @@ impl Count<'_> {
     fn loss(&mut self, op: ops::Loss) {
         let samples = op.samples.rows as u64;
         self.cost.read += match self.setting.targets {
-            // A label, and the λ of a mixed picture.
+            // A label, and the λ of a mixed image.
             TargetKind::Labels => 8 * samples,
             TargetKind::Dense { classes } => 4 * samples * classes as u64,
         };
@@ -344,7 +345,7 @@ impl Count<'_> {
         let first = values * update.rule.first_moment().bytes();
         let average = if update.ema_decay.is_some() { 4 * values } else { 0 };
         let state = 4 * values + first + 4 * second + average;
-        // Gradients are read twice: the norm of all of them is known before the first is used.
+        // Gradients are read twice: the global norm must be known before the first gradient is used.
         self.cost.read += (state + 8 * values) as u64;
         self.cost.written += (state + if copied { 2 * values } else { 0 }) as u64;
     }
@@ -385,7 +386,7 @@ mod tests {
             assert_eq!(cost(Epilogue::None), Cost { flops, read, written });
             let bias = size * OUT as u64;
             assert_eq!(cost(Epilogue::Bias), Cost { flops, read: read + bias, written });
-            // In place or not: the sum reads what was there.
+            // In place or not, the sum reads the old values.
             assert_eq!(cost(Epilogue::BiasResidual(y)), Cost { flops, read: read + bias + written, written });
         }
     }
@@ -403,7 +404,7 @@ mod tests {
         let all = cost(&w, InputGrad::Plain(d_x), false);
         let (read, written) = (of_y + of_x + of_w, of_w + of_bias + of_x);
         assert_eq!(all, Cost { flops: 2 * product, read, written });
-        // Later micro-batches add to what is there.
+        // Later micro-batches add to the gradients.
         let more = cost(&w, InputGrad::Plain(d_x), true);
         assert_eq!(more, Cost { read: read + of_w + of_bias, ..all });
         let frozen = Linear { d_weight: None, d_bias: None, ..w };

@@ -1,4 +1,4 @@
-//! Where a run computes: what the user may ask for, and the backend that comes of it.
+//! Where a run computes: what the user may ask for, and the backend that it selects.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,7 +10,7 @@ use crate::terminal;
 /// Where a run computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The first GPU where it works, else the CPU after one line that says why.
+    /// The first GPU if it works, else the CPU after one line that says why.
     #[default]
     Auto,
     Cpu,
@@ -30,7 +30,7 @@ impl FromStr for Device {
             ("cpu", _) => Ok(Device::Cpu),
             ("cuda" | "gpu", _) => Ok(Device::Cuda(0)),
             (_, Ok(card)) if number.bytes().all(|b| b.is_ascii_digit()) => Ok(Device::Cuda(card)),
-            _ => Err("a device is `auto`, `cpu`, `cuda` or `cuda:N`, N being the card's number".into()),
+            _ => Err("a device is `auto`, `cpu`, `cuda` or `cuda:N`, N being the GPU's number".into()),
         }
     }
 }
@@ -47,7 +47,7 @@ impl fmt::Display for Device {
 }
 
 impl Device {
-    /// The GPU that it is, or may be.
+    /// The number of the GPU that it is, or may be.
     pub fn card(self) -> Option<usize> {
         match self {
             Device::Auto => Some(FIRST_CARD),
@@ -57,11 +57,11 @@ impl Device {
     }
 }
 
-/// The GPU that `Auto` takes where it can.
+/// The GPU that `Auto` uses if it can.
 const FIRST_CARD: usize = 0;
 
-/// What the device computes in and how it stores what a run needs, without opening it where the user names it: a plan for
-/// a GPU can be made anywhere.
+/// The precision that the device computes in and how it stores data. A device that the user names is not
+/// opened, so a plan for a GPU can be made on any machine.
 pub fn planned(device: Device, precision: Precision, residual: Residual) -> (Precision, Storage) {
     let options = DeviceOptions { precision, residual, ..DeviceOptions::default() };
     let on_card = match device {
@@ -77,7 +77,7 @@ pub fn planned(device: Device, precision: Precision, residual: Residual) -> (Pre
     (precision, if on_card { cuda::Cuda::storage_of(precision, residual) } else { Storage::CPU })
 }
 
-/// Which device `Auto` is, for those who open one again and again: [`select`] prints its line once.
+/// Which device `Auto` is, for callers that open it repeatedly: [`select`] prints its line once.
 ///
 /// # Errors
 /// Those of [`select`].
@@ -89,10 +89,11 @@ pub fn decide(device: Device, options: &DeviceOptions) -> Result<Device> {
     }
 }
 
-/// Opens the device that the user asked for. `Auto` takes the CPU after one line on stderr that says why.
+/// Opens the device that the user asked for. `Auto` falls back to the CPU after one line on stderr that says
+/// why.
 ///
 /// # Errors
-/// The device cannot be used, or does not compute in the precision that is asked for.
+/// The device cannot be used, or does not compute in the requested precision.
 pub fn select(device: Device, options: &DeviceOptions) -> Result<Box<dyn Backend>> {
     let cpu = || -> Result<Box<dyn Backend>> {
         if !matches!(options.precision, Precision::Auto | Precision::F32) {

@@ -1,5 +1,5 @@
-//! A device that does nothing: what a step would ask for can be seen and counted where there is no memory for it, by a
-//! [`Timed`](super::timed::Timed) in front of it.
+//! A device that does nothing. With a [`Timed`](super::timed::Timed) in front of it, the operations of a step
+//! can be listed and counted on a machine without the memory to run them.
 
 use super::{
     Arena, Backend, Body, Mat, MemoryPlan, Micro, Op, Precision, Slot, SlotLayout, StepKeys, StepReport,
@@ -7,7 +7,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 
-/// See the module. Whatever is read from it is as it was before.
+/// See the module. Reads leave the destination unchanged.
 pub struct DryRun {
     storage: Storage,
     precision: Precision,

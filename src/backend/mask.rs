@@ -2,7 +2,7 @@
 //!
 //! One Philox block decides four neighbouring elements of one sample. Counter: (element / 4, sample, site, step low);
 //! key: (seed low, seed high ^ step high ^ domain). Element e of the block keeps its value if its word's top 24 bits,
-//! read as a number in [0, 1), are at least `rate`. `kernels/philox.cuh` is to draw the same.
+//! read as a number in [0, 1), are at least `rate`. `kernels/philox.cuh` must draw the same.
 
 use super::{Mask, Micro, StepKeys};
 use crate::rng::{Domain, PHILOX_ROUNDS, philox, philox_next_key, philox_round, unit};
@@ -35,7 +35,7 @@ impl BoundMask {
         }
     }
 
-    /// Nothing is ever dropped.
+    /// Whether nothing is ever dropped.
     pub fn is_none(&self) -> bool {
         self.rate == 0.0
     }

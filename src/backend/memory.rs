@@ -1,9 +1,9 @@
 //! Handles into the flat arenas, and the plan that says how big each arena is.
 //!
-//! The plan is made once from (model, batch, precision): the parameter layout gives the parameter, gradient and
-//! optimiser arenas, the model gives the activations, and on a device with memory of its own the slots give the places of
-//! batches and the optimiser's segments the tables of an update. `vitrum plan` prints it, the backend allocates exactly
-//! it, and nothing else is allocated.
+//! The plan is made once from (model, batch, precision). The parameter layout gives the parameter, gradient
+//! and optimiser arenas; the model gives the activations. On a device with its own memory, the slots give the
+//! space for batches, and the optimiser's segments give the tables of an update. `vitrum plan` prints the
+//! plan, the backend allocates exactly that, and nothing else is allocated.
 
 use std::fmt;
 
@@ -26,18 +26,20 @@ pub enum Arena {
     Activations,
     /// bf16 copy of `Params` with the same element offsets; only where matrix products read bf16.
     Working,
-    /// Partial sums and scratch of a device's own operations, and the params through which steps reach its kernels.
+    /// Partial sums and scratch of a device's operations, and the params that pass each step's values to its
+    /// kernels.
     Workspace,
-    /// Two places for batches, where operations do not read the slot itself: one is filled while the other is read.
+    /// Space for two batches, where operations do not read the slot itself: one is filled while the other is
+    /// read.
     Batches,
-    /// Tables and scratch of a device's own update.
+    /// Tables and scratch of a device's update.
     Update,
 }
 
 impl Arena {
-    /// How many there are.
+    /// The number of arenas.
     pub const COUNT: usize = 10;
-    /// The arenas whose contents mean something from one operation to the next and that nothing else determines.
+    /// The arenas whose contents persist between operations and cannot be derived from anything else.
     pub const ALL: [Arena; 6] =
         [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2, Arena::Ema, Arena::Activations];
 }
@@ -76,7 +78,7 @@ impl Mat {
         if self.rows == 0 { 0 } else { ((self.rows - 1) * self.ld + self.cols) * self.dtype.bytes() }
     }
 
-    /// The same memory with `rows × cols` seen as `rows·n × cols/n` (or the other way). Needs `ld == cols`.
+    /// The same memory with `rows × cols` viewed as `rows·n × cols/n` (or the other way). Needs `ld == cols`.
     pub fn reshape(self, rows: usize, cols: usize) -> Mat {
         assert_eq!(self.ld, self.cols, "only a dense matrix can be reshaped");
         assert_eq!(self.rows * self.cols, rows * cols, "reshape keeps the number of elements");
@@ -88,19 +90,19 @@ impl Mat {
         self.row_range(0, rows)
     }
 
-    /// `count` rows from `first` on.
+    /// `count` rows, starting at `first`.
     pub fn row_range(self, first: usize, count: usize) -> Mat {
         assert!(first + count <= self.rows, "rows {first}..{} of {}", first + count, self.rows);
         Mat { offset: self.offset + first * self.ld * self.dtype.bytes(), rows: count, ..self }
     }
 
-    /// `count` columns from `first` on.
+    /// `count` columns, starting at `first`.
     pub fn column_range(self, first: usize, count: usize) -> Mat {
         assert!(first + count <= self.cols, "columns {first}..{} of {}", first + count, self.cols);
         Mat { offset: self.offset + first * self.dtype.bytes(), cols: count, ..self }
     }
 
-    /// Row 0 of every `group` rows: the class tokens of `[B·T, ..]`, with `group` T.
+    /// Row 0 of every `group` rows: the class tokens of `[B·T, ..]`, with `group` = T.
     pub fn every_row(self, group: usize) -> Mat {
         assert!(self.rows.is_multiple_of(group), "{} rows in groups of {group}", self.rows);
         Mat { rows: self.rows / group, ld: self.ld * group, ..self }
@@ -113,8 +115,8 @@ impl fmt::Display for Mat {
     }
 }
 
-/// Activations that the backward works out again instead of finding them kept. No level changes a bit of the
-/// gradients, save that a GPU's fused GELU differs from its own by rounding.
+/// Activations that the backward pass recomputes instead of keeping them. No level changes a bit of the
+/// gradients, with one exception: a GPU's fused GELU rounds differently from our GELU kernel.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
@@ -125,23 +127,23 @@ pub enum Recompute {
     /// LayerNorm outputs and the MLP's activation: 12 of 32 widths per token, for a few per cent of time.
     #[serde(rename = "ln+gelu")]
     LnGelu,
-    /// All of a block but its input: one more forward pass.
+    /// Everything of a block except its input: costs one more forward pass.
     #[serde(rename = "block")]
     Block,
 }
 
-/// How a device stores what a run needs.
+/// How a device stores data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Storage {
     /// Type of activations and of their gradients. Statistics, metrics, parameters and moments are f32 everywhere.
     pub activations: Dtype,
-    /// Type of the residual stream and of its gradient: that of activations, or f32.
+    /// Type of the residual stream and its gradient: that of activations, or f32.
     pub residual: Dtype,
     /// Rows of activations are padded to a multiple of this many elements.
     pub row_align: usize,
     /// Bytes of [`Arena::Workspace`]; 0 where operations work in main memory.
     pub workspace: usize,
-    /// What is not kept. The run's choice, not the device's.
+    /// What is recomputed instead of kept. The run's choice, not the device's.
     pub recompute: Recompute,
 }
 
@@ -155,12 +157,12 @@ impl Storage {
         recompute: Recompute::None,
     };
 
-    /// A device with memory of its own: batches are copied there, and so is what an update needs besides the arenas.
+    /// Whether the device has its own memory: batches are copied there, and so are the update's tables.
     pub fn has_device_memory(&self) -> bool {
         self.workspace > 0
     }
 
-    /// Matrix products read a bf16 copy of the weights.
+    /// Whether matrix products read a bf16 copy of the weights.
     pub fn has_working_copy(&self) -> bool {
         self.activations == Dtype::Bf16
     }
@@ -183,7 +185,7 @@ pub struct PlanEntry {
 pub struct MemoryPlan {
     storage: Storage,
     sizes: [usize; Arena::COUNT],
-    /// What the activation arena holds, in order of allocation.
+    /// The contents of the activation arena, in order of allocation.
     pub activations: Vec<PlanEntry>,
 }
 
@@ -206,7 +208,7 @@ impl MemoryPlan {
         }
     }
 
-    /// Makes room for the slots that will be bound, of which `layout` is the largest.
+    /// Reserves space for the slots that will be bound; `layout` is the largest.
     pub fn set_batch(&mut self, layout: SlotLayout) {
         if self.storage.has_device_memory() {
             self.sizes[Arena::Batches as usize] = 2 * layout.bytes().next_multiple_of(TENSOR_ALIGN);
@@ -226,12 +228,12 @@ impl MemoryPlan {
         self.sizes.iter().sum()
     }
 
-    /// A matrix in the activation arena, in the device's type and with its padding.
+    /// A matrix in the activation arena, with the device's type and padding.
     pub fn activation(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
         self.padded(name.into(), rows, cols, self.storage.activations)
     }
 
-    /// The same for a part of the residual stream, or of its gradient.
+    /// The same for a part of the residual stream or of its gradient.
     pub fn stream(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
         self.padded(name.into(), rows, cols, self.storage.residual)
     }

@@ -1,21 +1,24 @@
-//! What a device must be able to do: some twenty fused operations over memory that is planned once.
+//! What a device must be able to do: about twenty fused operations over memory that is planned once.
 //!
-//! There is no autograd and no graph here. The model ([`crate::vit`]) calls these operations in a straight line,
-//! forward and then backward; each is a value ([`ops`]), which a backend only executes. Operands are [`Mat`] handles into flat arenas that
-//! [`Backend::allocate`] makes before the first step: a step allocates nothing, and every operation may be recorded
-//! in a CUDA graph. Whatever changes between steps (learning rates, seeds, the bound batch) reaches the device
-//! through [`Backend::begin_step`], [`Backend::begin_micro`] and [`Backend::bind_batch`].
+//! There is no autograd and no graph. The model ([`crate::vit`]) calls these operations in a straight line,
+//! forward and then backward. Each operation is a value ([`ops`]) that a backend executes. Operands are
+//! [`Mat`] handles into flat arenas, which [`Backend::allocate`] creates before the first step. A step
+//! allocates nothing, and every operation may be recorded in a CUDA graph. Everything that changes between
+//! steps (learning rates, seeds, the bound batch) reaches the device through [`Backend::begin_step`],
+//! [`Backend::begin_micro`] and [`Backend::bind_batch`].
 //!
 //! Nothing here knows what a Vision Transformer is. Letters: B samples of the micro-batch, T tokens, R = B·T rows,
 //! D width, H heads, Dh head size, M mlp width, C classes.
 //!
-//! Gradient contract: in one backward pass each element of a parameter's gradient is produced by exactly one operation
-//! (two operations may share a parameter by disjoint views, [`Linear::outputs`]). It is assigned in the first micro-batch
-//! of a step and added to in the others ([`Micro::accumulate`]).
+//! Gradient contract: in one backward pass, exactly one operation produces each element of a parameter's
+//! gradient (two operations may share a parameter through disjoint views, [`Linear::outputs`]). The operation
+//! assigns the gradient in the first micro-batch of a step and adds to it in the others
+//! ([`Micro::accumulate`]).
 //!
-//! A bias gradient is the sum over the rows of the matrix that [`Backend::matmul_backward`] gets as its `d_y`. Operations
-//! that make such a matrix are told where that sum will be wanted (`d_bias`): a device may make it there, from values that
-//! it holds anyway, and then leaves it out of the product. The product has to follow, with that `d_y` as it was left.
+//! A bias gradient is the sum over the rows of the matrix that [`Backend::matmul_backward`] gets as `d_y`. An
+//! operation that produces such a matrix is told where the sum goes (`d_bias`). A device may compute the sum
+//! there, from values that it holds anyway, and then skips it in the product. The product must come next,
+//! with `d_y` unchanged.
 
 pub mod batch;
 pub mod cost;
@@ -46,7 +49,7 @@ pub use update::{Factor, GroupScalars, Rule, Segment, StepReport, Update, update
 
 use crate::error::Result;
 
-/// Which part of the bound batch the following operations work on.
+/// The part of the bound batch that the following operations work on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Micro {
     /// First sample, as an index into the bound slot.
@@ -55,42 +58,44 @@ pub struct Micro {
     pub samples: usize,
     /// Index of the slot's first sample in the global batch; keys the masks.
     pub global_first: u64,
-    /// Gradients are added to (true) or assigned (false).
+    /// Whether gradients are added to (true) or assigned (false).
     pub accumulate: bool,
-    /// Samples over which the loss is averaged: the whole batch, for gradients that are the mean of all micro-batches.
+    /// Samples over which the loss is averaged: the whole batch, so that the gradients of all micro-batches
+    /// sum to the mean.
     pub mean_over: usize,
 }
 
 impl Micro {
-    /// A batch of `samples` that is taken in one pass, on one rank.
+    /// A batch of `samples` that is processed in one pass, on one rank.
     pub fn whole(samples: usize) -> Self {
         Self { first: 0, samples, global_first: 0, accumulate: false, mean_over: samples }
     }
 }
 
-/// Keys of everything random inside a step.
+/// Keys of all random numbers in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepKeys {
     pub seed: u64,
-    /// Updates already done.
+    /// Updates done so far.
     pub step: u64,
 }
 
-/// Work that can be done in several ways, and the one that a device has chosen by timing.
+/// Work that can be done in several ways, and the way that a device chose by timing.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Choice {
-    /// The matrix product with what is around it.
+    /// The matrix product and the work around it.
     pub product: String,
     pub way: String,
-    /// What each way took; empty where the choice is that of a checkpoint.
+    /// The time of each way; empty where the choice comes from a checkpoint.
     pub microseconds: std::collections::BTreeMap<String, f32>,
 }
 
 /// A pass of operations over a backend.
 pub type Body<'a> = &'a mut dyn FnMut(&mut dyn Backend) -> Result<()>;
 
-/// A device. What it computes comes through [`Backend::execute`]; the rest is memory, batches and steps. Operations panic on
-/// shapes that do not fit together (the caller's mistake) and return an error when the device fails.
+/// A device. It computes through [`Backend::execute`]; the other methods manage memory, batches and steps.
+/// Operations panic on shapes that do not match (a bug of the caller) and return an error when the device
+/// fails.
 pub trait Backend: Send {
     /// One line for the header of a run: `cpu, 2 threads, avx512`.
     fn describe(&self) -> String;
@@ -99,65 +104,66 @@ pub trait Backend: Send {
 
     /// How this device stores activations; plans are made for it.
     fn storage(&self) -> Storage;
-    /// What it computes in: never [`Precision::Auto`].
+    /// The precision it computes in: never [`Precision::Auto`].
     fn precision(&self) -> Precision;
     /// Bytes that are free for arenas now.
-    fn free_memory(&self) -> Result<usize>;
+    Bytes that are free for arenas now.
     /// Allocates every arena, zeroed. Called once, before anything else.
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()>;
     /// Bytes held in arenas: equals [`MemoryPlan::total_bytes`].
     fn allocated_bytes(&self) -> usize;
-    /// Writes `rows × cols` values (dense, row by row) into an f32 matrix; padding is left alone.
+    /// Writes `rows × cols` values (dense, row by row) into an f32 matrix; padding is left unchanged.
     fn write(&mut self, at: Mat, values: &[f32]) -> Result<()>;
     /// Reads `rows × cols` values, dense.
     fn read(&mut self, at: Mat, values: &mut [f32]) -> Result<()>;
-    /// Reads an arena's raw bytes, padding and all (checkpoints).
+    /// Reads an arena's raw bytes, including padding (checkpoints).
     fn read_arena(&mut self, arena: Arena) -> Result<Vec<u8>>;
     /// The inverse of [`Backend::read_arena`]; the length must match.
     fn write_arena(&mut self, arena: Arena, bytes: &[u8]) -> Result<()>;
-    /// Exchanges the weights with their EMA (to evaluate it, and back).
+    /// Exchanges the weights with their EMA (to evaluate the EMA, and back).
     fn swap_ema(&mut self) -> Result<()>;
 
     // Choices ---------------------------------------------------------------------------------------------------
 
-    /// What the device has chosen by timing and decides bits, in words that [`Backend::prefer_algorithms`] understands.
-    /// Nothing where the same work is always done in the same way.
+    /// The choices that the device made by timing and that affect bits, in a form that
+    /// [`Backend::prefer_algorithms`] understands. Empty where the same work is always done in the same way.
     fn algorithms(&self) -> Vec<String>;
-    /// The same for people: where several ways of doing the same work were timed, which one was taken.
+    /// The same for people: where several ways of doing the same work were timed, which one won.
     fn choices(&self) -> Vec<Choice> {
         Vec::new()
     }
-    /// Takes the choices of a checkpoint, before the first step; or says in one sentence why they are of no use here.
+    /// Adopts the choices of a checkpoint, before the first step, or says in one sentence why they do not
+    /// apply here.
     fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String>;
 
     // Batches ---------------------------------------------------------------------------------------------------
 
     /// A batch slot in memory that the device can copy from (page-locked on CUDA).
     fn new_slot(&self, layout: SlotLayout) -> Result<Slot>;
-    /// Makes `slot` the batch of the following operations, and gives back the one that is no longer needed. A device with
-    /// memory of its own copies the slot while earlier steps compute.
+    /// Makes `slot` the batch of the following operations, and returns the slot that is no longer needed. A
+    /// device with its own memory copies the slot while earlier steps compute.
     fn bind_batch(&mut self, slot: Slot) -> Result<Option<Slot>>;
-    /// Takes the bound batch back, when a run ends.
+    /// Returns the bound batch at the end of a run.
     fn unbind_batch(&mut self) -> Option<Slot>;
 
     // The step --------------------------------------------------------------------------------------------------
 
     fn begin_step(&mut self, keys: StepKeys) -> Result<()>;
     fn begin_micro(&mut self, micro: Micro) -> Result<()>;
-    /// Runs `body`, then the update. Called again and again with bodies that do the same work, so that a device may
-    /// record the work once and replay it: between two calls only the bound batch, the keys of
+    /// Runs `body`, then the update. Callers repeat it with bodies that do the same work, so that a device
+    /// may record the work once and replay it: between two calls only the bound batch, the keys of
     /// [`Backend::begin_step`], and the update's `t` and `groups` differ.
     fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()>;
-    /// How many steps may usefully be asked for before the report of the one before them is read: 0 where
-    /// [`Backend::step`] returns when its work is done.
+    /// How many steps may usefully be submitted before the report of the first is read: 0 where
+    /// [`Backend::step`] returns only when its work is done.
     fn steps_ahead(&self) -> u64;
-    /// Waits until everything that was asked for is done.
+    /// Waits until all submitted work is done.
     fn synchronize(&mut self) -> Result<()>;
 
     // Operations ------------------------------------------------------------------------------------------------
 
-    /// Does one operation, or asks for it. Everything below is this with the operands in the order of a formula: models
-    /// call those methods, and a device has this one.
+    /// Executes or submits one operation. The methods below wrap it, with operands in the order of a formula.
+    /// Models call those methods; a device implements this one.
     fn execute(&mut self, op: &Op) -> Result<()>;
 
     /// [`ops::Patchify`]
@@ -311,14 +317,15 @@ pub trait Backend: Send {
     fn add_to_report(&mut self, samples: Mat) -> Result<()> {
         self.execute(&Op::AddToReport(ops::AddToReport { samples }))
     }
-    /// [`Op::Update`]; [`Backend::step`] does it after its body.
+    /// [`Op::Update`]; [`Backend::step`] runs it after its body.
     fn update(&mut self, update: &Update) -> Result<()> {
         self.execute(&Op::Update(update))
     }
 
     // Reports ---------------------------------------------------------------------------------------------------
 
-    /// The oldest report that was not read yet, and waits for it. Each [`Backend::step`] with an update leaves one, to be
-    /// read in order, at most [`Backend::steps_ahead`] steps late. Without a step it is that of the sums as they are.
+    /// Waits for the oldest unread report and returns it. Each [`Backend::step`] with an update leaves one.
+    /// Read them in order, at most [`Backend::steps_ahead`] steps late. Without a step, the report is of the
+    /// current sums.
     fn report(&mut self) -> Result<StepReport>;
 }

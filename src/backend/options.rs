@@ -1,6 +1,6 @@
-//! How a device is to be opened: what it computes in, and what it may do to be fast.
+//! How a device is opened: the precision it computes in, and what it may do to be fast.
 
-/// The numbers that a run computes with. Statistics, losses, master weights, gradients and moments are f32 in each.
+/// The precision of a run. Statistics, losses, master weights, gradients and moments are f32 in each.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum,
 )]
@@ -17,8 +17,8 @@ pub enum Precision {
     Bf16,
 }
 
-/// What the residual stream and its gradient are stored in, where activations are bf16. In other precisions it is f32, like
-/// everything else, and there is nothing to choose.
+/// The type in which the residual stream and its gradient are stored when activations are bf16. In other
+/// precisions it is f32, like everything else, and the option has no effect.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum,
 )]
@@ -27,15 +27,15 @@ pub enum Residual {
     /// bf16.
     #[default]
     Auto,
-    /// A sum is rounded to bf16 wherever it is stored: the least memory traffic.
+    /// Every sum is rounded to bf16 when it is stored: the least memory traffic.
     Bf16,
-    /// What a block adds to the stream is rounded, the stream is not: gradients nearer to those of f32, for twice the bytes
-    /// of x, mid and d_x.
+    /// What a block adds to the stream is rounded, the stream is not. Gradients are nearer to those of f32,
+    /// for twice the bytes of x, mid and d_x.
     F32,
 }
 
 impl Residual {
-    /// What it comes to in a precision. Where everything is stored in f32 it says nothing.
+    /// The setting's value in a precision. Where everything is stored in f32 it has no effect.
     pub fn settled(self, precision: Precision) -> Residual {
         match (precision, self) {
             (Precision::Bf16, Residual::Auto) => Residual::Bf16,
@@ -45,7 +45,7 @@ impl Residual {
     }
 }
 
-/// How a device is to be opened.
+/// How a device is opened.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceOptions {
     pub precision: Precision,
@@ -54,9 +54,9 @@ pub struct DeviceOptions {
     pub threads: usize,
     /// Record a step once and replay it.
     pub graph: bool,
-    /// Wait after every kernel, so that an error names it.
+    /// Wait after every kernel, so that an error names the kernel.
     pub check_launches: bool,
-    /// Take matrix product algorithms by rule, not by timing.
+    /// Choose matrix product algorithms by rule instead of by timing.
     pub deterministic: bool,
 }
 
@@ -74,7 +74,7 @@ impl Default for DeviceOptions {
 }
 
 impl DeviceOptions {
-    /// Everything by default, with this many CPU threads.
+    /// The defaults, with this many CPU threads.
     pub fn threads(threads: usize) -> Self {
         Self { threads, ..Self::default() }
     }

@@ -1,13 +1,14 @@
-//! What a GPU's bf16 does to a run, without the GPU: a [`Backend`] in front of the CPU that rounds to bf16 what
+//! Emulates a GPU's bf16 without a GPU: a [`Backend`] in front of the CPU that rounds to bf16 whatever
 //! [`super::cuda`] stores in bf16. `VITRUM_CPU_ROUNDS` switches it on, for experiments.
 //!
-//! Arithmetic stays f32. Rounded are activations and their gradients behind the operation that stores them, and the
-//! weights, biases and the probe that matrix products read ([`Arena::Working`], in f32 here). Statistics, probabilities of
-//! a probe's attention, gradients of parameters, master weights and moments are f32, as on a GPU.
+//! Arithmetic stays f32. Activations and their gradients are rounded after the operation that stores them. So
+//! are the weights, biases and the probe that matrix products read ([`Arena::Working`], in f32 here).
+//! Statistics, probabilities of a probe's attention, gradients of parameters, master weights and moments are
+//! f32, as on a GPU.
 //!
-//! Two things a GPU rounds besides and this does not, because they never leave an operation: probabilities and their
-//! gradients inside attention, and a product that an own kernel finishes ([`super::cuda`]'s `dense.rs`: erf GELU, dropout
-//! in the MLP, tanh) before that kernel reads it.
+//! A GPU rounds two more things, which never leave an operation and are not rounded here: probabilities and
+//! their gradients inside attention, and a product that one of our kernels finishes (`dense.rs` of
+//! [`super::cuda`]: erf GELU, dropout in the MLP, tanh), before that kernel reads it.
 
 use super::cpu::CpuBackend;
 use super::ops::{self, Op};
@@ -17,23 +18,24 @@ use super::{
 };
 use crate::error::{Error, Result};
 
-/// Where the environment asks for it.
+/// The environment variable that switches it on.
 pub const VARIABLE: &str = "VITRUM_CPU_ROUNDS";
 
 /// What is rounded to bf16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rounds {
-    /// All that a GPU stores in bf16.
+    /// Everything that a GPU stores in bf16.
     All,
-    /// The same without the residual stream and its gradient. Matrix products that read them read rounded copies.
+    /// The same except the residual stream and its gradient. Matrix products that read those read rounded
+    /// copies.
     AllButResidual,
 }
 
 impl Rounds {
-    /// What `VITRUM_CPU_ROUNDS` asks for.
+    /// Reads `VITRUM_CPU_ROUNDS`.
     ///
     /// # Errors
-    /// It asks for something else.
+    /// The variable has an unknown value.
     pub fn from_env() -> Result<Option<Rounds>> {
         let wanted = std::env::var(VARIABLE).unwrap_or_default();
         if wanted.is_empty() { Ok(None) } else { Self::parse(&wanted).map(Some) }
@@ -42,7 +44,7 @@ impl Rounds {
     fn parse(word: &str) -> Result<Rounds> {
         [Rounds::All, Rounds::AllButResidual].into_iter().find(|rounds| rounds.word() == word).ok_or_else(
             || {
-                Error::usage(format!("`{VARIABLE}={word}` is no way to round"))
+                Error::usage(format!("`{VARIABLE}={word}` is not a rounding mode"))
                     .hint("use `bf16` or `bf16-residual-f32`, or unset it to compute in f32")
             },
         )
@@ -60,13 +62,14 @@ impl Rounds {
 pub struct Rounded {
     inner: CpuBackend,
     rounds: Rounds,
-    /// What the caller has planned; the copies come on top.
+    /// Bytes that the caller planned; the copies come on top.
     planned_bytes: usize,
     /// Every parameter.
     params: Mat,
     /// Bytes for a rounded copy of one operand in [`Arena::Workspace`].
     operand_bytes: usize,
-    /// Where the residual stream and its gradient lie unrounded: matrices that [`Rounded::joined`] was called for last.
+    /// Where the unrounded residual stream and its gradient lie: matrices for which [`Rounded::joined`] was
+    /// called last.
     stream: Vec<Mat>,
 }
 
@@ -76,7 +79,7 @@ impl Rounded {
         Self { inner, rounds, planned_bytes: 0, params, operand_bytes: 0, stream: Vec::new() }
     }
 
-    /// An operation has stored `at`, in bf16 if that is an activation.
+    /// Called when an operation has stored `at`: rounds it if it is an activation.
     fn stored(&mut self, at: Mat) {
         if at.arena == Arena::Activations {
             let end = at.offset + at.span_bytes();
@@ -85,7 +88,7 @@ impl Rounded {
         }
     }
 
-    /// An operation has stored `at`, a part of the residual stream or of its gradient.
+    /// Called when an operation has stored `at`, a part of the residual stream or of its gradient.
     fn joined(&mut self, at: Mat) {
         self.stored_like(self.rounds == Rounds::AllButResidual, at);
     }
@@ -103,7 +106,7 @@ impl Rounded {
         at.arena == Arena::Activations && self.stream.iter().any(holds)
     }
 
-    /// A matrix as a matrix product reads it; `place` tells its two operands apart.
+    /// The matrix as a matrix product reads it; `place` distinguishes the product's two operands.
     fn operand(&mut self, mat: Mat, place: usize) -> Mat {
         if mat.arena == Arena::Params {
             return Mat { arena: Arena::Working, ..mat };
@@ -121,29 +124,29 @@ impl Rounded {
         copy
     }
 
-    /// A layer whose product, and whose bias where the product adds it, are read as bf16.
+    /// A layer whose weight, and whose bias where the product adds it, are read as bf16.
     fn layer(&mut self, w: &Linear) -> Linear {
         Linear { weight: self.operand(w.weight, 0), bias: self.operand(w.bias, 0), ..*w }
     }
 
-    /// Rounds the copy of the weights anew.
+    /// Rounds the copy of the weights again.
     fn refresh(&mut self, at: Mat) {
         self.inner.copy_as_bf16(at, Mat { arena: Arena::Working, ..at });
     }
 
-    /// Rounds what an operation has stored, where the operation itself is the CPU's.
+    /// Rounds the results of an operation that the CPU backend executes as it is.
     fn round_results(&mut self, op: &Op) {
         match *op {
             Op::Patchify(op) => self.stored(op.patches),
-            // What is added is read in f32.
+            // Addends are read in f32.
             Op::Embed(op) => self.joined(op.x),
             Op::EmbedBackward(op) => self.joined(op.d_y),
             Op::Gelu(op) => self.stored(op.y),
             Op::Residual(ops::Residual { join: Join::Branch { sum, .. } }) => self.joined(*sum),
-            Op::ResidualBackward(ops::ResidualBackward { join: Join::Branch { .. }, d_branch, .. }) => {
+            The stream and its gradient are unchanged.
                 self.stored(d_branch);
             }
-            // The stream, and its gradient, as they were.
+            // They change the stream and its gradient, which `joined` has handled.
             Op::Residual(_) | Op::ResidualBackward(_) => {}
             Op::Attention(op) => self.stored(op.o),
             Op::AttentionBackward(op) => self.stored(op.d_qkv),
@@ -152,7 +155,7 @@ impl Rounded {
                 self.stored(op.d_q);
                 self.stored(op.d_kv);
             }
-            // Rows of the stream, or their mean, are the stream's still.
+            // Rows of the stream, or their mean, still belong to the stream.
             Op::Pool(op) => self.stored_like(self.is_in_stream(op.x), op.y),
             Op::PoolBackward(op) => self.stored_like(self.is_in_stream(op.d_y), op.d_x),
             Op::Scale(op) => self.stored(op.x),
@@ -168,10 +171,10 @@ impl Rounded {
     fn run_matmul(&mut self, op: &ops::Matmul) -> Result<()> {
         let ops::Matmul { x, w, epilogue, y } = *op;
         let (x, layer) = (self.operand(x, 0), self.layer(w));
-        // What an own kernel behind the product reads.
+        // The layer for products that one of our kernels finishes.
         let layer_of_kernel = Linear { bias: w.bias, ..layer };
         match epilogue {
-            // What is added to the stream; alone in front of `embed`.
+            // The result is added to the stream; a plain product is followed by `embed`.
             Epilogue::None | Epilogue::BiasResidual(_) => {
                 let in_stream = match epilogue {
                     Epilogue::BiasResidual(residual) => self.is_in_stream(residual),
@@ -185,7 +188,7 @@ impl Rounded {
                 self.inner.matmul(x, &layer, epilogue, y)?;
                 self.stored(y);
             }
-            // Fused: the GELU is that of the value before it is rounded.
+            // Fused: the GELU reads the unrounded value.
             Epilogue::BiasGelu { pre, form: Gelu::Tanh, dropout } if dropout.rate == 0.0 => {
                 self.inner.matmul(x, &layer, epilogue, y)?;
                 pre.into_iter().for_each(|pre| self.stored(pre));
@@ -196,7 +199,7 @@ impl Rounded {
                 self.stored(pre);
                 self.gelu(pre, form, dropout, y)?;
             }
-            // `y` holds it for a moment, on a GPU as well.
+            // `y` holds it for a moment, as on a GPU.
             Epilogue::BiasGelu { pre: None, form, dropout } => {
                 self.inner.matmul(x, &layer_of_kernel, Epilogue::Bias, y)?;
                 let pre = self.copied(y, 0);
@@ -221,7 +224,7 @@ impl Rounded {
         Ok(())
     }
 
-    /// A sum is normalised as it was stored.
+    /// LayerNorm normalises the sum as it was stored.
     fn run_layernorm(&mut self, op: &ops::LayerNorm) -> Result<()> {
         self.residual(op.join)?;
         self.inner.layernorm(&Join::Ready(op.join.sum()), op.norm, op.y, op.stats)?;
@@ -229,7 +232,7 @@ impl Rounded {
         Ok(())
     }
 
-    /// A branch gets its share of `d_sum` as that was stored.
+    /// A branch gets its share of `d_sum` as it was stored.
     fn run_layernorm_backward(&mut self, op: &ops::LayerNormBackward) -> Result<()> {
         let sum = Join::Ready(op.join.sum());
         let alone = ops::LayerNormBackward { join: &sum, d_bias: None, ..*op };
@@ -310,7 +313,7 @@ impl Backend for Rounded {
 
     // Choices ---------------------------------------------------------------------------------------------------
 
-    /// The rounding, which decides bits and is no part of a recipe.
+    /// The rounding: it affects bits and is not in the recipe.
     fn algorithms(&self) -> Vec<String> {
         vec![format!("{VARIABLE}={}", self.rounds.word())]
     }

@@ -1,8 +1,8 @@
-//! Where the time of a step goes: a [`Backend`] in front of another that counts calls and seconds per operation, and what
-//! the operations cost at least ([`super::cost`]).
+//! Where the time of a step goes: a [`Backend`] in front of another that counts calls and seconds per
+//! operation, and the minimum cost of the operations ([`super::cost`]).
 //!
-//! Operations go by [`Op::name`], which tells matrix products apart by their epilogue. Times are those of the calls: a device that works asynchronously has to finish an operation before it returns for them to mean
-//! anything.
+//! Operations are listed by [`Op::name`], which distinguishes matrix products by their epilogue. Times are
+//! those of the calls. They mean something only if the device finishes an operation before it returns.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -21,20 +21,20 @@ pub struct Timed {
     setting: Setting,
 }
 
-/// What a [`Timed`] has counted: a handle that stays when the backend has gone into a trainer.
+/// What a [`Timed`] has counted: a handle that remains usable after the backend has moved into a trainer.
 #[derive(Clone, Default)]
 pub struct Times {
-    /// In the order in which the operations were first called.
+    /// In the order of the operations' first calls.
     entries: Arc<Mutex<Vec<Timing>>>,
 }
 
-/// All calls of one operation, or of another method of a [`Backend`].
+/// All calls of one operation, or of another method of [`Backend`].
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
     pub operation: &'static str,
     pub calls: usize,
     pub seconds: f64,
-    /// Nothing where the method is no operation.
+    /// Zero where the method is not an operation.
     pub cost: Cost,
 }
 
@@ -45,12 +45,12 @@ impl Timed {
         Self { inner, times: Times::default(), setting }
     }
 
-    /// Counts for such batches until one is bound.
+    /// Assumes such batches for the cost until one is bound.
     pub fn expect_batch(&mut self, layout: SlotLayout) {
         (self.setting.pixels, self.setting.targets) = (layout.pixels, layout.targets);
     }
 
-    /// Without the clock.
+    /// The backend without the clock.
     pub fn into_inner(self) -> Box<dyn Backend> {
         self.inner
     }
@@ -79,19 +79,19 @@ impl Timed {
 }
 
 impl Times {
-    /// Everything since the start or the last [`Times::reset`], the longest first.
+    /// Everything since the start or the last [`Times::reset`], longest first.
     pub fn report(&self) -> Vec<Timing> {
         let mut report = self.lock().clone();
         report.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
         report
     }
 
-    /// The operations alone, in the order of their first calls.
+    /// Only the operations, in the order of their first calls.
     pub fn operations(&self) -> Vec<Timing> {
         self.lock().iter().filter(|timing| timing.cost != Cost::default()).copied().collect()
     }
 
-    /// Forgets what was counted so far: after the warm-up.
+    /// Discards the counts so far: called after the warm-up.
     pub fn reset(&self) {
         self.lock().clear();
     }
@@ -109,7 +109,7 @@ impl Times {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Timing>> {
-        // A count is whole at any moment: a panic elsewhere spoils nothing.
+        // Every count is consistent at any moment, so a panic elsewhere cannot corrupt it.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -201,13 +201,13 @@ impl Backend for Timed {
         self.time("begin_micro", |b| b.begin_micro(micro))
     }
 
-    /// Never recorded: every operation passes the clock.
+    /// Never recorded: every operation is timed.
     fn step(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
         body(self)?;
         update.map_or(Ok(()), |update| self.update(update))
     }
 
-    /// Every operation is waited for.
+    /// The clock waits for every operation.
     fn steps_ahead(&self) -> u64 {
         0
     }

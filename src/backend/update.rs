@@ -1,15 +1,15 @@
-//! An update of the parameters, as the backend is told of it: the rule, the slices of the flat buffers and their scalars;
-//! and what a step reports.
+//! An update of the parameters as a backend receives it: the rule, the slices of the flat buffers and their
+//! scalars; and the report of a step.
 
 use super::{Dtype, Storage, cuda};
 
-/// How an optimiser turns a gradient into an update `u`; the caller's group scalars then give
-/// `θ ← θ - lr·u - decay·θ`. State is f32 unless said otherwise. The constants are f64, because `1 - beta2` in f32
-/// would already be wrong in the fifth digit.
+/// How an optimiser turns a gradient into an update `u`; the group's scalars then give `θ ← θ - lr·u -
+/// decay·θ`. State is f32 unless stated otherwise. The constants are f64, because `1 - beta2` in f32 would
+/// already be wrong in the fifth digit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rule {
-    /// `m ← g + momentum·m`; `u = m`, or `g + momentum·m` with Nesterov. With `bf16` the stored m is rounded, and the
-    /// momentum is `bf16(momentum)` as JAX has it (spec: Optax `trace`).
+    /// `m ← g + momentum·m`; `u = m`, or `g + momentum·m` with Nesterov. With `bf16` the stored m is rounded,
+    /// and the momentum is `bf16(momentum)`, as in JAX (spec: Optax `trace`).
     Sgd { momentum: f64, nesterov: bool, bf16: bool },
     /// Kingma and Ba 2015; decoupled decay is Loshchilov and Hutter 2019. `bf16` rounds the first moment.
     Adam { beta1: f64, beta2: f64, eps: f64, bf16: bool },
@@ -31,7 +31,8 @@ impl Rule {
         if bf16 { Dtype::Bf16 } else { Dtype::F32 }
     }
 
-    /// f32 values of second moments: Adam's mirror the gradients, Adafactor's are its statistics, others have none.
+    /// f32 values of second moments: Adam's mirror the gradients, Adafactor's are its statistics, others have
+    /// none.
     pub fn second_moments(&self, segments: &[Segment]) -> usize {
         match self {
             Rule::Sgd { .. } | Rule::Lion { .. } => 0,
@@ -58,9 +59,10 @@ pub struct Segment {
     pub factor: Option<Factor>,
 }
 
-/// A tensor seen as `[outer0, outer1, rows, cols]`, whose element lies at the sum of its indices times their strides
-/// from the segment's start. Factored over rows and cols, `Moment2` holds the statistics `[outer0, outer1, rows]` and then
-/// `[outer0, outer1, cols]` from `state` on, with the same index order; with `factored` false it holds the tensor in full.
+/// A tensor viewed as `[outer0, outer1, rows, cols]`. An element lies at the sum of its indices times their
+/// strides, counted from the segment's start. If `factored`, `Moment2` holds the statistics `[outer0, outer1,
+/// rows]` and then `[outer0, outer1, cols]`, starting at `state`, in the same index order; otherwise it holds
+/// the whole tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Factor {
     pub outer: [usize; 2],
@@ -105,12 +107,12 @@ pub struct Update<'a> {
     pub groups: &'a [GroupScalars],
     /// Updates done including this one (Adam's t), from 1.
     pub t: u64,
-    /// Largest global norm of the gradient; `factor = max/norm` above it.
+    /// Limit of the gradient's global norm; above it the gradient is multiplied by `max/norm`.
     pub clip: Option<f32>,
     /// PyTorch's factor `min(1, max/(norm + 1e-6))` instead of Optax's.
     pub clip_torch: bool,
-    /// EMA of the weights: `e ← d·e + (1-d)·θ`, in the same pass. It starts as a copy of the weights, so that frozen
-    /// ones need no pass.
+    /// EMA of the weights: `e ← d·e + (1-d)·θ`, in the same pass. It starts as a copy of the weights, so
+    /// frozen weights need no pass.
     pub ema_decay: Option<f64>,
 }
 
@@ -127,7 +129,7 @@ pub struct StepReport {
     pub skipped: bool,
 }
 
-/// Bytes of [`super::Arena::Update`] for an optimiser on a device that stores things this way.
+/// Bytes of [`super::Arena::Update`] for an optimiser on a device with this storage.
 pub fn update_bytes(storage: Storage, rule: Rule, segments: &[Segment]) -> usize {
     if storage.has_device_memory() { cuda::update_bytes(rule, segments) } else { 0 }
 }

@@ -1,10 +1,10 @@
-//! The self-test of a GPU in processes of its own.
+//! Runs the self-test of a GPU in child processes.
 //!
-//! An error inside a kernel breaks the context of its process: whatever the process asks of the card from then on fails, too.
-//! So the cases of a precision run in a child, which reports them one by one; a case that breaks the card, ends the process
-//! or never ends costs the rest of its group of operations, and another child goes on with the next group. Where nothing
-//! breaks, a precision is one process and one context. The parent itself never opens the card: some are set to serve one
-//! process at a time.
+//! An error inside a kernel breaks the context of its process: from then on, every call to the GPU fails. So
+//! the cases of a precision run in a child, which reports them one by one. A case that breaks the GPU, ends
+//! the process or never ends costs the rest of its group of operations; another child continues with the next
+//! group. If nothing breaks, a precision takes one process and one context. The parent never opens the GPU:
+//! some are configured to serve one process at a time.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitStatus, Stdio};
@@ -17,7 +17,8 @@ use super::{Case, CaseResult, Report, cases_of, kinds, some_case};
 use crate::backend::{Device, DeviceOptions, select};
 use crate::error::{Error, Result};
 
-/// How long a child may be silent. A case takes a second at most, on the stand-in GPU of a busy machine some more.
+/// How long a child may be silent. A case takes a second at most, somewhat more on the stand-in GPU of a busy
+/// machine.
 const SILENCE: Duration = Duration::from_secs(300);
 
 /// A line from a child.
@@ -31,14 +32,15 @@ enum Line {
     /// [`crate::backend::Backend::describe`]
     Device(String),
     Case(CaseResult),
-    /// The device does nothing any more.
+    /// The device no longer works.
     Lost(String),
 }
 
-/// As [`super::check`], each precision in a process of its own, and a new one behind each case that breaks the card.
+/// Like [`super::check`], with each precision in its own process, and a new process after each case that
+/// breaks the GPU.
 ///
 /// # Errors
-/// Those of [`super::check`], and of starting a process.
+/// Those of [`super::check`], and failure to start a process.
 pub fn check_apart(device: Device, options: &DeviceOptions, filter: Option<&str>) -> Result<Vec<Report>> {
     let reports = kinds(device, options.precision).into_iter().map(|kind| {
         let (precision, residual) = kind;
@@ -47,7 +49,7 @@ pub fn check_apart(device: Device, options: &DeviceOptions, filter: Option<&str>
     some_case(reports.collect::<Result<_>>()?, filter)
 }
 
-/// All cases of a precision, by as many processes as it takes.
+/// All cases of a precision, in as many processes as needed.
 fn report_of(device: Device, options: &DeviceOptions, filter: Option<&str>) -> Result<Report> {
     let cases = cases_of((options.precision, options.residual), filter);
     let start = Instant::now();
@@ -56,7 +58,7 @@ fn report_of(device: Device, options: &DeviceOptions, filter: Option<&str>) -> R
         let from = report.cases.len();
         let trouble = match run_child(device, options, filter, &cases, &mut report)? {
             Ended::Whole if report.cases.len() == cases.len() => break,
-            // The case that broke the card has told of itself.
+            // The case that broke the GPU has reported itself.
             Ended::Lost(why) if report.cases.len() > from => why,
             Ended::Refused(e) if from == 0 => return Err(e),
             Ended::Refused(e) => e.message().to_string(),
@@ -69,7 +71,7 @@ fn report_of(device: Device, options: &DeviceOptions, filter: Option<&str>) -> R
                 return Err(Error::new("the self-test's own process ended before its last case"));
             }
         };
-        // Never the same group again.
+        // Never retry the same group.
         let group = cases[report.cases.len().saturating_sub(1).max(from)].group;
         while let Some(case) = cases.get(report.cases.len()).filter(|case| case.group == group) {
             report
@@ -89,7 +91,7 @@ enum Ended {
     Died(String),
 }
 
-/// Runs the cases that have no result yet in one process, as far as it comes.
+/// Runs the cases that have no result yet in one process, as far as it gets.
 fn run_child(
     device: Device,
     options: &DeviceOptions,
@@ -125,12 +127,12 @@ fn run_child(
         (Some(ended), _) => ended,
         (None, Some(status)) if status.success() => Ended::Whole,
         (None, Some(status)) => Ended::Died(format!("its process ended: {status}")),
-        (None, None) => Ended::Died(format!("nothing came of it in {} s", SILENCE.as_secs())),
+        (None, None) => Ended::Died(format!("no output for {} s", SILENCE.as_secs())),
     })
 }
 
-/// Runs `vitrum selftest --device DEVICE ARGS` and hears its lines; gives back how it ended, or `None` where it was silent for so
-/// long that it was killed.
+/// Runs `vitrum selftest --device DEVICE ARGS` and passes its lines to `hear`. Returns how it ended, or
+/// `None` if it was silent for too long and was killed.
 ///
 /// # Errors
 /// The process cannot be started.
@@ -168,10 +170,10 @@ pub fn in_a_process(device: Device, args: &[&str], hear: &mut dyn FnMut(&str)) -
     Ok((!silent).then_some(status))
 }
 
-/// What a child does: runs the cases from `from` on and reports each, until the device is lost.
+/// The child's part: runs the cases from `from` on and reports each, until the device is lost.
 ///
 /// # Errors
-/// Nobody hears the lines any more.
+/// The output cannot be written.
 pub fn report_cases(
     device: Device,
     options: &DeviceOptions,
@@ -191,7 +193,7 @@ pub fn report_cases(
         let result = case.run(&make, opened.storage());
         let passed = result.passed;
         tell(&Line::Case(result))?;
-        // Is it this case's own fault, or does nothing work any more?
+        // Did only this case fail, or does nothing work any more?
         if !passed && let Err(e) = make().and_then(|mut device| device.synchronize()) {
             return tell(&Line::Lost(e.message().into()));
         }
@@ -205,7 +207,7 @@ fn tell(line: &Line) -> Result<()> {
     writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|e| Error::new(format!("stdout: {e}")))
 }
 
-/// JSON has no infinity: it travels as null.
+/// JSON has no infinity: it is sent as null.
 ///
 /// # Errors
 /// Neither a number nor null.

@@ -5,14 +5,15 @@ use crate::error::Result;
 
 use super::harness::{Case, Operand, Product, Trial, sum_of};
 
-/// B samples, and how large the scores are: queries and keys are normal with this deviation.
+/// B samples, and the size of the scores: queries and keys are normal with deviation `spread`.
 #[derive(Clone, Copy)]
 struct Shape {
     samples: usize,
     heads: Heads,
     spread: f64,
     dropout: Mask,
-    /// All samples but the second are NaN, and only the second is compared: nobody reads a neighbour's rows.
+    /// All samples except the second are NaN, and only the second is compared: nothing may read another
+    /// sample's rows.
     spoiled: bool,
 }
 
@@ -26,7 +27,7 @@ const fn shape(samples: usize, tokens: usize, heads: usize, head_size: usize) ->
     }
 }
 
-/// Every token count and head size that ViTs have, and some that leave remainders everywhere.
+/// Every token count and head size of common ViTs, and some that leave remainders everywhere.
 const SHAPES: [Shape; 16] = [
     shape(3, 1, 12, 5),
     shape(3, 5, 5, 12),
@@ -46,7 +47,8 @@ const SHAPES: [Shape; 16] = [
     shape(1, 577, 1, 64),
 ];
 
-/// Where a bias is trained: one image and several, heads in one piece and in several, and some that no tensor core takes.
+/// Cases with a trained bias: one image and several, heads in one tile and in several, and some that tensor
+/// cores cannot take.
 const BIASED: [Shape; 9] = [
     shape(3, 5, 3, 64),
     shape(5, 17, 2, 16),
@@ -67,7 +69,8 @@ const DROPOUT: Mask = Mask { rate: 0.2, site: 5 };
 pub(super) fn cases() -> Vec<Case> {
     let mut shapes: Vec<Shape> = SHAPES.to_vec();
     shapes.extend([1, 3, 5, 8].map(|i| Shape { dropout: DROPOUT, ..SHAPES[i] }));
-    // Scores of several tens: most probabilities are zero, and an exponential without the largest score overflows.
+    // Scores of several tens: most probabilities are zero, and an exponential without subtracting the largest
+    // score overflows.
     shapes.push(Shape { spread: 4.0, ..shape(1, 65, 2, 64) });
     shapes.extend(SPOILED.map(|s| Shape { spoiled: true, ..s }));
 
@@ -90,7 +93,8 @@ pub(super) fn cases() -> Vec<Case> {
     for probe in probes() {
         cases.push(Case::new("query_attention", probe.title(), move |t| query_attention(t, probe)));
     }
-    // Enough samples that one block sums several of them into the gradient of their query, and several lanes to a token.
+    // Enough samples that one block sums several of them into the gradient of their query, and several lanes
+    // per token.
     let many = Probe { shape: shape(40, 2, 64, 16), shared: true };
     for probe in probes().into_iter().chain([many]) {
         let body = move |t: &mut Trial| query_attention_backward(t, probe);
@@ -116,7 +120,7 @@ impl Shape {
         self.heads.heads * self.heads.head_size
     }
 
-    /// Makes all samples but the second NaN, if that is asked for.
+    /// Sets all samples except the second to NaN, if `spoiled`.
     fn spoil(&self, mut values: Vec<f64>) -> Vec<f64> {
         let sample = values.len() / self.samples;
         for (i, values) in values.chunks_mut(sample).enumerate() {
@@ -127,19 +131,19 @@ impl Shape {
         values
     }
 
-    /// What is compared: everything, or the second sample.
+    /// The compared values: everything, or the second sample.
     fn seen<'a>(&self, values: &'a [f64]) -> &'a [f64] {
         let sample = values.len() / self.samples;
         if self.spoiled { &values[sample..2 * sample] } else { values }
     }
 
-    /// Scores are rounded relative to their size before they are exponents.
+    /// The rounding error of scores is relative to their size, and they are exponents.
     fn tolerance(&self) -> f64 {
         if self.spread > 1.0 { 1e-5 } else { 2e-6 }
     }
 }
 
-/// Scores, probabilities and outputs of one attention with `queries` rows per sample.
+/// Scores, probabilities and outputs of an attention with `queries` rows per sample.
 struct Attention {
     queries: usize,
     p: Vec<f64>,   // [B, H, queries, T]
@@ -147,7 +151,7 @@ struct Attention {
     o: Vec<f64>,   // [B, queries, H·Dh]
 }
 
-/// The pieces of packed rows: sample, head and token give `Dh` values.
+/// Part of packed rows: sample, head and token give `Dh` values.
 trait Part: Fn(usize, usize, usize) -> Vec<f64> {}
 impl<F: Fn(usize, usize, usize) -> Vec<f64>> Part for F {}
 
@@ -286,7 +290,7 @@ fn attention(t: &mut Trial, s: Shape) -> Result<()> {
     Ok(())
 }
 
-/// `bias`: a product with a trained bias reads `d_qkv`; whether its gradients accumulate.
+/// `bias`: if a product with a trained bias reads `d_qkv`, whether its gradients accumulate.
 fn attention_backward(t: &mut Trial, s: Shape, bias: Option<bool>) -> Result<()> {
     t.samples(s.samples, bias == Some(true));
     let qkv = qkv(t, s);
@@ -308,7 +312,7 @@ fn attention_backward(t: &mut Trial, s: Shape, bias: Option<bool>) -> Result<()>
     }
     let got = t.take(&d_qkv)?;
     let width = s.width();
-    // With one token the probabilities are 1 whatever the scores: what is left of their gradients is rounding.
+    // With one token the probabilities are 1 for any scores, so their gradients contain only rounding.
     let floor = 1e-6;
     for (i, (name, expected)) in [("d_q", &d.q), ("d_k", &d.k), ("d_v", &d.v)].into_iter().enumerate() {
         let got: Vec<f64> =
@@ -320,7 +324,7 @@ fn attention_backward(t: &mut Trial, s: Shape, bias: Option<bool>) -> Result<()>
     Ok(())
 }
 
-/// An attention with one query per sample, or one that all samples share.
+/// An attention with one query per sample, or one query that all samples share.
 #[derive(Clone, Copy)]
 struct Probe {
     shape: Shape,
@@ -409,7 +413,7 @@ fn query_attention_backward(t: &mut Trial, probe: Probe) -> Result<()> {
     for (name, output, expected) in [("d_q", &d_q, &d_queries), ("d_kv", &d_kv, &d_kv_expected)] {
         let rounded = t.tolerance(output, 2.0 * s.tolerance() + sum_of(summed));
         let got = t.take(output)?;
-        // With one token the query has no influence: what is left of its gradient is rounding.
+        // With one token the query has no influence, so its gradient contains only rounding.
         let tolerance = if s.heads.tokens == 1 && name == "d_q" { 1e-6 } else { rounded };
         t.judge(name, s.seen(&got), s.seen(expected), output.mat.cols, tolerance);
     }

@@ -1,9 +1,10 @@
-//! Lays out one case, runs it, and judges it.
+//! Lays out one case, runs it, and compares the results.
 //!
-//! A [`Trial`] first collects operands, then opens the device ([`Trial::start`]), runs the operation, and compares. All
-//! memory that the case did not give a value is poisoned: the activation arena with NaN, so that an output that is not
-//! written and a read outside an operand both show. At the end every arena is compared byte for byte with what it
-//! held, except where an output was compared: a write to the wrong place shows too.
+//! A [`Trial`] first collects operands, then opens the device ([`Trial::start`]), runs the operation, and
+//! compares. Memory that the case did not set is poisoned: the activation arena is filled with NaN, so that
+//! an unwritten output and a read outside an operand both show. At the end, every arena is compared byte for
+//! byte with its initial contents, except where an output was compared, so a write to the wrong place shows
+//! too.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -23,11 +24,11 @@ use super::{CaseResult, Make};
 /// The unit roundoff of f32.
 const ROUND: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// What an f32 result of a few operations may differ by: ten times the 1e-7 that other libraries show.
+/// Allowed error of an f32 result of a few operations: ten times the 1e-7 that other libraries show.
 pub(super) const ELEMENTWISE: f64 = 1e-6;
 
-/// What a sum of `n` products of random sign may differ by, in f32: added one after the other, its rounding errors
-/// walk √n steps of a size like its own, and the shortest sums have a few roundings more.
+/// Allowed error of an f32 sum of `n` products of random sign: added one after the other, the rounding errors
+/// grow with √n, and the shortest sums have a few more roundings.
 pub(super) fn sum_of(n: usize) -> f64 {
     ROUND * (8.0 + 2.0 * (n as f64).sqrt())
 }
@@ -36,7 +37,7 @@ pub(super) type Body = dyn Fn(&mut Trial) -> Result<()>;
 
 /// One row of the table of cases.
 pub(super) struct Case {
-    /// Which table it is from: what breaks a device ends its group.
+    /// Index of its table: a case that breaks the device ends its group.
     pub(super) group: usize,
     operation: &'static str,
     case: String,
@@ -60,7 +61,7 @@ impl Case {
         format!("{}: {}", self.operation, self.case)
     }
 
-    /// Runs it on a device from `make`, which stores things as `storage` says.
+    /// Runs it on a device from `make` that stores data as `storage` says.
     pub(super) fn run(&self, make: &Make, storage: Storage) -> CaseResult {
         let mut trial = Trial::new(make, storage);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
@@ -103,7 +104,7 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
     text.or(panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
 }
 
-/// A matrix of the case: where it lies, and the values it starts with, dense, as the device has them.
+/// A matrix of the case: where it lies, and its initial values, dense, as the device sees them.
 #[derive(Clone)]
 pub(super) struct Operand {
     pub(super) mat: Mat,
@@ -148,13 +149,13 @@ impl Check {
     }
 }
 
-/// One case on its way.
+/// A case in progress.
 pub(super) struct Trial<'a> {
     make: &'a Make<'a>,
     plan: MemoryPlan,
     /// f32 operands, in the order in which they were placed.
     writes: Vec<(Mat, Vec<f32>)>,
-    /// What every arena holds when the operation starts.
+    /// The contents of every arena when the operation starts.
     images: Vec<(Arena, Vec<u8>)>,
     /// What the operation may change.
     outputs: Vec<Mat>,
@@ -165,10 +166,10 @@ pub(super) struct Trial<'a> {
     checks: Vec<Check>,
 }
 
-/// Relative distance that rounding operands and results to bf16 may cause: two roundings of at most 2^-8 each.
+/// Relative error that rounding operands and results to bf16 may cause: two roundings of at most 2^-8 each.
 const BF16_TOLERANCE: f64 = 8e-3;
 
-/// Bytes of a NaN that no arithmetic makes.
+/// Bytes of a NaN that no arithmetic produces.
 const POISON: [u8; 4] = 0x7fc5_a5a5u32.to_le_bytes();
 
 impl<'a> Trial<'a> {
@@ -195,7 +196,7 @@ impl<'a> Trial<'a> {
         (0..n).map(|_| bf16::from_f64(scale * stream.normal()).to_f64()).collect()
     }
 
-    /// A stream of draws that no other of this case shares.
+    /// A stream of draws that is unique within this case.
     pub(super) fn stream(&mut self) -> Stream {
         self.draws += 1;
         Stream::new(0, Domain::Init, self.draws, 0)
@@ -208,12 +209,12 @@ impl<'a> Trial<'a> {
         self.place(mat, values)
     }
 
-    /// f32 statistics or metrics that the operation has to fill: NaN.
+    /// f32 statistics or metrics that the operation must fill: initially NaN.
     pub(super) fn statistics_output(&mut self, rows: usize, cols: usize) -> Operand {
         self.statistics(rows, cols, vec![f64::NAN; rows * cols])
     }
 
-    /// An activation with given values, as the device stores activations.
+    /// An activation with given values, in the device's type.
     pub(super) fn given(&mut self, rows: usize, cols: usize, values: Vec<f64>) -> Operand {
         self.activation(rows, cols, cols, values)
     }
@@ -224,13 +225,13 @@ impl<'a> Trial<'a> {
         self.given(rows, cols, values)
     }
 
-    /// [`Trial::input`] with a gap behind every row if `gap`.
+    /// [`Trial::input`], with a gap after every row if `gap`.
     pub(super) fn input_with_gap(&mut self, rows: usize, cols: usize, scale: f64, gap: bool) -> Operand {
         let values = self.normal(rows * cols, scale);
         self.activation(rows, cols, leading(cols, gap), values)
     }
 
-    /// A dense activation that the operation has to fill: NaN.
+    /// A dense activation that the operation must fill: initially NaN.
     pub(super) fn output(&mut self, rows: usize, cols: usize) -> Operand {
         self.output_with_gap(rows, cols, false)
     }
@@ -262,12 +263,12 @@ impl<'a> Trial<'a> {
     }
 
     fn guarded(&mut self, room: Mat, cols: usize, values: Vec<f64>) -> Operand {
-        // A guard, so that a write past the end meets poison and not the next operand.
+        // A guard, so that a write past the end hits poison and not the next operand.
         self.plan.statistics("guard", 1, TENSOR_ALIGN / 4);
         self.place(Mat { cols, ..room }, values)
     }
 
-    /// A parameter with normal values around `mean`; rows are padded with zeros as those of the model are.
+    /// A parameter with normal values around `mean`; rows are padded with zeros, as in the model.
     pub(super) fn param(&mut self, rows: usize, cols: usize, mean: f64, scale: f64) -> Operand {
         let values =
             self.normal(rows * cols, scale).iter().map(|x| bf16::from_f64(mean + x).to_f64()).collect();
@@ -314,7 +315,7 @@ impl<'a> Trial<'a> {
         Operand { mat, values }
     }
 
-    /// Gives a whole arena by its bytes.
+    /// Sets a whole arena from bytes.
     pub(super) fn arena(&mut self, arena: Arena, bytes: Vec<u8>) {
         self.plan.set_bytes(arena, bytes.len());
         self.images.push((arena, bytes));
@@ -322,7 +323,7 @@ impl<'a> Trial<'a> {
 
     // Running ---------------------------------------------------------------------------------------------------
 
-    /// The keys and the micro-batch of the case; before [`Trial::mask`] and [`Trial::start`].
+    /// The keys and the micro-batch of the case; call before [`Trial::mask`] and [`Trial::start`].
     pub(super) fn micro(&mut self, micro: Micro) {
         self.micro = micro;
     }
@@ -336,7 +337,7 @@ impl<'a> Trial<'a> {
         BoundMask::new(mask, self.keys, self.micro)
     }
 
-    /// The device as it is before anything was allocated.
+    /// The device before anything is allocated.
     pub(super) fn open(&self) -> Result<Box<dyn Backend>> {
         (self.make)()
     }
@@ -385,7 +386,7 @@ impl<'a> Trial<'a> {
 
     // Judging ---------------------------------------------------------------------------------------------------
 
-    /// Compares an output with what it should hold.
+    /// Compares an output with the expected values.
     pub(super) fn compare(
         &mut self,
         name: &str,
@@ -398,8 +399,8 @@ impl<'a> Trial<'a> {
         Ok(())
     }
 
-    /// [`Trial::compare`] row by row, where one row's size would hide another's error. A row is taken to be at least
-    /// `floor` long: what is left of larger values that cancel has an error of their size.
+    /// [`Trial::compare`] row by row, for rows of different sizes. A row's norm is taken to be at least
+    /// `floor`: where larger values cancel, the error has their size.
     pub(super) fn compare_rows(
         &mut self,
         name: &str,
@@ -416,13 +417,13 @@ impl<'a> Trial<'a> {
         Ok(())
     }
 
-    /// What an output's storage allows: a value in bf16 is rounded once more, and read by what follows.
+    /// The tolerance for an output's storage: a bf16 value is rounded once more, and then read by later work.
     pub(super) fn tolerance(&self, output: &Operand, exact: f64) -> f64 {
         let rounded = output.mat.dtype == Dtype::Bf16;
         if rounded { exact.max(BF16_TOLERANCE) } else { exact }
     }
 
-    /// The present values of an output, which the operation was allowed to change.
+    /// The current values of an output that the operation was allowed to change.
     pub(super) fn take(&mut self, output: &Operand) -> Result<Vec<f64>> {
         let mut got = vec![0.0; output.values.len()];
         self.backend().read(output.mat, &mut got)?;
@@ -449,7 +450,7 @@ impl<'a> Trial<'a> {
         let largest = expected.iter().fold(floor, |a, e| a.max(e.abs()));
         let (mut distance, mut worst, mut at) = (0.0, 0.0, 0);
         for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
-            // Two equal infinities are no distance apart, anything that is not finite otherwise is endlessly far.
+            // Two equal infinities have distance 0; any other non-finite difference is infinite.
             let difference = if got == expected { 0.0 } else { (got - expected).abs() };
             let difference = if difference.is_nan() { f64::INFINITY } else { difference };
             distance += difference * difference;
@@ -511,8 +512,8 @@ impl<'a> Trial<'a> {
             if let Some(at) = (0..now.len()).find(|i| now[*i] != image[*i]) {
                 let mat =
                     self.writes.iter().map(|(mat, _)| mat).rfind(|m| m.arena == arena && m.offset <= at);
-                let place = mat.map(|mat| format!(" (at or behind {mat})")).unwrap_or_default();
-                fail!("byte {at} of {arena:?} was changed{place}, which the operation must leave alone");
+                let place = mat.map(|mat| format!(" (in or after {mat})")).unwrap_or_default();
+                fail!("byte {at} of {arena:?} was changed{place}, which the operation must leave unchanged");
             }
         }
         Ok(())
@@ -555,15 +556,15 @@ impl Dense {
     }
 }
 
-/// The product that reads, as its `d_y`, a matrix which the operation under test makes; its bias alone is trained. Whether
-/// the device makes that gradient there or here is its own affair.
+/// The product that reads, as its `d_y`, a matrix which the operation under test makes; only its bias is
+/// trained. The device may make the bias gradient in the operation or in the product.
 pub(super) struct Product {
     x: Operand,
     layer: Dense,
 }
 
 impl Product {
-    /// Behind a matrix `[rows, cols]`.
+    /// After a matrix `[rows, cols]`.
     pub(super) fn behind(t: &mut Trial, rows: usize, cols: usize, accumulate: bool) -> Self {
         Self { x: t.input(rows, 8, 1.0), layer: t.linear(cols, 8, [false, true], accumulate) }
     }
@@ -572,7 +573,7 @@ impl Product {
         self.layer.d_bias.as_ref().expect("the bias is trained")
     }
 
-    /// What the operation is told.
+    /// The gradient's destination, as the operation gets it.
     pub(super) fn d_bias(&self) -> Mat {
         self.gradient().mat
     }
@@ -585,13 +586,13 @@ impl Product {
             sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
         }
         let expected = accumulated(self.gradient(), accumulate, &sums);
-        // Tensor cores cut off what rounding would keep half of.
+        // Tensor cores truncate where rounding would keep half of the error.
         let tolerance = 2.0 * sum_of(d_y.mat.rows) + ELEMENTWISE;
         t.compare("d_bias", self.gradient(), &expected, tolerance)
     }
 }
 
-/// `start + sum` where the micro-batch accumulates, else `sum`: what a gradient should hold.
+/// The expected gradient: `start + sum` if the micro-batch accumulates, else `sum`.
 pub(super) fn accumulated(grad: &Operand, accumulate: bool, sum: &[f64]) -> Vec<f64> {
     grad.values.iter().zip(sum).map(|(start, sum)| if accumulate { start + sum } else { *sum }).collect()
 }

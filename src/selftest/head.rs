@@ -1,4 +1,4 @@
-//! Pooling, scaling, losses, and what a step reports.
+//! Pooling, scaling, losses, and reports of a step.
 
 use half::bf16;
 
@@ -50,7 +50,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 // Pooling --------------------------------------------------------------------------------------------------------
 
-/// T, and the rows of a sample that are pooled.
+/// T, and the pooled rows of a sample.
 fn pooled(pool: Pool) -> (usize, std::ops::Range<usize>) {
     match pool {
         Pool::Token { tokens, index } => (tokens, index..index + 1),
@@ -109,14 +109,14 @@ struct Objective {
     mixed: bool,
     /// Classes have weights.
     weighted: bool,
-    /// The gradient takes the place of the logits.
+    /// The gradient overwrites the logits.
     in_place: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Targets {
     Labels,
-    /// Any number of classes per sample, also none.
+    /// Any number of classes per sample, including none.
     MultiHot,
     /// A distribution.
     Soft,
@@ -146,7 +146,7 @@ fn objectives() -> Vec<Objective> {
             }
         }
     }
-    // More classes than the threads of a block take at once.
+    // More classes than the threads of a block handle at once.
     for kind in [LossKind::Softmax, LossKind::Sigmoid] {
         for (classes, targets, in_place) in [(2051, Targets::Soft, true), (5003, Targets::Labels, false)] {
             let (smoothing, mixed, weighted) = (0.125, true, false);
@@ -171,7 +171,7 @@ fn objectives() -> Vec<Objective> {
             }
         }
     }
-    // One class has nothing to choose between under softmax.
+    // Softmax over a single class has no choice to make.
     objectives.retain(|o| o.classes > 1 || o.kind == LossKind::Sigmoid);
     objectives
 }
@@ -206,7 +206,7 @@ impl Objective {
     }
 }
 
-/// Samples of the slot, those that are real, and those of the micro-batch, whose last two are padding.
+/// Samples of the slot, real ones, and those of the micro-batch, whose last two are padding.
 const SLOT: usize = 9;
 const COUNT: usize = 7;
 const FIRST: usize = 2;
@@ -222,7 +222,7 @@ fn loss(t: &mut Trial, o: Objective) -> Result<()> {
     t.micro(Micro { first: FIRST, samples: SAMPLES, global_first: 20, accumulate: false, mean_over });
 
     let mut logits = t.normal(SAMPLES * classes, 3.0);
-    // Logits of the first row would overflow, those of the second are all but equal.
+    // The first row's logits would overflow; the second's are nearly equal.
     logits[..classes].iter_mut().for_each(|z| *z = bf16::from_f64(60.0 * *z).to_f64());
     logits[classes..2 * classes].iter_mut().for_each(|z| *z = bf16::from_f64(5.0 + 0.01 * *z).to_f64());
     let logits = t.given(SAMPLES, classes, logits);
@@ -230,7 +230,7 @@ fn loss(t: &mut Trial, o: Objective) -> Result<()> {
     let d_logits = if o.in_place { logits.clone() } else { separate };
     let samples = t.statistics_output(SAMPLES, 3);
 
-    // What each sample of the slot says by itself.
+    // Each sample's own target.
     let mut stream = t.stream();
     let labels: Vec<i32> = (0..SLOT).map(|_| stream.below(classes) as i32).collect();
     let own: Vec<f32> = (0..SLOT * classes)
@@ -242,7 +242,7 @@ fn loss(t: &mut Trial, o: Objective) -> Result<()> {
         })
         .collect();
 
-    // From a rare class to a common one; 1 where the loss knows of none.
+    // From a rare class to a common one; 1 for a loss without weights.
     let weights: Vec<f64> = match o.weighted {
         true => (0..classes).map(|_| bf16::from_f32(2f32.powf(stream.range(-4.0, 3.0))).to_f64()).collect(),
         false => vec![1.0; classes],
@@ -301,11 +301,11 @@ fn loss(t: &mut Trial, o: Objective) -> Result<()> {
     t.judge("loss", &column(&got, 0), &column(&losses, 0), 1, sum_of(classes));
     t.judge("top-1", &column(&got, 1), &column(&losses, 1), 1, 0.0);
     t.judge("top-5", &column(&got, 2), &column(&losses, 2), 1, 0.0);
-    // A probability of nearly 1 less a target of 1 keeps the rounding of both, and so do their multiples.
+    // A probability near 1 minus a target of 1 keeps the rounding of both, and so do multiples of it.
     t.compare_rows("d_logits", &d_logits, &gradient, 0.1 * largest / mean_over as f64, 2.0 * ELEMENTWISE)
 }
 
-/// Samples past the count hold what an earlier batch left there.
+/// Samples past the count contain data of an earlier batch.
 fn spoil_padding(slot: &mut Slot, targets: Targets) {
     slot.count = COUNT;
     match targets {
@@ -362,7 +362,8 @@ fn report(t: &mut Trial) -> Result<()> {
 
     t.start()?;
     let backend = t.backend();
-    // Asked for as far ahead as the device likes; the samples change when none is under way. Without segments nothing moves.
+    // Steps are submitted as far ahead as the device allows; the samples change only when no step is in
+    // flight. Without segments nothing is updated.
     let mut got: Vec<StepReport> = Vec::new();
     for step in 0..5 {
         backend.begin_step(StepKeys { seed: 1, step })?;
@@ -403,11 +404,11 @@ fn report(t: &mut Trial) -> Result<()> {
         t.judge(&name, &[got.loss, got.top1, got.top5, got.grad_norm], expected, 4, ELEMENTWISE);
         t.expect("the update was not skipped", !got.skipped);
     }
-    // The harness compares what no operation wrote with what it was.
+    // The harness compares memory that no operation wrote with its initial contents.
     t.backend().write(halves[0].mat, &first_half)
 }
 
-/// What the threads of a block, and the blocks of a card, have to take in several turns.
+/// Work that the threads of a block, and the blocks of a GPU, must process in several rounds.
 fn report_of_many(t: &mut Trial) -> Result<()> {
     const SAMPLES: usize = 300;
     t.samples(SAMPLES, true);

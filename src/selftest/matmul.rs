@@ -1,4 +1,4 @@
-//! Dense layers: every epilogue of the forward, every form of the input's gradient, weights with padded rows.
+//! Dense layers: every epilogue of the forward, every form of the input gradient, weights with padded rows.
 
 use crate::backend::{Epilogue, Gelu, InputGrad, Mask};
 
@@ -14,7 +14,8 @@ struct Shape {
     out: usize,
 }
 
-/// Token counts, head sizes and widths that are no multiples of a tile; one longer than any block in each direction.
+/// Token counts, head sizes and widths that are not multiples of a tile; one longer than any block in each
+/// direction.
 const SHAPES: [Shape; 10] = [
     shape(1, 1, 60, 7),
     shape(3, 5, 60, 180),
@@ -34,7 +35,7 @@ const fn shape(samples: usize, tokens: usize, input: usize, out: usize) -> Shape
 
 const DROPOUT: Mask = Mask { rate: 0.3, site: 11 };
 
-/// [`Epilogue`] before its matrices have places.
+/// [`Epilogue`] before its matrices are placed.
 #[derive(Clone, Copy)]
 enum Forward {
     None,
@@ -42,7 +43,7 @@ enum Forward {
     Residual {
         in_place: bool,
     },
-    /// `keeps`: whether `pre` has a place, as where a backward is to come.
+    /// `keeps`: whether `pre` is stored, as it is when a backward follows.
     Gelu {
         form: Gelu,
         dropout: Mask,
@@ -51,7 +52,7 @@ enum Forward {
     Tanh,
 }
 
-/// [`InputGrad`] before its matrices have places.
+/// [`InputGrad`] before its matrices are placed.
 #[derive(Clone, Copy)]
 enum Backward {
     None,
@@ -100,7 +101,8 @@ pub(super) fn cases() -> Vec<Case> {
     }
     for (operation, form, variant) in backward {
         for (i, shape) in SHAPES.into_iter().enumerate() {
-            // Accumulation and what is trained turn with the shape, so that each meets each variant somewhere.
+            // Accumulation and the trained parameters alternate with the shape, so that each shape meets each
+            // variant somewhere.
             let accumulate = i % 2 == 1;
             let trained = [[true, true], [true, false], [true, true], [false, true], [false, false]][i % 5];
             let work = Work { variant, trained, accumulate, gap: false };
@@ -112,7 +114,7 @@ pub(super) fn cases() -> Vec<Case> {
         let title = format!("{}{form}{}", shape.title(), work.title());
         cases.push(Case::new(operation, title, move |t| matmul_backward(t, shape, work)));
     }
-    // A row of 60 ends off the 16-byte boundaries of bf16, one of 64 on them.
+    // A row of 60 ends off the 16-byte boundaries of bf16, a row of 64 on one.
     for width in [60, 64] {
         let title = format!("some outputs of {width} → {}, the first row of each sample", 3 * width);
         cases.push(Case::new("matmul bias", title.clone(), move |t| matmul_of_views(t, width)));
@@ -155,7 +157,7 @@ fn matmul(t: &mut Trial, shape: Shape, form: Forward, gap: bool) -> crate::error
     let x = t.input_with_gap(rows, shape.input, 1.5, gap);
     let Dense { weight, bias, .. } = &t.linear(out, shape.input, [false; 2], false);
     let layer = Dense { weight: weight.clone(), bias: bias.clone(), d_weight: None, d_bias: None };
-    // What these give is a part of the residual stream.
+    // These produce a part of the residual stream.
     let in_stream = matches!(form, Forward::None | Forward::Residual { .. });
     let other =
         if in_stream { t.stream_input(rows, out, gap) } else { t.input_with_gap(rows, out, 1.0, gap) };
@@ -195,7 +197,7 @@ fn matmul(t: &mut Trial, shape: Shape, form: Forward, gap: bool) -> crate::error
     Ok(())
 }
 
-/// What a backward has to do besides its shape.
+/// What a backward has to do, besides its shape.
 #[derive(Clone, Copy)]
 struct Work {
     variant: Backward,
@@ -275,14 +277,14 @@ fn matmul_backward(t: &mut Trial, shape: Shape, work: Work) -> crate::error::Res
         t.compare("d_bias", grad, &accumulated(grad, accumulate, &d_bias), sum_of(rows))?;
     }
     match variant {
-        // A frozen layer whose input needs no gradient has nothing to write: only stray writes are looked for.
+        // A frozen layer whose input needs no gradient writes nothing: this case only looks for stray writes.
         Backward::None => t.expect("nothing but the gradients of the layer is written", true),
         _ => t.compare("d_x", &d_x, &expected, sum_of(out) + ELEMENTWISE)?,
     }
     Ok(())
 }
 
-/// Samples and tokens of the cases on views: a class token's query, key and value are made like this.
+/// Samples and tokens of the cases on views: a class token's query, key and value are computed like this.
 const VIEWED: (usize, usize) = (3, 5);
 
 fn matmul_of_views(t: &mut Trial, width: usize) -> crate::error::Result<()> {

@@ -1,4 +1,4 @@
-//! Arenas and batch slots: what is written is read, and padding stays what it was.
+//! Arenas and batch slots: reads return what was written, and padding stays unchanged.
 
 use crate::backend::{Arena, Dtype, Mat, MemoryPlan, Pixels, SlotLayout, TargetKind};
 use crate::error::Result;
@@ -55,7 +55,7 @@ fn swap_ema(t: &mut Trial) -> Result<()> {
     let (weights, average) = (bytes(1.0), bytes(100.0));
     t.arena(Arena::Params, weights.clone());
     t.arena(Arena::Ema, average.clone());
-    // An operation has to find the average where the weights were.
+    // An operation must find the average where the weights were.
     let mat = Mat { arena: Arena::Params, offset: 0, rows: 4, cols: 16, ld: 16, dtype: Dtype::F32 };
     let mut read = vec![0.0f32; 64];
 

@@ -1,8 +1,9 @@
-//! The proof of a device: every operation of [`Backend`] against a plain float64 reference.
+//! Checks a device: every operation of [`Backend`] against a plain float64 reference.
 //!
-//! It knows a backend through the trait alone, so one table of cases proves them all. Each file holds the cases of a
-//! group of operations, with their references as loops that can be read beside the operation's documentation;
-//! [`harness`] places operands, poisons what an operation has to write, and looks for writes elsewhere.
+//! It uses a backend only through the trait, so one table of cases covers all of them. Each file holds the
+//! cases of a group of operations, with their references as simple loops that can be compared with the
+//! operation's documentation. [`harness`] places operands, poisons what an operation must write, and looks
+//! for writes elsewhere.
 //!
 //! ```no_run
 //! use vitrum::backend::{Device, DeviceOptions, select};
@@ -38,40 +39,40 @@ use harness::Case;
 /// Opens a device.
 pub type Make<'a> = dyn Fn() -> Result<Box<dyn Backend>> + 'a;
 
-/// How one case ended.
+/// The result of one case.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct CaseResult {
-    /// The method of [`Backend`], with its variant where that is a kernel of its own: `matmul gelu`.
+    /// The method of [`Backend`], with its variant where that has its own kernel: `matmul gelu`.
     pub operation: Cow<'static, str>,
     /// Sizes and settings.
     pub case: String,
-    /// The worst of the case's comparisons by error over tolerance: its relative L2 distance from float64, or a tenth of
-    /// its largest deviation over the largest value, if that is more.
+    /// Of the comparison with the largest error relative to its tolerance: the relative L2 distance from
+    /// float64, or a tenth of the largest deviation over the largest value, if that is more.
     #[serde(deserialize_with = "or_infinite")]
     pub error: f64,
     pub tolerance: f64,
     pub passed: bool,
-    /// Which output was the worst, or what went wrong.
+    /// The worst output, or what went wrong.
     pub note: String,
 }
 
-/// Runs every case whose `operation: case` contains `filter`, each on a fresh device from `make`. A case that fails,
-/// panics included, never keeps the others from running.
+/// Runs every case whose `operation: case` contains `filter`, each on a fresh device from `make`. A case that
+/// fails or panics does not keep the others from running.
 pub fn run(make: &Make, filter: Option<&str>) -> Vec<CaseResult> {
     let wanted = |case: &&Case| filter.is_none_or(|filter| case.title().contains(filter));
     let storage = storage_of(make);
     cases().iter().filter(wanted).map(|case| case.run(make, storage)).collect()
 }
 
-/// How the device stores things; one that does not open fails in each case's own attempt.
+/// How the device stores data. If it does not open, each case fails in its own attempt.
 fn storage_of(make: &Make) -> Storage {
     make().map_or(Storage::CPU, |device| device.storage())
 }
 
-/// How the operations begin that read or write the residual stream.
+/// Prefixes of the operations that read or write the residual stream.
 const OF_THE_STREAM: [&str; 5] = ["embed", "matmul none", "matmul residual", "layernorm", "residual"];
 
-/// Every case. Those of a group stand together, for what breaks a device ends its group.
+/// Every case. Those of a group are adjacent, because a case that breaks a device ends its group.
 fn cases() -> Vec<Case> {
     let mut groups = [
         memory::cases(),
@@ -82,7 +83,7 @@ fn cases() -> Vec<Case> {
         head::cases(),
         update::cases(),
     ];
-    // The cases of an operation stand together, operations in the order of their first case.
+    // The cases of an operation are adjacent; operations are in the order of their first case.
     for (group, cases) in groups.iter_mut().enumerate() {
         let operations: Vec<_> = cases.iter().map(Case::operation).collect();
         cases.sort_by_key(|case| operations.iter().position(|operation| *operation == case.operation()));
@@ -100,10 +101,10 @@ pub struct Report {
     pub cases: Vec<CaseResult>,
 }
 
-/// A precision that a device is used in, with what its residual stream is stored in.
+/// A precision of a device, with the type of its residual stream.
 type Kind = (Precision, Residual);
 
-/// Every one, or those of the precision that the user asks for.
+/// All of them, or those of the requested precision.
 fn kinds(device: Device, asked: Precision) -> Vec<Kind> {
     let (f32, bf16) = ((Precision::F32, Residual::Auto), (Precision::Bf16, Residual::Auto));
     let stream_in_f32 = (Precision::Bf16, Residual::F32);
@@ -114,8 +115,8 @@ fn kinds(device: Device, asked: Precision) -> Vec<Kind> {
     }
 }
 
-/// The cases whose line holds `filter` and that a kind concerns: an f32 stream changes what reads or writes the stream, and
-/// all else is as it is without.
+/// The cases that match `filter` and depend on the kind: an f32 stream matters only for operations that read
+/// or write the stream.
 fn cases_of((_, residual): Kind, filter: Option<&str>) -> Vec<Case> {
     let asked = |case: &Case| filter.is_none_or(|filter| case.title().contains(filter));
     let concerned = |case: &Case| {
@@ -124,11 +125,11 @@ fn cases_of((_, residual): Kind, filter: Option<&str>) -> Vec<Case> {
     cases().into_iter().filter(|case| asked(case) && concerned(case)).collect()
 }
 
-/// Proves the device that the user asked for, in every precision it has, or in the one that `options` names, by the cases
-/// that [`run`] takes. For a GPU there is [`check_apart`].
+/// Tests the device that the user asked for, in every precision it has or in the one that `options` names,
+/// with the cases that [`run`] would run. For a GPU use [`check_apart`].
 ///
 /// # Errors
-/// The device cannot be opened, or the filter leaves no case; for what the cases found see [`verdict`].
+/// The device cannot be opened, or the filter matches no case; for the results of the cases see [`verdict`].
 pub fn check(device: Device, options: &DeviceOptions, filter: Option<&str>) -> Result<Vec<Report>> {
     let report = |kind: Kind| -> Result<Report> {
         let (precision, residual) = kind;
@@ -144,11 +145,11 @@ pub fn check(device: Device, options: &DeviceOptions, filter: Option<&str>) -> R
     some_case(reports, filter)
 }
 
-/// The reports that have one.
+/// The reports that contain a case.
 fn some_case(mut reports: Vec<Report>, filter: Option<&str>) -> Result<Vec<Report>> {
     reports.retain(|report| !report.cases.is_empty());
     if reports.is_empty() {
-        return Err(Error::usage(format!("no case holds `{}`", filter.unwrap_or_default()))
+        return Err(Error::usage(format!("no case contains `{}`", filter.unwrap_or_default()))
             .hint("`vitrum selftest` without `--filter` names the operations"));
     }
     Ok(reports)
@@ -219,7 +220,7 @@ impl Report {
 }
 
 impl CaseResult {
-    /// How far the error is above (more than 1) or below its tolerance; a failure is above any success.
+    /// Error relative to the tolerance: above 1 is a failure. A failed case ranks above any passed one.
     fn excess(&self) -> f64 {
         let ratio = if self.tolerance > 0.0 { self.error / self.tolerance } else { self.error };
         if self.passed { ratio } else { ratio.max(1.0) + 1.0 }

@@ -1,4 +1,4 @@
-//! LayerNorm and the residual add in front of it.
+//! LayerNorm and the residual add before it.
 
 use crate::backend::{Branch, Join, Mask, Norm, Stats};
 use crate::error::Result;
@@ -20,8 +20,8 @@ const SHAPES: [Shape; 10] = [
     shape(1, 197, 770),
     shape(1, 257, 192),
     shape(7, 1, 5),
-    // Devices may hold a row in registers: one width for each size of that, and one that is too wide. Rows enough that a
-    // multiprocessor comes round to its next ones.
+    // Devices may hold a row in registers: one width per instance, and one that is too wide. Enough rows that
+    // a multiprocessor processes several in turn.
     shape(3, 21, 384),
     shape(3, 13, 768),
     shape(1, 29, 1280),
@@ -34,7 +34,7 @@ const fn shape(samples: usize, tokens: usize, width: usize) -> Shape {
 
 const EPS: f32 = 1e-6;
 
-/// What stands between a branch and the stream.
+/// What is applied to a branch before it joins the stream.
 #[derive(Clone, Copy)]
 struct Between {
     layer_scale: LayerScale,
@@ -151,7 +151,7 @@ struct Work {
     trained: [bool; 2],
     accumulate: bool,
     fresh: bool,
-    /// A product reads what is handed on, and its bias is trained.
+    /// A product with a trained bias reads the gradient that the operation produces.
     bias: bool,
 }
 
@@ -181,7 +181,7 @@ impl Work {
     }
 }
 
-/// Normal rows, of which the first three are hard: constant, of tiny variance, far from zero.
+/// Normal rows, the first three of them hard: constant, of tiny variance, far from zero.
 fn hard_rows(t: &mut Trial, s: Shape) -> Operand {
     let mut values = t.normal(s.rows() * s.width, 1.0);
     for (r, row) in values.chunks_mut(s.width).enumerate().take(if s.rows() > 3 { 3 } else { 0 }) {
@@ -205,7 +205,7 @@ struct Joined {
     layer_scale: Option<(Operand, Option<Operand>)>,
     dropout: Mask,
     drop_path: Mask,
-    /// `[R, D]`: what dropout and drop-path multiply the branch by.
+    /// `[R, D]`: the factors of dropout and drop-path.
     factors: Vec<f64>,
     tokens: usize,
 }
@@ -243,7 +243,7 @@ impl Joined {
         }
     }
 
-    /// What an element of the branch is multiplied by on its way into the sum.
+    /// The factor of a branch element in the sum.
     fn weight(&self, i: usize) -> f64 {
         let scale = self.layer_scale.as_ref().map_or(1.0, |(scale, _)| scale.values[i % scale.values.len()]);
         self.factors[i] * scale
@@ -269,7 +269,7 @@ impl Joined {
         }
     }
 
-    /// Compares the gradients of branch and LayerScale with what `d_sum` makes of them.
+    /// Compares the gradients of branch and LayerScale with those that follow from `d_sum`.
     fn check(&self, t: &mut Trial, d_sum: &[f64], d_branch: &Operand, accumulate: bool) -> Result<()> {
         let expected: Vec<f64> = d_sum.iter().enumerate().map(|(i, d)| d * self.weight(i)).collect();
         t.compare("d_branch", d_branch, &expected, 2.0 * ELEMENTWISE)?;
@@ -323,9 +323,9 @@ fn layernorm(t: &mut Trial, s: Shape, between: Option<Between>) -> Result<()> {
         t.compare("sum", &x, &sum, ELEMENTWISE)?;
     }
     t.compare_rows("y", &y, &expected, 0.0, 2.0 * ELEMENTWISE)?;
-    // A mean near zero is a difference of much larger values: as a whole the means have a size.
-    // The statistics of a sum may be those of the sum as it is stored.
-    // The deviation is the root of a sum over the row, which halves the sum's relative error.
+    // A mean near zero is a difference of much larger values, so the means are compared as a whole. The
+    // statistics of a sum may be those of the stored sum. The deviation is the root of a sum over the row,
+    // which halves the sum's relative error.
     let [of_mean, of_rstd] = [2.0 * ELEMENTWISE, ELEMENTWISE.max(0.5 * sum_of(s.width))]
         .map(|exact| if joined.is_some() { t.tolerance(&x, exact) } else { exact });
     t.compare("mean", &mean, &means, of_mean)?;
@@ -371,7 +371,8 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
         }
     }
 
-    // Without a branch, `d_sum` itself is handed on: in place, which no product reads if its type is another, or as a copy.
+    // Without a branch, `d_sum` itself is the result: in place (not readable by products of another type), or
+    // as a copy.
     let is_copied = joined.is_none() && (bias || !fresh) && d_branch.mat.dtype != d_sum.mat.dtype;
     let join = joined.as_ref().map_or(Join::Ready(x.mat), |joined| joined.join(&x));
     let handed_on = if joined.is_some() || is_copied { &d_branch } else { &d_sum };

@@ -29,7 +29,7 @@ struct Cut {
     extra: usize,
     pixels: Pixels,
     mix: Mix,
-    /// A box of every sample is erased, each in its way.
+    /// A box of every sample is erased, each in another mode.
     erased: bool,
 }
 
@@ -52,7 +52,7 @@ pub(super) fn cases() -> Vec<Case> {
     }
     for (i, join) in joins().into_iter().enumerate() {
         let accumulate = i % 2 == 1;
-        // Where nothing is trained, a dropout is all that this pass is for.
+        // If no parameter is trained, this pass only computes the dropout.
         let frozen = i % 5 == 4 && join.dropout;
         let title = join.title() + backward_title(accumulate, frozen);
         cases.push(Case::new("embed_backward", title, move |t| embed_backward(t, join, accumulate, frozen)));
@@ -76,7 +76,7 @@ impl Cut {
         format!("{h}x{w} {pixels}, patch {ph}x{pw}, {} extra{mix}{erased}", self.extra)
     }
 
-    /// What is erased of a sample.
+    /// The erased box of a sample.
     fn erase(&self, sample: usize) -> Erase {
         if !self.erased {
             return Erase::default();
@@ -89,7 +89,8 @@ impl Cut {
     }
 }
 
-/// What stands in an erased box at (y, x): a normal draw by Box and Muller, from the words that [`Erase::colour`] names.
+/// The value at (y, x) of an erased box: a normal draw by Box and Muller, from the words that
+/// [`Erase::colour`] names.
 fn drawn(erase: Erase, y: usize, x: usize, channel: usize) -> f64 {
     let counter = match erase.mode {
         0 => return 0.0,
@@ -112,7 +113,7 @@ fn patchify(t: &mut Trial, cut: Cut) -> Result<()> {
     let patches = t.output(samples * grid.tokens(), grid.patch_len());
     let (h, w) = cut.image;
 
-    // Normalised pixels, as stored and as float64 has them.
+    // Normalised pixels, as stored and in float64.
     let n = SLOT * h * w * 3;
     let mut stream = t.stream();
     let bytes: Vec<u8> = (0..n).map(|_| stream.next_u32() as u8).collect();
@@ -200,7 +201,7 @@ struct Join {
     tokens: usize,
     width: usize,
     extra: usize,
-    /// Extra tokens have rows of the position embedding.
+    /// The position embedding has rows for the extra tokens.
     extra_positions: bool,
     dropout: bool,
 }
@@ -252,7 +253,7 @@ impl Join {
     }
 }
 
-/// Parameters of an [`Embed`], each with its gradient where it is trained.
+/// Parameters of an [`Embed`], each with its gradient if it is trained.
 struct Parts {
     bias: (Operand, Option<Operand>),
     extra: Vec<(Operand, Option<Operand>)>,
@@ -336,7 +337,7 @@ fn embed_backward(t: &mut Trial, join: Join, accumulate: bool, frozen: bool) -> 
     }
 
     t.start()?.embed_backward(&parts.embed(join), d_x.mat, d_y.mat)?;
-    // Nothing is written without a dropout: the caller has it already.
+    // Without a dropout nothing is written: the caller has the values already.
     if join.dropout || d_y.mat == d_x.mat {
         t.compare("d_y", d_y, &expected, ELEMENTWISE)?;
     }

@@ -1,4 +1,4 @@
-//! The table passes on the CPU, and fails on a device that is broken in one place.
+//! The cases pass on the CPU, and fail on a device with a single fault.
 
 use super::*;
 use crate::backend::cpu::CpuBackend;
@@ -57,23 +57,23 @@ fn an_operation_that_panics_fails_its_case_only() {
     assert!(results.iter().all(|result| !result.passed && result.note.contains("broken on purpose")));
 }
 
-/// What is wrong with [`Broken`].
+/// The fault of [`Broken`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     /// The last value of the output is a little off.
     Perturbed,
     /// The last value of the output is not written.
     Unwritten,
-    /// The word behind the output is written.
+    /// The word after the output is written.
     Stray,
     /// Gradients are assigned where they should be added to.
     ForgetsToAccumulate,
-    /// Masks of another step.
+    /// Masks of another step are used.
     WrongMask,
     Panic,
 }
 
-/// The results of the operation's cases on a device with a fault in it.
+/// The results of the operation's cases on a device with the fault.
 fn broken(fault: Fault, operation: &str) -> Vec<CaseResult> {
     run(&|| Ok(Box::new(Broken { inner: cpu(Isa::best(), 1)?, fault })), Some(operation))
 }
@@ -114,14 +114,15 @@ fn a_perturbed_value_is_found_in_every_operation() {
             assert!(!result.passed, "{operation}: {} passes", result.case);
         }
     }
-    // The large ones would take their time. Those of a probe are among them.
+    // The large ones take too long. Those with a single query are among them.
     for operation in ["attention: B 3", "attention_backward: B 3"] {
         let results = broken(Fault::Perturbed, operation);
         assert!(results.iter().filter(is_judged).all(|result| !result.passed), "{operation}");
     }
 }
 
-/// Whether a case looks at the first sample, which the faults spoil: those with NaN in it look at its neighbours alone.
+/// Whether a case looks at the first sample, which the faults change: cases with NaN in it compare only its
+/// neighbours.
 fn is_judged(result: &&CaseResult) -> bool {
     !result.case.contains("NaN beside it")
 }
@@ -162,9 +163,9 @@ struct Broken {
 }
 
 impl Broken {
-    /// Does to an output what the fault says.
+    /// Applies the fault to an output.
     fn spoil(&mut self, output: Mat) -> Result<()> {
-        // The last value, seen as a matrix of its own.
+        // The last value, as a matrix.
         let last = Mat { offset: output.offset + output.span_bytes() - 4, rows: 1, cols: 1, ld: 1, ..output };
         match self.fault {
             Fault::Perturbed => {

@@ -1,7 +1,8 @@
-//! The optimiser step over the flat buffers: every rule, both types of first moment, clipping, EMA, and the skip.
+//! The optimiser step over the flat buffers: every rule, both types of first moment, clipping, EMA, and
+//! skipping.
 //!
-//! The tensors of the case have what the model's have: padded rows, a frozen neighbour, two groups, and views for
-//! Adafactor that run along the rows, along the columns and across both.
+//! The tensors of the case have the features of the model's: padded rows, a frozen neighbour, two groups, and
+//! views for Adafactor that run along the rows, along the columns and across both.
 
 use half::bf16;
 
@@ -30,10 +31,10 @@ pub(super) fn cases() -> Vec<Case> {
         }
         push(rule, Setting { t: 300_000, ..plain });
         push(rule, Setting { gradient: Gradient::Zero, clip: Clip::Torch(1.0), ..plain });
-        // The squares of such gradients are no f32 any more.
+        // The squares of such gradients overflow f32.
         push(rule, Setting { gradient: Gradient::Huge, clip: Clip::Optax(1.0), ..plain });
     }
-    // What a device shares out among its threads, or among fewer blocks than there are parts.
+    // More than the threads, or the blocks, of a device handle at once.
     push(adam, Setting { more: More::Tensors, ema: Some(0.9), ..plain });
     push(adafactor(Some(0.5), false), Setting { more: More::Tiles, ..plain });
     for rule in [adam, rules()[1], rules()[6]] {
@@ -109,9 +110,9 @@ struct Setting {
 #[derive(Clone, Copy)]
 enum More {
     None,
-    /// More than a card has blocks for.
+    /// More than a GPU has blocks for.
     Tensors,
-    /// One of more rows, and one of more pieces, than a block takes at once.
+    /// One with more rows, and one with more pieces, than a block handles at once.
     Tiles,
 }
 
@@ -153,7 +154,7 @@ impl Setting {
 
 // Buffers --------------------------------------------------------------------------------------------------------
 
-/// Values of a frozen tensor in front of the trained ones, in the weights only.
+/// Values of a frozen tensor before the trained ones, in the weights only.
 const FROZEN: usize = 64;
 
 const GROUPS: [GroupScalars; 2] =
@@ -207,7 +208,7 @@ fn segments(more: More) -> Vec<Segment> {
         .collect()
 }
 
-/// Places of a tensor's values from its start, as `(offset, row statistic, column statistic)`.
+/// Offsets of a tensor's values from its start, as `(offset, row statistic, column statistic)`.
 fn places(f: Factor) -> impl Iterator<Item = (usize, usize, usize)> {
     let outer = (0..f.outer[0]).flat_map(move |a| (0..f.outer[1]).map(move |b| (a, b)));
     let inner = move || (0..f.rows).flat_map(move |r| (0..f.cols).map(move |c| (r, c)));
@@ -231,7 +232,7 @@ struct Buffers {
 }
 
 impl Buffers {
-    /// What a run may hold before update `t`; padding is zero.
+    /// Plausible contents before update `t`; padding is zero.
     fn new(t: &mut Trial, rule: Rule, segments: &[Segment], s: Setting) -> Self {
         let n = segments.last().map_or(0, |s| s.grad + s.len);
         let scale = match s.gradient {
@@ -281,7 +282,7 @@ impl Buffers {
         t.arena(Arena::Ema, f32s(&self.ema));
     }
 
-    /// What the device holds now.
+    /// The device's current contents.
     fn take(t: &mut Trial, rule: Rule) -> Result<Self> {
         let mut now = |arena| -> Result<Vec<u8>> {
             t.may_change(arena);
@@ -377,7 +378,7 @@ fn reference(b: &mut Buffers, rule: Rule, segments: &[Segment], s: Setting) -> f
     norm
 }
 
-/// Adafactor's update before the momentum, in the order of [`places`]; the statistics in `moment2` move on.
+/// Adafactor's update before the momentum, in the order of [`places`]; updates the statistics in `moment2`.
 fn adafactor_direction(
     b: &mut Buffers,
     segment: &Segment,
@@ -458,7 +459,7 @@ fn update(t: &mut Trial, rule: Rule, s: Setting) -> Result<()> {
             let (got, expected) = (&got.moment2[grads.clone()], &expected.moment2[grads]);
             t.judge(&named("moment 2"), got, expected, segment.len, ELEMENTWISE);
         }
-        // How far the weights moved says more than where they are, down to their own rounding.
+        // The change of the weights is more sensitive than their values, down to the weights' own rounding.
         let moved = |b: &Buffers| -> Vec<f64> {
             b.params[params.clone()].iter().zip(&before.params[params.clone()]).map(|(b, a)| b - a).collect()
         };
@@ -497,9 +498,9 @@ fn update(t: &mut Trial, rule: Rule, s: Setting) -> Result<()> {
     Ok(())
 }
 
-/// The bf16 value of `exact`; where it is near the middle of two, the one that the device took.
+/// The bf16 value of `exact`; if it is near the middle of two, the one that the device chose.
 fn rounded_to_bf16(exact: f64, got: f64) -> f64 {
-    // bf16 has seven bits behind the leading one.
+    // bf16 has seven bits after the leading one.
     let half_step = if exact == 0.0 { 0.0 } else { exact.abs().log2().floor().exp2() / 256.0 };
     let slack = 1e-5 * exact.abs() + 1e-7;
     if (got - exact).abs() <= half_step + slack { got } else { bf16::from_f64(exact).to_f64() }
@@ -512,7 +513,7 @@ enum Cause {
     NanLoss,
 }
 
-/// An update whose loss or gradient is not finite changes nothing, and says so.
+/// An update whose loss or gradient is not finite changes nothing, and reports that.
 fn skip(t: &mut Trial, rule: Rule, cause: Cause) -> Result<()> {
     let more = More::None;
     let segments = segments(more);
@@ -534,7 +535,7 @@ fn skip(t: &mut Trial, rule: Rule, cause: Cause) -> Result<()> {
     backend.add_to_report(samples.mat)?;
     backend.update(&request(rule, &segments, s))?;
     let skipped = backend.report()?.skipped;
-    // That weights, moments and average are what they were is what every case is asked at its end.
+    // Every case checks at its end that weights, moments and average are unchanged.
     t.expect("the update says that it was skipped", skipped);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! GELU by itself, where a pre-activation was kept and its value was not.
+//! GELU alone, for a pre-activation whose GELU was not kept.
 
 use super::compute::Compute;
 use super::gemm::Dropout;
@@ -9,7 +9,7 @@ use super::sums::CHUNK;
 use super::view::{Rows, RowsMut};
 use crate::backend::Gelu;
 
-/// `y = dropout(gelu(pre))`: the bits that the matmul's epilogue gives.
+/// `y = dropout(gelu(pre))`: bit-identical to the matmul's epilogue.
 pub(super) fn gelu(c: &Compute, pre: Rows, form: Gelu, dropout: Option<Dropout>, y: RowsMut) {
     c.for_each_item(y.blocks(CHUNK), |(start, y)| {
         c.isa.run(Values { pre, form, dropout: dropout.as_ref(), start, y });

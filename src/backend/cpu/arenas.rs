@@ -1,9 +1,9 @@
 //! The flat buffers of a run on the CPU, and the checked borrow of several matrices in them at once.
 //!
-//! An operation reads some matrices of an arena and writes others of the same arena, which a plain `&mut` cannot
-//! express. [`Access`] stands for one operation: it borrows all arenas for its lifetime, remembers every span that it
-//! lent, and refuses to lend a span for writing that touches any other. This is the only place of the backend that
-//! turns handles into memory.
+//! An operation reads some matrices of an arena and writes others of the same arena, which a plain `&mut`
+//! cannot express. [`Access`] stands for one operation: it borrows all arenas for its lifetime, records every
+//! span that it lends, and refuses to lend a span for writing that overlaps another. Only this module turns
+//! handles into memory.
 
 use std::marker::PhantomData;
 
@@ -19,14 +19,14 @@ pub(super) struct Arenas {
 }
 
 impl Arenas {
-    /// Buffers of no size, before [`Arenas::new`] knows the plan.
+    /// Empty buffers, for the time before [`Arenas::new`] knows the plan.
     pub(super) fn empty() -> Self {
         Self { buffers: std::array::from_fn(|_| PlainMemory::empty()), bytes: 0 }
     }
 
     pub(super) fn new(plan: &MemoryPlan) -> Result<Self> {
         let mut arenas = Self::empty();
-        // The last two hold nothing here, unless a backend in front of this one asks for them.
+        // The last two are empty, unless a backend in front of this one requests them.
         for arena in Arena::ALL.into_iter().chain([Arena::Working, Arena::Workspace]) {
             arenas.buffers[arena as usize] = PlainMemory::new(plan.bytes(arena))
                 .map_err(|e| e.at(format!("{arena:?}")).hint("use a smaller `train.batch` or model"))?;
@@ -48,12 +48,12 @@ impl Arenas {
     }
 
     /// Exchanges two arenas of the same size without moving a byte.
-    pub(super) fn swap(&mut self, a: Arena, b: Arena) {
+    Exchanges two arenas of the same size. No byte moves.
         assert_eq!(self.bytes(a).len(), self.bytes(b).len(), "{a:?} and {b:?} differ in size");
         self.buffers.swap(a as usize, b as usize);
     }
 
-    /// Parameters, gradients, both moments and the EMA, all at once: what an optimiser update works on.
+    /// Parameters, gradients, both moments and the EMA together: what an optimiser update works on.
     pub(super) fn for_update(&mut self) -> UpdateArenas<'_> {
         let [params, grads, moment1, moment2, ema, ..] = &mut self.buffers;
         UpdateArenas {
@@ -75,7 +75,7 @@ pub(super) struct UpdateArenas<'a> {
     pub(super) ema: &'a mut [f32],
 }
 
-/// Operands that one operation may have; more is a mistake of the backend.
+/// Operands per operation; more is a bug of the backend.
 const MAX_OPERANDS: usize = 24;
 
 /// What one operation reads and writes. Lent matrices live as long as the borrow of the arenas.
@@ -107,8 +107,8 @@ impl<'a> Access<'a> {
     /// Borrows a matrix for reading. Panics if the operation writes any of it.
     pub(super) fn read(&mut self, mat: Mat) -> Rows<'a> {
         let (values, len) = self.lend(mat, false);
-        // SAFETY: `lend` found the span inside its buffer, which `'a` keeps borrowed, and recorded it: nothing that
-        // overlaps it was lent for writing, nor will be. Every bit pattern is an f32.
+        // SAFETY: `lend` found the span inside its buffer, which `'a` keeps borrowed, and recorded it:
+        // nothing that overlaps it was lent for writing, nor will be. Every bit pattern is an f32.
         let data = unsafe { std::slice::from_raw_parts(values, len) };
         Rows::new(data, mat.rows, mat.cols, mat.ld)
     }
@@ -116,7 +116,7 @@ impl<'a> Access<'a> {
     /// Borrows a matrix for writing. Panics if it overlaps anything that was borrowed before.
     pub(super) fn write(&mut self, mat: Mat) -> RowsMut<'a> {
         let (values, len) = self.lend(mat, true);
-        // SAFETY: as in `read`, and nothing at all that overlaps the span was lent, nor will be.
+        // SAFETY: as in `read`; in addition, nothing that overlaps the span was or will be lent at all.
         let data = unsafe { std::slice::from_raw_parts_mut(values, len) };
         RowsMut::new(data, mat.rows, mat.cols, mat.ld)
     }
@@ -133,7 +133,7 @@ impl<'a> Access<'a> {
         self.write(mat).data
     }
 
-    /// Where a matrix begins and how many values it spans, after all checks.
+    /// The start of a matrix and the number of values it spans, after all checks.
     fn lend(&mut self, mat: Mat, writes: bool) -> (*mut f32, usize) {
         assert_eq!(mat.dtype, Dtype::F32, "{mat}: the CPU computes in f32");
         assert_eq!(mat.offset % 4, 0, "{mat}: not aligned to an f32");

@@ -1,17 +1,18 @@
 //! Multi-head attention straight from the packed `[B·T, 3·H·Dh]` rows, forward and backward.
 //!
-//! One (image, head) is one piece of work, done by one thread. Keys, and in the backward values too, are packed
-//! transposed once; then some MR queries at a time go through scores, softmax and the product with the values while
-//! their scores stay in L1. The forward keeps only `lse = ln Σ_j e^(s_j)` of each query; the backward recomputes the
-//! probabilities from it (Dao et al. 2022, arXiv:2205.14135):
+//! One (image, head) is one task, done by one thread. Keys, and in the backward pass values too, are packed
+//! transposed once. Then MR queries at a time go through scores, softmax and the product with the values,
+//! while their scores stay in L1. The forward pass keeps only `lse = ln Σ_j e^(s_j)` of each query; the
+//! backward pass recomputes the probabilities from it (Dao et al. 2022, arXiv:2205.14135):
 //!
 //! ```text
 //! P = e^(scale·Q·Kᵀ - lse)    dP = dO·Vᵀ    dS = scale·P∘(dP - rowsum(dO∘O))
 //! dQ = dS·K    dK = dSᵀ·Q    dV = Pᵀ·dO
 //! ```
 //!
-//! P and dS of a block of queries lie in scratch of at most [`SCORES`] values each (or MR rows): nothing of the size of
-//! B·H·T·T exists. Under dropout, P in `P·V` and `Pᵀ·dO`, and dP, are multiplied by the mask; `lse` knows nothing of it.
+//! P and dS of a block of queries lie in scratch of at most [`SCORES`] values each (or MR rows): no buffer
+//! has B·H·T·T values. Under dropout, P in `P·V` and `Pᵀ·dO`, and dP, are multiplied by the mask; `lse`
+//! ignores it.
 
 use super::compute::Compute;
 use super::gemm::pack::{pack_plain, pack_transposed, packed_len};
@@ -22,7 +23,7 @@ use super::view::{Rows, RowsMut, Shared};
 use crate::backend::Heads;
 use crate::backend::mask::BoundMask;
 
-/// Values of P, and of dS, that the backward keeps: T·T up to 512 tokens, a block of queries above.
+/// Values of P, and of dS, that the backward pass keeps: T·T up to 512 tokens, a block of queries for more.
 const SCORES: usize = 512 * 512;
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 /// Tasks per thread.
@@ -91,23 +92,23 @@ fn images(heads: Heads, qkv: Rows) -> usize {
     let Heads { tokens, heads, head_size } = heads;
     assert!(tokens > 0 && heads > 0 && head_size > 0, "attention: an empty head");
     assert_eq!(qkv.cols, 3 * heads * head_size, "attention: columns of qkv");
-    assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are no whole images of {tokens} tokens", qkv.rows);
+    assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are not whole images of {tokens} tokens", qkv.rows);
     qkv.rows / tokens
 }
 
-/// Shares the (image, head) pairs out in runs.
+/// Splits the (image, head) pairs into ranges.
 fn for_heads(c: &Compute, items: usize, job: impl Fn(std::ops::Range<usize>) + Sync + Send) {
     let tasks = items.min(c.threads() * TASKS_PER_THREAD);
     c.for_each(tasks, |i| job(i * items / tasks..(i + 1) * items / tasks));
 }
 
-/// Leading dimension of score rows: whole cache lines, and an odd number of them, so that a column of scores does not
-/// fall into a few sets of the cache.
+/// Leading dimension of score rows: an odd number of whole cache lines, so that a column of scores is spread
+/// over many sets of the cache.
 fn score_row(tokens: usize) -> usize {
     (tokens.div_ceil(16) | 1) * 16
 }
 
-/// Cuts pieces off a scratch buffer, each on a cache line.
+/// Takes pieces off a scratch buffer, each aligned to a cache line.
 struct Cutter<'a>(&'a mut [f32]);
 
 impl<'a> Cutter<'a> {
@@ -118,7 +119,7 @@ impl<'a> Cutter<'a> {
     }
 }
 
-/// How a head lies in the rows: pointers to its first q, k and v.
+/// Where a head lies in the rows: pointers to its first q, k and v.
 struct Head {
     q: *const f32,
     k: *const f32,
@@ -204,7 +205,7 @@ impl Task for ForwardTask<'_> {
                         row.iter_mut().zip(&*factors).for_each(|(p, f)| *p *= f);
                     }
                 }
-                // SAFETY: the queries' own elements.
+                // SAFETY: elements of these queries only.
                 unsafe { log_sums(s, &sums[..rows], &most[..rows], job.lse.at(0, item * t + i)) };
                 let o = job.o.at(head.row + i, head.col);
                 let to_output = Product {
@@ -229,13 +230,13 @@ impl Task for ForwardTask<'_> {
     }
 }
 
-/// Replaces scores s by `e^(scale·(s - max))`; gives the sum of these and `scale·max`.
+/// Replaces scores s by `e^(scale·(s - max))`; returns their sum and `scale·max`.
 #[inline(always)]
 fn softmax<S: Simd>(s: S, row: &mut [f32], t: usize, scale: f32) -> (f32, f32) {
     let lowest = s.splat(f32::NEG_INFINITY);
     let at = row.as_mut_ptr();
     let (whole, rest) = (t / S::LANES * S::LANES, t % S::LANES);
-    // SAFETY: vectors below t, and one of `rest` lanes.
+    // SAFETY: whole vectors below t, and one of `rest` lanes.
     unsafe {
         let mut most = lowest;
         let mut j = 0;
@@ -328,7 +329,7 @@ impl Task for BackwardTask<'_> {
         let Self { c, job, items } = self;
         let Heads { tokens: t, heads, head_size: dh } = job.heads;
         let (ld, width, scale) = (score_row(t), heads * dh, 1.0 / (dh as f32).sqrt());
-        // Queries at a time.
+        // Queries per block.
         let most = (SCORES / ld).max(S::MR).min(t);
         let (across, along) = (packed_len::<S>(dh, t), packed_len::<S>(t, dh));
         let lens = [across, across, along, along, along, most * ld, most * ld, t];
@@ -449,8 +450,8 @@ pub(super) unsafe fn dot<S: Simd>(s: S, a: *const f32, b: *const f32, n: usize) 
     s.sum(sum)
 }
 
-/// In a query's row: scores become probabilities (after dropout), and the gradient of the probabilities becomes that
-/// of the unscaled scores. `dot` is the row sum of dO∘O, which equals that of P∘dP.
+/// For one query's row: scores become probabilities (after dropout), and the gradient of the probabilities
+/// becomes that of the unscaled scores. `dot` is the row sum of dO∘O, which equals that of P∘dP.
 #[inline(always)]
 fn d_scores<S: Simd>(
     s: S,
@@ -599,7 +600,7 @@ mod tests {
             let heads = Heads { tokens: t, heads: h, head_size: dh };
             let mut numbers = Numbers::new(seed as u64);
             let mut qkv = Matrix::random(&mut numbers, b * t, 3 * h * dh, seed % 3);
-            // Some rows with large scores, of both signs: a softmax that forgets the maximum fails.
+            // Some rows with large scores of both signs: a softmax that does not subtract the maximum fails.
             for r in (0..b * t).step_by(3) {
                 let cols = qkv.cols;
                 qkv.rows_mut().row(r)[..cols / 3 * 2].iter_mut().for_each(|x| *x *= 12.0);
@@ -612,7 +613,7 @@ mod tests {
                     |isa, got| {
                         let (got_o, got) = got.split_at(o.len());
                         let (got_lse, got_d) = got.split_at(lse.len());
-                        // Scores reach about 100, and with them the rounding error of an exponent 100·2^-24.
+                        // Scores reach about 100, so the rounding error of an exponent reaches 100·2^-24.
                         for (name, got, want) in
                             [("o", got_o, &o), ("lse", got_lse, &lse), ("d_qkv", got_d, &d)]
                         {

@@ -1,4 +1,4 @@
-//! How the CPU backend computes: which instruction set, and which threads.
+//! How the CPU backend computes: with which instruction set and which threads.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -6,7 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{At, Error, Result};
 
-/// Instruction sets that the kernels are written for.
+/// Instruction sets for which the kernels are compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
     /// Portable Rust.
@@ -40,7 +40,7 @@ impl Isa {
         })
     }
 
-    /// The best, or what `VITRUM_ISA` asks for. An error if the machine cannot do that.
+    /// The best, or the one that `VITRUM_ISA` names.
     pub fn from_env() -> Result<Isa> {
         let Some(wanted) = std::env::var("VITRUM_ISA").ok().filter(|w| !w.is_empty()) else {
             return Ok(Isa::best());
@@ -72,18 +72,18 @@ impl Isa {
         }
     }
 
-    /// Every instruction set that this machine can run, best last: what tests walk.
+    /// Every instruction set that this machine can run, best last. For tests.
     pub fn available() -> Vec<Isa> {
         [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|i| *i <= Isa::best()).collect()
     }
 }
 
-/// An instruction set and a pool of threads. Kernels take `&Compute` and split their rows over the pool; how they
+/// An instruction set and a thread pool. Kernels take `&Compute` and split their rows over the pool; the
 /// split never changes a bit of the result.
 pub struct Compute {
     pub isa: Isa,
     pool: rayon::ThreadPool,
-    /// Idle scratch buffers. They only grow, so that a step allocates nothing once each operation has run.
+    /// Idle scratch buffers. They only grow: once each operation has run, a step allocates nothing.
     idle: Mutex<Vec<Vec<Line>>>,
     scratch_bytes: AtomicUsize,
 }
@@ -125,7 +125,8 @@ impl Compute {
         }
     }
 
-    /// A buffer of at least `len` values with unspecified contents, aligned to 64 bytes; it returns when dropped.
+    /// A buffer of at least `len` values with unspecified contents, aligned to 64 bytes. It is returned when
+    /// dropped.
     pub fn scratch(&self, len: usize) -> ThreadScratch<'_> {
         let lines = len.div_ceil(LINE);
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -150,7 +151,7 @@ impl Compute {
     }
 }
 
-/// Values of a cache line.
+/// Values per cache line.
 const LINE: usize = 16;
 
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]

@@ -1,4 +1,5 @@
-//! What joins the patch embedding's matmul output in place: bias, extra tokens, position embedding, dropout.
+//! What is added in place to the patch embedding's matmul output: bias, extra tokens, position embedding;
+//! then dropout.
 
 use super::compute::Compute;
 use super::sums::{CHUNK, add, store};
@@ -65,7 +66,7 @@ pub(super) fn backward(
         return;
     }
 
-    // The sum over the samples of each token's row: everything else follows from it.
+    // Sum each token's row over the samples: all other gradients follow from that.
     let mut sums = c.scratch(tokens * width);
     let d_x = d_x.as_rows();
     let some_tokens = 8;

@@ -5,9 +5,9 @@
 //! u = γ·d_y       d_x = rstd·(u - avg(u) - x̂·avg(u·x̂))   dγ = Σ_R d_y·x̂   dβ = Σ_R d_y
 //! ```
 //!
-//! A row is small enough for the first-level cache, so every row is read from memory once and passed over two or
-//! three times. The mean of a row far from zero rounds by more than its deviation can bear; both directions therefore
-//! measure what the rounded mean left over, `avg(x - mean)`, and take it off.
+//! A row fits into the L1 cache, so every row is read from memory once and then passed over two or three
+//! times. In a row far from zero, the rounding error of the mean is too large compared with the deviation.
+//! Both passes therefore measure the residual of the rounded mean, `avg(x - mean)`, and subtract it.
 
 use super::compute::Compute;
 use super::residual::Residual;
@@ -56,7 +56,7 @@ pub(super) fn forward(
     }
 }
 
-/// A chunk of rows, forward.
+/// The forward pass of a chunk of rows.
 struct Forward<'a> {
     x: Rows<'a>,
     gamma: &'a [f32],
@@ -120,15 +120,15 @@ pub(super) struct Saved<'a> {
     pub(super) rstd: &'a [f32],
 }
 
-/// The branch side of a LayerNorm's backward.
+/// The branch's part of a LayerNorm's backward.
 pub(super) struct BranchGrad<'a> {
     pub(super) residual: Residual<'a>,
     pub(super) d_branch: RowsMut<'a>,
     pub(super) d_layer_scale: Option<&'a mut [f32]>,
 }
 
-/// `d_sum += layernorm'(d_y)` (assigned if `fresh`), then the branch's share of `d_sum`, and the gradients of γ, β and
-/// the LayerScale: summed in chunks of rows that depend on nothing but the shape.
+/// `d_sum += layernorm'(d_y)` (assigned if `fresh`), then the branch's share of `d_sum`, and the gradients of
+/// γ, β and the LayerScale. The sums go in chunks of rows that depend only on the shape.
 pub(super) fn backward(
     c: &Compute,
     d_y: Rows,
@@ -160,7 +160,7 @@ pub(super) fn backward(
     sums.finish([d_gamma, d_beta, d_layer_scale], accumulate);
 }
 
-/// Rows `start..` of the backward. `d_norm` are the sums for γ and β, empty if nobody wants them.
+/// Rows `start..` of the backward. `d_norm` are the sums for γ and β; empty if not needed.
 struct Backward<'a, 'd> {
     d_y: Rows<'a>,
     saved: Saved<'a>,
@@ -231,9 +231,9 @@ impl Task for Backward<'_, '_> {
     }
 }
 
-/// What the gradients of one row's elements share.
+/// Values that the gradients of a row's elements share.
 struct RowGrad<S: Simd> {
-    /// The stored mean, and what its rounding left over.
+    /// The stored mean, and its rounding error.
     shift: S::V,
     rest: S::V,
     scale: S::V,
@@ -390,7 +390,7 @@ mod tests {
                 |r| {
                     let (base64, value64, scale64) = (wide(&base), wide(&value), wide(&drawn.scale));
                     assert_close("sum", &r[0], &joined(&b, &drawn, &base64, &value64, &scale64), 1e-6);
-                    // The stream goes on to `above` and through the norm to `d_y`.
+                    // The stream goes to `above` and through the norm to `d_y`.
                     let f = |base: &[f64], value: &[f64], scale: &[f64]| {
                         let sum = joined(&b, &drawn, base, value, scale);
                         let on: f64 = sum.iter().zip(&above).map(|(s, a)| s * f64::from(*a)).sum();

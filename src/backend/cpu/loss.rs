@@ -1,8 +1,9 @@
-//! Cross-entropy and sigmoid loss on mixed and smoothed targets, their gradient, and whether the sample was a hit.
+//! Softmax cross-entropy and sigmoid loss on mixed and smoothed targets, their gradient, and top-1 and top-5
+//! hits.
 //!
-//! The target of a sample is `(1-s)·(λ·own + (1-λ)·partner's) + s/C`; it is evaluated class by class and never
-//! stored. Exponentials are f32 of differences to the largest logit, sums are f64. Class weights, where there are any,
-//! multiply the target (softmax) or its positive term (sigmoid); without them there is no multiplication by 1.
+//! The target of a sample is `(1-s)·(λ·own + (1-λ)·partner's) + s/C`; it is computed class by class and never
+//! stored. Exponentials are f32, of differences from the largest logit; sums are f64. Class weights, if any,
+//! multiply the target (softmax) or its positive term (sigmoid); without them nothing is multiplied by 1.
 
 use super::compute::Compute;
 use super::view::{Rows, RowsMut};
@@ -15,9 +16,9 @@ pub(super) struct Targets<'a> {
     kind: Kind<'a>,
     partner: &'a [u32],
     lambda: &'a [f32],
-    /// Samples that are real.
+    /// Real samples.
     count: usize,
-    /// Of each class.
+    /// One weight per class.
     weights: Option<&'a [f32]>,
 }
 
@@ -28,7 +29,7 @@ enum Kind<'a> {
 }
 
 impl<'a> Targets<'a> {
-    /// Fails on a label that is not one of `classes`; -1 is no class at all.
+    /// Fails on a label that is not one of `classes`; -1 means no class.
     pub(super) fn new(slot: &'a Slot, classes: usize, weights: Option<&'a [f32]>) -> Result<Self> {
         let layout = slot.layout();
         let kind = match layout.targets {
@@ -53,7 +54,7 @@ impl<'a> Targets<'a> {
 }
 
 impl Kind<'_> {
-    /// What sample `sample` itself says about class `class`.
+    /// The sample's own target for class `class`.
     #[inline(always)]
     fn own(&self, sample: usize, class: usize) -> f64 {
         match self {
@@ -183,7 +184,8 @@ fn sigmoid(z: &mut [f32], target: impl Fn(usize) -> f64, scale: f64) -> f64 {
     loss
 }
 
-/// Whether a true class has the largest logit, and one of the five largest; of equal logits the first class counts.
+/// Whether a true class has the largest logit, and one of the five largest; of equal logits, the first class
+/// wins.
 fn hits(z: &[f32], truth: impl Fn(usize) -> bool) -> (f32, f32) {
     let mut best = [(f32::NEG_INFINITY, usize::MAX); 5];
     for (class, z) in z.iter().enumerate() {
@@ -238,7 +240,7 @@ mod tests {
         }
     }
 
-    /// Runs the loss both ways, in place and beside the logits, and shows (d_logits, samples).
+    /// Runs the loss in place and with separate logits, and passes (d_logits, samples) to the check.
     fn check(
         b: &mut Testbed,
         logits: &[f32],
@@ -325,9 +327,10 @@ mod tests {
         }
     }
 
-    /// `F.cross_entropy(weight=)` and `F.binary_cross_entropy_with_logits(pos_weight=)` with `reduction="none"`, the latter
-    /// summed over classes, and the gradient of the mean over samples: PyTorch's formulas, worked out in float64. Its mean
-    /// for labels divides by the sum of their weights; ours divides by the samples, as its mean for probabilities does.
+    /// `F.cross_entropy(weight=)` and `F.binary_cross_entropy_with_logits(pos_weight=)` with
+    /// `reduction="none"`, the latter summed over classes, and the gradient of the mean over samples:
+    /// PyTorch's formulas, computed in float64. For labels PyTorch's mean divides by the sum of their
+    /// weights; ours divides by the number of samples, as PyTorch's does for probabilities.
     #[test]
     fn weighted_losses_are_those_of_pytorch() {
         use LossKind::{Sigmoid, Softmax};

@@ -2,16 +2,16 @@
 
 use std::fs;
 
-/// Bytes of main memory: what the machine has, or what this container may use of it.
+/// Bytes of main memory: the machine's, or the limit of this container.
 #[derive(Clone, Copy, Debug)]
 pub struct MainMemory {
     pub total: u64,
-    /// What can be taken without swapping.
+    /// Can be allocated without swapping.
     pub available: u64,
 }
 
 impl MainMemory {
-    /// As Linux tells it; `None` where it does not.
+    /// As reported by Linux; `None` if it does not report it.
     pub fn now() -> Option<Self> {
         let text = fs::read_to_string("/proc/meminfo").ok()?;
         let kib = |name: &str| -> Option<u64> {

@@ -1,8 +1,9 @@
 //! Elementary functions: `exp`, `tanh` and the two forms of GELU with their derivatives.
 //!
-//! Vector versions are generic over the instruction set; a scalar version is the same code on the portable one. The
-//! polynomials are minimax fits of this project (Remez, in double precision). `exp` and `tanh` are right to a few units
-//! in the last place; GELU's error far in its negative tail is that of the exponent's rounding, as in any f32 code.
+//! Vector versions are generic over the instruction set; a scalar version runs the same code on the portable
+//! one. The polynomials are our own minimax fits (Remez, in double precision). `exp` and `tanh` are accurate
+//! to a few units in the last place. GELU's error far in its negative tail is that of the exponent's
+//! rounding, as in any f32 code.
 
 use super::compute::Isa;
 use super::simd::{Simd, Task};
@@ -11,7 +12,7 @@ use crate::backend::Gelu;
 /// `e^x`; 0 below -104, infinite above 88.73, NaN for NaN.
 #[inline(always)]
 pub fn exp<S: Simd>(s: S, x: S::V) -> S::V {
-    // ln 2 in two parts: n·LN2_HIGH is exact enough for the fused subtraction to lose nothing.
+    // ln 2 in two parts: n·LN2_HIGH is exact enough for the fused subtraction.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let x = s.max(s.splat(-104.0), s.min(s.splat(89.0), x));
@@ -27,8 +28,8 @@ pub fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     s.scale2(e, n)
 }
 
-/// `2^x` for x at most 127: two units in the last place, for half of [`exp`]'s price. Callers fold log2 e into the
-/// computation of x, whose rounding then counts |x|·2^-24 in the result.
+/// `2^x` for x at most 127: accurate to two units in the last place, at half the cost of [`exp`]. Callers
+/// fold log2 e into the computation of x; its rounding then adds |x|·2^-24 to the relative error.
 #[expect(clippy::approx_constant, reason = "a coefficient of the fit, three units from ln 2")]
 #[inline(always)]
 pub fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
@@ -48,7 +49,7 @@ pub fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
 #[inline(always)]
 pub fn ln<S: Simd>(s: S, x: S::V) -> S::V {
     let (m, e) = s.split_exponent(x);
-    // To [√½, √2), so that nothing cancels around 1.
+    // To [√½, √2), which avoids cancellation around 1.
     let (root, half, one) = (s.splat(std::f32::consts::SQRT_2), s.splat(0.5), s.splat(1.0));
     let small = s.select_less(m, root, m, s.mul(m, half));
     let e = s.select_less(m, root, e, s.add(e, one));
@@ -102,7 +103,8 @@ impl TanhForm {
     #[inline(always)]
     fn weight<S: Simd>(s: S, x: S::V, x2: S::V) -> S::V {
         let exponent = s.mul(x, s.fma(x2, s.splat(-LOG2_E * TWO_C * CUBIC), s.splat(-LOG2_E * TWO_C)));
-        // Bounded, so that the reciprocal's argument is: the weight ends at 2^-125, where f32 ends.
+        // Bounded, so that the reciprocal's argument is bounded: the smallest weight is 2^-125, at the end of
+        // f32's range.
         let exponent = s.min(s.splat(125.0), exponent);
         s.recip(s.add(s.splat(1.0), exp2(s, exponent)))
     }
@@ -129,7 +131,8 @@ impl ErfForm {
     #[inline(always)]
     fn tail<S: Simd>(s: S, x: S::V) -> (S::V, S::V) {
         let bell = exp2(s, s.mul(s.mul(x, x), s.splat(-0.5 * LOG2_E)));
-        // Φ(-|x|)·e^(x²/2) = t·q(t), t = 1/(1 + 0.27·|x|): relative error 2.4e-8 up to |x| = 14.5, where f32 ends.
+        // Φ(-|x|)·e^(x²/2) = t·q(t), t = 1/(1 + 0.27·|x|): relative error 2.4e-8 up to |x| = 14.5, the end of
+        // f32's range.
         let t = s.recip(s.fma(s.abs(x), s.splat(0.27), s.splat(1.0)));
         let mut q = s.splat(0.028_961_098);
         q = s.fma(q, t, s.splat(-0.126_485_85));
@@ -225,9 +228,9 @@ pub(crate) mod tests {
 
     const EPS: f64 = 1.0 / (1u32 << 24) as f64;
 
-    /// There is no relative accuracy below this.
+    /// No relative accuracy is possible below this.
     const LAST_DENORMAL: f64 = 1.5e-45;
-    /// GELU's tail may flush to zero where its weight is no normal number.
+    /// GELU's tail may flush to zero where its weight is not a normal number.
     const DENORMAL: f64 = 400.0 * f32::MIN_POSITIVE as f64;
 
     /// Φ(x) in f64: a series near zero, a continued fraction in the tails.
@@ -316,7 +319,7 @@ pub(crate) mod tests {
 
     #[test]
     fn exp2_and_ln_are_right_to_four_units() {
-        // exp2 serves results below 2^127.
+        // exp2 is used for results below 2^127.
         let f = |x: f64| if x > 127.0 { f64::MAX } else { x.exp2() };
         assert!(worst(Function::Exp2, LAST_DENORMAL, f, |_, y| y) < 4.0);
         for isa in Isa::available() {
@@ -342,8 +345,8 @@ pub(crate) mod tests {
         assert!(scalar(Function::Tanh, f32::NAN).is_nan());
     }
 
-    /// The exponent's rounding error grows with the exponent: that is the condition of the problem, not the method's
-    /// error. `|x|·2^-24·(exponent)` relative to the value.
+    /// The exponent's rounding error grows with the exponent: that is the condition of the problem, not an
+    /// error of the method. Relative to the value it is `|x|·2^-24·(exponent)`.
     #[test]
     fn gelu_is_right_to_a_few_units() {
         let exponent = |form, x: f64| match form {
@@ -358,7 +361,7 @@ pub(crate) mod tests {
                 |x, y| y.abs() * (1.0 + if x < 0.0 { exponent(form, x) } else { 0.0 }),
             );
             assert!(value < 8.0, "{form:?}: {value}");
-            // The derivative crosses zero: the sizes of its two terms count.
+            // The derivative crosses zero, so the error is relative to the sizes of its two terms.
             let slope = worst(
                 Function::GeluSlope(form),
                 // The smallest weight, 2^-125, times the slope of the exponent at -100.

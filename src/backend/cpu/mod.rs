@@ -1,8 +1,8 @@
-//! The CPU: every operation of [`Backend`] over buffers in main memory, in f32, on all cores.
+//! The CPU backend: every operation of [`Backend`] over buffers in main memory, in f32, on all cores.
 //!
-//! This file owns the arenas and the bound batch; [`operations`] turns handles into matrices, checks that their shapes fit,
-//! and calls one kernel per operation. Kernels split rows over threads in ways that never change a bit of the result, and run for the widest instruction set that
-//! the machine has ([`compute::Isa`]).
+//! This file owns the arenas and the bound batch. [`operations`] turns handles into matrices, checks their
+//! shapes, and calls one kernel per operation. Kernels split rows over threads in ways that never change a
+//! bit of the result, and run with the widest instruction set of the machine ([`compute::Isa`]).
 
 mod activation;
 mod arenas;
@@ -58,12 +58,13 @@ pub struct CpuBackend {
 }
 
 impl CpuBackend {
-    /// The instruction set is the machine's best, or what `VITRUM_ISA` asks for; `threads = 0` takes one per core.
+    /// Uses the machine's best instruction set, or the one that `VITRUM_ISA` names; `threads = 0` uses one
+    /// per core.
     pub fn new(threads: usize) -> Result<Self> {
         Ok(Self::with(Compute::new(Isa::from_env()?, threads)?))
     }
 
-    /// A backend that computes in a given way.
+    /// A backend with given instruction set and threads.
     pub fn with(compute: Compute) -> Self {
         Self {
             compute,

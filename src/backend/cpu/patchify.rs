@@ -1,14 +1,14 @@
 //! Pixels of the bound batch → the patch matrix: normalised, mixed, cut.
 //!
-//! A run of pixels that lies in one row of one patch is contiguous in the image and in the matrix; everything works
-//! on such runs.
+//! Pixels in one row of one patch are contiguous in the image and in the matrix; everything works on such
+//! runs.
 
 use super::compute::Compute;
 use super::view::RowsMut;
 use crate::backend::batch::{Erase, MixBox};
 use crate::backend::{Normalise, PatchGrid, Pixels, Slot};
 
-/// The pictures of a batch slot and how they are mixed.
+/// The images of a batch slot and how they are mixed.
 pub(super) struct Pictures<'a> {
     source: Source<'a>,
     image_len: usize,
@@ -44,7 +44,7 @@ impl<'a> Pictures<'a> {
     }
 }
 
-/// Fills `patches: [B·T, patch_len]` with samples `first..` of the batch; the rows of extra tokens become zero.
+/// Fills `patches: [B·T, patch_len]` with samples `first..` of the batch; rows of extra tokens become zero.
 pub(super) fn patchify(
     c: &Compute,
     grid: PatchGrid,
@@ -92,7 +92,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// The values from `at` on, a multiple of 3.
+    /// The values starting at `at`, a multiple of 3.
     fn read(&self, at: usize, out: &mut [f32]) {
         match self.source {
             Source::U8(pixels) => {
@@ -108,7 +108,7 @@ impl Reader<'_> {
     }
 }
 
-/// How one sample comes about: offsets of its two pictures with what is erased of them, and what is taken from which.
+/// How a sample is made: offsets of its two images, what is erased from each, and how they are mixed.
 struct Mix {
     own: (usize, Erase),
     partner: (usize, Erase),
@@ -158,7 +158,7 @@ fn is_empty(cut: MixBox) -> bool {
     cut.y0 >= cut.y1 || cut.x0 >= cut.x1
 }
 
-/// Which of the `count` pixels from (y, x) on are in the box.
+/// Which of the `count` pixels starting at (y, x) are in the box.
 fn columns(cut: MixBox, y: usize, x: usize, count: usize) -> std::ops::Range<usize> {
     if is_empty(cut) || !(usize::from(cut.y0)..usize::from(cut.y1)).contains(&y) {
         return 0..0;

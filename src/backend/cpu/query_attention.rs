@@ -1,7 +1,9 @@
-//! Attention of one query per head and image over all its tokens: that of the class token, where nothing else of a block is
-//! read, and that of a MAP head, where one learned query looks at every image (Zhai et al. 2022, arXiv:2106.04560).
+//! Attention of one query per head and image over all its tokens. It serves the class token of a pruned last
+//! block, and a MAP head, where one learned query is shared by all images (Zhai et al. 2022,
+//! arXiv:2106.04560).
 //!
-//! It is limited by reading the keys and values once, so it is plain: one image per piece of work, dot products along Dh.
+//! Its time is that of reading the keys and values once, so the code is plain: one image per task, dot
+//! products along Dh.
 
 use super::attention::dot;
 use super::compute::Compute;
@@ -11,9 +13,9 @@ use super::view::{Rows, RowsMut, Shared};
 use crate::backend::Heads;
 use crate::backend::mask::BoundMask;
 
-/// `o: [B, H·Dh]` and the probabilities `p: [B·H·T]` from `q: [B, H·Dh]`, or `[1, H·Dh]` for all images, and
-/// `kv: [B·T, 2·H·Dh]`. Dropout acts on the probabilities, after `p`: element `h·T·T + key` of sample b, as for the first
-/// query of [`super::attention`].
+/// `o: [B, H·Dh]` and the probabilities `p: [B·H·T]` from `q: [B, H·Dh]`, or `[1, H·Dh]` shared by all
+/// images, and `kv: [B·T, 2·H·Dh]`. Dropout acts on the probabilities after `p` is stored: element `h·T·T +
+/// key` of sample b, as for the first query of [`super::attention`].
 /// # Panics
 /// If shapes do not fit.
 pub fn forward(
@@ -38,8 +40,8 @@ pub fn forward(
     });
 }
 
-/// `d_q`, shaped as `q` and summed over the images, in order, if they share it, and `d_kv: [B·T, 2·H·Dh]`, both assigned,
-/// from `d_o: [B, H·Dh]`.
+/// `d_q` and `d_kv: [B·T, 2·H·Dh]`, both assigned, from `d_o: [B, H·Dh]`. `d_q` has the shape of `q`; if the
+/// images share the query, it is summed over them in order.
 /// # Panics
 /// If shapes do not fit.
 #[allow(clippy::too_many_arguments)]
@@ -87,13 +89,13 @@ fn images(heads: Heads, q: Rows, kv: Rows) -> usize {
     assert!(tokens > 0 && heads > 0 && head_size > 0, "probe attention: an empty head");
     assert_eq!(q.cols, heads * head_size, "probe attention: columns of q");
     assert_eq!(kv.cols, 2 * q.cols, "probe attention: columns of kv");
-    assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are no whole images", kv.rows);
+    assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are not whole images", kv.rows);
     let images = kv.rows / tokens;
     assert!(q.rows == 1 || q.rows == images, "probe attention: {} queries of {images} images", q.rows);
     images
 }
 
-/// What both passes read.
+/// The inputs of both passes.
 struct Job<'a> {
     heads: Heads,
     q: Rows<'a>,
@@ -102,7 +104,7 @@ struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    /// The image's query: its own, or the one of all.
+    /// The image's query: its own, or the shared one.
     fn query(&self, image: usize) -> &'a [f32] {
         self.q.row(if self.q.rows == 1 { 0 } else { image })
     }
@@ -174,7 +176,7 @@ struct BackwardTask<'a, D> {
     job: &'a Job<'a>,
     p: &'a [f32],
     d_o: Rows<'a>,
-    /// The image's own gradient of the query, in its row.
+    /// The gradient of this image's query, in its row.
     d_q: Shared<'a>,
     d_kv: Shared<'a>,
     image: usize,

@@ -1,6 +1,7 @@
-//! The residual add with all that may stand in its way: `sum = base + drop_path(layer_scale ∘ dropout(branch))`.
+//! The residual add with everything that may modify the branch: `sum = base + drop_path(layer_scale ∘
+//! dropout(branch))`.
 //!
-//! It works on blocks of rows, so that the LayerNorm that follows finds the sum in the cache.
+//! It works on blocks of rows, so that the next LayerNorm finds the sum in the cache.
 
 use super::compute::Compute;
 use super::rowwise::update;
@@ -46,13 +47,13 @@ pub(super) fn backward(
 }
 
 impl<'a> Residual<'a> {
-    /// The task that makes rows `start..` of the sum.
+    /// The task that computes rows `start..` of the sum.
     pub(super) fn add<'s, 'm>(&'s self, start: usize, sum: &'s mut RowsMut<'m>) -> Add<'s, 'a, 'm> {
         Add { residual: self, start, sum }
     }
 
-    /// The task for rows `start..` of the backward: writes `d_branch`, adds to the LayerScale's sum if it is wanted (not
-    /// empty).
+    /// The task for rows `start..` of the backward: writes `d_branch`, and adds to the LayerScale's sum if
+    /// there is one (not empty).
     pub(super) fn back<'s>(
         &'s self,
         start: usize,
@@ -63,7 +64,7 @@ impl<'a> Residual<'a> {
         Back { residual: self, start, d_sum, d_branch, d_scale }
     }
 
-    /// What dropout and drop-path together multiply row `r` by.
+    /// The product of row `r`'s dropout and drop-path factors.
     #[inline(always)]
     fn factors(&self, r: usize, factors: &mut [f32]) {
         let (sample, token) = (r / self.tokens, r % self.tokens);

@@ -1,4 +1,4 @@
-//! Rounding to what bf16 holds: to nearest, ties to even. The values stay f32.
+//! Rounding to bf16: to nearest, ties to even. The values stay f32.
 
 use super::CpuBackend;
 use super::arenas::Access;
@@ -51,7 +51,7 @@ impl Task for Values<'_> {
     }
 }
 
-/// `half` does the same in a branch, which keeps it from being vectorised.
+/// `half` uses a branch for this, which prevents vectorisation.
 #[inline(always)]
 fn rounded(value: f32) -> f32 {
     let bits = value.to_bits();

@@ -1,13 +1,14 @@
-//! Loops over the elements of rows, for operations that stream memory: written once, compiled per instruction set.
+//! Loops over the elements of rows, for operations that stream memory: written once, compiled per instruction
+//! set.
 //!
-//! Everything here is inlined into a [`Task`](super::simd::Task). The closures that it takes must be
-//! `#[inline(always)]`, and no closure may go through a function of the standard library (`array::map`), which would be
-//! compiled for the baseline.
+//! Everything here is inlined into a [`Task`](super::simd::Task). Closures passed to it must be
+//! `#[inline(always)]`, and no closure may go through a function of the standard library (`array::map`),
+//! because that would be compiled for the baseline.
 
 use super::simd::Simd;
 
-/// `K` sums of `term` over the elements of `N` slices of one length. They run in two vectors of partial sums each, so
-/// that an addition need not wait for the one before it.
+/// `K` sums of `term` over the elements of `N` slices of one length. Each runs in two vectors of partial
+/// sums, so that an addition need not wait for the previous one.
 #[inline(always)]
 pub(super) fn sums<S: Simd, const N: usize, const K: usize>(
     s: S,

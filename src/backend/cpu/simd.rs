@@ -1,9 +1,10 @@
 //! Vectors of f32: one trait, three instruction sets, so that each kernel is written once.
 //!
-//! A value of a [`Simd`] type is a proof: it exists only where the processor has its instructions. [`Isa::run`] makes
-//! one and hands it to a [`Task`] behind a `#[target_feature]` boundary; everything the task calls must be
-//! `#[inline(always)]` (and not a closure), or it would be compiled without the features. The whole body of an
-//! operation lives inside one such task, so the choice costs one branch per task and nothing per element.
+//! A value of a [`Simd`] type is a proof: it exists only where the processor has its instructions.
+//! [`Isa::run`] creates one and passes it to a [`Task`] across a `#[target_feature]` boundary. Everything the
+//! task calls must be `#[inline(always)]` (and not a closure), or it would be compiled without the features.
+//! The whole body of an operation is one such task, so the choice costs one branch per task and nothing per
+//! element.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -16,7 +17,7 @@ use super::gemm::tile::{Tile, TileFn, tile};
 pub trait Simd: Copy + Send + Sync + 'static {
     /// Values of a vector.
     const LANES: usize;
-    /// Most rows of a matmul tile, which is two vectors wide: the accumulators fill the register file.
+    /// Most rows of a matmul tile, which is two vectors wide: its accumulators fill the register file.
     const MR: usize;
     type V: Copy;
 
@@ -46,7 +47,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn recip(self, a: Self::V) -> Self::V {
         self.div(self.splat(1.0), a)
     }
-    /// `a·b + c`; rounded once where the instruction set has it.
+    /// `a·b + c`; rounded once if the instruction set has a fused form.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `c - a·b`
     fn nfma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
@@ -404,7 +405,7 @@ impl Simd for Avx2 {
         // SAFETY: proof.
         unsafe {
             let n = _mm256_cvtps_epi32(n);
-            // In two halves: one factor of 2^n is not a number below 2^-126.
+            // In two halves: a single factor 2^n does not exist below 2^-126.
             let half = _mm256_srai_epi32::<1>(n);
             let bias = _mm256_set1_epi32(127);
             let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));

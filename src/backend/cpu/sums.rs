@@ -1,13 +1,13 @@
 //! Sums over the rows of a matrix whose bits do not depend on the number of threads.
 //!
-//! Rows go in chunks of [`CHUNK`], each with partial sums of its own, and the chunks are added in order.
+//! Rows are summed in chunks of [`CHUNK`] with separate partial sums, and the chunks are added in order.
 
 use super::compute::{Compute, ThreadScratch};
 
-/// Rows of one chunk. A part of the result's definition: another value gives other bits.
+/// Rows per chunk. It is part of the result's definition: another value gives other bits.
 pub(super) const CHUNK: usize = 64;
 
-/// `K` sums of rows of `width` values, each of them wanted or not.
+/// `K` sums of rows of `width` values, each of them requested or not.
 pub(super) struct Sums<'a, const K: usize> {
     partial: ThreadScratch<'a>, // [chunks, wanted, width]
     wanted: [bool; K],
@@ -22,7 +22,7 @@ impl<'a, const K: usize> Sums<'a, K> {
         Self { partial, wanted, width }
     }
 
-    /// The partial sums of each chunk, in order; an unwanted sum is an empty slice.
+    /// The partial sums of each chunk, in order; a sum that is not requested is an empty slice.
     pub(super) fn chunks(&mut self) -> impl Iterator<Item = [&mut [f32]; K]> {
         let (wanted, width) = (self.wanted, self.width);
         let size = wanted.iter().filter(|w| **w).count() * width;
@@ -41,7 +41,7 @@ impl<'a, const K: usize> Sums<'a, K> {
         })
     }
 
-    /// Adds the chunks up into the outputs that are there: added to (`accumulate`) or assigned.
+    /// Adds the chunks into the outputs that are present: added to (`accumulate`) or assigned.
     pub(super) fn finish(self, outputs: [Option<&mut [f32]>; K], accumulate: bool) {
         let Self { partial, wanted, width } = self;
         let size = wanted.iter().filter(|w| **w).count() * width;

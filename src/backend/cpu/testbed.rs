@@ -1,11 +1,11 @@
-//! What the tests of the operations share: a bench to lay operands on, reference files, and error measures.
+//! Shared by the tests of the operations: a testbed for operands, reference files, and error measures.
 
 use super::CpuBackend;
 use super::compute::{Compute, Isa};
 use crate::backend::{Backend, Mat, MemoryPlan, Micro, StepKeys, Storage};
 use crate::rng::{Domain, Stream};
 
-/// Operands of one operation, and where they lie.
+/// The operands of one operation, and their layout.
 pub(super) struct Testbed {
     plan: MemoryPlan,
     operands: Vec<(Mat, Vec<f32>)>,
@@ -31,13 +31,13 @@ impl Testbed {
         mat
     }
 
-    /// A matrix for results, which starts full of NaN.
+    /// A matrix for results, initialised with NaN.
     pub(super) fn room(&mut self, rows: usize, cols: usize) -> Mat {
         self.put(rows, cols, &vec![f32::NAN; rows * cols])
     }
 
-    /// Runs an operation for every instruction set with 1, 2 and 3 threads, demands the same bits of all three, and
-    /// shows the results of each instruction set to `check`.
+    /// Runs an operation for every instruction set with 1, 2 and 3 threads, requires the same bits of all
+    /// three, and passes the results of each instruction set to `check`.
     pub(super) fn everywhere(
         &self,
         results: &[Mat],
@@ -83,7 +83,7 @@ fn bits(results: &[Vec<f32>]) -> Vec<Vec<u32>> {
     results.iter().map(|values| values.iter().map(|v| v.to_bits()).collect()).collect()
 }
 
-/// `n` standard normal values times `scale`; `tag` tells tensors apart.
+/// `n` standard normal values times `scale`; `tag` distinguishes tensors.
 pub(super) fn normal(tag: u64, n: usize, scale: f32) -> Vec<f32> {
     let mut stream = Stream::new(11, Domain::Init, tag, n as u64);
     (0..n).map(|_| scale * stream.normal() as f32).collect()
@@ -107,7 +107,7 @@ pub(super) fn assert_close(what: &str, got: &[f32], expected: &[f64], tolerance:
     assert!(error <= tolerance, "{what}: relative error {error:.2e}, allowed {tolerance:.0e}");
 }
 
-/// Compares a gradient with central differences of an f64 function of that input, at elements spread over it.
+/// Compares a gradient with central differences of an f64 function, at elements spread over the input.
 #[track_caller]
 pub(super) fn assert_gradient(what: &str, at: &[f32], gradient: &[f32], f: impl Fn(&[f64]) -> f64) {
     assert_eq!(at.len(), gradient.len(), "{what}");
@@ -129,7 +129,7 @@ pub(super) fn assert_gradient(what: &str, at: &[f32], gradient: &[f32], f: impl 
     }
 }
 
-/// A file of reference values, or `None` after a printed line where the folder is absent.
+/// A file of reference values, or `None` after a printed line if the folder is absent.
 pub(super) struct Reference(Vec<u8>);
 
 impl Reference {

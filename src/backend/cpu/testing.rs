@@ -1,4 +1,4 @@
-//! What the kernels' tests share: matrices with guarded padding, numbers, and the reference files.
+//! Shared by the kernels' tests: matrices with guarded padding, numbers, and the reference files.
 
 use std::path::PathBuf;
 
@@ -21,8 +21,8 @@ impl Numbers {
     }
 }
 
-/// A matrix whose rows are `gap` apart. The gaps hold NaN: reading them shows, and [`Matrix::values`] checks that
-/// nothing was written there.
+/// A matrix with gaps of `gap` values between its rows. The gaps hold NaN, so reading them shows;
+/// [`Matrix::values`] checks that nothing was written there.
 #[derive(Clone, Debug)]
 pub(crate) struct Matrix {
     pub(crate) data: Vec<f32>,
@@ -53,7 +53,7 @@ impl Matrix {
         assert!(c < self.cols);
         self.data[r * self.ld + c] as f64
     }
-    /// The values without the gaps, which must be as they were.
+    /// The values without the gaps, which must be unchanged.
     pub(crate) fn values(&self) -> Vec<f32> {
         let mut out = Vec::with_capacity(self.rows * self.cols);
         for row in self.data.chunks(self.ld) {
@@ -64,8 +64,8 @@ impl Matrix {
     }
 }
 
-/// Runs `work` with every instruction set on 1, 2 and 3 threads; all results of an instruction set must have the bits
-/// of the first. Calls `check` with one result per instruction set.
+/// Runs `work` with every instruction set on 1, 2 and 3 threads; all results of an instruction set must be
+/// bit-identical to the first. Calls `check` with one result per instruction set.
 pub(crate) fn on_every_isa(work: impl Fn(&Compute) -> Vec<f32>, check: impl Fn(Isa, &[f32])) {
     for isa in Isa::available() {
         let results = [1, 2, 3].map(|threads| work(&Compute::new(isa, threads).unwrap()));
@@ -89,7 +89,7 @@ pub(crate) fn rel_l2(got: &[f32], want: impl IntoIterator<Item = f64>) -> f64 {
     (error / f64::max(norm, f64::MIN_POSITIVE)).sqrt()
 }
 
-/// A folder of the reference data; says so and gives None where it is absent.
+/// A folder of the reference data; prints a line and returns `None` if it is absent.
 pub(crate) fn reference(folder: &str) -> Option<PathBuf> {
     let root = std::env::var_os("VITRUM_REFERENCE")
         .map(PathBuf::from)

@@ -172,7 +172,7 @@ fn a_tanh_layer_has_the_slopes_of_the_f64_function() {
         d_weight: Some(b.room(out, width)),
         d_bias: None,
     };
-    // The head behind it is the identity, so that its input's gradient is the layer's output gradient.
+    // The next layer is the identity, so that the gradient of its input is this layer's output gradient.
     let eye: Vec<f32> = (0..out * out).map(|i| f32::from(u8::from(i / out == i % out))).collect();
     let (weight, zero) = (b.put(out, out, &eye), b.put(1, out, &[0.0; 5]));
     let head = Linear { weight, bias: zero, d_weight: None, d_bias: None };

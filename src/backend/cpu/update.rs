@@ -1,8 +1,8 @@
 //! The optimiser step over the flat buffers: global norm, clip, rule, weights, EMA.
 //!
-//! All of it is limited by memory, so each value is read once and written once: a chunk of every stream is small enough
-//! to stay in the core's cache between the rule and the EMA. Chunks are fixed and the norm's partial sums are added in
-//! order, so neither threads nor instruction sets change a bit (nothing here fuses a multiply with an add).
+//! All of it is limited by memory, so each value is read once and written once: a chunk of every stream fits
+//! into the core's cache between the rule and the EMA. Chunks are fixed and the norm's partial sums are added
+//! in order, so neither threads nor instruction sets change a bit (no multiply is fused with an add here).
 
 mod adafactor;
 #[cfg(test)]
@@ -13,32 +13,33 @@ use half::bf16;
 use super::compute::{Compute, Isa};
 use crate::backend::{GroupScalars, Rule, Update};
 
-/// The arenas that an update touches, in full. `params` and `ema` have one layout, `grads` and the moments another.
+/// The arenas that an update touches, in full. `params` and `ema` share one layout, `grads` and the moments
+/// another.
 pub struct Buffers<'a> {
     pub params: &'a mut [f32],
     pub grads: &'a [f32],
     pub moment1: Moment1<'a>,
-    /// Adam's second moments or Adafactor's statistics; empty for rules without.
+    /// Adam's second moments or Adafactor's statistics; empty for rules without second moments.
     pub moment2: &'a mut [f32],
     pub ema: Option<&'a mut [f32]>,
 }
 
-/// First moments in their stored type, which is the one that the rule asks for.
+/// First moments in their stored type, which the rule determines.
 pub enum Moment1<'a> {
     F32(&'a mut [f32]),
     Bf16(&'a mut [bf16]),
 }
 
-/// What became of an update.
+/// The result of an update.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Outcome {
     /// Global norm before clipping.
     pub grad_norm: f64,
-    /// The norm or the loss was not finite: nothing was changed.
+    /// The norm or the loss was not finite, so nothing was changed.
     pub skipped: bool,
 }
 
-/// Elements that one thread takes at a time: five f32 streams of them fit into an L2 cache of 512 KiB.
+/// Elements that one thread processes at a time: five f32 streams of them fit into an L2 cache of 512 KiB.
 const CHUNK: usize = 16 * 1024;
 
 /// `√Σ g²` over the whole arena (padding is zero), in f64.
@@ -51,7 +52,7 @@ pub fn grad_norm(c: &Compute, grads: &[f32]) -> f64 {
     partials.iter().sum::<f64>().sqrt()
 }
 
-/// One update. Nothing is changed, not even moments, where the norm or the loss is not finite.
+/// One update. If the norm or the loss is not finite, nothing changes, not even moments.
 ///
 /// # Panics
 /// If the segments do not lie in the buffers in ascending order, or the moments have another type than the rule says.
@@ -71,7 +72,7 @@ pub fn update(c: &Compute, update: &Update, buffers: Buffers, loss_is_finite: bo
     Outcome { grad_norm: norm, skipped }
 }
 
-/// What the gradient is multiplied by to have at most the allowed norm.
+/// The factor that limits the gradient's norm.
 fn clip_factor(update: &Update, norm: f64) -> f32 {
     let Some(max) = update.clip.map(f64::from) else { return 1.0 };
     let factor = if update.clip_torch {
@@ -107,7 +108,7 @@ fn apply<M: Moment>(c: &Compute, update: &Update, clip: f32, streams: Streams<M>
 
 // The rules that treat every element alike -----------------------------------------------------------------------
 
-/// A rule with its constants worked out for this update; `clip` multiplies the gradient.
+/// A rule with its constants for this update; `clip` multiplies the gradient.
 enum Elementwise {
     Sgd { clip: f32, momentum: f32, nesterov: bool },
     Adam { clip: f32, keep1: f32, add1: f32, keep2: f32, add2: f32, correct1: f32, correct2: f32, eps: f32 },
@@ -115,14 +116,15 @@ enum Elementwise {
 }
 
 impl Elementwise {
-    /// `None` for Adafactor, which sees whole tensors.
+    /// `None` for Adafactor, which needs whole tensors.
     fn new<M: Moment>(rule: &Rule, clip: f32, t: u64) -> Option<Elementwise> {
         let t = t as f64;
         let (bf16, elementwise) = match *rule {
             Rule::Sgd { momentum, nesterov, bf16 } => {
                 (bf16, Some(Elementwise::Sgd { clip, momentum: M::constant(momentum), nesterov }))
             }
-            // The constants beside the gradient and in the bias correction are exact, whatever the moment's type.
+            // The constants that multiply the gradient or correct the bias are exact, whatever the moment's
+            // type.
             Rule::Adam { beta1, beta2, eps, bf16 } => {
                 let adam = Elementwise::Adam {
                     clip,
@@ -294,7 +296,7 @@ fn moved(theta: f32, u: f32, scalars: GroupScalars) -> f32 {
     theta - scalars.lr * u - scalars.decay * theta
 }
 
-/// -1, 0 or 1. `f32::signum` has no 0, and padding has to stay where it is.
+/// -1, 0 or 1. `f32::signum` has no 0, and padding has to stay zero.
 #[inline(always)]
 fn sign(x: f32) -> f32 {
     f32::from(u8::from(x > 0.0)) - f32::from(u8::from(x < 0.0))
@@ -323,8 +325,8 @@ trait Moment: Copy + Send + Sync {
     const IS_BF16: bool;
     fn load(self) -> f32;
     fn store(value: f32) -> Self;
-    /// A constant that multiplies the stored moment. JAX converts it to the moment's type first: 0.9 becomes 0.8984375
-    /// beside a bf16 moment, and trajectories differ in the third digit without this.
+    /// A constant that multiplies the stored moment. JAX converts it to the moment's type first: 0.9 becomes
+    /// 0.8984375 with a bf16 moment. Without this, trajectories differ in the third digit.
     fn constant(value: f64) -> f32;
 }
 
@@ -349,8 +351,8 @@ impl Moment for bf16 {
     fn load(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
-    /// Rounds to nearest, ties to even, without the branch for NaN that keeps `bf16::from_f32` from being vectorised:
-    /// gradients are finite here.
+    /// Rounds to nearest, ties to even. Unlike `bf16::from_f32` it has no branch for NaN, which would prevent
+    /// vectorisation: gradients are finite here.
     #[inline(always)]
     fn store(value: f32) -> bf16 {
         let bits = value.to_bits();
@@ -375,7 +377,7 @@ impl Job for SumOfSquares<'_> {
     }
 }
 
-/// Sixteen sums side by side, then those in order: the same bits for any vector width.
+/// Sixteen sums in parallel, then those in order: the same bits for any vector width.
 #[inline(always)]
 fn sum_of_squares(values: &[f32]) -> f64 {
     let mut lanes = [0.0f64; 16];

@@ -1,6 +1,6 @@
 //! Borrowed row-major matrices: what the CPU kernels work on.
 
-/// `rows × cols` values, `ld` apart from row to row.
+/// `rows × cols` values with a row stride of `ld`.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
     pub data: &'a [f32],
@@ -75,7 +75,7 @@ impl<'a> RowsMut<'a> {
         Rows { data: self.data, rows: self.rows, cols: self.cols, ld: self.ld }
     }
 
-    /// Disjoint blocks of at most `block` rows, with the first row's index: what threads share out among themselves.
+    /// Disjoint blocks of at most `block` rows, with the first row's index: work to divide among threads.
     pub fn blocks(self, block: usize) -> Vec<(usize, RowsMut<'a>)> {
         let RowsMut { mut data, rows, cols, ld } = self;
         let mut out = Vec::with_capacity(rows.div_ceil(block.max(1)));
@@ -102,7 +102,8 @@ pub(crate) struct Shared<'a> {
     owner: std::marker::PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: it only hands out a pointer; whoever writes through it promises to touch elements that no other task touches.
+// SAFETY: it only gives out a pointer; whoever writes through it promises to touch elements that no other
+// task touches.
 unsafe impl Send for Shared<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Shared<'_> {}
@@ -124,7 +125,7 @@ impl<'a> Shared<'a> {
         self.at
     }
 
-    /// The element's place. Valid for the rest of the matrix from there on; no other task may touch what is written.
+    /// The element's address. Valid for the rest of the matrix; no other task may touch what is written.
     #[inline(always)]
     pub(crate) fn at(&self, r: usize, c: usize) -> *mut f32 {
         debug_assert!(r < self.rows && c < self.cols);

@@ -1,8 +1,9 @@
-//! The C functions of the CUDA driver and of cuBLASLt that are called, in one table per library, opened at run time.
+//! The C functions of the CUDA driver and of cuBLASLt that we call: one table per library, opened at run
+//! time.
 //!
-//! Status codes are integers on this side of the boundary: a library that is newer than this program may answer with a
-//! code that the program has no name for, and a Rust enum with a value outside its list is undefined behaviour. A table
-//! exists only when its library has every function of it, so that a call can never meet a missing one. Types are
+//! Status codes are integers on this side of the boundary. A newer library may return a code that this
+//! program has no name for, and a Rust enum with a value outside its list is undefined behaviour. A table
+//! exists only when its library has all its functions, so no call can meet a missing one. Types are
 //! `cudarc`'s.
 
 #![allow(non_snake_case)]
@@ -43,17 +44,17 @@ impl Candidate {
     };
 }
 
-/// A library as a table of its functions: `fn name(arguments) -> result` in the header's words.
+/// A library as a table of its functions: `fn name(arguments) -> result`, with the header's names.
 macro_rules! library {
     ($(#[$doc:meta])* $table:ident { $(fn $name:ident($($argument:ident: $type:ty),* $(,)?) -> $result:ty;)* }) => {
         $(#[$doc])*
         pub(super) struct $table { $($name: unsafe extern "C" fn($($type),*) -> $result,)* }
 
         impl $table {
-            /// Every function, or the name of one that is missing.
+            /// All functions, or the name of a missing one.
             fn load(library: &'static Library) -> std::result::Result<Self, &'static str> {
                 Ok(Self { $($name: {
-                    // SAFETY: the header of every version from the oldest that is accepted on declares it so.
+                    // SAFETY: the headers declare it so, in every version since the oldest that is accepted.
                     let found = unsafe { library.get(concat!(stringify!($name), "\0").as_bytes()) };
                     *found.map_err(|_| stringify!($name))?
                 },)* })
@@ -61,7 +62,7 @@ macro_rules! library {
 
             $(
                 /// # Safety
-                /// What the library's documentation asks of the caller.
+                /// What the library's documentation requires of the caller.
                 pub(super) unsafe fn $name(&self, $($argument: $type),*) -> $result {
                     // SAFETY: the caller's promise.
                     unsafe { (self.$name)($($argument),*) }
@@ -215,7 +216,7 @@ library! {
 static DRIVER: OnceLock<Driver> = OnceLock::new();
 static CUBLASLT: OnceLock<CublasLt> = OnceLock::new();
 
-/// How a library is looked for, and what to do where that fails.
+/// How to find a library, and what to do if that fails.
 struct Search {
     what: &'static str,
     /// Tried in this order.
@@ -226,7 +227,7 @@ struct Search {
 
 const FOR_DRIVER: Search = Search {
     what: "the CUDA driver",
-    // The name with a version is the driver's own; the bare one comes with development packages and may be a stub.
+    // The versioned name is the driver's own; the bare one comes with development packages and may be a stub.
     names: &["libcuda.so.1", "libcuda.so"],
     absent: "install NVIDIA's driver; in a container, start it with `--gpus all`",
     incomplete: "update NVIDIA's driver; a `stubs` folder must not be on LD_LIBRARY_PATH",
@@ -239,7 +240,7 @@ const FOR_CUBLASLT: Search = Search {
     incomplete: "install CUDA 12 or newer",
 };
 
-/// The driver's functions, looked for at the first call that finds them.
+/// The driver's functions, looked up by the first call that finds them.
 ///
 /// # Errors
 /// No such library, or one that lacks a function.
@@ -252,12 +253,12 @@ pub(super) fn find_cublaslt() -> Result<&'static CublasLt> {
     FOR_CUBLASLT.find(&CUBLASLT, CublasLt::load)
 }
 
-/// The driver's functions, where a device is open.
+/// The driver's functions. A device must be open.
 pub(super) fn driver() -> &'static Driver {
     DRIVER.get().expect("a device is open, so its driver was found")
 }
 
-/// cuBLASLt's functions, where a device is open.
+/// cuBLASLt's functions. A device must be open.
 pub(super) fn cublaslt() -> &'static CublasLt {
     CUBLASLT.get().expect("a device is open, so cuBLASLt was found")
 }
@@ -278,14 +279,14 @@ impl Search {
         Ok(place.get_or_init(|| table))
     }
 
-    /// Opens the first library that is there. It stays open: unloading a driver is not safe.
+    /// Opens the first library found. It stays open: unloading a driver is not safe.
     fn open(&self) -> Result<&'static Library> {
         let mut trouble = None;
         for name in self.names {
             // SAFETY: loading NVIDIA's libraries runs their initialisers, which is what every CUDA program does.
             match unsafe { Library::new(*name) } {
                 Ok(library) => return Ok(Box::leak(Box::new(library))),
-                // One that is there and does not load says more than one that is not there.
+                // A library that exists and does not load is more informative than a missing one.
                 Err(error) => {
                     let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
                     trouble = trouble.or((!why.contains("No such file")).then_some(why));

@@ -1,16 +1,16 @@
-//! Attention on a card: which kernel takes a head, how its rows are shared out, and what it needs of shared
-//! memory.
+//! Attention on a GPU: which kernel handles a head, how its rows are divided, and how much shared memory it
+//! needs.
 //!
-//! Heads in bf16 whose values fill whole 16-byte chunks go to tensor cores, in the next larger of four
-//! widths; all others, and f32, to the plain kernels. Backward, one block owns a head of up to
-//! [`HEAD_TOKENS`] tokens where its rows fit into shared memory; longer ones take two kernels, one that owns
+//! bf16 heads whose values fill whole 16-byte chunks use tensor cores, in the next larger of four widths. All
+//! others, and f32, use the plain kernels. In the backward pass one block owns a head of up to
+//! [`HEAD_TOKENS`] tokens if its rows fit into shared memory; longer heads take two kernels, one that owns
 //! queries and one that owns keys.
 //!
-//! With dropout the probabilities to keep are drawn first, one bit each, into scratch; where the bits of all
-//! images do not fit, the images are taken in groups.
+//! With dropout, a kernel first draws which probabilities to keep, one bit each, into scratch. Where the bits
+//! of all images do not fit, the images are processed in groups.
 //!
-//! The backward kernels on tensor cores also sum their gradients over the tokens, if a bias wants that: a row
-//! for each image, or for each tile of its heads, which are added up at the end.
+//! The tensor-core backward kernels also sum their gradients over the tokens if a bias needs that: one row
+//! per image, or per tile of its heads. The rows are added up at the end.
 
 use super::driver::Address;
 use super::launch::{MaskArgs, launch, variant};
@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 /// One kernel for tensor cores, as `kernels/attention_forward.cu` and `attention_backward.cu` instantiate it.
 struct Tiled {
     kernel: &'static str,
-    /// Values of a head, the missing ones zero.
+    /// Values per head; missing ones are zero.
     width: usize,
     /// Rows that stream past at a time, in a ring of [`STAGES`].
     block: usize,
@@ -34,8 +34,8 @@ const fn tiled(kernel: &'static str, width: usize, block: usize, strip: usize, w
     Tiled { kernel, width, block, strip, warps }
 }
 
-/// Wider heads keep more sums in registers, and so fewer scores at a time; at 128 a warp owns 16 rows, not
-/// 32, except forward, where there is one sum and not two.
+/// Wider heads keep more sums in registers, and so fewer scores at a time. At 128 a warp owns 16 rows instead
+/// of 32, except in the forward pass, which has one sum instead of two.
 const FORWARD: [Tiled; 4] = [
     tiled("attention_forward_bf16_d32", 32, 64, 32, 4),
     tiled("attention_forward_bf16_d64", 64, 64, 32, 4),
@@ -61,20 +61,20 @@ const HEAD_WIDTH: usize = 64;
 const HEAD_TOKENS: usize = 256;
 const HEAD_THREADS: u32 = 256;
 
-/// Rows of a tile of the plain kernels, floats from one row of scores to the next, and their threads.
+/// Rows per tile of the plain kernels, floats from one row of scores to the next, and their threads.
 const PLAIN_ROWS: usize = 32;
 const PLAIN_SCORE_ROW: usize = 36;
 const PLAIN_THREADS: u32 = 128;
-/// The widest head of any kernel, the class token's own attention included.
+/// The widest head of any kernel, including single-query attention.
 pub(super) const MAX_HEAD_SIZE: usize = 128;
 
 impl Tiled {
-    /// Blocks of threads for a head: strips are shared out evenly.
+    /// Blocks of threads for a head: strips are divided evenly.
     fn tiles(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.strip).div_ceil(self.warps)
     }
 
-    /// Bytes of `owned` tiles of the block's own rows and the ring of two tiles of those that stream past.
+    /// Bytes of `owned` tiles of the block's own rows and the ring of two tiles that stream past.
     fn shared(&self, owned: usize) -> usize {
         (owned * self.warps * self.strip + 2 * STAGES * self.block) * 2 * self.width
     }
@@ -89,7 +89,8 @@ fn row_terms(tokens: usize, block: usize) -> usize {
     tokens.next_multiple_of(block) * 8
 }
 
-/// Shared memory of the kernel in which one block owns a head: Q, K, V and dO, their rows' terms, dS twice.
+/// Shared memory of the kernel in which one block owns a head: Q, K, V and dO, the terms of their rows, dS
+/// twice.
 fn head_shared(tokens: usize) -> usize {
     let rows = tokens.next_multiple_of(32);
     4 * rows * 2 * HEAD_WIDTH + row_terms(tokens, 32) + 2 * rows * 64
@@ -101,14 +102,14 @@ fn plain_shared(tiles: usize, score_tiles: usize, head_size: usize) -> usize {
     (tiles * row + score_tiles * PLAIN_SCORE_ROW) * PLAIN_ROWS * 4
 }
 
-/// A matrix of activations, seen from one image on.
+/// A matrix of activations, starting at some image.
 #[derive(Clone, Copy)]
 struct Rows {
     at: Address,
     ld: u32,
 }
 
-/// Sizes that every kernel takes, and the images that one launch takes.
+/// Sizes that every kernel takes, and the images per launch.
 struct Work {
     heads: Heads,
     images: usize,
@@ -118,10 +119,10 @@ struct Work {
     dropout: Mask,
 }
 
-/// Scratch of one group of images, behind what all groups share.
+/// Scratch for one group of images, after the part that all groups share.
 struct AttentionScratch {
     shared: Address,
-    /// Images of a group.
+    /// Images per group.
     images: usize,
     delta: Address,
     keep: Address,
@@ -134,7 +135,7 @@ pub(super) fn check_head_size(head_size: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(format!(
-        "heads of {head_size} values are not built for CUDA, whose attention takes {MAX_HEAD_SIZE} at most"
+        "heads of {head_size} values are not supported on CUDA: attention takes at most {MAX_HEAD_SIZE}"
     ))
     .hint("give `model.heads` a larger number, or run on `--device cpu`"))
 }
@@ -145,7 +146,7 @@ impl Work {
         assert!(tokens > 0 && count > 0 && head_size > 0, "attention: an empty head");
         check_head_size(head_size)?;
         assert_eq!(qkv.cols, 3 * count * head_size, "attention: columns of qkv");
-        assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are no whole images", qkv.rows);
+        assert_eq!(qkv.rows % tokens, 0, "attention: {} rows are not whole images", qkv.rows);
         for mat in rows {
             assert_eq!((mat.rows, mat.dtype), (qkv.rows, qkv.dtype), "attention: rows and type of {mat}");
         }
@@ -171,12 +172,12 @@ impl Work {
         [self.heads.tokens as u32, self.heads.heads as u32, self.heads.head_size as u32]
     }
 
-    /// Rows of lse and δ of an image.
+    /// Rows of lse and δ per image.
     fn head_rows(&self) -> usize {
         self.heads.heads * self.heads.tokens
     }
 
-    /// f32 from one head of δ to the next.
+    /// f32 values from one head of δ to the next.
     fn delta_ld(&self) -> usize {
         self.heads.tokens.next_multiple_of(4)
     }
@@ -185,10 +186,9 @@ impl Work {
         self.head_rows() * self.heads.tokens.div_ceil(32)
     }
 
-    /// Cuts the scratch behind `shared` bytes for as many images as fit.
+    /// Divides the scratch after `shared` bytes among as many images as fit.
     ///
-    /// # Errors
-    /// Not even one fits: dropout draws a bit for every pair of tokens.
+    /// # Errors Not even one image fits: dropout draws a bit for every pair of tokens.
     fn scratch(&self, cuda: &Cuda, shared: usize, delta: bool) -> Result<AttentionScratch> {
         let delta = if delta { 4 * self.heads.heads * self.delta_ld() } else { 0 };
         let keep = if self.dropout.rate > 0.0 { 4 * self.keep_words() } else { 0 };
@@ -197,7 +197,7 @@ impl Work {
         if images == 0 {
             let Heads { tokens, heads, .. } = self.heads;
             return Err(Error::new(format!(
-                "dropout of attention draws {} MiB for one image of {tokens} tokens and {heads} heads, and there is room for {}",
+                "attention dropout needs {} MiB of scratch for one image of {tokens} tokens and {heads} heads; {} MiB are available",
                 keep.div_ceil(1 << 20),
                 room >> 20
             ))
@@ -208,7 +208,7 @@ impl Work {
         Ok(AttentionScratch { shared: at, images, delta, keep: if keep > 0 { keep_at } else { 0 } })
     }
 
-    /// Draws which probabilities of `images` images from `first` on are kept.
+    /// Draws which probabilities to keep, for `images` images starting at `first`.
     fn draw_keep(&self, cuda: &Cuda, keep: Address, first: usize, images: usize) -> Result<()> {
         if keep == 0 {
             return Ok(());
@@ -224,25 +224,25 @@ impl Work {
         }
     }
 
-    /// A matrix of `[B·T, ..]` from image `first` on.
+    /// A matrix of `[B·T, ..]`, starting at image `first`.
     fn rows(&self, cuda: &Cuda, mat: Mat, first: usize) -> Rows {
         let skipped = first * self.heads.tokens * mat.ld * mat.dtype.bytes();
         Rows { at: cuda.at(mat) + skipped as u64, ld: mat.ld as u32 }
     }
 
-    /// `[B·H, T]` from image `first` on.
+    /// `[B·H, T]`, starting at image `first`.
     fn per_head(&self, cuda: &Cuda, mat: Mat, first: usize) -> Rows {
         assert_eq!(
             (mat.rows * mat.cols, mat.dtype),
             (self.images * self.head_rows(), Dtype::F32),
             "attention: lse"
         );
-        // One row of all heads is as good as a row per head.
+        // One row of all heads is equivalent to a row per head.
         let ld = if mat.rows == 1 { self.heads.tokens } else { mat.ld };
         Rows { at: cuda.at(mat) + (4 * first * self.heads.heads * ld) as u64, ld: ld as u32 }
     }
 
-    /// Groups of images: the first, and how many.
+    /// Groups of images: first image and count.
     fn groups(&self, most: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
         let images = self.images;
         (0..images).step_by(most.max(1)).map(move |first| (first, most.min(images - first)))
@@ -294,8 +294,8 @@ pub(super) fn attention_backward(cuda: &mut Cuda, op: &ops::AttentionBackward) -
     })
 }
 
-/// The kernels with the sums of a bias, or without. Gives the gradient back if it was made: the plain kernels make none, and
-/// the sums have to fit beside the rest of the scratch.
+/// The kernels with or without the sums of a bias. Returns the gradient's destination if it was made: the
+/// plain kernels make none, and the sums have to fit next to the rest of the scratch.
 fn launch_attention_backward(
     cuda: &Cuda,
     op: &ops::AttentionBackward,
@@ -312,7 +312,7 @@ fn launch_attention_backward(
         && heads.tokens <= HEAD_TOKENS
         && head_shared(heads.tokens) <= limit;
 
-    // Sums of each image, or of each tile of its heads.
+    // Sums per image, or per tile of its heads.
     let parts = match tile {
         Some(tile) if !whole_head => BACKWARD_KEYS[tile].tiles(heads.tokens),
         _ => 1,
@@ -449,7 +449,8 @@ mod tests {
         assert!(head_shared(HEAD_TOKENS) <= A100, "a short head on an A100: {}", head_shared(HEAD_TOKENS));
         for tile in 0..FORWARD.len() {
             let keys = &BACKWARD_KEYS[tile];
-            // Two blocks of the forward share a multiprocessor of an A100 (164 KB, 1 KB lost to each).
+            // Two blocks of the forward share a multiprocessor of an A100 (164 KB, of which each block loses
+            // 1 KB).
             assert!(2 * (FORWARD[tile].shared(1) + 1024) <= 164 << 10, "forward, tile {tile}");
             assert!(BACKWARD_QUERIES[tile].shared(2) <= SMALL, "queries, tile {tile}");
             assert!(keys.shared(2) + row_terms(1025, keys.block) <= SMALL, "keys, tile {tile}");

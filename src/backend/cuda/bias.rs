@@ -1,9 +1,9 @@
-//! Bias gradients beside their products: a kernel that makes the matrix which a product reads as its `d_y` has every value
+//! Bias gradients computed outside their product. A kernel that makes the `d_y` of a product has every value
 //! of it in registers or shared memory, and can sum its rows on the way.
 //!
-//! That is one of three ways to the gradient, and the product's own affair which is the fastest ([`super::ways`]). What the
-//! sums cost the kernel that makes them is timed here, and goes to the product with them. Where the product takes another
-//! way, the sums are not made again.
+//! That is one of three ways to compute the gradient; the product chooses the fastest ([`super::ways`]). This
+//! module times what the sums cost the kernel, and passes that price to the product with the sums. Once the
+//! product has chosen another way, the kernel no longer computes the sums.
 
 use super::blas::SetAside;
 use super::driver::Address;
@@ -12,21 +12,21 @@ use super::{Arena, BLAS_WORKSPACE, Cuda};
 use crate::backend::{Dtype, Linear, Mat};
 use crate::error::Result;
 
-/// Makes a matrix, with the sums of its rows at a place or without; gives the place back if it has made them.
+/// Makes a matrix, with or without its row sums; returns the destination of the sums if it made them.
 type Launch<'a> = dyn Fn(&Cuda, Option<Mat>) -> Result<Option<Mat>> + 'a;
 
-/// What is known of bias gradients that are made beside their products.
+/// The state of bias gradients that are made outside their product.
 #[derive(Default)]
 pub(super) struct BiasSums {
-    /// The one that was made last: the matrix that its product reads, its place, and its price.
+    /// The last one made: the matrix that its product reads, its destination, and its price.
     made: Option<(Mat, Mat, f32)>,
-    /// Places that the product fills in a faster way.
+    /// Destinations that the product fills in a faster way.
     left_to_product: Vec<Mat>,
-    /// Microseconds that the sums take, by what makes them and its size.
+    /// Microseconds that the sums take, by kernel and size.
     prices: Vec<(Maker, f32)>,
 }
 
-/// A kernel that can make the sums, by its operation and the matrix that it makes.
+/// A kernel that can make the sums: its operation and the matrix that it makes.
 #[derive(Clone, Copy, PartialEq)]
 struct Maker {
     operation: &'static str,
@@ -36,12 +36,12 @@ struct Maker {
 }
 
 impl BiasSums {
-    /// Another part of a batch, or another step, begins.
+    /// Starts another part of a batch, or another step.
     pub(super) fn begin(&mut self) {
         self.made = None;
     }
 
-    /// The product of this place has a faster way.
+    /// The product of this destination has a faster way.
     pub(super) fn leave_to_product(&mut self, d_bias: Mat) {
         if !self.left_to_product.contains(&d_bias) {
             self.left_to_product.push(d_bias);
@@ -49,8 +49,8 @@ impl BiasSums {
     }
 }
 
-/// Makes `d_y`, which a product reads next, by `launch`. `d_bias` is where the product wants them, `changed` what a second
-/// launch would find changed.
+/// Makes `d_y`, which a product reads next, by `launch`. `d_bias` is where the product wants the sums,
+/// `changed` is what a second launch would find changed.
 pub(super) fn make(
     cuda: &mut Cuda,
     operation: &'static str,
@@ -60,7 +60,7 @@ pub(super) fn make(
     launch: &Launch,
 ) -> Result<()> {
     let left = |d_bias: &Mat| cuda.bias_sums.left_to_product.contains(d_bias);
-    // There are kernels for what products read in bf16.
+    // These kernels exist only for a `d_y` in bf16.
     let wanted = d_bias.filter(|d_bias| d_y.dtype == Dtype::Bf16 && !left(d_bias));
     let maker = Maker { operation, rows: d_y.rows, cols: d_y.cols, stream };
     let price = match wanted {
@@ -74,7 +74,7 @@ pub(super) fn make(
     Ok(())
 }
 
-/// What the sums add to a launch; it is asked once for each size.
+/// The time that the sums add to a launch; measured once per size.
 fn price(cuda: &mut Cuda, maker: Maker, d_bias: Mat, changed: &[Mat], launch: &Launch) -> Result<f32> {
     if let Some((_, price)) = cuda.bias_sums.prices.iter().find(|(of, _)| *of == maker) {
         return Ok(*price);
@@ -84,7 +84,7 @@ fn price(cuda: &mut Cuda, maker: Maker, d_bias: Mat, changed: &[Mat], launch: &L
     let gpu = cuda.gpu.clone();
     let aside = SetAside::new(&gpu, &places)?;
     let cleared = (cuda.arena(Arena::Workspace).address, gpu.card().cache.min(BLAS_WORKSPACE));
-    // With them, and without.
+    // With the sums, and without.
     let times = race(&gpu, cleared, 2, &mut |way| match way {
         0 => Ok(launch(cuda, Some(d_bias))?.is_some()),
         _ => launch(cuda, None).map(|_| true),

@@ -1,7 +1,8 @@
-//! Matrix products by cuBLASLt: descriptors made once per shape, algorithms chosen by timing and remembered on disk.
+//! Matrix products by cuBLASLt. Descriptors are made once per shape; algorithms are chosen by timing and
+//! stored on disk.
 //!
-//! cuBLASLt is column-major. A row-major matrix `[rows, cols]` with leading dimension `ld` is to it a `cols × rows`
-//! matrix, so that `y = x·Wᵀ` becomes `D = Wᵀ·x` with m = outputs, n = rows, and a bias runs along m.
+//! cuBLASLt is column-major. It sees a row-major matrix `[rows, cols]` with leading dimension `ld` as a `cols
+//! × rows` matrix, so `y = x·Wᵀ` becomes `D = Wᵀ·x` with m = outputs and n = rows, and a bias runs along m.
 
 mod algorithms;
 mod config;
@@ -31,7 +32,7 @@ use config::{Config, Library};
 use descriptors::{Desc, Layout, Preference, Reduction, check};
 pub(super) use proof::SetAside;
 
-/// What cuBLASLt does to a product before it stores it.
+/// What cuBLASLt applies to a product before it stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Fused {
     Nothing,
@@ -80,7 +81,7 @@ pub(super) struct Shape {
     pub(super) transpose_b: bool,
     pub(super) a: Matrix,
     pub(super) b: Matrix,
-    /// Of C and D alike; their addresses may differ.
+    /// Shared by C and D; their addresses may differ.
     pub(super) d: Matrix,
     pub(super) add_c: bool,
     pub(super) fused: Fused,
@@ -126,7 +127,7 @@ pub(super) struct Operands {
     pub(super) aux: Address,
 }
 
-/// The library, with what is known of every shape so far.
+/// The library, and the plans of every shape so far.
 pub(super) struct Blas {
     gpu: Gpu,
     handle: sys::cublasLtHandle_t,
@@ -136,11 +137,11 @@ pub(super) struct Blas {
     /// `None`: cuBLASLt has no algorithm for this shape and epilogue.
     plans: HashMap<Shape, Option<Plan>>,
     algorithms: Algorithms,
-    /// Ways of doing things are being timed: what they use is not yet what the run uses.
+    /// Ways of doing the work are being timed: their algorithms are not yet part of the run.
     rehearsal: bool,
 }
 
-/// Descriptors of one shape and the algorithm that was chosen.
+/// The descriptors of one shape and the chosen algorithm.
 struct Plan {
     desc: Desc,
     a: Layout,
@@ -148,25 +149,25 @@ struct Plan {
     d: Layout,
     algo: sys::cublasLtMatmulAlgo_t,
     workspace: usize,
-    /// The run's choices name it.
+    /// The run uses it, so its checkpoints name it.
     in_use: bool,
 }
 
-/// Candidates that are timed for a shape.
+/// Candidates that are timed per shape.
 const CANDIDATES: usize = 32;
-/// Candidates that are asked for where the first that works is taken.
+/// Candidates that are requested when the first that works is used.
 const CANDIDATES_BY_RULE: usize = 8;
 
-/// The library's handle of each card. It is made once, and kept as the card's context is.
+/// The library's handle for each GPU. It is made once and kept, like the GPU's context.
 static HANDLES: Mutex<Vec<(usize, Handle)>> = Mutex::new(Vec::new());
 
 #[derive(Clone, Copy)]
 struct Handle(sys::cublasLtHandle_t);
 
-// SAFETY: the library documents its handle as safe to use from several threads.
+// SAFETY: the library documents that a handle may be used from several threads.
 unsafe impl Send for Handle {}
 
-/// The handle of the card whose context is current.
+/// The handle for the GPU whose context is current.
 fn handle_of(card: usize) -> Result<sys::cublasLtHandle_t> {
     let mut handles = HANDLES.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, handle)) = handles.iter().find(|(of, _)| *of == card) {
@@ -180,7 +181,7 @@ fn handle_of(card: usize) -> Result<sys::cublasLtHandle_t> {
 }
 
 impl Blas {
-    /// `by_rule` takes the heuristic's first algorithm that works instead of timing.
+    /// `by_rule` uses the first algorithm of the heuristic that works, instead of timing.
     pub(super) fn new(gpu: &Gpu, precision: Precision, by_rule: bool) -> Result<Self> {
         let version = libraries::cublaslt()?.version;
         let card = gpu.card();
@@ -205,7 +206,7 @@ impl Blas {
         self.library.version
     }
 
-    /// Whether nothing is timed.
+    /// Whether algorithms are chosen by rule instead of timing.
     pub(super) fn by_rule(&self) -> bool {
         self.by_rule
     }
@@ -227,7 +228,7 @@ impl Blas {
         Ok(true)
     }
 
-    /// What is run from now on is only tried.
+    /// While on, products that run are trials and do not count as the run's choices.
     pub(super) fn rehearse(&mut self, on: bool) {
         self.rehearsal = on;
     }
@@ -238,7 +239,7 @@ impl Blas {
         let mut plan = Plan { desc, a, b, d, algo: Candidate::NONE.algo, workspace: 0, in_use: false };
         plan.point_at(shape, operands)?;
         let trial = Trial { blas: self, shape, operands, workspace };
-        // What D holds is part of the result where it is added to.
+        // Where the product adds to D, the old values of D affect the result.
         let added_to = shape.add_c && operands.c == operands.d;
         let places = if added_to { vec![(operands.d, shape.d.span())] } else { Vec::new() };
         let aside = SetAside::new(&self.gpu, &places)?;
@@ -251,7 +252,7 @@ impl Blas {
             _ => {
                 if self.algorithms.is_preferred(&key) && !self.by_rule {
                     terminal::warn(&format!(
-                        "the checkpoint's algorithm for {key} cannot be used: it is chosen anew"
+                        "the checkpoint's algorithm for {key} cannot be used; choosing another one"
                     ));
                 }
                 chosen_anew = !self.by_rule;
@@ -267,8 +268,8 @@ impl Blas {
         Ok(Some(plan))
     }
 
-    /// An algorithm that was remembered, if the library still takes it, the workspace is there and it is not known to be wrong.
-    /// What the file says is not trusted: it only names a candidate.
+    /// A remembered algorithm, if the library still accepts it, its workspace fits and it is not known to be
+    /// wrong. The file is not trusted: it only names a candidate.
     fn accepts(&self, plan: &Plan, shape: &Shape, algo: &sys::cublasLtMatmulAlgo_t) -> Option<Candidate> {
         let mut result = Candidate::NONE;
         // SAFETY: live descriptors of this plan.
@@ -290,8 +291,8 @@ impl Blas {
         (status == 0 && result.state == 0 && fits && right).then_some(result)
     }
 
-    /// What the library offers for a product, the likely fastest first. Nothing, whatever the reason that it gives: the caller
-    /// has another way.
+    /// The library's candidates for a product, the likely fastest first. Empty on any failure: the caller has
+    /// a fallback.
     fn candidates(
         &self,
         plan: &Plan,
@@ -317,7 +318,7 @@ impl Blas {
                 &mut found,
             )
         };
-        // NOT_SUPPORTED is documented, INVALID_VALUE is what matrices of one row or column get.
+        // NOT_SUPPORTED is documented; matrices of one row or column get INVALID_VALUE.
         if status != 0 {
             return Ok(Vec::new());
         }
@@ -330,20 +331,20 @@ impl Blas {
         Ok(results)
     }
 
-    /// What was chosen by timing in this run, for its checkpoint.
+    /// The choices that this run made by timing, for its checkpoint.
     pub(super) fn algorithms(&self) -> Vec<String> {
         if self.by_rule { Vec::new() } else { self.algorithms.in_words() }
     }
 
-    /// Prefers the choices of a checkpoint for shapes that are yet to be met, or says why not.
+    /// Prefers the choices of a checkpoint for shapes that have not occurred yet, or says why not.
     pub(super) fn prefer(&mut self, algorithms: &[String]) -> Result<(), String> {
         if self.by_rule {
             return Ok(());
         }
-        self.algorithms.prefer(algorithms).map_err(|why| format!("matrix products are timed anew: {why}"))
+        self.algorithms.prefer(algorithms).map_err(|why| format!("matrix products are timed again: {why}"))
     }
 
-    /// How the product of this key is to be done with what is around it, if that was found out before.
+    /// How to do the product with this key and the work around it, if that is already known.
     pub(super) fn way(&self, key: &str) -> Option<&Chosen> {
         self.algorithms.way(key)
     }
@@ -361,7 +362,7 @@ impl Blas {
         self.algorithms.ways()
     }
 
-    /// Writes what was learnt to the cache folder.
+    /// Writes new choices to the cache folder.
     pub(super) fn save(&mut self) {
         self.algorithms.save();
     }
@@ -373,7 +374,7 @@ impl Drop for Blas {
     }
 }
 
-/// A product whose algorithm is to be chosen, on the operands of a step.
+/// A product whose algorithm is being chosen, on the operands of a step.
 struct Trial<'a> {
     blas: &'a Blas,
     shape: &'a Shape,
@@ -382,19 +383,19 @@ struct Trial<'a> {
 }
 
 impl Trial<'_> {
-    /// Whether the library runs the product so.
+    /// Whether the library can run the product with this candidate.
     fn launches(&self, plan: &mut Plan, candidate: &Candidate) -> bool {
         plan.take(candidate);
         plan.launch(&self.blas.gpu, self.blas.handle, self.shape, self.operands, self.workspace) == 0
     }
 
-    /// The fastest candidate that computes what one without a split computes; by rule the first.
+    /// The fastest candidate that agrees with one without a split; by rule, the first that works.
     fn choose(&self, plan: &mut Plan) -> Result<Option<Candidate>> {
         let wanted = if self.blas.by_rule { CANDIDATES_BY_RULE } else { CANDIDATES };
         let candidates = self.blas.candidates(plan, self.shape, Reduction::InF32, wanted)?;
         let mut order: Vec<usize> = (0..candidates.len()).collect();
         if self.blas.by_rule {
-            // Where one cannot be launched, the next may.
+            // If one cannot be launched, another may.
             order.retain(|at| self.launches(plan, &candidates[*at]));
         } else {
             let gpu = &self.blas.gpu;
@@ -413,7 +414,7 @@ impl Trial<'_> {
         Ok(None)
     }
 
-    /// Whether a split candidate computes what one without a split does. Without one of those nothing can be said against it.
+    /// Whether a split candidate agrees with one without a split. True if there is none to compare with.
     fn agrees(&self, plan: &mut Plan, split: &Candidate, candidates: &[Candidate]) -> Result<bool> {
         let is_unsplit = |candidate: &&Candidate| Config::of(&candidate.algo).is_unsplit();
         let asked = match candidates.iter().find(is_unsplit) {
@@ -429,7 +430,7 @@ impl Trial<'_> {
         let agrees = proof::agree(&self.blas.gpu, self.shape, self.operands, &mut multiply)?;
         if !agrees {
             terminal::warn(&format!(
-                "cuBLASLt {} offers an algorithm that computes wrongly for {}; another one is taken",
+                "cuBLASLt {} offers an algorithm that computes wrongly for {}; another one is used",
                 self.blas.version(),
                 self.shape.key()
             ));
@@ -443,7 +444,7 @@ impl Plan {
         (self.algo, self.workspace) = (candidate.algo, candidate.workspace);
     }
 
-    /// Sets the addresses that live in the descriptor.
+    /// Sets the addresses that are stored in the descriptor.
     fn point_at(&mut self, shape: &Shape, operands: &Operands) -> Result<()> {
         if shape.fused.reads_or_writes_bias() {
             self.desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
@@ -463,8 +464,8 @@ impl Plan {
         workspace: Address,
     ) -> Code {
         let (alpha, beta) = (1.0f32, if shape.add_c { 1.0f32 } else { 0.0 });
-        // SAFETY: live descriptors that describe the operands, which lie in this card's memory; alpha and beta are read
-        // before the call returns; the workspace belongs to the compute stream alone.
+        // SAFETY: live descriptors that describe the operands, which lie in this GPU's memory; alpha and beta
+        // are read before the call returns; the workspace belongs to the compute stream alone.
         unsafe {
             api::cublaslt().cublasLtMatmul(
                 handle,

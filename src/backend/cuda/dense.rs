@@ -1,9 +1,10 @@
-//! Dense layers: cuBLASLt products with fused epilogues or own kernels after a plain product, whatever is faster.
+//! Dense layers: cuBLASLt products with fused epilogues, or our kernels after a plain product, whichever is
+//! faster.
 //!
-//! In bf16 the forward can fuse bias, residual and the tanh form of GELU, the backward GELU's derivative and the bias gradient;
-//! each of these has its counterpart apart, and the card says which is faster ([`super::ways`]). The erf form and dropout
-//! inside the MLP always take an own kernel. In f32 only the bias is fused: the fused GELU of cuBLASLt is an approximation
-//! that f32 would notice.
+//! In bf16 the forward pass can fuse bias, residual and the tanh form of GELU; the backward pass can fuse
+//! GELU's derivative and the bias gradient. Each also exists as a separate kernel, and the GPU decides which
+//! is faster ([`super::ways`]). The erf form and dropout inside the MLP always use our kernels. In f32 only
+//! the bias is fused: cuBLASLt's fused GELU is an approximation too coarse for f32.
 
 use super::Cuda;
 use super::blas::{Fused, Matrix, Operands, Shape};
@@ -21,7 +22,7 @@ impl Cuda {
         MaskArgs::new(mask, &self.micro)
     }
 
-    /// Rows of one sample among `rows` rows of the micro-batch.
+    /// Rows per sample, given `rows` rows in the micro-batch.
     pub(super) fn rows_per_sample(&self, rows: usize) -> u32 {
         (rows / self.micro.samples).max(1) as u32
     }
@@ -34,7 +35,7 @@ pub(super) fn elementwise_grid(rows: usize, cols: usize) -> [u32; 3] {
 
 /// A row-major matrix as cuBLASLt sees it.
 fn column_major(mat: Mat) -> Matrix {
-    // One row has no distance to a next one; the library wants one that fits.
+    // A single row has no stride, but the library expects a valid one.
     let ld = if mat.rows <= 1 { mat.cols.next_multiple_of(8) } else { mat.ld };
     Matrix { rows: mat.cols, cols: mat.rows, ld, dtype: mat.dtype }
 }
@@ -46,7 +47,7 @@ fn form_code(form: Gelu) -> u32 {
     }
 }
 
-/// Operands of one product in row-major words.
+/// Operands of one product, in row-major terms.
 #[derive(Clone, Copy)]
 struct Product {
     shape: Shape,
@@ -105,8 +106,8 @@ impl Product {
         self
     }
 
-    /// False where cuBLASLt has no such epilogue for these operands. Nothing is asked of it with a bias off a 16-byte
-    /// boundary, as a part of a layer of odd width has it: what it wants there is not documented.
+    /// False where cuBLASLt has no such epilogue for these operands. A bias off a 16-byte boundary (part of a
+    /// layer of odd width) is never passed to it: its requirements there are not documented.
     fn try_run(&self, cuda: &mut Cuda) -> Result<bool> {
         if !self.operands.bias.is_multiple_of(16) {
             return Ok(false);
@@ -115,7 +116,8 @@ impl Product {
         cuda.blas.run(&self.shape, &self.operands, workspace)
     }
 
-    /// A product without an epilogue: cuBLASLt's, or an own kernel for what it refuses, as it may a matrix of one row.
+    /// A product without an epilogue: by cuBLASLt, or by our kernel if cuBLASLt refuses it, for example with
+    /// one row.
     fn run(&self, cuda: &mut Cuda) -> Result<()> {
         match self.try_run(cuda)? {
             true => Ok(()),
@@ -130,13 +132,13 @@ impl Product {
     }
 }
 
-/// The names of ways: an epilogue of the product; a plain product and own kernels; a plain product beside work that another
-/// operation has done on the way.
+/// The names of ways: an epilogue of the product; a plain product and our kernels; a plain product where an
+/// earlier operation has done the rest.
 const FUSED: &str = "fused";
 const APART: &str = "apart";
 const BESIDE: &str = "beside";
 
-/// Does a product with its epilogue, or `apart`, whatever is faster here.
+/// Does a product with its epilogue, or `apart`, whichever is faster here.
 fn fused_or_apart(cuda: &mut Cuda, fused: &Product, apart: &dyn Fn(&mut Cuda) -> Result<()>) -> Result<()> {
     let ways =
         [Way::new(FUSED, |cuda| fused.try_run(cuda)), Way::new(APART, |cuda| apart(cuda).map(|()| true))];
@@ -160,7 +162,7 @@ pub(super) fn matmul(cuda: &mut Cuda, op: &ops::Matmul) -> Result<()> {
         Epilogue::BiasResidual(residual) => {
             let added = product.add(cuda.at(residual));
             let apart = |cuda: &mut Cuda| {
-                // A product of its own would overwrite a residual in place.
+                // A separate product would overwrite a residual in place.
                 if residual == y {
                     added.run(cuda)?;
                     return add_bias(cuda, w.bias, y);
@@ -168,7 +170,7 @@ pub(super) fn matmul(cuda: &mut Cuda, op: &ops::Matmul) -> Result<()> {
                 product.run(cuda)?;
                 bias_residual(cuda, y, w.bias, residual, y)
             };
-            // C shares D's layout: another leading dimension goes another way.
+            // C shares D's layout, so another leading dimension needs the other way.
             match residual.ld == y.ld && residual.dtype == y.dtype {
                 true => fused_or_apart(cuda, &added.fuse(Fused::Bias, bias), &apart),
                 false => apart(cuda),
@@ -199,7 +201,7 @@ pub(super) fn matmul(cuda: &mut Cuda, op: &ops::Matmul) -> Result<()> {
 pub(super) fn matmul_backward(cuda: &mut Cuda, op: &ops::MatmulBackward) -> Result<()> {
     let ops::MatmulBackward { d_y, x, w, d_x } = *op;
     weight_and_bias_grad(cuda, d_y, x, w)?;
-    // After the weights' gradients, because `d_x` may take the place of `x`.
+    // After the weights' gradients, because `d_x` may overwrite `x`.
     match d_x {
         InputGrad::None => Ok(()),
         InputGrad::Plain(d_x) => Product::input_grad(cuda, d_y, w.weight, d_x).run(cuda),
@@ -222,7 +224,7 @@ pub(super) fn matmul_backward(cuda: &mut Cuda, op: &ops::MatmulBackward) -> Resu
     }
 }
 
-/// The gradients of weight and bias, as far as they are trained and the bias gradient was not made with `d_y`.
+/// The gradients of weight and bias, if they are trained and the bias gradient was not made with `d_y`.
 fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result<()> {
     let made = cuda.take_made_bias(d_y, w);
     let Some(d_weight) = w.d_weight else {
@@ -234,25 +236,26 @@ fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result
     let product = if accumulate { product.add(cuda.at(d_weight)) } else { product };
     let Some(d_bias) = w.d_bias else { return product.run(cuda) };
 
-    // What was chosen in a step's first micro-batch holds for the others: there is nothing to choose where sums are added to.
+    // The choice of a step's first micro-batch applies to the others: where sums are added to, there is no
+    // choice.
     if accumulate && made.is_some() {
         return product.run(cuda);
     }
     let fused = product.fuse(Fused::BiasGrad, cuda.at(d_bias));
     let beside = made
         .map(|price| Way { elsewhere: price, ..Way::new(BESIDE, |cuda| product.run(cuda).map(|()| true)) });
-    // By rule before the fused one: the epilogue may keep the library from splitting the sum over all rows, without which there
-    // is little to do side by side.
+    // By rule, before the fused one: that epilogue may keep the library from splitting the sum over all rows,
+    // and without a split there is little parallelism.
     let apart = Way::new(APART, |cuda| {
         product.run(cuda)?;
         sums::column_sums(cuda, d_y, d_bias).map(|()| true)
     });
-    // It is written, never added to.
+    // The fused epilogue writes the gradient and cannot add to it.
     let may_fuse = !accumulate && d_y.dtype == Dtype::Bf16;
     let fused_way = may_fuse.then(|| Way::new(FUSED, |cuda| fused.try_run(cuda)));
     let ways: Vec<Way> = beside.into_iter().chain([apart]).chain(fused_way).collect();
     let mut changed = product.changed();
-    // What was made beside is there already, and what is added to was.
+    // What was made with `d_y` is complete already, and so is what is added to.
     changed.push((cuda.at(d_bias), d_bias.span_bytes()));
     let at = in_the_fastest_way(cuda, &fused.shape, &changed, &ways)?;
     if made.is_some() && ways[at].name != BESIDE {
@@ -261,7 +264,7 @@ fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result
     Ok(())
 }
 
-// Own kernels around a plain product (kernels/activation.cu, kernels/column_sums.cu) ---------------------------------
+// Our kernels around a plain product (kernels/activation.cu, kernels/column_sums.cu) ---------------------------------
 
 fn add_bias(cuda: &Cuda, bias: Mat, y: Mat) -> Result<()> {
     let name = variant!(y.dtype, "bias");
@@ -292,7 +295,7 @@ pub(super) fn gelu(cuda: &mut Cuda, op: &ops::Gelu) -> Result<()> {
     bias_gelu(cuda, op.pre, None, None, op.form, op.dropout, op.y)
 }
 
-/// `z` holds `pre`, or the product without its bias: then `pre` is where the sum is kept, if it is.
+/// `z` holds `pre`, or the product without its bias: then the sum is stored in `pre`, if it is kept.
 fn bias_gelu(
     cuda: &Cuda,
     z: Mat,

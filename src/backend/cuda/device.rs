@@ -1,9 +1,9 @@
-//! A card as a process has it: the primary context, the kernels, and what is known of them.
+//! A GPU as the process opens it: the primary context, the kernels, and their properties.
 //!
-//! A process opens a card once and keeps it open to its end. Whatever lives in the context (streams, events, graphs,
-//! page-locked memory, matrix product plans) may therefore be dropped in any order, on any thread: the context is still
-//! there. A second [`Device::open`] gives the same card and costs nothing, which is what lets `selftest` open one for
-//! each case.
+//! A process opens a GPU once and keeps it open until it exits. Everything that lives in the context
+//! (streams, events, graphs, page-locked memory, matrix product plans) can therefore be dropped in any order,
+//! on any thread: the context still exists. A second [`Device::open`] returns the same device and costs
+//! nothing, so `selftest` can open it for each case.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -22,20 +22,21 @@ use crate::error::{Error, Result};
 /// The oldest compute capability that the kernels are compiled for.
 const OLDEST_CARD: (i32, i32) = (8, 0);
 
-/// Newer cards have no machine code here: the driver translates the kernels for them. Its translator, as that of the
-/// compiler from CUDA 12.8 on, can leave stale registers behind where branches nest on these cards (release notes of CUDA
-/// 13.2 Update 2, 6111901); the first driver that is certain to be mended knows this CUDA version.
+/// The build has no machine code for newer GPUs: the driver translates the kernels for them. Its translator,
+/// like the compiler since CUDA 12.8, can leave stale registers behind at nested branches on these GPUs
+/// (release notes of CUDA 13.2 Update 2, 6111901). The first driver that certainly has the fix knows this
+/// CUDA version.
 const FIRST_TRANSLATED: i32 = 10;
 const MENDED_TRANSLATOR: i32 = 13_030;
 
 /// Shared memory that a kernel may use without asking.
 const DEFAULT_SHARED: u32 = 48 << 10;
-/// From here on a kernel says how much of the memory that shared memory and the L1 cache divide it would have: room for two
-/// blocks, beside what the system keeps for each.
+/// Kernels that need at least this much also request their share of the memory that is split between shared
+/// memory and the L1 cache: room for two blocks, plus what the system reserves for each.
 const LARGE_SHARED: u32 = 16 << 10;
 const SYSTEM_SHARED: u32 = 1 << 10;
 
-/// What the card is.
+/// The GPU's properties.
 #[derive(Clone, Debug)]
 pub struct Card {
     /// Its number among the visible ones.
@@ -46,20 +47,20 @@ pub struct Card {
     pub multiprocessors: u32,
     /// Largest dynamic shared memory of a block, in bytes.
     pub shared_memory: u32,
-    /// Shared memory of a multiprocessor, in bytes, where the L1 cache gets the least that it can.
+    /// Shared memory of a multiprocessor, in bytes, when the L1 cache gets its minimum.
     pub multiprocessor_shared: u32,
-    /// Bytes of the cache in front of the card's memory.
+    /// Bytes of the L2 cache.
     pub cache: usize,
     pub total_memory: usize,
     pub driver_version: i32,
 }
 
-/// A card that is open.
+/// An opened GPU.
 pub(super) struct Device {
     pub(super) card: Card,
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
-    /// Kernels met so far.
+    /// Kernels used so far.
     kernels: Mutex<HashMap<&'static str, Kernel>>,
 }
 
@@ -68,38 +69,38 @@ struct Kernel {
     function: sys::CUfunction,
     /// Bytes of dynamic shared memory that a block may use.
     allowed: u32,
-    /// Bytes for which room was made beside the L1 cache.
+    /// Bytes requested as shared memory in the split with the L1 cache.
     room: u32,
 }
 
-// SAFETY: handles of the driver belong to a context and not to a thread; the driver allows calls from any thread to which
-// the context was made current, and every entry point of `Gpu` makes it so.
+// SAFETY: the driver's handles belong to a context, not to a thread; the driver allows calls from any thread
+// on which the context is current, and every entry point of `Gpu` makes it current.
 unsafe impl Send for Device {}
 // SAFETY: as above; the only field that changes is behind a lock.
 unsafe impl Sync for Device {}
 
-/// The cards that this process has opened.
+/// The GPUs that this process has opened.
 static OPEN: Mutex<Vec<&'static Device>> = Mutex::new(Vec::new());
 
-/// The cards that are visible, without opening one.
+/// The visible GPUs. Opens none.
 ///
 /// # Errors
-/// No driver, one too old, no card.
+/// No driver, too old a driver, no GPU.
 pub fn cards() -> Result<Vec<Card>> {
     let found = libraries::driver()?;
     let mut count = 0;
     // SAFETY: a valid out-pointer.
-    unsafe { check(found.api.cuDeviceGetCount(&mut count), "count the cards")? };
+    unsafe { check(found.api.cuDeviceGetCount(&mut count), "count the GPUs")? };
     if count == 0 {
         return Err(libraries::no_card());
     }
     (0..count as usize).map(|ordinal| Ok(describe(ordinal, found.version)?.1)).collect()
 }
 
-/// Whether card `ordinal` could be opened, as far as can be told without opening it.
+/// Checks whether GPU `ordinal` could be opened, as far as is possible without opening it.
 ///
 /// # Errors
-/// Those of opening it, save that of the card itself.
+/// Those of opening it, except failures of the GPU itself.
 pub fn usable(ordinal: usize) -> Result<Card> {
     let cards = cards()?;
     let count = cards.len();
@@ -113,13 +114,14 @@ pub fn usable(ordinal: usize) -> Result<Card> {
 }
 
 impl Device {
-    /// Opens card `ordinal` of those that `CUDA_VISIBLE_DEVICES` leaves visible, or hands out the one that is open, and makes
-    /// its context current on this thread.
+    /// Opens GPU `ordinal` of those that `CUDA_VISIBLE_DEVICES` leaves visible, or returns it if it is open,
+    /// and makes its context current on this thread.
     ///
     /// # Errors
-    /// No driver, one too old, no such card, a card that the kernels do not run on, no kernels in this build.
+    /// No driver, too old a driver, no such GPU, a GPU that the kernels do not run on, no kernels in this
+    /// build.
     pub(super) fn open(ordinal: usize) -> Result<&'static Self> {
-        // A thread that panicked while it opened a card has left no half-open one.
+        // A panic while a GPU is being opened leaves no half-open entry.
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
         let device = match open.iter().find(|device| device.card.ordinal == ordinal) {
             Some(device) => *device,
@@ -145,7 +147,7 @@ impl Device {
         match load_modules(&card) {
             Ok(modules) => Ok(Self { card, context, modules, kernels: Mutex::default() }),
             Err(e) => {
-                // SAFETY: retained above, and nothing lives in it that is used any more.
+                // SAFETY: retained above, and nothing in it is in use any more.
                 unsafe { api::driver().cuDevicePrimaryCtxRelease_v2(device) };
                 Err(e)
             }
@@ -158,7 +160,7 @@ impl Device {
         unsafe { check(api::driver().cuCtxSetCurrent(self.context), "use the context") }
     }
 
-    /// Looks a kernel up, once, and allows it the shared memory that it asks for.
+    /// Looks up a kernel once, and allows it the shared memory that it needs.
     pub(super) fn kernel(&self, name: &'static str, shared: u32) -> Result<sys::CUfunction> {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         let kernel = match kernels.get(name) {
@@ -201,18 +203,18 @@ impl Device {
     }
 }
 
-/// Reads a card's properties.
+/// Reads a GPU's properties.
 fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)> {
     let mut device = 0;
     // SAFETY: a valid out-pointer.
     unsafe {
-        check(api::driver().cuDeviceGet(&mut device, ordinal as i32), format_args!("look at card {ordinal}"))?
+        check(api::driver().cuDeviceGet(&mut device, ordinal as i32), format_args!("open GPU {ordinal}"))?
     };
     let attribute = |which: Attribute| {
         let mut value = 0;
         // SAFETY: a valid out-pointer and device.
         unsafe {
-            check(api::driver().cuDeviceGetAttribute(&mut value, which, device), "ask for a card's property")?
+            check(api::driver().cuDeviceGetAttribute(&mut value, which, device), "read a property of the GPU")?
         };
         Ok::<i32, Error>(value)
     };
@@ -221,8 +223,8 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
     // SAFETY: the driver writes at most `len` bytes and a NUL.
     unsafe {
         let code = api::driver().cuDeviceGetName(name.as_mut_ptr(), name.len() as i32, device);
-        check(code, "ask for the card's name")?;
-        check(api::driver().cuDeviceTotalMem_v2(&mut total_memory, device), "ask for the card's memory")?;
+        check(code, "read the name of the GPU")?;
+        check(api::driver().cuDeviceTotalMem_v2(&mut total_memory, device), "read the memory size of the GPU")?;
     }
     // SAFETY: NUL-terminated by the driver.
     let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
@@ -246,15 +248,15 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
 
 fn no_such_card(ordinal: usize, count: usize) -> Error {
     let there = match count {
-        1 => "the driver sees one, `cuda:0`".to_string(),
-        n => format!("the driver sees {n}, `cuda:0` to `cuda:{}`", n - 1),
+        1 => "the driver finds one, `cuda:0`".to_string(),
+        n => format!("the driver finds {n}, `cuda:0` to `cuda:{}`", n - 1),
     };
-    Error::new(format!("there is no card {ordinal}: {there}")).hint(
-        "`vitrum doctor` lists the cards; `CUDA_VISIBLE_DEVICES` hides some and numbers the others anew",
+    Error::new(format!("there is no GPU {ordinal}: {there}")).hint(
+        "`vitrum doctor` lists the GPUs; `CUDA_VISIBLE_DEVICES` hides some and renumbers the others",
     )
 }
 
-/// Refuses a card that the kernels do not run on, or not as they should.
+/// Refuses a GPU on which the kernels do not run, or do not run correctly.
 fn accept(card: &Card) -> Result<()> {
     let Card { name, capability: (major, minor), driver_version, .. } = card;
     if card.capability < OLDEST_CARD {
@@ -265,8 +267,8 @@ fn accept(card: &Card) -> Result<()> {
     }
     if *major >= FIRST_TRANSLATED && *driver_version < MENDED_TRANSLATOR {
         return Err(Error::new(format!(
-            "{name} (sm_{major}{minor}) is not supported with this driver: it translates the kernels for such cards itself, \
-             and drivers for CUDA 12.8 to 13.2, this one for {}, can do so wrongly",
+            "{name} (sm_{major}{minor}) is not supported with this driver: it translates the kernels for such GPUs itself, \
+             and drivers for CUDA 12.8 to 13.2, this one for {}, can do so incorrectly",
             dotted(*driver_version)
         ))
         .hint(format!("update NVIDIA's driver to one for CUDA {} or newer", dotted(MENDED_TRANSLATOR))));
@@ -274,7 +276,7 @@ fn accept(card: &Card) -> Result<()> {
     Ok(())
 }
 
-/// The kernels that are loaded on a card. The stand-in GPU has its own and takes an empty image.
+/// The kernels to load on a GPU. The stand-in GPU has its own and takes an empty image.
 fn images_for(card: &Card) -> &'static [(&'static str, &'static [u8])] {
     const STAND_IN: &[(&str, &[u8])] = &[("stand-in", &[])];
     if card.name.starts_with(libraries::STAND_IN) { STAND_IN } else { images::IMAGES }
@@ -299,7 +301,7 @@ fn load_modules(card: &Card) -> Result<Vec<sys::CUmodule>> {
     images_for(card).iter().map(load).collect()
 }
 
-/// Turns a return code into an error that says what was being done.
+/// Turns a return code into an error that names the failed action.
 pub(super) fn check(code: Code, doing: impl std::fmt::Display) -> Result<()> {
     if code == 0 {
         return Ok(());

@@ -1,8 +1,8 @@
 //! Work on one GPU through the CUDA driver API: streams, memory, events, launches, graphs.
 //!
-//! Everything `unsafe` about the driver's work is here, behind functions that check every return code and say what was being
-//! done when it failed; the card itself, its context and its kernels, is [`Device`]. Device memory is an address
-//! ([`Address`]); who owns it is [`Buffer`].
+//! All `unsafe` calls for this work are here, behind functions that check every return code and name the
+//! failed action. [`Device`] holds the GPU itself, its context and its kernels. Device memory is an address
+//! ([`Address`]); a [`Buffer`] owns it.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
@@ -21,7 +21,7 @@ pub(super) type Address = u64;
 /// CUDA_ERROR_OUT_OF_MEMORY
 const OUT_OF_MEMORY: Code = 2;
 
-/// A card with streams of its own. Cloning shares them.
+/// A GPU with its own streams. Clones share them.
 #[derive(Clone)]
 pub(super) struct Gpu(Rc<Inner>);
 
@@ -29,26 +29,26 @@ struct Inner {
     device: &'static Device,
     compute: sys::CUstream,
     copy: sys::CUstream,
-    /// `train.check_launches`: wait after every launch, so that an error names its kernel.
+    /// `train.check_launches`: waits after every launch, so that an error names its kernel.
     check_launches: Cell<bool>,
-    /// Between the begin and the end of [`Gpu::capture`].
+    /// Set between the begin and the end of [`Gpu::capture`].
     capturing: Cell<bool>,
-    /// Launches since [`Gpu::watch_launches`], for benchmarks that want to know what ran.
+    /// Launches since [`Gpu::watch_launches`], for benchmarks that report what ran.
     launches: RefCell<Option<Vec<Launched>>>,
 }
 
-/// One kernel as it was started.
+/// One kernel launch.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Launched {
     pub kernel: &'static str,
     pub grid: [u32; 3],
-    /// Threads of a block.
+    /// Threads per block.
     pub threads: u32,
-    /// Dynamic shared memory of a block, in bytes.
+    /// Dynamic shared memory per block, in bytes.
     pub shared: u32,
 }
 
-/// Which queue an operation goes to.
+/// The queue for an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stream {
     Compute,
@@ -56,7 +56,7 @@ pub(super) enum Stream {
 }
 
 impl Gpu {
-    /// Opens card `ordinal`: new streams on a card that the process opens once.
+    /// Opens GPU `ordinal`: new streams on a device that the process opens once.
     ///
     /// # Errors
     /// Those of [`Device::open`].
@@ -99,7 +99,7 @@ impl Gpu {
         self.0.check_launches.set(on);
     }
 
-    /// Notes every launch of `work`.
+    /// Records every launch of `work`.
     pub(super) fn watch_launches(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<Launched>> {
         self.0.launches.replace(Some(Vec::new()));
         let done = work();
@@ -117,12 +117,12 @@ impl Gpu {
     pub(super) fn allocate(&self, bytes: usize) -> Result<Buffer> {
         let buffer = self.reserve(bytes)?;
         self.fill(buffer.address, 0, bytes)?;
-        // The next to touch it may be the copy stream, which waits for no event of this fill.
+        // The copy stream may touch it next, and that stream waits for no event of this fill.
         self.synchronize(Stream::Compute)?;
         Ok(buffer)
     }
 
-    /// Device memory as it is; nothing at address 0 for no bytes, which the driver refuses.
+    /// Uninitialised device memory. For 0 bytes, which the driver refuses, the address is 0.
     pub(super) fn reserve(&self, bytes: usize) -> Result<Buffer> {
         let mut address = 0;
         if bytes == 0 {
@@ -134,7 +134,7 @@ impl Gpu {
             let (free, total) = self.memory()?;
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
             return Err(Error::new(format!(
-                "no memory left on the card: {:.2} GiB were asked for, {:.2} of {:.2} GiB are free",
+                "out of memory on the GPU: {:.2} GiB requested, {:.2} of {:.2} GiB are free",
                 gib(bytes),
                 gib(free),
                 gib(total)
@@ -167,7 +167,7 @@ impl Gpu {
         }
     }
 
-    /// Host → device, finished when this returns.
+    /// Host → device; finished when this returns.
     pub(super) fn upload(&self, to: Address, from: &[u8]) -> Result<()> {
         if from.is_empty() {
             return Ok(());
@@ -176,12 +176,12 @@ impl Gpu {
         unsafe {
             let code =
                 api::driver().cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.0.compute);
-            check(code, "copy to the card")?;
+            check(code, "copy to the GPU")?;
         }
         self.synchronize(Stream::Compute)
     }
 
-    /// Device → host, finished when this returns.
+    /// Device → host; finished when this returns.
     pub(super) fn download(&self, from: Address, to: &mut [u8]) -> Result<()> {
         if to.is_empty() {
             return Ok(());
@@ -190,12 +190,12 @@ impl Gpu {
         unsafe {
             let code =
                 api::driver().cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), self.0.compute);
-            check(code, "copy from the card")?;
+            check(code, "copy from the GPU")?;
         }
         self.synchronize(Stream::Compute)
     }
 
-    /// Page-locked host → device, in the stream's order.
+    /// Page-locked host → device, in stream order.
     ///
     /// The caller keeps `from` alive and unchanged until the stream has passed the copy.
     pub(super) fn upload_async(&self, to: Address, from: &[u8], stream: Stream) -> Result<()> {
@@ -203,13 +203,13 @@ impl Gpu {
         unsafe {
             let code =
                 api::driver().cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.stream(stream));
-            check(code, "copy to the card")
+            check(code, "copy to the GPU")
         }
     }
 
-    /// Device → page-locked host, in the stream's order.
+    /// Device → page-locked host, in stream order.
     ///
-    /// The caller keeps `to` alive and unread until the stream has passed the copy.
+    /// The caller keeps `to` alive and does not read it until the stream has passed the copy.
     pub(super) fn download_async(&self, from: Address, to: &mut [u8], stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise above.
         unsafe {
@@ -219,31 +219,31 @@ impl Gpu {
                 to.len(),
                 self.stream(stream),
             );
-            check(code, "copy from the card")
+            check(code, "copy from the GPU")
         }
     }
 
-    /// Device → device, in the compute stream's order.
+    /// Device → device, in the order of the compute stream.
     pub(super) fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
         // SAFETY: callers pass ranges inside their own buffers.
         unsafe {
-            check(api::driver().cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.compute), "copy on the card")
+            check(api::driver().cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.compute), "copy on the GPU")
         }
     }
 
     pub(super) fn synchronize(&self, stream: Stream) -> Result<()> {
         // SAFETY: a stream of this context.
-        unsafe { check(api::driver().cuStreamSynchronize(self.stream(stream)), "wait for the card") }
+        unsafe { check(api::driver().cuStreamSynchronize(self.stream(stream)), "wait for the GPU") }
     }
 
-    /// An event that orders streams and that the host may wait for. It keeps no time, and a wait for it leaves the core to
-    /// others: the loader's workers need it.
+    /// An event that orders streams and that the host may wait for. It records no time, and waiting for it
+    /// frees the core: the loader's workers need it.
     pub(super) fn new_event(&self) -> Result<Event> {
         use sys::CUevent_flags_enum::{CU_EVENT_BLOCKING_SYNC, CU_EVENT_DISABLE_TIMING};
         self.event(CU_EVENT_BLOCKING_SYNC as u32 | CU_EVENT_DISABLE_TIMING as u32)
     }
 
-    /// An event that keeps the time, for [`Event::since`].
+    /// An event that records the time, for [`Event::since`].
     pub(super) fn new_timer(&self) -> Result<Event> {
         self.event(sys::CUevent_flags_enum::CU_EVENT_DEFAULT as u32)
     }
@@ -255,13 +255,13 @@ impl Gpu {
         Ok(Event(event))
     }
 
-    /// The event happens when everything put into the stream so far is done.
+    /// The event occurs when all work submitted to the stream so far is done.
     pub(super) fn record_event(&self, event: &Event, stream: Stream) -> Result<()> {
         // SAFETY: event and stream of this context.
         unsafe { check(api::driver().cuEventRecord(event.0, self.stream(stream)), "record an event") }
     }
 
-    /// What is put into the stream from now on waits for the event.
+    /// Work submitted to the stream after this call waits for the event.
     pub(super) fn wait_event(&self, stream: Stream, event: &Event) -> Result<()> {
         // SAFETY: event and stream of this context.
         unsafe {
@@ -281,8 +281,8 @@ impl Gpu {
         let function = self.0.device.kernel(kernel, shared)?;
         let [x, y, z] = grid;
         let stream = self.0.compute;
-        // SAFETY: the wrapper of each kernel passes the arguments of its signature, by address, and they live until
-        // this call returns (the driver copies them).
+        // SAFETY: the wrapper of each kernel passes the arguments of its signature by address, and they live
+        // until this call returns (the driver copies them).
         let code = unsafe {
             api::driver().cuLaunchKernel(
                 function,
@@ -313,7 +313,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// Records what `body` puts into the compute stream, without running it.
+    /// Records what `body` submits to the compute stream, without running it.
     pub(super) fn capture(&self, body: impl FnOnce() -> Result<()>) -> Result<Graph> {
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: a stream of this context that is not capturing.
@@ -350,7 +350,7 @@ impl Gpu {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // SAFETY: made by `Gpu::open`, destroyed once. Errors at the end of a run help nobody.
+        // SAFETY: made by `Gpu::open`, destroyed once. Errors at the end of a run are of no use to anyone.
         unsafe {
             for stream in [self.compute, self.copy] {
                 api::driver().cuStreamSynchronize(stream);
@@ -360,7 +360,7 @@ impl Drop for Inner {
     }
 }
 
-/// Free and total bytes of the card whose context this thread uses.
+/// Free and total bytes of the GPU whose context is current on this thread.
 pub(super) fn memory_of_current_card() -> Result<(usize, usize)> {
     let (mut free, mut total) = (0, 0);
     // SAFETY: valid out-pointers; without a context the driver says so.
@@ -425,10 +425,10 @@ pub(super) struct Event(sys::CUevent);
 impl Event {
     pub(super) fn synchronize(&self) -> Result<()> {
         // SAFETY: a live event.
-        unsafe { check(api::driver().cuEventSynchronize(self.0), "wait for the card") }
+        unsafe { check(api::driver().cuEventSynchronize(self.0), "wait for the GPU") }
     }
 
-    /// Milliseconds from `start` to this event, timers both, which have happened.
+    /// Milliseconds from `start` to this event. Both are timers and have occurred.
     pub(super) fn since(&self, start: &Event) -> Result<f32> {
         let mut milliseconds = 0.0;
         // SAFETY: live events, a valid out-pointer.

@@ -79,7 +79,7 @@ struct LossArgs {
 unsafe impl Argument for LossArgs {}
 const _: () = assert!(size_of::<LossArgs>() == 32);
 
-/// Shared memory in front of the logits that wait there.
+/// Shared memory in front of the logits.
 const LOSS_SCRATCH: usize = 512;
 
 pub(super) fn loss(cuda: &mut Cuda, op: &ops::Loss) -> Result<()> {
@@ -148,8 +148,8 @@ pub(super) fn loss(cuda: &mut Cuda, op: &ops::Loss) -> Result<()> {
     )
 }
 
-/// Fails on a label that is not one of `classes`; -1 is no class at all. A recorded loss cannot fail, so every batch is
-/// looked at when it is bound.
+/// Fails on a label that is not one of `classes`; -1 means no class. A recorded loss cannot fail, so every
+/// batch is checked when it is bound.
 pub(super) fn check_labels(slot: &Slot, classes: usize) -> Result<()> {
     if slot.layout().targets != TargetKind::Labels {
         return Ok(());

@@ -1,4 +1,4 @@
-//! The kernels that `build.rs` has compiled and embedded, and what the compiler said about them.
+//! The kernels that `build.rs` compiled and embedded, and the compiler's report on them.
 
 /// One kernel for one target.
 #[derive(Clone, Copy, Debug)]
@@ -7,14 +7,14 @@ pub struct KernelReport {
     pub file: &'static str,
     pub name: &'static str,
     pub target: &'static str,
-    /// Declared with `HOT_KERNEL`: on the path of every step.
+    /// Declared with `HOT_KERNEL`: runs in every step.
     pub hot: bool,
     pub registers: u32,
     pub spill_bytes: u32,
     pub stack_bytes: u32,
 }
 
-/// A compiled file as bytes at a multiple of 64: the driver is given its address and reads words there.
+/// A compiled file as bytes aligned to 64: the driver gets its address and reads words there.
 #[allow(unused_macros, reason = "a build without nvcc has no images")]
 macro_rules! image {
     ($path:expr) => {{

@@ -1,4 +1,4 @@
-//! Arguments of a kernel, by address, as the driver wants them.
+//! Kernel arguments by address, as the driver expects them.
 
 use std::ffi::c_void;
 
@@ -21,13 +21,13 @@ unsafe impl Argument for f32 {}
 // SAFETY: as above.
 unsafe impl Argument for f64 {}
 
-/// `MaskArgs` of `kernels/philox.cuh`: a mask as it is in every step.
+/// `MaskArgs` of `kernels/philox.cuh`: the part of a mask that is the same in every step.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(super) struct MaskArgs {
     pub(super) rate: f32,
     pub(super) site: u32,
-    /// Index in the global batch of the micro-batch's first sample, its low 32 bits.
+    /// Index in the global batch of the micro-batch's first sample; the low 32 bits.
     pub(super) first_sample: u32,
 }
 
@@ -46,8 +46,8 @@ pub(super) fn address_of<T: Argument>(value: &T) -> *mut c_void {
     std::ptr::from_ref(value).cast_mut().cast()
 }
 
-/// Starts a kernel: `launch!(cuda, "pool_bf16", [blocks, 1, 1], 256, 0, x, ld as u32, ...)?`. Arguments are evaluated once,
-/// in the order of the kernel's signature; their types must be exactly the kernel's.
+/// Starts a kernel: `launch!(cuda, "pool_bf16", [blocks, 1, 1], 256, 0, x, ld as u32, ...)?`. Arguments are
+/// evaluated once, in the order of the kernel's signature; their types must be exactly those of the kernel.
 macro_rules! launch {
     ($cuda:expr, $kernel:expr, $grid:expr, $block:expr, $shared:expr $(, $argument:expr)* $(,)?) => {{
         launch!(@bind [$cuda.gpu] $kernel, $grid, $block, $shared, [$($argument,)*] [])
@@ -73,7 +73,8 @@ macro_rules! variant {
 }
 pub(super) use variant;
 
-/// The same for operations between the residual stream and a block: `"residual_f32_bf16"` where the stream alone is f32.
+/// The same for operations between the residual stream and a block: `"residual_f32_bf16"` where only the
+/// stream is f32.
 macro_rules! stream_variant {
     ($stream:expr, $dtype:expr, $name:literal) => {
         match ($stream, $dtype) {

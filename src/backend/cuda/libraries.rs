@@ -1,5 +1,5 @@
-//! Looks for the CUDA driver and cuBLASLt before anything calls them: an old driver, a stub library or none at all becomes one
-//! sentence that says what to do.
+//! Finds the CUDA driver and cuBLASLt before anything calls them. A missing library, a stub or an old driver
+//! becomes a one-sentence error that says what to do.
 
 use super::api::{self, Code, CublasLt, Driver};
 use super::images;
@@ -8,30 +8,31 @@ use crate::error::{Error, Result};
 /// Name prefix of the stand-in GPU that tests run on.
 pub(super) const STAND_IN: &str = "Vitrum stand-in";
 
-/// The oldest driver with every function that is called, as `cuDriverGetVersion` says it.
+/// The oldest driver that has every function we call, in the form of `cuDriverGetVersion`.
 const OLDEST_CALLS: i32 = 12_080;
 
-/// The oldest driver that runs this build: one of the embedded kernels' major version, at least CUDA 12.8.
+/// The oldest driver that runs this build: the major version of the embedded kernels, and at least CUDA 12.8.
 pub fn oldest_driver() -> i32 {
     images::NVCC.map_or(OLDEST_CALLS, |(major, _)| OLDEST_CALLS.max(major as i32 * 1000))
 }
 
-/// The oldest cuBLASLt with every epilogue that is used, as `cublasLtGetVersion` says it.
+/// The oldest cuBLASLt that has every epilogue we use, in the form of `cublasLtGetVersion`.
 pub const OLDEST_CUBLASLT: usize = 120_000;
 
-/// A library that can be used.
+/// A usable library.
 #[derive(Clone, Copy)]
 pub(super) struct Found<T: 'static, V> {
     pub(super) api: &'static T,
     pub(super) version: V,
 }
 
-/// CUDA_ERROR_STUB_LIBRARY, CUDA_ERROR_NO_DEVICE, and the two of a driver that does not match its kernel module.
+/// CUDA_ERROR_STUB_LIBRARY, CUDA_ERROR_NO_DEVICE, and the two codes of a driver that does not match its
+/// kernel module.
 const STUB: Code = 34;
 const NO_DEVICE: Code = 100;
 const MISMATCH: [Code; 2] = [803, 804];
 
-/// The driver, if it is there, whole, started, and new enough.
+/// The driver, if it is present, complete, started and new enough.
 pub(super) fn driver() -> Result<Found<Driver, i32>> {
     let api = api::find_driver()?;
     let mut version = 0;
@@ -72,16 +73,16 @@ pub(super) fn driver() -> Result<Found<Driver, i32>> {
     Ok(Found { api, version })
 }
 
-/// What is said where the driver works and lists nothing.
+/// The error where the driver works and lists no GPU.
 pub(super) fn no_card() -> Error {
-    Error::new("the CUDA driver sees no card")
-        .hint("`nvidia-smi` lists the cards; an empty `CUDA_VISIBLE_DEVICES` hides them all")
+    Error::new("the CUDA driver finds no GPU")
+        .hint("`nvidia-smi` lists the GPUs; an empty `CUDA_VISIBLE_DEVICES` hides them all")
 }
 
-/// cuBLASLt, if it is there, whole, and new enough.
+/// cuBLASLt, if it is present, complete and new enough.
 pub(super) fn cublaslt() -> Result<Found<CublasLt, usize>> {
     let api = api::find_cublaslt()?;
-    // SAFETY: it may be called at any time.
+    // SAFETY: this function may be called at any time.
     let version = unsafe { api.cublasLtGetVersion() };
     if version < OLDEST_CUBLASLT {
         return Err(Error::new(format!(

@@ -1,11 +1,13 @@
-//! An NVIDIA GPU: every operation of [`Backend`] as own kernels and cuBLASLt products, a step as one CUDA graph.
+//! The backend for an NVIDIA GPU. Every operation of [`Backend`] runs as our own kernels and cuBLASLt
+//! products; a step is one CUDA graph.
 //!
-//! This file owns the device memory, the bound batch, and how a step is recorded and replayed. Each group of operations
-//! has a file that turns handles into launches; the kernels are in `kernels/`. [`driver`] is the CUDA driver behind safe
-//! functions and [`device`] the card behind it, [`blas`] chooses and runs matrix products, [`libraries`] finds out whether there
-//! is anything to run on.
+//! This file owns the device memory, the bound batch, and how a step is recorded and replayed. Each group of
+//! operations has a file that turns handles into launches; the kernels are in `kernels/`. [`driver`] wraps
+//! the CUDA driver in safe functions, [`device`] holds an opened GPU, [`blas`] chooses and runs matrix
+//! products, [`libraries`] finds out whether there is a driver to run on.
 //!
-//! Nothing here knows of the stand-in GPU, save that it brings its own kernels: tests run this very code on it.
+//! Nothing here depends on the stand-in GPU, except that it brings its own kernels: tests run this same code
+//! on it.
 
 mod api;
 mod attention;
@@ -45,8 +47,8 @@ use ways::Ways;
 
 /// Rows of activations are padded to this many elements: 16 bytes in bf16, which vector loads and cuBLASLt want.
 const ROW_ALIGN: usize = 8;
-/// The workspace: cuBLASLt's for split products, then scratch of one operation's own kernels, then the step's params and
-/// those of reports and updates.
+/// The workspace: cuBLASLt's part for split products, then scratch for the kernels of one operation, then the
+/// params of the step, of reports and of updates.
 const WORKSPACE: usize = UPDATE_PARAMS + update::PARAMS_BYTES;
 const BLAS_WORKSPACE: usize = 256 << 20;
 const SCRATCH: usize = 32 << 20;
@@ -67,38 +69,40 @@ pub struct Cuda {
     micro: Micro,
     bias_sums: BiasSums,
     update: update::State,
-    /// Classes of the loss that was asked for last: labels of later batches are checked when they are bound.
+    /// Classes of the last loss: labels of later batches are checked when they are bound.
     classes: Option<usize>,
     /// Recorded work: a training step, an evaluation pass.
     recorded: [Recorded; 2],
 }
 
-// SAFETY: handles of the driver may be used from any thread to which the context was made current, one thread at a
+// SAFETY: the driver's handles may be used from any thread on which the context is current, one thread at a
 // time: every entry point makes it current, and `&mut self` keeps threads apart.
 unsafe impl Send for Cuda {}
 
-/// How far a kind of work has come: run once as it is (which loads kernels and chooses algorithms), then recorded.
+/// The state of a kind of work: run once without recording (which loads kernels and chooses algorithms), then
+/// recorded.
 enum Recorded {
     Never,
     Warm,
     Graph(Graph),
 }
 
-/// The two places of [`Arena::Batches`]: one is read by the step while the other is filled.
+/// The two halves of [`Arena::Batches`]: the step reads one while the other is filled.
 struct BoundBatch {
     slot: Option<Slot>,
     current: usize,
-    /// The copy into a place is done.
+    /// The copy into a half is done.
     filled: [Event; 2],
-    /// The last step that reads a place is done.
+    /// The last step that reads a half is done.
     read: [Event; 2],
 }
 
 impl Cuda {
-    /// Opens card `ordinal` of the visible ones.
+    /// Opens GPU `ordinal` of the visible ones.
     ///
     /// # Errors
-    /// No driver, one too old, no such card, one too old, a CUDA library missing, no kernels in this build.
+    /// No driver, too old a driver, no such GPU, too old a GPU, a missing CUDA library, no kernels in this
+    /// build.
     pub fn open(ordinal: usize, options: &DeviceOptions) -> Result<Self> {
         let gpu = Gpu::open(ordinal)?;
         gpu.check_launches(options.check_launches);
@@ -131,7 +135,7 @@ impl Cuda {
         })
     }
 
-    /// What the card is.
+    /// The GPU's properties.
     pub fn card(&self) -> &device::Card {
         self.gpu.card()
     }
@@ -141,7 +145,7 @@ impl Cuda {
         self.blas.version()
     }
 
-    /// How a card stores activations and the residual stream in a precision.
+    /// How a GPU stores activations and the residual stream in a precision.
     pub fn storage_of(precision: Precision, residual: Residual) -> Storage {
         let (activations, residual) = match (precision, residual) {
             (Precision::F32 | Precision::Tf32, _) => (Dtype::F32, Dtype::F32),
@@ -186,7 +190,7 @@ impl Cuda {
         self.arena(Arena::Workspace).address + BLAS_WORKSPACE as u64
     }
 
-    /// Writes the bf16 copy of the weights anew.
+    /// Writes the bf16 copy of the weights again.
     fn refresh_working_copy(&mut self) -> Result<()> {
         let working = self.arena(Arena::Working);
         if working.bytes == 0 {
@@ -195,7 +199,8 @@ impl Cuda {
         update::cast_to_bf16(self, self.arena(Arena::Params).address, working.address, working.bytes / 2)
     }
 
-    /// A place for a batch. One that the plan did not know of gets a larger arena when nothing uses the old one.
+    /// Memory for a batch. If the batch is larger than planned, allocates a larger arena once nothing uses
+    /// the old one.
     fn room_for_batch(&mut self, bytes: usize, place: usize) -> Result<Address> {
         let bytes = bytes.next_multiple_of(memory::TENSOR_ALIGN);
         if self.arena(Arena::Batches).bytes < 2 * bytes {
@@ -207,7 +212,7 @@ impl Cuda {
         Ok(arena.address + (place * (arena.bytes / 2)) as u64)
     }
 
-    /// The work of a step, as it may be recorded.
+    /// The work of a step, in a form that can be recorded.
     fn work(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
         body(self)?;
         let Some(update) = update else { return Ok(()) };
@@ -215,8 +220,8 @@ impl Cuda {
         update::close_report(self)
     }
 
-    /// Does the work of a step: launch by launch at first, which loads kernels and chooses algorithms; then recorded, and
-    /// from there on replayed.
+    /// Does the work of a step: the first time launch by launch, which loads kernels and chooses algorithms;
+    /// then records it; then replays it.
     fn run(&mut self, body: Body, update: Option<&Update>) -> Result<()> {
         let kind = usize::from(update.is_none());
         if !self.options.graph || self.options.check_launches {
@@ -228,7 +233,7 @@ impl Cuda {
                 return self.work(body, update);
             }
             Recorded::Warm => {
-                // All shapes have been met: a run that is killed from here on finds its algorithms again.
+                // All shapes are known now. A run that is killed later finds its algorithms again.
                 self.blas.save();
                 let gpu = self.gpu.clone();
                 let graph = gpu.capture(|| self.work(body, update))?;
@@ -242,7 +247,7 @@ impl Cuda {
 }
 
 impl Drop for Cuda {
-    /// Copies under way read and write page-locked memory that goes with this.
+    /// Pending copies use page-locked memory that is freed with `self`.
     fn drop(&mut self) {
         for stream in [Stream::Copy, Stream::Compute] {
             let _ = self.gpu.synchronize(stream);
@@ -294,7 +299,7 @@ impl Backend for Cuda {
         self.arenas.clear();
         for index in 0..Arena::COUNT {
             let bytes = plan.bytes_at(index);
-            // What an operation finds in its workspace is nobody's.
+            // Workspace contents do not persist between operations.
             let is_workspace = index == Arena::Workspace as usize;
             self.arenas.push(if is_workspace { self.gpu.reserve(bytes) } else { self.gpu.allocate(bytes) }?);
         }
@@ -316,7 +321,7 @@ impl Backend for Cuda {
         if at.ld == at.cols || at.rows <= 1 {
             self.gpu.upload(self.at(at), &bytes)?;
         } else {
-            // Rows with gaps: what lies in the gaps is read and written back.
+            // Rows with gaps: the gaps are read and written back.
             let mut image = vec![0; at.span_bytes()];
             self.gpu.download(self.at(at), &mut image)?;
             let (row, pitch) = (at.cols * at.dtype.bytes(), at.ld * at.dtype.bytes());
@@ -386,15 +391,16 @@ impl Backend for Cuda {
         Ok(Slot::new(Box::new(self.gpu.allocate_pinned(layout.bytes())?), layout))
     }
 
-    /// Starts the copy beside the step under way and returns. It waits for the step before that one, which read the same
-    /// place, and the next step waits for it. The slot that comes back was bound before: its copy began a step ago.
+    /// Starts the copy alongside the current step and returns. The copy waits for the step before that one,
+    /// which read the same half, and the next step waits for the copy. The slot that comes back was bound
+    /// before: its copy began a step ago.
     fn bind_batch(&mut self, slot: Slot) -> Result<Option<Slot>> {
         self.gpu.make_current()?;
         self.classes.map_or(Ok(()), |classes| head::check_labels(&slot, classes))?;
         let bytes = slot.layout().bytes();
         let (before, place) = (self.batch.current, 1 - self.batch.current);
         let room = self.room_for_batch(bytes, place)?;
-        // The old place is free behind what was asked for so far, not behind what comes next.
+        // The old half is free once the work submitted so far is done; later work does not matter.
         self.gpu.record_event(&self.batch.read[before], Stream::Compute)?;
         self.gpu.wait_event(Stream::Copy, &self.batch.read[place])?;
         self.gpu.upload_async(room, slot.memory(), Stream::Copy)?;
@@ -476,7 +482,7 @@ impl Backend for Cuda {
             Op::BeginReport => update::begin_report(self),
             Op::AddToReport(op) => update::add_to_report(self, op),
             Op::Update(update) => {
-                // Outside of a step its rates have not been sent.
+                // Outside a step, the rates have not been sent yet.
                 self.step_params.set_rates(update);
                 self.step_params.send(&self.gpu)?;
                 update::update(self, update)

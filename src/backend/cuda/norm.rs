@@ -1,11 +1,11 @@
 //! LayerNorm and the residual stream (kernels/layernorm.cu, kernels/residual.cu).
 //!
-//! Where y is bf16, rows of up to 1,280 values stay in the registers of a warp, in one of five instances for each type of
-//! the stream; a branch joins it inside that kernel. Wider rows, and y in f32, take kernels that walk the row, with the
-//! join as a launch of its own.
+//! Where y is bf16, rows of up to 1,280 values stay in the registers of a warp, in one of five instances for
+//! each type of the stream. A branch is joined inside that kernel. Wider rows, and y in f32, use kernels that
+//! loop over the row, and the join is a separate launch.
 //!
-//! Each backward of such rows, and that of a trained LayerScale, is there a second time, with the sums of a bias gradient
-//! ([`super::bias`]).
+//! Each backward kernel for register rows, and that of a trained LayerScale, has a second variant that also
+//! sums a bias gradient ([`super::bias`]).
 
 use super::Cuda;
 use super::bias;
@@ -16,8 +16,8 @@ use super::sums::{self, COLUMN_SHARED, COLUMN_STRETCH, Partials};
 use crate::backend::{Branch, Dtype, Join, Mask, Mat, Norm, Stats, ops};
 use crate::error::Result;
 
-/// The kernels for rows of up to 256 values times their number, with their launch shape: blocks of a multiprocessor, and
-/// threads of a block.
+/// The kernels for rows of up to 256·n values, with their launch shape: blocks per multiprocessor and threads
+/// per block. n is the instance's number.
 struct Instance {
     forward: &'static str,
     forward_threads: u32,
@@ -27,7 +27,7 @@ struct Instance {
     join_blocks: usize,
     backward: &'static str,
     backward_join: &'static str,
-    /// The same with the sums of a bias; without a branch only where products can read the stream.
+    /// The variant that sums a bias; without a branch, only where products can read the stream.
     backward_bias: &'static str,
     backward_join_bias: &'static str,
     backward_threads: u32,
@@ -61,7 +61,7 @@ macro_rules! instance {
     };
 }
 
-/// As at the foot of `kernels/layernorm.cu`.
+/// As at the end of `kernels/layernorm.cu`.
 const INSTANCES: [Instance; 5] = [
     instance!("bf16", 1, (256, 4), (256, 4), (256, 3)),
     instance!("bf16", 2, (192, 3), (256, 3), (256, 2)),
@@ -77,12 +77,12 @@ const INSTANCES_OF_F32: [Instance; 5] = [
     instance!("f32_bf16", 4, (192, 2), (256, 2), (256, 1)),
     instance!("f32_bf16", 5, (256, 1), (192, 2), (256, 1)),
 ];
-/// Threads of a block where nothing else is said.
+/// Default number of threads per block.
 const THREADS: u32 = 256;
-/// Blocks of a multiprocessor of the kernels that walk their rows.
+/// Blocks per multiprocessor for the kernels that loop over rows.
 const WIDE_BLOCKS: usize = 4;
 
-/// For a stream of one type and what a block reads and writes beside it in another.
+/// The instance for a stream type and the type that the block reads and writes.
 fn instance(stream: Mat, y: Mat) -> Option<&'static Instance> {
     let instances = match (stream.dtype, y.dtype) {
         (_, Dtype::F32) => return None,
@@ -116,13 +116,13 @@ fn branch_args(cuda: &Cuda, branch: &Branch) -> BranchArgs {
     }
 }
 
-/// What hands on the stream's gradient as it is, in another type.
+/// Converts the stream's gradient to another type and changes nothing else.
 fn no_branch() -> BranchArgs {
     let none = MaskArgs { rate: Mask::NONE.rate, site: Mask::NONE.site, first_sample: 0 };
     BranchArgs { layer_scale: 0, dropout: none, drop_path: none, tokens: 1 }
 }
 
-/// Blocks that loop over the rows, a warp per row.
+/// Blocks that loop over the rows, one warp per row.
 fn row_grid(cuda: &Cuda, rows: usize, threads: u32, blocks_of_multiprocessor: usize) -> [u32; 3] {
     let most = cuda.card().multiprocessors as usize * blocks_of_multiprocessor;
     [rows.div_ceil(threads as usize / 32).min(most).max(1) as u32, 1, 1]
@@ -132,7 +132,7 @@ fn same_shape(what: &str, a: Mat, b: Mat) {
     assert_eq!((a.rows, a.cols), (b.rows, b.cols), "{what}: {a} and {b} differ");
 }
 
-/// Two parts of the residual stream.
+/// Checks two parts of the residual stream.
 fn same_kind(what: &str, a: Mat, b: Mat) {
     same_shape(what, a, b);
     assert_eq!(a.dtype, b.dtype, "{what}: {a} and {b} differ in type");
@@ -220,7 +220,8 @@ pub(super) fn layernorm_backward(cuda: &mut Cuda, op: &ops::LayerNormBackward) -
     })
 }
 
-/// The kernels with the sums of a bias, or without. Gives the gradient back if it was made: no kernel for wide rows does.
+/// The kernels with or without the sums of a bias. Returns the gradient's destination if it was made: no
+/// kernel for wide rows makes it.
 fn launch_layernorm_backward(
     cuda: &Cuda,
     op: &ops::LayerNormBackward,
@@ -245,7 +246,7 @@ fn launch_layernorm_backward(
     launch_residual_backward(cuda, &op.residual(), d_bias)
 }
 
-/// The matrix that the products below read.
+/// The matrix that the next products of the backward pass read.
 fn handed_on(join: &Join, d_sum: Mat, d_branch: Mat) -> Mat {
     match join {
         Join::Ready(_) if d_branch.dtype == d_sum.dtype => d_sum,
@@ -253,8 +254,8 @@ fn handed_on(join: &Join, d_sum: Mat, d_branch: Mat) -> Mat {
     }
 }
 
-/// How `d_branch` is made of `d_sum`, if it is made at all and by nothing but factors: a trained LayerScale has a sum of its
-/// own, which would not fit into the registers of a LayerNorm.
+/// How `d_branch` follows from `d_sum`, if it does so by factors alone. A trained LayerScale needs a sum of
+/// its own, which would not fit into the registers of a LayerNorm.
 fn branch_of(cuda: &Cuda, join: &Join, d_sum: Mat, d_branch: Mat) -> Option<BranchArgs> {
     match join {
         Join::Branch { branch, .. } => (!has_trained_scale(branch)).then(|| branch_args(cuda, branch)),
@@ -289,7 +290,7 @@ impl Backward<'_> {
         self.norm.d_gamma.is_some() || self.norm.d_beta.is_some() || self.d_bias.is_some()
     }
 
-    /// γ, β, and the bias where it is asked for.
+    /// γ, β, and the bias if requested.
     fn sums(&self) -> usize {
         2 + usize::from(self.d_bias.is_some())
     }
@@ -366,7 +367,7 @@ impl Backward<'_> {
 
     fn wide(&self, cuda: &Cuda) -> Result<()> {
         let Self { d_y, x, norm, stats, d_sum, fresh, .. } = *self;
-        // What the rounding of each row's mean left over goes from the first kernel to the second.
+        // The first kernel passes the rounding error of each row's mean to the second.
         let rests_bytes = (d_y.rows * 4).next_multiple_of(16);
         let [stretches, slices, _] = sums::column_grid(cuda, d_y);
         let partials = Partials::new(cuda, slices as usize, 2, d_y.cols, rests_bytes);
@@ -448,7 +449,8 @@ pub(super) fn residual_backward(cuda: &mut Cuda, op: &ops::ResidualBackward) -> 
     })
 }
 
-/// The kernel with the sums of a bias, or without. Gives the gradient back if it was made: only beside that of a LayerScale.
+/// The kernel with or without the sums of a bias. Returns the gradient's destination if it was made: only the
+/// kernel with a LayerScale's gradient makes it.
 fn launch_residual_backward(
     cuda: &Cuda,
     op: &ops::ResidualBackward,
@@ -519,7 +521,7 @@ mod tests {
             .lines()
             .filter_map(|line| line.strip_prefix("LAYERNORM(")?.strip_suffix(')'))
             .map(|words| {
-                // The type, and the rows ahead, are the kernel's own affair.
+                // The test ignores the type and the number of prefetched rows.
                 let words = words.split(", ").enumerate().filter(|(i, _)| ![1, 3].contains(i));
                 words.map(|(_, word)| word).collect::<Vec<_>>().join(" ")
             })
@@ -535,7 +537,7 @@ mod tests {
         });
         assert_eq!(lines, table.collect::<Vec<_>>());
 
-        // Those with the sums of a bias go by the same table.
+        // The variants with bias sums follow the same table.
         let biases: Vec<&str> = source
             .lines()
             .filter_map(|line| line.strip_prefix("LAYERNORM_BIAS(")?.strip_suffix(')'))

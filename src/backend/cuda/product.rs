@@ -1,6 +1,7 @@
-//! Matrix products of our own, for those that cuBLASLt does not take (kernels/product.cu): one row, one column, odd sizes.
+//! Our own matrix products, for those that cuBLASLt does not accept (kernels/product.cu): one row, one
+//! column, odd sizes.
 //!
-//! How a product is shared out follows from its sizes alone, so that its bits are the same on every card.
+//! How a product is divided follows from its sizes alone, so its bits are the same on every GPU.
 
 use super::Cuda;
 use super::blas::{Fused, Matrix, Operands, Shape};
@@ -30,22 +31,23 @@ unsafe impl Argument for ProductShape {}
 const _: () = assert!(size_of::<ProductShape>() == 40);
 
 const THREADS: u32 = 256;
-/// Warps of a block, and columns of D that a warp owns.
+/// Warps per block, and columns of D per warp.
 const WARPS: usize = 8;
 const COLUMNS: usize = 4;
 /// Lanes of a warp: rows of D, or neighbouring terms of its sums.
 const LANES: usize = 32;
-/// Warps that keep the memory of a large card busy, and the terms below which a slice of the sums is not worth a launch.
+/// Warps that keep the memory of a large GPU busy, and the fewest terms that make a slice of the sums worth a
+/// launch.
 const BUSY: usize = 4096;
 const LEAST_SLICE: usize = 256;
 
-/// How a product is shared out.
+/// How a product is divided.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Plan {
     shape: ProductShape,
-    /// The lanes of a warp run along k, else along the rows.
+    /// The lanes of a warp run along k; otherwise along the rows.
     along_k: bool,
-    /// A and B change places: what is computed is Dᵀ = Bᵀ·Aᵀ.
+    /// A and B are exchanged: the kernel computes Dᵀ = Bᵀ·Aᵀ.
     exchanged: bool,
     blocks: u32,
     slices: u32,
@@ -61,11 +63,11 @@ impl Plan {
         };
         assert_eq!((of(a, transpose_a), of(b, transpose_b)), ((m, k), (k, n)), "product: {shape:?}");
         assert!(m > 0 && n > 0 && k > 0, "product: {shape:?} is empty");
-        // Neighbours along k lie side by side, or there are too few neighbours along the other axis to fill a warp.
+        // Neighbours along k are contiguous, or the other axis is too short to fill a warp.
         let a_suits = transpose_a || m < LANES;
         let b_suits = !transpose_b || n < LANES;
         let along_k = k >= LANES && a_suits && b_suits;
-        // The columns are the longer side; lanes on rows take the side whose neighbours lie side by side.
+        // The columns are the longer side; lanes on rows take the side that is contiguous.
         let exchanged = match (along_k, transpose_a, transpose_b) {
             (true, ..) => m > n,
             (false, true, true) => n >= LANES || m <= n,
@@ -75,7 +77,7 @@ impl Plan {
         let word =
             |value: usize| u32::try_from(value).expect("matrices have fewer than 2^32 elements to a row");
         let along = |matrix: Matrix, side_by_side| if side_by_side { 1 } else { word(matrix.ld) };
-        // Rows of A, columns of B: its distances along those, and along k.
+        // Rows of A, columns of B: strides along those, and along k.
         let (a, b) = (
             [along(a, !transpose_a), along(a, transpose_a)],
             [along(b, transpose_b), along(b, !transpose_b)],
@@ -98,7 +100,7 @@ impl Plan {
         }
     }
 
-    /// Partial sums: none, or an element of D for each slice.
+    /// Elements of partial sums: none, or one element of D per slice.
     fn partials(&self) -> usize {
         if self.slices == 1 { 0 } else { self.slices as usize * self.elements() }
     }
@@ -108,7 +110,7 @@ impl Plan {
     }
 }
 
-/// `D = op(A)·op(B) [+ C]`, where cuBLASLt is not to be had. C may be D; nothing else is fused.
+/// `D = op(A)·op(B) [+ C]`, where cuBLASLt has no algorithm. C may be D; nothing else is fused.
 pub(super) fn product(cuda: &Cuda, shape: &Shape, operands: &Operands) -> Result<()> {
     assert_eq!(shape.fused, Fused::Nothing, "product: nothing is fused but the sum with C");
     let plan = Plan::new(shape);

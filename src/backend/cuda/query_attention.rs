@@ -1,7 +1,8 @@
-//! Attention of one query per head and image on a card: the class token's, and a MAP head's, where all images share it.
+//! Attention with one query per head and image on a GPU: the class token's, and a MAP head's, where all
+//! images share the query.
 //!
-//! One block per image and head; a shared query's gradient is summed in two stages, by a few blocks that each take several
-//! images, and then over those.
+//! There is one block per image and head. A shared query's gradient is summed in two stages: first a few
+//! blocks each sum several images, then their results are added.
 
 use super::Cuda;
 use super::attention::{MAX_HEAD_SIZE, check_head_size};
@@ -11,17 +12,17 @@ use crate::backend::{Dtype, Heads, Mask, Mat, ops};
 use crate::error::{Error, Result};
 
 const THREADS: u32 = 128;
-/// Blocks of a multiprocessor between which the gradient of a shared query is shared out.
+/// Blocks per multiprocessor that share the gradient of a shared query.
 const BLOCKS: usize = 8;
 
-/// An attention whose shapes were checked.
+/// An attention with checked shapes.
 struct Work {
     heads: Heads,
     images: usize,
     dtype: Dtype,
-    /// Elements from one image's query to the next: 0 where they share it.
+    /// Elements from one image's query to the next; 0 where they share it.
     q_ld: u32,
-    /// f32 from one head of `p` to the next: one row of all heads is as good as a row per head.
+    /// f32 values from one head of `p` to the next. One row of all heads is equivalent to a row per head.
     p_ld: u32,
     /// Heads, rows and tensors consist of whole 16-byte accesses.
     whole: u32,
@@ -29,7 +30,7 @@ struct Work {
 }
 
 impl Work {
-    /// `rows` are the `[B, H·Dh]` and `[B·T, 2·H·Dh]` beside `q` and `kv`.
+    /// `rows` are the `[B, H·Dh]` and `[B·T, 2·H·Dh]` tensors besides `q` and `kv`.
     fn new(
         cuda: &Cuda,
         heads: Heads,
@@ -42,7 +43,7 @@ impl Work {
         check_head_size(head_size)?;
         let width = count * head_size;
         assert_eq!((q.cols, kv.cols), (width, 2 * width), "probe attention: columns of q and kv");
-        assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are no whole images", kv.rows);
+        assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are not whole images", kv.rows);
         let images = kv.rows / tokens;
         assert!(q.rows == 1 || q.rows == images, "probe attention: {} queries of {images} images", q.rows);
         assert_eq!((p.rows * p.cols, p.dtype), (images * count * tokens, Dtype::F32), "probe attention: p");
@@ -67,7 +68,7 @@ impl Work {
         })
     }
 
-    /// Four partial rows of a head, and values per token.
+    /// Four partial rows of a head, and `per_token` values per token.
     fn shared(&self, cuda: &Cuda, per_token: usize) -> Result<u32> {
         shared(self.heads.tokens, per_token, cuda.card().shared_memory, &cuda.card().name)
     }
@@ -82,7 +83,7 @@ impl Work {
     }
 }
 
-/// The same, if a block of the card has `most` bytes.
+/// The same, for a GPU whose blocks have `most` bytes.
 fn shared(tokens: usize, per_token: usize, most: u32, card: &str) -> Result<u32> {
     let needed = 4 * (4 * MAX_HEAD_SIZE + per_token * tokens);
     if needed > most as usize {
@@ -96,7 +97,7 @@ fn shared(tokens: usize, per_token: usize, most: u32, card: &str) -> Result<u32>
     Ok(needed as u32)
 }
 
-/// Images that one gradient of a shared query is summed from at a time: as many blocks as the card has room for.
+/// Slices of images over which a shared query's gradient is summed: as many blocks as the GPU has room for.
 fn slices(images: usize, heads: usize, multiprocessors: usize) -> usize {
     images.min((BLOCKS * multiprocessors).div_ceil(heads))
 }
@@ -149,7 +150,7 @@ mod tests {
 
     #[test]
     fn more_tokens_than_shared_memory_holds_are_an_error() {
-        // Pictures of 1,728 pixels in patches of 16 on the smallest cards, of 2,624 on Hopper.
+        // Images of 1,728 pixels in patches of 16 on the smallest GPUs, of 2,624 on Hopper.
         for (kilobytes, tokens) in [(99, 108 * 108), (227, 164 * 164)] {
             let shared = |tokens| shared(tokens, 2, kilobytes << 10, "a card");
             assert!(shared(tokens).unwrap() <= kilobytes << 10);

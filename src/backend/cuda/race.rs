@@ -1,9 +1,9 @@
-//! Times several ways of doing the same work against each other, by the card's own clock.
+//! Times several ways of doing the same work against each other, by the GPU's clock.
 //!
-//! A card at rest runs at a fraction of its clock, its cache favours whoever comes second, and the start of a kernel costs
-//! the host more than a short kernel takes. So the card is warmed up first; the ways take turns; every turn begins with a
-//! cleared cache, which also gives the host time to ask for all of a round before the card has begun with it; and
-//! the fastest turn of each way counts.
+//! An idle GPU runs at a fraction of its clock, its cache favours whichever way runs second, and launching a
+//! kernel costs the host more time than a short kernel takes. So the GPU is warmed up first, and the ways
+//! take turns. Every turn begins with clearing the cache, which also gives the host time to submit a whole
+//! round before the GPU begins with it. The fastest turn of each way counts.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -11,19 +11,19 @@ use std::time::{Duration, Instant};
 use super::driver::{Address, Event, Gpu, Stream};
 use crate::error::Result;
 
-/// Turns of a way that is not far behind.
+/// Turns of each way that stays in the race.
 const ROUNDS: usize = 5;
-/// A way that was this much slower than the fastest in the first round is out.
+/// A way that was this much slower than the fastest in the first round drops out.
 const HOPELESS: f32 = 1.5;
-/// How long a card is kept busy before it is timed, and how soon it falls back.
+/// How long a GPU is kept busy before timing, and how soon it clocks down again.
 const WARM_UP: Duration = Duration::from_millis(50);
 const COOLS_AFTER: Duration = Duration::from_secs(2);
 
-/// When a card was last kept busy by a race.
+/// When a race last kept a GPU busy.
 static BUSY_UNTIL: Mutex<Option<Instant>> = Mutex::new(None);
 
-/// Microseconds of each of `ways`, infinite for one that cannot be done. `run` does one of them, or returns false where it
-/// cannot; each is done several times. `cleared` is memory that nobody needs, as large as the card's cache.
+/// Microseconds of each of `ways`, infinite for one that does not work. `run` does one of them, or returns
+/// false where it cannot; each is run several times. `cleared` is unused memory as large as the GPU's cache.
 pub(super) fn race(
     gpu: &Gpu,
     cleared: (Address, usize),
@@ -39,7 +39,7 @@ pub(super) fn race(
     }
     let mut fastest = vec![f32::INFINITY; ways];
     if able.len() < 2 {
-        // Nothing to compare: no time is taken.
+        // Nothing to compare, so nothing is timed.
         able.iter().for_each(|way| fastest[*way] = 0.0);
         return Ok(fastest);
     }

@@ -1,4 +1,5 @@
-//! From the bound batch to tokens, and back to the gradients of what was added (kernels/patchify.cu, kernels/embed.cu).
+//! From the bound batch to tokens, and back to the gradients of bias, extra tokens and positions
+//! (kernels/patchify.cu, kernels/embed.cu).
 
 use super::Cuda;
 use super::dense::elementwise_grid;
@@ -120,7 +121,7 @@ pub(super) fn embed(cuda: &mut Cuda, op: &ops::Embed) -> Result<()> {
     )
 }
 
-/// Most scratch for partial sums over slices of the batch.
+/// Limit of the scratch for partial sums over slices of the batch.
 const PARTIAL_BYTES: usize = 16 << 20;
 
 pub(super) fn embed_backward(cuda: &mut Cuda, op: &ops::EmbedBackward) -> Result<()> {
@@ -134,7 +135,7 @@ pub(super) fn embed_backward(cuda: &mut Cuda, op: &ops::EmbedBackward) -> Result
         return Ok(());
     }
 
-    // Slices of the batch: enough threads for the card, within the scratch.
+    // Slices of the batch: enough threads for the GPU, within the scratch limit.
     let pitch = d_x.cols.next_multiple_of(8);
     let slice_bytes = embed.tokens * pitch * 4;
     let threads = embed.tokens * pitch / 8;
@@ -178,7 +179,7 @@ pub(super) fn embed_backward(cuda: &mut Cuda, op: &ops::EmbedBackward) -> Result
         u32::from(cuda.micro.accumulate),
     )?;
     let Some(d_bias) = d_bias else { return Ok(()) };
-    // Slice 0 holds each token's sum by now.
+    // Slice 0 now holds each token's sum.
     let patches = partials + (embed.extra * pitch * 4) as u64;
     let count = (embed.tokens - embed.extra) as u32;
     let pitch = pitch as u32;

@@ -1,7 +1,8 @@
-//! What changes from step to step: small structs in device memory that recorded kernels read (`kernels/step.cuh`).
+//! Values that change from step to step: small structs in device memory that recorded kernels read
+//! (`kernels/step.cuh`).
 //!
-//! The host writes the next step's params into a ring of page-locked copies and sends one ahead of each step, so that
-//! a copy under way is never overwritten.
+//! The host writes the next step's params into a ring of page-locked copies and sends one before each step,
+//! so that a pending copy is never overwritten.
 
 use super::driver::{Address, Event, Gpu, Pinned, Stream};
 use crate::backend::{GroupScalars, HostMemory, Pixels, Slot, StepKeys, Update};
@@ -9,7 +10,7 @@ use crate::error::Result;
 
 /// Parameter groups that a step may have.
 pub(super) const MAX_GROUPS: usize = 512;
-/// Copies of the params: as many steps may be asked for before the first is done.
+/// Copies of the params: the number of steps that may be submitted before the first is done.
 const RING: usize = 8;
 
 /// `SlotView` of `kernels/step.cuh`.
@@ -57,7 +58,7 @@ pub(super) struct StepParamsRing {
     now: StepParams,
     rates: Vec<Rates>,
     pixels: Pixels,
-    /// The device has other values.
+    /// The device's copy is out of date.
     stale: bool,
 }
 
@@ -75,7 +76,7 @@ impl StepParamsRing {
         })
     }
 
-    /// Puts them into [`BYTES`] bytes of device memory.
+    /// Assigns them [`BYTES`] bytes of device memory.
     pub(super) fn place(&mut self, device: Address) {
         self.device = device;
         self.stale = true;
@@ -91,7 +92,7 @@ impl StepParamsRing {
         self.device + PARAMS_BYTES as u64
     }
 
-    /// What the bound batch's pixels are.
+    /// The pixel type of the bound batch.
     pub(super) fn pixels(&self) -> Pixels {
         self.pixels
     }
@@ -101,7 +102,7 @@ impl StepParamsRing {
         self.stale = true;
     }
 
-    /// The slot's contents are, or will be, at `base`.
+    /// Binds `slot`, whose contents are, or will be, at `base`.
     pub(super) fn bind(&mut self, slot: &Slot, base: Address) {
         let [pixels, targets, partner, lambda, boxes, pixel_lambda, erase, _] =
             slot.layout().offsets().map(|at| base + at as u64);
@@ -121,7 +122,7 @@ impl StepParamsRing {
         }
     }
 
-    /// Sends the present values, if they are new, in the order of the compute stream.
+    /// Sends the current values, if they have changed, in the order of the compute stream.
     pub(super) fn send(&mut self, gpu: &Gpu) -> Result<()> {
         if !std::mem::take(&mut self.stale) {
             return Ok(());

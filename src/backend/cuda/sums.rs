@@ -1,4 +1,5 @@
-//! Sums over the rows of a matrix in two stages: partial sums per block, then those in order (kernels/column_sums.cu).
+//! Sums over the rows of a matrix in two stages: partial sums per block, then their sum in order
+//! (kernels/column_sums.cu).
 
 use super::Cuda;
 use super::driver::Address;
@@ -6,14 +7,14 @@ use super::launch::{Argument, launch, variant};
 use crate::backend::Mat;
 use crate::error::Result;
 
-/// Columns that a block owns, eight per lane.
+/// Columns per block, eight per lane.
 pub(super) const COLUMN_STRETCH: usize = 256;
-/// Shared memory in which the eight warps of a block are added up.
+/// Shared memory in which the eight warps of a block are summed.
 pub(super) const COLUMN_SHARED: u32 = 8 * 256 * 4;
-/// Rows that a block takes at a time.
+/// Rows that a block processes at a time.
 const ROWS: usize = 8;
 
-/// Stretches of columns times slices of rows, enough blocks for every multiprocessor.
+/// Stretches of columns times slices of rows: enough blocks for every multiprocessor.
 pub(super) fn column_grid(cuda: &Cuda, x: Mat) -> [u32; 3] {
     let stretches = x.cols.div_ceil(COLUMN_STRETCH);
     let wanted = (4 * cuda.card().multiprocessors as usize).div_ceil(stretches);
@@ -32,7 +33,7 @@ unsafe impl Argument for SumOutputs {}
 /// Partial sums in the workspace: `[blocks, sums, pitch]`.
 pub(super) struct Partials {
     pub(super) at: Address,
-    /// Scratch in front of the sums.
+    /// Scratch before the sums.
     pub(super) in_front: Address,
     pub(super) pitch: u32,
     blocks: u32,
@@ -41,7 +42,7 @@ pub(super) struct Partials {
 }
 
 impl Partials {
-    /// Room behind `in_front` bytes of other scratch.
+    /// Reserves the sums after `in_front` bytes of other scratch.
     pub(super) fn new(cuda: &Cuda, blocks: usize, sums: usize, columns: usize, in_front: usize) -> Self {
         let pitch = columns.next_multiple_of(8);
         let scratch = cuda.scratch(in_front + blocks * sums * pitch * 4);
@@ -55,7 +56,8 @@ impl Partials {
         }
     }
 
-    /// Adds the blocks up into the gradients that are there, one per sum: assigned, or added to in a later micro-batch.
+    /// Adds the blocks' sums into the gradients that are present, one per sum: assigned, or added to in a
+    /// later micro-batch.
     pub(super) fn finish(&self, cuda: &Cuda, outputs: &[Option<Mat>]) -> Result<()> {
         assert_eq!(outputs.len(), self.sums as usize, "one output per sum");
         if outputs.iter().all(Option::is_none) {
@@ -75,7 +77,8 @@ impl Partials {
     }
 }
 
-/// `out[s][c] (+)= Σ partials`: `count` partials, `stride` elements apart, whose sums are `pitch` elements apart.
+/// `out[s][c] (+)= Σ partials`: `count` partials, `stride` elements apart; different sums are `pitch`
+/// elements apart.
 pub(super) fn sum_partials(
     cuda: &Cuda,
     at: Address,

@@ -1,5 +1,5 @@
-//! What benchmarks want of a card and a run does not: what was launched, how long it took by the card's own clock, how
-//! fast the card copies.
+//! What benchmarks need to know about a GPU and runs do not: which kernels were launched, how long work took
+//! by the GPU's clock, how fast the GPU copies.
 
 use super::Cuda;
 use super::driver::{Buffer, Launched, Stream, memory_of_current_card};
@@ -8,18 +8,19 @@ use crate::backend::{Arena, Body};
 use crate::error::Result;
 
 impl Cuda {
-    /// The stand-in GPU computes on the host: its times say nothing.
+    /// The stand-in GPU computes on the host: its times mean nothing.
     pub fn is_stand_in(&self) -> bool {
         self.gpu.card().name.starts_with(STAND_IN)
     }
 
-    /// Bytes in use, by whatever program, of the card that this thread has last computed on.
+    /// Bytes in use, by any program, on the GPU that this thread last computed on.
     pub fn used_memory() -> Result<usize> {
         let (free, total) = memory_of_current_card()?;
         Ok(total - free)
     }
 
-    /// Runs `work` and says what kernels it started, in order. Products of cuBLASLt are not among them.
+    /// Runs `work` and returns the kernels that it started, in order. Products of cuBLASLt are not among
+    /// them.
     pub fn launches(&mut self, work: Body) -> Result<Vec<Launched>> {
         let gpu = self.gpu.clone();
         let launches = gpu.watch_launches(|| work(self))?;
@@ -27,15 +28,15 @@ impl Cuda {
         Ok(launches)
     }
 
-    /// Records `work`, which has run before, and returns the seconds of a replay: one figure per round of `replays`, by two
-    /// events of the card. Between two kernels lies no call of the host.
+    /// Records `work`, which has run before, and returns the seconds of one replay: one value per round of
+    /// `replays`, timed with two events of the GPU. The host makes no call between two kernels.
     pub fn time_replayed(&mut self, work: Body, rounds: usize, replays: usize) -> Result<Vec<f64>> {
         let gpu = self.gpu.clone();
         let graph = gpu.capture(|| work(self))?;
         self.time_rounds(rounds, replays, |_| gpu.replay(&graph))
     }
 
-    /// As [`Cuda::time_replayed`], launch by launch: for an update, which sends its rates each time.
+    /// Like [`Cuda::time_replayed`], but launch by launch: for an update, which sends its rates each time.
     pub fn time_launched(&mut self, work: Body, rounds: usize, repeats: usize) -> Result<Vec<f64>> {
         self.time_rounds(rounds, repeats, |cuda| work(cuda))
     }
@@ -62,14 +63,15 @@ impl Cuda {
         Ok(seconds)
     }
 
-    /// Seconds of copying `bytes` bytes from one place of the card's memory to another, as [`Cuda::time_replayed`].
+    /// Seconds to copy `bytes` bytes within the GPU's memory, as in [`Cuda::time_replayed`].
     pub fn time_copy(&mut self, bytes: usize, rounds: usize, repeats: usize) -> Result<Vec<f64>> {
         self.gpu.make_current()?;
         let (from, to): (Buffer, Buffer) = (self.gpu.allocate(bytes)?, self.gpu.allocate(bytes)?);
         self.time_rounds(rounds, repeats, |cuda| cuda.gpu.copy(to.address, from.address, bytes))
     }
 
-    /// Fills an arena with `pattern`, again and again. Weights are copied to bf16, where there is such a copy.
+    /// Fills an arena with repetitions of `pattern`. Weights are also copied to bf16, where there is such a
+    /// copy.
     pub fn fill(&mut self, arena: Arena, pattern: &[u8]) -> Result<()> {
         let Buffer { address, bytes, .. } = *self.arena(arena);
         let mut filled = pattern.len().min(bytes);

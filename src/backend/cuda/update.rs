@@ -1,11 +1,13 @@
 //! The step's report, the global norm, and the optimiser over the flat buffers (kernels/report.cu, kernels/update.cu).
 //!
-//! A report is closed by a kernel at the end of the step and copied to page-locked memory behind it. The copy is no part of
-//! a recorded step: each report has a place of its own, so that the host may read one while the next is on its way.
+//! The last kernel of a step closes the report; after it, a copy sends the report to page-locked memory. The
+//! copy is not part of a recorded step: each report has its own destination, so the host may read one while
+//! the next is being copied.
 //!
-//! An update is three launches: sums of squares, one block that turns them into the clip factor and the constants of
-//! this step, and the pass over all parameters. The host takes no part: what the kernels tell each other lies in
-//! [`State`], and the tables that map runs of elements to parameter groups are made at the first update.
+//! An update is three launches: sums of squares; one block that turns them into the clip factor and the
+//! constants of this step; and the pass over all parameters. The host takes no part. The kernels exchange
+//! values through [`State`]; the tables that map runs of elements to parameter groups are made at the first
+//! update.
 
 mod adafactor;
 
@@ -23,22 +25,23 @@ use adafactor::Tables;
 pub(super) struct State {
     /// Sums, constants, the closed report and partial norms: [`PARAMS_BYTES`] of device memory.
     params: Address,
-    /// Free places for reports.
+    /// Free buffers for reports.
     places: Vec<Arrival>,
-    /// Reports that were not read yet, the oldest first.
+    /// Unread reports, oldest first.
     arrivals: VecDeque<Arrival>,
     table: Option<Table>,
 }
 
-/// Where a report arrives, and when it has.
+/// A report's destination, and the event of its arrival.
 type Arrival = (Pinned, Event);
 
-/// Reports that may wait for the host: that of the step under way, and of the one before.
+/// Reports that may wait for the host: those of the current step and of the one before.
 const ARRIVALS: usize = 2;
 
-/// Bytes of `ReportSums`, `UpdateParams` and `StepReport` (kernels/step.cuh), each in 64 bytes of its own.
+/// Bytes for each of `ReportSums`, `UpdateParams` and `StepReport` (kernels/step.cuh), which are padded to 64
+/// bytes.
 const CELL_BYTES: u64 = 64;
-/// The norm's blocks of a multiprocessor, and in all.
+/// Blocks of the norm, per multiprocessor and in total.
 const NORM_BLOCKS: usize = 8;
 const MOST_NORM_BLOCKS: usize = 4096;
 /// Device memory of [`State::params`].
@@ -64,7 +67,7 @@ impl State {
         Ok(Self { params: 0, places, arrivals: VecDeque::new(), table: None })
     }
 
-    /// Puts the params into [`PARAMS_BYTES`] bytes of device memory.
+    /// Assigns the params [`PARAMS_BYTES`] bytes of device memory.
     pub(super) fn place(&mut self, params: Address) {
         self.params = params;
     }
@@ -100,7 +103,7 @@ pub(super) fn add_to_report(cuda: &mut Cuda, op: &ops::AddToReport) -> Result<()
     launch!(cuda, "report_add", [1, 1, 1], 256, 8 * 3 * 8, cuda.update.sums(), at, ld, rows)
 }
 
-/// Finishes the report of the sums as they are: the last kernel of a step.
+/// Finishes the report from the current sums: the last kernel of a step.
 pub(super) fn close_report(cuda: &mut Cuda) -> Result<()> {
     let (sums, constants, out) = (cuda.update.sums(), cuda.update.constants(), cuda.update.report());
     let mean_over = cuda.micro.mean_over as f64;
@@ -118,7 +121,7 @@ pub(super) fn close_report(cuda: &mut Cuda) -> Result<()> {
     )
 }
 
-/// Sends the closed report to the host, behind what was asked for so far.
+/// Sends the closed report to the host, after all submitted work.
 pub(super) fn send_report(cuda: &mut Cuda) -> Result<()> {
     let (gpu, state) = (&cuda.gpu, &mut cuda.update);
     let (mut memory, arrived) = state.places.pop().expect("the reports of two steps were not read");
@@ -151,14 +154,14 @@ pub(super) fn report(cuda: &mut Cuda) -> Result<StepReport> {
 
 // Updates ------------------------------------------------------------------------------------------------------------
 
-/// What the update walks, in [`Arena::Update`], for the segments that it was made for.
+/// The tables in [`Arena::Update`], and the segments that they were made for.
 struct Table {
     segments: Vec<Segment>,
     kind: TableKind,
 }
 
 enum TableKind {
-    /// How many `UpdateChunk`s there are.
+    /// The number of `UpdateChunk`s.
     Chunks(usize),
     Tensors(Tables),
 }
@@ -175,9 +178,9 @@ struct UpdateChunk {
 
 const _: () = assert!(size_of::<UpdateChunk>() == 24 && size_of::<RawReport>() == 48);
 
-/// Elements of a chunk: four rounds of a block.
+/// Elements per chunk: four rounds of a block.
 const CHUNK: usize = 4096;
-/// The update's blocks of a multiprocessor.
+/// Blocks of the update per multiprocessor.
 const UPDATE_BLOCKS: usize = 8;
 
 fn chunks(segments: &[Segment]) -> Vec<UpdateChunk> {
@@ -202,7 +205,7 @@ pub(in crate::backend) fn update_bytes(rule: Rule, segments: &[Segment]) -> usiz
 }
 
 impl Table {
-    /// Fills the arena. A caller whose plan knew of no optimiser gets it now.
+    /// Fills the arena. If the plan did not include an optimiser, allocates the arena now.
     fn new(cuda: &mut Cuda, update: &Update) -> Result<Self> {
         let bytes = update_bytes(update.rule, update.segments);
         if cuda.arena(Arena::Update).bytes < bytes {
@@ -366,7 +369,7 @@ pub(super) fn update(cuda: &mut Cuda, update: &Update) -> Result<()> {
     launch!(cuda, kernel, [blocks, 1, 1], 256, 0, constants, buffers, table, count, rates, rule)
 }
 
-/// The norm, the clip factor, whether to skip, and the constants that depend on t.
+/// Computes the norm, the clip factor, whether to skip, and the constants that depend on t.
 fn prepare(cuda: &Cuda, update: &Update) -> Result<()> {
     let (sums, constants) = (cuda.update.sums(), cuda.update.constants());
     let most = MOST_NORM_BLOCKS.min(NORM_BLOCKS * cuda.card().multiprocessors as usize);

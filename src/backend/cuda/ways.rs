@@ -1,8 +1,8 @@
-//! Several ways of doing the same work, of which the card takes the fastest.
+//! Several ways of doing the same work; the fastest one is used.
 //!
-//! What can be fused into a product is not always faster so: an epilogue may keep the library from splitting a sum, or from its
-//! best kernels. So each shape that is met asks once: every way is timed on the operands of the step ([`race`]), the choice is
-//! kept beside the algorithms of products, and every later step takes it without asking.
+//! Fusing work into a product is not always faster: an epilogue may keep the library from splitting a sum, or
+//! from its best kernels. So every new shape is timed once, each way on the operands of the step ([`race`]).
+//! The choice is stored with the algorithms of products, and later steps reuse it.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,14 +13,14 @@ use super::{Arena, BLAS_WORKSPACE, Cuda};
 use crate::backend::Choice;
 use crate::error::Result;
 
-/// Does the work, or returns false where it cannot be done so.
+/// Does the work, or returns false where it cannot be done this way.
 type Attempt<'a> = dyn Fn(&mut Cuda) -> Result<bool> + 'a;
 
-/// One way of doing it.
+/// One way of doing the work.
 pub(super) struct Way<'a> {
     pub(super) name: &'static str,
     pub(super) run: Box<Attempt<'a>>,
-    /// Microseconds that another operation has spent on this one's behalf.
+    /// Microseconds that another operation spends to make this way possible.
     pub(super) elsewhere: f32,
 }
 
@@ -30,16 +30,17 @@ impl<'a> Way<'a> {
     }
 }
 
-/// What was chosen so far, a way's place in its list, for each shape and first way: which ways there are depends on what was
-/// done before.
+/// The choices so far, as an index into the list of ways, per shape and first way: the ways available depend
+/// on what was done before.
 #[derive(Default)]
 pub(super) struct Ways(HashMap<(Shape, &'static str), usize>);
 
-/// Does the work in the way that is the fastest for this shape, or by rule in the first that can be done; gives back its
-/// place in `ways`. `changed` is memory that the work both reads and changes, and that a second run would find changed.
+/// Does the work in the fastest way for this shape, or by rule in the first that works; returns its index in
+/// `ways`. `changed` is memory that the work both reads and changes, so that a second run would start from
+/// other values.
 ///
 /// # Errors
-/// The device fails, or no way can be done: the last is one that always can, so that is a fault of ours.
+/// The device fails, or no way works: the last one always must, so that is a bug of ours.
 pub(super) fn in_the_fastest_way(
     cuda: &mut Cuda,
     shape: &Shape,
@@ -53,7 +54,7 @@ pub(super) fn in_the_fastest_way(
     }
     let at = choose(cuda, shape, changed, ways)?;
     cuda.ways.0.insert(key, at);
-    // Where the first way is not offered again, because another was taken, the choice among the rest is the same.
+    // The first way is not offered again if another was taken; the choice among the rest stays the same.
     if at > 0 {
         cuda.ways.0.insert((*shape, ways[1].name), at - 1);
     }
@@ -73,7 +74,7 @@ fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[
         }
         unreachable!("the last way can always be done: {shape:?}")
     };
-    // Nothing can be timed while a step is recorded; all that it does has been done once before.
+    // Nothing can be timed while a step is recorded, but all its work has run once before.
     if cuda.blas.by_rule() || cuda.gpu.is_capturing() {
         return first_that_can(cuda);
     }
@@ -110,7 +111,7 @@ fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[
     Ok(at)
 }
 
-/// What was chosen in this run, for people.
+/// The choices of this run, for people.
 pub(super) fn choices(cuda: &Cuda) -> Vec<Choice> {
     let choice = |(key, chosen): (&String, &Chosen)| Choice {
         product: key.clone(),

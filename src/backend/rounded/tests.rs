@@ -1,4 +1,4 @@
-//! What is rounded, operation by operation and in whole models.
+//! What is rounded, per operation and in whole models.
 
 use super::*;
 use crate::backend::{GroupScalars, Loss, LossKind, Mask, Normalise, Pixels, Rule, Segment, TargetKind};
@@ -6,7 +6,7 @@ use crate::rng::{Domain, Stream};
 use crate::vit::config::PoolKind;
 use crate::vit::{LastBlock, Mode, ModelConfig, Vit};
 
-/// Every operation.
+/// Models that together use every operation.
 fn models() -> [ModelConfig; 4] {
     let map = ModelConfig { pool: PoolKind::Map, extra_tokens: 0, drop_path: 0.2, ..ModelConfig::tiny() };
     let representation = ModelConfig { rep_size: 7, ..ModelConfig::tiny() };
@@ -75,7 +75,7 @@ fn is_bf16(value: &f32) -> bool {
     half::bf16::from_f32(*value).to_f32() == *value
 }
 
-/// Names of the activations that hold what bf16 cannot.
+/// Names of the activations whose values are not all bf16.
 fn unrounded(b: &mut Rounded, model: &Vit) -> Vec<String> {
     let values = values(b, Arena::Activations);
     let mut rest = &values[..];
@@ -116,7 +116,7 @@ fn the_residual_stream_alone_can_stay_f32() {
     let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, drop_path: 0.2, ..ModelConfig::tiny() };
     let stream = ["block 0 x", "block 0 mid", "block 1 x", "block 1 mid", "x", "d_x"];
     assert_eq!(names(gap.clone()), stream);
-    // By the epilogue of a product.
+    // Joined by the epilogue of a product.
     assert_eq!(names(ModelConfig { drop_path: 0.0, ..gap }), stream);
     // The class tokens' part of the stream.
     let [blocks, class] =
@@ -149,7 +149,7 @@ fn another_way_to_round_is_refused_and_a_run_says_its_own() {
     assert!(describe(Rounds::AllButResidual).contains("all but the residual stream"));
 }
 
-/// Where `pre` has no place it is rounded all the same, as it is on a GPU.
+/// A `pre` that is not kept is rounded all the same, as on a GPU.
 #[test]
 fn gelu_is_that_of_the_same_value_with_and_without_a_place_for_it() {
     for form in [Gelu::Tanh, Gelu::Erf] {

@@ -1,4 +1,4 @@
-//! What happens to a finished tile on its way from the accumulators to memory.
+//! What is done to a finished tile between the accumulators and memory.
 
 use super::tile::copy_block;
 use crate::backend::Gelu;
@@ -7,8 +7,8 @@ use crate::backend::cpu::simd::{MAX_NR, Simd};
 use crate::backend::cpu::view::{Rows, Shared};
 use crate::backend::mask::BoundMask;
 
-/// A dropout over a matrix whose rows belong to samples: element (r, j) of a matrix of `cols` columns is element
-/// `(r % rows_per_sample)·cols + j` of sample `r / rows_per_sample`.
+/// A dropout over a matrix whose rows belong to samples: element (r, j) of a matrix with `cols` columns is
+/// element `(r % rows_per_sample)·cols + j` of sample `r / rows_per_sample`.
 #[derive(Clone, Copy, Debug)]
 pub struct Dropout {
     pub mask: BoundMask,
@@ -16,13 +16,13 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// The factors of row `r` from column `j` on, of rows of `cols`.
+    /// The factors of row `r`, starting at column `j`, for rows of `cols`.
     pub(in crate::backend::cpu) fn fill(&self, r: usize, j: usize, cols: usize, factors: &mut [f32]) {
         self.mask.fill(r / self.rows_per_sample, r % self.rows_per_sample * cols + j, factors);
     }
 }
 
-/// An epilogue whose matrices are ready for many tasks.
+/// An epilogue whose matrices can be used by many tasks.
 #[derive(Clone, Copy)]
 pub(super) enum Finish<'a> {
     Store,
@@ -48,9 +48,9 @@ pub(super) struct Done {
     pub n: usize,
 }
 
-/// For each row of the tile, for each vector of the row: `$x` is the tile's vector, `$at` its (row, column) and `$len`
-/// the number of its lanes that count; the value of the body is stored at `$y`. A macro, because a closure would be
-/// compiled without the instruction set.
+/// For each row of the tile, for each vector of the row: `$x` is the tile's vector, `$at` its (row, column)
+/// and `$len` the number of valid lanes; the value of the body is stored at `$y`. A macro, because a closure
+/// would be compiled without the instruction set.
 macro_rules! for_each_vector {
     ($s:ident, $done:ident, $y:ident, |$x:ident, $r:ident, $j:ident, $len:ident| $body:expr) => {
         for i in 0..$done.rows {
@@ -84,7 +84,7 @@ unsafe fn put<S: Simd>(s: S, to: *mut f32, v: S::V, n: usize) {
     unsafe { if n == S::LANES { s.store(to, v) } else { s.store_head(to, v, n) } }
 }
 
-/// Takes a tile through the epilogue into `y`.
+/// Applies the epilogue to a tile and stores the result in `y`.
 /// # Safety
 /// The tile must hold `rows` rows of whole vectors over `cols`; its place must lie inside `y` and every matrix of the
 /// epilogue, and belong to this task alone.
@@ -160,7 +160,7 @@ unsafe fn gelu_grad<S: Simd, C: Curve>(s: S, pre: Rows, done: &Done, y: Shared) 
     }
 }
 
-/// Multiplies what was just stored by its mask.
+/// Multiplies the stored values by their mask.
 /// # Safety
 /// As [`finish`].
 unsafe fn drop_tile(dropout: &Dropout, done: &Done, y: Shared) {

@@ -1,15 +1,16 @@
-//! Matrix products for dense layers: forward, gradient of the input, gradient of the weight; all f32, row-major, with
-//! their epilogues fused.
+//! Matrix products for dense layers: forward, gradient of the input, gradient of the weight. All are f32,
+//! row-major, with fused epilogues.
 //!
-//! The weight is packed once per call into panels that all threads read ([`pack`]); the other side is read in place.
-//! Tasks are ranges of rows. Within a task the loops go over column blocks that stay in the L2 cache, blocks of k, rows
-//! by MR (their values of A stay in L1) and panels; the micro-kernel ([`tile`]) does the rest. After the last block of k a
-//! tile goes through its epilogue ([`epilogue`]) while it is hot. The gradient of the weight sums over all rows, so
-//! there tasks are parts of the output, and each packs its own columns of `d_y` and x block by block.
+//! The weight is packed once per call into panels that all threads read ([`pack`]); the other side is read in
+//! place. Tasks are ranges of rows. Within a task the loops go over column blocks that stay in the L2 cache,
+//! blocks of k, rows by MR (whose values of A stay in L1) and panels; the micro-kernel ([`tile`]) does the
+//! rest. After the last block of k, a tile goes through its epilogue ([`epilogue`]) while it is in cache. The
+//! gradient of the weight sums over all rows, so its tasks are parts of the output, and each packs its own
+//! columns of `d_y` and x block by block.
 //!
 //! No sum is ever split between threads: results have the same bits for any number of them.
 
-// Arrays of vectors are walked by index: iterators would need closures, which lose the instruction set.
+// Arrays of vectors are indexed: iterators would need closures, which lose the instruction set.
 #![allow(clippy::needless_range_loop)]
 
 pub mod epilogue;
@@ -33,7 +34,7 @@ pub enum Residual<'a> {
     From(Rows<'a>),
 }
 
-/// What happens to `x·wᵀ` before it is stored.
+/// What is done to `x·wᵀ` before it is stored.
 #[derive(Debug)]
 pub enum Epilogue<'a> {
     None,
@@ -42,7 +43,7 @@ pub enum Epilogue<'a> {
         bias: &'a [f32],
         residual: Residual<'a>,
     },
-    /// `pre` keeps `x·wᵀ + b`, if it is wanted.
+    /// `pre` receives `x·wᵀ + b`, if it is kept.
     BiasGelu {
         bias: &'a [f32],
         pre: Option<RowsMut<'a>>,
@@ -52,7 +53,7 @@ pub enum Epilogue<'a> {
     BiasTanh(&'a [f32]),
 }
 
-/// What happens to `d_y·w` before it is stored.
+/// What is done to `d_y·w` before it is stored.
 #[derive(Clone, Copy, Debug)]
 pub enum InputEpilogue<'a> {
     Plain,
@@ -139,7 +140,7 @@ pub fn input_grad(c: &Compute, d_y: Rows, w: Rows, epilogue: InputEpilogue, d_x:
     run(c, &Gemm { n: cols, a: d_y, right, y, partial: y, from_output, finish });
 }
 
-/// A mask of rate 0 is no dropout.
+/// Treats a mask of rate 0 as no dropout.
 fn some(dropout: Option<Dropout>) -> Option<Dropout> {
     dropout.filter(|d| !d.mask.is_none())
 }
@@ -148,11 +149,11 @@ fn some(dropout: Option<Dropout>) -> Option<Dropout> {
 
 /// Depth of a block of k: MR rows of it stay in L1.
 const K_BLOCK: usize = 384;
-/// Values of the packed columns that a task works through at a time: most of an L2 cache of 1 MiB.
+/// Values of the packed columns that a task processes at a time: most of an L2 cache of 1 MiB.
 const L2_VALUES: usize = 144 * 1024;
 /// Tasks per thread: enough to even out a core that also does something else.
-const TASKS_PER_THREAD: usize = 4;
-/// Values of a weight from which on packing is worth waking the other threads.
+Tasks per thread: enough to balance a core that also does other work.
+/// Weights of at least this many values are packed by several threads.
 const PACK_ALONE: usize = 32 * 1024;
 
 /// The right side, `B[k, n]`.
@@ -163,7 +164,7 @@ struct Weight<'a> {
     transposed: bool,
 }
 
-/// `y = finish(a·B)`; sums that are not complete wait in `partial`.
+/// `y = finish(a·B)`; incomplete sums are kept in `partial`.
 struct Gemm<'a> {
     n: usize,
     a: Rows<'a>,
@@ -341,8 +342,8 @@ pub fn weight_grad(c: &Compute, d_y: Rows, x: Rows, accumulate: bool, d_w: RowsM
     });
 }
 
-/// How many parts the rows and the columns of `d_w` are cut into. Each task reads all rows of its columns of `d_y` and
-/// x, so the longer side is cut first, and into few parts.
+/// Into how many parts the rows and the columns of `d_w` are cut. Each task reads all rows of its columns of
+/// `d_y` and x, so the longer side is cut first, and into few parts.
 fn weight_tasks(threads: usize, out: usize, cols: usize) -> (usize, usize) {
     const LEAST: usize = 2 * MAX_NR;
     let (long, short) = (out.max(cols), out.min(cols));
@@ -382,8 +383,8 @@ impl Task for WeightTask<'_> {
         for kb in 0..k_blocks {
             let (k0, k1) = (kb * depth / k_blocks, (kb + 1) * depth / k_blocks);
             let k = k1 - k0;
-            // SAFETY: rows k0..k1 of both matrices; the scratch was made large enough for the longest block. The part
-            // of d_w belongs to this task.
+            // SAFETY: rows k0..k1 of both matrices; the scratch is large enough for the longest block. This
+            // part of d_w belongs to this task.
             unsafe {
                 let from = d_y.data.as_ptr().wrapping_add(k0 * d_y.ld);
                 pack::pack_left(s, from, d_y.ld, k, d_y.cols, rows.clone(), left.as_mut_ptr());
@@ -412,14 +413,14 @@ impl Task for WeightTask<'_> {
 
 // The gradient of the bias ----------------------------------------------------------------------------------------
 
-/// Rows whose sum is formed before it is added to the total: keeps the error of long sums small.
+/// Rows that are summed before they are added to the total: keeps the error of long sums small.
 const SUM_ROWS: usize = 64;
 /// Columns of a task.
 const SUM_COLUMNS: usize = 64;
 
 /// `out (+)= Σ_r d_y[r, ·]`: the gradient of a bias.
 /// # Panics
-/// If `out` has not one value per column.
+/// If `out` does not have one value per column.
 pub fn column_sums(c: &Compute, d_y: Rows, accumulate: bool, out: &mut [f32]) {
     assert_eq!(out.len(), d_y.cols, "column_sums: length of the result");
     let columns = out.len();

@@ -1,7 +1,8 @@
 //! Copies matrices into the panels that the micro-kernel streams.
 //!
-//! A packed right matrix of depth k is cut into panels of `NR = 2·LANES` columns; the last one is a single vector wide
-//! if that is enough. Panel j starts at `j·k`, its rows follow each other, and columns past the end are zero.
+//! A packed right matrix of depth k is cut into panels of `NR = 2·LANES` columns; the last one is a single
+//! vector wide if that is enough. Panel j starts at `j·k`, its rows are consecutive, and columns past the end
+//! are zero.
 
 use crate::backend::cpu::gemm::tile::panel_vectors;
 use crate::backend::cpu::simd::Simd;
@@ -44,7 +45,7 @@ pub unsafe fn pack_transposed<S: Simd>(
                     s.transpose8(from.add(j * ld + k0), ld, to.add(k0 * width + j), width);
                 }
             }
-            // What is no block of 8×8, with k outside: the other order turns into scattered stores.
+            // What does not fill a block of 8×8, with k outside: the other order would scatter the stores.
             for k0 in 0..k {
                 let first = if k0 < whole_k { whole_cols } else { 0 };
                 for j in first..cols {
@@ -56,7 +57,7 @@ pub unsafe fn pack_transposed<S: Simd>(
     }
 }
 
-/// Rows that are copied together: long enough runs on both sides.
+/// Rows that are copied together: gives long enough runs on both sides.
 const GROUP: usize = 8;
 
 /// Packs the panels of `columns` (from a panel's start) of the row-major matrix `B[k, n]`.
@@ -101,8 +102,9 @@ pub unsafe fn pack_plain<S: Simd>(
     }
 }
 
-/// Packs `columns` of the row-major matrix `[k, cols]` as a left matrix, in panels of MR columns: element (i, k) of panel
-/// p at `to[(p·depth + k)·LANES + i]`, depth = k. The lanes past MR hold what nobody reads.
+/// Packs `columns` of the row-major matrix `[k, cols]` as a left matrix, in panels of MR columns: element (i,
+/// k) of panel p at `to[(p·depth + k)·LANES + i]`, depth = k. The lanes past MR hold values that are never
+/// read.
 /// # Safety
 /// `from` must be valid for k rows of `cols` values, `to` for `k·LANES` values per panel.
 #[inline(always)]

@@ -1,11 +1,12 @@
-//! Products against float64 loops, over sizes that no tile divides; the same bits for any cut and any threads.
+//! Products against float64 loops, over sizes that no tile divides; bit-identical for any split and any
+//! number of threads.
 
 use super::*;
 use crate::backend::cpu::testing::{Matrix, Numbers, Tensors, on_every_isa, reference, rel_l2};
 use crate::backend::mask::BoundMask;
 use crate::backend::{Mask, Micro, StepKeys};
 
-/// (R, in, out): one of everything, numbers that nothing divides, several blocks of k, of columns and of rows.
+/// (R, in, out): all ones, sizes that nothing divides, several blocks of k, of columns and of rows.
 const SHAPES: [(usize, usize, usize); 16] = [
     (1, 1, 1),
     (2, 1, 7),
@@ -141,7 +142,8 @@ fn matmul_equals_f64_with_every_epilogue() {
                     |isa, got| {
                         let (y, pre) = got.split_at(rows * out);
                         check("pre", isa, pre, &|_, _, sum| sum);
-                        // The slope is below 1.13, the mask's scale 1/0.6: give the error their room.
+                        // The slope is below 1.13, the mask's scale 1/0.6: scale the values down by as much
+                        // as that may amplify the error.
                         let shrunk: Vec<f32> = y.iter().map(|y| y * 0.5).collect();
                         check("gelu", isa, &shrunk, &|r, j, sum| {
                             0.5 * gelu64(form, sum) * factor(&dropout, r, j, out)
@@ -207,7 +209,7 @@ fn input_grad_equals_f64_with_every_epilogue() {
 #[test]
 fn weight_and_bias_gradients_equal_f64() {
     for (seed, shape) in SHAPES.into_iter().enumerate() {
-        // Rows are the depth here: also run the shape with long sums.
+        // The rows are summed over here: also run the shape with long sums.
         for (rows, depth, out) in [shape, (shape.1 + 600, shape.2 % 60 + 1, shape.0 % 60 + 1)] {
             let mut numbers = Numbers::new(seed as u64 + 80);
             let d_y = Matrix::random(&mut numbers, rows, out, seed % 3);
@@ -316,7 +318,8 @@ fn linear_layers_equal_the_reference() {
                         }
                     };
                     matmul(c, x, w, epilogue, RowsMut::dense(&mut y, rows, out));
-                    // The gradient of the pre-activation: dy through an identity, so that the epilogue makes it.
+                    // The gradient of the pre-activation: dy times an identity, so that the epilogue computes
+                    // it.
                     let mut d_pre = dy.clone();
                     if fused {
                         let mut identity = vec![0.0; out * out];

@@ -1,9 +1,9 @@
-//! The micro-kernel, and products of small matrices made of it.
+//! The micro-kernel, and products of small matrices built from it.
 //!
-//! A tile is `rows ≤ MR` by one or two vectors. Its accumulators stay in registers over the whole sum: per step of k one
-//! or two vectors of B are loaded, and each of `rows` values of A is broadcast. A may have any strides; a row of B is
-//! contiguous. Every element is one chain of `fma` over ascending k, whatever tile it falls into: how a product is cut
-//! into tiles, k-blocks or threads changes no bit.
+//! A tile is `rows ≤ MR` by one or two vectors. Its accumulators stay in registers over the whole sum: each
+//! step of k loads one or two vectors of B and broadcasts `rows` values of A. A may have any strides; a row
+//! of B is contiguous. Every element is one chain of `fma` over ascending k, whichever tile it is in, so how
+//! a product is cut into tiles, k-blocks or threads changes no bit.
 
 use crate::backend::cpu::simd::{MAX_MR, MAX_NR, Simd};
 
@@ -43,7 +43,8 @@ pub unsafe fn tile<S: Simd, const M: usize, const N: usize>(s: S, t: &Tile) {
                 }
             }
         }
-        // Rows of A by fours from a few bases: four strides are addressing modes, more would be a chain of additions.
+        // Rows of A in groups of four from a few bases: four strides fit addressing modes, more would need a
+        // chain of additions.
         let mut a = [t.a; 3];
         for (four, base) in a.iter_mut().enumerate() {
             *base = base.wrapping_add(4 * four * t.a_row);
@@ -98,7 +99,7 @@ impl Right {
     }
 }
 
-/// Room for the largest tile: where a tile lies that is not a whole part of its matrix.
+/// Space for the largest tile, used for tiles at the edge of a matrix.
 #[repr(align(64))]
 pub struct TileBuffer([f32; MAX_MR * MAX_NR]);
 
@@ -119,7 +120,7 @@ impl TileBuffer {
     }
 }
 
-/// Vectors of the panel that starts `left` columns before the end.
+/// Vectors in the panel that starts `left` columns before the end.
 #[inline(always)]
 pub fn panel_vectors<S: Simd>(left: usize) -> usize {
     if left > S::LANES { 2 } else { 1 }

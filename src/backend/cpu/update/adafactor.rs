@@ -1,10 +1,11 @@
-//! Adafactor (Shazeer and Stern 2018) as big_vision has it: a second moment that is kept as row and column means.
+//! Adafactor (Shazeer and Stern 2018) as in big_vision: the second moment is stored as row and column means.
 //!
-//! With G = g² + 1e-30 and β = min(cap, 1 - t^-power), a factored tensor keeps `R ← β·R + (1-β)·mean_cols G` and
-//! `C ← β·C + (1-β)·mean_rows G`, and `u = g·(R / mean_rows R)^-½·C^-½`; any other keeps all of `V` and has `u = g·V^-½`. The
-//! axes come with the segment ([`Factor`]): they are JAX's, laid over our memory by strides.
+//! With G = g² + 1e-30 and β = min(cap, 1 - t^-power), a factored tensor keeps `R ← β·R + (1-β)·mean_cols G`
+//! and `C ← β·C + (1-β)·mean_rows G`, and `u = g·(R / mean_rows R)^-½·C^-½`. Any other tensor keeps all of
+//! `V`, and `u = g·V^-½`. The axes come with the segment ([`Factor`]): they are JAX's, mapped to our memory
+//! by strides.
 //!
-//! A tensor is one job: its statistics are summed in f64, in memory order, by one thread. Tensors run side by side.
+//! One tensor is one job: one thread sums its statistics in f64, in memory order. Tensors run in parallel.
 
 use super::{Carver, Compute, Ema, Job, Moment, Streams, moved, on_isa};
 use crate::backend::{Factor, GroupScalars, Rule, Update};
@@ -14,17 +15,17 @@ use crate::backend::{Factor, GroupScalars, Rule, Update};
 struct Constants {
     /// Multiplies the gradient.
     clip: f32,
-    /// β of the second moment, and what is left to 1.
+    /// β of the second moment, and 1 - β.
     keep2: f32,
     add2: f32,
-    /// The same of the momentum.
+    /// The same for the momentum.
     keep1: f32,
     add1: f32,
     clip_rms: Option<f64>,
     ema: Option<Ema>,
 }
 
-/// Keeps a gradient of zero from a division by zero.
+/// Prevents division by zero where the gradient is zero.
 const TINY: f64 = 1e-30;
 
 /// Updates every tensor.
@@ -52,7 +53,7 @@ pub(super) fn apply<M: Moment>(
     c.for_each_item(tensors(update, streams), |tensor| on_isa(isa, AdafactorOnTensor { constants, tensor }));
 }
 
-/// One tensor's piece of every stream.
+/// One tensor's slice of every buffer.
 struct Tensor<'a, M> {
     theta: &'a mut [f32],
     grad: &'a [f32],
@@ -260,7 +261,7 @@ struct Lines {
     kind: LineKind,
 }
 
-/// One axis: its length, and how far a step along it moves in memory, in the row and in the column statistics.
+/// One axis: its length, and its strides in memory, in the row and in the column statistics.
 #[derive(Clone, Copy)]
 struct LineAxis {
     len: usize,
@@ -269,7 +270,7 @@ struct LineAxis {
     col: usize,
 }
 
-/// Along which axis a line runs.
+/// The axis along which a line runs.
 #[derive(Clone, Copy)]
 enum LineKind {
     /// Neighbours in memory, along the columns' axis.
@@ -289,7 +290,7 @@ impl Lines {
             axis(f.rows, f.row_stride, 1, 0),
             axis(f.cols, f.col_stride, 0, 1),
         ];
-        // Memory order; axes of one element go outside, whatever their stride.
+        // Memory order; axes of one element go outermost, whatever their stride.
         axes.sort_by_key(|a| std::cmp::Reverse(if a.len > 1 { a.memory } else { usize::MAX }));
         let line = axes[3];
         let kind = match (line.memory, line.row, line.col) {
@@ -300,7 +301,8 @@ impl Lines {
         Lines { axes, len: line.len, kind }
     }
 
-    /// Calls `job` with the first element of every line: its place in memory, in the row and in the column statistics.
+    /// Calls `job` with the first element of every line: its offset in memory, in the row and in the column
+    /// statistics.
     #[inline(always)]
     fn for_each(&self, mut job: impl FnMut(usize, usize, usize)) {
         let [a, b, c, _] = self.axes;

@@ -1,4 +1,4 @@
-//! Each rule against f64 formulas, golden values of the original programs, and the reference folder.
+//! Each rule against f64 formulas, golden values from the original programs, and the reference folder.
 
 use std::path::PathBuf;
 
@@ -102,7 +102,7 @@ fn every_elementwise_rule_follows_its_formula_with_clip_decay_and_ema() {
         let (mut theta, mut ema) = (wide(&state.params), wide(&state.ema));
         let (mut m, mut v) = (wide(&state.m), wide(&state.v));
         for t in 1..=4 {
-            // Another gradient each step; the second is below the limit of the clip.
+            // A different gradient each step; the second is below the clip limit.
             let scale = [1.0, 1e-3, -2.0, 0.5][t as usize - 1];
             state.grads = State::new().grads.iter().map(|g| g * scale).collect();
             let norm = state.grads.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
@@ -251,7 +251,7 @@ fn bf16_is_stored_to_nearest_even() {
 
 // Reference folder -----------------------------------------------------------------------------------------------
 
-/// The bytes of a file of the reference folder; `None`, after a line that says so, where there is none.
+/// The bytes of a file of the reference folder; `None`, after a printed line, if it is absent.
 fn reference(name: &str) -> Option<Vec<u8>> {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/reference");
     let path = PathBuf::from(std::env::var("VITRUM_REFERENCE").unwrap_or(default.into())).join(name);
@@ -316,7 +316,7 @@ fn both_clips_are_met() {
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let tags: Vec<&str> = file.names().into_iter().filter_map(|n| n.strip_suffix(".norm")).collect();
     assert!(!tags.is_empty());
-    // SGD without momentum from zero with rate 1 leaves minus the clipped gradient.
+    // SGD without momentum, from zero, with rate 1, leaves minus the clipped gradient.
     let rule = Rule::Sgd { momentum: 0.0, nesterov: false, bf16: false };
     let gather = |prefix: &str| -> Vec<f32> {
         (0..).map_while(|i| tensor(&file, &format!("{prefix}.g{i}"))).flatten().collect()
@@ -348,7 +348,7 @@ fn both_clips_are_met() {
     }
 }
 
-// Adafactor's two storages on one matrix; every layout of a model is tested beside the table that describes it. -----
+// Adafactor's two storages on one matrix; the layouts of a model are tested next to the table that describes them. ---
 
 #[test]
 fn adafactor_keeps_the_means_of_rows_and_columns() {

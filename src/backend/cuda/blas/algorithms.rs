@@ -1,9 +1,10 @@
-//! What timing has chosen, in a file of the cache folder: one per card, library version and precision. For each product the
-//! algorithm; for each product with work around it the way: fused into the product, or a plain product and own kernels.
+//! The choices made by timing, in a file of the cache folder: one file per GPU, library version and
+//! precision. It holds the algorithm of each product, and for each product with work around it the way: fused
+//! into the product, or a plain product and our kernels.
 //!
-//! Two runs that share the file make the same choices and so give the same bits. A file that cannot be read or written
-//! costs one warning and the time to choose again, never the run. A checkpoint names the choices of its run, and a resumed
-//! run prefers them to the file's.
+//! Two runs that share the file make the same choices and so produce the same bits. If the file cannot be
+//! read or written, the run gives one warning and chooses again; it does not fail. A checkpoint stores the
+//! choices of its run, and a resumed run prefers them to the file's.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,14 +14,14 @@ use crate::files;
 use crate::terminal;
 use cudarc::cublaslt::sys::cublasLtMatmulAlgo_t;
 
-/// The file and what it says, and what this run uses.
+/// The file, its contents, and the choices that this run uses.
 pub(super) struct Algorithms {
     path: Option<PathBuf>,
-    /// Card, library and precision: choices of others mean nothing here.
+    /// GPU, library and precision: choices made for others do not apply.
     of: String,
     entries: Choices,
     changed: bool,
-    /// The same for the shapes of this run, those of its checkpoint included.
+    /// The same for the shapes of this run, including those of its checkpoint.
     used: Choices,
 }
 
@@ -28,18 +29,18 @@ pub(super) struct Algorithms {
 struct Choices {
     /// Product → the words of its algorithm.
     algorithms: BTreeMap<String, [u64; 8]>,
-    /// Product with what is around it → how it is done.
+    /// Product with the work around it → its way.
     ways: BTreeMap<String, Chosen>,
 }
 
-/// A way, by its name, and what each one took when they were timed.
+/// The name of the chosen way, and the time of each one.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(in crate::backend::cuda) struct Chosen {
     pub(in crate::backend::cuda) way: String,
     pub(in crate::backend::cuda) microseconds: BTreeMap<String, f32>,
 }
 
-/// How a line of a checkpoint begins that names a way.
+/// Prefix of a checkpoint's lines that name a way.
 const WAY: &str = "way of ";
 
 impl Algorithms {
@@ -54,14 +55,15 @@ impl Algorithms {
             let entries = text.and_then(|text| serde_json::from_str(&text).map_err(|e| e.to_string()));
             entries
                 .map_err(|why| {
-                    terminal::warn(&format!("{}: {why}; algorithms are chosen anew", path.display()))
+                    terminal::warn(&format!("{}: {why}; algorithms are chosen again", path.display()))
                 })
                 .ok()
         });
         Self { path, of, entries: entries.unwrap_or_default(), changed: false, used: Choices::default() }
     }
 
-    /// The run's choices in words, for a checkpoint: whose they are, then one line per product and per way.
+    /// The run's choices as text, for a checkpoint: first GPU, library and precision, then one line per
+    /// product and per way.
     pub(super) fn in_words(&self) -> Vec<String> {
         let algorithm = |(key, words): (&String, &[u64; 8])| {
             let words: Vec<String> = words.iter().map(|word| format!("{word:x}")).collect();
@@ -74,7 +76,7 @@ impl Algorithms {
             .collect()
     }
 
-    /// Takes over what [`Algorithms::in_words`] gave in another process, or says why that is of no use.
+    /// Adopts the output of [`Algorithms::in_words`] from another process, or says why it does not apply.
     pub(super) fn prefer(&mut self, in_words: &[String]) -> Result<(), String> {
         let Some((of, lines)) = in_words.split_first() else {
             return Err("the checkpoint names no algorithms".into());
@@ -93,7 +95,7 @@ impl Algorithms {
         Ok(())
     }
 
-    /// Does the run's checkpoint name one for this shape? Asked before the shape is first met.
+    /// Whether the run's checkpoint names an algorithm for this shape. Call it before the shape first occurs.
     pub(super) fn is_preferred(&self, key: &str) -> bool {
         self.used.algorithms.contains_key(key)
     }
@@ -103,29 +105,29 @@ impl Algorithms {
         Some(cublasLtMatmulAlgo_t { data: *words })
     }
 
-    /// What was found to be the fastest, for later runs.
+    /// Stores the fastest, for later runs.
     pub(super) fn put(&mut self, key: String, algorithm: cublasLtMatmulAlgo_t) {
         let before = self.entries.algorithms.insert(key, algorithm.data);
         self.changed |= before != Some(algorithm.data);
     }
 
-    /// The run uses this one.
+    /// Marks it as used by the run.
     pub(super) fn take(&mut self, key: String, algorithm: cublasLtMatmulAlgo_t) {
         self.used.algorithms.insert(key, algorithm.data);
     }
 
-    /// The way in which the checkpoint or the file wants it done.
+    /// The way that the checkpoint or the file names.
     pub(super) fn way(&self, key: &str) -> Option<&Chosen> {
         self.used.ways.get(key).or_else(|| self.entries.ways.get(key))
     }
 
-    /// What was found to be the fastest, for later runs.
+    /// Stores the fastest, for later runs.
     pub(super) fn put_way(&mut self, key: &str, chosen: &Chosen) {
         let before = self.entries.ways.insert(key.to_string(), chosen.clone());
         self.changed |= before.as_ref() != Some(chosen);
     }
 
-    /// The run does it so.
+    /// Marks it as used by the run.
     pub(super) fn take_way(&mut self, key: String, chosen: Chosen) {
         self.used.ways.insert(key, chosen);
     }

@@ -1,4 +1,4 @@
-//! What an algorithm of cuBLASLt does, as it says itself, and which ones are left out.
+//! What an algorithm of cuBLASLt does, by its own description, and which ones we exclude.
 
 use std::ptr;
 
@@ -7,7 +7,7 @@ use sys::cublasLtMatmulAlgoConfigAttributes_t as Attribute;
 
 use crate::backend::cuda::api;
 
-/// The configuration of an algorithm, as much of it as matters here. What the library does not tell is `None`.
+/// The relevant part of an algorithm's configuration. `None`: the library does not say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Config {
     pub(super) id: Option<u32>,
@@ -40,13 +40,13 @@ impl Config {
         }
     }
 
-    /// Is the whole sum made in one place? Only if the library says so.
+    /// Whether the whole sum is computed in one place. False if the library does not say.
     pub(super) fn is_unsplit(&self) -> bool {
         self.splits == Some(1)
     }
 }
 
-/// Library and card, as far as their known faults depend on them.
+/// Library and GPU, as far as known bugs depend on them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Library {
     /// `cublasLtGetVersion`
@@ -55,9 +55,10 @@ pub(super) struct Library {
 }
 
 impl Library {
-    /// cuBLAS 12.6.3 to before 13.8.0 on compute capability 9.0: algorithm 66 computes wrongly where the number of splits
-    /// does not divide k and k / splits, rounded down, is a multiple of the stage's depth (release notes of CUDA 13.4 Update
-    /// 1, 6580689). Where the library does not tell the algorithm or the stage, the worst is taken.
+    /// cuBLAS 12.6.3 to before 13.8.0 on compute capability 9.0: algorithm 66 gives wrong results where the
+    /// number of splits does not divide k and k / splits, rounded down, is a multiple of the stage's depth
+    /// (release notes of CUDA 13.4 Update 1, 6580689). If the library does not tell the algorithm or the
+    /// stage, the worst is assumed.
     pub(super) fn computes_wrongly(&self, config: &Config, k: usize) -> bool {
         const WRONG_ALGORITHM: u32 = 66;
         if self.capability != (9, 0) || !(120_603..130_800).contains(&self.version) {
@@ -70,8 +71,8 @@ impl Library {
     }
 }
 
-/// Elements of k in a stage: `64` of `STAGES_64x3` and of `STAGES_64xAUTO`. By number from 1; six numbers of stages for each
-/// of four depths, then those that came later.
+/// Elements of k in a stage: `64` of `STAGES_64x3` and of `STAGES_64xAUTO`. Indexed by number, from 1: six
+/// numbers of stages for each of four depths, then those that were added later.
 #[rustfmt::skip]
 const STAGE_DEPTHS: [usize; 36] = [
     16, 16, 16, 16, 16, 16,
@@ -103,13 +104,14 @@ mod tests {
     #[test]
     fn splits_that_the_library_gets_wrong_are_known() {
         let wrong = |k, splits| HOPPER.computes_wrongly(&config(66, splits, STAGES_64X3), k);
-        // 577 · 8 = 4616 = 72 · 64 + 8: in 3 parts of 1538 rounded down, no multiple of 64; in 9 of 512, one.
+        // 577 · 8 = 4616 = 72 · 64 + 8. In 3 parts: 1538 rounded down, not a multiple of 64. In 9 parts: 512,
+        // a multiple.
         assert!(!wrong(4616, 3));
         assert!(wrong(4616, 9));
         // A split that divides k is right, and so is no split.
         assert!(!wrong(4616, 8));
         assert!(!wrong(4616, 1));
-        // 197 tokens: nothing of 2 to 32 splits at the batches that are used.
+        // 197 tokens: none of 2 to 32 splits is affected at the batch sizes in use.
         for batch in [128, 256, 512, 1024] {
             assert!((2..=32).all(|splits| !wrong(197 * batch, splits)), "batch {batch}");
         }

@@ -1,4 +1,4 @@
-//! What cuBLASLt is told of a product, as values that free themselves.
+//! cuBLASLt's descriptions of a product, as values that free themselves.
 
 use std::ptr;
 
@@ -12,8 +12,8 @@ use crate::backend::cuda::BLAS_WORKSPACE;
 use crate::backend::cuda::api::{self, Code};
 use crate::error::{Error, Result};
 
-/// How the parts of a split sum may be brought together: not at all (no split), or in f32 in the workspace. The library's
-/// default would let them pass through D's type.
+/// How the parts of a split sum may be combined: not at all (no split), or in f32 in the workspace. The
+/// library's default would allow them to pass through D's type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reduction {
     Unsplit,
@@ -109,7 +109,7 @@ impl Drop for Layout {
 pub(super) struct Preference(pub(super) sys::cublasLtMatmulPreference_t);
 
 impl Preference {
-    /// Any algorithm that gets by with the workspace and with operands aligned to 16 bytes.
+    /// Any algorithm that fits into the workspace and works with operands aligned to 16 bytes.
     pub(super) fn new(reduction: Reduction) -> Result<Self> {
         let mut raw = ptr::null_mut();
         // SAFETY: a valid out-pointer.
@@ -155,7 +155,7 @@ impl Drop for Preference {
     }
 }
 
-/// Turns a status into an error that says what was being done.
+/// Turns a status into an error that names the failed action.
 pub(super) fn check(status: Code, doing: impl std::fmt::Display) -> Result<()> {
     if status == 0 {
         return Ok(());

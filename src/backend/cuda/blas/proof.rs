@@ -1,8 +1,9 @@
-//! Does an algorithm that splits its sum give what one that does not gives?
+//! Compares an algorithm that splits its sum with one that does not.
 //!
-//! Asked once for each split algorithm that wins, because a library has given wrong sums for some splits in silence. The
-//! operands of the step will not do: at the first step the gradients of a model whose head starts at zero are all zero,
-//! and any sum of zeros is right. So A and B are set aside in main memory, filled with random numbers, and put back.
+//! This runs once for each split algorithm that wins, because a library has silently given wrong sums for
+//! some splits. The operands of the step cannot be used: at the first step the gradients of a model whose
+//! head starts at zero are all zero, and any sum of zeros is right. So A and B are saved to main memory,
+//! filled with random numbers, and restored.
 
 use half::bf16;
 
@@ -12,10 +13,10 @@ use crate::backend::cuda::driver::{Address, Gpu};
 use crate::error::Result;
 use crate::rng::{Domain, Stream};
 
-/// Random numbers that an operand is filled with, again and again: a prime, so that no two rows are alike.
+/// Length of the pattern of random numbers that fills an operand: a prime, so that no two rows are alike.
 const PATTERN: usize = 65_521;
 
-/// What lies at these places now, to be put back.
+/// The contents of these places, to be restored.
 pub(in crate::backend::cuda) struct SetAside<'a> {
     gpu: &'a Gpu,
     kept: Vec<(Address, Vec<u8>)>,
@@ -36,8 +37,8 @@ impl<'a> SetAside<'a> {
     }
 }
 
-/// Whether two ways of computing a product give the same D, but for rounding. `multiply` computes it by the first or the
-/// second of them, or returns false where it cannot: then nothing is shown.
+/// Whether two ways of computing a product give the same D, up to rounding. `multiply` computes it the first
+/// or the second way, or returns false where it cannot: then nothing is shown.
 pub(super) fn agree(
     gpu: &Gpu,
     shape: &Shape,
@@ -76,7 +77,7 @@ fn fill(gpu: &Gpu, at: Address, matrix: Matrix, which: u64) -> Result<()> {
         Dtype::F32 => bytemuck::cast_slice(&pattern).to_vec(),
         Dtype::Bf16 => pattern.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
     };
-    // In larger pieces: a copy has a price of its own.
+    // In larger pieces: each copy has a fixed cost.
     let piece = bytes.repeat(32);
     let span = matrix.span();
     (0..span)
@@ -107,7 +108,8 @@ fn differ_by_rounding(matrix: Matrix, a: &[u8], b: &[u8]) -> bool {
         squares += x * x;
     }
     let rms = (squares / (matrix.rows * matrix.cols) as f64).sqrt();
-    // Two steps of bf16 at four times the root mean square; sums in f32 differ by a thousandth of that at most.
+    // Two steps of bf16 at four times the root mean square; sums in f32 differ by at most a thousandth of
+    // that.
     let tolerance = if matrix.dtype == Dtype::Bf16 { 4.0 * 2.0 / 128.0 } else { 1e-3 };
     largest <= tolerance * rms
 }
@@ -126,7 +128,7 @@ mod tests {
         let right = [1.0, -2.0, 3.0, 99.0, -1.0, 0.5, 2.0];
         let agrees = |other: [f32; 7]| differ_by_rounding(matrix, &f32s(&right), &f32s(&other));
         assert!(agrees(right));
-        // A gap between columns is nobody's.
+        // Gaps between columns are ignored.
         assert!(agrees([1.0, -2.0, 3.0, 0.0, -1.0, 0.5, 2.0]));
         assert!(agrees([1.0, -2.0, 3.0 + 1e-5, 99.0, -1.0, 0.5, 2.0]));
         assert!(!agrees([1.0, -2.0, 3.0, 99.0, -1.0, 0.5, 2.1]));

@@ -1,7 +1,7 @@
 //! Products of every form against float64 loops, on the stand-in GPU of `standin/`.
 //!
-//! Values are small integers: every sum is exact in f32, so that what is compared are bits. Whatever is no operand is NaN,
-//! and keeps its bits.
+//! Values are small integers: every sum is exact in f32, so the tests compare bits. Everything outside the
+//! operands is NaN and must keep its bits.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,11 +12,11 @@ use super::super::SCRATCH;
 use super::*;
 use crate::backend::{Arena, Backend, DeviceOptions, Mat, MemoryPlan, Precision, Residual};
 
-/// What tells a test that it runs in a process whose driver is the stand-in.
+/// Set in a process whose driver is the stand-in.
 const ON_STAND_IN: &str = "VITRUM_TEST_ON_STAND_IN";
 
-/// True where the test `name` of this file runs on the stand-in GPU. Elsewhere it is run once more, in a process of its own
-/// that finds the stand-in's libraries.
+/// True where the test `name` of this file runs on the stand-in GPU. Otherwise runs it again in a process of
+/// its own that finds the stand-in's libraries.
 fn on_stand_in(name: &str) -> bool {
     if std::env::var_os(ON_STAND_IN).is_some() {
         return true;
@@ -46,14 +46,14 @@ fn on_stand_in(name: &str) -> bool {
     false
 }
 
-/// `D = op(A)·op(B) [+ C]`, and how its matrices lie.
+/// `D = op(A)·op(B) [+ C]`, and the layout of its matrices.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     sizes: [usize; 3],
     transposed: [bool; 2],
     dtypes: [Dtype; 2],
     add: Add,
-    /// Elements behind every column, and in front of every matrix.
+    /// Elements after every column, and before every matrix.
     gap: usize,
     skew: usize,
 }
@@ -61,7 +61,7 @@ struct Case {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Add {
     Nothing,
-    /// C lies elsewhere.
+    /// C is another matrix.
     Other,
     /// C is D.
     Itself,
@@ -70,7 +70,7 @@ enum Add {
 const TYPES: [[Dtype; 2]; 3] =
     [[Dtype::F32, Dtype::F32], [Dtype::Bf16, Dtype::F32], [Dtype::Bf16, Dtype::Bf16]];
 
-/// `[m, n, k]`: one of each, warps' worth of each and their neighbours, slices of k and what is left of them.
+/// `[m, n, k]`: all ones, a warp's worth of each and its neighbours, slices of k with remainders.
 const SMALL: [[usize; 3]; 16] = [
     [1, 1, 1],
     [1, 1, 60],
@@ -154,7 +154,7 @@ struct Places {
 }
 
 impl Places {
-    /// A matrix with these values, or room for one.
+    /// A matrix with these values, or space for one.
     fn place(
         &mut self,
         case: &Case,
@@ -186,7 +186,7 @@ fn put(image: &mut [u8], matrix: Matrix, offset: usize, values: &[f64]) {
 }
 
 impl Case {
-    /// All matrices lie in an arena of so many bytes.
+    /// All matrices lie in an arena of `bytes` bytes.
     fn check(&self, cuda: &mut Cuda, bytes: usize, seed: u64) {
         let Case {
             sizes: [m, n, k], transposed: [transpose_a, transpose_b], dtypes: [from, to], add, ..
@@ -270,7 +270,7 @@ fn slices_cover_k_and_partial_sums_fit_whatever_the_sizes() {
     }
 }
 
-/// Lanes that lie next to each other in memory, wherever one of the long sides does.
+/// Lanes are contiguous in memory wherever one of the long sides is.
 #[test]
 fn a_single_row_or_column_is_read_along_what_lies_side_by_side() {
     for ([m, n, k], transposed) in [
@@ -296,7 +296,7 @@ fn a_single_row_or_column_is_read_along_what_lies_side_by_side() {
         } else {
             assert!(a_row == 1 && !b_is_long, "{m} {n} {k}: {plan:?}");
         }
-        // Enough of them for a card, as far as there is something to read.
+        // Enough warps for a GPU, if there is enough to read.
         let warps = plan.blocks as usize * WARPS * plan.slices as usize;
         assert!(warps >= BUSY / 4 || m * n * k < BUSY * LEAST_SLICE * LANES, "{m} {n} {k}: {plan:?}");
     }

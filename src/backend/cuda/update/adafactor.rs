@@ -1,4 +1,4 @@
-//! Adafactor: tensors by strides, cut into tiles of 64 × 64 (kernels/adafactor.cu).
+//! Adafactor: tensors addressed by strides, cut into tiles of 64 × 64 (kernels/adafactor.cu).
 
 use super::super::Cuda;
 use super::super::driver::{Address, Gpu};
@@ -10,11 +10,11 @@ use crate::error::Result;
 
 /// Rows and columns of a tile.
 const TILE: usize = 64;
-/// Threads of a block of tiles, and its shared memory for a tile whose lines start in different banks.
+/// Threads per block, and its shared memory for a tile whose lines start in different banks.
 const THREADS: u32 = 256;
 const TILE_SHARED: u32 = (TILE * (TILE + 1) * 4) as u32;
 /// Shared memory in which eight warps add up one f64 each.
-const SUM_SHARED: u32 = 8 * 8;
+Shared memory in which eight warps sum one f64 each.
 
 /// `AdafactorTensor` of `kernels/adafactor.cu`.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -76,17 +76,17 @@ unsafe impl Argument for AdafactorBuffers {}
 const _: () = assert!(size_of::<AdafactorBuffers>() == 96);
 const _: () = assert!(size_of::<Tensor>() == 104 && size_of::<Tile>() == 16);
 
-/// The tables of an update, and the scratch that its kernels hand to each other: one behind the other in device memory.
+/// The tables of an update, and the scratch that its kernels share: one after the other in device memory.
 pub(super) struct Tables {
     tensors: Vec<Tensor>,
     tiles: Vec<Tile>,
-    /// Values of scratch, f64 and f32.
+    /// Elements of scratch, f64 and f32.
     sums: usize,
     factors: usize,
     at: Address,
 }
 
-/// Parts of the memory, in their order.
+/// Parts of the memory, in order.
 const TENSORS: usize = 0;
 const TILES: usize = 1;
 const SUMS: usize = 2;
@@ -142,7 +142,7 @@ impl Tables {
         Self { tensors, tiles, sums, factors, at: 0 }
     }
 
-    /// Where each part begins, and the end.
+    /// Where each part begins, and the end of the last.
     fn offsets(&self) -> [usize; PARTS + 1] {
         let (tensors, tiles) = (self.tensors.len(), self.tiles.len());
         let sizes = [
@@ -165,7 +165,7 @@ impl Tables {
         self.offsets()[PARTS]
     }
 
-    /// Puts the tables into [`Tables::bytes`] bytes of device memory.
+    /// Writes the tables into [`Tables::bytes`] bytes of device memory.
     pub(super) fn place(&mut self, gpu: &Gpu, at: Address) -> Result<()> {
         self.at = at;
         gpu.upload(self.part(TENSORS), bytemuck::cast_slice(&self.tensors))?;
