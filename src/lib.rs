@@ -1,9 +1,9 @@
 //! Vitrum pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
 //!
-//! `ARCHITECTURE.md` is the map. Imports point one way: cli → train → (vit, optim, data, weights, dist, report) →
-//! backend.
+//! `ARCHITECTURE.md` is the map. Imports point one way: cli → train → (vit, optim, data, weights, dist,
+//! report) → backend.
 
-// `terminal` alone prints: what is printed elsewhere panics where nobody can read it.
+// Only `terminal` prints. `println!` elsewhere would panic if stdout is closed.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod backend;
