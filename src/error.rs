@@ -1,8 +1,8 @@
 //! The one error type: what went wrong, where, and what to do about it.
 //!
-//! The world fails by [`Error`]; our own mistakes fail by `assert!`. Messages are lower case, put literals in
-//! backticks, end without a full stop, and name the file, tensor, record or key. A hint says something that the
-//! user can type or change.
+//! Failures of the outside world (files, devices, input) are [`Error`]s; our own mistakes are `assert!`s.
+//! Messages are lower case, put literals in backticks, have no full stop at the end, and name the file,
+//! tensor, record or key. A hint says what the user can type or change.
 
 use std::fmt;
 
@@ -39,7 +39,7 @@ impl Error {
         Self { kind: Kind::Usage, message: message.into(), hint: None }
     }
 
-    /// The run was stopped from outside by `signal`; its state has been saved.
+    /// A `signal` stopped the run, after its state was saved.
     pub fn stopped(signal: i32, message: impl Into<String>) -> Self {
         Self { kind: Kind::Stopped(signal), message: message.into(), hint: None }
     }
@@ -50,13 +50,13 @@ impl Error {
         self
     }
 
-    /// Puts the place in front of the message: `place: message`.
+    /// Puts a place in front of the message: `place: message`.
     pub fn at(mut self, place: impl fmt::Display) -> Self {
         self.message = format!("{place}: {}", self.message);
         self
     }
 
-    /// The same message as a failure (exit 1): where a wrong value came from a file and not from the user.
+    /// The same message as a failure (exit 1), for a wrong value that came from a file and not from the user.
     pub fn into_failure(mut self) -> Self {
         self.kind = Kind::Failure;
         self

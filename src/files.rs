@@ -1,4 +1,4 @@
-//! Files, with errors that name them, and writes that are whole or not there at all.
+//! Files: errors name the file, and writes are atomic.
 
 use std::fs::{self, File};
 use std::io::{BufReader, BufWriter, ErrorKind, Seek, Write};
@@ -23,11 +23,11 @@ pub fn open(path: &Path) -> Result<BufReader<File>> {
     Ok(BufReader::new(File::open(path).at(path.display())?))
 }
 
-/// Maps a whole file: its pages are read when they are touched, and belong to the kernel.
+/// Maps a whole file into memory. The kernel reads its pages on first access and owns them.
 pub fn map(path: &Path) -> Result<Mmap> {
     let file = File::open(path).at(path.display())?;
-    // SAFETY: the map is only read. Nobody may shorten a file under a reader; our own writers replace files by renaming
-    // a finished one (`write_atomic`), which leaves the mapped one as it is.
+    // SAFETY: the map is only read. No other process may shorten a file while it is mapped. Our own writers
+    // replace a file by renaming a finished one (`write_atomic`), which leaves the mapped file unchanged.
     unsafe { Mmap::map(&file) }.at(path.display())
 }
 
@@ -36,13 +36,14 @@ pub fn create_dir(path: &Path) -> Result<()> {
     fs::create_dir_all(path).at(path.display())
 }
 
-/// What a new file is: an archive is written forth and back.
+/// A new file. Archive writers also seek.
 pub trait WriteSeek: Write + Seek {}
 
 impl WriteSeek for BufWriter<File> {}
 
-/// Writes a file so that a reader sees the old content, or the new, and never a part: a temporary neighbour is
-/// written, synced and renamed. On any failure (a full disk) the temporary file is removed.
+/// Writes a file atomically: a reader sees the old content or the new, never a part. Writes a temporary file
+/// in the same folder, syncs it and renames it. On any failure (such as a full disk) it removes the temporary
+/// file.
 pub fn write_atomic(
     path: &Path,
     write: impl FnOnce(&mut dyn WriteSeek) -> std::io::Result<()>,
@@ -59,8 +60,8 @@ pub fn write_atomic(
         let _ = fs::remove_file(&temporary);
         let error = Error::new(format!("{}: {e}", path.display()));
         return Err(match e.kind() {
-            ErrorKind::StorageFull => error.hint("the disk is full: free some space, nothing was replaced"),
-            ErrorKind::FileTooLarge => error.hint("raise the limit with `ulimit -f`, nothing was replaced"),
+            ErrorKind::StorageFull => error.hint("the disk is full: free some space; nothing was replaced"),
+            ErrorKind::FileTooLarge => error.hint("raise the limit with `ulimit -f`; nothing was replaced"),
             _ => error,
         });
     }
@@ -78,8 +79,8 @@ pub fn sync_dir(dir: &Path) {
     }
 }
 
-/// Removes what killed writers left in a folder: files, links and folders called `.NAME.PID.tmp`. Nobody else may be
-/// writing there. What is called otherwise is somebody else's. Best effort.
+/// Removes the leftovers of killed writers from a folder: files, links and folders called `.NAME.PID.tmp`. No
+/// other process may be writing there. Leaves all other names alone. Best effort.
 pub fn sweep(dir: &Path) {
     let is_ours = |name: &str| {
         let stem = name.strip_prefix('.').and_then(|n| n.strip_suffix(".tmp"));
@@ -100,7 +101,7 @@ fn temporary_name(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
 }
 
-/// The one cache folder: `$VITRUM_CACHE`, else `~/.cache/vitrum`.
+/// The cache folder: `$VITRUM_CACHE`, else `~/.cache/vitrum`.
 pub fn cache_dir() -> PathBuf {
     if let Some(dir) = std::env::var_os("VITRUM_CACHE").filter(|d| !d.is_empty()) {
         return PathBuf::from(dir);

@@ -1,8 +1,7 @@
 //! Vitrum pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
 //!
-//! `ARCHITECTURE.md` is the map. Imports point one way: cli → train → (vit, optim, data, weights, dist, report) →
-//! backend.
-
+//! `ARCHITECTURE.md` is the map. Imports point one way: cli → train → (vit, optim, data, weights, dist,
+//! report) → backend.
 //!
 //! # From Rust
 //!
@@ -61,7 +60,7 @@
 
 // The documentation is for maintainers, too: `cargo doc --document-private-items`.
 #![allow(rustdoc::private_intra_doc_links)]
-// `terminal` alone prints: what is printed elsewhere panics where nobody can read it.
+// Only `terminal` prints. `println!` elsewhere would panic if stdout is closed.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod backend;

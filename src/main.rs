@@ -1,4 +1,4 @@
-//! The program; all of it is in [`vitrum::cli`].
+//! The executable. Everything is in [`vitrum::cli`].
 
 use std::process::ExitCode;
 

@@ -1,8 +1,9 @@
-//! Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3").
+//! Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1,
+//! 2, 3").
 //!
-//! Nothing here has state. A draw is a function of a key (what is drawn, under which seed) and a counter (for which
-//! sample, which element), so that workers, threads, ranks, micro-batches and restarts never change it, and so that
-//! the CPU and a GPU draw the same numbers.
+//! Nothing here has global state. A draw is a function of a key (seed and purpose) and a counter (sample and
+//! element). So workers, threads, ranks, micro-batches and restarts never change it, and the CPU and a GPU
+//! draw the same numbers.
 
 /// One block of four independent 32-bit words: the Philox4x32 bijection with ten rounds.
 #[inline(always)]
@@ -30,7 +31,7 @@ pub(crate) fn philox_next_key([k0, k1]: [u32; 2]) -> [u32; 2] {
     [k0.wrapping_add(0x9E37_79B9), k1.wrapping_add(0xBB67_AE85)]
 }
 
-/// What a stream of draws is for. Streams of different domains never share a number.
+/// The purpose of a stream of draws. Streams of different domains never share a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Domain {
@@ -50,7 +51,7 @@ pub enum Domain {
     Split = 7,
 }
 
-/// A stream of draws for one (seed, domain, a, b): stateless underneath, a convenient cursor on top.
+/// A stream of draws for one (seed, domain, a, b): a cursor over a stateless generator.
 #[derive(Clone, Debug)]
 pub struct Stream {
     key: [u32; 2],
@@ -60,9 +61,9 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// `a` and `b` say which object is drawn for: (epoch, sample), (tensor, 0), ...
+    /// `a` and `b` name the object that needs the draws: (epoch, sample), (tensor, 0), ...
     pub fn new(seed: u64, domain: Domain, a: u64, b: u64) -> Self {
-        // The key is a hash of everything but the position, so that any two streams differ in their key.
+        // The key is a hash of everything except the position, so that any two streams have different keys.
         let [k0, k1, ..] = philox(
             [a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32],
             [seed as u32 ^ (domain as u32).wrapping_mul(0x85EB_CA6B), (seed >> 32) as u32 ^ domain as u32],
@@ -150,11 +151,11 @@ pub fn unit(word: u32) -> f32 {
     (word >> 8) as f32 * (1.0 / (1u32 << 24) as f32)
 }
 
-/// Indices that [`Permutation::all`] permutes at a time.
+/// How many indices [`Permutation::all`] permutes at a time.
 const LANES: usize = 16;
 
-/// A keyed permutation of `0..n` that can be evaluated at any index: a Feistel network over the next power of four,
-/// walked until it lands inside (Black and Rogaway 2002, cycle walking).
+/// A keyed permutation of `0..n` that can be evaluated at any index: a Feistel network over the next power of
+/// four, applied until the result is below n (Black and Rogaway 2002, cycle walking).
 #[derive(Clone, Debug)]
 pub struct Permutation {
     n: u64,
@@ -181,12 +182,12 @@ impl Permutation {
         }
     }
 
-    /// [`Permutation::at`] of each index, in place. Plain loops over [`LANES`] indices, for wider registers where the
-    /// caller has them.
+    /// Replaces each index by [`Permutation::at`] of it. Plain loops over [`LANES`] indices, which the
+    /// compiler vectorises for the caller's instruction set.
     #[inline(always)]
     pub fn all(&self, indices: &mut [usize]) {
         assert!(indices.iter().all(|i| (*i as u64) < self.n), "an index outside a permutation of {}", self.n);
-        // Those that have not landed yet, by their places.
+        // The places of the indices that are not yet below n.
         let mut walking: Vec<usize> = (0..indices.len()).collect();
         while !walking.is_empty() {
             for some in walking.chunks(LANES) {
@@ -201,7 +202,7 @@ impl Permutation {
 
     #[inline(always)]
     fn round_trips(&self, x: &mut [u64; LANES]) {
-        // Halves have 32 bits at most.
+        // Halves have at most 32 bits.
         let mask = ((1u64 << self.half_bits) - 1) as u32;
         let mut left: [u32; LANES] = std::array::from_fn(|l| (x[l] >> self.half_bits) as u32);
         let mut right: [u32; LANES] = std::array::from_fn(|l| x[l] as u32 & mask);

@@ -1,9 +1,9 @@
-//! `checkpoint.json`: what a checkpoint is, and the checksums of its files and of itself.
+//! `checkpoint.json`: facts about a checkpoint, and the checksums of its files and of itself.
 //!
-//! It is written last, and whoever opens a file of the folder compares ([`check`]): a bit that flipped on a disk or on the
-//! way, a file that was cut, and a file of another step or another run are errors that name the file and the place.
-//! Checksums are xxh3-128 of blocks, so that all cores share the work: of a file in the page cache, gigabytes per second
-//! and core.
+//! It is written last. Every reader of a file in the folder compares its checksum ([`check`]). Flipped bits,
+//! truncated files, and files of another step or another run are errors that name the file and the place.
+//! Checksums are xxh3-128 of blocks, so that all cores share the work: gigabytes per second and core for a
+//! file in the page cache.
 
 use std::ops::Range;
 use std::path::Path;
@@ -17,12 +17,12 @@ use crate::files;
 
 /// The file's name.
 pub const SEAL: &str = "checkpoint.json";
-/// Bytes that a checksum covers.
+/// Bytes per checksum.
 const BLOCK: usize = 64 << 20;
-/// The checksum of the file itself: of its text without this key.
+/// The key of the file's own checksum, which covers its text without this key.
 const OWN: &str = "xxh3";
 
-/// Writes `checkpoint.json` over the files of a folder. `facts` are the checkpoint's, an object; they come first.
+/// Writes `checkpoint.json` for the files `names` of a folder. `facts` is an object; its keys come first.
 pub fn write(dir: &Path, names: &[&str], facts: Value) -> Result<()> {
     let mut body = facts.as_object().cloned().unwrap_or_default();
     body.insert("block_bytes".into(), BLOCK.into());
@@ -35,13 +35,14 @@ pub fn write(dir: &Path, names: &[&str], facts: Value) -> Result<()> {
     files::write_atomic(&dir.join(SEAL), |out| out.write_all(text(&body).as_bytes()))
 }
 
-/// A `checkpoint.json` whose own checksum is right.
+/// A `checkpoint.json` whose own checksum was correct.
 pub struct Seal {
     body: Map<String, Value>,
 }
 
 impl Seal {
-    /// That of a folder; `None` where it has none: a checkpoint of before, or no checkpoint of ours.
+    /// Reads a folder's `checkpoint.json`. `None` if there is none: an older checkpoint, or not a checkpoint
+    /// of ours.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(SEAL);
         if !path.is_file() {
@@ -49,25 +50,26 @@ impl Seal {
         }
         let bytes = files::read(&path)?;
         let damaged = || {
-            Error::new(format!("{}: damaged: it is not what was written", path.display()))
-                .hint("take another checkpoint of the run, or a copy of this one")
+            Error::new(format!("{}: damaged: its checksum does not match", path.display()))
+                .hint("use another checkpoint of the run, or a copy of this one")
         };
         let body: Value = serde_json::from_slice(&bytes).map_err(|_| damaged())?;
-        // Two marks, of which no single fault removes both: somebody else's file of that name is none of our business.
+        // A file of ours has both marks, and no single fault removes both. Without any it is another
+        // program's file.
         let has = |word: &[u8]| bytes.windows(word.len()).any(|part| part == word);
         if !has(b"vitrum") && !has(b"\"block_bytes\"") {
             return Ok(None);
         }
         let Value::Object(mut body) = body else { return Err(damaged()) };
         body.shift_remove(OWN);
-        // Compared as a whole: every byte counts, blanks and the checksum too.
+        // Compare the whole text: every byte counts, including blanks and the checksum.
         if text(&body).as_bytes() != bytes {
             return Err(damaged());
         }
         Ok(Some(Self { body }))
     }
 
-    /// What it says of the checkpoint besides its files.
+    /// The checkpoint's facts: all keys except the list of files.
     pub fn facts(&self) -> Map<String, Value> {
         let is_fact = |(key, _): &(&String, &Value)| !["block_bytes", "files"].contains(&key.as_str());
         self.body.iter().filter(is_fact).map(|(key, value)| (key.clone(), value.clone())).collect()
@@ -78,13 +80,14 @@ impl Seal {
         self.body.get("files").and_then(Value::as_object).into_iter().flat_map(Map::keys).map(String::as_str)
     }
 
-    /// Compares a file's bytes. A file that is not listed is none of the checkpoint's.
+    /// Compares a file's bytes with its checksums. A file that is not listed does not belong to the
+    /// checkpoint.
     pub fn check(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let Some(entry) = self.body.get("files").and_then(|files| files.get(&*name)) else { return Ok(()) };
         let damaged = |what: String| {
-            Err(Error::new(format!("{}: damaged, or of another checkpoint: {what}", path.display()))
-                .hint("take another checkpoint of the run, or a copy of this one"))
+            Err(Error::new(format!("{}: damaged, or from another checkpoint: {what}", path.display()))
+                .hint("use another checkpoint of the run, or a copy of this one"))
         };
         let (length, block) =
             (number(entry, "bytes"), number(&Value::Object(self.body.clone()), "block_bytes"));
@@ -106,7 +109,7 @@ impl Seal {
             None => Ok(()),
             Some(i) => {
                 let Range { start, end } = i * block..((i + 1) * block).min(bytes.len());
-                damaged(format!("bytes {start} to {end} are not those that {SEAL} has the checksum of"))
+                damaged(format!("the checksum of bytes {start} to {end} does not match {SEAL}"))
             }
         }
     }
@@ -120,7 +123,7 @@ pub fn check(path: &Path, bytes: &[u8]) -> Result<()> {
     }
 }
 
-/// The whole file: the body, and the checksum of its text as the last key.
+/// The text of the whole file: the body, then the checksum of the body's text as the last key.
 fn text(body: &Map<String, Value>) -> String {
     let of_body = serde_json::to_string(body).expect("JSON can be written");
     let mut whole = body.clone();
@@ -177,7 +180,7 @@ mod tests {
         bytes[500] ^= 1;
         let message = check(&path, &bytes).unwrap_err().message().to_string();
         assert!(
-            message.ends_with("bytes 0 to 1000 are not those that checkpoint.json has the checksum of"),
+            message.ends_with("the checksum of bytes 0 to 1000 does not match checkpoint.json"),
             "{message}"
         );
         let message = check(&path, &bytes[..999]).unwrap_err().message().to_string();

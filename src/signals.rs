@@ -1,8 +1,9 @@
-//! Signals: the first asks the work to stop where it can be taken up again, a second Ctrl-C or SIGTERM ends the process at
-//! once.
+//! Signals. The first asks the work to stop at a point from which it can be resumed. A second Ctrl-C or
+//! SIGTERM ends the process at once.
 //!
-//! SIGHUP (the terminal is gone) and SIGUSR1 (a batch system says that time is nearly up) ask as SIGTERM does. A signal that
-//! the process was started to ignore, as by `nohup` or in the background of a script, stays ignored.
+//! SIGHUP (the terminal is gone) and SIGUSR1 (a batch system says that time is nearly up) count as SIGTERM. A
+//! signal that the process ignored at its start, as under `nohup` or in the background of a script, stays
+//! ignored.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -14,13 +15,13 @@ use signal_hook::flag;
 use crate::error::{At, Result};
 use crate::terminal;
 
-/// The signal that arrived; 0: none.
+/// The signal that arrived; 0 if none.
 static PENDING: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
-/// From now on signals are noted instead of ending the process. Later calls change nothing.
+/// From now on signals are recorded instead of ending the process. Later calls do nothing.
 ///
 /// # Errors
-/// The system does not let the process listen.
+/// The system does not let the process handle signals.
 pub fn install() -> Result<()> {
     let mut fresh = false;
     let pending = PENDING.get_or_init(|| {
@@ -37,8 +38,9 @@ pub fn install() -> Result<()> {
             continue;
         }
         if signal == asks_as {
-            // In this order: a first signal finds `seen` unset, passes the shutdown, and sets it for the second. One that a
-            // closing session sends beside SIGTERM is no second.
+            // The order matters: the first signal finds `seen` unset, so it does not shut down, and then sets
+            // `seen` for the second. A SIGHUP that a closing session sends with SIGTERM does not count as a
+            // second signal.
             flag::register_conditional_shutdown(signal, 128 + signal, seen.clone())
                 .at("cannot listen to signals")?;
             flag::register(signal, seen.clone()).at("cannot listen to signals")?;
@@ -54,7 +56,7 @@ pub fn pending() -> Option<i32> {
     (signal != 0).then_some(signal as i32)
 }
 
-/// The number of the signal that came, or 0, for work that looks at it itself.
+/// The number of the signal that arrived, or 0, for work that polls it.
 ///
 /// # Errors
 /// Those of [`install`].
@@ -63,8 +65,8 @@ pub fn flag() -> Result<Arc<AtomicUsize>> {
     Ok(PENDING.get().expect("installed above").clone())
 }
 
-/// Ends the process where it has not ended itself `grace` after a signal: a read from a disk that hangs, or from a pipe that
-/// nobody fills, cannot be asked to stop.
+/// Ends the process if it is still running `grace` after a signal. A read from a disk that hangs, or from a
+/// pipe that nobody fills, cannot be asked to stop.
 pub fn end_after(grace: Duration) {
     const LOOK: Duration = Duration::from_millis(50);
     let watch = move || {
@@ -72,16 +74,17 @@ pub fn end_after(grace: Duration) {
             std::thread::sleep(LOOK);
             if let Some(signal) = pending() {
                 std::thread::sleep(grace);
-                terminal::say("stopped while it was waiting for a read");
+                terminal::say("stopped while waiting for a read");
                 std::process::exit(128 + signal);
             }
         }
     };
-    // Without a thread to spare, a second signal still ends it.
+    // If the thread cannot be started, a second signal still ends the process.
     let _ = std::thread::Builder::new().name("signals".into()).spawn(watch);
 }
 
-/// The signals that the process was started to ignore, a bit each, as Linux tells them; none elsewhere.
+/// The signals that this process ignored at its start, one bit each. Read from `/proc`; none on other
+/// systems.
 fn ignored() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

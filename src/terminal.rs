@@ -1,15 +1,15 @@
-//! Lines for people, on stderr, and data on stdout. The one place that prints.
+//! Lines for people on stderr, data on stdout. Only this file prints.
 //!
-//! Nobody has to be there to read: a terminal that was closed, a full disk behind `2>` or a pipe whose reader has gone
-//! never stop a command, least of all a run. Names from files and archives are shown, never obeyed: what would move the
-//! cursor, change colours or turn the direction of writing is spelled out.
+//! A closed terminal, a full disk under `2>` and a pipe without a reader never stop a command or a run. Names
+//! from files and archives cannot control the terminal: characters that move the cursor, change colours or
+//! change the direction of writing are escaped.
 
 use std::borrow::Cow;
 use std::io::{ErrorKind, Write};
 
 use crate::error::{At, Result};
 
-/// A line for people.
+/// Prints a line for people on stderr.
 pub fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{}", visible(text));
 }
@@ -24,11 +24,11 @@ pub fn warn(text: &str) {
     say(&format!("warning: {text}"));
 }
 
-/// Writes data to stdout, with a line's end. Where the reader has gone (`vitrum ... | head`) it has all that it wanted: the
-/// command ends there, quietly.
+/// Writes data to stdout with a newline at the end. If the reader has gone (`vitrum ... | head`), the process
+/// exits with 0 and prints nothing.
 ///
 /// # Errors
-/// Stdout cannot be written otherwise: a full disk.
+/// Stdout cannot be written for another reason, such as a full disk.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let end = if text.ends_with('\n') { "" } else { "\n" };
@@ -38,7 +38,7 @@ pub fn print(text: &str) -> Result<()> {
     }
 }
 
-/// One JSON object on stdout, for `--json`.
+/// Prints one JSON object on stdout, for `--json`.
 ///
 /// # Errors
 /// Those of [`print()`].
@@ -46,12 +46,12 @@ pub fn print_json(value: &serde_json::Value) -> Result<()> {
     print(&serde_json::to_string_pretty(value).expect("a JSON value can be written"))
 }
 
-/// The text without characters that a terminal obeys, save ends of lines and tabs: ESC becomes `\u{1b}`.
+/// The text with control characters escaped, except newlines and tabs: ESC becomes `\u{1b}`.
 pub fn visible(text: &str) -> Cow<'_, str> {
     spelled_out(text, |c| is_obeyed(c) && !matches!(c, '\n' | '\t'))
 }
 
-/// A name from a file as it may stand in a line: ends of lines are spelled out, too.
+/// A name from a file, safe to print within a line: newlines and tabs are escaped as well.
 pub fn one_line(name: &str) -> Cow<'_, str> {
     spelled_out(name, is_obeyed)
 }
@@ -64,7 +64,8 @@ fn spelled_out(text: &str, is_unwanted: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(text.chars().map(shown).collect())
 }
 
-/// Controls, separators of lines and paragraphs, and what turns the direction of the text around it (Unicode 9, Bidi_Control).
+/// Control characters, line and paragraph separators, and characters that change the writing direction
+/// (Unicode 9, Bidi_Control).
 fn is_obeyed(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')

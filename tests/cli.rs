@@ -111,8 +111,8 @@ fn everyday_flags_are_settings() {
     }
     refused(
         &["train", "--name", "a/b"],
-        "`train.name` is `a/b`, which is no name of a folder",
-        "give a plain name, or the whole path by `--out DIR`",
+        "`train.name` is `a/b`, which is not a folder name",
+        "give a plain name, or the whole path with `--out DIR`",
     );
 }
 

@@ -136,7 +136,7 @@ fn a_folder_that_cannot_hold_a_run_is_refused() {
     assert_eq!(fs::read(&file).unwrap(), b"text");
 
     let before = outcome(trained());
-    let holds = "holds a run already";
+    let holds = "already holds a run";
     vitrum(&train(trained(), &SHORT)).exits(1).says(&[trained(), holds, "hint: ", "--resume"]);
     let other = [&SHORT[..], &["--resume", "model.width=48"]].concat();
     vitrum(&train(trained(), &other)).exits(1).says(&["another recipe: ", "model.width: 24 -> 48", "hint: "]);
@@ -200,7 +200,7 @@ fn a_damaged_checkpoint_is_passed_over_and_the_bits_are_those_of_a_whole_one() {
     fs::copy(checkpoints.join("step-5/ema.safetensors"), checkpoints.join("step-8/ema.safetensors")).unwrap();
     resume(&run)
         .ok()
-        .says(&["step-8 is passed over: ", "ema.safetensors: damaged, or of another checkpoint"]);
+        .says(&["step-8 is passed over: ", "ema.safetensors: damaged, or from another checkpoint"]);
     assert_eq!(outcome(&run), want);
     let run = copy("incomplete");
     fs::remove_file(Path::new(&run).join("checkpoints/step-8/state.safetensors")).unwrap();
@@ -245,7 +245,7 @@ fn every_command_that_opens_a_checkpoint_notices_damage() {
         &["inspect", weights],
     ];
     for command in commands {
-        vitrum(command).exits(1).says(&["model.safetensors: damaged, or of another checkpoint", "hint: "]);
+        vitrum(command).exits(1).says(&["model.safetensors: damaged, or from another checkpoint", "hint: "]);
         assert!(!Path::new(&out).exists(), "{command:?}");
     }
 }
@@ -274,7 +274,7 @@ fn checkpoints_of_before_are_read_with_a_line_and_their_arenas_are_measured() {
         |name: &str, bytes: &[u8]| View::new(name.to_owned(), Dtype::U8, &[bytes.len()], bytes.to_vec());
     let views = vec![view("moment1", &moment1), view("moment2", &moment2)];
     write(&short, &state.metadata().clone(), views).unwrap();
-    resume(&run).ok().says(&["step-8 is passed over: ", "`moment1` has ", "bytes, and the optimiser needs"]);
+    resume(&run).ok().says(&["step-8 is passed over: ", "`moment1` has ", "bytes, but the optimiser needs"]);
 
     let run = copy("with-nan");
     let checkpoints = Path::new(&run).join("checkpoints");

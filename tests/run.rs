@@ -288,7 +288,7 @@ fn a_run_that_rounds_says_so_and_another_way_to_round_is_refused() {
     };
     let with = |rounds: &str| run(&format!("rounds-{rounds}"), rounds, &[]);
     with("bf16").ok().says(&["device   cpu", ", rounds to bf16 (VITRUM_CPU_ROUNDS)"]);
-    let others = "the bits are others from here on: this is a run with";
+    let others = "results are no longer bit-identical to the original run: this is a run with";
     let resumed = |rounds: &str| run("rounds-bf16", rounds, &["--resume"]).ok();
     assert!(!resumed("bf16").stderr.contains(others));
     resumed("").says(&["from here on: this is a run without VITRUM_CPU_ROUNDS=bf16"]);
@@ -407,8 +407,8 @@ fn a_run_goes_on_with_other_settings_that_change_no_step() {
     ];
     vitrum(&train(&out, &more)).ok().says(&[
         "with train.steps: 8 -> 12: the cosine schedule now has that length",
-        "with train.micro_batch: 8 -> 4: from here on the bits are those of another run",
-        "with eval.metric: \"top1\" -> \"loss\": the best checkpoint is chosen anew",
+        "with train.micro_batch: 8 -> 4: results are no longer bit-identical to the original run",
+        "with eval.metric: \"top1\" -> \"loss\": the search for the best checkpoint starts again",
         "trained 12 steps",
     ]);
     // More of the same, by what the directory says now.
@@ -439,7 +439,7 @@ fn rare_classes_weigh_more_and_the_run_is_resumed_to_the_bit() {
     // 72 / (3 · 32) and 72 / (3 · 8).
     vitrum(&train(&want, &[&balanced[..], &["train.steps=8"]].concat()))
         .ok()
-        .says(&["loss     classes weigh from 0.75 (`across`) to 3 (`down`)"]);
+        .says(&["loss     class weights from 0.75 (`across`) to 3 (`down`)"]);
     let out = at_step_5("weighted", &balanced);
     for other in ["loss.class_weights=none", "loss.class_weights=[0.75,0.75,3]"] {
         vitrum(&["train", "--resume", &out, "--set", other])

@@ -21,8 +21,8 @@ pub enum What {
 }
 
 #[derive(clap::Args)]
-#[command(after_help = "Where the class token alone is read, the last block works out nothing else: \
-                        `--set train.prune_last_block=false` times it in full.")]
+#[command(after_help = "If the head reads only the class token, the last block computes only that token: \
+                        `--set train.prune_last_block=false` times the whole block.")]
 pub struct Args {
     /// The model's variant
     #[arg(long, value_name = "NAME/PATCH", default_value = "Ti/16")]
@@ -33,25 +33,25 @@ pub struct Args {
     /// What to time: train, infer, data or kernels
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = What::Train)]
     pub what: What,
-    /// Time the whole, with this data set's loader; for `--what data` a data set or `demo`
+    /// Include the loader of this data set in the timing; for `--what data`: a data set or `demo`
     #[arg(long, value_name = "DIR")]
     pub data: Option<String>,
-    /// Rounds; their median is reported
+    /// How many rounds to time; the median is reported
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
-    /// Least time of one round [default: 3; 0.05 for kernels]
+    /// Minimum seconds of one round [default: 3; 0.05 for kernels]
     #[arg(long, value_name = "S")]
     pub seconds: Option<f64>,
-    /// For `--what data`: the card that is to be fed
+    /// For `--what data`: the GPU to feed
     #[arg(long, value_name = "NAME", value_enum, default_value_t = pipeline::Card::H200)]
     pub card: pipeline::Card,
-    /// Say where the time goes, operation by operation
+    /// Show the time of each operation
     #[arg(long)]
     pub profile: bool,
-    /// For `--what kernels`: only operations whose line holds this text
+    /// For `--what kernels`: only operations whose line contains this text
     #[arg(long, value_name = "TEXT")]
     pub filter: Option<String>,
-    /// For `--what kernels`: small sizes, each once, to see what is launched
+    /// For `--what kernels`: run small sizes once each, to see which kernels are launched
     #[arg(long)]
     pub few: bool,
     #[command(flatten)]
@@ -110,7 +110,7 @@ fn time_kernels(args: &Args) -> Result<()> {
     if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
 }
 
-/// What is timed: the objective and the optimiser of `peers_cpu.py`, so that the figures can stand side by side.
+/// The recipe to time. Loss and optimiser are those of `peers_cpu.py`, so that the figures can be compared.
 fn recipe(args: &Args) -> Result<Recipe> {
     let mut recipe = Recipe::default();
     recipe.model.variant = Some(args.model.clone());

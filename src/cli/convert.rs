@@ -1,4 +1,4 @@
-//! `vitrum convert`: weights from one layout to another, to the bit or not at all.
+//! `vitrum convert`: weights from one layout to another. Values stay bit-identical, or the command fails.
 
 use std::path::PathBuf;
 
@@ -12,10 +12,10 @@ pub struct Args {
     /// A weights file of any known layout, a HuggingFace folder, a checkpoint or a run directory
     #[arg(value_name = "IN")]
     pub input: PathBuf,
-    /// The file to write; with `--to hf` the folder
+    /// The file to write; with `--to hf` the folder to write
     #[arg(value_name = "OUT")]
     pub output: PathBuf,
-    /// What to write; without it the end of OUT says: `.npz`, else safetensors
+    /// The layout to write [default: by OUT's extension: `.npz`, else safetensors]
     #[arg(long, value_enum)]
     pub to: Option<Format>,
     #[command(flatten)]

@@ -1,5 +1,5 @@
-//! `vitrum doctor`: what this machine offers and what Vitrum will use. Never fails: a machine that lacks something is
-//! what it is there to describe.
+//! `vitrum doctor`: what this machine offers and what Vitrum will use. It never fails: describing a machine
+//! that lacks something is its purpose.
 
 use std::fs;
 use std::path::Path;
@@ -32,14 +32,14 @@ pub fn run(args: Args) -> Result<()> {
 struct Machine {
     processor: String,
     cores: usize,
-    /// What the kernels will run on, or why that cannot be said.
+    /// The instruction set that the CPU kernels will use, or why it is unknown.
     isa: std::result::Result<Isa, String>,
     memory: Option<MainMemory>,
     cache: std::path::PathBuf,
     cache_writable: bool,
-    /// What the kernel's driver lists, whether or not it can be used.
+    /// The GPUs that the kernel driver lists, usable or not.
     gpus: std::result::Result<Vec<String>, String>,
-    /// The visible cards by their numbers, where there are several: what `--device cuda:N` takes.
+    /// The visible GPUs, by the number that `--device cuda:N` takes.
     cards: Vec<Card>,
     cuda: std::result::Result<Gpu, Unusable>,
 }
@@ -50,7 +50,7 @@ struct Gpu {
     cublaslt: usize,
 }
 
-/// Why there is none, and what to do about it.
+/// Why no GPU can be used, and what to do about it.
 struct Unusable {
     reason: String,
     hint: Option<String>,
@@ -140,7 +140,7 @@ impl Machine {
     }
 }
 
-/// Opens the card as a run would.
+/// Opens the GPU as a run would.
 fn look_for_cuda() -> std::result::Result<Gpu, Unusable> {
     match Cuda::open(0, &DeviceOptions::default()) {
         Ok(cuda) => Ok(Gpu { card: cuda.card().clone(), cublaslt: cuda.cublaslt_version() }),
@@ -173,7 +173,7 @@ fn card_text(card: &Card) -> String {
     format!("{name}, sm_{major}{minor}, {multiprocessors} multiprocessors, {memory}")
 }
 
-/// The oldest parts that a GPU run accepts.
+/// The minimum versions that a GPU run needs.
 fn needs() -> String {
     let driver = libraries::dotted(libraries::oldest_driver());
     format!(
@@ -188,7 +188,7 @@ fn processor() -> Option<String> {
     field(&text, "model name")
 }
 
-/// NVIDIA GPUs that the driver lists, or why there are none. Asks the kernel's driver, not the CUDA library.
+/// The NVIDIA GPUs that the kernel driver lists, or why there are none. Does not use the CUDA library.
 fn gpus() -> std::result::Result<Vec<String>, String> {
     let folder = Path::new("/proc/driver/nvidia/gpus");
     let Ok(entries) = fs::read_dir(folder) else {
@@ -208,8 +208,8 @@ fn field(text: &str, name: &str) -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_string())
 }
 
-/// Whether files can be made in `folder`, found out by making one: permissions alone do not tell (read-only and special
-/// file systems, root). The folder itself stays; a run would make it too.
+/// Whether files can be created in `folder`. Creates one to find out, because permissions alone do not tell
+/// (read-only and special file systems, root). The folder itself stays; a run would create it too.
 fn writable(folder: &Path) -> bool {
     let probe = folder.join(format!(".doctor.{}", std::process::id()));
     let written = fs::create_dir_all(folder).and_then(|()| fs::write(&probe, b"vitrum"));

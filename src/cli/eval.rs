@@ -1,4 +1,5 @@
-//! `vitrum eval`: top-1, top-5 and loss of a model on a data set, as one system or as all of them would measure it.
+//! `vitrum eval`: top-1, top-5 and loss of a model on a data set, under one system's evaluation protocol or
+//! under all.
 
 use std::path::PathBuf;
 
@@ -24,22 +25,23 @@ pub struct Args {
     /// A packed data set, an image folder, or `demo`
     #[arg(long, value_name = "DIR")]
     pub data: String,
-    /// Which part of it: train, val or test [default: val; data without parts are measured whole]
+    /// The part to measure: train, val or test [default: val, or everything if the data has no parts]
     #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
     pub split: Option<Split>,
-    /// How pictures are prepared: a system's name, or `all` for a table [default: the file's own]
+    /// How pictures are prepared: a system's name, or `all` for a table [default: what the weights file says]
     #[arg(long, value_name = "NAME")]
     pub protocol: Option<String>,
-    /// Leave out a short last batch, as vit_jax does (with --batch 512)
+    /// Skip an incomplete last batch, as vit_jax does (with --batch 512)
     #[arg(long)]
     pub drop_last: bool,
-    /// Pictures of one pass
+    /// Pictures per batch
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     pub batch: u16,
-    /// Labels in place of the data set's own: a line (or an entry of a JSON list) per picture, with names or numbers
+    /// Labels that replace the data set's: one line (or one entry of a JSON list) per picture, names or
+    /// numbers
     #[arg(long, value_name = "FILE")]
     pub labels: Option<PathBuf>,
-    /// Show the accuracy of every class, too
+    /// Also show the accuracy of each class
     #[arg(long)]
     pub per_class: bool,
     #[command(flatten)]
@@ -107,7 +109,7 @@ pub fn run(args: Args) -> Result<()> {
     if args.per_class { print(&one.per_class(names.as_deref())) } else { Ok(()) }
 }
 
-/// From which probability on a model of several labels says yes.
+/// The probability from which a multi-label model's answer counts as yes.
 const YES: f64 = 0.5;
 
 /// A model under one protocol.
@@ -120,7 +122,7 @@ struct Measured {
 impl Measured {
     /// One line.
     fn text(&self) -> String {
-        // Of five classes, five are always right.
+        // With five classes or fewer, top-5 is always 100 %.
         let top5 = match self.score.classes() {
             ..=5 => String::new(),
             _ => format!("   top-5 {}", format::percent(self.score.top5())),
@@ -162,7 +164,7 @@ impl Measured {
     }
 }
 
-/// Why one file has several published accuracies.
+/// One row per protocol. The table shows why one file has several published accuracies.
 fn all_protocols(all: &[Measured]) -> String {
     let row = |one: &Measured| {
         vec![

@@ -1,4 +1,4 @@
-//! `vitrum features`: what a model's head reads of every picture of a data set, for other programs.
+//! `vitrum features`: writes the input of a model's head for every picture of a data set, for other programs.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -24,10 +24,10 @@ pub struct Args {
     /// Where to write `features` [N,D] (F32) and `labels` [N] (I64), as safetensors
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Which part of it: train, val or test [default: val; data without parts are taken whole]
+    /// The part to read: train, val or test [default: val, or everything if the data has no parts]
     #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
     pub split: Option<Split>,
-    /// How pictures are prepared [default: the file's own]
+    /// How pictures are prepared [default: what the weights file says]
     #[arg(long, value_name = "NAME")]
     pub protocol: Option<String>,
     #[command(flatten)]
@@ -36,7 +36,7 @@ pub struct Args {
     pub on: On,
 }
 
-/// Pictures of one pass.
+/// Pictures per batch.
 pub(super) const BATCH: usize = 64;
 
 pub fn run(args: Args) -> Result<()> {

@@ -1,4 +1,4 @@
-//! `vitrum finetune`: from trained weights to a model for other pictures; or a grid of such runs.
+//! `vitrum finetune`: trains an existing model on other pictures; with `--sweep`, a grid of such runs.
 
 use std::path::PathBuf;
 
@@ -17,36 +17,37 @@ use crate::train::{finetune, finetune::Start};
 #[derive(clap::Args)]
 #[command(after_help = super::built_in_help())]
 pub struct Args {
-    /// A built-in recipe or a .toml file [default: finetune, which takes the model from the weights]
+    /// A built-in recipe or a .toml file [default: finetune, which takes the model from the weights file]
     pub recipe: Option<String>,
     /// A weights file, a checkpoint folder or a run directory (its best, else its last)
     #[arg(long, value_name = "FILE")]
     pub weights: Option<String>,
-    /// Pictures to train on: a packed data set, an image folder, or `demo`; with a validation part, that is taken too
+    /// Pictures to train on: a packed data set, an image folder, or `demo`; a validation part inside is used
+    /// too
     #[arg(long, value_name = "DIR")]
     pub data: Option<String>,
     #[command(flatten)]
     pub everyday: Everyday,
-    /// The classifier: kept where the classes agree (auto), always new (reset), or kept at any rate (keep)
+    /// The classifier: auto keeps it if the classes match, reset always makes a new one, keep always keeps it
     #[arg(long, value_enum, hide_possible_values = true)]
     pub head: Option<HeadPolicy>,
-    /// Run once for each value, and say which was best; for several keys, a grid
+    /// Train once per value and report the best; several keys make a grid
     #[arg(long, value_name = "KEY=V1,V2")]
     pub sweep: Vec<String>,
     #[command(flatten)]
     pub settings: Settings,
-    /// The run's directory; of a sweep, the folder of its runs [default: runs/RECIPE-DATE]
+    /// The run's directory; for a sweep, the folder of its runs [default: runs/RECIPE-DATE]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Continue the run in DIR by its own recipe; without DIR, the run or the sweep in --out
+    /// Continue the run in DIR with its own recipe; without DIR, continue the run or the sweep in --out
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     pub resume: Option<Option<PathBuf>>,
-    /// Load the weights, show the recipe in full and what it would take; train nothing
+    /// Load the weights, show the full recipe, its memory and its FLOPs; do not train
     #[arg(long, conflicts_with = "sweep")]
     pub dry_run: bool,
     #[command(flatten)]
     pub on: On,
-    /// Of a sweep, print one JSON object instead of the table
+    /// For a sweep: print one JSON object instead of the table
     #[arg(long, requires = "sweep")]
     pub json: bool,
 }
@@ -84,7 +85,7 @@ pub fn run(mut args: Args) -> Result<()> {
     sweep_over(&args.sweep, name, &set, &options, args.json)
 }
 
-/// One run for each combination of the values in `axes` (`KEY=V1,V2`), and their table.
+/// Trains once for each combination of the values in `axes` (`KEY=V1,V2`) and prints the table of results.
 pub(super) fn sweep_over(
     axes: &[String],
     recipe: &str,
@@ -99,7 +100,7 @@ pub(super) fn sweep_over(
     if json { print_json(&done.json()) } else { print(&done.text()) }
 }
 
-/// The flags as settings of the recipe; what `--set` says comes last and wins.
+/// The flags as settings of the recipe. `--set` comes last and wins.
 fn settings(args: &Args) -> Vec<String> {
     let head = args.head.and_then(|head| Some(head.to_possible_value()?.get_name().to_string()));
     let flags = [("finetune.weights", &args.weights), ("data.train", &args.data), ("finetune.head", &head)];

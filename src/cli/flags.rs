@@ -1,4 +1,4 @@
-//! Flags that stand for settings: the everyday ones, and an answer to those that other programs have.
+//! Flags that are short for settings, and the answer to flags that only other programs have.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -9,28 +9,29 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use crate::error::{Error, Result};
 use crate::recipe::{self, TrainSection};
 
-/// Settings that every run is started with. Each flag is the `--set` that its help shows, and comes before all of those.
+/// Flags for the settings of every run. Each flag equals the `--set` that its help shows; an explicit `--set`
+/// wins.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct Everyday {
     /// Passes over the training pictures: `--set train.epochs=N`
     #[arg(long, value_name = "N", conflicts_with = "steps")]
     pub epochs: Option<String>,
-    /// Updates in all: `--set train.steps=N`
+    /// Total number of updates: `--set train.steps=N`
     #[arg(long, value_name = "N")]
     pub steps: Option<String>,
-    /// Pictures of an update: `--set train.batch=N`
+    /// Pictures per update: `--set train.batch=N`
     #[arg(long, value_name = "N")]
     pub batch: Option<String>,
     /// The learning rate: `--set optim.lr=X`
     #[arg(long, value_name = "X")]
     pub lr: Option<String>,
-    /// What all random choices come from: `--set train.seed=N`
+    /// The seed of all random choices: `--set train.seed=N`
     #[arg(long, value_name = "N")]
     pub seed: Option<String>,
     /// The size of pictures in pixels, `N` or `HxW`: `--set model.image=N`
     #[arg(long, value_name = "N")]
     pub image: Option<String>,
-    /// The run's name, whose directory is `runs/NAME`: `--set train.name=NAME`
+    /// The run's name; its directory is `runs/NAME`: `--set train.name=NAME`
     #[arg(long, value_name = "NAME", conflicts_with = "out")]
     pub name: Option<String>,
 }
@@ -51,21 +52,21 @@ impl Everyday {
     }
 }
 
-/// The run's directory as the user wants it: `--out`, else that of the run's name; `None` where neither is given.
+/// The run's directory: `--out`, else `runs/` with the run's name. `None` if neither is given.
 ///
 /// # Errors
-/// A name that is none of a folder.
+/// The name cannot be a folder's name.
 pub(super) fn wanted_out(out: Option<PathBuf>, train: &TrainSection) -> Result<Option<PathBuf>> {
     let Some(name) = train.name.as_deref().filter(|_| out.is_none()) else { return Ok(out) };
     if name.is_empty() || name.starts_with('.') || name.contains(['/', '\\', '\0']) {
-        return Err(Error::usage(format!("`train.name` is `{name}`, which is no name of a folder"))
-            .hint("give a plain name, or the whole path by `--out DIR`"));
+        return Err(Error::usage(format!("`train.name` is `{name}`, which is not a folder name"))
+            .hint("give a plain name, or the whole path with `--out DIR`"));
     }
     Ok(Some(Path::new("runs").join(name)))
 }
 
-/// How this program is called from the folder that the user is in: `vitrum` where the shell finds it under that name, else its
-/// path.
+/// How the user calls this program from the current folder: `vitrum` if the shell finds it by that name, else
+/// its path.
 pub(super) fn program() -> String {
     let plain = String::from("vitrum");
     let Ok(this) = std::env::current_exe().and_then(|path| path.canonicalize()) else { return plain };
@@ -76,15 +77,15 @@ pub(super) fn program() -> String {
     }
     let here = std::env::current_dir().and_then(|folder| folder.canonicalize()).unwrap_or_default();
     let shown = this.strip_prefix(&here).unwrap_or(&this);
-    // A shell looks a bare name up in PATH alone.
+    // A shell looks up a bare name only in PATH.
     match shown.components().count() {
         1 => format!("./{}", shown.display()),
         _ => shown.display().to_string(),
     }
 }
 
-/// Flags of other programs (timm, big_vision, ultralytics, torchvision, HuggingFace), and what they are here: a setting, or
-/// flags.
+/// Flags of other programs (timm, big_vision, ultralytics, torchvision, HuggingFace) and the setting or flag
+/// here.
 const ELSEWHERE: [(&str, &str); 50] = [
     ("amp", "train.precision"),
     ("batch-size", "train.batch"),
@@ -138,7 +139,8 @@ const ELSEWHERE: [(&str, &str); 50] = [
     ("workers", "data.workers"),
 ];
 
-/// What is said to a command line that has a flag which the command has not, or `None` if something else is wrong with it.
+/// The error for a flag that the command does not have. `None` if something else is wrong with the command
+/// line.
 pub(super) fn unknown_flag(error: &clap::Error, args: &[OsString]) -> Option<Error> {
     if error.kind() != ErrorKind::UnknownArgument {
         return None;
@@ -181,7 +183,7 @@ pub(super) fn unknown_flag(error: &clap::Error, args: &[OsString]) -> Option<Err
     })
 }
 
-/// What the user gave the flag: `--flag=VALUE`, or the word behind it.
+/// The flag's value: `--flag=VALUE`, or the next word.
 fn value_of<'a>(flag: &str, words: &[&'a str]) -> Option<&'a str> {
     let with_equals = format!("{flag}=");
     if let Some(word) = words.iter().find(|word| word.starts_with(&with_equals)) {

@@ -1,4 +1,5 @@
-//! `vitrum grad`: logits, loss and every gradient of one batch, for comparison with other implementations.
+//! `vitrum grad`: writes logits, loss and every gradient of one batch, for comparison with other
+//! implementations.
 
 use std::path::PathBuf;
 
@@ -22,13 +23,13 @@ pub struct Args {
     /// Where to write `logits` [B,C], `loss` [1] and `grad/NAME`, all F32
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// softmax or sigmoid
+    /// The loss: softmax or sigmoid
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = LossKind::Softmax)]
     pub loss: LossKind,
-    /// Targets become (1-S)·onehot + S/C
+    /// Label smoothing: targets become (1-S)·onehot + S/C
     #[arg(long, value_name = "S", default_value_t = 0.0)]
     pub label_smoothing: f32,
-    /// What a GPU stores the residual stream in: bf16 or f32
+    /// The type in which a GPU stores the residual stream: bf16 or f32
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = Residual::Auto)]
     pub residual: Residual,
     #[command(flatten)]

@@ -1,4 +1,4 @@
-//! `vitrum inspect`: what is this file or folder? Reads headers only.
+//! `vitrum inspect`: says what a file or folder is. Reads headers only.
 
 use std::path::{Path, PathBuf};
 
@@ -26,14 +26,15 @@ pub fn run(args: Args) -> Result<()> {
     if args.json { print_json(&what) } else { print(&text(&what)) }
 }
 
-/// Weights are a file, or a folder that a run wrote; any other folder, and an archive, is a data set.
+/// A file is weights, and so is a folder that a run wrote. Any other folder is a data set, and so is an
+/// archive.
 fn describe(path: &Path, overrides: &ModelOverrides) -> Result<Value> {
     let is_demo = ["demo", "demo-hard"].iter().any(|name| path.as_os_str() == *name);
     let short_name = weights::is_model_name(path);
     if !path.exists() && !is_demo && !short_name && !data::source::is_named(path) {
         return Err(Error::new(format!("{}: there is no such file or folder", path.display())));
     }
-    // A pickle is named too, to be refused by the room that knows what to say.
+    // A pickle counts as weights, so that `weights` refuses it with its own message.
     let model =
         |name: &str| [path.join(name), path.join(format!("{name}.index.json"))].iter().any(|p| p.exists());
     let of_a_run = path.join("checkpoints").exists()
@@ -76,7 +77,7 @@ fn add_lines(key: &str, value: &Value, lines: &mut Vec<String>) {
     lines.push(format!("{key}: {text}"));
 }
 
-/// The first few, and how many there are.
+/// The first few items, and the total.
 fn short_list(items: &[Value]) -> String {
     const SHOWN: usize = 10;
     let text = |item: &Value| item.as_str().map_or_else(|| item.to_string(), str::to_string);

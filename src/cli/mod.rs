@@ -1,7 +1,8 @@
-//! The command line: one file per command, each with its `Args` and a `run`. Parsing, wiring and printing; no logic.
+//! The command line: one file per command, each with its `Args` and a `run`. Parsing, wiring and printing; no
+//! logic.
 //!
-//! Data goes to stdout or files, progress and errors to stderr. Exit codes: 0 done, 1 a failure that the message
-//! explains, 2 wrong usage, 130 interrupted, 143 terminated.
+//! Data goes to stdout or files, progress and errors to stderr. Exit codes: 0 done, 1 a failure that the
+//! message explains, 2 wrong usage, 130 interrupted, 143 terminated.
 
 #![forbid(unsafe_code)]
 // Help texts are written for a terminal: `[B, C]` in them is a shape.
@@ -43,7 +44,7 @@ use crate::weights::ModelOverrides;
 #[derive(Parser)]
 #[command(name = "vitrum", version)]
 #[command(
-    after_help = "Start with `vitrum train`: it trains a small model on pictures that it draws itself."
+    after_help = "Start with `vitrum train`: it draws its own pictures and trains a small model on them."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -58,44 +59,44 @@ enum Command {
     Finetune(finetune::Args),
     /// Measure a model's accuracy on a data set
     Eval(eval::Args),
-    /// Say what is in a picture
+    /// Predict the classes of pictures
     Predict(predict::Args),
-    /// Write pooled features of a data set
+    /// Write the pooled features of a data set to a file
     Features(features::Args),
     /// Measure how good a model's features are, without training it
     Probe(probe::Args),
-    /// Turn pictures into a packed data set
+    /// Pack pictures into a data set that loads fast
     Pack(pack::Args),
     /// Draw a contact sheet of augmented samples
     Preview(preview::Args),
     /// Convert weights between layouts
     Convert(convert::Args),
-    /// Say what a weights file, a checkpoint or a data set holds
+    /// Describe a weights file, a checkpoint or a data set
     Inspect(inspect::Args),
     /// Write logits, loss and every gradient of one batch
     Grad(grad::Args),
     /// Train on stored batches and write the trajectory
     Replay(replay::Args),
-    /// Work out memory, FLOPs and steps of a recipe; runs nothing
+    /// Calculate a recipe's memory, FLOPs and steps without running it
     Plan(plan::Args),
     /// Time training or inference on this machine
     Bench(bench::Args),
     /// Check every operation on this machine's device against float64
     Selftest(selftest::Args),
-    /// Say what this machine offers and what Vitrum will use
+    /// Show what this machine offers and what Vitrum will use
     Doctor(doctor::Args),
 }
 
-/// Settings of a recipe, wherever a command has them.
+/// The `--set` flag of every command that reads a recipe.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct Settings {
-    /// Change one setting of the recipe, as in `train.steps=60`; may be repeated
+    /// Change one setting of the recipe, such as `train.steps=60`; may be repeated
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub set: Vec<String>,
 }
 
 impl Settings {
-    /// For commands that read a weights file: what it does not say itself, as `model.KEY=VALUE`.
+    /// For commands that read a weights file: `model.KEY=VALUE` gives what the file does not say.
     pub fn model_overrides(&self) -> Result<ModelOverrides> {
         let pairs = self.set.iter().map(|setting| match setting.split_once('=') {
             Some((key, value)) => Ok((key.trim().to_string(), value.trim().to_string())),
@@ -114,7 +115,7 @@ pub struct On {
     pub device: Device,
 }
 
-/// Every command with its arguments, for what must agree with them: the documentation.
+/// Every command with its arguments. Tests compare the documentation with it.
 pub fn command() -> clap::Command {
     Cli::command()
 }
@@ -128,7 +129,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             if let Some(e) = flags::unknown_flag(&e, &args) {
                 return fail(&e);
             }
-            // Help and version are data and end with 0, the rest is wrong usage. A closed pipe is no failure.
+            // Help and version are data and exit with 0; the rest is wrong usage. A closed pipe is not a
+            // failure.
             let _ = e.print();
             return ExitCode::from(e.exit_code() as u8);
         }
@@ -139,7 +141,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Says what was wrong, and with which code the program ends.
+/// Prints what was wrong and returns the exit code.
 fn fail(e: &Error) -> ExitCode {
     let stopped = matches!(e.kind(), Kind::Stopped(_));
     let mut text = if stopped { e.message().to_string() } else { format!("error: {}", e.message()) };
@@ -175,16 +177,17 @@ fn run(cli: Cli) -> Result<()> {
     }
 }
 
-/// The threads that checksums, conversions and packs share: started here, because nobody could answer for them later.
+/// Starts the threads that checksums, conversions and packs share. Started later, a failure could not be
+/// reported.
 fn start_threads() -> Result<()> {
     rayon::ThreadPoolBuilder::new().build_global().map_err(|e| {
-        Error::new(format!("the system starts no more threads: {e}")).hint(
-            "raise the limits that `ulimit -u` and `ulimit -v` show, or use fewer by `RAYON_NUM_THREADS=1`",
+        Error::new(format!("the system cannot start more threads: {e}")).hint(
+            "raise the limits that `ulimit -u` and `ulimit -v` show, or set `RAYON_NUM_THREADS=1`",
         )
     })
 }
 
-/// The refusal of a command or an option that the contract names and this version lacks.
+/// The error for a documented command or option that this version does not have yet.
 pub fn not_built(what: &str) -> Error {
     Error::usage(format!("`{what}` is not built yet"))
 }
@@ -194,17 +197,17 @@ fn say_notes(notes: &[String]) {
     notes.iter().for_each(|note| terminal::note(note));
 }
 
-/// Says which part of a data set is looked at.
+/// Prints which part of a data set is used.
 fn say_part(data: &str, part: Option<Split>, images: usize) {
     let images = format::thousands(images as u64);
     let which = match part {
         Some(part) => format!("the {} part of {data}", part.name()),
-        None => format!("all of {data}, which has no parts: if the model was trained on it, this is no test"),
+        None => format!("all of {data}, which has no parts: not a test if the model was trained on it"),
     };
     terminal::say(&format!("data    {which} ({images} images)"));
 }
 
-/// The built-in recipes, for help texts: name and first line of each.
+/// The built-in recipes for help texts: the name and first line of each.
 fn built_in_help() -> String {
     let mut text = String::from("Built-in recipes:\n");
     for (name, recipe) in BUILT_IN {

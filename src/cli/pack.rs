@@ -1,4 +1,4 @@
-//! `vitrum pack`: put pictures into the form that trains fastest.
+//! `vitrum pack`: writes pictures as a packed data set, the form that loads fastest.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,38 +16,38 @@ const GRACE: Duration = Duration::from_millis(500);
 /// Packs pictures into a data set.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// An image folder (`CLASS/...`, or `train/CLASS/...` and `val/CLASS/...`), a tar archive of such paths, of an archive
-    /// for each class or of WebDataset samples, a folder of such archives, CIFAR binaries, or a manifest (`.csv`, `.tsv`,
-    /// `.jsonl`, `.txt`) of paths and labels
+    /// An image folder (`CLASS/...`, or `train/CLASS/...` and `val/CLASS/...`); a tar archive with such
+    /// paths, with one archive per class or with WebDataset samples; a folder of such archives; CIFAR
+    /// binaries; or a manifest (`.csv`, `.tsv`, `.jsonl`, `.txt`) of paths and labels
     pub source: PathBuf,
-    /// The folder to make; with `--check` alone, SOURCE may itself be a packed data set
+    /// The folder to create; with `--check` it may be left out, SOURCE is then a packed data set
     pub dest: Option<PathBuf>,
-    /// `jpeg` keeps the encoded pictures, `raw` stores pixels of one size [default: raw if all pictures have one size
-    /// of at most 64 pixels, else jpeg]
+    /// `jpeg` keeps the encoded pictures, `raw` stores pixels of one size [default: raw if all pictures have
+    /// the same size of at most 64 pixels, else jpeg]
     #[arg(long)]
     pub format: Option<Format>,
-    /// Resize: the shorter side `N`, or `HxW`; raw pixels are then cropped to the centre
+    /// Resize to `N` pixels on the shorter side, or to `HxW`; raw pixels are then cropped at the centre
     #[arg(long, value_name = "N|HxW")]
     pub size: Option<Target>,
-    /// Re-encode every picture as JPEG of this quality
+    /// Re-encode every picture as JPEG with this quality
     #[arg(long, value_name = "Q", value_parser = clap::value_parser!(u8).range(1..=100))]
     pub quality: Option<u8>,
     /// What to do with a record that cannot be decoded
     #[arg(long, value_name = "WHAT", default_value = "skip")]
     pub on_bad_record: OnBadRecord,
-    /// Turn pictures as their EXIF orientation says; those that it turns are encoded anew
+    /// Rotate pictures as their EXIF orientation says; rotated pictures are re-encoded
     #[arg(long)]
     pub exif: bool,
-    /// Hold out this share of the training records (0.01 = 1 %), chosen by a hash of their names: as `val`, or as `minival`
-    /// where the source has a validation part
+    /// Hold out this share of the training records (0.01 = 1 %), chosen by a hash of their names; the part is
+    /// called `val`, or `minival` if the source has a validation part
     #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     pub minival: f64,
-    /// Verify the packed data set: checksums, and every picture
+    /// Verify the packed data set: checksums and every picture
     #[arg(long)]
     pub check: bool,
 }
 
-/// Packs, checks, or both.
+/// Packs a data set, checks one, or both.
 pub fn run(args: Args) -> Result<()> {
     let packed_before =
         |dir: &Path| [dir.to_owned(), dir.join("train"), dir.join("val")].iter().any(|d| Manifest::is_in(d));

@@ -1,4 +1,4 @@
-//! `vitrum plan`: what a recipe will take, worked out without running it.
+//! `vitrum plan`: calculates a recipe's memory, FLOPs and steps without running it.
 
 use super::{On, Settings};
 use crate::backend::Device;
@@ -27,7 +27,7 @@ pub fn run(args: Args) -> Result<()> {
     show(&loaded.recipe, &loaded.name, args.on.device, args.json)
 }
 
-/// What a recipe will take, and the recipe in full. Looks at the data set if it is there, and runs nothing.
+/// Prints the plan and the full recipe. Opens the data set if it exists; runs nothing.
 pub fn show(recipe: &Recipe, name: &str, device: Device, json: bool) -> Result<()> {
     let plan = Plan::of(recipe, device)?;
     if json {

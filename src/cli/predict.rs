@@ -19,19 +19,21 @@ pub struct Args {
     /// A weights file, a checkpoint folder or a run directory (its best, else its last)
     #[arg(long, value_name = "FILE")]
     pub weights: PathBuf,
-    /// Pictures, folders of pictures, patterns such as 'photos/*.jpg', or `-` for a list of files on stdin
+    /// Pictures, folders of pictures, patterns such as 'photos/*.jpg', or `-` to read a list of files from
+    /// stdin
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
-    /// How many classes to show [default: 5; with --threshold, all above it]
+    /// How many classes to show [default: 5, or all above --threshold]
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..))]
     pub top: Option<u16>,
-    /// Show only classes of at least this probability, as in 0.5
+    /// Show only classes with at least this probability, such as 0.5
     #[arg(long, value_name = "P", value_parser = share)]
     pub threshold: Option<f32>,
-    /// Of folders that are data sets, take this part: train, val or test [default: every picture below the folder]
+    /// For folders that are data sets, the part to use: train, val or test [default: every picture below the
+    /// folder]
     #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
     pub split: Option<Split>,
-    /// How pictures are prepared: a system's name [default: the file's own]
+    /// How pictures are prepared: a system's name [default: what the weights file says]
     #[arg(long, value_name = "NAME")]
     pub protocol: Option<String>,
     /// Write attention maps as PNG files (not built yet)
@@ -46,7 +48,7 @@ pub struct Args {
     pub json: bool,
 }
 
-/// Classes that are shown by default.
+/// How many classes are shown by default.
 const TOP: usize = 5;
 
 fn share(text: &str) -> std::result::Result<f32, String> {
@@ -73,11 +75,11 @@ pub fn run(args: Args) -> Result<()> {
         None => run.protocol()?,
     };
     let least = args.threshold.unwrap_or(0.0);
-    // With a threshold all classes above it count, unless the user says how many.
+    // With a threshold, show all classes above it unless the user says how many.
     let most = args.top.map_or(if args.threshold.is_some() { usize::MAX } else { TOP }, usize::from);
     let (mut all, mut errors) = (Vec::new(), Vec::new());
     for path in &images {
-        // One bad file among many takes nothing from the others.
+        // One bad file among many does not stop the others.
         let mut top = match run.predict(path, protocol) {
             Ok(top) => top,
             Err(error) if images.len() == 1 => return Err(error),
@@ -117,7 +119,7 @@ fn list() -> Result<String> {
     std::io::read_to_string(std::io::stdin()).at("stdin")
 }
 
-/// The picture, then its classes with a bar each.
+/// The picture's path, then one line with a bar per class.
 fn text(path: &Path, top: &[Prediction]) -> String {
     let width = top.iter().map(|p| one_line(&p.name).chars().count()).max().unwrap_or(0);
     let row = |p: &Prediction| {

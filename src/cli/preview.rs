@@ -1,4 +1,4 @@
-//! `vitrum preview`: a contact sheet of augmented samples, because people look before they train.
+//! `vitrum preview`: draws a contact sheet of augmented samples, to look at before training.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,16 +16,16 @@ use crate::terminal;
 pub struct Args {
     /// A built-in recipe or a .toml file [default: demo]
     pub recipe: Option<String>,
-    /// The data set; default: the recipe's
+    /// The data set [default: the recipe's]
     #[arg(long, value_name = "DIR")]
     pub data: Option<String>,
-    /// The picture to write
+    /// The PNG file to write
     #[arg(long, value_name = "FILE.png")]
     pub out: PathBuf,
     /// How many samples to show
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub samples: u32,
-    /// Which batch of the run; the samples are those that the run would see
+    /// Which batch of the run to show; the run sees the same samples
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub batch: u64,
     #[command(flatten)]

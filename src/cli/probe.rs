@@ -1,4 +1,5 @@
-//! `vitrum probe`: how well a model's features tell the classes of a data set apart, without training the model.
+//! `vitrum probe`: measures how well a model's features separate the classes of a data set, without training
+//! it.
 
 use std::path::PathBuf;
 
@@ -30,28 +31,29 @@ pub struct Args {
     /// A data set with a training and a validation part
     #[arg(long, value_name = "DIR")]
     pub data: String,
-    /// Which part to score on, of features that are fitted on the training part [default: val]
+    /// The part to score on; the probe is fitted on the training part [default: val]
     #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
     pub split: Option<Split>,
-    /// ridge: a linear classifier on all training pictures; fewshot: on a few per class; knn: nearest neighbours
+    /// ridge: a linear classifier on all training pictures; fewshot: on a few per class; knn: nearest
+    /// neighbours
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = Method::Ridge)]
     pub method: Method,
-    /// Penalties [default: 1024 for fewshot; for ridge a grid, from which a held-out tenth chooses]
+    /// L2 penalties [default: 1024 for fewshot; for ridge, the best of a grid on a held-out tenth]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub l2: Vec<f64>,
     /// For fewshot: pictures per class
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = [1, 5, 10, 25])]
     pub shots: Vec<usize>,
-    /// For fewshot: how many choices of pictures to average over
+    /// For fewshot: how many random selections of pictures to average over
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
     pub seeds: u64,
-    /// For knn: neighbours
+    /// For knn: numbers of neighbours
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = [10, 20])]
     pub k: Vec<usize>,
-    /// Take only this many training pictures, drawn by a fixed key
+    /// Use only this many training pictures, selected at random with a fixed seed
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub images: Option<u64>,
-    /// How pictures are prepared [default: the file's own]
+    /// How pictures are prepared [default: what the weights file says]
     #[arg(long, value_name = "NAME")]
     pub protocol: Option<String>,
     #[command(flatten)]
@@ -74,13 +76,13 @@ pub fn run(args: Args) -> Result<()> {
     let mut train = Dataset::open(&args.data, Split::Train)?;
     let (val, part) = data::measured(&args.data, args.split)?;
     if part.is_none() {
-        let lacks = "no validation part, a probe needs one to be scored on";
+        let lacks = "no validation part; a probe is scored on one";
         return Err(Error::new(format!("{}: {lacks}", train.name()))
             .hint("give a folder with `train/` and `val/` inside"));
     }
     if train.classes() != val.classes() {
-        return Err(Error::new(format!("{}: its parts have other classes", train.name()))
-            .hint("give both the same class folders (an empty folder counts as a class)"));
+        return Err(Error::new(format!("{}: its parts have different classes", train.name()))
+            .hint("give both parts the same class folders (an empty folder counts as a class)"));
     }
     super::say_part(&args.data, part, val.len());
     if let Some(images) = args.images {

@@ -1,4 +1,4 @@
-//! `vitrum replay`: one update per stored batch, and the trajectory that results.
+//! `vitrum replay`: makes one update per stored batch and writes the trajectory.
 
 use std::path::PathBuf;
 

@@ -1,5 +1,5 @@
-//! `vitrum selftest`: every operation of this machine's device against float64, then whole training steps against the CPU's
-//! and against themselves.
+//! `vitrum selftest`: compares every operation of this machine's device with float64. Then compares whole
+//! training steps with the CPU's, and with a second run of themselves.
 
 use super::{On, print, print_json};
 use serde_json::{Value, json};
@@ -10,29 +10,31 @@ use crate::check::steps::{STEPS, StepCheck, check_steps};
 use crate::error::{Error, Result};
 use crate::selftest::{self, in_a_process};
 
-/// What `--filter` calls the whole steps.
+/// The name of the whole training steps for `--filter`.
 const TRAINING: &str = "training";
 
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
     pub on: On,
-    /// Only in this precision: f32, tf32 or bf16 (default: every one that the device is used in)
+    /// The precision to check: f32, tf32 or bf16 [default: every precision that the device is used with]
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = Precision::Auto)]
     pub precision: Precision,
-    /// Only cases whose line, as in `attention_backward: ...`, holds this text; `training` for the whole steps
+    /// Only cases whose line (`attention_backward: ...`) contains this text; `training` selects the training
+    /// steps
     #[arg(long, value_name = "TEXT")]
     pub filter: Option<String>,
-    /// Compute matrix products as `train.deterministic` does, in the first way that can be done, and time nothing
+    /// Compute matrix products as `train.deterministic` does: use the first algorithm that works, without
+    /// timing
     #[arg(long)]
     pub deterministic: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
-    /// For a process of the self-test itself: what its residual stream is stored in
+    /// Internal: the type of the residual stream in a child process of the self-test
     #[arg(long, value_enum, hide = true, default_value_t = Residual::Auto)]
     pub residual: Residual,
-    /// Likewise: report the cases from this one on, a line each; or the training steps
+    /// Internal: a child process reports the cases from this one on, one line each, or the training steps
     #[arg(long, hide = true)]
     pub report_from: Option<usize>,
 }
@@ -76,17 +78,17 @@ pub fn run(args: Args) -> Result<()> {
     match checks.iter().find(|proof| !proof.passed()) {
         None => Ok(()),
         Some(failed) => {
-            Err(Error::new(format!("training steps are not what they should be on {}", failed.device))
+            Err(Error::new(format!("training steps give wrong results on {}", failed.device))
                 .hint("compute on the CPU with `--device cpu`, and report this table"))
         }
     }
 }
 
-/// What `auto` is, found out without opening a card: its cases run in processes of their own.
+/// Resolves `auto` without opening a GPU, because a GPU's cases run in child processes.
 fn settle(device: Device, options: &DeviceOptions) -> Result<Device> {
     match device {
         Device::Auto if device.card().is_some_and(|card| usable(card).is_ok()) => Ok(Device::Cuda(0)),
-        // One line says why not.
+        // `select` prints why no GPU is used.
         Device::Auto => select(device, options).map(|_| Device::Cpu),
         other => Ok(other),
     }
@@ -100,7 +102,7 @@ fn check_steps_apart(device: Device, precision: Precision) -> Result<Vec<StepChe
     let status = in_a_process(device, &args, &mut |line| checks = serde_json::from_str(line).ok())?;
     checks.ok_or_else(|| {
         let how = status.map_or("it did not end".into(), |status| format!("its process ended: {status}"));
-        Error::new(format!("training steps on {device} came to no result: {how}"))
+        Error::new(format!("the training steps on {device} gave no result: {how}"))
             .hint("`vitrum selftest --filter training` runs them alone")
     })
 }

@@ -1,4 +1,4 @@
-//! `vitrum train`: from a recipe to a trained model.
+//! `vitrum train`: trains a model as a recipe says.
 
 use std::path::PathBuf;
 
@@ -21,41 +21,41 @@ pub struct Args {
     pub data: Option<String>,
     #[command(flatten)]
     pub everyday: Everyday,
-    /// Run once for each value, and say which was best; for several keys, a grid
+    /// Train once per value and report the best; several keys make a grid
     #[arg(long, value_name = "KEY=V1,V2", conflicts_with_all = ["overfit", "dry_run"])]
     pub sweep: Vec<String>,
     #[command(flatten)]
     pub settings: Settings,
-    /// The run's directory; of a sweep, the folder of its runs [default: runs/RECIPE-DATE]
+    /// The run's directory; for a sweep, the folder of its runs [default: runs/RECIPE-DATE]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Continue the run in DIR by its own recipe; without DIR, the run or the sweep in --out
+    /// Continue the run in DIR with its own recipe; without DIR, continue the run or the sweep in --out
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     pub resume: Option<Option<PathBuf>>,
-    /// Check that N samples can be learned by heart: no augmentation, loss below 0.01 within 300 steps
+    /// Check that the model can overfit N samples: no augmentation, loss below 0.01 within 300 steps
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub overfit: Option<u64>,
-    /// Show the recipe in full and what it would take; train nothing
+    /// Show the full recipe, its memory and its FLOPs; do not train
     #[arg(long)]
     pub dry_run: bool,
     #[command(flatten)]
     pub on: On,
-    /// Of a sweep, print one JSON object instead of the table
+    /// For a sweep: print one JSON object instead of the table
     #[arg(long, requires = "sweep")]
     pub json: bool,
 }
 
-/// A run's own recipe, in its directory.
+/// The file in a run directory that holds the run's recipe.
 const OWN: &str = "recipe.toml";
 
-/// Where a run is, or will be.
+/// The directory of a run, and whether to resume it.
 pub(super) struct Place {
     out: Option<PathBuf>,
     pub(super) resume: bool,
 }
 
 impl Place {
-    /// From `--out` and `--resume [DIR]`. A run that goes on without a recipe does so by its own.
+    /// From `--out` and `--resume [DIR]`. A resumed run without a recipe argument uses its own recipe.
     pub(super) fn find(
         recipe: &mut Option<String>,
         out: Option<PathBuf>,
@@ -67,7 +67,7 @@ impl Place {
                 return Err(Error::usage("`--resume` without a run to continue")
                     .hint("name its directory, as in `vitrum train --resume runs/NAME`"));
             }
-            // A sweep, and a run that was stopped before it began, have no recipe of their own.
+            // A sweep has no recipe of its own, and neither has a run that was stopped before it began.
             (Some(None), Some(out)) if !out.join(OWN).is_file() => {
                 return Ok(Self { out: Some(out), resume: true });
             }
@@ -76,36 +76,37 @@ impl Place {
             (Some(Some(dir)), Some(out)) => (dir, out),
         };
         if dir != out && recipe.is_none() && !dir.join(OWN).is_file() {
-            // `--resume RECIPE --out DIR`: a flag, and what follows it.
+            // `--resume RECIPE --out DIR`: here RECIPE is the positional argument, not the value of
+            // `--resume`.
             *recipe = Some(dir.display().to_string());
         } else if dir != out {
             return Err(Error::usage(format!(
-                "`--resume {}` and `--out {}` name two directories",
+                "`--resume {}` and `--out {}` name different directories",
                 dir.display(),
                 out.display()
             ))
-            .hint("leave out one of them"));
+            .hint("give only one of them"));
         } else if recipe.is_none() {
             let own = out.join(OWN);
             if !own.is_file() {
                 return Err(Error::new(format!(
-                    "{}: no run to continue: no `recipe.toml` in it",
+                    "{}: no run to continue: it has no `recipe.toml`",
                     out.display()
                 ))
-                .hint("name the directory of a run, or give its recipe as well"));
+                .hint("give the directory of a run, or add its recipe"));
             }
             *recipe = Some(own.display().to_string());
         }
         Ok(Self { out: Some(out), resume: true })
     }
 
-    /// The directory: where neither it nor the run is named, a new one.
+    /// The run's directory. If neither `--out` nor `train.name` is given, a new one.
     pub(super) fn out(&self, loaded: &RecipeFile) -> Result<PathBuf> {
         let wanted = wanted_out(self.out.clone(), &loaded.recipe.train)?;
         Ok(wanted.unwrap_or_else(|| default_out(&loaded.name)))
     }
 
-    /// Nobody has named it.
+    /// Whether neither `--out` nor `train.name` names the directory.
     pub(super) fn is_new(&self, loaded: &RecipeFile) -> bool {
         self.out.is_none() && loaded.recipe.train.name.is_none()
     }
@@ -143,7 +144,7 @@ pub fn run(mut args: Args) -> Result<()> {
     Ok(())
 }
 
-/// What came of a run, where it is, and what to type next.
+/// The result of a run, where its files are, and what to type next.
 pub(super) fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
     let how = match run.ending {
         Ending::Finished => "trained",
@@ -172,7 +173,7 @@ pub(super) fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
         .fact("curves", format!("{out}/metrics.jsonl"))
         .fact("recipe", format!("{out}/recipe.toml"));
     let vitrum = program();
-    // A part that was held out has no name that could be given to `eval`.
+    // `eval` cannot name a held-out split, so there is no command to suggest.
     if let Some(data) = data.filter(|_| run.has_val && !run.held_out) {
         summary = summary.next("measure it", format!("{vitrum} eval --weights {out} --data {data}"));
     }

@@ -1,4 +1,4 @@
-//! Ranks that train one model together. Only one rank is built so far; NCCL and MPI have their place here.
+//! Ranks that train one model together. Only one rank is built so far; NCCL and MPI belong here.
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -14,10 +14,10 @@ impl Collective {
     /// One process by itself.
     pub const ALONE: Collective = Collective { rank: 0, size: 1 };
 
-    /// The ranks that a launcher (mpirun, srun, torchrun) has started.
+    /// The ranks that a launcher (mpirun, srun, torchrun) started.
     ///
     /// # Errors
-    /// More than one: refused in words, because gradients would not be averaged.
+    /// The launcher started more than one rank. Their gradients would not be averaged.
     pub fn from_env() -> Result<Self> {
         for key in ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"] {
             let size = std::env::var(key).ok().and_then(|v| v.parse::<usize>().ok()).unwrap_or(1);
@@ -31,7 +31,7 @@ impl Collective {
         Ok(Self::ALONE)
     }
 
-    /// Sums the gradients over all ranks; nothing to do for one.
+    /// Sums the gradients over all ranks. Does nothing for one rank.
     pub fn all_reduce_gradients(&self, _backend: &mut dyn Backend) -> Result<()> {
         assert_eq!(self.size, 1, "only one rank is built");
         Ok(())

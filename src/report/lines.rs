@@ -1,4 +1,4 @@
-//! What is reported of a step and of an evaluation, once for all readers.
+//! The report of a step and of an evaluation, defined once for all readers.
 
 use serde::Serialize;
 
@@ -13,20 +13,20 @@ pub struct StepLine {
     pub epoch: f64,
     /// Mean over the steps since the last line.
     pub loss: f64,
-    /// The rate that this update used, of the head.
+    /// The head's learning rate in this update.
     pub lr: f64,
-    /// Before clipping.
+    /// The gradient norm before clipping.
     pub grad_norm: f64,
     /// Share of training samples whose largest target was predicted, since the last line.
     pub top1: f64,
     pub img_per_s: f64,
-    /// Share of the time in which the step waited for the loader.
+    /// Share of the time that steps waited for the loader.
     pub data_wait: f64,
-    /// Model FLOPs over the device's peak, where the peak is known.
+    /// Model FLOP/s over the device's peak, if the peak is known.
     pub mfu: Option<f64>,
     /// Updates skipped so far because something was not finite.
     pub skipped: u64,
-    /// Since the start of this process's training.
+    /// Seconds since this process began to train.
     pub seconds: f64,
 }
 
@@ -42,7 +42,7 @@ impl StepLine {
             self.lr,
             format::rate(self.img_per_s),
         );
-        // Silence where all is well.
+        // Shown only if something is wrong.
         if self.data_wait >= 0.05 {
             text += &format!("   data wait {}", format::percent(self.data_wait));
         }
@@ -53,13 +53,13 @@ impl StepLine {
     }
 }
 
-/// A model on a data set; shares in `[0, 1]`.
+/// A model's scores on a data set; shares are in `[0, 1]`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Scores {
     pub loss: f64,
     pub top1: f64,
     pub top5: f64,
-    /// Mean average precision, where images have several labels.
+    /// Mean average precision, for multi-label data.
     #[serde(rename = "mAP", skip_serializing_if = "Option::is_none")]
     pub map: Option<f64>,
     pub images: u64,
@@ -73,16 +73,16 @@ pub struct EvalLine {
     pub epoch: f64,
     #[serde(flatten)]
     pub scores: Scores,
-    /// Of the model: among five classes or fewer every picture is in the top 5.
+    /// Number of the model's classes. With five or fewer, top-5 is always 100 % and is not shown.
     #[serde(skip)]
     pub classes: usize,
     /// Training top-1 minus validation top-1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gap: Option<f64>,
-    /// The moving average of the weights, where the recipe keeps one.
+    /// Scores of the weights' moving average, if the recipe keeps one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ema: Option<Scores>,
-    /// The best so far.
+    /// Whether this is the best evaluation so far.
     pub best: bool,
     pub img_per_s: f64,
     pub seconds: f64,

@@ -1,4 +1,5 @@
-//! Lines for people: on stderr and in the run's `log.txt`, above the progress bar where there is one.
+//! Lines for people, on stderr and in the run's `log.txt`. They appear above the progress bar if there is
+//! one.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -23,12 +24,12 @@ struct Inner {
 }
 
 impl Log {
-    /// Only stderr.
+    /// Writes to stderr only.
     pub fn stderr() -> Self {
         Self { inner: Arc::new(Mutex::new(Inner { file: None, bar: None })) }
     }
 
-    /// Stderr and the file at `path`, which is continued if it exists.
+    /// Writes to stderr and appends to the file at `path`.
     pub fn to_file(path: &Path) -> Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path).at(path.display())?;
         Ok(Self { inner: Arc::new(Mutex::new(Inner { file: Some(file), bar: None })) })
@@ -46,7 +47,7 @@ impl Log {
         self.line(&format!("warning: {text}"));
     }
 
-    /// A line for the file alone: what the terminal shows as a bar, or has shown before there was a file.
+    /// Writes a line to the file only: the terminal shows it as a bar, or showed it before the file was open.
     pub(crate) fn file_line(&self, text: &str) {
         self.lock().write_file(text);
     }
@@ -61,7 +62,7 @@ impl Log {
 }
 
 impl Inner {
-    /// A terminal that has gone away stops nothing.
+    /// A closed terminal is not an error.
     fn write_terminal(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| terminal::say(text)),
@@ -69,7 +70,7 @@ impl Inner {
         }
     }
 
-    /// A log that cannot be written (a full disk) is given up after one warning; the run is worth more.
+    /// If the log cannot be written (such as on a full disk), warns once and stops logging. The run goes on.
     fn write_file(&mut self, text: &str) {
         let Some(file) = &mut self.file else { return };
         if let Err(e) = file.write_all(format!("{}\n", terminal::visible(text)).as_bytes()) {

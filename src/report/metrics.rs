@@ -1,7 +1,7 @@
 //! `metrics.jsonl`: one JSON object per line, for machines.
 //!
-//! `{"step", "epoch", "loss", "lr", "grad_norm", ...}` for training, `{"step", "eval": {...}}` for evaluation. Each line
-//! is written whole and at once, so that a killed run leaves at most one broken line, at the end.
+//! `{"step", "epoch", "loss", "lr", "grad_norm", ...}` for training, `{"step", "eval": {...}}` for
+//! evaluation. One write call writes each line, so a killed run leaves at most one broken line, at the end.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -20,8 +20,8 @@ pub struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// A new file, or with `resume_at_step` the old one without the lines past that step: what the interrupted run did
-    /// after its last checkpoint is done again, and written again.
+    /// Creates a file. With `resume_at_step`, opens the old one and removes the lines after that step: the
+    /// resumed run repeats those steps and writes their lines again.
     pub fn open(path: &Path, resume_at_step: Option<u64>) -> Result<Self> {
         match resume_at_step {
             Some(step) if path.exists() => {
@@ -43,7 +43,7 @@ impl MetricsFile {
         self.write(&json!({ "step": line.step, "eval": line }))
     }
 
-    /// Has the system put all lines on the disk.
+    /// Syncs all lines to the disk.
     pub fn sync(&self) -> Result<()> {
         self.file.sync_data().at(self.path.display())
     }
@@ -55,7 +55,7 @@ impl MetricsFile {
     }
 }
 
-/// The whole lines whose step is at most `last`; none for a run that starts over.
+/// The complete lines whose step is at most `last`; none if `last` is 0.
 fn lines_up_to(text: &str, last: u64) -> String {
     let step = |line: &str| serde_json::from_str::<Value>(line).ok()?.get("step")?.as_u64();
     let keep = |line: &&str| last > 0 && line.ends_with('\n') && step(line).is_some_and(|s| s <= last);

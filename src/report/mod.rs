@@ -1,7 +1,7 @@
-//! What a run tells: progress on the terminal, `log.txt`, `metrics.jsonl`, and the closing summary.
+//! A run's reports: progress on the terminal, `log.txt`, `metrics.jsonl` and the closing summary.
 //!
-//! Everything here goes to stderr or into files; stdout belongs to data. A line says the same thing in the terminal
-//! and in the log; machines read `metrics.jsonl`.
+//! Everything here goes to stderr or to files; stdout is for data. A line has the same text on the terminal
+//! and in the log. `metrics.jsonl` is for machines.
 
 #![forbid(unsafe_code)]
 

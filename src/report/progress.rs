@@ -1,6 +1,6 @@
-//! How far the run is: a bar on a terminal, plain lines elsewhere.
+//! Progress of a run: a bar on a terminal, plain lines elsewhere.
 //!
-//! On a terminal only evaluations and messages stay on the screen, steps move the bar. In a file or a pipe, and in
+//! On a terminal, steps move the bar; evaluations and messages stay on the screen. In a file, a pipe and
 //! `log.txt`, each reported step is a line.
 
 use std::io::IsTerminal;
@@ -20,7 +20,8 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// A run of `total` steps, of which `start` were done before. Messages go through `log`, above the bar.
+    /// For a run of `total` steps, of which `start` are done already. Messages go through `log`, above the
+    /// bar.
     pub fn new(log: &Log, total: u64, start: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| bar(total, start));
         log.set_bar(bar.clone());
@@ -34,7 +35,7 @@ impl Progress {
         }
     }
 
-    /// Reports training since the last such line.
+    /// Reports the training since the last call.
     pub fn step(&self, line: &StepLine) {
         let text = format!("{}   eta {}", line.text(self.total), format::seconds(self.eta(line.step)));
         match &self.bar {
@@ -42,7 +43,7 @@ impl Progress {
             Some(bar) => {
                 self.log.file_line(&text);
                 bar.set_position(line.step);
-                // A narrow terminal cuts the end off: the pace is the least of it.
+                // A narrow terminal cuts off the end, so the rate, which matters least, comes last.
                 bar.set_message(format!(
                     "loss {:.4}  top-1 {}  eta {}  {}",
                     line.loss,
@@ -59,10 +60,10 @@ impl Progress {
         self.log.line(&line.text(self.total));
     }
 
-    /// Takes the bar away. Dropping does the same.
+    /// Removes the bar. Dropping does the same.
     pub fn finish(self) {}
 
-    /// Seconds, at the mean pace of this process.
+    /// Seconds left at this process's mean pace.
     fn eta(&self, step: u64) -> f64 {
         let done = step.saturating_sub(self.start);
         let left = self.total.saturating_sub(step);
@@ -83,7 +84,7 @@ fn bar(total: u64, start: u64) -> ProgressBar {
     let style = ProgressStyle::with_template("step {pos}/{len} {bar:12} {wide_msg}")
         .expect("the template is well formed")
         .progress_chars("━╸─");
-    // Five frames a second are enough to see it move.
+    // Five frames per second are enough.
     let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(5));
     bar.set_style(style);
     bar.set_position(start);

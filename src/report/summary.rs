@@ -1,4 +1,4 @@
-//! The end of a run: what came out, where it is, and what to type next.
+//! The closing summary of a run: its results, where its files are, and what to type next.
 
 use super::Log;
 
@@ -22,7 +22,7 @@ impl Summary {
         self
     }
 
-    /// A command that can be typed as it stands, and what it does.
+    /// Adds a command that works when typed, and what it does.
     pub fn next(mut self, what: &str, command: impl Into<String>) -> Self {
         self.next.push((what.into(), command.into()));
         self

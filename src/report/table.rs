@@ -1,8 +1,9 @@
-//! Rows in columns, for people.
+//! Tables for people.
 
 use crate::terminal::one_line;
 
-/// A head, a rule of dashes, and the rows; a name that has a line's end in it stays in its row. Columns of numbers are aligned to the right, others to the left.
+/// A head, a line of dashes, and the rows. Newlines in cells are escaped. Columns of numbers are
+/// right-aligned, all others left-aligned.
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let cell = |row: &[String], column: usize| {
         row.get(column).map_or(String::new(), |text| one_line(text).into_owned())

@@ -1,4 +1,4 @@
-//! What a checkpoint says about itself: where it comes from, and how good it is.
+//! The facts that a checkpoint holds about itself: its origin and its accuracy.
 
 use serde_json::{Value, json};
 
@@ -6,14 +6,14 @@ use crate::weights::CheckpointMeta;
 
 use super::directory::{host, now, utc_stamp};
 
-/// `vitrum 0.1.0`, and the commit where the build knew one.
+/// `vitrum 0.1.0`, with the commit if the build knew it.
 pub fn made_by() -> String {
     let version = concat!("vitrum ", env!("CARGO_PKG_VERSION"));
     option_env!("VITRUM_COMMIT").map_or(version.into(), |commit| format!("{version} ({commit})"))
 }
 
-/// For `checkpoint.json`: what the weights' own metadata says, and what differs between a run that was interrupted and
-/// one that was not: command, machine and time.
+/// The facts for `checkpoint.json`: those of the weights' metadata, and those that may differ between an
+/// interrupted run and an uninterrupted one: command, machine and time.
 pub fn facts(meta: &CheckpointMeta) -> Value {
     json!({
         "format": "vitrum-checkpoint-1",
@@ -29,7 +29,7 @@ pub fn facts(meta: &CheckpointMeta) -> Value {
     })
 }
 
-/// As a shell takes it.
+/// This process's command line, quoted for a shell.
 fn command_line() -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
     let quoted = |word: String| match word.chars().all(plain) && !word.is_empty() {

@@ -1,7 +1,8 @@
-//! What the literature would try for a model and data set of this size. Printed, never applied.
+//! Suggestions from the literature for a model and data set of this size. Printed, never applied.
 //!
-//! Sources: Steiner et al. 2022 ("How to train your ViT?", arXiv:2106.10270) for augmentation and regularisation by the
-//! size of data and model; google-research/vision_transformer and big_vision for what published transfers used.
+//! Sources: Steiner et al. 2022 ("How to train your ViT?", arXiv:2106.10270) for augmentation and
+//! regularisation by the size of data and model; google-research/vision_transformer and big_vision for the
+//! settings of published transfers.
 
 use crate::recipe::Recipe;
 use crate::report::format;
@@ -9,15 +10,15 @@ use crate::report::format;
 /// Transfers to sets of a few thousand pictures (Pets, Flowers) took 500 steps of 512.
 const FEW_IMAGES: usize = 10_000;
 const MANY_EPOCHS: f64 = 100.0;
-/// Below this many pictures per class the head alone is often as good.
+/// With fewer pictures per class, training only the head is often as good.
 const FEW_PER_CLASS: usize = 25;
-/// Fewer are too few for a new head.
+/// With fewer updates a new head does not learn enough.
 const FEW_UPDATES: u64 = 100;
 const SMALL_BATCH: usize = 32;
 /// L/16 and wider.
 const WIDE: usize = 1024;
 
-/// Suggestions for fine-tuning with a completed recipe on `images` pictures, one line each.
+/// Suggestions for fine-tuning with a complete recipe on `images` pictures, one line each.
 pub fn lines(recipe: &Recipe, images: usize) -> Vec<String> {
     let (train, optim, model) = (&recipe.train, &recipe.optim, &recipe.model);
     let classes = model.classes.unwrap_or(1).max(1);
@@ -33,7 +34,7 @@ pub fn lines(recipe: &Recipe, images: usize) -> Vec<String> {
     let updates = train.steps.unwrap_or(0);
     if updates < FEW_UPDATES && train.batch > SMALL_BATCH {
         lines.push(format!(
-            "{updates} updates in all: --batch {SMALL_BATCH} makes {} of the same pictures",
+            "{updates} updates in total: --batch {SMALL_BATCH} makes {} from the same pictures",
             updates * train.batch as u64 / SMALL_BATCH as u64
         ));
     }
@@ -45,13 +46,13 @@ pub fn lines(recipe: &Recipe, images: usize) -> Vec<String> {
     }
     let augment = &recipe.augment;
     if augment.mixup > 0.0 || augment.cutmix > 0.0 || augment.randaugment.is_some() {
-        lines.push("augmentation: published transfers use crop and flip alone".into());
+        lines.push("augmentation: published transfers use only crop and flip".into());
     }
     let wide = model.width.unwrap_or(0) >= WIDE;
     if wide && model.dropout == 0.0 {
         lines.push(
-            "dropout: 0.1 raised L/16 on ImageNet from 84.47 to 85.05 % and lowered B/16: model.dropout=0.1; for \
-             hybrids of this width stochastic depth too: model.drop_path=0.1"
+            "dropout: 0.1 raised L/16 on ImageNet from 84.47 to 85.05 % and lowered B/16: model.dropout=0.1; hybrids \
+             of this width also used stochastic depth: model.drop_path=0.1"
                 .into(),
         );
     }
@@ -82,10 +83,10 @@ mod tests {
         assert!(says(&[], 3_000, "train.patience") && !says(&[], 60_000, "train.patience"));
         assert!(!says(&["train.steps=500"], 3_000, "train.patience"));
         assert!(says(&[], 100, "10 pictures per class") && !says(&[], 3_000, "per class"));
-        assert!(says(&["train.steps=20"], 500, "20 updates in all: --batch 32 makes 320"));
+        assert!(says(&["train.steps=20"], 500, "20 updates in total: --batch 32 makes 320"));
         assert!(
-            !says(&[], 500, "updates in all")
-                && !says(&["train.steps=20", "train.batch=32"], 500, "updates in all")
+            !says(&[], 500, "updates in total")
+                && !says(&["train.steps=20", "train.batch=32"], 500, "updates in total")
         );
         assert!(says(&["augment.mixup=0.2"], 3_000, "augmentation") && !says(&[], 3_000, "augmentation"));
         assert!(says(&["model.width=1024"], 100, "dropout") && !says(&["model.width=768"], 100, "dropout"));

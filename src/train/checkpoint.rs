@@ -1,10 +1,11 @@
-//! Checkpoints: `checkpoints/step-N/{model,ema,state}.safetensors` and their checksums, whole or not there at all.
+//! Checkpoints: `checkpoints/step-N/{model,ema,state}.safetensors` and their checksums, written atomically.
 //!
-//! A checkpoint is written into a hidden folder, `checkpoint.json` ([`crate::seal`]) last, synced, and renamed; `last` and
-//! `best` are symbolic links that are replaced by a rename. A run that is killed at any moment therefore finds its newest
-//! whole checkpoint, and goes on to the bits of a run that was never interrupted: `state.safetensors` holds the optimiser's
-//! moments and every counter, and the loader's position is the number of finished steps. Where the newest checkpoint is
-//! damaged, the one before it is taken, with a line.
+//! A checkpoint is written to a hidden folder, with `checkpoint.json` ([`crate::seal`]) last. The folder is
+//! then synced and renamed. `last` and `best` are symbolic links that a rename replaces. So a run that is
+//! killed at any moment finds its newest complete checkpoint, and its result is bit-identical to an
+//! uninterrupted run: `state.safetensors` holds the optimiser's moments and every counter, and the loader's
+//! position is the number of finished steps. If the newest checkpoint is damaged, the run uses the one before
+//! it and says so.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,30 +32,30 @@ pub struct RunState {
     pub step: u64,
     pub skipped: u64,
     pub skipped_in_a_row: u64,
-    /// Best validation metric so far (larger is better), and where.
+    /// Best validation metric so far (larger is better), and its step.
     pub best: Option<Best>,
     /// Evaluations since the best one.
     pub stale_evals: u64,
-    /// Of the steps since the last line of the log: a checkpoint may fall between two lines.
+    /// Sums over the steps since the last line of the log: a checkpoint may fall between two lines.
     pub window: Sums,
     /// The loss of the last line of the log.
     pub last_loss: Option<f64>,
-    /// The recipe of the run, to refuse a resume under another one.
+    /// The run's recipe, to refuse a resume with another one.
     pub recipe: String,
-    /// What it was called when the run began.
+    /// The recipe's name when the run began.
     #[serde(default)]
     pub recipe_name: String,
-    /// The training and the validation data, to refuse a resume on other data; none in checkpoints of before.
+    /// The training and validation data, to refuse a resume on other data. `None` in older checkpoints.
     #[serde(default)]
     pub data: Option<RunDigest>,
-    /// So many images are learned by heart.
+    /// The number of images of an `--overfit` run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overfit: Option<usize>,
     /// The matrix product algorithms in use ([`Backend::algorithms`]).
     pub algorithms: Vec<String>,
 }
 
-/// Of what a run reads: enough to notice that it has changed.
+/// A digest of a run's data, to notice changes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunDigest {
     /// In the order of the labels.
@@ -70,7 +71,7 @@ pub struct Best {
     pub metric: f64,
 }
 
-/// What a line of the log is the mean of.
+/// The sums from which a line of the log takes its means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sums {
     pub steps: u64,
@@ -80,12 +81,12 @@ pub struct Sums {
     pub top1: f64,
 }
 
-/// JSON has no NaN and holds `null` in its place.
+/// JSON has no NaN; it is stored as `null`.
 fn number_or_nan<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
-/// Where [`RunState`] lies in the metadata of `state.safetensors`.
+/// The key of [`RunState`] in the metadata of `state.safetensors`.
 const STATE_KEY: &str = "vitrum.state";
 
 /// The files of a checkpoint, as its `checkpoint.json` lists them.
@@ -94,26 +95,26 @@ const FILES: [&str; 3] = ["model.safetensors", "ema.safetensors", "state.safeten
 /// The checkpoints of one run directory.
 pub struct Checkpoints {
     dir: PathBuf,
-    /// How many of the newest stay, beside the best.
+    /// How many of the newest checkpoints to keep, besides the best.
     keep: usize,
 }
 
-/// What a checkpoint says about itself.
+/// The facts that are written into a checkpoint.
 pub struct About<'a> {
     pub meta: &'a CheckpointMeta,
     /// For `checkpoint.json`, an object.
     pub facts: Value,
 }
 
-/// A run that goes on.
+/// The state of a resumed run.
 pub struct Resumed {
     pub state: RunState,
-    /// Lines for the header: which checkpoints were passed over, and why.
+    /// Lines for the header: which damaged checkpoints were skipped, and why.
     pub notes: Vec<String>,
 }
 
 impl Checkpoints {
-    /// `run/checkpoints`; nothing is created yet. `keep` of the newest stay, and the best.
+    /// For `run/checkpoints`. Creates nothing yet. Keeps the `keep` newest checkpoints and the best.
     pub fn new(run: &Path, keep: usize) -> Self {
         Self { dir: run.join("checkpoints"), keep: keep.max(1) }
     }
@@ -122,8 +123,8 @@ impl Checkpoints {
         self.dir.join(format!("step-{step}"))
     }
 
-    /// Steps of all checkpoints, ascending. A folder is renamed into place when it is whole: one that lacks a file is
-    /// damaged, and counts.
+    /// Steps of all checkpoints, ascending. Includes damaged ones: a folder is renamed into place only when
+    /// it is complete, so one that lacks a file is damaged.
     pub fn steps(&self) -> Vec<u64> {
         let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
         let mut steps: Vec<u64> = entries
@@ -134,9 +135,10 @@ impl Checkpoints {
         steps
     }
 
-    /// Writes a checkpoint of the trainer, points `last` (and `best`) at it, and removes those that are not to be kept.
+    /// Writes a checkpoint of the trainer, points `last` (and `best`) at it, and removes old checkpoints.
     ///
-    /// False: the weights are not finite. Nothing was written, and the last good checkpoint is still there.
+    /// Returns false if the weights are not finite. Then nothing was written, and the last good checkpoint
+    /// remains.
     pub fn save(&self, trainer: &mut Trainer, state: &RunState, about: &About<'_>) -> Result<bool> {
         let weights = read_weights(&trainer.model, &mut *trainer.backend, Arena::Params)?;
         if !weights.values().flat_map(|t| &t.values).all(|value| value.is_finite()) {
@@ -199,7 +201,8 @@ impl Checkpoints {
         fs::rename(&temporary, &link).at(link.display())
     }
 
-    /// Hides a checkpoint, then removes it: a killed run leaves no half of one under its name. Best effort.
+    /// Renames a checkpoint to a hidden name, then removes it. So a killed run leaves no partial checkpoint
+    /// under its name. Best effort.
     fn remove(&self, step: u64) {
         let hidden = self.dir.join(format!(".step-{step}-old.{}.tmp", std::process::id()));
         let _ = fs::rename(self.path(step), &hidden).and_then(|()| fs::remove_dir_all(&hidden));
@@ -209,8 +212,9 @@ impl Checkpoints {
         self.dir.join(format!(".step-{step}.{}.tmp", std::process::id()))
     }
 
-    /// Removes what is neither among the newest nor the best, and leftovers of killed writers. Best effort. Those behind
-    /// the run are damaged ones that it has passed over: they go when it has saved again.
+    /// Removes checkpoints that are neither among the newest nor the best, and leftovers of killed writers.
+    /// Checkpoints of later steps are damaged ones that the run skipped when it resumed; they are removed
+    /// too. Best effort.
     fn prune(&self, state: &RunState) {
         let best = state.best.map(|b| b.step);
         let (past, beyond): (Vec<u64>, Vec<u64>) =
@@ -220,16 +224,16 @@ impl Checkpoints {
         files::sweep(&self.dir);
     }
 
-    /// The state of the newest checkpoint whose own file is whole.
+    /// The state of the newest checkpoint whose `state.safetensors` is not damaged.
     pub fn newest_state(&self) -> Option<(u64, RunState)> {
         let newest = self.steps().into_iter().rev();
         newest.filter_map(|step| Some((step, open_state(&self.path(step), step).ok()?.1))).next()
     }
 
-    /// Restores the newest checkpoint that is whole, unless `check` objects to its state. `None`: there is none, the run
-    /// starts fresh.
+    /// Restores the newest undamaged checkpoint, if `check` accepts its state. `None`: there is no
+    /// checkpoint, and the run starts from the beginning.
     ///
-    /// Errors: what `check` says; checkpoints, all of which are damaged.
+    /// Errors: those of `check`; all checkpoints are damaged.
     pub fn resume(
         &self,
         trainer: &mut Trainer,
@@ -267,7 +271,7 @@ impl Checkpoints {
             "the only checkpoint is damaged"
         };
         Err(Error::new(format!("{what}: {}", error.message())).hint(format!(
-            "put a copy of {} in its place, or start anew with another `--out`",
+            "replace {} with an undamaged copy, or start a new run with another `--out`",
             folder.display()
         )))
     }
@@ -285,19 +289,19 @@ pub fn read_weights(model: &Vit, backend: &mut dyn Backend, arena: Arena) -> Res
     Ok(tensors)
 }
 
-/// The state of a checkpoint folder, compared with its checksum and with the folder's name.
+/// Reads the state of a checkpoint folder and checks its checksum and its step.
 fn open_state(folder: &Path, step: u64) -> Result<(SafeTensors, RunState)> {
     let path = folder.join("state.safetensors");
     if let Some(seal) = Seal::read(folder)? {
         if let Some(missing) = seal.files().find(|name| !folder.join(name).is_file()) {
-            fail!("{}: {SEAL} lists it, and it is not there", folder.join(missing).display());
+            fail!("{}: {SEAL} lists this file, but it does not exist", folder.join(missing).display());
         }
         seal.check(&path, &files::map(&path)?)?;
     }
     let stored = SafeTensors::open(&path)?;
     let state = read_state(&stored, folder)?;
     if state.step != step {
-        fail!("{}: it is of step {}", path.display(), state.step);
+        fail!("{}: holds the state of step {}", path.display(), state.step);
     }
     Ok((stored, state))
 }
@@ -338,13 +342,13 @@ fn read_state(file: &SafeTensors, folder: &Path) -> Result<RunState> {
     serde_json::from_str(json.at(place.display())?).at(place.display())
 }
 
-/// The file says how long its arenas are; the trainer's model and optimiser say how long they must be.
+/// Restores the moments. Their lengths in the file must be those that the trainer's model and optimiser need.
 fn read_moments(file: &SafeTensors, folder: &Path, trainer: &mut Trainer) -> Result<()> {
     let place = |name: &str| format!("{}: `{name}`", folder.join("state.safetensors").display());
     for (name, arena) in MOMENTS {
         let (bytes, wanted) = (file.bytes(name)?, trainer.memory.bytes(arena));
         if bytes.len() != wanted {
-            fail!("{} has {} bytes, and the optimiser needs {wanted}", place(name), bytes.len());
+            fail!("{} has {} bytes, but the optimiser needs {wanted}", place(name), bytes.len());
         }
         trainer.backend.write_arena(arena, bytes).map_err(|e| e.at(place(name)))?;
     }

@@ -1,11 +1,12 @@
-//! What `loss.class_weights` comes to on the training data.
+//! Computes the weights of `loss.class_weights` from the training data.
 
 use crate::backend::LossKind;
 use crate::data::Dataset;
 use crate::error::{Error, Result};
 use crate::recipe::{ClassWeights, Recipe};
 
-/// C weights in the order of the classes of `train`, the records that the run trains on; `None`: the run weighs no class.
+/// C weights in the order of the classes of `train`, the records that the run trains on. `None`: no weights
+/// are set.
 pub fn of(recipe: &Recipe, train: &Dataset) -> Option<Vec<f32>> {
     match &recipe.loss.class_weights {
         ClassWeights::Balanced => Some(balanced(recipe.loss.kind, &train.class_counts(), train.len())),
@@ -13,13 +14,13 @@ pub fn of(recipe: &Recipe, train: &Dataset) -> Option<Vec<f32>> {
     }
 }
 
-/// The recipe's list, if it has one. Where there are no records to count, that is all there can be.
+/// The recipe's list of weights, if it has one, for callers without records to count.
 pub fn of_list(recipe: &Recipe) -> Result<Option<Vec<f32>>> {
     if recipe.loss.class_weights == ClassWeights::Balanced {
         return Err(Error::usage(
-            "`loss.class_weights = \"balanced\"` counts the records of training data, and there are none here",
+            "`loss.class_weights = \"balanced\"` counts the training records, but this command has none",
         )
-        .hint("give the weights themselves, as in `--set loss.class_weights=[1,2,0.5]`"));
+        .hint("give the weights as numbers, such as `--set loss.class_weights=[1,2,0.5]`"));
     }
     Ok(given(recipe))
 }
@@ -31,11 +32,12 @@ fn given(recipe: &Recipe) -> Option<Vec<f32>> {
     }
 }
 
-/// Weights for classes that `counts` of `records` have.
+/// Weights of classes with `counts` records each, out of `records` in total.
 ///
-/// Softmax: N/(K·n), with K the classes that have records, as scikit-learn's `compute_class_weight("balanced")`: the weights of
-/// all records have mean 1. Sigmoid: (N-n)/n, as PyTorch advises for `pos_weight`: records with and without a class come to
-/// the same. Where one of the two is missing there is nothing to balance, and the weight is 1.
+/// Softmax: N/(K·n), where K is the number of classes with records, as in scikit-learn's
+/// `compute_class_weight("balanced")`. The mean weight over all records is 1. Sigmoid: (N-n)/n, as PyTorch
+/// advises for `pos_weight`: records with a class and records without it get equal total weight. If either
+/// kind is missing, the weight is 1.
 fn balanced(kind: LossKind, counts: &[usize], records: usize) -> Vec<f32> {
     let present = counts.iter().filter(|n| **n > 0).count();
     let of = |n: usize| match kind {
@@ -47,23 +49,23 @@ fn balanced(kind: LossKind, counts: &[usize], records: usize) -> Vec<f32> {
     counts.iter().map(|n| of(*n) as f32).collect()
 }
 
-/// A line for the header: the least and the largest weight, and whose they are.
+/// A line for the header: the smallest and the largest weight, with their classes.
 pub fn line(weights: &[f32], classes: &[String]) -> String {
     let by = |a: &usize, b: &usize| weights[*a].total_cmp(&weights[*b]);
-    // Of equal ones the first.
+    // The first class wins ties.
     let least = (0..weights.len()).min_by(by);
     let most = (0..weights.len()).rev().max_by(by);
     let shown = |class: Option<usize>| {
         class.map_or("none".into(), |c| format!("{} (`{}`)", rounded(weights[c]), classes[c]))
     };
     format!(
-        "loss     classes weigh from {} to {}; evaluations weigh them all the same",
+        "loss     class weights from {} to {}; evaluations do not use them",
         shown(least),
         shown(most)
     )
 }
 
-/// Three digits.
+/// Formats a weight with three digits.
 fn rounded(weight: f32) -> String {
     match weight {
         0.01..100.0 => format!("{weight:.3}").trim_end_matches('0').trim_end_matches('.').into(),

@@ -1,4 +1,4 @@
-//! The directory of a run: made for one run alone, locked while a process works in it.
+//! The directory of a run. It holds one run, and is locked while a process works in it.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
@@ -8,18 +8,19 @@ use crate::error::{At, Error, Result};
 use crate::files;
 use crate::report::format;
 
-/// The file that a working process holds a lock on. It stays; the lock ends with the process, however that ends.
+/// The file that a working process locks. The file stays; the lock ends with the process, however it ends.
 const LOCK: &str = ".lock";
 
-/// A run's directory in the hands of this process.
+/// A run's directory, owned by this process.
 pub struct Directory {
     path: PathBuf,
-    /// `None` where the file system knows no locks.
+    /// `None` if the file system has no locks.
     _lock: Option<File>,
 }
 
 impl Directory {
-    /// A new directory at `path`, or at `path-2`, `path-3`, ... where that is taken: runs that start in one second.
+    /// Creates a directory at `path`, or at `path-2`, `path-3`, ... if it exists: several runs may start in
+    /// one second.
     pub fn numbered(path: &Path) -> Result<PathBuf> {
         if let Some(parent) = path.parent() {
             files::create_dir(parent)?;
@@ -37,10 +38,10 @@ impl Directory {
         unreachable!("numbers do not end")
     }
 
-    /// Takes `path` for one run: makes it where it is not there, and locks it.
+    /// Takes `path` for one run: creates it if needed, and locks it.
     ///
-    /// Errors: another process is at work there; without `resume`, a run is there already; the folder holds other things
-    /// and no run.
+    /// Errors: another process is working there; without `resume`, a run is there already; the folder holds
+    /// other files and no run.
     pub fn open(path: &Path, resume: bool) -> Result<Self> {
         let elsewhere = "choose another folder with `--out DIR`";
         if path.exists() && !path.is_dir() {
@@ -51,21 +52,22 @@ impl Directory {
         if !has_run(path)
             && let Some(name) = stranger(path)
         {
-            return Err(Error::new(format!("{} holds no run, but other things: `{name}`", path.display()))
+            return Err(Error::new(format!("{} is not a run directory: it holds `{name}`", path.display()))
                 .hint(elsewhere));
         }
         files::create_dir(path).map_err(|e| e.hint(elsewhere))?;
         let lock = lock(path)?;
         if has_run(path) && !resume {
             let (path, quoted) = (path.display(), format!("vitrum train --resume {}", path.display()));
-            return Err(Error::new(format!("{path} holds a run already"))
-                .hint(format!("`{quoted}` goes on with it; or choose another folder with `--out DIR`")));
+            return Err(Error::new(format!("{path} already holds a run"))
+                .hint(format!("`{quoted}` continues it; or choose another folder with `--out DIR`")));
         }
         files::sweep(path);
         Ok(Self { path: path.into(), _lock: lock })
     }
 
-    /// A warning, if `checkpoints` of `bytes` each will not fit on the disk beside those that are there.
+    /// A warning if `checkpoints` checkpoints of `bytes` each will not fit on the disk. Counts those already
+    /// there.
     pub fn too_small_for(&self, checkpoints: usize, bytes: u64) -> Option<String> {
         let there = bytes_below(&self.path.join("checkpoints"));
         let needed = (checkpoints as u64 * bytes).saturating_sub(there);
@@ -73,7 +75,7 @@ impl Directory {
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         (needed > free).then(|| {
             format!(
-                "the disk of {} has {} left, and {checkpoints} checkpoints of {} need {} more: the run will stop when it is \
+                "the disk of {} has {} left, but {checkpoints} checkpoints of {} need {} more: the run will stop when it is \
                  full; `--set train.keep=1` keeps fewer",
                 self.path.display(),
                 format::bytes(free),
@@ -88,15 +90,15 @@ fn has_run(path: &Path) -> bool {
     path.join("recipe.toml").exists() || path.join("checkpoints").exists()
 }
 
-/// Something in the folder that no run has put there.
+/// A file in the folder that no run wrote.
 fn stranger(path: &Path) -> Option<String> {
     let names = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.file_name());
-    // What a run leaves that was killed before it had written its recipe.
+    // The leftovers of a run that was killed before it wrote its recipe.
     let is_ours = |name: &str| name == LOCK || (name.starts_with(".recipe.toml.") && name.ends_with(".tmp"));
     names.map(|name| name.to_string_lossy().into_owned()).find(|name| !is_ours(name))
 }
 
-/// Locks the directory and says in the lock's file who has it.
+/// Locks the directory and writes the lock's owner to the lock file.
 fn lock(path: &Path) -> Result<Option<File>> {
     let place = path.join(LOCK);
     let mut file =
@@ -109,10 +111,10 @@ fn lock(path: &Path) -> Result<Option<File>> {
             let holder = fs::read_to_string(&place).unwrap_or_default();
             let holder =
                 holder.lines().next().filter(|line| !line.is_empty()).unwrap_or("another process").to_owned();
-            return Err(Error::new(format!("{}: a run is at work there ({holder})", path.display()))
+            return Err(Error::new(format!("{}: a run is already working there ({holder})", path.display()))
                 .hint("wait for it, or stop it: it saves a checkpoint and ends"));
         }
-        // Some network file systems have no locks: one run per directory is then the user's business.
+        // Some network file systems have no locks. There the user must ensure one run per directory.
         Err(TryLockError::Error(_)) => return Ok(None),
     }
     let text = format!("process {} on {}\n", std::process::id(), host());
@@ -135,7 +137,7 @@ fn bytes_below(dir: &Path) -> u64 {
     entries.map(size).sum()
 }
 
-/// `runs/RECIPE-DATE`, where nothing else is named.
+/// The default run directory: `runs/RECIPE-DATE`.
 pub fn default_out(recipe_name: &str) -> PathBuf {
     let stem = Path::new(recipe_name).with_extension("").to_string_lossy().replace(['/', '\\'], "-");
     Path::new("runs").join(format!("{stem}-{}", utc_stamp(now())))
@@ -189,7 +191,7 @@ mod tests {
         let run = dir.path().join("run");
         let held = Directory::open(&run, false).unwrap();
         let refused = Directory::open(&run, true).err().unwrap();
-        let me = format!("a run is at work there (process {} on {})", std::process::id(), host());
+        let me = format!("a run is already working there (process {} on {})", std::process::id(), host());
         assert!(refused.message().ends_with(&me), "{}", refused.message());
         drop(held);
         fs::write(run.join(".recipe.toml.77.tmp"), "x").unwrap();

@@ -1,4 +1,5 @@
-//! Every image of a data set exactly once, without masks: loss, top-1, top-5; where images have several labels, mAP.
+//! Evaluation: every image of a data set exactly once, without masks. Gives loss, top-1 and top-5; for
+//! multi-label data also mAP.
 
 use std::time::Instant;
 
@@ -17,12 +18,12 @@ pub struct EvalReport {
     pub loss: f64,
     pub top1: f64,
     pub top5: f64,
-    /// Where images have several labels or none, the mean over classes of the average precision.
+    /// Mean over classes of the average precision, for multi-label data.
     pub map: Option<f64>,
     pub img_per_s: f64,
 }
 
-/// Runs the loader dry. Its slots hold at most the model's micro-batch.
+/// Evaluates all batches of the loader. Its slots hold at most the model's micro-batch.
 pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Loss) -> Result<EvalReport> {
     let start = Instant::now();
     let mut report = EvalReport::default();
@@ -56,8 +57,8 @@ pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Los
     Ok(report)
 }
 
-/// The mean, over the classes that any image has, of the average precision of the classes' logits. Runs the loader dry, whose
-/// slots hold dense targets.
+/// The average precision of each class's logits, averaged over the classes that occur. Reads all batches of
+/// the loader; its slots hold dense targets.
 pub fn mean_average_precision(b: &mut dyn Backend, model: &Vit, loader: &mut Loader) -> Result<f64> {
     let (micro, rows) = (Micro::whole(model.micro_batch), model.logits());
     let classes = rows.cols;

@@ -1,8 +1,9 @@
-//! Fine-tuning: the same training, from weights that were trained before.
+//! Fine-tuning: training that starts from trained weights.
 //!
-//! A weights file decides which model it is; the recipe decides how it is trained. [`Start`] puts the two together:
-//! what the recipe leaves open comes from the file, what it gives is checked against it, and the file is adapted to the
-//! pictures and classes of the data. From there on a fine-tuning run is a training run ([`train_from`]).
+//! The weights file decides the model; the recipe decides the training. [`Start`] joins the two. Keys that
+//! the recipe leaves open come from the file; keys that it gives are checked against the file; the weights
+//! are adapted to the pictures and classes of the data. After that, a fine-tuning run is a training run
+//! ([`train_from`]).
 
 use std::path::Path;
 
@@ -18,16 +19,16 @@ use super::checkpoint::Checkpoints;
 use super::run::{RunData, RunOptions, RunSummary};
 use super::trainer::train_from;
 
-/// A weights file, read and adapted once. Runs that need the same start from the same copy.
+/// A weights file, read and adapted once. Runs that need the same weights share the copy.
 pub struct Start {
     need: Need,
     /// Adapted to the recipe and the data.
     pub weights: ModelFile,
-    /// What was done to it, one line each.
+    /// What the adaptation did, one line each.
     pub notes: Vec<String>,
 }
 
-/// What decides the weights that a run starts from.
+/// Everything that determines the weights that a run starts from.
 #[derive(Clone, Debug, PartialEq)]
 struct Need {
     path: String,
@@ -35,7 +36,7 @@ struct Need {
     target: AdaptTarget,
 }
 
-/// Fine-tunes as `loaded` says, to the end of the run.
+/// Runs the fine-tuning that `loaded` describes, to its end.
 pub fn run(loaded: &RecipeFile, options: &RunOptions) -> Result<RunSummary> {
     if let Some(path) = loaded.recipe.finetune.as_ref().and_then(|finetune| finetune.weights.as_deref()) {
         weights::locate(Path::new(path))?;
@@ -45,8 +46,8 @@ pub fn run(loaded: &RecipeFile, options: &RunOptions) -> Result<RunSummary> {
     start.run(loaded, data, options)
 }
 
-/// A run that goes on needs the model of its weights, not their values: where the file has gone, its own checkpoint says
-/// which model it is.
+/// A resumed run needs the architecture of its weights file, not the values. If the file no longer exists,
+/// the run's own checkpoint replaces it.
 fn on_from_checkpoint(loaded: &RecipeFile, options: &RunOptions) -> RecipeFile {
     let mut loaded = loaded.clone();
     let checkpoints = Checkpoints::new(&options.out, 1);
@@ -62,10 +63,10 @@ fn on_from_checkpoint(loaded: &RecipeFile, options: &RunOptions) -> RecipeFile {
 }
 
 impl Start {
-    /// Reads the weights that a recipe names, and makes them fit its pictures and the data's classes.
+    /// Reads the weights that a recipe names, and adapts them to its pictures and the data's classes.
     ///
-    /// Errors: a file that cannot be read; sizes that the recipe gives and the file has not; what [`weights::adapt`]
-    /// refuses.
+    /// Errors: the file cannot be read; the recipe gives sizes that are not the file's; those of
+    /// [`weights::adapt`].
     pub fn load(loaded: &RecipeFile, data: &RunData) -> Result<Start> {
         let need = Need::of(loaded, &data.train)?;
         let mut file = weights::open_backbone(Path::new(&need.path), &need.overrides)?;
@@ -74,10 +75,10 @@ impl Start {
         }
         if let Some(why) = file.unprepared.as_ref().filter(|_| !loaded.gives("eval.resize")) {
             return Err(Error::new(format!(
-                "{}: pictures cannot be prepared for evaluation as the file wants: {why}",
+                "{}: pictures cannot be prepared for evaluation as this file requires: {why}",
                 file.path.display()
             ))
-            .hint("choose another way, as with `--set eval.resize=center`"));
+            .hint("choose another way, such as `--set eval.resize=center`"));
         }
         agree(loaded, &file)?;
         call_as(&mut file, data.train.classes());
@@ -89,12 +90,12 @@ impl Start {
         Ok(Start { need, weights, notes })
     }
 
-    /// Whether a run with this recipe and data would load the same.
+    /// Whether a run with this recipe and data would load the same weights.
     pub fn fits(&self, loaded: &RecipeFile, data: &RunData) -> bool {
         Need::of(loaded, &data.train).is_ok_and(|need| need == self.need)
     }
 
-    /// The recipe with everything that the file and the data decide.
+    /// The recipe, completed with everything that the file and the data decide.
     pub fn complete(&self, loaded: &RecipeFile, data: &RunData) -> Result<Recipe> {
         agree(loaded, &self.weights)?;
         let mut recipe = loaded.recipe.clone();
@@ -105,7 +106,8 @@ impl Start {
                 recipe.eval.crop_ratio = self.weights.meta.crop_ratio;
             }
         }
-        // The file's, with what the recipe gives. Others than the usual ones are written down.
+        // The file's normalisation, overridden by the recipe. Values other than the default are written to
+        // the recipe.
         let normalise = self.weights.meta.normalise;
         if normalise != Normalise::INCEPTION {
             recipe.data.mean = Some(unit(normalise.mean));
@@ -124,7 +126,7 @@ impl Start {
         train_from(Some(&self.weights), recipe, data, &RunOptions { notes, ..options.clone() })
     }
 
-    /// What the head of a run says about its weights, and what might be tried.
+    /// Lines for the run's header: where the weights come from, and suggestions.
     pub fn header(&self, loaded: &RecipeFile, data: &RunData) -> Result<Vec<String>> {
         let advice = advice::lines(&self.complete(loaded, data)?, data.train.len());
         let weights = self.notes.iter().map(|note| format!("weights  {note}"));
@@ -132,7 +134,7 @@ impl Start {
     }
 }
 
-/// Gives the model's classes the names that the data has for them: a head is kept by name.
+/// Renames the model's classes to the data's names for them, because the head is kept by name.
 fn call_as(file: &mut ModelFile, own: &[String]) {
     let Some(names) = file.meta.classes.clone() else { return };
     let known = Known::new(names.len(), Some(&names));
@@ -142,10 +144,10 @@ fn call_as(file: &mut ModelFile, own: &[String]) {
         .for_each(|(name, class)| called[class].clone_from(name));
 }
 
-/// A run that is to start from trained weights, and no weights.
+/// The error for a fine-tuning run that names no weights.
 pub fn names_none(loaded: &RecipeFile) -> Error {
-    Error::usage(format!("`{}` starts from trained weights, and names none", loaded.name))
-        .hint(format!("give them, as in `vitrum finetune {} --weights FILE --data DIR`", loaded.name))
+    Error::usage(format!("`{}` starts from trained weights, but none are given", loaded.name))
+        .hint(format!("give them: `vitrum finetune {} --weights FILE --data DIR`", loaded.name))
 }
 
 impl Need {
@@ -167,7 +169,7 @@ impl Need {
     }
 }
 
-/// What the recipe says about how to read the file: the keys that a file may leave open.
+/// The recipe's answers to what a weights file may leave open.
 fn overrides(loaded: &RecipeFile) -> Result<ModelOverrides> {
     let names = loaded.recipe.weights.clone().unwrap_or_default();
     let of = |key: &str, values: Vec<String>| {
@@ -190,23 +192,24 @@ fn overrides(loaded: &RecipeFile) -> Result<ModelOverrides> {
     })
 }
 
-/// What a recipe leaves open of batch and pace follows from the number of pictures: any folder can be fine-tuned on as it is.
+/// Sets batch size, evaluation and log intervals from the number of pictures, if the recipe does not give
+/// them. So any folder can be fine-tuned without settings.
 fn fit_length(recipe: &mut Recipe, loaded: &RecipeFile, images: usize) {
-    /// That of published transfers.
+    /// The batch size of published transfers.
     const BATCH: usize = 512;
     const WHOLE: usize = 32;
-    /// Lines of the log in a run.
+    /// Log lines per run.
     const LINES: u64 = 50;
     let train = &mut recipe.train;
     if !loaded.gives("train.batch") {
-        // A whole number of micro-batches that are worth their name.
+        // A multiple of a reasonable micro-batch.
         train.batch = BATCH.min(if images < WHOLE { images } else { images / WHOLE * WHOLE });
     }
     let epoch = (images / train.batch.max(1)).max(1) as u64;
     let steps =
         train.steps.unwrap_or_else(|| (train.epochs.unwrap_or(1.0) * epoch as f64).ceil() as u64).max(1);
     if !loaded.gives("train.eval_every") {
-        // Once an epoch, and no more than twenty times.
+        // Once per epoch, at most twenty times.
         train.eval_every = epoch.max(steps.div_ceil(20));
     }
     if !loaded.gives("train.log_every") {
@@ -214,7 +217,7 @@ fn fit_length(recipe: &mut Recipe, loaded: &RecipeFile, images: usize) {
     }
 }
 
-/// Sizes that the recipe gives must be the file's: they cannot be changed.
+/// Refuses sizes in the recipe that differ from the file's: they cannot be changed.
 fn agree(loaded: &RecipeFile, file: &ModelFile) -> Result<()> {
     let c = &file.config;
     let m = loaded.recipe.model.sizes()?;
@@ -231,11 +234,11 @@ fn agree(loaded: &RecipeFile, file: &ModelFile) -> Result<()> {
     let Some((key, wanted, found)) = differs else { return Ok(()) };
     let hint = match &loaded.recipe.model.variant {
         Some(variant) => format!(
-            "`{}` is a recipe for {variant}: give such weights, or leave the recipe out to take the model from \
-             the file",
+            "`{}` is a recipe for {variant}: give weights of that model, or omit the recipe to take the model \
+             from the file",
             loaded.name
         ),
-        None => format!("leave `model.{key}` out: the file decides it"),
+        None => format!("remove `model.{key}`: the file decides it"),
     };
     Err(Error::new(format!("{}: the model has {key} {found}, the recipe says {wanted}", file.path.display()))
         .hint(hint))

@@ -1,10 +1,10 @@
-//! What headers and plans say of a model and its memory.
+//! The lines about a model and its memory, for run headers and plans.
 
 use crate::backend::MemoryPlan;
 use crate::report::format;
 use crate::vit::{Param, Vit};
 
-/// What the model is, for headers. `is_new`: it is initialised, and not read from a file.
+/// Lines that describe the model. `is_new`: it is initialised, not read from a file.
 pub fn model_lines(model: &Vit, is_new: bool) -> Vec<String> {
     let c = &model.config;
     let trained: usize = model.layout.params.iter().filter(|p| p.grad_offset.is_some()).map(Param::len).sum();
@@ -44,7 +44,7 @@ pub(super) fn word(value: &impl serde::Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|value| value.as_str().map(String::from)).unwrap_or_default()
 }
 
-/// What is left out of the last block, if anything is.
+/// A line that says how the last block is pruned, if it is.
 pub fn last_block_line(model: &Vit) -> Option<String> {
     let share = model.flops_done(true) as f64 / model.config.train_flops() as f64;
     model
@@ -52,7 +52,7 @@ pub fn last_block_line(model: &Vit) -> Option<String> {
         .then(|| format!("last block: class token only, {} of the operations", format::percent(share)))
 }
 
-/// What the run allocates, for headers and `vitrum plan`.
+/// Lines with the memory that the run allocates.
 pub fn memory_lines(plan: &MemoryPlan) -> Vec<String> {
     use crate::backend::Arena::*;
     let size = |bytes: usize| format::bytes(bytes as u64);
@@ -69,7 +69,7 @@ pub fn memory_lines(plan: &MemoryPlan) -> Vec<String> {
         return vec![line];
     }
     let of_device = format!(
-        "         of it on a GPU alone: bf16 copy {}, batches {}, tables of the update {}, workspace {}",
+        "         only on a GPU: bf16 copy {}, batches {}, update tables {}, workspace {}",
         size(plan.bytes(Working)),
         size(plan.bytes(Batches)),
         size(plan.bytes(Update)),

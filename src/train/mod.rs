@@ -1,4 +1,4 @@
-//! The training loop: the trainer's story, evaluation, checkpoints, early stopping.
+//! Training: the loop, evaluation, checkpoints, early stopping, fine-tuning, sweeps and plans.
 
 #![forbid(unsafe_code)]
 

@@ -1,21 +1,22 @@
-//! How fast a run goes, and how long it will take.
+//! A run's speed and its remaining time.
 
 use std::time::Instant;
 
 use crate::report::format;
 
-/// A run that takes longer is told how long, as soon as that is known: after one slow step, or after some quick ones.
+/// Runs longer than this print an estimate as soon as it is known: after one slow step or after some fast
+/// ones. Seconds.
 const LONG_RUN: f64 = 600.0;
 const SLOW_STEP: f64 = 20.0;
 const QUICK_STEPS: u64 = 10;
 
-/// Times since the last line of the log, in this process.
+/// Time since the last line of the log, in this process.
 pub(super) struct Pace {
     pub(super) since: Instant,
     pub(super) steps: u64,
-    /// Seconds since then that were not spent on steps (evaluation, checkpoints).
+    /// Seconds since then that went to evaluation and checkpoints instead of steps.
     pub(super) outside: f64,
-    /// The loader's waiting time at that line.
+    /// The loader's total waiting time at that line.
     pub(super) waited: f64,
 }
 
@@ -25,23 +26,24 @@ impl Pace {
     }
 }
 
-/// The first steps of a process.
+/// The timing of a process's first steps.
 pub(super) struct FirstSteps {
     before: u64,
     seconds_of_first: f64,
 }
 
 impl FirstSteps {
-    /// `before`: steps that were done by an earlier process.
+    /// `before`: steps that an earlier process did.
     pub(super) fn new(before: u64) -> Self {
         Self { before, seconds_of_first: 0.0 }
     }
 
-    /// What is said of a long run, once, when `step` of `steps` is done, `seconds` after this process began to train.
+    /// The estimate for a long run, returned once. `step` of `steps` are done, `seconds` after this process
+    /// began to train.
     pub(super) fn how_long(&mut self, step: u64, steps: u64, seconds: f64) -> Option<String> {
         let of_a_step = match step - self.before {
             1 if seconds >= SLOW_STEP => seconds,
-            // It has timed algorithms and loaded kernels, too.
+            // The first step also times algorithms and loads kernels, so it does not count.
             1 => {
                 self.seconds_of_first = seconds;
                 return None;
@@ -52,8 +54,8 @@ impl FirstSteps {
             _ => return None,
         };
         let left = of_a_step * (steps - step) as f64;
-        let text = format!("about {} to go, {} a step", format::seconds(left), format::seconds(of_a_step));
-        (left >= LONG_RUN).then(|| format!("{text}; Ctrl-C saves the run, and `--resume` goes on with it"))
+        let text = format!("about {} to go, {} per step", format::seconds(left), format::seconds(of_a_step));
+        (left >= LONG_RUN).then(|| format!("{text}; Ctrl-C saves the run, `--resume` continues it"))
     }
 }
 
@@ -72,6 +74,6 @@ mod tests {
         assert!(told(|done| done as f64).is_empty(), "a short run");
         assert!(told(|done| 15.0 + done as f64).is_empty(), "a slow start of a short run");
         let text = FirstSteps::new(0).how_long(1, 361, 30.0).unwrap();
-        assert!(text.starts_with("about 3 h 00 min to go, 30 s a step"), "{text}");
+        assert!(text.starts_with("about 3 h 00 min to go, 30 s per step"), "{text}");
     }
 }

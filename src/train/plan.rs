@@ -1,4 +1,4 @@
-//! What a run will take, worked out and not run: memory to the byte, floating-point operations, steps.
+//! Plans: a run's memory to the byte, its FLOPs and its steps, calculated without running it.
 
 use serde_json::{Value, json};
 
@@ -14,7 +14,7 @@ use crate::vit::Vit;
 use super::setup::{DataShape, Parts};
 use super::{header, setup};
 
-/// For a recipe whose data set is not there.
+/// Shown if the recipe names no data set.
 const UNKNOWN_DATA: &str = "not opened";
 
 /// A recipe with everything that follows from it.
@@ -25,20 +25,20 @@ pub struct Plan {
     pub memory: MemoryPlan,
     /// Bytes of the batch slots in host memory.
     pub slot_bytes: usize,
-    /// Training images, if the data set is there.
+    /// Number of training images, if the recipe names a data set.
     pub images: Option<usize>,
-    /// What an update asks of the device, and what that costs at least.
+    /// The operations of one update, with their minimum cost.
     pub operations: Vec<Timing>,
 }
 
 impl Plan {
-    /// Opens the data set to learn its size and classes, if the recipe names one that exists.
-    /// Memory is that of `device`.
+    /// Opens the recipe's data set, if it names one, to learn its size and classes. Memory is that of
+    /// `device`.
     pub fn of(recipe: &Recipe, device: Device) -> Result<Self> {
         recipe.validate()?;
         let data = open(recipe)?;
         let images = data.as_ref().map(Dataset::len);
-        // Without data an epoch has no length; recipes in steps do not need it.
+        // Without data, an epoch has no length. Recipes that count in steps do not need it.
         let size = images.unwrap_or(recipe.train.batch);
         let shape = DataShape {
             images: size,
@@ -47,7 +47,7 @@ impl Plan {
         let mut recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
         if recipe.train.micro_batch == MicroBatch::Auto {
             let backend = backend::select(device, &setup::device_options(&recipe)).map_err(|e| {
-                e.hint("`train.micro_batch = \"auto\"` asks a device for its free memory; without one give a number")
+                e.hint("`train.micro_batch = \"auto\"` needs a device's free memory; without a device give a number")
             })?;
             recipe = setup::resolve_for_device(recipe, &*backend, shape)?;
         }
@@ -69,7 +69,7 @@ impl Plan {
         self.steps() as f64 * self.recipe.train.batch as f64 * self.model.config.train_flops() as f64
     }
 
-    /// For people: header, memory table, compute, the first and last learning rates, the recipe in full.
+    /// For people: header, memory table, compute, some learning rates, and the full recipe.
     pub fn text(&self, name: &str) -> String {
         let t = &self.recipe.train;
         let mut lines = vec![format!("recipe   {name}")];
@@ -108,14 +108,14 @@ impl Plan {
         for (what, bytes) in self.activations() {
             lines.push(format!("  {what:<24} {:>12}", format::bytes(bytes as u64)));
         }
-        lines.push("operations of a step, at least".into());
+        lines.push("operations of a step, minimum cost".into());
         lines.extend(self.operation_lines());
         lines.push(String::new());
         lines.push(self.recipe.to_toml());
         lines.join("\n")
     }
 
-    /// Rates at a few steps that tell the schedule.
+    /// Learning rates at a few steps that characterise the schedule.
     fn learning_rates(&self) -> String {
         let steps = self.steps();
         let warmup = match self.recipe.schedule.warmup {
@@ -129,7 +129,7 @@ impl Plan {
         at.into_iter().map(rate).collect::<Vec<_>>().join(", ")
     }
 
-    /// The activation arena, summed over blocks: `qkv` stands for all `block i qkv`.
+    /// The activation arena's entries, summed over blocks: `blocks: qkv` is the sum of all `block i qkv`.
     pub fn activations(&self) -> Vec<(String, usize)> {
         let mut sums: Vec<(String, usize)> = Vec::new();
         for entry in &self.memory.activations {
@@ -146,7 +146,7 @@ impl Plan {
         sums
     }
 
-    /// Calls, floating-point operations of matrix products, and bytes that have to move.
+    /// One line per operation: calls, FLOPs of matrix products, minimum bytes moved.
     fn operation_lines(&self) -> Vec<String> {
         let line = |operation: &str, calls: String, cost: Cost| {
             let flops = if cost.flops == 0 { String::new() } else { format::si(cost.flops as f64, "FLOP") };
@@ -201,8 +201,8 @@ impl Plan {
     }
 }
 
-/// The training data, if the recipe names some. The demo's size is known without drawing it; a path that does not exist is
-/// an error here as it is in training.
+/// The training data, if the recipe names any. The demo's size is known without drawing it. A path that does
+/// not exist is an error, as in training.
 fn open(recipe: &Recipe) -> Result<Option<Dataset>> {
     let Some(spec) = recipe.data.train.as_deref() else { return Ok(None) };
     Dataset::open(spec, data::Split::Train).map(Some)

@@ -1,4 +1,4 @@
-//! Which changes of a recipe a run may go on with, and what is to be said of them.
+//! Which recipe changes a resumed run may have, and the notes about them.
 
 use crate::error::{Error, Result};
 use crate::recipe::{Difference, Recipe};
@@ -7,8 +7,8 @@ use super::checkpoint::{RunDigest, RunState};
 use super::run_data::RunData;
 use super::{Trainer, setup};
 
-/// Keys that decide where, how often and on how many threads, and change no bit of what is trained. The data may lie
-/// elsewhere: its records are compared. Precision and the stream's type are kept and told of by [`super::setup`].
+/// Keys that may change without changing a bit of the result: places, intervals and threads. Data may move,
+/// because its records are compared. [`super::setup`] handles precision and the type of the residual stream.
 const FREE: [&str; 21] = [
     "data.train",
     "data.val",
@@ -33,27 +33,27 @@ const FREE: [&str; 21] = [
     "train.check_launches",
 ];
 
-/// The same training, rounded otherwise.
+/// Keys that change the rounding, but not the training.
 const OTHER_BITS: [&str; 4] =
     ["train.micro_batch", "train.recompute", "train.prune_last_block", "train.deterministic"];
 
 /// The length of the run, and of its schedule with it.
 const LENGTH: &str = "train.steps";
 
-/// More differences than this are not listed.
+/// The most differences that are listed.
 const SHOWN: usize = 8;
 
-/// What a run would go on with.
+/// What the resumed run would use.
 pub(super) struct Now<'a> {
     pub recipe: &'a Recipe,
     pub data: &'a RunData,
     pub digest: &'a RunDigest,
-    /// Data that have changed are taken.
+    /// Whether changed data are accepted.
     pub accept: bool,
 }
 
 impl Now<'_> {
-    /// Refuses a state that cannot go on like this; else returns what is to be said.
+    /// Refuses a state that cannot continue with these. Otherwise returns notes for the header.
     pub(super) fn fits(&self, state: &RunState) -> Result<Vec<String>> {
         let mut notes = Vec::new();
         if let Some(saved) = &state.data {
@@ -70,27 +70,28 @@ impl Now<'_> {
             let mut lines: Vec<String> = refused.iter().take(SHOWN).map(|d| d.to_string()).collect();
             lines.extend((more > 0).then(|| format!("and {more} more")));
             return Err(Error::new(format!("the run was started with another recipe: {}", lines.join(", ")))
-                .hint("leave out what changes these to go on by the run's own recipe, or start anew with another `--out`"));
+                .hint("remove these changes to continue with the run's own recipe, or start a new run with another `--out`"));
         }
         let steps = self.recipe.train.steps.unwrap_or_default();
         if steps < state.step {
             return Err(Error::new(format!(
-                "the run has done {} steps, and `{LENGTH}` is {steps}",
+                "the run has already done {} steps, but `{LENGTH}` is {steps}",
                 state.step
             ))
             .hint(format!("use `--set {LENGTH}={}` or more", state.step)));
         }
         for difference in &differences {
             if is(&OTHER_BITS, difference) {
-                notes.push(format!("with {difference}: from here on the bits are those of another run"));
+                let bits = "results are no longer bit-identical to the original run";
+                notes.push(format!("with {difference}: {bits}"));
             } else if is_evaluation(difference) {
-                notes.push(format!("with {difference}: the best checkpoint is chosen anew"));
+                notes.push(format!("with {difference}: the search for the best checkpoint starts again"));
             }
         }
         Ok(notes)
     }
 
-    /// Says what becomes of the learning rate where the run has another length.
+    /// A note about the learning rate, if the run's length changed.
     pub(super) fn of_schedule(&self, state: &RunState, trainer: &Trainer) -> Result<Option<String>> {
         let differences = differences(state, self.recipe)?;
         let Some(length) = differences.iter().find(|d| d.key == LENGTH) else { return Ok(None) };
@@ -108,7 +109,7 @@ impl Now<'_> {
     }
 }
 
-/// Whether evaluations before and after cannot be compared.
+/// Whether evaluations before and after the resume cannot be compared.
 pub(super) fn other_evaluation(state: &RunState, now: &Recipe) -> Result<bool> {
     Ok(differences(state, now)?.iter().any(is_evaluation))
 }
@@ -119,6 +120,6 @@ fn is_evaluation(difference: &Difference) -> bool {
 
 fn differences(state: &RunState, now: &Recipe) -> Result<Vec<Difference>> {
     let before = Recipe::from_toml(&state.recipe, "the checkpoint's recipe")
-        .map_err(|e| e.into_failure().at("the run was started by another version"))?;
+        .map_err(|e| e.into_failure().at("the run was started by another version of vitrum"))?;
     Ok(before.differences(now))
 }

@@ -1,5 +1,5 @@
-//! A run: the reports it writes, its checkpoints, and how it ends. Its directory is [`super::directory`]'s, its data
-//! [`super::run_data`]'s.
+//! A run: its reports, its checkpoints, and how it ends. [`super::directory`] owns its directory,
+//! [`super::run_data`] its data.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,19 +25,19 @@ use super::{Trainer, about, samples, setup};
 pub use super::directory::default_out;
 pub use super::run_data::RunData;
 
-/// What the command line says about a run, besides the recipe.
+/// The command line's options for a run, besides the recipe.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
     /// The recipe's name, for the header.
     pub recipe_name: String,
     pub out: PathBuf,
-    /// The directory must be new: where `out` is taken, it gets a number.
+    /// The directory must be new. If `out` exists, a number is added.
     pub numbered: bool,
     pub resume: bool,
-    /// Learn this many images by heart: a check of the whole machinery.
+    /// Overfit this many images, as a check of the whole program.
     pub overfit: Option<usize>,
     pub device: Device,
-    /// Lines for the header: where the weights come from, and what was done to them.
+    /// Lines for the header: where the weights come from and how they were adapted.
     pub notes: Vec<String>,
 }
 
@@ -62,11 +62,11 @@ pub enum Ending {
     Finished,
     /// The validation metric stopped improving.
     EarlyStop,
-    /// An overfit run reached its loss.
+    /// An overfit run reached its target loss.
     Learned,
 }
 
-/// What a finished run leaves behind.
+/// The result of a finished run.
 #[derive(Clone, Debug)]
 pub struct RunSummary {
     pub out: PathBuf,
@@ -76,14 +76,14 @@ pub struct RunSummary {
     pub last: Option<EvalReport>,
     pub best: Option<(u64, f64)>,
     pub has_val: bool,
-    /// They were held out of the training images.
+    /// The validation images were held out of the training images.
     pub held_out: bool,
-    /// A few validation images as files.
+    /// Files with a few validation images.
     pub samples: Vec<PathBuf>,
     pub metric: Metric,
 }
 
-/// The parts of a run that are not the trainer.
+/// Everything of a run except the trainer.
 pub struct Run {
     pub steps: u64,
     recipe: Recipe,
@@ -102,12 +102,12 @@ pub struct Run {
     start: Instant,
     first_steps: FirstSteps,
     pace: Pace,
-    /// Keeps others out as long as the run lives.
+    /// Holds the directory's lock until the run is dropped.
     directory: Directory,
 }
 
 impl Run {
-    /// Takes the run directory, restores the last checkpoint if asked, and prints the header.
+    /// Takes the run directory, restores the last checkpoint if asked to resume, and prints the header.
     pub fn open(
         mut recipe: Recipe,
         options: &RunOptions,
@@ -184,14 +184,15 @@ impl Run {
         run.print_header(trainer, resumed);
         notes.iter().for_each(|note| run.log.line(&format!("resume   {note}")));
         if let Err(why) = preferred {
-            run.log.line(&format!("         the bits are others from here on: {why}"));
+            run.log.line(&format!("         results are no longer bit-identical to the original run: {why}"));
         }
         run.warn_of_the_disk(trainer);
         signals::install()?;
         Ok(run)
     }
 
-    /// Before hours of training: will the disk hold what is to be kept, and one more while it is written?
+    /// Warns before training if the disk cannot hold the checkpoints to keep, and one more while it is
+    /// written.
     fn warn_of_the_disk(&self, trainer: &Trainer) {
         let arenas = [Arena::Params, Arena::Ema, Arena::Moment1, Arena::Moment2];
         let bytes: usize = arenas.into_iter().map(|arena| trainer.memory.bytes(arena)).sum();
@@ -250,7 +251,7 @@ impl Run {
         if let Some(step) = resumed {
             log(format!("resume   from checkpoints/step-{step}"));
         } else if self.options.resume {
-            log("resume   no checkpoint found: starting fresh".into());
+            log("resume   no checkpoint found: starting from the beginning".into());
         }
     }
 
@@ -277,7 +278,7 @@ impl Run {
         Ok(Loader::with(self.data.train.clone(), spec, delivery, slots))
     }
 
-    /// The next batch. Training loaders never run dry; where one fails, the steps before it are logged and saved.
+    /// The next batch. A training loader never ends. If it fails, earlier steps are logged and saved first.
     pub fn next_batch(&mut self, trainer: &mut Trainer, loader: &mut Loader) -> Result<Slot> {
         match loader.next() {
             Ok(slot) => slot.ok_or_else(|| Error::new("the data loader ended before the run")),
@@ -286,9 +287,9 @@ impl Run {
                 if trainer.step == 0 || trainer.skipped_in_a_row() > 0 {
                     return Err(error);
                 }
-                // What is wrong with the data is what the user has to hear, even where saving fails as well.
+                // The user must see the data's error, even if saving fails as well.
                 let saved = match self.checkpoint(trainer) {
-                    Ok(()) => format!("{}, from where `--resume` goes on", self.saved()),
+                    Ok(()) => format!("{}, from which `--resume` continues", self.saved()),
                     Err(why) => format!("which could not be saved ({})", why.message()),
                 };
                 let is_stopped = matches!(error.kind(), Kind::Stopped(_));
@@ -298,15 +299,15 @@ impl Run {
         }
     }
 
-    /// Where the last checkpoint is, for messages.
+    /// The place of the last checkpoint, for messages.
     fn saved(&self) -> String {
         self.saved_at.map_or("no checkpoint was written yet".into(), |step| {
             format!("saved to {}", self.checkpoints.path(step).display())
         })
     }
 
-    /// Will somebody look at what the step that was asked for last leaves? Then nothing may follow it before that: an
-    /// evaluation, a checkpoint, a signal, or a run that may end by what its steps report.
+    /// Whether all submitted steps must finish before the next one is submitted: an evaluation, a checkpoint
+    /// or a signal is due, or the run may end depending on what its steps report.
     pub fn must_drain(&self, trainer: &Trainer) -> bool {
         let step = trainer.submitted();
         self.evaluation_is_due(step)
@@ -316,8 +317,8 @@ impl Run {
             || signals::pending().is_some()
     }
 
-    /// Waits for steps and logs their reports, in order, until at most `ahead` are in flight; none where a step was skipped,
-    /// up to the one with which the run ends.
+    /// Waits for steps and logs their reports, in order, until at most `ahead` are in flight. While steps are
+    /// being skipped, waits for all of them, or until the run has diverged.
     pub fn read_reports(&mut self, trainer: &mut Trainer, loader: &Loader, ahead: u64) -> Result<()> {
         let may_end = 1..self.recipe.train.max_skipped;
         while trainer.in_flight() > ahead
@@ -329,7 +330,7 @@ impl Run {
         Ok(())
     }
 
-    /// Counts a step, and writes a line when one is due.
+    /// Counts a step, and writes a line if one is due.
     fn log(&mut self, trainer: &Trainer, report: &StepReport, loader: &Loader) -> Result<()> {
         let sums = &mut self.state.window;
         sums.steps += 1;
@@ -373,7 +374,7 @@ impl Run {
         step.is_multiple_of(self.recipe.train.eval_every) || step == self.steps
     }
 
-    /// Never while steps are skipped: the checkpoint before the trouble is worth more.
+    /// False while steps are being skipped: the earlier checkpoint is worth more.
     pub fn checkpoint_is_due(&self, trainer: &Trainer) -> bool {
         let step = trainer.step;
         let is_best = self.state.best.is_some_and(|best| best.step == step);
@@ -385,7 +386,8 @@ impl Run {
         step.is_multiple_of(every) || step == self.steps
     }
 
-    /// Validation images, some training images without augmentation, and the same with the EMA of the weights.
+    /// Evaluates the validation images, some training images without augmentation, and the validation images
+    /// with the weights' EMA.
     pub fn evaluate(&mut self, trainer: &mut Trainer, training: &mut Loader) -> Result<()> {
         let began = Instant::now();
         if let Some(free) = trainer.backend.unbind_batch() {
@@ -453,7 +455,7 @@ impl Run {
         Ok(report)
     }
 
-    /// Is this the best so far?
+    /// Records an evaluation. Returns whether it is the best so far.
     fn record_best(&mut self, step: u64, report: &EvalReport) -> bool {
         let metric = match self.recipe.eval.metric {
             Metric::Top1 => report.top1,
@@ -474,8 +476,8 @@ impl Run {
         step as f64 * self.recipe.train.batch as f64 / self.data.train.len() as f64
     }
 
-    /// Writes a checkpoint of the trainer as it is. Weights that are not finite are not saved: such a run ends soon, by
-    /// [`Run::check_end`].
+    /// Writes a checkpoint of the trainer. Does not save weights that are not finite; [`Run::check_end`] soon
+    /// ends such a run.
     pub fn checkpoint(&mut self, trainer: &mut Trainer) -> Result<()> {
         if self.saved_at == Some(trainer.step) {
             return Ok(());
@@ -485,7 +487,7 @@ impl Run {
         self.state.skipped = trainer.skipped;
         self.state.skipped_in_a_row = trainer.skipped_in_a_row();
         self.state.algorithms = trainer.backend.algorithms();
-        // A checkpoint must not name a step whose lines a crash of the machine could still take away.
+        // A crash of the machine must not lose metrics of steps that the checkpoint includes.
         self.metrics.sync()?;
         let evaluated =
             self.last_eval.filter(|_| self.data.val.is_some() && self.evaluated_at == trainer.step);
@@ -500,13 +502,14 @@ impl Run {
             self.saved_at = Some(trainer.step);
         } else {
             self.log
-                .warn(&format!("step {}: the weights are not finite, no checkpoint written", trainer.step));
+                .warn(&format!("step {}: the weights are not finite, so no checkpoint was written", trainer.step));
         }
         self.pace.outside += began.elapsed().as_secs_f64();
         Ok(())
     }
 
-    /// Asked before every step, the first of a resumed run too. Divergence and signals are errors.
+    /// Whether the run ends now. Called before every step, including the first of a resumed run. Divergence
+    /// and signals are errors.
     pub fn check_end(&mut self, trainer: &mut Trainer, loader: &Loader) -> Result<Option<Ending>> {
         if trainer.skipped_in_a_row() >= self.recipe.train.max_skipped {
             return Err(self.diverged(trainer));
@@ -529,11 +532,11 @@ impl Run {
     }
 
     fn how_to_go_on(&self) -> String {
-        format!("go on with `vitrum train --resume {}`", self.options.out.display())
+        format!("continue with `vitrum train --resume {}`", self.options.out.display())
     }
 
-    /// The device failed in the middle of a step. A card's error is sticky and often comes late: the hint is the command
-    /// that repeats the step kernel by kernel.
+    /// The error for a device that failed during a step. A GPU's error is sticky and often reported late, so
+    /// the hint is a command that repeats the step kernel by kernel.
     pub fn device_failed(&self, trainer: &Trainer, error: Error) -> Error {
         if error.hint_text().is_some() || !trainer.backend.storage().has_device_memory() {
             return error;
@@ -543,7 +546,7 @@ impl Run {
         let out = self.options.out.display();
         error.hint(format!(
             "nothing up to {from} is lost; `vitrum train --resume {out} --device cuda \
-             --set train.graph=false --set train.check_launches=true` goes on from there and names the kernel"
+             --set train.graph=false --set train.check_launches=true` continues from there and names the kernel"
         ))
     }
 
@@ -556,7 +559,7 @@ impl Run {
         self.state.last_loss.is_some_and(|loss| loss < OVERFIT_LOSS)
     }
 
-    /// Closes the reports and says how it went.
+    /// Writes the last checkpoint and returns the summary.
     pub fn finish(mut self, trainer: &mut Trainer, ending: Ending) -> Result<RunSummary> {
         self.checkpoint(trainer)?;
         if self.saved_at != Some(trainer.step) {
@@ -565,11 +568,11 @@ impl Run {
         if self.data.overfit.is_some() && !self.last_loss_is_learned() {
             let loss = self.state.last_loss.unwrap_or(f64::NAN);
             return Err(Error::new(format!(
-                "the model did not learn {} images by heart: loss {loss:.4} after {} steps, not below {OVERFIT_LOSS}",
+                "the model did not overfit {} images: loss {loss:.4} after {} steps, not below {OVERFIT_LOSS}",
                 self.data.overfit.unwrap_or(0),
                 trainer.step
             ))
-            .hint("look at the images and labels, then at `optim.lr`"));
+            .hint("check the images and labels, then `optim.lr`"));
         }
         Ok(RunSummary {
             out: self.options.out.clone(),
@@ -596,7 +599,8 @@ fn scores(report: &EvalReport) -> Scores {
     }
 }
 
-/// The state of a run that goes on by `recipe`: where evaluations can no longer be compared, none of them is best.
+/// The state of a run that continues with `recipe`. If evaluations can no longer be compared, the best one is
+/// forgotten.
 fn go_on(mut state: RunState, recipe: &Recipe) -> Result<RunState> {
     if resume::other_evaluation(&state, recipe)? {
         (state.best, state.stale_evals) = (None, 0);

@@ -1,4 +1,4 @@
-//! What a run reads, and whether it is what the run began with.
+//! A run's data, and the check that it is the data that the run began with.
 
 use std::sync::Arc;
 
@@ -11,32 +11,32 @@ use super::checkpoint::{Checkpoints, RunDigest};
 use super::run::RunOptions;
 use super::setup::DataShape;
 
-/// Images to train on, and to validate with. Clones share them.
+/// Training and validation images. Clones share them.
 #[derive(Clone)]
 pub struct RunData {
     pub train: Arc<Dataset>,
     pub val: Option<Arc<Dataset>>,
-    /// Training images that are evaluated as well, without augmentation: the gap to `val` shows overfitting.
+    /// Training images that are also evaluated, without augmentation. The gap to `val` shows overfitting.
     pub(super) train_part: Arc<Dataset>,
-    /// The share of the training images that became validation images, if any did.
+    /// The share of the training images that became validation images, if any.
     pub(super) held_out: Option<f64>,
     pub(super) overfit: Option<usize>,
-    /// `data.train` and `data.val`, as the recipe has them.
+    /// The recipe's `data.train` and `data.val`.
     names: (Option<String>, Option<String>),
 }
 
-/// An overfit run has this many steps to reach [`OVERFIT_LOSS`].
+/// The number of steps in which an overfit run must reach [`OVERFIT_LOSS`].
 const OVERFIT_STEPS: u64 = 300;
 pub(super) const OVERFIT_LOSS: f64 = 0.01;
-/// Training images that are evaluated beside the validation set, without augmentation.
+/// How many training images are evaluated besides the validation set.
 const TRAIN_EVAL_IMAGES: usize = 2000;
-/// So many classes are listed where their order matters.
+/// Messages list the classes in order if there are at most this many.
 const FEW_CLASSES: usize = 20;
-/// `data.holdout` of a run that starts from trained weights.
+/// The default of `data.holdout` for fine-tuning.
 const HOLDOUT: f64 = 0.1;
 
 impl RunData {
-    /// Opens what `data.train` and `data.val` name.
+    /// Opens the data sets that `data.train` and `data.val` name.
     pub fn open(recipe: &Recipe, options: &RunOptions) -> Result<Self> {
         let spec = recipe.data.train.as_deref();
         let (mut train, mut val) = data::pair(spec, recipe.data.val.as_deref())?;
@@ -49,7 +49,8 @@ impl RunData {
         if let Some(digest) = saved.as_ref().and_then(|state| state.data.as_ref())
             && !recipe.data.accept_changes
         {
-            // Another number of classes would be somebody else's error before the run asks for all records.
+            // Checked here, because a changed number of classes would cause a less clear error before all
+            // records are compared.
             same_classes(&digest.classes, train.classes())?;
         }
         let overfit =
@@ -65,7 +66,7 @@ impl RunData {
         if let Some(n) = overfit {
             if n > train.len() {
                 return Err(Error::usage(format!(
-                    "`--overfit {n}`, but the data set has {} images",
+                    "`--overfit {n}`, but the data set has only {} images",
                     train.len()
                 ))
                 .hint(format!("use `--overfit {}` or less", train.len())));
@@ -93,7 +94,7 @@ impl RunData {
         self.names == (recipe.data.train.clone(), recipe.data.val.clone())
     }
 
-    /// Of classes and records; takes seconds for a million files.
+    /// The digest of classes and records. Takes seconds for a million files.
     pub fn digest(&self) -> RunDigest {
         RunDigest {
             classes: self.train.classes().to_vec(),
@@ -102,7 +103,7 @@ impl RunData {
         }
     }
 
-    /// Refuses data that are not those of `saved`; returns what is to be said where they are accepted.
+    /// Refuses data that differ from `saved`. If `accept` is set, returns a note instead.
     pub fn same_as(&self, saved: &RunDigest, now: &RunDigest, accept: bool) -> Result<Option<String>> {
         let none = Digest::default();
         let compare = || {
@@ -118,12 +119,13 @@ impl RunData {
         }
     }
 
-    /// What the data decide about the run's parts.
+    /// The properties of the data that the run's parts depend on.
     pub fn shape(&self) -> DataShape {
         DataShape::of(&self.train, self.val.as_deref())
     }
 
-    /// Fills in what the data decides (classes, an overfit run's settings), and checks what depends on its size.
+    /// Fills in what the data decides (classes, an overfit run's settings) and checks what depends on its
+    /// size.
     pub fn resolve(&self, mut recipe: Recipe) -> Result<Recipe> {
         let images = self.train.len();
         if self.overfit.is_some() {
@@ -136,10 +138,10 @@ impl RunData {
             ))
             .hint(format!("use `--set train.batch={}` or less", whole_micro_batches(&recipe, images))));
         }
-        // Softmax makes classes compete: a sample with two of them, or with none, has no right answer.
+        // Under softmax, classes compete: a sample with two classes, or with none, has no right answer.
         if self.train.is_multi_label() && recipe.loss.kind == LossKind::Softmax {
             return Err(Error::new(format!(
-                "{}: its samples may have several classes, and `loss.kind = \"softmax\"` is for exactly one",
+                "{}: its samples may have several classes, but `loss.kind = \"softmax\"` needs exactly one",
                 self.train.name()
             ))
             .hint("use `--set loss.kind=sigmoid`"));
@@ -164,7 +166,7 @@ impl RunData {
     }
 }
 
-/// The largest batch of at most `images` that the recipe's micro-batch divides.
+/// The largest batch of at most `images` samples that is a multiple of the recipe's micro-batch.
 fn whole_micro_batches(recipe: &Recipe, images: usize) -> usize {
     match recipe.train.micro_batch {
         MicroBatch::Samples(micro) if (1..=images).contains(&micro) => images / micro * micro,
@@ -172,7 +174,7 @@ fn whole_micro_batches(recipe: &Recipe, images: usize) -> usize {
     }
 }
 
-/// Nothing random, nothing that holds the model back.
+/// Changes the recipe for an overfit run: no randomness and no regularisation.
 fn overfit(recipe: &mut Recipe, images: usize) {
     let model = &mut recipe.model;
     (model.dropout, model.attention_dropout, model.drop_path) = (0.0, 0.0, 0.0);
@@ -189,17 +191,17 @@ fn overfit(recipe: &mut Recipe, images: usize) {
     recipe.train.epochs = None;
 }
 
-const ACCEPT: &str = "go on with the data as it is now by `--set data.accept_changes=true`";
+const ACCEPT: &str = "accept the data as it is now with `--set data.accept_changes=true`";
 
-/// What a run that goes on learns by heart: what it began with, whether that is said again or not.
+/// The `--overfit` of a resumed run: the one it began with, given again or not.
 fn same_overfit(began: Option<usize>, now: Option<usize>) -> Result<Option<usize>> {
     match (began, now) {
         (_, None) => Ok(began),
         (Some(began), Some(now)) if began == now => Ok(Some(now)),
         (Some(began), Some(_)) => Err(Error::usage(format!("the run was started with `--overfit {began}`"))
-            .hint(format!("leave it out, or use `--overfit {began}`; or start anew with another `--out`"))),
+            .hint(format!("omit it or use `--overfit {began}`, or start a new run with another `--out`"))),
         (None, Some(_)) => Err(Error::usage("the run was started without `--overfit`")
-            .hint("leave it out to go on, or start anew with another `--out`")),
+            .hint("omit it to continue, or start a new run with another `--out`")),
     }
 }
 
@@ -210,15 +212,15 @@ fn same_classes(saved: &[String], now: &[String]) -> Result<()> {
         return Ok(());
     };
     let error = Error::new(format!(
-        "the run was started with other classes: class {i} was {}, and is {} now ({} classes, and {} now)",
+        "the run was started with other classes: class {i} was {} and is now {} ({} classes then, {} now)",
         name(saved, i),
         name(now, i),
         saved.len(),
         now.len()
     ));
     Err(match saved.len() == now.len() {
-        true => error.hint(format!("give the classes their names and their order again, or {ACCEPT}")),
-        false => error.hint("give the data the same classes again, or start anew with another `--out`"),
+        true => error.hint(format!("restore the names and the order of the classes, or {ACCEPT}")),
+        false => error.hint("restore the classes, or start a new run with another `--out`"),
     })
 }
 
@@ -229,13 +231,13 @@ fn same_records(which: &str, data: &Dataset, saved: &Digest, now: &Digest) -> Re
         false => format!("record {first}"),
     };
     let counts = match saved.records == now.records {
-        true => format!("{} records, of which others have their names, labels or sizes", now.records),
+        true => format!("{} records, some with other names, labels or sizes", now.records),
         false => format!("{} records then, {} now", saved.records, now.records),
     };
     Err(Error::new(format!(
-        "{}: the run was started with other {which} data: {counts}; the first difference lies from {from}, to record {}",
+        "{}: the run was started with other {which} data: {counts}; the first difference is between {from}, and record {}",
         data.name(),
         end.saturating_sub(1)
     ))
-    .hint(format!("put the records back as they were, or {ACCEPT}")))
+    .hint(format!("restore the records, or {ACCEPT}")))
 }

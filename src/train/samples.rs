@@ -1,4 +1,5 @@
-//! A few pictures of the validation data as files beside a run: something to ask the new model about.
+//! Writes a few validation pictures as files into the run directory, so that the user can try `predict` on
+//! them.
 
 use std::path::{Path, PathBuf};
 
@@ -9,13 +10,13 @@ use crate::files;
 
 use crate::data::shard::Record;
 
-/// Pictures of as many classes.
+/// How many pictures are written, each of another class.
 const MOST: usize = 4;
-/// Larger files are the user's to choose.
+/// Larger files are not written. Bytes.
 const LARGEST: usize = 4 << 20;
 
-/// Writes pictures of the first classes that `data` has some of into `out/samples`, as `CLASS.png`, and returns the files. What
-/// cannot be written is left out: the run is done without it.
+/// Writes one picture of each of the first classes in `data` to `out/samples`, as `CLASS.EXT`, and returns
+/// the files. Skips pictures that cannot be written: the run has already succeeded.
 pub fn write(data: &Dataset, out: &Path) -> Vec<PathBuf> {
     let folder = out.join("samples");
     let mut seen = Vec::new();
@@ -42,7 +43,7 @@ pub fn write(data: &Dataset, out: &Path) -> Vec<PathBuf> {
     written
 }
 
-/// The bytes of a picture file, and how its name ends.
+/// The bytes of a picture file and its extension.
 fn picture_file(data: &Dataset, index: usize) -> Option<(Vec<u8>, &'static str)> {
     let (bytes, end) = match data.record(index).ok()? {
         Record::Raw { pixels, height, width } => (encode_png(View::new(&pixels, height, width)).ok()?, "png"),
@@ -61,7 +62,7 @@ fn picture_file(data: &Dataset, index: usize) -> Option<(Vec<u8>, &'static str)>
     (bytes.len() <= LARGEST).then_some((bytes, end))
 }
 
-/// A class's name as that of a file.
+/// A file name from a class's name.
 fn file_name(class: &str) -> String {
     let plain = |c: char| if c.is_alphanumeric() || matches!(c, '-' | '_') { c } else { '_' };
     class.chars().take(64).map(plain).collect()

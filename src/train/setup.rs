@@ -1,9 +1,9 @@
-//! From a recipe to everything that the first step needs: a device, the recipe as that device resolves it, the model, the
-//! optimiser, and the layout of a batch.
+//! Turns a recipe into everything that the first step needs: a device, the recipe as that device resolves it,
+//! the model, the optimiser and the batch layout.
 //!
-//! The device decides what `"auto"` is in `train.precision`, `train.residual` and `train.micro_batch`, and whether the run
-//! fits. All of it is written into the run's recipe, because the bits depend on it: a resumed run keeps what its directory
-//! says.
+//! The device decides what `"auto"` means for `train.precision`, `train.residual` and `train.micro_batch`,
+//! and whether the run fits. The decisions are written into the run's recipe, because the bits depend on
+//! them. A resumed run keeps them.
 
 use crate::backend::dry_run::DryRun;
 use crate::backend::timed::{Timed, Timing};
@@ -24,25 +24,25 @@ use super::class_weights;
 use super::run::{RunData, RunOptions};
 use super::trainer::{gradients, micro_batches};
 
-/// Of the free memory, the tenth that `"auto"` leaves alone: for what no plan counts, as a recorded step on a GPU, or
-/// slots and the system's cache on the CPU.
+/// `"auto"` leaves one part in this many of the free memory unused, for memory that no plan counts: a
+/// recorded step on a GPU, or slots and the system's cache on the CPU.
 const SPARE: usize = 10;
 
-/// More samples at a time make a CPU no faster.
+/// The largest automatic micro-batch on a CPU. Larger ones are not faster.
 const CPU_MOST: usize = 32;
 
-/// What the training data decide.
+/// The properties of the training data that the run's parts depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DataShape {
-    /// What a slot holds of a sample's classes.
+    /// How a slot stores a sample's classes.
     pub targets: TargetKind,
-    /// Images of an epoch.
+    /// Images per epoch.
     pub images: usize,
 }
 
 impl DataShape {
-    /// Class indices, or rows of zeros and ones where samples of either set may have several classes: one form for a whole
-    /// run, because a recorded step reads one.
+    /// Class indices, or rows of zeros and ones if either data set is multi-label. A run uses one form
+    /// throughout, because a recorded step reads only one.
     pub fn of(train: &Dataset, val: Option<&Dataset>) -> Self {
         let targets = match train.is_multi_label() || val.is_some_and(Dataset::is_multi_label) {
             true => TargetKind::Dense { classes: train.classes().len() },
@@ -51,17 +51,17 @@ impl DataShape {
         Self { targets, images: train.len() }
     }
 
-    /// So many images with one label each.
+    /// `images` images with one label each.
     pub fn labels(images: usize) -> Self {
         Self { targets: TargetKind::Labels, images }
     }
 }
 
-/// A recipe's parts for a device that stores things in one way. No device is needed to make them.
+/// The parts of a recipe for a device with a given storage. Making them needs no device.
 pub struct Parts {
     pub model: Vit,
     pub optimizer: Optimizer,
-    /// The largest slot that will be bound.
+    /// The layout of the largest slot that the run binds.
     pub slot: SlotLayout,
     pub loss: Loss,
     /// Samples of a whole batch on one rank.
@@ -69,7 +69,7 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// The parts of a resolved recipe: classes and micro-batch are known by now.
+    /// The parts of a resolved recipe, whose classes and micro-batch are known.
     pub fn of(recipe: &Recipe, storage: Storage, data: DataShape) -> Result<Self> {
         let model = model(recipe, Mode::Train, storage)?;
         let optimizer = optimizer(recipe, &model, data.images)?;
@@ -97,13 +97,13 @@ impl Parts {
         plan
     }
 
-    /// The operations of one update, in the order of their first calls: how often each comes, and what all its calls cost at
-    /// least. Nothing is computed, and the seconds mean nothing.
+    /// The operations of one update, in the order of their first calls, with their number of calls and the
+    /// minimum cost of all calls. Computes nothing; the seconds in the result are meaningless.
     ///
     /// # Errors
-    /// None is known: a device that does nothing does not fail.
+    /// None known: [`DryRun`] does not fail.
     pub fn operations(&mut self) -> Result<Vec<Timing>> {
-        // No cost depends on the precision but through what is stored.
+        // Costs depend on the storage, and on the precision only through it.
         let mut counted = Timed::new(Box::new(DryRun::new(self.model.plan().storage(), Precision::F32)));
         counted.expect_batch(self.slot);
         let micro_batches = micro_batches(&self.model, self.batch, &Collective::ALONE);
@@ -116,17 +116,17 @@ impl Parts {
 /// Everything that [`super::Trainer::new`] takes.
 pub struct Setup {
     pub backend: Box<dyn Backend>,
-    /// With everything that the device decides written into it.
+    /// The recipe, with the device's decisions written into it.
     pub recipe: Recipe,
     pub parts: Parts,
-    /// C weights in the order of the classes, if the loss weighs them.
+    /// C class weights in the order of the classes, if the loss uses them.
     pub class_weights: Option<Vec<f32>>,
-    /// Lines for the header of a run.
+    /// Lines for the run's header.
     pub notes: Vec<String>,
 }
 
 impl Setup {
-    /// Opens a run's device. A run that goes on keeps the precision and the micro-batch that its directory names.
+    /// Opens a run's device. A resumed run keeps the precision and the micro-batch in its directory's recipe.
     pub fn for_run(recipe: Recipe, data: &RunData, options: &RunOptions) -> Result<Self> {
         let weights = class_weights::of(&recipe, &data.train);
         let (backend, recipe, mut notes) = open(recipe, options, data.shape())?;
@@ -134,7 +134,7 @@ impl Setup {
         Ok(Self { notes, ..Self::with(backend, recipe, data.shape(), weights)? })
     }
 
-    /// Opens a device for data that are counted, and not read.
+    /// Opens a device for data of which only the shape is known.
     ///
     /// # Errors
     /// Those of [`Setup::on`]; the device cannot be opened.
@@ -143,10 +143,10 @@ impl Setup {
         Self::on(backend::select(device, &device_options(recipe))?, recipe, data)
     }
 
-    /// The same on a device that is open already.
+    /// Like [`Setup::open`], on a device that is already open.
     ///
     /// # Errors
-    /// The recipe makes no sense; it does not fit on the device; its class weights need records to count.
+    /// The recipe is invalid; it does not fit on the device; its class weights need records to count.
     pub fn on(backend: Box<dyn Backend>, recipe: &Recipe, data: DataShape) -> Result<Self> {
         let weights = class_weights::of_list(recipe)?;
         let recipe = resolve_for_device(recipe.clone(), &*backend, data)?;
@@ -164,10 +164,10 @@ impl Setup {
     }
 }
 
-/// The recipe with a precision and a micro-batch for this device.
+/// The recipe with this device's precision and micro-batch.
 ///
 /// # Errors
-/// The run does not fit into the device's own memory; the hint names the largest micro-batch that does.
+/// The run does not fit into the device's memory; the hint names the largest micro-batch that does.
 pub fn resolve_for_device(mut recipe: Recipe, backend: &dyn Backend, data: DataShape) -> Result<Recipe> {
     recipe.train.precision = backend.precision();
     recipe.train.residual = recipe.train.residual.settled(backend.precision());
@@ -195,7 +195,7 @@ pub fn resolve_for_device(mut recipe: Recipe, backend: &dyn Backend, data: DataS
                 .into(),
         };
         let (needed, free, device) = (size(needed), size(free), backend.describe());
-        Error::new(format!("the run needs {needed}, and {free} are free on {device}")).hint(hint)
+        Error::new(format!("the run needs {needed}, but only {free} are free on {device}")).hint(hint)
     };
     match recipe.train.micro_batch {
         MicroBatch::Auto => {
@@ -216,7 +216,7 @@ pub fn resolve_for_device(mut recipe: Recipe, backend: &dyn Backend, data: DataS
     Ok(recipe)
 }
 
-/// Opens the run's device and resolves the recipe for it. Returns lines for the header, too.
+/// Opens the run's device and resolves the recipe for it. Also returns lines for the header.
 fn open(
     mut recipe: Recipe,
     options: &RunOptions,
@@ -239,14 +239,14 @@ fn open(
     let kept = recipe.train.precision;
     let words = in_words(&recipe.train);
     let backend = backend::select(options.device, &device_options(&recipe)).map_err(|e| {
-        // Only the CPU refuses a precision.
+        // Only the CPU refuses precisions.
         let refused =
             !matches!(options.device, Device::Cuda(_)) && !matches!(kept, Precision::Auto | Precision::F32);
         if !refused || before.is_none() {
             return e;
         }
         e.at(format!("the run in {} computes in {}", options.out.display(), words)).hint(
-            "go on in f32 with `--set train.precision=f32`: from there on the bits are those of another run",
+            "continue with `--set train.precision=f32`; results are then not bit-identical to the original run",
         )
     })?;
     let recipe = resolve_for_device(recipe, &*backend, data)?;
@@ -258,7 +258,7 @@ fn open(
         let (now, then) = (in_words(&recipe.train), in_words(&before.train));
         if now != then {
             notes.push(format!(
-                "resume   in {now}, after {then}: from here on the bits are those of another run"
+                "resume   in {now}, after {then}: results are no longer bit-identical to the original run"
             ));
         }
     }
@@ -274,7 +274,7 @@ fn in_words(train: &TrainSection) -> String {
     }
 }
 
-/// The recipe that the run's directory holds, if it holds one.
+/// The recipe in the run's directory, if there is one.
 fn saved(options: &RunOptions) -> Result<Option<Recipe>> {
     let path = options.out.join("recipe.toml");
     if !path.exists() {
@@ -282,14 +282,14 @@ fn saved(options: &RunOptions) -> Result<Option<Recipe>> {
     }
     let text = files::read_text(&path)?;
     let recipe = Recipe::from_toml(&text, &path.display().to_string());
-    recipe.map(Some).map_err(|e| e.at("the run's own recipe says in what it computes"))
+    recipe.map(Some).map_err(|e| e.at("the precision of the run is read from its own recipe"))
 }
 
-/// The recipe's model. `model.classes` must be known by now.
+/// The recipe's model. `model.classes` must be set.
 pub fn model(recipe: &Recipe, mode: Mode, storage: Storage) -> Result<Vit> {
     let Some(classes) = recipe.model.classes else {
         return Err(
-            Error::usage("the number of classes is not known").hint("set it with `--set model.classes=...`")
+            Error::usage("the number of classes is not known").hint("set it with `--set model.classes=N`")
         );
     };
     let config = recipe.model_config(classes)?;
@@ -309,7 +309,7 @@ pub fn optimizer(recipe: &Recipe, model: &Vit, data_size: usize) -> Result<Optim
     Optimizer::new(&recipe.optim, &recipe.schedule, &model.layout, &model.config, run)
 }
 
-/// How the recipe wants its device opened.
+/// The recipe's options for opening a device.
 pub fn device_options(recipe: &Recipe) -> backend::DeviceOptions {
     let t = &recipe.train;
     backend::DeviceOptions {
@@ -322,7 +322,7 @@ pub fn device_options(recipe: &Recipe) -> backend::DeviceOptions {
     }
 }
 
-/// What a slot of the run holds.
+/// The layout of the run's slots.
 pub fn slot_layout(recipe: &Recipe, targets: TargetKind) -> SlotLayout {
     SlotLayout {
         samples: recipe.train.batch,
@@ -335,13 +335,13 @@ pub fn slot_layout(recipe: &Recipe, targets: TargetKind) -> SlotLayout {
     }
 }
 
-/// Samples of one forward and backward.
+/// Samples per forward and backward pass.
 fn micro_batch(recipe: &Recipe) -> Result<usize> {
     match recipe.train.micro_batch {
         MicroBatch::Samples(0) => Ok(recipe.train.batch),
         MicroBatch::Samples(n) => Ok(n),
         MicroBatch::Auto => {
-            Err(Error::usage("`train.micro_batch` is \"auto\", and no device has been asked")
+            Err(Error::usage("`train.micro_batch` is \"auto\", but no device has decided it")
                 .hint("give a number of samples"))
         }
     }

@@ -1,7 +1,7 @@
-//! Sweeps: a grid of settings, one run each; of fine-tuning runs, all from one copy of the weights.
+//! Sweeps: one run for each point of a grid of settings. Fine-tuning runs share one copy of the weights.
 //!
-//! A trial is exactly the run that its settings would give alone: the same bits, in a run directory of its own. The
-//! weights are read and adapted once and the data is opened once, as long as trials need the same.
+//! A trial is bit-identical to a single run with its settings, and has its own run directory. The weights are
+//! read and adapted once and the data is opened once, as long as trials need the same.
 
 use std::path::{Path, PathBuf};
 
@@ -17,18 +17,18 @@ use super::finetune::Start;
 use super::run::{RunData, RunOptions, RunSummary};
 use super::trainer::train_from;
 
-/// One key and the values that it takes.
+/// One key and its values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Axis {
     pub key: String,
     pub values: Vec<String>,
 }
 
-/// More trials than this are a slip of the finger.
+/// More trials than this are taken for a mistake.
 const MOST_TRIALS: usize = 1000;
 
 impl Axis {
-    /// From `optim.lr=0.001,0.003`. Commas inside of brackets and quotes belong to a value.
+    /// Parses `optim.lr=0.001,0.003`. Commas inside brackets and quotes belong to a value.
     pub fn parse(text: &str) -> Result<Axis> {
         let wrong = |what: &str| {
             Error::usage(format!("`--sweep {text}` {what}"))
@@ -46,7 +46,7 @@ impl Axis {
     }
 }
 
-/// Splits at commas that are not inside of brackets or quotes.
+/// Splits at commas that are not inside brackets or quotes.
 fn split(text: &str) -> Vec<String> {
     let (mut parts, mut depth, mut quote) = (vec![String::new()], 0usize, None);
     for c in text.chars() {
@@ -101,16 +101,17 @@ pub struct Trial {
     /// `KEY=VALUE` for each axis.
     pub settings: Vec<String>,
     pub out: PathBuf,
-    /// Or why it failed, as by a rate that is too high.
+    /// The summary, or why the trial failed.
     pub result: Result<RunSummary>,
 }
 
-/// Runs every trial in `options.out/trial-N`. `recipe` and `set` are the command's own; a trial's settings come last and
-/// win. A trial that fails is a result; a signal ends the sweep, and the same command with `--resume` goes on with it.
+/// Runs every trial in `options.out/trial-N`. `recipe` and `set` are the command's; a trial's settings come
+/// last and win. A failed trial is a result. A signal ends the sweep; the same command with `--resume`
+/// continues it.
 pub fn run(recipe: &str, set: &[String], axes: Vec<Axis>, options: &RunOptions, log: &Log) -> Result<Sweep> {
     let (grid, numbered) = (grid(&axes)?, options.numbered);
     let read = |settings: &Vec<String>| Recipe::read(Some(recipe), &[set, settings].concat());
-    // Before the first trial takes its time, all must make sense.
+    // All recipes must be valid before the first trial runs.
     let loaded: Vec<RecipeFile> = grid.iter().map(read).collect::<Result<_>>()?;
     let metric = loaded[0].recipe.eval.metric;
     let mut options = RunOptions { numbered: false, ..options.clone() };
@@ -130,7 +131,7 @@ pub fn run(recipe: &str, set: &[String], axes: Vec<Axis>, options: &RunOptions, 
         let data = data.as_ref().expect("it was opened");
         let from_weights = loaded.recipe.finetune.is_some();
         if from_weights && !start.as_ref().is_some_and(|start| start.fits(loaded, data)) {
-            // The old copy goes before the new one comes.
+            // Free the old copy before loading the new one.
             drop(start.take());
             start = Some(Start::load(loaded, data)?);
         }
@@ -141,7 +142,7 @@ pub fn run(recipe: &str, set: &[String], axes: Vec<Axis>, options: &RunOptions, 
         match result {
             Err(e) if e.kind() != Kind::Failure => {
                 let again =
-                    format!("go on with the same command and `--out {} --resume`", options.out.display());
+                    format!("continue with the same command and `--out {} --resume`", options.out.display());
                 return Err(if matches!(e.kind(), Kind::Stopped(_)) { e.hint(again) } else { e });
             }
             Err(e) => {
@@ -156,7 +157,7 @@ pub fn run(recipe: &str, set: &[String], axes: Vec<Axis>, options: &RunOptions, 
     match sweep.best() {
         Some(_) => Ok(sweep),
         None => Err(Error::new(format!("all {} trials of the sweep failed", sweep.trials.len()))
-            .hint("the warnings above say why; a lower `optim.lr` is worth a try")),
+            .hint("the warnings above say why; try a lower `optim.lr`")),
     }
 }
 
@@ -164,7 +165,7 @@ impl Sweep {
     /// The trial with the best validation metric; without validation images, with the lowest loss.
     pub fn best(&self) -> Option<&Trial> {
         let scored = self.trials.iter().filter_map(|trial| Some((score(trial.result.as_ref().ok()?), trial)));
-        // The first of equals: the grid begins with what the user wrote first.
+        // The first trial wins ties: the grid begins with the values that the user wrote first.
         scored
             .fold(None, |best: Option<(f64, &Trial)>, next| match best {
                 Some(best) if best.0 >= next.0 => Some(best),
@@ -214,7 +215,7 @@ impl Sweep {
         ]
     }
 
-    /// The same for programs.
+    /// The same as JSON.
     pub fn json(&self) -> Value {
         let best = self.best().map(|trial| &trial.out);
         let trial = |trial: &Trial| {

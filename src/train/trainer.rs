@@ -1,7 +1,7 @@
-//! Training, as a story: [`train`] reads top to bottom; [`Trainer::submit`] is one update.
+//! The training loop. [`train`] is the whole run, [`Trainer::submit`] one update.
 //!
-//! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. The run directory, its
-//! checkpoints and its reports are the business of [`super::run`].
+//! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. [`super::run`]
+//! owns the run directory, its checkpoints and its reports.
 
 use crate::backend::{Arena, Backend, Loss, MemoryPlan, Micro, Slot, StepKeys, StepReport};
 use crate::dist::Collective;
@@ -21,7 +21,7 @@ pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
     train_from(None, data.resolve(recipe)?, data, options)
 }
 
-/// The run itself: from new weights, or from those of a file that has the recipe's model.
+/// The run itself, from new weights or from a weights file that has the recipe's model.
 pub fn train_from(
     weights: Option<&ModelFile>,
     recipe: Recipe,
@@ -43,7 +43,7 @@ pub fn train_from(
         let batch = run.next_batch(&mut trainer, &mut loader)?;
         let free = trainer.submit(batch).map_err(|e| run.device_failed(&trainer, e))?;
         free.into_iter().for_each(|slot| loader.recycle(slot));
-        // The host is a step ahead of a GPU, except where somebody will look at what the step leaves.
+        // The host runs a step ahead of a GPU, unless all submitted steps must finish first.
         let ahead = if run.must_drain(&trainer) { 0 } else { trainer.backend.steps_ahead() };
         run.read_reports(&mut trainer, &loader, ahead)?;
         if trainer.in_flight() > 0 {
@@ -65,25 +65,25 @@ pub struct Trainer {
     pub backend: Box<dyn Backend>,
     pub model: Vit,
     pub optimizer: Optimizer,
-    /// What was allocated.
+    /// The plan of the allocated memory.
     pub memory: MemoryPlan,
     pub collective: Collective,
     pub loss: Loss,
     /// Samples of a whole batch on this rank; a multiple of the model's micro-batch.
     pub batch: usize,
     pub seed: u64,
-    /// Finished steps, skipped ones included: those whose report was read.
+    /// Finished steps, whose reports were read. Includes skipped steps.
     pub step: u64,
-    /// Steps that the device was asked for and has not reported yet.
+    /// Submitted steps whose reports were not read yet.
     in_flight: u64,
-    /// Steps whose update was skipped because something was not finite.
+    /// Steps whose update was skipped because the loss or the gradient norm was not finite.
     pub skipped: u64,
     skipped_in_a_row: u64,
 }
 
 impl Trainer {
-    /// Allocates everything the run will need. The weights are drawn, or they are those of a file; then pictures are normalised
-    /// as the file's were.
+    /// Allocates everything that the run needs. The weights are drawn, or come from a file. With a file,
+    /// pictures are normalised as the file says.
     pub fn new(setup: Setup, collective: Collective, weights: Option<&ModelFile>) -> Result<Self> {
         let memory = setup.parts.memory();
         let Setup { mut backend, recipe, parts, class_weights, .. } = setup;
@@ -129,15 +129,17 @@ impl Trainer {
         Ok(())
     }
 
-    /// One update from one batch, waited for. Returns the slot that is free again, and the step's numbers.
+    /// Makes one update from one batch and waits for it. Returns the slot that is free again, and the step's
+    /// report.
     pub fn step(&mut self, batch: Slot) -> Result<(Option<Slot>, StepReport)> {
         assert_eq!(self.in_flight, 0, "reports of earlier steps are waiting");
         let free = self.submit(batch)?;
         Ok((free, self.report()?))
     }
 
-    /// Asks for one update from one batch, and does not wait for it: [`Trainer::report`] tells how it went. At most one step
-    /// more than [`Backend::steps_ahead`] may be in flight. Returns the slot that is free again.
+    /// Submits one update from one batch without waiting for it; [`Trainer::report`] returns its result. At
+    /// most one step more than [`Backend::steps_ahead`] may be in flight. Returns the slot that is free
+    /// again.
     pub fn submit(&mut self, batch: Slot) -> Result<Option<Slot>> {
         let step = self.submitted();
         let micro_batches = micro_batches(&self.model, self.batch, &self.collective);
@@ -153,7 +155,7 @@ impl Trainer {
         Ok(free)
     }
 
-    /// Waits for the oldest step in flight, counts it, and gives its numbers.
+    /// Waits for the oldest step in flight, counts it, and returns its report.
     pub fn report(&mut self) -> Result<StepReport> {
         assert!(self.in_flight > 0, "no step is in flight");
         let report = self.backend.report()?;
@@ -162,26 +164,26 @@ impl Trainer {
         Ok(report)
     }
 
-    /// Steps that were asked for and not reported yet.
+    /// Submitted steps whose reports were not read yet.
     pub fn in_flight(&self) -> u64 {
         self.in_flight
     }
 
-    /// Steps that were asked for, finished ones included.
+    /// All submitted steps, including finished ones.
     pub fn submitted(&self) -> u64 {
         self.step + self.in_flight
     }
 
-    /// Steps in a row that were skipped, up to now.
+    /// How many of the latest steps in a row were skipped.
     pub fn skipped_in_a_row(&self) -> u64 {
         self.skipped_in_a_row
     }
 
-    /// The run has gone off the rails: says where, at which rate, and what to try.
+    /// The error for a diverged run: the step, the learning rate, and what to try.
     pub fn diverged(&self, last_checkpoint: Option<&str>) -> Error {
         let lr = self.optimizer.lr(self.step.saturating_sub(1));
         let what = match self.skipped_in_a_row {
-            0 => "the weights are not finite any more".into(),
+            0 => "the weights are no longer finite".into(),
             n => format!("loss or gradient norm not finite in {n} steps in a row"),
         };
         let from = last_checkpoint
@@ -200,7 +202,7 @@ impl Trainer {
         }
     }
 
-    /// Continues after `step` finished steps (a resumed run).
+    /// Continues after `step` finished steps, for a resumed run.
     pub fn resume_at(&mut self, step: u64, skipped: u64, skipped_in_a_row: u64) {
         self.step = step;
         self.skipped = skipped;
@@ -208,7 +210,7 @@ impl Trainer {
     }
 }
 
-/// The parts of a rank's batch.
+/// The micro-batches of a rank's batch.
 pub(super) fn micro_batches(model: &Vit, batch: usize, collective: &Collective) -> Vec<Micro> {
     let micro = |first| Micro {
         first,
@@ -220,7 +222,7 @@ pub(super) fn micro_batches(model: &Vit, batch: usize, collective: &Collective) 
     (0..batch).step_by(model.micro_batch).map(micro).collect()
 }
 
-/// The gradients of a batch, and the sums of its report.
+/// Computes the gradients of a batch and the sums of its report.
 pub(super) fn gradients(b: &mut dyn Backend, model: &Vit, loss: Loss, micro_batches: &[Micro]) -> Result<()> {
     b.begin_report()?;
     for micro in micro_batches {
