@@ -8,6 +8,7 @@ use super::{Settings, print, print_json};
 use crate::data;
 use crate::error::{Error, Result};
 use crate::report::format;
+use crate::terminal::one_line;
 use crate::weights::{self, ModelOverrides};
 
 #[derive(clap::Args)]
@@ -61,7 +62,7 @@ fn add_lines(key: &str, value: &Value, lines: &mut Vec<String>) {
             }
             return;
         }
-        Value::String(text) => text.clone(),
+        Value::String(text) => one_line(text).into_owned(),
         Value::Array(items) if items.is_empty() => return,
         Value::Array(items) => match items.as_slice() {
             [height, width] if ["image", "patch"].contains(&last) => format!("{height}x{width}"),
@@ -80,7 +81,8 @@ fn add_lines(key: &str, value: &Value, lines: &mut Vec<String>) {
 /// The first few items, and the total.
 fn short_list(items: &[Value]) -> String {
     const SHOWN: usize = 10;
-    let text = |item: &Value| item.as_str().map_or_else(|| item.to_string(), str::to_string);
+    let text =
+        |item: &Value| item.as_str().map_or_else(|| item.to_string(), |name| one_line(name).into_owned());
     let mut list = items.iter().take(SHOWN).map(text).collect::<Vec<_>>().join(", ");
     if items.len() > SHOWN {
         list += &format!(", ... ({} in all)", items.len());

@@ -1,7 +1,7 @@
 //! Tables of paths and labels: CSV, TSV, one JSON object per line, or lines of `PATH LABEL`.
 //!
 //! Columns (keys) are found by name: the picture under `path`, `file_name` and similar names; the class under
-//! `label`, `class`, `labels` or `classes`; and an optional split under `split`. Several labels are separated
+//! `label`, `class`, `labels` or `classes`; and an optional split under `split`, `subset` or the like. Several labels are separated
 //! by `;` or are a JSON array, and make the data set multi-label. Paths are relative to the manifest's folder
 //! and may have backslashes. Labels are names; if all are whole numbers from 0 on, they are class indices.
 
@@ -22,6 +22,11 @@ const PATHS: [&str; 9] =
 /// `PredictionString` in ImageNet's `LOC_val_solution.csv` is a class and its boxes.
 const BOXES: &str = "predictionstring";
 const LABELS: [&str; 5] = ["label", "class", "labels", "classes", BOXES];
+
+/// The column of the split.
+const SPLIT: &str = "split";
+/// Columns that are the split's if each of their values is one.
+const PERHAPS_SPLIT: [&str; 5] = ["subset", "set", "partition", "phase", "usage"];
 
 /// The form of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +96,16 @@ fn split_of(value: &str) -> Result<Option<Split>> {
     }
 }
 
+/// The split of each row, from its line and the value of a column. `None` where the column holds something else, which is an
+/// error if the column is called [`SPLIT`].
+fn splits_of(name: &str, values: &[(usize, String)]) -> Result<Option<Vec<Option<Split>>>> {
+    let of = |(line, value): &(usize, String)| split_of(value).map_err(|e| e.at(format!("line {line}")));
+    match values.iter().map(of).collect() {
+        Err(_) if name != SPLIT => Ok(None),
+        splits => splits.map(Some),
+    }
+}
+
 /// Lines of a path and a label; of more tab-separated columns, the first two.
 fn pairs(text: &str) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
@@ -128,6 +143,10 @@ fn pairs(text: &str) -> Result<Vec<Row>> {
 
 /// Rows, and whether samples may have several labels.
 fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
+    // Spreadsheets write semicolons where the comma is the decimal mark.
+    let first = text.lines().next().unwrap_or_default();
+    let semicolons = separator == ',' && first.contains(';') && !first.contains(',');
+    let separator = if semicolons { ';' } else { separator };
     let mut records = fields(text, separator)?.into_iter();
     let Some((_, head)) = records.next() else { fail!("the manifest is empty") };
     let find =
@@ -136,11 +155,10 @@ fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
         return Err(Error::new(format!("its columns are {}", head.join(", ")))
             .hint("the first line names a column `path` (or `file_name`) and a column `label`"));
     };
-    let split = find(&["split"]);
     // A plural name says that there may be several, even if no row has more than one.
     let is_boxes = head[label].trim().eq_ignore_ascii_case(BOXES);
     let mut several = head[label].trim().to_ascii_lowercase().ends_with('s') && head[label].trim() != "class";
-    let mut rows = Vec::new();
+    let (mut rows, mut table) = (Vec::new(), Vec::new());
     for (line, record) in records {
         if record.len() == 1 && record[0].trim().is_empty() {
             continue;
@@ -155,9 +173,16 @@ fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
             }
         };
         several |= labels.len() > 1;
-        let split = split.map_or(Ok(None), |i| split_of(&record[i]));
-        let split = split.map_err(|e| e.at(format!("line {line}")))?;
-        rows.push(Row { line, path: plain_path(&record[path]), labels, split });
+        rows.push(Row { line, path: plain_path(&record[path]), labels, split: None });
+        table.push((line, record));
+    }
+    for name in [SPLIT].iter().chain(&PERHAPS_SPLIT) {
+        let Some(column) = find(&[name]) else { continue };
+        let values: Vec<_> = table.iter().map(|(line, record)| (*line, record[column].clone())).collect();
+        if let Some(splits) = splits_of(name, &values)? {
+            rows.iter_mut().zip(splits).for_each(|(row, split)| row.split = split);
+            break;
+        }
     }
     Ok((rows, several))
 }
@@ -199,7 +224,7 @@ fn fields(text: &str, separator: char) -> Result<Vec<(usize, Vec<String>)>> {
 }
 
 fn json_lines(text: &str) -> Result<(Vec<Row>, bool)> {
-    let (mut rows, mut several) = (Vec::new(), false);
+    let (mut rows, mut objects, mut several) = (Vec::new(), Vec::new(), false);
     for (index, text) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         let line = index + 1;
         let value: Value = serde_json::from_str(text).at(format!("line {line}"))?;
@@ -221,12 +246,22 @@ fn json_lines(text: &str) -> Result<(Vec<Row>, bool)> {
             None => None,
         };
         let Some(labels) = labels else { fail!("line {line} has no `label` that is a text or a number") };
-        let split = match value.get("split") {
-            None | Some(Value::Null) => None,
-            Some(Value::String(split)) => split_of(split).map_err(|e| e.at(format!("line {line}")))?,
-            Some(other) => split_of(&other.to_string()).map_err(|e| e.at(format!("line {line}")))?,
+        rows.push(Row { line, path: plain_path(path), labels, split: None });
+        objects.push((line, value));
+    }
+    for name in [SPLIT].iter().chain(&PERHAPS_SPLIT) {
+        if !objects.iter().any(|(_, object)| object.get(name).is_some()) {
+            continue;
+        }
+        let value = |(line, object): &(usize, Value)| match object.get(name) {
+            None | Some(Value::Null) => (*line, String::new()),
+            Some(Value::String(text)) => (*line, text.clone()),
+            Some(other) => (*line, other.to_string()),
         };
-        rows.push(Row { line, path: plain_path(path), labels, split });
+        if let Some(splits) = splits_of(name, &objects.iter().map(value).collect::<Vec<_>>())? {
+            rows.iter_mut().zip(splits).for_each(|(row, split)| row.split = split);
+            break;
+        }
     }
     Ok((rows, several))
 }
@@ -281,6 +316,18 @@ mod tests {
         let text = "{\"path\": \"a\", \"label\": 3}\n{\"image\": \"b\", \"label\": \"4\"}\n";
         let (rows, several) = json_lines(text).unwrap();
         assert_eq!((rows[0].labels[0].as_str(), rows[1].path.as_str(), several), ("3", "b", false));
+        let text = "path,label,subset\na,cat,Training\nb,dog,Validation\nc,cat,TESTING\nd,dog,\n";
+        let splits =
+            |text: &str| columns(text, ',').map(|(rows, _)| rows.iter().map(|r| r.split).collect::<Vec<_>>());
+        let named = vec![Some(Split::Train), Some(Split::Val), Some(Split::Test), None];
+        assert_eq!(splits(text).unwrap(), named);
+        assert_eq!(splits(&text.replace(',', ";")).unwrap(), named);
+        // A column of this name may hold something else; one that is called `split` may not.
+        assert_eq!(splits(&text.replace("TESTING", "indoor")).unwrap(), [None; 4]);
+        assert!(splits(&text.replace("TESTING", "indoor").replace("subset", "split")).is_err());
+        let text = "{\"path\": \"a\", \"label\": 3, \"set\": \"val\"}\n{\"path\": \"b\", \"label\": 4}\n";
+        let (rows, _) = json_lines(text).unwrap();
+        assert_eq!([rows[0].split, rows[1].split], [Some(Split::Val), None]);
         for text in ["", "path\na", "path,label\na", "a,b\n1,2"] {
             assert!(columns(text, ',').is_err(), "{text:?}");
         }
