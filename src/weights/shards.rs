@@ -1,4 +1,5 @@
-//! Weights in several files: a HuggingFace folder whose `model.safetensors.index.json` says which part holds a tensor.
+//! Weights in several files: a HuggingFace folder whose `model.safetensors.index.json` says which part holds
+//! a tensor.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,10 +10,10 @@ use super::safetensors::SafeTensors;
 use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
-/// Beside the parts, in the place that `model.safetensors` has where there is one file.
+/// Beside the parts, where a model in one file has `model.safetensors`.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 
-/// The open parts. Only tensors that the index lists are there, as for transformers.
+/// The open parts. Only tensors that the index lists exist, as in transformers.
 #[derive(Debug)]
 pub(super) struct Shards {
     parts: Vec<SafeTensors>,
@@ -21,7 +22,8 @@ pub(super) struct Shards {
 }
 
 impl Shards {
-    /// Whether `path` is such an index, by its name: JSON and a safetensors header may begin with the same byte.
+    /// Whether `path` is such an index, by its name: JSON and a safetensors header may start with the same
+    /// byte.
     pub(super) fn is_index(path: &Path) -> bool {
         path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(".safetensors.index.json"))
     }
@@ -38,7 +40,7 @@ impl Shards {
         let mut tensors = BTreeMap::new();
         for (tensor, part) in map {
             let part = part.as_str().unwrap_or_default();
-            // The index comes from elsewhere and must not lead out of its folder.
+            // The index comes from an untrusted source and must not lead out of its folder.
             if Path::new(part).file_name() != Some(part.as_ref()) {
                 fail!(
                     "{}: tensor `{tensor}` lies in `{part}`, which names no file beside it",
@@ -75,7 +77,7 @@ impl Shards {
         &self.parts[self.tensors[name]]
     }
 
-    /// Of the first part that has such a key.
+    /// From the first part that has such a key.
     pub(super) fn metadata(&self, key: &str) -> Option<&str> {
         self.parts.iter().find_map(|part| part.metadata().get(key)).map(String::as_str)
     }

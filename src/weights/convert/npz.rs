@@ -1,4 +1,5 @@
-//! vit_jax's `.npz`: stored members, so that NumPy maps or reads them, in the numbering of the published files.
+//! vit_jax's `.npz`: stored members, so that NumPy can map or read them, in the numbering of the published
+//! files.
 
 use std::io::Write;
 use std::path::Path;
@@ -24,7 +25,7 @@ pub(super) fn tensors(file: &ModelFile, own: &Tensors) -> Result<Tensors> {
     to_flax_tensors(&file.config, Numbering::Published, own)
 }
 
-/// What a reader of the file cannot know, as the settings to give it.
+/// The settings that a reader of the file needs because the file cannot hold them.
 pub(super) fn lost(config: &ModelConfig, grid_known: bool, flax: &Tensors) -> Result<Option<String>> {
     let container = Container::Memory(flax.clone());
     let read = Headers::read(&container, Path::new(""), Hub::default(), &ModelOverrides::default())?.detected;

@@ -9,7 +9,7 @@ use crate::fail;
 use crate::recipe::EvalResize;
 use crate::vit::config::PoolKind;
 
-/// Arguments that the tensors speak of, or that only training reads.
+/// Arguments that follow from the tensors, or that only training uses.
 const SILENT: [&str; 26] = [
     "embed_dim",
     "depth",
@@ -39,7 +39,8 @@ const SILENT: [&str; 26] = [
     "strict_img_size",
 ];
 
-/// Architectures that compute otherwise than their tensors tell: a part of the name, and what it stands for.
+/// Architectures that compute differently from what their tensors suggest: a part of the name, and its
+/// meaning.
 const OTHERWISE: [(&str, &str); 4] = [
     ("quickgelu", "QuickGELU"),
     ("_rpn_", "norms behind the branches"),
@@ -80,7 +81,7 @@ fn architecture(hub: &mut Hub, name: &str) -> Result<()> {
     let other_eps =
         ["clip", "dinov3", "aimv2"].iter().any(|mark| name.contains(mark)) || name.starts_with("vit_pe_");
     hub.usual.ln_eps = Some(if other_eps { 1e-5 } else { 1e-6 });
-    // Where they are not as wide as elsewhere: the width alone does not tell.
+    // Architectures with heads of an unusual size, so that the width does not give their number.
     hub.usual.heads = match name {
         "vit_base_patch16_gap_224" => Some(16),
         _ if name.starts_with("test_vit") => Some(2),
