@@ -206,21 +206,21 @@ impl AugmentSection {
         }
         let sized = matches!(self.crop, Crop::Resize | Crop::ResizeSmall);
         if sized && self.resize == 0 {
-            return Err(Error::usage("`augment.crop` resizes first, and `augment.resize` is 0")
-                .hint("say to how many pixels, as in `--set augment.resize=448`"));
+            return Err(Error::usage("`augment.crop` resizes first, but `augment.resize` is 0")
+                .hint("give the size in pixels, as in `--set augment.resize=448`"));
         }
         if !sized && self.resize > 0 {
-            return Err(Error::usage("`augment.resize` is set, and `augment.crop` does not use it")
+            return Err(Error::usage("`augment.resize` is set, but `augment.crop` does not use it")
                 .hint("use `--set augment.crop=resize` or `--set augment.crop=resize_small`"));
         }
         if self.scaled_decode && !matches!(self.crop, Crop::Tf | Crop::Torch) {
-            return Err(Error::usage("`augment.scaled_decode` is set, and `augment.crop` draws no window")
+            return Err(Error::usage("`augment.scaled_decode` is set, but `augment.crop` draws no window")
                 .hint("use `--set augment.crop=tf` or `--set augment.crop=torch`"));
         }
         let mutual = self.mix_mode == MixMode::Pair || self.mix_chain;
         if mutual && self.mix_law == MixLaw::BigVision {
             return Err(Error::usage(
-                "`mix_mode = \"pair\"` and `mix_chain` need partners that have each other",
+                "`mix_mode = \"pair\"` and `mix_chain` need samples that are each other's partners",
             )
             .hint("use `--set augment.mix_law=timm`"));
         }
@@ -234,7 +234,7 @@ impl AugmentSection {
         for (key, (low, high)) in [("erase_area", self.erase_area), ("cutmix_minmax", self.cutmix_minmax)] {
             if !(0.0..=high).contains(&low) || high > 1.0 {
                 return Err(Error::usage(format!("`augment.{key}` is [{low}, {high}]"))
-                    .hint("give the least and the most share, as in `[0.02,0.33]`"));
+                    .hint("give the smallest and the largest share, as in `[0.02,0.33]`"));
             }
         }
         Ok(())
@@ -275,7 +275,7 @@ impl FromStr for RandAugment {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || {
             format!(
-                "`{text}` is no RandAugment: write `tf(2,15)`, `tf_fixed(2,15)` or timm's `rand-m9-mstd0.5-inc1`"
+                "`{text}` is not a RandAugment setting: write `tf(2,15)`, `tf_fixed(2,15)` or timm's `rand-m9-mstd0.5-inc1`"
             )
         };
         if let Some(settings) = text.strip_prefix("rand") {

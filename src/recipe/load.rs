@@ -136,7 +136,7 @@ fn find(wanted: &str) -> Result<(String, String, String)> {
     }
     let path = Path::new(wanted);
     if is_model(path) {
-        return Err(Error::usage(format!("{wanted}: a model, and no recipe"))
+        return Err(Error::usage(format!("{wanted}: a model, not a recipe"))
             .hint(format!("`vitrum finetune --weights {wanted} --data DIR` trains it further")));
     }
     if path.is_file() {
@@ -146,7 +146,7 @@ fn find(wanted: &str) -> Result<(String, String, String)> {
         return Ok((own.map_or(stem, |(name, _)| name.to_owned()), wanted.into(), text));
     }
     let names = BUILT_IN.map(|(name, _)| name);
-    let known = format!("built in are {}; or give the path of a .toml file", list(&names));
+    let known = format!("the built-in recipes are {}; or give the path of a .toml file", list(&names));
     let hint = match nearest(wanted, &names) {
         Some(name) => format!("did you mean `{name}`? {known}"),
         None => known,

@@ -56,7 +56,7 @@ impl Recipe {
         }
         if self.finetune.is_none() && self.weights.is_some() {
             return Err(Error::usage(
-                "`weights` says how to read a weights file, and the run starts from none",
+                "`weights` says how to read a weights file, but the run does not start from one",
             )
             .hint("leave it out, or use `vitrum finetune`"));
         }
@@ -129,7 +129,7 @@ impl Recipe {
         match &self.loss.class_weights {
             ClassWeights::None => Ok(()),
             ClassWeights::Balanced if self.data.balance => Err(Error::usage(
-                "`loss.class_weights = \"balanced\"` and `data.balance = true` would make up for rare classes twice",
+                "`loss.class_weights = \"balanced\"` and `data.balance = true` would correct for rare classes twice",
             )
             .hint("use one of them: `--set data.balance=false`, or `--set loss.class_weights=none`")),
             ClassWeights::Balanced => Ok(()),
@@ -155,7 +155,7 @@ impl Recipe {
         let (least, most) = a.area;
         if !(least > 0.0 && least <= most && most <= 1.0) {
             return Err(Error::usage(format!("`augment.area` is [{least}, {most}]")).hint(
-                "give the least and the most share of the picture, as in `--set augment.area=[0.05,1.0]`",
+                "give the smallest and the largest share of the picture, as in `--set augment.area=[0.05,1.0]`",
             ));
         }
         for (key, value) in [
@@ -218,7 +218,7 @@ impl Recipe {
         for (index, group) in o.groups.iter().enumerate() {
             let key = format!("optim.groups[{index}]");
             if let Err(e) = regex_lite::Regex::new(&group.pattern) {
-                return Err(Error::usage(format!("`{key}.pattern` is no regular expression: {e}"))
+                return Err(Error::usage(format!("`{key}.pattern` is not a regular expression: {e}"))
                     .hint("patterns match whole parameter names, as in `head[.].*`"));
             }
             within(&format!("{key}.lr_mult"), group.lr_mult.unwrap_or(1.0), 0.0, f64::MAX)?;

@@ -116,7 +116,7 @@ impl<'a> ShortName<'a> {
             return Ok(path);
         }
         let to = self.folder.map_or(cache, PathBuf::from).join(&file);
-        Err(Error::new(format!("`{}` is the file `{file}`, which is not here", self.text))
+        Err(Error::new(format!("`{}` is the file `{file}`, which was not found", self.text))
             .hint(format!("download it: curl -L --create-dirs -o '{}' '{BUCKET}/{file}'", to.display())))
     }
 
@@ -132,7 +132,7 @@ impl<'a> ShortName<'a> {
         }
         let Some((model, aug, decay)) = RECOMMENDED.iter().find(|(model, ..)| *model == self.name) else {
             let known: Vec<&str> = RECOMMENDED.iter().map(|(model, ..)| *model).collect();
-            return Err(Error::usage(format!("`{}` names no AugReg model", self.text))
+            return Err(Error::usage(format!("`{}` does not name an AugReg model", self.text))
                 .hint(format!("there are {}", known.join(", "))));
         };
         // Of the recommended files, only the largest hybrid was trained with dropout.

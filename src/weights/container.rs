@@ -40,7 +40,7 @@ impl Container {
             // The protocol mark of a pickle.
             [0x80, 2..=5, b'}' | b']' | b'c' | 0x8a | b'(' | b'X', ..] => Err(refuse_pickle(path)),
             [0x89, b'H', b'D', b'F', ..] => {
-                Err(Error::new(format!("{}: an HDF5 file, which is not read", path.display()))
+                Err(Error::new(format!("{}: an HDF5 file, which is not supported", path.display()))
                     .hint("give the model's `.npz` or `.safetensors` file"))
             }
             _ => Ok(Self::SafeTensors(SafeTensors::parse(bytes, path)?)),

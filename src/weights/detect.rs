@@ -253,7 +253,7 @@ impl Sizes {
         }
         let widest = sizes.width.max(sizes.mlp).max(sizes.classes).max(sizes.rep_size);
         if widest > MAX_WIDTH || sizes.depth > MAX_DEPTH {
-            fail!("{} blocks and a layer of {widest} are no model", sizes.depth);
+            fail!("{} blocks and a layer of {widest} are not a plausible model", sizes.depth);
         }
         Ok(sizes)
     }
@@ -365,13 +365,13 @@ fn usual_heads(sizes: &Sizes) -> Result<usize> {
     match width {
         1152 | 1408 | 1664 => Ok(16),
         1280 if sizes.patch == (14, 14) => Ok(16),
-        1536 => Err(Error::new(
-            "the number of heads is not in the file, and a width of 1536 is built with 16 and with 24",
-        )
-        .hint("give it, as in `--set model.heads=16`")),
+        1536 => {
+            Err(Error::new("the number of heads is not in the file, and models of width 1536 have 16 or 24")
+                .hint("give it, as in `--set model.heads=16`"))
+        }
         _ if width.is_multiple_of(64) => Ok(width / 64),
         _ => Err(Error::new(format!(
-            "the number of heads is not in the file, and its width {width} is no multiple of 64"
+            "the number of heads is not in the file, and its width {width} is not a multiple of 64"
         ))
         .hint(format!(
             "give it, as in `--set model.heads={}`",

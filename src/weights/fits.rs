@@ -57,7 +57,7 @@ impl Misfits {
         let only_extra = self.missing.is_empty() && self.reshaped.is_empty();
         Err(if only_extra && self.unexpected.iter().all(beside) {
             error.hint(format!(
-                "where the model does without them, leave them out with `--set 'weights.exclude={}'`",
+                "if the model works without them, leave them out with `--set 'weights.exclude={}'`",
                 pattern(&self.unexpected)
             ))
         } else if only_extra {

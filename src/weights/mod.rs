@@ -129,7 +129,9 @@ pub fn open_backbone(path: &Path, overrides: &ModelOverrides) -> Result<ModelFil
 /// The note for a checkpoint folder without checksums.
 pub fn unsealed(dir: &Path) -> Option<String> {
     let is_one = dir.join("state.safetensors").is_file() && !dir.join(SEAL).is_file();
-    is_one.then(|| format!("{}: no `{SEAL}`: a checkpoint of before, read without checksums", dir.display()))
+    is_one.then(|| {
+        format!("{}: no `{SEAL}`: a checkpoint of an earlier version, read without checksums", dir.display())
+    })
 }
 
 /// A file in memory.
@@ -145,7 +147,7 @@ fn read_model(container: Container, path: &Path, hub: Hub, overrides: &ModelOver
     let (layout, mut notes) = (plan.kind, std::mem::take(&mut plan.notes));
     if heads_assumed {
         notes.push(format!(
-            "the file does not say how many heads it has: assumed {} (width / 64); `--set model.heads=N` says otherwise",
+            "the file does not say how many heads it has: assumed {} (width / 64); change it with `--set model.heads=N`",
             config.heads
         ));
     }
@@ -188,12 +190,12 @@ impl ModelFile {
             Some(_) => {
                 // The grid nearest to a square.
                 let rows = (1..=patches.isqrt()).rev().find(|h| patches.is_multiple_of(*h)).unwrap_or(1);
-                let why = format!("its {patches} positions are no square");
+                let why = format!("its {patches} positions are not a square");
                 (why, rows * ph, patches / rows * pw)
             }
             None => {
                 let near = |side: usize| (224 / side).max(1) * side;
-                ("it has no position embedding that tells".into(), near(ph), near(pw))
+                ("it has no position embedding to tell".into(), near(ph), near(pw))
             }
         };
         let size = if height == width { height.to_string() } else { format!("{height}x{width}") };

@@ -83,7 +83,7 @@ impl Npz {
             unpacked = unpacked.saturating_add(entry.size());
             if unpacked > MAX_UNPACKED && unpacked / MAX_UNPACKED_RATIO > length {
                 fail!(
-                    "{}: {length} bytes that unpack to more than {unpacked}: no weights are like that",
+                    "{}: {length} bytes that unpack to more than {unpacked}: weights do not compress like that",
                     path.display()
                 );
             }

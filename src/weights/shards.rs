@@ -43,7 +43,7 @@ impl Shards {
             // The index comes from an untrusted source and must not lead out of its folder.
             if Path::new(part).file_name() != Some(part.as_ref()) {
                 fail!(
-                    "{}: tensor `{tensor}` lies in `{part}`, which names no file beside it",
+                    "{}: tensor `{tensor}` lies in `{part}`, which is not a file beside it",
                     path.display()
                 );
             }

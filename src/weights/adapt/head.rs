@@ -26,7 +26,7 @@ pub(super) fn replace(file: &mut ModelFile, target: &AdaptTarget, notes: &mut Ve
         (Some(classes), _) => classes,
         (None, Some(names)) => names.len(),
         (None, None) if old == 0 => {
-            return Err(Error::new("it has no head, and nothing says how many classes there are to be")
+            return Err(Error::new("it has no head, and the number of classes is not given")
                 .hint("give the data set, or `--set model.classes=N`"));
         }
         (None, None) => old,
@@ -41,7 +41,7 @@ pub(super) fn replace(file: &mut ModelFile, target: &AdaptTarget, notes: &mut Ve
     let drop_rep = drop_rep(&rows);
     if drop_rep && !matches!(rows, Rows::Zero) {
         if target.head == HeadPolicy::Keep {
-            return Err(Error::new("the head is made for the representation layer, which is to be dropped")
+            return Err(Error::new("the head needs the representation layer, which is to be dropped")
                 .hint("keep both or neither: `--head reset` starts a new head"));
         }
         rows = Rows::Zero;
@@ -95,7 +95,7 @@ fn choose_rows(file: &ModelFile, target: &AdaptTarget, classes: usize) -> Result
         return Ok(Rows::Zero);
     }
     if target.head == HeadPolicy::Keep && classes != old {
-        return Err(Error::new(format!("its head has {old} classes, and {classes} are wanted"))
+        return Err(Error::new(format!("its head has {old} classes, but {classes} are needed"))
             .hint("use `--head auto`, which starts a new head where the classes differ"));
     }
     let (Some(theirs), Some(ours)) = (&file.meta.classes, &target.class_names) else {

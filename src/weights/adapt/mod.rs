@@ -138,8 +138,8 @@ fn resize_patches(
 }
 
 fn unknown_grid() -> Error {
-    Error::new("the number of patches is no square, so the grid of its position embedding is not known")
-        .hint("write it down first: `vitrum convert FILE known.safetensors --set model.image=HxW`")
+    Error::new("the number of patches is not a square, so the grid of its position embedding is not known")
+        .hint("record it first: `vitrum convert FILE known.safetensors --set model.image=HxW`")
 }
 
 fn by((height, width): (usize, usize)) -> String {

@@ -188,9 +188,9 @@ fn heads_are_kept_by_name_by_number_or_not_at_all() {
     assert_same(&file.tensors.all().unwrap(), &tensors);
     assert_eq!(file.meta.classes, names(&["p", "q", "r"]));
     for (target, says) in [
-        (AdaptTarget { classes: Some(4), ..keep.clone() }, "its head has 3 classes, and 4 are wanted"),
+        (AdaptTarget { classes: Some(4), ..keep.clone() }, "its head has 3 classes, but 4 are needed"),
         (AdaptTarget { class_names: names(&["a", "b", "x"]), ..keep.clone() }, "its head has no class `x`"),
-        (AdaptTarget { rep_layer: RepLayer::Drop, ..keep }, "made for the representation layer"),
+        (AdaptTarget { rep_layer: RepLayer::Drop, ..keep }, "the head needs the representation layer"),
     ] {
         let error = adapted(of, target).map(|_| ()).unwrap_err();
         assert_eq!(error.exit_code(), 1);

@@ -34,10 +34,12 @@ pub(super) fn check(file: &ModelFile) -> Result<()> {
                 .hint("keep it with `--to safetensors`"))
         }
         () if c.rep_size > 0 && c.rep_size != c.width => {
-            fail!("its pooler is as wide as the model, and this one is {}", c.rep_size)
+            fail!("its pooler is as wide as the model, but this one has width {}", c.rep_size)
         }
-        () if !file.grid_known => Err(Error::new("the size of the pictures is not known, and it wants one")
-            .hint("give it, as in `--set model.image=224x384`")),
+        () if !file.grid_known => {
+            Err(Error::new("the size of the pictures is not known, and transformers needs it")
+                .hint("give it, as in `--set model.image=224x384`"))
+        }
         () => Ok(()),
     }
 }

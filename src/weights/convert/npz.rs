@@ -19,7 +19,7 @@ use crate::weights::{ModelFile, ModelOverrides, Numbering, Tensors, to_flax_tens
 /// Under the names of the published files.
 pub(super) fn tensors(file: &ModelFile, own: &Tensors) -> Result<Tensors> {
     if !file.config.qkv_bias {
-        return Err(Error::new("q, k and v of vit_jax's model always have a bias, and this one's have none")
+        return Err(Error::new("q, k and v of vit_jax's model always have a bias, but this one's have none")
             .hint("use `--to timm` or `--to hf`"));
     }
     to_flax_tensors(&file.config, Numbering::Published, own)

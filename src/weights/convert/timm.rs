@@ -23,7 +23,7 @@ pub(super) fn check(file: &ModelFile) -> Result<()> {
     }
     if config.posemb == Posemb::Sincos2d && !file.grid_known {
         return Err(Error::new(
-            "timm wants the sincos2d table as a tensor, and the size of the pictures is not known",
+            "timm needs the sincos2d table as a tensor, but the size of the pictures is not known",
         )
         .hint("give it, as in `--set model.image=224`"));
     }
@@ -44,7 +44,7 @@ pub(super) fn write(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<Op
 pub(super) fn write_folder(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<Option<String>> {
     if !file.grid_known {
         return Err(Error::new(format!(
-            "{}: timm wants the size of the pictures, which is not known",
+            "{}: timm needs the size of the pictures, which is not known",
             file.path.display()
         ))
         .hint("give it, as in `--set model.image=224x384`"));

@@ -157,7 +157,7 @@ fn colour(json: &Value, key: &str) -> Result<Option<[f64; 3]>> {
 /// Mean and deviation for pixels in which one step of u8 is `unit`.
 fn normalise(mean: [f64; 3], std: [f64; 3], unit: f64) -> Result<Normalise> {
     if std.iter().any(|s| !(*s > 0.0 && s.is_finite())) || mean.iter().any(|m| !m.is_finite()) {
-        fail!("a mean of {mean:?} and a deviation of {std:?} prepare no picture");
+        fail!("a mean of {mean:?} and a deviation of {std:?} cannot prepare pictures");
     }
     let pixels = |values: [f64; 3]| values.map(|v| (v / unit) as f32);
     Ok(Normalise { mean: pixels(mean), std: pixels(std) })
@@ -178,6 +178,6 @@ fn activation(key: &str, name: &str) -> Result<Gelu> {
     match name {
         "gelu" => Ok(Gelu::Erf),
         "gelu_tanh" | "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" | "gelu_accurate" => Ok(Gelu::Tanh),
-        other => fail!("`{key}` is `{other}`; only forms of GELU are built"),
+        other => fail!("`{key}` is `{other}`; only forms of GELU are supported"),
     }
 }

@@ -123,24 +123,24 @@ fn geometry(kind: &Kind, json: &Value, on: &dyn Fn(&str, bool) -> Result<bool>) 
     let other = other
         .filter(|(key, value)| key.starts_with("do_") && **value == true && !STEPS.contains(&key.as_str()));
     if let Some((key, _)) = other.into_iter().next() {
-        return Ok(Err(format!("`{key}` is true, which is not built")));
+        return Ok(Err(format!("`{key}` is true, which is not supported")));
     }
     if !json["crop_pct"].is_null() {
-        return Ok(Err(format!("`crop_pct` is {}, which is not built", json["crop_pct"])));
+        return Ok(Err(format!("`crop_pct` is {}, which is not supported", json["crop_pct"])));
     }
     if !on("do_resize", true)? {
         return Ok(Err("`do_resize` is false: pictures would have to be of one size".into()));
     }
     let default = if kind.square { Size::Both(kind.size, kind.size) } else { Size::Shorter(kind.size) };
     let Some(size) = size_of(&json["size"], kind.square, default) else {
-        return Ok(Err(format!("`size` is {}, which is not built", json["size"])));
+        return Ok(Err(format!("`size` is {}, which is not supported", json["size"])));
     };
     let cropped = match on("do_center_crop", kind.crop.is_some())? {
         true => {
             let side = kind.crop.unwrap_or(kind.size);
             match size_of(&json["crop_size"], true, Size::Both(side, side)) {
                 Some(Size::Both(h, w)) => Some((h, w)),
-                _ => return Ok(Err(format!("`crop_size` is {}, which is not built", json["crop_size"]))),
+                _ => return Ok(Err(format!("`crop_size` is {}, which is not supported", json["crop_size"]))),
             }
         }
         false => None,
@@ -150,7 +150,7 @@ fn geometry(kind: &Kind, json: &Value, on: &dyn Fn(&str, bool) -> Result<bool>) 
         Some(2) => false,
         Some(3) => true,
         Some(other) => {
-            return Ok(Err(format!("`resample` is {other}; 2 (bilinear) and 3 (bicubic) are built")));
+            return Ok(Err(format!("`resample` is {other}; 2 (bilinear) and 3 (bicubic) are supported")));
         }
     };
     let squash = if bicubic { EvalResize::SquashBicubic } else { EvalResize::SquashSmooth };

@@ -43,7 +43,7 @@ const SILENT: [&str; 26] = [
 /// meaning.
 const OTHERWISE: [(&str, &str); 4] = [
     ("quickgelu", "QuickGELU"),
-    ("_rpn_", "norms behind the branches"),
+    ("_rpn_", "norms after the branches"),
     ("naflexvit", "batches of pictures of several sizes (NaFlex)"),
     ("samvit", "windowed attention (SAM)"),
 ];
@@ -74,7 +74,7 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
 
 fn architecture(hub: &mut Hub, name: &str) -> Result<()> {
     if let Some((_, what)) = OTHERWISE.iter().find(|(mark, _)| name.contains(mark)) {
-        return Err(Error::new(format!("the architecture `{name}` has {what}, which is not built"))
+        return Err(Error::new(format!("the architecture `{name}` has {what}, which is not supported"))
             .hint("use a plain Vision Transformer, such as `vit_base_patch16_224`"));
     }
     hub.usual.gelu = Some(if TANH.iter().any(|mark| name.contains(mark)) { Gelu::Tanh } else { Gelu::Erf });
@@ -95,7 +95,7 @@ fn argument(hub: &mut Hub, key: &str, value: &Value) -> Result<()> {
     let wrong = || Error::new(format!("`{key}` is {value}"));
     let standard = |default: Value| {
         let same = *value == default || value.is_null();
-        if same { Ok(()) } else { Err(Error::new(format!("`{key}` is {value}, which is not built"))) }
+        if same { Ok(()) } else { Err(Error::new(format!("`{key}` is {value}, which is not supported"))) }
     };
     match key {
         "num_heads" => hub.heads = Some(value.as_u64().filter(|h| *h > 0).ok_or_else(wrong)? as usize),
@@ -107,7 +107,7 @@ fn argument(hub: &mut Hub, key: &str, value: &Value) -> Result<()> {
         "norm_layer" if value.is_null() => {}
         "norm_layer" => match value.as_str() {
             Some("layernorm" | "layernormfp32") => {}
-            _ => fail!("`{key}` is {value}; only LayerNorm is built"),
+            _ => fail!("`{key}` is {value}; only LayerNorm is supported"),
         },
         "final_norm" | "proj_bias" => standard(true.into())?,
         "pool_include_prefix" | "scale_attn_norm" | "scale_mlp_norm" => standard(false.into())?,
@@ -124,7 +124,7 @@ fn pool(key: &str, name: &str) -> Result<Option<PoolKind>> {
         "avg" => Ok(Some(PoolKind::Gap)),
         "map" => Ok(Some(PoolKind::Map)),
         "" => Ok(None),
-        other => fail!("`{key}` is `{other}`; `token`, `avg` and `map` are built"),
+        other => fail!("`{key}` is `{other}`; `token`, `avg` and `map` are supported"),
     }
 }
 
@@ -174,7 +174,7 @@ fn prepare(hub: &mut Hub, card: &Value) -> Result<()> {
     if hub.resize.is_none() {
         hub.unprepared = Some(format!(
             "`crop_mode` is `{mode}` and `interpolation` is `{interpolation}`; `center` and `squash`, `bicubic` and \
-             `bilinear` are built"
+             `bilinear` are supported"
         ));
     }
     Ok(())

@@ -43,12 +43,12 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
     }
     hub.gelu = json["hidden_act"].as_str().map(|name| activation("hidden_act", name)).transpose()?;
     if let Some(other) = json["pooler_act"].as_str().filter(|act| *act != "tanh") {
-        fail!("`pooler_act` is `{other}`; a pooler with `tanh` is built");
+        fail!("`pooler_act` is `{other}`; only a pooler with `tanh` is supported");
     }
     hub.loss = match json["problem_type"].as_str() {
         Some("multi_label_classification") => Some(LossKind::Sigmoid),
         Some("single_label_classification") => Some(LossKind::Softmax),
-        Some(other) => fail!("`problem_type` is `{other}`; only classifiers are built"),
+        Some(other) => fail!("`problem_type` is `{other}`; only classifiers are supported"),
         None => None,
     };
     hub.classes = classes(&json["id2label"]);

@@ -50,19 +50,19 @@ pub(super) fn refuse(shapes: &Shapes) -> Error {
         );
     }
     let message = format!(
-        "not a Vision Transformer's weights as far as its names tell: {count} of {} are {layout}",
+        "not a Vision Transformer's weights, judging by its names: {count} of {} are {layout}",
         shapes.len()
     );
     let misfit = shapes.keys().find(|name| !name.strip_prefix(prefix).is_some_and(known));
     let message = match (prefix, misfit) {
         ("", Some(name)) => format!("{message}; the first that is not is `{name}`"),
         ("", None) => message,
-        (prefix, Some(name)) => format!("{message} behind `{prefix}`; the first that is not is `{name}`"),
-        (prefix, None) => format!("{message} behind `{prefix}`"),
+        (prefix, Some(name)) => format!("{message} after `{prefix}`; the first that is not is `{name}`"),
+        (prefix, None) => format!("{message} after `{prefix}`"),
     };
     Error::new(message).hint(if prefix.is_empty() {
         "leave tensors out with `--set weights.exclude=REGEX`, rename them with `--set weights.rename=REGEX=>NEW`".into()
     } else {
-        format!("take it away with `--set 'weights.rename=^{}=>'`", regex_lite::escape(prefix))
+        format!("remove it with `--set 'weights.rename=^{}=>'`", regex_lite::escape(prefix))
     })
 }

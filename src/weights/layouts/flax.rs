@@ -88,7 +88,7 @@ fn parameter_prefix(shapes: &Shapes) -> Result<&'static str> {
     let towers = [format!("{prefix}img/"), format!("{prefix}txt/")];
     if let Some(name) = shapes.keys().find(|name| towers.iter().any(|t| name.starts_with(t))) {
         return Err(Error::new(format!(
-            "`{name}` shows that this file holds two towers, which is not read yet"
+            "`{name}` shows that this file holds two towers, which is not supported yet"
         ))
         .hint("save the image tower's parameters without their `img/` prefix"));
     }

@@ -85,16 +85,13 @@ const OTHERS: [Other; 27] = [
     ),
     other("q and v have a bias and k has none (BEiT, EVA)", &["attn.q_bias", "attn.v_bias"]),
     other("q, k and v are apart (EVA-02, DINOv3)", &["attn.q_proj.", "attn.k_proj."]),
-    other(
-        "the model has a norm in front of its first block (CLIP)",
-        &["norm_pre.", "pre_layrnorm", "ln_pre."],
-    ),
+    other("the model has a norm before its first block (CLIP)", &["norm_pre.", "pre_layrnorm", "ln_pre."]),
     other("the model has a norm inside its MLP", &["mlp.norm.", "mlp.ffn_ln"]),
     other(
         "blocks are parallel or differential",
         &["attns.0.", "lambda_q1", "ffns.0.", "attn.in_proj.", ".in_proj.weight", "sub_norm"],
     ),
-    other("the model has a norm behind its patch embedding", &["patch_embed.norm."]),
+    other("the model has a norm after its patch embedding", &["patch_embed.norm."]),
     other("the model has attention over classes of its own (CaiT)", &["blocks_token_only.", "proj_l."]),
     other(
         "patches are embedded by several convolutions",
