@@ -366,7 +366,8 @@ fn preview_draws_a_sheet_and_bench_times_the_stages() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("config:light1"));
 }
 
-/// Shards, archives, manifests and pictures with bytes changed at random: an error or a result, never a panic.
+/// Shards, archives, manifests and pictures with bytes changed at random: an error or a result, never a
+/// panic.
 #[test]
 fn damaged_files_of_every_kind_never_panic() {
     let temp = tempfile::tempdir().unwrap();

@@ -68,8 +68,8 @@ impl Recipe {
     /// A built-in recipe (default: `demo`) or a TOML file, with `path=value` overrides, checked.
     ///
     /// # Errors
-    /// Exit 2: no such recipe; a key that is unknown, of the wrong type, or given twice; values that make no sense
-    /// together. In a file, the message shows the line.
+    /// Exit 2: no such recipe; a key that is unknown, of the wrong type, or given twice; values that make no
+    /// sense together. In a file, the message shows the line.
     pub fn read(name_or_path: Option<&str>, overrides: &[String]) -> Result<RecipeFile> {
         let wanted = name_or_path.unwrap_or("demo");
         let (name, source, text) = find(wanted)?;

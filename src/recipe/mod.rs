@@ -310,7 +310,8 @@ pub struct OptimSection {
     pub clip_torch: bool,
     /// Multiplies the rate of everything but the head (and representation layer).
     pub backbone_lr_mult: f64,
-    /// Each layer's rate is this share of the rate of the layer above it (Bao et al. 2022, arXiv:2106.08254); 1: off.
+    /// Each layer's rate is this share of the rate of the layer above it (Bao et al. 2022, arXiv:2106.08254);
+    /// 1: off.
     pub layer_decay: f64,
     /// How layers are counted for `layer_decay`.
     pub layer_numbering: LayerNumbering,

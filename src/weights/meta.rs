@@ -6,8 +6,8 @@ use super::layouts::LayoutKind;
 use crate::backend::{LossKind, Normalise};
 use crate::recipe::EvalResize;
 
-/// Stored as JSON under [`META_KEY`]; the image size is in the model's configuration. Unknown keys are ignored and
-/// missing ones have defaults, so that old and new checkpoints can be read.
+/// Stored as JSON under [`META_KEY`]; the image size is in the model's configuration. Unknown keys are
+/// ignored and missing ones have defaults, so that old and new checkpoints can be read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CheckpointMeta {

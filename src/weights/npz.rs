@@ -284,7 +284,8 @@ fn read_header(from: &mut impl Read) -> Result<(NpyHeader, usize)> {
     }
 }
 
-/// A cursor over the Python dict that NumPy writes: `{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }`.
+/// A cursor over the Python dict that NumPy writes: `{'descr': '<f4', 'fortran_order': False, 'shape': (3,
+/// 4), }`.
 struct HeaderText<'a>(&'a str);
 
 impl HeaderText<'_> {

@@ -28,7 +28,8 @@ impl Shards {
         path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(".safetensors.index.json"))
     }
 
-    /// Opens every part that the index at `path` names. Errors name the index, or the part that is missing or broken.
+    /// Opens every part that the index at `path` names. Errors name the index, or the part that is missing or
+    /// broken.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let index: Value = serde_json::from_slice(&files::read(path)?).at(path.display())?;
         let folder = path.parent().unwrap_or(Path::new(""));

@@ -53,8 +53,8 @@ impl Store {
         &self.shapes
     }
 
-    /// Values in file order ([`Tensor`]). NaN and infinity are errors that name the tensor. Panics if there is no
-    /// such tensor.
+    /// Values in file order ([`Tensor`]). NaN and infinity are errors that name the tensor. Panics if there
+    /// is no such tensor.
     pub fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
         assert!(self.contains(name), "no tensor `{name}`");
         match self.changed.get(name) {

@@ -272,8 +272,8 @@ fn load_into_gives_memory_order_and_refuses_another_model() {
     }
 }
 
-/// big_vision's spellings of one model: prefixes, three places of the position embedding, stacked blocks, a MAP head
-/// without a module of its own.
+/// big_vision's spellings of one model: prefixes, three places of the position embedding, stacked blocks, a
+/// MAP head without a module of its own.
 #[test]
 fn big_vision_files_of_every_age_are_one_model() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! CIFAR-10 and CIFAR-100 as their authors publish them: binary files of a label and 3×1,024 values a picture.
+//! CIFAR-10 and CIFAR-100 as their authors publish them: binary files of a label and 3×1,024 values a
+//! picture.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -72,7 +72,8 @@ impl Axis {
     }
 }
 
-/// SciPy's coordinate is the product of an index and a rounded quotient, and may exceed the last sample by one ulp.
+/// SciPy's coordinate is the product of an index and a rounded quotient, and may exceed the last sample by
+/// one ulp.
 fn corners(i: usize, from: usize, to: usize, zeros: bool) -> Vec<(usize, f64)> {
     let step = if to > 1 { (from - 1) as f64 / (to - 1) as f64 } else { 0.0 };
     let (x, last) = (i as f64 * step, (from - 1) as f64);

@@ -57,7 +57,7 @@ pub(super) fn lost(config: &ModelConfig, grid_known: bool, flax: &Tensors) -> Re
 }
 
 pub(super) fn write(path: &Path, tensors: &Tensors) -> Result<()> {
-    /// Of the ZIP format without its extension.
+    /// The limit of the ZIP format without its extension.
     const SMALL: u64 = u32::MAX as u64;
     files::write_atomic(path, |out| {
         let mut zip = ZipWriter::new(out);

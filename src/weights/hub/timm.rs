@@ -147,7 +147,7 @@ fn labels(json: &Value) -> Option<Vec<String>> {
     if names.is_empty() { None } else { Some(names) }
 }
 
-/// What the card leaves out is as timm's `resolve_data_config` has it.
+/// Settings that the card omits default as in timm's `resolve_data_config`.
 fn prepare(hub: &mut Hub, card: &Value) -> Result<()> {
     let mean = colour(card, "mean")?.unwrap_or(IMAGENET_MEAN);
     hub.normalise = Some(normalise(mean, colour(card, "std")?.unwrap_or(IMAGENET_STD), 1.0 / 255.0)?);

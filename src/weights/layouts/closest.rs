@@ -23,8 +23,8 @@ fn is_timm(name: &str) -> bool {
     scale || name == "dist_token" || !flax_parts(name)[0].is_empty()
 }
 
-/// Tries the names unchanged, and without leading segments that a wrapper may have added (`module.`, `model.`,
-/// `backbone.`).
+/// Tries the names unchanged, and without leading segments that a wrapper may have added (`module.`,
+/// `model.`, `backbone.`).
 pub(super) fn refuse(shapes: &Shapes) -> Error {
     let mut prefixes = vec![""];
     for name in shapes.keys().take(64) {
