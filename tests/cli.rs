@@ -125,7 +125,7 @@ fn a_path_that_is_something_else_is_said_first() {
     let model = model.to_str().unwrap();
     refused(
         &["train", model],
-        &format!("{model}: a model, and no recipe"),
+        &format!("{model}: a model, not a recipe"),
         &format!("`vitrum finetune --weights {model} --data DIR` trains it further"),
     );
     for (command, more) in

@@ -16,7 +16,7 @@ use vitrum::weights::{
     self, AdaptTarget, CheckpointMeta, Format, HeadPolicy, ModelFile, ModelOverrides, Tensor, Tensors,
 };
 
-/// The folder of reference outputs; a test without it says so and passes.
+/// The folder of reference outputs. A test without it says so and passes.
 fn reference() -> Option<PathBuf> {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/reference");
     let dir = PathBuf::from(std::env::var_os("VITRUM_REFERENCE").unwrap_or(default.into()));
@@ -32,7 +32,7 @@ fn sets(pairs: &[(&str, &str)]) -> ModelOverrides {
     ModelOverrides::from_sets(&pairs).unwrap()
 }
 
-/// Heads and image size of a reference case, which not every layout can say.
+/// Heads and image size of a reference case, for layouts that cannot store them.
 fn of_case(case: &Path) -> ModelOverrides {
     let config = json(&case.join("config.json"));
     let image = format!("{}x{}", config["image"][0], config["image"][1]);
@@ -92,14 +92,14 @@ fn the_reference_weights_go_round_through_every_layout_to_the_bit() {
             assert_same(&back.tensors.all().unwrap(), &tensors);
             if format != Format::Npz {
                 assert_eq!(back.config, first.config, "{place} as {name}");
-                // A HuggingFace folder is prepared for as transformers does, whatever the model was trained with.
-                // Its sizes are in whole pixels: the share that is kept is exact for them.
+                // A HuggingFace folder prepares pictures as transformers does, whatever the model was trained
+                // with. Its sizes are whole pixels, so the crop ratio is exact for them.
                 let CheckpointMeta { resize, crop_ratio, .. } =
                     if format == Format::Hf { &back.meta } else { &first.meta };
                 let meta = CheckpointMeta { resize: *resize, crop_ratio: *crop_ratio, ..first.meta.clone() };
                 assert_eq!((back.meta, back.grid_known), (meta, true));
             }
-            // Whatever the way, the `.npz` at its end holds the arrays of the published one.
+            // By every route, the final `.npz` holds the arrays of the published one.
             let end = dir.join("end.npz");
             weights::convert(&out, &end, None, overrides).unwrap();
             let (got, expected) = (npz_tensors(&end), npz_tensors(published));
@@ -152,7 +152,7 @@ fn every_architecture_goes_round_or_is_refused_and_nothing_is_written() {
                 continue;
             }
             let (_, notes) = written.unwrap_or_else(|e| panic!("{name} as {format:?}: {e}"));
-            // What the notes say to set when it is read back.
+            // The settings that the notes give for reading it back.
             let pairs: Vec<(String, String)> = notes
                 .iter()
                 .flat_map(|note| note.split(['`', ' ']))
@@ -172,7 +172,7 @@ fn every_architecture_goes_round_or_is_refused_and_nothing_is_written() {
             }
             assert_same(&back.tensors.all().unwrap(), &tensors);
             let same = ModelConfig {
-                // No tensor tells these, and none of them changes what the model computes.
+                // No tensor shows these, and none of them changes what the model computes.
                 layer_scale: config.layer_scale,
                 init: config.init,
                 posemb_join: config.posemb_join,
@@ -234,7 +234,7 @@ fn a_huggingface_folder_holds_configuration_and_class_names() {
     );
     assert_eq!((&config["image_size"], &config["patch_size"]), (&16.into(), &4.into()));
 
-    // Somebody edits the configuration: it is nearer to the user than the file's metadata.
+    // A user edits the configuration: it takes precedence over the file's metadata.
     let edited =
         serde_json::to_string(&config).unwrap().replace("\"hen\"", "\"cock\"").replace("_pytorch_tanh", "");
     std::fs::write(out.join("config.json"), edited).unwrap();
@@ -333,7 +333,7 @@ fn every_naming_gives_the_logits_of_its_library() {
                 set.push(("model.heads", &heads));
                 case.join("timm.safetensors")
             } else {
-                // The configuration beside the weights says how many heads there are, and erf and 1e-12.
+                // The configuration beside the weights gives the number of heads, erf and 1e-12.
                 std::fs::copy(case.join("hf.safetensors"), dir.join("model.safetensors")).unwrap();
                 std::fs::copy(case.join("hf_config.json"), dir.join("config.json")).unwrap();
                 match fields[2] {
@@ -366,7 +366,7 @@ fn an_adapted_model_computes_the_features_of_vit_jax() {
         ..Default::default()
     };
     let (file, _): (ModelFile, _) = weights::adapt(file, &target).unwrap();
-    // With the unit matrix for a head, logits are features.
+    // With an identity matrix as head, logits are features.
     let mut tensors = file.tensors.all().unwrap();
     let head = tensors.get_mut("head.weight").unwrap();
     (0..width).for_each(|i| head.values[i * width + i] = 1.0);
@@ -425,7 +425,7 @@ fn what_a_library_cannot_do_is_said_and_what_it_can_is_written() {
         );
         assert_eq!(file["image_std"], serde_json::json!([0.229, 0.224, 0.225]));
     }
-    // The state dict alone, where a file is named.
+    // The state dict alone, if OUT is a file.
     let alone = dir.join("alone.safetensors");
     vitrum(&["convert", source.to_str().unwrap(), alone.to_str().unwrap(), "--to", "timm"]).ok();
     assert!(alone.is_file());
@@ -447,7 +447,7 @@ fn tensors_are_renamed_and_left_out_by_pattern() {
     let out_text = out.to_str().unwrap();
     let hint = "'weights.rename=^module\\.=>'";
     vitrum(&["convert", wrapped, out_text]).exits(1).says(&[
-        "are timm's behind `module.`",
+        "are timm's after `module.`",
         "`module.ema_step`",
         hint,
     ]);

@@ -1,5 +1,5 @@
 //! Packing, opening and loading pictures, as far as a user can see it. Tests with real pictures read
-//! `VITRUM_TEST_DATA` (default `../shared/data`) and skip with a line where it is absent.
+//! `VITRUM_TEST_DATA` (default `../shared/data`); if it is absent they say so and skip.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -167,7 +167,7 @@ fn photos_keep_their_bytes_and_train_packed_as_well_as_unpacked() {
     }
 }
 
-/// A smooth picture, so that an eighth of it shows what the whole does, and shows where.
+/// A smooth picture, so that decoding at an eighth shows the same content in the same position.
 fn save_waves(path: &Path, height: u32, width: u32, seed: u32) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     let wave = |at: f32| (127.5 + 110.0 * at.sin()) as u8;
@@ -182,7 +182,7 @@ fn save_waves(path: &Path, height: u32, width: u32, seed: u32) {
 fn scaled_decoding_shows_the_same_samples_whoever_makes_them() {
     let temp = tempfile::tempdir().unwrap();
     for i in 0..6 {
-        // Codings that cannot be decoded smaller stay as they are.
+        // Codings that cannot be decoded at a smaller size stay as they are.
         let (class, ending) = if i % 2 == 0 { ("jpeg", "jpg") } else { ("png", "png") };
         save_waves(&temp.path().join(class).join(format!("{i}.{ending}")), 331, 449, i);
     }
@@ -210,7 +210,8 @@ fn scaled_decoding_shows_the_same_samples_whoever_makes_them() {
             worst = worst.max(mean);
         }
         println!("{crop:?}: {changed} samples differ, by {worst:.2} at most in the mean");
-        // Half an output pixel beside its place is off by 5 and more where the crop is large.
+        // An error of half an output pixel in position gives differences of 5 and more where the crop is
+        // large.
         assert!(changed > 20 && worst < 1.5, "{crop:?}: {changed} samples, {worst}");
     }
 }
@@ -258,7 +259,7 @@ fn sizes_are_what_was_asked_for() {
         assert_eq!(data.image().is_some(), raw, "case {k}");
         assert_eq!(Manifest::read(&dest).unwrap().format, if raw { "raw" } else { "jpeg" }, "case {k}");
     }
-    // Where the size fits, not a pixel and not a byte changes.
+    // If the size fits, no pixel and no byte changes.
     let untouched = temp.path().join("untouched");
     let options = PackOptions { format: Some(Format::Jpeg), size: Some(Target::Shorter(40)), ..DEFAULTS };
     pack_with(&source, &untouched, options).unwrap();
@@ -273,7 +274,7 @@ fn sizes_are_what_was_asked_for() {
     assert!(error.contains("60x41") && error.contains("--size"), "{error}");
 }
 
-/// Less common JPEGs, as libjpeg writes them, and its pixels as PNG (`tests/pictures/odd_jpeg.py`).
+/// Less common JPEGs, as libjpeg writes them, with its pixels as PNG (`tests/pictures/odd_jpeg.py`).
 #[test]
 fn odd_jpegs_have_libjpegs_pixels() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/odd");
@@ -291,7 +292,7 @@ fn odd_jpegs_have_libjpegs_pixels() {
     assert_eq!(compared, 24);
 }
 
-/// Every picture is stored lying on its side, and says so.
+/// Every picture is stored lying on its side, with the orientation that turns it upright.
 #[test]
 fn exif_turns_pictures_in_training_evaluation_and_packs_if_it_is_asked_for() {
     let temp = tempfile::tempdir().unwrap();
@@ -305,7 +306,7 @@ fn exif_turns_pictures_in_training_evaluation_and_packs_if_it_is_asked_for() {
         bytes.splice(33..33, *exif);
         fs::write(source.join(file), bytes).unwrap();
     }
-    // A quarter clockwise: the first row is the first column from below.
+    // A quarter turn clockwise: the first row is the first column from below.
     let upright = |pixels: &[u8]| -> Vec<u8> {
         let places = (0..36).flat_map(|y| (0..24).map(move |x| ((23 - x) * 36 + y) * 3));
         places.flat_map(|at| pixels[at..at + 3].to_vec()).collect()
@@ -344,7 +345,7 @@ fn exif_turns_pictures_in_training_evaluation_and_packs_if_it_is_asked_for() {
         for (i, (_, pixels)) in pictures(&data).into_values().enumerate() {
             let expected = if exif { upright(&stored[i]) } else { stored[i].clone() };
             let off: f64 = pixels.iter().zip(&expected).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
-            // What is turned and kept as a file is a JPEG.
+            // Pictures that are turned and kept as files become JPEGs.
             let most = if exif && !raw { 12.0 } else { 0.0 };
             assert!(off / expected.len() as f64 <= most, "{exif} {format:?}: {off}");
         }

@@ -1,5 +1,6 @@
-//! The data engine beyond folders and tars of class folders, as far as a user can see it: manifests, WebDataset, several
-//! labels, held-out parts, mixtures, packs that are killed, files that are cut while they are read, `preview` and `bench`.
+//! The data engine beyond folders and tars of class folders, as far as a user can see it: manifests,
+//! WebDataset, several labels, held-out records, mixtures, packs that are killed, files that are cut while
+//! they are read, `preview` and `bench`.
 
 use std::fs;
 use std::io::Write;
@@ -62,7 +63,7 @@ fn tar_of(path: &Path, members: &[(&str, &[u8])]) {
         let mut header = tar::Header::new_ustar();
         header.set_size(bytes.len() as u64);
         header.set_mode(0o644);
-        // Written as it is: `set_path` refuses what an attacker would not.
+        // Written directly: `set_path` refuses names that an attacker would use.
         header.as_ustar_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
         header.set_cksum();
         builder.append(&header, *bytes).unwrap();
@@ -97,7 +98,7 @@ fn manifests_name_pictures_labels_and_splits() {
     let labels = |i: usize| data.labels(i).collect::<Vec<_>>();
     assert_eq!((labels(0), labels(1), labels(2)), (vec![0, 1], vec![], vec![0]));
 
-    // Several classes do not compete.
+    // Several classes do not exclude each other.
     let train = format!("data.train={}", dest.display());
     let run = |out: &str, loss: &str| {
         let out = temp.path().join(out);
@@ -124,7 +125,7 @@ fn manifests_name_pictures_labels_and_splits() {
     assert!(reason("d.csv", "path,label\na.png,cat\na.png,dog\n").contains("there twice"));
     assert!(reason("e.csv", "path,label,split\na.png,cat,blue\n").contains("no split `blue`"));
     assert!(reason("f.jsonl", "{\"path\": \"a\"}\n").contains("line 1 has no `label`"));
-    // A picture that is not there is a bad record of that name.
+    // A missing picture is a bad record with its name.
     let missing = "path,label\npictures/0.png,cat\npictures/9.png,cat\npictures/1.png,dog\n";
     fs::write(temp.path().join("missing.csv"), missing).unwrap();
     let packed = pack_with(&temp.path().join("missing.csv"), &temp.path().join("some"), DEFAULTS).unwrap();
@@ -188,7 +189,7 @@ fn a_part_is_held_out_by_name_and_always_the_same() {
     };
     let held = names(&temp.path().join("a"));
     assert!((0..3).all(|c| held.iter().any(|n| n.starts_with(&format!("c{c}/")))), "of every class");
-    // More records move none of the others.
+    // Adding records moves none of the others.
     write(temp.path().join("source/c0/another.png"), &png(8, 3));
     pack_with(&temp.path().join("source"), &temp.path().join("b"), options).unwrap();
     let mut later = names(&temp.path().join("b"));
@@ -196,7 +197,7 @@ fn a_part_is_held_out_by_name_and_always_the_same() {
     assert_eq!(held, later);
 }
 
-/// Killed between two shards and started again, a pack makes the bytes of one that was left alone.
+/// A pack that is killed between two shards and started again writes the same bytes as an uninterrupted one.
 #[test]
 fn a_pack_that_was_stopped_goes_on_to_the_same_bytes() {
     let temp = tempfile::tempdir().unwrap();
@@ -221,7 +222,7 @@ fn a_pack_that_was_stopped_goes_on_to_the_same_bytes() {
     };
     assert_eq!(shards(&whole).len(), 2);
 
-    // What a kill leaves: one whole shard, a half-written one, and the list of what is whole.
+    // What a kill leaves: one complete shard, a half-written one, and the list of complete shards.
     let dest = temp.path().join("dest");
     let stage = temp.path().join(".dest.partial");
     let stopped = Command::new(env!("CARGO_BIN_EXE_vitrum"))
@@ -243,7 +244,7 @@ fn a_pack_that_was_stopped_goes_on_to_the_same_bytes() {
         fs::write(stage.join("00001.safetensors"), b"half of a shard").unwrap();
         let again = vitrum(&["pack", source.to_str().unwrap(), dest.to_str().unwrap()]);
         let stderr = String::from_utf8_lossy(&again.stderr);
-        assert!(again.status.success() && stderr.contains("going on behind"), "{stderr}");
+        assert!(again.status.success() && stderr.contains("continuing after"), "{stderr}");
     }
     assert_eq!(shards(&dest), shards(&whole));
     assert!(!stage.exists() && !dest.join("progress.json").exists());
@@ -294,7 +295,7 @@ fn a_shard_that_is_cut_while_it_is_read_is_a_message() {
     let dest = temp.path().join("dest");
     pack_with(&temp.path().join("source"), &dest, DEFAULTS).unwrap();
     let shard = dest.join("00000.safetensors");
-    // Opened and mapped by a long training, then cut.
+    // Opened and mapped by a long training run, then cut.
     let mut run = Command::new(env!("CARGO_BIN_EXE_vitrum"));
     run.args(["train", "--device", "cpu", "--out"]).arg(temp.path().join("run"));
     for set in [
@@ -365,7 +366,8 @@ fn preview_draws_a_sheet_and_bench_times_the_stages() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("config:light1"));
 }
 
-/// Shards, archives, manifests and pictures with bytes changed at random: an error or a result, never a panic.
+/// Shards, archives, manifests and pictures with bytes changed at random: an error or a result, never a
+/// panic.
 #[test]
 fn damaged_files_of_every_kind_never_panic() {
     let temp = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Weights files from elsewhere: in several parts, without some biases, and files that mean harm.
+//! Weights files from elsewhere: in several parts, without some biases, and malicious ones.
 
 mod support;
 
@@ -70,7 +70,7 @@ fn a_huggingface_folder_in_parts_is_one_model() {
     refused(&["`model-00003-of-00003.safetensors` has no tensor `classifier.bias`"]);
     for outside in ["../own.safetensors", "/etc/passwd", "..", ""] {
         changed(outside);
-        refused(&["names no file beside it"]);
+        refused(&["is not a file beside it"]);
     }
     for text in ["{}", "{\"weight_map\": {}}", "[1]", "{\"weight_map\": "] {
         std::fs::write(&index, text).unwrap();
@@ -83,7 +83,7 @@ fn a_huggingface_folder_in_parts_is_one_model() {
     refused(&["model-00002-of-00003.safetensors: not a whole safetensors file"]);
 }
 
-/// What a model without these biases computes is what one with zeros computes, and no update adds one.
+/// A model without these biases computes the same as one with zeros, and no update adds one.
 #[test]
 fn q_k_and_v_may_lack_a_bias() {
     let dir = folder("no-bias");
@@ -114,7 +114,7 @@ fn q_k_and_v_may_lack_a_bias() {
     with.retain(|name, _| !name.ends_with("attn.qkv.bias"));
     assert_same(&without, &with);
 
-    // The same through updates, which start from the file's tensors and add none.
+    // The same with updates, which start from the file's tensors and add none.
     let (batches, run) = (dir.join("batches.safetensors"), dir.join("run.safetensors"));
     let pixels: Vec<f32> = (0..2 * 2 * 16 * 16 * 3).map(|i| (i * 53 % 97) as f32 / 48.0 - 1.0).collect();
     let views =
@@ -127,7 +127,7 @@ fn q_k_and_v_may_lack_a_bias() {
     let trained: Vec<&str> = after.names().filter_map(|name| name.strip_prefix("final/")).collect();
     assert_eq!(trained, tensors.keys().map(String::as_str).collect::<Vec<_>>());
 
-    // timm's and HuggingFace's files say it by what they lack; a file that lacks only some is broken.
+    // Files of timm and HuggingFace show it by missing tensors; a file that lacks only some is broken.
     let bare = dir.join("bare.safetensors");
     let store = |tensors: &Tensors| {
         let views = tensors.iter().map(|(n, t)| View::f32(n, &t.shape, &t.values)).collect();
@@ -188,7 +188,7 @@ fn pictures_of_an_unknown_size_are_refused_and_the_hint_works_when_typed() {
         ];
         for command in commands {
             let refused = vitrum(&command).exits(1).says(&["`model.image`", "is not known"]);
-            // A table of 224 x 224 is large for a test; what is asked for is a setting that is taken.
+            // A table of 224 x 224 is large for a test, so the test only asks for a setting that is accepted.
             if file.ends_with(".npz") && command[0] != "predict" {
                 continue;
             }
@@ -228,14 +228,14 @@ fn models_that_are_not_supported_are_named_and_no_hint_leads_to_another() {
             assert!(settings_of(&done.stderr).is_empty(), "{}", done.stderr);
         }
     }
-    // A part of a block that nobody knows takes part in what the model computes.
+    // An unknown part of a block changes what the model computes.
     let add = |t: &mut Tensors| drop(t.insert("blocks.0.mlp.gate".into(), Tensor::new([1], vec![0.0])));
     let file = bare(&dir, &config, &add);
     let done = vitrum(&["predict", "--weights", file.to_str().unwrap(), &picture]).exits(1);
     assert!(settings_of(&done.stderr).is_empty(), "{}", done.stderr);
 }
 
-/// Each hint is typed, until the file is read.
+/// Types each hint until the file is read.
 #[test]
 fn wrapped_names_and_what_lies_beside_them_are_mended_by_the_hints() {
     let dir = folder("wrapped");
@@ -311,7 +311,7 @@ fn a_pickle_is_refused_with_the_line_that_converts_it() {
     assert!(!Path::new(&out).exists());
 }
 
-/// A safetensors file of this header and so many bytes of data.
+/// A safetensors file with this header and so many bytes of data.
 fn raw(path: &Path, header: &str, data: usize) {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());
@@ -358,7 +358,7 @@ fn false_offsets_bombs_and_foreign_files_are_errors_that_name_the_file() {
     let zeros = vec![0; 1 << 20];
     (0..2048).for_each(|_| zip.write_all(&zeros).unwrap());
     zip.finish().unwrap();
-    refused(&["no weights are like that"]);
+    refused(&["weights do not compress like that"]);
 }
 
 #[test]
@@ -412,7 +412,7 @@ fn a_hybrid_and_a_mixer_are_refused_by_name() {
     }
 }
 
-/// `vitrum convert` refuses the file, says so, and writes nothing.
+/// Checks that `vitrum convert` refuses the file with this message and writes nothing.
 #[track_caller]
 fn refused(file: &Path, says: &[&str]) {
     let out = file.with_file_name("never.safetensors");
@@ -492,7 +492,7 @@ fn npy(tensor: &Tensor, big: bool, fortran: bool) -> Vec<u8> {
     let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
     bytes.extend((header.len() as u16).to_le_bytes());
     bytes.extend(header.as_bytes());
-    // The first index changes fastest: the place of a value, digit by digit, from the first side on.
+    // The first index changes fastest: the position of a value, digit by digit, from the first axis on.
     let in_rows = |mut at: usize| {
         let digits: Vec<usize> = tensor.shape.iter().map(|side| (at % side, at /= side).0).collect();
         digits.iter().zip(&tensor.shape).fold(0, |place, (digit, side)| place * side + digit)

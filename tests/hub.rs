@@ -1,4 +1,4 @@
-//! Configurations that lie beside weights, timm's and HuggingFace's: obeyed or refused by name.
+//! Configurations beside weights, timm's and HuggingFace's: obeyed or refused by name.
 
 mod support;
 
@@ -67,7 +67,7 @@ fn a_timm_configuration_is_obeyed_or_refused_by_name() {
     ] {
         with(change).exits(1).says(&["config.json", says]);
     }
-    // What only the pictures need stops nothing else.
+    // An error that concerns only pictures stops no other command.
     for (key, value) in [("crop_mode", "border"), ("interpolation", "lanczos")] {
         let shown = with(&|c| c["pretrained_cfg"][key] = value.into()).ok().json();
         assert!(shown["unprepared"].as_str().unwrap().contains(value), "{shown}");
@@ -195,7 +195,7 @@ fn a_preprocessor_is_obeyed_or_refused_by_name() {
     std::fs::write(hf.join("config.json"), changed.to_string()).unwrap();
     let loss = weights::open(&hf, &ModelOverrides::default()).unwrap().meta.loss;
     assert_eq!(loss, Some(vitrum::backend::LossKind::Sigmoid));
-    // DeiT's mean, where the folder has no such file.
+    // DeiT's mean, if the folder has no such file.
     changed["model_type"] = "deit".into();
     std::fs::write(hf.join("config.json"), changed.to_string()).unwrap();
     std::fs::remove_file(hf.join("preprocessor_config.json")).unwrap();
@@ -232,7 +232,8 @@ fn means_are_known_by_what_the_file_is_or_asked_for() {
     assert!(ModelOverrides::from_sets(&[("data.std".into(), "0,1,1".into())]).is_err());
 }
 
-/// Today's plain models as timm and transformers keep them: what is built gives their logits, the rest is named.
+/// Current plain models as timm and transformers save them: supported ones give their logits, others are
+/// refused by name.
 #[test]
 fn backbones_give_the_logits_of_timm_or_are_named() {
     let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/reference");

@@ -1,4 +1,4 @@
-//! Recipes: the built-in ones, files, and `--set`, with the messages that a wrong one gets.
+//! Recipes: the built-in ones, files, and `--set`, with the messages for wrong ones.
 
 use std::fs;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ fn refused(set: &[&str]) -> (String, String) {
     usage(load("demo", set).unwrap_err())
 }
 
-/// The usage error of a recipe file with this text, without the file's name in front.
+/// The usage error of a recipe file with this text, without the leading file name.
 fn refused_file(text: &str) -> (String, String) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("my.toml");
@@ -301,7 +301,8 @@ fn a_missing_recipe_lists_the_built_in_ones() {
     let (message, hint) = usage(load("dmeo", &[]).unwrap_err());
     assert_eq!(message, "there is no recipe `dmeo`");
     let names = BUILT_IN.map(|(name, _)| format!("`{name}`")).join(", ");
-    let expected = format!("did you mean `demo`? built in are {names}; or give the path of a .toml file");
+    let expected =
+        format!("did you mean `demo`? the built-in recipes are {names}; or give the path of a .toml file");
     assert_eq!(hint, expected);
     assert_eq!(usage(load("no/such.toml", &[]).unwrap_err()).0, "there is no file `no/such.toml`");
 }
@@ -335,7 +336,9 @@ fn what_cannot_be_trained_is_refused_by_its_key() {
         assert!(!hint.is_empty(), "{expected}");
     }
     assert!(
-        refused(&["optim.groups=[{pattern='('}]"]).0.starts_with("`optim.groups[0].pattern` is no regular")
+        refused(&["optim.groups=[{pattern='('}]"])
+            .0
+            .starts_with("`optim.groups[0].pattern` is not a regular")
     );
 }
 
@@ -380,7 +383,7 @@ fn class_weights_are_a_word_or_a_number_for_each_class() {
         ("[1,-2,0]", "`loss.class_weights[1]` is -2"),
         ("[nan]", "`loss.class_weights[0]` is NaN"),
         ("[1,inf]", "`loss.class_weights[1]` is inf"),
-        // None in f32.
+        // Zero in f32.
         ("[1e-60]", "`loss.class_weights[0]` is 0.000000"),
         ("balancd", "`loss.class_weights` is the text `balancd`, expected \"none\", \"balanced\", or a list"),
         ("2", "`loss.class_weights` is 2, expected \"none\""),

@@ -90,7 +90,7 @@ fn a_record_that_is_no_picture_is_named() {
     vitrum(&train(&stops, &on)).ok().says(&bad).says(&["resume   from checkpoints/step-"]);
 
     let packed = path("packed");
-    vitrum(&["pack", &broken, &packed]).ok().says(&["skipped ", "05.png: no picture"]);
+    vitrum(&["pack", &broken, &packed]).ok().says(&["skipped ", "05.png: not a picture"]);
     let strict = path("packed-strictly");
     vitrum(&["pack", &broken, &strict, "--on-bad-record", "error"]).exits(1).says(&["05.png"]);
     assert!(!Path::new(&strict).join("train/dataset.json").exists());
@@ -401,7 +401,7 @@ fn pictures_and_data_that_do_not_fit_the_weights_are_named() {
     predict("/no/such/picture.png").exits(1).says(&["/no/such/picture.png"]);
     let empty = path("no-pictures");
     fs::create_dir_all(&empty).unwrap();
-    predict(&empty).exits(1).says(&["no picture to look at", "hint: "]);
+    predict(&empty).exits(1).says(&["no pictures to look at", "hint: "]);
 
     let eval = |data: &str| vitrum(&["eval", "--weights", trained(), "--data", data]);
     let two = path("two-classes");

@@ -1,4 +1,5 @@
-//! What is a data set, which part is which, and what is left out: folders, archives, tables, lists as people have them.
+//! What counts as a data set, which split is which, and what is left out: folders, archives, tables and lists
+//! as users have them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -70,7 +71,7 @@ fn tar_bytes(members: &[(&str, &[u8])]) -> Vec<u8> {
         let mut header = tar::Header::new_ustar();
         header.set_size(bytes.len() as u64);
         header.set_mode(0o644);
-        // Written as it is: `set_path` would tidy it up.
+        // Written directly: `set_path` would normalise the path.
         header.as_ustar_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
         header.set_entry_type(if name.ends_with('/') {
             tar::EntryType::Directory
@@ -133,7 +134,7 @@ fn parts_have_many_names_and_test_is_validation_only_where_there_is_none() {
     assert!(pair(Some(&spec("one")), None).unwrap().1.is_none());
     assert!(Dataset::open(&spec("one"), Split::Val).is_err(), "training pictures are no validation");
 
-    // Packed, parts keep their names, and what is training stays it.
+    // Packed splits keep their names, and training data stays training data.
     for (name, folders) in [("three", &["test", "train", "val"][..]), ("one", &["train"])] {
         let dest = temp.path().join("packed").join(name);
         pack_with(&temp.path().join(name), &dest, DEFAULTS).unwrap();
@@ -145,7 +146,7 @@ fn parts_have_many_names_and_test_is_validation_only_where_there_is_none() {
     assert_eq!(part("packed/three", None).unwrap(), (6, Some(Split::Val)));
     assert!(part("packed/one", None).unwrap_err().contains("--split train"));
 
-    // What looks like parts and is not named so is no guess.
+    // Folders that look like splits but have other names are not guessed.
     assert!(why(&made("folds", &["fold1", "fold2"])).contains("look like parts"));
     assert!(why(&made("both", &["val", "valid"])).contains("both a val part"));
     let inverted = temp.path().join("inverted");
@@ -160,11 +161,11 @@ fn parts_have_many_names_and_test_is_validation_only_where_there_is_none() {
     save_png(&flat.join("train/1.png"), 4, 4, 1);
     save_png(&flat.join("test/2.png"), 4, 4, 1);
     assert!(why(&flat).contains("no class folders inside"), "{}", why(&flat));
-    // A third folder of another name does not make classes of two parts.
+    // A third folder with another name does not turn two splits into classes.
     let three = made("three-words", &["seg_train", "seg_test"]);
     save_png(&three.join("seg_pred/all/1.png"), 4, 4, 1);
     assert_eq!(lens(&source(&three).unwrap()), [6, 6, 6]);
-    // A class may be called so.
+    // A class may have such a name.
     fs::rename(flat.join("test"), flat.join("bus")).unwrap();
     assert_eq!(source(&flat).unwrap().classes, ["bus", "train"]);
     // Unlabelled pictures.
@@ -197,7 +198,7 @@ fn strays_are_named_and_hide_nothing() {
     write(data.join("runs/first/samples/1.png"), png(1));
     let listed = source(&data).unwrap();
     assert_eq!(listed.classes, ["cat", "dog"]);
-    // By its first bytes, `noname` is a picture.
+    // The first bytes of `noname` make it a picture.
     assert_eq!(listed.items(Split::Train).len(), 7);
     let said = listed.notes().join("\n");
     for part in ["`runs/first/`", "`@eaDir/`", "1 picture is left out, in no class folder: `top.png`"] {
@@ -209,10 +210,10 @@ fn strays_are_named_and_hide_nothing() {
     );
     let spec = data.display().to_string();
     assert_eq!(Dataset::open(&spec, Split::Train).unwrap().len(), 7);
-    // A broken picture is one, and is left to `data.on_bad_record`.
+    // A broken picture counts as a picture, and is left to `data.on_bad_record`.
     write(data.join("dog/broken.jpg"), b"junk");
     assert_eq!(pack_with(&data, &temp.path().join("packed"), DEFAULTS).unwrap().parts, [(None, 7, 1)]);
-    // A class without pictures is one that is an empty folder.
+    // An empty folder is a class without pictures.
     fs::create_dir(data.join("emu")).unwrap();
     let listed = source(&data).unwrap();
     assert_eq!(listed.classes, ["cat", "dog", "emu"]);
@@ -258,7 +259,7 @@ fn archives_are_read_as_tar_extracts_them() {
     assert_eq!(listed.items(Split::Train).iter().map(|i| i.label).collect::<Vec<_>>(), [1, 0]);
     assert!(listed.notes().join("\n").contains("1 sample without a picture left out: `j.tar:3`"));
 
-    // Shards and their parts: by whole words, by folder, by number.
+    // Shards and their splits: by whole words, by folder, by number.
     let shard = tar_bytes(&[("1.png", &a), ("1.cls", b"0"), ("2.png", &b), ("2.cls", b"1")]);
     let shards = |names: &[&str]| {
         let dir = tempfile::tempdir().unwrap();
@@ -273,7 +274,7 @@ fn archives_are_read_as_tar_extracts_them() {
     let braces = dir.path().join("animals-old-{0..1}.tar").display().to_string();
     assert_eq!(Dataset::open(&braces, Split::Train).unwrap().len(), 4);
 
-    // Class folders in archives of parts, the same paths in each.
+    // Class folders in one archive per split, with the same paths in each.
     let dir = temp.path().join("parts");
     for name in ["train", "val"] {
         write(dir.join(format!("{name}.tar")), tar_bytes(&[("cat/1.png", &a), ("dog/1.png", &b)]));
@@ -303,7 +304,7 @@ fn raw_imagenet_is_read_as_it_is_published() {
     assert_eq!(listed.items(Split::Train)[3].name, "n01443537/n01443537_2.JPEG");
     assert_eq!(listed.store.read(&listed.items(Split::Train)[3]).unwrap(), Record::Encoded(b[..].into()));
 
-    // Class archives in a folder, and a flat validation part beside a list of labels.
+    // Class archives in a folder, and a flat validation split beside a list of labels.
     let root = temp.path().join("imagenet");
     for (name, bytes) in &inner {
         write(root.join("train").join(name), bytes);
@@ -341,7 +342,7 @@ fn raw_imagenet_is_read_as_it_is_published() {
         assert_eq!(labels, [2, 0, 1], "{name}");
         fs::remove_file(root.join(name)).unwrap();
     }
-    // ILSVRC's own numbers are in another order: read as places they would be wrong.
+    // ILSVRC's own numbers follow another order: taken as indices they would be wrong.
     write(root.join("ILSVRC2012_validation_ground_truth.txt"), "3\n1\n2\n");
     assert!(why(&root).contains("numbers alone"), "{}", why(&root));
 
@@ -393,7 +394,7 @@ fn tables_are_read_as_other_programs_write_them() {
     let odd = "{\"path\":\"img/a/1.png\",\"label\":1,\"split\":7}";
     assert!(why(&table("odd.jsonl", odd)).contains("no split `7`"));
 
-    // Numbers are indices where they are dense from 0 on, else names.
+    // Numbers are indices if they are dense from 0 on, else names.
     let numbered = |labels: [u32; 4]| {
         let rows: Vec<String> =
             rows.iter().zip(labels).map(|(row, label)| format!("{row},{label}")).collect();
@@ -409,7 +410,7 @@ fn tables_are_read_as_other_programs_write_them() {
     let (classes, labels, said) = numbered([3, 0, 1, 3]);
     assert_eq!((classes.len(), labels, &said[..]), (4, vec![3, 0, 1, 3], "1 class has no picture: `2`"));
 
-    // `metadata` in the folder counts before class folders, and without labels it is no table of them.
+    // `metadata` in the folder takes precedence over class folders. Without labels it is not a label table.
     let hub = temp.path().join("hub");
     small_folder(&hub.join("train"), 4, 4);
     small_folder(&hub.join("validation"), 4, 4);
@@ -467,7 +468,7 @@ fn packings_that_are_not_read_are_named_with_the_way_out() {
             let error = why(&path);
             assert!(says.iter().all(|text| error.contains(text)) && error.contains(name), "{error}");
         }
-        // Beside pictures in class folders it is a stray like others.
+        // Beside pictures in class folders it is a stray file like others.
         small_folder(&folder, 4, 4);
         assert!(source(&folder).unwrap().notes().iter().any(|note| note.contains(name)));
     }

@@ -33,7 +33,7 @@ impl Matching {
         let how = match self.by {
             By::Name => "by name",
             By::Number => "by number",
-            By::Place => "by place: the data's first class is the model's first, and so on",
+            By::Place => "by position: the data's first class is the model's first, and so on",
         };
         format!("classes  {} of the data are among the model's {classes}, {how}", self.numbers.len())
     }
@@ -116,7 +116,7 @@ impl<'a> Known<'a> {
             for (number, name) in numbers.iter().zip(own) {
                 if let Some(other) = first.insert(*number, name) {
                     return Err(Error::new(format!(
-                        "the data's classes `{other}` and `{name}` are one class of the model, number {number}"
+                        "the data's classes `{other}` and `{name}` are both the model's class number {number}"
                     ))
                     .hint("put their pictures into one class"));
                 }
@@ -150,12 +150,12 @@ impl<'a> Known<'a> {
                 let taken = |class: usize| found.contains(&Some(class));
                 let free = (0..names.len()).find(|class| !taken(*class)).map_or("", |class| &names[class]);
                 Error::new(format!(
-                    "the data set has a class `{missing}`, the model has not (it has `{free}` and {} in all)",
+                    "the data set has a class `{missing}` that the model lacks (it has `{free}` and {} in all)",
                     self.classes
                 ))
             }
             None => Error::new(format!(
-                "the data set has {} classes (`{missing}` is one), the model {} without names",
+                "the data set has {} classes (one is `{missing}`), but the model has {} without names",
                 own.len(),
                 self.classes
             )),

@@ -446,8 +446,11 @@ pub fn measured(spec: &str, split: Option<Split>) -> Result<(Dataset, Option<Spl
     let named = match (split, parts.is_empty()) {
         (None | Some(Split::Train), true) => None,
         (Some(split), true) => {
-            return Err(Error::new(format!("{spec}: it has no parts, and no {} part", split.name()))
-                .hint("leave out `--split` to measure all of it"));
+            return Err(Error::new(format!(
+                "{spec}: the data has no parts, so there is no {} part",
+                split.name()
+            ))
+            .hint("leave out `--split` to measure all of it"));
         }
         (split, false) => Some(split.unwrap_or(Split::Val)),
     };

@@ -201,7 +201,7 @@ impl Decoder {
         let Self { picture, samples, .. } = self;
         let (width, height) = decoder.dimensions();
         if (height as usize, width as usize) != size {
-            fail!("damaged: {}x{} pixels, and {width}x{height} as well", size.1, size.0);
+            fail!("damaged: its header says {}x{} pixels, its data {width}x{height}", size.1, size.0);
         }
         picture.reset(size)?;
         let colours = decoder.color_type();
@@ -367,7 +367,7 @@ mod tests {
         let bad = [
             ("empty", "empty"),
             ("only_soi", "ends in its header"),
-            ("text_named", "no picture"),
+            ("text_named", "not a picture"),
             ("truncated_header", "ends before component 1"),
             ("dims_zero_height", "0 pixels"),
             ("precision12", "12 bits"),

@@ -107,7 +107,8 @@ pub fn draw(variant: Variant, split: Split, index: usize, out: &mut [u8]) {
     }
 }
 
-/// PNG bytes of a sheet with one row per class and `columns` validation pictures in each, enlarged `zoom` times.
+/// PNG bytes of a sheet with one row per class and `columns` validation pictures in each, enlarged `zoom`
+/// times.
 pub fn contact_sheet(variant: Variant, columns: usize, zoom: usize) -> Result<Vec<u8>> {
     let (tile, gap) = (SIDE * zoom, zoom);
     let (height, width) = (CLASSES.len() * (tile + gap) + gap, columns * (tile + gap) + gap);

@@ -52,7 +52,7 @@ impl Format {
             format!("an AVIF or HEIF picture; {SUPPORTED}")
         } else {
             let head: Vec<String> = bytes.iter().take(4).map(|b| format!("{b:02X}")).collect();
-            format!("no picture, starts with {}; {SUPPORTED}", head.join(" "))
+            format!("not a picture, starts with {}; {SUPPORTED}", head.join(" "))
         };
         Err(Error::new(other))
     }
@@ -83,7 +83,7 @@ pub fn header(bytes: &[u8]) -> Result<Header> {
 fn checked(format: Format, height: u64, width: u64) -> Result<Header> {
     if height == 0 || width == 0 {
         let what = if format == Format::Jpeg && height == 0 {
-            ": a height behind the scan is not supported"
+            ": a height after the scan is not supported"
         } else {
             ""
         };
@@ -94,7 +94,7 @@ fn checked(format: Format, height: u64, width: u64) -> Result<Header> {
             "{width}x{height} pixels are over the limit of {} million",
             MAX_PIXELS / 1_000_000
         ))
-        .hint("make the picture smaller with another program, or leave it out"));
+        .hint("make the picture smaller with another program, or remove it"));
     }
     // Both are below the limit.
     Ok(Header { format, height: height as usize, width: width as usize })
@@ -182,7 +182,7 @@ fn jpeg(bytes: &[u8]) -> Result<Header> {
             }
             0xDE => fail!("lossless and hierarchical JPEG are not supported"),
             0xF7 => fail!("JPEG-LS is not supported"),
-            0xD9 | 0xDA => fail!("the JPEG has no picture in it"),
+            0xD9 | 0xDA => fail!("the JPEG contains no picture"),
             _ => at += 2 + length,
         }
     }

@@ -31,9 +31,8 @@ pub fn named(
         }
     }
     if found.is_empty() {
-        return Err(
-            Error::new("no picture to look at").hint("name files, a folder, a pattern, or `-` for a list")
-        );
+        return Err(Error::new("there are no pictures to look at")
+            .hint("name files, a folder, a pattern, or `-` for a list"));
     }
     Ok(found)
 }
@@ -57,7 +56,7 @@ fn add(word: &Path, split: Option<Split>, found: &mut Vec<PathBuf>) -> Result<()
     }
     match found.len() > before {
         true => Ok(()),
-        false => Err(Error::new(format!("{pattern}: no file is called so"))),
+        false => Err(Error::new(format!("{pattern}: no file matches"))),
     }
 }
 
@@ -65,7 +64,8 @@ fn add_folder(folder: &Path, split: Option<Split>, found: &mut Vec<PathBuf>) -> 
     let Some(split) = split else {
         let (pictures, others) = pictures_below(folder)?;
         if others > 0 {
-            let which = if others == 1 { "1 file that is no picture" } else { "files that are no pictures" };
+            let which =
+                if others == 1 { "1 file that is not a picture" } else { "files that are not pictures" };
             let number = if others == 1 { String::new() } else { format!("{others} ") };
             say(&format!("{}: left out {number}{which}", folder.display()));
         }
@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(found(&["a/*.jpg", "a/?.png"]).unwrap(), "a/1.jpg a/2.png");
         assert_eq!(found(&["*/b"]).unwrap(), "a/b/3.jpg");
         assert_eq!(found(&["-", "a/1.jpg"]).unwrap(), "a/2.png none.jpg a/1.jpg");
-        assert!(found(&["a/*.gif"]).unwrap_err().contains("no file is called so"));
+        assert!(found(&["a/*.gif"]).unwrap_err().contains("no file matches"));
         let name = |text: &str| text.chars().collect::<Vec<_>>();
         assert!(matches(&name("a*b*c"), &name("axxbyyc")) && !matches(&name("a*b"), &name("abx")));
     }

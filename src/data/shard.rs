@@ -115,7 +115,7 @@ impl Shard {
         let all: &[u8] = bytes.as_slice();
         let tensors =
             SafeTensors::deserialize(all).map_err(|e| Error::new(format!("not a whole shard: {e}")))?;
-        // Where a tensor lies in the file.
+        // Position of a tensor in the file.
         let start = |data: &[u8]| data.as_ptr() as usize - all.as_ptr() as usize;
         let tensor = |name: &str, dtype: Dtype| {
             let view = tensors.tensor(name).map_err(|_| Error::new(format!("no tensor `{name}`")))?;

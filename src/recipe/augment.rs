@@ -1,4 +1,4 @@
-//! Augmentation as a recipe says it. Names that are small languages of their own (RandAugment's settings, the levels of
+//! The augmentation section of a recipe. Settings with a notation of their own (RandAugment's, the levels of
 //! the AugReg paper) are parsed here, once.
 
 use std::fmt;
@@ -12,62 +12,63 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Crop {
-    /// Pad by `pad` pixels (zeros), then a random window of the input size; larger pictures are resized to it first.
+    /// Pad by `pad` pixels (zeros), then a random window of the input size; larger pictures are first resized
+    /// to it.
     Pad,
     /// Random area and aspect, then resize: torchvision's RandomResizedCrop.
     Torch,
     /// Random area and aspect as TensorFlow's `sample_distorted_bounding_box` draws them.
     Tf,
-    /// Resize the shorter side, then the centre.
+    /// Resize the shorter side, then take the centre.
     Center,
     /// Squash to `resize`, then a random window (big_vision's `resize_crop`).
     Resize,
     /// Shorter side to `resize`, then a random window (big_vision's `resmall_crop`).
     ResizeSmall,
-    /// Shorter side to the input's, 4 pixels of reflection around, then a random window (DeiT-III).
+    /// Shorter side to the input's, add 4 pixels of reflection, then a random window (DeiT-III).
     Simple,
 }
 
-/// Of `crop = "torch"` and `"simple"`, and of timm's RandAugment.
+/// For `crop = "torch"` and `"simple"`, and for timm's RandAugment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Interpolation {
     Bilinear,
     Bicubic,
-    /// One of the two for each use.
+    /// One of the two, drawn for each use.
     Random,
 }
 
-/// What an erased box holds, drawn after normalisation.
+/// The contents of an erased box, drawn after normalisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum EraseMode {
     /// Zeros.
     Const,
-    /// One normal colour.
+    /// One normally distributed colour.
     Rand,
-    /// A normal draw for each value.
+    /// A normally distributed value for each element.
     Pixel,
 }
 
-/// Whose mixing.
+/// Which system's mixing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MixLaw {
     /// λ = max(a, 1-a); the partner is the sample before.
     BigVision,
-    /// λ as drawn; the partner is the sample at the same place from the other end.
+    /// λ as drawn; the partner is the sample at the same position from the other end.
     Timm,
 }
 
-/// What shares a draw of λ and of a box.
+/// Which samples share a draw of λ and of a box.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MixMode {
     Batch,
-    /// A sample and its partner, which must be each other's (`mix_law = "timm"`).
+    /// A sample and its partner, each the partner of the other (`mix_law = "timm"`).
     Pair,
-    /// Nothing.
+    /// None.
     Elem,
 }
 
@@ -78,15 +79,15 @@ pub struct AugmentSection {
     pub crop: Crop,
     /// For `crop = "pad"`: pixels on each side.
     pub pad: usize,
-    /// For random areas: least and most share of the picture.
+    /// For random areas: smallest and largest share of the picture.
     pub area: (f32, f32),
-    /// For `crop = "tf"` and `"torch"`: decode JPEG at 1/2, 1/4 or 1/8 of its size where the crop is at least that many times
-    /// the input's size. Faster, with other pixels. Evaluation never does.
+    /// For `crop = "tf"` and `"torch"`: decode JPEG at 1/2, 1/4 or 1/8 of its size if the crop is at least
+    /// that many times the input's size. Faster, but the pixels differ. Evaluations never do this.
     pub scaled_decode: bool,
     /// For `crop = "resize"` and `"resize_small"`: pixels.
     pub resize: usize,
     pub interpolation: Interpolation,
-    /// Cut fractions after a resize (big_vision) instead of rounding them.
+    /// Truncate fractions after a resize (big_vision) instead of rounding them.
     pub truncate: bool,
     /// Horizontal flip with probability 1/2.
     pub flip: bool,
@@ -96,11 +97,11 @@ pub struct AugmentSection {
     /// `tf(2,15)`, `tf_fixed(2,15)`, or timm's `rand-m9-mstd0.5-inc1`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub randaugment: Option<RandAugment>,
-    /// One of grey, solarized and blurred (Touvron et al. 2022, DeiT III).
+    /// One of grey, solarised and blurred (Touvron et al. 2022, DeiT III).
     pub three_augment: bool,
     /// torchvision's colour jitter: half-width of brightness, contrast and saturation factors; 0: off.
     pub color_jitter: f32,
-    /// Colour of what geometric operations bring in from outside, where a dialect leaves it open.
+    /// Colour of pixels from outside the picture in geometric operations, if a dialect leaves it open.
     pub fill: [u8; 3],
     /// Colour jitter in `[0, 1]`: brightness delta, contrast, saturation half-widths, hue delta; 0: off.
     pub brightness: f32,
@@ -110,7 +111,7 @@ pub struct AugmentSection {
     /// Random erasing (Zhong et al. 2020): probability; 0: off.
     pub erase: f32,
     pub erase_mode: EraseMode,
-    /// Least and most share of the picture.
+    /// Smallest and largest share of the picture.
     pub erase_area: (f32, f32),
     /// Samples of each picture, one after the other (repeated augmentation, Hoffer et al. 2020).
     pub repeats: usize,
@@ -118,13 +119,14 @@ pub struct AugmentSection {
     pub mixup: f64,
     /// Beta parameter of CutMix (Yun et al. 2019); 0: off.
     pub cutmix: f64,
-    /// Least and most share of each side of a CutMix box, in place of `cutmix`'s law; [0, 0]: that law.
+    /// Smallest and largest share of each side of a CutMix box, instead of `cutmix`'s rule; [0, 0]: that
+    /// rule.
     pub cutmix_minmax: (f32, f32),
     /// Share of the batches (samples, in other modes) that are mixed.
     pub mix_prob: f32,
-    /// Where both are on: the share that gets CutMix.
+    /// With both on: the share that gets CutMix.
     pub mix_switch: f32,
-    /// Where both are on: first mixup, then CutMix of what came out.
+    /// With both on: first mixup, then CutMix of the result.
     pub mix_chain: bool,
     pub mix_mode: MixMode,
     pub mix_law: MixLaw,
@@ -170,12 +172,12 @@ impl Default for AugmentSection {
 }
 
 impl AugmentSection {
-    /// No augmentation at all: the centre of each picture.
+    /// No augmentation: the centre of each picture.
     pub fn none() -> Self {
         Self { crop: Crop::Center, flip: false, ..Self::default() }
     }
 
-    /// With what `level` says written out.
+    /// With `level` replaced by the settings that it stands for.
     pub fn effective(&self) -> Self {
         let Some(level) = self.level else { return self.clone() };
         let (magnitude, mixup) = level.settings();
@@ -188,7 +190,7 @@ impl AugmentSection {
         Self { randaugment, mixup, ..self.clone() }
     }
 
-    /// What makes no sense together, with the key to change.
+    /// Refuses contradictions, and names the key to change.
     pub(super) fn check(&self) -> Result<()> {
         let of = self.effective();
         if self.level.is_some() {
@@ -204,21 +206,21 @@ impl AugmentSection {
         }
         let sized = matches!(self.crop, Crop::Resize | Crop::ResizeSmall);
         if sized && self.resize == 0 {
-            return Err(Error::usage("`augment.crop` resizes first, and `augment.resize` is 0")
-                .hint("say to how many pixels, as in `--set augment.resize=448`"));
+            return Err(Error::usage("`augment.crop` resizes first, but `augment.resize` is 0")
+                .hint("give the size in pixels, as in `--set augment.resize=448`"));
         }
         if !sized && self.resize > 0 {
-            return Err(Error::usage("`augment.resize` is set, and `augment.crop` does not use it")
+            return Err(Error::usage("`augment.resize` is set, but `augment.crop` does not use it")
                 .hint("use `--set augment.crop=resize` or `--set augment.crop=resize_small`"));
         }
         if self.scaled_decode && !matches!(self.crop, Crop::Tf | Crop::Torch) {
-            return Err(Error::usage("`augment.scaled_decode` is set, and `augment.crop` draws no window")
+            return Err(Error::usage("`augment.scaled_decode` is set, but `augment.crop` draws no window")
                 .hint("use `--set augment.crop=tf` or `--set augment.crop=torch`"));
         }
         let mutual = self.mix_mode == MixMode::Pair || self.mix_chain;
         if mutual && self.mix_law == MixLaw::BigVision {
             return Err(Error::usage(
-                "`mix_mode = \"pair\"` and `mix_chain` need partners that have each other",
+                "`mix_mode = \"pair\"` and `mix_chain` need samples that are each other's partners",
             )
             .hint("use `--set augment.mix_law=timm`"));
         }
@@ -232,7 +234,7 @@ impl AugmentSection {
         for (key, (low, high)) in [("erase_area", self.erase_area), ("cutmix_minmax", self.cutmix_minmax)] {
             if !(0.0..=high).contains(&low) || high > 1.0 {
                 return Err(Error::usage(format!("`augment.{key}` is [{low}, {high}]"))
-                    .hint("give the least and the most share, as in `[0.02,0.33]`"));
+                    .hint("give the smallest and the largest share, as in `[0.02,0.33]`"));
             }
         }
         Ok(())
@@ -242,9 +244,9 @@ impl AugmentSection {
 /// Which system's RandAugment (Cubuk et al. 2020).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Dialect {
-    /// big_vision's TensorFlow code with its bugs, or with them mended.
+    /// big_vision's TensorFlow code, with its bugs or with them fixed.
     Tf { fixed: bool },
-    /// timm's: each operation with probability `prob`, magnitude normal about the one given.
+    /// timm's: each operation with probability `prob`, magnitudes normally distributed about the given one.
     Timm { increasing: bool, std: f64, most: f64, prob: f64 },
 }
 
@@ -253,11 +255,11 @@ pub enum Dialect {
 #[serde(try_from = "String", into = "String")]
 pub struct RandAugment {
     pub dialect: Dialect,
-    /// Operations of a sample.
+    /// Operations per sample.
     pub layers: usize,
-    /// On timm's and big_vision's scale of 10.
+    /// On the scale of 10 that timm and big_vision use.
     pub magnitude: f64,
-    /// timm's `3a`: the colour jitter stays on.
+    /// timm's `3a`: colour jitter stays on.
     pub keeps_jitter: bool,
 }
 
@@ -273,7 +275,7 @@ impl FromStr for RandAugment {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || {
             format!(
-                "`{text}` is no RandAugment: write `tf(2,15)`, `tf_fixed(2,15)` or timm's `rand-m9-mstd0.5-inc1`"
+                "`{text}` is not a RandAugment setting: write `tf(2,15)`, `tf_fixed(2,15)` or timm's `rand-m9-mstd0.5-inc1`"
             )
         };
         if let Some(settings) = text.strip_prefix("rand") {
@@ -311,7 +313,7 @@ fn timm(settings: &str) -> Option<RandAugment> {
             "mstd" => std = number,
             "mmax" => most = number,
             "p" => prob = number,
-            // Whatever the number: timm asks whether the text is empty.
+            // Any number counts: timm only asks whether the text is empty.
             "inc" => increasing = true,
             _ => return None,
         }
@@ -337,13 +339,13 @@ impl fmt::Display for RandAugment {
     }
 }
 
-/// A level of the AugReg paper. The configurations and the names of the released files call two of them differently:
+/// A level of the AugReg paper. The configurations and the released files name two of them differently:
 /// `light1` is the first light level of the configurations and the second of the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Level(usize);
 
-/// Names in big_vision's configurations and in the released files, magnitude, α of mixup.
+/// Names in big_vision's configurations and in the released files; magnitude; α of mixup.
 type LevelRow = (&'static str, &'static str, Option<f64>, f64);
 
 const LEVELS: [LevelRow; 7] = [

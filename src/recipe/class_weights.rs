@@ -1,4 +1,4 @@
-//! `loss.class_weights`: a word, or a number for each class.
+//! `loss.class_weights`: a word, or one number per class.
 
 use std::fmt;
 
@@ -8,12 +8,12 @@ use serde::{Deserialize, Serialize, Serializer};
 /// How much each class counts in the training loss.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum ClassWeights {
-    /// All the same.
+    /// All classes the same.
     #[default]
     None,
-    /// Rare classes count more, by how many records of the training data have each.
+    /// Rare classes count more, by the number of training records of each class.
     Balanced,
-    /// These, in the order of the classes: C numbers above 0.
+    /// These weights, in the order of the classes: C numbers above 0.
     Given(Vec<f64>),
 }
 

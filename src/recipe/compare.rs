@@ -1,4 +1,4 @@
-//! Two recipes compared key by key, as values of the keys' types: never as text.
+//! Compares two recipes key by key, as values of the keys' types and not as text.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use toml::{Table, Value};
 
 use super::Recipe;
 
-/// A key that two recipes do not agree on.
+/// A key in which two recipes differ.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Difference {
     /// `optim.groups[0].lr_mult`
@@ -47,7 +47,7 @@ fn compare(key: &str, before: Option<&Value>, now: Option<&Value>, found: &mut V
                 compare(&inside, before.get(name), now.get(name), found);
             }
         }
-        // Lists of sections; a list of numbers is one value.
+        // Lists of sections are compared element by element; a list of numbers is one value.
         (Some(Value::Array(before)), Some(Value::Array(now)))
             if before.iter().chain(now).all(Value::is_table) =>
         {

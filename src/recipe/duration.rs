@@ -11,13 +11,13 @@ pub enum Duration {
     Steps(u64),
     Epochs(f64),
     Examples(u64),
-    /// Of the run.
+    /// Percent of the run.
     Percent(f64),
 }
 
 impl Duration {
-    /// In updates of `batch` samples, in a run of `total` updates over `samples` pictures per epoch: at least 1, unless
-    /// the duration itself is 0.
+    /// In updates of `batch` samples, for a run of `total` updates with `samples` pictures per epoch. At
+    /// least 1, unless the duration itself is 0.
     pub fn to_steps(self, total: u64, batch: usize, samples: usize) -> u64 {
         let steps = match self {
             Self::Steps(steps) => return steps,

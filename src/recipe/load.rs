@@ -1,8 +1,8 @@
-//! Reading a recipe: a built-in name or a file, then `--set path=value`, and an error that points at the key at fault.
+//! Reads a recipe: a built-in name or a file, then `--set path=value`. An error points at the wrong key.
 //!
-//! What keys there are is written once, in the types of `mod.rs`. This file asks them: serde, given a key that cannot
-//! exist, answers with the list of those that can ([`keys_of`]), and given a word that cannot be, with the
-//! alternatives of an enum ([`alternatives_of`]). So a new field needs no second entry here.
+//! Only the types in `mod.rs` say which keys exist. This file asks them through serde: a key that cannot
+//! exist makes serde list the valid keys ([`keys_of`]), and an invalid word makes it list the alternatives of
+//! an enum ([`alternatives_of`]). So a new field needs no second entry here.
 
 use std::path::Path;
 
@@ -40,19 +40,20 @@ const ALIASES: [(&str, &str, &str); 7] = [
     ("model", "attention_dropout_rate", "attention_dropout"),
 ];
 
-/// How the recipe of a run's directory begins, and what stands in front of its name.
+/// The first line of the recipe in a run directory, and the text before its name.
 const WRITTEN: &str = "# Every setting of one run";
 const OF: &str = " of `";
 
-/// A recipe, where it came from, and what was adjusted to make it fit.
+/// A recipe, its origin, and the adjustments that made it fit.
 #[derive(Clone, Debug)]
 pub struct RecipeFile {
     pub recipe: Recipe,
-    /// `mini/cifar10`, or the file's name without `.toml`; of a run's own recipe, the name that the run began with.
+    /// `mini/cifar10`, or the file's name without `.toml`; for a run's own recipe, the name that the run
+    /// began with.
     pub name: String,
-    /// The keys that the file or an override gives, as `model.image`; all others have their defaults.
+    /// The keys that the file or an override sets, such as `model.image`; all others have their defaults.
     pub given: Vec<String>,
-    /// Sentences for the user, as for a warm-up that was shortened with the run.
+    /// Sentences for the user, for example about a warm-up that was shortened with the run.
     pub notes: Vec<String>,
 }
 
@@ -67,8 +68,8 @@ impl Recipe {
     /// A built-in recipe (default: `demo`) or a TOML file, with `path=value` overrides, checked.
     ///
     /// # Errors
-    /// Exit 2: no such recipe; a key that is unknown, of the wrong type, or given twice; values that make no sense
-    /// together. In a file, the message shows the line.
+    /// Exit 2: no such recipe; a key that is unknown, of the wrong type, or given twice; values that make no
+    /// sense together. In a file, the message shows the line.
     pub fn read(name_or_path: Option<&str>, overrides: &[String]) -> Result<RecipeFile> {
         let wanted = name_or_path.unwrap_or("demo");
         let (name, source, text) = find(wanted)?;
@@ -85,14 +86,15 @@ impl Recipe {
         Ok(RecipeFile { recipe, name, given, notes })
     }
 
-    /// A recipe's text, as in a run directory; `source` names it in errors.
+    /// Parses a recipe's text, as in a run directory; `source` names it in errors.
     pub fn from_toml(text: &str, source: &str) -> Result<Recipe> {
         let recipe = deserialize(&parse(text, source)?)?;
         recipe.validate().map_err(|e| quote(e, text, source, &[]))?;
         Ok(recipe)
     }
 
-    /// This recipe with overrides. The model and the length of the run may stay open: `replay` learns them elsewhere.
+    /// This recipe with overrides. The model and the length of the run may be missing: `replay` gets them
+    /// elsewhere.
     pub fn with(&self, overrides: &[String]) -> Result<Recipe> {
         let table = Table::try_from(self).expect("a recipe is a table");
         let (recipe, _) = override_table(table, overrides)?;
@@ -100,12 +102,12 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// The whole recipe as TOML, every default spelled out. Reads back as an equal recipe.
+    /// The whole recipe as TOML with every default. It loads as an equal recipe.
     pub fn to_toml(&self) -> String {
         self.to_toml_of("")
     }
 
-    /// The same for a run's directory. It remembers what the recipe was called, and reads back under that name.
+    /// The same for a run directory. It includes the recipe's name, and loads under that name.
     pub fn to_toml_of(&self, name: &str) -> String {
         let body = toml::to_string(self).expect("a recipe can be written as TOML");
         let plain = !name.is_empty() && !name.contains(|c: char| c == '`' || c.is_control());
@@ -115,7 +117,7 @@ impl Recipe {
 }
 
 impl RecipeFile {
-    /// Whether the file or an override gives `key`, as in `model.image`.
+    /// Whether the file or an override sets `key`, such as `model.image`.
     pub fn gives(&self, key: &str) -> bool {
         self.given.iter().any(|given| given == key)
     }
@@ -134,7 +136,7 @@ fn find(wanted: &str) -> Result<(String, String, String)> {
     }
     let path = Path::new(wanted);
     if is_model(path) {
-        return Err(Error::usage(format!("{wanted}: a model, and no recipe"))
+        return Err(Error::usage(format!("{wanted}: a model, not a recipe"))
             .hint(format!("`vitrum finetune --weights {wanted} --data DIR` trains it further")));
     }
     if path.is_file() {
@@ -144,7 +146,7 @@ fn find(wanted: &str) -> Result<(String, String, String)> {
         return Ok((own.map_or(stem, |(name, _)| name.to_owned()), wanted.into(), text));
     }
     let names = BUILT_IN.map(|(name, _)| name);
-    let known = format!("built in are {}; or give the path of a .toml file", list(&names));
+    let known = format!("the built-in recipes are {}; or give the path of a .toml file", list(&names));
     let hint = match nearest(wanted, &names) {
         Some(name) => format!("did you mean `{name}`? {known}"),
         None => known,
@@ -153,7 +155,7 @@ fn find(wanted: &str) -> Result<(String, String, String)> {
     Err(Error::usage(format!("there is {what} `{wanted}`")).hint(hint))
 }
 
-/// A weights file, or a folder that has one or was written by a run.
+/// A weights file, or a folder that contains one or was written by a run.
 fn is_model(path: &Path) -> bool {
     let is_weights = |end: &std::ffi::OsStr| {
         ["safetensors", "npz", "pth", "pt", "bin", "ckpt", "onnx"].iter().any(|known| end == *known)
@@ -173,7 +175,7 @@ fn is_model(path: &Path) -> bool {
 
 // ---- The file ----
 
-/// Syntax, then keys and types, each with its place.
+/// Checks syntax, then keys and types, and gives the position of each error.
 fn parse(text: &str, source: &str) -> Result<Table> {
     let mut table: Table = text.parse().map_err(|e: toml::de::Error| {
         Error::usage(place(text, source, e.span(), &lower_first(e.message())))
@@ -185,7 +187,7 @@ fn parse(text: &str, source: &str) -> Result<Table> {
     for (section, alias, name) in ALIASES {
         let Some(Value::Table(keys)) = table.get_mut(section) else { continue };
         let Some(value) = keys.remove(alias) else { continue };
-        // Checked under the name that the user wrote, so that the place is found.
+        // Checked under the name that the user wrote, so that its position is found.
         check(&mut vec![section.into(), name.into()], &value).map_err(|mut fault| {
             fault.path[1] = alias.into();
             located(fault)
@@ -203,9 +205,10 @@ fn deserialize(table: &Table) -> Result<Recipe> {
     Recipe::deserialize(table.clone()).map_err(|e| Error::usage(e.message()))
 }
 
-/// Shows the line that a complaint about a value is about, if it is the file's and not the command line's.
+/// Shows the line that a message about a value refers to, if the value is from the file and not from the
+/// command line.
 fn quote(error: Error, text: &str, source: &str, set: &[String]) -> Error {
-    // Complaints start with the key: `` `train.batch` is 0 ``.
+    // Messages start with the key: `` `train.batch` is 0 ``.
     let key = literals(error.message()).into_iter().next().unwrap_or_default();
     let key = key.split(" = ").next().unwrap_or_default();
     let path: Vec<String> = key.split('.').map(str::to_string).collect();
@@ -225,7 +228,7 @@ fn put(error: Error, message: impl FnOnce(&str) -> String) -> Error {
     }
 }
 
-/// `FILE, line L, column C: message`, and the line itself with a mark under the place.
+/// `FILE, line L, column C: message`, and the line itself with a mark under the position.
 fn place(text: &str, source: &str, span: Option<std::ops::Range<usize>>, message: &str) -> String {
     let Some(span) = span.filter(|s| text.is_char_boundary(s.start)) else {
         return format!("{source}: {message}");
@@ -238,14 +241,14 @@ fn place(text: &str, source: &str, span: Option<std::ops::Range<usize>>, message
     let marked = text.get(span).unwrap_or_default().lines().next().unwrap_or_default();
     let marks = "^".repeat(marked.chars().count().max(1));
     let margin = " ".repeat(line.to_string().len());
-    // Tabs stay tabs, so that the mark stands under its place.
+    // Tabs stay tabs, so that the mark is under the position.
     let indent: String = before[start..].chars().map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
     format!(
         "{source}, line {line}, column {column}: {message}\n  {line} | {shown}\n  {margin} | {indent}{marks}"
     )
 }
 
-/// Where the key (or its value) stands in the text.
+/// Position of the key (or its value) in the text.
 fn locate(text: &str, path: &[String], at_key: bool) -> Option<std::ops::Range<usize>> {
     use toml::de::{DeTable, DeValue};
     let document = DeTable::parse(text).ok()?;
@@ -282,18 +285,18 @@ fn override_table(mut table: Table, overrides: &[String]) -> Result<(Recipe, Vec
         let (section, key) = (&path[0], &path[1]);
         let keys = table.entry(section.clone()).or_insert_with(|| Value::Table(Table::new()));
         let keys = keys.as_table_mut().expect("sections were checked to be tables");
-        // The run has one length: the later of the two says which. Likewise, the later of a level and its parts.
+        // A run has one length: the later of the two settings wins. The same holds for a level and its parts.
         match (section.as_str(), key.as_str()) {
             ("train", "steps") => drop(keys.remove("epochs")),
             ("train", "epochs") => drop(keys.remove("steps")),
-            // A level says what both are.
+            // A level sets both.
             ("augment", "level") => {
                 ["mixup", "randaugment"].into_iter().for_each(|key| drop(keys.remove(key)))
             }
             _ => {}
         }
         match (section.as_str(), keys.get_mut(key), value) {
-            // Patterns add up, as in every command that reads weights.
+            // Patterns accumulate, as in every command that reads weights.
             ("weights", Some(Value::Array(before)), Value::Array(more)) => before.extend(more),
             (_, _, value) => drop(keys.insert(key.clone(), value)),
         }
@@ -302,7 +305,7 @@ fn override_table(mut table: Table, overrides: &[String]) -> Result<(Recipe, Vec
     Ok((deserialize(&table)?, set))
 }
 
-/// Section and key, and the value as the key wants it: TOML where that fits, else a string.
+/// Section and key, and the value in the key's type: TOML if that fits, else a string.
 fn split_override(text: &str) -> Result<([String; 2], Value)> {
     let shape = "write `--set section.key=value`, as in `--set train.steps=1000`";
     let Some((path, value)) = text.split_once('=').map(|(p, v)| (p.trim(), v.trim())) else {
@@ -332,7 +335,7 @@ fn split_override(text: &str) -> Result<([String; 2], Value)> {
     }
     let path = [section, key];
     let mut first_fault = None;
-    // A pattern is a list of one.
+    // A single pattern is a list of one.
     let one = (path[0] == "weights").then(|| Value::Array(vec![Value::String(value.into())]));
     for candidate in readings(value).into_iter().chain(one) {
         match check(&mut path.to_vec(), &candidate) {
@@ -343,7 +346,7 @@ fn split_override(text: &str) -> Result<([String; 2], Value)> {
     Err(first_fault.expect("a value has at least one reading"))
 }
 
-/// What a value on the command line may mean, most likely first.
+/// The possible meanings of a value on the command line, most likely first.
 fn readings(text: &str) -> Vec<Value> {
     let toml = format!("value = {text}").parse::<Table>().ok().filter(|t| t.len() == 1);
     let number = text.parse::<f64>().ok().map(Value::Float);
@@ -356,7 +359,7 @@ fn readings(text: &str) -> Vec<Value> {
 
 // ---- Keys and types ----
 
-/// What is wrong, and the path to it; array elements are `[0]`, `[1]`, ...
+/// An error and the path to it; array elements are `[0]`, `[1]`, ...
 struct Fault {
     path: Vec<String>,
     /// Points at the key rather than at its value.
@@ -364,7 +367,7 @@ struct Fault {
     error: Error,
 }
 
-/// Walks down to the first key that is unknown or has a value that its type refuses.
+/// Walks to the first key that is unknown or has a value of the wrong type.
 fn check(path: &mut Vec<String>, value: &Value) -> Result<(), Fault> {
     let fault = |path: &[String], at_key, error| Err(Fault { path: path.to_vec(), at_key, error });
     if let Some(known) = keys_of(path) {
@@ -399,20 +402,20 @@ fn check(path: &mut Vec<String>, value: &Value) -> Result<(), Fault> {
     }
 }
 
-/// The keys of the section at `path`, or `None` if what stands there is no section.
+/// The keys of the section at `path`, or `None` if it is not a section.
 fn keys_of(path: &[String]) -> Option<Vec<String>> {
     let probe = Table::from_iter([("?".to_string(), Value::Boolean(true))]);
     let error = Recipe::deserialize(wrap(path, probe.into())).err()?;
     error.message().strip_prefix("unknown field `?`").map(literals)
 }
 
-/// The words that the enum at `path` may be, or `None` if it is no enum.
+/// The words that the enum at `path` accepts, or `None` if it is not an enum.
 fn alternatives_of(path: &[String]) -> Option<Vec<String>> {
     let error = Recipe::deserialize(wrap(path, Value::String("?".into()))).err()?;
     error.message().strip_prefix("unknown variant `?`").map(literals)
 }
 
-/// A recipe that holds nothing but `value` at `path`.
+/// A recipe that contains only `value` at `path`.
 fn wrap(path: &[String], value: Value) -> Table {
     let wrapped = path.iter().rev().fold(value, |inner, segment| match index_of(segment) {
         Some(_) => Value::Array(vec![inner]),
@@ -428,7 +431,7 @@ fn index_of(segment: &str) -> Option<usize> {
     segment.strip_prefix('[')?.strip_suffix(']')?.parse().ok()
 }
 
-/// What stands between backticks.
+/// The words between backticks.
 fn literals(message: &str) -> Vec<String> {
     message.split('`').skip(1).step_by(2).map(str::to_string).collect()
 }
@@ -437,7 +440,7 @@ fn unknown(path: &[String]) -> Error {
     let error = Error::usage(format!("unknown key `{}`", dotted(path)));
     let (parent, key) = (&path[..path.len() - 1], &path[path.len() - 1]);
     let similar = strsim::normalized_damerau_levenshtein;
-    // A slip of the finger in the right section is likelier than the right key in the wrong one.
+    // A typo in the right section is more likely than the right key in the wrong section.
     let score = |known: &[String]| {
         let (known_parent, known_key) = (&known[..known.len() - 1], &known[known.len() - 1]);
         let bonus = if known_parent == parent { 0.2 } else { 0.0 };
@@ -454,7 +457,7 @@ fn unknown(path: &[String]) -> Error {
     }
 }
 
-/// Every key that a setting may have, as `train.steps`.
+/// Every key that a setting may have, such as `train.steps`.
 pub fn keys() -> Vec<String> {
     let keys = all_keys().into_iter().filter(|key| key.len() == 2);
     keys.map(|key| dotted(&key)).collect()
@@ -477,7 +480,7 @@ fn all_keys() -> Vec<Vec<String>> {
     found
 }
 
-/// serde's words for a wrong value, in ours.
+/// Rewords serde's message for a wrong value.
 fn wrong_value(path: &[String], value: &Value, message: &str) -> Error {
     let key = dotted(path);
     if let Some(words) = alternatives_of(path) {
@@ -544,8 +547,8 @@ fn lower_first(text: &str) -> String {
 
 // ---- Warm-up ----
 
-/// A shorter run keeps the shape of its schedule: where the recipe's own warm-up and cool-down no longer fit, they
-/// shrink in proportion. Those that the user set, or that never fitted, are errors.
+/// A shorter run keeps the shape of its schedule: if the recipe's own warm-up and cool-down no longer fit,
+/// they shrink in proportion. It is an error if the user set them, or if they never fitted.
 fn fit_warmup(recipe: &mut Recipe, written: &Recipe, set: &[String]) -> Result<Vec<String>> {
     let Some((total, warmup, cooldown)) = lengths(recipe) else { return Ok(Vec::new()) };
     if warmup + cooldown < total || warmup + cooldown == 0 {
@@ -562,7 +565,7 @@ fn fit_warmup(recipe: &mut Recipe, written: &Recipe, set: &[String]) -> Result<V
         ))
         .hint(format!("shorten it, as in `--set schedule.{key}=10%`, or raise `train.steps`")));
     }
-    // Without a length to compare with (the recipe counts in epochs), a tenth of the run.
+    // If there is no length to compare with (the recipe counts in epochs): a tenth of the run.
     let shrink = |now: u64, then: Option<u64>| match (before, then) {
         (Some((old, ..)), Some(then)) => (u128::from(then) * u128::from(total) / u128::from(old)) as u64,
         _ => now.min(total / 10),
@@ -603,7 +606,7 @@ mod tests {
         text.split('.').map(str::to_string).collect()
     }
 
-    /// The answers that this file reads out of serde's messages.
+    /// The answers that this file parses from serde's messages.
     #[test]
     fn the_types_tell_their_keys_and_alternatives() {
         let sections = keys_of(&[]).unwrap();

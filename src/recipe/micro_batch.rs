@@ -5,13 +5,13 @@ use std::fmt;
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-/// Samples of one forward and backward.
+/// Samples per forward and backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MicroBatch {
-    /// The largest divisor of the batch whose plan fits into the memory that the device has free when the run starts. The run
-    /// directory's recipe holds the number.
+    /// The largest divisor of the batch whose plan fits into the device's free memory when the run starts.
+    /// The recipe in the run directory has the number.
     Auto,
-    /// So many; 0: the whole batch.
+    /// This number; 0: the whole batch.
     Samples(usize),
 }
 

@@ -1,9 +1,9 @@
 //! The whole configuration of a run as one typed tree: what a recipe file says, plus `--set path=value`.
 //!
-//! Every key has a default here and nowhere else. [`Recipe::load`] (in `load.rs`) reads a built-in recipe or a file,
-//! applies overrides, and points at the key that is wrong; [`Recipe::model_config`] and its siblings resolve what the
-//! user wrote into what the rest of the program works with. The resolved recipe is written into the run directory and
-//! loads again to the same run.
+//! The default of every key is here and nowhere else. [`Recipe::load`] (in `load.rs`) reads a built-in recipe
+//! or a file, applies overrides, and points at a wrong key. [`Recipe::model_config`] and its siblings resolve
+//! the user's settings into what the rest of the program uses. The resolved recipe is written into the run
+//! directory and loads to the same run again.
 
 #![forbid(unsafe_code)]
 
@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{Gelu, LossKind, Normalise, Precision, Recompute, Residual};
 use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
 
-/// One run.
+/// The recipe of one run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Recipe {
@@ -44,16 +44,16 @@ pub struct Recipe {
     pub loss: LossSection,
     pub train: TrainSection,
     pub eval: EvalSection,
-    /// Given, the run starts from trained weights: `model` may leave open what their file says.
+    /// If given, the run starts from trained weights: `model` may omit what their file says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finetune: Option<FinetuneSection>,
-    /// How the names in their file are read.
+    /// How to read the names in their file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights: Option<WeightsSection>,
 }
 
-/// The architecture. A `variant` gives width, depth, heads, mlp and patch; single keys override it. The names of other
-/// code bases (`hidden_size`, `num_heads`, ...) are accepted for some keys: `ALIASES` in `load.rs`.
+/// The architecture. A `variant` sets width, depth, heads, mlp and patch; single keys override it. Some keys
+/// also accept the names of other code bases (`hidden_size`, `num_heads`, ...): `ALIASES` in `load.rs`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSection {
@@ -75,7 +75,7 @@ pub struct ModelSection {
     pub mlp: Option<usize>,
     /// Whether q, k and v have a bias.
     pub qkv_bias: bool,
-    /// Default: as many as the training data has.
+    /// Default: the number of the training data's classes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes: Option<usize>,
     pub pool: PoolKind,
@@ -132,50 +132,52 @@ impl Default for ModelSection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBadRecord {
-    /// Say which, count it, go on with a replacement sample.
+    /// Name it, count it, and continue with a replacement sample.
     Skip,
-    /// Stop, naming it.
+    /// Stop and name it.
     Error,
 }
 
-/// Where the images come from.
+/// The data of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataSection {
-    /// A packed data set, an image folder, or `demo` / `demo-hard`. With `train/` and `val/` inside, both are taken.
+    /// A packed data set, an image folder, or `demo` / `demo-hard`. If it has `train/` and `val/`, both are
+    /// used.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train: Option<String>,
-    /// Overrides where validation images come from.
+    /// Overrides the validation images.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub val: Option<String>,
-    /// Where there are no validation images: the share of the training images that become some, chosen by a hash of their
-    /// names. Default: a tenth for a run that starts from trained weights, else none.
+    /// If there are no validation images: the share of the training images that is held out for validation,
+    /// chosen by a hash of their names. Default: a tenth for a run that starts from trained weights, else
+    /// none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub holdout: Option<f64>,
-    /// Draw as often from a class of few images as from one of many.
+    /// Draw equally often from each class, however few images it has.
     pub balance: bool,
     /// What training does with a picture that cannot be decoded. Evaluations leave it out and say so.
     pub on_bad_record: OnBadRecord,
-    /// Turns pictures as their EXIF orientation says, in training and evaluation. Off, as in timm and torchvision.
+    /// Turn pictures by their EXIF orientation, in training and evaluation. Off, as in timm and torchvision.
     pub exif: bool,
     /// Loader threads; 0: one per core, at most 16.
     pub workers: usize,
     /// Batch slots in flight.
     pub slots: usize,
-    /// Records are shuffled within windows of this many neighbours (for disks that seek); 0: over the whole epoch.
+    /// Size of the windows in which records are shuffled (for disks that seek); 0: the whole epoch.
     pub shuffle_window: usize,
     /// Compare packed shards with their checksums when they are first read.
     pub verify: bool,
-    /// Resume on data that has changed since the run began. Never kept: each resume asks anew.
+    /// Resume on data that has changed since the run began. Never stored: each resume must set it again.
     #[serde(skip_serializing_if = "is_false")]
     pub accept_changes: bool,
     /// Type of the pixels in a slot. `f32` keeps the fractions of a resize, for comparisons with references.
     pub pixels: SlotPixels,
-    /// Of each channel, taken from pixels in [0, 1] in training and evaluation. Default: that of the weights that a run
-    /// starts from, else 0.5.
+    /// Per channel, subtracted from pixels in [0, 1] in training and evaluation. Default: that of the weights
+    /// that a run starts from, else 0.5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mean: Option<[f64; 3]>,
-    /// What they are divided by then.
+    /// The divisor after that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub std: Option<[f64; 3]>,
 }
@@ -214,7 +216,7 @@ impl Default for DataSection {
 }
 
 impl DataSection {
-    /// `otherwise` with what the keys say.
+    /// `otherwise`, overridden by the keys that are set.
     pub fn normalise(&self, otherwise: Normalise) -> Normalise {
         let pixels = |values: [f64; 3]| values.map(|v| (v * 255.0) as f32);
         Normalise {
@@ -224,7 +226,8 @@ impl DataSection {
     }
 }
 
-/// Values of pixels in [0, 1] for values of u8 pixels: the shortest decimals that lead back.
+/// Converts values for u8 pixels to values for pixels in [0, 1]: the shortest decimals that convert back
+/// exactly.
 pub fn unit(values: [f32; 3]) -> [f64; 3] {
     values.map(|value| {
         let exact = f64::from(value) / 255.0;
@@ -243,7 +246,7 @@ pub enum OptimName {
     Adafactor,
 }
 
-/// How weight decay enters: `θ ← θ - decay·θ`.
+/// How weight decay is applied: `θ ← θ - decay·θ`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DecayMode {
@@ -253,7 +256,7 @@ pub enum DecayMode {
     BigVision,
 }
 
-/// Which parameters are decayed, where no group says otherwise.
+/// Which parameters are decayed, unless a group says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DecayOn {
@@ -276,7 +279,8 @@ pub enum MomentType {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LayerNumbering {
-    /// timm: the final norm belongs to the last block; a norm or an attention pool behind the pooling, to the head.
+    /// timm: the final norm belongs to the last block; a norm or an attention pool after the pooling, to the
+    /// head.
     Timm,
     /// BEiT, MAE: the final norm belongs to the head.
     Beit,
@@ -306,17 +310,19 @@ pub struct OptimSection {
     pub clip_torch: bool,
     /// Multiplies the rate of everything but the head (and representation layer).
     pub backbone_lr_mult: f64,
-    /// Each layer's rate is this share of the rate of the layer above it (Bao et al. 2022, arXiv:2106.08254); 1: off.
+    /// Each layer's rate is this share of the rate of the layer above it (Bao et al. 2022, arXiv:2106.08254);
+    /// 1: off.
     pub layer_decay: f64,
     /// How layers are counted for `layer_decay`.
     pub layer_numbering: LayerNumbering,
-    /// Train the head (and representation layer) alone.
+    /// Train only the head (and representation layer).
     pub freeze_backbone: bool,
-    /// Keep the stem and this many blocks as they are.
+    /// Leave the stem and this many blocks unchanged.
     pub freeze_blocks: usize,
     /// EMA of the weights; 0: none.
     pub ema: f64,
-    /// Adafactor: cap and power of the second moment's decay, least size of a factored axis, block-RMS threshold (0: none).
+    /// Adafactor: cap and power of the second moment's decay, smallest size of a factored axis, block-RMS
+    /// threshold (0: none).
     pub beta2_cap: f64,
     pub decay_power: f64,
     pub min_factor: usize,
@@ -332,11 +338,11 @@ pub struct GroupSection {
     pub pattern: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr_mult: Option<f64>,
-    /// Multiplies `weight_decay`; given, it also decides that these parameters are decayed.
+    /// Multiplies `weight_decay`; if given, these parameters are decayed whatever `decay_on` says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decay_mult: Option<f64>,
     pub frozen: bool,
-    /// A schedule of their own.
+    /// A schedule for these parameters.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub schedule: Option<ScheduleSection>,
 }
@@ -396,13 +402,13 @@ pub struct ScheduleSection {
     pub kind: ScheduleKind,
     pub warmup: Duration,
     pub cooldown: Duration,
-    /// Length of the schedule; default: the run's. Longer than the run: the run ends early on the curve.
+    /// Length of the schedule; default: the run's. If it is longer, the run ends before the curve does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub total: Option<Duration>,
-    /// Cosine and linear: end value. Absolute, except that under `decay_mode = "big_vision"` the whole schedule is relative
-    /// to `lr`, and with it every rate that stands here.
+    /// Cosine and linear: end value. Absolute, except that under `decay_mode = "big_vision"` the whole
+    /// schedule, including this value, is relative to `lr`.
     pub end: f64,
-    /// Linear: exponent of the way that is left.
+    /// Linear: exponent of the remaining fraction.
     pub power: f64,
     /// Rsqrt: both in updates.
     pub timescale: f64,
@@ -410,7 +416,8 @@ pub struct ScheduleSection {
     /// Stair: updates at which the rate becomes `mults` of the base.
     pub boundaries: Vec<u64>,
     pub mults: Vec<f64>,
-    /// timm: rate at the first update, least rate, and whether the cosine starts after the warm-up instead of beneath it.
+    /// timm: rate at the first update, smallest rate, and whether the cosine starts after the warm-up instead
+    /// of beneath it.
     pub warmup_lr: f64,
     pub min_lr: f64,
     pub warmup_prefix: bool,
@@ -436,13 +443,13 @@ impl Default for ScheduleSection {
     }
 }
 
-/// The training objective. Evaluations neither smooth nor weigh.
+/// The training objective. Evaluations use neither smoothing nor weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossSection {
     pub kind: LossKind,
     pub label_smoothing: f32,
-    /// `none`, `balanced` (rare classes count more), or one number for each class in their order.
+    /// `none`, `balanced` (rare classes count more), or one number per class in their order.
     pub class_weights: ClassWeights,
 }
 
@@ -452,11 +459,11 @@ impl Default for LossSection {
     }
 }
 
-/// How the run goes.
+/// Length, batches, output and devices of the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainSection {
-    /// What the run is called, and its directory in `runs`. Default: the recipe's name and the time.
+    /// Name of the run, and of its directory in `runs`. Default: the recipe's name and the time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Length of the run. `steps` and `epochs` exclude each other.
@@ -467,16 +474,17 @@ pub struct TrainSection {
     pub batch: usize,
     /// Samples per forward and backward; 0: the whole batch; `"auto"`: as many as fit. Must divide `batch`.
     pub micro_batch: MicroBatch,
-    /// Activations that the backward works out again to save memory: `none`, `ln+gelu` or `block`.
+    /// Activations that the backward pass recomputes to save memory: `none`, `ln+gelu` or `block`.
     pub recompute: Recompute,
-    /// In a model that reads the class token alone, work out only its part of the last block: the same result with some
-    /// last bits rounded otherwise, in less time. Other models do not differ.
+    /// In a model that reads only the class token, compute only that part of the last block. The result is
+    /// the same except for rounding in the last bits, and takes less time. Other models do not change.
     pub prune_last_block: bool,
     pub precision: Precision,
-    /// In bf16: what the residual stream and its gradient are stored in, `bf16` (`auto`) or `f32`.
+    /// In bf16: storage of the residual stream and its gradient, `bf16` (`auto`) or `f32`.
     pub residual: Residual,
     pub seed: u64,
-    /// Matrix product algorithms by rule, not by timing: two fresh runs agree to the bit on a GPU too.
+    /// Choose matrix product algorithms by rule, not by timing, so that two fresh runs agree to the bit on a
+    /// GPU, too.
     pub deterministic: bool,
     /// On a GPU: record the step once and replay it.
     pub graph: bool,
@@ -486,16 +494,16 @@ pub struct TrainSection {
     pub threads: usize,
     pub log_every: u64,
     pub eval_every: u64,
-    /// Default: as `eval_every`.
+    /// Default: the value of `eval_every`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_every: Option<u64>,
-    /// How many of the newest checkpoints stay, beside the best.
+    /// Number of newest checkpoints to keep, besides the best.
     pub keep: usize,
     /// Non-finite steps in a row after which the run stops.
     pub max_skipped: u64,
     /// Evaluations without improvement after which the run stops; 0: never.
     pub patience: u64,
-    /// Least improvement of the validation metric that counts.
+    /// Smallest improvement of the validation metric that counts.
     pub min_delta: f64,
 }
 
@@ -527,14 +535,14 @@ impl Default for TrainSection {
     }
 }
 
-/// What decides which checkpoint is best and when to stop early.
+/// The metric that selects the best checkpoint and early stopping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Metric {
-    /// Where samples have several labels or none: [`Metric::Map`].
+    /// For samples with several labels or none: [`Metric::Map`].
     Top1,
     Loss,
-    /// The mean of the classes' average precisions, where samples have several labels or none.
+    /// The mean of the classes' average precisions, for samples with several labels or none.
     Map,
 }
 
@@ -546,9 +554,10 @@ pub enum EvalResize {
     Squash,
     /// Shorter side to `image / crop_ratio`, antialiased bicubic, then the centre (timm, DeiT).
     Center,
-    /// Shorter side to `image / crop_ratio` by areas, fractions cut, then the centre (big_vision).
+    /// Shorter side to `image / crop_ratio` by areas, fractions truncated, then the centre (big_vision).
     AreaCenter,
-    /// Squash to `image / crop_ratio`, bilinear without antialias, fractions cut, then the centre (big_vision's few-shot).
+    /// Squash to `image / crop_ratio`, bilinear without antialias, fractions truncated, then the centre
+    /// (big_vision's few-shot).
     SquashCenter,
     /// Squash to `image / crop_ratio`, antialiased bilinear, then the centre (HuggingFace: a ratio of 1).
     SquashSmooth,
@@ -585,47 +594,47 @@ impl Default for EvalSection {
     }
 }
 
-/// What becomes of the classifier of a weights file.
+/// What happens to the classifier of a weights file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum HeadPolicy {
-    /// Kept where the classes agree. Where both sides have names, each class takes the row of its name, and a class
-    /// without one starts at zero; without names, another number of classes means a new head.
+    /// Kept if the classes agree. If both sides have names, each class takes the row of its name, and a class
+    /// without one starts at zero. Without names, a different number of classes means a new head.
     #[default]
     Auto,
-    /// Always a new head of zeros: vit_jax, even where the classes agree.
+    /// Always a new head of zeros, as in vit_jax, even if the classes agree.
     Reset,
     /// An error unless the classes agree.
     Keep,
 }
 
-/// What becomes of the tanh layer in front of the head (`pre_logits`).
+/// What happens to the tanh layer before the head (`pre_logits`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RepLayer {
-    /// Goes with the head: kept where any row of the head is, else dropped, as vit_jax fine-tunes.
+    /// Follows the head: kept if any row of the head is kept, else dropped, as in vit_jax's fine-tuning.
     #[default]
     Auto,
     Keep,
     Drop,
 }
 
-/// Whose way of resizing position embeddings and patch kernels.
+/// Which system's resizing of position embeddings and patch kernels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PosembDialect {
     /// That of the code that the file's layout comes from.
     #[default]
     Auto,
-    /// `scipy.ndimage.zoom(order=1)`: linear, the corners of both grids aligned. Without SciPy's zeros, see
+    /// `scipy.ndimage.zoom(order=1)`: linear, corners of both grids aligned. Without SciPy's zeros, see
     /// [`PosembDialect::ScipyZoomExact`].
     VitJax,
     /// The same as [`PosembDialect::VitJax`].
     BigVision,
-    /// SciPy to the letter: where the last coordinate exceeds the grid by a rounding error (28 to 48 patches per side,
-    /// among others) the last row and column are zero.
+    /// Exactly SciPy: if the last coordinate exceeds the grid by a rounding error (28 to 48 patches per side,
+    /// among others), the last row and column are zero.
     ScipyZoomExact,
-    /// timm's own files: bicubic with antialiasing.
+    /// timm for its own files: bicubic with antialiasing.
     Timm,
     /// timm reading an `.npz`: bilinear between half-pixel centres, no antialiasing.
     TimmNpz,
@@ -633,7 +642,7 @@ pub enum PosembDialect {
     Hf,
 }
 
-/// The weights that a run starts from. Without this section its model is new.
+/// The weights that a run starts from. Without this section the model is new.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FinetuneSection {
@@ -645,11 +654,11 @@ pub struct FinetuneSection {
     pub posemb: PosembDialect,
 }
 
-/// Patterns for names in a weights file, as every command that reads one takes them.
+/// Patterns for names in a weights file, in every command that reads one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WeightsSection {
-    /// `REGEX=>NEW` each, applied one after the other.
+    /// Each `REGEX=>NEW`, applied one after the other.
     pub rename: Vec<String>,
     /// A tensor whose whole name matches one of them is left out.
     pub exclude: Vec<String>,

@@ -1,26 +1,26 @@
-//! From what the user wrote to what the program works with: the model's sizes, the run's length, and a refusal of
-//! what makes no sense or is not built yet.
+//! Resolves the user's settings into what the program uses: the model's sizes and the run's length. Refuses
+//! settings that contradict each other or are not implemented yet.
 
 use super::{ClassWeights, Duration, MicroBatch, ModelSection, Recipe, Size};
 use crate::error::{Error, Result};
 use crate::vit::config::{ModelConfig, PoolKind, Variant};
 
-/// Far above any published model or run, far below where products of sizes overflow.
+/// Far above any published model or run, and far below where products of sizes overflow.
 const LIMITS: [(&str, usize); 4] =
     [("width", 1 << 16), ("depth", 1 << 10), ("mlp", 1 << 18), ("image", 1 << 13)];
 const MOST_CLASSES: usize = 1 << 22;
 const MOST_BATCH: usize = 1 << 20;
 
 impl Recipe {
-    /// The architecture, complete and checked. `classes_of_data` is 0 where no data set has been opened; then the recipe
-    /// must name the classes.
+    /// The architecture, complete and checked. `classes_of_data` is 0 if no data set has been opened; the
+    /// recipe must then give the number of classes.
     pub fn model_config(&self, classes_of_data: usize) -> Result<ModelConfig> {
         let config = self.model.config(self.model.classes(classes_of_data)?)?;
         config.validate()?;
         Ok(config)
     }
 
-    /// Number of updates in the run, over `data_size` pictures per epoch.
+    /// Number of updates in the run, with `data_size` pictures per epoch.
     pub fn steps(&self, data_size: usize) -> Result<u64> {
         match (self.train.steps, self.train.epochs) {
             (Some(steps), None) => Ok(steps),
@@ -34,7 +34,7 @@ impl Recipe {
         }
     }
 
-    /// The recipe with everything that had to be worked out written into it: sizes, classes, steps.
+    /// The recipe with everything that was resolved written into it: sizes, classes, steps.
     pub fn resolved(&self, classes_of_data: usize, data_size: usize) -> Result<Recipe> {
         let config = self.model_config(classes_of_data)?;
         self.check_class_weights(config.classes)?;
@@ -47,16 +47,16 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// Refuses what cannot be trained, naming the key. What depends on the data (classes, epochs) is checked when the
-    /// data is known.
+    /// Refuses settings that cannot be trained, and names the key. Settings that depend on the data (classes,
+    /// epochs) are checked when the data is known.
     pub fn validate(&self) -> Result<()> {
-        // A weights file may fill in the rest.
+        // A weights file may give the rest.
         if self.finetune.is_none() {
             self.model.config(self.model.classes.unwrap_or(1))?.validate()?;
         }
         if self.finetune.is_none() && self.weights.is_some() {
             return Err(Error::usage(
-                "`weights` says how to read a weights file, and the run starts from none",
+                "`weights` says how to read a weights file, but the run does not start from one",
             )
             .hint("leave it out, or use `vitrum finetune`"));
         }
@@ -67,7 +67,7 @@ impl Recipe {
         self.validate_settings()
     }
 
-    /// Refuses a list of `loss.class_weights` that has not one number for each of `classes`.
+    /// Refuses a list of `loss.class_weights` that does not have one number for each of `classes`.
     pub fn check_class_weights(&self, classes: usize) -> Result<()> {
         match &self.loss.class_weights {
             ClassWeights::Given(weights) if weights.len() != classes => Err(Error::usage(format!(
@@ -129,12 +129,12 @@ impl Recipe {
         match &self.loss.class_weights {
             ClassWeights::None => Ok(()),
             ClassWeights::Balanced if self.data.balance => Err(Error::usage(
-                "`loss.class_weights = \"balanced\"` and `data.balance = true` would make up for rare classes twice",
+                "`loss.class_weights = \"balanced\"` and `data.balance = true` would correct for rare classes twice",
             )
             .hint("use one of them: `--set data.balance=false`, or `--set loss.class_weights=none`")),
             ClassWeights::Balanced => Ok(()),
             ClassWeights::Given(weights) => {
-                // The loss takes them in f32.
+                // The loss uses them in f32.
                 let is_weight = |w: &f64| (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(w);
                 match weights.iter().position(|w| !is_weight(w)) {
                     None => Ok(()),
@@ -155,7 +155,7 @@ impl Recipe {
         let (least, most) = a.area;
         if !(least > 0.0 && least <= most && most <= 1.0) {
             return Err(Error::usage(format!("`augment.area` is [{least}, {most}]")).hint(
-                "give the least and the most share of the picture, as in `--set augment.area=[0.05,1.0]`",
+                "give the smallest and the largest share of the picture, as in `--set augment.area=[0.05,1.0]`",
             ));
         }
         for (key, value) in [
@@ -218,7 +218,7 @@ impl Recipe {
         for (index, group) in o.groups.iter().enumerate() {
             let key = format!("optim.groups[{index}]");
             if let Err(e) = regex_lite::Regex::new(&group.pattern) {
-                return Err(Error::usage(format!("`{key}.pattern` is no regular expression: {e}"))
+                return Err(Error::usage(format!("`{key}.pattern` is not a regular expression: {e}"))
                     .hint("patterns match whole parameter names, as in `head[.].*`"));
             }
             within(&format!("{key}.lr_mult"), group.lr_mult.unwrap_or(1.0), 0.0, f64::MAX)?;
@@ -228,7 +228,7 @@ impl Recipe {
     }
 }
 
-/// What a `model` section says about sizes; `None` where it leaves one open.
+/// The sizes in a `model` section; `None` for those that it omits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GivenSizes {
     pub width: Option<usize>,
@@ -240,7 +240,7 @@ pub struct GivenSizes {
 }
 
 impl ModelSection {
-    /// From the recipe, else from the data; an error where both speak and differ.
+    /// From the recipe, else from the data; an error if both are given and differ.
     fn classes(&self, of_data: usize) -> Result<usize> {
         match (self.classes, of_data) {
             (Some(classes), 0) => Ok(classes),
@@ -257,7 +257,7 @@ impl ModelSection {
         }
     }
 
-    /// The sizes that the section gives, by a variant or key by key.
+    /// The sizes that the section gives, by a variant or by single keys.
     pub fn sizes(&self) -> Result<GivenSizes> {
         let variant = self.variant.as_deref().map(Variant::parse).transpose()?;
         let of_variant = |f: fn(&Variant) -> usize| variant.as_ref().map(|(v, _)| f(v));
@@ -265,14 +265,14 @@ impl ModelSection {
             width: self.width.or(of_variant(|v| v.width)),
             depth: self.depth.or(of_variant(|v| v.depth)),
             heads: self.heads.or(of_variant(|v| v.heads)),
-            // A width of its own makes another model: the variant's mlp no longer belongs to it.
+            // A different width makes another model, so the variant's mlp does not apply.
             mlp: self.mlp.or(of_variant(|v| v.mlp).filter(|_| self.width.is_none())),
             patch: self.patch.map(|p| (p.height, p.width)).or(variant.map(|(_, p)| (p, p))),
         })
     }
 
-    /// The model of a weights file. What regularises or initialises a model stays as it is here: files do not say how they
-    /// are to be trained on.
+    /// The model of a weights file. Regularisation and initialisation keep the settings here: files do not
+    /// say how to train the model further.
     pub fn of_file(&self, file: &ModelConfig) -> Self {
         Self {
             variant: self.variant.clone(),
@@ -287,7 +287,7 @@ impl ModelSection {
         }
     }
 
-    /// The variant's sizes, overridden key by key.
+    /// The variant's sizes, overridden by single keys.
     fn config(&self, classes: usize) -> Result<ModelConfig> {
         let missing = |key: &str| {
             Error::usage(format!("the model has no `model.{key}`"))
@@ -336,10 +336,10 @@ impl ModelSection {
 }
 
 impl From<&ModelConfig> for ModelSection {
-    /// Every key spelled out: the inverse of [`Recipe::model_config`].
+    /// Every key with its value: the inverse of [`Recipe::model_config`].
     fn from(config: &ModelConfig) -> Self {
         let size = |(height, width): (usize, usize)| Size { height, width };
-        // No `..`: the compiler asks for a line for each new setting of the model.
+        // No `..`, so that the compiler demands a line for each new setting of the model.
         let ModelConfig {
             image,
             patch,
@@ -394,7 +394,7 @@ impl From<&ModelConfig> for ModelSection {
     }
 }
 
-/// NaN is outside of everything.
+/// NaN is outside every range.
 fn within(key: &str, value: f64, least: f64, most: f64) -> Result<()> {
     if (least..=most).contains(&value) && value.is_finite() {
         return Ok(());
@@ -404,7 +404,7 @@ fn within(key: &str, value: f64, least: f64, most: f64) -> Result<()> {
         (false, true) => format!("use a finite number from {least} up"),
         (false, false) => format!("use a number from {least} to {most}"),
     };
-    // A value that came from an f32 is shown as the user wrote it: 1.2, not 1.2000000476837158.
+    // A value from an f32 is shown as the user wrote it: 1.2, not 1.2000000476837158.
     let short = value as f32;
     let shown = if f64::from(short) == value { short.to_string() } else { value.to_string() };
     Err(Error::usage(format!("`{key}` is {shown}")).hint(hint))

@@ -1,7 +1,7 @@
-//! The published AugReg weights (Steiner et al. 2021, arXiv:2106.10270) by name: what a file name says about the run
-//! behind it, short names for the files that their authors recommend, and the choice from the index of all of them.
+//! The published AugReg weights (Steiner et al. 2021, arXiv:2106.10270) by name: what a file name says about
+//! its run, short names for the files that the authors recommend, and the choice from the index of all files.
 //!
-//! Nothing is downloaded. A file that is not there is an error with the command that fetches it.
+//! Nothing is downloaded. For a missing file, the error gives the command that fetches it.
 
 use std::path::{Path, PathBuf};
 
@@ -12,10 +12,10 @@ use super::shards::INDEX;
 use crate::error::{Error, Result};
 use crate::files;
 
-/// Where the files are published.
+/// URL of the published files.
 const BUCKET: &str = "https://storage.googleapis.com/vit_models/augreg";
 
-/// What a short name (`augreg:B/16`, `howto-i21k-B/16`) stands for where no index is at hand: the 300-epoch
+/// The meaning of a short name (`augreg:B/16`, `howto-i21k-B/16`) without an index: the 300-epoch
 /// ImageNet-21k checkpoints that the authors recommend, as (model, augmentation, weight decay).
 const RECOMMENDED: [(&str, &str, &str); 8] = [
     ("Ti/16", "none", "0.03"),
@@ -28,7 +28,8 @@ const RECOMMENDED: [(&str, &str, &str); 8] = [
     ("R50+L/32", "medium1", "0.1"),
 ];
 
-/// The file that a user means by `path`: a short name's, a folder's, a model's of the HuggingFace hub, or `path` itself.
+/// The file that a user means by `path`: that of a short name, of a folder, of a HuggingFace hub model, or
+/// `path` itself.
 pub fn resolve(path: &Path) -> Result<PathBuf> {
     match path.to_str() {
         Some(text) if !path.exists() => match ShortName::parse(text) {
@@ -39,12 +40,13 @@ pub fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Whether `path` is a short name, and no file that happens to be called so.
+/// Whether `path` is a short name and no file has that name.
 pub fn is_short_name(path: &Path) -> bool {
     !path.exists() && path.to_str().is_some_and(|text| ShortName::parse(text).is_some())
 }
 
-/// A folder's weights file: of a checkpoint, of a HuggingFace model, or of a run (its best checkpoint, else its last).
+/// A folder's weights file: of a checkpoint, of a HuggingFace model, or of a run (its best checkpoint, else
+/// its last).
 fn in_folder(path: &Path) -> Result<PathBuf> {
     if !path.is_dir() {
         return Ok(path.into());
@@ -81,11 +83,11 @@ fn in_folder(path: &Path) -> Result<PathBuf> {
 /// `[FOLDER/]augreg:MODEL`, `[FOLDER/]augreg:FILE` or `howto-i21k-MODEL`.
 struct ShortName<'a> {
     text: &'a str,
-    /// The only place to look, where one is given.
+    /// The only folder to search, if one is given.
     folder: Option<&'a str>,
     /// `B/16`, or the stem of a file.
     name: &'a str,
-    /// The index may choose; `howto` names stand for one file each.
+    /// Whether the index may choose; `howto` names stand for one file each.
     by_index: bool,
 }
 
@@ -114,11 +116,11 @@ impl<'a> ShortName<'a> {
             return Ok(path);
         }
         let to = self.folder.map_or(cache, PathBuf::from).join(&file);
-        Err(Error::new(format!("`{}` is the file `{file}`, which is not here", self.text))
+        Err(Error::new(format!("`{}` is the file `{file}`, which was not found", self.text))
             .hint(format!("download it: curl -L --create-dirs -o '{}' '{BUCKET}/{file}'", to.display())))
     }
 
-    /// As vit_jax chooses: a name with a dash is a file's, a model's is the best of the index.
+    /// As in vit_jax: a name with a dash is a file's; a model's name means the best of the index.
     fn stem(&self, folders: &[PathBuf]) -> Result<String> {
         if self.by_index && self.name.contains('-') {
             return Ok(self.name.into());
@@ -130,18 +132,18 @@ impl<'a> ShortName<'a> {
         }
         let Some((model, aug, decay)) = RECOMMENDED.iter().find(|(model, ..)| *model == self.name) else {
             let known: Vec<&str> = RECOMMENDED.iter().map(|(model, ..)| *model).collect();
-            return Err(Error::usage(format!("`{}` names no AugReg model", self.text))
+            return Err(Error::usage(format!("`{}` does not name an AugReg model", self.text))
                 .hint(format!("there are {}", known.join(", "))));
         };
-        // Of the recommended ones only the largest hybrid was trained with dropout.
+        // Of the recommended files, only the largest hybrid was trained with dropout.
         let rate = if *model == "R50+L/32" { "0.1" } else { "0.0" };
         let model = model.replace(['/', '+'], "_");
         Ok(format!("{model}-i21k-300ep-lr_0.001-aug_{aug}-wd_{decay}-do_{rate}-sd_{rate}"))
     }
 }
 
-/// From the index of all runs, the pre-training file of `model` (`B/16`, or `B_16`) that has the best upstream
-/// validation result (`final_val`) of those on ImageNet-21k. vit_jax takes the last of equals, and so does this.
+/// From the index of all runs, the pre-training file of `model` (`B/16`, or `B_16`) with the best upstream
+/// validation result (`final_val`) on ImageNet-21k. Of equal ones it takes the last, as vit_jax does.
 pub fn best_of(index: &str, model: &str) -> Result<String> {
     let mut lines = index.lines();
     let columns: Vec<&str> = lines.next().unwrap_or_default().split(',').map(str::trim).collect();
@@ -171,10 +173,10 @@ pub fn best_of(index: &str, model: &str) -> Result<String> {
     }
 }
 
-/// What a file name says.
+/// The contents of a file name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Name {
-    /// As in `B/16`.
+    /// Such as `B/16`.
     pub model: String,
     /// `i21k` or `i1k`.
     pub data: String,
@@ -198,7 +200,7 @@ pub struct Finetuned {
 }
 
 impl Name {
-    /// `None`: another kind of name.
+    /// `None` if it is another kind of name.
     pub fn of_file(path: &Path) -> Option<Self> {
         Self::parse(path.file_name()?.to_str()?.strip_suffix(".npz")?)
     }

@@ -1,4 +1,4 @@
-//! Named arrays in a file, whatever the format: which there are, their shapes, their values as f32.
+//! Named arrays in a file of any format: their names, their shapes, their values as f32.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -13,7 +13,7 @@ use super::tensor::Tensors;
 use crate::error::{Error, Result};
 use crate::seal;
 
-/// A file whose headers have been read, or tensors that are in memory already.
+/// A file whose headers have been read, or tensors in memory.
 #[derive(Debug)]
 pub(super) enum Container {
     Npz(Npz),
@@ -23,7 +23,7 @@ pub(super) enum Container {
 }
 
 impl Container {
-    /// A file of a checkpoint is compared with its checksums.
+    /// A checkpoint's file is compared with its checksums.
     pub(super) fn open(path: &Path) -> Result<Self> {
         if Shards::is_index(path) {
             return Ok(Self::Shards(Shards::open(path)?));
@@ -33,14 +33,14 @@ impl Container {
         Self::parse(bytes, path)
     }
 
-    /// Told apart by the first bytes, not by the name.
+    /// The first bytes decide the format, not the name.
     pub(super) fn parse(bytes: Bytes, path: &Path) -> Result<Self> {
         match *bytes {
             [b'P', b'K', ..] => Ok(Self::Npz(Npz::parse(bytes, path)?)),
             // The protocol mark of a pickle.
             [0x80, 2..=5, b'}' | b']' | b'c' | 0x8a | b'(' | b'X', ..] => Err(refuse_pickle(path)),
             [0x89, b'H', b'D', b'F', ..] => {
-                Err(Error::new(format!("{}: an HDF5 file, which is not read", path.display()))
+                Err(Error::new(format!("{}: an HDF5 file, which is not supported", path.display()))
                     .hint("give the model's `.npz` or `.safetensors` file"))
             }
             _ => Ok(Self::SafeTensors(SafeTensors::parse(bytes, path)?)),
@@ -68,7 +68,7 @@ impl Container {
         }
     }
 
-    /// Row-major values; borrowed where they lie in the file as we want them.
+    /// Row-major values; borrowed if the file stores them in the needed form.
     pub(super) fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
         match self {
             Self::Npz(npz) => Ok(Cow::Owned(npz.tensor(name)?.values)),
@@ -78,7 +78,7 @@ impl Container {
         }
     }
 
-    /// Taking one block's share of this array costs no more than the share.
+    /// Whether taking one block's share of this array costs no more than that share.
     pub(super) fn is_cheap(&self, name: &str) -> bool {
         match self {
             Self::Npz(_) => false,
@@ -88,7 +88,7 @@ impl Container {
         }
     }
 
-    /// Stored with 64 bits, of which f32 keeps 24.
+    /// Whether the values have 64 bits, of which f32 keeps 24.
     pub(super) fn is_f64(&self, name: &str) -> bool {
         match self {
             Self::Npz(npz) => npz.is_f64(name).unwrap_or(false),

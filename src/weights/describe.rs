@@ -1,4 +1,4 @@
-//! What a weights file is, from its headers alone.
+//! Describes a weights file from its headers alone.
 
 use std::path::Path;
 
@@ -14,12 +14,12 @@ use crate::seal::Seal;
 use crate::vit::config::Posemb;
 use crate::vit::params::ParamLayout;
 
-/// Layout, sizes, heads (or `"unknown"`), provenance; the tensors that are missing, unexpected or of another shape than
-/// the model needs.
+/// Layout, sizes, heads (or `"unknown"`), provenance, and the tensors that are missing, unexpected or of a
+/// different shape than the model needs.
 pub fn describe(path: &Path, overrides: &ModelOverrides) -> Result<Value> {
     let path = locate(path)?;
     let container = Container::open(&path)?;
-    // Any number of heads does: it is reported only where the file has one.
+    // Any number of heads works here: it is reported only if the file has one.
     let any_heads = ModelOverrides { heads: overrides.heads.or(Some(1)), ..overrides.clone() };
     let headers = Headers::read(&container, &path, Hub::beside(&path)?, &any_heads)
         .map_err(|e| e.at(path.display()))?;

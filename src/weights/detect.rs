@@ -1,4 +1,5 @@
-//! Which model is in a file: sizes from shapes, the rest from the file's metadata, and what the user sets wins.
+//! Detects which model is in a file: sizes from shapes, the rest from the file's metadata. The user's
+//! settings override both.
 
 use regex_lite::Regex;
 
@@ -12,7 +13,7 @@ use crate::fail;
 use crate::vit::config::{DropPathMode, ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
 use crate::vit::names::block_of;
 
-/// What `--set model.KEY=VALUE` can say about a file that does not say it itself.
+/// The model settings of `--set model.KEY=VALUE`, for what a file does not say itself.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelOverrides {
     pub heads: Option<usize>,
@@ -26,15 +27,15 @@ pub struct ModelOverrides {
     pub image: Option<(usize, usize)>,
     /// `weights.exclude`: tensors of the file with such a name are left out.
     pub exclude: Vec<Pattern>,
-    /// `data.mean`, `data.std`: of pixels in [0, 1].
+    /// `data.mean`, `data.std`: for pixels in [0, 1].
     pub mean: Option<[f64; 3]>,
     pub std: Option<[f64; 3]>,
-    /// `weights.rename`: the first match in a tensor's name gives way to the text (`$1`: what a group matched), one
-    /// rule after the other.
+    /// `weights.rename`: the first match in a tensor's name is replaced by the text (`$1`: the first group's
+    /// match); the rules are applied one after the other.
     pub rename: Vec<(Pattern, String)>,
 }
 
-/// A regular expression; equal to another of the same text.
+/// A regular expression; equal to another with the same text.
 #[derive(Clone, Debug)]
 pub struct Pattern(Regex);
 
@@ -62,7 +63,7 @@ impl PartialEq for Pattern {
     }
 }
 
-/// Pixels per side; a false number must not overflow a product.
+/// Pixels per side; a wrong number must not overflow a product.
 const MAX_SIDE: usize = 1 << 16;
 /// Width, mlp, classes; far beyond any model, for the same reason.
 const MAX_WIDTH: usize = 1 << 22;
@@ -84,7 +85,8 @@ impl ModelOverrides {
         "weights.exclude",
     ];
 
-    /// From the pairs of `--set`, as in (`model.heads`, `4`). Patterns add up, of other keys the last wins. An unknown key or a wrong value is wrong usage.
+    /// From the pairs of `--set`, such as (`model.heads`, `4`). Patterns accumulate; for other keys the last
+    /// one wins. An unknown key or an invalid value is a usage error.
     pub fn from_sets(sets: &[(String, String)]) -> Result<Self> {
         let mut out = Self::default();
         for (key, value) in sets {
@@ -181,7 +183,7 @@ fn unknown_key(key: &str) -> Error {
     ))
 }
 
-/// What the shapes say.
+/// The sizes from the shapes.
 #[derive(Debug)]
 pub(super) struct Sizes {
     pub(super) width: usize,
@@ -237,12 +239,12 @@ impl Sizes {
             extra_tokens: ["cls_token", "dist_token"].iter().filter(|t| shapes.contains_key(**t)).count(),
             posemb_rows,
             layer_scale: shapes.contains_key("blocks.0.ls1.gamma"),
-            // Where only some blocks have one, the others' are missing.
+            // If only some blocks have one, the others' are missing.
             qkv_bias: shapes.keys().any(|n| n.ends_with(".attn.qkv.bias")),
             map: shapes.contains_key("attn_pool.latent"),
             fc_norm: shapes.contains_key("fc_norm.weight"),
         };
-        // Both halves of a gated layer lie in one tensor; its name is that of a plain one.
+        // Both halves of a gated layer are in one tensor, which has a plain layer's name.
         if matrix("blocks.0.mlp.fc2.weight").is_ok_and(|(_, cols)| sizes.mlp == 2 * cols) {
             fail!(
                 "`blocks.0.mlp.fc1.weight` has twice the rows that `blocks.0.mlp.fc2.weight` takes: the model has a \
@@ -251,12 +253,12 @@ impl Sizes {
         }
         let widest = sizes.width.max(sizes.mlp).max(sizes.classes).max(sizes.rep_size);
         if widest > MAX_WIDTH || sizes.depth > MAX_DEPTH {
-            fail!("{} blocks and a layer of {widest} are no model", sizes.depth);
+            fail!("{} blocks and a layer of {widest} are not a plausible model", sizes.depth);
         }
         Ok(sizes)
     }
 
-    /// Whether the position embedding may be one for pictures of that size.
+    /// Whether the position embedding can belong to pictures of this size.
     fn hold(&self, config: &ModelConfig, image: (usize, usize)) -> bool {
         let ((h, w), (ph, pw)) = (image, self.patch);
         let patches = (h / ph) * (w / pw);
@@ -267,7 +269,7 @@ impl Sizes {
     fn pool(&self) -> PoolKind {
         match () {
             () if self.map => PoolKind::Map,
-            // timm has this norm only where it averages.
+            // timm has this norm only with average pooling.
             () if self.extra_tokens > 0 && !self.fc_norm => PoolKind::Token,
             () => PoolKind::Gap,
         }
@@ -291,13 +293,13 @@ fn depth(shapes: &Shapes) -> Result<usize> {
 #[derive(Debug)]
 pub(super) struct Detected {
     pub(super) config: ModelConfig,
-    /// The image size is known, not only the number of patches.
+    /// Whether the image size is known, not only the number of patches.
     pub(super) grid_known: bool,
-    /// Neither the file nor the user said how many heads there are.
+    /// Whether neither the file nor the user gives the number of heads.
     pub(super) heads_assumed: bool,
 }
 
-/// `stored` is the configuration in the file's own metadata, `hub` what lies beside the file.
+/// `stored` is the configuration in the file's own metadata, `hub` what the files beside it say.
 pub(super) fn detect(
     plan: &Plan,
     stored: Option<Stored>,
@@ -333,12 +335,12 @@ pub(super) fn detect(
     }
     config.posemb_join = o.posemb_join.unwrap_or(config.posemb_join);
     let grid_known = settle_grid(&mut config, &sizes, grid_from_metadata, image)?;
-    // What the file says is not the user's mistake.
+    // The file's values are not the user's mistake.
     validate(&config).map_err(|e| if *o == ModelOverrides::default() { e.into_failure() } else { e })?;
     Ok(Detected { config, grid_known, heads_assumed: !heads_known })
 }
 
-/// What a `config.json` says of sizes must be what the tensors say.
+/// Sizes in a `config.json` must equal those of the tensors.
 fn check_sizes(hub: &Hub, sizes: &Sizes) -> Result<()> {
     for (key, said, of) in &hub.sizes {
         let found = match of {
@@ -346,7 +348,7 @@ fn check_sizes(hub: &Hub, sizes: &Sizes) -> Result<()> {
             SizeOf::Depth => sizes.depth,
             SizeOf::Mlp => sizes.mlp,
             SizeOf::Patch => sizes.patch.0.min(sizes.patch.1),
-            // A model without a classifier may still say how many classes its data had.
+            // A model without a classifier may still give the number of its data's classes.
             SizeOf::Classes if sizes.classes == 0 => continue,
             SizeOf::Classes => sizes.classes,
         };
@@ -357,19 +359,19 @@ fn check_sizes(hub: &Hub, sizes: &Sizes) -> Result<()> {
     Ok(())
 }
 
-/// Heads by the width, where nothing says them: of 64, but for the sizes beyond L.
+/// The number of heads by the width, if nothing gives it: heads of size 64, except for the sizes beyond L.
 fn usual_heads(sizes: &Sizes) -> Result<usize> {
     let width = sizes.width;
     match width {
         1152 | 1408 | 1664 => Ok(16),
         1280 if sizes.patch == (14, 14) => Ok(16),
-        1536 => Err(Error::new(
-            "the number of heads is not in the file, and a width of 1536 is built with 16 and with 24",
-        )
-        .hint("give it, as in `--set model.heads=16`")),
+        1536 => {
+            Err(Error::new("the number of heads is not in the file, and models of width 1536 have 16 or 24")
+                .hint("give it, as in `--set model.heads=16`"))
+        }
         _ if width.is_multiple_of(64) => Ok(width / 64),
         _ => Err(Error::new(format!(
-            "the number of heads is not in the file, and its width {width} is no multiple of 64"
+            "the number of heads is not in the file, and its width {width} is not a multiple of 64"
         ))
         .hint(format!(
             "give it, as in `--set model.heads={}`",
@@ -378,12 +380,12 @@ fn usual_heads(sizes: &Sizes) -> Result<usize> {
     }
 }
 
-/// [`ModelConfig::validate`], and a model without a classifier will do.
+/// [`ModelConfig::validate`], which also accepts a model without a classifier here.
 pub(super) fn validate(config: &ModelConfig) -> Result<()> {
     ModelConfig { classes: config.classes.max(1), ..config.clone() }.validate()
 }
 
-/// The defaults of a layout at the sizes of a file; grid and heads are settled later.
+/// The defaults of a layout at the sizes of a file; grid and heads are decided later.
 fn from_sizes(sizes: &Sizes, kind: LayoutKind) -> ModelConfig {
     let (gelu, ln_eps, init) = kind.defaults();
     ModelConfig {
@@ -401,7 +403,7 @@ fn from_sizes(sizes: &Sizes, kind: LayoutKind) -> ModelConfig {
         posemb: if sizes.posemb_rows.is_some() { Posemb::Learned } else { Posemb::Sincos2d },
         posemb_join: PosembJoin::After,
         rep_size: sizes.rep_size,
-        // The initial value is not in the file; that the scale exists is.
+        // The file has the scale but not its initial value.
         layer_scale: if sizes.layer_scale { 1e-4 } else { 0.0 },
         gelu,
         ln_eps,
@@ -414,7 +416,7 @@ fn from_sizes(sizes: &Sizes, kind: LayoutKind) -> ModelConfig {
     }
 }
 
-/// The metadata must describe the tensors beside it; nothing larger than them may be built from it.
+/// The metadata must match the tensors in the file; nothing larger than them may be built from it.
 fn check_stored(config: ModelConfig, sizes: &Sizes) -> Result<ModelConfig> {
     let pairs = [
         ("width", config.width, sizes.width),
@@ -437,7 +439,7 @@ fn check_stored(config: ModelConfig, sizes: &Sizes) -> Result<ModelConfig> {
     Ok(config)
 }
 
-/// Whether extra tokens have rows: the layout's rule, else by the number of rows.
+/// Whether extra tokens have rows: by the layout's rule, else by the number of rows.
 fn join(config: &ModelConfig, sizes: &Sizes, plan: &Plan, image: Option<(usize, usize)>) -> PosembJoin {
     let (extra, rows) = (sizes.extra_tokens, learned_rows(config, sizes));
     let patches_of = |image: (usize, usize)| (image.0 / sizes.patch.0) * (image.1 / sizes.patch.1);
@@ -458,7 +460,7 @@ fn square(n: usize) -> bool {
     n > 0 && n.isqrt().pow(2) == n
 }
 
-/// Finds the image size from the rows of the position embedding, where nothing says it; true if it is known.
+/// If the image size is not given, finds it from the rows of the position embedding. True if it is known.
 fn settle_grid(
     config: &mut ModelConfig,
     sizes: &Sizes,
@@ -473,7 +475,7 @@ fn settle_grid(
         let patches = rows.map_or(1, |rows| rows.saturating_sub(with_rows).max(1));
         let side = patches.isqrt();
         let known = rows.is_some() && square(patches);
-        // Where the grid is not known, one row of patches keeps the number of tokens right.
+        // If the grid is not known, one row of patches gives the right number of tokens.
         let grid = if known { (side, side) } else { (1, patches) };
         config.image = (grid.0 * sizes.patch.0, grid.1.saturating_mul(sizes.patch.1));
         return Ok(known);

@@ -1,11 +1,11 @@
-//! Whether a set of tensors is exactly a model's parameters.
+//! Checks that a set of tensors is exactly a model's parameters.
 
 use super::layouts::Shapes;
 use super::tensor::shape_text;
 use crate::error::{Error, Result};
 use crate::vit::params::ParamLayout;
 
-/// What does not fit; each entry names a tensor.
+/// The mismatches; each entry names a tensor.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Misfits {
     pub(super) missing: Vec<String>,
@@ -17,7 +17,7 @@ impl Misfits {
     pub(super) fn of(layout: &ParamLayout, shapes: &Shapes) -> Self {
         let mut out = Self::default();
         let mut known = std::collections::HashSet::new();
-        // A model without a classifier has a head of no rows.
+        // A model without a classifier has a head with no rows.
         for p in layout.parameters().filter(|p| !p.is_empty()) {
             known.insert(p.name.as_str());
             match shapes.get(&p.name) {
@@ -36,7 +36,7 @@ impl Misfits {
         out
     }
 
-    /// An error that lists all sides, unless everything fits.
+    /// An error that lists all mismatches, unless everything fits.
     pub(super) fn refuse(&self) -> Result<()> {
         let sides = [
             ("missing", &self.missing),
@@ -52,12 +52,12 @@ impl Misfits {
             return Ok(());
         }
         let error = Error::new(format!("the tensors do not fit the model; {}", sides.join("; ")));
-        // What stands in a block takes part in what the model computes.
+        // A tensor in a block changes what the model computes.
         let beside = |name: &String| !name.starts_with("`blocks.");
         let only_extra = self.missing.is_empty() && self.reshaped.is_empty();
         Err(if only_extra && self.unexpected.iter().all(beside) {
             error.hint(format!(
-                "where the model does without them, leave them out with `--set 'weights.exclude={}'`",
+                "if the model works without them, leave them out with `--set 'weights.exclude={}'`",
                 pattern(&self.unexpected)
             ))
         } else if only_extra {
@@ -68,11 +68,11 @@ impl Misfits {
     }
 }
 
-/// First segments of names that a model has, so that a pattern for them would be one for the model.
+/// First segments of the model's own names; a pattern for them would match the model.
 const OF_MODELS: [&str; 9] =
     ["vit", "deit", "module", "model", "blocks", "encoder", "embeddings", "head", "norm"];
 
-/// A regular expression for all of them: whole names, or by their first segments where these are many.
+/// A regular expression for all of them: whole names, or, if there are many, their first segments.
 fn pattern(names: &[String]) -> String {
     let of = |name: &String| {
         let name = name.trim_matches('`');

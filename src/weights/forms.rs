@@ -1,4 +1,4 @@
-//! How values move between flax's shapes and ours. Every conversion moves values and computes none.
+//! Converts values between flax's shapes and ours. Every conversion moves values and computes none.
 
 use std::borrow::Cow;
 
@@ -11,7 +11,7 @@ impl Form {
         let product = |dims: &[usize]| dims.iter().product::<usize>();
         match self {
             Form::Same | Form::Rows { .. } | Form::HeadsBias { .. } => values,
-            // [ph, pw, 3, D]: a transpose gives [D, ph, pw, 3], then the channel moves in front of the pixels.
+            // [ph, pw, 3, D]: a transpose gives [D, ph, pw, 3], then the channel moves before the pixels.
             Form::Patch => {
                 let (d, channels) = (shape[3], shape[2]);
                 let rows = transpose(&values, values.len() / d.max(1), d);

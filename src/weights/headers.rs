@@ -1,4 +1,4 @@
-//! Everything that is known about a file before a value is read.
+//! Everything that is known about a file before any values are read.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -20,7 +20,7 @@ use crate::vit::config::ModelConfig;
 pub(super) struct Headers {
     pub(super) plan: Plan,
     pub(super) detected: Detected,
-    /// H, where the file or a `config.json` says it.
+    /// H, if the file or a `config.json` gives it.
     pub(super) heads: Option<usize>,
     pub(super) meta: CheckpointMeta,
     /// See [`super::ModelFile::unprepared`].
@@ -30,7 +30,7 @@ pub(super) struct Headers {
 /// The configuration in a file's metadata.
 pub(super) struct Stored {
     pub(super) config: ModelConfig,
-    /// False: written without an image size, by somebody who did not know it.
+    /// False if the writer did not know the image size and left it out.
     pub(super) grid_known: bool,
 }
 
@@ -57,7 +57,7 @@ impl Headers {
             None => CheckpointMeta::of_layout(plan.kind),
         };
         let detected = detect(&plan, stored, &hub, overrides)?;
-        // What tensors and names give away yields to what a file says of itself.
+        // What a file says about itself overrides what tensors and names suggest.
         let own = container.metadata(META_KEY).is_some();
         if !own && (plan.imagenet || named_after_imagenet(path)) {
             meta.normalise = Normalise::imagenet();
@@ -85,7 +85,7 @@ impl Headers {
     }
 }
 
-/// The names under which DeiT's, MAE's and DINO's own files are kept, whose pictures had ImageNet's mean.
+/// Beginnings of the names of DeiT's, MAE's and DINO's own files; their pictures had ImageNet's mean.
 fn named_after_imagenet(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
     let start = |mark: &str| name.starts_with(mark);
@@ -106,7 +106,7 @@ fn parse_stored(text: &str) -> Result<Stored> {
     Ok(Stored { config, grid_known })
 }
 
-/// Leaves out and renames what the user wants; beside it the names that the file has for the renamed ones.
+/// Excludes and renames as the user says. Also returns the file's names of the renamed tensors.
 fn renamed(shapes: Shapes, overrides: &ModelOverrides) -> Result<(Shapes, BTreeMap<String, String>)> {
     if overrides.exclude.is_empty() && overrides.rename.is_empty() {
         return Ok((shapes, BTreeMap::new()));
@@ -118,7 +118,7 @@ fn renamed(shapes: Shapes, overrides: &ModelOverrides) -> Result<(Shapes, BTreeM
         for (pattern, replacement) in &overrides.rename {
             new = pattern.replace(&new, replacement.as_str()).into_owned();
         }
-        // Messages speak of the new names.
+        // Messages use the new names.
         if overrides.exclude.iter().any(|pattern| pattern.is_match(&name) || pattern.is_match(&new)) {
             continue;
         }

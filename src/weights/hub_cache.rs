@@ -1,13 +1,13 @@
-//! Models of the HuggingFace hub by their names (`google/vit-base-patch16-224`), where they lie in its cache on this machine.
-//! Nothing is fetched.
+//! Models of the HuggingFace hub by their names (`google/vit-base-patch16-224`), from the hub's cache on this
+//! machine. Nothing is downloaded.
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// The folder of a model that `path` names as the hub does, or `None` if it is no such name, or a path that exists.
+/// The folder of the hub model that `path` names, or `None` if it is not such a name or is an existing path.
 ///
-/// # Errors
+/// Errors
 /// The model is not in the cache; the hint fetches it.
 pub(super) fn resolve(path: &Path) -> Result<Option<PathBuf>> {
     let Some(name) = path.to_str().filter(|_| is_name(path)) else {
@@ -27,12 +27,12 @@ pub(super) fn resolve(path: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// Whether `path` is a model's name on the hub, and nothing of that name is here.
+/// Whether `path` is a model's name on the hub, and no file here has that name.
 pub(super) fn is_name(path: &Path) -> bool {
     !path.exists() && path.to_str().is_some_and(is_hub_name)
 }
 
-/// `OWNER/MODEL`, with the characters that the hub allows; a file's name is none.
+/// `OWNER/MODEL`, with the characters that the hub allows; file names are excluded.
 fn is_hub_name(name: &str) -> bool {
     let plain = |part: &str| {
         part.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -43,14 +43,14 @@ fn is_hub_name(name: &str) -> bool {
         .any(|end| name.ends_with(end));
     let mut parts = name.split('/');
     let (owner, model, more) = (parts.next(), parts.next(), parts.next());
-    // A first part that is a folder here belongs to a path that is mistyped.
+    // If the first part is a folder here, this is a mistyped path.
     !is_file
         && more.is_none()
         && model.is_some_and(plain)
         && owner.is_some_and(|owner| plain(owner) && !Path::new(owner).exists())
 }
 
-/// Where the hub's own tools keep what they fetch.
+/// Where the hub's own tools keep their downloads.
 fn cache() -> PathBuf {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home = || variable("HOME").unwrap_or_default().join(".cache");

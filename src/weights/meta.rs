@@ -1,4 +1,4 @@
-//! What a checkpoint says about itself beside its tensors: how to feed it, what its classes are called, where it is from.
+//! What a checkpoint says about itself besides its tensors: how to feed it, its class names, its origin.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,8 +6,8 @@ use super::layouts::LayoutKind;
 use crate::backend::{LossKind, Normalise};
 use crate::recipe::EvalResize;
 
-/// Stored as JSON under [`META_KEY`]; the image size is in the model's configuration. Unknown keys are ignored and
-/// missing ones have defaults, so that old and new checkpoints can be read.
+/// Stored as JSON under [`META_KEY`]; the image size is in the model's configuration. Unknown keys are
+/// ignored and missing ones have defaults, so that old and new checkpoints can be read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CheckpointMeta {
@@ -19,16 +19,16 @@ pub struct CheckpointMeta {
     pub resize: EvalResize,
     /// The share of the resized picture's side that is kept.
     pub crop_ratio: f32,
-    /// What the head was trained with: how its logits become probabilities.
+    /// The head's training loss, which decides how its logits become probabilities.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<LossKind>,
-    /// Pictures are turned as their EXIF orientation says.
+    /// Whether pictures are turned by their EXIF orientation.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub exif: bool,
     /// The recipe's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
-    /// What it was trained on.
+    /// Its training data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<String>,
     /// Finished updates.
@@ -56,7 +56,7 @@ impl Default for CheckpointMeta {
 }
 
 impl CheckpointMeta {
-    /// For a file that says nothing: the protocol of the code that its layout comes from.
+    /// For a file without such data: the protocol of the code that its layout comes from.
     pub(super) fn of_layout(kind: LayoutKind) -> Self {
         let (resize, crop_ratio) = kind.eval_protocol();
         Self {

@@ -1,9 +1,10 @@
-//! Weights files: every known layout comes in, and goes out to any other that can hold the model.
+//! Weights files: reads every known layout, and writes any that can hold the model.
 //!
-//! Three questions are kept apart. What is in the container (`npz`, `safetensors`): named arrays. Whose names are
-//! these (`layouts`): a plan that says from which pieces of the file each of our tensors is made. Which model is that
-//! (`detect`): sizes from shapes, the rest from metadata and from the user. Our own names and shapes are timm's
-//! ([`crate::vit::params`]); reading and converting move values and compute none, [`adapt()`] alone does.
+//! Three questions are kept apart. What is in the container (`npz`, `safetensors`): named arrays. Whose names
+//! are these (`layouts`): a plan that says from which pieces of the file each of our tensors is made. Which
+//! model is it (`detect`): sizes from shapes, the rest from metadata and from the user. Our own names and
+//! shapes are timm's ([`crate::vit::params`]). Reading and converting move values and compute none; only
+//! [`adapt()`] computes.
 
 mod adapt;
 pub mod augreg;
@@ -55,34 +56,36 @@ use crate::seal::SEAL;
 use crate::vit::config::{ModelConfig, Posemb};
 use crate::vit::params::{Param, ParamLayout, sincos2d};
 
-/// A model as a file holds it.
+/// A model in a file.
 #[derive(Clone, Debug)]
 pub struct ModelFile {
     /// The file that was read.
     pub path: PathBuf,
-    /// `classes` is 0 where the file has no classifier; see [`open_backbone`].
+    /// `classes` is 0 if the file has no classifier; see [`open_backbone`].
     pub config: ModelConfig,
-    /// All parameters, under our names, in file order; read when they are asked for.
+    /// All parameters, under our names, in file order; read when they are needed.
     pub tensors: Store,
     pub layout: LayoutKind,
     pub meta: CheckpointMeta,
-    /// False: only the number of patches is known, and `config.image` is one row of them. See
+    /// If false, only the number of patches is known, and `config.image` is one row of them. See
+    /// [`ModelFile::set_image`].
     /// [`ModelFile::set_image`].
     pub grid_known: bool,
-    /// Why pictures cannot be prepared as the file says, where they cannot.
+    /// Why pictures cannot be prepared as the file says, if they cannot.
     pub unprepared: Option<String>,
-    /// What had to be assumed, to be told to the user.
+    /// What had to be assumed, for the user.
     pub notes: Vec<String>,
 }
 
-/// Whether `path` is no path, but a name that models have: a short name of [`augreg`], or one of the HuggingFace hub.
+/// Whether `path` is not a path but a model's name: a short name of [`augreg`], or one of the HuggingFace
+/// hub.
 pub fn is_model_name(path: &Path) -> bool {
     augreg::is_short_name(path) || hub_cache::is_name(path)
 }
 
-/// The file that `path` means, without reading it: a wrong path is said before anything that takes time.
+/// The file that `path` means. Nothing is read: a wrong path is reported before anything slow happens.
 ///
-/// # Errors
+/// Errors
 /// There is no such file.
 pub fn locate(path: &Path) -> Result<PathBuf> {
     let file = augreg::resolve(path)?;
@@ -94,11 +97,13 @@ pub fn locate(path: &Path) -> Result<PathBuf> {
 }
 
 /// Opens the weights at `path`: a weights file, a HuggingFace or checkpoint folder, a run directory (its best
-/// checkpoint, else its last), a short name of [`augreg`], or a model's name on the HuggingFace hub. Tensors, then the file's metadata, then a `config.json`
-/// beside it, then `overrides` say which model it is.
+/// checkpoint, else its last), a short name of [`augreg`], or a model's name on the HuggingFace hub. The
+/// model follows from the tensors, then the file's metadata, then a `config.json` beside it, then
+/// `overrides`.
 ///
-/// Errors (exit 1) name file and tensor: damaged or foreign files, hybrids and Mixers, missing or left-over tensors.
-/// Values in `overrides` that make no model are wrong usage (exit 2). Values are checked when they are read.
+/// Errors (exit 1) name file and tensor: damaged or foreign files, hybrids and Mixers, missing or left-over
+/// tensors. Values in `overrides` that give no valid model are usage errors (exit 2). Values are checked when
+/// they are read.
 pub fn open(path: &Path, overrides: &ModelOverrides) -> Result<ModelFile> {
     let file = open_backbone(path, overrides)?;
     if file.config.classes == 0 {
@@ -111,7 +116,7 @@ pub fn open(path: &Path, overrides: &ModelOverrides) -> Result<ModelFile> {
     Ok(file)
 }
 
-/// The same, and a file without a classifier will do: it has 0 classes until [`adapt()`] gives it some.
+/// The same, but accepts a file without a classifier: it has 0 classes until [`adapt()`] gives it some.
 pub fn open_backbone(path: &Path, overrides: &ModelOverrides) -> Result<ModelFile> {
     let path = locate(path)?;
     let container = Container::open(&path)?;
@@ -121,13 +126,15 @@ pub fn open_backbone(path: &Path, overrides: &ModelOverrides) -> Result<ModelFil
     Ok(file)
 }
 
-/// What is said of a checkpoint folder without checksums.
+/// The note for a checkpoint folder without checksums.
 pub fn unsealed(dir: &Path) -> Option<String> {
     let is_one = dir.join("state.safetensors").is_file() && !dir.join(SEAL).is_file();
-    is_one.then(|| format!("{}: no `{SEAL}`: a checkpoint of before, read without checksums", dir.display()))
+    is_one.then(|| {
+        format!("{}: no `{SEAL}`: a checkpoint of an earlier version, read without checksums", dir.display())
+    })
 }
 
-/// A file that is in memory.
+/// A file in memory.
 fn open_bytes(bytes: Bytes, name: &Path) -> Result<ModelFile> {
     read_model(Container::parse(bytes, name)?, name, Hub::default(), &ModelOverrides::default())
 }
@@ -140,11 +147,11 @@ fn read_model(container: Container, path: &Path, hub: Hub, overrides: &ModelOver
     let (layout, mut notes) = (plan.kind, std::mem::take(&mut plan.notes));
     if heads_assumed {
         notes.push(format!(
-            "the file does not say how many heads it has: assumed {} (width / 64); `--set model.heads=N` says otherwise",
+            "the file does not say how many heads it has: assumed {} (width / 64); change it with `--set model.heads=N`",
             config.heads
         ));
     }
-    // timm wants the fixed table as a tensor, so our files hold it. It is not a parameter.
+    // timm needs the fixed table as a tensor, so our files hold it. It is not a parameter.
     let table = config.posemb == Posemb::Sincos2d && plan.shapes.contains_key("pos_embed");
     let mut parameters = plan.shapes.clone();
     if table {
@@ -162,7 +169,7 @@ fn read_model(container: Container, path: &Path, hub: Hub, overrides: &ModelOver
 /// A stored table must be the one that the model computes.
 fn check_table(tensors: &Store, config: &ModelConfig) -> Result<()> {
     let near = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-4;
-    // Compared by shape first: the size of the table must not come from the metadata alone.
+    // Shapes are compared first: the size of the table must not come from the metadata alone.
     if tensors.shape("pos_embed") != Some(&[1, config.posemb_rows(), config.width])
         || !tensors.values("pos_embed")?.iter().zip(&sincos2d(config)).all(near)
     {
@@ -173,7 +180,7 @@ fn check_table(tensors: &Store, config: &ModelConfig) -> Result<()> {
 }
 
 impl ModelFile {
-    /// An error unless the size of the pictures is known: a number of patches alone is no picture.
+    /// An error unless the size of the pictures is known: the number of patches alone does not give it.
     pub fn with_known_image(self) -> Result<Self> {
         if self.grid_known {
             return Ok(self);
@@ -183,12 +190,12 @@ impl ModelFile {
             Some(_) => {
                 // The grid nearest to a square.
                 let rows = (1..=patches.isqrt()).rev().find(|h| patches.is_multiple_of(*h)).unwrap_or(1);
-                let why = format!("its {patches} positions are no square");
+                let why = format!("its {patches} positions are not a square");
                 (why, rows * ph, patches / rows * pw)
             }
             None => {
                 let near = |side: usize| (224 / side).max(1) * side;
-                ("it has no position embedding that tells".into(), near(ph), near(pw))
+                ("it has no position embedding to tell".into(), near(ph), near(pw))
             }
         };
         let size = if height == width { height.to_string() } else { format!("{height}x{width}") };
@@ -199,7 +206,8 @@ impl ModelFile {
         .hint(format!("give it, as in `--set model.image={size}`")))
     }
 
-    /// Sets the size of the input. A number of tokens that does not match the position embedding is an error.
+    /// Sets the size of the input. It is an error if the number of tokens does not match the position
+    /// embedding.
     pub fn set_image(&mut self, image: (usize, usize)) -> Result<()> {
         let config = ModelConfig { image, ..self.config.clone() };
         detect::validate(&config)?;
@@ -212,8 +220,9 @@ impl ModelFile {
     }
 }
 
-/// Hands every parameter of `layout` to `write`, in memory order ([`Param::from_file_order`]). Nothing is written
-/// unless every parameter is there in the right shape and nothing is left over. NaN and infinity are errors.
+/// Passes every parameter of `layout` to `write`, in memory order ([`Param::from_file_order`]). Nothing is
+/// written unless every parameter has the right shape and no tensor is left over. NaN and infinity are
+/// errors.
 pub fn load_into(
     file: &ModelFile,
     layout: &ParamLayout,
@@ -221,7 +230,7 @@ pub fn load_into(
 ) -> Result<()> {
     Misfits::of(layout, file.tensors.shapes()).refuse().map_err(|e| e.at(file.path.display()))?;
     let params: Vec<&Param> = layout.parameters().filter(|p| !p.is_empty()).collect();
-    // A few are read at once, since some have to be unpacked or transposed, and no more than these are in memory.
+    // A few are read at once, because some must be unpacked or transposed. No more than these are in memory.
     for few in params.chunks(2 * rayon::current_num_threads()) {
         let read: Vec<_> = few.par_iter().map(|param| file.tensors.values(&param.name)).collect();
         for (param, values) in few.iter().zip(read) {
@@ -231,14 +240,14 @@ pub fn load_into(
     Ok(())
 }
 
-/// Writes a model in our own layout: timm's names and shapes, so that its `load_state_dict` takes them as they are,
-/// and the whole configuration in the metadata. A whole file or none.
+/// Writes a model in our own layout: timm's names and shapes, so that its `load_state_dict` takes them
+/// unchanged, and the whole configuration in the metadata. Writes a complete file or none.
 pub fn save(path: &Path, config: &ModelConfig, tensors: &Tensors, meta: &CheckpointMeta) -> Result<()> {
     let metadata = metadata(config, true, meta).at(path.display())?;
     write_own(path, config, true, tensors, &metadata)
 }
 
-/// The configuration as JSON, without an image size that nobody knows.
+/// The configuration as JSON, without the image size if it is unknown.
 fn metadata(
     config: &ModelConfig,
     grid_known: bool,

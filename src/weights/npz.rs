@@ -1,7 +1,8 @@
 //! NumPy's `.npz`: a ZIP archive (ZIP64 too, stored or deflated) of `.npy` arrays.
 //!
-//! The headers of all members are read first; values are read by name. Pickled objects are never unpickled. A shape
-//! is believed only where the archive holds enough bytes for it, so that a false header cannot ask for memory.
+//! The headers of all members are read first; values are read by name. Pickled objects are never unpickled. A
+//! shape is accepted only if the archive holds enough bytes for it, so that a false header cannot request
+//! memory.
 
 use std::collections::BTreeMap;
 use std::io::{Cursor, Read};
@@ -18,10 +19,10 @@ use crate::fail;
 
 /// deflate cannot expand more than this.
 const MAX_DEFLATE_RATIO: u64 = 1032;
-/// Weights hardly compress. An archive that unpacks to more than both of these is made to fill the memory.
+/// Weights hardly compress. An archive that exceeds both limits when unpacked is made to exhaust memory.
 const MAX_UNPACKED: u64 = 1 << 30;
 const MAX_UNPACKED_RATIO: u64 = 200;
-/// NumPy writes some 120 bytes.
+/// NumPy writes about 120 bytes.
 const MAX_HEADER_BYTES: usize = 1 << 16;
 
 /// An open archive whose headers have been read.
@@ -40,11 +41,11 @@ impl std::fmt::Debug for Npz {
 struct Member {
     index: usize,
     header: NpyHeader,
-    /// Bytes in front of the values.
+    /// Bytes before the values.
     header_bytes: usize,
 }
 
-/// What an `.npy` file says about its array.
+/// The contents of an `.npy` header.
 #[derive(Clone, Debug, PartialEq)]
 struct NpyHeader {
     descr: String,
@@ -58,7 +59,7 @@ impl Npz {
         Self::parse(Bytes::map(path)?, path)
     }
 
-    /// `path` is how errors name it.
+    /// `path` is its name in errors.
     pub(super) fn parse(bytes: Bytes, path: &Path) -> Result<Self> {
         let length = bytes.len() as u64;
         let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(|e| {
@@ -74,7 +75,7 @@ impl Npz {
                 return Err(super::refuse_pickle(path));
             }
             let Some(name) = file_name.strip_suffix(".npy") else { continue };
-            // Members that share bytes would let a small file ask for much memory.
+            // Members that share bytes would let a small file request much memory.
             stored = stored.saturating_add(entry.compressed_size());
             if stored > length {
                 fail!("{}: its members are longer than the file", path.display());
@@ -82,7 +83,7 @@ impl Npz {
             unpacked = unpacked.saturating_add(entry.size());
             if unpacked > MAX_UNPACKED && unpacked / MAX_UNPACKED_RATIO > length {
                 fail!(
-                    "{}: {length} bytes that unpack to more than {unpacked}: no weights are like that",
+                    "{}: {length} bytes that unpack to more than {unpacked}: weights do not compress like that",
                     path.display()
                 );
             }
@@ -108,13 +109,13 @@ impl Npz {
     /// Reads one array of any floating-point type as f32, row-major.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let member = self.member(name)?;
-        // The directory is shared and the position is this reader's own.
+        // The directory is shared; the position belongs to this reader.
         member
             .read(self.archive.clone())
             .map_err(|e| e.at(format!("{}: tensor `{name}`", self.path.display())))
     }
 
-    /// Stored with 64 bits, of which f32 keeps 24.
+    /// Whether the values have 64 bits, of which f32 keeps 24.
     pub(super) fn is_f64(&self, name: &str) -> Result<bool> {
         Ok(self.member(name)?.header.descr.ends_with("f8"))
     }
@@ -126,7 +127,7 @@ impl Npz {
     }
 }
 
-/// How many bytes of values a member announces, and how many its place in the archive can hold at most.
+/// How many bytes of values a member announces, and how many its entry in the archive can hold at most.
 #[derive(Clone, Copy)]
 struct Room {
     announced: u64,
@@ -144,7 +145,8 @@ impl Room {
 }
 
 impl Member {
-    /// Compares the shape with the bytes that are there; of other types, which are never read, one per value.
+    /// Compares the shape with the available bytes; for other types, which are never read, one byte per
+    /// value.
     fn check(&self, room: Room) -> Result<()> {
         let shape = &self.header.shape;
         let Some(count) = shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)) else {
@@ -172,7 +174,7 @@ impl Member {
         let mut entry = archive.by_index(self.index).map_err(|e| Error::new(e.to_string()))?;
         entry.read_exact(&mut vec![0; self.header_bytes]).at("cannot be read")?;
         let mut values = scalar.read(&mut entry, shape.iter().product())?;
-        // The checksum is compared at the end of the member.
+        // The checksum is checked at the end of the member.
         if entry.read(&mut [0]).at("damaged")? != 0 {
             fail!("more bytes than its shape {shape:?} needs");
         }
@@ -202,7 +204,7 @@ impl Scalar {
     fn parse(descr: &str) -> Result<Self> {
         let (order, rest) = descr.split_at_checked(1).unwrap_or_default();
         let kind = match (order, rest) {
-            // NumPy does not know bfloat16 and writes two bytes without meaning.
+            // NumPy does not know bfloat16 and writes it as two opaque bytes.
             ("|" | "<", "V2") => ScalarKind::Bf16,
             ("<" | ">", "f2") => ScalarKind::F16,
             ("<" | ">", "f4") => ScalarKind::F32,
@@ -282,7 +284,8 @@ fn read_header(from: &mut impl Read) -> Result<(NpyHeader, usize)> {
     }
 }
 
-/// A cursor over the Python dict that NumPy writes: `{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }`.
+/// A cursor over the Python dict that NumPy writes: `{'descr': '<f4', 'fortran_order': False, 'shape': (3,
+/// 4), }`.
 struct HeaderText<'a>(&'a str);
 
 impl HeaderText<'_> {

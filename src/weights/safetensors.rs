@@ -1,7 +1,8 @@
 //! The safetensors container: named arrays with string metadata, mapped for reading and written in one pass.
 //!
-//! The header is checked against the size of the file when it is opened, so that taking a tensor cannot fail and
-//! nothing is allocated that the file does not hold. f32 values are borrowed from the map. Writing pads the header until the data starts at a multiple of 64 bytes.
+//! The header is checked against the size of the file when it is opened. So taking a tensor cannot fail, and
+//! nothing is allocated beyond what the file holds. f32 values are borrowed from the map. Writing pads the
+//! header so that the data starts at a multiple of 64 bytes.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -35,19 +36,19 @@ pub struct SafeTensors {
 struct Entry {
     dtype: Dtype,
     shape: Vec<usize>,
-    /// Byte range behind `data_start`.
+    /// Byte range relative to `data_start`.
     begin: usize,
     bytes: usize,
 }
 
 impl SafeTensors {
-    /// Maps the file and reads its header. Errors name the file and say whether it is truncated or something else
-    /// altogether.
+    /// Maps the file and reads its header. Errors name the file and say whether it is truncated or another
+    /// kind of file.
     pub fn open(path: &Path) -> Result<Self> {
         Self::parse(Bytes::map(path)?, path)
     }
 
-    /// `path` is how errors name it.
+    /// `path` is its name in errors.
     pub(super) fn parse(file: Bytes, path: &Path) -> Result<Self> {
         let length = file.len() as u64;
         let broken =
@@ -102,7 +103,7 @@ impl SafeTensors {
         Ok(self.entry(name)?.dtype)
     }
 
-    /// Where a tensor's bytes lie in the file: offset and length.
+    /// Position of a tensor's bytes in the file: offset and length.
     pub fn range(&self, name: &str) -> Result<(usize, usize)> {
         let entry = self.entry(name)?;
         Ok((self.data_start + entry.begin, entry.bytes))
@@ -114,11 +115,11 @@ impl SafeTensors {
         Ok(&self.file[offset..offset + length])
     }
 
-    /// F32, F16, BF16 or F64 as f32; borrowed where they are stored so.
+    /// F32, F16, BF16 or F64 as f32; borrowed if they are stored as f32.
     pub fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
         let bytes = self.bytes(name)?;
         Ok(match self.entry(name)?.dtype {
-            // A header of odd length leaves the data where no f32 may be read.
+            // A header of odd length leaves the data misaligned for f32.
             Dtype::F32 => match bytemuck::try_cast_slice(bytes) {
                 Ok(values) => Cow::Borrowed(values),
                 Err(_) => Cow::Owned(decode(bytes, f32::from_le_bytes)),
@@ -170,7 +171,7 @@ fn decode<const N: usize, T>(bytes: &[u8], one: impl Fn([u8; N]) -> T) -> Vec<T>
     bytes.chunks_exact(N).map(|b| one(b.try_into().expect("chunks of N"))).collect()
 }
 
-/// One tensor to be written; borrows its values where it can.
+/// A tensor to write; borrows its values if it can.
 #[derive(Clone, Debug)]
 pub struct View<'a> {
     name: String,
@@ -212,8 +213,8 @@ impl<'a> View<'a> {
     }
 }
 
-/// Writes a whole file or none. Wider types come first, so that every tensor is aligned to its type; otherwise the
-/// order is kept.
+/// Writes a complete file or none. Wider types come first, so that every tensor is aligned to its type;
+/// otherwise the order is kept.
 pub fn write(path: &Path, metadata: &BTreeMap<String, String>, mut tensors: Vec<View<'_>>) -> Result<()> {
     tensors.sort_by_key(|t| std::cmp::Reverse(t.dtype.bitsize()));
     let mut header = serde_json::Map::new();

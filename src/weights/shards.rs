@@ -1,4 +1,5 @@
-//! Weights in several files: a HuggingFace folder whose `model.safetensors.index.json` says which part holds a tensor.
+//! Weights in several files: a HuggingFace folder whose `model.safetensors.index.json` says which part holds
+//! a tensor.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,10 +10,10 @@ use super::safetensors::SafeTensors;
 use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
-/// Beside the parts, in the place that `model.safetensors` has where there is one file.
+/// Beside the parts, where a model in one file has `model.safetensors`.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 
-/// The open parts. Only tensors that the index lists are there, as for transformers.
+/// The open parts. Only tensors that the index lists exist, as in transformers.
 #[derive(Debug)]
 pub(super) struct Shards {
     parts: Vec<SafeTensors>,
@@ -21,12 +22,14 @@ pub(super) struct Shards {
 }
 
 impl Shards {
-    /// Whether `path` is such an index, by its name: JSON and a safetensors header may begin with the same byte.
+    /// Whether `path` is such an index, by its name: JSON and a safetensors header may start with the same
+    /// byte.
     pub(super) fn is_index(path: &Path) -> bool {
         path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(".safetensors.index.json"))
     }
 
-    /// Opens every part that the index at `path` names. Errors name the index, or the part that is missing or broken.
+    /// Opens every part that the index at `path` names. Errors name the index, or the part that is missing or
+    /// broken.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let index: Value = serde_json::from_slice(&files::read(path)?).at(path.display())?;
         let folder = path.parent().unwrap_or(Path::new(""));
@@ -38,10 +41,10 @@ impl Shards {
         let mut tensors = BTreeMap::new();
         for (tensor, part) in map {
             let part = part.as_str().unwrap_or_default();
-            // The index comes from elsewhere and must not lead out of its folder.
+            // The index comes from an untrusted source and must not lead out of its folder.
             if Path::new(part).file_name() != Some(part.as_ref()) {
                 fail!(
-                    "{}: tensor `{tensor}` lies in `{part}`, which names no file beside it",
+                    "{}: tensor `{tensor}` lies in `{part}`, which is not a file beside it",
                     path.display()
                 );
             }
@@ -75,7 +78,7 @@ impl Shards {
         &self.parts[self.tensors[name]]
     }
 
-    /// Of the first part that has such a key.
+    /// From the first part that has such a key.
     pub(super) fn metadata(&self, key: &str) -> Option<&str> {
         self.parts.iter().find_map(|part| part.metadata().get(key)).map(String::as_str)
     }

@@ -1,7 +1,8 @@
-//! Our tensors, each made from its file when it is asked for.
+//! Our tensors, each made from its file when it is needed.
 //!
-//! A file is mapped, and most tensors of a safetensors file are taken as they lie there, so that loading a model costs
-//! no memory besides the device's own. What [`adapt`](super::adapt()) computes is kept here in front of the file.
+//! A file is memory-mapped, and most tensors of a safetensors file are used directly from the map, so loading
+//! a model costs no memory besides the device's own. Tensors that [`adapt`](super::adapt()) computes are kept
+//! here and take precedence over the file's.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -18,14 +19,14 @@ use crate::error::{Error, Result};
 /// The tensors of a model under our names. Clones share the file.
 #[derive(Clone, Debug)]
 pub struct Store {
-    /// How errors name the file.
+    /// The file's name in errors.
     path: PathBuf,
     container: Arc<Container>,
     plan: Arc<Plan>,
-    /// Of every tensor, changed or not.
+    /// Shapes of all tensors, changed or not.
     shapes: Shapes,
     changed: Tensors,
-    /// Arrays that hold all blocks and have to be decoded as a whole.
+    /// Arrays that hold all blocks and must be decoded as a whole.
     stacked: Arc<Mutex<BTreeMap<String, Arc<[f32]>>>>,
 }
 
@@ -52,8 +53,8 @@ impl Store {
         &self.shapes
     }
 
-    /// Values in file order ([`Tensor`]). NaN and infinity are errors that name the tensor. Panics if there is no
-    /// such tensor.
+    /// Values in file order ([`Tensor`]). NaN and infinity are errors that name the tensor. Panics if there
+    /// is no such tensor.
     pub fn values(&self, name: &str) -> Result<Cow<'_, [f32]>> {
         assert!(self.contains(name), "no tensor `{name}`");
         match self.changed.get(name) {
@@ -66,7 +67,7 @@ impl Store {
         Ok(Tensor::new(self.shapes[name].clone(), self.values(name)?.into_owned()))
     }
 
-    /// Every tensor, in memory.
+    /// All tensors, in memory.
     pub fn all(&self) -> Result<Tensors> {
         self.names().map(|name| Ok((name.to_string(), self.get(name)?))).collect()
     }
@@ -81,13 +82,13 @@ impl Store {
         self.changed.remove(name);
     }
 
-    /// Names of the file's arrays that hold numbers which f32 cannot.
+    /// Names of the file's arrays with numbers that f32 cannot hold.
     pub(super) fn rounded(&self) -> impl Iterator<Item = &str> {
         let names = self.plan.sources.values().flatten().map(|s| s.file_name.as_str());
         names.filter(|name| self.container.is_f64(name))
     }
 
-    /// Of the stored patch kernel, where it had to be made one for three.
+    /// Channels of the stored patch kernel, if it had to be converted to three.
     pub(super) fn channels(&self) -> Option<usize> {
         self.plan.channels
     }
@@ -121,7 +122,7 @@ impl Store {
         })
     }
 
-    /// What one array of the file contributes, as it lies there.
+    /// What one array of the file contributes, as stored.
     fn part(&self, source: &Source) -> Result<Cow<'_, [f32]>> {
         let name = source.file_name.as_str();
         let len: usize = source.shape.iter().product();
@@ -152,23 +153,24 @@ impl Store {
     }
 }
 
-/// Everything that reading a file does, on bytes in memory: for tests and fuzzers that look for bytes which make it
-/// panic. `name` is how errors call it.
+/// Everything that reading a file does, on bytes in memory, for tests and fuzzers that search for bytes that
+/// make it panic. `name` is its name in errors.
 pub fn check_bytes(bytes: &[u8], name: &Path) -> Result<()> {
     super::open_bytes(bytes.into(), name)?.tensors.all().map(|_| ())
 }
 
 /// The first value that is NaN or infinite.
 fn non_finite(values: &[f32]) -> Option<f32> {
-    /// Of f32, in values: a chunk is some microseconds of work.
+    /// In f32 values: a chunk takes a few microseconds.
     const CHUNK: usize = 1 << 16;
     let broken = |chunk: &[f32]| chunk.iter().fold(false, |broken, v| broken | !v.is_finite());
     let any = if values.len() > 4 * CHUNK { values.par_chunks(CHUNK).any(broken) } else { broken(values) };
     if any { values.iter().copied().find(|v| !v.is_finite()) } else { None }
 }
 
-/// `[D, channels, pixels]` → `[D, 3, pixels]`: kernels repeated in turn and scaled by channels / 3, so that a picture
-/// without colour gives what it gave. timm's rule for the other direction (`adapt_input_conv`).
+/// `[D, channels, pixels]` → `[D, 3, pixels]`: kernels are repeated in turn and scaled by channels / 3, so
+/// that a picture without colour gives the same result as before. timm's rule in the other direction
+/// (`adapt_input_conv`).
 fn three_channels(values: &[f32], channels: usize, pixels: usize) -> Vec<f32> {
     let scale = channels as f32 / 3.0;
     let kernels = values.chunks(channels * pixels);

@@ -1,4 +1,4 @@
-//! A named array of f32 in the order that files use, and the reorderings between layouts. All are bit-exact.
+//! A named array of f32 in file order, and the reorderings between layouts. All are bit-exact.
 
 use std::collections::BTreeMap;
 

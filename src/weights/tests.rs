@@ -1,4 +1,4 @@
-//! Every layout against the reference files, and against files that mean harm.
+//! Tests every layout against the reference files, and against malicious files.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use crate::rng::{Domain, Stream};
 use crate::vit::config::{NormPlace, PoolKind, PosembJoin};
 use crate::vit::params::initial_values;
 
-/// The folder of reference outputs; a test without it says so and passes.
+/// The folder of reference outputs. A test without it says so and passes.
 pub(super) fn reference() -> Option<PathBuf> {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/reference");
     let dir = PathBuf::from(std::env::var_os("VITRUM_REFERENCE").unwrap_or(default.into()));
@@ -42,7 +42,7 @@ fn model_npz(path: &Path) -> Vec<PathBuf> {
     ["params.npz", "params_linen.npz"].into_iter().map(|f| path.join(f)).filter(|p| p.exists()).collect()
 }
 
-/// `--set` of what a file cannot say: here, a grid that is not square.
+/// `--set` for what a file cannot say: here, a grid that is not square.
 fn image_of(case: &Path) -> ModelOverrides {
     let config: Value = serde_json::from_slice(&std::fs::read(case.join("config.json")).unwrap()).unwrap();
     let side = |i: usize| config["image"][i].as_u64().unwrap() as usize;
@@ -228,7 +228,7 @@ fn what_is_saved_is_read_back_with_its_configuration() {
         assert_eq!((&file.config, &file.meta), (&config, &meta));
         assert_eq!((file.layout, file.grid_known), (LayoutKind::Vitrum, true));
         assert_same(&file.tensors.all().unwrap(), &tensors);
-        // timm asks for the table where the model has one.
+        // timm needs the table in the file if the model has one.
         assert!(SafeTensors::open(&path).unwrap().contains("pos_embed"));
         let described = describe(&path, &ModelOverrides::default()).unwrap();
         assert_eq!(described["heads"], 3);
@@ -272,8 +272,8 @@ fn load_into_gives_memory_order_and_refuses_another_model() {
     }
 }
 
-/// big_vision's spellings of one model: prefixes, three places of the position embedding, stacked blocks, a MAP head
-/// without a module of its own.
+/// big_vision's spellings of one model: prefixes, three places of the position embedding, stacked blocks, a
+/// MAP head without a module of its own.
 #[test]
 fn big_vision_files_of_every_age_are_one_model() {
     let dir = tempfile::tempdir().unwrap();
@@ -462,7 +462,7 @@ fn broken_files_are_refused_with_file_and_tensor() {
         let mut changed = flax.clone();
         change(&mut changed);
         write_flax(&path, "", &changed);
-        // Values are read when they are asked for.
+        // Values are read only when they are needed.
         open(&path, &ModelOverrides::default()).and_then(|file| file.tensors.all().map(|_| file))
     };
     let q = "Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/kernel";
@@ -534,7 +534,7 @@ fn a_run_directory_gives_its_best_checkpoint() {
     std::fs::write(checkpoints.join("best"), "step-1\n").unwrap();
     assert_eq!(step(dir.path()), "step-1");
     assert_eq!(step(&checkpoints.join("step-2")), "step-2");
-    // A pointer to a checkpoint that is gone.
+    // A link to a checkpoint that no longer exists.
     std::fs::write(checkpoints.join("best"), "step-9").unwrap();
     assert_eq!(step(dir.path()), "step-2");
 }
@@ -570,8 +570,8 @@ fn damaged_bytes_never_panic() {
     }
 }
 
-/// Cuts, flips bits, repeats or moves a piece, or writes a number that readers stumble over. Half of the changes hit
-/// the first bytes, where headers are.
+/// Cuts, flips bits, repeats or moves a piece, or writes a number that breaks readers. Half of the changes
+/// hit the first bytes, where headers are.
 fn damaged(whole: &[u8], round: usize, s: &mut Stream) -> Vec<u8> {
     let mut bytes = whole.to_vec();
     for _ in 0..1 + round % 3 {

@@ -20,7 +20,8 @@ impl Jitter {
         any.then_some(Self { brightness, contrast, saturation, hue })
     }
 
-    /// Jitters u8 pixels `[.., 3]` in place: brightness, contrast, saturation, hue in this order, clamped after each.
+    /// Jitters u8 pixels `[.., 3]` in place: brightness, contrast, saturation, hue in this order, clamped
+    /// after each.
     pub fn apply(&self, draws: &mut Stream, pixels: &mut [u8], scratch: &mut Vec<f32>) {
         scratch.clear();
         scratch.extend(pixels.iter().map(|p| f32::from(*p) / 255.0));

@@ -57,8 +57,8 @@ pub fn tf_window(draws: &mut Stream, image: (usize, usize), area: (f32, f32)) ->
     Window { y: 0, x: 0, height, width }
 }
 
-/// A window as torchvision's `RandomResizedCrop` draws it: uniform area, log-uniform aspect, ten attempts, then the
-/// centre with the nearest allowed aspect.
+/// A window as torchvision's `RandomResizedCrop` draws it: uniform area, log-uniform aspect, ten attempts,
+/// then the centre with the nearest allowed aspect.
 pub fn torch_window(draws: &mut Stream, image: (usize, usize), area: (f32, f32)) -> Window {
     const ATTEMPTS: usize = 10;
     let (height, width) = image;
@@ -169,7 +169,8 @@ impl Framed {
         Window { y, x, height, width }
     }
 
-    /// As [`Framed::padded`], with the picture's reflection instead of black; the edge itself is not repeated.
+    /// As [`Framed::padded`], with the picture's reflection instead of black; the edge itself is not
+    /// repeated.
     pub fn reflected(&self, picture: View, origin: (usize, usize), out: &mut [u8]) {
         let Self { of, pad, at, size } = *self;
         for (y, line) in out.chunks_exact_mut(size.1 * 3).enumerate() {

@@ -1,5 +1,5 @@
-//! Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) in the forms of big_vision and timm. The loader only fills the
-//! slot's tables; the device mixes.
+//! Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) in the forms of big_vision and timm. The loader
+//! only fills the slot's tables; the device mixes.
 
 use crate::backend::{MixBox, Slot};
 use crate::recipe::{AugmentSection, MixLaw, MixMode};
@@ -220,7 +220,8 @@ mod tests {
             fill(&mut slot, &AugmentSection { mixup: 0.0, ..timm() }, 1, 0);
             outside.push(f64::from(slot.lambda()[0]));
         }
-        // Uniform λ would leave a half; sides are cut to whole pixels and at the border: 0.700 by simulating `rand_bbox`.
+        // Uniform λ would give a half. Sides are cut to whole pixels and at the border: 0.700 by simulating
+        // `rand_bbox`.
         let mean = outside.iter().sum::<f64>() / outside.len() as f64;
         assert!((mean - 0.700).abs() < 0.02, "mean {mean}");
         let fixed = AugmentSection { mixup: 0.0, cutmix_minmax: (0.25, 0.75), ..timm() };

@@ -198,8 +198,8 @@ pub fn rotate(canvas: &mut Canvas, degrees: f64, sampling: Sampling, fill: [u8; 
     affine(canvas, [a, b, c, d, e, f], sampling, fill);
 }
 
-/// `ImageFilter.GaussianBlur`: three box blurs across, then three down, with boxes of a fractional width (Gwosdek et al.
-/// 2011, "Theoretical foundations of Gaussian convolution by extended box filtering").
+/// `ImageFilter.GaussianBlur`: three box blurs across, then three down, with boxes of a fractional width
+/// (Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering").
 pub fn gaussian_blur(canvas: &mut Canvas, radius: f64) {
     const PASSES: usize = 3;
     let sigma2 = radius as f32 * radius as f32 / PASSES as f32;

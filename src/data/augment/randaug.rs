@@ -284,7 +284,7 @@ mod tests {
                 Op::Rotate(x) | Op::ShearX(x) | Op::ShearY(x) | Op::TranslateX(x) | Op::TranslateY(x) => {
                     if x.is_sign_negative() { "-" } else { "+" }
                 }
-                // Its centre is drawn; the places that are stored are tested beside the operation.
+                // Its centre is drawn. The test beside the operation covers the stored centres.
                 Op::Cutout(..) => continue,
                 _ => "",
             };

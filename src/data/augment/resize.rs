@@ -1,7 +1,7 @@
 //! Resizing, bit-identical to the reference systems.
 //!
 //! TensorFlow's bilinear uses 2×2 taps at every scale; its area kernel averages the source pixels that an
-//! output pixel covers. Both give floats. Pillow widens its kernel to shrink, and stores u8 between two passes.
+//! output pixel covers. Both give floats. Pillow widens its kernel to shrink, with u8 between two passes.
 //!
 //! A resize can compute just a window of its result, so picture and window bound its memory. A long thin
 //! picture, scaled up by its shorter side, would need gigabytes, and a sample shows only a square of it.
@@ -140,7 +140,7 @@ struct BilinearTap {
     weight: f32,
 }
 
-/// Of `from` pixels, those for a part that begins at `part.0` and is `part.1` long.
+/// The taps for a part of `from` pixels that begins at `part.0` and is `part.1` long.
 fn bilinear_taps(from: usize, part: (f64, f64), to: usize) -> Vec<BilinearTap> {
     let (start, length) = (part.0 as f32, part.1 as f32);
     let scale = length / to as f32;
@@ -443,8 +443,8 @@ struct PilTaps {
 }
 
 impl PilTaps {
-    /// Of `from` pixels, for a part that begins at `part.0` and is `part.1` long and becomes `to` pixels, of which those
-    /// of a range are made.
+    /// Computes a range of the `to` output pixels for a part of `from` pixels that begins at `part.0` and is
+    /// `part.1` long.
     fn fill(&mut self, from: usize, part: (f64, f64), to: usize, range: Range<usize>, filter: Filter) {
         let Self { places, weights, exact } = self;
         places.clear();

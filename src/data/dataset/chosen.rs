@@ -33,7 +33,7 @@ impl Dataset {
     pub fn balanced(mut self) -> Result<Self> {
         if self.is_multi_label() {
             return Err(Error::usage(format!("{}: its samples may have several classes", self.name))
-                .hint("leave `data.balance` out: classes can be balanced where each sample has one"));
+                .hint("remove `data.balance`: it needs samples with exactly one class each"));
         }
         let mut of_class = vec![Vec::new(); self.classes.len()];
         (0..self.len()).for_each(|index| of_class[self.label(index)].push(self.place(index)));

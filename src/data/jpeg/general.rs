@@ -88,9 +88,13 @@ pub(super) fn collect(bytes: &[u8], size: (usize, usize), scratch: &mut JpegScra
                 picture = Some(Collected::read(body, marker == 0xC2, bytes.len(), blocks)?);
             }
             0xC0..=0xC2 => fail!("damaged JPEG: two frame headers"),
-            0xC4 => read_huffman(body, dc, ac).ok_or_else(|| damaged("a Huffman table is no code"))?,
-            0xDB => read_quant(body, &mut tables).ok_or_else(|| damaged("a quantisation table is cut"))?,
-            0xDD => restart = word(body).ok_or_else(|| damaged("a restart interval is cut"))?.into(),
+            0xC4 => {
+                read_huffman(body, dc, ac).ok_or_else(|| damaged("a Huffman table is not a valid code"))?
+            }
+            0xDB => {
+                read_quant(body, &mut tables).ok_or_else(|| damaged("a quantisation table is truncated"))?
+            }
+            0xDD => restart = word(body).ok_or_else(|| damaged("a restart interval is truncated"))?.into(),
             0xDA => {
                 let Some(picture) = &mut picture else { fail!("damaged JPEG: a scan without a frame") };
                 let (places, coding) = picture.scan(body, &tables)?;

@@ -1,5 +1,5 @@
-//! The vector work of the JPEG decoder, portable and for AVX2: inverse cosine transforms, and the interleaving of three
-//! channels. Both give the same bits.
+//! The vector work of the JPEG decoder, portable and for AVX2: inverse cosine transforms, and the
+//! interleaving of three channels. Both give the same bits.
 //!
 //! The transform is libjpeg's accurate integer one (`islow`: Loeffler, Ligtenberg and Moschytz 1989, with 13
 //! fractional bits, and 2 more between its passes), written as the matrix product that it is. All sums are of

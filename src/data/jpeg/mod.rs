@@ -48,9 +48,9 @@ pub struct JpegScratch {
 pub struct Counts {
     /// Blocks of 8×8 samples whose codes were read.
     pub read: usize,
-    /// Of these, the transformed blocks.
+    /// Blocks that were transformed.
     pub transformed: usize,
-    /// Of these, blocks transformed to fewer than 8×8 samples.
+    /// Blocks that were transformed to fewer than 8×8 samples.
     pub reduced: usize,
 }
 
@@ -277,7 +277,8 @@ impl Frame<'_> {
         assert_eq!(out.len(), window.height * window.width * 3);
         #[cfg(target_arch = "x86_64")]
         if let Some(avx2) = isa::Avx2::detect() {
-            // SAFETY: `avx2` is the proof that the processor has the features that the function is compiled for.
+            // SAFETY: `avx2` is the proof that the processor has the features that the function is compiled
+            // for.
             return unsafe { decode_avx2(avx2, self, scale, window, scratch, out) };
         }
         decode(Portable, self, scale, window, scratch, out)
@@ -299,7 +300,8 @@ impl Collected {
         let memory = &mut scratch.general;
         #[cfg(target_arch = "x86_64")]
         if let Some(avx2) = isa::Avx2::detect() {
-            // SAFETY: `avx2` is the proof that the processor has the features that the function is compiled for.
+            // SAFETY: `avx2` is the proof that the processor has the features that the function is compiled
+            // for.
             return unsafe { paint_avx2(avx2, self, scale, window, memory, out) };
         }
         self.paint(Portable, scale, window, memory, out);

@@ -53,12 +53,12 @@ impl Layout {
     }
 }
 
-/// √2·(sum of cos((2x + 1)·k·π/16) over the samples x of a group), times 2^13: of the first and of the second pair of
-/// samples, for coefficients k = 1, 3, 5, 7. In the other half of the samples the signs are turned.
+/// √2·(sum of cos((2x + 1)·k·π/16) over the samples x of a group), times 2^13: of the first and of the second
+/// pair of samples, for coefficients k = 1, 3, 5, 7. In the other half of the samples the signs are turned.
 pub(super) const ODD4: [[i16; 4]; 2] = [[20995, 7373, -4926, -4176], [8697, -17799, 11893, -1730]];
 /// The same for k = 2 and 6, first pair; the second has the opposite signs.
 pub(super) const EVEN4: [i16; 2] = [15137, -6270];
-/// Of the first four samples, for k = 1, 3, 5, 7.
+/// The same for the first four samples, for k = 1, 3, 5, 7.
 const ODD2: [i16; 4] = [29692, -10426, 6967, -5906];
 
 /// Shifts of the passes: the 13 bits of the constants and the bits of a group's size (as a power of 2), minus

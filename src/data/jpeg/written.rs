@@ -35,7 +35,7 @@ struct Plan {
     /// Fill bytes before each marker that allows them.
     fill: Vec<u8>,
     end: Vec<u8>,
-    /// Of each component, in zigzag order, block by block.
+    /// Coefficients of each component, in zigzag order, block by block.
     blocks: Vec<Vec<Coefficients>>,
 }
 

@@ -267,7 +267,7 @@ impl Filler {
         match self.spec.on_bad_record {
             OnBadRecord::Error => Err(error
                 .at(place)
-                .hint("mend or remove it, or use `--set data.on_bad_record=skip` to go on without it")),
+                .hint("repair or remove it, or use `--set data.on_bad_record=skip` to skip it")),
             OnBadRecord::Skip => {
                 if self.bad.lock().expect("no worker panics with the lock").insert(record) {
                     terminal::warn(&format!("{place} skipped: {}", error.message()));

@@ -56,8 +56,11 @@ impl Stage {
         files::create_dir(&dir)?;
         let lock = File::open(&dir).at(dir.display())?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(Error::new(format!("{}: another `vitrum pack` is at work there", dir.display()))
-                .hint("wait for it, or choose another destination"));
+            return Err(Error::new(format!(
+                "{}: another `vitrum pack` is already working there",
+                dir.display()
+            ))
+            .hint("wait for it, or choose another destination"));
         }
         let mut progress: Progress = fs::read(dir.join(PROGRESS))
             .ok()
@@ -74,7 +77,7 @@ impl Stage {
             progress = Progress { fingerprint, shards: Vec::new() };
         } else if !progress.shards.is_empty() {
             let records: usize = progress.shards.iter().map(|f| f.shard.records).sum();
-            terminal::say(&format!("going on behind {records} records that are packed already"));
+            terminal::say(&format!("continuing after {records} records that are already packed"));
         }
         Ok(Self { dir, progress, _lock: lock, keep: false })
     }
@@ -107,7 +110,7 @@ impl Stage {
         self.keep =
             matches!(error.kind(), crate::error::Kind::Stopped(_)) && !self.progress.shards.is_empty();
         match self.keep {
-            true => error.hint("the same command goes on behind the last whole shard"),
+            true => error.hint("the same command continues after the last complete shard"),
             false => error,
         }
     }

@@ -102,7 +102,7 @@ fn members(name: &str, file: &Path, bytes: &[u8], base: usize, map: usize) -> Re
         let entry = entry.at(file.display())?;
         let Ok(full) = String::from_utf8(entry.path_bytes().into_owned()) else {
             let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-            return Err(Error::new(format!("{}: `{name}` is no UTF-8 path", file.display()))
+            return Err(Error::new(format!("{}: `{name}` is not a UTF-8 path", file.display()))
                 .hint("pack the archive again with plain names"));
         };
         if full.starts_with('/') || full.split('/').any(|part| part == "..") {

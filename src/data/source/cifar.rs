@@ -1,4 +1,5 @@
-//! CIFAR-10 and CIFAR-100 as their authors publish them: binary files of a label and 3×1,024 values a picture.
+//! CIFAR-10 and CIFAR-100 as their authors publish them: binary files of a label and 3×1,024 values a
+//! picture.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -38,11 +39,11 @@ pub(super) fn open(path: &Path, binaries: &[PathBuf]) -> Result<Source> {
     let Some(label_bytes) = label_bytes else {
         let lengths: Vec<_> = maps.iter().map(|m| m.len().to_string()).collect();
         return Err(Error::new(format!(
-            "{}: a length of {} bytes is a multiple neither of CIFAR-10's 3073 nor of CIFAR-100's 3074",
+            "{}: its length of {} bytes is not a multiple of CIFAR-10's 3073 or CIFAR-100's 3074",
             path.display(),
             lengths.join(", ")
         ))
-        .hint("the file was cut short or is no CIFAR binary"));
+        .hint("the file was cut short or is not a CIFAR binary"));
     };
     let (count, names_file) =
         if label_bytes == 1 { (10, "batches.meta.txt") } else { (100, "fine_label_names.txt") };

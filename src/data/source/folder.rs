@@ -130,7 +130,7 @@ fn no_parts_of_another_name(tops: &Tops, full: &[&str]) -> Result<()> {
     }
     if common.len() > 1 && 2 * common.len() >= all.len() {
         return Err(Error::new(format!(
-            "{} have the same folders inside ({}): they look like parts of a data set, and their names do not say which",
+            "{} have the same folders inside ({}): they look like parts of a data set, but their names do not say which",
             named(full),
             named(&common)
         ))
@@ -163,7 +163,7 @@ pub(super) fn arrange(paths: Paths, listing: &mut Listing) -> Result<()> {
             let pictures = count(top.all, "picture");
             listing.notes.push(match Split::of(name) {
                 Some(_) => format!("`{name}` has no class folders inside: {pictures} left out"),
-                None => format!("`{name}` is no part of the data set: {pictures} left out"),
+                None => format!("`{name}` is not a part of the data set: {pictures} left out"),
             });
         }
     }

@@ -139,7 +139,8 @@ impl Lists {
         }
         if !missing.is_empty() {
             let (rows, which) = (count(missing.len(), "row"), named(&missing));
-            self.notes.push(format!("{rows} of `{table}` without a picture of their own left out: {which}"));
+            self.notes
+                .push(format!("{rows} of `{table}` left out, which have no picture of their own: {which}"));
         }
         let mut at = 0;
         paths.files.retain(|_| {
@@ -167,12 +168,12 @@ impl Lists {
                 };
                 let Some(word) = word else {
                     return Err(Error::new(format!(
-                        "`{}`: `{}` has the label `{label}`, which is none of the {} class folders",
+                        "`{}`: `{}` has the label `{label}`, which is not one of the {} class folders",
                         row.table,
                         row.name,
                         known.len()
                     ))
-                    .hint("labels are names of class folders, or their places in sorted order, from 0"));
+                    .hint("labels are names of class folders, or their indices in sorted order, from 0"));
                 };
                 labels.push(listing.label(word));
             }

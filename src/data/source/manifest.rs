@@ -120,7 +120,7 @@ fn pairs(text: &str) -> Result<Vec<Row>> {
         let Some((path, label)) = columns.filter(|(path, label)| !path.is_empty() && !label.is_empty())
         else {
             if text.lines().all(|line| line.trim().bytes().all(|b| b.is_ascii_digit())) {
-                return Err(Error::new("its lines are numbers alone, which name no pictures").hint(
+                return Err(Error::new("its lines are only numbers and do not name pictures").hint(
                     "make it a list of `PATH LABEL`, with WordNet ids (`n01440764`) as labels: ILSVRC numbers its \
                      classes in an order of its own",
                 ));
@@ -279,7 +279,7 @@ fn arrange(path: &Path, rows: Vec<Row>, several: bool) -> Result<Source> {
                 .hint("put the manifest above the pictures, or give absolute paths"));
         }
         if !seen.insert(row.path.as_str()) {
-            fail!("{}: `{}` is there twice", at(), row.path);
+            fail!("{}: `{}` occurs twice", at(), row.path);
         }
         if row.labels.is_empty() && !several {
             fail!("{}: `{}` has no label", at(), row.path);

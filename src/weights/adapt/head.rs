@@ -1,4 +1,4 @@
-//! The classifier for other classes, and the representation layer in front of it.
+//! Replaces the classifier for other classes, and the representation layer before it.
 
 use std::collections::HashMap;
 
@@ -10,12 +10,12 @@ use crate::weights::{ModelFile, Tensor};
 /// Where the rows of the new head come from.
 enum Rows {
     AsTheyAre,
-    /// For each new class the old one, if the file has it.
+    /// For each new class, the index of the old one, if the file has it.
     ByName(Vec<Option<usize>>),
     Zero,
 }
 
-/// Replaces head and representation layer as `target` wants.
+/// Replaces head and representation layer as `target` says.
 pub(super) fn replace(file: &mut ModelFile, target: &AdaptTarget, notes: &mut Vec<String>) -> Result<()> {
     let old = file.config.classes;
     let classes = match (target.classes, &target.class_names) {
@@ -26,7 +26,7 @@ pub(super) fn replace(file: &mut ModelFile, target: &AdaptTarget, notes: &mut Ve
         (Some(classes), _) => classes,
         (None, Some(names)) => names.len(),
         (None, None) if old == 0 => {
-            return Err(Error::new("it has no head, and nothing says how many classes there are to be")
+            return Err(Error::new("it has no head, and the number of classes is not given")
                 .hint("give the data set, or `--set model.classes=N`"));
         }
         (None, None) => old,
@@ -41,7 +41,7 @@ pub(super) fn replace(file: &mut ModelFile, target: &AdaptTarget, notes: &mut Ve
     let drop_rep = drop_rep(&rows);
     if drop_rep && !matches!(rows, Rows::Zero) {
         if target.head == HeadPolicy::Keep {
-            return Err(Error::new("the head is made for the representation layer, which is to be dropped")
+            return Err(Error::new("the head needs the representation layer, which is to be dropped")
                 .hint("keep both or neither: `--head reset` starts a new head"));
         }
         rows = Rows::Zero;
@@ -82,7 +82,7 @@ pub(super) fn replace(file: &mut ModelFile, target: &AdaptTarget, notes: &mut Ve
     file.config.classes = classes;
     match &target.class_names {
         Some(names) => file.meta.classes = Some(names.clone()),
-        // Names of other classes would be wrong, also where there happen to be as many.
+        // Names of other classes would be wrong, even if there happen to be as many.
         None if matches!(rows, Rows::Zero) => file.meta.classes = None,
         None => {}
     }
@@ -95,7 +95,7 @@ fn choose_rows(file: &ModelFile, target: &AdaptTarget, classes: usize) -> Result
         return Ok(Rows::Zero);
     }
     if target.head == HeadPolicy::Keep && classes != old {
-        return Err(Error::new(format!("its head has {old} classes, and {classes} are wanted"))
+        return Err(Error::new(format!("its head has {old} classes, but {classes} are needed"))
             .hint("use `--head auto`, which starts a new head where the classes differ"));
     }
     let (Some(theirs), Some(ours)) = (&file.meta.classes, &target.class_names) else {
@@ -114,7 +114,7 @@ fn choose_rows(file: &ModelFile, target: &AdaptTarget, classes: usize) -> Result
     Ok(if sources.iter().any(Option::is_some) { Rows::ByName(sources) } else { Rows::Zero })
 }
 
-/// Rows of `cols` values from where `sources` says; zeros where it says nothing.
+/// Rows of `cols` values from the rows that `sources` gives; zeros for rows without a source.
 fn pick(values: &[f32], sources: &[Option<usize>], cols: usize) -> Vec<f32> {
     let mut out = vec![0.0; sources.len() * cols];
     for (row, source) in out.chunks_mut(cols).zip(sources) {

@@ -1,11 +1,11 @@
 //! Resampling of grids, one axis at a time, as SciPy, torch and TensorFlow do it.
 //!
-//! An [`Axis`] lists for each output the inputs that it is a weighted sum of. Weights and sums are f64 and are rounded
-//! once, so that the result is nearer to each of the originals than these are to each other.
+//! An [`Axis`] lists for each output the inputs of its weighted sum. Weights and sums are f64 and are rounded
+//! once, so the result is nearer to each of the originals than these are to each other.
 
 use super::pinv::pinv;
 
-/// A way to resample.
+/// A resampling method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Resampling {
     /// Linear, first and last samples aligned (`scipy.ndimage.zoom(order=1)`).
@@ -32,7 +32,7 @@ impl Resampling {
     }
 }
 
-/// One axis of a resize: for each output the inputs and their weights. No inputs: zero.
+/// One axis of a resize: for each output its inputs and their weights. An output without inputs is zero.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Axis {
     from: usize,
@@ -59,7 +59,7 @@ impl Axis {
         Self { from, taps: (0..to).map(taps).collect() }
     }
 
-    /// pinv(Rᵀ) where R, `[to, from]`, is this axis as a matrix; of the same shape.
+    /// pinv(Rᵀ) where R, `[to, from]`, is this axis as a matrix; it has the same shape.
     pub(super) fn pinv_of_transpose(&self) -> Self {
         let to = self.taps.len();
         let mut transposed = vec![0.0; self.from * to];
@@ -72,7 +72,8 @@ impl Axis {
     }
 }
 
-/// SciPy's coordinate is the product of an index and a rounded quotient, and may exceed the last sample by one ulp.
+/// SciPy's coordinate is the product of an index and a rounded quotient, and may exceed the last sample by
+/// one ulp.
 fn corners(i: usize, from: usize, to: usize, zeros: bool) -> Vec<(usize, f64)> {
     let step = if to > 1 { (from - 1) as f64 / (to - 1) as f64 } else { 0.0 };
     let (x, last) = (i as f64 * step, (from - 1) as f64);
@@ -98,7 +99,7 @@ fn cubic(x: f64, a: f64) -> f64 {
     }
 }
 
-/// Two samples of the coarser grid to each side, made to sum to one.
+/// Two samples of the coarser grid on each side, normalised so that they sum to one.
 fn antialiased(i: usize, from: usize, to: usize) -> Vec<(usize, f64)> {
     let scale = from as f64 / to as f64;
     let stretch = scale.max(1.0);
@@ -113,7 +114,7 @@ fn antialiased(i: usize, from: usize, to: usize) -> Vec<(usize, f64)> {
     taps
 }
 
-/// Resizes `grid`, `[rows, columns, width]` of the axes' input sizes, to their output sizes.
+/// Resizes `grid`, `[rows, columns, width]`, from the axes' input sizes to their output sizes.
 pub(super) fn apply(grid: &[f32], width: usize, rows: &Axis, columns: &Axis) -> Vec<f32> {
     assert_eq!(grid.len(), rows.from * columns.from * width, "a grid of another size");
     let mut out = Vec::with_capacity(rows.taps.len() * columns.taps.len() * width);

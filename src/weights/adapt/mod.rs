@@ -1,7 +1,7 @@
-//! A file's model made to fit another task: another picture size, patch side, or list of classes.
+//! Adapts a file's model to another task: another picture size, patch size, or list of classes.
 //!
-//! The only place where weights are computed and not moved. Each step says what it did in a note, because the codes
-//! that people compare with do it differently: see [`PosembDialect`].
+//! This is the only place that computes weights instead of moving them. Each step reports what it did in a
+//! note, because the programs that people compare with do it differently: see [`PosembDialect`].
 
 mod head;
 mod interpolate;
@@ -16,7 +16,7 @@ use crate::vit::config::{ModelConfig, Posemb, PosembJoin};
 const KERNEL: &str = "patch_embed.proj.weight";
 const POSEMB: &str = "pos_embed";
 
-/// What the adapted model is to be; `None` leaves the file's own.
+/// The properties of the adapted model; `None` keeps the file's own.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AdaptTarget {
     /// (H, W) of the pictures.
@@ -32,7 +32,7 @@ pub struct AdaptTarget {
 }
 
 impl PosembDialect {
-    /// What [`PosembDialect::Auto`] stands for.
+    /// The meaning of [`PosembDialect::Auto`].
     pub fn of_layout(kind: LayoutKind) -> Self {
         match kind {
             LayoutKind::Vitrum | LayoutKind::VitJax => Self::VitJax,
@@ -56,7 +56,7 @@ impl PosembDialect {
         }
     }
 
-    /// vit_jax and HuggingFace never resize a kernel; they get what the code nearest to them does.
+    /// vit_jax and HuggingFace never resize a kernel, so we use the method of the most similar code.
     fn kernels(self) -> Resampling {
         match self {
             Self::Timm | Self::Hf => Resampling::CubicAntialiased,
@@ -70,10 +70,11 @@ impl PosembDialect {
     }
 }
 
-/// Makes the model of `file` fit `target`. Beside it: what was done, one line each, to be told to the user.
+/// Adapts the model of `file` to `target`. Also returns notes for the user about what was done, one line
+/// each.
 ///
-/// Errors: a target that is no model (exit 2); a head that `target` wants kept and that does not fit; no classes for
-/// a file without a head; a grid that has to be resized and is not known.
+/// Errors: a target that is not a valid model (exit 2); a head that `target` keeps but that does not fit; no
+/// classes for a file without a head; a grid that must be resized but is unknown.
 pub fn adapt(mut file: ModelFile, target: &AdaptTarget) -> Result<(ModelFile, Vec<String>)> {
     let dialect = target.posemb.resolve(file.layout);
     let mut notes = Vec::new();
@@ -84,7 +85,7 @@ pub fn adapt(mut file: ModelFile, target: &AdaptTarget) -> Result<(ModelFile, Ve
     Ok((file, notes))
 }
 
-/// Kernel first, then the grid that follows from it.
+/// The kernel first, then the grid that follows from it.
 fn resize_patches(
     file: &mut ModelFile,
     target: &AdaptTarget,
@@ -113,7 +114,7 @@ fn resize_patches(
     }
     if new.posemb == Posemb::Learned {
         let (from, to) = (old.patch_grid().grid(), new.patch_grid().grid());
-        // An unknown grid is written as one row: the same number of patches is no resize then.
+        // An unknown grid is stored as one row, so an equal number of patches needs no resize.
         let same = if file.grid_known { from == to } else { from.0 * from.1 == to.0 * to.1 };
         if !same {
             if !file.grid_known {
@@ -137,15 +138,15 @@ fn resize_patches(
 }
 
 fn unknown_grid() -> Error {
-    Error::new("the number of patches is no square, so the grid of its position embedding is not known")
-        .hint("write it down first: `vitrum convert FILE known.safetensors --set model.image=HxW`")
+    Error::new("the number of patches is not a square, so the grid of its position embedding is not known")
+        .hint("record it first: `vitrum convert FILE known.safetensors --set model.image=HxW`")
 }
 
 fn by((height, width): (usize, usize)) -> String {
     format!("{height}x{width}")
 }
 
-/// `[1, rows + N, D]` → `[1, rows + N', D]`: the first `rows` belong to extra tokens and stay as they are.
+/// `[1, rows + N, D]` → `[1, rows + N', D]`: the first `rows` belong to extra tokens and are left unchanged.
 fn resize_positions(
     posemb: &Tensor,
     rows: usize,
@@ -160,9 +161,9 @@ fn resize_positions(
     Tensor::new([1, rows + to.0 * to.1, width], [tokens, &resized].concat())
 }
 
-/// `[D, 3, ph, pw]` → `[D, 3, ph', pw']`, so that a resized patch gives about the same embedding: with R the resize of
-/// a patch, the new kernel is pinv(Rᵀ) times the old one (Beyer et al. 2023, FlexiViT, arXiv:2212.08013, section 3.4).
-/// R works on rows and columns apart, and so does its pseudo-inverse.
+/// `[D, 3, ph, pw]` → `[D, 3, ph', pw']`, so that a resized patch gives about the same embedding. With R the
+/// resize of a patch, the new kernel is pinv(Rᵀ) times the old one (Beyer et al. 2023, FlexiViT,
+/// arXiv:2212.08013, section 3.4). R acts on rows and columns separately, and so does its pseudo-inverse.
 fn resize_kernel(kernel: &Tensor, to: (usize, usize), how: Resampling) -> Tensor {
     let &[d, channels, height, width] = kernel.shape.as_slice() else {
         panic!("a patch kernel of shape {:?}", kernel.shape)

@@ -2,7 +2,7 @@
 
 /// Singular values below this share of the largest count as zero.
 const CUTOFF: f64 = 1e-10;
-/// Converges quadratically; small matrices need some eight.
+/// Convergence is quadratic; small matrices need about eight sweeps.
 const MAX_SWEEPS: usize = 60;
 
 /// Moore-Penrose inverse of `a`, row-major `[rows, cols]`; the result is `[cols, rows]`.
@@ -11,7 +11,8 @@ pub(super) fn pinv(a: &[f64], rows: usize, cols: usize) -> Vec<f64> {
     if rows < cols {
         return transpose(&pinv(&transpose(a, rows, cols), cols, rows), rows, cols);
     }
-    // Columns of `u` are rotated until they are orthogonal: a = u vᵀ, and their lengths are the singular values.
+    // Columns of `u` are rotated until they are orthogonal. Then a = u vᵀ, and their lengths are the singular
+    // values.
     let mut u: Vec<Vec<f64>> = (0..cols).map(|j| (0..rows).map(|i| a[i * cols + j]).collect()).collect();
     let mut v: Vec<Vec<f64>> = (0..cols).map(|j| (0..cols).map(|i| f64::from(i == j)).collect()).collect();
     for _ in 0..MAX_SWEEPS {
@@ -51,7 +52,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// Turns columns p and q by the angle of cosine `c` and sine `s`.
+/// Rotates columns p and q by the angle with cosine `c` and sine `s`.
 fn rotate(columns: &mut [Vec<f64>], p: usize, q: usize, c: f64, s: f64) {
     let (left, right) = columns.split_at_mut(q);
     for (x, y) in left[p].iter_mut().zip(&mut right[0]) {

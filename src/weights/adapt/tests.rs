@@ -1,4 +1,4 @@
-//! Resizing against the original programs, and heads.
+//! Compares resizing with the original programs, and tests heads.
 
 use super::super::safetensors::SafeTensors;
 use super::super::tests::{assert_same, reference, sample, tiny};
@@ -28,7 +28,7 @@ fn grid(text: &str) -> (usize, usize) {
     (height.parse().unwrap(), width.parse().unwrap())
 }
 
-/// The way and the tolerance of a reference tensor, by the end of its name.
+/// The method and the tolerance for a reference tensor, by the end of its name.
 fn way(name: &str) -> Option<(&str, PosembDialect, f64)> {
     [
         (".tok.vit_jax", PosembDialect::VitJax, 1e-6),
@@ -119,7 +119,7 @@ fn names(names: &[&str]) -> Option<Vec<String>> {
     Some(names.iter().map(|n| n.to_string()).collect())
 }
 
-/// What came out is a whole model.
+/// The result is a complete model.
 #[track_caller]
 fn assert_whole(file: &ModelFile) {
     load_into(file, &ParamLayout::new(&file.config, |_| false), |_, _| Ok(())).unwrap();
@@ -156,7 +156,7 @@ fn heads_are_kept_by_name_by_number_or_not_at_all() {
     };
     let of = Some(&["a", "b", "c"][..]);
 
-    // By name: c and a are found, d starts at zero, and the representation layer that the rows belong to stays.
+    // By name: c and a are found, d starts at zero, and the rows' representation layer is kept.
     let by_name = AdaptTarget { class_names: names(&["c", "d", "a", "e"]), ..Default::default() };
     let (file, tensors) = adapted(of, by_name.clone()).unwrap();
     let (old, new) = (&tensors["head.weight"].values, &file.tensors.values("head.weight").unwrap());
@@ -168,7 +168,7 @@ fn heads_are_kept_by_name_by_number_or_not_at_all() {
     assert_eq!((file.config.classes, file.config.rep_size), (4, 5));
     assert_eq!(file.meta.classes, by_name.class_names);
 
-    // No name in common, or no names and another number: a new head, without the representation layer.
+    // No name in common, or no names and a different number: a new head without the representation layer.
     for (of, target) in [
         (of, AdaptTarget { class_names: names(&["x", "y", "z"]), ..Default::default() }),
         (None, AdaptTarget { classes: Some(7), ..Default::default() }),
@@ -188,9 +188,9 @@ fn heads_are_kept_by_name_by_number_or_not_at_all() {
     assert_same(&file.tensors.all().unwrap(), &tensors);
     assert_eq!(file.meta.classes, names(&["p", "q", "r"]));
     for (target, says) in [
-        (AdaptTarget { classes: Some(4), ..keep.clone() }, "its head has 3 classes, and 4 are wanted"),
+        (AdaptTarget { classes: Some(4), ..keep.clone() }, "its head has 3 classes, but 4 are needed"),
         (AdaptTarget { class_names: names(&["a", "b", "x"]), ..keep.clone() }, "its head has no class `x`"),
-        (AdaptTarget { rep_layer: RepLayer::Drop, ..keep }, "made for the representation layer"),
+        (AdaptTarget { rep_layer: RepLayer::Drop, ..keep }, "the head needs the representation layer"),
     ] {
         let error = adapted(of, target).map(|_| ()).unwrap_err();
         assert_eq!(error.exit_code(), 1);

@@ -1,5 +1,5 @@
-//! HuggingFace: a folder that `ViTForImageClassification.from_pretrained` loads, label names and all; of a model without
-//! a classifier one for `ViTModel`.
+//! HuggingFace: a folder that `ViTForImageClassification.from_pretrained` loads, including class names; for a
+//! model without a classifier, one for `ViTModel`.
 
 use std::path::Path;
 
@@ -34,10 +34,12 @@ pub(super) fn check(file: &ModelFile) -> Result<()> {
                 .hint("keep it with `--to safetensors`"))
         }
         () if c.rep_size > 0 && c.rep_size != c.width => {
-            fail!("its pooler is as wide as the model, and this one is {}", c.rep_size)
+            fail!("its pooler is as wide as the model, but this one has width {}", c.rep_size)
         }
-        () if !file.grid_known => Err(Error::new("the size of the pictures is not known, and it wants one")
-            .hint("give it, as in `--set model.image=224x384`")),
+        () if !file.grid_known => {
+            Err(Error::new("the size of the pictures is not known, and transformers needs it")
+                .hint("give it, as in `--set model.image=224x384`"))
+        }
         () => Ok(()),
     }
 }
@@ -64,7 +66,7 @@ pub(super) fn write(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<Op
     Ok(note)
 }
 
-/// One number where both sides are equal, as transformers writes it.
+/// One number if both sides are equal, as transformers writes it.
 fn side((height, width): (usize, usize)) -> Value {
     if height == width { json!(height) } else { json!([height, width]) }
 }
@@ -107,18 +109,18 @@ fn config_json(c: &ModelConfig, meta: &CheckpointMeta) -> Value {
     out
 }
 
-/// As it is written, not as the f32 lies between f64s: 1e-12.
+/// The shortest decimal of the f32, not its exact f64 value: 1e-12.
 fn exact(value: f32) -> Value {
     json!(value.to_string().parse::<f64>().unwrap_or(f64::from(value)))
 }
 
-/// Beside it what transformers cannot do as the model's evaluation does it.
+/// Also returns what transformers cannot do as in the model's evaluation.
 fn preprocessor_json(file: &ModelFile) -> (Value, Option<String>) {
     let (height, width) = file.config.image;
     let how = prepared(&file.meta);
     let resized = |side: usize| ((side as f32 / how.crop_ratio) as usize).max(side);
     let cropped = how.crop_ratio < 1.0;
-    // Shorter sides and crops of rectangles are two different pictures in the two programs.
+    // The two programs treat the shorter side and the crop of rectangles differently.
     let centre = how.centre && height == width;
     let name = match (centre, cropped) {
         (true, _) => "BitImageProcessor",

@@ -1,7 +1,8 @@
-//! From any layout to any other that can hold the model: to the bit, or not at all.
+//! Converts any layout to any other that can hold the model: bit-identically, or not at all.
 //!
-//! What a layout cannot hold is found before anything is written. What is no tensor (the form of GELU, epsilon, how
-//! tokens are pooled) goes into the metadata; where there is none, the result says what to give when it is read back.
+//! What a layout cannot hold is found before anything is written. Everything that is not a tensor (the form
+//! of GELU, epsilon, the pooling) goes into the metadata. If the format has none, the result says which
+//! settings to give when it is read back.
 
 mod hf;
 mod npz;
@@ -15,7 +16,7 @@ use crate::recipe::EvalResize;
 use crate::vit::config::ModelConfig;
 use crate::{fail, files};
 
-/// What to write.
+/// The format to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
     /// Our own: timm's names, the whole configuration in the metadata
@@ -28,8 +29,8 @@ pub enum Format {
     Npz,
 }
 
-/// Writes the model of `from` to `to`; without a `format`, as the end of the name says (`.npz`, else safetensors). Beside
-/// the model's layout: what the user should know, one line each.
+/// Writes the model of `from` to `to`. Without a `format`, the ending of the name decides (`.npz`, else
+/// safetensors). Returns the model's layout and notes for the user, one line each.
 pub fn convert(
     from: &Path,
     to: &Path,
@@ -39,7 +40,7 @@ pub fn convert(
     refuse_ending(to)?;
     let by_name = if to.extension().is_some_and(|e| e == "npz") { Format::Npz } else { Format::Safetensors };
     let format = format.unwrap_or(by_name);
-    // timm's is a folder too, or the state dict alone.
+    // timm's is a folder, too, or only the state dict.
     let folder = match format {
         Format::Hf => true,
         Format::Timm => to.extension().is_none_or(|end| end != "safetensors"),
@@ -83,7 +84,7 @@ pub fn convert(
     Ok((file.layout, notes))
 }
 
-/// A file that is named like another program's would be taken for one.
+/// A file that is named like another program's would be mistaken for one.
 fn refuse_ending(to: &Path) -> Result<()> {
     let ending = to.extension().and_then(|end| end.to_str()).unwrap_or_default().to_ascii_lowercase();
     let other = [
@@ -111,13 +112,13 @@ impl Format {
     }
 }
 
-/// How a library of PyTorch would prepare pictures for evaluation.
+/// How a PyTorch library would prepare pictures for evaluation.
 struct Prepared {
     /// Shorter side and centre, else both sides.
     centre: bool,
     bicubic: bool,
     crop_ratio: f32,
-    /// As this program does it, and not only about so.
+    /// Whether this matches what Vitrum does exactly, not only approximately.
     exact: bool,
 }
 
@@ -171,7 +172,7 @@ fn size((height, width): (usize, usize)) -> String {
     if height == width { height.to_string() } else { format!("{height}x{width}") }
 }
 
-/// Hidden layers per width, where that is whole or short enough to be exact.
+/// Hidden layers per width, if that is whole or short enough to be exact.
 fn mlp_ratio(config: &ModelConfig) -> f64 {
     config.mlp as f64 / config.width as f64
 }

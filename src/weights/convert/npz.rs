@@ -1,4 +1,5 @@
-//! vit_jax's `.npz`: stored members, so that NumPy maps or reads them, in the numbering of the published files.
+//! vit_jax's `.npz`: stored members, so that NumPy can map or read them, in the numbering of the published
+//! files.
 
 use std::io::Write;
 use std::path::Path;
@@ -18,13 +19,13 @@ use crate::weights::{ModelFile, ModelOverrides, Numbering, Tensors, to_flax_tens
 /// Under the names of the published files.
 pub(super) fn tensors(file: &ModelFile, own: &Tensors) -> Result<Tensors> {
     if !file.config.qkv_bias {
-        return Err(Error::new("q, k and v of vit_jax's model always have a bias, and this one's have none")
+        return Err(Error::new("q, k and v of vit_jax's model always have a bias, but this one's have none")
             .hint("use `--to timm` or `--to hf`"));
     }
     to_flax_tensors(&file.config, Numbering::Published, own)
 }
 
-/// What a reader of the file cannot know, as the settings to give it.
+/// The settings that a reader of the file needs because the file cannot hold them.
 pub(super) fn lost(config: &ModelConfig, grid_known: bool, flax: &Tensors) -> Result<Option<String>> {
     let container = Container::Memory(flax.clone());
     let read = Headers::read(&container, Path::new(""), Hub::default(), &ModelOverrides::default())?.detected;
@@ -56,7 +57,7 @@ pub(super) fn lost(config: &ModelConfig, grid_known: bool, flax: &Tensors) -> Re
 }
 
 pub(super) fn write(path: &Path, tensors: &Tensors) -> Result<()> {
-    /// Of the ZIP format without its extension.
+    /// The limit of the ZIP format without its extension.
     const SMALL: u64 = u32::MAX as u64;
     files::write_atomic(path, |out| {
         let mut zip = ZipWriter::new(out);

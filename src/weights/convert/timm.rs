@@ -1,4 +1,4 @@
-//! timm: our own file, where timm has the same model, and the constructor's arguments in the metadata.
+//! timm: our own file, if timm has the same model, with the constructor's arguments in the metadata.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::vit::config::{ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
 use crate::weights::{ModelFile, Tensors, metadata, write_own};
 use crate::{fail, files};
 
-/// Metadata key: the Python expression that makes the model whose `load_state_dict` takes the file.
+/// Metadata key: the Python expression that builds the model whose `load_state_dict` takes the file.
 const PYTHON_KEY: &str = "timm.python";
 
 pub(super) fn check(file: &ModelFile) -> Result<()> {
@@ -23,7 +23,7 @@ pub(super) fn check(file: &ModelFile) -> Result<()> {
     }
     if config.posemb == Posemb::Sincos2d && !file.grid_known {
         return Err(Error::new(
-            "timm wants the sincos2d table as a tensor, and the size of the pictures is not known",
+            "timm needs the sincos2d table as a tensor, but the size of the pictures is not known",
         )
         .hint("give it, as in `--set model.image=224`"));
     }
@@ -40,11 +40,11 @@ pub(super) fn write(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<Op
     Ok(None)
 }
 
-/// What `timm.create_model("local-dir:FOLDER", pretrained=True)` opens.
+/// The folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 pub(super) fn write_folder(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<Option<String>> {
     if !file.grid_known {
         return Err(Error::new(format!(
-            "{}: timm wants the size of the pictures, which is not known",
+            "{}: timm needs the size of the pictures, which is not known",
             file.path.display()
         ))
         .hint("give it, as in `--set model.image=224x384`"));
@@ -56,7 +56,7 @@ pub(super) fn write_folder(file: &ModelFile, tensors: &Tensors, to: &Path) -> Re
     Ok(note)
 }
 
-/// Every size goes into `model_args`; the architecture's name only says which constructor takes them.
+/// Every size is in `model_args`; the architecture's name only says which constructor takes them.
 fn config_json(file: &ModelFile) -> (Value, Option<String>) {
     let (c, how) = (&file.config, prepared(&file.meta));
     let mut arguments = json!({

@@ -1,8 +1,9 @@
-//! The JSON files that lie beside weights in folders of the HuggingFace hub: `config.json` of timm ([`timm`]) or of
-//! transformers ([`transformers`]), and `preprocessor_config.json` ([`preprocessor`]). They say what tensors cannot.
+//! The JSON files beside weights in folders of the HuggingFace hub: `config.json` of timm ([`timm`]) or
+//! transformers ([`transformers`]), and `preprocessor_config.json` ([`preprocessor`]). They say what tensors
+//! cannot.
 //!
-//! A key that says how the model computes or how its pictures are prepared is obeyed, compared with the tensors, or
-//! refused by name; a key that is absent has the value that the library gives it.
+//! A key that says how the model computes or how its pictures are prepared is obeyed, compared with the
+//! tensors, or refused by name. An absent key has the library's default.
 
 mod preprocessor;
 mod timm;
@@ -19,20 +20,20 @@ use crate::recipe::EvalResize;
 use crate::vit::config::PoolKind;
 use crate::{fail, files};
 
-/// What the folder of a file says about its model.
+/// What a file's folder says about its model.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Hub {
     pub(super) heads: Option<usize>,
     pub(super) gelu: Option<Gelu>,
     pub(super) ln_eps: Option<f32>,
     pub(super) pool: Option<PoolKind>,
-    /// What an architecture of that name has, unless a file's own metadata say otherwise.
+    /// Properties of the named architecture, unless the file's own metadata differs.
     pub(super) usual: Usual,
     /// (H, W) that the model is built for: its positions must fit.
     pub(super) image: Option<(usize, usize)>,
-    /// (H, W) of the pictures that it was last fed with, which its positions may contradict.
+    /// (H, W) of the pictures that it was last fed with; its positions may differ.
     pub(super) pictures: Option<(usize, usize)>,
-    /// Sizes that the tensors must have: key, value, and what it is of the tensors.
+    /// Sizes that the tensors must have: key, value, and which size of the model it is.
     pub(super) sizes: Vec<(&'static str, usize, SizeOf)>,
     /// In the order of the logits.
     pub(super) classes: Option<Vec<String>>,
@@ -45,7 +46,7 @@ pub(super) struct Hub {
     pub(super) notes: Vec<String>,
 }
 
-/// What the name of an architecture stands for.
+/// What the name of an architecture implies.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Usual {
     pub(super) heads: Option<usize>,
@@ -53,7 +54,7 @@ pub(super) struct Usual {
     pub(super) ln_eps: Option<f32>,
 }
 
-/// Which of a model's sizes a key speaks of.
+/// Which of a model's sizes a key gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SizeOf {
     Width,
@@ -63,7 +64,7 @@ pub(super) enum SizeOf {
     Patch,
 }
 
-/// Of a class that has no other.
+/// The name of a class that has no other.
 pub(super) fn placeholder(class: usize) -> String {
     format!("LABEL_{class}")
 }
@@ -91,12 +92,12 @@ impl Hub {
         } else if json["model_type"].is_string() {
             transformers::read(self, json)
         } else {
-            // None, or some other program's file of that name.
+            // No file, or another program's file of that name.
             Ok(())
         }
     }
 
-    /// Writes into a file's own metadata what the folder says.
+    /// Writes the folder's settings into a file's own metadata.
     pub(super) fn complete(&self, meta: &mut CheckpointMeta) {
         if self.classes.is_some() {
             meta.classes.clone_from(&self.classes);
@@ -107,7 +108,7 @@ impl Hub {
         meta.crop_ratio = self.crop_ratio.unwrap_or(meta.crop_ratio);
     }
 
-    /// Pictures are prepared so that `kept` pixels of `of` remain, and the share is exact for them.
+    /// Pictures are prepared so that `kept` pixels of `of` remain, with an exact ratio for them.
     fn crop(&mut self, kept: usize, of: usize) {
         let share = kept as f32 / of as f32;
         let exact = |share: f32| (kept as f32 / share) as usize == of;
@@ -126,7 +127,7 @@ fn read(path: &Path) -> Result<Option<Value>> {
     Ok(Some(json))
 }
 
-/// A number above 0; `None` where the key is absent.
+/// A number above 0; `None` if the key is absent.
 fn number(json: &Value, key: &str) -> Result<Option<usize>> {
     match &json[key] {
         Value::Null => Ok(None),
@@ -137,7 +138,7 @@ fn number(json: &Value, key: &str) -> Result<Option<usize>> {
     }
 }
 
-/// In these files values are of pictures in [0, 1]. One number stands for three.
+/// In these files values are for pixels in [0, 1]. One number stands for three.
 fn colour(json: &Value, key: &str) -> Result<Option<[f64; 3]>> {
     let wrong = || Error::new(format!("`{key}` is {}, not three numbers", json[key]));
     let values: Vec<f64> = match &json[key] {
@@ -153,10 +154,10 @@ fn colour(json: &Value, key: &str) -> Result<Option<[f64; 3]>> {
     Ok(Some(three))
 }
 
-/// Mean and deviation in the units of pixels that are `unit` per step of u8.
+/// Mean and deviation for pixels in which one step of u8 is `unit`.
 fn normalise(mean: [f64; 3], std: [f64; 3], unit: f64) -> Result<Normalise> {
     if std.iter().any(|s| !(*s > 0.0 && s.is_finite())) || mean.iter().any(|m| !m.is_finite()) {
-        fail!("a mean of {mean:?} and a deviation of {std:?} prepare no picture");
+        fail!("a mean of {mean:?} and a deviation of {std:?} cannot prepare pictures");
     }
     let pixels = |values: [f64; 3]| values.map(|v| (v / unit) as f32);
     Ok(Normalise { mean: pixels(mean), std: pixels(std) })
@@ -166,17 +167,17 @@ const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
 const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
 
 impl Normalise {
-    /// torchvision's: DeiT, DINO, MAE and most of timm.
+    /// torchvision's: DeiT, DINO, MAE and most of timm's models.
     pub(super) fn imagenet() -> Self {
         normalise(IMAGENET_MEAN, IMAGENET_STD, 1.0 / 255.0).expect("constants")
     }
 }
 
-/// The model's activation by the name that PyTorch's libraries have for it.
+/// The model's activation by the name that PyTorch libraries use.
 fn activation(key: &str, name: &str) -> Result<Gelu> {
     match name {
         "gelu" => Ok(Gelu::Erf),
         "gelu_tanh" | "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" | "gelu_accurate" => Ok(Gelu::Tanh),
-        other => fail!("`{key}` is `{other}`; only forms of GELU are built"),
+        other => fail!("`{key}` is `{other}`; only forms of GELU are supported"),
     }
 }

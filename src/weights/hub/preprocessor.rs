@@ -1,4 +1,4 @@
-//! transformers' `preprocessor_config.json`: resize, crop, rescale, normalise, each of which can be off.
+//! transformers' `preprocessor_config.json`: resize, crop, rescale, normalise; each can be off.
 
 use serde_json::Value;
 
@@ -7,10 +7,10 @@ use crate::error::{Error, Result};
 use crate::fail;
 use crate::recipe::EvalResize;
 
-/// What a class of image processors does where its file is silent.
+/// Defaults of a class of image processors.
 struct Kind {
     name: &'static str,
-    /// A size that is one number is both sides, else the shorter one.
+    /// Whether a size with one number means both sides; else the shorter one.
     square: bool,
     size: usize,
     bicubic: bool,
@@ -46,7 +46,7 @@ const KINDS: [Kind; 4] = [
     },
 ];
 
-/// Steps that are obeyed; another one that is on is refused. Pictures always become RGB.
+/// Steps that are obeyed; any other step that is on is refused. Pictures always become RGB.
 const STEPS: [&str; 5] = ["do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"];
 
 /// Sides of a picture.
@@ -56,7 +56,8 @@ enum Size {
     Both(usize, usize),
 }
 
-/// Fills in how pictures are prepared. What cannot be done is no error before a picture is to be fed.
+/// Fills in how pictures are prepared. An unsupported preparation is an error only when a picture is to be
+/// fed.
 pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
     let kind = ["image_processor_type", "feature_extractor_type"].iter().find_map(|key| json[*key].as_str());
     let bare = kind.map(|name| {
@@ -75,7 +76,7 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
         other => Err(Error::new(format!("`{key}` is {other}, not true or false"))),
     };
 
-    // In units of u8 pixels, whatever is left out.
+    // In units of u8 pixels, whichever steps are off.
     let unit = match (on("do_rescale", true)?, &json["rescale_factor"]) {
         (false, _) => 1.0,
         (true, Value::Null) => 1.0 / 255.0,
@@ -114,7 +115,7 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
     Ok(())
 }
 
-/// How a picture is resized, what is kept of it, and the height that it has before the crop; or what is not built.
+/// How a picture is resized, which part is kept, and its height before the crop; or why it is not supported.
 type Geometry = std::result::Result<(EvalResize, (usize, usize), usize), String>;
 
 fn geometry(kind: &Kind, json: &Value, on: &dyn Fn(&str, bool) -> Result<bool>) -> Result<Geometry> {
@@ -122,24 +123,24 @@ fn geometry(kind: &Kind, json: &Value, on: &dyn Fn(&str, bool) -> Result<bool>) 
     let other = other
         .filter(|(key, value)| key.starts_with("do_") && **value == true && !STEPS.contains(&key.as_str()));
     if let Some((key, _)) = other.into_iter().next() {
-        return Ok(Err(format!("`{key}` is true, which is not built")));
+        return Ok(Err(format!("`{key}` is true, which is not supported")));
     }
     if !json["crop_pct"].is_null() {
-        return Ok(Err(format!("`crop_pct` is {}, which is not built", json["crop_pct"])));
+        return Ok(Err(format!("`crop_pct` is {}, which is not supported", json["crop_pct"])));
     }
     if !on("do_resize", true)? {
         return Ok(Err("`do_resize` is false: pictures would have to be of one size".into()));
     }
     let default = if kind.square { Size::Both(kind.size, kind.size) } else { Size::Shorter(kind.size) };
     let Some(size) = size_of(&json["size"], kind.square, default) else {
-        return Ok(Err(format!("`size` is {}, which is not built", json["size"])));
+        return Ok(Err(format!("`size` is {}, which is not supported", json["size"])));
     };
     let cropped = match on("do_center_crop", kind.crop.is_some())? {
         true => {
             let side = kind.crop.unwrap_or(kind.size);
             match size_of(&json["crop_size"], true, Size::Both(side, side)) {
                 Some(Size::Both(h, w)) => Some((h, w)),
-                _ => return Ok(Err(format!("`crop_size` is {}, which is not built", json["crop_size"]))),
+                _ => return Ok(Err(format!("`crop_size` is {}, which is not supported", json["crop_size"]))),
             }
         }
         false => None,
@@ -149,7 +150,7 @@ fn geometry(kind: &Kind, json: &Value, on: &dyn Fn(&str, bool) -> Result<bool>) 
         Some(2) => false,
         Some(3) => true,
         Some(other) => {
-            return Ok(Err(format!("`resample` is {other}; 2 (bilinear) and 3 (bicubic) are built")));
+            return Ok(Err(format!("`resample` is {other}; 2 (bilinear) and 3 (bicubic) are supported")));
         }
     };
     let squash = if bicubic { EvalResize::SquashBicubic } else { EvalResize::SquashSmooth };

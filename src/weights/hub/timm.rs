@@ -9,7 +9,7 @@ use crate::fail;
 use crate::recipe::EvalResize;
 use crate::vit::config::PoolKind;
 
-/// Arguments that the tensors speak of, or that only training reads.
+/// Arguments that follow from the tensors, or that only training uses.
 const SILENT: [&str; 26] = [
     "embed_dim",
     "depth",
@@ -39,10 +39,11 @@ const SILENT: [&str; 26] = [
     "strict_img_size",
 ];
 
-/// Architectures that compute otherwise than their tensors tell: a part of the name, and what it stands for.
+/// Architectures that compute differently from what their tensors suggest: a part of the name, and its
+/// meaning.
 const OTHERWISE: [(&str, &str); 4] = [
     ("quickgelu", "QuickGELU"),
-    ("_rpn_", "norms behind the branches"),
+    ("_rpn_", "norms after the branches"),
     ("naflexvit", "batches of pictures of several sizes (NaFlex)"),
     ("samvit", "windowed attention (SAM)"),
 ];
@@ -73,14 +74,14 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
 
 fn architecture(hub: &mut Hub, name: &str) -> Result<()> {
     if let Some((_, what)) = OTHERWISE.iter().find(|(mark, _)| name.contains(mark)) {
-        return Err(Error::new(format!("the architecture `{name}` has {what}, which is not built"))
+        return Err(Error::new(format!("the architecture `{name}` has {what}, which is not supported"))
             .hint("use a plain Vision Transformer, such as `vit_base_patch16_224`"));
     }
     hub.usual.gelu = Some(if TANH.iter().any(|mark| name.contains(mark)) { Gelu::Tanh } else { Gelu::Erf });
     let other_eps =
         ["clip", "dinov3", "aimv2"].iter().any(|mark| name.contains(mark)) || name.starts_with("vit_pe_");
     hub.usual.ln_eps = Some(if other_eps { 1e-5 } else { 1e-6 });
-    // Where they are not as wide as elsewhere: the width alone does not tell.
+    // Architectures with heads of an unusual size, so that the width does not give their number.
     hub.usual.heads = match name {
         "vit_base_patch16_gap_224" => Some(16),
         _ if name.starts_with("test_vit") => Some(2),
@@ -94,7 +95,7 @@ fn argument(hub: &mut Hub, key: &str, value: &Value) -> Result<()> {
     let wrong = || Error::new(format!("`{key}` is {value}"));
     let standard = |default: Value| {
         let same = *value == default || value.is_null();
-        if same { Ok(()) } else { Err(Error::new(format!("`{key}` is {value}, which is not built"))) }
+        if same { Ok(()) } else { Err(Error::new(format!("`{key}` is {value}, which is not supported"))) }
     };
     match key {
         "num_heads" => hub.heads = Some(value.as_u64().filter(|h| *h > 0).ok_or_else(wrong)? as usize),
@@ -106,7 +107,7 @@ fn argument(hub: &mut Hub, key: &str, value: &Value) -> Result<()> {
         "norm_layer" if value.is_null() => {}
         "norm_layer" => match value.as_str() {
             Some("layernorm" | "layernormfp32") => {}
-            _ => fail!("`{key}` is {value}; only LayerNorm is built"),
+            _ => fail!("`{key}` is {value}; only LayerNorm is supported"),
         },
         "final_norm" | "proj_bias" => standard(true.into())?,
         "pool_include_prefix" | "scale_attn_norm" | "scale_mlp_norm" => standard(false.into())?,
@@ -123,7 +124,7 @@ fn pool(key: &str, name: &str) -> Result<Option<PoolKind>> {
         "avg" => Ok(Some(PoolKind::Gap)),
         "map" => Ok(Some(PoolKind::Map)),
         "" => Ok(None),
-        other => fail!("`{key}` is `{other}`; `token`, `avg` and `map` are built"),
+        other => fail!("`{key}` is `{other}`; `token`, `avg` and `map` are supported"),
     }
 }
 
@@ -146,7 +147,7 @@ fn labels(json: &Value) -> Option<Vec<String>> {
     if names.is_empty() { None } else { Some(names) }
 }
 
-/// What the card leaves out is as timm's `resolve_data_config` has it.
+/// Settings that the card omits default as in timm's `resolve_data_config`.
 fn prepare(hub: &mut Hub, card: &Value) -> Result<()> {
     let mean = colour(card, "mean")?.unwrap_or(IMAGENET_MEAN);
     hub.normalise = Some(normalise(mean, colour(card, "std")?.unwrap_or(IMAGENET_STD), 1.0 / 255.0)?);
@@ -173,7 +174,7 @@ fn prepare(hub: &mut Hub, card: &Value) -> Result<()> {
     if hub.resize.is_none() {
         hub.unprepared = Some(format!(
             "`crop_mode` is `{mode}` and `interpolation` is `{interpolation}`; `center` and `squash`, `bicubic` and \
-             `bilinear` are built"
+             `bilinear` are supported"
         ));
     }
     Ok(())

@@ -7,7 +7,7 @@ use crate::backend::LossKind;
 use crate::error::{Error, Result};
 use crate::fail;
 
-/// Model types whose computation is ours, and the mean and deviation of their published files.
+/// Model types that compute what ours does, and the mean and deviation of their published files.
 const TYPES: [(&str, bool); 4] = [("vit", false), ("deit", true), ("vit_mae", true), ("vit_msn", true)];
 
 pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
@@ -25,7 +25,7 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
     ] {
         hub.sizes.extend(number(json, key)?.map(|size| (key, size, of)));
     }
-    // A list is for patches that are no squares; their shape is the tensor's.
+    // A list means patches that are not squares; the tensor has their shape.
     if json["patch_size"].is_number() {
         hub.sizes.extend(number(json, "patch_size")?.map(|size| ("patch_size", size, SizeOf::Patch)));
     }
@@ -43,19 +43,19 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
     }
     hub.gelu = json["hidden_act"].as_str().map(|name| activation("hidden_act", name)).transpose()?;
     if let Some(other) = json["pooler_act"].as_str().filter(|act| *act != "tanh") {
-        fail!("`pooler_act` is `{other}`; a pooler with `tanh` is built");
+        fail!("`pooler_act` is `{other}`; only a pooler with `tanh` is supported");
     }
     hub.loss = match json["problem_type"].as_str() {
         Some("multi_label_classification") => Some(LossKind::Sigmoid),
         Some("single_label_classification") => Some(LossKind::Softmax),
-        Some(other) => fail!("`problem_type` is `{other}`; only classifiers are built"),
+        Some(other) => fail!("`problem_type` is `{other}`; only classifiers are supported"),
         None => None,
     };
     hub.classes = classes(&json["id2label"]);
     Ok(())
 }
 
-/// What a repository of that type has in its `preprocessor_config.json`, for a folder that lacks one.
+/// The `preprocessor_config.json` of a typical repository of that type, for a folder that lacks one.
 pub(super) fn preprocessor_of(kind: &str) -> Value {
     let mut json = json!({ "image_processor_type": if kind == "deit" { "DeiTImageProcessor" } else { "ViTImageProcessor" } });
     if TYPES.contains(&(kind, true)) {
@@ -66,7 +66,7 @@ pub(super) fn preprocessor_of(kind: &str) -> Value {
     json
 }
 
-/// Names by number; `None` where they are only numbers again, or not all there.
+/// Names by number; `None` if they are only numbers again, or incomplete.
 fn classes(id2label: &Value) -> Option<Vec<String>> {
     let labels = id2label.as_object()?;
     let name = |i: usize| labels.get(&i.to_string())?.as_str().map(String::from);

@@ -1,4 +1,4 @@
-//! What to say about a file whose layout is not known: the closest one, and the first name that does not fit.
+//! The message for a file of unknown layout: the closest layout, and the first name that does not fit it.
 
 use super::{Shapes, huggingface};
 use crate::error::Error;
@@ -17,14 +17,14 @@ fn is_flax(name: &str) -> bool {
     from_flax(&to_linen(name)).is_some() || name.ends_with("pos_embedding")
 }
 
-/// Our names are timm's, and those that flax has a name for are most of them.
+/// Our names are timm's; most of them are those that have a flax counterpart.
 fn is_timm(name: &str) -> bool {
     let scale = block_of(name, "blocks.", '.').is_some_and(|(_, rest)| rest.starts_with("ls"));
     scale || name == "dist_token" || !flax_parts(name)[0].is_empty()
 }
 
-/// Tries the names as they are, and without what the first of their segments have in common with a wrapper
-/// (`module.`, `model.`, `backbone.`).
+/// Tries the names unchanged, and without leading segments that a wrapper may have added (`module.`,
+/// `model.`, `backbone.`).
 pub(super) fn refuse(shapes: &Shapes) -> Error {
     let mut prefixes = vec![""];
     for name in shapes.keys().take(64) {
@@ -39,7 +39,7 @@ pub(super) fn refuse(shapes: &Shapes) -> Error {
     };
     let tries =
         prefixes.iter().flat_map(|p| LAYOUTS.map(|(layout, known)| (fits(p, known), *p, layout, known)));
-    // The first of equals: a shorter prefix.
+    // Of equal ones the first: a shorter prefix.
     let best = tries.fold((0, "", "", is_timm as Known), |best, one| if one.0 > best.0 { one } else { best });
     let (count, prefix, layout, known) = best;
     let some: Vec<String> = shapes.keys().take(3).map(|n| format!("`{n}`")).collect();
@@ -50,19 +50,19 @@ pub(super) fn refuse(shapes: &Shapes) -> Error {
         );
     }
     let message = format!(
-        "not a Vision Transformer's weights as far as its names tell: {count} of {} are {layout}",
+        "not a Vision Transformer's weights, judging by its names: {count} of {} are {layout}",
         shapes.len()
     );
     let misfit = shapes.keys().find(|name| !name.strip_prefix(prefix).is_some_and(known));
     let message = match (prefix, misfit) {
         ("", Some(name)) => format!("{message}; the first that is not is `{name}`"),
         ("", None) => message,
-        (prefix, Some(name)) => format!("{message} behind `{prefix}`; the first that is not is `{name}`"),
-        (prefix, None) => format!("{message} behind `{prefix}`"),
+        (prefix, Some(name)) => format!("{message} after `{prefix}`; the first that is not is `{name}`"),
+        (prefix, None) => format!("{message} after `{prefix}`"),
     };
     Error::new(message).hint(if prefix.is_empty() {
         "leave tensors out with `--set weights.exclude=REGEX`, rename them with `--set weights.rename=REGEX=>NEW`".into()
     } else {
-        format!("take it away with `--set 'weights.rename=^{}=>'`", regex_lite::escape(prefix))
+        format!("remove it with `--set 'weights.rename=^{}=>'`", regex_lite::escape(prefix))
     })
 }

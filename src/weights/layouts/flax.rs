@@ -1,8 +1,9 @@
-//! flax trees: vit_jax and big_vision, of every age.
+//! flax trees of vit_jax and big_vision, of every age.
 //!
-//! They differ in a prefix (optimiser state may travel along), in how sub-modules are numbered, in where the position
-//! embedding lies, in whether the MAP head has a module of its own, and in whether the blocks are stacked along a
-//! leading axis. All are brought to one form, linen's, before the table of [`names`] is used.
+//! They differ in a prefix (optimiser state may be included), in the numbering of sub-modules, in the place
+//! of the position embedding, in whether the MAP head is a module of its own, and in whether the blocks are
+//! stacked along a leading axis. All are converted to linen's form before the table of
+//! [`names`](crate::vit::names) is used.
 
 use super::{LayoutKind, Plan, Shapes, Source};
 use crate::error::{Error, Result};
@@ -19,7 +20,7 @@ const POSEMB_PLACES: [&str; 3] =
     ["Transformer/posembed_input/pos_embedding", "Transformer/pos_embedding", "pos_embedding"];
 
 const STACKED_BLOCKS: &str = "Transformer/encoderblock/";
-/// Far beyond any model; a false shape must not become a long loop.
+/// Far beyond any model; a wrong shape must not cause a long loop.
 const MAX_STACKED: usize = 1024;
 
 pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> {
@@ -72,14 +73,14 @@ pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> 
     plan.finish()
 }
 
-/// A name that the table does not know is kept, so that the comparison with the model can list it.
+/// A name that is not in the table is kept, so that the comparison with the model can list it.
 fn add(plan: &mut Plan, file_name: &str, linen: &str, source: impl FnOnce(Form) -> Source) {
     let (own, form) = names::from_flax(linen).unwrap_or_else(|| (file_name.to_string(), Form::Same));
     plan.sources.entry(own).or_default().push(source(form));
 }
 
-/// Newer big_vision checkpoints keep parameters under `params/`, those of the `flax.optim` era under `opt/target/`;
-/// published files have no prefix.
+/// Newer big_vision checkpoints keep parameters under `params/`, those from the time of `flax.optim` under
+/// `opt/target/`; published files have no prefix.
 fn parameter_prefix(shapes: &Shapes) -> Result<&'static str> {
     let prefix =
         ["params/", "opt/target/"].into_iter().find(|p| shapes.keys().any(|name| name.starts_with(p)));
@@ -87,14 +88,14 @@ fn parameter_prefix(shapes: &Shapes) -> Result<&'static str> {
     let towers = [format!("{prefix}img/"), format!("{prefix}txt/")];
     if let Some(name) = shapes.keys().find(|name| towers.iter().any(|t| name.starts_with(t))) {
         return Err(Error::new(format!(
-            "`{name}` shows that this file holds two towers, which is not read yet"
+            "`{name}` shows that this file holds two towers, which is not supported yet"
         ))
         .hint("save the image tower's parameters without their `img/` prefix"));
     }
     Ok(prefix)
 }
 
-/// An older big_vision wrote the MAP head's modules at top level.
+/// Older big_vision versions wrote the MAP head's modules at top level.
 fn inside_map_head(name: String) -> String {
     const MODULES: [&str; 4] = ["probe", "MlpBlock_0/", "MultiHeadDotProductAttention_0/", "LayerNorm_0/"];
     let bare = MODULES.iter().any(|m| if m.ends_with('/') { name.starts_with(m) } else { name == *m });
@@ -118,7 +119,7 @@ fn heads(plan: &Plan) -> Result<Option<usize>> {
     Ok(found.map(|(heads, _)| heads))
 }
 
-/// big_vision's own rule: one row more than a square number of patches is the class token's.
+/// big_vision's own rule: with one row more than a square number of patches, that row is the class token's.
 fn has_class_row(plan: &Plan, overrides: &ModelOverrides) -> bool {
     let shape = |own: &str| plan.sources.get(own).map(|s| s[0].shape.as_slice());
     let Some(&[1, rows, _]) = shape("pos_embed") else { return false };
@@ -128,11 +129,11 @@ fn has_class_row(plan: &Plan, overrides: &ModelOverrides) -> bool {
     rows > 1 && (rows - 1).isqrt().pow(2) == rows - 1
 }
 
-/// Our tensors (weights, or gradients of weights) under flax names and shapes. The inverse of
-/// [`from_flax_tensors`], to the bit.
+/// Our tensors (weights, or gradients of weights) under flax names and shapes. The exact inverse of
+/// [`from_flax_tensors`].
 ///
-/// vit_jax keeps a row of the position embedding for the class token; a model that adds its positions before the
-/// token joins gets a row of zeros there. What the layout cannot hold is an error.
+/// vit_jax keeps a row of the position embedding for the class token. A model that adds its positions before
+/// the token joins gets a row of zeros there. It is an error if the layout cannot hold a tensor.
 pub fn to_flax_tensors(config: &ModelConfig, numbering: Numbering, own: &Tensors) -> Result<Tensors> {
     let class_row = config.extra_tokens == 1 && config.posemb_join == PosembJoin::Before;
     if numbering == Numbering::BigVision
@@ -166,7 +167,7 @@ pub fn to_flax_tensors(config: &ModelConfig, numbering: Numbering, own: &Tensors
     Ok(flax)
 }
 
-/// Tensors under flax names, in any numbering, as ours.
+/// Tensors under flax names, in any numbering, converted to ours.
 pub fn from_flax_tensors(flax: &Tensors) -> Result<Tensors> {
     let shapes: Shapes = flax.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
     super::refuse_empty(&shapes)?;

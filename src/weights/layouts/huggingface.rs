@@ -1,8 +1,8 @@
 //! transformers: `ViTForImageClassification`, `ViTModel`, and the DeiT models that share their names.
 //!
-//! q, k and v are layers of their own; everything else is shaped as ours. A base model is saved without the prefix
-//! (`vit.`, `deit.`) and has a pooler, which is the representation layer. transformers 5 has other names in memory than
-//! in the files that it writes; both are read, the files' are written.
+//! q, k and v are separate layers; everything else has our shapes. A base model is saved without the prefix
+//! (`vit.`, `deit.`) and has a pooler, which is the representation layer. transformers 5 uses other names in
+//! memory than in the files that it writes. Both are read; the files' names are written.
 
 use super::{LayoutKind, Plan, Shapes, Source};
 use crate::error::Result;
@@ -81,8 +81,8 @@ pub(super) fn own_name(name: &str) -> Option<(String, Form)> {
     Some((format!("blocks.{block}.{own}.{leaf}"), *form))
 }
 
-/// Our name → the names of its parts in a file, in order; empty where the layout has no such tensor. `base`: of a
-/// `ViTModel`, whose names have no prefix.
+/// Our name → the names of its parts in a file, in order; empty if the layout has no such tensor. `base`: for
+/// a `ViTModel`, whose names have no prefix.
 pub(in crate::weights) fn file_names(own: &str, base: bool) -> Vec<String> {
     let prefix = if base { "" } else { "vit." };
     if let Some((block, suffix)) = block_of(own, "blocks.", '.') {
@@ -90,7 +90,8 @@ pub(in crate::weights) fn file_names(own: &str, base: bool) -> Vec<String> {
         let parts = BLOCK.iter().filter(|(ours, ..)| *ours == module);
         return parts.map(|(_, file, ..)| format!("{prefix}encoder.layer.{block}.{file}.{leaf}")).collect();
     }
-    // The class token, positions, patches, final norm and pooler belong to the base model; distilled ones are DeiT's.
+    // The class token, positions, patches, final norm and pooler belong to the base model; distilled models
+    // are DeiT's.
     let of_deit = own == "dist_token" || own.starts_with("head_dist.");
     let found = STEM_AND_HEAD.iter().find(|(ours, _)| *ours == own && !of_deit);
     found

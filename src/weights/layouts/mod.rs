@@ -1,4 +1,4 @@
-//! Which layout a file has, and how its tensors become ours. Layouts are told apart by names alone, not by container.
+//! Detects a file's layout, and how its tensors become ours. Names alone decide, not the container.
 
 mod closest;
 mod flax;
@@ -19,7 +19,7 @@ use crate::vit::names::Form;
 
 pub use flax::{from_flax_tensors, to_flax_tensors};
 
-/// Whose names and shapes a file uses.
+/// Which program's names and shapes a file uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LayoutKind {
@@ -37,7 +37,7 @@ pub enum LayoutKind {
 }
 
 impl LayoutKind {
-    /// As `vitrum inspect` calls it.
+    /// Its name in `vitrum inspect`.
     pub fn name(self) -> String {
         serde_json::to_value(self).ok().and_then(|v| v.as_str().map(String::from)).unwrap_or_default()
     }
@@ -52,7 +52,8 @@ impl LayoutKind {
         }
     }
 
-    /// How that code resizes pictures for evaluation: the way, and the share of the resized picture that is kept.
+    /// How that code resizes pictures for evaluation: the method, and the share of the resized picture that
+    /// is kept.
     pub(super) fn eval_protocol(self) -> (EvalResize, f32) {
         match self {
             LayoutKind::VitJax | LayoutKind::Vitrum => (EvalResize::Squash, 1.0),
@@ -66,7 +67,7 @@ impl LayoutKind {
 /// Shapes under the names of a file.
 pub(super) type Shapes = BTreeMap<String, Vec<usize>>;
 
-/// Where each of our tensors is found in a file, and what the names alone say about the model.
+/// Where each of our tensors is in a file, and what the names alone say about the model.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) kind: LayoutKind,
@@ -74,17 +75,18 @@ pub(super) struct Plan {
     pub(super) sources: BTreeMap<String, Vec<Source>>,
     /// Our name → our shape.
     pub(super) shapes: Shapes,
-    /// H, where a shape tells it.
+    /// H, if a shape gives it.
     pub(super) heads: Option<usize>,
-    /// Where the layout decides it; else the rows of the position embedding do.
+    /// If the layout decides it; else the rows of the position embedding do.
     pub(super) join: Option<PosembJoin>,
-    /// The position embedding has a row for the class token, to be added to it: big_vision reading an older file.
+    /// The position embedding has a row that must be added to the class token: big_vision reading an older
+    /// file.
     pub(super) fold_class_row: bool,
-    /// Of the stored patch kernel, where they are not the three of our pictures.
+    /// Channels of the stored patch kernel, if they are not the three of our pictures.
     pub(super) channels: Option<usize>,
-    /// The names give away that its pictures had ImageNet's mean and deviation.
+    /// Whether the names show that its pictures had ImageNet's mean and deviation.
     pub(super) imagenet: bool,
-    /// What reading it assumes or leaves out, to be told to the user.
+    /// What reading it assumes or leaves out, for the user.
     pub(super) notes: Vec<String>,
 }
 
@@ -92,13 +94,13 @@ pub(super) struct Plan {
 #[derive(Clone, Debug)]
 pub(super) struct Source {
     pub(super) file_name: String,
-    /// Index into a leading depth axis, where a file stacks the blocks.
+    /// Index into a leading depth axis, if a file stacks the blocks.
     pub(super) layer: Option<usize>,
     pub(super) shape: Vec<usize>,
     pub(super) form: Form,
 }
 
-/// Recognises the layout. A model that is not supported is refused by its name.
+/// Detects the layout. Refuses an unsupported model by its name.
 pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> {
     other::refuse(shapes)?;
     refuse_empty(shapes)?;
@@ -112,11 +114,11 @@ pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> 
     } else {
         return Err(closest::refuse(shapes));
     };
-    // Whose names begin otherwise than the layout's, say behind a wrapper's.
+    // Names with a prefix that the layout lacks, such as a wrapper's.
     if plan.shapes.contains_key("patch_embed.proj.weight") { Ok(plan) } else { Err(closest::refuse(shapes)) }
 }
 
-/// A tensor of a pretext task beside the model, which no other task uses: MAE's decoder and mask.
+/// A tensor of a pretext task that no other task uses: MAE's decoder and mask.
 fn of_a_pretext(name: &str) -> bool {
     let name = name.strip_prefix("vit.").unwrap_or(name);
     ["mask_token", "embeddings.mask_token"].contains(&name)
@@ -131,7 +133,7 @@ fn refuse_empty(shapes: &Shapes) -> Result<()> {
 }
 
 impl Plan {
-    /// Leaves out what [`of_a_pretext`] names; the models that have such tensors were fed with ImageNet's mean.
+    /// Leaves out the tensors of [`of_a_pretext`]; models that have them were fed with ImageNet's mean.
     fn without_pretext(&mut self, shapes: &Shapes) -> Shapes {
         let (pretext, own): (Shapes, Shapes) = shapes
             .iter()
@@ -160,7 +162,7 @@ impl Plan {
         }
     }
 
-    /// Works out our shapes from the sources'. Parts that are missing or disagree are errors.
+    /// Computes our shapes from the sources'. Missing or contradictory parts are errors.
     pub(super) fn finish(mut self) -> Result<Self> {
         for (own, sources) in &mut self.sources {
             sources.sort_by_key(|s| s.form.part());
@@ -203,7 +205,7 @@ impl Plan {
         Ok(self)
     }
 
-    /// Gives every source the name that it has in the file, where `aliases` renamed it.
+    /// Gives every source its original name in the file, if `aliases` renamed it.
     pub(super) fn rename_sources(&mut self, aliases: &BTreeMap<String, String>) {
         for source in self.sources.values_mut().flatten() {
             if let Some(name) = aliases.get(&source.file_name) {

@@ -1,12 +1,12 @@
-//! Models that share most of their names with a Vision Transformer and compute something else: one table, by the names
-//! that give them away.
+//! Models that share most of their names with a Vision Transformer but compute something else: one table, by
+//! characteristic names.
 
 use super::Shapes;
 use crate::error::{Error, Result};
 
 /// One kind of model.
 struct Other {
-    /// Parts of names, any of which gives it away. Without `.weight`.
+    /// Parts of names, any of which identifies it. Without `.weight`.
     marks: &'static [&'static str],
     /// What the model has or is.
     what: &'static str,
@@ -16,7 +16,7 @@ const fn other(what: &'static str, marks: &'static [&'static str]) -> Other {
     Other { marks, what }
 }
 
-/// In this order: models of several marks are called by the first.
+/// In this order: the first match names the model.
 const OTHERS: [Other; 27] = [
     other(
         "this is a hybrid (a ResNet in front of a Vision Transformer)",
@@ -85,16 +85,13 @@ const OTHERS: [Other; 27] = [
     ),
     other("q and v have a bias and k has none (BEiT, EVA)", &["attn.q_bias", "attn.v_bias"]),
     other("q, k and v are apart (EVA-02, DINOv3)", &["attn.q_proj.", "attn.k_proj."]),
-    other(
-        "the model has a norm in front of its first block (CLIP)",
-        &["norm_pre.", "pre_layrnorm", "ln_pre."],
-    ),
+    other("the model has a norm before its first block (CLIP)", &["norm_pre.", "pre_layrnorm", "ln_pre."]),
     other("the model has a norm inside its MLP", &["mlp.norm.", "mlp.ffn_ln"]),
     other(
         "blocks are parallel or differential",
         &["attns.0.", "lambda_q1", "ffns.0.", "attn.in_proj.", ".in_proj.weight", "sub_norm"],
     ),
-    other("the model has a norm behind its patch embedding", &["patch_embed.norm."]),
+    other("the model has a norm after its patch embedding", &["patch_embed.norm."]),
     other("the model has attention over classes of its own (CaiT)", &["blocks_token_only.", "proj_l."]),
     other(
         "patches are embedded by several convolutions",
@@ -102,9 +99,9 @@ const OTHERS: [Other; 27] = [
     ),
 ];
 
-/// A model of the table is an error that says which.
+/// An error that names the model, if it is in the table.
 pub(super) fn refuse(shapes: &Shapes) -> Result<()> {
-    // MAP pooling has one norm and one projection of such names, which are the head's.
+    // MAP pooling has one norm and one projection with such names; they belong to the head.
     let of_the_model = |name: &&String| !name.starts_with("attn_pool.") && !name.contains("MAPHead_0");
     for Other { marks, what } in &OTHERS {
         let given_away = |name: &&String| marks.iter().any(|mark| name.contains(mark));
@@ -120,7 +117,7 @@ pub(super) fn refuse(shapes: &Shapes) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// What a plain model is made of must not be taken for another.
+    /// No part of a plain model may be mistaken for another model.
     #[test]
     fn plain_models_are_in_no_row() {
         let plain = [
