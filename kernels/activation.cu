@@ -1,21 +1,23 @@
-// Everything elementwise around a matmul that no cuBLASLt epilogue covers: bias, residual, GELU with dropout,
+// Elementwise operations around a matmul that no cuBLASLt epilogue covers: bias, residual, GELU with dropout, tanh,
+// scaling.
 // tanh, scaling.
 //
 // Math      gelu(x) = x·w(x).  tanh form: w = ½(1 + tanh t) = 1/(1 + e^(-2t)), t = √(2/π)(x + 0.044715 x³)
 //           erf form: w = Φ(x) = ½ erfc(-x/√2).   gelu' = w + x·w'
-//           bias_gelu: pre = z + b, y = dropout(gelu(pre)); without a bias z is pre already.   gelu_backward: d = dropout'(d)·gelu'(pre)
+//           bias_gelu: pre = z + b, y = dropout(gelu(pre)); without a bias z is already pre.
+//           gelu_backward: d = dropout'(d)·gelu'(pre)
 //           bias_tanh: y = tanh(z + b)   tanh_backward: d = d·(1 - y²)
-// Tensors   matrices [R, C] in T, each with its own leading dimension; outputs may take the place of inputs
-//           of the same shape. bias f32 [C]
-// Numerics  f32. y is computed from pre as it was stored, which is what the backward sees. Both forms keep
-//           their relative accuracy far on the negative side: nothing is subtracted from 1.
+// Tensors   matrices [R, C] in T, each with its own row stride; outputs may overwrite inputs of the same shape. bias
+//           f32 [C]
+// Numerics  f32. y is computed from pre as stored, because the backward reads that. Both forms keep their relative
+//           accuracy far on the negative side: nothing is subtracted from 1.
 // Launch    one thread per 8 values, 256 threads per block.
-// Bytes     per value of bf16: bias_gelu 6 (4 without a bias or a place for pre), gelu_backward 6, bias_residual 6, bias_tanh, bias
-//           and scale 4.
+// Bytes     per value of bf16: bias_gelu 6 (4 if it has no bias or does not store pre), gelu_backward 6, bias_residual
+//           6, bias_tanh, bias and scale 4.
 // Source    Hendrycks and Gimpel 2016 (GELU); Srivastava et al. 2014 (dropout).
 #include "philox.cuh"
 
-// The two forms, as the host names them.
+// The two forms, with the host's numbers.
 constexpr u32 GELU_TANH = 0;
 
 constexpr float TWO_SQRT_2_OVER_PI = 1.5957691216f;
@@ -41,7 +43,7 @@ __device__ __forceinline__ float gelu_slope(float x, u32 form) {
   return fmaf(x, bell, erf_weight(x));
 }
 
-// The factors of eight values of row `row`, of which a sample has `rows_per_sample`.
+// The factors of eight values of row `row`; a sample has `rows_per_sample` rows.
 __device__ __forceinline__ void drop8(MaskArgs args, const StepParams* params, u32 rows_per_sample, u32 columns,
                                       const Place& at, float (&v)[VEC]) {
   if (args.rate == 0.0f) return;

@@ -1,13 +1,13 @@
-// Adafactor in big_vision's form: a second moment that is kept as row and column means, and what follows.
+// Adafactor in big_vision's form: a second moment stored as row and column means, and the update from it.
 //
 // Math      G = (clip·g)² + 1e-30   β = min(cap, 1 - t^-power)
 //           factored: R = β·R + (1-β)·mean_cols G, C = β·C + (1-β)·mean_rows G, u = g·(R/mean R)^-½·C^-½
 //           in full: V = β·V + (1-β)·G, u = g·V^-½
 //           u is divided by max(1, rms(u)/clip_rms);   m = μ·m + (1-μ)·u   θ = θ - lr·m - decay·θ
-// Tensors   a tensor is [outer, rows, cols] by strides over the flat buffers, cut into tiles of 64 × 64:
-//           `tensors` and `tiles` are tables that the host lays out once. State f32: [outer, rows] and then
-//           [outer, cols], or the tensor in full. Scratch: f64 partial sums of each tile's rows and columns,
-//           f32 factors, f64 sums of squares per tile, f32 scales.
+// Tensors   a tensor is [outer, rows, cols] by strides over the flat buffers, cut into tiles of 64 × 64. The host makes
+//           the tables `tensors` and `tiles` once. State f32: [outer, rows] and then [outer, cols], or the whole
+//           tensor. Scratch: f64 partial sums of each tile's rows and columns, f32 factors, f64 sums of squares per
+//           tile, f32 scales.
 // Numerics  sums in f64. Elements are f32; the global clip factor is applied to g before anything else.
 // Launch    statistics (tile by tile) → factors (one block per tensor) → with clip_rms: squares (tiles),
 //           scales (tensors) → update (tiles). 256 threads: 64 along the axis that is contiguous in memory, 4
@@ -24,7 +24,7 @@
 constexpr u32 TILE = 64;
 // Rows and columns of the tile in shared memory start in different banks.
 constexpr u32 TILE_PITCH = TILE + 1;
-// Keeps a gradient of zero from a division by zero.
+// Prevents division by zero where the gradient is zero.
 constexpr double TINY = 1e-30;
 
 struct AdafactorTensor {
@@ -133,7 +133,7 @@ KERNEL(adafactor_statistics, 256, 4)(const UpdateParams* params, AdafactorBuffer
   }
 }
 
-// β·s + (1-β)·(Σ partials/n + 1e-30): the new mean of one row or column, stored.
+// Computes and stores the new mean of one row or column: β·s + (1-β)·(Σ partials/n + 1e-30).
 __device__ __forceinline__ float new_mean(const UpdateParams& c, float* state, const double* partials,
                                           u32 count, u32 stride, u32 n) {
   double sum = 0.0;
@@ -172,7 +172,7 @@ KERNEL(adafactor_factors, 256, 2)(const UpdateParams* params, AdafactorBuffers b
   }
 }
 
-// What g is multiplied by, apart from the tensor's scale.
+// The factor of g, without the tensor's scale.
 __device__ __forceinline__ float direction(const AdafactorBuffers& b, const AdafactorTensor& t,
                                            const Element& e) {
   if (!t.factored) return 1.0f / sqrtf(b.moment2[t.state + e.state]);

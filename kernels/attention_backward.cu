@@ -4,17 +4,17 @@
 // Tensors   qkv, d_qkv: bf16 [B, T, 3, H, Dh], o, d_o: bf16 [B, T, H, Dh], rows `ld` apart, 16-byte aligned
 //           lse: f32 [B·H, T] of the forward
 //           delta: f32 [B·H, T], written by the first kernel, read by the second
-//           d_qkv is written whole. Dh % 8 == 0, in the next larger tile; others: attention_plain.cu.
+//           All of d_qkv is written. Dh % 8 == 0, in the next larger tile; others: attention_plain.cu.
 // Kernels   `queries`: a CTA owns queries, keys and values stream past: δ and dQ.
 //           `keys`: a CTA owns keys, queries and dO stream past: dK and dV.
-//           S and dP are computed twice, 7 products instead of 5; in exchange no gradient is added across
+//           S and dP are computed twice, 7 products instead of 5. In exchange no gradient is added across
 //           CTAs, so there are no atomics and no f32 dQ in HBM. Up to 256 tokens of Dh 64,
-//           attention_backward_head.cu needs but 5.
+//           attention_backward_head.cu needs only 5.
 // Numerics  f32 scores and sums, P and dS rounded to bf16 for the products; scale once, at the end.
 // Launch    grid B·H·tiles; WARPS warps of 16·M16 rows each; tile t takes strips t·strips/tiles ...
 // Pipeline  as attention_forward.cu: a ring of three, one barrier per block, a short last block.
-// Bytes     `queries` 12·D, `keys` 12·D per token; 16·D would be the least for both together. With a bias 12·D
-//           per tile.
+// Bytes     `queries` 12·D, `keys` 12·D per token; the minimum for both together is 16·D. With a bias 12·D more per
+//           tile.
 // Order     every sum runs over the tokens in order, in one warp. Same device, same bits.
 // Source    Dao et al. 2022, arXiv:2205.14135.
 #include "attention_gradient.cuh"
@@ -40,14 +40,14 @@ struct Share {
     first = from * STRIP, rows = (to - from) * STRIP, row = warp_id() * STRIP, busy = row < rows;
   }
 
-  // Where the tile's sums of the head's dQ go.
+  // The destination of the tile's sums of the head's dQ.
   __device__ __forceinline__ float* bias_part(float* parts, u32 heads, u32 width, u32 tiles) const {
     const size_t image = blockIdx.x / tiles / heads;
     return parts + (image * tiles + tile) * 3 * width + head.column;
   }
 };
 
-// What a warp knows of its 16·M16 queries, and their gradient after the keys so far.
+// The state of a warp for its 16·M16 queries: their terms, and their gradient from the keys so far.
 template <u32 DH, u32 M16>
 struct QuerySums {
   Accumulator<M16, DH / 8> d_q;
@@ -156,7 +156,7 @@ __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, co
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     next = next == STAGES - 1 ? 0 : next + 1;
   }
-  // A warp is the only reader of its own queries.
+  // Only this warp reads its own queries.
   if (share.busy) {
     float factor[M16][2];
 #pragma unroll
@@ -229,7 +229,7 @@ __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     next = next == STAGES - 1 ? 0 : next + 1;
   }
-  // A warp is the only reader of its own keys and values.
+  // Only this warp reads its own keys and values.
   if (share.busy) {
     float k_factor[M16][2], v_factor[M16][2];
 #pragma unroll

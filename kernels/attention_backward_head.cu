@@ -2,15 +2,15 @@
 //
 // Math      attention_gradient.cuh
 // Tensors   as attention_backward.cu, without delta; T <= 256
-// Design    Q, K, V and dO of the head lie in shared memory for the CTA's whole life. A warp owns 32 keys:
-//           their dK and dV stay in its registers while blocks of 32 queries pass. dSᵀ of a block goes
-//           through shared memory, from where all eight warps take the block's dQ, 16 queries by 16 values
-//           each, while the next block's dSᵀ is under way: two buffers, one barrier per block. Five products,
-//           no atomics, nothing in HBM but operands and results.
-// Launch    grid B·H, 256 threads. Warps past the last key only help with dQ; with 7 key warps (T = 197) they
-//           cost nothing, since registers are given out to quarters of an SM.
-// Shared    4·rows·2·Dh + 8·rows + 2·rows·64 bytes, rows = T rounded up to 32: 142 KB at T = 197, and 162
-//           KB at T = 256, which the 163 KB of an A100 still hold.
+// Design    Q, K, V and dO of the head stay in shared memory for the CTA's whole life. A warp owns 32 keys: their dK
+//           and dV stay in its registers while blocks of 32 queries pass. dSᵀ of a block goes through shared memory.
+//           From there all eight warps compute the block's dQ, 16 queries by 16 values each, while the next block's dSᵀ
+//           is being computed: two buffers, one barrier per block. Five products, no atomics, nothing in HBM except
+//           operands and results.
+// Launch    grid B·H, 256 threads. Warps past the last key only help with dQ. With 7 key warps (T = 197) they cost
+//           nothing, because registers are allocated to quarters of an SM.
+// Shared    4·rows·2·Dh + 8·rows + 2·rows·64 bytes, rows = T rounded up to 32: 142 KB at T = 197, and 162 KB at T =
+//           256, which still fits into the 163 KB of an A100.
 // Bytes     16·D per token: qkv, o and dO once, d_qkv once; 4 per token and head.
 //           With a bias 12·D per image.
 // Order     a block's dQ sums over the keys, dK and dV over the queries, in order. Same device, same bits.
@@ -21,7 +21,7 @@ namespace {
 
 constexpr u32 WARPS = 8, STRIP = 32, QUERIES = 32;
 
-// Pairs of neighbouring queries of dSᵀ, as the accumulators hold them, into rows `row ..` of a tile of 32
+// Stores pairs of neighbouring queries of dSᵀ, as the accumulators hold them, into rows `row ..` of a tile of 32
 // queries.
 template <u32 N8>
 __device__ __forceinline__ void keep_scores(const Accumulator<2, N8>& d_s, Tile<QUERIES> to, u32 row) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
     return Tile<QUERIES>{4 * tile + 8 * rows + (block & 1) * rows * Tile<QUERIES>::ROW};
   };
 
-  // The first block can begin as soon as the keys, the values and its own queries are there.
+  // The first block can start once the keys, the values and its own queries have arrived.
   const auto fetch = [&](u32 first, u32 count) {
     queries.copy_async(first, count, q + size_t(first) * qkv_ld, qkv_ld, tokens - first, chunks);
     d_out.copy_async(first, count, d_o + size_t(first) * d_o_ld, d_o_ld, tokens - first, chunks);
@@ -85,8 +85,7 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
   KeySums<DH, 2> sums;
   sums.clear();
 
-  // dQ of a block whose dSᵀ all warps have written, by way of the block's rows of Q, which nobody reads any
-  // more.
+  // dQ of a block whose dSᵀ all warps have written. It goes through the block's rows of Q, which are no longer read.
   const auto finish_queries = [&](u32 block) {
     const u32 m = warp_id() & 1, n = warp_id() >> 1, row = block * QUERIES + 16 * m;
     if (row >= tokens) return;
@@ -109,7 +108,8 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
         st4(queries.chunk(row + 8 * h + lane_row, 2 * n + i) + 4 * lane_column,
             pack_bf16(scale * d_q[i][2 * h], scale * d_q[i][2 * h + 1]));
     warp_sync();
-    // Eight lanes take every second of eight rows, which lie in different banks; two lanes, one sector.
+    // Each group of eight lanes reads every second of eight rows, which lie in different banks; two lanes form one
+    // sector.
     const u32 query = row + 2 * (lane_id() >> 1 & 3) + (lane_id() >> 3 & 1) + 8 * (lane_id() >> 4);
     const u32 chunk = 2 * n + (lane_id() & 1);
     if (query < tokens && chunk < chunks)

@@ -7,12 +7,11 @@
 //           other sizes and unaligned rows: attention_plain.cu.
 // Numerics  Scores, softmax and sums in f32, base 2 with scale·log2(e) folded into one fma; P is rounded to
 //           bf16 for P·V, unnormalised and at most 1; O is divided by its sum once, before it is rounded.
-// Launch    grid B·H·tiles: the tiles of a head are neighbours, so that the second finds K and V in L2. A
-//           warp owns 16·M16 queries; tile t of a head takes strips t·strips/tiles .. (t+1)·strips/tiles, at
-//           most WARPS.
-// Pipeline  K and V come in blocks of KEYS through a ring of three, two blocks ahead of the products; one
-//           barrier per block. Two CTAs share an SM: one loads while the other computes. What is left of the
-//           last block is often little (197 = 3·64 + 5): up to TAIL keys take their own shorter path.
+// Launch    grid B·H·tiles: the tiles of a head are neighbours, so that the second finds K and V in L2. A warp owns
+//           16·M16 queries; tile t of a head takes strips t·strips/tiles .. (t+1)·strips/tiles, at most WARPS.
+// Pipeline  K and V arrive in blocks of KEYS through a ring of three, two blocks ahead of the products; one barrier per
+//           block. Two CTAs share an SM: one loads while the other computes. The rest of the last block is often small
+//           (197 = 3·64 + 5): up to TAIL keys have their own shorter path.
 // Bytes     8·D per token (qkv read once from HBM, o written once) and 4 per token and head.
 // Order     a row's sums run over the keys in order, in one warp. Same device, same bits.
 // Source    Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
@@ -22,7 +21,7 @@ namespace {
 
 constexpr u32 STAGES = 3;
 
-// What a warp knows of its 16·M16 queries after the keys so far.
+// The state of a warp for its 16·M16 queries after the keys so far.
 template <u32 DH, u32 M16>
 struct QuerySums {
   Accumulator<M16, DH / 8> out;
@@ -36,8 +35,8 @@ struct QuerySums {
       for (u32 h = 0; h < 2; ++h) most[m][h] = -INFINITY, sum[m][h] = 0.0f;
   }
 
-  // Adds KEYS keys, rows 0 .. of `keys` and `values`. Queries are rows `own ..` of `queries`; `query` and
-  // `key` are the tokens of the first of each.
+  // Adds KEYS keys, rows 0 .. of `keys` and `values`. Queries are rows `own ..` of `queries`; `query` and `key` are the
+  // tokens of the first query and key.
   template <u32 KEYS>
   __device__ __forceinline__ void add(Tile<DH> queries, u32 own, Tile<DH> keys, Tile<DH> values,
                                       KeepBits keep, float to_log2, size_t head, u32 query, u32 key,
@@ -141,7 +140,7 @@ __device__ __forceinline__ void forward(const bf16* qkv, u32 qkv_ld, bf16* o, u3
   for (u32 block = 0; block < blocks; ++block) {
     cp_async_wait<1>();
     block_sync();
-    // The barrier also says that the stage of the block before is free.
+    // The barrier also means that the previous block's stage is free.
     fetch(block + 2, next);
     const u32 key = block * KEYS;
     if (busy && is_tail(tokens - key, KEYS))

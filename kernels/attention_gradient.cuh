@@ -1,29 +1,28 @@
-// What the backward kernels of attention have in common: probabilities from lse, and two ways to own them.
+// Shared by the backward kernels of attention: probabilities from lse, and the two ways to own them.
 //
 // Math      P = e^(scale·Q·Kᵀ - lse)   dP = keep(dO·Vᵀ)   δ = rowsum(dO∘O)   dS = P∘(dP - δ)
 //           dV = keep(P)ᵀ·dO   dQ = scale·dS·K   dK = scale·dSᵀ·Q
-//           bias: the sums over the tokens of dQ, dK and dV as they are stored, where a bias is trained
-// Owners    A warp that owns queries computes P and dS as rows and sums dQ; a warp that owns keys computes Pᵀ
-//           and dSᵀ and sums dK and dV. Either way the accumulators of scores are the A operand of the sums:
-//           no probability goes through shared memory on its way to them.
-// Bias      Gradients reach memory by way of their rows in shared memory. There their sums are one more product,
-//           a row of ones times the rows: two mma for 16 rows of 16 values.
-//           bias_parts: f32 [B·tiles, 3, H, Dh], a row of sums per CTA of a head; null: nobody wants them
-// Ragged    P is 0 for keys and queries past the last token. Their tile rows are zero, but e^(0 - lse) may be
+//           bias: the sums over the tokens of dQ, dK and dV as they are stored, if a bias is trained
+// Owners    A warp that owns queries computes P and dS as rows and sums dQ. A warp that owns keys computes Pᵀ and dSᵀ
+//           and sums dK and dV. In both cases the accumulators of scores are the A operand of the sums: probabilities
+//           do not go through shared memory.
+// Bias      Gradients reach memory via their rows in shared memory. There, their sums are one more product, a row of
+//           ones times the rows: two mma for 16 rows of 16 values.
+//           bias_parts: f32 [B·tiles, 3, H, Dh], a row of sums per CTA of a head; null: not needed
+// Ragged    P is set to 0 for keys and queries past the last token. Their tile rows are zero, but e^(0 - lse) may be
 //           infinite, and infinity times zero is not zero.
 #pragma once
 
 #include "attention_tile.cuh"
 
-// lse·log2(e) and δ of all queries of a head in shared memory, side by side; infinity and 0 past the last
-// token.
+// lse·log2(e) and δ of all queries of a head in shared memory, in pairs; infinity and 0 past the last token.
 struct RowTerms {
   u32 start;  // bytes from the start of shared memory
 
   __device__ __forceinline__ void put(u32 query, float lse, float delta) const {
     st8(smem_base() + start + 8 * query, {as_u32(lse), as_u32(delta)});
   }
-  // Of an even query and the next.
+  // Both terms of an even query and the next.
   __device__ __forceinline__ vec4 pair(u32 query) const {
     return ld16(smem_base() + start + 8 * query);
   }
@@ -38,7 +37,7 @@ struct KeySums {
     d_k.clear(), d_v.clear();
   }
 
-  // Adds what QUERIES queries give. Keys are rows `own ..` of `keys` and `values`, queries are rows `from ..`
+  // Adds the contribution of QUERIES queries. Keys are rows `own ..` of `keys` and `values`, queries are rows `from ..`
   // of `queries` and `d_out`. `key` and `query` are the tokens of the first of each. Returns dSᵀ.
   template <u32 QUERIES>
   __device__ __forceinline__ Accumulator<M16, QUERIES / 8> add(Tile<DH> keys, Tile<DH> values, u32 own,
@@ -77,7 +76,7 @@ struct KeySums {
           }
       }
     }
-    // Only the strip over the last token pays for it.
+    // Only the strip that contains the last token pays for this.
     if (key + 16 * M16 > tokens) {
 #pragma unroll
       for (u32 m = 0; m < M16; ++m)
@@ -95,8 +94,8 @@ struct KeySums {
   }
 };
 
-// to[c] = Σ over the first `rows` (a multiple of 16) of a tile's column c, in order. Warps share out the
-// columns, from warp `first` on; the rows have to be zero past the last token.
+// to[c] = Σ over the first `rows` (a multiple of 16) of a tile's column c, in order. Warps divide the columns, starting
+// with warp `first`. The rows must be zero past the last token.
 template <u32 DH>
 __device__ __forceinline__ void store_row_sums(Tile<DH> tile, u32 rows, u32 first, u32 head_size, float* to) {
   constexpr u32 ONES = 0x3f803f80;  // two of them in bf16
@@ -109,7 +108,7 @@ __device__ __forceinline__ void store_row_sums(Tile<DH> tile, u32 rows, u32 firs
       mma_bf16(sums[0], ones, b[0]);
       mma_bf16(sums[1], ones, b[1]);
     }
-    // The rows of the result are all the same; four lanes have the first.
+    // All rows of the result are equal; four lanes hold the first.
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
       const u32 column = 16 * n + 8 * i + 2 * lane_id();
@@ -118,8 +117,7 @@ __device__ __forceinline__ void store_row_sums(Tile<DH> tile, u32 rows, u32 firs
   }
 }
 
-// δ = Σ dO·O of a row of one head, over the four lanes that share the row. `quarter` is the lane's number
-// among them.
+// δ = Σ dO·O of a row of one head, over the four lanes that share the row. `quarter` is the lane's number among them.
 __device__ __forceinline__ float row_delta(const bf16* o, const bf16* d_o, u32 chunks, u32 quarter) {
   float delta = 0.0f;
   for (u32 c = quarter; c < chunks; c += 4) {

@@ -1,12 +1,11 @@
-// Dropout of attention's probabilities: which are kept, one bit each, drawn once for all kernels that ask.
+// Dropout of attention's probabilities: which are kept, one bit each, drawn once for all kernels that need them.
 //
 // Math      bit (head·T + query)·T + key of a sample: philox.cuh, where the CPU's draw is the same.
-// Tensors   keep: u32 [B, H, T, ceil(T / 32)]; bit i of word w belongs to key 32·w + i. Bits past the last
-//           key are drawn as if they were the next query's first and mean nothing.
-// Design    A draw gives four neighbouring elements, of which two rows of an odd T share one; in the kernels
-//           that use them the elements of a lane lie in other draws than their neighbours'. So a thread draws
-//           a word of 32 once, at 1/8 byte per probability and use, instead of every lane a draw per pair in
-//           three kernels.
+// Tensors   keep: u32 [B, H, T, ceil(T / 32)]; bit i of word w belongs to key 32·w + i. Bits past the last key are
+//           drawn as if they belonged to the next query's first keys, and are ignored.
+// Design    A draw gives four neighbouring elements, and with an odd T a draw can span two rows. In the kernels that
+//           use the probabilities, neighbouring lanes have elements of different draws. So a thread draws a word of 32
+//           once, at 1/8 byte per probability and use, instead of every lane drawing per pair in three kernels.
 // Launch    one thread per word, 256 per block.
 // Source    Salmon et al. 2011 (Philox).
 #include "philox.cuh"
@@ -24,7 +23,7 @@ KERNEL(attention_keep, 256, 1)
     mask_factors4(bound, sample, element / 4 + draw, factors);
 #pragma unroll
     for (u32 j = 0; j < 4; ++j) {
-      // Wraps above 32 for what lies before the word's first element.
+      // Wraps above 32 for elements before the word's first.
       const u32 bit = 4 * draw + j - skew;
       if (bit < 32 && factors[j] != 0.0f) bits |= 1u << bit;
     }

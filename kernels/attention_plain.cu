@@ -5,9 +5,9 @@
 //           lse, delta: f32 [B·H, T]   Dh <= 128, any T
 // Numerics  IEEE f32 throughout: products by fma, expf, logf; P and dS are not rounded to bf16. Sums over the
 //           values of a head in four interleaved parts.
-// Design    128 threads own 32 rows and meet 32 others at a time, all in shared memory as f32. Thread (y, x)
-//           computes scores of rows y + 8·i with columns x and x + 16, then sums values 4·x .. 4·x + 3 (and
-//           64 further) of the same rows; scores change hands in shared memory, within a half warp.
+// Design    128 threads own 32 rows and process 32 others at a time, all in shared memory as f32. Thread (y, x)
+//           computes scores of rows y + 8·i with columns x and x + 16, then sums values 4·x .. 4·x + 3 (and 64 further)
+//           of the same rows. Scores are exchanged through shared memory, within a half warp.
 // Shared    tiles of 32 rows, a row padded to an odd number of 16-byte chunks: no bank conflicts. 55 KB
 //           (forward) and 77 KB (backward) at Dh 128.
 // Launch    grid B·H·ceil(T / 32).
@@ -55,7 +55,7 @@ __device__ __forceinline__ u32 thread_x() {
   return threadIdx.x % 16;
 }
 
-// Over the sixteen threads of a row.
+// Reduces over the sixteen threads of a row.
 __device__ __forceinline__ float row_sum(float v) {
   for (u32 mask = 8; mask > 0; mask /= 2) v += shfl_xor(v, mask);
   return v;

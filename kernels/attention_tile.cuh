@@ -1,15 +1,14 @@
-// Rows of one attention head in shared memory, and the fragments that tensor cores take from them.
+// Rows of one attention head in shared memory, and the fragments that tensor cores load from them.
 //
-// Layout    A tile holds rows of DH bf16 values in 16-byte chunks. Chunk c of row r lies at place
-//           c ^ swizzle(r) of its row, so that the eight rows that one ldmatrix phase touches fall into
-//           different banks, and so do eight neighbouring chunks of a 16-byte copy. No row is padded: 80
-//           values (160
-//           bytes) need one flipped bit only.
+// Layout    A tile holds rows of DH bf16 values in 16-byte chunks. Chunk c of row r is stored at chunk index c ^
+//           swizzle(r) of its row. So the eight rows of one ldmatrix phase are in different banks, and so are eight
+//           neighbouring chunks of a 16-byte copy. No row is padded; with 80 values (160 bytes), flipping one bit is
+//           enough.
 // Fragments mma.m16n8k16, lane l, g = l / 4, q = l % 4: an accumulator holds rows g and g + 8, columns 2q and
 //           2q + 1. Two accumulators side by side, rounded to bf16, are the A operand of the next product:
 //           probabilities never leave the registers.
-// Ragged    Rows past the last token and chunks past the head's values are filled with zeros while they are
-//           copied: a tile never holds another image's values.
+// Ragged    Rows past the last token and chunks past the head's values are filled with zeros during the copy: a tile
+//           never holds another image's values.
 #pragma once
 
 #include "types.cuh"
@@ -24,7 +23,7 @@ __device__ __forceinline__ u32 warp_id() {
   return threadIdx.x >> 5;
 }
 
-// A last block of so few rows is computed as that many, not as a whole block.
+// A last block with at most this many rows is computed as this many, not as a whole block.
 constexpr u32 TAIL = 16;
 __device__ __forceinline__ bool is_tail(u32 left, u32 block) {
   return left <= TAIL && block > TAIL;
@@ -48,8 +47,8 @@ struct Tile {
     return smem_base() + start + row * ROW + ((chunk ^ swizzle(row)) << 4);
   }
 
-  // Starts the copy of rows `first .. first + rows` from `from`, of which `valid` exist with `chunks` chunks
-  // each. All threads of the block take part; the copies belong to the caller's next committed group.
+  // Starts the copy of rows `first .. first + rows` from `from`, of which `valid` exist with `chunks` chunks each. All
+  // threads of the block take part; the copies belong to the caller's next committed group.
   __device__ __forceinline__ void copy_async(u32 first, u32 rows, const bf16* from, u32 ld, u32 valid,
                                              u32 chunks) const {
     for (u32 i = threadIdx.x; i < rows * CHUNKS; i += blockDim.x) {
@@ -65,7 +64,7 @@ struct Tile {
     return smem_base() + start + row * ROW + r * ROW + (((2 * pair) ^ (lane_id() >> 4) ^ swizzle(r)) << 4);
   }
 
-  // The same block, the two middle 8x8 matrices exchanged.
+  // The same block, with the two middle 8x8 matrices exchanged.
   __device__ __forceinline__ const uint8_t* across(u32 row, u32 pair) const {
     const u32 r = (lane_id() & 7) + ((lane_id() >> 4) << 3);
     return smem_base() + start + row * ROW + r * ROW +
@@ -161,8 +160,8 @@ __device__ __forceinline__ void add_weighted(Accumulator<M16, DH / 8>& sums,
   }
 }
 
-// Rounds a warp's accumulators into rows `row ..` of a tile that only this warp uses by now, then copies the
-// first `valid` of them to `to`, 16 bytes per lane. `factor[m][h]` scales row 16·m + 8·h + l / 4.
+// Rounds a warp's accumulators into rows `row ..` of a tile that only this warp still uses, then copies the first
+// `valid` of them to `to`, 16 bytes per lane. `factor[m][h]` scales row 16·m + 8·h + l / 4.
 template <u32 DH, u32 M16>
 __device__ __forceinline__ void store_rows(const Accumulator<M16, DH / 8>& sums,
                                            const float (&factor)[M16][2], Tile<DH> tile, u32 row, bf16* to,
@@ -186,7 +185,7 @@ __device__ __forceinline__ void store_rows(const Accumulator<M16, DH / 8>& sums,
   }
 }
 
-// Where one head of one image lies: its first row, and its first column in Q and O.
+// The location of one head of one image: its first row, and its first column in Q and O.
 struct HeadPlace {
   size_t row;
   u32 column;

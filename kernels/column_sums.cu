@@ -36,12 +36,12 @@ KERNEL(column_sums_f32, 256, 4)(const float* x, u32 ld, u32 rows, u32 columns, f
   column_sums<float>(x, ld, rows, columns, partials, pitch);
 }
 
-// Where up to three sums go; null: nobody wants it.
+// Destinations of up to three sums; null: not needed.
 struct SumOutputs {
   float* out[3];
 };
 
-// Sum blockIdx.y: `count` partials, `stride` elements apart, each with its sums `pitch` elements apart.
+// Sum number blockIdx.y: `count` partials, `stride` elements apart; the sums of a partial are `pitch` elements apart.
 KERNEL(sum_partials, 256, 4)(const float* partials, u32 count, u32 stride, u32 pitch, u32 columns,
                              SumOutputs outputs, u32 accumulate) {
   float* out = blockIdx.y == 0 ? outputs.out[0] : blockIdx.y == 1 ? outputs.out[1] : outputs.out[2];

@@ -1,8 +1,8 @@
-// What joins the patch embedding's matmul output in place: bias, extra tokens, position embedding, dropout.
+// What is added in place to the patch embedding's matmul output: bias, extra tokens, position embedding; then dropout.
 //
 // Math      token t of a sample: x += bias (patch rows) or extra_token[t] (extra rows);
 //           x += posemb[t - posemb_first] from posemb_first on; x = dropout(x)
-//           backward: d_y = dropout'(d_x), which may take the place of d_x; S[t] = Σ_samples of it before it is
+//           backward: d_y = dropout'(d_x), which may overwrite d_x; S[t] = Σ_samples of it before it is
 //           stored, d_extra[t] = S[t], d_posemb[t - posemb_first] = S[t], d_bias = Σ S[t] over t ≥ extra
 // Tensors   x [B·T, D] in T, in place   d_x [B·T, D] in S, d_y in T: one type, or f32 and bf16
 //           bias, extra tokens [D], posemb [T - posemb_first, D] and all gradients: f32
@@ -10,8 +10,8 @@
 // Launch    forward: one thread per 8 values. Backward: one thread per 8 columns of a token and slice of the
 //           batch; then one thread per column of a token adds the slices; `sum_partials` adds the tokens for
 //           the bias.
-// Bytes     per value, by the stream's type, bf16 or f32 (bias and positions come from L2): forward 4, 8; backward 2, 4, or with
-//           dropout 4, 6.
+// Bytes     per value, with the stream in bf16 or f32 (bias and positions come from L2): forward 4, 8; backward 2, 4,
+//           or with dropout 4, 6.
 // Order     samples within a slice, slices, tokens: each in ascending order.
 // Source    Dosovitskiy et al. 2021.
 #include "philox.cuh"
@@ -56,8 +56,8 @@ __device__ __forceinline__ void embed(const StepParams* params, const EmbedShape
   store8(p, at.n, v);
 }
 
-// Slice blockIdx.y of gridDim.y of the batch. `partials` is null where no parameter is trained. d_y is
-// written where dropout makes it another than d_x.
+// Slice blockIdx.y of gridDim.y of the batch. `partials` is null if no parameter is trained. d_y is written where
+// dropout makes it differ from d_x.
 template <typename S, typename T>
 __device__ __forceinline__ void embed_backward(const StepParams* params, const EmbedShape& s, MaskArgs dropout,
                                                const S* d_x, u32 ld, T* d_y, u32 ld_dy, float* partials,
@@ -115,8 +115,8 @@ EMBED_BACKWARD(bf16, bf16, bf16)
 EMBED_BACKWARD(f32, float, float)
 EMBED_BACKWARD(f32_bf16, float, bf16)
 
-// Adds the slices of each token's column; hands the sum to the gradients that want it (null: not trained) and
-// leaves it in slice 0 for the bias. One thread per column of a token.
+// Adds the slices of each token's column, writes the sum to the gradients (null: not trained) and leaves it in slice 0
+// for the bias. One thread per column of a token.
 KERNEL(embed_gradients, 256, 4)(EmbedShape shape, float* partials, u32 pitch, u32 slices, float* d_extra0,
                                 float* d_extra1, float* d_posemb, u32 posemb_ld, u32 accumulate) {
   u32 index = blockIdx.x * blockDim.x + threadIdx.x;

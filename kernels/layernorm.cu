@@ -1,26 +1,25 @@
-// LayerNorm over the last axis, with the residual add in front of it where the model needs one, and its
-// backward.
+// LayerNorm over the last axis, with the residual add before it where the model needs one, and its backward.
 //
 // Math      mean = avg(x)  rstd = 1/√(avg((x - mean)²) + eps)  x̂ = (x - mean)·rstd  y = γ·x̂ + β
 //           u = γ·d_y   d_sum (+)= rstd·(u - avg(u) - x̂·avg(u·x̂))   dγ = Σ_R d_y·x̂   dβ = Σ_R d_y
-//           join: x = base + drop_path(layer_scale ∘ dropout(branch)) is made and stored first, and its
+//           join: x = base + drop_path(layer_scale ∘ dropout(branch)) is computed and stored first, and its
 //           backward gives d_branch from d_sum.
-//           bias: db = Σ_R of what the product below reads as its d_y: d_branch, or d_sum without a join.
+//           bias: db = Σ_R of the matrix that the next product reads as its d_y: d_branch, or d_sum without a join.
 // Tensors   x d_sum base, the residual stream, [R, D] in S   y d_y branch d_branch [R, D] in T: S and T are one
 //           type, or f32 and bf16   mean rstd f32 [R]   γ β layer_scale f32 [D]
 //           partials f32 [blocks, 2 or 3 (γ, β, b), pitch], pitch = D rounded up to 8. d_sum is read unless
 //           `fresh`.
-// Numerics  f32, two passes over registers. The mean of a row far from zero rounds by more than its deviation
-//           can bear: both directions measure what the rounded mean left over, avg(x - mean), and take it
-//           off. A joined sum is normalised as it was stored, so that the backward sees the same values.
-//           Where S is wider than T, a branch that is the stream itself has neutral factors: d_branch is d_sum
-//           as the products below read it. db sums the values as they were stored.
-// Launch    y in bf16, D ≤ 1280: one warp per row, 6 or 8 rows per block, the row in registers (instance N holds D
-//           in (256(N-1), 256N]), blocks loop over rows. A lane owns the same columns of every row, so γ
-//           and β (forward), dγ and dβ (backward) stay in its registers; the block's warps are added up once.
-//           db lies in shared memory, a row of f32 per warp, where a lane adds to its own columns: registers
-//           would cost warps, 8 bytes of shared memory per value cost a tenth of its bandwidth (an estimate).
-//           y in f32 and D > 1280 take the `_wide` kernels: a warp per row that walks it several times through L1,
+// Numerics  f32, two passes over registers. In a row far from zero, the rounding error of the mean is too large
+//           compared with the deviation. Both passes measure the residual of the rounded mean, avg(x - mean), and
+//           subtract it. A joined sum is normalised as stored, so that the backward sees the same values. Where S is
+//           wider than T and there is no join, the kernel runs with neutral factors: d_branch is d_sum in the type that
+//           the next products read. db sums the values as stored.
+// Launch    y in bf16, D ≤ 1280: one warp per row, 6 or 8 rows per block, the row in registers (instance N holds D in
+//           (256(N-1), 256N]), blocks loop over rows. A lane owns the same columns of every row, so γ and β (forward),
+//           dγ and dβ (backward) stay in its registers; the block's warps are added once. db is in shared memory, one
+//           row of f32 per warp, where a lane adds to its own columns: registers would cost warps, 8 bytes of shared
+//           memory per value cost a tenth of its bandwidth (an estimate).
+//           y in f32 and D > 1280 use the `_wide` kernels: a warp per row that reads it several times through L1,
 //           and `layernorm_gradients`, in which lanes own columns, for dγ and dβ.
 // Bytes     per value of bf16: forward 4 (join 8), backward 8, or 6 fresh (join + 2), 8R of statistics, and
 //           the partials. With the stream in f32: forward 6 (join 12), backward 14, or 10 fresh (join + 2).
@@ -30,13 +29,13 @@
 #include "reduce.cuh"
 #include "residual.cuh"
 
-// Rows that a block works on at a time.
+// Rows that a block processes at a time.
 __device__ __forceinline__ u32 rows_of_block() {
   return blockDim.x / WARP;
 }
 
-// How many of a lane's eight elements of stretch `j` exist: all but the last stretch are whole by the choice
-// of the instance.
+// How many of a lane's eight elements of stretch `j` exist. The choice of the instance makes all but the last stretch
+// whole.
 template <u32 STRETCHES>
 __device__ __forceinline__ u32 held(u32 j, u32 column, u32 columns) {
   return j + 1 < STRETCHES ? VEC : valid8(column, columns);
@@ -51,7 +50,7 @@ struct RowStats {
   float near, rest, rstd;  // the mean is near + rest
 };
 
-// Two sums over the row give its statistics: around `near`, the rounded mean.
+// Two sums over the row give its statistics, relative to `near`, the rounded mean.
 __device__ __forceinline__ RowStats row_stats(float near, float sum_off, float sum_squares, float inverse,
                                               float eps) {
   float rest = warp_sum(sum_off) * inverse;
@@ -66,8 +65,8 @@ __device__ __forceinline__ void store_stats(RowStats s, float* mean, float* rstd
   }
 }
 
-// γ and β of eight columns: from memory (L1) each time, or held by the lane, whose columns are the same in
-// every row.
+// γ and β of eight columns: read from memory (L1) each time, or held by the lane, whose columns are the same in every
+// row.
 struct AffineInMemory {
   const float *gamma, *beta;
   __device__ __forceinline__ void get(u32, u32 column, u32 n, float (&g)[VEC], float (&b)[VEC]) const {
@@ -144,8 +143,8 @@ __device__ __forceinline__ void fetch_row(const T* x, u32 columns, Raw8<T> (&raw
   }
 }
 
-// AHEAD rows are on their way while one is worked on: narrow rows would leave memory waiting for the next
-// request.
+// AHEAD rows are being loaded while one is processed: with narrow rows, memory would otherwise be idle between
+// requests.
 template <u32 STRETCHES, u32 AHEAD, typename S>
 __device__ __forceinline__ void layernorm(const S* x, u32 ld_x, const float* gamma, const float* beta,
                                           float eps, bf16* y, u32 ld_y, float* mean, float* rstd, u32 rows,
@@ -249,7 +248,7 @@ __device__ __forceinline__ void layernorm_wide(const S* x, u32 ld_x, const float
 
 // ---- backward ---------------------------------------------------------------------------------------------
 
-// What the gradients of one row's elements share.
+// Values that the gradients of a row's elements share.
 struct RowGrad {
   float mean, rest, rstd, avg_u, avg_ux;
 };
@@ -270,8 +269,7 @@ __device__ __forceinline__ RowGrad row_grad(float mean, float rstd, float off, f
   return {mean, rest, rstd, avg_u, (avg_u_off - avg_u * rest) * rstd};
 }
 
-// The sums of a bias's columns over the rows of each warp, in shared memory. A lane touches its own columns
-// only.
+// The bias sums of each warp's rows, in shared memory. A lane touches only its own columns.
 template <u32 STRETCHES>
 struct BiasSums {
   static constexpr u32 ROW = STRETCHES * COLUMN_STRETCH;
@@ -282,7 +280,7 @@ struct BiasSums {
 #pragma unroll
     for (u32 j = 0; j < 2 * STRETCHES; ++j) st16(mine + j * COLUMN_HALF, {0, 0, 0, 0});
   }
-  // Eight values of stretch `j`, as they were stored; past the last column they are dropped at the end.
+  // Adds eight values of stretch `j`, as stored; columns past the last are dropped at the end.
   __device__ __forceinline__ void add(u32 j, vec4 packed) const {
     add4(mine + j * COLUMN_STRETCH, packed.x, packed.y);
     add4(mine + j * COLUMN_STRETCH + COLUMN_HALF, packed.z, packed.w);
@@ -292,7 +290,7 @@ struct BiasSums {
     st16(to, {as_u32(as_f32(sum.x) + bf16_lo(a)), as_u32(as_f32(sum.y) + bf16_hi(a)),
               as_u32(as_f32(sum.z) + bf16_lo(b)), as_u32(as_f32(sum.w) + bf16_hi(b))});
   }
-  // The block's sums; the memory is free then.
+  // Writes the block's sums; after that the memory is free.
   __device__ __forceinline__ void store(float* out, u32 columns) const {
     const float* all = reinterpret_cast<const float*>(smem_base());
     block_sync();
@@ -302,7 +300,7 @@ struct BiasSums {
   }
 };
 
-// Where the values go that the product below reads.
+// The destination of the values that the next product reads.
 template <bool JOIN, typename S>
 __device__ __forceinline__ auto* handed_on(S* d_sum, bf16* d_branch) {
   if constexpr (JOIN)
@@ -311,8 +309,8 @@ __device__ __forceinline__ auto* handed_on(S* d_sum, bf16* d_branch) {
     return d_sum;
 }
 
-// Where JOIN, `d_branch` gets its share of d_sum, rounded as it was stored; a trained LayerScale takes
-// `residual_scale_backward` instead. Where BIAS, a product reads d_branch, or d_sum, and its bias is trained.
+// JOIN: `d_branch` gets its share of d_sum, rounded as stored; a trained LayerScale uses `residual_scale_backward`
+// instead. BIAS: a product with a trained bias reads d_branch, or d_sum.
 template <u32 STRETCHES, bool JOIN, bool BIAS, typename S>
 __device__ __forceinline__ void layernorm_backward(const StepParams* params, const BranchArgs& args,
                                                    const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,
@@ -320,9 +318,9 @@ __device__ __forceinline__ void layernorm_backward(const StepParams* params, con
                                                    S* d_sum, u32 ld_sum, u32 fresh, bf16* d_branch,
                                                    u32 ld_branch, u32 rows, u32 columns, float* partials,
                                                    u32 pitch) {
-  // Three stretches of f32 would not fit beside the rest.
+  // Three stretches of f32 would not fit next to the rest.
   constexpr bool SUMS_EARLY = STRETCHES * sizeof(Raw8<S>) <= 80;
-  // With the sums there are no registers for what binds the branch: it is bound anew for each row.
+  // With the sums there are no registers for the bound branch: it is bound again for each row.
   constexpr bool BOUND_ONCE = JOIN && !BIAS;
   Branch branch = {};
   if constexpr (BOUND_ONCE) branch = bind_branch(args, params, columns);
@@ -357,7 +355,7 @@ __device__ __forceinline__ void layernorm_backward(const StepParams* params, con
         u_off_sum = fmaf(u, off, u_off_sum);
       }
     }
-    // On their way while the lanes add up; earlier they would only hold registers.
+    // In flight during the warp sums; earlier they would only occupy registers.
     if (SUMS_EARLY) {
 #pragma unroll
       for (u32 j = 0; j < STRETCHES; ++j) {
@@ -415,7 +413,7 @@ __device__ __forceinline__ void layernorm_backward(const StepParams* params, con
   }
 }
 
-// Any width: d_sum alone, and what the mean's rounding left over in each row, for `layernorm_gradients`.
+// Any width: d_sum only, and the residual of each row's rounded mean, for `layernorm_gradients`.
 template <typename S, typename T>
 __device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy, const S* x, u32 ld_x,
                                                         const float* gamma, const float* mean,
@@ -485,8 +483,7 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
 
 // ---- entry points -----------------------------------------------------------------------------------------
 
-// Instance N holds rows of up to 256·N values. Blocks of a multiprocessor: as many as the registers of the
-// row allow.
+// Instance N holds rows of up to 256·N values. Blocks per multiprocessor: as many as the registers of the row allow.
 #define LAYERNORM_BACKWARD_JOIN(kind, suffix, S, N, threads, blocks, bias)                                   \
   HOT_KERNEL(layernorm_##kind##_##suffix##_##N, threads, blocks)(                                            \
       const StepParams* params, BranchArgs args, const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,             \
@@ -520,21 +517,21 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
   LAYERNORM_BACKWARD_JOIN(backward_join, suffix, S, N, backward_threads, backward_blocks, false)             \
   LAYERNORM_BACKWARD_JOIN(backward_join_bias, suffix, S, N, backward_threads, backward_blocks, true)
 
-// Where a row does not leave 256 threads enough registers, blocks of 192 hold more rows on a multiprocessor; so they do where
-// a second row ahead takes them.
+// Where a row does not leave enough registers for 256 threads, blocks of 192 fit more rows on a multiprocessor; the
+// same where a second prefetched row takes the registers.
 LAYERNORM(bf16, bf16, 1, 2, 256, 4, 256, 4, 256, 3)
 LAYERNORM(bf16, bf16, 2, 2, 192, 3, 256, 3, 256, 2)
 LAYERNORM(bf16, bf16, 3, 1, 256, 2, 256, 2, 192, 2)
 LAYERNORM(bf16, bf16, 4, 1, 192, 2, 256, 2, 256, 1)
 LAYERNORM(bf16, bf16, 5, 1, 192, 2, 256, 2, 256, 1)
-// A row of f32 waits in twice the registers.
+// A prefetched row of f32 takes twice the registers.
 LAYERNORM(f32_bf16, float, 1, 2, 256, 3, 256, 3, 192, 3)
 LAYERNORM(f32_bf16, float, 2, 1, 192, 3, 256, 3, 192, 2)
 LAYERNORM(f32_bf16, float, 3, 1, 256, 2, 256, 2, 192, 2)
 LAYERNORM(f32_bf16, float, 4, 1, 192, 2, 256, 2, 256, 1)
 LAYERNORM(f32_bf16, float, 5, 1, 256, 1, 192, 2, 256, 1)
 
-// Without a branch, and with the sums: only a stream that products can read.
+// With the sums but without a branch: only for a stream that products can read.
 #define LAYERNORM_BIAS(N, threads, blocks)                                                                   \
   HOT_KERNEL(layernorm_backward_bias_bf16_##N, threads, blocks)(                                             \
       const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x, const float* gamma, const float* mean,            \

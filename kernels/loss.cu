@@ -1,4 +1,4 @@
-// Cross-entropy and sigmoid loss on mixed and smoothed targets: loss, hits and the gradient of the logits in
+// Softmax cross-entropy and sigmoid loss on mixed and smoothed targets: loss, hits and the gradient of the logits in
 // one kernel.
 //
 // Math      y_c = (1-s)·(λ·own_c + (1-λ)·partner_c) + s/C
@@ -6,17 +6,16 @@
 //           sigmoid: loss = Σ softplus(z) - y·z, d = σ(z) - y;   d_logits = d·scale, scale = 1/mean_over
 //           with class weights w: softmax has w·y in place of y;
 //           sigmoid: loss = Σ (1 + (w-1)·y)·softplus(z) - w·y·z, d = (1 + (w-1)·y)·σ(z) - w·y
-//           hits: a class with own_c ≠ 0 is ranked by how many logits beat it; of equal logits the first class
-//           is ahead.
+//           hits: the rank of a class with own_c ≠ 0 is the number of logits that beat it; of equal logits the first
+//           class wins.
 // Tensors   logits, d_logits [B, C] in T (may be the same matrix); samples f32 [B, 3]: loss, top-1, top-5
 //           targets of the slot: labels i32 (-1: none), or f32 [samples, C]. Padding samples give zeros.
-//           weights f32 [C]: the kernels without `weighted` in their names do not look at them.
-// Numerics  f32 storage: sums and differences in f64, as the CPU has them. bf16 storage: f32; the logits' own
+//           weights f32 [C]: kernels without `weighted` in their names do not read them.
+// Numerics  f32 storage: sums and differences in f64, as on the CPU. bf16 storage: f32, because the logits' own
 //           rounding is larger.
-// Launch    one block per sample; three passes over its logits (the largest; the sums; the gradient). Rows of
-//           bf16 wait in shared memory between the passes, so each logit is read from memory once; where a
-//           row does not fit (more than 48,000 classes on the smallest card) and in f32 the later passes read
-//           through L2.
+// Launch    one block per sample; three passes over its logits (the largest; the sums; the gradient). bf16 rows stay in
+//           shared memory between the passes, so each logit is read from memory once. If a row does not fit (more than
+//           48,000 classes on the smallest GPU), and in f32, the later passes read through L2.
 // Bytes     4 per logit in bf16; dense targets 4 more (8 where mixed), and again from L2 for each pass; class
 //           weights 4 per class, from L2 for all samples but the first.
 // Order     classes of a thread, lanes, warps.
@@ -55,7 +54,7 @@ __device__ __forceinline__ float exp_of(float x, double) {
 
 // ---- targets ----------------------------------------------------------------------------------------------
 
-// What a sample should have said.
+// The target of a sample.
 template <typename Real>
 struct Target {
   const float *own, *partner;    // dense rows; partner null: not mixed
@@ -65,7 +64,7 @@ struct Target {
 
 constexpr u32 NO_CLASS = 0xffffffffu;
 
-// A label that is no class counts like none; the host has refused such a batch.
+// A label that is not a class counts as none; the host has already refused such a batch.
 __device__ __forceinline__ u32 label_of(const SlotView& slot, u32 sample, u32 classes) {
   u32 label = static_cast<u32>(static_cast<const i32*>(slot.targets)[sample]);
   return label < classes ? label : NO_CLASS;
@@ -128,7 +127,7 @@ __device__ __forceinline__ void weigh8(const float* weights, u32 first, u32 n, R
 
 // ---- the row ----------------------------------------------------------------------------------------------
 
-// The logits of one sample, spread over the block: a thread sees the same classes in every pass.
+// The logits of one sample, divided among the block: a thread sees the same classes in every pass.
 template <typename T>
 struct Row {
   const T* from;
@@ -148,7 +147,7 @@ struct Row {
 
 constexpr u32 SCRATCH_BYTES = 512;
 
-// Copies a row into shared memory, past the scratch: a thread waits for its own classes only.
+// Copies a row into shared memory, after the scratch: a thread waits only for its own classes.
 __device__ __forceinline__ Row<bf16> stage(const bf16* logits, u32 classes) {
   bf16* to = reinterpret_cast<bf16*>(smem_base() + SCRATCH_BYTES);
   for (u32 first = threadIdx.x * VEC; first < classes; first += blockDim.x * VEC)
@@ -157,12 +156,12 @@ __device__ __forceinline__ Row<bf16> stage(const bf16* logits, u32 classes) {
   cp_async_wait<0>();
   return {to, classes};
 }
-// f32 rows may start anywhere: they stay where they are.
+// f32 rows may start anywhere, so they are not copied.
 __device__ __forceinline__ Row<float> stage(const float* logits, u32 classes) {
   return {logits, classes};
 }
 
-// The true class that is ahead of all other true classes.
+// The true class with the highest rank.
 struct Truth {
   float logit;
   u32 label;
@@ -200,7 +199,7 @@ __device__ __forceinline__ Truth find_truth(const T* logits, const Row<T>& row, 
   return {best, block_min(label, reinterpret_cast<u32*>(scratch))};
 }
 
-// How many of eight logits are ahead of the truth.
+// How many of eight logits rank above the true class.
 __device__ __forceinline__ u32 beaten_by(const Truth& truth, u32 first, u32 n, const float (&z)[VEC]) {
   u32 count = 0;
 #pragma unroll
@@ -219,7 +218,7 @@ __device__ __forceinline__ void store_sample(float* sample, float loss, const Tr
   sample[2] = ranked && ahead < 5 ? 1.0f : 0.0f;
 }
 
-// A padding sample counts for nothing. True if this is one.
+// Handles a padding sample, which is ignored. True if this is one.
 template <typename T>
 __device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossArgs& args, T* d_logits,
                                               float* sample) {

@@ -2,7 +2,7 @@
 //
 // Math      v = (pixel - mean_c) / std_c for u8 (f32 pixels are normalised already)
 //           mixup: λ·own + (1 - λ)·partner   cutmix: λ is pixel_lambda outside the box, 1 - pixel_lambda inside
-//           erased: zeros or normal draws, in both pictures before they are mixed
+//           erased: zeros or normal draws, in both images before they are mixed
 // Tensors   pixels [samples, H, W, 3]   patches [B·T, patch_h·patch_w·3] with `extra` zero rows in front of
 //           each sample; within a patch the order is row, column, channel, so a row of a patch is contiguous
 //           on both sides.
@@ -24,7 +24,7 @@ struct Normalise {
   float mean[3], std[3];
 };
 
-// Eight values of a patch from value `first` on: where they lie in the image.
+// Eight values of a patch, starting with value `first`: where they lie in the image.
 struct PatchRun {
   u32 corner;       // offset of the patch's first value
   u32 pitch, run;   // values of an image row, of a patch row
@@ -79,12 +79,12 @@ __device__ __forceinline__ float normalised<bf16>(float pixel, float mean, float
   return fmaf(pixel, scale, -mean * scale);
 }
 
-// Channel c mod 3, by selects: arguments that are indexed would be copied to local memory.
+// Channel c mod 3, by selects: indexed arguments would be copied to local memory.
 __device__ __forceinline__ float from(u32 c, const float (&v)[3]) {
   return c % 3 == 0 ? v[0] : c % 3 == 1 ? v[1] : v[2];
 }
 
-// Values from place `x` of a patch row on: channel x % 3 first.
+// Values starting at offset `x` of a patch row: channel x % 3 first.
 template <typename T>
 __device__ __forceinline__ void normalise8(const Normalise& k, u32 x, float (&v)[VEC]) {
   u32 c = x % 3;
@@ -106,9 +106,9 @@ __device__ __forceinline__ void fetch_values(const float* image, const PatchRun&
   read_pixels(image, at, n, v);
 }
 
-// cos(2π·t/2^24), t below 2^24. The nearest quarter turn is taken off as an integer; what is left is at most π/4 and goes
-// through the polynomials of Cephes (Moshier 1989). In all it is off by at most 2e-7. cosf and sinf take any argument, and
-// keep a stack for the largest.
+// cos(2π·t/2^24), t below 2^24. The nearest quarter turn is removed as an integer; the rest is at most π/4 and goes
+// through the polynomials of Cephes (Moshier 1989). The total error is at most 2e-7. cosf and sinf accept any argument,
+// and reserve a stack for the largest.
 __device__ __forceinline__ float cosine_of_turn(u32 t) {
   constexpr u32 QUARTER = 1u << 22;
   const u32 quarter = (t + QUARTER / 2) / QUARTER;
@@ -120,13 +120,13 @@ __device__ __forceinline__ float cosine_of_turn(u32 t) {
   const float value = quarter & 1 ? sine : cosine;
   return ((quarter + 1) & 2) != 0 ? -value : value;
 }
-// The same of the sine, three quarter turns further.
+// The sine: the cosine, three quarter turns further.
 __device__ __forceinline__ float sine_of_turn(u32 t) {
   return cosine_of_turn((t + (3u << 22)) & 0xffffffu);
 }
 
-// Channel c of the colour that stands at (dy, dx) of an erased box, draw for draw as `Erase::colour` gives it on the CPU:
-// Box and Muller (1958) on a Philox block; red and green from its first two words, blue from the others.
+// Channel c of the colour at (dy, dx) of an erased box, with the same draws as `Erase::colour` on the CPU: Box and
+// Muller (1958) on a Philox block; red and green from its first two words, blue from the others.
 __device__ __forceinline__ float erased(const Erase& erase, u32 dy, u32 dx, u32 c) {
   if (erase.mode == 0) return 0.0f;
   constexpr u32 ERASE_KEY = 0x45726173;
@@ -142,7 +142,7 @@ __device__ __forceinline__ bool contains(const MixBox& box, u32 y, u32 x) {
   return y >= box.y0 && y < box.y1 && x >= box.x0 && x < box.x1;
 }
 
-// Puts what was drawn in the place of what is erased. (y0, x0) is the patch's corner.
+// Replaces the erased values by the drawn ones. (y0, x0) is the patch's corner.
 __device__ __forceinline__ void erase8(const Erase& erase, u32 y0, u32 x0, const PatchRun& place, float (&v)[VEC]) {
   if (erase.cut.y0 >= erase.cut.y1 || erase.cut.x0 >= erase.cut.x1) return;
   u32 y = place.y, x = place.x;
@@ -192,7 +192,7 @@ __device__ __forceinline__ void patchify(const StepParams* params, const PatchSh
       for (u32 i = 0; i < VEC; ++i) {
         bool inside = cut && contains(box, y0 + y, x0 + x / 3);
         float own = inside ? 1.0f - lambda : lambda;
-        // No sum where one of the two has no weight: the other stays as it is, to the bit.
+        // If one of the two has no weight, nothing is added: the other stays bit-identical.
         v[i] = own == 1.0f ? v[i] : own == 0.0f ? other[i] : own * v[i] + (1.0f - own) * other[i];
         step_run(place, y, x);
       }

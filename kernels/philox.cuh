@@ -1,5 +1,5 @@
-// Dropout masks that are drawn and never stored: Philox4x32-10 (Salmon et al. 2011), draw for draw what
-// `src/rng.rs` and `src/backend/mask.rs` give on the CPU.
+// Dropout masks that are drawn and never stored: Philox4x32-10 (Salmon et al. 2011), with the same draws as
+// `src/rng.rs` and `src/backend/mask.rs` on the CPU.
 //
 // One block of four words decides four neighbouring elements of one sample. Counter: (element / 4, sample,
 // site, step low); key: (seed low, seed high ^ step high ^ domain). An element keeps its value if its word's
@@ -9,14 +9,14 @@
 #include "step.cuh"
 #include "types.cuh"
 
-// A mask as the host knows it: passed by value, the same in every step. `rate` 0 draws nothing.
+// A mask as the host passes it: by value, the same in every step. `rate` 0 draws nothing.
 struct MaskArgs {
   float rate;
   u32 site;
   u32 first_sample;  // index in the global batch of the micro-batch's first sample, its low 32 bits
 };
 
-// A mask bound to the running step.
+// A mask bound to the current step.
 struct Mask {
   float rate, scale;
   u32 site, step, first_sample;
@@ -75,8 +75,8 @@ __device__ __forceinline__ float mask_factor(const Mask& m, u32 sample, u32 elem
   return mask_of_word(m, i == 0 ? words[0] : i == 1 ? words[1] : i == 2 ? words[2] : words[3]);
 }
 
-// The factors of eight elements from `element` on. A multiple of 4, as all but odd widths have it, takes two
-// draws.
+// The factors of eight elements starting at `element`. If `element` is a multiple of 4 (false only for odd widths),
+// this takes two draws.
 __device__ __forceinline__ void mask_factors8(const Mask& m, u32 sample, u32 element, float (&f)[VEC]) {
   u32 a[4], b[4];
   mask_words4(m, sample, element / 4, a);

@@ -3,9 +3,9 @@
 // Math      y = 1/(last - first)·Σ x[t], t in [first, last): a token is a mean over one row.
 //           d_x[t] (+)= d_y/(last - first) inside, and 0 outside (only where `fresh`)
 // Tensors   x, d_x [B·T, D], y, d_y [B, D], all in T
-// Launch    one thread per 8 columns: of a sample (forward, walks its tokens), of a row (backward).
-// Bytes     bf16: forward 2 per value of the pooled tokens; backward 2 per value of all tokens fresh, else 4
-//           per value of the pooled.
+// Launch    one thread per 8 columns: of a sample (forward, loops over its tokens), of a row (backward).
+// Bytes     bf16: forward 2 per value of the pooled tokens; backward 2 per value of all tokens if fresh, else 4 per
+//           value of the pooled tokens.
 // Order     tokens ascending.
 #include "types.cuh"
 

@@ -1,15 +1,16 @@
-// A matrix product for what cuBLASLt does not take: one row, one column, odd sizes. Any size, any transpose, any alignment.
+// A matrix product for shapes that cuBLASLt does not accept: one row, one column, odd sizes. Any size, transpose,
+// alignment.
 //
 // Math      D = A·B [+ C]
-// Tensors   a [m, k], b [k, n] in S, d, c [m, n] in T, each by the distances of its neighbours along both axes: a
-//           transposed matrix is one whose distances are exchanged, and D is transposed by exchanging A and B. T is f32, or
-//           bf16 where S is. c null: nothing is added; it may be d.   partials f32 [slices, n, m]
+// Tensors   a [m, k], b [k, n] in S, d, c [m, n] in T, each by its strides along both axes: a transposed matrix is one
+//           with exchanged strides, and D is transposed by exchanging A and B. T is f32, or bf16 if S is. c null:
+//           nothing is added; c may be d.   partials f32 [slices, n, m]
 // Numerics  f32, one fma per product; D is rounded once.
-// Launch    a warp owns four columns of one row, its lanes along k (`product_along_k`), or of 32 rows, one to a lane
-//           (`product_along_rows`): whichever of k and the rows lies side by side in memory. Where that makes too few warps
-//           for a card, slices of k (grid y) leave partial sums, and `product_sum` adds them up.
-// Bytes     A and B once each where one of m and n is at most 4; else A for every four columns, through L1 and L2.
-// Order     a lane's terms ascending, lanes, slices: fixed by the sizes, the same on every card.
+// Launch    a warp owns four columns of one row, with its lanes along k (`product_along_k`), or of 32 rows, one per
+//           lane (`product_along_rows`): whichever of k and the rows is contiguous in memory. If that makes too few
+//           warps for the GPU, slices of k (grid y) leave partial sums, and `product_sum` adds them.
+// Bytes     A and B once each if one of m and n is at most 4; else A for every four columns, through L1 and L2.
+// Order     a lane's terms ascending, lanes, slices: fixed by the sizes, the same on every GPU.
 #include "reduce.cuh"
 
 struct ProductShape {
@@ -28,7 +29,7 @@ __device__ __forceinline__ const T* at(const T* p, u32 index, u32 distance) {
   return p + static_cast<u64>(index) * distance;
 }
 
-// What a warp is there for.
+// The work of a warp.
 struct ProductShare {
   u32 row, column;  // first of each
   u32 begin, end;   // of k
@@ -41,7 +42,7 @@ __device__ __forceinline__ ProductShare share_of_warp(const ProductShape& s, u32
   return {warp % rows * group, column, begin, min_u32(s.k, begin + s.slice), column < s.n};
 }
 
-// One sum of a slice: to its partial sums, or into D.
+// Writes one sum of a slice: to its partial sums, or into D.
 template <typename T>
 __device__ __forceinline__ void put(const ProductShape& s, u32 row, u32 column, float sum, const T* c, T* d,
                                     float* partials) {
@@ -54,7 +55,7 @@ __device__ __forceinline__ void put(const ProductShape& s, u32 row, u32 column, 
   store1(d + place, c ? load1(c + place) + sum : sum);
 }
 
-// The columns of a warp; past the last one, that again: nobody stores it.
+// The columns of a warp; past the last one, the last one again, which is not stored.
 template <typename S>
 __device__ __forceinline__ void columns_of(const ProductShape& s, const S* b, u32 column,
                                            const S* (&columns)[PRODUCT_COLUMNS]) {

@@ -1,10 +1,8 @@
-// The machine: every PTX instruction and every compiler builtin that the kernels use, one function per
-// instruction.
+// The machine: every PTX instruction and every compiler builtin that the kernels use, one function per instruction.
 //
-// Kernels are written against these names alone. nvcc reads the second half of this file; a host C++ compiler
-// with VITRUM_STANDIN defined reads `standin/include/standin.cuh` instead, where each function has a twin
-// that the stand-in GPU runs, checks and counts. So there is no inline assembly, no `__shared__` and no `<<<
-// >>>` anywhere else.
+// Kernels use only these names. nvcc reads the second half of this file; a host C++ compiler with VITRUM_STANDIN
+// defined reads `standin/include/standin.cuh` instead, where each function has a counterpart that the stand-in GPU
+// runs, checks and counts. So there is no inline assembly, no `__shared__` and no `<<< >>>` anywhere else.
 //
 // Lanes: l is the lane, g = l / 4, q = l % 4. Elements of a packed register are counted from its low half.
 #pragma once
@@ -18,7 +16,7 @@ using u64 = uint64_t;
 using i32 = int32_t;
 using i64 = int64_t;
 
-// What one 16-byte or one 8-byte access moves.
+// The value of one 16-byte or one 8-byte access.
 struct alignas(16) vec4 {
   u32 x, y, z, w;
 };
@@ -26,7 +24,7 @@ struct alignas(8) vec2 {
   u32 x, y;
 };
 
-// A bfloat16 as it lies in memory. Arithmetic is in f32: unpack, compute, pack.
+// A bfloat16 in memory. Arithmetic is in f32: unpack, compute, pack.
 struct bf16 {
   u16 bits;
 };
@@ -36,8 +34,8 @@ struct bf16 {
 #else
 
 // KERNEL(name, most threads of a block, least blocks of a multiprocessor) (arguments…) { … }
-// Arguments are plain data: pointers, integers, floats, small structs; 4 KiB together. Templates never cross
-// this line.
+//
+// Arguments are plain data: pointers, integers, floats, small structs; 4 KiB together. Templates never cross this line.
 #define KERNEL(name, max_threads, min_blocks) \
   extern "C" __global__ void __launch_bounds__(max_threads, min_blocks) name
 // A kernel in which a register spill fails the strict build.
@@ -45,13 +43,13 @@ struct bf16 {
 
 // ---- shared memory ----------------------------------------------------------------------------------------
 
-// The block's one dynamic buffer, 1024-byte aligned; carve it up by offsets. There is no other shared memory.
+// The block's one dynamic buffer, 1024-byte aligned; divide it by offsets. There is no other shared memory.
 __device__ __forceinline__ u8* smem_base() {
   extern __shared__ __align__(1024) u8 vitrum_shared_memory[];
   return vitrum_shared_memory;
 }
 
-// A generic pointer into shared memory as the 32-bit address that PTX wants.
+// A generic pointer into shared memory as the 32-bit address that PTX expects.
 __device__ __forceinline__ u32 shared_address(const void* p) {
   return static_cast<u32>(__cvta_generic_to_shared(p));
 }
@@ -80,8 +78,8 @@ __device__ __forceinline__ void st4(void* p, u32 v) {
   *reinterpret_cast<u32*>(p) = v;
 }
 
-// ld.global.nc.L1::no_allocate (sm_70): 16 bytes of global memory that nobody writes during the kernel and
-// that this block reads once.
+// ld.global.nc.L1::no_allocate (sm_70): 16 bytes of global memory that are not written during the kernel and that this
+// block reads once.
 __device__ __forceinline__ vec4 ld16_stream(const void* p) {
   vec4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -92,9 +90,9 @@ __device__ __forceinline__ vec4 ld16_stream(const void* p) {
 
 // ---- asynchronous copies (sm_80) --------------------------------------------------------------------------
 
-// cp.async.cg: 16 bytes from global to shared memory, past L1; zeros where `valid` is false (then nothing is
-// read). The bytes are there for the issuing thread after `cp_async_wait`, for the others after a barrier
-// that follows it.
+// cp.async.cg: 16 bytes from global to shared memory, bypassing L1; zeros where `valid` is false (then nothing is
+// read). The bytes are visible to the issuing thread after `cp_async_wait`, to the others after a barrier that follows
+// it.
 __device__ __forceinline__ void cp_async16(void* smem, const void* gmem, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
@@ -105,7 +103,7 @@ __device__ __forceinline__ void cp_async16(void* smem, const void* gmem, bool va
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most the N newest groups of this thread are under way.
+// Waits until at most the N newest groups of this thread are pending.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -128,7 +126,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], const void* smem_
                : "r"(shared_address(smem_row))
                : "memory");
 }
-// Addresses of lanes 0 to 15 count; the others give any valid one.
+// Only the addresses of lanes 0 to 15 are used; the others must pass any valid one.
 __device__ __forceinline__ void ldmatrix_x2(u32 (&r)[2], const void* smem_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
@@ -225,19 +223,19 @@ __device__ __forceinline__ float bf16_hi(u32 packed) {
 
 // ---- between blocks ---------------------------------------------------------------------------------------
 
-// Integers only: a sum of floats would depend on the order. Returns the value before.
+// Integers only: a sum of floats would depend on the order. Returns the old value.
 __device__ __forceinline__ u32 atomic_add(u32* p, u32 v) {
   return atomicAdd(p, v);
 }
-// What this thread wrote before is visible to the whole card before anything that it writes after.
+// Earlier writes of this thread become visible to the whole GPU before its later writes.
 __device__ __forceinline__ void fence_device() {
   __threadfence();
 }
 
 #endif  // VITRUM_STANDIN
 
-// Nothing at all, but the compiler can no longer know that `v` is what it was: values derived from it are
-// computed anew instead of being kept in registers from one pass over a row to the next.
+// Does nothing, but hides the value of `v` from the compiler: values derived from it are recomputed instead of being
+// kept in registers between two passes over a row.
 __device__ __forceinline__ void opaque(u32& v) {
 #ifdef VITRUM_STANDIN
   (void)v;

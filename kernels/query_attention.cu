@@ -1,5 +1,5 @@
-// Attention of one query per head and image over all tokens of the image: that of the class token, or one
-// learned query that all images share (a MAP head).
+// Attention of one query per head and image over all tokens of the image: the class token's query, or one learned query
+// that all images share (a MAP head).
 //
 // Math      p = softmax(scale·k·q)   w = dropout(p)   o = Σ_t w_t·v_t
 //           g_t = dO·v_t   ds = scale·(w∘g - p·Σ w∘g)   dk_t = ds_t·q   dv_t = w_t·dO   dq = Σ_t ds_t·k_t,
@@ -9,15 +9,16 @@
 //           parts: f32 [slices, H·Dh], scratch of a shared query's gradient   Dh <= 128, any T
 // Dropout   element head·T·T + t of the sample, as for the first token's query in the other attention kernels
 // Numerics  f32; expf.
-// Design    `lanes` neighbouring lanes own a token, eight values of its head each: one 16-byte access in
-//           bf16, whole sectors across them. A thread has four tokens on their way before it uses the first.
-//           WHOLE: heads and rows consist of such accesses; other shapes go value by value.
-// Launch    one block of 128 threads per image and head; the backward of a shared query: per slice and head,
-//           every slice takes each `slices`-th image; `query_attention_backward_query`: a thread per column.
+// Design    `lanes` neighbouring lanes own a token, eight values of its head each: one 16-byte access in bf16, together
+//           whole sectors. A thread loads four tokens before it uses the first. WHOLE: heads and rows consist of such
+//           accesses; other shapes go value by value.
+// Launch    one block of 128 threads per image and head. The backward of a shared query has one block per slice and
+//           head, and every slice takes each `slices`-th image; `query_attention_backward_query` has a thread per
+//           column.
 // Shared    four partial rows, and f32 [T] (forward), [2, T] (backward).
 // Bytes     kv once forward, kv once and d_kv once backward: 4·D and 8·D per token in bf16; p is f32, once.
-// Order     a group of lanes sums every n-th token, then the groups of a warp, the warps in order, images in
-//           order of their slice. Same device, same bits.
+// Order     a group of lanes sums every n-th token, then the groups of a warp, the warps in order, images in the order
+//           of their slices. Same device, same bits.
 // Source    Zhai et al. 2022, arXiv:2106.04560.
 #include "philox.cuh"
 #include "reduce.cuh"
@@ -28,7 +29,7 @@ constexpr u32 THREADS = 128, WARPS = THREADS / WARP, MOST_VALUES = 128;
 // Tokens that a thread loads before it uses the first.
 constexpr u32 AHEAD = 4;
 
-// Which tokens and which eight values of the head a thread owns.
+// Which tokens, and which eight values of the head, a thread owns.
 struct Share {
   u32 lanes;   // of a token: a power of two, 16 at most
   u32 value;   // the lane's first
@@ -84,7 +85,7 @@ __device__ __forceinline__ void store_values(T* p, u32 n, const float (&v)[VEC])
   }
 }
 
-// The thread's values of AHEAD tokens of one round; nothing is read past the last token.
+// The thread's values of AHEAD tokens of one round; nothing past the last token is read.
 template <bool WHOLE, typename T>
 __device__ __forceinline__ void fetch_round(Raw8<T> (&raw)[AHEAD], const Share& share, u32 round,
                                             const T* rows, u32 ld, u32 tokens) {
@@ -95,7 +96,7 @@ __device__ __forceinline__ void fetch_round(Raw8<T> (&raw)[AHEAD], const Share& 
   }
 }
 
-// Over the lanes of a token: all of them get the sum.
+// Sums over the lanes of a token: all of them get the sum.
 __device__ __forceinline__ float dot(const Share& share, const float (&a)[VEC], const float (&b)[VEC]) {
   float sum = 0.0f;
 #pragma unroll
@@ -104,7 +105,7 @@ __device__ __forceinline__ float dot(const Share& share, const float (&a)[VEC], 
   return sum;
 }
 
-// products[t] = x·row t, for all tokens. The caller waits before it reads what others wrote.
+// products[t] = x·row t, for all tokens. The caller synchronises before it reads products of other threads.
 template <bool WHOLE, typename T>
 __device__ __forceinline__ void products(float* out, const Share& share, const float (&x)[VEC], const T* rows,
                                          u32 ld, u32 tokens) {
@@ -122,7 +123,7 @@ __device__ __forceinline__ void products(float* out, const Share& share, const f
   }
 }
 
-// The block's sum of every thread's values: value `threadIdx.x` of the head.
+// The block's sum of every thread's values: thread `threadIdx.x` returns value `threadIdx.x` of the head.
 __device__ __forceinline__ float sum_of_block(const Share& share, float (&v)[VEC], float* scratch) {
   for (u32 mask = share.lanes; mask < WARP; mask *= 2) {
 #pragma unroll
@@ -250,8 +251,8 @@ __device__ __forceinline__ void backward(const Mask& mask, const T* q, u32 q_ld,
         store_values<WHOLE>(to + width, share.n, d_value);
       }
     }
-    // One lane of a token writes the next image's product where all of them have just read. The shuffles in
-    // `dot` bring them together and order none of their accesses.
+    // One lane of a token writes the next image's product to a place that all of them have just read. The shuffles in
+    // `dot` bring the lanes together but do not order their accesses.
     warp_sync();
   }
   const float total = sum_of_block(share, d_query, scratch);

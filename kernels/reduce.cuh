@@ -1,5 +1,4 @@
-// Sums and maxima over a warp and over a block, always in one fixed order: the same inputs give the same
-// bits.
+// Sums and maxima over a warp and over a block, always in one fixed order: the same inputs give the same bits.
 #pragma once
 
 #include "types.cuh"
@@ -16,8 +15,7 @@ __device__ __forceinline__ double shfl_xor(double v, u32 mask) {
   return bits.d;
 }
 
-// A butterfly: every lane ends with the same bits, because each addition has the same two operands in both
-// lanes.
+// A butterfly: every lane ends with the same bits, because each addition has the same two operands in both lanes.
 template <typename V>
 __device__ __forceinline__ V warp_sum(V v) {
 #pragma unroll
@@ -35,9 +33,9 @@ __device__ __forceinline__ u32 warp_sum_u32(u32 v) {
   return v;
 }
 
-// What each warp found, combined by every thread in the order of the warps. `scratch` has room for one value
-// per warp. All threads of the block take part, whole warps. The scratch of `block_sum` may be used again
-// behind the caller's next barrier, that of `block_max` right after.
+// Every thread combines the warps' results in the order of the warps. `scratch` has room for one value per warp. All
+// threads of the block take part, in whole warps. The scratch of `block_sum` may be reused after the caller's next
+// barrier, that of `block_max` immediately.
 template <typename V>
 __device__ __forceinline__ V block_sum(V v, V* scratch) {
   v = warp_sum(v);
@@ -57,7 +55,7 @@ __device__ __forceinline__ float block_max(float v, float* scratch) {
   return v;
 }
 
-// Several sums at the price of one: `scratch` has room for N values per warp.
+// Several sums at the cost of one: `scratch` has room for N values per warp.
 template <u32 N, typename V>
 __device__ __forceinline__ void block_sums(V (&v)[N], V* scratch) {
 #pragma unroll
@@ -88,18 +86,17 @@ __device__ __forceinline__ u32 block_min(u32 v, u32* scratch) {
 
 // ---- sums over rows ---------------------------------------------------------------------------------------
 
-// Kernels that sum over rows own columns: lane l of every warp holds columns 8l to 8l + 7 of a stretch of
-// 256, the block's warps (eight at most) take different rows. At the end this adds the warps up, in order,
-// into `out`, which is the block's own slice of partial sums; `sum_partials` adds the blocks.
+// Kernels that sum over rows own columns: lane l of every warp holds columns 8l to 8l + 7 of a stretch of 256, and the
+// block's warps (at most eight) take different rows. At the end this adds the warps, in order, into `out`, the block's
+// own slice of partial sums; `sum_partials` adds the blocks.
 constexpr u32 COLUMN_WARPS = 8;
 constexpr u32 COLUMN_STRETCH = WARP * VEC;
-// Shared memory that it needs: COLUMN_WARPS · COLUMN_STRETCH · 4 = 8 KiB.
+// Shared memory needed: COLUMN_WARPS · COLUMN_STRETCH · 4 = 8 KiB.
 
-// The two halves of a lane's columns lie 128 words apart: 16-byte accesses of neighbouring lanes then touch
-// all banks.
+// The two halves of a lane's columns are 128 words apart, so that 16-byte accesses of neighbouring lanes use all banks.
 constexpr u32 COLUMN_HALF = COLUMN_STRETCH / 2;
 
-// Adds up what the warps hold of a stretch, rows of `scratch` that lie `pitch` words apart.
+// Adds the warps' sums of a stretch: rows of `scratch`, `pitch` words apart.
 __device__ __forceinline__ void add_up_warps(const float* scratch, u32 pitch, float* out, u32 first,
                                              u32 columns) {
   for (u32 word = threadIdx.x; word < COLUMN_STRETCH; word += blockDim.x) {

@@ -1,4 +1,4 @@
-// What a step reports: sums over the samples in f64; the host reads the finished report one step late.
+// The report of a step: sums over the samples in f64. The host reads the finished report one step late.
 //
 // Math      sums = Σ samples of (loss, top-1, top-5) over all micro-batches   report = sums / mean_over
 // Tensors   samples f32 [B, 3]

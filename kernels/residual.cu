@@ -1,13 +1,13 @@
-// The residual add with all that may stand in its way, and its backward.
+// The residual add with everything that may modify the branch, and its backward.
 //
 // Math      sum = base + drop_path(layer_scale ∘ dropout(branch))
 //           d_branch = factors·layer_scale·d_sum   d_layer_scale[c] = Σ_R factors·branch·d_sum
-//           bias: db[c] = Σ_R d_branch as it was stored, what the product below reads as its d_y
+//           bias: db[c] = Σ_R d_branch as stored, which the next product reads as its d_y
 // Tensors   base, sum, d_sum, the residual stream, [R, D] in S   branch, d_branch [R, D] in T: S and T are
 //           one type, or f32 and bf16; sum may be base, d_branch may be d_sum of the same type
 //           layer_scale f32 [D]; partials f32 [slices, 1 or 2 (layer_scale, b), pitch]
-// Launch    elementwise kernels: one thread per 8 values. `residual_scale_backward`: grid (stretches of 256
-//           columns, slices of rows), a lane owns 8 columns; `sum_partials` ends the sum.
+// Launch    elementwise kernels: one thread per 8 values. `residual_scale_backward`: grid (stretches of 256 columns,
+//           slices of rows), a lane owns 8 columns; `sum_partials` completes the sum.
 // Bytes     forward 6 per value in bf16, backward 4, with the LayerScale gradient 6. With the stream in f32: 10,
 //           6, 8.
 // Order     rows of a warp, warps, slices.
@@ -47,7 +47,7 @@ __device__ __forceinline__ void residual_backward(const StepParams* params, cons
   store8(row_of(d_branch, at.row, ld_branch) + at.column, at.n, d);
 }
 
-// Also the LayerScale's gradient, and where BIAS that of the bias whose product reads d_branch.
+// Also computes the LayerScale's gradient, and if BIAS, that of the bias whose product reads d_branch.
 template <bool BIAS, typename S, typename T>
 __device__ __forceinline__ void residual_scale_backward(const StepParams* params, const BranchArgs& args,
                                                         const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,

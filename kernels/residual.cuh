@@ -1,6 +1,6 @@
-// What may stand between a branch and the residual stream: dropout per element, LayerScale per column,
-// drop-path per sample (Huang et al. 2016; Touvron et al. 2021). Used by the LayerNorms that make the sum
-// first, and by `residual.cu`.
+// What may be applied to a branch before it joins the residual stream: dropout per element, LayerScale per column,
+// drop-path per sample (Huang et al. 2016; Touvron et al. 2021). Used by the LayerNorms that compute the sum first, and
+// by `residual.cu`.
 #pragma once
 
 #include "philox.cuh"
@@ -12,7 +12,7 @@ struct BranchArgs {
 };
 static_assert(sizeof(BranchArgs) == 40, "shared with Rust");
 
-// A branch bound to the running step.
+// A branch bound to the current step.
 struct Branch {
   const float* layer_scale;
   Mask dropout, drop_path;
@@ -24,12 +24,12 @@ __device__ __forceinline__ Branch bind_branch(const BranchArgs& args, const Step
           columns};
 }
 
-// What drop-path multiplies a row by.
+// The drop-path factor of a row.
 __device__ __forceinline__ float path_factor(const Branch& b, u32 row) {
   return b.drop_path.rate == 0.0f ? 1.0f : mask_factor(b.drop_path, row / b.tokens, 0);
 }
 
-// What dropout and drop-path together multiply eight elements of a row by.
+// The product of the dropout and drop-path factors, for eight elements of a row.
 __device__ __forceinline__ void mask_factors(const Branch& b, u32 row, u32 column, float path,
                                              float (&f)[VEC]) {
   if (b.dropout.rate == 0.0f) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ void mask_factors(const Branch& b, u32 row, u32 colum
   for (u32 i = 0; i < VEC; ++i) f[i] *= path;
 }
 
-// The same and LayerScale: what an element of the branch is multiplied by on its way into the sum.
+// The same times LayerScale: the factor of a branch element in the sum.
 __device__ __forceinline__ void branch_factors(const Branch& b, u32 row, u32 column, u32 n, float path,
                                                float (&f)[VEC]) {
   mask_factors(b, row, column, path, f);

@@ -1,6 +1,5 @@
-// What changes from step to step, in device memory: a captured step is replayed with the same arguments, so
-// everything that its kernels must see anew they read from here. The host copies a fresh `StepParams` in front
-// of each replay.
+// What changes from step to step, in device memory. A captured step is replayed with the same arguments, so its kernels
+// read everything that changes from here. The host copies a new `StepParams` before each replay.
 //
 // Shared with Rust (`#[repr(C)]`, same names): sizes are asserted on both sides.
 #pragma once
@@ -12,14 +11,14 @@ struct MixBox {
   u16 y0, x0, y1, x1;
 };
 
-// What is erased of a sample, after normalisation and before mixing. mode 0: zeros; 1: one normal colour; 2: a normal
+// What is erased from a sample, after normalisation and before mixing. mode 0: zeros; 1: one normal colour; 2: a normal
 // draw for each value.
 struct Erase {
   MixBox cut;
   u32 seed, mode;
 };
 
-// The bound batch, as it lies in device memory.
+// The bound batch in device memory.
 struct SlotView {
   const void* pixels;   // [samples, H, W, 3], u8, or f32 already normalised
   const void* targets;  // i32 [samples], or f32 [samples, C]
@@ -50,7 +49,7 @@ struct ReportSums {
   double sums[3];
 };
 
-// What a finished step reports; the host reads it one step late.
+// The report of a finished step; the host reads it one step late.
 struct StepReport {
   double loss, top1, top5, grad_norm;
   u32 skipped;
@@ -58,7 +57,7 @@ struct StepReport {
   u64 step;
 };
 
-// What the update kernels need to know before they start, worked out by one block: `update_prepare`.
+// What the update kernels need before they start, computed by one block: `update_prepare`.
 struct UpdateParams {
   double grad_norm;          // before clipping
   float clip;                // multiplies the gradient

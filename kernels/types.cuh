@@ -1,12 +1,11 @@
-// Storage types and the access that every kernel of rows is made of: eight neighbouring elements.
+// Storage types and the access from which all row kernels are built: eight neighbouring elements.
 //
-// A kernel is a template over T, float or bf16: how a matrix lies in memory. Arithmetic is f32. Eight
-// elements are one 16-byte access of bf16 or two of f32. At the right end of a row fewer are valid: loads
-// give 0 for the others, stores leave them alone. Loads of bf16 may run into the row's padding, whose values
-// are dropped.
+// A kernel is a template over T, float or bf16: the type of a matrix in memory. Arithmetic is f32. Eight elements are
+// one 16-byte access of bf16 or two of f32. At the right end of a row fewer are valid: loads return 0 for the others,
+// stores leave them unchanged. Loads of bf16 may extend into the row's padding, whose values are dropped.
 //
-// Alignment: bf16 rows start at multiples of 16 bytes. f32 rows that do not (a leading dimension that is no
-// multiple of 4: small test shapes) are read and written element by element.
+// Alignment: bf16 rows start at multiples of 16 bytes. f32 rows that do not (a row stride that is not a multiple of 4:
+// small test shapes) are read and written element by element.
 #pragma once
 
 #include "ptx.cuh"
@@ -61,7 +60,7 @@ __device__ __forceinline__ void store1(bf16* p, float v) {
   p->bits = static_cast<u16>(pack_bf16(v, 0.0f));
 }
 
-// What a later load gives for a value that is stored as T.
+// The value that a later load returns for a value stored as T.
 template <typename T>
 __device__ __forceinline__ float as_stored(float v);
 template <>
@@ -75,8 +74,8 @@ __device__ __forceinline__ float as_stored<bf16>(float v) {
 
 // ---- eight values as they were loaded ---------------------------------------------------------------------
 
-// Eight elements in registers, not yet unpacked: 4 registers of bf16, 8 of f32. Loads far ahead of their use
-// hold these.
+// Eight elements in registers, not yet unpacked: 4 registers of bf16, 8 of f32. Used for loads long before the values
+// are needed.
 template <typename T>
 struct Raw8;
 template <>
@@ -112,7 +111,7 @@ __device__ __forceinline__ Raw8<float> fetch8(const float* p, u32 n) {
           {bits_or_zero(p, 4, n), bits_or_zero(p, 5, n), bits_or_zero(p, 6, n), bits_or_zero(p, 7, n)}};
 }
 
-// The same past L1, for memory that nobody writes during the kernel and that is read once.
+// The same, bypassing L1, for memory that is not written during the kernel and is read once.
 __device__ __forceinline__ Raw8<bf16> fetch8_stream(const bf16* p, u32 n) {
   Raw8<bf16> r = {{0, 0, 0, 0}};
   if (n > 0) r.a = ld16_stream(p);
@@ -133,14 +132,14 @@ __device__ __forceinline__ void unpack8(const Raw8<float>& r, float (&v)[VEC]) {
   v[4] = as_f32(r.b.x), v[5] = as_f32(r.b.y), v[6] = as_f32(r.b.z), v[7] = as_f32(r.b.w);
 }
 
-// Lets the registers go in which the compiler would keep the unpacked values: the next pass unpacks again.
+// Frees the registers in which the compiler would keep the unpacked values: the next pass unpacks again.
 __device__ __forceinline__ void forget_unpacked(vec4& v) {
   opaque(v.x), opaque(v.y), opaque(v.z), opaque(v.w);
 }
 __device__ __forceinline__ void forget_unpacked(Raw8<bf16>& r) {
   forget_unpacked(r.a);
 }
-// f32 is kept as it was loaded.
+// f32 is kept as loaded.
 __device__ __forceinline__ void forget_unpacked(Raw8<float>&) {}
 
 __device__ __forceinline__ vec4 pack8(const float (&v)[VEC]) {
@@ -212,7 +211,7 @@ __device__ __forceinline__ Place place_of_thread(u32 rows, u32 columns) {
   u32 column = (index - row * per_row) * VEC;
   return {row, column, row < rows ? valid8(column, columns) : 0};
 }
-// Where row `row` starts.
+// The start of row `row`.
 template <typename T>
 __device__ __forceinline__ T* row_of(T* p, u32 row, u32 ld) {
   return p + static_cast<u64>(row) * ld;

@@ -6,13 +6,13 @@
 //           adam  m = β₁·m + (1-β₁)·g', v = β₂·v + (1-β₂)·g'², u = m/(1-β₁^t) / (√v/√(1-β₂^t) + eps)
 //           lion  u = sign(β₁·m + (1-β₁)·g'), m = β₂·m + (1-β₂)·g'
 //           all   θ = θ - lr·u - decay·θ   ema = d·ema + (1-d)·θ   copy = bf16(θ)
-// Tensors   params, ema f32 and copy bf16 share one layout; grads f32, moments (first: f32 or bf16) another.
+// Tensors   params, ema f32 and copy bf16 share one layout; grads f32 and moments (first: f32 or bf16) share another.
 //           `chunks` maps runs of up to 4,096 elements of one group to both.
-// Numerics  the norm in f64 over the gradient as it is; constants that need it were rounded once, from f64,
-//           by the host or by `update_prepare`. A loss or norm that is not finite skips the update: nothing
-//           is written.
-// Launch    three kernels: sums of squares (persistent), one block that works out `UpdateParams`, and the
-//           update, which walks the chunks; 4 elements per thread, 16-byte accesses. No host involved: the
+// Numerics  the norm in f64 over the unscaled gradient; constants that need it were rounded once, from f64, by the host
+//           or by `update_prepare`. If the loss or the norm is not finite, the update is skipped: nothing is written.
+// Launch    three kernels: sums of squares (persistent), one block that computes `UpdateParams`, and the update, which
+//           loops over the chunks with 4 elements per thread and 16-byte accesses. The host is not involved: the clip
+//           factor is read from device memory.
 //           clip factor is read from device memory.
 // Bytes     per parameter, Adam with bf16 copy: norm 4, update 4 + 8 + 8 + 8 + 2 = 30; EMA 8 more; bf16
 //           moment 4 less.
@@ -78,7 +78,7 @@ KERNEL(update_prepare, 256, 1)(const StepParams* params, const ReportSums* repor
 
 // ---- rules ------------------------------------------------------------------------------------------------
 
-// The constants of a rule, rounded from f64 once; those beside a bf16 moment are bf16 numbers, as in JAX.
+// The constants of a rule, rounded from f64 once; those that multiply a bf16 moment are bf16 numbers, as in JAX.
 struct RuleConstants {
   float keep1, add1;  // sgd: momentum; adam, lion: β₁, 1 - β₁
   float keep2, add2;
@@ -87,7 +87,7 @@ struct RuleConstants {
 };
 static_assert(sizeof(RuleConstants) == 24, "shared with Rust");
 
-// (g, m, v) → u; m and v become what is stored.
+// (g, m, v) → u; m and v become the values to store.
 struct Sgd {
   static constexpr bool HAS_V = false;
   RuleConstants k;
@@ -111,7 +111,7 @@ struct Lion {
   __device__ __forceinline__ float operator()(const UpdateParams&, float g, float& m, float&) const {
     float direction = k.keep1 * m + k.add1 * g;
     m = k.keep2 * m + k.add2 * g;
-    // Padding has to stay where it is: the sign of 0 is 0.
+    // Padding must stay zero: the sign of 0 is 0.
     return direction > 0.0f ? 1.0f : direction < 0.0f ? -1.0f : 0.0f;
   }
 };
@@ -231,8 +231,7 @@ UPDATE(update_lion_bf16, Lion, bf16)
 
 // ---- copies of the weights --------------------------------------------------------------------------------
 
-// copy = bf16(weights): once at the start, and whenever the host has written weights. `count` is a multiple
-// of 4.
+// copy = bf16(weights): once at the start, and whenever the host has written weights. `count` is a multiple of 4.
 KERNEL(cast_bf16, 256, 4)(const float* weights, bf16* copy, u64 count) {
   u64 i = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
   if (i >= count) return;
@@ -241,7 +240,7 @@ KERNEL(cast_bf16, 256, 4)(const float* weights, bf16* copy, u64 count) {
   store4(copy + i, QUAD, v);
 }
 
-// Exchanges weights and EMA, and renews the copy (null: none). `count` is a multiple of 4.
+// Exchanges weights and EMA, and updates the copy (null: none). `count` is a multiple of 4.
 KERNEL(swap_ema, 256, 4)(float* weights, float* ema, bf16* copy, u64 count) {
   u64 i = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
   if (i >= count) return;
