@@ -127,7 +127,7 @@ fn labels_from_a_file_replace_the_data_sets_own() {
     let short = file("short.txt", "0\n1\n");
     eval(&["--labels", &short]).exits(1).says(&["short.txt: labels for 2 pictures", "has 40", "hint: "]);
     let wrong = file("wrong.txt", &lines(&|_| "zebra".into()));
-    eval(&["--labels", &wrong]).exits(1).says(&["wrong.txt: line 1: `zebra` is no class of the model"]);
+    eval(&["--labels", &wrong]).exits(1).says(&["wrong.txt: line 1: `zebra` is not a class of the model"]);
     eval(&["--labels", "no-such-file"]).exits(1).says(&["no-such-file"]);
 }
 

@@ -147,7 +147,7 @@ fn operations_are_timed_and_have_a_formula_for_each_launch() {
         ["bench", "--what", "kernels", "--device", "cuda", "--few", "--filter", "Ti/16 [394, 192] → 192"];
     let text = run_on_gpu(&folder, "checks=off", &args).ok().stdout;
     assert!(
-        text.contains("times below say nothing about a card") && text.contains("proj, bias, residual"),
+        text.contains("these times say nothing about a real GPU") && text.contains("proj, bias, residual"),
         "{text}"
     );
 }
@@ -188,7 +188,7 @@ fn a_step_on_a_card_is_measured_against_the_card() {
         assert!(out["first_step_s"].as_f64().unwrap() > 0.0);
         let text = run_on_gpu(&folder, "checks=off", &[&args[..], &size].concat()).ok().stdout;
         assert!(
-            text.contains("unknown for this card") && text.contains("say nothing about a card"),
+            text.contains("unknown for this GPU") && text.contains("say nothing about a real GPU"),
             "{text}"
         );
     }

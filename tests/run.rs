@@ -291,7 +291,7 @@ fn a_run_that_rounds_says_so_and_another_way_to_round_is_refused() {
     let others = "results are no longer bit-identical to the original run: this is a run with";
     let resumed = |rounds: &str| run("rounds-bf16", rounds, &["--resume"]).ok();
     assert!(!resumed("bf16").stderr.contains(others));
-    resumed("").says(&["from here on: this is a run without VITRUM_CPU_ROUNDS=bf16"]);
+    resumed("").says(&["original run: this is a run without VITRUM_CPU_ROUNDS=bf16"]);
     resumed("bf16-residual-f32").says(&[others, "=bf16-residual-f32, after one with VITRUM_CPU_ROUNDS=bf16"]);
     with("bf16-residual-f32").ok().says(&["all but the residual stream"]);
     with("f16").exits(2).says(&["`VITRUM_CPU_ROUNDS=f16`", "hint: use `bf16` or `bf16-residual-f32`"]);

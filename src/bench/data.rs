@@ -1,4 +1,5 @@
-//! How fast the input pipeline is: each stage on one core, all of it on all workers, and whether a model would be fed.
+//! Benchmark of the input pipeline: each stage on one core, the whole on all workers, and whether that feeds
+//! a model.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -19,18 +20,18 @@ use crate::recipe::{AugmentSection, Recipe};
 use crate::report::format;
 use crate::rng::{Domain, Stream};
 
-/// What to measure, and how long.
+/// What to measure and for how long.
 #[derive(Clone, Debug)]
 pub struct DataBench {
     pub data: String,
     /// Rounds of at least `seconds`; medians are reported.
     pub rounds: usize,
     pub seconds: f64,
-    /// The card that is to be fed.
+    /// The GPU to feed.
     pub card: Card,
 }
 
-/// Cards, with dense bf16 TFLOP/s of their data sheets.
+/// GPUs, with the dense bf16 TFLOP/s of their data sheets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Card {
     A100,
@@ -49,30 +50,31 @@ impl Card {
     }
 }
 
-/// A good share of a card's peak in training.
+/// The share of a GPU's peak that training is assumed to reach: a good one.
 const UTILISATION: f64 = 0.5;
 
-/// Seconds per sample of each stage on one core, and the rates of the whole.
+/// Seconds per sample of each stage on one core, and the rates of the whole pipeline.
 pub struct Measured {
     data: String,
     model: String,
     image: (usize, usize),
     stages: Vec<(&'static str, f64)>,
-    /// Everything on one core, as one call after the other.
+    /// Seconds per sample of the whole pipeline on one core.
     one_core: f64,
-    /// The same into a ring of slots that is larger than the last cache.
+    /// The same, written to a ring of slots that is larger than the last-level cache.
     into_ring: f64,
-    /// The first on as many cores as there are workers, none of which waits for another: what the loader can reach.
+    /// Samples per second on as many cores as there are workers, none waiting for another: the loader's upper
+    /// limit.
     all_cores: f64,
-    /// Through the loader.
+    /// The loader's workers, and its samples per second with all of them and with one.
     workers: usize,
     loader: f64,
     loader_one: f64,
-    /// Copying finished samples between buffers: in cache, and over a ring larger than the last cache.
+    /// Copying finished samples between buffers: in cache, and over a ring larger than the last-level cache.
     copy_cached: f64,
     copy_ring: f64,
     bytes: f64,
-    /// Read, of these transformed, of these to fewer than 8×8 samples.
+    /// JPEG blocks per record: read; of these, transformed; of these, to fewer than 8×8 samples.
     blocks: [f64; 3],
     card: Card,
     needed: f64,
@@ -87,7 +89,7 @@ pub fn run(recipe: &Recipe, model: &str, options: &DataBench) -> Result<Measured
     let timer = Timer { rounds: options.rounds, seconds: options.seconds };
     let one = OneCore { dataset: &dataset, image, augment: &augment, seed: recipe.train.seed };
 
-    // Stages from the shortest pipeline to the whole; what a stage takes is what it adds.
+    // Time pipelines of increasing length. A stage's time is what it adds.
     let read = timer.per_sample(dataset.len(), |i| one.read(i))?;
     let mut decoder = Decoder::default();
     let decode = timer.per_sample(dataset.len(), |i| one.decode(i, &mut decoder))?;
@@ -143,7 +145,7 @@ pub fn run(recipe: &Recipe, model: &str, options: &DataBench) -> Result<Measured
     })
 }
 
-/// The same crop without operations on pixels.
+/// The same crop, without operations on pixel values.
 fn plain(augment: &AugmentSection) -> AugmentSection {
     AugmentSection {
         randaugment: None,
@@ -158,15 +160,15 @@ fn plain(augment: &AugmentSection) -> AugmentSection {
     }
 }
 
-/// Rounds of a repeated measurement.
+/// The rounds of a repeated measurement.
 struct Timer {
     rounds: usize,
     seconds: f64,
 }
 
 impl Timer {
-    /// Median seconds of this thread's CPU time of `work(i)`, over the records in turn: what else the machine does counts
-    /// for nothing.
+    /// Median seconds of this thread's CPU time for `work(i)`, over the records in turn. Other load on the
+    /// machine does not count.
     fn per_sample(&self, records: usize, mut work: impl FnMut(usize) -> Result<()>) -> Result<f64> {
         let mut next = 0;
         let mut step = |count: usize| -> Result<()> {
@@ -176,7 +178,7 @@ impl Timer {
             }
             Ok(())
         };
-        // The clock is looked at once for some milliseconds of work.
+        // Read the clock once per some milliseconds of work.
         let start = Instant::now();
         step(8)?;
         let chunk = (4e-3 / (start.elapsed().as_secs_f64() / 8.0).max(1e-9)).clamp(1.0, 1e5) as usize;
@@ -216,7 +218,7 @@ struct OneCore<'a> {
 struct Worker {
     decoder: Decoder,
     buffers: Buffers,
-    /// Places for samples, filled in turn.
+    /// Space for several samples, filled in turn.
     ring: Vec<u8>,
     next: usize,
 }
@@ -226,13 +228,13 @@ impl Worker {
         Self {
             decoder: Decoder::default(),
             buffers: Buffers::default(),
-            ring: vec![1; places * image.0 * image.1 * 3], // not zeros: the memory is there before it is timed
+            ring: vec![1; places * image.0 * image.1 * 3], // not zeros, so that the pages exist before the timing
             next: 0,
         }
     }
 }
 
-/// Samples that fill 256 MB.
+/// The number of samples that fill 256 MB.
 fn ring_places(image: (usize, usize)) -> usize {
     ((256 << 20) / (image.0 * image.1 * 3)).max(1)
 }
@@ -249,7 +251,7 @@ impl OneCore<'_> {
         })
     }
 
-    /// Touches every page of a record.
+    /// Reads a byte of every page of a record.
     fn read(&self, i: usize) -> Result<()> {
         let record = self.dataset.record(i)?;
         let (Record::Raw { pixels: bytes, .. } | Record::Encoded(bytes)) = &record;
@@ -269,7 +271,7 @@ impl OneCore<'_> {
         Ok(())
     }
 
-    /// Samples per second of `cores` threads together, each with records of its own.
+    /// Samples per second of `cores` threads together, each with its own records.
     fn on_cores(&self, cores: usize, timer: &Timer) -> Result<f64> {
         let round = || -> Result<f64> {
             let work = |core: usize| -> Result<f64> {
@@ -307,7 +309,8 @@ impl OneCore<'_> {
     }
 }
 
-/// Seconds to copy a finished sample, the floor of the last stage, into each of `places` in turn.
+/// Seconds to copy a finished sample, in turn into each of `places`. This is the minimum time of the last
+/// stage.
 fn copy_seconds(image: (usize, usize), places: usize, timer: &Timer) -> f64 {
     let len = image.0 * image.1 * 3;
     let (from, mut to) = (vec![7u8; len], vec![1u8; len * places]);
@@ -380,7 +383,7 @@ impl Measured {
                 JpegPath::chosen().describe()
             ),
             format!(
-                "{} a record; blocks read {:.0}, transformed {:.0}, of these to fewer samples {:.0}",
+                "{} per record; blocks read {:.0}, transformed {:.0}, of these to fewer samples {:.0}",
                 format::bytes(self.bytes as u64),
                 self.blocks[0],
                 self.blocks[1],
@@ -397,26 +400,26 @@ impl Measured {
             1.0 / self.into_ring
         ));
         lines.push(format!(
-            "{:<2} cores       {:>10.0} img/s   {:.2} times one, each on its own",
+            "{:<2} cores       {:>10.0} img/s   {:.2} times one, without the loader",
             self.workers,
             self.all_cores,
             self.all_cores * self.one_core
         ));
         lines.push(format!("loader, 1      {:>10.0} img/s", self.loader_one));
         lines.push(format!(
-            "loader, {:<6} {:>10.0} img/s   {:.0} a worker   {:.2} times one",
+            "loader, {:<6} {:>10.0} img/s   {:.0} per worker   {:.2} times one",
             self.workers,
             self.loader,
             self.loader / self.workers as f64,
             self.loader / self.loader_one
         ));
         lines.push(format!(
-            "copying alone  {:>10.0} img/s in cache, {:.0} into a ring of 256 MB",
+            "only copying   {:>10.0} img/s in cache, {:.0} into a ring of 256 MB",
             1.0 / self.copy_cached,
             1.0 / self.copy_ring
         ));
         lines.push(format!(
-            "{} on one {:?} at {:.0} % of its peak takes {:.0} img/s: {}",
+            "{} on one {:?} at {:.0} % of its peak consumes {:.0} img/s: {}",
             self.model,
             self.card,
             UTILISATION * 100.0,

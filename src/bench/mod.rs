@@ -1,4 +1,4 @@
-//! Measurements: a training step, the input pipeline, single kernels on a GPU.
+//! Benchmarks: a training step, the input pipeline, single kernels on a GPU.
 
 #![forbid(unsafe_code)]
 

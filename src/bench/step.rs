@@ -1,4 +1,4 @@
-//! How fast a model trains or infers: medians over rounds, on synthetic batches or through the loader.
+//! Benchmark of training and inference: medians over rounds, on synthetic batches or through the loader.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,18 +21,18 @@ use crate::vit::{Mode, Vit};
 use super::kernels::{self, Ceilings};
 use crate::train::{DataShape, Setup, Trainer, header, setup};
 
-/// What to time, and how long.
+/// What to time and for how long.
 #[derive(Clone, Debug)]
 pub struct StepBench {
-    /// Forward, backward, clip and update; else forward only.
+    /// Time forward, backward, clip and update. If false, forward only.
     pub train: bool,
     pub device: Device,
     /// Rounds of at least `seconds` and at least two steps; their median is reported.
     pub rounds: usize,
     pub seconds: f64,
-    /// Time every operation, too.
+    /// Also time every operation.
     pub profile: bool,
-    /// Real pictures through the loader, instead of one synthetic batch.
+    /// A data set to load pictures from, instead of synthetic batches.
     pub data: Option<String>,
 }
 
@@ -46,39 +46,41 @@ pub struct Measured {
     pub ms_per_step: f64,
     pub best_ms: f64,
     pub img_per_s: f64,
-    /// Matrix products only; training counts three forward passes. Of the whole model, as others count it.
+    /// GFLOP/s of the whole model, matrix products only, as is usual; training counts as three forward
+    /// passes.
     pub gflops: f64,
-    /// The operations that are done: fewer where the last block works out the class token only.
+    /// GFLOP/s of the operations that were computed: fewer if the last block computes only the class token.
     pub gflops_done: f64,
-    /// Says so.
+    /// The line about a pruned last block.
     pub last_block: Option<String>,
-    /// Share of the time in which the step waited for the loader.
+    /// Share of the time that steps waited for the loader.
     pub data_wait: Option<f64>,
     pub arena_bytes: usize,
     /// Seconds from the start of the process to the end of the first step.
     pub first_step: Option<f64>,
     pub on_card: Option<OnCard>,
-    /// `VmHWM`: the most memory the process ever held, as `ru_maxrss` has it.
+    /// `VmHWM`: the process's peak memory, the same as `ru_maxrss`.
     pub peak_rss_bytes: Option<u64>,
-    /// How products are done with what is around them, where the device timed several ways.
+    /// The chosen way of each product and its epilogue, if the device timed several.
     pub products: Vec<Choice>,
-    /// Over all rounds.
+    /// Times of operations, over all rounds.
     pub profile: Vec<Timing>,
     pub steps: usize,
 }
 
-/// What only a card has.
+/// Measurements that exist only on a GPU.
 pub struct OnCard {
     pub stand_in: bool,
-    /// Bytes in use after the last step, by whatever program. A run allocates before its first steps and never after.
+    /// Bytes in use after the last step, by all programs. A run allocates before its first steps and never
+    /// after.
     pub memory_bytes: usize,
-    /// Dense bf16 FLOP/s of the data sheet; `None` for a card that is not known.
+    /// Dense bf16 FLOP/s of the data sheet; `None` for an unknown GPU.
     pub data_sheet: Option<f64>,
     /// Measured after the steps.
     pub ceilings: Ceilings,
 }
 
-/// Dense bf16 FLOP/s that NVIDIA's data sheets promise, by the words in the card's name; the first that fits.
+/// Dense bf16 FLOP/s of NVIDIA's data sheets, by words in the GPU's name. The first match wins.
 const DATA_SHEETS: [(&[&str], f64); 17] = [
     (&["H100", "PCIe"], 756e12),
     (&["H100", "NVL"], 835e12),
@@ -169,7 +171,7 @@ pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Measured>
     Ok(measured)
 }
 
-/// The card's ceilings, now that the model has left it.
+/// Measures the GPU's ceilings. The model must have been dropped.
 fn on_card(on: Device, device: &str, memory_bytes: usize) -> Result<OnCard> {
     let options = backend::DeviceOptions { precision: Precision::Bf16, ..backend::DeviceOptions::default() };
     let card = on.card().expect("a step was timed on a card");
@@ -182,14 +184,14 @@ fn on_card(on: Device, device: &str, memory_bytes: usize) -> Result<OnCard> {
     })
 }
 
-/// What is timed.
+/// The object of the timing.
 enum Subject {
     Train(Box<Trainer>),
     Infer { backend: Box<dyn Backend>, model: Box<Vit> },
 }
 
 impl Subject {
-    /// What is timed, and the recipe as the device resolves it.
+    /// The object of the timing, and the recipe as the device resolves it.
     fn new(recipe: &Recipe, mut backend: Box<dyn Backend>, options: &StepBench) -> Result<(Self, Recipe)> {
         if options.train {
             let setup = Setup::on(backend, recipe, DataShape::labels(recipe.train.batch))?;
@@ -197,7 +199,7 @@ impl Subject {
             let trainer = Trainer::new(setup, Collective::from_env()?, None)?;
             return Ok((Self::Train(Box::new(trainer)), recipe));
         }
-        // A pass is a batch: nothing is added up over parts of one.
+        // In inference, a pass takes a whole batch: there are no gradients to accumulate.
         let mut whole = recipe.clone();
         whole.train.micro_batch = MicroBatch::Samples(recipe.train.batch);
         let model = setup::model(&whole, Mode::Infer, backend.storage())?;
@@ -222,7 +224,7 @@ impl Subject {
         }
     }
 
-    /// Until what was asked for is done.
+    /// Waits until all submitted work has finished.
     fn wait(&mut self) -> Result<()> {
         match self {
             Self::Train(trainer) => trainer.backend.synchronize(),
@@ -235,7 +237,7 @@ impl Subject {
         let free = match self {
             Self::Train(trainer) => {
                 let free = trainer.submit(batch)?;
-                // As in a run, the host is a step ahead of a GPU.
+                // As in a run, the host is one step ahead of a GPU.
                 while trainer.in_flight() > trainer.backend.steps_ahead() {
                     if !trainer.report()?.loss.is_finite() {
                         return Err(Error::new("the loss of the benchmark is not finite"));
@@ -244,7 +246,8 @@ impl Subject {
                 free
             }
             Self::Infer { backend, model } => {
-                // A batch goes up while the one before is computed. Unlike an evaluation, nothing comes down.
+                // A batch is uploaded while the previous one is computed. Unlike in an evaluation, nothing is
+                // downloaded.
                 let free = backend.bind_batch(batch)?;
                 backend.synchronize()?;
                 backend.begin_step(StepKeys { seed: 0, step: 0 })?;
@@ -261,7 +264,7 @@ impl Subject {
     }
 }
 
-/// Where batches come from.
+/// The source of batches.
 enum Source {
     /// Two slots with the same random pixels and labels.
     Synthetic(Vec<Slot>),
@@ -339,7 +342,7 @@ impl Measured {
         let peak = self.peak_rss_bytes.map_or("unknown".into(), format::bytes);
         lines.push(format!("memory: {} planned, {peak} at the peak", format::bytes(self.arena_bytes as u64)));
         if let Some(seconds) = self.first_step {
-            lines.push(format!("{seconds:.2} s from the start of the program to the end of the first step"));
+            lines.push(format!("{seconds:.2} s from program start to the end of the first step"));
         }
         if let Some(card) = &self.on_card {
             lines.extend(self.card_lines(card));
@@ -348,7 +351,7 @@ impl Measured {
             lines.push(format!("data wait {}", format::percent(wait)));
         }
         if !self.products.is_empty() {
-            lines.push("products, with what is around them: the way that was taken, and the others".into());
+            lines.push("products with their epilogues: the chosen way, then the others".into());
             lines.extend(self.products.iter().map(choice_line));
         }
         let total: f64 = self.profile.iter().map(|timing| timing.seconds).sum();
@@ -365,8 +368,8 @@ impl Measured {
         lines.join("\n")
     }
 
-    /// What an operation has achieved of what it costs at least; on a card also the share of its time that this would take there
-    /// at best.
+    /// FLOP/s and bytes per second of an operation, from its minimum cost. On a GPU also the share of its
+    /// time that the minimum cost would take at the GPU's ceilings.
     fn achieved(&self, timing: &Timing) -> String {
         let Timing { seconds, cost, .. } = timing;
         if *cost == Cost::default() {
@@ -382,7 +385,7 @@ impl Measured {
         format!(" {flops:>16} {:>8.1} GB/s{of_floor}", cost.bytes() as f64 / seconds / 1e9)
     }
 
-    /// Seconds that the operation's calls would take at the rates of this card's large products and copies.
+    /// Seconds that the operation's calls would take at the rates of this GPU's large products and copies.
     fn floor(&self, timing: &Timing) -> Option<f64> {
         let card = self.on_card.as_ref()?;
         Some(timing.cost.floor(card.ceilings.matmul, card.ceilings.copy))
@@ -390,20 +393,20 @@ impl Measured {
 
     fn card_lines(&self, card: &OnCard) -> Vec<String> {
         let share = |of: f64| format!("{:.1} % of {:.0} TFLOP/s", 100.0 * self.gflops * 1e9 / of, of / 1e12);
-        let data_sheet = card.data_sheet.map_or("unknown for this card".into(), share);
+        let data_sheet = card.data_sheet.map_or("unknown for this GPU".into(), share);
         let mut lines = vec![
             format!(
-                "FLOPs of the model: {data_sheet} (data sheet), {} (a large product on this card)",
+                "FLOPs of the model: {data_sheet} (data sheet), {} (a large product on this GPU)",
                 share(card.ceilings.matmul)
             ),
             format!(
-                "card: {} in use, copy {:.0} GB/s",
+                "GPU: {} in use, copy {:.0} GB/s",
                 format::bytes(card.memory_bytes as u64),
                 card.ceilings.copy / 1e9
             ),
         ];
         if card.stand_in {
-            lines.push("the stand-in GPU computes on the host: times above say nothing about a card".into());
+            lines.push("the stand-in GPU computes on the host: these times say nothing about a real GPU".into());
         }
         lines
     }
@@ -467,11 +470,11 @@ fn choice_line(choice: &Choice) -> String {
     format!("  {}: {}", choice.product, ways.join(", "))
 }
 
-/// Seconds since this process was started, to a hundredth.
+/// Seconds since this process started, to a hundredth.
 fn since_start() -> Option<f64> {
     let (stat, uptime) =
         (std::fs::read_to_string("/proc/self/stat").ok()?, std::fs::read_to_string("/proc/uptime").ok()?);
-    // The 22nd field, in hundredths; the second is a name in brackets that may hold blanks.
+    // The 22nd field, in hundredths of a second. The second field is a name in brackets that may hold blanks.
     let started: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
     Some(uptime.split_whitespace().next()?.parse::<f64>().ok()? - started / 100.0)
 }

@@ -1,7 +1,7 @@
 //! Batches from a safetensors file: the input of `vitrum grad` and `vitrum replay`.
 //!
-//! `images` f32 `[B, H, W, 3]` (already normalised) or `images_u8`, with `labels` i32 or i64 `[B]`, or `targets` f32
-//! `[B, C]`. A file for `replay` has one more axis in front, one batch per step.
+//! `images` f32 `[B, H, W, 3]` (already normalised) or `images_u8`, with `labels` i32 or i64 `[B]`, or
+//! `targets` f32 `[B, C]`. A file for `replay` has one more axis in front, with one batch per step.
 
 use std::path::{Path, PathBuf};
 
@@ -87,7 +87,7 @@ impl BatchFile {
         Ok(Self { path: path.into(), steps, layout, pixels: images.data().to_vec(), labels, targets })
     }
 
-    /// Refuses labels outside `0..classes` and targets of another width.
+    /// Refuses labels outside `0..classes`, and targets with another number of classes.
     pub fn check_classes(&self, classes: usize) -> Result<()> {
         if let TargetKind::Dense { classes: given } = self.layout.targets
             && given != classes
@@ -100,7 +100,7 @@ impl BatchFile {
         Ok(())
     }
 
-    /// Batch `step`, in a slot of the device.
+    /// Batch `step`, in a new slot of the device.
     pub fn slot(&self, backend: &dyn Backend, step: usize) -> Result<Slot> {
         let mut slot = backend.new_slot(self.layout)?;
         let (b, len) = (self.layout.samples, self.layout.image_len());

@@ -1,4 +1,4 @@
-//! Checks of whole training steps: one device against the CPU, and a trajectory against other implementations.
+//! Checks of whole training steps: a device against the CPU, and a trajectory against other implementations.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,5 @@
-//! Training on stored batches in their order, without augmentation: a trajectory that anyone can compare.
+//! Training on stored batches in their order, without augmentation. Other programs can reproduce the
+//! trajectory.
 
 use crate::backend::{self, Device, StepReport};
 use crate::dist::Collective;
@@ -11,19 +12,19 @@ use super::batch_file::BatchFile;
 use crate::train::checkpoint::read_weights;
 use crate::train::{DataShape, Setup, Trainer};
 
-/// What came of it; one value per update.
+/// The result of a replay, with one value per update.
 pub struct Trajectory {
-    /// Before the update.
+    /// The loss before the update.
     pub losses: Vec<f64>,
-    /// Before clipping.
+    /// The gradient norm before clipping.
     pub grad_norms: Vec<f64>,
-    /// The head's rate that the update used.
+    /// The head's learning rate in the update.
     pub lrs: Vec<f64>,
-    /// After the last update.
+    /// The weights after the last update.
     pub weights: Tensors,
 }
 
-/// The default recipe with this model and length; `--set` changes the rest.
+/// The default recipe with this model, batch size and length. `--set` changes the rest.
 pub fn recipe(config: &ModelConfig, batch: usize, steps: u64) -> Recipe {
     let mut recipe = Recipe::default();
     recipe.model = recipe.model.of_file(config);
@@ -32,7 +33,7 @@ pub fn recipe(config: &ModelConfig, batch: usize, steps: u64) -> Recipe {
     recipe
 }
 
-/// One update per batch, in file order. `watch` is told every step.
+/// Makes one update per batch, in file order. Calls `watch` after every step.
 pub fn run(
     recipe: &Recipe,
     file: &ModelFile,

@@ -1,7 +1,7 @@
-//! Whole training steps on a device: held against the CPU's, and against the same steps done again.
+//! Whole training steps on a device, compared with the CPU's and with a second run of the same steps.
 //!
-//! Operations are proved one by one by `selftest`. What they come to together (order, buffers that are used twice, a
-//! recorded step that is replayed, masks, the update) shows here only.
+//! `selftest` checks operations one by one. Only this check sees how they work together: their order, buffers
+//! that are used twice, recorded steps that are replayed, masks, the update.
 
 use std::time::Instant;
 
@@ -13,10 +13,10 @@ use crate::rng::{Domain, Stream};
 
 use crate::train::{DataShape, Setup, Trainer};
 
-/// Steps of a proof: enough for a recorded step to be replayed, and for the warm-up to end.
+/// Steps of a check: enough for a recorded step to be replayed, and for the warm-up to end.
 pub const STEPS: usize = 12;
 
-/// A small ViT with every mask, in batches of two micro-batches.
+/// A small ViT with every kind of mask, in batches of two micro-batches.
 const RECIPE: [&str; 19] = [
     "model.image=16",
     "model.patch=4",
@@ -39,24 +39,25 @@ const RECIPE: [&str; 19] = [
     "train.deterministic=true",
 ];
 
-/// What was found on one device in one precision.
+/// The result of a check on one device in one precision.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct StepCheck {
     /// [`crate::backend::Backend::describe`]
     pub device: String,
     pub seconds: f64,
-    /// The largest relative distance of a loss or a gradient norm from the CPU's, which has one thread and f32.
+    /// The largest relative distance of a loss or a gradient norm from the CPU's, which runs in f32 with one
+    /// thread.
     #[serde(deserialize_with = "or_infinite")]
     pub distance: f64,
     pub tolerance: f64,
-    /// The same steps again ended in the same bits: weights, losses and norms.
+    /// A second run of the same steps was bit-identical: weights, losses and norms.
     pub repeats: bool,
 }
 
-/// Proves the device in every precision that it is used in, or in the one that is asked for.
+/// Checks the device in every precision that it is used with, or only in the given one.
 ///
 /// # Errors
-/// The device cannot be used. What does not agree is no error but a [`StepCheck`] that has not passed.
+/// The device cannot be used. A disagreement is not an error, but a [`StepCheck`] that has not passed.
 pub fn check_steps(device: Device, precision: Precision) -> Result<Vec<StepCheck>> {
     let f32 = (Precision::F32, Residual::Auto, 1e-4);
     let bf16 = [(Precision::Bf16, Residual::Bf16, 0.02), (Precision::Bf16, Residual::F32, 0.02)];
@@ -81,7 +82,7 @@ pub fn check_steps(device: Device, precision: Precision) -> Result<Vec<StepCheck
     kinds.into_iter().map(one).collect()
 }
 
-/// JSON has no infinity: it travels as null.
+/// JSON has no infinity; it is stored as null.
 fn or_infinite<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<f64, D::Error> {
     Ok(<Option<f64> as serde::Deserialize>::deserialize(from)?.unwrap_or(f64::INFINITY))
 }
@@ -105,7 +106,7 @@ impl StepCheck {
     }
 }
 
-/// What a few steps left.
+/// The result of a few steps.
 #[derive(PartialEq)]
 struct Ran {
     device: String,
@@ -126,7 +127,7 @@ impl Ran {
     }
 }
 
-/// Trains the small model from its first weights on pictures of noise, another batch in each step.
+/// Trains the small model from its initial weights on noise, with a new batch in each step.
 fn steps(device: Device, settings: &[&str]) -> Result<Ran> {
     let settings: Vec<String> = RECIPE.iter().chain(settings).map(|s| (*s).to_owned()).collect();
     let mut recipe = Recipe::default().with(&settings)?;
@@ -183,7 +184,7 @@ mod tests {
         }
     }
 
-    /// Another seed is another run: the comparison would see it.
+    /// Another seed gives another run, and the comparison must notice it.
     #[test]
     fn other_steps_are_far_from_these() {
         let [these, others] = [&["train.threads=1"][..], &["train.threads=1", "train.seed=4"]]

@@ -1,4 +1,4 @@
-//! A model from a weights file, on a device and ready to run: what `eval`, `predict` and `grad` start from.
+//! A model from a weights file, on a device and ready to run. Used by `eval`, `predict`, `grad` and others.
 
 use std::path::Path;
 
@@ -18,24 +18,15 @@ pub struct LoadedModel {
     pub backend: Box<dyn Backend>,
     pub model: Vit,
     pub meta: CheckpointMeta,
-    /// Why pictures cannot be prepared as the file says, where they cannot.
+    /// Why pictures cannot be prepared as the file says, if so.
     pub unprepared: Option<String>,
     /// What was assumed about the file, in sentences.
     pub notes: Vec<String>,
 }
 
 impl LoadedModel {
-    /// Loads a weights file, a run's directory or a model folder, to classify one picture at a time.
-    ///
-    /// # Errors
-    /// The weights cannot be read, or they are not a model that is supported; the device cannot be opened.
-    pub fn load(path: impl AsRef<Path>, device: Device) -> Result<Self> {
-        let (overrides, options) = (ModelOverrides::default(), backend::DeviceOptions::default());
-        Self::open(path.as_ref(), &overrides, (device, &options), 1, Mode::Infer, None)
-    }
-
-    /// Reads the file and puts its weights on the device, for passes of `batch` samples of `image` (height, width);
-    /// `None` takes the size that the file was made for.
+    /// Reads the file and writes its weights to the device, for passes of `batch` samples of size `image`
+    /// (height, width). `None` uses the file's own size.
     pub fn open(
         path: &Path,
         overrides: &ModelOverrides,
@@ -56,7 +47,8 @@ impl LoadedModel {
         Self::on_device(file, (device, options), batch, mode)
     }
 
-    /// The same for features, of a file that need not have a classifier: it gets one of a single class.
+    /// The same for features. The file need not have a classifier; without one it gets a classifier of a
+    /// single class.
     pub fn open_backbone(
         path: &Path,
         overrides: &ModelOverrides,
@@ -95,16 +87,7 @@ impl LoadedModel {
         Ok(Self { backend, model, meta: file.meta, unprepared, notes: file.notes })
     }
 
-    /// All classes of a picture file, the likeliest first. The picture is prepared as the weights file says.
-    ///
-    /// # Errors
-    /// The file is not a picture; the weights file names a preparation that is not supported.
-    pub fn classify(&mut self, picture: impl AsRef<Path>) -> Result<Vec<Prediction>> {
-        let protocol = self.protocol()?;
-        self.predict(picture.as_ref(), protocol)
-    }
-
-    /// The same for another preparation of the picture.
+    /// The predictions for one picture: all classes, the most probable first.
     pub fn predict(&mut self, picture: &Path, protocol: Protocol) -> Result<Vec<Prediction>> {
         let how = (protocol.resize, protocol.crop_ratio);
         let pixels = data::read_image(picture, self.model.config.image, how, self.meta.exif)?;
@@ -142,7 +125,7 @@ impl LoadedModel {
         self.model.forward(b, false)
     }
 
-    /// How the head's logits become probabilities.
+    /// The loss that the head was trained with; it decides how logits become probabilities.
     pub fn loss(&self) -> LossKind {
         self.meta.loss.unwrap_or(LossKind::Softmax)
     }
@@ -152,7 +135,8 @@ impl LoadedModel {
     }
 }
 
-/// Reads a model for pictures of `overrides.image`; where its positions are for others, they are resized.
+/// Reads a model for pictures of size `overrides.image`. Resizes the position embedding if it has another
+/// size.
 fn open_at(
     path: &Path,
     overrides: &ModelOverrides,
@@ -162,7 +146,7 @@ fn open_at(
     if overrides.image.is_none() || as_it_is.is_ok() {
         return as_it_is;
     }
-    // Whatever else is wrong with the file is wrong without the size, too.
+    // Any other fault of the file also shows without the size.
     let file = open(path, &ModelOverrides { image: None, ..overrides.clone() })?;
     let target = AdaptTarget { image: overrides.image, ..AdaptTarget::default() };
     let (mut file, notes) = weights::adapt(file, &target)?;
@@ -174,7 +158,7 @@ fn open_at(
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prediction {
     pub class: usize,
-    /// The class's name, or its number where the file has no names.
+    /// The class's name, or its number if the file has no names.
     pub name: String,
     /// Softmax or sigmoid of the logits, by the loss that the head was trained with.
     pub probability: f32,
@@ -196,7 +180,7 @@ fn likeliest(logits: &[f32], loss: LossKind, names: Option<&[String]>) -> Vec<Pr
     order.into_iter().map(prediction).collect()
 }
 
-/// Slots of one micro-batch.
+/// The layout of a slot of one micro-batch.
 fn slot_layout(model: &Vit) -> SlotLayout {
     SlotLayout {
         samples: model.micro_batch,
@@ -206,13 +190,13 @@ fn slot_layout(model: &Vit) -> SlotLayout {
     }
 }
 
-/// Writes a file's weights into the model's parameters, and fills in its fixed tables.
+/// Writes a file's weights into the model's parameters and fills its fixed tables.
 pub fn load_weights(file: &ModelFile, model: &Vit, backend: &mut dyn Backend) -> Result<()> {
     weights::load_into(file, &model.layout, |param, values| backend.write(param.mat(), values))?;
     model.init_tables(backend)
 }
 
-/// Loss and gradients of one whole batch, without masks and without an update.
+/// Computes loss and gradients of one whole batch, without masks and without an update.
 pub fn gradients(b: &mut dyn Backend, model: &Vit, loss: Loss, batch: Slot) -> Result<StepReport> {
     b.bind_batch(batch)?;
     b.begin_step(StepKeys { seed: 0, step: 0 })?;

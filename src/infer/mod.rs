@@ -1,4 +1,4 @@
-//! A trained model at work: loaded from a file, run over a data set, scored, and probed for what its features are worth.
+//! Inference: loads a trained model, runs it over a data set, scores it, and probes its features.
 
 #![forbid(unsafe_code)]
 

@@ -1,7 +1,7 @@
-//! One pass of a data set through a loaded model: every picture once, its outputs handed on row by row.
+//! One pass of a data set through a loaded model: every picture once, with one output row for each.
 //!
-//! What `eval`, `features` and `probe` have in common. A row comes with the number of its record, so that pictures that
-//! cannot be decoded, and are left out, shift nothing.
+//! Shared by `eval`, `features` and `probe`. Each row comes with its record's number, so that skipped
+//! pictures, which cannot be decoded, do not shift the others.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,39 +13,39 @@ use crate::recipe::{EvalResize, OnBadRecord, PROTOCOLS};
 
 use super::loaded::LoadedModel;
 
-/// Which rows of the model are wanted.
+/// Which output of the model to return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Output {
     /// `[C]`
     Logits,
-    /// What the head reads: `[D]`, or `[R]` behind a representation layer.
+    /// The head's input: `[D]`, or `[R]` with a representation layer.
     Features,
 }
 
-/// How pictures are prepared, and which are taken.
+/// How pictures are prepared, and which are used.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Protocol {
     pub resize: EvalResize,
     pub crop_ratio: f32,
-    /// The name that it was asked for by: some systems agree, and share their settings.
+    /// The name that the user gave. Several systems may share the same settings.
     pub asked: Option<&'static str>,
-    /// Leave out a last batch that is not full, as google-research/vision_transformer does.
+    /// Skip an incomplete last batch, as google-research/vision_transformer does.
     pub drop_last: bool,
 }
 
 impl Protocol {
-    /// The protocol of that name; an unknown name is wrong usage.
+    /// The protocol with this name. An unknown name is wrong usage.
     pub fn named(name: &str) -> Result<Self> {
         let found = PROTOCOLS.into_iter().find(|(known, ..)| *known == name);
         let (asked, resize, crop_ratio) = found.ok_or_else(|| {
             let known = PROTOCOLS.map(|(name, ..)| format!("`{name}`")).join(", ");
             Error::usage(format!("there is no protocol `{name}`"))
-                .hint(format!("use one of {known}; `vitrum eval` takes `all` as well"))
+                .hint(format!("use one of {known}; `vitrum eval` also takes `all`"))
         })?;
         Ok(Self { resize, crop_ratio, asked: Some(asked), drop_last: false })
     }
 
-    /// Its name, where it has one.
+    /// The protocol's name, if it has one.
     pub fn name(&self) -> Option<&'static str> {
         let same = |(_, resize, ratio): &(&str, EvalResize, f32)| {
             *resize == self.resize && (*ratio - self.crop_ratio).abs() < 1e-6
@@ -54,21 +54,23 @@ impl Protocol {
     }
 }
 
-/// How a pass went.
+/// The result of a pass.
 #[derive(Clone, Copy, Debug)]
 pub struct PassReport {
-    /// Pictures that were seen.
+    /// Pictures that were processed.
     pub images: usize,
     pub img_per_s: f64,
 }
 
 impl LoadedModel {
-    /// The protocol that the file's own metadata names, or its layout. An error where the file names one that is not
-    /// built.
+    /// The protocol that the file's metadata or layout implies.
+    ///
+    /// # Errors
+    /// The file requires a preparation that is not built.
     pub fn protocol(&self) -> Result<Protocol> {
         match &self.unprepared {
-            Some(why) => Err(Error::new(format!("pictures cannot be prepared as the file wants: {why}"))
-                .hint("choose another way to prepare them, as with `--protocol timm`")),
+            Some(why) => Err(Error::new(format!("pictures cannot be prepared as the file requires: {why}"))
+                .hint("choose another way to prepare them, such as `--protocol timm`")),
             None => Ok(Protocol {
                 resize: self.meta.resize,
                 crop_ratio: self.meta.crop_ratio,
@@ -78,7 +80,7 @@ impl LoadedModel {
         }
     }
 
-    /// Values in a row of `output`.
+    /// Number of values in a row of `output`.
     pub fn row_len(&self, output: Output) -> usize {
         match output {
             Output::Logits => self.model.config.classes,
@@ -86,7 +88,7 @@ impl LoadedModel {
         }
     }
 
-    /// Hands the row of every picture of `data` to `see`, with the picture's number in the data set.
+    /// Calls `see` with the row of every picture of `data` and the picture's number in the data set.
     pub fn pass(
         &mut self,
         data: &Dataset,
@@ -106,7 +108,7 @@ impl LoadedModel {
             exif: self.meta.exif,
         };
         let slots = (0..2).map(|_| self.backend.new_slot(self.slot_layout())).collect::<Result<_>>()?;
-        // No operation of a forward pass reads labels: they carry the record's number.
+        // No operation of a forward pass reads labels, so they carry the record's number.
         let mut loader = Loader::new(Arc::new(data.clone().numbered()), spec, slots);
         let model = &self.model;
         let rows = match output {
@@ -137,11 +139,11 @@ impl LoadedModel {
     }
 }
 
-/// Runs the loader dry: `body` on every batch, and what it left in `rows` handed to `see`, with what `note` took down of the batch.
-/// Batches behind the first `batches` are left out.
+/// Runs `body` on every batch of the loader. After each, calls `see` with the values of `rows` and with what
+/// `note` returned for the batch. Skips batches after the first `batches`.
 ///
-/// A GPU waits little: the next batch is on its way up while it computes, and the next pass is asked for as soon as the rows of the
-/// one before have come down, before the host looks at them.
+/// A GPU waits little: the next batch is uploaded while it computes, and the next pass is submitted as soon
+/// as the previous rows are downloaded, before the host processes them.
 pub(crate) fn forward_all<T>(
     b: &mut dyn Backend,
     loader: &mut Loader,

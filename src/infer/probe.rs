@@ -1,4 +1,4 @@
-//! How good a model's features are, without training it: ridge regression, few-shot, nearest neighbours.
+//! Measures a model's features without training it: ridge regression, few-shot, nearest neighbours.
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -11,7 +11,8 @@ use super::loaded::LoadedModel;
 use super::pass::{Output, Protocol};
 use super::ridge::{Problem, Samples};
 
-/// The features of a data set, in one pass; pictures that cannot be decoded are left out. Labels are the data set's own.
+/// The features of a data set, in one pass. Skips pictures that cannot be decoded. Labels are the data set's
+/// own.
 pub fn features(model: &mut LoadedModel, data: &Dataset, protocol: Protocol) -> Result<Samples> {
     let width = model.row_len(Output::Features);
     let mut samples = Samples { width, features: Vec::with_capacity(data.len() * width), labels: Vec::new() };
@@ -29,13 +30,14 @@ pub fn features(model: &mut LoadedModel, data: &Dataset, protocol: Protocol) -> 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RidgeScore {
     pub l2: f64,
-    /// On the tenth of the training pictures that was held out to choose the penalty; `None`: there was one penalty.
+    /// Accuracy on the tenth of the training pictures that was held out to choose the penalty. `None` if
+    /// there was only one penalty.
     pub held_out: Option<f64>,
     pub top1: f64,
 }
 
-/// A linear classifier on all training features, for each penalty: which is best is decided on a tenth of the training
-/// pictures that is held out, and the solution that is scored uses all.
+/// A linear classifier for each penalty. A held-out tenth of the training pictures decides which penalty is
+/// best; the scored solutions use all training pictures.
 pub fn ridge(train: &Samples, val: &Samples, classes: usize, penalties: &[f64]) -> Result<Vec<RidgeScore>> {
     let held_out = match penalties {
         [_] => vec![None],
@@ -55,7 +57,7 @@ pub fn ridge(train: &Samples, val: &Samples, classes: usize, penalties: &[f64]) 
     penalties.iter().zip(held_out).map(score).collect()
 }
 
-/// The score that the held-out pictures choose; of equals the larger penalty.
+/// The score with the best held-out accuracy. The larger penalty wins ties.
 pub fn chosen(scores: &[RidgeScore]) -> &RidgeScore {
     let better = |a: &RidgeScore, b: &RidgeScore| match a.held_out.partial_cmp(&b.held_out) {
         Some(order) if order.is_ne() => order,
@@ -77,8 +79,8 @@ impl FewshotScore {
     }
 }
 
-/// big_vision's few-shot evaluator: the first `shots` pictures of each class in an order that depends on the seed, and
-/// ridge regression on them. The orders are ours: big_vision's are NumPy's.
+/// big_vision's few-shot evaluator: ridge regression on the first `shots` pictures of each class, in an order
+/// that depends on the seed. The order differs from big_vision's, which comes from NumPy.
 pub fn fewshot(
     train: &Samples,
     val: &Samples,
@@ -107,8 +109,8 @@ pub fn fewshot(
 /// DINO's temperature (Caron et al. 2021, arXiv:2104.14294).
 const TEMPERATURE: f32 = 0.07;
 
-/// k nearest training pictures by the cosine of their features, each voting for its class with exp(cosine / 0.07), as
-/// DINO evaluates. The accuracy on `val`.
+/// DINO's evaluation: the k nearest training pictures by cosine similarity of their features vote for their
+/// classes with weight exp(cosine / 0.07). Returns the accuracy on `val`.
 pub fn knn(train: &Samples, val: &Samples, classes: usize, k: usize) -> f64 {
     let (train_rows, val_rows) = (normalised(train), normalised(val));
     let width = train.width;
@@ -119,7 +121,7 @@ pub fn knn(train: &Samples, val: &Samples, classes: usize, k: usize) -> f64 {
             .zip(&train.labels)
             .map(|(other, label)| (dot(row, other), *label))
             .collect();
-        // The order of the k is irrelevant for their votes, except for rounding: sort them.
+        // Sort the k neighbours, so that rounding does not depend on their order.
         near.select_nth_unstable_by(k - 1, |a, b| b.0.total_cmp(&a.0));
         near.truncate(k);
         near.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
@@ -133,7 +135,7 @@ pub fn knn(train: &Samples, val: &Samples, classes: usize, k: usize) -> f64 {
     rows.par_iter().filter(|pair| right(pair)).count() as f64 / val.len().max(1) as f64
 }
 
-/// Rows of length one.
+/// The rows, scaled to length one.
 fn normalised(samples: &Samples) -> Vec<f32> {
     let unit = |i: usize| {
         let row = samples.row(i);

@@ -1,15 +1,17 @@
-//! Least squares with an l2 penalty, solved in closed form: the linear classifier of big_vision's few-shot evaluator.
+//! Least squares with an l2 penalty, solved in closed form: the linear classifier of big_vision's few-shot
+//! evaluator.
 //!
-//! Features are standardised by their own mean and (population) deviation + 1e-5, and a column of 100 stands for the
-//! bias, so large that the penalty hardly touches it; targets are 1 for the true class and -1 for the others. Then
-//! `W = (XᵀX + l2·I)⁻¹ Xᵀ Y`, or where there are fewer pictures than features the same as `Xᵀ(XXᵀ + l2·I)⁻¹ Y`.
-//! big_vision solves by an eigendecomposition in f32; here it is a Cholesky factorisation in f64, of the same system.
+//! Features are standardised by their mean and (population) deviation + 1e-5. A constant column of 100 is the
+//! bias; it is so large that the penalty hardly affects it. Targets are 1 for the true class and -1 for the
+//! others. Then `W = (XᵀX + l2·I)⁻¹ Xᵀ Y`, or the equal `Xᵀ(XXᵀ + l2·I)⁻¹ Y` if there are fewer pictures than
+//! features. big_vision uses an eigendecomposition in f32; this is a Cholesky factorisation in f64 of the
+//! same system.
 
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
-/// Stands for the bias.
+/// The value of the bias column.
 const BIAS: f64 = 100.0;
 
 /// Pictures as rows of features, with their classes.
@@ -44,16 +46,16 @@ impl Samples {
     }
 }
 
-/// Everything about a problem that does not depend on the penalty.
+/// The parts of a problem that do not depend on the penalty.
 pub struct Problem {
     mean: Vec<f64>,
-    /// With the 1e-5.
+    /// Includes the 1e-5.
     deviation: Vec<f64>,
     /// `[N, width + 1]`, standardised, the bias last.
     x: Vec<f64>,
     labels: Vec<usize>,
     classes: usize,
-    /// `XᵀX` or `XXᵀ`, whichever is smaller; the lower triangle counts.
+    /// `XᵀX` or `XXᵀ`, whichever is smaller. Only the lower triangle is used.
     gram: Vec<f64>,
 }
 
@@ -94,7 +96,7 @@ impl Problem {
         (0..size).for_each(|i| factor[i * size + i] += l2);
         if !cholesky(&mut factor, size) {
             return Err(Error::new(format!("the system of {size} equations cannot be solved with l2 {l2}"))
-                .hint("give a larger penalty, as in `--l2 1024`"));
+                .hint("give a larger penalty, such as `--l2 1024`"));
         }
         let column = |class: usize| -> Vec<f64> {
             let y = |i: usize| if self.labels[i] == class { 1.0 } else { -1.0 };
@@ -116,7 +118,7 @@ impl Problem {
 }
 
 impl Classifier {
-    /// The class with the largest output; of equals the first.
+    /// The class with the largest output. The first class wins ties.
     pub fn predict(&self, row: &[f32]) -> usize {
         let x = standardised(row, &self.mean, &self.deviation);
         let outputs = self.weights.chunks_exact(x.len()).map(|weights| dot(weights, &x));
@@ -124,7 +126,7 @@ impl Classifier {
         best.map_or(0, |(class, _)| class)
     }
 
-    /// The share of samples whose class is predicted.
+    /// The share of samples whose class is predicted correctly.
     pub fn accuracy(&self, samples: &Samples) -> f64 {
         let right = |i: &usize| self.predict(samples.row(*i)) == samples.labels[*i];
         (0..samples.len()).into_par_iter().filter(right).count() as f64 / samples.len().max(1) as f64
@@ -144,7 +146,7 @@ fn transposed(x: &[f64], rows: usize, cols: usize) -> Vec<f64> {
     out
 }
 
-/// `A·Aᵀ` of `[rows, cols]`: the lower triangle. Columns are taken in chunks that stay in cache.
+/// The lower triangle of `A·Aᵀ` for `A` of `[rows, cols]`. Works on chunks of columns that stay in cache.
 fn gram(a: &[f64], rows: usize, cols: usize) -> Vec<f64> {
     const CHUNK: usize = 2048;
     let mut out = vec![0.0; rows * rows];
@@ -158,7 +160,7 @@ fn gram(a: &[f64], rows: usize, cols: usize) -> Vec<f64> {
     out
 }
 
-/// Four sums side by side, in a fixed order.
+/// Eight partial sums, added in a fixed order.
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     let mut sums = [0.0; 8];
     let (a_chunks, b_chunks) = (a.chunks_exact(8), b.chunks_exact(8));
@@ -173,8 +175,8 @@ fn add_scaled(to: &mut [f64], factor: f64, values: &[f64]) {
     to.iter_mut().zip(values).for_each(|(to, value)| *to += factor * value);
 }
 
-/// Factors a symmetric `[size, size]` matrix in place into L·Lᵀ, the lower triangle becoming L. False: it is not
-/// positive definite.
+/// Factors a symmetric `[size, size]` matrix in place into L·Lᵀ; the lower triangle becomes L. Returns false
+/// if it is not positive definite.
 fn cholesky(a: &mut [f64], size: usize) -> bool {
     for j in 0..size {
         let (above, below) = a.split_at_mut((j + 1) * size);

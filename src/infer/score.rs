@@ -1,8 +1,8 @@
-//! What a model's logits are worth: loss, top-1, top-5, accuracy per class; with one label per picture or with lists of
-//! them. Where a sigmoid model answers for every class and pictures have several, also mAP and F1.
+//! Scores of a model's logits: loss, top-1, top-5 and accuracy per class, for one label or a list of labels
+//! per picture. For sigmoid models on multi-label pictures also mAP and F1.
 //!
-//! A list may hold several classes: a picture counts as right if the likeliest class is any of them. A picture with an
-//! empty list counts for nothing (Beyer et al. 2020, "Are we done with ImageNet?", arXiv:2006.07159).
+//! With a list of labels, a picture counts as right if the most probable class is any of them. A picture with
+//! an empty list does not count (Beyer et al. 2020, "Are we done with ImageNet?", arXiv:2006.07159).
 
 use std::path::Path;
 
@@ -18,9 +18,9 @@ use crate::{fail, files};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Truth {
     labels: Vec<Vec<usize>>,
-    /// Pictures may have several labels or none, and none is an answer: from a data set of such, not from a file.
+    /// The data set is multi-label, so no label at all is a valid answer. False for labels from a file.
     several: bool,
-    /// How the data set's classes were matched; of a file nothing was.
+    /// How the data set's classes were matched to the model's. `None` for labels from a file.
     pub matching: Option<Matching>,
 }
 
@@ -33,10 +33,10 @@ impl Truth {
         Ok(Truth { labels, several: data.is_multi_label(), matching: Some(matching) })
     }
 
-    /// Labels from a file, in place of the data set's own. Either text, a line for each picture with its classes (names
-    /// or numbers, a comma or a tab between several, nothing for a picture that is to be left out), or a JSON list of
-    /// numbers or of lists of numbers. The order is that of the data set; of ImageNet's validation set, that of the
-    /// numbers in the pictures' names.
+    /// Labels from a file, which replace the data set's own. The file is text or JSON. Text has one line per
+    /// picture with its classes: names or numbers, separated by commas or tabs; an empty line skips the
+    /// picture. JSON is a list of numbers or of lists of numbers. The order is that of the data set; for
+    /// ImageNet's validation set it is that of the numbers in the pictures' names.
     pub fn read(path: &Path, data: &Dataset, classes: usize, names: Option<&[String]>) -> Result<Truth> {
         let text = files::read_text(path)?;
         let known = Known::new(classes, names);
@@ -64,7 +64,7 @@ impl Truth {
                 data.name(),
                 data.len()
             ))
-            .hint("give one line (or list) for each picture, in the order of the data set"));
+            .hint("give one line (or list) per picture, in the order of the data set"));
         }
         let labels = (0..data.len()).map(|i| listed[place(i)].clone()).collect();
         Ok(Truth { labels, several: false, matching: None })
@@ -75,7 +75,7 @@ fn from_line(line: &str, classes: usize, known: &Known) -> Result<Vec<usize>> {
     let class = |word: &str| {
         let number = || word.parse::<usize>().ok().filter(|class| *class < classes);
         known.find(word).or_else(number).ok_or_else(|| {
-            Error::new(format!("`{word}` is no class of the model"))
+            Error::new(format!("`{word}` is not a class of the model"))
                 .hint(format!("give names, or numbers from 0 to {}", classes - 1))
         })
     };
@@ -85,7 +85,7 @@ fn from_line(line: &str, classes: usize, known: &Known) -> Result<Vec<usize>> {
 fn from_json(text: &str, classes: usize) -> Result<Vec<Vec<usize>>> {
     let class = |value: &Value| match value.as_u64() {
         Some(class) if class < classes as u64 => Ok(class as usize),
-        _ => Err(Error::new(format!("{value} is no class of the model, which has {classes}"))),
+        _ => Err(Error::new(format!("{value} is not a class of the model, which has {classes}"))),
     };
     let value: Value = serde_json::from_str(text).at("JSON")?;
     let Value::Array(pictures) = value else { fail!("not a list") };
@@ -100,22 +100,23 @@ fn from_json(text: &str, classes: usize) -> Result<Vec<Vec<usize>>> {
 #[derive(Clone, Debug)]
 pub struct Score {
     kind: LossKind,
-    /// Pictures that count, and those that have no label.
+    /// Number of pictures with a label; below, the number without.
     pub images: usize,
     pub unlabelled: usize,
     loss: f64,
-    /// Pictures in `loss`.
+    /// Number of pictures in `loss`.
     measured: usize,
     top1: usize,
     top5: usize,
-    /// Pictures of each class, and hits among them; pictures with several labels count for their first.
+    /// Pictures and hits of each class. A picture with several labels counts for its first.
     per_class: Vec<(usize, usize)>,
-    /// Of a sigmoid model on pictures with several labels: for every class, each picture's logit and whether it has it.
+    /// For a sigmoid model on multi-label pictures: per class, each picture's logit and whether it has the
+    /// class.
     answers: Option<Vec<Vec<(f32, bool)>>>,
 }
 
 impl Score {
-    /// Of a model of `classes` classes that was trained with `kind`, on pictures of these labels.
+    /// For a model of `classes` classes that was trained with the loss `kind`.
     pub fn new(classes: usize, kind: LossKind, truth: &Truth) -> Self {
         let several = truth.several && kind == LossKind::Sigmoid;
         Self {
@@ -131,7 +132,7 @@ impl Score {
         }
     }
 
-    /// Of the model.
+    /// Number of the model's classes.
     pub fn classes(&self) -> usize {
         self.per_class.len()
     }
@@ -174,14 +175,14 @@ impl Score {
         self.mean(self.top5 as f64)
     }
 
-    /// Softmax: cross-entropy with the labels, each of several having an equal share. Sigmoid: binary cross-entropy,
-    /// summed over classes.
+    /// The mean loss. Softmax: cross-entropy; several labels have equal shares. Sigmoid: binary
+    /// cross-entropy, summed over classes.
     pub fn loss(&self) -> f64 {
         self.loss / self.measured.max(1) as f64
     }
 
-    /// Of pictures with several labels, where the model answers for each class: mean over classes, of those that any
-    /// picture has, of the average precision; and F1 of all answers together, yes at a probability of `threshold`.
+    /// Scores for a sigmoid model on multi-label pictures: the average precision, averaged over the classes
+    /// that occur, and F1 over all answers, which are yes from a probability of `threshold`.
     pub fn several(&self, threshold: f64) -> Option<Several> {
         let answers = self.answers.as_ref()?;
         let precisions: Vec<f64> = answers.iter().filter_map(|of| average_precision(of.clone())).collect();
@@ -199,13 +200,13 @@ impl Score {
         })
     }
 
-    /// Pictures, and the share of hits, of every class that has pictures.
+    /// (class, pictures, share of hits) of every class that has pictures.
     pub fn per_class(&self) -> impl Iterator<Item = (usize, usize, f64)> {
         let seen = self.per_class.iter().enumerate().filter(|(_, (images, _))| *images > 0);
         seen.map(|(class, (images, hits))| (class, *images, *hits as f64 / *images as f64))
     }
 
-    /// For programs; `names` are the model's classes.
+    /// The scores as JSON; `names` are the model's classes.
     pub fn json(&self, names: Option<&[String]>) -> Value {
         let class = |(class, images, top1): (usize, usize, f64)| {
             let name = names.and_then(|names| names.get(class));
@@ -223,7 +224,7 @@ impl Score {
     }
 }
 
-/// The five likeliest classes, the likeliest first; of equal logits the first class counts.
+/// The five most probable classes, the most probable first. The first class wins ties.
 fn largest(logits: &[f32]) -> Vec<usize> {
     let mut best: Vec<usize> = Vec::with_capacity(6);
     for (class, z) in logits.iter().enumerate() {
@@ -236,7 +237,7 @@ fn largest(logits: &[f32]) -> Vec<usize> {
     best
 }
 
-/// Of pictures with several labels; see [`Score::several`].
+/// Scores for multi-label pictures; see [`Score::several`].
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Several {
     #[serde(rename = "mAP")]
@@ -245,8 +246,8 @@ pub struct Several {
     pub threshold: f64,
 }
 
-/// The mean of the precision over the pictures that have the class, each at its own logit; equal logits are one step.
-/// `None` where no picture has it.
+/// The average precision of one class: the mean, over the pictures that have it, of the precision at the
+/// picture's logit. Equal logits count as one step. `None` if no picture has the class.
 pub(crate) fn average_precision(mut answers: Vec<(f32, bool)>) -> Option<f64> {
     answers.sort_by(|a, b| b.0.total_cmp(&a.0));
     let (mut seen, mut hits, mut sum) = (0usize, 0usize, 0.0);

@@ -1,8 +1,8 @@
 //! Which parameters share a learning rate and a decay: name patterns first, then the recipe's defaults.
 //!
-//! A pattern may speak timm's names (`blocks.0.attn.qkv.weight`) or flax's (`.*/query/kernel`), so that groups can be
-//! copied from either world. Flax has q, k and v as tensors of their own; here they are [`Part`]s of one tensor, which
-//! may differ in everything but in being frozen.
+//! A pattern may use timm's names (`blocks.0.attn.qkv.weight`) or flax's (`.*/query/kernel`), so that groups
+//! can be copied from either. In flax, q, k and v are separate tensors; here they are [`Part`]s of one
+//! tensor. Parts may differ in everything except in being frozen.
 
 use regex_lite::Regex;
 
@@ -13,12 +13,12 @@ use crate::vit::params::{Param, ParamKind};
 
 use super::layers;
 
-/// What flax would call one tensor: all of a parameter, or the q, k or v share of a fused one.
+/// What is one tensor in flax: a whole parameter, or the q, k or v part of a fused one.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Part {
-    /// Own name first, then flax's, in both numberings.
+    /// Our name first, then flax's names in both numberings.
     pub(crate) names: Vec<String>,
-    /// Which of how many equal shares of the tensor's output channels.
+    /// Which equal part of the tensor's output channels this is.
     pub(crate) index: usize,
     pub(crate) count: usize,
 }
@@ -39,7 +39,7 @@ pub(crate) fn parts(param: &Param) -> Vec<Part> {
 pub(crate) struct Patterns(Vec<Regex>);
 
 impl Patterns {
-    /// An error names the pattern that is not a regular expression.
+    /// Compiles the patterns. An error names the pattern that is not a regular expression.
     pub(crate) fn new(groups: &[GroupSection]) -> Result<Patterns> {
         let compile = |(i, group): (usize, &GroupSection)| {
             whole(&group.pattern).map_err(|e| {
@@ -50,7 +50,7 @@ impl Patterns {
         Ok(Patterns(groups.iter().enumerate().map(compile).collect::<Result<_>>()?))
     }
 
-    /// The first group that one of the names belongs to.
+    /// The first group whose pattern matches one of the names.
     pub(crate) fn first(&self, names: &[String]) -> Option<usize> {
         (0..self.0.len()).find(|i| self.matches(*i, names))
     }
@@ -65,14 +65,14 @@ fn whole(pattern: &str) -> std::result::Result<Regex, regex_lite::Error> {
     Regex::new(&format!("^(?:{pattern})$"))
 }
 
-/// How messages name a group.
+/// The name of a group in messages.
 pub(crate) fn place(index: usize, group: &GroupSection) -> String {
     format!("`optim.groups[{index}]` (pattern `{}`)", group.pattern)
 }
 
-/// Whether the recipe freezes a parameter: no gradient, no moments, no part in the clipped norm. Usable before there
-/// is a layout, and for it. A tensor is frozen as a whole; patterns that are wrong are reported by
-/// [`super::Optimizer::new`].
+/// Whether the recipe freezes a parameter. A frozen parameter has no gradient and no moments, and is not in
+/// the clipped norm. Usable before there is a layout, in order to make one. A tensor is frozen as a whole.
+/// [`super::Optimizer::new`] reports invalid patterns.
 pub fn is_frozen(optim: &OptimSection, param: &Param) -> bool {
     if layers::is_held(optim, param) {
         return true;
@@ -90,7 +90,7 @@ pub fn is_frozen(optim: &OptimSection, param: &Param) -> bool {
     parts(param).iter().all(frozen)
 }
 
-/// Whether a parameter is decayed where no group says so.
+/// Whether a parameter is decayed by default, without a group.
 pub(crate) fn is_decayed(decay_on: DecayOn, param: &Param) -> bool {
     match decay_on {
         DecayOn::All => true,

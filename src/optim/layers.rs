@@ -1,20 +1,20 @@
-//! Which layer a parameter belongs to, for rates that fall with depth and for layers that stay as they are.
+//! The layer number of a parameter, for layer-wise learning rates and for frozen layers.
 //!
-//! Layers are numbered from the stem, 0, through block i, i + 1, to the head, L + 1. Layer n learns at `d^(L + 1 - n)`
-//! times the head's rate (Clark et al. 2020, arXiv:2003.10555; for images Bao et al. 2022, arXiv:2106.08254). The code
-//! bases differ in where the final norm belongs.
+//! The stem is layer 0, block i is layer i + 1, the head is layer L + 1. Layer n learns at `d^(L + 1 - n)`
+//! times the head's rate (Clark et al. 2020, arXiv:2003.10555; for images Bao et al. 2022, arXiv:2106.08254).
+//! Code bases differ in the layer of the final norm.
 
 use crate::error::{Error, Result};
 use crate::recipe::{LayerNumbering, OptimSection};
 use crate::vit::params::Param;
 
-/// The share of the head's rate that `optim.layer_decay` leaves to a parameter of a model of `depth` blocks.
+/// The factor of `optim.layer_decay` on a parameter's learning rate, in a model of `depth` blocks.
 pub(crate) fn scale(optim: &OptimSection, param: &Param, depth: usize) -> f64 {
     let below_head = depth + 1 - number(optim.layer_numbering, param, depth);
     optim.layer_decay.powi(below_head as i32)
 }
 
-/// 0: the stem; `depth + 1`: the head.
+/// The layer number: 0 for the stem, `depth + 1` for the head.
 fn number(numbering: LayerNumbering, param: &Param, depth: usize) -> usize {
     match numbering {
         // timm's pattern is `^norm`, which `fc_norm` and the norm of an attention pool do not match.
@@ -23,7 +23,7 @@ fn number(numbering: LayerNumbering, param: &Param, depth: usize) -> usize {
     }
 }
 
-/// Whether `optim.freeze_backbone` or `optim.freeze_blocks` holds a parameter.
+/// Whether `optim.freeze_backbone` or `optim.freeze_blocks` freezes a parameter.
 pub(crate) fn is_held(optim: &OptimSection, param: &Param) -> bool {
     let in_backbone = optim.freeze_backbone && !param.kind.is_head();
     in_backbone || (optim.freeze_blocks > 0 && param.depth <= optim.freeze_blocks)
@@ -39,7 +39,7 @@ pub(crate) fn check(optim: &OptimSection, depth: usize) -> Result<()> {
         optim.freeze_blocks
     ))
     .hint(format!(
-        "use 0 to {depth}; `--set optim.freeze_backbone=true` freezes the final norm too and trains the head alone"
+        "use 0 to {depth}; `--set optim.freeze_backbone=true` also freezes the final norm and trains only the head"
     )))
 }
 

@@ -1,12 +1,12 @@
-//! The optimiser as numbers: which tensors, which rates, which rule. The arithmetic is the backend's.
+//! The optimiser as numbers: which tensors, which rates, which rule. The backend does the arithmetic.
 //!
-//! [`Optimizer::new`] turns the recipe's `optim` and `schedule` sections into a table of segments over the flat buffers,
-//! once. Each step then asks for [`Optimizer::update`], which fills in the rates of that step; the backend clips, updates
-//! and averages in one pass.
+//! [`Optimizer::new`] turns the recipe's `optim` and `schedule` sections into a table of segments over the
+//! flat buffers, once. Each step then calls [`Optimizer::update`], which fills in the step's rates. The
+//! backend clips, updates and averages in one pass.
 //!
-//! Two dialects of the learning rate, chosen by `optim.decay_mode`:
+//! `optim.decay_mode` chooses between two dialects of the learning rate:
 //! * `torch`: the schedule gives absolute rates, and decay is multiplied by them: `θ ← θ - lr_t·(u + wd·θ)`.
-//! * `big_vision`: the schedule `s` is relative, and decay follows it alone: `θ ← θ - s_t·(lr·u + wd·θ)`.
+//! * `big_vision`: the schedule `s` is relative, and decay follows only it: `θ ← θ - s_t·(lr·u + wd·θ)`.
 //!
 //! Decay is always decoupled from the gradient, whatever the rule.
 
@@ -33,20 +33,20 @@ pub struct Optimizer {
     rule: Rule,
     segments: Vec<Segment>,
     groups: Vec<Group>,
-    /// The recipe's schedule, then those of groups that have their own.
+    /// The recipe's schedule, then the schedules of groups.
     schedules: Vec<Schedule>,
-    /// The head's schedule, for the log.
+    /// Index of the head's schedule, for the log.
     head_schedule: usize,
     mode: DecayMode,
     lr: f64,
-    /// What `lr_scale_batch` makes of the base rate.
+    /// The factor of `lr_scale_batch` on the base rate.
     batch_scale: f64,
     clip: Option<f32>,
     clip_torch: bool,
     ema_decay: Option<f64>,
     grad_elements: usize,
     moment2_elements: usize,
-    /// The rates of the update that was asked for last.
+    /// The rates of the last requested update.
     scalars: Vec<GroupScalars>,
 }
 
@@ -54,13 +54,13 @@ pub struct Optimizer {
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Group {
     lr_mult: f64,
-    /// `weight_decay` times the group's multiplier; 0: not decayed.
+    /// `weight_decay` times the group's multiplier; 0 means no decay.
     decay: f64,
     schedule: usize,
 }
 
 impl Optimizer {
-    /// `layout` was made with [`is_frozen`]. Errors name the key, the pattern or the parameter that is wrong.
+    /// `layout` must have been made with [`is_frozen`]. Errors name the key, the pattern or the parameter.
     pub fn new(
         optim: &OptimSection,
         schedule: &ScheduleSection,
@@ -110,7 +110,7 @@ impl Optimizer {
             let frozen = sections.iter().filter(|s| s.is_some_and(|i| optim.groups[i].frozen)).count();
             if frozen > 0 && frozen < parts.len() {
                 return Err(Error::usage(format!(
-                    "`optim.groups` freezes only a part of `{}`: q, k and v are one tensor here",
+                    "`optim.groups` freezes only a part of `{}`, but q, k and v are one tensor here",
                     param.name
                 ))
                 .hint(format!("freeze all of it: `pattern = \"{}\"`", param.name.replace('.', "\\\\."))));
@@ -149,7 +149,8 @@ impl Optimizer {
         })
     }
 
-    /// One segment for the tensor; one for each part where the parts differ, or where Adafactor has to see them apart.
+    /// Adds one segment for the tensor, or one per part if the parts differ or Adafactor needs them
+    /// separately.
     fn add_segments(
         &mut self,
         optim: &OptimSection,
@@ -185,27 +186,28 @@ impl Optimizer {
         &self.segments
     }
 
-    /// Bytes of the first moments: they mirror the gradients, in f32 or bf16.
+    /// Bytes of the first moments. They have the layout of the gradients, in f32 or bf16.
     pub fn moment1_bytes(&self) -> usize {
         self.grad_elements * self.rule.first_moment().bytes()
     }
 
-    /// Bytes of the second moments: Adam's mirror the gradients, Adafactor's are its statistics, others have none.
+    /// Bytes of the second moments. Adam's have the layout of the gradients, Adafactor's are its statistics,
+    /// other rules have none.
     pub fn moment2_bytes(&self) -> usize {
         self.moment2_elements * 4
     }
 
-    /// The head's rate after `t` updates, without group multipliers: what the log shows.
+    /// The head's learning rate after `t` updates, without group multipliers. The log shows it.
     pub fn lr(&self, t: u64) -> f64 {
         self.rates(t, self.head_schedule).0
     }
 
-    /// Decay of the moving average of the weights, where the recipe keeps one.
+    /// Decay of the weights' moving average, if the recipe keeps one.
     pub fn ema_decay(&self) -> Option<f64> {
         self.ema_decay
     }
 
-    /// How the batch size scaled the base rate; 1 where the recipe does not ask for it.
+    /// The factor by which the batch size scales the base rate; 1 if the recipe does not ask for it.
     pub fn batch_scale(&self) -> f64 {
         self.batch_scale
     }
@@ -239,7 +241,7 @@ impl Optimizer {
         GroupScalars { lr: lr as f32, decay: decay as f32 }
     }
 
-    /// The rate, and big_vision's relative schedule (which the batch size scales, decay included).
+    /// The rate, and big_vision's relative schedule. The batch size scales that schedule, and so the decay.
     fn rates(&self, t: u64, schedule: usize) -> (f64, f64) {
         let schedule = &self.schedules[schedule];
         match self.mode {
@@ -269,7 +271,7 @@ fn rule(optim: &OptimSection) -> Rule {
     }
 }
 
-/// The rate and decay of one part: what its group says, and the defaults for what it leaves open.
+/// The rate and decay of one part: its group's values, and defaults for values that the group leaves open.
 fn group_of(
     optim: &OptimSection,
     config: &ModelConfig,
@@ -287,17 +289,17 @@ fn group_of(
     }
 }
 
-/// Refuses patterns without any effect: they are mistyped, or stand behind one that takes everything.
+/// Refuses patterns without any effect: mistyped ones, and ones after a pattern that matches everything.
 fn check_matches(sections: &[GroupSection], patterns: &Patterns, layout: &ParamLayout) -> Result<()> {
     let parts: Vec<Part> = layout.parameters().flat_map(groups::parts).collect();
     for (i, section) in sections.iter().enumerate() {
         if !parts.iter().any(|part| patterns.matches(i, &part.names)) {
-            return Err(Error::usage(format!("{}: no parameter has such a name", groups::place(i, section)))
-                .hint("a pattern must match a whole name, as in `head/.*` or `blocks\\.0\\..*`"));
+            return Err(Error::usage(format!("{}: matches no parameter", groups::place(i, section)))
+                .hint("a pattern must match a whole name, such as `head/.*` or `blocks\\.0\\..*`"));
         }
         if !parts.iter().any(|part| patterns.first(&part.names) == Some(i)) {
             return Err(Error::usage(format!(
-                "{}: all its parameters belong to groups before it",
+                "{}: all its parameters already belong to earlier groups",
                 groups::place(i, section)
             ))
             .hint("the first match wins: move this group up, or remove it"));
@@ -313,9 +315,9 @@ fn validate(optim: &OptimSection) -> Result<()> {
         }
         Err(Error::usage(format!("`optim.{key}` is {value}")).hint(hint))
     };
-    let from_zero = |key, value: f64| check(key, value, value >= 0.0, "use a number from 0 on");
+    let from_zero = |key, value: f64| check(key, value, value >= 0.0, "use a number of at least 0");
     let below_one = |key, value: f64| {
-        check(key, value, (0.0..1.0).contains(&value), "use a number from 0 to 1, without 1")
+        check(key, value, (0.0..1.0).contains(&value), "use a number of at least 0 and below 1")
     };
     from_zero("lr", optim.lr)?;
     from_zero("weight_decay", optim.weight_decay)?;

@@ -1,21 +1,21 @@
-//! The learning rate as a function of the number of updates already done.
+//! The learning rate as a function of the number of finished updates.
 //!
-//! Everything is computed in f64 from the formulas of vit_jax, big_vision and timm. The first update asks for `t = 0`: with
-//! a warm-up its rate is 0, and the rate at the last step, `t = total`, is never used.
+//! Everything is computed in f64 with the formulas of vit_jax, big_vision and timm. The first update uses `t
+//! = 0`, whose rate is 0 with a warm-up. The rate at `t = total` is never used.
 
 use std::f64::consts::PI;
 
 use crate::error::{Error, Result};
 use crate::recipe::{Duration, ScheduleKind, ScheduleSection};
 
-/// How long a run is, and what turns epochs and examples into updates.
+/// The length of a run, and what converts epochs and examples into updates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunLength {
-    /// Updates.
+    /// Number of updates.
     pub steps: u64,
-    /// Samples of one update, over all ranks and micro-batches.
+    /// Samples per update, over all ranks and micro-batches.
     pub batch: usize,
-    /// Samples of one epoch; 0: unknown.
+    /// Samples per epoch; 0 if unknown.
     pub data_size: usize,
 }
 
@@ -28,7 +28,7 @@ pub struct Schedule {
     total: u64,
 }
 
-/// What lies between warm-up and cool-down.
+/// The curve between warm-up and cool-down.
 #[derive(Clone, Debug, PartialEq)]
 enum Curve {
     Constant,
@@ -40,7 +40,7 @@ enum Curve {
 }
 
 impl Schedule {
-    /// Resolves what the recipe says for a run of this length. Usage errors name the key under `schedule`.
+    /// Resolves the recipe's section for a run of this length. Usage errors name the key under `schedule`.
     pub fn new(section: &ScheduleSection, run: RunLength) -> Result<Schedule> {
         let total = match section.total {
             Some(total) => steps("total", total, run)?,
@@ -52,7 +52,7 @@ impl Schedule {
         let warmup = steps("warmup", section.warmup, run)?;
         if warmup >= total {
             return Err(Error::usage(format!(
-                "`schedule.warmup` is {warmup} of {total} steps: none is left"
+                "`schedule.warmup` is {warmup}, but the schedule has only {total} steps"
             ))
             .hint("use `--set schedule.warmup=10%`, or a longer run"));
         }
@@ -62,12 +62,13 @@ impl Schedule {
                 "`schedule.cooldown` reaches 0 after {total} steps, but the run has {}",
                 run.steps
             ))
-            .hint("leave out `schedule.total`, or make it as long as the run"));
+            .hint("remove `schedule.total`, or make it as long as the run"));
         }
         Ok(Schedule { curve: curve(section)?, warmup, cooldown, total })
     }
 
-    /// The rate after `t` updates for the base rate `base`. With `base = 1`, the relative schedule of big_vision.
+    /// The rate after `t` updates for the base rate `base`. With `base = 1`, the relative schedule of
+    /// big_vision.
     pub fn value(&self, t: u64, base: f64) -> f64 {
         let [updates, warmup, total] = [t, self.warmup, self.total].map(|n| n as f64);
         let progress = ((updates - warmup) / (total - warmup)).clamp(0.0, 1.0);
@@ -83,7 +84,7 @@ impl Schedule {
                 passed => base * mults[passed - 1],
             },
             Curve::Timm { first, .. } if t < self.warmup => first + updates * (base - first) / warmup,
-            // timm's cosine runs from update 0, beneath the warm-up, unless asked not to.
+            // timm's cosine starts at update 0, during the warm-up, unless `warmup_prefix` is set.
             Curve::Timm { least, prefix, .. } => {
                 let progress = if *prefix { progress } else { (updates / total).min(1.0) };
                 least + (base - least) * cosine(progress)
@@ -102,7 +103,7 @@ fn cosine(progress: f64) -> f64 {
     0.5 * (1.0 + (PI * progress).cos())
 }
 
-/// `min(1, done / length)`, and 1 where there is no length.
+/// `min(1, done / length)`; 1 if the length is 0.
 fn share(done: f64, length: f64) -> f64 {
     if length > 0.0 { (done / length).min(1.0) } else { 1.0 }
 }
@@ -113,7 +114,7 @@ fn curve(section: &ScheduleSection) -> Result<Curve> {
             return Ok(value);
         }
         Err(Error::usage(format!("`schedule.{key}` is {value}"))
-            .hint(format!("use a number from {least} on")))
+            .hint(format!("use a number of at least {least}")))
     };
     Ok(match section.kind {
         ScheduleKind::Constant => Curve::Constant,
@@ -134,7 +135,7 @@ fn curve(section: &ScheduleSection) -> Result<Curve> {
                     boundaries.len(),
                     mults.len()
                 ))
-                .hint("give one multiplier for each boundary"));
+                .hint("give one multiplier per boundary"));
             }
             if !boundaries.is_sorted() {
                 return Err(Error::usage("`schedule.boundaries` is not in ascending order")
@@ -153,7 +154,8 @@ fn curve(section: &ScheduleSection) -> Result<Curve> {
     })
 }
 
-/// A duration in updates: rounded to the nearest, but at least one unless it is exactly nothing (big_vision's rule).
+/// A duration in updates: rounded to the nearest, but at least one unless it is exactly 0 (big_vision's
+/// rule).
 fn steps(key: &str, duration: Duration, run: RunLength) -> Result<u64> {
     let exact = match duration {
         Duration::Steps(steps) => return Ok(steps),
@@ -169,7 +171,7 @@ fn steps(key: &str, duration: Duration, run: RunLength) -> Result<u64> {
     };
     if !(exact.is_finite() && exact >= 0.0) {
         return Err(Error::usage(format!("`schedule.{key}` is {exact} steps"))
-            .hint(format!("use a length from 0 on: `--set schedule.{key}=10%`")));
+            .hint(format!("use a length of at least 0: `--set schedule.{key}=10%`")));
     }
     Ok(if exact == 0.0 { 0 } else { exact.round_ties_even().max(1.0) as u64 })
 }
@@ -309,7 +311,7 @@ mod tests {
             }
         }
         if s.warmup_prefix {
-            // timm counts its total without the warm-up then.
+            // With a prefix, timm's total does not include the warm-up.
             run.steps += args["warmup_t"].as_u64().unwrap();
         }
         if scaled {

@@ -1,8 +1,8 @@
-//! The table that an update walks: one line per tensor, and for Adafactor the axes that JAX would see.
+//! The table of segments for an update: one line per tensor, and for Adafactor the axes that JAX would see.
 //!
-//! In memory a dense kernel is `[out, in]` and q, k, v are one matrix. JAX has `[in, out]`, and `[D, H, Dh]` for each of q,
-//! k and v; which axes are the two largest, and what a statistic is a mean of, depends on that. So every tensor is
-//! described by the lengths and strides of JAX's axes over our memory.
+//! In our memory a dense kernel is `[out, in]`, and q, k, v are one matrix. JAX has `[in, out]`, and `[D, H,
+//! Dh]` for each of q, k and v. That decides which axes are the two largest, and over what a statistic is a
+//! mean. So the table describes every tensor by the lengths and strides of JAX's axes in our memory.
 
 use crate::backend::{Factor, Segment};
 use crate::vit::config::ModelConfig;
@@ -29,7 +29,7 @@ pub(crate) fn whole(param: &Param, grad: usize, group: usize) -> Segment {
     }
 }
 
-/// The line of one part of a tensor. The last part of a single row takes the row's padding along.
+/// The line of one part of a tensor. The last part of a single row includes the row's padding.
 pub(crate) fn share(param: &Param, grad: usize, group: usize, part: &Part) -> Segment {
     if part.count == 1 {
         return whole(param, grad, group);
@@ -40,7 +40,7 @@ pub(crate) fn share(param: &Param, grad: usize, group: usize, part: &Part) -> Se
     let end =
         if part.index + 1 == part.count { param.padded_len() } else { (part.index + 1) * channels * stride };
     Segment {
-        // Flax's name of this part, where it has one.
+        // Flax's name of this part, if it has one.
         name: part.names.last().expect("a part has a name").clone(),
         param: param.offset + start,
         grad: grad + start,
@@ -50,8 +50,9 @@ pub(crate) fn share(param: &Param, grad: usize, group: usize, part: &Part) -> Se
     }
 }
 
-/// How Adafactor sees a part of a tensor: factored over its two largest axes if both have `min_factor` (of equal ones
-/// the later counts as larger, as Optax sorts them), else in full, row by row as it lies in memory.
+/// How Adafactor treats a part of a tensor: factored over its two largest axes if both have at least
+/// `min_factor` elements (the later of equal axes counts as larger, as Optax sorts them), otherwise in full,
+/// row by row in memory order.
 pub(crate) fn factor(
     param: &Param,
     part: &Part,

@@ -1,4 +1,5 @@
-//! Groups, rates and the table, and Adafactor over every layout of a model against an f64 program on JAX's axes.
+//! Groups, rates and the table, and Adafactor over every layout of a model against an f64 program on JAX's
+//! axes.
 
 use super::*;
 use crate::backend::cpu::compute::{Compute, Isa};
@@ -93,7 +94,7 @@ fn flax_names_are_those_of_published_and_of_linen_files() {
 fn the_head_has_the_base_rate_and_the_rest_its_multiple() {
     let optim = OptimSection { lr: 0.1, backbone_lr_mult: 0.1, weight_decay: 0.5, ..Default::default() };
     let o = build(&optim, &linear()).unwrap();
-    // Halfway down the line; decay follows the rate, on kernels only.
+    // Halfway through the linear schedule. Decay follows the rate, on kernels only.
     assert_eq!(rates(&o, "head.weight", 50), (0.05, 0.025));
     assert_eq!(rates(&o, "pre_logits.bias", 50), (0.05, 0.0));
     assert_eq!(rates(&o, "blocks.0.mlp.fc1.weight", 50), (0.005, 0.0025));
@@ -139,7 +140,7 @@ fn big_vision_decays_by_the_schedule_alone_and_scales_both_by_batch() {
         ..Default::default()
     };
     let o = build(&optim, &linear()).unwrap();
-    // Batch 32 of 64, and the schedule at a half: everything is a quarter.
+    // A batch of 32 for a reference of 64, and the schedule at one half: everything is a quarter.
     assert_eq!(rates(&o, "head.weight", 50), (1.5e-3, 2.5e-3));
     assert_eq!(rates(&o, "head.bias", 50), (1.5e-3, 1.25e-3));
     assert_eq!(rates(&o, "blocks.0.attn.qkv.weight", 50), (1.25e-4, 2.5e-3));
@@ -253,20 +254,21 @@ fn state_has_the_size_that_its_type_asks_for() {
     assert!(adafactor < n / 2, "{adafactor} bytes of statistics for {n} parameters");
 }
 
-// Adafactor over the layouts -------------------------------------------------------------------------------------
+// Adafactor over the layouts
+// -------------------------------------------------------------------------------------
 
-/// A tensor as JAX has it, with its f64 state: what section by section of the program below works on.
+/// A tensor with JAX's axes and its f64 state. The program below works on these.
 struct JaxTensor {
     shape: Vec<usize>,
-    /// Where each element (row-major in `shape`) lies in the flat parameter buffer.
+    /// The place of each element (row-major in `shape`) in the flat parameter buffer.
     place: Vec<usize>,
     m: Vec<f64>,
     v_row: Vec<f64>,
     v_col: Vec<f64>,
 }
 
-/// The tensors of JAX inside one of ours, by the conversion of checkpoints: an index into the file's tensor for every
-/// index of JAX's.
+/// The JAX tensors within one of ours, from the conversion of checkpoints: an index into the file's tensor
+/// for every index of JAX's.
 fn jax_tensors(param: &Param, c: &ModelConfig) -> Vec<JaxTensor> {
     let (d, h, dh) = (c.width, c.heads, c.width / c.heads);
     let s = &param.shape;
@@ -298,7 +300,7 @@ fn jax_tensors(param: &Param, c: &ModelConfig) -> Vec<JaxTensor> {
         list.push((sizes.clone(), Box::new(move |i| i.iter().zip(&sizes).fold(0, |at, (i, n)| at * n + i))));
     }
 
-    // File order → place in the buffer, found by sending the numbers 0.. through the layout.
+    // File order → place in the buffer, found by passing the numbers 0.. through the layout.
     let numbers: Vec<f32> = (0..param.len()).map(|i| i as f32).collect();
     let mut place_of = vec![0; param.len()];
     for (k, file_index) in param.from_file_order(&numbers).iter().enumerate() {
@@ -320,7 +322,7 @@ fn unravel(mut k: usize, shape: &[usize]) -> Vec<usize> {
     index
 }
 
-/// Index into the array with one axis taken out.
+/// Index into the array with one axis removed.
 fn without(index: &[usize], shape: &[usize], axis: usize) -> usize {
     (0..shape.len()).filter(|a| *a != axis).fold(0, |at, a| at * shape[a] + index[a])
 }
@@ -384,7 +386,7 @@ impl JaxTensor {
     }
 }
 
-/// Sees the step, the weights, their EMA, and the rates and tensors of the update.
+/// Called with the step, the weights, their EMA, and the rates and tensors of the update.
 type StepDone<'a> = dyn FnMut(u64, &[f32], &[f32], &[GroupScalars], &[Segment]) + 'a;
 
 /// Three steps of our Adafactor over a whole model; returns the weights.
@@ -438,7 +440,8 @@ fn gradient(layout: &ParamLayout, t: u64) -> Vec<f32> {
 
 #[test]
 fn adafactor_follows_its_formulas_on_the_axes_that_jax_has() {
-    // Head sizes on both sides of the limit, a width that is padded, and two limits, of which one factors almost all.
+    // Head sizes on both sides of the limit, a width that is padded, and two limits. One limit factors almost
+    // everything.
     let wide = config();
     let narrow = ModelConfig { heads: 4, pool: PoolKind::Map, patch: (16, 32), ..config() };
     let mut odd = ModelConfig { width: 60, heads: 3, mlp: 33, rep_size: 0, ..config() };
@@ -466,7 +469,8 @@ fn adafactor_follows_its_formulas_on_the_axes_that_jax_has() {
                 .collect();
             let mut theta = vec![0.0f64; layout.param_elements];
             let mut mean = theta.clone();
-            // Where f32 and f64 fall on different sides of a bf16 rounding, a moment differs by one unit of 2^-8.
+            // Where f32 and f64 fall on different sides of a bf16 rounding, a moment differs by one unit of
+            // 2^-8.
             let bf16 = moment == MomentType::Bf16;
             let (mut elements, mut apart) = (0, 0);
             let mut seen_factored = 0;
@@ -504,7 +508,7 @@ fn adafactor_follows_its_formulas_on_the_axes_that_jax_has() {
                         }
                         seen_factored += usize::from(!tensor.v_col.is_empty());
                     }
-                    // Nothing but the tensors moved: padding stays zero.
+                    // Only the tensors changed: padding stays zero.
                     let mut outside = params.to_vec();
                     tensors.iter().flat_map(|(_, t)| &t.place).for_each(|p| outside[*p] = 0.0);
                     assert!(outside.iter().all(|p| *p == 0.0), "padding moved");

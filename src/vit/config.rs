@@ -1,6 +1,8 @@
-//! Which Vision Transformer: the whole architecture as plain values, the named variants, and the counts that follow.
+//! The architecture of a Vision Transformer as plain values, the named variants, and the counts that follow
+//! from them.
 //!
-//! Dosovitskiy et al. 2021 (arXiv:2010.11929); variants as in google-research/vision_transformer, big_vision and timm.
+//! Dosovitskiy et al. 2021 (arXiv:2010.11929); variants as in google-research/vision_transformer, big_vision
+//! and timm.
 
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +21,7 @@ pub enum PoolKind {
     Map,
 }
 
-/// Where the final LayerNorm stands.
+/// The place of the final LayerNorm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NormPlace {
@@ -42,13 +44,13 @@ pub enum Posemb {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PosembJoin {
-    /// Added after the extra tokens joined, which have rows of their own: vit_jax, timm.
+    /// Added after the extra tokens join the sequence; they have rows too: vit_jax, timm.
     After,
-    /// Added before they join; they have none: big_vision, DeiT-III.
+    /// Added before they join; they have no rows: big_vision, DeiT-III.
     Before,
 }
 
-/// How the drop-path rate runs over depth.
+/// How the drop-path rate depends on depth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DropPathMode {
@@ -58,7 +60,7 @@ pub enum DropPathMode {
     Constant,
 }
 
-/// How a new model's parameters are drawn: the columns of the table in `docs/numerics.md`.
+/// How a new model's parameters are initialised: the columns of the table in `docs/numerics.md`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InitScheme {
@@ -71,7 +73,7 @@ pub enum InitScheme {
     Deit3,
 }
 
-/// The architecture of one model. Every field has one value; nothing is implied.
+/// The architecture of one model, fully explicit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
@@ -87,7 +89,7 @@ pub struct ModelConfig {
     pub heads: usize,
     /// M
     pub mlp: usize,
-    /// Whether q, k and v of the blocks have a bias. Files from before there was a choice have one.
+    /// Whether q, k and v of the blocks have a bias. Older files without this key have one.
     #[serde(default = "yes")]
     pub qkv_bias: bool,
     /// C
@@ -98,9 +100,9 @@ pub struct ModelConfig {
     pub extra_tokens: usize,
     pub posemb: Posemb,
     pub posemb_join: PosembJoin,
-    /// Width of the tanh layer in front of the head; 0: none.
+    /// Width of the tanh layer before the head; 0 for none.
     pub rep_size: usize,
-    /// Initial value of LayerScale; 0: none (Touvron et al. 2021, arXiv:2103.17239).
+    /// Initial value of LayerScale; 0 for none (Touvron et al. 2021, arXiv:2103.17239).
     pub layer_scale: f32,
     pub gelu: Gelu,
     pub ln_eps: f32,
@@ -134,7 +136,7 @@ const fn variant(name: &'static str, width: usize, depth: usize, mlp: usize, hea
     Variant { name, width, depth, mlp, heads }
 }
 
-/// All named sizes; a variant is written `NAME/PATCH`, as in `B/16`.
+/// All named sizes. A variant is written `NAME/PATCH`, such as `B/16`.
 pub const VARIANTS: [Variant; 14] = [
     variant("testing", 10, 1, 10, 2),
     variant("mu", 32, 1, 128, 2),
@@ -158,7 +160,7 @@ impl Variant {
         let known = || VARIANTS.map(|v| v.name).join(", ");
         let wrong = || {
             Error::usage(format!("`{text}` is not a model variant"))
-                .hint(format!("write `SIZE/PATCH`, as in `B/16`; sizes: {}", known()))
+                .hint(format!("write `SIZE/PATCH`, such as `B/16`; sizes: {}", known()))
         };
         let (name, patch) = text.split_once('/').ok_or_else(wrong)?;
         let patch: usize = patch.parse().ok().filter(|p| *p > 0).ok_or_else(wrong)?;
@@ -198,7 +200,7 @@ impl ModelConfig {
         })
     }
 
-    /// The model of the tests: every kind of parameter, no two sizes alike.
+    /// The model of the tests, in which no two sizes are equal.
     #[doc(hidden)]
     pub fn tiny() -> Self {
         Self {
@@ -212,7 +214,7 @@ impl ModelConfig {
         }
     }
 
-    /// Refuses what cannot be computed, naming the key.
+    /// Refuses architectures that cannot be computed. Errors name the key.
     pub fn validate(&self) -> Result<()> {
         let wrong = |message: String, hint: String| Err(Error::usage(message).hint(hint));
         let sizes = [
@@ -254,7 +256,7 @@ impl ModelConfig {
         }
         if self.posemb == Posemb::Sincos2d && !self.width.is_multiple_of(4) {
             return wrong(
-                format!("`model.posemb = \"sincos2d\"` needs a width that 4 divides, not {}", self.width),
+                format!("`model.posemb = \"sincos2d\"` needs a width divisible by 4, not {}", self.width),
                 "use `--set model.posemb=learned`".into(),
             );
         }
@@ -281,7 +283,7 @@ impl ModelConfig {
         }
         if self.pool == PoolKind::Map && self.norm == NormPlace::After {
             return wrong(
-                "`model.pool = \"map\"` normalises before pooling".into(),
+                "`model.pool = \"map\"` always normalises before pooling".into(),
                 "use `--set model.norm=before`".into(),
             );
         }
@@ -292,7 +294,7 @@ impl ModelConfig {
         ];
         for (key, rate) in rates {
             if !(0.0..1.0).contains(&rate) {
-                return wrong(format!("`model.{key}` is {rate}"), "a rate lies in [0, 1)".into());
+                return wrong(format!("`model.{key}` is {rate}"), "use a rate in [0, 1)".into());
             }
         }
         if !(self.ln_eps > 0.0 && self.ln_eps.is_finite()) {
@@ -307,7 +309,7 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// How the image is cut.
+    /// The grid of patches.
     pub fn patch_grid(&self) -> PatchGrid {
         PatchGrid { image: self.image, patch: self.patch, extra: self.extra_tokens }
     }
@@ -339,13 +341,13 @@ impl ModelConfig {
         }
     }
 
-    /// Nothing but the class token is read behind the last block.
+    /// Whether only the class token is read after the last block.
     pub fn reads_class_token_alone(&self) -> bool {
         self.pool == PoolKind::Token && self.extra_tokens == 1
     }
 
-    /// Multiply-adds of the forward pass that are left out where only the class token goes through the end of the last
-    /// block: queries, projection and MLP of the other tokens, and what these look at.
+    /// Multiply-adds of the forward pass that are saved if only the class token goes through the end of the
+    /// last block: queries, attention, projection and MLP of the other tokens.
     pub fn pruned_macs(&self) -> u64 {
         let [t, d, m] = [self.tokens(), self.width, self.mlp].map(|n| n as u64);
         (t - 1) * (2 * d * d + 2 * t * d + 2 * d * m)
@@ -363,7 +365,8 @@ impl ModelConfig {
         n * self.patch_grid().patch_len() as u64 * d + l * block + map + head
     }
 
-    /// Floating-point operations of one image's training step: 3 forward passes, 2 per multiply-add, nothing for recompute.
+    /// Floating-point operations of one image's training step: 3 forward passes, 2 per multiply-add;
+    /// recomputation does not count.
     pub fn train_flops(&self) -> u64 {
         6 * self.forward_macs()
     }

@@ -1,8 +1,9 @@
 //! The Vision Transformer, written once over any backend.
 //!
-//! [`config`] says which model, [`params`] where its tensors lie, [`graph`] and [`block`] name every buffer of a pass,
-//! [`forward`] and [`backward`] are straight lines of backend operations, laid out so that each line of one can be read beside its
-//! counterpart in the other. Nothing here names a device, and nothing allocates after [`Vit::new`].
+//! [`config`] describes the architecture, [`params`] lays out its tensors, [`graph`] and [`block`] name every
+//! buffer of a pass. [`forward`] and [`backward`] are straight lists of backend operations; each line of one
+//! can be read beside its counterpart in the other. Nothing here names a device, and nothing allocates after
+//! [`Vit::new`].
 
 #![forbid(unsafe_code)]
 
@@ -22,37 +23,39 @@ use crate::backend::{Arena, Backend, Loss, Mat, MemoryPlan, Normalise, Storage};
 use crate::error::Result;
 use graph::Graph;
 
-/// What the activations are kept for.
+/// Whether activations are kept for a backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Every block keeps what its backward needs, from the first trainable block on.
+    /// Every block keeps the activations that its backward needs, from the first trainable block on.
     Train,
     /// All blocks share one set of buffers; there are no gradients.
     Infer,
 }
 
-/// How much of the last block is worked out.
+/// How much of the last block is computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LastBlock {
     /// All tokens.
     Whole,
-    /// The class token alone, where nothing else is read behind it ([`ModelConfig::reads_class_token_alone`]); all tokens
-    /// in other models. The mathematics are the same, and so are the masks; the parameters do not know of it.
+    /// Only the class token, if nothing else is read after the block
+    /// ([`ModelConfig::reads_class_token_alone`]); all tokens in other models. The function, the masks and
+    /// the parameters are the same.
     #[default]
     Pruned,
 }
 
-/// A model bound to buffers: handles only, no memory. Evaluation uses the same buffers as training, without masks.
+/// A model bound to buffers: only handles, no memory. Evaluation uses the same buffers as training, without
+/// masks.
 pub struct Vit {
     pub config: ModelConfig,
     pub layout: ParamLayout,
     pub mode: Mode,
-    /// Samples that one pass takes at most.
+    /// The most samples that one pass takes.
     pub micro_batch: usize,
     pub normalise: Normalise,
-    /// The class token alone goes through the end of the last block.
+    /// Only the class token goes through the end of the last block.
     pub pruned: bool,
-    /// Where the weights of the classes in the training loss lie, f32 `[1, C]`, if it weighs them.
+    /// The class weights of the training loss, f32 `[1, C]`, if it uses any.
     pub class_weights: Option<Mat>,
     train: Graph,
     eval: Graph,
@@ -60,8 +63,8 @@ pub struct Vit {
 }
 
 impl Vit {
-    /// Lays out parameters and activations for passes of `micro_batch` samples on a device that stores them as `storage`
-    /// says. `frozen` parameters get no gradient.
+    /// Lays out parameters and activations for passes of `micro_batch` samples on a device with this
+    /// `storage`. `frozen` parameters get no gradient.
     pub fn new(
         config: ModelConfig,
         normalise: Normalise,
@@ -81,20 +84,22 @@ impl Vit {
         Self { config, layout, mode, micro_batch, normalise, pruned, class_weights: None, train, eval, plan }
     }
 
-    /// The same with room for a weight of each class, behind everything else: no other buffer moves. They are a run's and
-    /// no part of the model, so they lie beside its activations, where no file holds them.
+    /// The same model with a buffer for class weights after all others, so that no other buffer moves. The
+    /// weights belong to the run and not to the model, so they are among the activations and are never stored
+    /// in a file.
     pub fn with_class_weights(mut self) -> Self {
         self.class_weights = Some(self.plan.statistics("class weights", 1, self.config.classes));
         self
     }
 
-    /// Parameters, gradients and activations; whoever trains adds the optimiser's arenas.
+    /// Parameters, gradients and activations. The trainer adds the optimiser's arenas.
     pub fn plan(&self) -> MemoryPlan {
         self.plan.clone()
     }
 
-    /// Floating-point operations that are done for one image, matrix products only, 2 per multiply-add; training counts
-    /// three forward passes. At most those of the model as it is counted in papers, [`ModelConfig::forward_macs`].
+    /// Floating-point operations that are computed for one image: matrix products only, 2 per multiply-add;
+    /// training counts as three forward passes. Never more than the model's count in papers,
+    /// [`ModelConfig::forward_macs`].
     pub fn flops_done(&self, train: bool) -> u64 {
         let pruned = if self.pruned { self.config.pruned_macs() } else { 0 };
         let forward = 2 * (self.config.forward_macs() - pruned);
@@ -109,7 +114,8 @@ impl Vit {
         Ok(())
     }
 
-    /// Fills in what is no parameter (the sincos2d table, biases that a model does not have), for weights that come from a file.
+    /// Fills the tensors that are not parameters (the sincos2d table, zeros for missing biases), for weights
+    /// from a file.
     pub fn init_tables(&self, b: &mut dyn Backend) -> Result<()> {
         for (index, param) in self.layout.params.iter().enumerate().filter(|(_, p)| !p.is_parameter()) {
             b.write(param.mat(), &params::initial_values(&self.config, param, index, 0))?;
@@ -117,19 +123,20 @@ impl Vit {
         Ok(())
     }
 
-    /// Logits of the bound micro-batch, with the masks of training or without.
+    /// Computes the logits of the bound micro-batch, with the masks of training or without.
     pub fn forward(&self, b: &mut dyn Backend, masks: bool) -> Result<()> {
         forward::forward(b, if masks { &self.train } else { &self.eval }, self.normalise)
     }
 
-    /// Per-sample losses and metrics, and the gradient of the logits.
+    /// Computes per-sample losses and metrics, and the gradient of the logits.
     pub fn loss(&self, b: &mut dyn Backend, loss: Loss) -> Result<()> {
         let h = &self.train.head;
         b.loss(loss, h.logits, h.d_logits, h.samples)?;
         b.add_to_report(h.samples)
     }
 
-    /// Gradients of every trained parameter, from the logits' gradient. `masks` as in the forward pass.
+    /// Computes the gradients of all trained parameters from the logits' gradient. `masks` as in the forward
+    /// pass.
     pub fn backward(&self, b: &mut dyn Backend, masks: bool) -> Result<()> {
         assert_eq!(
             self.mode,
@@ -149,7 +156,7 @@ impl Vit {
         self.train.head.samples
     }
 
-    /// What the head reads: `[B, D]`, or `[B, R]` with a representation layer.
+    /// The head's input: `[B, D]`, or `[B, R]` with a representation layer.
     pub fn features(&self) -> Mat {
         self.train.head.features
     }

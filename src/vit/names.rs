@@ -1,11 +1,12 @@
-//! Parameter names: ours (timm's) beside flax's. One table, read in both directions, by whoever reads files and by
-//! whoever matches patterns.
+//! Parameter names: ours (timm's) and flax's, in one table that is read in both directions. Used to read
+//! files and to match patterns.
 //!
-//! flax stores `y = x @ kernel + bias` with heads as axes of their own: q, k, v kernels are [D, H, Dh], `out` is
-//! [H, Dh, D], the patch kernel is [ph, pw, 3, D]. We store a dense layer as [out, in], q, k, v as one matrix of
-//! [3·D, D] (rows: q, k, v; head-major inside), the patch kernel as [D, 3, ph, pw].
+//! flax stores `y = x @ kernel + bias` with heads as separate axes: q, k, v kernels are [D, H, Dh], `out` is
+//! [H, Dh, D], the patch kernel is [ph, pw, 3, D]. We store a dense layer as [out, in], q, k, v as one matrix
+//! of [3·D, D] (rows: q, k, v; head-major inside), the patch kernel as [D, 3, ph, pw].
 
-/// How flax code counted its sub-modules; the published files predate linen and count over all classes together.
+/// How flax code numbers its sub-modules. The published files predate linen and count over all classes
+/// together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Numbering {
     /// `LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3`: the published `.npz` files.
@@ -16,11 +17,11 @@ pub enum Numbering {
     BigVision,
 }
 
-/// How a tensor's values lie in another layout, seen from ours.
+/// The arrangement of a tensor's values in another layout, relative to ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
     Same,
-    /// The same values as rows `part` of `parts` of our tensor: q, k and v where they are torch layers of their own.
+    /// The same values as rows `part` of `parts` of our tensor: q, k and v as separate torch layers.
     Rows {
         part: usize,
         parts: usize,
@@ -56,7 +57,7 @@ const fn heads_bias(part: usize, parts: usize) -> Form {
 /// (ours, flax in linen numbering, form); several rows of one of our names are its parts, in order.
 type Row = (&'static str, &'static str, Form);
 
-/// Outside the blocks.
+/// Names outside the blocks.
 const STEM_AND_HEAD: [Row; 29] = [
     ("cls_token", "cls", Same),
     ("pos_embed", "pos_embedding", Same),
@@ -90,7 +91,7 @@ const STEM_AND_HEAD: [Row; 29] = [
     ("head_dist.bias", "head_dist/bias", Same),
 ];
 
-/// Inside `blocks.{i}.` and `Transformer/encoderblock_{i}/`.
+/// Names inside `blocks.{i}.` and `Transformer/encoderblock_{i}/`.
 const BLOCK: [Row; 16] = [
     ("norm1.weight", "LayerNorm_0/scale", Same),
     ("norm1.bias", "LayerNorm_0/bias", Same),
@@ -110,7 +111,7 @@ const BLOCK: [Row; 16] = [
     ("mlp.fc2.bias", "MlpBlock_0/Dense_1/bias", Same),
 ];
 
-/// The published numbers beside linen's, inside a block.
+/// The published numbering and linen's, inside a block.
 const PUBLISHED: [(&str, &str); 3] = [
     ("LayerNorm_2/", "LayerNorm_1/"),
     ("MultiHeadDotProductAttention_1/", "MultiHeadDotProductAttention_0/"),
@@ -120,9 +121,9 @@ const PUBLISHED: [(&str, &str); 3] = [
 const BLOCK_PREFIX: &str = "Transformer/encoderblock_";
 const VIT_JAX_POSEMB: &str = "Transformer/posembed_input/pos_embedding";
 
-/// The tensors that flax has for one of ours, in order (q, k and v are tensors of their own): of each, all names that
-/// flax code has given to it, published numbering first. What a pattern may match. One part without names where flax
-/// has nothing.
+/// The flax tensors of one of ours, in order (q, k and v are separate tensors). For each, all names in flax
+/// code, the published numbering first; a pattern may match any. One part without names if flax has no such
+/// tensor.
 pub fn flax_parts(own: &str) -> Vec<Vec<String>> {
     let count = to_flax(own, Numbering::Linen).len().max(1);
     let mut parts = vec![Vec::new(); count];
@@ -136,7 +137,7 @@ pub fn flax_parts(own: &str) -> Vec<Vec<String>> {
     parts
 }
 
-/// One of our names → its parts in flax, in order; empty where flax has no such tensor.
+/// One of our names → its parts in flax, in order; empty if flax has no such tensor.
 pub(crate) fn to_flax(own: &str, numbering: Numbering) -> Vec<(String, Form)> {
     let (prefix, suffix, rows) = match block_of(own, "blocks.", '.') {
         Some((block, suffix)) => (format!("{BLOCK_PREFIX}{block}/"), suffix, &BLOCK[..]),
@@ -156,7 +157,7 @@ pub(crate) fn to_flax(own: &str, numbering: Numbering) -> Vec<(String, Form)> {
     parts.map(|(_, flax, form)| (format!("{prefix}{}", rename(flax)), *form)).collect()
 }
 
-/// A flax name in linen numbering, as [`to_linen`] gives it → our name, and which part of it.
+/// A flax name in linen numbering, as [`to_linen`] returns it → our name, and which part of it.
 pub(crate) fn from_flax(linen: &str) -> Option<(String, Form)> {
     let (prefix, suffix, rows) = match block_of(linen, BLOCK_PREFIX, '/') {
         Some((block, suffix)) => (format!("blocks.{block}."), suffix, &BLOCK[..]),
@@ -165,7 +166,7 @@ pub(crate) fn from_flax(linen: &str) -> Option<(String, Form)> {
     rows.iter().find(|(_, flax, _)| *flax == suffix).map(|(own, _, form)| (format!("{prefix}{own}"), *form))
 }
 
-/// Published numbers inside a block → linen's. Leaves linen names as they are: the two sets do not clash.
+/// Published numbering inside a block → linen's. Leaves linen names unchanged: the two sets do not overlap.
 pub(crate) fn to_linen(name: &str) -> String {
     if let Some((block, suffix)) = block_of(name, BLOCK_PREFIX, '/') {
         for (published, linen) in PUBLISHED {
@@ -181,12 +182,12 @@ pub(crate) fn to_linen(name: &str) -> String {
 pub(crate) fn block_of<'a>(name: &'a str, prefix: &str, separator: char) -> Option<(usize, &'a str)> {
     let (number, suffix) = name.strip_prefix(prefix)?.split_once(separator)?;
     let block: usize = number.parse().ok()?;
-    // `03` would be a second name of the same block.
+    // Refuse `03`, a second name of the same block.
     (block.to_string() == number).then_some((block, suffix))
 }
 
 impl Form {
-    /// Which part of our tensor, of how many.
+    /// The index of the part of our tensor, and the number of parts.
     pub(crate) fn part(self) -> (usize, usize) {
         match self {
             Form::Rows { part, parts } | Form::Heads { part, parts } | Form::HeadsBias { part, parts } => {
@@ -196,7 +197,7 @@ impl Form {
         }
     }
 
-    /// The shape of our part; `None` if theirs has the wrong rank.
+    /// The shape of our part; `None` if the flax shape has the wrong rank.
     pub(crate) fn own_shape(self, flax: &[usize]) -> Option<Vec<usize>> {
         match (self, flax) {
             (Form::Same | Form::Rows { .. }, shape) => Some(shape.to_vec()),

@@ -1,8 +1,8 @@
 //! The parameters of a model: names, shapes, places in the flat buffers, initial values.
 //!
-//! Names are timm's, and so are the shapes in files. In memory a tensor is a row-major matrix whose rows are padded to
-//! [`ROW_ALIGN`] elements and whose start is aligned to [`TENSOR_ALIGN`] bytes; padding is zero and stays zero. The
-//! order is stem, blocks, head, so that "everything below block k" is a prefix.
+//! Names and file shapes are timm's. In memory a tensor is a row-major matrix whose rows are padded to
+//! [`ROW_ALIGN`] elements and whose start is aligned to [`TENSOR_ALIGN`] bytes. Padding is zero and stays
+//! zero. The order is stem, blocks, head, so that "everything below block k" is a prefix.
 
 use std::borrow::Cow;
 
@@ -11,7 +11,7 @@ use crate::rng::{Domain, Stream};
 
 use super::config::{InitScheme, ModelConfig, NormPlace, PoolKind, Posemb};
 
-/// What a tensor is for: decides its initial value and how optimisers group it.
+/// The role of a tensor. It decides the initial values and how optimisers group the tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ParamKind {
     /// `patch_embed.proj.weight`
@@ -20,17 +20,17 @@ pub enum ParamKind {
     /// Class and distillation tokens.
     ExtraToken,
     PosEmbed,
-    /// The fixed sincos2d table: lives with the parameters, is not one.
+    /// The fixed sincos2d table. It is stored with the parameters, but is not one.
     SincosTable,
     NormGamma,
     NormBeta,
-    /// Fused q, k, v (or k, v) projection: initialised one by one; `parts` is 3, 2 or 1.
+    /// Fused q, k, v (or k, v) projection; its parts are initialised separately. `parts` is 3, 2 or 1.
     AttentionIn {
         parts: usize,
     },
     AttentionInBias,
-    /// Stands in for the bias that q, k and v of `qkv_bias = false` do not have: zeros that live with the parameters and
-    /// are none, so that no pass needs a case of its own.
+    /// Zeros in place of the bias of q, k and v for `qkv_bias = false`. They are stored with the parameters
+    /// but are not parameters, so that the passes need no special case.
     NoBias,
     AttentionOut,
     AttentionOutBias,
@@ -45,13 +45,13 @@ pub enum ParamKind {
 }
 
 impl ParamKind {
-    /// A `kernel` in flax's sense: what big_vision and timm decay (big_vision: `.*/kernel`).
+    /// Whether it is a `kernel` in flax's sense, which big_vision and timm decay (big_vision: `.*/kernel`).
     pub fn is_kernel(self) -> bool {
         use ParamKind::*;
         matches!(self, PatchKernel | AttentionIn { .. } | AttentionOut | MlpKernel | RepKernel | HeadKernel)
     }
 
-    /// Part of the classifier: gets the base learning rate itself.
+    /// Whether it is part of the classifier, which gets the base learning rate.
     pub fn is_head(self) -> bool {
         use ParamKind::*;
         matches!(self, HeadKernel | HeadBias | RepKernel | RepBias)
@@ -68,23 +68,23 @@ pub struct Param {
     pub kind: ParamKind,
     /// 0: stem; 1..=L: blocks; L+1: final norm, pooling and head.
     pub depth: usize,
-    /// In memory: rows of `cols` values, `ld` apart.
+    /// In memory: rows of `cols` values, with a row stride of `ld`.
     pub rows: usize,
     pub cols: usize,
     pub ld: usize,
     /// Element offset in [`Arena::Params`].
     pub offset: usize,
-    /// Element offset in [`Arena::Grads`]; `None`: frozen (or no parameter at all).
+    /// Element offset in [`Arena::Grads`]; `None` if frozen or not a parameter.
     pub grad_offset: Option<usize>,
 }
 
 impl Param {
-    /// Elements in the flat buffers, with row padding.
+    /// Number of elements in the flat buffers, with row padding.
     pub fn padded_len(&self) -> usize {
         self.rows * self.ld
     }
 
-    /// Values, without padding.
+    /// Number of values, without padding.
     pub fn len(&self) -> usize {
         self.rows * self.cols
     }
@@ -93,7 +93,7 @@ impl Param {
         self.len() == 0
     }
 
-    /// Stored in checkpoints and counted as a parameter.
+    /// Whether it is stored in checkpoints and counted as a parameter.
     pub fn is_parameter(&self) -> bool {
         !matches!(self.kind, ParamKind::SincosTable | ParamKind::NoBias)
     }
@@ -192,7 +192,7 @@ impl ParamLayout {
         self.params.iter().find(|p| p.name == name)
     }
 
-    /// Stored parameters: everything but fixed tables and biases that are none.
+    /// The stored parameters: all tensors except fixed tables and zeros for missing biases.
     pub fn parameters(&self) -> impl Iterator<Item = &Param> {
         self.params.iter().filter(|p| p.is_parameter())
     }
@@ -202,7 +202,8 @@ impl ParamLayout {
         self.parameters().map(Param::len).sum()
     }
 
-    /// The lowest [`Param::depth`] that is trained: the backward pass ends there. `None`: nothing is.
+    /// The lowest [`Param::depth`] that is trained; the backward pass ends there. `None` if nothing is
+    /// trained.
     pub fn first_trainable_depth(&self) -> Option<usize> {
         self.params.iter().filter(|p| p.grad_offset.is_some()).map(|p| p.depth).min()
     }
@@ -219,7 +220,7 @@ impl Builder {
             ParamKind::PatchKernel => shape[1] * shape[2] * shape[3],
             _ => *shape.last().expect("a tensor has a shape"),
         };
-        // A head of no classes has no values.
+        // A head with no classes has no values.
         let rows = shape.iter().product::<usize>() / cols.max(1);
         self.params.push(Param {
             name: name.into(),
@@ -271,7 +272,8 @@ impl Builder {
             }
         }
         self.depth = c.depth + 1;
-        // timm's name for a norm that follows the pooling; for the class token the two places are one function.
+        // timm calls the norm `fc_norm` after the pooling. For the class token, both places give the same
+        // function.
         let after = c.norm == NormPlace::After && c.pool == PoolKind::Gap;
         self.norm(if after { "fc_norm" } else { "norm" }, d);
         if c.pool == PoolKind::Map {
@@ -296,7 +298,8 @@ impl Builder {
     }
 }
 
-/// The initial values of one tensor, dense in memory order. Same seed, same values, whatever else is in the model.
+/// The initial values of one tensor, dense in memory order. They depend only on the seed, the tensor's index
+/// and its shape, not on the rest of the model.
 pub fn initial_values(config: &ModelConfig, param: &Param, index: usize, seed: u64) -> Vec<f32> {
     use InitScheme::*;
     use ParamKind::*;
@@ -325,7 +328,7 @@ pub fn initial_values(config: &ModelConfig, param: &Param, index: usize, seed: u
         PosEmbed => normal(&mut s, n, 0.02),
         MapProbe if jax => uniform(&mut s, n, (6.0 / (1.0 + fan_in)).sqrt()),
         MapProbe => normal(&mut s, n, 1.0 / fan_in.sqrt()),
-        // Each of q, k and v is a matrix of its own to flax; timm's `jax` mode sees the fused one (narrower by √2).
+        // In flax, q, k and v are separate matrices. timm's `jax` mode uses the fused one (narrower by √2).
         AttentionIn { parts } if jax || scheme == TimmMoco => {
             uniform(&mut s, n, (6.0 / (fan_in + fan_out / parts as f64)).sqrt())
         }

@@ -1,9 +1,10 @@
-//! What is timed: every operation of a training step at the sizes of the named models, with the traffic that its
-//! kernels cannot avoid.
+//! The timed cases: every operation of a training step at the sizes of the named models, with its kernels'
+//! minimum traffic.
 //!
-//! That is what the operation costs at least ([`crate::backend::cost`]), where it is one kernel; several kernels hand partial
-//! sums to one another, and theirs is the formula in the head of each `kernels/*.cu`: every operand read once, every result
-//! written once, partial sums included. A count of it on the stand-in GPU stands beside it in `docs/kernel-table.md`.
+//! For an operation of one kernel that is the operation's minimum cost ([`crate::backend::cost`]). Several
+//! kernels pass partial sums to one another; their traffic is the formula in the head of each `kernels/*.cu`:
+//! every operand read once, every result written once, including partial sums. `docs/kernel-table.md`
+//! compares it with counts on the stand-in GPU.
 
 use crate::backend::cuda::driver::Launched;
 use crate::backend::{
@@ -16,7 +17,7 @@ use crate::error::Result;
 use super::products::products;
 use super::sizes::{Model, Sizes};
 
-/// Bytes that no implementation of a kernel can avoid.
+/// The minimum bytes that any implementation of a kernel moves.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Traffic {
     pub read: usize,
@@ -27,12 +28,12 @@ pub(super) fn traffic(read: usize, written: usize) -> Traffic {
     Traffic { read, written }
 }
 
-/// One thing to run.
+/// An operation to run.
 pub(super) type Run = Box<dyn Fn(&mut dyn Backend) -> Result<()>>;
 
-/// An operation on operands that have been placed.
+/// An operation whose operands have been placed.
 pub(super) struct Placed {
-    /// What has to have run once before, for operands that mean something.
+    /// Runs once before, to give the operands meaningful values.
     pub(super) before: Option<Run>,
     pub(super) run: Run,
 }
@@ -48,18 +49,19 @@ impl Placed {
 }
 
 type Place = Box<dyn Fn(&mut Room) -> Placed>;
-/// The least traffic of each own kernel, from what was launched and what the operation costs at least.
+/// The minimum traffic of each of our kernels, from the launches and the operation's minimum cost.
 type Least = Box<dyn Fn(&[Launched], Cost) -> Vec<Traffic>>;
 
 /// One line of the benchmark.
 pub(super) struct Case {
     pub(super) operation: &'static str,
     pub(super) shape: String,
-    /// A matrix product, which is none of the launches: those are beside it in some ways of doing it, and not in others.
+    /// A matrix product. It is not among the launches: those are our kernels beside it, if the chosen way has
+    /// any.
     pub(super) product: bool,
-    /// The work is the same launches each time, so that it can be recorded.
+    /// The launches are the same each time, so the work can be recorded.
     pub(super) recorded: bool,
-    /// The batch that has to be bound.
+    /// The layout of the batch to bind.
     pub(super) batch: Option<SlotLayout>,
     pub(super) samples: usize,
     pub(super) least: Least,
@@ -91,7 +93,7 @@ impl Case {
     }
 }
 
-/// Where operands are placed.
+/// The memory in which operands are placed.
 pub(super) struct Room {
     pub(super) plan: MemoryPlan,
 }
@@ -101,7 +103,7 @@ impl Room {
         self.plan.activation("operand", rows, cols)
     }
 
-    /// A part of the residual stream.
+    /// A matrix of the residual stream.
     pub(super) fn stream(&mut self, rows: usize, cols: usize, stream: Dtype) -> Mat {
         if stream == Dtype::F32 { self.f32(rows, cols) } else { self.activation(rows, cols) }
     }
@@ -118,7 +120,7 @@ impl Room {
         Some(self.flat(Arena::Grads, rows, cols))
     }
 
-    /// Dense f32, in a flat arena.
+    /// A dense f32 matrix in a flat arena.
     fn flat(&mut self, arena: Arena, rows: usize, cols: usize) -> Mat {
         let offset = self.plan.bytes(arena);
         let ld = if rows == 1 { cols } else { cols.next_multiple_of(8) };
@@ -144,22 +146,23 @@ impl Room {
     }
 }
 
-/// Bytes of a matrix of bf16.
+/// Bytes of a bf16 matrix.
 pub(super) fn half(rows: usize, cols: usize) -> usize {
     2 * rows * cols
 }
 
-/// The traffic of an operation that is one kernel.
+/// The traffic of an operation of one kernel.
 fn whole(_: &[Launched], cost: Cost) -> Vec<Traffic> {
     vec![traffic(cost.read as usize, cost.written as usize)]
 }
 
-/// `sum_partials` behind a kernel that left `count` partial sums of `columns` columns, `sums` times.
+/// The traffic of `sum_partials` after a kernel that wrote `count` partial sums of `columns` columns, `sums`
+/// times.
 pub(super) fn sum_partials(count: usize, sums: usize, columns: usize) -> Traffic {
     traffic(4 * count * sums * columns, 4 * sums * columns)
 }
 
-/// All of them, in the order of a step.
+/// All cases, in the order of a step.
 pub(super) fn cases(sizes: &Sizes) -> Vec<Case> {
     let mut cases = Vec::new();
     for model in &sizes.models {
@@ -200,11 +203,11 @@ fn stem(model: &Model, images: usize) -> Option<Case> {
         Placed::new(move |b| b.patchify(grid, Normalise::INCEPTION, patches))
     };
     let case = Case::new("patchify", shape, images, whole, place).batch(slot(images, model.image));
-    // The others have the pixels of one of these two.
+    // The other models have the same pixels as one of these two.
     Some(case).filter(|_| ["B/16", "H/14"].contains(&model.name))
 }
 
-/// `[rows, d]` of a model, and what its residual stream is stored in where that is not the type of the rest.
+/// `[rows, d]` of a model, and the type of its residual stream if it differs from the other activations.
 fn shape_with(model: &Model, rows: usize, stream: Dtype) -> String {
     let note = if stream == Dtype::F32 { ", stream f32" } else { "" };
     format!("{} [{rows}, {}]{note}", model.name, model.width)
@@ -241,7 +244,8 @@ fn embeds(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
                 let partials = 4 * slices * t * d;
                 vec![
                     traffic(joined, partials),
-                    // Slice 0 takes the sum, besides the gradients of the positions and the class token.
+                    // Slice 0 adds the partial sums, besides the gradients of the positions and the class
+                    // token.
                     traffic(partials, 4 * (2 * t + 1) * d),
                     sum_partials(t - 1, 1, d),
                 ]
@@ -259,7 +263,7 @@ fn norms(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
     let (t, d) = (model.tokens(), model.width);
     let rows = images * t;
     let shape = shape_with(model, rows, stream);
-    // The first kernel leaves partial sums instead of the gradients of γ and β.
+    // The first kernel writes partial sums instead of the gradients of γ and β.
     let backward = move |launches: &[Launched], cost: Cost, sums: usize| {
         let blocks = launches[0].grid[0] as usize;
         let partials = 4 * sums * blocks * d;
@@ -338,7 +342,7 @@ fn forward_norm(room: &mut Room, size: Stretch, is_branch: bool) -> Placed {
 fn backward_norm(room: &mut Room, size: Stretch, is_branch: bool, is_biased: bool) -> Placed {
     let (join, d_sum) = (size.join(room, is_branch), size.part(room));
     let [y, d_y, d_branch] = [0; 3].map(|_| room.activation(size.rows, size.d));
-    // Nothing else is to be handed on.
+    // There is no separate gradient for a branch.
     let d_branch = if is_branch || size.stream == Dtype::F32 { d_branch } else { d_sum };
     let (norm, stats) = (room.norm(size.d, true), room.stats(size.rows));
     let d_bias = if is_biased { room.grad(1, size.d) } else { None };
@@ -362,7 +366,7 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
             if is_biased { "attention_backward, bias" } else { "attention_backward" },
             shape.clone(),
             images,
-            // One kernel, or one that owns queries and hands δ to one that owns keys; the sums of a bias come on top.
+            // One kernel, or one that owns queries and passes δ to one that owns keys. A bias adds its sums.
             move |launches, cost| {
                 let parts = launches[0].grid[0] as usize / h;
                 let sums = if is_biased { 4 * parts * d } else { 0 };
@@ -396,7 +400,7 @@ fn attentions(model: &Model, images: usize) -> Vec<Case> {
     ]
 }
 
-/// One query per image, the class token's: what the last block has of attention.
+/// Attention of the pruned last block: one query per image, the class token's.
 fn class_attentions(model: &Model, images: usize) -> Vec<Case> {
     let heads = Heads { tokens: model.tokens(), heads: model.heads, head_size: model.width / model.heads };
     let (t, h, d) = (heads.tokens, heads.heads, model.width);
@@ -421,7 +425,7 @@ fn class_attentions(model: &Model, images: usize) -> Vec<Case> {
     ]
 }
 
-/// Own kernels around a product, for what cuBLASLt does not fuse.
+/// Our kernels beside a product, for epilogues that cuBLASLt does not fuse.
 fn elementwise(model: &Model, images: usize, all_images: bool) -> Vec<Case> {
     let (rows, d, m) = (images * model.tokens(), model.width, 4 * model.width);
     let hidden = half(rows, m);
@@ -445,7 +449,7 @@ fn elementwise(model: &Model, images: usize, all_images: bool) -> Vec<Case> {
             },
         ),
     ];
-    // A few rows will do where the product around the kernel takes its time on the host.
+    // A few rows are enough on the host, where the product beside the kernel is slow.
     let rows = if all_images { rows } else { model.tokens() };
     let hidden = half(rows, m);
     let shape = format!("{} [{rows}, {m}], erf", model.name);
@@ -517,7 +521,7 @@ fn adamw(params: usize) -> Case {
     let params = params.next_multiple_of(64);
     let least = move |launches: &[Launched], cost: Cost| {
         let partials = 8 * launches.first().map_or(0, |norm| norm.grid[0] as usize);
-        // The norm of the gradients comes first.
+        // First the norm of the gradients.
         let update = traffic(cost.read as usize - 4 * params, cost.written as usize);
         vec![traffic(4 * params, partials), traffic(partials, 0), update]
     };

@@ -1,8 +1,10 @@
-//! How fast single operations are on a card, against what the same card can copy and multiply.
+//! Benchmark of single operations on a GPU, compared with the rates at which the same GPU copies and
+//! multiplies.
 //!
-//! Each operation runs on several sets of operands in turn, together larger than any cache, filled with random
-//! numbers (products of zeros are faster), recorded and replayed, and timed by the card's own events. The two ceilings
-//! are measured in the same run, because clocks differ from card to card and from day to day.
+//! Each operation runs on several sets of operands in turn, which together are larger than any cache. They
+//! hold random numbers, because products of zeros are faster. The work is recorded, replayed, and timed by
+//! the GPU's events. The two ceilings are measured in the same run, because clocks differ between GPUs and
+//! from day to day.
 
 mod cases;
 mod products;
@@ -29,37 +31,37 @@ pub use cases::Traffic;
 use cases::{Case, Placed, Room};
 use sizes::Sizes;
 
-/// What to time, and how long.
+/// What to time and for how long.
 #[derive(Clone, Debug)]
 pub struct KernelBench {
-    /// The card's number.
+    /// The GPU's number.
     pub card: usize,
-    /// Only operations whose title holds this text.
+    /// Only operations whose title contains this text.
     pub filter: Option<String>,
-    /// Small sizes, each once: to see what is launched.
+    /// Run small sizes once each, to see which kernels are launched.
     pub few: bool,
     /// Rounds of at least `seconds`; their median is reported.
     pub rounds: usize,
     pub seconds: f64,
 }
 
-/// One operation.
+/// The result for one operation.
 #[derive(Clone, Debug)]
 pub struct Line {
     pub operation: &'static str,
     pub shape: String,
-    /// Medians and bests of rounds, of one run.
+    /// Seconds of one call: the median and the best of the rounds.
     pub seconds: f64,
     pub best: f64,
-    /// What it costs at least.
+    /// The minimum cost.
     pub cost: Cost,
-    /// The least traffic: of a product that of the operation, whatever is beside it; else that of its kernels, with the partial
-    /// sums that they hand on.
+    /// The minimum traffic. For a product it is that of the operation, without kernels that run beside it;
+    /// otherwise that of its kernels, including the partial sums that they pass on.
     pub bytes: usize,
     pub launches: Vec<(Launched, Traffic)>,
 }
 
-/// All of them, and the ceilings.
+/// The results of all operations, and the ceilings.
 pub struct Measured {
     pub device: String,
     pub stand_in: bool,
@@ -69,7 +71,7 @@ pub struct Measured {
     pub wall: f64,
 }
 
-/// What the card can do at best, by measurement.
+/// The best measured rates of the GPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Ceilings {
     /// Bytes per second of a large copy, read and written.
@@ -78,15 +80,15 @@ pub struct Ceilings {
     pub matmul: f64,
 }
 
-/// Bytes that the sets of operands of an operation take together, at least: twice the largest cache of a card so far.
+/// Minimum total bytes of an operation's sets of operands: twice the largest cache of any GPU so far.
 const ROTATION: usize = 256 << 20;
-/// Random bf16 numbers that memory is filled with, again and again; not a multiple of any row.
+/// How many random bf16 numbers are repeated to fill memory; not a multiple of any row.
 const PATTERN: usize = (4 << 20) + 10;
 
-/// Times the operations on a card.
+/// Times the operations on a GPU.
 ///
 /// # Errors
-/// There is no card, or it fails.
+/// There is no GPU, or it fails.
 pub fn run(options: &KernelBench) -> Result<Measured> {
     let start = Instant::now();
     let mut bench = Bench::open(options.card, options.few)?;
@@ -109,7 +111,7 @@ pub fn run(options: &KernelBench) -> Result<Measured> {
     })
 }
 
-/// Measures what a card can do at best. What it holds in its arenas is lost.
+/// Measures a GPU's ceilings. Overwrites its arenas.
 pub fn ceilings(cuda: &mut Cuda) -> Result<Ceilings> {
     let (bytes, side, repeats) = if cuda.is_stand_in() { (1 << 20, 128, 1) } else { (1 << 30, 8192, 20) };
     let copy = cuda.time_copy(bytes, 5, repeats)?;
@@ -139,7 +141,7 @@ fn median(of: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
-/// Random numbers as activations and as weights of a trained model have them.
+/// Random numbers distributed like the activations and the weights of a trained model.
 struct Pattern {
     activations: Vec<u8>,
     weights: Vec<u8>,
@@ -162,7 +164,7 @@ impl Pattern {
     }
 }
 
-/// A card, and what can be timed on it.
+/// A GPU and the operations to time on it.
 pub struct Bench {
     cuda: Cuda,
     few: bool,
@@ -170,7 +172,7 @@ pub struct Bench {
     cases: Vec<Case>,
 }
 
-/// An operation whose operands lie on the card, and which has run once.
+/// An operation whose operands are on the GPU and which has run once.
 pub struct Ready {
     sets: Vec<Placed>,
     recorded: bool,
@@ -180,10 +182,10 @@ pub struct Ready {
 }
 
 impl Bench {
-    /// Opens a card by its number; `few` takes the small sizes.
+    /// Opens a GPU by its number; `few` selects the small sizes.
     ///
     /// # Errors
-    /// There is none that can be used.
+    /// The GPU cannot be used.
     pub fn open(card: usize, few: bool) -> Result<Self> {
         let options = DeviceOptions { precision: Precision::Bf16, deterministic: few, ..Default::default() };
         let cuda = Cuda::open(card, &options).map_err(|e| e.at("kernels are timed on a GPU"))?;
@@ -197,10 +199,11 @@ impl Bench {
         self.cases.iter().map(Case::title).collect()
     }
 
-    /// Places the operands of an operation, by its index in [`Bench::titles`]. What was placed before is gone.
+    /// Places the operands of an operation, by its index in [`Bench::titles`]. Replaces the operands placed
+    /// before.
     pub fn prepare(&mut self, at: usize) -> Result<Ready> {
         let case = &self.cases[at];
-        // As many sets of operands as no cache holds.
+        // Enough sets of operands to exceed any cache.
         let mut room = Room { plan: MemoryPlan::new(self.cuda.storage()) };
         let before = room.plan.total_bytes();
         let mut sets = vec![(case.place)(&mut room)];
@@ -217,7 +220,7 @@ impl Bench {
         for before in sets.iter().filter_map(|set| set.before.as_ref()) {
             before(&mut self.cuda)?;
         }
-        // The first run times several ways of doing it, where there are several.
+        // The first run times the alternatives, if there are several.
         (sets[0].run)(&mut self.cuda)?;
         let launches = self.cuda.launches(&mut |b| (sets[0].run)(b))?;
 
@@ -235,7 +238,7 @@ impl Bench {
         Ok(Ready { sets, recorded: case.recorded, cost, bytes, launches })
     }
 
-    /// What the operation costs at least on a device that stores as this one does.
+    /// The operation's minimum cost on a device with this storage.
     fn cost(&self, case: &Case, set: &Placed) -> Result<Cost> {
         let mut counted = Timed::new(Box::new(DryRun::new(self.cuda.storage(), self.cuda.precision())));
         case.batch.into_iter().for_each(|layout| counted.expect_batch(layout));
@@ -243,7 +246,7 @@ impl Bench {
         Ok(counted.times().operations().iter().map(|timing| timing.cost).sum())
     }
 
-    /// Seconds that `runs` runs take on the card.
+    /// Seconds that `runs` runs take on the GPU.
     pub fn seconds(&mut self, ready: &Ready, runs: u64) -> Result<f64> {
         let sets = ready.sets.len() as u64;
         let one = self.time(ready, 1, runs.div_ceil(sets) as usize)?[0];
@@ -259,7 +262,7 @@ impl Bench {
         self.time(ready, options.rounds, repeats)
     }
 
-    /// Seconds of one run, for each round.
+    /// Seconds per run, for each round.
     fn time(&mut self, ready: &Ready, rounds: usize, repeats: usize) -> Result<Vec<f64>> {
         let mut all = |b: &mut dyn Backend| ready.sets.iter().try_for_each(|set| (set.run)(b));
         let seconds = match ready.recorded {
@@ -283,7 +286,7 @@ fn bind(cuda: &mut Cuda, case: &Case, pattern: &Pattern) -> Result<()> {
 }
 
 impl Ready {
-    /// Bytes that a run cannot avoid to move.
+    /// Minimum bytes that a run moves.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -315,10 +318,10 @@ impl Measured {
     pub fn text(&self) -> String {
         let mut text = format!("{}\n", self.device);
         if self.stand_in {
-            text += "the stand-in GPU computes on the host: times below say nothing about a card\n";
+            text += "the stand-in GPU computes on the host: these times say nothing about a real GPU\n";
         }
         text += &format!(
-            "ceilings of this card, measured: copy {:.0} GB/s, product of bf16 {:.0} TFLOP/s\n\n",
+            "measured ceilings of this GPU: copy {:.0} GB/s, bf16 product {:.0} TFLOP/s\n\n",
             self.ceilings.copy / 1e9,
             self.ceilings.matmul / 1e12
         );

@@ -7,7 +7,7 @@ use super::Traffic;
 use super::cases::{Case, Placed, Room, sum_partials, traffic};
 use super::sizes::Model;
 
-/// The products of a block and of the patch embedding, each with its epilogue, and the two of its backward.
+/// The products of a block and of the patch embedding, each with its epilogue and its two backward products.
 pub(super) fn products(model: &Model, images: usize) -> Vec<Case> {
     let (rows, d) = (images * model.tokens(), model.width);
     let patch = 3 * model.patch * model.patch;
@@ -23,7 +23,7 @@ fn product(
     (layer, out, input): (&'static str, usize, usize),
 ) -> Vec<Case> {
     let shape = format!("{model} [{rows}, {input}] → {out}");
-    // What these give is a part of the residual stream.
+    // The results of these layers are part of the residual stream.
     let streams: &[Dtype] = match layer {
         "patch_embed" | "proj" | "fc2" => &[Dtype::Bf16, Dtype::F32],
         _ => &[Dtype::Bf16],
@@ -55,7 +55,7 @@ fn product(
     let place = move |room: &mut Room| {
         let (d_y, x) = (room.activation(rows, out), room.activation(rows, input));
         let mut w = room.linear(out, input, true);
-        // The embedding's bias has its gradient from another operation.
+        // Another operation computes the gradient of the embedding's bias.
         w.d_bias = w.d_bias.filter(|_| layer != "patch_embed");
         Placed::new(move |b| b.matmul_backward(d_y, x, &w, InputGrad::None))
     };
@@ -63,7 +63,8 @@ fn product(
     cases
 }
 
-/// The least traffic of the own kernels that are started where an epilogue is not fused, for a result `[rows, cols]` in `y`.
+/// The minimum traffic of our kernels that run beside a product whose epilogue is not fused, for a result
+/// `[rows, cols]` of type `y`.
 fn beside(rows: usize, cols: usize, y: Dtype) -> impl Fn(&[Launched], Cost) -> Vec<Traffic> {
     let (size, bias) = (y.bytes() * rows * cols, 4 * cols);
     move |launches, _| {

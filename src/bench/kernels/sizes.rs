@@ -1,9 +1,9 @@
-//! The sizes that operations are timed at: those of the named models.
+//! The sizes at which operations are timed: those of the named models.
 
-/// The sizes that operations are timed at.
+/// The sizes at which operations are timed.
 #[derive(Clone, Debug)]
 pub(super) struct Sizes {
-    /// Rows of activations are those of as many images as give about this many.
+    /// Activations have as many images as give about this many rows.
     pub(super) rows: usize,
     /// Samples of the loss.
     pub(super) samples: usize,
@@ -12,11 +12,12 @@ pub(super) struct Sizes {
     pub(super) models: Vec<Model>,
     /// Models whose matrix products are timed, by name.
     pub(super) products: Vec<&'static str>,
-    /// Attention and products have as many images as the rest; else one, because they take long on the host.
+    /// Attention and products use as many images as the rest. If false, one image, because they are slow on
+    /// the host.
     pub(super) all_images: bool,
 }
 
-/// What of a model the operations depend on.
+/// The properties of a model that the operations depend on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Model {
     pub(super) name: &'static str,
@@ -46,17 +47,17 @@ const MODELS: [Model; 6] = [
 ];
 
 impl Sizes {
-    /// Those of real runs.
+    /// The sizes of real runs.
     pub(super) fn real() -> Self {
         let products = vec!["Ti/16", "S/16", "B/16", "L/16", "H/14"];
         let models = MODELS.to_vec();
         Self { rows: 100_864, samples: 4096, params: 86_567_656, models, products, all_images: true }
     }
 
-    /// A few images: enough to see what is launched, and what that reads and writes.
+    /// A few images: enough to see which kernels are launched, and what they read and write.
     pub(super) fn few() -> Self {
         let mut models = MODELS.to_vec();
-        // Its heads are alike, and take their time on the host.
+        // All heads are alike, and twelve of them would be slow on the host.
         models[5] = model("2 heads at 384", 128, 2, 384, 16);
         Self { rows: 394, samples: 8, params: 1 << 20, models, products: vec!["Ti/16"], all_images: false }
     }
