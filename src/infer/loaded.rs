@@ -25,6 +25,15 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
+    /// Loads a weights file, a run's directory or a model folder, to classify one picture at a time.
+    ///
+    /// # Errors
+    /// The weights cannot be read, or they are not a supported model; the device cannot be opened.
+    pub fn load(path: impl AsRef<Path>, device: Device) -> Result<Self> {
+        let (overrides, options) = (ModelOverrides::default(), backend::DeviceOptions::default());
+        Self::open(path.as_ref(), &overrides, (device, &options), 1, Mode::Infer, None)
+    }
+
     /// Reads the file and writes its weights to the device, for passes of `batch` samples of size `image`
     /// (height, width). `None` uses the file's own size.
     pub fn open(
@@ -85,6 +94,15 @@ impl LoadedModel {
         load_weights(&file, &model, &mut *backend)?;
         let unprepared = file.unprepared.map(|why| format!("{}: {why}", file.path.display()));
         Ok(Self { backend, model, meta: file.meta, unprepared, notes: file.notes })
+    }
+
+    /// All classes of a picture file, the likeliest first. The picture is prepared as the weights file says.
+    ///
+    /// # Errors
+    /// The file is not a picture; the weights file names a preparation that is not supported.
+    pub fn classify(&mut self, picture: impl AsRef<Path>) -> Result<Vec<Prediction>> {
+        let protocol = self.protocol()?;
+        self.predict(picture.as_ref(), protocol)
     }
 
     /// The predictions for one picture: all classes, the most probable first.
