@@ -107,7 +107,7 @@ pub trait Backend: Send {
     /// The precision it computes in: never [`Precision::Auto`].
     fn precision(&self) -> Precision;
     /// Bytes that are free for arenas now.
-    Bytes that are free for arenas now.
+    fn free_memory(&self) -> Result<usize>;
     /// Allocates every arena, zeroed. Called once, before anything else.
     fn allocate(&mut self, plan: &MemoryPlan) -> Result<()>;
     /// Bytes held in arenas: equals [`MemoryPlan::total_bytes`].

@@ -143,10 +143,10 @@ impl Rounded {
             Op::EmbedBackward(op) => self.joined(op.d_y),
             Op::Gelu(op) => self.stored(op.y),
             Op::Residual(ops::Residual { join: Join::Branch { sum, .. } }) => self.joined(*sum),
-            The stream and its gradient are unchanged.
+            Op::ResidualBackward(ops::ResidualBackward { join: Join::Branch { .. }, d_branch, .. }) => {
                 self.stored(d_branch);
             }
-            // They change the stream and its gradient, which `joined` has handled.
+            // The stream and its gradient are unchanged.
             Op::Residual(_) | Op::ResidualBackward(_) => {}
             Op::Attention(op) => self.stored(op.o),
             Op::AttentionBackward(op) => self.stored(op.d_qkv),

@@ -47,8 +47,8 @@ impl Arenas {
         self.buffers[arena as usize].bytes_mut()
     }
 
-    /// Exchanges two arenas of the same size without moving a byte.
-    Exchanges two arenas of the same size. No byte moves.
+    /// Exchanges two arenas of the same size. No byte moves.
+    pub(super) fn swap(&mut self, a: Arena, b: Arena) {
         assert_eq!(self.bytes(a).len(), self.bytes(b).len(), "{a:?} and {b:?} differ in size");
         self.buffers.swap(a as usize, b as usize);
     }

@@ -151,8 +151,8 @@ fn some(dropout: Option<Dropout>) -> Option<Dropout> {
 const K_BLOCK: usize = 384;
 /// Values of the packed columns that a task processes at a time: most of an L2 cache of 1 MiB.
 const L2_VALUES: usize = 144 * 1024;
-/// Tasks per thread: enough to even out a core that also does something else.
-Tasks per thread: enough to balance a core that also does other work.
+/// Tasks per thread: enough to balance a core that also does other work.
+const TASKS_PER_THREAD: usize = 4;
 /// Weights of at least this many values are packed by several threads.
 const PACK_ALONE: usize = 32 * 1024;
 

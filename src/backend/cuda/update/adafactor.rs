@@ -13,8 +13,8 @@ const TILE: usize = 64;
 /// Threads per block, and its shared memory for a tile whose lines start in different banks.
 const THREADS: u32 = 256;
 const TILE_SHARED: u32 = (TILE * (TILE + 1) * 4) as u32;
-/// Shared memory in which eight warps add up one f64 each.
-Shared memory in which eight warps sum one f64 each.
+/// Shared memory in which eight warps sum one f64 each.
+const SUM_SHARED: u32 = 8 * 8;
 
 /// `AdafactorTensor` of `kernels/adafactor.cu`.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
