@@ -214,7 +214,10 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
         let mut value = 0;
         // SAFETY: a valid out-pointer and device.
         unsafe {
-            check(api::driver().cuDeviceGetAttribute(&mut value, which, device), "read a property of the GPU")?
+            check(
+                api::driver().cuDeviceGetAttribute(&mut value, which, device),
+                "read a property of the GPU",
+            )?
         };
         Ok::<i32, Error>(value)
     };
@@ -224,7 +227,10 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
     unsafe {
         let code = api::driver().cuDeviceGetName(name.as_mut_ptr(), name.len() as i32, device);
         check(code, "read the name of the GPU")?;
-        check(api::driver().cuDeviceTotalMem_v2(&mut total_memory, device), "read the memory size of the GPU")?;
+        check(
+            api::driver().cuDeviceTotalMem_v2(&mut total_memory, device),
+            "read the memory size of the GPU",
+        )?;
     }
     // SAFETY: NUL-terminated by the driver.
     let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
@@ -251,9 +257,8 @@ fn no_such_card(ordinal: usize, count: usize) -> Error {
         1 => "the driver finds one, `cuda:0`".to_string(),
         n => format!("the driver finds {n}, `cuda:0` to `cuda:{}`", n - 1),
     };
-    Error::new(format!("there is no GPU {ordinal}: {there}")).hint(
-        "`vitrum doctor` lists the GPUs; `CUDA_VISIBLE_DEVICES` hides some and renumbers the others",
-    )
+    Error::new(format!("there is no GPU {ordinal}: {there}"))
+        .hint("`vitrum doctor` lists the GPUs; `CUDA_VISIBLE_DEVICES` hides some and renumbers the others")
 }
 
 /// Refuses a GPU on which the kernels do not run, or do not run correctly.
