@@ -1,10 +1,10 @@
-"""PyTorch's attention by each of its backends, forward and backward: a line of JSON for each time, as it is measured.
+"""PyTorch's attention with each of its backends, forward and backward: prints a line of JSON per time as it is measured.
 
     python3 benches/attention_torch.py B/16,512,197,12,64 H/14,392,257,16,80
 
-A shape is NAME,IMAGES,TOKENS,HEADS,HEAD SIZE. Queries, keys and values are views of one `[B, T, 3, H, Dh]`, as a ViT has
-them, in bf16; a backward ends with their three gradients, before autograd gathers them. Times are medians of rounds, by the
-card's own events. Operands of the named models are larger than any cache. A backend that refuses a shape says why.
+A shape is NAME,IMAGES,TOKENS,HEADS,HEAD SIZE. Queries, keys and values are views of one `[B, T, 3, H, Dh]`, as in a ViT, in bf16. A
+backward ends with their three gradients, before autograd gathers them. Times are medians of rounds, by the GPU's own events. Operands
+of the named models are larger than any cache. A backend that refuses a shape says why.
 """
 import argparse
 import json

@@ -1,12 +1,12 @@
-"""Vitrum against PyTorch on this machine's processor: whole training steps, side by side.
+"""Vitrum and PyTorch on this machine's processor: whole training steps, side by side.
 
-One step is forward, cross-entropy with label smoothing 0.1, backward, clipping by global norm, AdamW, all in f32, on one
-synthetic batch. Both engines use the same GELU form. Each case runs twice, the second time in the opposite order, every
-engine in a process of its own; the medians are compared.
+One step is forward, cross-entropy with label smoothing 0.1, backward, clipping by global norm, AdamW, all in f32, on one synthetic
+batch. Both engines use the same GELU form. Each case runs twice, the second time in the opposite order, every engine in its own
+process; medians are compared.
 
     python benches/compare_cpu.py --vitrum target/release/vitrum --json benches/results/NAME.json
 
-Needs a Python with torch. `--modes` names what of PyTorch is measured; ratios are against its fastest f32 mode.
+Needs a Python with torch. `--modes` names the PyTorch modes to measure; ratios are against its fastest f32 mode.
 """
 import argparse
 import datetime

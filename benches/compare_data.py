@@ -1,14 +1,14 @@
-"""Vitrum's input pipeline against torchvision, OpenCV and Pillow: the same files, the same core, in one run.
+"""Vitrum's input pipeline compared with torchvision, OpenCV and Pillow: the same files, the same core, in one run.
 
-Every engine works in a process of its own on one pinned core, on data that is in memory, and its own CPU time counts, so
-that a busy machine moves the figures little. Each case runs twice, the second time in the opposite order; medians of
-rounds are averaged. Vitrum is measured a second time unpinned, for its loader with all workers.
+Every engine runs in its own process on one pinned core, on data in memory, and its own CPU time counts, so that a busy machine changes
+the figures little. Each case runs twice, the second time in the opposite order; medians of rounds are averaged. Vitrum is also
+measured unpinned, for its loader with all workers.
 
     python benches/compare_data.py --photos DIR --cifar cifar10.tar --json benches/results/NAME.json
 
-DIR is an image folder; its colour JPEGs are taken, since grey ones flatter. Needs a Python with numpy and Pillow; a peer
-that cannot be imported (torch with torchvision, cv2) is left out in one line. FFCV is not among them: it reads only files
-of its own, and builds only against a system's OpenCV.
+DIR is an image folder; only its colour JPEGs are used, because grey ones are faster. Needs a Python with numpy and Pillow. A peer that
+cannot be imported (torch with torchvision, cv2) is skipped with one line. FFCV is not included: it reads only its own files, and
+builds only with a system's OpenCV.
 
 Cases
   jpeg              decode, random-resized-crop 224 (area .08-1, ratio 3/4-4/3), flip, to u8. OpenCV's resize is not
@@ -68,7 +68,7 @@ def rrc_box(width, height):
 
 
 def samples(case, scratch):
-    """The case's samples as a peer takes them: encoded bytes, or numpy arrays [H, W, 3]."""
+    """The case's samples in a peer's form: encoded bytes, or numpy arrays [H, W, 3]."""
     import numpy
     from PIL import Image
 
@@ -152,7 +152,7 @@ def opencv_work(case, data):
 
 
 def time_peer(case, peer, scratch, rounds, seconds):
-    """Runs in a process of its own."""
+    """Runs in a separate process."""
     random.seed(0)
     data = samples(case, scratch)
     if peer.startswith("torchvision"):
@@ -201,7 +201,7 @@ def run_vitrum(args, vitrum, case, scratch, one_core):
 
 
 def vitrum_rows(args, vitrum, case, scratch):
-    """On the core of the peers, and then on all."""
+    """On the core of the peers, and then on all cores."""
     one, whole = (run_vitrum(args, vitrum, case, scratch, one_core) for one_core in (True, False))
     label = "vitrum" if len(args.vitrum) == 1 else f"vitrum ({vitrum})"
     stages = {s["stage"]: s["us"] for s in one["stages"]}

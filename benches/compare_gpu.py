@@ -1,17 +1,17 @@
-"""Vitrum against PyTorch on this machine's GPU: proof, ceilings, kernels and whole training steps, in one run.
+"""Vitrum and PyTorch on this machine's GPU: self-test, ceilings, kernels and whole training steps, in one run.
 
     python3 benches/compare_gpu.py --vitrum target/release/vitrum --out benches/results/NAME
 
-writes NAME.json and NAME.md. A step is forward, cross-entropy with label smoothing 0.1, backward, clipping by global norm and
-AdamW, on one synthetic batch of u8 pixels that lies on the card (PyTorch) or is sent to it (Vitrum); bf16 products, f32
-weights and gradients, tanh GELU on both sides. Each case runs twice, the second time in the opposite order, every engine in a
-process of its own; the medians are compared. Vitrum's last block is worked out whole and for the class token alone, the latter
-also with the residual stream in f32, which is what autocast has. PyTorch is measured as `torch.compile`, plain and with
-max-autotune, with the attention of cuDNN or of FlashAttention; without torch that half is left out, and said so. Inference is the
-same without loss, backward and update; PyTorch's weights are bf16 there.
+writes NAME.json and NAME.md. A step is forward, cross-entropy with label smoothing 0.1, backward, clipping by global norm and AdamW,
+on one synthetic batch of u8 pixels that is on the GPU (PyTorch) or is sent to it (Vitrum); bf16 products, f32 weights and gradients,
+tanh GELU on both sides. Each case runs twice, the second time in the opposite order, every engine in its own process; medians are
+compared. Vitrum's last block is computed in full and for the class token only, the latter also with an f32 residual stream, as in
+autocast. PyTorch is measured as `torch.compile`, plain and with max-autotune, with the attention of cuDNN or of FlashAttention.
+Without torch that half is skipped with a message. Inference is the same without loss, backward and update; PyTorch's weights are bf16
+there.
 
-`--parts` runs some of it: tuning and compiling take minutes for each model. `--tiny` shrinks every size, for a look at the script
-itself, with `--torch-device cpu` where there is no GPU.
+`--parts` runs some of it: tuning and compiling take minutes per model. `--tiny` shrinks every size, to try the script itself, with
+`--torch-device cpu` on machines without a GPU.
 """
 import argparse
 import datetime
@@ -24,7 +24,7 @@ import time
 
 from compare_cpu import pytorch_model
 
-# One list of models for what is predicted and what is measured.
+# One list of models for predictions and measurements.
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "scripts"))
 from step_model import CLASSES, MODELS as CASES
 
@@ -43,7 +43,7 @@ def vitrum(args, *words, env=None):
     return json.loads(done.stdout)
 
 
-# What is timed of Vitrum: a name, and the settings that make it.
+# The Vitrum configurations to time: a name, and its settings.
 VARIANTS = {
     "train": {
         "bf16": ["train.prune_last_block=false"],
@@ -55,7 +55,7 @@ VARIANTS = {
 
 
 def bench_words(args, what, model, mode):
-    """What `vitrum` is told to do, `--json` apart."""
+    """The arguments of `vitrum`, without `--json`."""
     image, *_, batch = args.cases[model]
     words = ["bench", "--what", what, "--model", model.split("@")[0], "--batch", str(batch), "--device", "cuda"]
     words += ["--rounds", str(args.rounds), "--seconds", str(args.seconds)]
@@ -65,7 +65,7 @@ def bench_words(args, what, model, mode):
 
 
 def bench_row(out, mode):
-    """Of its JSON, what is compared."""
+    """The compared values of its JSON."""
     card = out["card"]
     return {
         "engine": out["engine"],
@@ -87,7 +87,7 @@ def vitrum_bench(args, what, model, mode):
 
 
 def time_pytorch(args, what, model, mode):
-    """One process: `eager`, `compile` or `autotune`, with the attention that `+cudnn` or `+flash` names."""
+    """One process: `eager`, `compile` or `autotune`, with the attention named by `+cudnn` or `+flash`."""
     start = time.perf_counter()
     import contextlib
 
@@ -101,7 +101,7 @@ def time_pytorch(args, what, model, mode):
     vit = pytorch_model(torch, image, patch, width, depth, heads, CLASSES, "tanh")
 
     class FromPixels(torch.nn.Module):
-        """Normalises u8 pixels `[B, H, W, 3]` on the device, within what is compiled."""
+        """Normalises u8 pixels `[B, H, W, 3]` on the device, inside the compiled code."""
 
         def __init__(self):
             super().__init__()
@@ -163,7 +163,7 @@ def time_pytorch(args, what, model, mode):
             while steps < 2 or time.perf_counter() - begin < args.seconds:
                 step()
                 steps += 1
-                # The queue of the card must not run away from the clock.
+                # The GPU's queue must not run ahead of the clock.
                 if steps % 10 == 0:
                     wait()
             wait()
@@ -184,7 +184,7 @@ def time_pytorch(args, what, model, mode):
 
 
 def pytorch_words(args, what, model, mode):
-    """The command of that process. The last line that it prints is JSON."""
+    """The command of that process. Its last output line is JSON."""
     command = [sys.executable, os.path.abspath(__file__), "--child", what, model, mode, "--torch-device", args.torch_device]
     return command + ["--rounds", str(args.rounds), "--seconds", str(args.seconds)] + ["--tiny"] * args.tiny
 

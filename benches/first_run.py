@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""The first minutes on a card: is it right, how fast is it, and what was expected. One command, one table.
+"""The first minutes on a GPU: is it correct, how fast is it, and what was expected. One command, one table.
 
     python3 benches/first_run.py --vitrum target/release/vitrum --out first
     python3 benches/first_run.py --out more --phases peers-compiled,peers-autotune --minutes 9 --add first/first-run.json
 
-Needs a card, its driver and a Python without packages; PyTorch is the peer where this Python has it. `scripts/carry` makes a
-folder for a machine that has nothing else. Phases run in the order of `--list`, which is that of importance, each command under
-a limit. A phase that fails keeps no other from running; one that does not fit into the minutes that are left is named as skipped.
-`first-run.json` and `first-run.md` in OUT are written anew after each command and `logs/PHASE.log` while it runs, so that nothing
-is lost when the whole is ended. With `--add` the phases of an earlier run on the same card are part of the table.
+Needs a GPU, its driver and a Python without packages; if this Python has PyTorch, it is compared. `scripts/carry` makes a folder for a
+machine that has nothing else. Phases run in the order of `--list`, the most important first, each command under a limit. A phase that
+fails does not stop the others; one that does not fit into the remaining minutes is reported as skipped. `first-run.json` and
+`first-run.md` in OUT are rewritten after each command and `logs/PHASE.log` while it runs, so that nothing is lost if the script is
+stopped. With `--add`, the phases of an earlier run on the same GPU become part of the table.
 
-On the stand-in GPU, or with `--tiny`, every phase runs at sizes that say nothing of speed. Exit codes: 0 if every phase has
-passed, or lacks the PyTorch that it is about; 1 otherwise.
+On the stand-in GPU, or with `--tiny`, every phase runs at sizes that say nothing about speed. Exit codes: 0 if every phase passed, or
+was skipped for lack of PyTorch; 1 otherwise.
 """
 import argparse
 import datetime
@@ -36,15 +36,15 @@ from processes import Commands, Wrong, objects, one_object, say, write_whole
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-# The most important first; the steps of each against PyTorch.
+# The most important first; the models whose steps are compared with PyTorch.
 STEPS = ("B/16", "S/16", "L/16", "Ti/16")
-# Attention at all named sizes, each with about as many rows as `vitrum bench --what kernels` has.
+# Attention at all named sizes, each with about as many rows as in `vitrum bench --what kernels`.
 ATTENTION = ("B/16", "L/16", "S/16", "Ti/16", "H/14", "B/16@384")
 ROWS = 100_864
 
 
 class Phase(NamedTuple):
-    """Some commands that answer a question."""
+    """Commands that answer one question."""
 
     name: str
     usual: float  # seconds of one command, a guess: with less time left it is not begun
@@ -62,7 +62,7 @@ class Command(NamedTuple):
 
 
 class Run:
-    """What the phases know: the program, the card and the peer, once the first phases have found them."""
+    """Shared by the phases: the program, the GPU and the peer, once the first phases have found them."""
 
     def __init__(self, args):
         self.vitrum, self.tiny = os.path.abspath(args.vitrum), args.tiny
@@ -72,12 +72,12 @@ class Run:
 
     @property
     def torch_env(self):
-        """PyTorch finds its own libraries, and is not to find the stand-in's."""
+        """PyTorch finds its own libraries, and must not find the stand-in's."""
         return {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH" or not is_stand_in(self.card)}
 
     @property
     def bench(self):
-        """What `compare_gpu` takes for arguments."""
+        """The arguments in `compare_gpu`'s form."""
         cases = compare_gpu.TINY if self.tiny else compare_gpu.CASES
         rounds, seconds = (1, 0.0) if self.tiny else (3, 0.5)
         return SimpleNamespace(cases=cases, rounds=rounds, seconds=seconds, tiny=self.tiny, torch_device=self.torch_device)
@@ -137,7 +137,7 @@ def selftest(*words, tiny):
 
 
 def choices(run):
-    """Nothing is remembered yet: this is where the ways of matrix products are tried and chosen, and a first start."""
+    """Nothing is cached yet: the ways of matrix products are timed and chosen here, and the first start is measured."""
     for model in run.models:
         brief = run.bench
         brief.rounds, brief.seconds = 1, 0.0
@@ -155,7 +155,7 @@ def step(model, mode, found):
     row = compare_gpu.bench_row(found, mode)
     check_rates(row, "img_per_s", "ms", "first_step_s", "memory_bytes")
     row |= {"model": model, "batch": found["batch"], "planned_bytes": found["arena_bytes"]}
-    # How each matrix product is computed, where the program says so.
+    # How each matrix product is computed, if the program reports it.
     products = [{**p, "microseconds": {**p["microseconds"]}} for p in found.get("products") or []]
     for product in products:
         check_rates(product["microseconds"], *product["microseconds"])
@@ -163,7 +163,7 @@ def step(model, mode, found):
 
 
 def peers(*modes):
-    """The first of the modes that works."""
+    """The first mode that works."""
 
     def commands(run):
         left = list(modes)
@@ -205,7 +205,7 @@ def attention(run):
 
 
 def attention_times(found):
-    # What PyTorch has an equal of; `attention_backward, bias` makes the gradient of the bias of `qkv` on the way, too.
+    # Operations that PyTorch also has; `attention_backward, bias` also computes the bias gradient of `qkv`.
     directions = {"attention": "forward", "attention_backward": "backward"}
     rows = []
     for o in found["operations"]:
@@ -247,7 +247,7 @@ def curve(run):
 
     def read(_):
         found, cpu = first_run_curve.read(out), first_run_curve.kept(size)
-        # Rounding alone moves the CPU's own curve by this much.
+        # Rounding alone changes the CPU's own curve by this much.
         apart, rounding = farthest(found["loss"], cpu["f32"]["loss"]), farthest(cpu["bf16"]["loss"], cpu["f32"]["loss"])
         row = {**found, "cpu": cpu["f32"], "apart": apart, "rounding": rounding, "allowed": 3 * rounding + 0.005}
         if not apart <= row["allowed"]:
@@ -264,7 +264,7 @@ def farthest(a, b):
 
 
 def gradients(run):
-    """Beside PyTorch's where it can be, else from the CPU's alone."""
+    """Compared with PyTorch's if possible, else with the CPU's."""
     out = os.path.join(run.scratch, "gradients.json")
     if run.torch and run.torch_device == "cuda" and importlib.util.find_spec("safetensors"):
         words = [sys.executable, os.path.join(HERE, "gradients.py"), "--vitrum", run.vitrum, "--cases", "long,deep", "--json", out]
@@ -289,7 +289,7 @@ def gradients(run):
 
 
 def expected_gradients():
-    """(case, engine) to what the stand-in GPU had, when that was last recorded."""
+    """(case, engine) → the last recorded result of the stand-in GPU."""
     with open(max(glob.glob(os.path.join(HERE, "results", "*-gradients.json")))) as file:
         return {(row["case"], row["engine"]): row["all"] for row in json.load(file)["rows"]}
 
@@ -302,7 +302,7 @@ def check_rates(row, *keys):
 
 FILTERED = ["--precision", "bf16", "--filter"]
 PHASES = [
-    #     name, seconds of a command as guessed, its limit, the limit of all, the question
+    #     name, seconds of a command (a guess), its limit, the limit of all, the question
     Phase("doctor", 3, 30, 30, "is there a card, and is it used?", doctor),
     Phase("torch", 8, 60, 60, "is there a PyTorch that sees it?", torch, torch=True),
     Phase("selftest-matmul", 10, 90, 90, "are matrix products those of float64?", selftest(*FILTERED, "matmul", tiny=[*FILTERED, "matmul none"])),
@@ -326,19 +326,19 @@ PHASES = [
 
 
 class Record:
-    """What is known so far, in OUT: whole at any moment."""
+    """The results so far, in OUT: complete at any moment."""
 
     def __init__(self, out, head):
         self.out, self.head, self.phases, self.predictions, self.warned = out, head, {}, {}, False
 
     def write(self):
-        """Gives the text for people, too."""
+        """Also writes the text for people."""
         whole = {**self.head, "phases": self.phases, "predictions": self.predictions}
         try:
             whole["table"] = first_run_table.rows(whole)
             text = first_run_table.markdown(whole)
         except Exception as e:
-            # Whatever is odd about them: results are worth more than how they look.
+            # Results are worth more than their rendering: any failure of the table is tolerated.
             text = whole["table"] = f"no table can be made of first-run.json: {type(e).__name__}: {e}\n"
         try:
             write_whole(os.path.join(self.out, "first-run.json"), json.dumps(plain(whole), indent=1) + "\n")
@@ -350,7 +350,7 @@ class Record:
         return text
 
     def add(self, earlier, path):
-        """What another run has found in phases that this one has not, if it was the same program on the same card."""
+        """Results of another run for phases that this one does not have, if it was the same program on the same GPU."""
         for key in ("card", "commit"):
             if earlier.get(key) != self.head[key]:
                 say(f"warning: {path} is left out: its {key} is {earlier.get(key)}, not {self.head[key]}")
@@ -360,7 +360,7 @@ class Record:
 
 
 def plain(value):
-    """Without the numbers that JSON does not have."""
+    """Without the numbers that JSON does not support."""
     if isinstance(value, dict):
         return {key: plain(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -369,7 +369,7 @@ def plain(value):
 
 
 def perform(phase, run, commands, record):
-    """Runs a phase, and keeps what it finds after each command."""
+    """Runs a phase, and saves its results after each command."""
     state = record.phases[phase.name] = {"state": "running", "why": None, "seconds": 0.0, "commands": [], "rows": []}
     begin = commands.elapsed()
     record.write()
@@ -412,7 +412,7 @@ def perform(phase, run, commands, record):
 
 
 def read(command, ended):
-    """Rows, and what was wrong: of a command that failed there may be rows, too."""
+    """Rows, and what was wrong: a failed command may also have produced rows."""
     try:
         return command.read(ended.output), ended.why
     except Wrong as wrong:
@@ -422,7 +422,7 @@ def read(command, ended):
 
 
 def predict(run, commands):
-    """What `scripts/predict-gpu` says of this card: with a stream in bf16, and in f32."""
+    """The predictions of `scripts/predict-gpu` for this GPU: with a stream in bf16, and in f32."""
     found, script = {}, os.path.join(ROOT, "scripts", "predict-gpu")
     for residual in ("bf16", "f32"):
         ended = commands.run("predictions", [sys.executable, script, "--json", "--residual", residual], 20)
@@ -445,7 +445,7 @@ def is_stand_in(card):
 
 
 def cuda_libraries():
-    """Folders of this Python's packages with cuBLASLt in them, the newest version first."""
+    """Folders with cuBLASLt among this Python's packages, the newest version first."""
     found = {}
     for folder in sys.path:
         for path in glob.glob(os.path.join(folder, "nvidia", "*", "lib", "libcublasLt.so*")):
@@ -455,17 +455,17 @@ def cuda_libraries():
 
 
 def environment(scratch):
-    """That of commands that open CUDA's libraries: what the caller has set comes first. Nothing is remembered of earlier runs."""
+    """The environment of commands that open CUDA's libraries: the caller's settings come first. Nothing of earlier runs is cached."""
     env = dict(os.environ, VITRUM_CACHE=os.path.join(scratch, "cache"))
     folders = [*filter(None, env.get("LD_LIBRARY_PATH", "").split(":")), *cuda_libraries()]
     if folders:
         env["LD_LIBRARY_PATH"] = ":".join(folders)
-    # Of the stand-in: it is here to see the phases run, and checks take most of its time.
+    # On the stand-in the phases are only exercised, and checks would take most of the time.
     return {"VITRUM_STANDIN": "checks=off", **env}
 
 
 def commit_of(row):
-    """What was built: as the program says, else as the folder that was carried does."""
+    """What was built: from the program, else from the carried folder."""
     if row.get("commit"):
         return row["commit"]
     try:
@@ -476,7 +476,7 @@ def commit_of(row):
 
 
 def chosen(names):
-    """Phases by name, and those that find out what others need."""
+    """Phases by name, plus those that others depend on."""
     known = [phase.name for phase in PHASES]
     wanted = known if names is None else [name for name in names.split(",") if name]
     unknown = [name for name in wanted if name not in known]

@@ -1,10 +1,10 @@
-"""The loss curve that a card has to follow: `mini/cifar10` for 200 steps, on the pictures that the program draws itself.
+"""The loss curve that a GPU has to follow: `mini/cifar10` for 200 steps, on the images that the program draws itself.
 
     python3 benches/first_run_curve.py --vitrum target/release/vitrum --commit COMMIT --machine PROCESSOR
 
-trains it on the CPU, as it is and with bf16 rounded where a card stores it, and writes `results/first-run-curves.json` anew; a
-run on a card is compared with it. Batches, augmentation and first weights are functions of the seed, the same everywhere. `tiny`
-is a smaller model for a few steps, for the stand-in GPU.
+trains it on the CPU, in f32 and with bf16 rounding where a GPU stores bf16, and rewrites `results/first-run-curves.json`; a run on a
+GPU is compared with it. Batches, augmentation and first weights are functions of the seed, the same everywhere. `tiny` is a smaller
+model for a few steps, for the stand-in GPU.
 """
 import argparse
 import datetime
@@ -38,7 +38,7 @@ def read(out):
 
 
 def kept(size):
-    """The CPU's, in `f32` and `bf16`, if they were made with today's settings."""
+    """The CPU's curves, in `f32` and `bf16`, if they were made with the current settings."""
     with open(CURVES) as file:
         of_size = json.load(file)[size]
     if of_size["settings"] != SETTINGS[size]:

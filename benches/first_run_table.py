@@ -1,19 +1,19 @@
-"""The table that `first_run.py` ends with: from the rows of its phases to lines of what, predicted, measured, peer and ratio.
+"""The table at the end of `first_run.py`: turns the rows of its phases into lines of what, predicted, measured, peer and ratio.
 
-A ratio is against the peer, and above 1 where Vitrum is the better one. A figure outside its predicted interval is marked as
-`below` or `above` it.
+A ratio is against the peer, and above 1 if Vitrum is better. A figure outside its predicted interval is marked as `below` or `above`
+it.
 """
 import re
 import statistics
 
 GIB = 2**30
-# What a card holds of a program besides what it plans: a context, kernels, a recorded step.
+# GPU memory of a program besides what it plans: a context, kernels, a recorded step.
 BESIDE_PLAN = 2 * GIB
 PRODUCTS = ("qkv", "proj", "fc1", "fc2")
 
 
 def rows(record):
-    """Every line of the table that the phases have something for."""
+    """Every line of the table for which the phases have results."""
     found = {name: phase["rows"] for name, phase in record["phases"].items()}
     makers = (selftests, steps, starts, memory, curve, gradients, ceilings, products, attention)
     return [row for maker in makers for row in maker(found, record.get("predictions") or {})]
@@ -37,14 +37,14 @@ def times(interval, factor):
 
 
 def card_of(device, cards):
-    """The card of a device's name: the one with the most words, all of which are in it."""
+    """The GPU of a device's name: the one with the most words that all occur in the name."""
     words = set(re.findall(r"\w+", device or ""))
     fitting = [card for card in cards if set(re.findall(r"\w+", card)) <= words]
     return max(fitting, key=lambda card: len(card.split()), default=None)
 
 
 def digest(models):
-    """Of what is predicted of a card's models, what is laid beside measurements; whatever is absent stays absent."""
+    """The predictions for a GPU's models that are compared with measurements; missing ones stay missing."""
     return {model: predicted_of(step) for model, step in models.items()}
 
 
@@ -139,7 +139,7 @@ def ceilings(found, _):
 
 
 def products(found, predictions):
-    """All of a block's products as one rate, beside what the same card does in a large one."""
+    """All products of a block as one rate, compared with the rate of a large product on the same GPU."""
     rows = [row for row in found.get("kernels", []) if row.get("flops") and row["operation"].startswith(PRODUCTS)]
     rows = [row for row in rows if "stream f32" not in row["shape"]]
     large = [row["product_flops_per_s"] for row in found.get("kernels", []) if "product_flops_per_s" in row]
@@ -165,7 +165,7 @@ def attention(found, predictions):
 
 
 def number(value):
-    """Three digits that mean something."""
+    """Three significant digits."""
     if value is None:
         return ""
     if value == int(value) or abs(value) >= 100:
@@ -185,7 +185,7 @@ def cells(row):
 
 
 def table(head, lines):
-    """Markdown that is a table to the eye, too."""
+    """Markdown that also reads as a table in plain text."""
     lines = [head, *lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
@@ -215,7 +215,7 @@ def markdown(record):
 
 
 def ways(record):
-    """How each matrix product is computed, and what the other ways took."""
+    """How each matrix product is computed, and the time of the other ways."""
     benches = [row for name in ("choices", "steps") for row in record["phases"].get(name, {"rows": []})["rows"]]
     if not benches:
         return []

@@ -1,8 +1,8 @@
-//! Every operation of `vitrum bench --what kernels` under criterion, timed by the card's own events.
+//! Every operation of `vitrum bench --what kernels` under criterion, timed by the GPU's own events.
 //!
 //!     cargo bench --bench gpu -- "layernorm B/16"
 //!
-//! `VITRUM_BENCH_FEW=1` takes the small sizes. Where there is no GPU, one line says so.
+//! `VITRUM_BENCH_FEW=1` uses the small sizes. Without a GPU, one line says so.
 
 use std::time::Duration;
 

@@ -1,11 +1,11 @@
-"""How far gradients in bf16 are from those in float64: Vitrum beside PyTorch's autocast, on the same weights and pictures.
+"""How far bf16 gradients are from float64: Vitrum and PyTorch's autocast, on the same weights and images.
 
     python benches/gradients.py --vitrum target/release/vitrum
     python benches/gradients.py --vitrum target/release/vitrum --stand-in target/debug/standin
 
-The second command takes the stand-in GPU: the product's kernels, run on the processor. PyTorch computes on a card where there is
-one, else on the processor. Needs a Python with torch and safetensors. The bias of the keys is left out: its gradient is
-zero but for rounding. `--json FILE` keeps the figures.
+The second command uses the stand-in GPU: the product's kernels, run on the processor. PyTorch computes on a GPU if there is one, else
+on the processor. Needs a Python with torch and safetensors. The bias of the keys is left out: its gradient is only rounding. `--json
+FILE` stores the figures.
 """
 import argparse
 import datetime
@@ -59,7 +59,7 @@ def errors(gradients, exact):
 
 
 def pytorch_gradients(torch, model, pixels, labels, device, dtype=None):
-    """By names of timm. `dtype`: that of autocast."""
+    """With timm's names. `dtype`: that of autocast."""
     model, pixels, labels = model.to(device), pixels.to(device), labels.to(device)
     model.zero_grad()
     with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
@@ -93,7 +93,7 @@ def run(args, case, seed, scratch):
     image, patch, width, depth, heads, classes, batch = CASES[case]
     model = pytorch_model(torch, image, patch, width, depth, heads, classes, "tanh")
     with torch.no_grad():
-        # Weights as training leaves them: nothing is zero or one.
+        # Weights like those after training: nothing is zero or one.
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     pixels, labels = torch.randn(batch, 3, image, image), torch.randint(classes, (batch,))

@@ -1,9 +1,9 @@
-"""How far a card's gradients in bf16 are from the CPU's in f32, on weights and pictures of noise. Needs no package of Python.
+"""How far a GPU's bf16 gradients are from the CPU's f32 gradients, on weights and images of noise. Needs no Python package.
 
     python3 benches/gradients_alone.py --vitrum target/release/vitrum --json FILE
 
-`expected` is how far the CPU's own are once it rounds to bf16 what a card stores in it; a card rounds the probabilities of its
-attention besides. The same question against float64 and PyTorch: `gradients.py`.
+`expected` is the distance of the CPU's own gradients with rounding to bf16 where a GPU stores bf16; a GPU also rounds the
+probabilities of attention. `gradients.py` compares with float64 and PyTorch.
 """
 import argparse
 import array
@@ -17,12 +17,12 @@ import tempfile
 #        image, patch, width, depth, classes, batch; heads are 64 wide
 CASES = {"long": (56, 4, 128, 4, 16, 2), "deep": (16, 4, 64, 24, 10, 16)}
 TINY = {"tiny": (16, 8, 64, 2, 10, 2)}
-# Of a card: an engine's name, what `vitrum grad --residual` is told, and how the CPU rounds.
+# For a GPU: an engine's name, the value of `vitrum grad --residual`, and how the CPU rounds.
 STREAMS = [("vitrum, stream bf16", "bf16", "bf16"), ("vitrum, stream f32", "f32", "bf16-residual-f32")]
 
 
 def shapes(image, patch, width, depth, classes):
-    """timm's names, in whatever order."""
+    """timm's names, in any order."""
     yield "patch_embed.proj.weight", (width, 3, patch, patch)
     yield "patch_embed.proj.bias", (width,)
     yield "cls_token", (1, 1, width)
@@ -81,7 +81,7 @@ def write_case(folder, case):
     image, patch, width, depth, classes, batch = case
     draws, weights = random.Random(0), {}
     for name, shape in shapes(image, patch, width, depth, classes):
-        # Weights as training leaves them: nothing is zero or one.
+        # Weights like those after training: nothing is zero or one.
         values = noise(draws, 0.05, shape)
         if "norm" in name and name.endswith("weight"):
             values = array.array("f", (1 + v for v in values))

@@ -1,11 +1,12 @@
-//! The CPU kernels at the shapes of ViT-Ti and ViT-S, in FLOP per second (`elem/s` is FLOP/s), beside crate `gemm` with
-//! its epilogues as separate passes over blocks of rows, on the same pool.
+//! The CPU kernels at the shapes of ViT-Ti and ViT-S, in FLOP per second (`elem/s` is FLOP/s), compared with
+//! crate `gemm` with its epilogues as separate passes over blocks of rows, on the same pool.
 //!
 //!     cargo bench --bench kernels -- ti16_224/fc1
 //!
-//! `VITRUM_ISA` picks the instruction set of ours, `VITRUM_THREADS` the threads of both (default: one per core). Each
-//! product is first compared with the yardstick: a wrong kernel is not timed. `peak` is what the processor's fused
-//! multiply-adds reach on one thread: the ceiling, times the threads.
+//! `VITRUM_ISA` chooses the instruction set of our kernels, `VITRUM_THREADS` the threads of both (default:
+//! one per core). Each product is first compared with crate `gemm`: a wrong kernel is not timed. `peak` is
+//! the rate of the processor's fused multiply-adds on one thread; multiplied by the threads, it is the
+//! ceiling.
 
 use std::hint::black_box;
 
@@ -56,7 +57,7 @@ fn assert_close(ours: &[f32], theirs: &[f32], what: &str) {
     assert!((error / norm).sqrt() < 1e-5, "{what}: differs from crate `gemm` by {:e}", (error / norm).sqrt());
 }
 
-/// A dense matrix, or its transpose, to crate `gemm`: pointer, row stride, column stride.
+/// A dense matrix, or its transpose, as crate `gemm` sees it: pointer, row stride, column stride.
 #[derive(Clone, Copy)]
 struct Strided<'a> {
     data: &'a [f32],

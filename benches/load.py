@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
-"""Loading weights, Vitrum against safetensors and torch: seconds until every weight of a file has been read once.
+"""Loading weights, Vitrum compared with safetensors and torch: seconds until every weight of a file has been read once.
 
     ~/.cache/vitrum/interop/bin/python benches/load.py            L/16 and B/16 (7 GB of temporary files)
     ~/.cache/vitrum/interop/bin/python benches/load.py B/16
 
-Wants torch and safetensors, as the environment of `tests/interop/run.sh` has them. `cargo bench --bench load` writes each
-model in every layout; then both sides take turns, each run in a process of its own that reads its file once, from a warm
-page cache: `vitrum` opens it and sums all its tensors, `torch` does so with `safetensors.torch.load_file`. Medians. The rest
-of the table is Vitrum's: the model on the device, one picture, the same layout written and synced, and anonymous memory
-after loading as a share of the file.
+Needs torch and safetensors, as in the environment of `tests/interop/run.sh`. `cargo bench --bench load` writes each model in every
+layout. Then both sides take turns; each run is a separate process that reads its file once, from a warm page cache: `vitrum` opens it
+and sums all its tensors, `torch` does so with `safetensors.torch.load_file`. Medians. The rest of the table is Vitrum's: the model on
+the device, one image, the same layout written and synced, and anonymous memory after loading as a share of the file.
 """
 
 import json
@@ -20,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 RUNS = 7
-# Sums in f32 of the same values, once.
+# The same values are summed in f32, once.
 TORCH = """
 import sys, time, torch
 from safetensors.torch import load_file

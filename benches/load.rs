@@ -6,9 +6,9 @@
 //!     cargo bench --bench load -- --keep DIR        leaves the files in DIR
 //!     cargo bench --bench load -- --json FILE       one run, one JSON object: for `benches/load.py`, which compares with torch
 //!
-//! Each file is written just before, so it is in the page cache. `read` opens a file and sums all its tensors; `load`
-//! puts the model on the device as `vitrum eval` does; `run` classifies one picture; `export` writes the same layout
-//! again, synced. Memory is anonymous memory (`RssAnon`): pages of a mapped file
+//! Each file is written just before, so it is in the page cache. `read` opens a file and sums all its
+//! tensors; `load` puts the model on the device as `vitrum eval` does; `run` classifies one image; `export`
+//! writes the same layout again, synced. Memory is anonymous memory (`RssAnon`): pages of a mapped file
 //! belong to the kernel.
 
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ fn main() {
     let (mut model, mut keep, mut files, mut json) = ("L/16".to_string(), None, Vec::new(), false);
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            // `cargo test --benches`: that it runs.
+            // `cargo test --benches` only checks that it runs.
             "--test" => model = "Ti/16".into(),
             "--model" => model = args.next().expect("--model B/16"),
             "--json" => json = true,
@@ -53,7 +53,7 @@ fn write(model: &str, dir: &Path) -> Vec<PathBuf> {
     let config = ModelConfig::variant(model, 224, 1000).unwrap();
     let random = |(i, p): (usize, &vitrum::vit::Param)| {
         let mut s = Stream::new(1, Domain::Init, i as u64, 0);
-        // A block of draws, over and over: only that the values differ matters here.
+        // Repeats one block of draws: only different values matter here.
         let block: Vec<f32> = (0..4096).map(|_| s.normal() as f32 * 0.02).collect();
         (p.name.clone(), Tensor::new(p.shape.clone(), block.iter().copied().cycle().take(p.len()).collect()))
     };
@@ -82,7 +82,7 @@ struct Measured {
     memory: u64,
 }
 
-/// `read` is the best of so many.
+/// `read` is the best of this many.
 fn measure(path: &Path, reads: usize) -> Measured {
     let file = if path.is_dir() { path.join("model.safetensors") } else { path.into() };
     let size = std::fs::metadata(&file).unwrap().len();
@@ -143,7 +143,7 @@ impl Measured {
     }
 }
 
-/// In lanes, so that it is bound by memory as a library's sum is.
+/// In lanes, so that it is limited by memory like a library's sum.
 fn sum(values: &[f32]) -> f32 {
     let chunk = |values: &[f32]| {
         let mut lanes = [0f32; 16];

@@ -1,12 +1,12 @@
-"""What a training step in bf16 holds: Vitrum's plan beside what PyTorch's autocast keeps for its backward. Needs no card.
+"""Memory of a bf16 training step: Vitrum's plan, and what PyTorch's autocast keeps for its backward. Needs no GPU.
 
     python benches/memory.py --stand-in target/debug/standin
-    python benches/memory.py --compiled        the same behind torch.compile (a minute more)
+        python benches/memory.py --compiled        the same with torch.compile (a minute more)
 
-PyTorch's share is counted, not measured: the storages that autograd saves (parameters once, activations, bf16 copies of weights),
-on the processor at one and two pictures and one and two blocks, which they are linear in; and 16 bytes per parameter for masters,
-gradients and AdamW. It is less than a card would need: what lives for a moment, caches and workspaces are left out. Vitrum's total is
-all that it allocates on a card. Needs a Python with torch; `--json FILE` keeps the figures.
+PyTorch's share is counted, not measured: the storages that autograd saves (parameters once, activations, bf16 copies of weights), on
+the processor with one and two images and one and two blocks, which determine the linear function; plus 16 bytes per parameter for
+masters, gradients and AdamW. A GPU would need more: temporary memory, caches and workspaces are left out. Vitrum's total is everything
+that it allocates on a GPU. Needs a Python with torch; `--json FILE` stores the figures.
 """
 import argparse
 import datetime
@@ -20,7 +20,7 @@ MODES = {"plain": [], "f32 stream": ["train.residual=f32"], "ln+gelu": ["train.r
 
 
 def saved_bytes(model, images, compiled):
-    """Distinct storages that autograd keeps from a forward pass, parameters left out."""
+    """Distinct storages that autograd keeps from a forward pass, without parameters."""
     import torch
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -77,7 +77,7 @@ def vitrum_bytes(args, name, settings):
         words += ["--set", setting]
     env = dict(os.environ)
     if args.stand_in:
-        # As much memory as no card has: a plan is asked for, whatever it comes to.
+        # More memory than any GPU has: the plan is printed whatever its size.
         env |= {"LD_LIBRARY_PATH": args.stand_in, "VITRUM_STANDIN": f"checks=off,memory={1 << 40}"}
     return vitrum(args, *words, env=env)["memory"]["total_bytes"]
 

@@ -1,8 +1,8 @@
-"""Commands under limits, and files that are whole: what `first_run.py` needs of a system, and nothing of Vitrum.
+"""Runs commands under limits, and writes files completely or not at all: what `first_run.py` needs, without anything of Vitrum.
 
-A command is a process group of its own, so that a limit, a signal or its own end takes everything with it that it has
-started; not a session, so that whoever ends this program's session ends its commands too. SIGTERM, SIGINT and SIGHUP are noted:
-the command at hand is ended, and what was learned is still written.
+A command is its own process group, so that a limit, a signal or its own end also ends everything that it has started. It is not its
+own session, so that ending this program's session ends its commands too. SIGTERM, SIGINT and SIGHUP are noted: the current command is
+ended, and the results so far are still written.
 """
 import json
 import os
@@ -16,14 +16,14 @@ from typing import NamedTuple, Optional
 
 # A command that prints more is ended: its output is read into memory, and its log may have to be carried home.
 MOST_BYTES = 8 << 20
-# Of the beginning and of the end of stdout, this much goes into the log.
+# This much of the beginning and of the end of stdout goes into the log.
 LOGGED_BYTES = 32 << 10
 # Seconds between SIGTERM and SIGKILL.
 GRACE = 2.0
 
 
 class Wrong(Exception):
-    """An output that is not what it should be. `rows`: what could be read of it all the same."""
+    """An output that is not as expected. `rows`: what could be read of it."""
 
     def __init__(self, why, rows=()):
         super().__init__(why)
@@ -41,10 +41,9 @@ class Ended(NamedTuple):
 
 
 class Commands:
-    """Runs one command after another, until the seconds of all of them are up or a signal comes.
+    """Runs one command after another, until their total time is used up or a signal arrives.
 
-    `logs` gets a file for each name that commands run under: their command lines, all of stderr, and the beginning and
-    the end of stdout.
+    `logs` gets a file per name that commands run under: their command lines, all of stderr, and the beginning and the end of stdout.
     """
 
     def __init__(self, logs, seconds, folder, env):
@@ -114,12 +113,12 @@ class Commands:
 
 
 def has_ended(child):
-    """Leaves it unreaped, so that its group cannot be another's."""
+    """Does not reap it, so that its group cannot be reused."""
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def end_group(child):
-    """Ends the child, if it runs, and all that it has left running. Whether that succeeded."""
+    """Ends the child, if it runs, and everything that it left running. Returns whether that succeeded."""
     if not has_ended(child):
         os.killpg(child.pid, signal.SIGTERM)
         until = time.monotonic() + GRACE
@@ -176,7 +175,7 @@ def one_object(output):
 
 
 def objects(output):
-    """Those of a command that prints one a line, as it goes; other lines are somebody else's."""
+    """The JSON objects of a command that prints one per line as it goes; other lines are ignored."""
     found = []
     for line in output.splitlines():
         try:
@@ -191,7 +190,7 @@ def objects(output):
 
 
 def say(text):
-    """For whoever watches. A terminal that has gone away stops nothing."""
+    """For people who watch. A closed terminal stops nothing."""
     try:
         print(text, flush=True)
     except OSError:
@@ -199,7 +198,7 @@ def say(text):
 
 
 def write_whole(path, text):
-    """Replaces a file at once: whoever looks finds the old one or the new one."""
+    """Replaces a file atomically: readers find the old one or the new one."""
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Loss curves in f32, with bf16 rounded where a GPU stores bf16, and with the same but for an f32 residual stream.
+"""Loss curves in f32, with bf16 rounding where a GPU stores bf16, and with the same but an f32 residual stream.
 
     vitrum pack cifar10.tar packed
     python3 benches/residual_stream.py --vitrum target/release/vitrum --data packed --out runs/residual --json curves.json
 
-Trains `mini/cifar10` (depth 4, drop-path, so that LayerNorms join the stream) and a deeper, narrow model without
-drop-path (depth 12, so that matrix products join it) on the CPU, in each mode, for each seed. `f32-nudged` is f32 with a
-thousandth more learning rate: how far two runs of a seed part for no reason. A run that is there already is not made again.
-docs/numerics.md says what the curves say.
+Trains `mini/cifar10` (depth 4, with drop-path, so that LayerNorms join the stream) and a deeper, narrow model without drop-path (depth
+12, so that matrix products join it) on the CPU, in each mode, for each seed. `f32-nudged` is f32 with a learning rate higher by a
+thousandth: it shows how far two runs of a seed diverge for no reason. Existing runs are not repeated. docs/numerics.md discusses the
+curves.
 """
 
 import argparse
@@ -22,14 +22,14 @@ MODELS = {
     "cifar": ["train.steps=2000", "train.eval_every=500"],
     "deep": ["train.steps=500", "train.eval_every=250", "model.depth=12", "model.drop_path=0"],
 }
-# What VITRUM_CPU_ROUNDS says, and settings.
+# The value of VITRUM_CPU_ROUNDS, and settings.
 MODES = {
     "f32": ("", []),
     "f32-nudged": ("", ["optim.lr=1.001e-3"]),
     "bf16": ("bf16", []),
     "bf16-residual-f32": ("bf16-residual-f32", []),
 }
-# Steps of one point of a curve.
+# Steps per point of a curve.
 POINT = 10
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""A transfer on two cores: does pre-training on five classes of CIFAR-10 help to learn the other five?
+"""Transfer learning on two cores: does pre-training on five classes of CIFAR-10 help to learn the other five?
 
-A small ViT (`mini/cifar10`) is trained on five classes. From it, and from scratch, the other five are learned with 1 %,
-10 % and 100 % of their labels: full fine-tuning, layer-wise rates, the head alone, and without training by ridge
-regression and nearest neighbours. Every run of a row has the same recipe, steps and pictures; only the start and the
-learning rate differ. Accuracy is that of the last step, on pictures that no choice was made by.
+A small ViT (`mini/cifar10`) is trained on five classes. From it, and from scratch, the other five are learned with 1 %, 10 % and 100 %
+of their labels: full fine-tuning, layer-wise rates, the head alone, and without training by ridge regression and nearest neighbours.
+Every run of a row has the same recipe, steps and images; only the start and the learning rate differ. Accuracy is that of the last
+step, on images that were not used for any choice.
 
     python3 benches/transfer.py cifar10.tar --out transfer             three seeds
     python3 benches/transfer.py cifar10.tar --out quick --quick        one seed, few steps: does everything work?
 
-The archive holds `train/CLASS/ID.png` and `test/CLASS/ID.png` (7,000 pictures are enough). Finished runs are kept: the same
-command goes on where it was stopped. Prints two tables in Markdown and writes `results.json`. Needs no package.
+The archive holds `train/CLASS/ID.png` and `test/CLASS/ID.png` (7,000 images are enough). Finished runs are kept: the same command
+continues where it was stopped. Prints two tables in Markdown and writes `results.json`. Needs no package.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 FIRST = ["airplane", "automobile", "bird", "cat", "deer"]
 SECOND = ["dog", "frog", "horse", "ship", "truck"]
 SHARES = [1, 10, 100]
-# The head's rate of each method, and what else differs from `mini/cifar10`.
+# The head's rate of each method, and its other differences from `mini/cifar10`.
 METHODS = {
     "from scratch": ["optim.lr=1e-3"],
     "full": ["optim.lr=5e-4"],
@@ -103,7 +103,7 @@ def count(folder):
 
 
 def train(args, run, command, data, steps, batch, seed, settings):
-    """One run of the program, to its end; (step, top-1) of every evaluation."""
+    """One complete run of the program; returns (step, top-1) of every evaluation."""
     every = max(1, steps // 10)
     settings = [
         f"data.train={data}", f"train.steps={steps}", f"train.batch={batch}", f"train.seed={seed}",

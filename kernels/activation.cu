@@ -1,6 +1,5 @@
 // Elementwise operations around a matmul that no cuBLASLt epilogue covers: bias, residual, GELU with dropout, tanh,
 // scaling.
-// tanh, scaling.
 //
 // Math      gelu(x) = x·w(x).  tanh form: w = ½(1 + tanh t) = 1/(1 + e^(-2t)), t = √(2/π)(x + 0.044715 x³)
 //           erf form: w = Φ(x) = ½ erfc(-x/√2).   gelu' = w + x·w'

@@ -13,7 +13,6 @@
 // Launch    three kernels: sums of squares (persistent), one block that computes `UpdateParams`, and the update, which
 //           loops over the chunks with 4 elements per thread and 16-byte accesses. The host is not involved: the clip
 //           factor is read from device memory.
-//           clip factor is read from device memory.
 // Bytes     per parameter, Adam with bf16 copy: norm 4, update 4 + 8 + 8 + 8 + 2 = 30; EMA 8 more; bf16
 //           moment 4 less.
 // Order     the norm: a thread's elements, lanes, warps, blocks.

@@ -1,9 +1,9 @@
-"""How long the kernels of a training step should take on a card: the model behind `scripts/predict-gpu`.
+"""How long the kernels of a training step should take on a GPU: the model behind `scripts/predict-gpu`.
 
-A step is its kernels, one after the other, as a run launches them. Each takes the longest of what limits it, at an assumed
-share of the limit: FLOPs at the rate of a large product, bytes at the bandwidth of a large copy, warp instructions at what the
-schedulers issue. Every assumption has three values, so that a step has three times; low means slow. Nothing in here was measured
-on a card by this project: what is called seen was published by others or read off a card with other programs.
+A step is its kernels, one after the other, as a run launches them. Each takes the longest of its limits, at an assumed share of the
+limit: FLOPs at the rate of a large product, bytes at the bandwidth of a large copy, warp instructions at what the schedulers issue.
+Every assumption has three values, so a step has three times; low means slow. This project measured nothing here on a GPU: observed
+values were published by others or measured with other programs.
 """
 import functools
 import math
@@ -24,7 +24,7 @@ MODELS = {
 }
 
 # FLOP/s of a bf16 product of 8192 in each direction, bytes/s of a copy of 1 GiB; multiprocessors, their clock, clocks of one mma.sync
-# on one of them; FLOP/s of the data sheet. Products and copies were seen on one H200 and one H100 SXM (random data; zeros run 13 %
+# on one of them; FLOP/s of the data sheet. Products and copies were observed on one H200 and one H100 SXM (random data; zeros run 13 %
 # faster), the A100's are usual figures. mma.sync: 62 % of Hopper's peak, all of Ampere's.
 Card = namedtuple("Card", "product copy multiprocessors clock mma_clocks data_sheet")
 CARDS = {
@@ -35,7 +35,7 @@ CARDS = {
 
 CASES = ("low", "likely", "high")
 Assumed = namedtuple("Assumed", "product epilogue weight_gradient short_k copy issue exposed column_sums gap least")
-# The same thing in three ways. What each hangs on is a table of docs/performance.md.
+# Each value three times: low, likely, high. docs/performance.md has a table of their effects.
 ASSUMED = {
     # Shares of a large product: plain, with a GELU that reads or writes a second matrix, of weights; k at which half is reached.
     "low": Assumed(0.86, 0.80, 0.84, 200, 0.78, 0.60, 1.5, True, 2.0e-6, 4.0e-6),
@@ -48,11 +48,11 @@ CLOCK_RISE = 1.12  # idle multiprocessors leave power to the others: the same pr
 SPLITS, SPLIT_K = 32, 512  # most splits of k, least k of one
 WORKSPACE = 256 << 20  # what the search gives cuBLASLt: f32 partial sums of all splits have to fit
 
-# Tensor-core attention by width of the tile: products, rows that stream past at a time, rows of a warp, warps, blocks of threads on
-# a multiprocessor (src/backend/cuda/attention.rs, docs/kernel-table.md). Then what was counted of a head at 65 to 1,025 tokens:
-# warp instructions per mma, per warp and block of rows, per strip (the PTX that nvcc 13.0 makes of the kernels, run warp by warp on
-# the host: within 2 % from 128 tokens on, 0.2 % at 197, 257 and 577), and passes over shared memory per mma and per strip (stand-in
-# GPU: none too few, 4 % too many at most). At 197 tokens of 64 values: 35,659 instructions forward, 72,261 backward.
+# Tensor-core attention by width of the tile: products, rows that stream past at a time, rows of a warp, warps, blocks of threads per
+# multiprocessor (src/backend/cuda/attention.rs, docs/kernel-table.md). Then the counts for heads of 65 to 1,025 tokens: warp
+# instructions per mma, per warp and block of rows, per strip (nvcc 13.0's PTX of the kernels, run warp by warp on the host: within 2 %
+# from 128 tokens on, 0.2 % at 197, 257 and 577), and passes over shared memory per mma and per strip (stand-in GPU: never too few, at
+# most 4 % too many). At 197 tokens of 64 values: 35,659 instructions forward, 72,261 backward.
 Attention = namedtuple("Attention", "products block strip warps resident per_mma per_block per_strip passes_mma passes_strip")
 ATTENTION = {
     ("attention_forward", 32): Attention(2, 64, 32, 4, 2, 11.22, 169, 618, 1.51, 65),
@@ -76,7 +76,7 @@ HEAD_TOKENS = 256  # most tokens of a head that one block owns, backward
 
 
 class Sizes:
-    """The numbers that bytes depend on."""
+    """The sizes that bytes depend on."""
 
     def __init__(self, model, residual="bf16", multiprocessors=132):
         self.d, self.batch, self.heads, self.depth = model.width, model.batch, model.heads, model.depth
@@ -100,7 +100,7 @@ class Sizes:
         self.params = self.depth * (12 * self.d**2 + 13 * self.d) + (self.run + self.tokens + 4) * self.d + CLASSES * (self.d + 1)
 
 
-# Bytes of one launch: every operand read once, every result written once. docs/kernel-table.md holds counts beside the same.
+# Bytes of one launch: every operand read once, every result written once. docs/kernel-table.md compares them with counts.
 BYTES = {
     "patchify_u8": lambda s: 3 * s.batch * s.image**2 + 2 * s.rows * s.run,
     "embed": lambda s: 2 * s.r + 4 * (s.tokens + 2) * s.d,
@@ -110,9 +110,9 @@ BYTES = {
     "pool": lambda s: s.stream * s.sample,
     "loss_softmax": lambda s: 4 * s.batch * CLASSES + 20 * s.batch,
     "pool_backward": lambda s: s.stream * s.sample // 2 + s.r,
-    # Of a stream in f32 products read a copy in bf16.
+    # With an f32 stream, products read a bf16 copy.
     "layernorm_backward": lambda s: 3 * s.r + (2 if s.stream == 4 else 1) * s.x + s.statistics + 4 * s.d + 12 * s.norm_blocks * s.d,
-    # dqkv's bias is summed from what each head's block leaves, or each of its tiles of keys.
+    # dqkv's bias is summed from the rows of each head's block, or of each of its tiles of keys.
     "attention_backward_head": lambda s: 8 * s.x + s.lse + 12 * s.batch * s.d,
     "attention_backward_queries": lambda s: 6 * s.x + 2 * s.lse + 4 * s.batch * s.d * tiles_of_keys(s),
     "attention_backward_keys": lambda s: 6 * s.x + 2 * s.lse + 8 * s.batch * s.d * tiles_of_keys(s),
@@ -139,7 +139,7 @@ def counts(kernel, tokens, head):
     a = ATTENTION[kernel, tile_width(head)]
     strips = math.ceil(tokens / a.strip)
     blocks, rest = math.ceil(tokens / a.block), tokens % a.block
-    # What is left of the last block is computed as 16 rows where it is no more.
+    # The rest of the last block is computed as 16 rows if it is at most that.
     columns = blocks * a.block - (a.block - 16 if 0 < rest <= 16 else 0)
     mma = (strips * a.strip // 16) * (columns // 8) * (tile_width(head) // 16)
     if kernel == "attention_backward_head":
@@ -170,7 +170,7 @@ def table():
 
 
 def flops(model):
-    """FLOPs of a forward pass per image, matrix products alone, whatever is done of it."""
+    """FLOPs of a forward pass per image: matrix products only, even if some are skipped."""
     t, d = (model.image // model.patch) ** 2 + 1, model.width
     return 2 * ((t - 1) * 3 * model.patch**2 * d + model.depth * (12 * t * d * d + 2 * t * t * d) + d * CLASSES)
 
@@ -181,7 +181,7 @@ Kernel = namedtuple("Kernel", "name launches flops bytes seconds limit")
 
 
 class Kernels:
-    """The kernels of a pass on one card, under one case of the assumptions, or under others."""
+    """The kernels of a pass on one GPU, under one case of the assumptions, or under others."""
 
     def __init__(self, model, card, case, residual="bf16"):
         self.model, self.card, self.case = model, card, ASSUMED.get(case, case)
@@ -189,7 +189,7 @@ class Kernels:
         self.list, self.ratios = [], counted()
 
     def add(self, name, launches, flops, bytes_, times):
-        """`times`: seconds by what limits the kernel."""
+        """`times`: seconds by each limit of the kernel."""
         times = {"launch": self.case.least, **times}
         limit = max(times, key=times.get)
         self.list.append(Kernel(name, launches, flops, bytes_, times[limit] + self.case.gap, limit))
@@ -198,12 +198,12 @@ class Kernels:
         return bytes_ / (self.case.copy * self.card.copy)
 
     def own(self, name, launches=1, bytes_=None, of=""):
-        """A kernel that memory limits: bytes by its formula, times what was counted of it. `of`: what tells it from others."""
+        """A kernel limited by memory: bytes by its formula, times the counted ratio. `of`: distinguishes it from others."""
         bytes_ = (BYTES[name](self.sizes) if bytes_ is None else bytes_) * self.ratios.get(name, 1.0)
         self.add(name + of, launches, 0.0, bytes_, {"HBM": self.moved(bytes_)})
 
     def product(self, name, m, n, k, bytes_, launches=1, kind="product", and_then=0.0):
-        """`[n, k] × [k, m]`. `and_then`: bytes of a kernel that has to follow."""
+        """`[n, k] × [k, m]`. `and_then`: bytes of a kernel that must follow."""
         flops, card, case = 2.0 * m * n * k, self.card, self.case
         rate = card.product * getattr(case, kind)
         best, partials = math.inf, 0
@@ -225,14 +225,14 @@ class Kernels:
         self.add(name, launches, flops, bytes_ + and_then, times)
 
     def attention(self, name, launches):
-        """Blocks of threads come to a multiprocessor one after the other; where it holds two, one loads while the other computes."""
+        """Blocks of threads run one after the other on a multiprocessor; if it holds two, one loads while the other computes."""
         s, card, case = self.sizes, self.card, self.case
         a = ATTENTION[name, tile_width(s.head)]
         tiles = 1 if name == "attention_backward_head" else math.ceil(math.ceil(s.tokens / a.strip) / a.warps)
         mma, issued, passes = (count / tiles for count in counts(name, s.tokens, s.head))
         blocks = math.ceil(s.batch * s.heads * tiles / card.multiprocessors)
         bytes_ = BYTES[name](s) * self.ratios.get(name, 1.0)
-        # Alone on its multiprocessor a block waits for keys, values and its first queries.
+        # A block that is alone on its multiprocessor waits for keys, values and its first queries.
         alone = s.batch * s.heads * (2 * s.tokens + 2 * a.block) * 2 * s.head if a.resident == 1 else 0
         exposed = case.exposed * self.moved(alone)
         times = {
@@ -251,7 +251,7 @@ class Kernels:
 
 
 class Step(Kernels):
-    """What a run launches: `src/vit/forward.rs` and `backward.rs`, the class token, AdamW with clipping."""
+    """The launches of a run: `src/vit/forward.rs` and `backward.rs`, the class token, AdamW with clipping."""
 
     def __init__(self, model, card, case, pruned=False, residual="bf16", infer=False):
         super().__init__(model, card, case, residual)
@@ -272,7 +272,7 @@ class Step(Kernels):
         self.own("patchify_u8")
         self.product("patch_embed", d, s.rows, s.run, 2 * s.rows * s.run + s.r + 2 * d * s.run)
         self.own("embed")
-        # Of a pruned last block the first LayerNorm has all tokens.
+        # In a pruned last block, the first LayerNorm has all tokens.
         self.own("layernorm", 2 * full + self.pruned)
         for name, out, inputs, epilogue in self.layers():
             kind = "epilogue" if name == "fc1" else "product"
@@ -287,11 +287,11 @@ class Step(Kernels):
         self.own("pool")
         self.own("layernorm", 1 + self.pruned, 6 * s.sample, ", class token")
         self.of_samples("head", CLASSES, s.batch, d)
-        # Small kernels: the beginning and the end of a report, scaling, the update's factors, copies of biases.
+        # Small kernels: begin and end of a report, scaling, the update's factors, copies of biases.
         self.own("report, scale", 2 if self.infer else 7, 0)
 
     def of_samples(self, name, m, n, k):
-        """A product of matrices that have a row for each sample, or are weights."""
+        """A product of matrices that have a row per sample, or are weights."""
         self.product(name, m, n, k, 2 * (m * n + m * k + n * k))
 
     def backward(self):
@@ -309,7 +309,7 @@ class Step(Kernels):
             if name == "qkv":
                 self.attention_backward()
             self.product(f"{name}, input gradient", inputs, s.rows, out, operands + w + aux, full, kind)
-            # Biases: LayerNorm's backward sums those of fc2 and proj, attention's qkv's. fc1's is fused, or a pass of its own.
+            # Biases: LayerNorm's backward sums those of fc2 and proj, attention's sums qkv's. fc1's is fused, or a separate pass.
             sums = BYTES["column_sums"](s) if name == "fc1" and self.case.column_sums else 0
             self.product(f"{name}, weight gradient", inputs, out, s.rows, operands + 2 * w, full, "weight_gradient", sums)
         self.own("layernorm_backward", 2 * full + self.pruned)
@@ -337,8 +337,8 @@ class Step(Kernels):
             self.attention("attention_backward_keys", self.full)
 
 
-# FLOP/s of cuDNN's attention at some 200 tokens, forward and backward, on a card with Hopper's 790: published at 512 tokens are 335 and
-# 266, from where tiles of 128 rows leave 198 and 157 at 197. Low is FlashAttention-2, which PyTorch takes by itself.
+# FLOP/s of cuDNN's attention at about 200 tokens, forward and backward, on a GPU with Hopper's 790: published at 512 tokens are 335
+# and 266; with tiles of 128 rows that leaves 198 and 157 at 197. Low is FlashAttention-2, PyTorch's default.
 CUDNN = {"low": (180e12, 120e12), "likely": (230e12, 170e12), "high": (290e12, 220e12)}
 
 

@@ -1,4 +1,4 @@
-"""What holds of scripts/step_model.py: published figures lie within its intervals, and it asks no card for more than it has.
+"""Checks scripts/step_model.py: published figures lie within its intervals, and it never exceeds a GPU's limits.
 
     python3 scripts/test_step_model.py
 """
@@ -26,7 +26,7 @@ HOPPER = [CARDS["H100"], CARDS["H200"]]
 
 
 def passes():
-    """Every way of computing every model on every card: what it is, and its three cases."""
+    """Every way of computing every model on every GPU: its name, and its three cases."""
     for card_name, card in CARDS.items():
         for name, model in MODELS.items():
             for way in WAYS:
@@ -54,12 +54,12 @@ def attention(card, case, name, tokens):
 
 
 class Published(unittest.TestCase):
-    """What others measured; sources in docs/performance.md."""
+    """Measurements by others; sources in docs/performance.md."""
 
     def test_products_of_cublas_on_an_h100(self):
         for m, n, k, seen in [(4096, 4096, 4096, 716), (6144, 6144, 6144, 741), (8192, 8192, 8192, 798), (1024, 65536, 1024, 584)]:
             low, _, high = (product(CARDS["H100"], case, m, n, k) for case in CASES)
-            # The largest is itself the card's rate, of which k costs the model 1.5 %, and 798 is of a card that is 1 % faster.
+            # The largest defines the GPU's rate, which the model reaches less 1.5 % for k; and 798 is of a GPU that is 1 % faster.
             self.assertTrue(low <= seen <= 1.03 * high, f"[{n}, {k}] × [{k}, {m}]: {low:.0f} to {high:.0f}, seen {seen}")
         for size, seen in [(4096, 716), (6144, 741)]:
             self.assertAlmostEqual(product(CARDS["H100"], "likely", size, size, size), seen, delta=15)
@@ -74,7 +74,7 @@ class Published(unittest.TestCase):
             for tokens in (257, 577, 1025):
                 self.assertLessEqual(attention(card, "high", "attention_forward", tokens), 324)
                 both = [attention(card, "high", f"attention_backward_{part}", tokens) for part in ("queries", "keys")]
-                # Seven products are done, of which five count.
+                # Seven products are computed, of which five count.
                 self.assertLessEqual(5 / (3 / both[0] + 4 / both[1]), 291)
 
     def test_attention_at_197_tokens(self):
@@ -131,10 +131,10 @@ class Invariants(unittest.TestCase):
 
 
 class KernelTable(unittest.TestCase):
-    """docs/kernel-table.md, whose counts are those of the stand-in GPU."""
+    """docs/kernel-table.md, with the counts of the stand-in GPU."""
 
     def sizes(self, operation):
-        """Of a row, from its text; None where no step has such an operation."""
+        """The value of a row, found by its text; None if no step has such an operation."""
         residual = "f32" if "stream f32" in operation else "bf16"
         if found := re.search(r"(\d+) images, patch (\d+)", operation):
             return Sizes(MODELS["H/14" if found[2] == "14" else "B/16"]._replace(batch=int(found[1])))
@@ -155,14 +155,14 @@ class KernelTable(unittest.TestCase):
     def test_no_formula_is_below_the_count(self):
         compared = set()
         for operation, name, _, read, _, written in step_model.table():
-            # With the stream in f32 one kernel serves with a branch and without.
+            # With an f32 stream one kernel serves with a branch and without.
             name = "layernorm_backward" if name == "layernorm_backward_join" and "stream f32" in operation else name
             sizes = self.sizes(operation)
             if name not in BYTES or sizes is None:
                 continue
             bytes_ = BYTES[name](sizes) * max(step_model.counted().get(name, 1.0), 1.001)
             self.assertGreaterEqual(bytes_ + 512, read + written, f"{operation}, {name}")
-            # Few rows have a large share of partial sums, of which there are more than one launch needs.
+            # With few rows, partial sums have a large share, and there are more of them than one launch needs.
             self.assertLessEqual(bytes_, 1.25 * (read + written), f"{operation}, {name}")
             compared.add(name)
         self.assertEqual(compared, set(BYTES))
@@ -191,7 +191,7 @@ class Launches(unittest.TestCase):
 
 
 class Program(unittest.TestCase):
-    """What `vitrum plan` counts of the same steps, from the operations themselves: `src/backend/cost.rs`."""
+    """Compares with `vitrum plan`'s counts for the same steps, from the operations themselves: `src/backend/cost.rs`."""
 
     def setUp(self):
         built = [os.path.join(step_model.ROOT, "target", profile, "vitrum") for profile in ("debug", "release")]
@@ -212,7 +212,7 @@ class Program(unittest.TestCase):
             for section, keys in settings.items():
                 file.write(f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
             file.flush()
-            # The number of a card: a plan for one can be made anywhere.
+            # The number of a GPU: a plan for one can be made on any machine.
             command = [self.program, "plan", file.name, "--device", "cuda:0", "--json"]
             found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
         return {o["operation"]: (o["flops"], o["read_bytes"] + o["written_bytes"]) for o in found["operations_of_a_step"]}
@@ -228,7 +228,7 @@ class Program(unittest.TestCase):
                     probe = sum(flops for name, (flops, _) in operations.items() if name.startswith("query_attention"))
                     self.assertEqual(probe, pruned * 12 * s.rows * s.d, what)
                     full = model.depth - pruned
-                    # Two kernels do seven products where the operation asks for five.
+                    # Two kernels compute seven products where the operation has five.
                     twice = full * 4 * s.rows * s.tokens * s.d if any("queries" in k.name for k in step.list) else 0
                     flops = sum(kernel.launches * kernel.flops for kernel in step.list)
                     self.assertEqual(sum(flops for flops, _ in operations.values()), flops - twice + probe, what)
@@ -245,7 +245,7 @@ class Program(unittest.TestCase):
                         bytes_["query_attention"] = BYTES["query_attention"](s)
                         bytes_["query_attention_backward"] = BYTES["query_attention_backward"](s)
                     self.assertEqual({name: operations[name][1] for name in bytes_}, bytes_, what)
-                    # The norm's partial sums are none of the operands; the program's rows are padded.
+                    # The norm's partial sums are not operands; the program's rows are padded.
                     padding = 34 * (-s.run % 8) * s.d
                     update = BYTES["gradient_squares"](s) - 64 * s.multiprocessors + BYTES["update_adam"](s)
                     self.assertEqual(operations["update"][1], update + padding, what)

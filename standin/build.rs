@@ -19,7 +19,7 @@ fn main() {
 
     let product = libraries.join("objects");
     build(&here, &libraries, &product, &[]);
-    // The planted bugs, in a library of their own beside the same runtime.
+    // The planted bugs, in a separate library with the same runtime.
     let bugs: Vec<PathBuf> = fs::read_dir(here.join("bugs"))
         .expect("the package has its bugs")
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -28,7 +28,7 @@ fn main() {
     build(&here, &libraries.join("bugs"), &product, &bugs);
 }
 
-/// Asks cargo to run this script again when a file of a folder changes, appears or goes.
+/// Asks cargo to run this script again when a file of a folder changes, appears or disappears.
 fn watch(folder: &Path) {
     println!("cargo:rerun-if-changed={}", folder.display());
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -36,7 +36,7 @@ fn watch(folder: &Path) {
     }
 }
 
-/// Runs `build.sh`; without kernels it takes those of the product.
+/// Runs `build.sh`; without kernels it compiles those of the product.
 fn build(here: &Path, out: &Path, objects: &Path, kernels: &[PathBuf]) {
     let mut command = Command::new("sh");
     command.arg(here.join("build.sh")).arg(out).args(kernels).env("STANDIN_OBJECTS", objects);

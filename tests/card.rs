@@ -42,7 +42,7 @@ fn results(done: &Done) -> Vec<(String, bool, String)> {
     done.json()["results"].as_array().unwrap().iter().map(result).collect()
 }
 
-// The card and its context --------------------------------------------------------------------------------------------
+// The GPU and its context ---------------------------------------------------------------------------------------------
 
 #[test]
 fn a_self_test_opens_the_card_once_for_each_precision() {

@@ -60,9 +60,9 @@ pub struct Erase {
 }
 
 impl Erase {
-    /// The normalised colour of pixel (y, x) of the box: Box and Muller (1958) on the words of `philox([y, x,
-    /// 0, 0], [seed, ERASE_KEY])`, with `y = x = 0` for one colour. Red and green use the first two words,
-    /// blue the others.
+    /// The normalised colour of pixel (y, x) of the box: Box and Muller (1958) on the words of
+    /// `philox([y, x, 0, 0], [seed, ERASE_KEY])`, with `y = x = 0` for one colour. Red and green use the
+    /// first two words, blue the others.
     pub fn colour(&self, y: usize, x: usize) -> [f32; 3] {
         const ERASE_KEY: u32 = 0x4572_6173;
         let (y, x) = match self.mode {
@@ -137,8 +137,8 @@ pub struct Slot {
 }
 
 impl Slot {
-    /// `memory` has at least [`SlotLayout::bytes`] bytes, aligned to 64. The slot starts unmixed, with `count
-    /// = samples`.
+    /// `memory` has at least [`SlotLayout::bytes`] bytes, aligned to 64. The slot starts unmixed, with
+    /// `count = samples`.
     pub fn new(memory: Box<dyn HostMemory>, layout: SlotLayout) -> Self {
         assert!(memory.bytes().len() >= layout.bytes(), "slot memory is too small");
         assert_eq!(memory.bytes().as_ptr() as usize % 64, 0, "slot memory is not aligned");

@@ -173,7 +173,7 @@ impl Count<'_> {
         self.cost.written += bytes(mat);
     }
 
-    /// Read and written in place.
+    /// Counts a matrix that is changed in place.
     fn changes(&mut self, mat: Mat) {
         self.reads(mat);
         self.writes(mat);
@@ -304,11 +304,11 @@ impl Count<'_> {
         }
         self.gradient(op.norm.d_gamma);
         self.gradient(op.norm.d_beta);
-        // `d_sum` is already in registers.
+        // `d_sum` was just computed and is not read again.
         self.hands_on(&op.residual());
     }
 
-    /// Computes `d_branch` from `d_sum` and the join's factors. False where there is nothing to do. The bias
+    /// Counts `d_branch` and its inputs besides `d_sum`. Returns false where there is nothing to do. The bias
     /// gradient is counted with its product.
     fn hands_on(&mut self, op: &ops::ResidualBackward) -> bool {
         let layer_scale = match op.join {

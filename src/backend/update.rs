@@ -3,9 +3,9 @@
 
 use super::{Dtype, Storage, cuda};
 
-/// How an optimiser turns a gradient into an update `u`; the group's scalars then give `θ ← θ - lr·u -
-/// decay·θ`. State is f32 unless stated otherwise. The constants are f64, because `1 - beta2` in f32 would
-/// already be wrong in the fifth digit.
+/// How an optimiser turns a gradient into an update `u`; the group's scalars then give
+/// `θ ← θ - lr·u - decay·θ`. State is f32 unless stated otherwise. The constants are f64, because `1 - beta2`
+/// in f32 would already be wrong in the fifth digit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Rule {
     /// `m ← g + momentum·m`; `u = m`, or `g + momentum·m` with Nesterov. With `bf16` the stored m is rounded,
@@ -60,9 +60,9 @@ pub struct Segment {
 }
 
 /// A tensor viewed as `[outer0, outer1, rows, cols]`. An element lies at the sum of its indices times their
-/// strides, counted from the segment's start. If `factored`, `Moment2` holds the statistics `[outer0, outer1,
-/// rows]` and then `[outer0, outer1, cols]`, starting at `state`, in the same index order; otherwise it holds
-/// the whole tensor.
+/// strides, counted from the segment's start. If `factored`, `Moment2` holds the statistics
+/// `[outer0, outer1, rows]` and then `[outer0, outer1, cols]`, starting at `state`, in the same index order;
+/// otherwise it holds the whole tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Factor {
     pub outer: [usize; 2],

@@ -10,8 +10,8 @@ namespace {
 
 constexpr uint32_t kMagic = 0x5ab1e;
 
-// How each algorithm sums over k. They differ in the order of summation, so in the last bits; those whose
-// parts pass through D's type differ in more than that where it is bf16.
+// How each algorithm sums over k. They differ in the order of summation, so in the last bits; those whose parts pass
+// through D's type differ by more than that where it is bf16.
 struct Way {
   uint32_t split;
   Reduction reduction;
@@ -21,12 +21,12 @@ constexpr Way kWays[] = {
     {4, Reduction::compute_type}, {6, Reduction::compute_type}, {8, Reduction::compute_type},
     {4, Reduction::output_type},  {8, Reduction::in_place},
 };
-// What saves the most memory traffic is taken for the fastest.
+// The option that saves the most memory traffic is assumed to be the fastest.
 constexpr uint32_t kOrder[] = {6, 7, 0, 1, 2, 3, 4, 5};
 
 // cublasLtMatmulStages_t and cublasLtMatmulTile_t.
 constexpr uint32_t kStages64x3 = 15, kTile128x128 = 20, kStageDepth = 64;
-// Configurations of the real library; the second is the one that some of its versions got wrong.
+// Configurations of the real library; some of its versions computed the second incorrectly.
 constexpr uint32_t kConfiguration = 21, kFaultyConfiguration = 66;
 
 // One number for all that an algorithm depends on.

@@ -1,5 +1,4 @@
-// The algorithms that a product is offered: how they sum over k, what they say of themselves, which faults
-// are planted in them.
+// The algorithms that a product is offered: how they sum over k, the attributes they report, and their planted faults.
 #pragma once
 
 #include <stddef.h>
@@ -27,23 +26,22 @@ struct Problem {
   uint32_t epilogue;  // cublasLtEpilogue_t
 };
 
-// The numbers of the algorithms that a product is offered, the likely fastest first. `reductions` are the
-// schemes that are allowed (cublasLtReductionScheme_t), `workspace` the bytes that are there.
+// The numbers of the algorithms offered for a product, the likely fastest first. `reductions` are the allowed schemes
+// (cublasLtReductionScheme_t), `workspace` the available bytes.
 std::vector<uint32_t> offers(const Problem& problem, uint32_t reductions, uint64_t workspace);
 Algorithm algorithm_for(const Problem& problem, uint32_t number, uint32_t align);
 // Whether these bytes are one of our algorithms.
 bool is_algorithm(const Algorithm& algorithm);
-// Whether it belongs to this problem and the library still takes it.
+// Whether it belongs to this problem and the library still accepts it.
 bool fits(const Algorithm& algorithm, const Problem& problem);
 size_t workspace_of(const Matmul& product, uint32_t number);
-// Makes the product sum as the algorithm does, its faults included.
+// Makes the product sum as the algorithm does, including its faults.
 void sum_as(uint32_t number, Matmul* product);
 
-// An attribute of cublasLtMatmulAlgoConfigAttributes_t, and how many bytes it has; false if there is none
-// such.
+// An attribute of cublasLtMatmulAlgoConfigAttributes_t, and its size in bytes; false if there is no such attribute.
 bool configuration(const Algorithm& algorithm, int attribute, uint32_t* value, size_t* bytes);
 
-// Does this epilogue sum over a matrix besides the product?
+// Whether this epilogue sums over a matrix besides the product.
 inline bool bias_sums(const Epilogue& e) {
   return e.bias_gradient || e.gradient_a || e.gradient_b;
 }

@@ -1,9 +1,8 @@
-// cuBLASLt, as much of it as large matrix products need: libcublasLt.so's own names, attributes and refusals.
+// cuBLASLt, the part that large matrix products need: libcublasLt.so's own names, attributes and refusals.
 //
-// What the real library documents as not supported is refused here with its status; what it would take and
-// then do slowly (rows that are not a multiple of 16 bytes apart) is refused too, so that no such call goes
-// unnoticed. Names and numbers follow NVIDIA's cuBLAS documentation (CUDA 13.0), sections "Using the cuBLASLt
-// API".
+// What the real library documents as unsupported is refused here with its status. Calls that it would accept and then
+// execute slowly (rows that are not a multiple of 16 bytes apart) are refused too, so that they are noticed. Names and
+// numbers follow NVIDIA's cuBLAS documentation (CUDA 13.0), sections "Using the cuBLASLt API".
 #include <stdio.h>
 #include <string.h>
 
@@ -66,7 +65,7 @@ struct HeuristicResult {
   int reserved[4];
 };
 
-// Whether a refusal is printed: a product that fails is, a question that is answered with no is not.
+// Whether a refusal is printed: that of a product is, that of a query is not.
 bool loud = false;
 
 int refuse(int status, const std::string& why) {
@@ -93,7 +92,7 @@ bool epilogue_of(uint32_t number, Epilogue* e) {
   return true;
 }
 
-// Fills in all but the pointers and factors. kSuccess, or the status with which the real library refuses.
+// Fills in everything except the pointers and factors. kSuccess, or the status with which the real library refuses.
 int understand(const Description& d, const Layout& a, const Layout& b, const Layout& c, const Layout& out,
                Matmul* p) {
   if (d.compute != k32F && d.compute != k32FPedantic && d.compute != k32FFastTF32) {
@@ -170,7 +169,7 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
   return kSuccess;
 }
 
-// Whether the library takes an algorithm for a product.
+// Whether the library accepts an algorithm for a product.
 int validate(const Algorithm& algorithm, const Problem& problem) {
   if (!is_algorithm(algorithm)) return kBadValue;
   return fits(algorithm, problem) ? kSuccess : kUnsupported;
@@ -183,7 +182,7 @@ bool take(T* to, const void* from, size_t bytes) {
   return true;
 }
 
-// Whether the library may be used by this thread now: its handle belongs to the current context.
+// Whether this thread may use the library now: its handle belongs to the current context.
 int usable(const void* handle) {
   if (!handle) return kBadHandle;
   const Record& record = live(Kind::blaslt, handle);
@@ -194,7 +193,7 @@ int usable(const void* handle) {
   return kSuccess;
 }
 
-// Touches the columns of a matrix that the product uses.
+// Accesses the columns of a matrix that the product uses.
 int touch_matrix(const Running& running, const void* base, uint64_t rows, uint64_t columns, uint64_t ld,
                  Type type, Access access, const char* what) {
   uint64_t size = bytes_of(type), start = reinterpret_cast<uint64_t>(base);
@@ -234,7 +233,7 @@ int run(const Running& running, const Matmul& p) {
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default"))) int
-// Takes the driver's lock, as every call does, and notes its name. Are refusals printed?
+// Takes the driver's lock, as every call does, and notes its name. Returns whether refusals are printed.
 #define ENTER(refusals_are_printed)                            \
   std::lock_guard<std::recursive_mutex> guard(machine().lock); \
   Call call(__func__);                                         \
@@ -514,7 +513,7 @@ API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const 
       memcpy(&now.beta, beta, 4);
     }
     if (scratch) {
-      // Two products that share a workspace on unordered streams spoil each other.
+      // Two products that share a workspace on unordered streams corrupt each other.
       if (int code = touch(running, reinterpret_cast<uint64_t>(workspace), scratch, Access::write,
                            "a matmul's workspace")) {
         return fail_sticky(running, code);

@@ -36,7 +36,7 @@ float to_tf32(float x) {
   return __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, x) + 0x1000) & ~0x1fffu);
 }
 
-// A matrix as f32 in strips of `width` rows (of columns for B), k running slowest within a strip; short
+// A matrix as f32 in strips of `width` rows (of columns for B), with k as the slowest index within a strip; short
 // strips end in zeros. `stride` steps along the strip's width, `k_stride` along k.
 std::vector<float> packed(const Matmul& p, const void* from, uint64_t extent, uint64_t width, uint64_t stride,
                           uint64_t k_stride) {
@@ -91,8 +91,7 @@ void run_matmul(const Matmul& p) {
   const Epilogue& e = p.epilogue;
   uint32_t workers = p.m * p.n * p.k > 1 << 16 ? host_threads() : 1;
 
-  // A worker takes a row of tiles, so that sums over the columns of D stay in one pair of hands and in one
-  // order.
+  // A worker computes a row of tiles, so that sums over the columns of D are made by one worker in one order.
   std::atomic<uint64_t> next{0};
   parallel(workers, [&](uint32_t) {
     for (uint64_t rt; (rt = next++) < row_tiles;) {

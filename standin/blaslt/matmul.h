@@ -11,7 +11,7 @@ inline uint32_t bytes_of(Type t) {
   return t == Type::f32 ? 4 : 2;
 }
 
-// cublasLtEpilogue_t, taken apart.
+// The parts of a cublasLtEpilogue_t.
 struct Epilogue {
   bool bias = false;  // + bias[row] before the activation
   bool relu = false, gelu = false;
@@ -22,7 +22,7 @@ struct Epilogue {
   bool gradient_b = false;     // bias[column] = sum of op(B) over k
 };
 
-// How the parts of a split sum come together (cublasLtReductionScheme_t).
+// How the parts of a split sum are combined (cublasLtReductionScheme_t).
 enum class Reduction : uint8_t {
   none = 0,
   in_place = 1,      // each is added to what lies in D, in D's type

@@ -1,9 +1,8 @@
-// The host's half of `kernels/ptx.cuh`: the vocabulary of CUDA C++ and a twin for every instruction.
+// The host's half of `kernels/ptx.cuh`: the vocabulary of CUDA C++ and a counterpart for every instruction.
 //
-// A kernel compiled against this file is an ordinary function that the stand-in GPU calls once per thread,
-// each call on a stack of its own. Plain loads and stores reach the runtime through the hooks of
-// `-fsanitize=thread`; instructions that a host lacks are the functions declared here. Barriers and
-// collectives remember the line they were called from.
+// A kernel compiled against this file is an ordinary function that the stand-in GPU calls once per thread, each call on
+// its own stack. Plain loads and stores reach the runtime through the hooks of `-fsanitize=thread`; instructions that
+// the host lacks are functions declared here. Barriers and collectives remember the line of their call.
 #pragma once
 
 #include <math.h>
@@ -53,7 +52,7 @@ struct Kernel {
 
 void register_kernel(const Kernel& kernel);
 
-// Reads the arguments without hooks: they lie in the launch's memory, not in the card's.
+// Reads the arguments without hooks: they are in the launch's memory, not in device memory.
 template <class... A, size_t... I>
 __attribute__((no_sanitize_thread)) void call_with(void (*f)(A...), void* const* arguments,
                                                    std::index_sequence<I...>) {
@@ -77,8 +76,8 @@ struct Declared;
 
 }  // namespace standin
 
-// KERNEL(name, …) ends in the name of a macro that swallows the parameter list which follows it, so that the
-// function can be declared, registered under its name with the types of its arguments, and then defined.
+// KERNEL(name, …) ends in the name of a macro that consumes the parameter list after it, so that the function can be
+// declared, registered under its name with the types of its arguments, and then defined.
 #define KERNEL(name, max_threads, min_blocks) \
   STANDIN_BOUND(__COUNTER__, name, max_threads, min_blocks, false) STANDIN_KERNEL
 #define HOT_KERNEL(name, max_threads, min_blocks) \
@@ -103,7 +102,7 @@ struct Declared;
 // ---- where a thread is ------------------------------------------------------------------------------------
 
 namespace standin {
-// Constant for as long as a kernel's function runs.
+// Constant while a kernel's function runs.
 __attribute__((const)) Dim3 thread_index();
 __attribute__((const)) Dim3 block_index();
 __attribute__((const)) Dim3 block_size();
@@ -122,7 +121,7 @@ inline u8* smem_base() {
 
 // ---- loads and stores -------------------------------------------------------------------------------------
 
-// One access of the full width, as the hooks see it: a struct copy would be split by the compiler.
+// One access of the full width, from the view of the hooks: the compiler would split a struct copy.
 namespace standin {
 typedef uint32_t Wide4 __attribute__((vector_size(16), may_alias));
 typedef uint32_t Wide2 __attribute__((vector_size(8), may_alias));

@@ -1,6 +1,5 @@
-// How each of the driver's functions begins: it takes the lock, notes its name for reports, and refuses where
-// a driver does: before cuInit, for a card that is not there, without a context, in a context that an error
-// has broken.
+// Common beginning of the driver's functions: takes the lock, notes the function's name for reports, and fails where a
+// driver does: before cuInit, for a GPU that does not exist, without a context, in a context broken by an error.
 #pragma once
 
 #include "driver.h"

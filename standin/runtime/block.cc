@@ -13,7 +13,7 @@ Block::Block() : fibers_(kMaxThreads), ready_(kMaxThreads) {
   size_t bytes = kMaxThreads * kStack;
   stacks_ = static_cast<uint8_t*>(
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  // Aligned to 1024 as kernels may expect, with room before and after that faults.
+  // Aligned to 1024 as kernels may expect, with room before and after it that faults.
   size_t room = (kMaxShared + 2 * kPage) / kPage * kPage + 4 * kPage;
   shared_map_ =
       static_cast<uint8_t*>(mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
@@ -34,7 +34,7 @@ void fiber_main() {
     const Kernel& kernel = *block.launch->kernel;
     kernel.call(kernel.function, block.launch->arguments);
     block.finish();
-    // The next thread may begin right here, on the stack that has just become free.
+    // The next thread may start right here, on the stack that has just become free.
     Fiber* next = block.pick();
     if (next && !next->stack) {
       next->stack = block.running->stack;
@@ -54,7 +54,7 @@ void fiber_main() {
   }
 }
 
-// The next fiber that can run, taken out of the ring.
+// Takes the next fiber that can run out of the ring.
 Fiber* Block::pick() {
   if (ready_count_ == 0) return nullptr;
   if (random_ != 0) {
@@ -73,8 +73,7 @@ void Block::make_ready(Fiber* fiber) {
   ready_[(ready_head_ + ready_count_++) % kMaxThreads] = fiber;
 }
 
-// Leaves `from` for the next fiber, on a stack of its own if it is new; for the main context if there is
-// none.
+// Switches from `from` to the next fiber, on a new stack if it has not started; to the main context if there is none.
 void Block::start_next(Context& from) {
   Fiber* next = pick();
   running = next;
@@ -90,7 +89,7 @@ void Block::start_next(Context& from) {
     }
     next->stack = free_stacks_.back();
     free_stacks_.pop_back();
-    // Tops at different distances, so that they do not share the sets of a cache.
+    // The stack tops have different offsets, so that they do not share the sets of a cache.
     size_t which = static_cast<size_t>(next->stack - stacks_) / kStack;
     prepare(next->context, next->stack + kPage, next->stack + kStack - which % 61 * 64, fiber_main);
   }
@@ -307,7 +306,7 @@ void Block::barrier(uint32_t id, uint32_t threads, Site site) {
   b.waiting.clear();
 }
 
-// All that these fibers did before has happened before what any of them does from now on.
+// Orders all earlier work of these fibers before all later work of any of them.
 void Block::meet(Fiber** who, uint32_t count) {
   Clock* clock = clocks_.copy(who[0]->clock, count);
   const Clock* last = who[0]->clock;
@@ -530,7 +529,7 @@ void Block::copy_async16(void* to, const void* from, bool valid, Site site) {
     ++counters_.copies;
     me.log.push_back({site.file + site.line, offset, 16, true, true, false});
   }
-  // Until the wait the destination holds NaN.
+  // Until the wait, the destination contains NaN.
   memset(to, 0xff, 16);
   me.copies.push_back({at, me.copy_group, valid ? from : nullptr});
 }
@@ -562,7 +561,7 @@ void Block::copy_async_wait(uint32_t newest, Site site) {
   me.copies.resize(kept);
 }
 
-// ---- the twins that kernels call --------------------------------------------------------------------------
+// ---- the counterparts that kernels call -------------------------------------------------------------------
 
 Dim3 thread_index() {
   return current_block->running->thread;

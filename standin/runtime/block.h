@@ -1,9 +1,8 @@
-// One block of threads, run by one host thread: every CUDA thread is a fiber with a stack of its own.
+// One block of threads, run by one host thread: every CUDA thread is a fiber with its own stack.
 //
-// A fiber runs until it waits (for a barrier, for the other lanes of its warp) or returns; then the next
-// ready one goes on. The order is first come, first served, or random with a seed. When nobody can run and
-// somebody waits, that is a deadlock. An error leaves the fiber for the block's main context and ends the
-// launch.
+// A fiber runs until it waits (for a barrier, for the other lanes of its warp) or returns; then the next ready fiber
+// continues. The order is first come, first served, or random with a seed. If no fiber can run and some wait, that is a
+// deadlock. An error switches from the fiber to the block's main context and ends the launch.
 #pragma once
 
 #include <stdint.h>
@@ -46,13 +45,13 @@ struct Launch {
   std::mutex lock;
   Report report;
   Counters counters;
-  // What blocks have published through a fence and an atomic, by the atomic's address: a bit per block.
+  // What blocks have published through a fence and an atomic, by the atomic's address: one bit per block.
   std::map<uint64_t, std::vector<uint64_t>> published;
 };
 
 enum class State : uint8_t { ready, running, waiting, done };
 
-// A copy from global to shared memory under way.
+// A pending copy from global to shared memory.
 struct AsyncCopy {
   uint32_t to;  // offset in shared memory
   uint32_t group;
@@ -96,7 +95,7 @@ struct Warp {
   void* operands[kLanes];
 };
 
-// Who touched a granule of two bytes of shared memory.
+// The last accesses to a granule of two bytes of shared memory.
 struct Cell {
   uint32_t write_time, read_time;
   uint16_t writer, reader;
@@ -114,7 +113,7 @@ class Block {
   // Runs block number `number` of a launch. False if it failed; then the launch holds the report.
   bool run(Launch& launch, uint64_t number);
 
-  // ---- for the twins of `ptx.cuh`; called on a fiber's stack
+  // ---- for the counterparts of `ptx.cuh`; called on a fiber's stack
   void barrier(uint32_t id, uint32_t threads, Site site);
   void collective(Collective kind, void* operand, Site site, const char* name);
   void copy_async16(void* shared, const void* global, bool valid, Site site);
@@ -123,9 +122,9 @@ class Block {
   void ldmatrix(uint32_t* registers, const void* row, uint32_t matrices, bool transposed, Site site);
   uint32_t atomic_add(uint32_t* p, uint32_t v, Site site);
 
-  // An access of the running fiber; `pc` or `site` says where.
+  // An access of the running fiber; `pc` or `site` gives the place.
   void access(uint64_t address, uint32_t size, bool write, const void* pc, Site site);
-  // Is this the barrier that a mutation test leaves out?
+  // Whether this is the barrier that a mutation test skips.
   bool skips(Site site) const;
 
   [[noreturn]] void fail(int code, const std::string& text);
@@ -189,7 +188,7 @@ class Block {
 // The block that this host thread runs, or null.
 extern thread_local Block* current_block __attribute__((tls_model("initial-exec")));
 
-// Runs a launch over the host's threads. Empty report: it went well.
+// Runs a launch over the host's threads. The report is empty if it succeeded.
 Report run_launch(Launch& launch);
 
 }  // namespace standin

@@ -1,11 +1,10 @@
-// The checks of single accesses: where they go, whether the bytes were ever written, and who else touched
-// them.
+// Checks of single accesses: whether the address is valid, whether the bytes were ever written, and which other threads
+// touched them.
 //
-// Shared memory: FastTrack (Flanagan and Freund, PLDI 2009). A granule remembers its last writer and its
-// concurrent readers with their times; an access that does not come after them by the accessor's vector clock
-// is a race, in whichever order the two happened to run. Global memory: the same within a block; between
-// blocks of a launch any conflict is a race unless it went through a fence and an atomic; between launches
-// the clocks of the streams decide.
+// Shared memory: FastTrack (Flanagan and Freund, PLDI 2009). A granule remembers its last writer and its concurrent
+// readers with their times. An access that does not come after them by the accessor's vector clock is a race, whatever
+// order the two happened to run in. Global memory: the same within a block. Between blocks of a launch any conflict is
+// a race unless it went through a fence and an atomic. Between launches the clocks of the streams decide.
 #include "check.h"
 
 #include <dlfcn.h>
@@ -92,7 +91,7 @@ void Block::access_shared(uint32_t offset, uint32_t size, bool write, const void
     } else if (cell.readers) {
       reader_tables_[size_t{cell.readers - 1} * threads_ + me.index] = me.now;
     } else if (cell.read_time == 0 || knows(me, cell.reader, cell.read_time)) {
-      // A later writer that comes after this read comes after the earlier one, too.
+      // A later writer that comes after this read also comes after the earlier one.
       cell.reader = static_cast<uint16_t>(me.index);
       cell.read_time = me.now;
     } else {
@@ -171,7 +170,7 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
     if (write) device.mark_written(address, size);
     return;
   }
-  // A wide read may run over a row's end into padding that was never written: its first bytes count.
+  // A wide read may extend past a row's end into padding that was never written: its first bytes decide.
   if (!write && device.first_unwritten(address, size) == 0) {
     fail(kLaunchFailed, format("uninitialised: %s reads %u bytes at %p, %s, which nobody wrote, at %s",
                                who(me).c_str(), size, reinterpret_cast<void*>(address),
@@ -184,7 +183,7 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
   if (size == 1 || launch->blocks() > kManyBlocks) return;
 
   const Touch mine{launch->tag, number, me.index, me.now};
-  // Has what another access did happened before this one? `kind` is for the report.
+  // Whether another access is ordered before this one. `kind` is for the report.
   auto ordered = [&](uint64_t word, const char* kind, uint64_t at) {
     if (!word) return;
     Touch other = Touch::of(word);
@@ -250,7 +249,7 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
     if (reader == 0) {
       set(trace.reader, word);
     } else if (last.tag != launch->tag) {
-      // The last readers of an earlier launch stay known if nothing orders them before this one.
+      // The last readers of an earlier launch are kept if nothing orders them before this one.
       if (!ordered_before(last.tag, launch->ordered)) set(trace.other_reader, reader);
       set(trace.reader, word);
     } else if (last.block != number) {
@@ -265,8 +264,7 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
             Touch{mine.tag, number, whose, kManyTimes | (me.barriers_passed & (kManyTimes - 1))}.packed());
       }
     } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
-      // They read before a barrier that this thread has passed: who comes after this read comes after theirs,
-      // too.
+      // They read before a barrier that this thread has passed: whoever comes after this read also comes after theirs.
       set(trace.reader, word);
     } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
       set(trace.reader, word);  // all of them read before a barrier that this thread has passed
@@ -418,7 +416,7 @@ HOOK(8)
 HOOK(16)
 #undef HOOK
 
-// Struct copies come as ranges: taken apart into words, as the card would move them.
+// Struct copies arrive as ranges: split into words, as a GPU would move them.
 extern "C" void __tsan_read_range(void* p, size_t bytes) {
   standin::Block* b = current_block;
   if (!b || !b->watching) return;

@@ -1,7 +1,6 @@
-// Vector clocks: what a thread of a block knows of the others' progress.
+// Vector clocks: what a thread of a block knows about the others' progress.
 //
-// Threads that met at a barrier know the same, so a clock is shared between them and replaced when they meet
-// again.
+// Threads that met at a barrier know the same, so they share one clock, which is replaced when they meet again.
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +20,7 @@ class ClockPool {
  public:
   ~ClockPool() { drop_all(); }
 
-  // For blocks of `threads` threads; forgets every clock.
+  // For blocks of `threads` threads; discards every clock.
   void resize(uint32_t threads) {
     if (threads != threads_) drop_all();
     threads_ = threads;

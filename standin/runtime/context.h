@@ -16,7 +16,7 @@ struct Context {
   void* stack_pointer = nullptr;
 };
 
-// Saves the callee-saved registers and the stack pointer in `from`, takes them from `to`.
+// Saves the callee-saved registers and the stack pointer in `from`, and loads them from `to`.
 extern "C" void standin_switch(void** from, void* to);
 
 inline void switch_to(Context& from, Context& to) {
@@ -26,7 +26,7 @@ inline void switch_to(Context& from, Context& to) {
 // Prepares `context` so that the first switch to it calls `entry` on the stack that ends at `top`.
 inline void prepare(Context& context, uint8_t* low, uint8_t* top, void (*entry)()) {
   (void)low;
-  // At a function's entry the return address lies at 16 n + 8.
+  // At a function's entry the return address is at 16 n + 8.
   auto* slot = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{15}) - 1;
   *slot = nullptr;  // `entry` never returns
   *--slot = reinterpret_cast<void*>(entry);

@@ -31,9 +31,8 @@ void Counters::add(const Counters& o) {
 
 namespace {
 
-// Passes over the 32 banks that one warp access takes, and the least that its distinct words would need. The
-// lanes that go together: 32 for accesses of up to 4 bytes, 16 for 8, 8 for 16 (and for the rows of
-// ldmatrix).
+// Passes over the 32 banks for one warp access, and the minimum for its distinct words. Lanes are grouped: 32 for
+// accesses of up to 4 bytes, 16 for 8, 8 for 16 (and for the rows of ldmatrix).
 void count_wavefronts(const Logged* const* lanes, uint32_t count, uint64_t* wavefronts, uint64_t* ideal) {
   uint32_t together = lanes[0]->size <= 4 ? 32 : lanes[0]->size == 8 ? 16 : 8;
   for (uint32_t start = 0; start < count; start += together) {
@@ -60,8 +59,8 @@ void count_wavefronts(const Logged* const* lanes, uint32_t count, uint64_t* wave
 }  // namespace
 
 void Counters::warp_met(std::vector<Logged>* const* logs, uint32_t lanes) {
-  // The k-th access of each lane at one place in the code is one access of the warp. Lanes mostly agree on
-  // the order; those that went another way are taken up when their own first access comes.
+  // The k-th access of each lane at one place in the code is one access of the warp. Lanes mostly agree on the order;
+  // lanes that took another path are included when their own first access comes.
   size_t at[32] = {};
   for (;;) {
     const Logged* leader = nullptr;

@@ -1,4 +1,4 @@
-// What a launch did, counted per warp as the hardware counts it: sectors, bank conflicts, mma, barriers.
+// What a launch did, counted per warp as the hardware counts: sectors, bank conflicts, mma, barriers.
 #pragma once
 
 #include <stdint.h>
@@ -27,7 +27,7 @@ struct Counters {
   SpaceCounters global_read, global_write;
   // Distinct 32-byte sectors of the whole launch: the traffic that no cache can save.
   std::unordered_set<uint64_t> read_sectors, written_sectors;
-  // Shared memory: passes over the banks, and how many the same words need at least.
+  // Shared memory: passes over the banks, and the minimum for the same words.
   uint64_t shared_reads = 0, shared_writes = 0;
   uint64_t shared_read_wavefronts = 0, shared_read_ideal = 0;
   uint64_t shared_write_wavefronts = 0, shared_write_ideal = 0;
@@ -35,7 +35,7 @@ struct Counters {
            atomics = 0;
 
   void add(const Counters& other);
-  // Takes in what the lanes of one warp have logged since they last met.
+  // Adds what the lanes of one warp have logged since they last met.
   void warp_met(std::vector<Logged>* const* logs, uint32_t lanes);
 };
 

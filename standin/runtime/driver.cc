@@ -1,10 +1,9 @@
-// The CUDA driver API, as much of it as a program like Vitrum uses: libcuda.so's own names and error codes.
+// The CUDA driver API, the part that a program like Vitrum uses: libcuda.so's own names and error codes.
 //
-// Work runs at the moment it is issued, unless its stream is being captured; then its bytes are kept and it
-// runs at each launch of the graph. Names, types and codes follow NVIDIA's CUDA Driver API reference
-// (CUDA 13.0).
+// Work runs when it is issued, unless its stream is being captured; then its bytes are kept and it runs at each launch
+// of the graph. Names, types and codes follow NVIDIA's CUDA Driver API reference (CUDA 13.0).
 //
-// Here: the driver and its cards, contexts, and the stand-in's own functions. `driver_errors.cc`,
+// This file has the driver and its GPUs, contexts, and the stand-in's own functions. `driver_errors.cc`,
 // `driver_memory.cc`, `driver_streams.cc` and `driver_kernels.cc` have the rest.
 #include "driver.h"
 
@@ -47,7 +46,7 @@ void Machine::drop_stream(Stream* stream) {
     c->members.erase(std::remove(c->members.begin(), c->members.end(), stream), c->members.end());
   }
   slot_time[stream->slot] = stream->clock.time[stream->slot];
-  // Destroying a stream lets its work finish; nobody can wait for it any more.
+  // Destroying a stream lets its work finish; nothing can wait for it any more.
   host.join(stream->clock);
   streams[stream->slot] = nullptr;
   delete stream;
@@ -84,8 +83,8 @@ int fail_sticky(const Running& running, int code) {
   return running.context->sticky = code;
 }
 
-// NVIDIA, CUDA C++ Programming Guide 13.0, technical specifications per compute capability; of one not listed, those of
-// the next older.
+// NVIDIA, CUDA C++ Programming Guide 13.0, technical specifications per compute capability. An unlisted one gets those
+// of the next older.
 DeviceLimits limits() {
   struct {
     int capability;
@@ -208,7 +207,7 @@ API cuDevicePrimaryCtxRelease_v2(int device) {
   if (--c.references == 0 && c.context) end_context(c);
   return 0;
 }
-// Whoever has retained the context releases it all the same, and it begins anew when it is retained next.
+// All references to the context are released, and it begins anew when it is retained next.
 API cuDevicePrimaryCtxReset_v2(int device) {
   ENTER_CARD(device);
   if (card(device).context) end_context(card(device));
@@ -290,21 +289,19 @@ API cuProfilerStop() {
 
 // ---- the stand-in's own functions -------------------------------------------------------------------------
 
-// Sets options while the program runs; the text is that of VITRUM_STANDIN. kInvalidValue if it cannot be
-// read.
+// Sets options while the program runs; the text is that of VITRUM_STANDIN. kInvalidValue if it cannot be parsed.
 API standin_configure(const char* text) {
   ENTER;
   std::string wrong;
   Checks before = options().checks;
   bool good = configure(text, &wrong);
-  // While nobody looked, nobody noted what was written.
+  // Without checks, writes were not recorded.
   if (before == Checks::off && options().checks != Checks::off) trust_all();
   if (good) return 0;
   fprintf(stderr, "stand-in GPU: cannot read `%s`\n", wrong.c_str());
   return kInvalidValue;
 }
-// Mends contexts after an error and starts all counts of faults again; options go back to the
-// environment's.
+// Repairs contexts after an error and restarts all fault counts; options are read from the environment again.
 API standin_reset() {
   ENTER;
   if (options().checks == Checks::off) trust_all();
@@ -315,7 +312,7 @@ API standin_reset() {
   m.allocations = m.pinned_allocations = m.launches = 0;
   return 0;
 }
-// The contents of these bytes are nobody's any more: reading them before they are written is an error.
+// Marks these bytes as uninitialised: reading them before they are written is an error.
 API standin_discard(uint64_t address, size_t bytes) {
   ENTER;
   if (!device.allocated(address, bytes)) return kInvalidValue;
@@ -323,7 +320,7 @@ API standin_discard(uint64_t address, size_t bytes) {
   memset(reinterpret_cast<void*>(address), 0xff, bytes);
   return 0;
 }
-// The number of kernels; the name of the n-th in `name`.
+// The number of kernels; writes the name of the n-th to `name`.
 API standin_kernel(int which, const char** name) {
   std::vector<const Kernel*> all = all_kernels();
   if (name && which >= 0 && which < static_cast<int>(all.size()))

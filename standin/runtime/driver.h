@@ -1,4 +1,4 @@
-// The state behind the driver's functions.
+// The state of the driver's functions.
 #pragma once
 
 #include <stdint.h>
@@ -45,13 +45,13 @@ struct Machine {
 };
 
 STANDIN_EXPORT Machine& machine();
-// The stream behind a handle, or the code with which calls on it fail. Without a handle the default stream of
-// the current context.
+// The stream of a handle, or the error code of calls on it. Without a handle: the default stream of the current
+// context.
 STANDIN_EXPORT int find_stream(void* handle, Stream** stream);
 // Breaks the operation's context with this error, and returns it.
 STANDIN_EXPORT int fail_sticky(const Running& running, int code);
 
-// What a card allows, by its compute capability.
+// The limits of a GPU, by its compute capability.
 struct DeviceLimits {
   int shared_optin, shared_multiprocessor, blocks, threads;
 };
@@ -59,7 +59,7 @@ DeviceLimits limits();
 
 // The clock of events.
 STANDIN_EXPORT double seconds_now();
-// While it lives, that clock runs so many times as fast.
+// During its lifetime, that clock runs this many times as fast.
 class STANDIN_EXPORT Slowed {
  public:
   explicit Slowed(uint64_t factor) : factor_(factor), start_(factor > 1 ? seconds_now() : 0) {}
@@ -72,12 +72,12 @@ class STANDIN_EXPORT Slowed {
   double start_;
 };
 
-// Waits for a stream; refused where it is captured.
+// Waits for a stream; refused while it is captured.
 int synchronize(Stream* stream);
-// Calls that would make a capture wait or allocate are refused while one is under way.
+// Calls that would make a capture wait or allocate are refused during a capture.
 int refuse_in_capture();
-// Writes down an operation: its stream, and how many operations of each stream it comes after (of its own
-// stream: itself included). Two operations of which neither comes after the other may run at once.
+// Records an operation: its stream, and how many operations of each stream it follows (of its own stream: itself
+// included). Two operations of which neither follows the other may run at the same time.
 void note_order(const Running& running, const char* what, uint64_t bytes);
 
 }  // namespace standin

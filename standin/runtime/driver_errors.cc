@@ -1,4 +1,4 @@
-// The driver's error codes in words.
+// Descriptions of the driver's error codes.
 #include "api.h"
 
 namespace standin {

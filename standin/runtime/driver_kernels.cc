@@ -24,7 +24,7 @@ struct Module {
   std::map<std::string, Record*> functions;
 };
 
-// Everything of a launch but its stream, bytes included, so that a graph can run it again.
+// Everything of a launch except its stream, including its bytes, so that a graph can run it again.
 struct KernelCall {
   const Record* function;
   const Kernel* kernel;
@@ -34,7 +34,7 @@ struct KernelCall {
   std::vector<size_t> offsets;
 
   int run(const Running& running) {
-    live(Kind::function, function);  // a graph may be older than the end of its module
+    live(Kind::function, function);  // a graph may outlive its module
     Machine& m = machine();
     const Options& o = options();
     ++m.launches;
@@ -136,7 +136,7 @@ int launch_kernel(const Record& function, Dim3 grid, Dim3 block, uint32_t shared
 
 using namespace standin;
 
-// Defines the record of a module or a function, which must be of the current context.
+// Defines the record of a module or a function, which must belong to the current context.
 #define ENTER_OF_CONTEXT(kind, handle)                   \
   ENTER_INITIALIZED;                                     \
   if (!(handle)) return kInvalidHandle;                  \
@@ -184,7 +184,7 @@ API cuFuncSetAttribute(void* function, int attribute, int value) {
     if (value < 0 || value > limits().shared_optin) return kInvalidValue;
     object_of<Function>(record).shared_limit = static_cast<uint32_t>(value);
   }
-  // The part of shared memory that is preferred, in percent; -1 leaves it to the driver.
+  // The preferred share of shared memory, in percent; -1 leaves it to the driver.
   if (attribute == 9) {
     if (value < -1 || value > 100) return kInvalidValue;
     object_of<Function>(record).carveout = value;
@@ -212,7 +212,7 @@ API cuFuncGetName(const char** name, void* function) {
   *name = object_of<Function>(live(Kind::function, function)).kernel->bound.name;
   return 0;
 }
-// The place and the size of a kernel's argument; kInvalidValue past the last one.
+// The offset and the size of a kernel's argument; kInvalidValue past the last one.
 API cuFuncGetParamInfo(void* function, size_t which, size_t* offset, size_t* size) {
   ENTER_INITIALIZED;
   const Kernel& k = *object_of<Function>(live(Kind::function, function)).kernel;

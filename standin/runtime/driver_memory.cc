@@ -1,4 +1,4 @@
-// The driver's memory: allocations on the card, page-locked memory, copies and fills.
+// The driver's memory: device allocations, page-locked memory, copies and fills.
 #include <string.h>
 #include <sys/mman.h>
 
@@ -10,7 +10,7 @@
 namespace standin {
 namespace {
 
-// The stream of a copy or a fill. It may be another card's, but some context has to be current.
+// The stream of a copy or a fill. It may belong to another GPU, but some context must be current.
 int stream_of_copy(void* handle, Stream** stream) {
   if (int code = find_stream(handle, stream)) return code;
   Primary* current;
@@ -83,7 +83,7 @@ API cuMemFree_v2(uint64_t address) {
   if (int code = refuse_in_capture()) return code;
   return end(memory);
 }
-// What is allocated in a stream's order belongs to no context, and outlives them.
+// Stream-ordered allocations belong to no context, and outlive them.
 API cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) {
   ENTER_STREAM(stream);
   if (s->capture) return kCaptureUnsupported;

@@ -55,7 +55,7 @@ double seconds_now() {
 
 using namespace standin;
 
-// Define what a handle stands for, and its record. The context is the handle's, whichever is current.
+// Define the object of a handle, and its record. The context is the handle's, whichever is current.
 #define ENTER_EVENT(handle)                                              \
   ENTER_INITIALIZED;                                                     \
   if (!(handle)) return kInvalidHandle;                                  \
@@ -104,7 +104,7 @@ API cuStreamWaitEvent(void* stream, void* event, unsigned) {
   std::shared_ptr<Capture> from = e.capture.lock();
   if (!from) {
     if (s->capture) {
-      // A wait for work outside the graph would not be in it.
+      // A wait for work outside the graph would not be part of it.
       s->capture->broken = kCaptureUnsupported;
       return e.recorded ? 905 : 0;
     }

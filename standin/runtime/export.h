@@ -1,4 +1,4 @@
-// What libcublasLt.so needs of libcuda.so beyond the driver's functions.
+// The functions of libcuda.so that libcublasLt.so needs, besides the driver's.
 #pragma once
 
 #define STANDIN_EXPORT __attribute__((visibility("default")))

@@ -57,7 +57,7 @@ std::string in_words(const Record& r) {
   return format("%s %llu, made by %s", name_of(r.kind), static_cast<unsigned long long>(r.number), r.made_by);
 }
 
-// Why nothing may be done with it any more; empty if it may.
+// Why the handle may not be used any more; empty if it may.
 std::string why_dead(const Record& r) {
   if (r.ended_by) return format("was destroyed already, by %s", r.ended_by);
   if (r.context && r.context->ended_by) {
@@ -74,7 +74,7 @@ void refuse_dead(const Record& r) {
   if (!why.empty()) misuse(in_words(r) + ": " + why);
 }
 
-// The record of the memory that an address lies in.
+// The record of the memory that contains an address.
 Record* memory_at(uint64_t address) {
   auto& memory = records().memory;
   auto after = memory.upper_bound(address);
@@ -89,7 +89,7 @@ void give_back(const Record& r) {
     release(r.address, format("%s %llu, %s %s", name_of(r.kind), static_cast<unsigned long long>(r.number),
                               how, r.ended_by ? r.ended_by : r.context->ended_by));
   } else {
-    // The addresses stay taken, so that whoever uses them later is noticed, by the host itself or by a copy.
+    // The addresses stay reserved, so that any later use is noticed, by the host itself or by a copy.
     auto* at = reinterpret_cast<void*>(r.address);
     madvise(at, r.bytes, MADV_DONTNEED);
     mprotect(at, r.bytes, PROT_NONE);

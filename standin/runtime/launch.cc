@@ -54,7 +54,7 @@ void run_blocks(Block& block, Launch& launch) {
 // Host threads that wait for work. They live as long as the process.
 class Pool {
  public:
-  // Calls `body(worker)` on `count` workers, this thread being worker 0, and waits for all.
+  // Calls `body(worker)` on `count` workers, with this thread as worker 0, and waits for all.
   void run(uint32_t count, const std::function<void(uint32_t)>& body) {
     std::unique_lock<std::mutex> guard(lock_);
     while (workers_ + 1 < count) {

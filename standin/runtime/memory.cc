@@ -41,8 +41,8 @@ void* reserve(size_t bytes) {
   return p;
 }
 
-// Reserves the range at the first allocation. Twice the cards' memory, for gaps and fragments; smaller
-// ranges are tried where the system refuses so many addresses.
+// Reserves the range at the first allocation: twice the GPUs' memory, for gaps and fragments. Smaller ranges are tried
+// if the system refuses so many addresses.
 void open_range() {
   if (device.base) return;
   size_t cards = static_cast<size_t>(options().cards > 0 ? options().cards : 1);
@@ -103,8 +103,7 @@ uint64_t allocate(size_t bytes, int card) {
     size_t first = device.granule(start);
     memset(device.state + first, kAllocated, bytes / 2);
     if (bytes % 2) device.state[first + bytes / 2] = 1;
-    // Fresh memory holds what looks like no number at all: NaN in f32 and bf16. The start of a large arena
-    // will do.
+    // Fresh memory contains NaN in f32 and bf16. Filling the start of a large arena is enough.
     memset(reinterpret_cast<void*>(start), 0xff, bytes < kPoisoned ? bytes : kPoisoned);
     return start;
   }
@@ -186,7 +185,7 @@ void forget_traces() {
 
 namespace {
 
-// The first granule from `at` on, before `end`, whose state lacks a bit of `bits`; `end` if there is none.
+// The first granule in `at .. end` whose state lacks a bit of `bits`; `end` if there is none.
 size_t first_without(const uint8_t* state, size_t at, size_t end, uint8_t bits) {
   uint64_t all = 0x0101010101010101ull * bits, eight;
   while (at + 8 <= end) {

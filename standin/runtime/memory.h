@@ -1,10 +1,8 @@
-// The card's memory: one reserved range of addresses, what is allocated in it, and what is known of each
-// byte.
+// Device memory: one reserved range of addresses, its allocations, and the state of each byte.
 //
-// A device pointer is the host address of its byte, so kernels use it as it is; whatever lies outside the
-// range is not the card's. Allocations are 256-byte aligned with a gap of 4 KiB between them, so that running
-// over an end is always seen. For each two-byte granule there is a state (allocated? written?) and the last
-// accesses (see `check.h`).
+// A device pointer is the host address of its byte, so kernels use it directly; addresses outside the range are not
+// device memory. Allocations are 256-byte aligned with a gap of 4 KiB between them, so an overrun is always noticed.
+// Each two-byte granule has a state (allocated? written?) and its last accesses (see `check.h`).
 #pragma once
 
 #include <stddef.h>
@@ -14,13 +12,13 @@
 
 namespace standin {
 
-// Who touched a granule last; each word is a packed access, 0 for nobody.
+// The last accesses to a granule; each word is a packed access, 0 for none.
 struct Trace {
   uint64_t writer, reader, other_reader;
 };
 
-// The same for a page of 4 KiB, left by copies, fills and products that covered all of it. Both count: an
-// access comes after what its granule says and after what its page says.
+// The same for a page of 4 KiB, left by copies, fills and products that covered all of it. Both count: an access must
+// come after those of its granule and after those of its page.
 struct PageTrace {
   Trace bulk;
   bool touched;  // some granule of the page has a trace of its own
@@ -51,17 +49,17 @@ struct Device {
 
 extern Device device;
 
-// 0 if the card is full.
+// 0 if the memory is full.
 uint64_t allocate(size_t bytes, int card);
-// Frees what starts there; `what` it was and why it is gone stands in reports of those who use it all the
-// same. False if nothing starts there.
+// Frees the allocation that starts there. Reports about later uses say what it was (`what`) and why it is gone. False
+// if no allocation starts there.
 bool release(uint64_t address, const std::string& what);
 void memory_info(int card, size_t* free_bytes, size_t* total);
-// Where an address lies with respect to the allocations nearest to it, for a report.
+// Describes an address relative to the nearest allocations, for a report.
 const char* nearest_allocation(uint64_t address, char* buffer, size_t bytes);
-// Takes everything allocated for written.
+// Treats everything allocated as written.
 void trust_all();
-// Forgets all accesses of the past (the launch numbers start again).
+// Discards all past accesses (launch numbers start again).
 void forget_traces();
 
 }  // namespace standin

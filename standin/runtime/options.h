@@ -1,5 +1,4 @@
-// What `VITRUM_STANDIN=key=value,…` and `standin_configure` set: the checks, the schedule, the card, the
-// faults.
+// The settings of `VITRUM_STANDIN=key=value,…` and `standin_configure`: the checks, the schedule, the GPU, the faults.
 #pragma once
 
 #include <stdint.h>
@@ -16,7 +15,7 @@ enum class Checks : uint8_t {
   on,      // also uninitialised reads, races, copies in flight
 };
 
-// What cuBLASLt says to products of one row or column.
+// The status that cuBLASLt returns for products of one row or column.
 enum class Thin : uint8_t { taken, invalid, unsupported };
 
 struct Options {
@@ -27,7 +26,7 @@ struct Options {
   std::string order;     // a file that gets one JSON line per kernel and copy: what each comes after
   std::string contexts;  // a file that gets one JSON line per context and cuBLASLt handle: made, destroyed
 
-  // The card.
+  // The GPU.
   int cards = 1;
   int capability = 90;
   int multiprocessors = 132;
@@ -36,7 +35,7 @@ struct Options {
   std::string name = "Vitrum stand-in GPU";
   uint64_t blaslt = 130000;  // cublasLtGetVersion
 
-  // Faults. Counters go from 1; 0: never.
+  // Faults. Counts start at 1; 0: never.
   uint64_t fail_allocation = 0;  // the n-th device allocation finds no memory
   uint64_t fail_launch = 0;      // the n-th launch breaks the context
   int fail_code = 719;           // with this error
@@ -59,8 +58,7 @@ struct Options {
 
 STANDIN_EXPORT const Options& options();
 
-// Sets what `text` names and leaves the rest. False, with the offending part in `wrong`, if it cannot be
-// read.
+// Sets what `text` names and leaves the rest. False, with the offending part in `wrong`, if it cannot be parsed.
 bool configure(const char* text, std::string* wrong);
 void reset_options();  // to the defaults and the environment
 

@@ -21,7 +21,7 @@ std::string format(const char* pattern, ...) {
 
 namespace {
 
-// The part of a path that a reader needs: from `kernels/` or `bugs/` on, else the file's name.
+// The part of a path that a reader needs: starting at `kernels/` or `bugs/`, else the file name.
 std::string short_path(const std::string& path) {
   for (const char* folder : {"kernels/", "standin/"}) {
     size_t at = path.rfind(folder);

@@ -1,4 +1,4 @@
-// Reports: what went wrong, where in the kernel's source, and the driver's error code that stands for it.
+// Reports: what went wrong, where in the kernel's source, and the corresponding error code of the driver.
 #pragma once
 
 #include <stdarg.h>
@@ -11,7 +11,7 @@
 
 namespace standin {
 
-// The driver's codes that a kernel can end with.
+// The driver's error codes that a kernel can cause.
 constexpr int kIllegalAddress = 700, kMisaligned = 716, kLaunchFailed = 719;
 
 struct Report {

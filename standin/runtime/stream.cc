@@ -19,7 +19,7 @@ struct Issued {
 Issued issued[1 << 16];
 uint32_t last_tag = 0;
 
-// A number for the next operation. When they run out the past is forgotten, and they begin again.
+// A number for the next operation. When they run out, the past is discarded and they start again.
 uint32_t next_tag() {
   if (++last_tag > 0xffff) {
     forget_traces();
@@ -131,7 +131,7 @@ int touch(const Running& running, uint64_t address, size_t bytes, Access access,
                                    nearest_allocation(a, at, sizeof at), stream_of(tag), kind)});
     return false;
   };
-  // Is this access ordered after what the trace says?
+  // Whether this access is ordered after the traced one.
   auto after = [&](const Trace& trace, uint64_t a) {
     return check(trace.writer, a, "written") &&
            (!write || (check(trace.reader, a, "read") && check(trace.other_reader, a, "read")));
@@ -140,7 +140,7 @@ int touch(const Running& running, uint64_t address, size_t bytes, Access access,
     if (write) {
       trace = {word, 0, 0};
     } else if (trace.reader != word) {
-      // The last readers that nothing orders before this one stay known.
+      // The last readers that nothing orders before this one are kept.
       if (trace.reader && !ordered_before(Touch::of(trace.reader).tag, running.ordered))
         trace.other_reader = trace.reader;
       trace.reader = word;

@@ -1,9 +1,8 @@
-// Streams, events, captured graphs: what is ordered before what.
+// Streams, events, captured graphs: which work is ordered before which.
 //
-// Work runs when it is issued, so a stream needs no queue; it keeps a vector clock instead. An operation on a
-// stream advances that stream's entry; waiting for an event takes over what the event had seen. Two launches
-// that touch the same bytes without being ordered this way are a race, whichever order they happened to run
-// in.
+// Work runs when it is issued, so a stream needs no queue; it has a vector clock instead. An operation on a stream
+// advances that stream's entry; waiting for an event merges the event's clock. Two launches that touch the same bytes
+// without being ordered this way are a race, whatever order they happened to run in.
 #pragma once
 
 #include <stddef.h>
@@ -51,7 +50,7 @@ struct Event {
   uint32_t number = 0;             // in that capture
 };
 
-// What an operation may ask while it runs.
+// The information that an operation may ask for while it runs.
 struct Running {
   uint32_t tag;
   const uint64_t* ordered;  // per stream slot
@@ -81,14 +80,13 @@ struct Capture {
 
 // Runs work on a stream, or records it there. Returns a driver error code.
 STANDIN_EXPORT int submit(Stream* stream, Work work);
-// Was what launch `tag` did ordered before whoever has `ordered`?
+// Whether the work of launch `tag` is ordered before the holder of `ordered`.
 bool ordered_before(uint32_t tag, const uint64_t* ordered);
 // The stream's number, for a report.
 uint32_t stream_of(uint32_t tag);
 
-// A whole-range access of the running operation: bounds, order between streams, and for `Access::read`
-// whether all bytes were written (`copy` moves them as they are). Returns an error code and publishes a
-// report if it is wrong.
+// A whole-range access of the running operation. Checks bounds, order between streams, and for `Access::read` whether
+// all bytes were written (`copy` moves them as they are). Returns an error code and publishes a report on failure.
 enum class Access { copy, read, write };
 STANDIN_EXPORT int touch(const Running& running, uint64_t address, size_t bytes, Access access,
                          const char* what);

@@ -1,8 +1,8 @@
-//! A GPU on the host, for tests: where the stand-in's libraries lie.
+//! A GPU on the host, for tests: the location of the stand-in's libraries.
 //!
-//! Building this package makes `libcuda.so` and `libcublasLt.so`, which answer to the driver's and cuBLASLt's own names
-//! and run the sources of `kernels/` on the processor. A program finds them through `LD_LIBRARY_PATH` and needs no
-//! change. The README says what they check and what they cannot.
+//! Building this package makes `libcuda.so` and `libcublasLt.so`, which have the driver's and cuBLASLt's own
+//! names and run the sources of `kernels/` on the processor. A program finds them through `LD_LIBRARY_PATH`
+//! and needs no change. The README says what they check and what they cannot.
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
-//! libcublasLt.so: products against plain loops in f64, epilogues, algorithms, refusals, and the faults that it is asked for.
+//! libcublasLt.so: products against plain loops in f64, epilogues, algorithms, refusals, and the faults that
+//! options plant.
 
 #[macro_use]
 mod common;
@@ -15,7 +16,7 @@ const DGELU_BGRAD: u32 = 208;
 const BGRADA: u32 = 256;
 const BGRADB: u32 = 512;
 
-/// Bytes of workspace that [`Blas::multiply`] says there are.
+/// Bytes of workspace that [`Blas::multiply`] passes.
 const SCRATCH: u64 = 4 << 20;
 
 fn gelu(x: f64) -> f64 {
@@ -155,7 +156,7 @@ fn each_algorithm_gives_the_product_and_remembers_its_shape() {
             all.iter().enumerate().filter(|(i, _)| i % ld(p.m) < p.m).map(|(_, v)| *v).collect();
         close("d", &used, &expected, 1e-5);
     }
-    // The same bytes for another product, and bytes that no library ever gave.
+    // The same bytes for another product, and bytes that the library never returned.
     let check = |x: &Descriptors, algorithm: &[u64; 8]| blas.check(x, algorithm);
     assert_eq!(check(&x, &found[1].algorithm), 0);
     let other = blas.describe(&Product { n: 20, ..p });
@@ -187,7 +188,7 @@ fn what_the_library_refuses_is_refused() {
     assert_eq!(run(&PLAIN, [a + 8, a, d, d], &nothing), 7);
     assert!(blas.gpu.report().contains("A at"), "{}", blas.gpu.report());
     assert_eq!(run(&PLAIN, [a, a, d, 0], &nothing), 7);
-    // Epilogues without what they need.
+    // Epilogues without their operands.
     assert_eq!(run(&Product { epilogue: BIAS, ..PLAIN }, [a, a, d, d], &nothing), 7);
     let bias = |x: &Descriptors| assert_eq!(blas.set(x.product, 8, d), 0);
     assert_eq!(run(&Product { epilogue: GELU_AUX_BIAS, ..PLAIN }, [a, a, d, d], &bias), 7);
@@ -219,7 +220,7 @@ fn a_product_reads_and_writes_under_the_same_checks_as_a_kernel() {
     assert!(blas.gpu.report().contains("uninitialised: a matmul's B"), "{}", blas.gpu.report());
 }
 
-/// Everything that one product needs, so that it can be done by one algorithm after another.
+/// Everything that one product needs, so that it can be run with one algorithm after another.
 struct Case {
     blas: Blas,
     product: Product,
@@ -252,7 +253,7 @@ impl Case {
         self.blas.multiply(&self.described, &self.product, self.at, Some(algorithm), self.scratch)
     }
 
-    /// The largest difference from the exact product, as a part of the largest value.
+    /// The largest difference from the exact product, relative to the largest value.
     fn error(&self, algorithm: &Found) -> f64 {
         assert_eq!(self.run(algorithm), 0, "{}", self.blas.gpu.report());
         let all = self.blas.download(self.product.output, self.at[3], ld(self.product.m) * self.product.n);
@@ -316,7 +317,7 @@ fn parts_of_a_sum_go_through_the_type_of_d_unless_that_is_forbidden() {
     assert_eq!(scheme(Some(IN_F32)), [0, 2, 2, 2, 2, 2]);
     assert_eq!(scheme(Some(1)), [1, 0]);
     assert_eq!(scheme(Some(4)), [4, 0]);
-    // Whoever says nothing gets them, and gets them first.
+    // By default they are offered, and offered first.
     assert_eq!(scheme(None), [4, 1, 0, 2, 2, 2, 2, 2]);
 
     // Quarters of the sum are 128.25, 128.25, -128 and -128: bf16 has nothing between 128 and 129.
@@ -419,7 +420,7 @@ fn one_algorithm_cannot_be_launched_on_demand_and_touches_nothing() {
     }
 }
 
-/// Milliseconds of a product by the clock of events, as long as the fastest of three runs took.
+/// Milliseconds of a product by the clock of events: the fastest of three runs.
 fn time(options: &str, epilogue: u32) -> f32 {
     let case = Case::new(options, Product { epilogue, ..PLAIN });
     let one = case.offered(Some(IN_F32))[0];
@@ -443,7 +444,7 @@ fn time(options: &str, epilogue: u32) -> f32 {
 #[test]
 fn epilogues_are_slow_on_demand_by_the_clock_of_events() {
     const SLOW: &str = "checks=on,slow_epilogue=100000";
-    // A product of this size takes microseconds; a factor that large is out of reach of any noise.
+    // A product of this size takes microseconds; so large a factor cannot be noise.
     let fast = [time("checks=on", GELU_AUX_BIAS), time(SLOW, NO_EPILOGUE), time(SLOW, BIAS)];
     for epilogue in [GELU_AUX_BIAS, DGELU, BGRADB] {
         let slow = time(SLOW, epilogue);
@@ -478,7 +479,7 @@ fn a_handle_belongs_to_the_context_that_was_current() {
     assert_eq!(blas.destroy(blas.handle), 0);
 }
 
-/// As in `misuse.rs`: what is done, what the report says of it.
+/// As in `misuse.rs`: the calls, and what the report says about them.
 const MISUSES: [(&str, &[&str]); 4] = [
     ("destroyed twice", &["cublasLtDestroy: cuBLASLt handle 1", "was destroyed already, by cublasLtDestroy"]),
     ("used after its end", &["cublasLtMatmulAlgoGetHeuristic: cuBLASLt handle 1", "was destroyed already"]),

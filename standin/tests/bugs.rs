@@ -1,4 +1,5 @@
-//! Every planted bug of `bugs/` is caught at a marked line, and its mended twin passes, under several schedules.
+//! Every planted bug of `bugs/` is caught at a marked line, and its corrected version passes, under several
+//! schedules.
 
 #[macro_use]
 mod common;
@@ -78,7 +79,7 @@ fn every_planted_bug_is_caught_where_it_is() {
         for seed in [0, 1, 2] {
             let (code, report, _) = run(bug, "broken", seed);
             let found = bug.marks.iter().any(|(line, phrases)| {
-                // What is noticed at a return has no line of its own but that of whoever waits.
+                // A bug noticed at a return has no line except that of whoever waits.
                 let place = format!("{}.cu:{line}", bug.name);
                 let placed = report.contains(&place) || report.contains("asynchronous copies in flight");
                 placed && phrases.iter().any(|phrase| report.contains(phrase))

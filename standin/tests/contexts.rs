@@ -1,5 +1,5 @@
-//! Contexts as the driver has them: references counted for each card, one current for each thread, an error that stays in
-//! one of them, and what may be done without any.
+//! Contexts as in the driver: reference counts per GPU, one current context per thread, errors that stay in
+//! one context, and the calls that need none.
 
 #[macro_use]
 mod common;
@@ -48,7 +48,7 @@ fn a_context_lives_from_its_first_reference_to_its_last() {
     assert!(active(&gpu, 0));
     let (_, memory) = (gpu.allocate(256).unwrap(), gpu.upload(&[1f32; 64]));
 
-    // The second card has its own count.
+    // The second GPU has its own count.
     let second = gpu.retain(1);
     assert_ne!(second, first);
     assert_eq!((gpu.release(1), gpu.release(1)), (0, NO_CONTEXT));
@@ -57,14 +57,14 @@ fn a_context_lives_from_its_first_reference_to_its_last() {
     assert_eq!(gpu.release(0), 0);
     assert!(!active(&gpu, 0));
     assert_eq!(gpu.release(0), NO_CONTEXT, "it was released too often");
-    // It stays current, and is of no use; made current again it cannot be.
+    // It stays current, but is unusable; it cannot be made current again.
     assert_eq!(current(&gpu), first);
     assert_eq!(synchronize(&gpu), DESTROYED);
     assert_eq!(gpu.allocate(64), Err(DESTROYED));
     assert_eq!(cu!(gpu, cuCtxSetCurrent(first => Handle)), NO_CONTEXT);
     assert_eq!(cu!(gpu, cuCtxPushCurrent_v2(second => Handle)), NO_CONTEXT);
 
-    // Retained anew it has the same address, and nothing of before.
+    // Retained again, it has the same address and no old contents.
     assert_eq!(gpu.retain(0), first);
     assert_eq!(synchronize(&gpu), 0);
     let function = gpu.function_of(gpu.load(), KERNEL);
@@ -110,7 +110,7 @@ fn without_a_current_context_only_what_needs_none_is_done() {
 
     gpu.use_context(ptr::null_mut());
     assert_eq!(current(&gpu), ptr::null_mut());
-    // A handle brings its context along.
+    // A handle implies its context.
     let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
     assert_eq!(cu!(gpu, cuStreamEndCapture(stream => Handle, &mut graph => *mut Handle)), 0);
     let code =
@@ -132,7 +132,7 @@ fn without_a_current_context_only_what_needs_none_is_done() {
     assert_eq!(cu!(gpu, cuDeviceGetAttribute(&mut number => *mut c_int, 75 => c_int, 0 => c_int)), 0);
     assert_eq!(cu!(gpu, cuGetErrorName(709 => c_int, &mut text => *mut *const u8)), 0);
 
-    // The default stream, memory, modules, launches and whatever is made need one.
+    // The default stream, memory, modules, launches and new objects need one.
     let null = ptr::null_mut::<c_void>;
     let mut made = null();
     let mut address = 0u64;
@@ -162,7 +162,7 @@ fn without_a_current_context_only_what_needs_none_is_done() {
     ];
     assert_eq!(codes, [NO_CONTEXT; 22]);
 
-    // Nor do the ends of handles need one.
+    // Neither does destroying handles.
     assert_eq!(cu!(gpu, cuGraphDestroy(graph => Handle)), 0);
     assert_eq!(cu!(gpu, cuGraphExecDestroy(executable => Handle)), 0);
     assert_eq!(cu!(gpu, cuEventDestroy_v2(start => Handle)), 0);
@@ -186,7 +186,7 @@ fn each_thread_has_its_own_current_context() {
     assert_eq!(seen, ((0, NO_CONTEXT), second, 0));
     assert_eq!(current(&gpu) as usize, first);
 
-    // Pushed and popped they lie upon one another.
+    // Pushed and popped, they form a stack.
     let mut popped = ptr::null_mut();
     assert_eq!(cu!(gpu, cuCtxPushCurrent_v2(second as Handle => Handle)), 0);
     let mut card = -1;
@@ -215,7 +215,7 @@ fn an_error_breaks_the_context_that_it_came_in() {
 
         gpu.use_context(whole);
         assert_eq!((synchronize(&gpu), launch()), (0, 0));
-        // A handle of the broken one brings its error along.
+        // A handle of the broken one returns its error.
         assert_eq!(cu!(gpu, cuEventSynchronize(event => Handle)), 719);
         assert_eq!(cu!(gpu, cuEventDestroy_v2(event => Handle)), 719);
         while active(&gpu, 0) {
@@ -224,7 +224,7 @@ fn an_error_breaks_the_context_that_it_came_in() {
         while active(&gpu, 1) {
             gpu.release(1);
         }
-        // The error goes with its context.
+        // The error disappears with its context.
         gpu.use_context(gpu.retain(0));
         assert_eq!(synchronize(&gpu), 0);
         gpu.use_context(gpu.retain(1));
@@ -242,12 +242,12 @@ fn what_two_cards_may_share_is_shared() {
     assert_eq!(gpu.allocate(512 << 10), Err(2));
 
     gpu.use_context(gpu.retain(1));
-    // Each card has memory of its own.
+    // Each GPU has its own memory.
     let theirs = gpu.allocate(768 << 10).unwrap();
     let (mut free, mut total) = (0usize, 0usize);
     assert_eq!(cu!(gpu, cuMemGetInfo_v2(&mut free => *mut usize, &mut total => *mut usize)), 0);
     assert_eq!((free, total), (256 << 10, 1 << 20));
-    // A stream waits for an event of the other card, copies go both ways, whoever waits may be anywhere.
+    // A stream waits for an event of the other GPU, copies go both ways, and waiting works in any context.
     let other = gpu.new_stream();
     assert_eq!(cu!(gpu, cuEventRecord(event => Handle, stream => Handle)), 0);
     assert_eq!(cu!(gpu, cuStreamWaitEvent(other => Handle, event => Handle, 0 => u32)), 0);
@@ -294,7 +294,7 @@ fn contexts_are_written_down() {
     let lines = fs::read_to_string(&file).unwrap();
     fs::remove_file(&file).unwrap();
     let lines: Vec<&str> = lines.lines().collect();
-    // The last line of each process is missing: it forgets its options before it lets the last context go.
+    // The last line of each process is missing: options are reset before the last context is released.
     assert_eq!(lines.len(), 6, "{lines:?}");
     for (line, (state, card)) in lines.iter().zip([("made", 0), ("made", 1), ("destroyed", 1)].iter().cycle())
     {

@@ -1,4 +1,4 @@
-//! The driver's side of the stand-in: order of streams, captured graphs, faults on demand, memory, counters.
+//! The stand-in's driver: order of streams, captured graphs, planted faults, memory, counters.
 
 #[macro_use]
 mod common;
@@ -35,7 +35,7 @@ fn launches_on_two_streams_need_an_event_between_them() {
     let (x, y, z) = (gpu.upload(&values()), gpu.upload(&[0f32; 64]), gpu.upload(&[0f32; 64]));
     let (a, b) = (gpu.new_stream(), gpu.new_stream());
 
-    // With the event: right, and accepted.
+    // With the event: correct, and accepted.
     let event = gpu.new_event();
     assert_eq!(shift(&gpu, a, x, y), 0);
     assert_eq!(cu!(gpu, cuEventRecord(event => Handle, a => Handle)), 0);
@@ -171,7 +171,7 @@ fn a_capture_refuses_what_cannot_be_in_a_graph() {
     // An allocation.
     let broken = capture(&gpu, a, || assert_eq!(gpu.allocate(64), Err(900)));
     assert_eq!(broken, Err(901));
-    // A stream that never comes back.
+    // A stream that is never joined.
     let fork = gpu.new_event();
     let unjoined = capture(&gpu, a, || {
         assert_eq!(cu!(gpu, cuEventRecord(fork => Handle, a => Handle)), 0);
@@ -252,7 +252,7 @@ fn kernels_are_slow_on_demand_by_the_clock_of_events() {
     let fast = fastest();
     gpu.configure("slow_kernels=100000");
     let slow = fastest();
-    // The factor is out of reach of any noise, and nobody has waited for it.
+    // So large a factor cannot be noise, and nothing really waited.
     assert!(slow > 50.0 * fast, "{slow} ms, not {fast}");
 }
 
@@ -324,7 +324,8 @@ fn a_card_has_the_limits_of_its_architecture() {
         let allow =
             |bytes: c_int| cu!(gpu, cuFuncSetAttribute(function => Handle, 8 => c_int, bytes => c_int));
         assert_eq!((allow(of_block << 10), allow((of_block << 10) + 1)), (0, 1), "sm_{sm}");
-        // One block of 64 threads and 1 KB beside the 1 KB that the system keeps: as many as the smallest limit allows.
+        // One block of 64 threads and 1 KB, plus the 1 KB that the system reserves: as many as the smallest
+        // limit allows.
         let mut fit = 0;
         let code = cu!(
             gpu,

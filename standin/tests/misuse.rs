@@ -1,5 +1,5 @@
-//! Handles that are used when they must not be: each planted misuse ends its process with a report, and its mended twin
-//! says nothing.
+//! Invalid use of handles: each planted misuse ends its process with a report, and its corrected version runs
+//! silently.
 
 #[macro_use]
 mod common;
@@ -12,7 +12,7 @@ use common::{Gpu, Handle, arg, role, run_again};
 /// A kernel of the planted bugs with two pointers and a count: see `driver.rs`.
 const KERNEL: &str = "race_in_block_mended";
 
-/// A misuse: its name, what the report says of it, and the calls. Where they are not `broken` they are right.
+/// A misuse: its name, what the report says about it, and the calls, which are correct if not `broken`.
 type Misuse = (&'static str, &'static [&'static str], fn(&Gpu, bool));
 
 const RELEASED: &str = "its context was released before, by cuDevicePrimaryCtxRelease_v2";
@@ -100,7 +100,7 @@ const MISUSES: &[Misuse] = &[
         "handle of an earlier context",
         &["cuEventRecord: event 1, made by cuEventCreate", RELEASED],
         |gpu, broken| {
-            // The context that is retained anew has the same address, and is another.
+            // The context that is retained again has the same address, but is a new one.
             let mut event = gpu.new_event();
             assert_eq!(gpu.release(0), 0);
             gpu.use_context(gpu.retain(0));
@@ -212,7 +212,7 @@ const MISUSES: &[Misuse] = &[
             around(broken, free, || cu!(gpu, cuMemcpyHtoD_v2(to => u64, from => *mut c_void, 64 => usize)));
         },
     ),
-    // Of another card.
+    // Of another GPU.
     (
         "event and stream of two cards",
         &[
@@ -288,7 +288,7 @@ const MISUSES: &[Misuse] = &[
             assert_eq!(launch(gpu, gpu.function(KERNEL), ptr::null_mut(), memory), 0);
         },
     ),
-    // That are none.
+    // Invalid ones.
     ("address that was never allocated", &["cuMemFree_v2: 0x40 is no device allocation"], |gpu, broken| {
         let memory = gpu.allocate(64).unwrap();
         cu!(gpu, cuMemFree_v2(if broken { 0x40 } else { memory } => u64));
@@ -325,7 +325,7 @@ const MISUSES: &[Misuse] = &[
     }),
 ];
 
-/// `act`, and then the end of the context; where that is broken the other way round.
+/// `act`, then the end of the context; if `broken`, in the opposite order.
 fn around_release(gpu: &Gpu, broken: bool, act: impl Fn() -> c_int) {
     around(broken, || gpu.release(0), act);
 }
@@ -350,7 +350,7 @@ fn launch(gpu: &Gpu, function: Handle, stream: Handle, memory: u64) -> c_int {
     gpu.launch_function(function, stream, 1, 64, 256, &[arg(memory), arg(memory), arg(64u32)])
 }
 
-/// A graph of one launch, and what can be launched of it.
+/// A graph of one launch, and its executable form.
 fn capture(gpu: &Gpu, module: Handle) -> (Handle, Handle) {
     let (stream, memory) = (gpu.new_stream(), gpu.upload(&[0f32; 64]));
     let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());

@@ -14,8 +14,8 @@ use crate::backend::Heads;
 use crate::backend::mask::BoundMask;
 
 /// `o: [B, H·Dh]` and the probabilities `p: [B·H·T]` from `q: [B, H·Dh]`, or `[1, H·Dh]` shared by all
-/// images, and `kv: [B·T, 2·H·Dh]`. Dropout acts on the probabilities after `p` is stored: element `h·T·T +
-/// key` of sample b, as for the first query of [`super::attention`].
+/// images, and `kv: [B·T, 2·H·Dh]`. Dropout acts on the probabilities after `p` is stored: element
+/// `h·T·T + key` of sample b, as for the first query of [`super::attention`].
 /// # Panics
 /// If shapes do not fit.
 pub fn forward(

@@ -1,5 +1,5 @@
-//! The residual add with everything that may modify the branch: `sum = base + drop_path(layer_scale ∘
-//! dropout(branch))`.
+//! The residual add with everything that may modify the branch:
+//! `sum = base + drop_path(layer_scale ∘ dropout(branch))`.
 //!
 //! It works on blocks of rows, so that the next LayerNorm finds the sum in the cache.
 

@@ -188,7 +188,8 @@ impl Work {
 
     /// Divides the scratch after `shared` bytes among as many images as fit.
     ///
-    /// # Errors Not even one image fits: dropout draws a bit for every pair of tokens.
+    /// # Errors
+    /// Not even one image fits: dropout draws a bit for every pair of tokens.
     fn scratch(&self, cuda: &Cuda, shared: usize, delta: bool) -> Result<AttentionScratch> {
         let delta = if delta { 4 * self.heads.heads * self.delta_ld() } else { 0 };
         let keep = if self.dropout.rate > 0.0 { 4 * self.keep_words() } else { 0 };

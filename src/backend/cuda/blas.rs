@@ -1,8 +1,9 @@
 //! Matrix products by cuBLASLt. Descriptors are made once per shape; algorithms are chosen by timing and
 //! stored on disk.
 //!
-//! cuBLASLt is column-major. It sees a row-major matrix `[rows, cols]` with leading dimension `ld` as a `cols
-//! × rows` matrix, so `y = x·Wᵀ` becomes `D = Wᵀ·x` with m = outputs and n = rows, and a bias runs along m.
+//! cuBLASLt is column-major. It sees a row-major matrix `[rows, cols]` with leading dimension `ld` as a
+//! `cols × rows` matrix, so `y = x·Wᵀ` becomes `D = Wᵀ·x` with m = outputs and n = rows, and a bias runs
+//! along m.
 
 mod algorithms;
 mod config;

@@ -47,10 +47,10 @@ pub(super) fn driver() -> Result<Found<Driver, i32>> {
         0 => {}
         STUB => {
             return Err(Error::new(
-                "the CUDA driver that was found is a stub, made for linking alone (code 34)",
+                "the CUDA driver that was found is a stub library, made only for linking (code 34)",
             )
             .hint(
-                "take the `stubs` folder off LD_LIBRARY_PATH, so that the driver's own libcuda.so.1 is found",
+                "remove the `stubs` folder from LD_LIBRARY_PATH, so that the driver's own libcuda.so.1 is found",
             ));
         }
         NO_DEVICE => return Err(no_card()),
@@ -64,7 +64,7 @@ pub(super) fn driver() -> Result<Found<Driver, i32>> {
     }
     if version < oldest_driver() {
         return Err(Error::new(format!(
-            "the CUDA driver is too old: it knows CUDA {}, {} is needed",
+            "the CUDA driver is too old: it supports CUDA {}, {} is needed",
             dotted(version),
             dotted(oldest_driver())
         ))

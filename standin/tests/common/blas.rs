@@ -1,4 +1,4 @@
-//! libcublasLt.so loaded beside the driver: products described, algorithms asked for, matrices filled.
+//! libcublasLt.so loaded next to the driver: describes products, requests algorithms, fills matrices.
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
@@ -13,7 +13,7 @@ pub const BF16: c_int = 14;
 pub const NO_EPILOGUE: u32 = 1;
 pub const BIAS: u32 = 4;
 
-/// `cublasLtReductionScheme_t`: the parts of a split sum come together in f32.
+/// `cublasLtReductionScheme_t`: the parts of a split sum are combined in f32.
 pub const IN_F32: u32 = 2;
 
 /// Both libraries and a handle.
@@ -23,7 +23,7 @@ pub struct Blas {
     pub handle: Handle,
 }
 
-/// As `cu!`, for cuBLASLt.
+/// Like `cu!`, for cuBLASLt.
 macro_rules! lt {
     ($blas:expr, $name:ident ( $($value:expr => $type:ty),* $(,)? )) => {{
         // SAFETY: the C declaration's types, written down by the caller; pointers are valid for the call.
@@ -66,7 +66,7 @@ pub struct Descriptors {
     pub d: Handle,
 }
 
-/// A leading dimension that leaves room after each column.
+/// A leading dimension that leaves a gap after each column.
 pub fn ld(rows: usize) -> usize {
     rows.div_ceil(8) * 8 + 8
 }
@@ -134,7 +134,8 @@ impl Blas {
         }
     }
 
-    /// What the heuristic offers. `reductions`: how the parts of a split sum may come together, if it is told.
+    /// The candidates of the heuristic. `reductions`: how the parts of a split sum may be combined, if
+    /// specified.
     pub fn candidates(
         &self,
         x: &Descriptors,
@@ -163,7 +164,7 @@ impl Blas {
         if code == 0 { Ok(found[..count as usize].to_vec()) } else { Err(code) }
     }
 
-    /// Whether the library still takes an algorithm for this product; the code.
+    /// Whether the library still accepts an algorithm for this product; returns the code.
     pub fn check(&self, x: &Descriptors, algorithm: &[u64; 8]) -> c_int {
         let mut result = Found::default();
         lt!(self, cublasLtMatmulAlgoCheck(
@@ -196,7 +197,8 @@ impl Blas {
             algo => *const u64, scratch => u64, 4 << 20 => usize, ptr::null_mut() => Handle))
     }
 
-    /// Uploads a matrix of small random values with NaN in its padding; the values as the card sees them.
+    /// Uploads a matrix of small random values with NaN in its padding; returns the values as the device sees
+    /// them.
     pub fn matrix(&self, dtype: c_int, (rows, cols): (usize, usize), seed: u64) -> (u64, Vec<f64>) {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut values = Vec::with_capacity(rows * cols);

@@ -1,4 +1,4 @@
-//! The stand-in's driver functions, loaded from one of its folders, behind a few safe-looking calls for tests.
+//! The stand-in's driver functions, loaded from one of its folders, as a few safe-looking calls for tests.
 #![allow(dead_code, unreachable_pub)]
 
 use std::ffi::{CString, c_char, c_int, c_void};
@@ -11,7 +11,7 @@ use libloading::Library;
 /// A handle of the driver's.
 pub type Handle = *mut c_void;
 
-/// A library that stays loaded, one user at a time: the stand-in's options and errors are those of the process.
+/// A library that stays loaded, one user at a time: the stand-in's options and errors are per process.
 pub struct Gpu {
     library: Library,
     module: Handle,
@@ -55,14 +55,14 @@ impl Gpu {
         gpu
     }
 
-    /// A reference to a card's primary context.
+    /// A reference to a GPU's primary context.
     pub fn retain(&self, card: c_int) -> Handle {
         let mut context = ptr::null_mut();
         assert_eq!(cu!(self, cuDevicePrimaryCtxRetain(&mut context => *mut Handle, card => c_int)), 0);
         context
     }
 
-    /// Gives a reference back; the code.
+    /// Releases a reference; returns the code.
     pub fn release(&self, card: c_int) -> c_int {
         cu!(self, cuDevicePrimaryCtxRelease_v2(card => c_int))
     }
@@ -195,7 +195,7 @@ impl Gpu {
 }
 
 impl Drop for Gpu {
-    /// The last reference to the context goes, and with it what a test has left in it.
+    /// Releases the last reference to the context, and with it everything that a test left in it.
     fn drop(&mut self) {
         cu!(self, standin_reset());
         self.release(0);
@@ -208,16 +208,16 @@ pub fn arg<T: Copy>(value: T) -> Vec<u8> {
     unsafe { std::slice::from_raw_parts(ptr::from_ref(&value).cast::<u8>(), size_of::<T>()).to_vec() }
 }
 
-/// The variable that names what a child process of [`run_again`] is to do.
+/// The variable that names the role of a child process of [`run_again`].
 const ROLE: &str = "STANDIN_TEST_ROLE";
 
-/// What this process is to do, if [`run_again`] has started it.
+/// The role of this process, if [`run_again`] started it.
 pub fn role() -> Option<String> {
     std::env::var(ROLE).ok()
 }
 
-/// Runs one test of this binary in a process of its own, where `role` says `role`; whether it was ended by `abort()`, and
-/// what it wrote to stderr.
+/// Runs one test of this binary in a separate process, in which [`role`] returns `role`. Returns whether it was
+/// ended by `abort()`, and what it wrote to stderr.
 pub fn run_again(test: &str, role: &str) -> (bool, String) {
     use std::os::unix::process::ExitStatusExt;
     let program = std::env::current_exe().unwrap();

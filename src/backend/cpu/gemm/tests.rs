@@ -6,7 +6,7 @@ use crate::backend::cpu::testing::{Matrix, Numbers, Tensors, on_every_isa, refer
 use crate::backend::mask::BoundMask;
 use crate::backend::{Mask, Micro, StepKeys};
 
-/// (R, in, out): all ones, sizes that nothing divides, several blocks of k, of columns and of rows.
+/// (R, in, out): 1 everywhere, sizes that nothing divides, several blocks of k, of columns and of rows.
 const SHAPES: [(usize, usize, usize); 16] = [
     (1, 1, 1),
     (2, 1, 7),

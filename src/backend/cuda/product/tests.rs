@@ -70,7 +70,7 @@ enum Add {
 const TYPES: [[Dtype; 2]; 3] =
     [[Dtype::F32, Dtype::F32], [Dtype::Bf16, Dtype::F32], [Dtype::Bf16, Dtype::Bf16]];
 
-/// `[m, n, k]`: all ones, a warp's worth of each and its neighbours, slices of k with remainders.
+/// `[m, n, k]`: 1 everywhere, a warp's worth of each and its neighbours, slices of k with remainders.
 const SMALL: [[usize; 3]; 16] = [
     [1, 1, 1],
     [1, 1, 60],
