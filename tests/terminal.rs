@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use support::{Done, command, finish, names, path, stripes, train, vitrum, wait};
+use support::{Done, command, finish, is_ignored, names, path, stripes, train, vitrum, wait};
 
 /// A disk without room.
 fn full() -> File {
@@ -95,12 +95,6 @@ fn signalled(name: &str, signal: Signal) -> (String, Done) {
     }
     kill_process(Pid::from_child(&run), signal).unwrap();
     (out, wait(run))
-}
-
-fn is_ignored(signal: Signal) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).map_or("0", str::trim);
-    u64::from_str_radix(mask, 16).unwrap_or(0) >> (signal.as_raw() - 1) & 1 == 1
 }
 
 #[test]

@@ -100,6 +100,13 @@ pub fn run_on_gpu<S: AsRef<OsStr>>(folder: &Path, options: &str, args: &[S]) -> 
     finish(on_gpu(folder, options, args))
 }
 
+/// Whether this process ignores a signal, as what `nohup` or a script's `&` started does. What it starts ignores it, too.
+pub fn is_ignored(signal: rustix::process::Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).map_or("0", str::trim);
+    u64::from_str_radix(mask, 16).unwrap_or(0) >> (signal.as_raw() - 1) & 1 == 1
+}
+
 /// Waits for a process; one that a signal ended has the code `128 + signal`, as in a shell.
 pub fn wait(child: Child) -> Done {
     use std::os::unix::process::ExitStatusExt;
