@@ -1,7 +1,7 @@
 //! Vitrum pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
 //!
-//! `ARCHITECTURE.md` is the map. Imports point one way: cli → train → (vit, optim, data, weights, dist,
-//! report) → backend.
+//! `ARCHITECTURE.md` is the map. Imports point one way: cli → (bench, check) → train → infer → (vit, optim, data,
+//! weights, dist, report) → backend.
 
 // Only `terminal` prints. `println!` elsewhere would panic if stdout is closed.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
