@@ -179,8 +179,8 @@ fn probes_find_in_the_features_what_training_put_there() {
     vitrum(&["probe", "--weights", trained(), "--data", &train]).exits(1).says(&["no validation part"]);
 }
 
-/// A model of 1,000 classes without names is assumed to be ImageNet's. So are folders named by WordNet ids, even if only
-/// some exist.
+/// A model of 1,000 classes without names is assumed to be ImageNet's. So are folders named by WordNet ids,
+/// even if only some exist.
 #[test]
 fn folders_named_after_wordnet_ids_meet_the_published_heads() {
     let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data");

@@ -1,4 +1,5 @@
-//! Fine-tuning from outside: from a weights file to a model for other pictures, with frozen parts, in sweeps, resumed.
+//! Fine-tuning from outside: from a weights file to a model for other pictures, with frozen parts, in sweeps,
+//! resumed.
 
 mod support;
 
@@ -515,8 +516,8 @@ fn fine_tuning_starts_from_what_vit_jax_loads() {
 
 // ---- How the weights are read ----
 
-/// A file with wrapped names and ImageNet's mean. The run's recipe stores patterns and mean, its checkpoint the mean, and
-/// the run can be resumed from them.
+/// A file with wrapped names and ImageNet's mean. The run's recipe stores patterns and mean, its checkpoint
+/// the mean, and the run can be resumed from them.
 #[test]
 fn patterns_for_names_and_mean_belong_to_the_run() {
     let file = weights::open(Path::new(pretrained()), &Default::default()).unwrap();

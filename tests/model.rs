@@ -1,5 +1,5 @@
-//! The model's gradients, for every architecture that the configuration allows: the backward pass against central
-//! differences of the loss along random directions, with dropout, drop-path and accumulation.
+//! The model's gradients, for every architecture that the configuration allows: the backward pass against
+//! central differences of the loss along random directions, with dropout, drop-path and accumulation.
 
 use vitrum::backend::cpu::CpuBackend;
 use vitrum::backend::{

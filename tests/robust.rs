@@ -64,7 +64,8 @@ fn data_that_cannot_train_is_refused() {
     refuses(1, &["model.classes=2"], &["`model.classes` is 2", "3 classes"]);
 }
 
-/// A record that cannot be decoded stops the run, which can continue without it. With `skip`, it is replaced at once.
+/// A record that cannot be decoded stops the run, which can continue without it. With `skip`, it is replaced
+/// at once.
 #[test]
 fn a_record_that_is_no_picture_is_named() {
     let broken = path("broken");
@@ -458,7 +459,8 @@ fn a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole() {
 
     let out = path("too-little-space");
     let run = train(&out, &["--resume"]);
-    // The run is killed after its first checkpoint, and resumed with less space than a second checkpoint needs.
+    // The run is killed after its first checkpoint, and resumed with less space than a second checkpoint
+    // needs.
     let mut child = command(&run).stderr(std::process::Stdio::null()).spawn().unwrap();
     while !Path::new(&out).join("checkpoints/last").exists() && child.try_wait().unwrap().is_none() {
         std::thread::sleep(std::time::Duration::from_micros(200));

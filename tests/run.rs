@@ -383,7 +383,11 @@ fn a_directory_alone_says_how_its_run_goes_on() {
     std::fs::create_dir_all(&none).unwrap();
     vitrum(&["train", "--resume", &none]).exits(1).says(&[&none, "no run to continue", "hint: "]);
     vitrum(&["train", "--resume"]).exits(2).says(&["`--resume` without a run", "hint: "]);
-    vitrum(&["train", "--resume", &out, "--out", &none]).exits(2).says(&["different directories", &out, &none]);
+    vitrum(&["train", "--resume", &out, "--out", &none]).exits(2).says(&[
+        "different directories",
+        &out,
+        &none,
+    ]);
     vitrum(&["train", "--resume", &out, "--overfit", "4"])
         .exits(2)
         .says(&["was started without `--overfit`", "hint: "]);

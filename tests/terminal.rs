@@ -1,4 +1,5 @@
-//! A closed terminal, a full disk, a closed pipe and signals: the worst that they do to a command is to end it.
+//! A closed terminal, a full disk, a closed pipe and signals: the worst that they do to a command is to end
+//! it.
 
 mod support;
 

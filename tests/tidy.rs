@@ -1,5 +1,5 @@
-//! Rules for sources and documentation as texts: modules say what they own, forward and backward correspond line by line,
-//! imports point one way, and what the documentation mentions exists.
+//! Rules for sources and documentation as texts: modules say what they own, forward and backward correspond
+//! line by line, imports point one way, and what the documentation mentions exists.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,8 +9,8 @@ use regex_lite::Regex;
 use vitrum::recipe::Recipe;
 use vitrum::train::sweep::Axis;
 
-/// Files with more than [`MOST_LINES`] lines that are older than the rule, and their limits. Entries shrink and disappear;
-/// new ones need a reason.
+/// Files with more than [`MOST_LINES`] lines that are older than the rule, and their limits. Entries shrink
+/// and disappear; new ones need a reason.
 const OVERSIZE: [(&str, usize); 0] = [];
 const MOST_LINES: usize = 700;
 
@@ -423,8 +423,8 @@ fn documents() -> Vec<(String, String)> {
     documents
 }
 
-/// Path from the root, and text, of every text file of the project. A reader's own files (data, runs, recipes) may lie
-/// beside them.
+/// Path from the root, and text, of every text file of the project. A reader's own files (data, runs,
+/// recipes) may lie beside them.
 fn files() -> Vec<(String, String)> {
     let folders = ["src", "tests", "benches", "recipes", "docs", ".ci"];
     let mut paths: Vec<PathBuf> = folders.iter().flat_map(|folder| walk(&root().join(folder))).collect();

@@ -406,7 +406,9 @@ impl Measured {
             ),
         ];
         if card.stand_in {
-            lines.push("the stand-in GPU computes on the host: these times say nothing about a real GPU".into());
+            lines.push(
+                "the stand-in GPU computes on the host: these times say nothing about a real GPU".into(),
+            );
         }
         lines
     }

@@ -179,9 +179,8 @@ fn run(cli: Cli) -> Result<()> {
 /// reported.
 fn start_threads() -> Result<()> {
     rayon::ThreadPoolBuilder::new().build_global().map_err(|e| {
-        Error::new(format!("the system cannot start more threads: {e}")).hint(
-            "raise the limits that `ulimit -u` and `ulimit -v` show, or set `RAYON_NUM_THREADS=1`",
-        )
+        Error::new(format!("the system cannot start more threads: {e}"))
+            .hint("raise the limits that `ulimit -u` and `ulimit -v` show, or set `RAYON_NUM_THREADS=1`")
     })
 }
 

@@ -77,10 +77,8 @@ pub fn run(args: Args) -> Result<()> {
     selftest::verdict(&reports)?;
     match checks.iter().find(|proof| !proof.passed()) {
         None => Ok(()),
-        Some(failed) => {
-            Err(Error::new(format!("training steps give wrong results on {}", failed.device))
-                .hint("compute on the CPU with `--device cpu`, and report this table"))
-        }
+        Some(failed) => Err(Error::new(format!("training steps give wrong results on {}", failed.device))
+            .hint("compute on the CPU with `--device cpu`, and report this table")),
     }
 }
 

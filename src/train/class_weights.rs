@@ -58,11 +58,7 @@ pub fn line(weights: &[f32], classes: &[String]) -> String {
     let shown = |class: Option<usize>| {
         class.map_or("none".into(), |c| format!("{} (`{}`)", rounded(weights[c]), classes[c]))
     };
-    format!(
-        "loss     class weights from {} to {}; evaluations do not use them",
-        shown(least),
-        shown(most)
-    )
+    format!("loss     class weights from {} to {}; evaluations do not use them", shown(least), shown(most))
 }
 
 /// Formats a weight with three digits.

@@ -486,8 +486,10 @@ impl Run {
         if self.checkpoints.save(trainer, &self.state, &about)? {
             self.saved_at = Some(trainer.step);
         } else {
-            self.log
-                .warn(&format!("step {}: the weights are not finite, so no checkpoint was written", trainer.step));
+            self.log.warn(&format!(
+                "step {}: the weights are not finite, so no checkpoint was written",
+                trainer.step
+            ));
         }
         self.pace.outside += began.elapsed().as_secs_f64();
         Ok(())

@@ -132,8 +132,8 @@ pub fn path(name: &str) -> String {
     scratch().join(name).display().to_string()
 }
 
-/// An image folder of three classes that differ in the direction of their stripes: 96 PNG files to train on and 40 to
-/// validate with, 16x16 pixels, each with its own colours, phase and noise.
+/// An image folder of three classes that differ in the direction of their stripes: 96 PNG files to train on
+/// and 40 to validate with, 16x16 pixels, each with its own colours, phase and noise.
 pub fn stripes() -> &'static str {
     static STRIPES: OnceLock<String> = OnceLock::new();
     STRIPES.get_or_init(|| {
@@ -164,8 +164,8 @@ fn stripe(class: usize, random: &mut Random) -> RgbImage {
     })
 }
 
-/// The settings of a small run on [`stripes`], as `--set` takes them: a ViT of width 24, depth 2, 3 heads on 16 tokens,
-/// batches of 16 in two parts, six steps to an epoch, and every kind of randomness.
+/// The settings of a small run on [`stripes`], as `--set` takes them: a ViT of width 24, depth 2, 3 heads on
+/// 16 tokens, batches of 16 in two parts, six steps to an epoch, and every kind of randomness.
 pub fn settings() -> Vec<String> {
     let settings = [
         "data.train=STRIPES model.image=16 model.patch=4 model.width=24 model.depth=2 model.heads=3",
@@ -189,7 +189,8 @@ pub fn train(out: &str, more: &[&str]) -> Vec<String> {
     args
 }
 
-/// Everything that a run computed: the bytes of its last checkpoint's files, and its metrics without the times.
+/// Everything that a run computed: the bytes of its last checkpoint's files, and its metrics without the
+/// times.
 #[derive(Debug, PartialEq)]
 pub struct Outcome {
     pub metrics: Vec<Value>,
