@@ -318,7 +318,11 @@ fn a_stream_in_f32_is_resumed_to_the_bit_and_changed_only_in_words() {
     resume(&["train.precision=f32"]);
     for more in [&["--resume", "train.residual=bf16"][..], &["--resume"]] {
         let done = resume(more);
-        assert!(done.stderr.contains(", f32\n") && !done.stderr.contains("no longer bit-identical"), "{}", done.stderr);
+        assert!(
+            done.stderr.contains(", f32\n") && !done.stderr.contains("no longer bit-identical"),
+            "{}",
+            done.stderr
+        );
     }
 }
 
