@@ -1,7 +1,7 @@
 //! Vitrum pre-trains and fine-tunes Vision Transformers as fast as the hardware allows.
 //!
-//! `ARCHITECTURE.md` is the map. Imports point one way: cli → train → (vit, optim, data, weights, dist,
-//! report) → backend.
+//! `ARCHITECTURE.md` is the map. Imports point one way: cli → (bench, check) → train → infer → (vit, optim, data,
+//! weights, dist, report) → backend.
 //!
 //! # From Rust
 //!

@@ -51,7 +51,7 @@ fn unknown_commands_and_flags_are_wrong_usage() {
     vitrum(&[&probe[..], &["--method", "svm"]].concat()).code(2).stderr(contains("ridge, fewshot, knn"));
 }
 
-/// Flags of other programs, settings without `--set`, slips of the finger.
+/// Flags of other programs, settings without `--set`, typing errors.
 #[test]
 fn a_flag_that_is_none_is_answered_with_what_can_be_typed() {
     for (args, hint) in [
@@ -69,7 +69,7 @@ fn a_flag_that_is_none_is_answered_with_what_can_be_typed() {
         let flag = words[1].split('=').next().unwrap();
         refused(&words, &format!("`vitrum {}` has no flag `{flag}`", words[0]), hint);
     }
-    // What a hint says can be typed.
+    // Hints work when typed.
     for (flag, value) in
         [("--weight-decay", "0.1"), ("--imgsz", "64"), ("--opt", "lion"), ("--smoothing", "0.1")]
     {
@@ -81,7 +81,7 @@ fn a_flag_that_is_none_is_answered_with_what_can_be_typed() {
     }
 }
 
-/// Each everyday flag is the `--set` that its help names.
+/// Each everyday flag equals the `--set` in its help.
 #[test]
 fn everyday_flags_are_settings() {
     let recipe = |args: &[&str]| {
@@ -142,7 +142,7 @@ fn a_path_that_is_something_else_is_said_first() {
     }
 }
 
-/// A name of the HuggingFace hub is looked for in its cache, and never fetched.
+/// A name from the HuggingFace hub is looked up in the local cache and never fetched.
 #[test]
 fn a_hub_name_is_opened_where_the_hub_keeps_it() {
     let temp = tempfile::tempdir().unwrap();

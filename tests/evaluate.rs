@@ -1,4 +1,4 @@
-//! Measuring a model from outside: protocols, labels from a file, features, probes.
+//! Evaluating a model from outside: protocols, labels from a file, features, probes.
 
 mod support;
 
@@ -53,7 +53,7 @@ fn drop_last_leaves_out_the_short_batch_alone() {
         let (from, to) = (Path::new(stripes()).join("val").join(folder), data.join("val").join(folder));
         std::fs::create_dir_all(&to).unwrap();
         for (i, name) in names(&from).iter().enumerate() {
-            // The first batch has a picture that nobody can read.
+            // The first batch contains a picture that cannot be decoded.
             match (class, i) {
                 (0, 3) => std::fs::write(to.join(name), b"no picture").unwrap(),
                 _ => drop(std::fs::copy(from.join(name), to.join(name)).unwrap()),
@@ -79,10 +79,10 @@ fn every_protocol_measures_every_picture_once() {
         let alone = eval(&["--protocol", name, "--json"]).ok().json();
         assert_eq!(numbers(&alone), numbers(one), "{name}");
     }
-    // The run's own protocol is vit_jax's: the default, and what `--protocol` calls so.
+    // The run's own protocol equals vit_jax's: the default and `--protocol vit_jax` give the same numbers.
     assert_eq!(numbers(&eval(&["--json"]).ok().json()), numbers(&all[0]));
     assert_eq!(all[0]["protocol"], "vit_jax");
-    // 16 pixels are enlarged and cut by timm's: other numbers.
+    // timm's protocol enlarges and crops the 16 pixels, which gives other numbers.
     let timm = all.iter().find(|one| one["protocol"] == "timm").unwrap();
     assert_ne!(timm["loss"], all[0]["loss"]);
     let table = eval(&["--protocol", "all"]).ok().stdout;
@@ -114,7 +114,7 @@ fn labels_from_a_file_replace_the_data_sets_own() {
     assert_eq!(numbers(&with("numbers.txt", lines(&|label| label.to_string()))), own);
     let json = serde_json::to_string(&labels()).unwrap();
     assert_eq!(numbers(&with("labels.json", json)), own);
-    // Any of several labels is right; a picture without one counts for nothing.
+    // Any of several labels is right. A picture without a label does not count.
     let any = with("any.txt", lines(&|_| "0,1,2".into()));
     assert_eq!((any["top1"].as_f64(), any["images"].as_u64()), (Some(1.0), Some(40)));
     let some = with("some.txt", lines(&|label| if label == 0 { String::new() } else { label.to_string() }));
@@ -174,13 +174,13 @@ fn probes_find_in_the_features_what_training_put_there() {
     let knn = probe(&["--method", "knn", "--k", "5"]);
     assert!(knn["results"][0]["top1"].as_f64().unwrap() > 0.5, "{knn}");
     assert_eq!(probe(&["--images", "30"])["train_images"], 30);
-    // A data set without a validation part has nothing to score on.
+    // A data set without a validation part cannot be scored on.
     let train = Path::new(stripes()).join("train").display().to_string();
     vitrum(&["probe", "--weights", trained(), "--data", &train]).exits(1).says(&["no validation part"]);
 }
 
-/// A model of 1,000 classes without names is taken for ImageNet's, and so are folders named after WordNet ids, also
-/// where only some are there.
+/// A model of 1,000 classes without names is assumed to be ImageNet's. So are folders named by WordNet ids,
+/// even if only some exist.
 #[test]
 fn folders_named_after_wordnet_ids_meet_the_published_heads() {
     let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data");
@@ -212,7 +212,7 @@ fn renamed(name: &str, folders: &[(&str, &str)]) -> String {
         for name in names(&from) {
             std::fs::copy(from.join(&name), to.join(&name)).unwrap();
         }
-        // A part to train on, so that the other one is a validation part.
+        // A training part, so that the other part is a validation part.
         let train = root.join("train").join(to.file_name().unwrap());
         std::fs::create_dir_all(&train).unwrap();
         std::fs::copy(to.join(&names(&to)[0]), train.join("0.png")).unwrap();
@@ -220,7 +220,7 @@ fn renamed(name: &str, folders: &[(&str, &str)]) -> String {
     root.display().to_string()
 }
 
-/// The trained model without class names, or with others.
+/// The trained model without class names, or with other names.
 fn with_classes(name: &str, classes: Option<&[&str]>) -> String {
     let file = weights::open(Path::new(trained()), &ModelOverrides::default()).unwrap();
     let classes = classes.map(|names| names.iter().map(|n| n.to_string()).collect());
@@ -273,7 +273,7 @@ fn classes_meet_by_name_by_number_or_by_place_and_one_line_says_which() {
     let by_list = on(&english, &wordnet).ok();
     assert_eq!((top1(&by_list), &by_list.json()["classes_matched"]), (expected, &"name".into()));
 
-    // Names that disagree are no match, however many there are.
+    // Names that disagree do not match, even with equal counts.
     let others = renamed("others", &[("across", "ant"), ("checks", "bee"), ("down", "cow")]);
     on(trained(), &others).exits(1).says(&["a class `ant`", "it has `across` and 3 in all"]);
 }

@@ -1,4 +1,5 @@
-//! Fine-tuning from outside: from a weights file to a model for other pictures, with frozen parts, in sweeps, resumed.
+//! Fine-tuning from outside: from a weights file to a model for other pictures, with frozen parts, in sweeps,
+//! resumed.
 
 mod support;
 
@@ -41,7 +42,7 @@ fn pretrained() -> &'static str {
     })
 }
 
-/// Two of the classes of [`stripes`], and a third one that the model has not seen.
+/// Two of the classes of [`stripes`], and a third that the model has not seen.
 fn other_classes() -> &'static str {
     static DATA: OnceLock<String> = OnceLock::new();
     DATA.get_or_init(|| {
@@ -100,9 +101,9 @@ fn changed(before: &Tensors, after: &Tensors) -> Vec<String> {
     after.keys().filter(differs).cloned().collect()
 }
 
-// ---- A folder as it is ----
+// ---- Any folder ----
 
-/// Class folders without a validation part, of 61 pictures, as somebody types it who has read nothing.
+/// Class folders with 61 pictures and without a validation part, as a new user would type it.
 #[test]
 fn any_folder_is_fine_tuned_on_as_it_is() {
     let folder = scratch().join("plain");
@@ -140,7 +141,7 @@ fn a_fine_tuned_model_evaluates_and_predicts_with_the_new_classes() {
     let out = path("tuned");
     let learn = ["train.steps=60", "optim.name=adamw", "optim.lr=3e-3", "augment.crop=pad"];
     let done = run(&out, other_classes(), &learn);
-    // The head is kept where a class has kept its name; what was done stands in the run's log as well.
+    // The head keeps the classes whose names match. The log says what was done.
     let done = done.says(&["weights  ", "(layout vitrum)", "2 of 3 classes kept by name"]);
     let log = std::fs::read_to_string(Path::new(&out).join("log.txt")).unwrap();
     assert!(log.contains("kept by name"), "{log}");
@@ -184,7 +185,7 @@ fn a_resumed_run_has_the_bits_of_an_unbroken_one() {
         }
         child.kill().unwrap();
         if child.wait().unwrap().success() {
-            return false; // It was faster.
+            return false; // The run ended first.
         }
         run(&out, other_classes(), &["train.steps=40", "train.checkpoint_every=5", "--resume"]);
         assert_eq!(outcome(&out), outcome(&unbroken));
@@ -206,7 +207,7 @@ fn the_head_is_kept_reset_or_refused_as_the_user_says() {
     assert_eq!(head("kept", stripes(), &["--head", "keep"]), old);
     assert_eq!(head("auto", stripes(), &[]), old, "the same classes");
     assert!(head("reset", stripes(), &["--head", "reset"]).iter().all(|v| *v == 0.0));
-    // `checks` and `down` are rows 1 and 2 of the file; in the new data `new` comes last.
+    // `checks` and `down` are rows 1 and 2 of the file. In the new data, `new` comes last.
     let by_name = head("by-name", other_classes(), &[]);
     assert_eq!(by_name[..48], old[24..]);
     assert!(by_name[48..].iter().all(|v| *v == 0.0));
@@ -254,7 +255,7 @@ fn frozen_layers_keep_their_bits_and_take_no_optimiser_memory() {
     assert_eq!(upper, all.iter().filter(|name| !lower(name)).cloned().collect::<Vec<_>>());
     let (head, least) = trained("head", &["optim.freeze_backbone=true"]);
     assert_eq!(head, ["head.bias", "head.weight"]);
-    // Momentum mirrors what is trained: 3 x 24 + 3 values, in places of 64.
+    // Momentum exists only for trained tensors: 3 x 24 + 3 values, in units of 64.
     assert!(fewer < most * 3 / 4 && least < fewer / 4, "{most}, {fewer}, {least}");
 
     let out = path("too-many");
@@ -309,7 +310,7 @@ fn a_trial_that_diverges_is_a_result_and_the_sweep_goes_on() {
     assert!(done.stdout.lines().nth(3).unwrap().contains("<- best"), "{}", done.stdout);
 }
 
-/// The most memory that a process held, in bytes; `meanwhile` is called over and over while it runs.
+/// The peak memory of a process in bytes. Calls `meanwhile` repeatedly while the process runs.
 fn peak_of(args: &[String], mut meanwhile: impl FnMut()) -> u64 {
     let mut child = command(args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let status = format!("/proc/{}/status", child.id());
@@ -341,7 +342,7 @@ fn four_trials_read_the_weights_once_and_take_the_memory_of_one() {
         finetune(&path(out), stripes(), &[&settings[..], &[from.as_str()], more].concat())
     };
     let one = peak_of(&args("one-trial", &[]), || ());
-    // Whoever wanted to read them again would fail.
+    // Reading them again would fail.
     let started = scratch().join("four-trials/trial-1/recipe.toml");
     let mut removed = false;
     let four = peak_of(&args("four-trials", &["--sweep", "optim.lr=0,1e-5,1e-4,1e-3"]), || {
@@ -353,7 +354,7 @@ fn four_trials_read_the_weights_once_and_take_the_memory_of_one() {
     assert!(four < one + one / 10, "{four} bytes at the peak, {one} of one trial");
 }
 
-/// Training from new weights sweeps as well: AugReg's levels, each the run alone.
+/// A sweep of training from new weights: AugReg's levels. Each trial equals a single run.
 #[test]
 fn levels_of_augmentation_are_swept_from_scratch() {
     let out = path("levels");
@@ -363,12 +364,12 @@ fn levels_of_augmentation_are_swept_from_scratch() {
     args = support::train(&path("level-alone"), &["train.steps=6", "augment.level=light2"]);
     vitrum(&args).ok();
     assert_eq!(outcome(&format!("{out}/trial-2")), outcome(&path("level-alone")));
-    // The recipe's own mixup gives way to the level's.
+    // The level replaces the recipe's mixup.
     let recipe = std::fs::read_to_string(format!("{out}/trial-1/recipe.toml")).unwrap();
     assert!(recipe.contains("level = \"config:none\"") && recipe.contains("mixup = 0.0"), "{recipe}");
     vitrum(&["finetune", "mini/cifar10", "--data", stripes(), "--sweep", "optim.lr=1,2"])
         .exits(2)
-        .says(&["names none"]);
+        .says(&["but none are given"]);
 }
 
 // ---- Wrong usage ----
@@ -381,8 +382,8 @@ fn what_cannot_be_fine_tuned_is_refused_before_anything_is_written() {
         assert!(!Path::new(&out).exists(), "{args:?} wrote something");
     };
     let base = ["finetune", "--weights", pretrained(), "--data", stripes(), "--out", &out];
-    refused(2, &["finetune", "--data", stripes(), "--out", &out], &["names none", "--weights FILE"]);
-    refused(2, &["train", "b16/cifar10", "--set", "data.train=demo", "--out", &out], &["names none"]);
+    refused(2, &["finetune", "--data", stripes(), "--out", &out], &["but none are given", "--weights FILE"]);
+    refused(2, &["train", "b16/cifar10", "--set", "data.train=demo", "--out", &out], &["but none are given"]);
     let missing = ["finetune", "--weights", "no-such-file", "--data", stripes(), "--out", &out];
     refused(1, &missing, &["no-such-file"]);
     refused(2, &base[..3], &["no training data", "--data DIR"]);
@@ -390,7 +391,7 @@ fn what_cannot_be_fine_tuned_is_refused_before_anything_is_written() {
     let says = ["`train.batch` is 100", "96 images", "--set train.batch=80"];
     refused(1, &[&batch[..], &["--set", "train.micro_batch=20"]].concat(), &says);
     let preset = [&["finetune", "b16/cifar10"], &base[1..]].concat();
-    refused(1, &preset, &["the model has width 24, the recipe says 768", "leave the recipe out"]);
+    refused(1, &preset, &["the model has width 24, the recipe says 768", "omit the recipe"]);
     for (sweep, text) in [
         ("optim.lr", "has no values"),
         ("optim.lrr=1,2", "unknown key `optim.lrr`"),
@@ -495,7 +496,7 @@ fn fine_tuning_starts_from_what_vit_jax_loads() {
         let furthest = got.values.iter().zip(&want.values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(furthest <= 1e-6, "{name}: {furthest}");
     }
-    // What the head reads of the reference's pictures, through the decoder, the resized positions and the model.
+    // The head's input for the reference's pictures, after the decoder, the resized positions and the model.
     let features = path("features.safetensors");
     vitrum(&["features", "--weights", &out, "--data", &data, "--out", &features]).ok();
     let got = SafeTensors::open(Path::new(&features)).unwrap();
@@ -506,7 +507,7 @@ fn fine_tuning_starts_from_what_vit_jax_loads() {
     let furthest = got.values.iter().zip(&want.values).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(furthest <= 1e-5 * largest.max(1.0), "{furthest} of {largest}");
 
-    // The same without fine-tuning: `eval` and its kin resize positions where they are asked to.
+    // The same without fine-tuning: `eval` and similar commands resize positions if asked to.
     let file = folder.join("finetune_pretrained.npz").display().to_string();
     let direct = path("direct.safetensors");
     let args = ["features", "--weights", &file, "--data", &data, "--out", &direct, "--set", &image];
@@ -515,8 +516,8 @@ fn fine_tuning_starts_from_what_vit_jax_loads() {
 
 // ---- How the weights are read ----
 
-/// A file of wrapped names and ImageNet's mean: patterns and mean stand in the run's recipe, the mean in its checkpoint,
-/// and the run goes on from there.
+/// A file with wrapped names and ImageNet's mean. The run's recipe stores patterns and mean, its checkpoint
+/// the mean, and the run can be resumed from them.
 #[test]
 fn patterns_for_names_and_mean_belong_to_the_run() {
     let file = weights::open(Path::new(pretrained()), &Default::default()).unwrap();

@@ -1,5 +1,5 @@
-//! The model's own gradients, for every architecture that the configuration can say: the backward pass against central
-//! differences of the loss along random directions, with dropout, drop-path and accumulation.
+//! The model's gradients, for every architecture that the configuration allows: the backward pass against
+//! central differences of the loss along random directions, with dropout, drop-path and accumulation.
 
 use vitrum::backend::cpu::CpuBackend;
 use vitrum::backend::{
@@ -61,7 +61,7 @@ impl Bench {
         Self { backend, model, loss: Loss { label_smoothing: 0.1, ..Loss::plain(loss) }, batch }
     }
 
-    /// Loss of the whole batch; gradients too where asked.
+    /// The loss of the whole batch. With `backward`, also computes gradients.
     fn run(&mut self, backward: bool) -> f64 {
         let b = &mut self.backend;
         b.begin_step(StepKeys { seed: 7, step: 11 }).unwrap();
@@ -93,7 +93,7 @@ impl Bench {
         gradients
     }
 
-    /// Each tensor's gradient against a difference of the loss.
+    /// Compares each tensor's gradient with a difference of the loss.
     fn check(&mut self, what: &str) {
         let gradients = self.gradients();
         for (name, gradient) in &gradients {
@@ -133,7 +133,7 @@ fn mix(slot: &mut Slot) {
     slot.boxes_mut()[0] = MixBox { y0: 1, x0: 2, y1: 5, x1: 7 };
 }
 
-/// With all of the last block and without what nobody reads, where that differs.
+/// Checks the model with the whole last block, and with a pruned one if that differs.
 fn check(what: &str, config: ModelConfig) {
     if config.reads_class_token_alone() {
         let whole = LastBlock::Whole;
@@ -262,7 +262,7 @@ fn pruning_takes_less_memory_and_fewer_operations_and_leaves_other_models_alone(
     for mode in [Mode::Train, Mode::Infer] {
         let both = [LastBlock::Whole, LastBlock::Pruned].map(|last_block| vit(&large, mode, last_block));
         let [whole, pruned] = both.each_ref().map(|model| model.plan().total_bytes());
-        // What all blocks share has to be there anyway: inference gains no memory.
+        // All blocks share their buffers in inference, so pruning saves no memory.
         assert!(if mode == Mode::Train { pruned < whole } else { pruned < whole + whole / 20 });
         let [whole, pruned] = both.each_ref().map(|model| model.flops_done(true));
         assert_eq!(whole, large.train_flops());

@@ -1,4 +1,4 @@
-//! Bad input and full disks, from outside: a clear message with the right exit code, nothing half written, no panic.
+//! Bad input and full disks, from outside: a clear message, the right exit code, no partial files, no panic.
 
 mod support;
 
@@ -32,7 +32,7 @@ fn copy(name: &str) -> String {
     to
 }
 
-/// A run that is refused before it begins: this code, these words, and no folder.
+/// A run that is refused before it begins: exits with this code, prints these words, makes no folder.
 #[track_caller]
 fn refuses(code: i32, more: &[&str], says: &[&str]) {
     let out = path("refused");
@@ -64,7 +64,8 @@ fn data_that_cannot_train_is_refused() {
     refuses(1, &["model.classes=2"], &["`model.classes` is 2", "3 classes"]);
 }
 
-/// A record that does not decode stops the run, which may go on without it; or it is replaced from the start.
+/// A record that cannot be decoded stops the run, which can continue without it. With `skip`, it is replaced
+/// at once.
 #[test]
 fn a_record_that_is_no_picture_is_named() {
     let broken = path("broken");
@@ -128,7 +129,7 @@ fn settings_that_make_no_run_are_wrong_usage() {
 
 #[test]
 fn a_folder_that_cannot_hold_a_run_is_refused() {
-    // Below a regular file nobody can write, root neither.
+    // Nobody can create a file below a regular file, not even root.
     let file = path("regular-file");
     fs::write(&file, "text").unwrap();
     let out = format!("{file}/run");
@@ -143,7 +144,7 @@ fn a_folder_that_cannot_hold_a_run_is_refused() {
     assert_eq!(outcome(trained()), before, "the run is untouched");
 }
 
-/// Seeded places all over a file, and one bit of each.
+/// Seeded random places in a file, with one bit for each.
 fn flips(length: usize, count: u64, seed: u64) -> Vec<(usize, u8)> {
     let mut random = Random(seed);
     (0..count).map(|_| (random.below(length as u64) as usize, 1 << random.below(8))).collect()
@@ -194,7 +195,7 @@ fn a_damaged_checkpoint_is_passed_over_and_the_bits_are_those_of_a_whole_one() {
         resume(&run).ok().says(&["resume   from checkpoints/step-5", line, file, "damaged"]);
         assert_eq!(outcome(&run), want, "{file}");
     }
-    // The file of another step is as whole as its own was.
+    // The file of another step is not damaged in itself.
     let run = copy("mixed");
     let checkpoints = Path::new(&run).join("checkpoints");
     fs::copy(checkpoints.join("step-5/ema.safetensors"), checkpoints.join("step-8/ema.safetensors")).unwrap();
@@ -209,7 +210,7 @@ fn a_damaged_checkpoint_is_passed_over_and_the_bits_are_those_of_a_whole_one() {
     let run = copy("renamed");
     let checkpoints = Path::new(&run).join("checkpoints");
     fs::rename(checkpoints.join("step-8"), checkpoints.join("step-9")).unwrap();
-    resume(&run).ok().says(&["step-9 is passed over: ", "it is of step 8"]);
+    resume(&run).ok().says(&["step-9 is passed over: ", "holds the state of step 8"]);
     assert_eq!(outcome(&run), want);
 }
 
@@ -225,7 +226,7 @@ fn a_run_whose_checkpoints_are_all_damaged_does_not_start_over() {
         }
         let before = fs::read(Path::new(&run).join("metrics.jsonl")).unwrap();
         let done = resume(&run).exits(1).says(&["damaged", "step-8/model.safetensors", "hint: "]);
-        assert!(!done.stderr.contains("starting fresh"), "{}", done.stderr);
+        assert!(!done.stderr.contains("starting from the beginning"), "{}", done.stderr);
         assert_eq!(fs::read(Path::new(&run).join("metrics.jsonl")).unwrap(), before);
     }
 }
@@ -262,7 +263,7 @@ fn checkpoints_of_before_are_read_with_a_line_and_their_arenas_are_measured() {
         .ok()
         .says(&["no `checkpoint.json`"]);
 
-    // 64 bytes of an arena are gone, and the file is as whole as any.
+    // 64 bytes of an arena are missing, but the file is valid.
     let short = checkpoints.join("step-8/state.safetensors");
     let state = SafeTensors::open(&short).unwrap();
     let arena = |name: &str, less: usize| {
@@ -298,7 +299,7 @@ fn every_flipped_bit_of_a_shard_is_noticed_when_it_is_read() {
     for (at, bit) in flips(whole.len(), 60, 60) {
         let mut damaged = whole.clone();
         damaged[at] ^= bit;
-        // In place of the file, not into it: it may be mapped.
+        // Replace the file instead of writing into it: it may be mapped.
         fs::remove_file(&shard).unwrap();
         fs::write(&shard, damaged).unwrap();
         assert!(read().is_err(), "bit {bit:#x} of byte {at}");
@@ -324,7 +325,7 @@ fn a_folder_of_other_things_is_no_run_directory() {
         vitrum(&train(&folder, more)).exits(1).says(&[&folder, "`thesis.tex`", "hint: ", "--out"]);
         assert_eq!(names(&folder), ["thesis.tex"]);
     }
-    // In a run's own folders nothing is removed that it has not left there.
+    // In its own folders a run removes only what it wrote.
     let run = copy("with-guests");
     let checkpoints = Path::new(&run).join("checkpoints");
     for name in ["notes.tmp", ".step-3.99.tmp"] {
@@ -410,7 +411,7 @@ fn pictures_and_data_that_do_not_fit_the_weights_are_named() {
         fs::create_dir_all(&dir).unwrap();
         fs::copy(format!("{}/val/down/002.png", stripes()), dir.join("1.png")).unwrap();
     }
-    // Two of the model's three classes by their names.
+    // Two of the model's three classes, by name.
     eval(&two).ok().says(&["2 of the data are among the model's 3, by name"]);
     let third = Path::new(&two).join("zebra");
     fs::create_dir_all(&third).unwrap();
@@ -450,7 +451,7 @@ fn batches_that_do_not_fit_are_named() {
     vitrum(&["grad", "--weights", trained(), "--batch", &text, "--out", &out]).exits(1).says(&[&text]);
 }
 
-/// A limit on the size of files stands in for a disk that fills up between two checkpoints.
+/// A limit on file sizes simulates a disk that fills up between two checkpoints.
 #[test]
 fn a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole() {
     let want = path("enough-space");
@@ -458,7 +459,8 @@ fn a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole() {
 
     let out = path("too-little-space");
     let run = train(&out, &["--resume"]);
-    // Killed after its first checkpoint, the run goes on with less space than a second one needs.
+    // The run is killed after its first checkpoint, and resumed with less space than a second checkpoint
+    // needs.
     let mut child = command(&run).stderr(std::process::Stdio::null()).spawn().unwrap();
     while !Path::new(&out).join("checkpoints/last").exists() && child.try_wait().unwrap().is_none() {
         std::thread::sleep(std::time::Duration::from_micros(200));
@@ -493,7 +495,7 @@ fn limited(args: &[String], before: &str) -> Done {
     finish(shell)
 }
 
-/// On a file system of its own, where this machine lets the test make one.
+/// On a separate file system, if this machine lets the test make one.
 #[test]
 fn a_full_disk_stops_the_run_and_keeps_the_last_checkpoint() {
     let (disk, rescued) = (path("disk"), path("rescued"));
@@ -503,7 +505,7 @@ fn a_full_disk_stops_the_run_and_keeps_the_last_checkpoint() {
         println!("skipped: this machine does not let a test mount a file system");
         return;
     }
-    // One checkpoint of this model takes 270 KiB: the first fits, and the second beside it does not.
+    // One checkpoint of this model takes 270 KiB: the first fits, a second one does not.
     let run = train(&format!("{disk}/run"), &["train.checkpoint_every=2", "train.eval_every=100"]);
     let program = command(&run);
     let script = format!(

@@ -29,7 +29,7 @@ fn start(args: &[String]) -> Child {
     command(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Polls until `arrived`, or until the process has ended by itself.
+/// Polls until `arrived`, or until the process ends by itself.
 fn watch(child: &mut Child, mut arrived: impl FnMut() -> bool) {
     let limit = Instant::now() + Duration::from_secs(120);
     while !arrived() && child.try_wait().unwrap().is_none() {
@@ -62,7 +62,7 @@ fn resume_after_kill_has_the_bits_of_an_unbroken_run() {
         let out = path(&format!("killed-{runs}"));
         for _ in 0..1 + random.below(3) {
             let mut child = start(&train(&out, &["--resume"]));
-            // One in three waits for a checkpoint to be written, the others for a moment between two lines.
+            // One in three waits until a checkpoint is written, the others until a moment between two lines.
             let from = lines(&out);
             let more = random.below(5) as usize;
             watch(&mut child, || {
@@ -103,7 +103,7 @@ fn a_signal_saves_the_run_and_resume_has_the_bits_of_an_unbroken_run() {
             let _ = kill_process(Pid::from_child(&child), signal);
             let done = wait(child);
             if done.code == 0 {
-                return false; // It was faster than the signal.
+                return false; // The run ended before the signal.
             }
             let done =
                 done.exits(code).says(&["stopped at step ", "saved to ", "hint: ", "vitrum train --resume "]);
@@ -188,7 +188,7 @@ fn a_short_run_on_the_demo_shows_a_falling_loss() {
     assert!(last < first - 0.05, "loss {first}, then {last}");
     assert!(done.stdout.is_empty(), "{}", done.stdout);
     let done = done.says(&["trained 60 steps", "checkpoints/last", "vitrum eval", "vitrum predict"]);
-    // What it says to type next works as it stands.
+    // The suggested commands work as printed.
     let eval = done.stderr.lines().find(|line| line.contains("vitrum eval")).unwrap();
     let eval: Vec<&str> = eval.split("vitrum ").nth(1).unwrap().split(' ').collect();
     assert!(vitrum(&eval).ok().stdout.starts_with("2,000 images"), "{eval:?}");
@@ -198,21 +198,21 @@ fn a_short_run_on_the_demo_shows_a_falling_loss() {
 fn overfit_learns_by_heart_or_fails() {
     let out = path("overfit");
     let more = ["--overfit", "16"];
-    vitrum(&train(&out, &more)).ok().says(&["learned by heart"]);
+    vitrum(&train(&out, &more)).ok().says(&["reached the overfit target"]);
     let (_, last) = first_and_last_loss(&out);
     assert!(last < 0.01, "loss {last}");
     let step = metrics(&out).last().unwrap()["step"].as_u64().unwrap();
     assert!(step <= 300, "{step} steps");
-    // The run knows what it learns.
-    vitrum(&["train", "--resume", &out]).ok().says(&["learned by heart"]);
-    vitrum(&train(&out, &[&more[..], &["--resume"]].concat())).ok().says(&["learned by heart"]);
+    // The run remembers that it is an overfit run.
+    vitrum(&["train", "--resume", &out]).ok().says(&["reached the overfit target"]);
+    vitrum(&train(&out, &[&more[..], &["--resume"]].concat())).ok().says(&["reached the overfit target"]);
     vitrum(&train(&out, &["--overfit", "8", "--resume"]))
         .exits(2)
         .says(&["was started with `--overfit 16`", "hint: "]);
 
     let out = path("overfit-not");
     let more = ["--overfit", "16", "optim.lr=0"];
-    let what = ["did not learn 16 images by heart", "after 300 steps", "hint: "];
+    let what = ["did not overfit 16 images", "after 300 steps", "hint: "];
     vitrum(&train(&out, &more)).exits(1).says(&what);
 }
 
@@ -272,7 +272,7 @@ fn a_profile_counts_the_operations_that_the_plan_lists() {
     let how = ["--set", "model.image=32", "--rounds", "1", "--seconds", "0", "--json"];
     let profile = vitrum(&[&what[..], &how].concat()).ok().json();
     let operations = profile["profile"].as_array().unwrap();
-    // What is no operation costs nothing.
+    // Calls that are not operations have no cost.
     assert!(operations.iter().any(|o| o["operation"] == "begin_step" && o["bytes_per_step"].is_null()));
     let planned = plan["operations_of_a_step"].as_array().unwrap();
     assert_eq!(operations.iter().filter(|o| !o["bytes_per_step"].is_null()).count(), planned.len());
@@ -351,9 +351,9 @@ fn a_finished_run_stays_as_it_is_when_it_is_resumed() {
     );
 }
 
-// ---- Going on ----
+// ---- Resuming ----
 
-/// A run of 8 steps whose last checkpoint is taken away: it stands at step 5.
+/// A run of 8 steps whose last checkpoint is removed, so that it resumes from step 5.
 fn at_step_5(name: &str, more: &[&str]) -> String {
     let out = path(name);
     vitrum(&train(&out, &[&["train.steps=8"], more].concat())).ok();
@@ -371,7 +371,7 @@ fn a_directory_alone_says_how_its_run_goes_on() {
     let out = at_step_5("alone", &[]);
     vitrum(&["train", "--resume", &out]).ok().says(&["(demo)", "from checkpoints/step-5"]);
     assert_eq!(outcome(&out), want);
-    // Whatever else is in a checkpoint, it is told.
+    // `inspect` shows everything that a checkpoint stores.
     let told = vitrum(&["inspect", &out]).ok().stdout;
     for line in [
         "provenance.recipe: demo",
@@ -390,7 +390,11 @@ fn a_directory_alone_says_how_its_run_goes_on() {
     std::fs::create_dir_all(&none).unwrap();
     vitrum(&["train", "--resume", &none]).exits(1).says(&[&none, "no run to continue", "hint: "]);
     vitrum(&["train", "--resume"]).exits(2).says(&["`--resume` without a run", "hint: "]);
-    vitrum(&["train", "--resume", &out, "--out", &none]).exits(2).says(&["two directories", &out, &none]);
+    vitrum(&["train", "--resume", &out, "--out", &none]).exits(2).says(&[
+        "different directories",
+        &out,
+        &none,
+    ]);
     vitrum(&["train", "--resume", &out, "--overfit", "4"])
         .exits(2)
         .says(&["was started without `--overfit`", "hint: "]);
@@ -416,11 +420,11 @@ fn a_run_goes_on_with_other_settings_that_change_no_step() {
         "with eval.metric: \"top1\" -> \"loss\": the search for the best checkpoint starts again",
         "trained 12 steps",
     ]);
-    // More of the same, by what the directory says now.
+    // Resume again with the directory's current recipe.
     vitrum(&["train", "--resume", &out, "--set", "train.steps=13"]).ok().says(&["trained 13 steps"]);
     vitrum(&["train", "--resume", &out, "--set", "train.steps=9"])
         .exits(1)
-        .says(&["has done 13 steps, and `train.steps` is 9", "hint: "]);
+        .says(&["has already done 13 steps, but `train.steps` is 9", "hint: "]);
     vitrum(&["train", "--resume", &out, "--set", "optim.lr=1", "--set", "model.dropout=0.3"])
         .exits(1)
         .says(&["another recipe: model.dropout: ", " -> 0.3", "optim.lr: 0.003 -> 1.0", "hint: "]);
@@ -460,14 +464,14 @@ fn rare_classes_weigh_more_and_the_run_is_resumed_to_the_bit() {
         vitrum(&train(&out, &[&data, "train.steps=8", weights])).ok();
         outcome(&out)
     };
-    // Its state holds another recipe.
+    // Its state contains another recipe.
     let by_hand = of("weighted-by-hand", "loss.class_weights=[0.75,0.75,3]");
     assert_eq!((&by_hand.metrics, &by_hand.files[..2]), (&want.metrics, &want.files[..2]));
     let plain = of("weighted-not", "loss.class_weights=none");
     assert_eq!(of("weighted-the-same", "loss.class_weights=[1,1,1]").files[0], plain.files[0]);
     assert_ne!(want.files[0], plain.files[0]);
 
-    // The head starts at zero: each of three classes has a third, and costs ln 3.
+    // The head starts at zero: each of three classes has probability 1/3, so the loss is ln 3.
     let first = path("weighted-first");
     let pace = ["train.steps=1", "train.log_every=1", "optim.lr=0", "loss.class_weights=[100,100,100]"];
     vitrum(&train(&first, &[&[data.as_str()], &pace[..]].concat())).ok();
@@ -478,7 +482,7 @@ fn rare_classes_weigh_more_and_the_run_is_resumed_to_the_bit() {
     let near = |loss: f64, expected: f64| (loss / expected - 1.0).abs() < 1e-5;
     let ln3 = 3f64.ln();
     assert!(near(losses[0], 100.0 * ln3), "training: {losses:?}");
-    assert!(losses.len() == 2 && near(losses[1], ln3), "evaluations weigh nothing: {losses:?}");
+    assert!(losses.len() == 2 && near(losses[1], ln3), "evaluations are not weighted: {losses:?}");
 
     let none = path("weighted-wrong");
     vitrum(&train(&none, &[&data, "loss.class_weights=[1,2]"])).exits(2).says(&[
@@ -511,7 +515,7 @@ fn a_run_goes_on_with_its_own_data_alone() {
 
     let (first, second) = (of("across/000.png"), of("across/003.png"));
     std::fs::rename(&first, of("across/new.png")).unwrap();
-    refused(&["other training data", "others have their names, labels or sizes", "data.accept_changes=true"]);
+    refused(&["other training data", "some with other names, labels or sizes", "data.accept_changes=true"]);
     resume(&accept).ok().says(&["resume   on other data: ", "trained 8 steps"]);
     let kept = std::fs::read_to_string(run.join("recipe.toml")).unwrap();
     assert!(!kept.contains("accept_changes"), "{kept}");
@@ -540,12 +544,12 @@ fn a_run_goes_on_with_its_own_data_alone() {
         std::fs::rename(Path::new(&data).join(part).join("down"), Path::new(&data).join(part).join("up"))
             .unwrap();
     }
-    refused(&["other classes: class 2 was `down`, and is `up` now", "data.accept_changes=true"]);
+    refused(&["other classes: class 2 was `down` and is now `up`", "data.accept_changes=true"]);
     std::fs::create_dir(of("zebra")).unwrap();
     std::fs::create_dir(Path::new(&data).join("val/zebra")).unwrap();
-    refused(&["other classes: class 2 was `down`, and is `up` now (3 classes, and 4 now)"]);
+    refused(&["other classes: class 2 was `down` and is now `up` (3 classes then, 4 now)"]);
 
-    // Elsewhere, the same.
+    // The same data in another place.
     let moved = format!("data.train={}", stripes());
     resume(&["--set", &moved]).ok().says(&["trained 8 steps"]);
 }
@@ -555,13 +559,13 @@ fn one_run_has_a_directory_at_a_time() {
     let out = path("busy");
     let mut child = start(&train(&out, &["train.steps=100000", "train.eval_every=100000"]));
     watch(&mut child, || Path::new(&out).join("checkpoints/last").exists());
-    let holder = format!("a run is at work there (process {} on ", child.id());
+    let holder = format!("a run is already working there (process {} on ", child.id());
     for more in [&["--resume"][..], &[]] {
         vitrum(&train(&out, &[&["train.steps=100000"], more].concat())).exits(1).says(&[&holder, "hint: "]);
     }
     child.kill().unwrap();
     wait(child);
-    // The lock has died with the process.
+    // The lock ended with the process.
     let mut child = start(&train(&out, &["train.steps=100000", "train.eval_every=100000", "--resume"]));
     let before = lines(&out);
     watch(&mut child, || lines(&out) > before + 1);

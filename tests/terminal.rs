@@ -1,4 +1,5 @@
-//! What a terminal that is gone, a full disk, a closed pipe and signals do to a command: nothing worse than ending it.
+//! A closed terminal, a full disk, a closed pipe and signals: the worst that they do to a command is to end
+//! it.
 
 mod support;
 
@@ -25,7 +26,7 @@ fn trained() -> &'static str {
     })
 }
 
-/// The program as a shell runs it: `{}` is its path.
+/// Runs the program in a shell; `{}` stands for its path.
 fn shell(line: &str, args: &[String]) -> Done {
     let words: Vec<String> = args.iter().map(|arg| format!("'{arg}'")).collect();
     let program = format!("'{}' {}", env!("CARGO_BIN_EXE_vitrum"), words.join(" "));
@@ -50,7 +51,7 @@ fn a_run_goes_on_and_is_saved_where_nobody_can_read_what_it_says() {
     }
 }
 
-/// Every command that prints data, and one that prints for people alone.
+/// Every command that prints data, and one that prints only for people.
 #[test]
 fn no_print_panics() {
     let run = trained().to_string();
@@ -73,7 +74,7 @@ fn no_print_panics() {
         }
         let done = shell("{} >/dev/full", args);
         assert!(!done.stderr.contains("panicked"), "{args:?}: {}", done.stderr);
-        // Data that could not be written is a failure that is said.
+        // Failing to write data is reported as a failure.
         let prints = !matches!(args[0].as_str(), "train" | "--help");
         assert!(!prints || (done.code == 1 && done.stderr.contains("stdout")), "{args:?}: {}", done.stderr);
     }
@@ -120,13 +121,13 @@ fn what_asks_a_run_to_stop_saves_it() {
 fn a_signal_that_is_ignored_stays_ignored() {
     let out = path("nohup");
     let args = train(&out, &["train.steps=40", "train.eval_every=20", "train.log_every=1"]);
-    // The shell ignores what it is told to, and so does what it starts.
+    // The shell ignores the signal, and so do the processes that it starts.
     let line = "trap '' HUP; {} & run=$!; for i in 1 2 3 4 5; do sleep 0.2; kill -HUP $run; done; wait $run";
     shell(line, &args).ok();
     assert!(Path::new(&out).join("checkpoints/step-40").exists());
 }
 
-/// A list of pictures, of which one is a pipe that nobody fills.
+/// A list of pictures. One of them is a pipe that nobody fills.
 fn stalled(name: &str) -> String {
     let folder = path(name);
     let mut table = "path,label\n".to_owned();
@@ -164,7 +165,7 @@ fn a_run_that_waits_for_a_read_is_saved_when_it_is_told_to_stop() {
     let lines = || std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count());
     let limit = Instant::now() + Duration::from_secs(60);
     let mut seen = (0, Instant::now());
-    // It stands still when its one epoch has come to the pipe.
+    // The run stalls when its only epoch reaches the pipe.
     while seen.0 == 0 || seen.1.elapsed() < Duration::from_secs(2) {
         assert!(Instant::now() < limit, "it does not stand still: {} lines", seen.0);
         if lines() != seen.0 {

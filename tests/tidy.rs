@@ -1,5 +1,5 @@
-//! What holds of the sources and the documentation as texts: modules say what they own, forward and backward lie side
-//! by side, imports point one way, and what the documentation shows exists.
+//! Rules for sources and documentation as texts: modules say what they own, forward and backward correspond
+//! line by line, imports point one way, and what the documentation mentions exists.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,8 +9,8 @@ use regex_lite::Regex;
 use vitrum::recipe::Recipe;
 use vitrum::train::sweep::Axis;
 
-/// Files of more than [`MOST_LINES`] lines that were there before the rule, and the lines that they may have. Entries
-/// shrink and go; new ones need a reason.
+/// Files with more than [`MOST_LINES`] lines that are older than the rule, and their limits. Entries shrink
+/// and disappear; new ones need a reason.
 const OVERSIZE: [(&str, usize); 0] = [];
 const MOST_LINES: usize = 700;
 
@@ -38,7 +38,7 @@ const IMPORTS: [(&str, &[&str]); 14] = [
     ("weights", &["backend", "recipe", "vit"]),
 ];
 
-/// Rooms that forbid unsafe code, and the only places that have any.
+/// Rooms that forbid unsafe code, and the only places that contain any.
 const SAFE_ROOMS: [&str; 9] = ["bench", "check", "cli", "infer", "optim", "recipe", "report", "train", "vit"];
 const UNSAFE_PLACES: [&str; 6] = [
     "src/backend/cpu/",
@@ -61,7 +61,7 @@ fn every_module_says_what_it_owns() {
 
 #[test]
 fn nothing_is_left_unfinished() {
-    // In two parts, so that this file does not name them.
+    // Split in two, so that this file does not contain them.
     for macro_name in ["todo", "unimplemented", "dbg"].map(|name| format!("{name}!(")) {
         for (path, text) in rust() {
             assert!(!text.contains(&macro_name), "{path} has `{macro_name}`");
@@ -74,7 +74,7 @@ fn files_have_one_subject() {
     for (path, text) in rust() {
         let lines = text.lines().count();
         match OVERSIZE.iter().find(|(name, _)| *name == path) {
-            None => assert!(lines <= MOST_LINES, "{path} has {lines} lines: it wants to be two files"),
+            None => assert!(lines <= MOST_LINES, "{path} has {lines} lines: it should be two files"),
             Some((_, most)) => {
                 assert!(lines <= *most, "{path} has {lines} lines, and had {most}: it must not grow");
                 assert!(lines > MOST_LINES, "{path} is small enough now: remove it from `OVERSIZE`");
@@ -98,7 +98,7 @@ fn imports_point_one_way() {
         else {
             continue;
         };
-        // Tests may look across.
+        // Tests may import from any room.
         if path.ends_with("/tests.rs") {
             continue;
         }
@@ -138,7 +138,8 @@ fn unsafe_code_stays_where_it_belongs() {
         map.split("- **Unsafe code** ").nth(1).and_then(|rest| rest.split("\n- ").next()).unwrap();
     let mut named: Vec<&str> = sentences.split('`').skip(1).step_by(2).collect();
     let mut expected = [&UNSAFE_PLACES[..], &SAFE_ROOMS].concat();
-    (named.sort_unstable(), expected.sort_unstable());
+    named.sort_unstable();
+    expected.sort_unstable();
     assert_eq!(named, expected);
 }
 
@@ -189,7 +190,7 @@ fn forward_and_backward_lie_side_by_side() {
 
 /// The numbered steps of each function that has any. Every operation of such a function must have a number.
 fn passes(path: &str) -> BTreeMap<String, Vec<Step>> {
-    // Attention is a step of a block, and has steps of its own.
+    // Attention is a step of a block and has its own steps.
     let head = Regex::new(r"^(?:pub\(super\) fn (attention)|fn (\w+))").unwrap();
     let call = Regex::new(r"\b(?:b\.(\w+)|recompute::(matmul)_gelu)\(|^    (attention)\(").unwrap();
     let number = Regex::new(r"// (\d+)$").unwrap();
@@ -219,7 +220,7 @@ fn passes(path: &str) -> BTreeMap<String, Vec<Step>> {
     functions
 }
 
-/// Cuts steps where their numbers start over: at the arms of a `match`.
+/// Splits steps where their numbers start again: at the arms of a `match`.
 fn branches(steps: &[Step], goes_on: fn(usize, usize) -> bool) -> Vec<Vec<Step>> {
     steps.chunk_by(|before, after| goes_on(before.0, after.0)).map(<[Step]>::to_vec).collect()
 }
@@ -266,7 +267,7 @@ fn parses(words: &[String]) -> Result<(), String> {
     let recipe = arguments.get_one::<String>("recipe").map(String::as_str);
     let recipe = recipe.or((name == "finetune").then_some("finetune"));
     let overrides: Vec<String> = arguments.get_many("set").into_iter().flatten().cloned().collect();
-    // A reader's own file is not here: its settings are tried on the demo.
+    // A reader's own file does not exist here: its settings are tried on the demo.
     let recipe = recipe.filter(|name| !name.ends_with(".toml"));
     let read =
         |more: &[String]| Recipe::read(recipe, &[&overrides, more].concat()).map_err(|e| e.to_string());
@@ -281,14 +282,14 @@ fn parses(words: &[String]) -> Result<(), String> {
     read(&[]).map(drop)
 }
 
-/// Commands that take anything and answer that they are not built yet.
+/// Whether a command only answers that it is not built yet.
 fn is_refused(name: &str) -> bool {
     let command = vitrum::cli::command();
     let about = command.find_subcommand(name).and_then(|c| c.get_about()).map(ToString::to_string);
     about.is_some_and(|about| about.contains("not built yet"))
 }
 
-/// Commands that a document shows: lines of its `sh` blocks, or a recipe's `Run` line.
+/// Commands in a document: the lines of its `sh` blocks, or a recipe's `Run` line.
 fn shell_lines(path: &str, text: &str) -> Vec<String> {
     let comment = Regex::new(r"\s+(#|\().*$").unwrap();
     let mut lines = Vec::new();
@@ -331,7 +332,7 @@ fn settings_in_running_text_exist() {
     let mut count = 0;
     for (path, text) in documents() {
         for key in key.captures_iter(&text).map(|k| k[1].to_string()).filter(|k| !is_file(k)) {
-            // Whatever the value, an unknown key is named as one.
+            // With any value, an unknown key gives this error.
             let message = Recipe::read(None, &[format!("{key}=?")]).err().map(|e| e.message().to_string());
             let unknown = message.is_some_and(|m| m.contains("unknown key"));
             assert!(!unknown, "{path}: there is no setting `{key}`");
@@ -365,7 +366,7 @@ fn links_and_paths_in_the_documentation_lead_somewhere() {
             }
         }
         for named in path_in_text.captures_iter(&text).map(|p| p[1].to_string()) {
-            // A name in capitals stands for others.
+            // A name in capitals is a placeholder.
             let placeholder = named.chars().filter(char::is_ascii_uppercase).count() > 2;
             assert!(
                 placeholder || root().join(&named).exists(),
@@ -386,7 +387,7 @@ fn headings(text: &str) -> BTreeSet<String> {
 
 #[test]
 fn nothing_names_one_machine() {
-    // This file names them, and only this one.
+    // Only this file contains them.
     let folders = ["work", "root", "home"].map(|name| format!("/{name}/"));
     let hosts = ["crates.io", "pypi.org", "static.rust-lang.org", "pythonhosted.org"];
     for (path, text) in files().into_iter().filter(|(path, _)| path != "tests/tidy.rs") {
@@ -414,7 +415,7 @@ fn rust() -> Vec<(String, String)> {
     rust
 }
 
-/// Path and text of what people read: Markdown files and recipes.
+/// Path and text of every document: Markdown files and recipes.
 fn documents() -> Vec<(String, String)> {
     let is_document =
         |path: &str| path.ends_with(".md") || (path.starts_with("recipes/") && path.ends_with(".toml"));
@@ -423,8 +424,8 @@ fn documents() -> Vec<(String, String)> {
     documents
 }
 
-/// Path from the root, and text, of every text file that belongs to the project. A reader's own files may lie beside
-/// them: data, runs, recipes.
+/// Path from the root, and text, of every text file of the project. A reader's own files (data, runs,
+/// recipes) may lie beside them.
 fn files() -> Vec<(String, String)> {
     let folders = ["src", "tests", "benches", "recipes", "docs", ".ci"];
     let mut paths: Vec<PathBuf> = folders.iter().flat_map(|folder| walk(&root().join(folder))).collect();

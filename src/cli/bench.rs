@@ -16,7 +16,7 @@ pub enum What {
     Infer,
     /// The input pipeline, stage by stage
     Data,
-    /// Single operations of a GPU, against what it can copy and multiply
+    /// Single operations of a GPU, compared with its copy and product rates
     Kernels,
 }
 

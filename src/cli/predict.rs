@@ -1,4 +1,4 @@
-//! `vitrum predict`: the likeliest classes of single pictures.
+//! `vitrum predict`: the most probable classes of single pictures.
 
 use std::path::{Path, PathBuf};
 

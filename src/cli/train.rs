@@ -149,7 +149,7 @@ pub(super) fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
     let how = match run.ending {
         Ending::Finished => "trained",
         Ending::EarlyStop => "stopped early, after",
-        Ending::Learned => "learned by heart in",
+        Ending::Learned => "reached the overfit target after",
     };
     let mut summary = Summary::new(format!("{how} {} steps in {}", run.steps, format::seconds(run.seconds)));
     let on = if run.has_val { "validation" } else { "training images" };

@@ -232,7 +232,7 @@ fn what_makes_no_sense_is_refused_by_name() {
     refused(groups(vec![group("head/.*"), group("haed/.*")]), "`optim.groups[1]` (pattern `haed/.*`)");
     refused(groups(vec![group("head")]), "no parameter");
     refused(groups(vec![group("head/(.*")]), "not a regular expression");
-    refused(groups(vec![group(".*"), group("head/.*")]), "groups before it");
+    refused(groups(vec![group(".*"), group("head/.*")]), "earlier groups");
     refused(groups(vec![GroupSection { lr_mult: Some(-1.0), ..group(".*") }]), "lr_mult");
     refused(groups(vec![GroupSection { frozen: true, ..group(".*") }]), "freezes every parameter");
     let warmup = ScheduleSection { warmup: Duration::Steps(100), ..linear() };

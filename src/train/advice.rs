@@ -34,7 +34,7 @@ pub fn lines(recipe: &Recipe, images: usize) -> Vec<String> {
     let updates = train.steps.unwrap_or(0);
     if updates < FEW_UPDATES && train.batch > SMALL_BATCH {
         lines.push(format!(
-            "{updates} updates in total: --batch {SMALL_BATCH} makes {} from the same pictures",
+            "{updates} updates in all: --batch {SMALL_BATCH} makes {} from the same pictures",
             updates * train.batch as u64 / SMALL_BATCH as u64
         ));
     }
@@ -51,8 +51,8 @@ pub fn lines(recipe: &Recipe, images: usize) -> Vec<String> {
     let wide = model.width.unwrap_or(0) >= WIDE;
     if wide && model.dropout == 0.0 {
         lines.push(
-            "dropout: 0.1 raised L/16 on ImageNet from 84.47 to 85.05 % and lowered B/16: model.dropout=0.1; hybrids \
-             of this width also used stochastic depth: model.drop_path=0.1"
+            "dropout: 0.1 raised L/16 on ImageNet from 84.47 to 85.05 % and lowered B/16: model.dropout=0.1; for \
+             hybrids of this width also stochastic depth: model.drop_path=0.1"
                 .into(),
         );
     }
@@ -83,10 +83,10 @@ mod tests {
         assert!(says(&[], 3_000, "train.patience") && !says(&[], 60_000, "train.patience"));
         assert!(!says(&["train.steps=500"], 3_000, "train.patience"));
         assert!(says(&[], 100, "10 pictures per class") && !says(&[], 3_000, "per class"));
-        assert!(says(&["train.steps=20"], 500, "20 updates in total: --batch 32 makes 320"));
+        assert!(says(&["train.steps=20"], 500, "20 updates in all: --batch 32 makes 320"));
         assert!(
-            !says(&[], 500, "updates in total")
-                && !says(&["train.steps=20", "train.batch=32"], 500, "updates in total")
+            !says(&[], 500, "updates in all")
+                && !says(&["train.steps=20", "train.batch=32"], 500, "updates in all")
         );
         assert!(says(&["augment.mixup=0.2"], 3_000, "augmentation") && !says(&[], 3_000, "augmentation"));
         assert!(says(&["model.width=1024"], 100, "dropout") && !says(&["model.width=768"], 100, "dropout"));

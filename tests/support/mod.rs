@@ -1,4 +1,4 @@
-//! What the tests of the program share: running it, and a small data set that they draw themselves.
+//! Shared by the tests of the program: running it, and a small data set that is drawn on the spot.
 
 // Every test binary compiles this file, and none uses all of it.
 #![allow(dead_code, unreachable_pub)]
@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use image::{Rgb, RgbImage};
 use serde_json::Value;
 
-/// What a finished process left.
+/// The result of a finished process.
 pub struct Done {
     pub code: i32,
     pub stdout: String,
@@ -21,13 +21,13 @@ pub struct Done {
 }
 
 impl Done {
-    /// Done without a failure.
+    /// Succeeded.
     #[track_caller]
     pub fn ok(self) -> Self {
         self.exits(0)
     }
 
-    /// Ended with this code, and not by a panic.
+    /// Exited with this code, without a panic.
     #[track_caller]
     pub fn exits(self, code: i32) -> Self {
         assert_eq!(self.code, code, "stdout: {}\nstderr: {}", self.stdout, self.stderr);
@@ -35,7 +35,7 @@ impl Done {
         self
     }
 
-    /// Says all of this on stderr.
+    /// Printed all of these on stderr.
     #[track_caller]
     pub fn says(self, texts: &[&str]) -> Self {
         for text in texts {
@@ -44,14 +44,14 @@ impl Done {
         self
     }
 
-    /// The one JSON object on stdout.
+    /// The JSON object on stdout.
     #[track_caller]
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {}", self.stdout))
     }
 }
 
-/// The program with these arguments. It takes the tests' own cache, and no setting from the environment.
+/// The program with these arguments. It uses the tests' own cache, and no settings from the environment.
 pub fn command<S: AsRef<OsStr>>(args: &[S]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vitrum"));
     command.args(args).env("VITRUM_CACHE", cache()).stdin(Stdio::null());
@@ -76,7 +76,7 @@ pub fn stand_in() -> Option<PathBuf> {
         println!("skipped: no stand-in GPU; `cargo build -p vitrum-standin` builds it");
         return None;
     }
-    // A library of yesterday's kernels would fail in ways that help nobody.
+    // A library built from old kernels would fail in confusing ways.
     let changed = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified()).unwrap();
     for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/kernels")).unwrap() {
         let file = file.unwrap().path();
@@ -139,8 +139,8 @@ pub fn path(name: &str) -> String {
     scratch().join(name).display().to_string()
 }
 
-/// An image folder of three classes, told apart by the direction of their stripes: 96 PNG files to train on and 40 to
-/// validate with, 16x16 pixels, each with its own colours, phase and noise.
+/// An image folder of three classes that differ in the direction of their stripes: 96 PNG files to train on
+/// and 40 to validate with, 16x16 pixels, each with its own colours, phase and noise.
 pub fn stripes() -> &'static str {
     static STRIPES: OnceLock<String> = OnceLock::new();
     STRIPES.get_or_init(|| {
@@ -171,8 +171,8 @@ fn stripe(class: usize, random: &mut Random) -> RgbImage {
     })
 }
 
-/// The settings of a small run on [`stripes`], as `--set` takes them: a ViT of width 24, depth 2, 3 heads on 16 tokens,
-/// batches of 16 in two parts, six steps to an epoch, and everything random that there is.
+/// The settings of a small run on [`stripes`], as `--set` takes them: a ViT of width 24, depth 2, 3 heads on
+/// 16 tokens, batches of 16 in two parts, six steps to an epoch, and every kind of randomness.
 pub fn settings() -> Vec<String> {
     let settings = [
         "data.train=STRIPES model.image=16 model.patch=4 model.width=24 model.depth=2 model.heads=3",
@@ -196,13 +196,14 @@ pub fn train(out: &str, more: &[&str]) -> Vec<String> {
     args
 }
 
-/// Everything that a run computed: the bytes of its last checkpoint's files, and its metrics without the times.
+/// Everything that a run computed: the bytes of its last checkpoint's files, and its metrics without the
+/// times.
 #[derive(Debug, PartialEq)]
 pub struct Outcome {
     pub metrics: Vec<Value>,
     /// Name, checksum and size.
     pub files: Vec<(String, u64, usize)>,
-    /// What is in the folder of checkpoints.
+    /// The entries of the folder of checkpoints.
     pub checkpoints: Vec<String>,
 }
 
