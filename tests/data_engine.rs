@@ -122,7 +122,7 @@ fn manifests_name_pictures_labels_and_splits() {
     assert!(reason("a.csv", "name,kind\nx,y\n").contains("its columns are name, kind"));
     assert!(reason("b.csv", "path,label\na.png,cat,more\n").contains("line 2 has 3 columns"));
     assert!(reason("c.csv", "path,label\n../a.png,cat\n").contains("leaves the manifest's folder"));
-    assert!(reason("d.csv", "path,label\na.png,cat\na.png,dog\n").contains("there twice"));
+    assert!(reason("d.csv", "path,label\na.png,cat\na.png,dog\n").contains("occurs twice"));
     assert!(reason("e.csv", "path,label,split\na.png,cat,blue\n").contains("no split `blue`"));
     assert!(reason("f.jsonl", "{\"path\": \"a\"}\n").contains("line 1 has no `label`"));
     // A missing picture is a bad record with its name.

@@ -198,7 +198,7 @@ fn folders_named_after_wordnet_ids_meet_the_published_heads() {
     assert_eq!(truth, Truth::read(Path::new(&list), &data, 1000, None).unwrap());
     assert!(expected.iter().any(|class| *class > 500));
     let error = Truth::of(&data, 999, None).unwrap_err();
-    assert!(error.message().contains("the model 999"), "{error}");
+    assert!(error.message().contains("the model has 999"), "{error}");
 }
 
 // ---- Classes ----
