@@ -3,7 +3,7 @@
 //! They differ in a prefix (optimiser state may be included), in the numbering of sub-modules, in the place
 //! of the position embedding, in whether the MAP head is a module of its own, and in whether the blocks are
 //! stacked along a leading axis. All are converted to linen's form before the table of
-//! [`names`](crate::vit::names) is used.
+//! [`names`] is used.
 
 use super::{LayoutKind, Plan, Shapes, Source};
 use crate::error::{Error, Result};
