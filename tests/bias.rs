@@ -12,7 +12,7 @@ use support::{command, finish, path, run_on_gpu, stand_in, train};
 use vitrum::backend::cpu::CpuBackend;
 use vitrum::backend::{
     Arena, Backend, Body, InputGrad, Linear, Loss, LossKind, Mat, MemoryPlan, Micro, Normalise, Op, Pixels,
-    Precision, Recompute, Slot, SlotLayout, StepKeys, StepReport, Storage, TargetKind, Update, ops,
+    Precision, Recompute, Slot, SlotLayout, StepKeys, StepReport, Storage, TargetKind, Update, Write, ops,
 };
 use vitrum::error::Result;
 use vitrum::rng::{Domain, Stream};
@@ -139,7 +139,14 @@ fn gradients(model: &Vit, is_early: bool) -> (Vec<(String, Vec<f32>)>, usize) {
     b.begin_report().unwrap();
     for first in (0..BATCH).step_by(MICRO_BATCH) {
         let (samples, accumulate) = (MICRO_BATCH, first > 0);
-        b.begin_micro(Micro { first, samples, global_first: 0, accumulate, mean_over: BATCH }).unwrap();
+        b.begin_micro(Micro {
+            first,
+            samples,
+            global_first: 0,
+            gradients: Write::add_if(accumulate),
+            mean_over: BATCH,
+        })
+        .unwrap();
         model.forward(&mut b, true).unwrap();
         model.loss(&mut b, Loss { label_smoothing: 0.1, ..Loss::plain(LossKind::Softmax) }).unwrap();
         model.backward(&mut b, true).unwrap();

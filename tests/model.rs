@@ -4,7 +4,7 @@
 use vitrum::backend::cpu::CpuBackend;
 use vitrum::backend::{
     Backend, Gelu, Loss, LossKind, Micro, MixBox, Normalise, Pixels, Recompute, Slot, SlotLayout, StepKeys,
-    Storage, TargetKind,
+    Storage, TargetKind, Write,
 };
 use vitrum::rng::{Domain, Stream};
 use vitrum::vit::config::{DropPathMode, NormPlace, PoolKind, Posemb, PosembJoin};
@@ -68,8 +68,13 @@ impl Bench {
         b.begin_report().unwrap();
         for first in (0..self.batch).step_by(self.model.micro_batch) {
             let samples = self.model.micro_batch;
-            let micro =
-                Micro { first, samples, global_first: 0, accumulate: first > 0, mean_over: self.batch };
+            let micro = Micro {
+                first,
+                samples,
+                global_first: 0,
+                gradients: Write::add_if(first > 0),
+                mean_over: self.batch,
+            };
             b.begin_micro(micro).unwrap();
             self.model.forward(b, true).unwrap();
             self.model.loss(b, self.loss).unwrap();

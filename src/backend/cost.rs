@@ -13,6 +13,7 @@ use std::ops::AddAssign;
 use super::ops::{self, Op};
 use super::{
     Arena, Dtype, Epilogue, InputGrad, Join, Mat, Pixels, Pool, SlotLayout, Storage, TargetKind, Update,
+    Write,
 };
 
 /// The least work that has to be done.
@@ -65,13 +66,13 @@ pub struct Setting {
     pub pixels: Pixels,
     pub targets: TargetKind,
     /// Gradients of parameters are added to: true in every micro-batch but the first.
-    pub accumulate: bool,
+    pub gradients: Write,
 }
 
 impl Setting {
     /// The first micro-batch of such a slot.
     pub fn new(storage: Storage, layout: SlotLayout) -> Self {
-        Self { storage, pixels: layout.pixels, targets: layout.targets, accumulate: false }
+        Self { storage, pixels: layout.pixels, targets: layout.targets, gradients: Write::Assign }
     }
 }
 
@@ -134,7 +135,7 @@ impl Op<'_> {
             Op::PoolBackward(op) => {
                 count.reads(op.d_y);
                 let touched = Mat { rows: op.d_y.rows * pooled_rows(op.pool), ..op.d_x };
-                if op.fresh { count.writes(op.d_x) } else { count.changes(touched) }
+                if op.write.adds() { count.changes(touched) } else { count.writes(op.d_x) }
             }
             Op::Scale(op) => count.changes(op.x),
             Op::Loss(op) => count.loss(op),
@@ -183,7 +184,7 @@ impl Count<'_> {
     fn gradient(&mut self, d: Option<Mat>) {
         match d {
             None => {}
-            Some(d) if self.setting.accumulate => self.changes(d),
+            Some(d) if self.setting.gradients.adds() => self.changes(d),
             Some(d) => self.writes(d),
         }
     }
@@ -297,7 +298,7 @@ impl Count<'_> {
     fn layernorm_backward(&mut self, op: ops::LayerNormBackward) {
         let read = [op.d_y, op.join.sum(), op.norm.gamma, op.stats.mean, op.stats.rstd];
         read.into_iter().for_each(|mat| self.reads(mat));
-        if op.fresh {
+        if !op.write.adds() {
             self.writes(op.d_sum)
         } else {
             self.changes(op.d_sum)
@@ -354,7 +355,7 @@ impl Count<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Linear, MemoryPlan, Precision, Residual, cuda::Cuda};
+    use crate::backend::{Linear, MemoryPlan, Precision, Residual, Write, cuda::Cuda};
 
     const ROWS: usize = 6;
     const IN: usize = 16;
@@ -371,7 +372,7 @@ mod tests {
     }
 
     fn setting(storage: Storage) -> Setting {
-        Setting { storage, pixels: Pixels::U8, targets: TargetKind::Labels, accumulate: false }
+        Setting { storage, pixels: Pixels::U8, targets: TargetKind::Labels, gradients: Write::Assign }
     }
 
     #[test]
@@ -397,7 +398,7 @@ mod tests {
         let d_x = Mat { offset: 1 << 20, ..x };
         let cost = |w: &Linear, d_x, accumulate| {
             let op = Op::MatmulBackward(ops::MatmulBackward { d_y, x, w, d_x });
-            op.cost(&Setting { accumulate, ..setting(Storage::CPU) })
+            op.cost(&Setting { gradients: Write::add_if(accumulate), ..setting(Storage::CPU) })
         };
         let sizes = [ROWS * OUT, ROWS * IN, OUT * IN, OUT].map(|n| 4 * n as u64);
         let ([of_y, of_x, of_w, of_bias], product) = (sizes, 2 * (ROWS * IN * OUT) as u64);

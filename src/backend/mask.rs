@@ -111,9 +111,10 @@ impl BoundMask {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Write;
 
     fn mask(rate: f32, site: u32, step: u64, first: usize) -> BoundMask {
-        let micro = Micro { first, samples: 4, global_first: 0, accumulate: false, mean_over: 4 };
+        let micro = Micro { first, samples: 4, global_first: 0, gradients: Write::Assign, mean_over: 4 };
         BoundMask::new(Mask { rate, site }, StepKeys { seed: 5, step }, micro)
     }
 

@@ -13,7 +13,7 @@
 //! Gradient contract: in one backward pass, exactly one operation produces each element of a parameter's
 //! gradient (two operations may share a parameter through disjoint views, [`Linear::outputs`]). The operation
 //! assigns the gradient in the first micro-batch of a step and adds to it in the others
-//! ([`Micro::accumulate`]).
+//! ([`Micro::gradients`]).
 //!
 //! A bias gradient is the sum over the rows of the matrix that [`Backend::matmul_backward`] gets as `d_y`. An
 //! operation that produces such a matrix is told where the sum goes (`d_bias`). A device may compute the sum
@@ -41,7 +41,7 @@ pub use device::{Device, decide, planned, select};
 pub use memory::{Arena, Dtype, Mat, MemoryPlan, Recompute, Storage};
 pub use operands::{
     Branch, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, LossKind, Mask, Norm, Normalise,
-    PatchGrid, Pool, Stats, sample_metric,
+    PatchGrid, Pool, Stats, Write, sample_metric,
 };
 pub use ops::Op;
 pub use options::{DeviceOptions, Precision, Residual};
@@ -58,8 +58,8 @@ pub struct Micro {
     pub samples: usize,
     /// Index of the slot's first sample in the global batch; keys the masks.
     pub global_first: u64,
-    /// Whether gradients are added to (true) or assigned (false).
-    pub accumulate: bool,
+    /// How gradients of parameters are written: assigned by the first micro-batch of a step, added to by the others.
+    pub gradients: Write,
     /// Samples over which the loss is averaged: the whole batch, so that the gradients of all micro-batches
     /// sum to the mean.
     pub mean_over: usize,
@@ -68,7 +68,7 @@ pub struct Micro {
 impl Micro {
     /// A batch of `samples` that is processed in one pass, on one rank.
     pub fn whole(samples: usize) -> Self {
-        Self { first: 0, samples, global_first: 0, accumulate: false, mean_over: samples }
+        Self { first: 0, samples, global_first: 0, gradients: Write::Assign, mean_over: samples }
     }
 }
 
@@ -202,7 +202,7 @@ pub trait Backend: Send {
         norm: &Norm,
         stats: Stats,
         d_sum: Mat,
-        fresh: bool,
+        write: Write,
         d_branch: Mat,
         d_bias: Option<Mat>,
     ) -> Result<()> {
@@ -212,7 +212,7 @@ pub trait Backend: Send {
             norm,
             stats,
             d_sum,
-            fresh,
+            write,
             d_branch,
             d_bias,
         }))
@@ -298,8 +298,8 @@ pub trait Backend: Send {
         self.execute(&Op::Pool(ops::Pool { pool, x, y }))
     }
     /// [`ops::PoolBackward`]
-    fn pool_backward(&mut self, pool: Pool, d_y: Mat, d_x: Mat, fresh: bool) -> Result<()> {
-        self.execute(&Op::PoolBackward(ops::PoolBackward { pool, d_y, d_x, fresh }))
+    fn pool_backward(&mut self, pool: Pool, d_y: Mat, d_x: Mat, write: Write) -> Result<()> {
+        self.execute(&Op::PoolBackward(ops::PoolBackward { pool, d_y, d_x, write }))
     }
     /// [`ops::Scale`]
     fn scale(&mut self, x: Mat, factor: f32) -> Result<()> {

@@ -231,3 +231,24 @@ pub mod sample_metric {
     /// 1 if a true class is among the five largest.
     pub const TOP5: usize = 2;
 }
+
+/// How an operation leaves its result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    /// In place of what was there.
+    Assign,
+    /// Added to what was there.
+    Add,
+}
+
+impl Write {
+    /// [`Write::Add`] if `adds`.
+    pub fn add_if(adds: bool) -> Self {
+        if adds { Write::Add } else { Write::Assign }
+    }
+
+    /// Whether what was there stays a part of the result.
+    pub fn adds(self) -> bool {
+        self == Write::Add
+    }
+}

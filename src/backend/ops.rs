@@ -8,7 +8,7 @@
 //! Letters as in [`super`]: B samples of the micro-batch, T tokens, R = B·T rows, D width, H heads, Dh head size, C classes.
 //! What an operation costs at least is in [`super::cost`].
 
-use super::{Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, Norm, Normalise, PatchGrid, Stats};
+use super::{Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, Norm, Normalise, PatchGrid, Stats, Write};
 
 /// One operation and its operands.
 #[derive(Clone, Copy, Debug)]
@@ -154,7 +154,7 @@ pub struct LayerNorm<'a> {
 }
 
 /// `d_sum += layernorm'(d_y)` (`d_sum` enters with the gradient that reaches the residual stream from above, or is
-/// assigned if `fresh`); then [`ResidualBackward`].
+/// assigned: `write`); then [`ResidualBackward`].
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNormBackward<'a> {
     pub d_y: Mat,
@@ -162,7 +162,7 @@ pub struct LayerNormBackward<'a> {
     pub norm: &'a Norm,
     pub stats: Stats,
     pub d_sum: Mat,
-    pub fresh: bool,
+    pub write: Write,
     pub d_branch: Mat,
     pub d_bias: Option<Mat>,
 }
@@ -255,13 +255,13 @@ pub struct Pool {
     pub y: Mat,
 }
 
-/// `d_x: [B·T, D]` from `d_y`: assigned (zero where the pool does not look) if `fresh`, else added to.
+/// `d_x: [B·T, D]` from `d_y`: assigned (zero where the pool does not look) or added to: `write`.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolBackward {
     pub pool: super::Pool,
     pub d_y: Mat,
     pub d_x: Mat,
-    pub fresh: bool,
+    pub write: Write,
 }
 
 /// `x ← factor·x`

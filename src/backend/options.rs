@@ -45,6 +45,9 @@ impl Residual {
     }
 }
 
+/// The environment variable by which the CPU rounds to bf16 what a GPU stores in it ([`super::rounded`]).
+pub const CPU_ROUNDS: &str = "VITRUM_CPU_ROUNDS";
+
 /// How a device is opened.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceOptions {

@@ -12,14 +12,12 @@
 
 use super::cpu::CpuBackend;
 use super::ops::{self, Op};
+use super::options::CPU_ROUNDS;
 use super::{
     Arena, Backend, Body, Dtype, Epilogue, Gelu, InputGrad, Join, Linear, Mat, MemoryPlan, Micro, Precision,
     Slot, SlotLayout, StepKeys, StepReport, Storage, Update,
 };
 use crate::error::{Error, Result};
-
-/// The environment variable that switches it on.
-pub const VARIABLE: &str = "VITRUM_CPU_ROUNDS";
 
 /// What is rounded to bf16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,14 +35,14 @@ impl Rounds {
     /// # Errors
     /// The variable has an unknown value.
     pub fn from_env() -> Result<Option<Rounds>> {
-        let wanted = std::env::var(VARIABLE).unwrap_or_default();
+        let wanted = std::env::var(CPU_ROUNDS).unwrap_or_default();
         if wanted.is_empty() { Ok(None) } else { Self::parse(&wanted).map(Some) }
     }
 
     fn parse(word: &str) -> Result<Rounds> {
         [Rounds::All, Rounds::AllButResidual].into_iter().find(|rounds| rounds.word() == word).ok_or_else(
             || {
-                Error::usage(format!("`{VARIABLE}={word}` is not a rounding mode"))
+                Error::usage(format!("`{CPU_ROUNDS}={word}` is not a rounding mode"))
                     .hint("use `bf16` or `bf16-residual-f32`, or unset it to compute in f32")
             },
         )
@@ -315,7 +313,7 @@ impl Backend for Rounded {
 
     /// The rounding: it affects bits and is not in the recipe.
     fn algorithms(&self) -> Vec<String> {
-        vec![format!("{VARIABLE}={}", self.rounds.word())]
+        vec![format!("{CPU_ROUNDS}={}", self.rounds.word())]
     }
 
     fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String> {
@@ -323,7 +321,7 @@ impl Backend for Rounded {
         if algorithms == own {
             return Ok(());
         }
-        let was = algorithms.first().filter(|word| word.starts_with(VARIABLE));
+        let was = algorithms.first().filter(|word| word.starts_with(CPU_ROUNDS));
         Err(format!(
             "this is a run with {}, after one {}",
             own[0],

@@ -10,7 +10,7 @@ use std::time::Instant;
 use super::cost::{Cost, Setting};
 use super::{
     Arena, Backend, Body, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
-    StepReport, Storage, TargetKind, Update,
+    StepReport, Storage, TargetKind, Update, Write,
 };
 use crate::error::Result;
 
@@ -41,7 +41,7 @@ pub struct Timing {
 impl Timed {
     pub fn new(inner: Box<dyn Backend>) -> Self {
         let (storage, pixels, targets) = (inner.storage(), Pixels::U8, TargetKind::Labels);
-        let setting = Setting { storage, pixels, targets, accumulate: false };
+        let setting = Setting { storage, pixels, targets, gradients: Write::Assign };
         Self { inner, times: Times::default(), setting }
     }
 
@@ -197,7 +197,7 @@ impl Backend for Timed {
     }
 
     fn begin_micro(&mut self, micro: Micro) -> Result<()> {
-        self.setting.accumulate = micro.accumulate;
+        self.setting.gradients = micro.gradients;
         self.time("begin_micro", |b| b.begin_micro(micro))
     }
 

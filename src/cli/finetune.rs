@@ -5,13 +5,12 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use super::flags::Everyday;
-use super::train::Place;
-use super::{On, Settings, print, print_json};
+use super::runs::{self, Place};
+use super::{On, Settings};
 use crate::error::Result;
 use crate::recipe::{HeadPolicy, Recipe};
 use crate::report::Log;
 use crate::train::run::{RunData, RunOptions};
-use crate::train::sweep::{self, Axis};
 use crate::train::{finetune, finetune::Start};
 
 #[derive(clap::Args)]
@@ -76,28 +75,13 @@ pub fn run(mut args: Args) -> Result<()> {
     }
     if args.sweep.is_empty() {
         let data = loaded.recipe.data.val.clone().or(loaded.recipe.data.train.clone());
-        super::train::summarise(&finetune::run(&loaded, &options)?, data.as_deref()).print(&log);
+        runs::summarise(&finetune::run(&loaded, &options)?, data.as_deref()).print(&log);
         return Ok(());
     }
     if loaded.recipe.finetune.is_none() {
         return Err(finetune::names_none(&loaded));
     }
-    sweep_over(&args.sweep, name, &set, &options, args.json)
-}
-
-/// Trains once for each combination of the values in `axes` (`KEY=V1,V2`) and prints the table of results.
-pub(super) fn sweep_over(
-    axes: &[String],
-    recipe: &str,
-    set: &[String],
-    options: &RunOptions,
-    json: bool,
-) -> Result<()> {
-    let axes = axes.iter().map(|text| Axis::parse(text)).collect::<Result<Vec<_>>>()?;
-    let log = Log::stderr();
-    let done = sweep::run(recipe, set, axes, options, &log)?;
-    log.line(&format!("\n{} trials in {}", done.trials.len(), options.out.display()));
-    if json { print_json(&done.json()) } else { print(&done.text()) }
+    runs::sweep_over(&args.sweep, name, &set, &options, args.json)
 }
 
 /// The flags as settings of the recipe. `--set` comes last and wins.

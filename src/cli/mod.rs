@@ -23,6 +23,7 @@ pub mod predict;
 pub mod preview;
 pub mod probe;
 pub mod replay;
+mod runs;
 pub mod selftest;
 pub mod train;
 

@@ -9,7 +9,7 @@ use crate::backend::DeviceOptions;
 use crate::data::{Split, pictures};
 use crate::error::{At, Error, Result};
 use crate::infer::loaded::{LoadedModel, Prediction};
-use crate::infer::pass::Protocol;
+use crate::infer::protocol::Protocol;
 use crate::report::format;
 use crate::terminal::{self, one_line};
 use crate::vit::Mode;

@@ -10,8 +10,8 @@ use super::{On, Settings, print, print_json};
 use crate::data::{self, Dataset, Split};
 use crate::error::{Error, Result};
 use crate::infer::loaded::LoadedModel;
-use crate::infer::pass::Protocol;
 use crate::infer::probe::{self, chosen};
+use crate::infer::protocol::Protocol;
 use crate::infer::ridge::Samples;
 use crate::report::{format, table};
 

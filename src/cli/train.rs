@@ -2,14 +2,15 @@
 
 use std::path::PathBuf;
 
-use super::flags::{Everyday, program, wanted_out};
+use super::flags::Everyday;
+use super::runs::{self, Place, summarise};
 use super::{On, Settings};
-use crate::error::{Error, Result};
-use crate::recipe::{Metric, Recipe, RecipeFile};
-use crate::report::{Log, Summary, format};
+use crate::error::Result;
+use crate::recipe::Recipe;
+use crate::report::Log;
 use crate::train;
 use crate::train::finetune;
-use crate::train::run::{Ending, RunOptions, RunSummary, default_out};
+use crate::train::run::RunOptions;
 
 #[derive(clap::Args)]
 #[command(after_help = super::built_in_help())]
@@ -45,73 +46,6 @@ pub struct Args {
     pub json: bool,
 }
 
-/// The file in a run directory that holds the run's recipe.
-const OWN: &str = "recipe.toml";
-
-/// The directory of a run, and whether to resume it.
-pub(super) struct Place {
-    out: Option<PathBuf>,
-    pub(super) resume: bool,
-}
-
-impl Place {
-    /// From `--out` and `--resume [DIR]`. A resumed run without a recipe argument uses its own recipe.
-    pub(super) fn find(
-        recipe: &mut Option<String>,
-        out: Option<PathBuf>,
-        resume: Option<Option<PathBuf>>,
-    ) -> Result<Self> {
-        let (dir, out) = match (resume, out) {
-            (None, out) => return Ok(Self { out, resume: false }),
-            (Some(None), None) => {
-                return Err(Error::usage("`--resume` without a run to continue")
-                    .hint("name its directory, as in `vitrum train --resume runs/NAME`"));
-            }
-            // A sweep has no recipe of its own, and neither has a run that was stopped before it began.
-            (Some(None), Some(out)) if !out.join(OWN).is_file() => {
-                return Ok(Self { out: Some(out), resume: true });
-            }
-            (Some(None), Some(out)) => (out.clone(), out),
-            (Some(Some(dir)), None) => (dir.clone(), dir),
-            (Some(Some(dir)), Some(out)) => (dir, out),
-        };
-        if dir != out && recipe.is_none() && !dir.join(OWN).is_file() {
-            // `--resume RECIPE --out DIR`: here RECIPE is the positional argument, not the value of
-            // `--resume`.
-            *recipe = Some(dir.display().to_string());
-        } else if dir != out {
-            return Err(Error::usage(format!(
-                "`--resume {}` and `--out {}` name different directories",
-                dir.display(),
-                out.display()
-            ))
-            .hint("give only one of them"));
-        } else if recipe.is_none() {
-            let own = out.join(OWN);
-            if !own.is_file() {
-                return Err(Error::new(format!(
-                    "{}: no run to continue: it has no `recipe.toml`",
-                    out.display()
-                ))
-                .hint("give the directory of a run, or add its recipe"));
-            }
-            *recipe = Some(own.display().to_string());
-        }
-        Ok(Self { out: Some(out), resume: true })
-    }
-
-    /// The run's directory. If neither `--out` nor `train.name` is given, a new one.
-    pub(super) fn out(&self, loaded: &RecipeFile) -> Result<PathBuf> {
-        let wanted = wanted_out(self.out.clone(), &loaded.recipe.train)?;
-        Ok(wanted.unwrap_or_else(|| default_out(&loaded.name)))
-    }
-
-    /// Whether neither `--out` nor `train.name` names the directory.
-    pub(super) fn is_new(&self, loaded: &RecipeFile) -> bool {
-        self.out.is_none() && loaded.recipe.train.name.is_none()
-    }
-}
-
 pub fn run(mut args: Args) -> Result<()> {
     let place = Place::find(&mut args.recipe, args.out.take(), args.resume.take())?;
     let data = args.data.iter().map(|data| format!("data.train={data}"));
@@ -133,7 +67,7 @@ pub fn run(mut args: Args) -> Result<()> {
     };
     if !args.sweep.is_empty() {
         let name = args.recipe.as_deref().unwrap_or("demo");
-        return super::finetune::sweep_over(&args.sweep, name, &set, &options, args.json);
+        return runs::sweep_over(&args.sweep, name, &set, &options, args.json);
     }
     let data = loaded.recipe.data.val.clone().or(loaded.recipe.data.train.clone());
     let run = match loaded.recipe.finetune {
@@ -142,43 +76,4 @@ pub fn run(mut args: Args) -> Result<()> {
     };
     summarise(&run, data.as_deref()).print(&log);
     Ok(())
-}
-
-/// The result of a run, where its files are, and what to type next.
-pub(super) fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
-    let how = match run.ending {
-        Ending::Finished => "trained",
-        Ending::EarlyStop => "stopped early, after",
-        Ending::Learned => "reached the overfit target after",
-    };
-    let mut summary = Summary::new(format!("{how} {} steps in {}", run.steps, format::seconds(run.seconds)));
-    let on = if run.has_val { "validation" } else { "training images" };
-    if let Some(last) = &run.last {
-        let (share, of) = last.map.map_or((last.top1, "top-1"), |map| (map, "mAP"));
-        let text = format!("{} {of}, loss {:.4}, {} images", format::percent(share), last.loss, last.count);
-        summary = summary.fact(on, text);
-    }
-    if let Some((step, metric)) = run.best {
-        let best = match run.metric {
-            Metric::Top1 => format!("{} top-1", format::percent(metric)),
-            Metric::Loss => format!("loss {:.4}", -metric),
-            Metric::Map => format!("{} mAP", format::percent(metric)),
-        };
-        summary =
-            summary.fact("best", format!("{best} at step {step}: {}/checkpoints/best", run.out.display()));
-    }
-    let out = run.out.display().to_string();
-    summary = summary
-        .fact("weights", format!("{out}/checkpoints/last/model.safetensors (timm's names)"))
-        .fact("curves", format!("{out}/metrics.jsonl"))
-        .fact("recipe", format!("{out}/recipe.toml"));
-    let vitrum = program();
-    // `eval` cannot name a held-out split, so there is no command to suggest.
-    if let Some(data) = data.filter(|_| run.has_val && !run.held_out) {
-        summary = summary.next("measure it", format!("{vitrum} eval --weights {out} --data {data}"));
-    }
-    let picture = run.samples.first().map_or("IMAGE...".into(), |file| file.display().to_string());
-    summary
-        .next("ask it", format!("{vitrum} predict --weights {out} {picture}"))
-        .next("look inside", format!("{vitrum} inspect {out}"))
 }

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use crate::error::{At, Result};
 use crate::rng::{Domain, Stream};
 
-use super::dataset::Split;
+use super::split::Split;
 
 /// Pixels on a side.
 pub const SIDE: usize = 32;

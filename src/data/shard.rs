@@ -26,8 +26,6 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
-use super::dataset::integrity;
-
 /// A record as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record<'a> {
@@ -267,8 +265,12 @@ impl Shard {
             if found == listed.checksum {
                 return Ok(());
             }
-            let records = listed.first..listed.first + self.len();
-            Err(Error::new(integrity::damaged(&listed.path, &found, &listed.checksum, records))
+            let Listed { path, checksum, first, .. } = listed;
+            Err(Error::new(format!(
+                "{}: damaged: the checksum is {found}, and the manifest says {checksum}; it holds the records {first} to {}",
+                path.display(),
+                (first + self.len()).saturating_sub(1)
+            ))
                 .hint("pack the data set again; `--set data.verify=false` trains on it as it is"))
         };
         listed.verdict.get_or_init(compare).clone()

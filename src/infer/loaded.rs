@@ -6,12 +6,12 @@ use crate::backend::{
     self, Backend, Device, Loss, LossKind, Micro, Pixels, Slot, SlotLayout, StepKeys, StepReport, TargetKind,
 };
 use crate::data;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::fail;
 use crate::vit::{LastBlock, Mode, Vit};
 use crate::weights::{self, AdaptTarget, CheckpointMeta, ModelFile, ModelOverrides, RepLayer};
 
-use super::pass::Protocol;
+use super::protocol::Protocol;
 
 /// Weights, model and device.
 pub struct LoadedModel {
@@ -94,6 +94,23 @@ impl LoadedModel {
         load_weights(&file, &model, &mut *backend)?;
         let unprepared = file.unprepared.map(|why| format!("{}: {why}", file.path.display()));
         Ok(Self { backend, model, meta: file.meta, unprepared, notes: file.notes })
+    }
+
+    /// The protocol that the file's metadata or layout implies.
+    ///
+    /// # Errors
+    /// The file requires a preparation that is not built.
+    pub fn protocol(&self) -> Result<Protocol> {
+        match &self.unprepared {
+            Some(why) => Err(Error::new(format!("pictures cannot be prepared as the file requires: {why}"))
+                .hint("choose another way to prepare them, such as `--protocol timm`")),
+            None => Ok(Protocol {
+                resize: self.meta.resize,
+                crop_ratio: self.meta.crop_ratio,
+                asked: None,
+                drop_last: false,
+            }),
+        }
     }
 
     /// All classes of a picture file, the likeliest first. The picture is prepared as the weights file says.

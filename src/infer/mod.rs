@@ -5,6 +5,7 @@
 pub mod loaded;
 pub mod pass;
 pub mod probe;
+pub mod protocol;
 pub mod ridge;
 pub mod score;
 

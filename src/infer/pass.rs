@@ -8,10 +8,11 @@ use std::time::Instant;
 
 use crate::backend::{Backend, Mat, Micro, Slot, StepKeys};
 use crate::data::{self, Dataset, Loader, LoaderSpec};
-use crate::error::{Error, Result};
-use crate::recipe::{EvalResize, OnBadRecord, PROTOCOLS};
+use crate::error::Result;
+use crate::recipe::OnBadRecord;
 
 use super::loaded::LoadedModel;
+use super::protocol::Protocol;
 
 /// Which output of the model to return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,38 +21,6 @@ pub enum Output {
     Logits,
     /// The head's input: `[D]`, or `[R]` with a representation layer.
     Features,
-}
-
-/// How pictures are prepared, and which are used.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Protocol {
-    pub resize: EvalResize,
-    pub crop_ratio: f32,
-    /// The name that the user gave. Several systems may share the same settings.
-    pub asked: Option<&'static str>,
-    /// Skip an incomplete last batch, as google-research/vision_transformer does.
-    pub drop_last: bool,
-}
-
-impl Protocol {
-    /// The protocol with this name. An unknown name is wrong usage.
-    pub fn named(name: &str) -> Result<Self> {
-        let found = PROTOCOLS.into_iter().find(|(known, ..)| *known == name);
-        let (asked, resize, crop_ratio) = found.ok_or_else(|| {
-            let known = PROTOCOLS.map(|(name, ..)| format!("`{name}`")).join(", ");
-            Error::usage(format!("there is no protocol `{name}`"))
-                .hint(format!("use one of {known}; `vitrum eval` also takes `all`"))
-        })?;
-        Ok(Self { resize, crop_ratio, asked: Some(asked), drop_last: false })
-    }
-
-    /// The protocol's name, if it has one.
-    pub fn name(&self) -> Option<&'static str> {
-        let same = |(_, resize, ratio): &(&str, EvalResize, f32)| {
-            *resize == self.resize && (*ratio - self.crop_ratio).abs() < 1e-6
-        };
-        self.asked.or_else(|| PROTOCOLS.into_iter().find(same).map(|(name, ..)| name))
-    }
 }
 
 /// The result of a pass.
@@ -63,23 +32,6 @@ pub struct PassReport {
 }
 
 impl LoadedModel {
-    /// The protocol that the file's metadata or layout implies.
-    ///
-    /// # Errors
-    /// The file requires a preparation that is not built.
-    pub fn protocol(&self) -> Result<Protocol> {
-        match &self.unprepared {
-            Some(why) => Err(Error::new(format!("pictures cannot be prepared as the file requires: {why}"))
-                .hint("choose another way to prepare them, such as `--protocol timm`")),
-            None => Ok(Protocol {
-                resize: self.meta.resize,
-                crop_ratio: self.meta.crop_ratio,
-                asked: None,
-                drop_last: false,
-            }),
-        }
-    }
-
     /// Number of values in a row of `output`.
     pub fn row_len(&self, output: Output) -> usize {
         match output {

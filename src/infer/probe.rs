@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::rng::{Domain, Permutation};
 
 use super::loaded::LoadedModel;
-use super::pass::{Output, Protocol};
+use super::pass::Output;
+use super::protocol::Protocol;
 use super::ridge::{Problem, Samples};
 
 /// The features of a data set, in one pass. Skips pictures that cannot be decoded. Labels are the data set's

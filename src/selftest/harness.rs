@@ -13,7 +13,7 @@ use half::bf16;
 use crate::backend::mask::BoundMask;
 use crate::backend::memory::{ROW_ALIGN, TENSOR_ALIGN};
 use crate::backend::{
-    Arena, Backend, Dtype, InputGrad, Linear, Mask, Mat, MemoryPlan, Micro, StepKeys, Storage,
+    Arena, Backend, Dtype, InputGrad, Linear, Mask, Mat, MemoryPlan, Micro, StepKeys, Storage, Write,
 };
 use crate::error::Result;
 use crate::fail;
@@ -182,7 +182,7 @@ impl<'a> Trial<'a> {
             outputs: Vec::new(),
             backend: None,
             keys: StepKeys { seed: 0x5eed_0000_0007, step: 3 },
-            micro: Micro { first: 0, samples: 1, global_first: 0, accumulate: false, mean_over: 1 },
+            micro: Micro { first: 0, samples: 1, global_first: 0, gradients: Write::Assign, mean_over: 1 },
             draws: 0,
             checks: Vec::new(),
         }
@@ -330,7 +330,13 @@ impl<'a> Trial<'a> {
 
     /// `samples` samples in the middle of a larger batch.
     pub(super) fn samples(&mut self, samples: usize, accumulate: bool) {
-        self.micro(Micro { first: 2, samples, global_first: 40, accumulate, mean_over: samples + 3 });
+        self.micro(Micro {
+            first: 2,
+            samples,
+            global_first: 40,
+            gradients: Write::add_if(accumulate),
+            mean_over: samples + 3,
+        });
     }
 
     pub(super) fn mask(&self, mask: Mask) -> BoundMask {

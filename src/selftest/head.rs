@@ -4,7 +4,7 @@ use half::bf16;
 
 use crate::backend::{
     Backend, Loss, LossKind, Micro, Pixels, Pool, Rule, Slot, SlotLayout, StepKeys, StepReport, TargetKind,
-    Update,
+    Update, Write,
 };
 use crate::error::Result;
 
@@ -86,7 +86,7 @@ fn pool_backward(t: &mut Trial, samples: usize, width: usize, pool: Pool, fresh:
             before + share * d_y.row(sample)[c]
         })
         .collect();
-    t.start()?.pool_backward(pool, d_y.mat, d_x.mat, fresh)?;
+    t.start()?.pool_backward(pool, d_y.mat, d_x.mat, Write::add_if(!fresh))?;
     t.compare("d_x", &d_x, &expected, ELEMENTWISE)
 }
 
@@ -219,7 +219,7 @@ const LAMBDA: [f32; SLOT] = [0.75, 0.5, 0.3125, 1.0, 0.875, 0.59375, 0.125, 1.0,
 fn loss(t: &mut Trial, o: Objective) -> Result<()> {
     let classes = o.classes;
     let mean_over = 11;
-    t.micro(Micro { first: FIRST, samples: SAMPLES, global_first: 20, accumulate: false, mean_over });
+    t.micro(Micro { first: FIRST, samples: SAMPLES, global_first: 20, gradients: Write::Assign, mean_over });
 
     let mut logits = t.normal(SAMPLES * classes, 3.0);
     // The first row's logits would overflow; the second's are nearly equal.
@@ -341,7 +341,13 @@ fn sigmoid(z: &[f64], y: &[f64], w: &[f64]) -> (f64, Vec<f64>) {
 
 fn report(t: &mut Trial) -> Result<()> {
     // Seven real samples in two micro-batches of four; the mean is over the real ones.
-    let micro = |first| Micro { first, samples: 4, global_first: 0, accumulate: first > 0, mean_over: 7 };
+    let micro = |first| Micro {
+        first,
+        samples: 4,
+        global_first: 0,
+        gradients: Write::add_if(first > 0),
+        mean_over: 7,
+    };
     t.micro(micro(0));
     let mut rows = Vec::new();
     let mut stream = t.stream();

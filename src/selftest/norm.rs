@@ -1,6 +1,6 @@
 //! LayerNorm and the residual add before it.
 
-use crate::backend::{Branch, Join, Mask, Norm, Stats};
+use crate::backend::{Branch, Join, Mask, Norm, Stats, Write};
 use crate::error::Result;
 
 use super::harness::{Body, Case, ELEMENTWISE, Operand, Product, Trial, accumulated, sum_of};
@@ -386,7 +386,16 @@ fn layernorm_backward(t: &mut Trial, s: Shape, work: Work, between: Option<Betwe
     };
     let stats = Stats { mean: mean.mat, rstd: rstd.mat };
     let d_bias = product.as_ref().map(Product::d_bias);
-    t.start()?.layernorm_backward(d_y.mat, &join, &norm, stats, d_sum.mat, fresh, handed_on.mat, d_bias)?;
+    t.start()?.layernorm_backward(
+        d_y.mat,
+        &join,
+        &norm,
+        stats,
+        d_sum.mat,
+        Write::add_if(!fresh),
+        handed_on.mat,
+        d_bias,
+    )?;
     if let Some(product) = &product {
         product.check(t, handed_on, accumulate)?;
     }

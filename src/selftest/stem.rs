@@ -3,7 +3,7 @@
 use half::bf16;
 
 use crate::backend::{
-    Embed, Erase, Mask, Micro, MixBox, Normalise, PatchGrid, Pixels, SlotLayout, TargetKind,
+    Embed, Erase, Mask, Micro, MixBox, Normalise, PatchGrid, Pixels, SlotLayout, TargetKind, Write,
 };
 use crate::error::Result;
 use crate::rng::{philox, unit};
@@ -109,7 +109,7 @@ const SLOT: usize = 5;
 fn patchify(t: &mut Trial, cut: Cut) -> Result<()> {
     let grid = PatchGrid { image: cut.image, patch: cut.patch, extra: cut.extra };
     let (first, samples) = (2, 3);
-    t.micro(Micro { first, samples, global_first: 10, accumulate: false, mean_over: SLOT });
+    t.micro(Micro { first, samples, global_first: 10, gradients: Write::Assign, mean_over: SLOT });
     let patches = t.output(samples * grid.tokens(), grid.patch_len());
     let (h, w) = cut.image;
 

@@ -5,7 +5,7 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::compute::{Compute, Isa};
 use crate::backend::{
     Arena, Body, Dtype, InputGrad, Join, Mat, MemoryPlan, Micro, Op, Slot, SlotLayout, StepKeys, StepReport,
-    Storage, Update,
+    Storage, Update, Write,
 };
 
 fn cpu(isa: Isa, threads: usize) -> Result<Box<dyn Backend>> {
@@ -234,8 +234,8 @@ impl Backend for Broken {
         self.inner.begin_step(StepKeys { step, ..keys })
     }
     fn begin_micro(&mut self, micro: Micro) -> Result<()> {
-        let accumulate = micro.accumulate && self.fault != Fault::ForgetsToAccumulate;
-        self.inner.begin_micro(Micro { accumulate, ..micro })
+        let accumulate = micro.gradients.adds() && self.fault != Fault::ForgetsToAccumulate;
+        self.inner.begin_micro(Micro { gradients: Write::add_if(accumulate), ..micro })
     }
     fn execute(&mut self, op: &Op) -> Result<()> {
         self.inner.execute(op)?;

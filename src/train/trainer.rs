@@ -3,7 +3,7 @@
 //! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. [`super::run`]
 //! owns the run directory, its checkpoints and its reports.
 
-use crate::backend::{Arena, Backend, Loss, MemoryPlan, Micro, Slot, StepKeys, StepReport};
+use crate::backend::{Arena, Backend, Loss, MemoryPlan, Micro, Slot, StepKeys, StepReport, Write};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::infer::loaded::load_weights;
@@ -216,7 +216,7 @@ pub(super) fn micro_batches(model: &Vit, batch: usize, collective: &Collective) 
         first,
         samples: model.micro_batch,
         global_first: (collective.rank * batch) as u64,
-        accumulate: first > 0,
+        gradients: Write::add_if(first > 0),
         mean_over: batch * collective.size,
     };
     (0..batch).step_by(model.micro_batch).map(micro).collect()

@@ -1,7 +1,7 @@
 //! The backward pass: gradient of the logits → gradients of the parameters. The numbers are those of
 //! [`super::forward`], descending. It ends at the first trained block.
 
-use crate::backend::{Backend, InputGrad, Join, Mask};
+use crate::backend::{Backend, InputGrad, Join, Mask, Write};
 use crate::error::Result;
 
 use super::block::{Attention, Block};
@@ -48,18 +48,18 @@ fn tail(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     match &g.tail {
         Tail::PoolNorm { pools, pooled, norm, stats, d_pooled, .. } => {
             let (pooled, d) = (Join::Ready(*pooled), *d_pooled);
-            b.layernorm_backward(s.d_pooled, &pooled, norm, *stats, d, true, d, None)?; // 2
+            b.layernorm_backward(s.d_pooled, &pooled, norm, *stats, d, Write::Assign, d, None)?; // 2
             for (i, part) in pools.iter().enumerate() {
-                b.pool_backward(part.pool, part.d_y, s.d_x, i == 0)?; // 1
+                b.pool_backward(part.pool, part.d_y, s.d_x, Write::add_if(i > 0))?; // 1
             }
             Ok(())
         }
         Tail::Norm { norm, stats, .. } => {
-            b.layernorm_backward(s.d_pooled, last, norm, *stats, s.d_x, true, s.d_branch, d_bias) // 1
+            b.layernorm_backward(s.d_pooled, last, norm, *stats, s.d_x, Write::Assign, s.d_branch, d_bias) // 1
         }
         Tail::NormPool { norm, stats, pool, .. } => {
-            b.pool_backward(*pool, s.d_pooled, s.d_ln, true)?; // 2
-            b.layernorm_backward(s.d_ln, last, norm, *stats, s.d_x, true, s.d_branch, d_bias) // 1
+            b.pool_backward(*pool, s.d_pooled, s.d_ln, Write::Assign)?; // 2
+            b.layernorm_backward(s.d_ln, last, norm, *stats, s.d_x, Write::Assign, s.d_branch, d_bias) // 1
         }
         Tail::Map(map) => map_head(b, map, g),
     }
@@ -70,12 +70,12 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, g: &Graph) -> Result<()> {
     let d_a = s.d_pooled;
     b.matmul_backward(d_a, m.act, &m.fc2, m.gelu.gradient(m.d_pre))?; // 8
     b.matmul_backward(m.d_pre, m.ln, &m.fc1, InputGrad::Plain(m.d_ln))?; // 7
-    b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, false, d_a, m.proj.d_bias)?; // 6
+    b.layernorm_backward(m.d_ln, &Join::Ready(m.a), &m.norm2, m.stats2, d_a, Write::Add, d_a, m.proj.d_bias)?; // 6
     b.matmul_backward(d_a, m.o, &m.proj, InputGrad::Plain(m.d_o))?; // 5
     b.query_attention_backward(m.heads, m.q_out, m.kv_out, m.p, Mask::NONE, m.d_o, m.d_q, m.d_kv)?; // 4
     b.matmul_backward(m.d_kv, m.tokens, &m.kv, InputGrad::Plain(s.d_ln))?; // 3
     b.matmul_backward(m.d_q, m.probe, &m.q, m.d_probe)?; // 2
-    b.layernorm_backward(s.d_ln, last, &m.norm, m.stats, s.d_x, true, s.d_branch, d_bias) // 1
+    b.layernorm_backward(s.d_ln, last, &m.norm, m.stats, s.d_x, Write::Assign, s.d_branch, d_bias) // 1
 }
 
 /// Enters with the gradient of the block's output in `above.d_x` (and of its MLP branch in `above.d_branch`), leaves with
@@ -85,10 +85,19 @@ fn block(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     b.matmul_backward(above.d_branch, a.act, &a.fc2, a.gelu.gradient(above.d_pre))?; // 6
     b.matmul_backward(above.d_pre, a.ln2, &a.fc1, InputGrad::Plain(above.d_ln))?; // 5
     let d_bias = a.proj.d_bias;
-    b.layernorm_backward(above.d_ln, &a.mid, &a.norm2, a.stats2, above.d_x, false, above.d_branch, d_bias)?; // 4
+    b.layernorm_backward(
+        above.d_ln,
+        &a.mid,
+        &a.norm2,
+        a.stats2,
+        above.d_x,
+        Write::Add,
+        above.d_branch,
+        d_bias,
+    )?; // 4
     b.matmul_backward(above.d_branch, a.o, &a.proj, InputGrad::Plain(above.d_o))?; // 3
     attention(b, a, s)?; // 2
-    b.layernorm_backward(s.d_ln, &a.x, &a.norm1, a.stats1, s.d_x, false, s.d_branch, a.bias_below) // 1
+    b.layernorm_backward(s.d_ln, &a.x, &a.norm1, a.stats1, s.d_x, Write::Add, s.d_branch, a.bias_below) // 1
 }
 
 /// From `above.d_o` to `d_ln`; where the stream has been the class tokens' alone, it is that of all tokens again.
@@ -105,7 +114,7 @@ fn attention(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
             b.query_attention_backward(a.heads, q, kv, c.p, dropout, d_o, c.d_q, c.d_kv)?; // 4
             b.matmul_backward(c.d_kv, a.ln1, &c.kv, InputGrad::Plain(s.d_ln))?; // 3
             b.matmul_backward(c.d_q, c.ln1, &c.q, InputGrad::Add(c.d_ln1))?; // 2
-            b.pool_backward(c.pool, a.above.d_x, s.d_x, true) // 1
+            b.pool_backward(c.pool, a.above.d_x, s.d_x, Write::Assign) // 1
         }
     }
 }

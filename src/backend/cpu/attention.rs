@@ -498,7 +498,7 @@ fn d_scores<S: Simd>(
 mod tests {
     use super::*;
     use crate::backend::cpu::testing::{Matrix, Numbers, Tensors, on_every_isa, reference, rel_l2};
-    use crate::backend::{Mask, Micro, StepKeys};
+    use crate::backend::{Mask, Micro, StepKeys, Write};
 
     /// (B, T, H, Dh)
     const SHAPES: [(usize, usize, usize, usize); 16] = [
@@ -521,7 +521,7 @@ mod tests {
     ];
 
     fn dropout(rate: f32) -> BoundMask {
-        let micro = Micro { first: 2, samples: 8, global_first: 8, accumulate: false, mean_over: 8 };
+        let micro = Micro { first: 2, samples: 8, global_first: 8, gradients: Write::Assign, mean_over: 8 };
         BoundMask::new(Mask { rate, site: 9 }, StepKeys { seed: 1, step: 4 }, micro)
     }
 

@@ -110,7 +110,7 @@ fn drop_out(shape: Shape, r: usize, row: &mut [f32], factors: &mut [f32]) {
 mod tests {
     use crate::backend::cpu::testbed::*;
     use crate::backend::mask::BoundMask;
-    use crate::backend::{Backend, Embed, Mask};
+    use crate::backend::{Backend, Embed, Mask, Write};
 
     /// What goes into an embedding.
     #[derive(Clone)]
@@ -204,7 +204,7 @@ mod tests {
     fn frozen_parts_get_no_gradient_and_others_add_up() {
         let (samples, tokens, width) = (3, 5, 48);
         let mut b = Testbed::new(samples);
-        b.micro.accumulate = true;
+        b.micro.gradients = Write::Add;
         let start = normal(1, tokens * width, 1.0);
         let d_posemb = b.put(tokens, width, &start);
         let embed = Embed {

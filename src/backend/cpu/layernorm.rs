@@ -258,7 +258,7 @@ impl<S: Simd> RowGrad<S> {
 mod tests {
     use crate::backend::cpu::testbed::*;
     use crate::backend::mask::BoundMask;
-    use crate::backend::{Backend, Branch, Join, Mask, Mat, Norm, Stats};
+    use crate::backend::{Backend, Branch, Join, Mask, Mat, Norm, Stats, Write};
 
     const SHAPES: [(usize, usize, usize); 6] =
         [(1, 1, 5), (3, 5, 48), (3, 65, 192), (2, 197, 48), (65, 1, 192), (5, 65, 5)];
@@ -305,8 +305,8 @@ mod tests {
             let results = [y, fresh, added, norm.d_gamma.unwrap(), norm.d_beta.unwrap()];
             let run = |k: &mut crate::backend::cpu::CpuBackend| {
                 k.layernorm(&join, &norm, y, stats).unwrap();
-                k.layernorm_backward(d_y_mat, &join, &norm, stats, added, false, y, None).unwrap();
-                k.layernorm_backward(d_y_mat, &join, &norm, stats, fresh, true, y, None).unwrap();
+                k.layernorm_backward(d_y_mat, &join, &norm, stats, added, Write::Add, y, None).unwrap();
+                k.layernorm_backward(d_y_mat, &join, &norm, stats, fresh, Write::Assign, y, None).unwrap();
             };
             b.everywhere(&results, run, |r| {
                 let (x64, g, be, w) = (wide(&x), wide(&gamma), wide(&beta), wide(&d_y));
@@ -385,7 +385,8 @@ mod tests {
                 &[sum, d_sum, d_branch, d_scale],
                 |k| {
                     k.layernorm(&join, &norm, y, stats).unwrap();
-                    k.layernorm_backward(d_y_mat, &join, &norm, stats, d_sum, false, d_branch, None).unwrap();
+                    k.layernorm_backward(d_y_mat, &join, &norm, stats, d_sum, Write::Add, d_branch, None)
+                        .unwrap();
                 },
                 |r| {
                     let (base64, value64, scale64) = (wide(&base), wide(&value), wide(&drawn.scale));
@@ -409,7 +410,7 @@ mod tests {
         let (samples, tokens, width) = (3, 65, 48);
         let rows = samples * tokens;
         let mut b = Testbed::new(samples);
-        b.micro.accumulate = true;
+        b.micro.gradients = Write::Add;
         let drawn = Drawn {
             scale: normal(6, width, 0.5),
             dropout: Mask { rate: 0.1, site: 1 },
@@ -458,10 +459,10 @@ mod tests {
         let once = std::cell::RefCell::new(Vec::new());
         let run = |k: &mut crate::backend::cpu::CpuBackend| {
             k.layernorm(&join, &norm, y, stats).unwrap();
-            k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, y, None).unwrap();
+            k.layernorm_backward(d_y, &join, &norm, stats, d_x, Write::Assign, y, None).unwrap();
             *once.borrow_mut() = results.map(|mat| take(k, mat)).to_vec();
-            k.begin_micro(crate::backend::Micro { accumulate: true, ..b.micro }).unwrap();
-            k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, y, None).unwrap();
+            k.begin_micro(crate::backend::Micro { gradients: Write::Add, ..b.micro }).unwrap();
+            k.layernorm_backward(d_y, &join, &norm, stats, d_x, Write::Assign, y, None).unwrap();
         };
         b.everywhere(&results, run, |r| {
             for (twice, once) in r.iter().zip(once.borrow().iter()) {
@@ -483,7 +484,7 @@ mod tests {
         let (y, d_x, d_y_mat) = (b.room(rows, width), b.room(rows, width), b.put(rows, width, &d_y));
         let run = |k: &mut crate::backend::cpu::CpuBackend| {
             k.layernorm(&join, &norm, y, stats).unwrap();
-            k.layernorm_backward(d_y_mat, &join, &norm, stats, d_x, true, d_x, None).unwrap();
+            k.layernorm_backward(d_y_mat, &join, &norm, stats, d_x, Write::Assign, d_x, None).unwrap();
         };
         b.everywhere(&[y, d_x], run, |r| {
             for (row, (x, d_y)) in x.chunks(width).zip(d_y.chunks(width)).enumerate() {
@@ -527,7 +528,7 @@ mod tests {
             let results = [stats.mean, stats.rstd, y, d_x, norm.d_gamma.unwrap(), norm.d_beta.unwrap()];
             let run = |k: &mut crate::backend::cpu::CpuBackend| {
                 k.layernorm(&join, &norm, y, stats).unwrap();
-                k.layernorm_backward(d_y, &join, &norm, stats, d_x, true, d_x, None).unwrap();
+                k.layernorm_backward(d_y, &join, &norm, stats, d_x, Write::Assign, d_x, None).unwrap();
             };
             b.everywhere(&results, run, |r| {
                 for (got, name) in r.iter().zip(["mean", "rstd", "y", "dx", "dscale", "dbias"]) {

@@ -36,11 +36,11 @@ use arenas::{Access, Arenas};
 use compute::{Compute, Isa};
 
 use super::mask::BoundMask;
-use super::rounded;
+use super::options::CPU_ROUNDS;
 use super::sample_metric::{LOSS, TOP1, TOP5};
 use super::{
     Arena, Backend, Body, HostMemory, Mask, Mat, MemoryPlan, Micro, Op, Precision, Slot, SlotLayout,
-    StepKeys, StepReport, Storage, Update,
+    StepKeys, StepReport, Storage, Update, Write,
 };
 use crate::backend::batch::PlainMemory;
 use crate::error::{Error, Result};
@@ -71,7 +71,7 @@ impl CpuBackend {
             arenas: Arenas::empty(),
             slot: None,
             keys: StepKeys { seed: 0, step: 0 },
-            micro: Micro { first: 0, samples: 0, global_first: 0, accumulate: false, mean_over: 1 },
+            micro: Micro { first: 0, samples: 0, global_first: 0, gradients: Write::Assign, mean_over: 1 },
             sums: [0.0; 3],
             outcome: update::Outcome { grad_norm: 0.0, skipped: false },
         }
@@ -155,7 +155,7 @@ impl Backend for CpuBackend {
     }
 
     fn prefer_algorithms(&mut self, algorithms: &[String]) -> Result<(), String> {
-        match algorithms.first().filter(|word| word.starts_with(rounded::VARIABLE)) {
+        match algorithms.first().filter(|word| word.starts_with(CPU_ROUNDS)) {
             Some(rounds) => Err(format!("this is a run without {rounds}")),
             None => Ok(()),
         }

@@ -45,7 +45,7 @@ pub(super) fn backward(c: &Compute, pool: Pool, d_y: Rows, d_x: RowsMut, fresh: 
 #[cfg(test)]
 mod tests {
     use crate::backend::cpu::testbed::*;
-    use crate::backend::{Backend, Pool};
+    use crate::backend::{Backend, Pool, Write};
 
     #[test]
     fn pools_and_their_gradients_are_those_of_the_f64_function() {
@@ -66,8 +66,8 @@ mod tests {
                 let added = b.put(samples * tokens, width, &above);
                 let run = |k: &mut crate::backend::cpu::CpuBackend| {
                     k.pool(pool, x_mat, y).unwrap();
-                    k.pool_backward(pool, d_y_mat, fresh, true).unwrap();
-                    k.pool_backward(pool, d_y_mat, added, false).unwrap();
+                    k.pool_backward(pool, d_y_mat, fresh, Write::Assign).unwrap();
+                    k.pool_backward(pool, d_y_mat, added, Write::Add).unwrap();
                 };
                 b.everywhere(&[y, fresh, added], run, |r| {
                     let weight = |token: usize| match pool {

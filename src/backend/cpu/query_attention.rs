@@ -247,10 +247,10 @@ fn add_scaled<S: Simd>(s: S, to: &mut [f32], factor: f32, x: &[f32]) {
 mod tests {
     use super::*;
     use crate::backend::cpu::testing::{Matrix, Numbers, on_every_isa, rel_l2};
-    use crate::backend::{Mask, Micro, StepKeys};
+    use crate::backend::{Mask, Micro, StepKeys, Write};
 
     fn dropout() -> BoundMask {
-        let micro = Micro { first: 2, samples: 8, global_first: 8, accumulate: false, mean_over: 8 };
+        let micro = Micro { first: 2, samples: 8, global_first: 8, gradients: Write::Assign, mean_over: 8 };
         BoundMask::new(Mask { rate: 0.3, site: 9 }, StepKeys { seed: 1, step: 4 }, micro)
     }
 

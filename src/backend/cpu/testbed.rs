@@ -2,7 +2,7 @@
 
 use super::CpuBackend;
 use super::compute::{Compute, Isa};
-use crate::backend::{Backend, Mat, MemoryPlan, Micro, StepKeys, Storage};
+use crate::backend::{Backend, Mat, MemoryPlan, Micro, StepKeys, Storage, Write};
 use crate::rng::{Domain, Stream};
 
 /// The operands of one operation, and their layout.
@@ -19,7 +19,13 @@ impl Testbed {
             plan: MemoryPlan::new(Storage::CPU),
             operands: Vec::new(),
             keys: StepKeys { seed: 3, step: 17 },
-            micro: Micro { first: 0, samples, global_first: 40, accumulate: false, mean_over: samples },
+            micro: Micro {
+                first: 0,
+                samples,
+                global_first: 40,
+                gradients: Write::Assign,
+                mean_over: samples,
+            },
         }
     }
 

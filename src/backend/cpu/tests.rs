@@ -4,7 +4,7 @@ use super::testbed::*;
 use super::*;
 use crate::backend::{
     Device, DeviceOptions, Dtype, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Linear, Loss, LossKind,
-    Pixels, Rule, Segment, TargetKind, mask::BoundMask, select,
+    Pixels, Rule, Segment, TargetKind, Write, mask::BoundMask, select,
 };
 
 fn gelu_tanh(x: f64) -> f64 {
@@ -309,7 +309,7 @@ fn small_step() -> (CpuBackend, Mat, Mat, [Mat; 2]) {
     let mut slot = backend.new_slot(layout).unwrap();
     slot.labels_mut().copy_from_slice(&[0, 1, 1]);
     backend.bind_batch(slot).unwrap();
-    let micro = Micro { first: 0, samples: 3, global_first: 0, accumulate: false, mean_over: 3 };
+    let micro = Micro { first: 0, samples: 3, global_first: 0, gradients: Write::Assign, mean_over: 3 };
     backend.begin_micro(micro).unwrap();
     (backend, logits, samples, [vector(Arena::Params), vector(Arena::Grads)])
 }

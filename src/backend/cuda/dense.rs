@@ -231,7 +231,7 @@ fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result
         let wanted = w.d_bias.filter(|_| made.is_none());
         return wanted.map_or(Ok(()), |d_bias| sums::column_sums(cuda, d_y, d_bias));
     };
-    let accumulate = cuda.micro.accumulate;
+    let accumulate = cuda.micro.gradients.adds();
     let product = Product::weight_grad(cuda, d_y, x, d_weight);
     let product = if accumulate { product.add(cuda.at(d_weight)) } else { product };
     let Some(d_bias) = w.d_bias else { return product.run(cuda) };

@@ -41,7 +41,7 @@ pub(super) fn pool(cuda: &mut Cuda, op: &ops::Pool) -> Result<()> {
 }
 
 pub(super) fn pool_backward(cuda: &mut Cuda, op: &ops::PoolBackward) -> Result<()> {
-    let ops::PoolBackward { pool, d_y, d_x, fresh } = *op;
+    let ops::PoolBackward { pool, d_y, d_x, write } = *op;
     launch!(
         cuda,
         variant!(d_x.dtype, "pool_backward"),
@@ -53,7 +53,7 @@ pub(super) fn pool_backward(cuda: &mut Cuda, op: &ops::PoolBackward) -> Result<(
         d_y.ld as u32,
         cuda.at(d_x),
         d_x.ld as u32,
-        u32::from(fresh),
+        u32::from(!write.adds()),
     )
 }
 

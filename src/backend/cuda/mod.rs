@@ -33,7 +33,7 @@ mod ways;
 
 use super::{
     Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, Mat, MemoryPlan, Micro, Op, Precision,
-    Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, memory,
+    Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, Write, memory,
 };
 use crate::error::{Error, Result};
 
@@ -126,7 +126,7 @@ impl Cuda {
                 read: [event()?, event()?],
             },
             keys: StepKeys { seed: 0, step: 0 },
-            micro: Micro { first: 0, samples: 0, global_first: 0, accumulate: false, mean_over: 1 },
+            micro: Micro { first: 0, samples: 0, global_first: 0, gradients: Write::Assign, mean_over: 1 },
             bias_sums: BiasSums::default(),
             update: update::State::new(&gpu)?,
             classes: None,

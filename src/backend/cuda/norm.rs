@@ -227,8 +227,8 @@ fn launch_layernorm_backward(
     op: &ops::LayerNormBackward,
     d_bias: Option<Mat>,
 ) -> Result<Option<Mat>> {
-    let ops::LayerNormBackward { d_y, join, norm, stats, d_sum, fresh, d_branch, .. } = *op;
-    let backward = Backward { d_y, x: join.sum(), norm, stats, d_sum, fresh, d_bias: None };
+    let ops::LayerNormBackward { d_y, join, norm, stats, d_sum, write, d_branch, .. } = *op;
+    let backward = Backward { d_y, x: join.sum(), norm, stats, d_sum, fresh: !write.adds(), d_bias: None };
     same_shape("layernorm_backward", d_y, d_sum);
     same_kind("layernorm_backward", d_sum, backward.x);
     match (instance(d_sum, d_y), branch_of(cuda, join, d_sum, d_branch)) {

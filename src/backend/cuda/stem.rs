@@ -176,7 +176,7 @@ pub(super) fn embed_backward(cuda: &mut Cuda, op: &ops::EmbedBackward) -> Result
         cuda.at_or_null(d_extra[1]),
         cuda.at_or_null(d_posemb),
         d_posemb.map_or(0, |d| d.ld as u32),
-        u32::from(cuda.micro.accumulate),
+        u32::from(cuda.micro.gradients.adds()),
     )?;
     let Some(d_bias) = d_bias else { return Ok(()) };
     // Slice 0 now holds each token's sum.

@@ -98,7 +98,7 @@ pub(super) fn sum_partials(
         pitch,
         columns,
         SumOutputs(outputs),
-        u32::from(cuda.micro.accumulate),
+        u32::from(cuda.micro.gradients.adds()),
     )
 }
 

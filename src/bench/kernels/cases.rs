@@ -10,7 +10,7 @@ use crate::backend::cuda::driver::Launched;
 use crate::backend::{
     Arena, Backend, Branch, Cost, Dtype, Embed, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Join, Linear,
     Loss, LossKind, Mask, Mat, MemoryPlan, Norm, Normalise, PatchGrid, Pixels, Pool, Rule, Segment,
-    SlotLayout, Stats, TargetKind, Update,
+    SlotLayout, Stats, TargetKind, Update, Write,
 };
 use crate::error::Result;
 
@@ -346,8 +346,9 @@ fn backward_norm(room: &mut Room, size: Stretch, is_branch: bool, is_biased: boo
     let d_branch = if is_branch || size.stream == Dtype::F32 { d_branch } else { d_sum };
     let (norm, stats) = (room.norm(size.d, true), room.stats(size.rows));
     let d_bias = if is_biased { room.grad(1, size.d) } else { None };
-    let run =
-        Placed::new(move |b| b.layernorm_backward(d_y, &join, &norm, stats, d_sum, false, d_branch, d_bias));
+    let run = Placed::new(move |b| {
+        b.layernorm_backward(d_y, &join, &norm, stats, d_sum, Write::Add, d_branch, d_bias)
+    });
     run.after(move |b| b.layernorm(&join, &norm, y, stats))
 }
 
@@ -501,7 +502,7 @@ fn head(model: &Model, images: usize) -> Vec<Case> {
         }),
         Case::new("pool_backward", shape, images, whole, move |room| {
             let (d_y, d_x) = (room.activation(images, d), room.activation(rows, d));
-            Placed::new(move |b| b.pool_backward(pool, d_y, d_x, true))
+            Placed::new(move |b| b.pool_backward(pool, d_y, d_x, Write::Assign))
         }),
     ]
 }

@@ -5,7 +5,6 @@
 //! bytes a run would wait too long for that, because a shuffled batch touches every shard. So a background
 //! thread compares these shards in order. If a shard proves damaged, reading its next record is an error.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -153,21 +152,6 @@ fn beside(shards: &Arc<Vec<Shard>>) -> std::io::Result<JoinHandle<()>> {
             let _ = shards[index].verify();
         }
     })
-}
-
-/// The message for a shard that differs from what was packed; `pack --check` uses it, too.
-pub(in crate::data) fn damaged(
-    path: &Path,
-    found: &str,
-    listed: &str,
-    records: std::ops::Range<usize>,
-) -> String {
-    format!(
-        "{}: damaged: the checksum is {found}, and the manifest says {listed}; it holds the records {} to {}",
-        path.display(),
-        records.start,
-        records.end.saturating_sub(1)
-    )
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
+use super::block::{load, store, transpose};
 use super::scaled;
 
 /// The operations that the decoder needs from an instruction set. A value proves that the processor has it.
@@ -54,25 +55,6 @@ impl Isa for Portable {
     }
 }
 
-/// Rows of coefficients.
-#[inline(always)]
-pub(super) fn load(coefficients: &[i16; 64]) -> [[i32; 8]; 8] {
-    let mut rows = [[0i32; 8]; 8];
-    for (row, from) in rows.iter_mut().zip(coefficients.chunks_exact(8)) {
-        row.iter_mut().zip(from).for_each(|(to, from)| *to = i32::from(*from));
-    }
-    rows
-}
-
-/// Writes rows of samples, which are centred on zero.
-#[inline(always)]
-pub(super) fn store<const N: usize>(samples: [[i32; N]; N], out: &mut [u8], stride: usize) {
-    for (y, row) in samples.iter().enumerate() {
-        let to = &mut out[y * stride..][..N];
-        to.iter_mut().zip(row).for_each(|(to, sample)| *to = (sample + 128).clamp(0, 255) as u8);
-    }
-}
-
 /// One pass down the columns of eight rows. Values beyond 16 bits are clamped, as in the vector form.
 #[inline(always)]
 fn pass<const SHIFT: u32>(x: [[i32; 8]; 8]) -> [[i32; 8]; 8] {
@@ -97,11 +79,6 @@ fn pass<const SHIFT: u32>(x: [[i32; 8]; 8]) -> [[i32; 8]; 8] {
         }
     }
     out
-}
-
-#[inline(always)]
-pub(super) fn transpose<const R: usize, const C: usize>(x: [[i32; C]; R]) -> [[i32; R]; C] {
-    std::array::from_fn(|i| std::array::from_fn(|j| x[j][i]))
 }
 
 /// AVX2, and the bit instructions of the processors that have it.

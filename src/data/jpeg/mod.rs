@@ -12,6 +12,7 @@
 //! [`isa`] transforms, [`rows`] makes pixels, [`scaled`] has what is different in a smaller picture, and
 //! [`scan`] reads any scan.
 
+mod block;
 mod general;
 mod huffman;
 mod isa;

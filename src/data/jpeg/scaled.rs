@@ -11,7 +11,7 @@
 //! Pixels are those of libjpeg's `scale_num/8`, hence of Pillow's `Image.draft`.
 
 use super::Frame;
-use super::isa::{load, store, transpose};
+use super::block::{load, store, transpose};
 use crate::data::picture::Scale;
 
 /// Sizes of a frame at a scale, in samples.

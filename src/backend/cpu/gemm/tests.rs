@@ -4,7 +4,7 @@
 use super::*;
 use crate::backend::cpu::testing::{Matrix, Numbers, Tensors, on_every_isa, reference, rel_l2};
 use crate::backend::mask::BoundMask;
-use crate::backend::{Mask, Micro, StepKeys};
+use crate::backend::{Mask, Micro, StepKeys, Write};
 
 /// (R, in, out): 1 everywhere, sizes that nothing divides, several blocks of k, of columns and of rows.
 const SHAPES: [(usize, usize, usize); 16] = [
@@ -46,7 +46,7 @@ fn slope64(form: Gelu, x: f64) -> f64 {
 }
 
 fn dropout(rate: f32, rows_per_sample: usize) -> Dropout {
-    let micro = Micro { first: 1, samples: 8, global_first: 16, accumulate: false, mean_over: 8 };
+    let micro = Micro { first: 1, samples: 8, global_first: 16, gradients: Write::Assign, mean_over: 8 };
     let keys = StepKeys { seed: 3, step: 11 };
     Dropout { mask: BoundMask::new(Mask { rate, site: 5 }, keys, micro), rows_per_sample }
 }

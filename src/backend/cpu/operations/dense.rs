@@ -64,7 +64,7 @@ pub(super) fn matmul_backward(cpu: &mut CpuBackend, op: &ops::MatmulBackward) ->
         "matmul_backward: {d_y}, {x}, {}",
         w.weight
     );
-    let (c, accumulate) = (&cpu.compute, cpu.micro.accumulate);
+    let (c, accumulate) = (&cpu.compute, cpu.micro.gradients.adds());
 
     if w.d_weight.is_some() || w.d_bias.is_some() {
         let mut a = Access::new(&mut cpu.arenas);

@@ -15,10 +15,10 @@ pub(super) fn pool(cpu: &mut CpuBackend, op: &ops::Pool) -> Result<()> {
 }
 
 pub(super) fn pool_backward(cpu: &mut CpuBackend, op: &ops::PoolBackward) -> Result<()> {
-    let ops::PoolBackward { pool, d_y, d_x, fresh } = *op;
+    let ops::PoolBackward { pool, d_y, d_x, write } = *op;
     check_pool(pool, d_x, d_y);
     let mut a = Access::new(&mut cpu.arenas);
-    pool::backward(&cpu.compute, pool, a.read(d_y), a.write(d_x), fresh);
+    pool::backward(&cpu.compute, pool, a.read(d_y), a.write(d_x), !write.adds());
     Ok(())
 }
 

@@ -47,7 +47,7 @@ pub(super) fn layernorm(cpu: &mut CpuBackend, op: &ops::LayerNorm) -> Result<()>
 }
 
 pub(super) fn layernorm_backward(cpu: &mut CpuBackend, op: &ops::LayerNormBackward) -> Result<()> {
-    let ops::LayerNormBackward { d_y, join, norm, stats, d_sum, fresh, d_branch, d_bias: _ } = *op;
+    let ops::LayerNormBackward { d_y, join, norm, stats, d_sum, write, d_branch, d_bias: _ } = *op;
     same_shape("layernorm_backward", d_y, join.sum());
     same_shape("layernorm_backward", d_y, d_sum);
     let (keys, micro) = (cpu.keys, cpu.micro);
@@ -75,7 +75,7 @@ pub(super) fn layernorm_backward(cpu: &mut CpuBackend, op: &ops::LayerNormBackwa
     let d_norm = [norm.d_gamma, norm.d_beta].map(|d| vector_grad(&mut a, d, d_y.cols));
     let (d_y, d_sum) = (a.read(d_y), a.write(d_sum));
     let c = &cpu.compute;
-    layernorm::backward(c, d_y, saved, d_sum, fresh, branch, d_norm, micro.accumulate);
+    layernorm::backward(c, d_y, saved, d_sum, !write.adds(), branch, d_norm, micro.gradients.adds());
     Ok(())
 }
 
@@ -101,6 +101,6 @@ pub(super) fn residual_backward(cpu: &mut CpuBackend, op: &ops::ResidualBackward
     let d_scale = vector_grad(&mut a, branch.layer_scale.and_then(|(_, d)| d), d_sum.cols);
     let (d_sum, d_branch) = (a.read(d_sum), a.write(d_branch));
     let c = &cpu.compute;
-    residual::backward(c, &rows, d_sum, d_branch, d_scale, micro.accumulate);
+    residual::backward(c, &rows, d_sum, d_branch, d_scale, micro.gradients.adds());
     Ok(())
 }

@@ -56,7 +56,7 @@ pub(super) fn embed_backward(cpu: &mut CpuBackend, op: &ops::EmbedBackward) -> R
     let d_extra = embed.extra_tokens.map(|token| vector_grad(&mut a, token.and_then(|(_, d)| d), d_x.cols));
     let d_posemb = embed.posemb.1.map(|d| a.write(d));
     let d_x = a.write(d_x);
-    let accumulate = cpu.micro.accumulate;
+    let accumulate = cpu.micro.gradients.adds();
     embed::backward(&cpu.compute, shape, d_x, d_bias, d_extra, d_posemb, accumulate);
     Ok(())
 }
