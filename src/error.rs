@@ -16,7 +16,7 @@ pub enum Kind {
     Failure,
     /// Exit 2: the command line or the recipe is wrong, or asks for something that is not built yet.
     Usage,
-    /// Exit 130 (interrupt) or 143 (terminate), after a checkpoint was written.
+    /// Exit 130 (interrupt) or 143 (terminate), after a checkpoint was written if there was anything to save.
     Stopped(i32),
 }
 
@@ -39,7 +39,7 @@ impl Error {
         Self { kind: Kind::Usage, message: message.into(), hint: None }
     }
 
-    /// A `signal` stopped the run, after its state was saved.
+    /// A `signal` stopped the work; a run saves its state before it ends.
     pub fn stopped(signal: i32, message: impl Into<String>) -> Self {
         Self { kind: Kind::Stopped(signal), message: message.into(), hint: None }
     }

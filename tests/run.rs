@@ -119,6 +119,29 @@ fn a_signal_saves_the_run_and_resume_has_the_bits_of_an_unbroken_run() {
 }
 
 #[test]
+fn a_signal_during_an_evaluation_saves_the_run_which_is_resumed_with_it() {
+    // 2,000 pictures to validate with: most of the run's time.
+    let more = ["data.train=demo", "train.log_every=8"];
+    let want = unbroken("evaluated", &more);
+    let stopped = (0..20).any(|attempt| {
+        let out = path(&format!("evaluating-{attempt}"));
+        let mut child = start(&train(&out, &more));
+        // The line of step 8, which is evaluated next.
+        watch(&mut child, || lines(&out) > 0);
+        let _ = kill_process(Pid::from_child(&child), Signal::TERM);
+        let done = wait(child);
+        if done.code == 0 || !done.stderr.contains("stopped during an evaluation") {
+            return false;
+        }
+        done.exits(143).says(&["error: after step 8, saved to ", "hint: ", "vitrum train --resume "]);
+        vitrum(&train(&out, &[&more[..], &["--resume"]].concat())).ok();
+        assert_eq!(outcome(&out), want);
+        true
+    });
+    assert!(stopped, "no signal arrived during an evaluation");
+}
+
+#[test]
 fn threads_and_workers_change_no_bit() {
     let run = |name: &str, threads: usize, workers: usize| {
         let out = path(name);

@@ -1,12 +1,13 @@
-//! The operations as values: what a device is asked to compute, with its operands by name.
+//! The operations as values: what a device is to compute, with named operands.
 //!
-//! Each operation is a struct whose documentation is its contract: the formula, the shapes, what is assigned, added to or
-//! left alone. [`Op`] is all of them. A device matches on it in [`Backend::execute`](super::Backend::execute), and what stands
-//! in front of a device (a clock, a rounding, a count of costs) sees every operation pass without knowing each. The models do
-//! not build values: they call the method of [`Backend`](super::Backend) that has the operation's name.
+//! Each operation is a struct, and its documentation is its contract: the formula, the shapes, and what is
+//! assigned, added to or left unchanged. [`Op`] is any of them. A device matches on it in
+//! [`Backend::execute`](super::Backend::execute). Wrappers of a device (a clock, a rounding, a count of costs)
+//! handle all operations alike. The models do not build these values: they call the method of
+//! [`Backend`](super::Backend) with the operation's name.
 //!
-//! Letters as in [`super`]: B samples of the micro-batch, T tokens, R = B·T rows, D width, H heads, Dh head size, C classes.
-//! What an operation costs at least is in [`super::cost`].
+//! Letters as in [`super`]: B samples of the micro-batch, T tokens, R = B·T rows, D width, H heads, Dh head size,
+//! C classes. [`super::cost`] has the least work of each operation.
 
 use super::{Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, Norm, Normalise, PatchGrid, Stats, Write};
 
@@ -45,8 +46,7 @@ pub enum Op<'a> {
 }
 
 impl Op<'_> {
-    /// What a profile calls it. Matrix products are told apart by their epilogue, because those are the kernels that one
-    /// can work on.
+    /// The name in a profile. Matrix products are named by their epilogue, because those are separate kernels.
     pub fn name(&self) -> &'static str {
         match self {
             Op::Patchify(_) => "patchify",
@@ -86,7 +86,7 @@ impl Op<'_> {
     }
 }
 
-// Patch embedding ---------------------------------------------------------------------------------------------------
+// Patch embedding -------------------------------------------------------------------------------------------
 
 /// Pixels of the bound batch → `patches: [B·T, patch_len]`: normalised, mixed (mixup, cutmix), cut.
 #[derive(Clone, Copy, Debug)]
@@ -103,8 +103,9 @@ pub struct Embed<'a> {
     pub x: Mat,
 }
 
-/// Sums the gradients of bias, extra tokens and positions from `d_y = dropout'(d_x)`, which is stored where there is a
-/// dropout; without one `d_y` is `d_x` already. It may be `d_x` itself, or the same in the type that products read.
+/// Sums the gradients of bias, extra tokens and positions from `d_y = dropout'(d_x)`. With dropout, `d_y` is
+/// computed and stored. Without, it must already equal `d_x`: it is `d_x` itself, or a copy in the type that
+/// products read.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbedBackward<'a> {
     pub embed: &'a super::Embed,
@@ -112,7 +113,7 @@ pub struct EmbedBackward<'a> {
     pub d_y: Mat,
 }
 
-// Dense layers ------------------------------------------------------------------------------------------------------
+// Dense layers ----------------------------------------------------------------------------------------------
 
 /// `y: [R, out] = epilogue(x: [R, in])`
 #[derive(Clone, Copy, Debug)]
@@ -123,8 +124,8 @@ pub struct Matmul<'a> {
     pub y: Mat,
 }
 
-/// From `d_y: [R, out]`: the gradients of weight and bias (where they are trained, and not made with `d_y`) and of the
-/// input.
+/// From `d_y: [R, out]`: the gradients of the input, and of weight and bias if they are trained and no earlier
+/// operation has made them together with `d_y`.
 #[derive(Clone, Copy, Debug)]
 pub struct MatmulBackward<'a> {
     pub d_y: Mat,
@@ -133,7 +134,7 @@ pub struct MatmulBackward<'a> {
     pub d_x: InputGrad,
 }
 
-/// `y = dropout(gelu(pre))`: what [`Epilogue::BiasGelu`] stored, from what it kept.
+/// `y = dropout(gelu(pre))`: recomputes the output of [`Epilogue::BiasGelu`] from the pre-activation that it kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Gelu {
     pub pre: Mat,
@@ -142,7 +143,7 @@ pub struct Gelu {
     pub y: Mat,
 }
 
-// LayerNorm and the residual stream ---------------------------------------------------------------------------------
+// LayerNorm and the residual stream -------------------------------------------------------------------------
 
 /// `y = layernorm(join)`, Ba et al. 2016; variance is biased, statistics f32.
 #[derive(Clone, Copy, Debug)]
@@ -153,8 +154,8 @@ pub struct LayerNorm<'a> {
     pub stats: Stats,
 }
 
-/// `d_sum += layernorm'(d_y)` (`d_sum` enters with the gradient that reaches the residual stream from above, or is
-/// assigned: `write`); then [`ResidualBackward`].
+/// Writes `layernorm'(d_y)` to `d_sum`, by `write`: added to the gradient that reaches the residual stream from
+/// above, or assigned. Then [`ResidualBackward`].
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNormBackward<'a> {
     pub d_y: Mat,
@@ -181,10 +182,10 @@ pub struct Residual<'a> {
     pub join: &'a Join,
 }
 
-/// `d_branch` from `d_sum`, the gradient that the products of a block half read; for [`Join::Branch`] also that of the
-/// LayerScale. [`Join::Ready`] hands on `d_sum` itself: in the type of `d_branch` if that is another, else there is
-/// nothing to do. `d_bias: [1, D]` is the bias gradient that [`MatmulBackward`] will be asked for with what is handed on
-/// as its `d_y`, if it will be.
+/// `d_branch`, the gradient that the products of a block half read, from `d_sum`. For [`Join::Branch`] also the
+/// gradient of the LayerScale. For [`Join::Ready`] the gradient is `d_sum` itself: it is converted if `d_branch`
+/// has another type; otherwise there is nothing to do. `d_bias: [1, D]` is the bias gradient of the product that
+/// reads the result as its `d_y`; `None` if that bias is not trained.
 #[derive(Clone, Copy, Debug)]
 pub struct ResidualBackward<'a> {
     pub join: &'a Join,
@@ -193,7 +194,7 @@ pub struct ResidualBackward<'a> {
     pub d_bias: Option<Mat>,
 }
 
-// Attention ---------------------------------------------------------------------------------------------------------
+// Attention -------------------------------------------------------------------------------------------------
 
 /// `o: [B·T, H·Dh]` and `lse: [B·H, T]` from `qkv: [B·T, 3·H·Dh]`; dropout on the probabilities.
 #[derive(Clone, Copy, Debug)]
@@ -205,8 +206,8 @@ pub struct Attention {
     pub dropout: Mask,
 }
 
-/// `d_qkv` from `d_o`. `d_bias: [1, 3·H·Dh]` is the bias gradient that [`MatmulBackward`] will be asked for with `d_qkv`
-/// as its `d_y`, if it will be.
+/// `d_qkv` from `d_o`. `d_bias: [1, 3·H·Dh]` is the bias gradient of the product that reads `d_qkv` as its `d_y`;
+/// `None` if that bias is not trained.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionBackward {
     pub heads: Heads,
@@ -219,9 +220,9 @@ pub struct AttentionBackward {
     pub d_bias: Option<Mat>,
 }
 
-/// One query per sample, `q: [B, H·Dh]`, or one for all, `q: [1, H·Dh]`, over `kv: [B·T, 2·H·Dh]`: `o: [B, H·Dh]`, and
-/// `p: [B·H, T]`, dense, the probabilities before dropout. The masks are those of the first token's query in
-/// [`Attention`].
+/// One query per sample, `q: [B, H·Dh]`, or one for all, `q: [1, H·Dh]`, over `kv: [B·T, 2·H·Dh]`. Gives
+/// `o: [B, H·Dh]`, and `p: [B·H, T]`, dense: the probabilities before dropout. The masks equal those of the first
+/// token's query in [`Attention`].
 #[derive(Clone, Copy, Debug)]
 pub struct QueryAttention {
     pub heads: Heads,
@@ -245,7 +246,7 @@ pub struct QueryAttentionBackward {
     pub d_kv: Mat,
 }
 
-// Head --------------------------------------------------------------------------------------------------------------
+// Head ------------------------------------------------------------------------------------------------------
 
 /// `y: [B, D]` from `x: [B·T, D]`.
 #[derive(Clone, Copy, Debug)]
@@ -255,7 +256,7 @@ pub struct Pool {
     pub y: Mat,
 }
 
-/// `d_x: [B·T, D]` from `d_y`: assigned (zero where the pool does not look) or added to: `write`.
+/// `d_x: [B·T, D]` from `d_y`, assigned (with zeros for tokens that are not pooled) or added to, by `write`.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolBackward {
     pub pool: super::Pool,
@@ -281,7 +282,7 @@ pub struct Loss {
     pub samples: Mat,
 }
 
-// Update ------------------------------------------------------------------------------------------------------------
+// Update ----------------------------------------------------------------------------------------------------
 
 /// Adds the `samples: [B, 3]` of a micro-batch to the step's report, in order.
 #[derive(Clone, Copy, Debug)]

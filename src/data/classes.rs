@@ -96,8 +96,8 @@ impl<'a> Known<'a> {
         spellings(name).iter().find_map(|spelling| self.spellings.get(spelling).copied().flatten())
     }
 
-    /// If the model's names are English. Two of ImageNet's names stand for two classes each; for these the
-    /// position decides.
+    /// Finds a WordNet id by its English name, for models with English names. Two of ImageNet's names stand for two
+    /// classes each; for these the position decides.
     fn find_english(&self, synset: usize) -> Option<usize> {
         let wanted = spelling(imagenet::english(synset)?);
         let at_its_place =

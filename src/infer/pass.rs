@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use crate::backend::{Backend, Mat, Micro, Slot, StepKeys};
 use crate::data::{self, Dataset, Loader, LoaderSpec};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::recipe::OnBadRecord;
+use crate::signals;
 
 use super::loaded::LoadedModel;
 use super::protocol::Protocol;
@@ -109,6 +110,10 @@ pub(crate) fn forward_all<T>(
     let (mut asked, mut bound): (Option<T>, usize) = (None, 0);
     b.begin_step(StepKeys { seed: 0, step: 0 })?;
     loop {
+        // Where nobody listens to signals, one ends the process by itself.
+        if let Some(signal) = signals::pending() {
+            return Err(Error::stopped(signal, "stopped during an evaluation"));
+        }
         let next = match loader.next()? {
             Some(slot) if bound == batches => {
                 loader.recycle(slot);

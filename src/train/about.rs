@@ -12,8 +12,8 @@ pub fn made_by() -> String {
     option_env!("VITRUM_COMMIT").map_or(version.into(), |commit| format!("{version} ({commit})"))
 }
 
-/// The facts for `checkpoint.json`: those of the weights' metadata, and those that may differ between an
-/// interrupted run and an uninterrupted one: command, machine and time.
+/// The facts for `checkpoint.json`: the weights' metadata, plus command, machine and time, which may differ after
+/// a resume.
 pub fn facts(meta: &CheckpointMeta) -> Value {
     json!({
         "format": "vitrum-checkpoint-1",

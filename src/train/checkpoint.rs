@@ -51,6 +51,9 @@ pub struct RunState {
     /// The number of images of an `--overfit` run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overfit: Option<usize>,
+    /// The evaluation of this step was interrupted: a resumed run begins with it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub owes_evaluation: bool,
     /// The matrix product algorithms in use ([`Backend::algorithms`]).
     pub algorithms: Vec<String>,
 }

@@ -4,8 +4,7 @@ use std::time::Instant;
 
 use crate::report::format;
 
-/// Runs longer than this print an estimate as soon as it is known: after one slow step or after some fast
-/// ones. Seconds.
+/// Runs longer than this many seconds print an estimate, after one slow step or a few fast ones.
 const LONG_RUN: f64 = 600.0;
 const SLOW_STEP: f64 = 20.0;
 const QUICK_STEPS: u64 = 10;

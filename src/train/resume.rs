@@ -7,8 +7,9 @@ use super::checkpoint::{RunDigest, RunState};
 use super::run_data::RunData;
 use super::{Trainer, setup};
 
-/// Keys that may change without changing a bit of the result: places, intervals and threads. Data may move,
-/// because its records are compared. [`super::setup`] handles precision and the type of the residual stream.
+/// Keys that a resumed run may change: places, intervals and threads, which change no bit of the result. Data may
+/// move, because its records are compared. Precision and the type of the residual stream do change bits;
+/// [`super::setup`] keeps them, or says so.
 const FREE: [&str; 21] = [
     "data.train",
     "data.val",
@@ -37,7 +38,7 @@ const FREE: [&str; 21] = [
 const OTHER_BITS: [&str; 4] =
     ["train.micro_batch", "train.recompute", "train.prune_last_block", "train.deterministic"];
 
-/// The length of the run, and of its schedule with it.
+/// The run's length, which also sets its schedule's length.
 const LENGTH: &str = "train.steps";
 
 /// The most differences that are listed.

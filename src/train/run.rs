@@ -388,7 +388,36 @@ impl Run {
 
     /// Evaluates the validation images, some training images without augmentation, and the validation images
     /// with the weights' EMA.
+    ///
+    /// A signal ends it at once. The run is saved without it, and begins with it when it is resumed.
     pub fn evaluate(&mut self, trainer: &mut Trainer, training: &mut Loader) -> Result<()> {
+        match self.evaluate_now(trainer, training) {
+            Ok(()) => self.state.owes_evaluation = false,
+            Err(error) if matches!(error.kind(), Kind::Stopped(_)) && trainer.skipped_in_a_row() == 0 => {
+                self.state.owes_evaluation = true;
+                let step = trainer.step;
+                self.checkpoint(trainer)?;
+                let error = error.at(format!("after step {step}, {}", self.saved()));
+                return Err(error.hint(self.how_to_go_on()));
+            }
+            Err(error) => return Err(self.device_failed(trainer, error)),
+        }
+        Ok(())
+    }
+
+    /// Does the evaluation that the checkpoint lacks, if it lacks one; the checkpoint is then written again.
+    pub fn make_up_evaluation(&mut self, trainer: &mut Trainer, training: &mut Loader) -> Result<()> {
+        if self.state.owes_evaluation {
+            self.evaluate(trainer, training)?;
+            if self.checkpoint_is_due(trainer) {
+                self.saved_at = None;
+                self.checkpoint(trainer)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn evaluate_now(&mut self, trainer: &mut Trainer, training: &mut Loader) -> Result<()> {
         let began = Instant::now();
         if let Some(free) = trainer.backend.unbind_batch() {
             training.recycle(free);
@@ -540,7 +569,10 @@ impl Run {
     /// The error for a device that failed during a step. A GPU's error is sticky and often reported late, so
     /// the hint is a command that repeats the step kernel by kernel.
     pub fn device_failed(&self, trainer: &Trainer, error: Error) -> Error {
-        if error.hint_text().is_some() || !trainer.backend.storage().has_device_memory() {
+        if error.hint_text().is_some()
+            || matches!(error.kind(), Kind::Stopped(_))
+            || !trainer.backend.storage().has_device_memory()
+        {
             return error;
         }
         let error = error.at(format!("after step {}", trainer.step));

@@ -193,7 +193,7 @@ fn overfit(recipe: &mut Recipe, images: usize) {
 
 const ACCEPT: &str = "accept the data as it is now with `--set data.accept_changes=true`";
 
-/// The `--overfit` of a resumed run: the one it began with, given again or not.
+/// A resumed run keeps its `--overfit`; giving the flag again is optional.
 fn same_overfit(began: Option<usize>, now: Option<usize>) -> Result<Option<usize>> {
     match (began, now) {
         (_, None) => Ok(began),

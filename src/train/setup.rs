@@ -1,9 +1,9 @@
 //! Turns a recipe into everything that the first step needs: a device, the recipe as that device resolves it,
 //! the model, the optimiser and the batch layout.
 //!
-//! The device decides what `"auto"` means for `train.precision`, `train.residual` and `train.micro_batch`,
-//! and whether the run fits. The decisions are written into the run's recipe, because the bits depend on
-//! them. A resumed run keeps them.
+//! A backend decides what `"auto"` means for `train.precision` when it is opened: bf16 on a GPU, f32 on the CPU.
+//! This file decides the rest for that backend: `train.residual`, `train.micro_batch`, and whether the run fits.
+//! The decisions are written into the run's recipe, because the bits depend on them. A resumed run keeps them.
 
 use crate::backend::dry_run::DryRun;
 use crate::backend::timed::{Timed, Timing};
@@ -24,8 +24,8 @@ use super::class_weights;
 use super::run::{RunData, RunOptions};
 use super::trainer::{gradients, micro_batches};
 
-/// `"auto"` leaves one part in this many of the free memory unused, for memory that no plan counts: a
-/// recorded step on a GPU, or slots and the system's cache on the CPU.
+/// `"auto"` leaves 1/SPARE of the free memory unused, for memory that no plan counts: a recorded step on a GPU,
+/// or slots and the system's cache on the CPU.
 const SPARE: usize = 10;
 
 /// The largest automatic micro-batch on a CPU. Larger ones are not faster.

@@ -35,6 +35,7 @@ pub fn train_from(
     let mut trainer = Trainer::new(setup, Collective::from_env()?, weights)?;
     let mut run = Run::open(recipe, options, data, &mut trainer)?;
     let mut loader = run.loader(&trainer)?;
+    run.make_up_evaluation(&mut trainer, &mut loader)?;
 
     let ending = loop {
         if let Some(ending) = run.check_end(&mut trainer, &loader)? {
@@ -50,8 +51,7 @@ pub fn train_from(
             continue;
         }
         if run.evaluation_is_due(trainer.step) {
-            let evaluated = run.evaluate(&mut trainer, &mut loader);
-            evaluated.map_err(|e| run.device_failed(&trainer, e))?;
+            run.evaluate(&mut trainer, &mut loader)?;
         }
         if run.checkpoint_is_due(&trainer) {
             run.checkpoint(&mut trainer)?;

@@ -12,7 +12,7 @@ use super::recompute;
 pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     head(b, &g.head)?;
     tail(b, g)?;
-    // A pool behind the stream joins nothing; every other tail ends with a LayerNorm that does.
+    // Only a tail that pools the stream itself leaves the last join to do; the others end with a LayerNorm that does it.
     if let Tail::PoolNorm { .. } = g.tail {
         b.residual_backward(&g.last, g.above().d_x, g.above().d_branch, g.last_bias())?;
     }
@@ -42,7 +42,7 @@ fn head(b: &mut dyn Backend, h: &Head) -> Result<()> {
     Ok(())
 }
 
-/// From `d_pooled` to `d_x`, the gradient of the residual stream, and to what the last block's MLP reads of it.
+/// From `d_pooled` to `d_x`, the gradient of the residual stream, and to the gradient that the last block's MLP reads.
 fn tail(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     let (last, s, d_bias) = (&g.last, g.above(), g.last_bias());
     match &g.tail {
@@ -78,8 +78,8 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, g: &Graph) -> Result<()> {
     b.layernorm_backward(s.d_ln, last, &m.norm, m.stats, s.d_x, Write::Assign, s.d_branch, d_bias) // 1
 }
 
-/// Enters with the gradient of the block's output in `above.d_x` (and of its MLP branch in `above.d_branch`), leaves with
-/// those of its input in `s`.
+/// On entry, `above.d_x` holds the gradient of the block's output (and `above.d_branch` that of its MLP branch). On
+/// return, `s` holds those of its input.
 fn block(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     let above = &a.above;
     b.matmul_backward(above.d_branch, a.act, &a.fc2, a.gelu.gradient(above.d_pre))?; // 6
@@ -100,7 +100,7 @@ fn block(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     b.layernorm_backward(s.d_ln, &a.x, &a.norm1, a.stats1, s.d_x, Write::Add, s.d_branch, a.bias_below) // 1
 }
 
-/// From `above.d_o` to `d_ln`; where the stream has been the class tokens' alone, it is that of all tokens again.
+/// From `above.d_o` to `d_ln`. Below a block of class tokens alone, the stream has the rows of all tokens again.
 fn attention(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     let d_o = a.above.d_o;
     match &a.attention {

@@ -1,8 +1,8 @@
-//! One encoder block: parameters, kept activations, how its halves join the residual stream, and the two forms of its
-//! attention.
+//! One encoder block: its parameters, its buffers, how its halves join the residual stream, and the two forms of
+//! its attention.
 //!
-//! Where nothing but the class token is read behind the last block, that block needs keys and values of all tokens, but one
-//! query per image; what follows its attention has B rows instead of R = B·T.
+//! If only the class token is read after the last block, that block needs the keys and values of all tokens, but
+//! only one query per image. Everything after its attention has B rows instead of R = B·T.
 
 use crate::backend::{
     Branch, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Mask, Mat, Norm, Pool, Recompute, Stats,
@@ -10,7 +10,7 @@ use crate::backend::{
 
 use super::graph::{BlockScratch, Builder, site};
 
-/// Everything that a block's steps read and write. Q are the rows that have a query: R, or B class tokens.
+/// Everything that a block's steps read and write. Q is the number of rows with a query: R, or B class tokens.
 #[derive(Clone)]
 pub struct Block {
     pub heads: Heads,
@@ -35,11 +35,11 @@ pub struct Block {
     pub act: Mat, // [Q, M]
     pub fc2_epilogue: Epilogue,
     pub fc2_out: Mat, // the next block's x, or the branch
-    /// Gradients of everything behind the attention, Q rows each.
+    /// Gradients of everything after the attention, Q rows each.
     pub above: BlockScratch,
-    /// Gradient of the bias whose product reads the gradient of `x`: that of the block below's fc2, where it is trained.
+    /// Gradient of the bias of fc2 in the block below, if that bias is trained: its product reads the gradient of `x`.
     pub bias_below: Option<Mat>,
-    /// What the backward works out again first.
+    /// What the backward pass recomputes first.
     pub recompute: Recompute,
 }
 
@@ -132,7 +132,7 @@ impl Block {
         }
     }
 
-    /// How block `l`'s MLP half joins the stream, giving `sum`: the next block's x.
+    /// How the MLP half of block `l` joins the stream. The result, `sum`, is the next block's x.
     pub(super) fn join_behind(b: &Builder, l: usize, kept: &[Kept], sum: Mat) -> Join {
         let (c, k) = (b.config, &kept[l]);
         match k.branches {
@@ -168,7 +168,7 @@ impl MlpGelu {
         Epilogue::BiasGelu { pre: (pre.rows > 0).then_some(pre), form, dropout }
     }
 
-    /// How fc2's backward goes on into `d_pre: [Q, M]`.
+    /// fc2's backward, fused with the GELU's derivative, into `d_pre: [Q, M]`.
     pub fn gradient(&self, d_pre: Mat) -> InputGrad {
         let Self { pre, form, dropout } = *self;
         InputGrad::Gelu { d_pre, pre, form, dropout }
@@ -176,8 +176,8 @@ impl MlpGelu {
 }
 
 impl Attention {
-    /// Attention, and the gradients of what follows it. For a class token these have memory of their own only where they
-    /// live beside those of all tokens.
+    /// Attention, and the gradients of what follows it. Those of a class token have their own memory only if they are
+    /// needed at the same time as those of all tokens.
     fn new(b: &mut Builder, l: usize, k: &Kept, scratch: &BlockScratch) -> (Attention, BlockScratch) {
         let (d, tokens) = (b.config.width, b.config.tokens());
         let qkv = b.linear(&format!("blocks.{l}.attn.qkv"));

@@ -33,7 +33,8 @@ fn block(b: &mut dyn Backend, a: &Block) -> Result<()> {
     b.matmul(a.act, &a.fc2, a.fc2_epilogue, a.fc2_out) // 6
 }
 
-/// From `ln1` to `o`. For the class token alone its rows of the stream are taken first: what follows has no others.
+/// From `ln1` to `o`. For the class token alone, its rows of the stream are copied first: everything after uses only
+/// those.
 pub(super) fn attention(b: &mut dyn Backend, a: &Block) -> Result<()> {
     match &a.attention {
         Attention::Full { qkv, qkv_out, lse } => {

@@ -1,7 +1,8 @@
 //! Every buffer, parameter and constant of a pass, by name: what [`super::forward`] and [`super::backward`] read.
 //!
-//! The graph is built once. All decisions fall here and in [`super::block`] (residual by epilogue or by LayerNorm, where the
-//! final norm stands, which masks, what the last block leaves out), so that the passes have no `if`. Shapes: R = B·T rows.
+//! The graph is built once. All decisions are made here and in [`super::block`]: residual by epilogue or by
+//! LayerNorm, the place of the final norm, the masks, and what the last block leaves out. The passes only match on
+//! what was built. Shapes: R = B·T rows.
 
 use crate::backend::{
     Embed, Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, MemoryPlan, Norm, PatchGrid, Pool, Recompute,
@@ -18,7 +19,7 @@ use super::params::ParamLayout;
 pub struct Graph {
     pub stem: Stem,
     pub blocks: Vec<Block>,
-    /// The last block's output joins the residual stream here.
+    /// How the last block's output joins the residual stream.
     pub last: Join,
     pub tail: Tail,
     pub head: Head,
@@ -123,7 +124,7 @@ pub struct Rep {
     pub d_pre: Mat,    // [B, R]
 }
 
-/// Gradients on their way down: one set for all blocks, and one of B rows instead of R for class tokens alone.
+/// Gradients of a block's buffers: one set for all blocks, and one with B rows instead of R for class tokens alone.
 #[derive(Clone, Copy)]
 pub struct BlockScratch {
     pub d_x: Mat,      // [R, D] of the residual stream
@@ -207,8 +208,8 @@ impl Builder<'_> {
         self.plan.stream(name, rows, cols)
     }
 
-    /// Where the gradient of a block half lies: in a place of its own if the half is a branch, or if the stream's type is not
-    /// the one that products read.
+    /// The buffer for the gradient of a block half: its own if the half is a branch, or if products cannot read the
+    /// stream's type; otherwise the gradient of the stream.
     pub(super) fn branch_of(&mut self, name: &str, d_x: Mat, joined_by_norm: bool) -> Mat {
         let Storage { activations, residual, .. } = self.plan.storage();
         if joined_by_norm || activations != residual { self.mat(name, d_x.rows, d_x.cols) } else { d_x }
@@ -267,7 +268,7 @@ impl Graph {
         // Masks and LayerScale need the branch by itself; otherwise the matmul's epilogue adds the residual.
         let joined_by_norm = config.dropout > 0.0 || config.drop_path > 0.0 || config.layer_scale > 0.0;
 
-        // Behind the last of `whole` blocks comes one that works out the class token alone, or none.
+        // After `whole` blocks of all tokens, one block of the class token alone, or none.
         let whole = depth - usize::from(pruned);
 
         let patches = b.mat("patches", r, config.patch_grid().patch_len());
@@ -377,7 +378,7 @@ impl Graph {
         }
     }
 
-    /// The gradient of what was pooled from the stream. `d_ln` is free by then, if it has the stream's type.
+    /// The gradient of the pooled rows of the stream. It reuses `d_ln` if that has the stream's type.
     fn d_pooled(b: &mut Builder, pooled: Mat, scratch: &BlockScratch, mode: Mode) -> Mat {
         match mode {
             Mode::Train if scratch.d_ln.dtype == pooled.dtype => scratch.d_ln.first_rows(pooled.rows),
@@ -470,7 +471,8 @@ impl Graph {
         &self.last_block().above
     }
 
-    /// Gradient of the bias whose product reads the gradient of the last sum, where it is trained.
+    /// Gradient of the bias of the last block's fc2, if that bias is trained: its product reads the gradient of the last
+    /// sum.
     pub fn last_bias(&self) -> Option<Mat> {
         self.last_block().fc2.d_bias
     }

@@ -1,5 +1,5 @@
-//! What the backward works out again instead of finding it kept ([`Recompute`]): the forward's own operations, on the same
-//! inputs and with the same masks, so that no bit of a gradient depends on the level.
+//! What the backward pass recomputes instead of keeping ([`Recompute`]). It runs the forward's own operations, on the
+//! same inputs and with the same masks, so that no bit of a gradient depends on the level.
 
 use crate::backend::{Backend, Epilogue, Join, Recompute};
 use crate::error::Result;
@@ -7,8 +7,8 @@ use crate::error::Result;
 use super::block::{Block, MlpGelu};
 use super::forward;
 
-/// `act = gelu(fc1(ln2))`. Where `act` is worked out again, it is worked out apart here too: a device's fused GELU may
-/// round otherwise than its own kernel.
+/// `act = gelu(fc1(ln2))`. If `act` will be recomputed, the GELU is a separate kernel here too: a fused GELU may
+/// round differently.
 pub(super) fn matmul_gelu(b: &mut dyn Backend, a: &Block) -> Result<()> {
     if a.recompute != Recompute::LnGelu {
         return b.matmul(a.ln2, &a.fc1, a.gelu.epilogue(), a.act);
@@ -23,8 +23,8 @@ fn gelu(b: &mut dyn Backend, a: &Block) -> Result<()> {
     b.gelu(pre, form, dropout, a.act)
 }
 
-/// Brings back what the block's backward needs and the forward has not kept. The sum that enters a half is kept, the branch
-/// that led to it need not be.
+/// Recomputes what the block's backward needs and the forward did not keep. The sum that enters a half is always kept;
+/// the branch that was added to it need not be.
 pub(super) fn restore(b: &mut dyn Backend, a: &Block) -> Result<()> {
     let (x, mid) = (Join::Ready(a.x.sum()), Join::Ready(a.mid.sum()));
     match a.recompute {

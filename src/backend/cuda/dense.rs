@@ -236,8 +236,7 @@ fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result
     let product = if accumulate { product.add(cuda.at(d_weight)) } else { product };
     let Some(d_bias) = w.d_bias else { return product.run(cuda) };
 
-    // The choice of a step's first micro-batch applies to the others: where sums are added to, there is no
-    // choice.
+    // The first micro-batch of a step chooses; the others repeat its choice.
     if accumulate && made.is_some() {
         return product.run(cuda);
     }
@@ -255,7 +254,7 @@ fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result
     let fused_way = may_fuse.then(|| Way::new(FUSED, |cuda| fused.try_run(cuda)));
     let ways: Vec<Way> = beside.into_iter().chain([apart]).chain(fused_way).collect();
     let mut changed = product.changed();
-    // What was made with `d_y` is complete already, and so is what is added to.
+    // Timing must restore this gradient: it may hold values already.
     changed.push((cuda.at(d_bias), d_bias.span_bytes()));
     let at = in_the_fastest_way(cuda, &fused.shape, &changed, &ways)?;
     if made.is_some() && ways[at].name != BESIDE {

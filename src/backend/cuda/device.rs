@@ -31,8 +31,8 @@ const MENDED_TRANSLATOR: i32 = 13_030;
 
 /// Shared memory that a kernel may use without asking.
 const DEFAULT_SHARED: u32 = 48 << 10;
-/// Kernels that need at least this much also request their share of the memory that is split between shared
-/// memory and the L1 cache: room for two blocks, plus what the system reserves for each.
+/// Kernels with at least this much also set the split between shared memory and L1 cache: room for two blocks,
+/// plus what the system reserves for each.
 const LARGE_SHARED: u32 = 16 << 10;
 const SYSTEM_SHARED: u32 = 1 << 10;
 

@@ -392,8 +392,8 @@ impl Backend for Cuda {
     }
 
     /// Starts the copy alongside the current step and returns. The copy waits for the step before that one,
-    /// which read the same half, and the next step waits for the copy. The slot that comes back was bound
-    /// before: its copy began a step ago.
+    /// which read the same half, and the next step waits for the copy. Returns the slot that was bound
+    /// before; its copy has finished.
     fn bind_batch(&mut self, slot: Slot) -> Result<Option<Slot>> {
         self.gpu.make_current()?;
         self.classes.map_or(Ok(()), |classes| head::check_labels(&slot, classes))?;

@@ -54,7 +54,7 @@ pub(super) fn in_the_fastest_way(
     }
     let at = choose(cuda, shape, changed, ways)?;
     cuda.ways.0.insert(key, at);
-    // The first way is not offered again if another was taken; the choice among the rest stays the same.
+    // If the first way lost, later calls omit it: store the same choice for the shorter list.
     if at > 0 {
         cuda.ways.0.insert((*shape, ways[1].name), at - 1);
     }

@@ -51,9 +51,8 @@ impl Target<'_> {
     }
 }
 
-/// Draws which part of a picture of `of` (H, W) a training sample of `size` shows, and says how far the
-/// picture may be shrunk in decoding so that the resize still shrinks it. This is the first of the sample's
-/// draws.
+/// Draws which part of a picture of `of` (H, W) a training sample of `size` shows, and returns it with the smallest
+/// decode scale that still leaves the resize something to reduce. This is the first of the sample's draws.
 pub fn wanted(
     augment: &AugmentSection,
     of: (usize, usize),

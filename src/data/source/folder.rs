@@ -63,7 +63,8 @@ fn parts(tops: &Tops) -> Result<Vec<(Split, String)>> {
     let is_part = |name: &&str| !tops[name].inside.is_empty();
     let of_one_word = full.iter().copied().filter(|name| Split::of_word(name).is_some()).filter(is_part);
     let mut folders: Vec<&str> = of_one_word.collect();
-    // A longer name may be a class's (`train station`), unless all are such or two splits are named.
+    // A longer name may be a class (`train station`). It counts as a split only if every folder has a split's
+    // name, or if two splits are named.
     let all_named = !full.is_empty() && full.iter().all(|name| Split::of(name).is_some());
     let named_parts: BTreeSet<Split> =
         full.iter().filter(|n| is_part(n)).filter_map(|n| Split::of(n)).collect();
@@ -192,8 +193,8 @@ pub(super) fn arrange(paths: Paths, listing: &mut Listing) -> Result<()> {
     }
 }
 
-/// Whether a test split has other classes: if there is a validation split, any that training lacks; else all
-/// of them.
+/// Whether a test split has other classes than training. With a validation split, one unknown class is enough;
+/// without, all must be unknown.
 fn are_others(inside: &BTreeSet<&str>, train: &[String], of_val: bool) -> bool {
     let is_known = |class: &&str| train.iter().any(|known| known == class);
     if of_val { !inside.iter().all(is_known) } else { !inside.iter().any(is_known) }

@@ -98,9 +98,8 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// Collects the contents of `root/inside`. Links to folders are followed, but not to a folder on the way
-    /// down, and below a link only to places outside the root: everything inside the root is listed at its
-    /// own place.
+    /// Collects the contents of `root/inside`. Follows links to folders, except to an ancestor. Below a link,
+    /// follows only links that leave the root: everything inside the root is listed at its own place.
     fn folder(&mut self, inside: &str, below_link: bool, index: &mut Index) -> Result<()> {
         let dir = self.root.join(inside);
         let about = fs::metadata(&dir).at(dir.display())?;
