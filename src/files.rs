@@ -48,6 +48,7 @@ pub fn write_atomic(
     path: &Path,
     write: impl FnOnce(&mut dyn WriteSeek) -> std::io::Result<()>,
 ) -> Result<()> {
+    let path = &regular(path)?;
     let temporary = temporary_name(path);
     let result = (|| {
         let mut file = BufWriter::with_capacity(1 << 20, File::create(&temporary)?);
@@ -69,6 +70,22 @@ pub fn write_atomic(
         sync_dir(parent);
     }
     Ok(())
+}
+
+/// Where a file is to be written: a link's target. A device or a pipe is refused, because a rename would replace it.
+fn regular(path: &Path) -> Result<PathBuf> {
+    let Ok(there) = fs::metadata(path) else { return Ok(path.to_owned()) };
+    if !there.is_file() {
+        let what = if there.is_dir() { "a folder" } else { "a device or a pipe" };
+        return Err(
+            Error::new(format!("{}: {what}, not a regular file", path.display())).hint("name another file")
+        );
+    }
+    if fs::symlink_metadata(path).is_ok_and(|link| link.is_symlink()) {
+        fs::canonicalize(path).at(path.display())
+    } else {
+        Ok(path.to_owned())
+    }
 }
 
 /// Makes a rename inside `dir` durable. Best effort: some file systems cannot sync a folder.
@@ -108,4 +125,28 @@ pub fn cache_dir() -> PathBuf {
     }
     let home = std::env::var_os("HOME").map(PathBuf::from).unwrap_or_else(std::env::temp_dir);
     home.join(".cache/vitrum")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_written_where_a_link_points_and_never_over_a_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        fs::write(&file, "before").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        write_atomic(&link, |out| out.write_all(b"after")).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"after");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for path in [&socket, dir.path()] {
+            let refused = write_atomic(path, |out| out.write_all(b"after")).unwrap_err();
+            assert!(refused.message().ends_with("not a regular file"), "{refused}");
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3, "nothing is left behind");
+    }
 }

@@ -226,6 +226,14 @@ fn a_huggingface_folder_holds_configuration_and_class_names() {
     weights::save(&source, &tiny(), &sample(&tiny()), &meta).unwrap();
     let out = dir.join("hf");
     vitrum(&["convert", source.to_str().unwrap(), out.to_str().unwrap(), "--to", "hf"]).ok();
+    // Once more into the same folder, and never among other things.
+    vitrum(&["convert", source.to_str().unwrap(), out.to_str().unwrap(), "--to", "hf"]).ok();
+    for to in ["hf", "timm"] {
+        let beside = out.parent().unwrap();
+        vitrum(&["convert", source.to_str().unwrap(), beside.to_str().unwrap(), "--to", to])
+            .exits(1)
+            .says(&["holds other things: `", "hint: name a new folder"]);
+    }
     let config = json(&out.join("config.json"));
     assert_eq!(config["id2label"], serde_json::json!({"0": "cat", "1": "dog", "2": "hen"}));
     assert_eq!(

@@ -268,6 +268,10 @@ fn frozen_layers_keep_their_bits_and_take_no_optimiser_memory() {
 #[test]
 fn a_trial_of_a_sweep_has_the_bits_of_the_run_alone() {
     let out = path("sweep");
+    let one = path("sweep-of-a-run");
+    run(&one, other_classes(), &[]).ok();
+    let refused = vitrum(&["train", "--resume", &one, "--sweep", "optim.lr=0.01,0.05"]).exits(2);
+    refused.says(&["is a run, and `--sweep` needs a folder", "hint: "]);
     let sweep = ["--sweep", "optim.lr=0.01,0.05", "--sweep", "optim.backbone_lr_mult=1,0.1"];
     let done = run(&out, other_classes(), &sweep);
     for (trial, set) in [

@@ -412,3 +412,17 @@ fn class_weights_are_a_word_or_a_number_for_each_class() {
     assert!(message.starts_with(", line 7, column 17: `loss.class_weights` has 2 numbers"), "{message}");
     assert!(hint.contains("in their order"), "{hint}");
 }
+
+#[test]
+fn shares_and_means_are_in_their_units() {
+    for (set, says) in [
+        ("data.holdout=10", "`data.holdout` is 10"),
+        ("data.holdout=-0.1", "`data.holdout` is -0.1"),
+        ("data.holdout=nan", "`data.holdout` is NaN"),
+        ("data.mean=[127.5,127.5,127.5]", "pixels go from 0 to 1"),
+    ] {
+        let error = Recipe::read(Some("demo"), &[set.into()]).err().unwrap();
+        assert!(error.message().contains(says) && error.hint_text().is_some(), "{set}: {error}");
+    }
+    Recipe::read(Some("demo"), &["data.holdout=0".into()]).unwrap();
+}

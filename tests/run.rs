@@ -133,7 +133,7 @@ fn a_signal_during_an_evaluation_saves_the_run_which_is_resumed_with_it() {
         if done.code == 0 || !done.stderr.contains("stopped during an evaluation") {
             return false;
         }
-        done.exits(143).says(&["error: after step 8, saved to ", "hint: ", "vitrum train --resume "]);
+        done.exits(143).says(&["after step 8, saved to ", "hint: ", "vitrum train --resume "]);
         vitrum(&train(&out, &[&more[..], &["--resume"]].concat())).ok();
         assert_eq!(outcome(&out), want);
         true

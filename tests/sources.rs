@@ -473,3 +473,23 @@ fn packings_that_are_not_read_are_named_with_the_way_out() {
         assert!(source(&folder).unwrap().notes().iter().any(|note| note.contains(name)));
     }
 }
+
+#[test]
+fn a_table_with_an_unknown_split_is_an_error_wherever_it_lies() {
+    let dir = tempfile::tempdir().unwrap();
+    small_folder(dir.path(), 4, 4);
+    let rows = |third: &str| {
+        format!("file_name,label,split\ncat/0.png,x,train\ndog/0.png,y,train\ncat/1.png,x,{third}\n")
+    };
+    for name in ["cat/2.png", "dog/1.png", "dog/2.png"] {
+        fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    let table = dir.path().join("metadata.csv");
+    fs::write(&table, rows("holdout")).unwrap();
+    for path in [dir.path(), &table] {
+        assert!(why(path).contains("line 4: there is no split `holdout`"), "{}", why(path));
+    }
+    fs::write(&table, rows("")).unwrap();
+    let notes = source(&table).unwrap().notes().join("\n");
+    assert!(notes.contains("1 of 3 rows have no split: they are used for training"), "{notes}");
+}

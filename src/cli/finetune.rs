@@ -81,6 +81,7 @@ pub fn run(mut args: Args) -> Result<()> {
     if loaded.recipe.finetune.is_none() {
         return Err(finetune::names_none(&loaded));
     }
+    runs::refuse_run(&options)?;
     runs::sweep_over(&args.sweep, name, &set, &options, args.json)
 }
 

@@ -116,6 +116,18 @@ pub(super) fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
         .next("look inside", format!("{vitrum} inspect {out}"))
 }
 
+/// A sweep makes runs of its own, and goes into no other run's directory.
+pub(super) fn refuse_run(options: &RunOptions) -> Result<()> {
+    if !options.out.join(OWN).is_file() {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "{} is a run, and `--sweep` needs a folder for runs of its own",
+        options.out.display()
+    ))
+    .hint("choose another folder with `--out DIR`, or leave out `--sweep` to continue the run"))
+}
+
 /// Trains once for each combination of the values in `axes` (`KEY=V1,V2`) and prints the table of results.
 pub(super) fn sweep_over(
     axes: &[String],

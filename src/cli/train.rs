@@ -66,6 +66,7 @@ pub fn run(mut args: Args) -> Result<()> {
         notes: Vec::new(),
     };
     if !args.sweep.is_empty() {
+        runs::refuse_run(&options)?;
         let name = args.recipe.as_deref().unwrap_or("demo");
         return runs::sweep_over(&args.sweep, name, &set, &options, args.json);
     }

@@ -136,7 +136,8 @@ impl<'a> Known<'a> {
         if let Some(numbers) = numbers {
             return Ok(Matching { numbers, by: By::Number });
         }
-        let both_named = own_numbers.is_none() && matches!(theirs, Some(None));
+        // Years, say, that are others than the model's are names that disagree.
+        let both_named = matches!((&own_numbers, &theirs), (None, Some(None)) | (Some(_), Some(Some(_))));
         if own.len() == self.classes && !both_named {
             return Ok(Matching { numbers: (0..self.classes).collect(), by: By::Place });
         }
@@ -221,6 +222,7 @@ mod tests {
     fn then_whole_numbers_then_places() {
         assert_eq!(matched("0;1;10;11;2", 12, None).unwrap(), (vec![0, 1, 10, 11, 2], By::Number));
         assert_eq!(matched("07;2", 3, Some("2;5;7")).unwrap(), (vec![2, 0], By::Number));
+        assert!(matched("2002;2003;2004", 3, Some("2001;2002;2003")).is_err(), "numbers that disagree");
         assert_eq!(matched("1;2;3", 3, None).unwrap(), (vec![0, 1, 2], By::Place), "counted from 1");
         assert_eq!(matched("ant;bee", 2, None).unwrap(), (vec![0, 1], By::Place));
         assert_eq!(matched("0;1", 2, Some("ant;bee")).unwrap(), (vec![0, 1], By::Place));

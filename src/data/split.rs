@@ -18,9 +18,9 @@ impl Split {
     /// The names of each split, the preferred one first.
     const fn words(self) -> &'static [&'static str] {
         match self {
-            Split::Train => &["train", "training"],
-            Split::Val => &["val", "valid", "validation", "dev"],
-            Split::Test => &["test", "testing"],
+            Split::Train => &["train", "training", "trainset"],
+            Split::Val => &["val", "valid", "validation", "dev", "valset"],
+            Split::Test => &["test", "testing", "testset"],
         }
     }
 
@@ -66,6 +66,8 @@ mod tests {
             ("val2017", Some(Split::Val)),
             ("animals-latest-0.tar", None),
             ("carnival-0.tar", None),
+            ("trainset.tar", Some(Split::Train)),
+            ("valset-0.tar", Some(Split::Val)),
             ("trainer", None),
             ("train-val-0.tar", None),
             ("", None),

@@ -81,6 +81,10 @@ impl Recipe {
 
     /// Everything but the model and the length of the run.
     pub(super) fn validate_settings(&self) -> Result<()> {
+        if let Some(mean) = self.data.mean.filter(|mean| mean.iter().any(|m| !(-1.0..=2.0).contains(m))) {
+            return Err(Error::usage(format!("`data.mean` is {mean:?}, and pixels go from 0 to 1"))
+                .hint("divide by 255, as in `--set data.mean=[0.485,0.456,0.406]`"));
+        }
         if let Some(std) = self.data.std.filter(|std| std.iter().any(|s| !(*s > 0.0 && s.is_finite()))) {
             return Err(Error::usage(format!("`data.std` is {std:?}"))
                 .hint("give numbers above 0, as in `--set data.std=[0.229,0.224,0.225]`"));
@@ -150,6 +154,7 @@ impl Recipe {
     fn check_data_and_augment(&self) -> Result<()> {
         let (d, a) = (&self.data, &self.augment);
         within("data.workers", d.workers as f64, 0.0, 4096.0)?;
+        within("data.holdout", d.holdout.unwrap_or(0.0), 0.0, 0.9)?;
         within("data.slots", d.slots as f64, 2.0, 64.0)?;
         within("augment.pad", a.pad as f64, 0.0, 4096.0)?;
         let (least, most) = a.area;

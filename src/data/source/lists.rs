@@ -58,6 +58,7 @@ pub(super) fn take(root: &Path, paths: &mut Paths, others: &mut Vec<String>) -> 
                 Err(error) if is_flat && error.hint_text().is_some_and(|hint| hint.contains("WordNet")) => {
                     return Err(error);
                 }
+                Err(error) if error.message().contains(manifest::NO_SPLIT) => return Err(error),
                 Err(_) => continue,
             };
             let of_table = Split::of(table.rsplit('/').next().unwrap_or_default());

@@ -23,6 +23,9 @@ const PATHS: [&str; 9] =
 const BOXES: &str = "predictionstring";
 const LABELS: [&str; 5] = ["label", "class", "labels", "classes", BOXES];
 
+/// How the error for an unknown split begins.
+pub(super) const NO_SPLIT: &str = "there is no split";
+
 /// The column of the split.
 const SPLIT: &str = "split";
 /// Columns that are the split's if each of their values is one.
@@ -91,7 +94,7 @@ fn split_of(value: &str) -> Result<Option<Split>> {
     match (value.trim(), Split::of_word(value)) {
         ("", _) => Ok(None),
         (_, Some(split)) => Ok(Some(split)),
-        (value, None) => Err(Error::new(format!("there is no split `{value}`"))
+        (value, None) => Err(Error::new(format!("{NO_SPLIT} `{value}`"))
             .hint("use `train`, `val` (`validation`, `dev`) or `test`")),
     }
 }
@@ -269,6 +272,14 @@ fn json_lines(text: &str) -> Result<(Vec<Row>, bool)> {
 fn arrange(path: &Path, rows: Vec<Row>, several: bool) -> Result<Source> {
     let mut listing = Listing::new(several);
     let mut seen = BTreeSet::new();
+    let blank = rows.iter().filter(|row| row.split.is_none()).count();
+    if (1..rows.len()).contains(&blank) {
+        listing.notes.push(format!(
+            "{} of {} rows have no split: they are used for training",
+            blank,
+            rows.len()
+        ));
+    }
     for row in &rows {
         let at = || format!("{}, line {}", path.display(), row.line);
         if row.path.is_empty() {

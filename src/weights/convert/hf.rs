@@ -8,7 +8,6 @@ use serde_json::{Map, Value, json};
 use crate::backend::{Gelu, LossKind};
 use crate::error::{At, Error, Result};
 use crate::fail;
-use crate::files;
 use crate::recipe::unit;
 use crate::vit::config::{ModelConfig, PoolKind, Posemb, PosembJoin};
 use crate::weights::hub::placeholder;
@@ -58,7 +57,7 @@ pub(super) fn write(file: &ModelFile, tensors: &Tensors, to: &Path) -> Result<Op
         views.extend(names.into_iter().zip(parts).map(|(name, part)| View::f32(name, &shape, part)));
     }
     let metadata = metadata(&file.config, file.grid_known, &file.meta).at(to.display())?;
-    files::create_dir(to)?;
+    super::folder(to)?;
     safetensors::write(&to.join("model.safetensors"), &metadata, views)?;
     write_json(&to.join("config.json"), &config_json(&file.config, &file.meta))?;
     let (preprocessor, note) = preprocessor_json(file);

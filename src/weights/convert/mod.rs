@@ -77,11 +77,34 @@ pub fn convert(
         }
         Format::Npz => {
             let flax = npz::tensors(&file, &tensors).map_err(refused)?;
-            notes.extend(npz::lost(&file.config, file.grid_known, &flax).map_err(refused)?);
+            notes.extend(npz::lost(&file, &flax).map_err(refused)?);
             npz::write(to, &flax)?;
         }
     }
     Ok((file.layout, notes))
+}
+
+/// A folder for a model's files: a new one, or one that holds a model already and nothing else.
+fn folder(to: &Path) -> Result<()> {
+    let own = [
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+        "README.md",
+        ".gitattributes",
+        ".git",
+    ];
+    let entries = std::fs::read_dir(to).into_iter().flatten().flatten();
+    let other = entries.map(|entry| entry.file_name()).find(|name| !own.iter().any(|own| name == own));
+    if let Some(other) = other {
+        return Err(Error::new(format!(
+            "{} holds other things: `{}`",
+            to.display(),
+            other.to_string_lossy()
+        ))
+        .hint("name a new folder"));
+    }
+    files::create_dir(to)
 }
 
 /// A file that is named like another program's would be mistaken for one.

@@ -8,9 +8,11 @@ use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
 use super::size;
+use crate::backend::{LossKind, Normalise};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::vit::config::{ModelConfig, PoolKind};
+use crate::recipe::unit;
+use crate::vit::config::PoolKind;
 use crate::weights::container::Container;
 use crate::weights::headers::Headers;
 use crate::weights::hub::Hub;
@@ -26,7 +28,8 @@ pub(super) fn tensors(file: &ModelFile, own: &Tensors) -> Result<Tensors> {
 }
 
 /// The settings that a reader of the file needs because the file cannot hold them.
-pub(super) fn lost(config: &ModelConfig, grid_known: bool, flax: &Tensors) -> Result<Option<String>> {
+pub(super) fn lost(file: &ModelFile, flax: &Tensors) -> Result<Option<String>> {
+    let ModelFile { config, grid_known, meta, .. } = file;
     let container = Container::Memory(flax.clone());
     let read = Headers::read(&container, Path::new(""), Hub::default(), &ModelOverrides::default())?.detected;
     let mut sets = Vec::new();
@@ -46,14 +49,27 @@ pub(super) fn lost(config: &ModelConfig, grid_known: bool, flax: &Tensors) -> Re
     if config.pool == PoolKind::Gap {
         set("norm", name(serde_json::to_value(config.norm)), name(serde_json::to_value(theirs.norm)));
     }
-    if grid_known {
+    if *grid_known {
         let known = if read.grid_known { size(theirs.image) } else { String::new() };
         set("image", size(config.image), known);
     }
-    if sets.is_empty() {
-        return Ok(None);
+    if meta.normalise != Normalise::INCEPTION {
+        let of = |key: &str, values: [f32; 3]| {
+            let [r, g, b] = unit(values);
+            format!("--set data.{key}=[{r},{g},{b}]")
+        };
+        sets.push(of("mean", meta.normalise.mean));
+        sets.push(of("std", meta.normalise.std));
     }
-    Ok(Some(format!("an `.npz` holds tensors only; read this one with `{}`", sets.join(" "))))
+    let gone = [
+        (meta.classes.is_some(), "the names of the classes"),
+        (meta.loss == Some(LossKind::Sigmoid), "that it answers by sigmoid"),
+    ];
+    let gone: Vec<&str> = gone.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect();
+    let read = (!sets.is_empty()).then(|| format!("read this one with `{}`", sets.join(" ")));
+    let gone = (!gone.is_empty()).then(|| format!("this one loses {}", gone.join(" and ")));
+    let parts: Vec<String> = read.into_iter().chain(gone).collect();
+    Ok((!parts.is_empty()).then(|| format!("an `.npz` holds tensors only; {}", parts.join("; "))))
 }
 
 pub(super) fn write(path: &Path, tensors: &Tensors) -> Result<()> {

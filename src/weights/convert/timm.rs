@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 use super::{mlp_ratio, other_resize, prepared, write_json};
 use crate::backend::Gelu;
 use crate::error::{At, Error, Result};
+use crate::fail;
 use crate::recipe::unit;
 use crate::vit::config::{ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
 use crate::weights::{ModelFile, Tensors, metadata, write_own};
-use crate::{fail, files};
 
 /// Metadata key: the Python expression that builds the model whose `load_state_dict` takes the file.
 const PYTHON_KEY: &str = "timm.python";
@@ -49,7 +49,7 @@ pub(super) fn write_folder(file: &ModelFile, tensors: &Tensors, to: &Path) -> Re
         ))
         .hint("give it, as in `--set model.image=224x384`"));
     }
-    files::create_dir(to)?;
+    super::folder(to)?;
     write(file, tensors, &to.join("model.safetensors"))?;
     let (config, note) = config_json(file);
     write_json(&to.join("config.json"), &config)?;

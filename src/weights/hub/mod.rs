@@ -159,6 +159,10 @@ fn normalise(mean: [f64; 3], std: [f64; 3], unit: f64) -> Result<Normalise> {
     if std.iter().any(|s| !(*s > 0.0 && s.is_finite())) || mean.iter().any(|m| !m.is_finite()) {
         fail!("a mean of {mean:?} and a deviation of {std:?} cannot prepare pictures");
     }
+    let most = 255.0 * unit;
+    if mean.iter().any(|m| !(-most..=2.0 * most).contains(m)) {
+        fail!("a mean of {mean:?} cannot prepare pictures whose values go from 0 to {most}");
+    }
     let pixels = |values: [f64; 3]| values.map(|v| (v / unit) as f32);
     Ok(Normalise { mean: pixels(mean), std: pixels(std) })
 }
