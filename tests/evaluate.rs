@@ -318,6 +318,21 @@ fn a_sigmoid_model_says_how_likely_each_class_is_by_itself() {
     assert!(json["mAP"].as_f64().unwrap() > 0.9 && json["f1"].as_f64().unwrap() > 0.8, "{json}");
     let text = vitrum(&["eval", "--weights", &out, "--data", &list]).ok().stdout;
     assert!(text.contains("mAP") && text.contains("F1"), "{text}");
+
+    // Every label counts, not only a picture's first.
+    let counts = vitrum(&["inspect", &list, "--json"]).ok().json();
+    let [across, checks] = ["across", "checks"].map(|class| names(val.join(class)).len());
+    let all = across + checks;
+    assert_eq!(counts["records_per_class"], serde_json::json!([across, checks, all]), "{counts}");
+    let features = path("several-features");
+    vitrum(&["features", "--weights", &out, "--data", &list, "--out", &features]).ok();
+    let file = SafeTensors::open(Path::new(&features)).unwrap();
+    assert_eq!(file.shape("labels").unwrap(), [all, 3]);
+    let ones = file.i64("labels").unwrap();
+    let of_class = |class: usize| ones.chunks_exact(3).map(|row| row[class] as usize).sum::<usize>();
+    assert_eq!([0, 1, 2].map(of_class), [across, checks, all]);
+    let ridge = ["probe", "--weights", &out, "--data", &list];
+    vitrum(&ridge).exits(1).says(&["hint: "]);
 }
 
 #[test]

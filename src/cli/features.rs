@@ -21,7 +21,8 @@ pub struct Args {
     /// A packed data set, an image folder, or `demo`
     #[arg(long, value_name = "DIR")]
     pub data: String,
-    /// Where to write `features` [N,D] (F32) and `labels` [N] (I64), as safetensors
+    /// Where to write `features` [N,D] (F32) and `labels` [N] (I64), as safetensors; if pictures may have several
+    /// labels, these are zeros and ones [N,C]
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// The part to read: train, val or test [default: val, or everything if the data has no parts]
@@ -49,9 +50,21 @@ pub fn run(args: Args) -> Result<()> {
     let mut model = LoadedModel::open_backbone(&args.weights, &overrides, args.on.device, batch)?;
     super::say_notes(&model.notes);
     let protocol = protocol.map_or_else(|| model.protocol(), Ok)?;
-    let samples = probe::features(&mut model, &data, protocol)?;
+    let mut records = Vec::new();
+    let samples = probe::features_of(&mut model, &data, protocol, |record| records.push(record))?;
 
-    let labels: Vec<i64> = samples.labels.iter().map(|label| *label as i64).collect();
+    // A picture with several labels, or none, has a row of zeros and ones.
+    let classes = data.classes().len();
+    let (labels, shape): (Vec<i64>, Vec<usize>) = match data.is_multi_label() {
+        false => (samples.labels.iter().map(|label| *label as i64).collect(), vec![samples.len()]),
+        true => {
+            let mut ones = vec![0; samples.len() * classes];
+            for (row, record) in ones.chunks_exact_mut(classes).zip(&records) {
+                data.labels(*record).for_each(|label| row[label] = 1);
+            }
+            (ones, vec![samples.len(), classes])
+        }
+    };
     let metadata = BTreeMap::from([
         ("weights".to_string(), args.weights.display().to_string()),
         ("data".to_string(), args.data.clone()),
@@ -60,7 +73,7 @@ pub fn run(args: Args) -> Result<()> {
     ]);
     let views = vec![
         View::f32("features", &[samples.len(), samples.width], &samples.features),
-        View::i64("labels", &[samples.len()], &labels),
+        View::i64("labels", &shape, &labels),
     ];
     safetensors::write(&args.out, &metadata, views)?;
     terminal::say(&format!(

@@ -80,6 +80,13 @@ pub fn run(args: Args) -> Result<()> {
         return Err(Error::new(format!("{}: {lacks}", train.name()))
             .hint("give a folder with `train/` and `val/` inside"));
     }
+    if train.is_multi_label() || val.is_multi_label() {
+        return Err(Error::new(format!(
+            "{}: its pictures may have several labels, and a probe takes one each",
+            train.name()
+        ))
+        .hint("use `vitrum finetune` with `--set loss.kind=sigmoid`"));
+    }
     if train.classes() != val.classes() {
         return Err(Error::new(format!("{}: its parts have different classes", train.name()))
             .hint("give both parts the same class folders (an empty folder counts as a class)"));

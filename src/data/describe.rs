@@ -56,8 +56,6 @@ pub fn describe(path: &Path) -> Result<Value> {
 fn packed(place: &Place, dir: &Path, split: Split) -> Result<Value> {
     let manifest = Manifest::read(dir)?;
     let dataset = place.open(split)?;
-    let mut per_class = vec![0usize; dataset.classes().len()];
-    (0..dataset.len()).for_each(|i| per_class[dataset.label(i)] += 1);
     Ok(json!({
         "format": manifest.format,
         "image": manifest.image,
@@ -65,14 +63,14 @@ fn packed(place: &Place, dir: &Path, split: Split) -> Result<Value> {
         "skipped": manifest.skipped,
         "shards": manifest.shards.len(),
         "bytes": dataset.byte_len(),
-        "records_per_class": per_class,
+        "records_per_class": dataset.class_counts(),
         "classes": manifest.classes,
     }))
 }
 
 fn listed(source: &source::Source, items: &[source::Item]) -> Value {
     let mut per_class = vec![0usize; source.classes.len()];
-    items.iter().for_each(|item| per_class[item.label] += 1);
+    items.iter().flat_map(|item| item.labels()).for_each(|label| per_class[label] += 1);
     json!({ "records": items.len(), "records_per_class": per_class })
 }
 

@@ -15,11 +15,22 @@ use super::ridge::{Problem, Samples};
 /// The features of a data set, in one pass. Skips pictures that cannot be decoded. Labels are the data set's
 /// own.
 pub fn features(model: &mut LoadedModel, data: &Dataset, protocol: Protocol) -> Result<Samples> {
+    features_of(model, data, protocol, |_| ())
+}
+
+/// The same; `see` is given the number of each record that has features.
+pub fn features_of(
+    model: &mut LoadedModel,
+    data: &Dataset,
+    protocol: Protocol,
+    mut see: impl FnMut(usize),
+) -> Result<Samples> {
     let width = model.row_len(Output::Features);
     let mut samples = Samples { width, features: Vec::with_capacity(data.len() * width), labels: Vec::new() };
     model.pass(data, protocol, Output::Features, |record, row| {
         samples.features.extend_from_slice(row);
         samples.labels.push(data.label(record));
+        see(record);
     })?;
     if samples.is_empty() {
         return Err(Error::new(format!("{}: no picture can be decoded", data.name())));
