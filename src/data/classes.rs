@@ -3,8 +3,8 @@
 //! If both sides have names, they are matched by name: exactly, then ignoring case and taking `_` or `-` as a
 //! space, then by one of several names (`tench, Tinca tinca`). WordNet ids and English names are matched
 //! through ImageNet's list ([`imagenet`]). Otherwise they are matched by number if both sides are whole
-//! numbers, or else by position if there are as many. Two lists of names that disagree do not match, because
-//! nothing says which of them is wrong.
+//! numbers, or else by position if there are as many. Two lists that disagree, of names or of numbers, do not
+//! match, because nothing says which of them is wrong.
 
 use std::collections::HashMap;
 

@@ -139,6 +139,7 @@ impl Setup {
     /// # Errors
     /// Those of [`Setup::on`]; the device cannot be opened.
     pub fn open(recipe: &Recipe, device: Device, data: DataShape) -> Result<Self> {
+        // Refused before a device is opened.
         class_weights::of_list(recipe)?;
         Self::on(backend::select(device, &device_options(recipe))?, recipe, data)
     }

@@ -99,14 +99,23 @@ fn split_of(value: &str) -> Result<Option<Split>> {
     }
 }
 
-/// The split of each row, from its line and the value of a column. `None` where the column holds something else, which is an
-/// error if the column is called [`SPLIT`].
-fn splits_of(name: &str, values: &[(usize, String)]) -> Result<Option<Vec<Option<Split>>>> {
-    let of = |(line, value): &(usize, String)| split_of(value).map_err(|e| e.at(format!("line {line}")));
-    match values.iter().map(of).collect() {
-        Err(_) if name != SPLIT => Ok(None),
-        splits => splits.map(Some),
+/// Gives each row its split, by the first column that holds splits. `values` are those of a column, a value for each row. An
+/// unknown value is an error in the column [`SPLIT`]; any other column then holds something else.
+fn give_splits(rows: &mut [Row], values: impl Fn(&str) -> Option<Vec<String>>) -> Result<()> {
+    for name in [SPLIT].iter().chain(&PERHAPS_SPLIT) {
+        let Some(values) = values(name) else { continue };
+        let of =
+            |(row, value): (&Row, &String)| split_of(value).map_err(|e| e.at(format!("line {}", row.line)));
+        match rows.iter().zip(&values).map(of).collect::<Result<Vec<_>>>() {
+            Ok(splits) => {
+                rows.iter_mut().zip(splits).for_each(|(row, split)| row.split = split);
+                return Ok(());
+            }
+            Err(error) if *name == SPLIT => return Err(error),
+            Err(_) => {}
+        }
     }
+    Ok(())
 }
 
 /// Lines of a path and a label; of more tab-separated columns, the first two.
@@ -177,16 +186,13 @@ fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
         };
         several |= labels.len() > 1;
         rows.push(Row { line, path: plain_path(&record[path]), labels, split: None });
-        table.push((line, record));
+        table.push(record);
     }
-    for name in [SPLIT].iter().chain(&PERHAPS_SPLIT) {
-        let Some(column) = find(&[name]) else { continue };
-        let values: Vec<_> = table.iter().map(|(line, record)| (*line, record[column].clone())).collect();
-        if let Some(splits) = splits_of(name, &values)? {
-            rows.iter_mut().zip(splits).for_each(|(row, split)| row.split = split);
-            break;
-        }
-    }
+    let column = |name: &str| {
+        let column = find(&[name])?;
+        Some(table.iter().map(|record: &Vec<String>| record[column].clone()).collect())
+    };
+    give_splits(&mut rows, column)?;
     Ok((rows, several))
 }
 
@@ -250,22 +256,18 @@ fn json_lines(text: &str) -> Result<(Vec<Row>, bool)> {
         };
         let Some(labels) = labels else { fail!("line {line} has no `label` that is a text or a number") };
         rows.push(Row { line, path: plain_path(path), labels, split: None });
-        objects.push((line, value));
+        objects.push(value);
     }
-    for name in [SPLIT].iter().chain(&PERHAPS_SPLIT) {
-        if !objects.iter().any(|(_, object)| object.get(name).is_some()) {
-            continue;
-        }
-        let value = |(line, object): &(usize, Value)| match object.get(name) {
-            None | Some(Value::Null) => (*line, String::new()),
-            Some(Value::String(text)) => (*line, text.clone()),
-            Some(other) => (*line, other.to_string()),
+    let column = |name: &str| {
+        let value = |object: &Value| match object.get(name) {
+            None | Some(Value::Null) => String::new(),
+            Some(Value::String(text)) => text.clone(),
+            Some(other) => other.to_string(),
         };
-        if let Some(splits) = splits_of(name, &objects.iter().map(value).collect::<Vec<_>>())? {
-            rows.iter_mut().zip(splits).for_each(|(row, split)| row.split = split);
-            break;
-        }
-    }
+        let is_there = objects.iter().any(|object| object.get(name).is_some());
+        is_there.then(|| objects.iter().map(value).collect())
+    };
+    give_splits(&mut rows, column)?;
     Ok((rows, several))
 }
 
