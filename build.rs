@@ -1,10 +1,14 @@
 //! Compiles `kernels/*.cu` with nvcc and embeds the result; without nvcc the program is built without CUDA kernels.
+//! With or without, it reads from the kernels how they must be launched ([`contracts`]).
 //!
 //! Each file becomes one fat binary: machine code for Ampere (sm_80) and Hopper (sm_90a), and PTX
 //! (compute_90) that the driver translates for newer GPUs. Files are compiled in parallel, and only if they,
 //! a header, the flags or nvcc have changed: binaries are kept in `target/kernels`, shared by all profiles.
 //! The register and spill report of `ptxas` is kept with them. A spill in a kernel declared with `HOT_KERNEL`
 //! is a warning, or an error under `VITRUM_STRICT=1`.
+
+#[path = "build/contracts.rs"]
+mod contracts;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -14,6 +18,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
+
+use contracts::Contracts;
 
 /// The targets of every file.
 const TARGETS: [(&str, &str); 3] =
@@ -32,15 +38,20 @@ const OLDEST_NVCC: (u32, u32) = (12, 4);
 fn main() {
     println!("cargo::rerun-if-changed=kernels");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
     for variable in ["VITRUM_NVCC", "CUDA_HOME", "CUDA_PATH", "VITRUM_CACHE", "VITRUM_STRICT", "PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     name_the_commit();
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let sources = sources();
+    let contracts = Contracts::read(&sources).unwrap_or_else(|why| panic!("{why}"));
+    fs::write(out.join("contracts.rs"), contracts.rust()).expect("OUT_DIR is writable");
     let build = match find_nvcc() {
-        Ok((nvcc, version)) => {
-            Build { nvcc: Some(version), ..compile_all(&nvcc, version, &kernel_cache(&out)) }
-        }
+        Ok((nvcc, version)) => Build {
+            nvcc: Some(version),
+            ..compile_all(&nvcc, version, &kernel_cache(&out), &sources, &contracts)
+        },
         Err(why) => {
             println!("cargo::warning=built without CUDA kernels: {why}; `scripts/install-nvcc` fetches nvcc");
             Build { why_none: Some(why), ..Build::default() }
@@ -178,30 +189,44 @@ fn nvcc_version(text: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.trim().parse().ok()?))
 }
 
-fn compile_all(nvcc: &Path, version: (u32, u32), cache: &Path) -> Build {
+/// File names and texts of the kernels and their headers, by name.
+fn sources() -> Vec<(String, String)> {
+    let entries =
+        fs::read_dir("kernels").map(|entries| entries.flatten().collect()).unwrap_or_else(|_| Vec::new());
+    let names = entries.iter().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> =
+        names.filter(|name| name.ends_with(".cu") || name.ends_with(".cuh")).collect();
+    names.sort();
+    let read = |name: &String| {
+        fs::read_to_string(Path::new("kernels").join(name)).unwrap_or_else(|e| panic!("kernels/{name}: {e}"))
+    };
+    names.into_iter().map(|name| (name.clone(), read(&name))).collect()
+}
+
+fn compile_all(
+    nvcc: &Path,
+    version: (u32, u32),
+    cache: &Path,
+    sources: &[(String, String)],
+    contracts: &Contracts,
+) -> Build {
     let small = (version >= FIRST_SMALL).then_some(SMALL);
-    let mut files: Vec<PathBuf> = fs::read_dir("kernels")
-        .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
-        .unwrap_or_default();
-    files.sort();
-    let is = |path: &Path, extension: &str| path.extension().is_some_and(|e| e == extension);
-    let read = |path: &Path| fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let (kernels, headers): (Vec<_>, Vec<_>) = sources.iter().partition(|(name, _)| name.ends_with(".cu"));
 
     // A change of any header recompiles everything: headers are few and small.
     let mut base = DefaultHasher::new();
     (FLAGS, small, TARGETS, nvcc, fs::metadata(nvcc).map(|m| m.len()).ok()).hash(&mut base);
-    files.iter().filter(|f| is(f, "cuh")).for_each(|f| (f, read(f)).hash(&mut base));
+    headers.hash(&mut base);
 
-    let jobs: Vec<Job> = files
-        .iter()
-        .filter(|f| is(f, "cu"))
-        .map(|file| {
-            let source = read(file);
+    let jobs: Vec<Job> = kernels
+        .into_iter()
+        .map(|(name, source)| {
+            let asserts = contracts.asserts(name);
             let mut hash = base.clone();
-            source.hash(&mut hash);
-            let stem = file.file_stem().unwrap().to_string_lossy().into_owned();
+            (source, &asserts).hash(&mut hash);
+            let stem = name.trim_end_matches(".cu").to_owned();
             let image = cache.join(format!("{stem}-{:016x}.fatbin", hash.finish()));
-            Job { file: file.clone(), stem, source, image, small }
+            Job { file: Path::new("kernels").join(name), stem, asserts, image, small }
         })
         .collect();
 
@@ -223,7 +248,8 @@ fn compile_all(nvcc: &Path, version: (u32, u32), cache: &Path) -> Build {
     let failures = failures.into_inner().unwrap();
     assert!(failures.is_empty(), "nvcc failed:\n{}", failures.join("\n"));
 
-    let kernels: Vec<Kernel> = jobs.iter().flat_map(Job::report).collect();
+    let hot: Vec<&str> = contracts.kernels.iter().filter(|k| k.hot).map(|k| k.name.as_str()).collect();
+    let kernels: Vec<Kernel> = jobs.iter().flat_map(|job| job.report(&hot)).collect();
     warn_of_spills(&kernels);
     Build { images: jobs.into_iter().map(|job| (job.stem, job.image)).collect(), kernels, ..Build::default() }
 }
@@ -231,7 +257,8 @@ fn compile_all(nvcc: &Path, version: (u32, u32), cache: &Path) -> Build {
 struct Job {
     file: PathBuf,
     stem: String,
-    source: String,
+    /// For the end of the file.
+    asserts: String,
     image: PathBuf,
     small: Option<&'static str>,
 }
@@ -248,8 +275,11 @@ impl Job {
     fn compile(&self, nvcc: &Path) -> Result<(), String> {
         // Written under another name first: a killed build leaves no half-written image.
         let part = self.image.with_extension(format!("{}.part", std::process::id()));
+        let whole = self.image.with_extension("cu");
+        let text = format!("#include \"{}\"\n{}", self.file.display(), self.asserts);
+        fs::write(&whole, text).map_err(|e| e.to_string())?;
         let mut command = Command::new(nvcc);
-        command.args(FLAGS).args(self.small).args(["-fatbin", "-o"]).arg(&part).arg(&self.file);
+        command.args(FLAGS).args(self.small).args(["-I.", "-fatbin", "-o"]).arg(&part).arg(&whole);
         for (virtual_, real) in TARGETS {
             command.args(["-gencode", &format!("arch={virtual_},code={real}")]);
         }
@@ -264,15 +294,14 @@ impl Job {
     }
 
     /// Reads the lines of `-Xptxas -v`.
-    fn report(&self) -> Vec<Kernel> {
+    fn report(&self, hot: &[&str]) -> Vec<Kernel> {
         let text = fs::read_to_string(self.report_path()).unwrap_or_default();
-        let prefixes = hot_prefixes(&self.source);
         let mut kernels: Vec<Kernel> = Vec::new();
         for line in text.lines() {
             let quoted: Vec<&str> = line.split('\'').collect();
             if line.contains("Compiling entry function") && quoted.len() >= 4 {
                 let (name, target) = (quoted[1].to_owned(), quoted[3].to_owned());
-                let hot = prefixes.iter().any(|prefix| name.starts_with(prefix));
+                let hot = hot.contains(&name.as_str());
                 let file = self.stem.clone();
                 kernels.push(Kernel {
                     file,
@@ -298,13 +327,6 @@ impl Job {
         }
         kernels
     }
-}
-
-/// Prefixes of the names of a file's hot kernels: `HOT_KERNEL(layernorm_##suffix,` stands for all
-/// `layernorm_…`, and a macro's bare parameter for every kernel of the file.
-fn hot_prefixes(source: &str) -> Vec<&str> {
-    let names = source.split("HOT_KERNEL(").skip(1).filter_map(|rest| rest.split(',').next());
-    names.map(|name| if name == "name" { "" } else { name.split("##").next().unwrap_or(name) }).collect()
 }
 
 fn warn_of_spills(kernels: &[Kernel]) {

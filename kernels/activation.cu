@@ -53,7 +53,6 @@ __device__ __forceinline__ void drop8(MaskArgs args, const StepParams* params, u
   for (u32 i = 0; i < VEC; ++i) v[i] *= f[i];
 }
 
-template <typename T>
 __device__ __forceinline__ void add_bias(const float* bias, const Place& at, float (&v)[VEC]) {
   float b[VEC];
   load8(bias + at.column, at.n, b);
@@ -62,130 +61,173 @@ __device__ __forceinline__ void add_bias(const float* bias, const Place& at, flo
 }
 
 template <typename T>
-__device__ __forceinline__ void bias(const float* bias, T* y, u32 ld, u32 rows, u32 columns) {
-  Place at = place_of_thread(rows, columns);
+struct BiasArgs {
+  const float* bias;
+  View<T> y;
+};
+template <typename T>
+struct BiasResidualArgs {
+  View<const T> z;
+  const float* bias;
+  View<const T> residual;
+  View<T> y;
+};
+template <typename T>
+struct BiasGeluArgs {
+  const StepParams* params;
+  MaskArgs dropout;
+  u32 rows_per_sample;
+  u32 form;
+  View<const T> z;
+  const float* bias;  // null: z is already pre
+  View<T> pre;        // null: not stored
+  View<T> y;
+};
+template <typename T>
+struct GeluBackwardArgs {
+  const StepParams* params;
+  MaskArgs dropout;
+  u32 rows_per_sample;
+  u32 form;
+  View<T> d;
+  View<const T> pre;
+};
+template <typename T>
+struct BiasTanhArgs {
+  View<const T> z;
+  const float* bias;
+  View<T> y;
+};
+template <typename T>
+struct TanhBackwardArgs {
+  View<T> d;
+  View<const T> y;
+};
+template <typename T>
+struct ScaleArgs {
+  View<T> x;
+  float factor;
+};
+
+// Where a thread works in `m`.
+template <typename T>
+__device__ __forceinline__ Place place_in(const View<T>& m) {
+  return place_of_thread(m.rows, m.cols);
+}
+
+template <typename T>
+__device__ __forceinline__ void bias(const BiasArgs<T>& args) {
+  Place at = place_in(args.y);
   if (at.n == 0) return;
-  T* p = row_of(y, at.row, ld) + at.column;
+  T* p = at_place(args.y, at);
   float v[VEC];
   load8(p, at.n, v);
-  add_bias<T>(bias, at, v);
+  add_bias(args.bias, at, v);
   store8(p, at.n, v);
 }
 
 template <typename T>
-__device__ __forceinline__ void bias_residual(const T* z, u32 ld_z, const float* bias, const T* residual,
-                                              u32 ld_residual, T* y, u32 ld_y, u32 rows, u32 columns) {
-  Place at = place_of_thread(rows, columns);
+__device__ __forceinline__ void bias_residual(const BiasResidualArgs<T>& args) {
+  Place at = place_in(args.y);
   if (at.n == 0) return;
   float v[VEC], r[VEC];
-  load8(row_of(z, at.row, ld_z) + at.column, at.n, v);
-  load8(row_of(residual, at.row, ld_residual) + at.column, at.n, r);
-  add_bias<T>(bias, at, v);
+  load8(at_place(args.z, at), at.n, v);
+  load8(at_place(args.residual, at), at.n, r);
+  add_bias(args.bias, at, v);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] += r[i];
-  store8(row_of(y, at.row, ld_y) + at.column, at.n, v);
+  store8(at_place(args.y, at), at.n, v);
 }
 
 template <typename T>
-__device__ __forceinline__ void bias_gelu(const StepParams* params, MaskArgs dropout, u32 rows_per_sample,
-                                          const T* z, u32 ld_z, const float* bias, u32 form, T* pre,
-                                          u32 ld_pre, T* y, u32 ld_y, u32 rows, u32 columns) {
-  Place at = place_of_thread(rows, columns);
+__device__ __forceinline__ void bias_gelu(const BiasGeluArgs<T>& args) {
+  Place at = place_in(args.y);
   if (at.n == 0) return;
   float v[VEC];
-  load8(row_of(z, at.row, ld_z) + at.column, at.n, v);
-  if (bias) {
-    add_bias<T>(bias, at, v);
+  load8(at_place(args.z, at), at.n, v);
+  if (args.bias) {
+    add_bias(args.bias, at, v);
     round8<T>(v);
-    if (pre) store8(row_of(pre, at.row, ld_pre) + at.column, at.n, v);
+    if (args.pre.at) store8(at_place(args.pre, at), at.n, v);
   }
 #pragma unroll
-  for (u32 i = 0; i < VEC; ++i) v[i] = gelu(v[i], form);
-  drop8(dropout, params, rows_per_sample, columns, at, v);
-  store8(row_of(y, at.row, ld_y) + at.column, at.n, v);
+  for (u32 i = 0; i < VEC; ++i) v[i] = gelu(v[i], args.form);
+  drop8(args.dropout, args.params, args.rows_per_sample, args.y.cols, at, v);
+  store8(at_place(args.y, at), at.n, v);
 }
 
 template <typename T>
-__device__ __forceinline__ void gelu_backward(const StepParams* params, MaskArgs dropout, u32 rows_per_sample,
-                                              T* d, u32 ld_d, const T* pre, u32 ld_pre, u32 form, u32 rows,
-                                              u32 columns) {
-  Place at = place_of_thread(rows, columns);
+__device__ __forceinline__ void gelu_backward(const GeluBackwardArgs<T>& args) {
+  Place at = place_in(args.d);
   if (at.n == 0) return;
-  T* p = row_of(d, at.row, ld_d) + at.column;
+  T* p = at_place(args.d, at);
   float v[VEC], x[VEC];
   load8(p, at.n, v);
-  load8(row_of(pre, at.row, ld_pre) + at.column, at.n, x);
+  load8(at_place(args.pre, at), at.n, x);
 #pragma unroll
-  for (u32 i = 0; i < VEC; ++i) v[i] *= gelu_slope(x[i], form);
-  drop8(dropout, params, rows_per_sample, columns, at, v);
+  for (u32 i = 0; i < VEC; ++i) v[i] *= gelu_slope(x[i], args.form);
+  drop8(args.dropout, args.params, args.rows_per_sample, args.d.cols, at, v);
   store8(p, at.n, v);
 }
 
 template <typename T>
-__device__ __forceinline__ void bias_tanh(const T* z, u32 ld_z, const float* bias, T* y, u32 ld_y, u32 rows,
-                                          u32 columns) {
-  Place at = place_of_thread(rows, columns);
+__device__ __forceinline__ void bias_tanh(const BiasTanhArgs<T>& args) {
+  Place at = place_in(args.y);
   if (at.n == 0) return;
   float v[VEC];
-  load8(row_of(z, at.row, ld_z) + at.column, at.n, v);
-  add_bias<T>(bias, at, v);
+  load8(at_place(args.z, at), at.n, v);
+  add_bias(args.bias, at, v);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = tanhf(v[i]);
-  store8(row_of(y, at.row, ld_y) + at.column, at.n, v);
+  store8(at_place(args.y, at), at.n, v);
 }
 
 template <typename T>
-__device__ __forceinline__ void tanh_backward(T* d, u32 ld_d, const T* y, u32 ld_y, u32 rows, u32 columns) {
-  Place at = place_of_thread(rows, columns);
+__device__ __forceinline__ void tanh_backward(const TanhBackwardArgs<T>& args) {
+  Place at = place_in(args.d);
   if (at.n == 0) return;
-  T* p = row_of(d, at.row, ld_d) + at.column;
+  T* p = at_place(args.d, at);
   float v[VEC], x[VEC];
   load8(p, at.n, v);
-  load8(row_of(y, at.row, ld_y) + at.column, at.n, x);
+  load8(at_place(args.y, at), at.n, x);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] *= fmaf(-x[i], x[i], 1.0f);
   store8(p, at.n, v);
 }
 
 template <typename T>
-__device__ __forceinline__ void scale(T* x, u32 ld, float factor, u32 rows, u32 columns) {
-  Place at = place_of_thread(rows, columns);
+__device__ __forceinline__ void scale(const ScaleArgs<T>& args) {
+  Place at = place_in(args.x);
   if (at.n == 0) return;
-  T* p = row_of(x, at.row, ld) + at.column;
+  T* p = at_place(args.x, at);
   float v[VEC];
   load8(p, at.n, v);
 #pragma unroll
-  for (u32 i = 0; i < VEC; ++i) v[i] *= factor;
+  for (u32 i = 0; i < VEC; ++i) v[i] *= args.factor;
   store8(p, at.n, v);
 }
 
-#define ACTIVATION(suffix, T)                                                                                \
-  KERNEL(bias_##suffix, 256, 4)(const float* b, T* y, u32 ld, u32 rows, u32 columns) {                       \
-    bias<T>(b, y, ld, rows, columns);                                                                        \
-  }                                                                                                          \
-  KERNEL(bias_residual_##suffix, 256, 4)(const T* z, u32 ld_z, const float* b, const T* residual,            \
-                                         u32 ld_residual, T* y, u32 ld_y, u32 rows, u32 columns) {           \
-    bias_residual<T>(z, ld_z, b, residual, ld_residual, y, ld_y, rows, columns);                             \
-  }                                                                                                          \
-  KERNEL(bias_gelu_##suffix, 256, 4)(const StepParams* params, MaskArgs mask, u32 rows_per_sample, const T* z, \
-                                     u32 ld_z, const float* b, u32 form, T* pre, u32 ld_pre, T* y, u32 ld_y, \
-                                     u32 rows, u32 columns) {                                                \
-    bias_gelu<T>(params, mask, rows_per_sample, z, ld_z, b, form, pre, ld_pre, y, ld_y, rows, columns);       \
-  }                                                                                                          \
-  KERNEL(gelu_backward_##suffix, 256, 3)(const StepParams* params, MaskArgs mask, u32 rows_per_sample, T* d,   \
-                                         u32 ld_d, const T* pre, u32 ld_pre, u32 form, u32 rows,             \
-                                         u32 columns) {                                                      \
-    gelu_backward<T>(params, mask, rows_per_sample, d, ld_d, pre, ld_pre, form, rows, columns);               \
-  }                                                                                                          \
-  KERNEL(bias_tanh_##suffix, 256, 4)(const T* z, u32 ld_z, const float* b, T* y, u32 ld_y, u32 rows,         \
-                                     u32 columns) {                                                          \
-    bias_tanh<T>(z, ld_z, b, y, ld_y, rows, columns);                                                        \
-  }                                                                                                          \
-  KERNEL(tanh_backward_##suffix, 256, 4)(T * d, u32 ld_d, const T* y, u32 ld_y, u32 rows, u32 columns) {     \
-    tanh_backward<T>(d, ld_d, y, ld_y, rows, columns);                                                       \
-  }                                                                                                          \
-  KERNEL(scale_##suffix, 256, 4)(T * x, u32 ld, float factor, u32 rows, u32 columns) {                       \
-    scale<T>(x, ld, factor, rows, columns);                                                                  \
+#define ACTIVATION(suffix, T)                                         \
+  KERNEL(bias_##suffix, 256, 4)(ARGS(BiasArgs<T>)) {                  \
+    bias(args);                                                       \
+  }                                                                   \
+  KERNEL(bias_residual_##suffix, 256, 4)(ARGS(BiasResidualArgs<T>)) { \
+    bias_residual(args);                                              \
+  }                                                                   \
+  KERNEL(bias_gelu_##suffix, 256, 4)(ARGS(BiasGeluArgs<T>)) {         \
+    bias_gelu(args);                                                  \
+  }                                                                   \
+  KERNEL(gelu_backward_##suffix, 256, 3)(ARGS(GeluBackwardArgs<T>)) { \
+    gelu_backward(args);                                              \
+  }                                                                   \
+  KERNEL(bias_tanh_##suffix, 256, 4)(ARGS(BiasTanhArgs<T>)) {         \
+    bias_tanh(args);                                                  \
+  }                                                                   \
+  KERNEL(tanh_backward_##suffix, 256, 4)(ARGS(TanhBackwardArgs<T>)) { \
+    tanh_backward(args);                                              \
+  }                                                                   \
+  KERNEL(scale_##suffix, 256, 4)(ARGS(ScaleArgs<T>)) {                \
+    scale(args);                                                      \
   }
 
 ACTIVATION(bf16, bf16)

@@ -42,7 +42,6 @@ struct AdafactorTile {
   u32 tensor, outer;
   u32 row, col;  // first
 };
-static_assert(sizeof(AdafactorTensor) == 104 && sizeof(AdafactorTile) == 16, "shared with Rust");
 
 // The flat buffers, and the scratch of one update.
 struct AdafactorBuffers {
@@ -59,7 +58,14 @@ struct AdafactorBuffers {
   float ema_keep, ema_add;
   float keep1, add1;  // μ, 1 - μ
 };
-static_assert(sizeof(AdafactorBuffers) == 96, "shared with Rust");
+struct AdafactorArgs {
+  const UpdateParams* update;
+  AdafactorBuffers buffers;
+  const AdafactorTensor* tensors;
+  const AdafactorTile* tiles;
+  const GroupScalars* groups;
+  double clip_rms;
+};
 
 // ---- tiles ------------------------------------------------------------------------------------------------
 
@@ -91,12 +97,12 @@ __device__ __forceinline__ void each_element(const AdafactorTensor& t, const Ada
 // ---- kernels ----------------------------------------------------------------------------------------------
 
 // Factored: the sums of squares of the tile's rows and columns. In full: the new second moments.
-KERNEL(adafactor_statistics, 256, 4)(const UpdateParams* params, AdafactorBuffers b,
-                                     const AdafactorTensor* tensors, const AdafactorTile* tiles) {
-  UpdateParams c = *params;
+KERNEL(adafactor_statistics, 256, 4)(ARGS(AdafactorArgs)) {
+  const AdafactorBuffers& b = args.buffers;
+  UpdateParams c = *args.update;
   if (c.skip) return;
-  AdafactorTile tile = tiles[blockIdx.x];
-  AdafactorTensor t = tensors[tile.tensor];
+  AdafactorTile tile = args.tiles[blockIdx.x];
+  AdafactorTensor t = args.tensors[tile.tensor];
   const float* grad = b.grads + t.grad;
   if (!t.factored) {
     float* state = b.moment2 + t.state;
@@ -144,10 +150,10 @@ __device__ __forceinline__ float new_mean(const UpdateParams& c, float* state, c
 }
 
 // Means and factors of tensor blockIdx.x.
-KERNEL(adafactor_factors, 256, 2)(const UpdateParams* params, AdafactorBuffers b,
-                                  const AdafactorTensor* tensors) {
-  UpdateParams c = *params;
-  AdafactorTensor t = tensors[blockIdx.x];
+KERNEL(adafactor_factors, 256, 2)(ARGS(AdafactorArgs)) {
+  const AdafactorBuffers& b = args.buffers;
+  UpdateParams c = *args.update;
+  AdafactorTensor t = args.tensors[blockIdx.x];
   if (c.skip || !t.factored) return;
   u32 all_rows = t.outers * t.rows, all_cols = t.outers * t.cols;
   float *row_state = b.moment2 + t.state, *col_state = row_state + all_rows;
@@ -181,12 +187,12 @@ __device__ __forceinline__ float direction(const AdafactorBuffers& b, const Adaf
 }
 
 // Σu² of each tile.
-KERNEL(adafactor_squares, 256, 4)(const UpdateParams* params, AdafactorBuffers b,
-                                  const AdafactorTensor* tensors, const AdafactorTile* tiles) {
-  UpdateParams c = *params;
+KERNEL(adafactor_squares, 256, 4)(ARGS(AdafactorArgs)) {
+  const AdafactorBuffers& b = args.buffers;
+  UpdateParams c = *args.update;
   if (c.skip) return;
-  AdafactorTile tile = tiles[blockIdx.x];
-  AdafactorTensor t = tensors[tile.tensor];
+  AdafactorTile tile = args.tiles[blockIdx.x];
+  AdafactorTensor t = args.tensors[tile.tensor];
   double sum[1] = {};
   each_element(t, tile, [&](const Element& e) {
     double u = b.grads[t.grad + e.offset] * c.clip * direction(b, t, e);
@@ -197,27 +203,26 @@ KERNEL(adafactor_squares, 256, 4)(const UpdateParams* params, AdafactorBuffers b
 }
 
 // 1 / max(1, rms(u)/clip_rms) of tensor blockIdx.x.
-KERNEL(adafactor_scales, 256, 4)(const UpdateParams* params, AdafactorBuffers b, const AdafactorTensor* tensors,
-                                 double clip_rms) {
-  if (params->skip) return;
-  AdafactorTensor t = tensors[blockIdx.x];
+KERNEL(adafactor_scales, 256, 4)(ARGS(AdafactorArgs)) {
+  const AdafactorBuffers& b = args.buffers;
+  if (args.update->skip) return;
+  AdafactorTensor t = args.tensors[blockIdx.x];
   double sum[1] = {};
   for (u32 i = threadIdx.x; i < t.tiles; i += blockDim.x) sum[0] += b.squares[t.first_tile + i];
   block_sums(sum, reinterpret_cast<double*>(smem_base()));
   if (threadIdx.x != 0) return;
-  double excess = sqrt(sum[0] / (static_cast<double>(t.outers) * t.rows * t.cols)) / clip_rms;
+  double excess = sqrt(sum[0] / (static_cast<double>(t.outers) * t.rows * t.cols)) / args.clip_rms;
   b.scales[blockIdx.x] = static_cast<float>(1.0 / (excess > 1.0 ? excess : 1.0));
 }
 
 template <typename M>
-__device__ __forceinline__ void adafactor_update(const UpdateParams* params, const AdafactorBuffers& b,
-                                                 const AdafactorTensor* tensors, const AdafactorTile* tiles,
-                                                 const GroupScalars* groups) {
-  UpdateParams c = *params;
+__device__ __forceinline__ void adafactor_update(const AdafactorArgs& args) {
+  const AdafactorBuffers& b = args.buffers;
+  UpdateParams c = *args.update;
   if (c.skip) return;
-  AdafactorTile tile = tiles[blockIdx.x];
-  AdafactorTensor t = tensors[tile.tensor];
-  GroupScalars rates = groups[t.group];
+  AdafactorTile tile = args.tiles[blockIdx.x];
+  AdafactorTensor t = args.tensors[tile.tensor];
+  GroupScalars rates = args.groups[t.group];
   float scale = b.scales ? c.clip * b.scales[tile.tensor] : c.clip;
   M* moment1 = static_cast<M*>(b.moment1) + t.grad;
   each_element(t, tile, [&](const Element& e) {
@@ -233,13 +238,9 @@ __device__ __forceinline__ void adafactor_update(const UpdateParams* params, con
   });
 }
 
-KERNEL(adafactor_update_f32, 256, 4)(const UpdateParams* params, AdafactorBuffers buffers,
-                                     const AdafactorTensor* tensors, const AdafactorTile* tiles,
-                                     const GroupScalars* groups) {
-  adafactor_update<float>(params, buffers, tensors, tiles, groups);
+KERNEL(adafactor_update_f32, 256, 4)(ARGS(AdafactorArgs)) {
+  adafactor_update<float>(args);
 }
-KERNEL(adafactor_update_bf16, 256, 4)(const UpdateParams* params, AdafactorBuffers buffers,
-                                      const AdafactorTensor* tensors, const AdafactorTile* tiles,
-                                      const GroupScalars* groups) {
-  adafactor_update<bf16>(params, buffers, tensors, tiles, groups);
+KERNEL(adafactor_update_bf16, 256, 4)(ARGS(AdafactorArgs)) {
+  adafactor_update<bf16>(args);
 }

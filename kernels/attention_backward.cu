@@ -55,10 +55,10 @@ struct QuerySums {
 
   // Adds KEYS keys, rows 0 .. of `keys` and `values`. Queries are rows `own ..` of `queries` and `d_out`;
   // `query` and `key` are the tokens of the first of each.
-  template <u32 KEYS>
+  template <u32 KEYS, typename Keep>
   __device__ __forceinline__ void add(Tile<DH> queries, Tile<DH> d_out, u32 own, Tile<DH> keys,
-                                      Tile<DH> values, KeepBits keep, float to_log2, size_t head, u32 query,
-                                      u32 key, u32 tokens) {
+                                      Tile<DH> values, Keep keep, float to_log2, u32 query, u32 key,
+                                      u32 tokens) {
     const u32 lane_row = lane_id() >> 2, lane_column = 2 * (lane_id() & 3);
     Accumulator<M16, KEYS / 8> p, d_s;
     p.clear();
@@ -75,8 +75,8 @@ struct QuerySums {
           const u32 column = key + 8 * n;
           u32 kept = 0;
           if (keep && column < tokens)
-            kept = keep.word(head, query + 16 * m + 8 * h + lane_row, column, tokens) >>
-                   (column % 32 + lane_column);
+            kept =
+                keep.word(query + 16 * m + 8 * h + lane_row, column, tokens) >> (column % 32 + lane_column);
 #pragma unroll
           for (u32 i = 0; i < 2; ++i) {
             const float weight = exp2_approx(p.at[m][n][2 * h + i] * to_log2 - lse[m][h]);
@@ -90,22 +90,22 @@ struct QuerySums {
   }
 };
 
-template <u32 DH, u32 KEYS, u32 M16, u32 WARPS>
-__device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld,
-                                                 const float* lse, u32 lse_ld, float* delta, u32 delta_ld,
-                                                 KeepBits keep, const bf16* d_o, u32 d_o_ld, bf16* d_qkv,
-                                                 u32 d_qkv_ld, float* bias_parts, float scale, u32 tokens,
-                                                 u32 heads, u32 head_size, u32 tiles) {
+template <u32 DH, u32 KEYS, u32 M16, u32 WARPS, typename Keep>
+__device__ __forceinline__ void queries_backward(const AttentionBackwardArgs<bf16>& args) {
+  const u32 tokens = args.tokens, heads = args.heads, head_size = args.head_size, tiles = args.tiles;
+  const u32 qkv_ld = args.qkv.ld, d_o_ld = args.d_o.ld, d_qkv_ld = args.d_qkv.ld;
+  const float scale = args.scale;
   constexpr u32 STRIP = 16 * M16;
   const Share<STRIP> share(tokens, heads, head_size, tiles);
   const HeadPlace& head = share.head;
+  const Keep keep(args, blockIdx.x / tiles);
   const u32 width = heads * head_size, chunks = head_size / 8, first = share.first, row = share.row;
 
-  const bf16* q = qkv + head.row * qkv_ld + head.column;
+  const bf16* q = args.qkv.at + head.row * qkv_ld + head.column;
   const bf16* k = q + width;
   const bf16* v = k + width;
-  o += head.row * o_ld + head.column;
-  d_o += head.row * d_o_ld + head.column;
+  const bf16* o = args.o.at + head.row * args.o.ld + head.column;
+  const bf16* d_o = args.d_o.at + head.row * d_o_ld + head.column;
   const Tile<DH> queries{0}, d_out{WARPS * STRIP * Tile<DH>::ROW};
   const auto keys = [](u32 stage) { return Tile<DH>{2 * (WARPS * STRIP + stage * KEYS) * Tile<DH>::ROW}; };
   const auto values = [](u32 stage) {
@@ -135,10 +135,11 @@ __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, co
       const u32 query = first + row + 16 * m + 8 * h + (lane_id() >> 2);
       const bool exists = share.busy && query < tokens;
       const u32 at = exists ? query : 0;
-      const float sum = row_delta(o + size_t(at) * o_ld, d_o + size_t(at) * d_o_ld, chunks, lane_id() & 3);
+      const float sum =
+          row_delta(o + size_t(at) * args.o.ld, d_o + size_t(at) * d_o_ld, chunks, lane_id() & 3);
       sums.delta[m][h] = exists ? sum : 0.0f;
-      sums.lse[m][h] = exists ? lse[head.index * lse_ld + query] * LOG2_E : INFINITY;
-      if (exists && (lane_id() & 3) == 0) delta[head.index * delta_ld + query] = sum;
+      sums.lse[m][h] = exists ? args.lse.at[head.index * args.lse.ld + query] * LOG2_E : INFINITY;
+      if (exists && (lane_id() & 3) == 0) args.delta.at[head.index * args.delta.ld + query] = sum;
     }
 
   u32 stage = 0, next = 2;
@@ -149,10 +150,10 @@ __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, co
     const u32 key = block * KEYS;
     if (share.busy && is_tail(tokens - key, KEYS))
       sums.template add<TAIL>(queries, d_out, row, keys(stage), values(stage), keep, scale * LOG2_E,
-                              head.index, first + row, key, tokens);
+                              first + row, key, tokens);
     else if (share.busy)
       sums.template add<KEYS>(queries, d_out, row, keys(stage), values(stage), keep, scale * LOG2_E,
-                              head.index, first + row, key, tokens);
+                              first + row, key, tokens);
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     next = next == STAGES - 1 ? 0 : next + 1;
   }
@@ -161,29 +162,32 @@ __device__ __forceinline__ void queries_backward(const bf16* qkv, u32 qkv_ld, co
     float factor[M16][2];
 #pragma unroll
     for (u32 m = 0; m < M16; ++m) factor[m][0] = factor[m][1] = scale;
-    bf16* to = d_qkv + (head.row + first + row) * d_qkv_ld + head.column;
+    bf16* to = args.d_qkv.at + (head.row + first + row) * d_qkv_ld + head.column;
     store_rows<DH>(sums.d_q, factor, queries, row, to, d_qkv_ld, tokens - first - row, chunks);
   }
-  if (!bias_parts) return;
+  if (!args.bias_parts) return;
   block_sync();
-  store_row_sums<DH>(queries, share.rows, 0, head_size, share.bias_part(bias_parts, heads, width, tiles));
+  store_row_sums<DH>(queries, share.rows, 0, head_size,
+                     share.bias_part(args.bias_parts, heads, width, tiles));
 }
 
-template <u32 DH, u32 QUERIES, u32 M16, u32 WARPS>
-__device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const float* lse, u32 lse_ld,
-                                              const float* delta, u32 delta_ld, KeepBits keep,
-                                              const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld,
-                                              float* bias_parts, float scale, u32 tokens, u32 heads,
-                                              u32 head_size, u32 tiles) {
+template <u32 DH, u32 QUERIES, u32 M16, u32 WARPS, typename Keep>
+__device__ __forceinline__ void keys_backward(const AttentionBackwardArgs<bf16>& args) {
+  const u32 tokens = args.tokens, heads = args.heads, head_size = args.head_size, tiles = args.tiles;
+  const u32 qkv_ld = args.qkv.ld, d_o_ld = args.d_o.ld, d_qkv_ld = args.d_qkv.ld;
+  const float scale = args.scale;
+  const float *lse = args.lse.at, *delta = args.delta.at;
+  const u32 lse_ld = args.lse.ld, delta_ld = args.delta.ld;
   constexpr u32 STRIP = 16 * M16;
   const Share<STRIP> share(tokens, heads, head_size, tiles);
   const HeadPlace& head = share.head;
+  const Keep keep(args, blockIdx.x / tiles);
   const u32 width = heads * head_size, chunks = head_size / 8, first = share.first, row = share.row;
 
-  const bf16* q = qkv + head.row * qkv_ld + head.column;
+  const bf16* q = args.qkv.at + head.row * qkv_ld + head.column;
   const bf16* k = q + width;
   const bf16* v = k + width;
-  d_o += head.row * d_o_ld + head.column;
+  const bf16* d_o = args.d_o.at + head.row * d_o_ld + head.column;
   const Tile<DH> keys{0}, values{WARPS * STRIP * Tile<DH>::ROW};
   const auto queries = [](u32 stage) {
     return Tile<DH>{2 * (WARPS * STRIP + stage * QUERIES) * Tile<DH>::ROW};
@@ -222,10 +226,10 @@ __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const
     const u32 query = block * QUERIES;
     if (share.busy && is_tail(tokens - query, QUERIES))
       sums.template add<TAIL>(keys, values, row, queries(stage), d_out(stage), 0, terms, keep, scale * LOG2_E,
-                              head.index, first + row, query, tokens);
+                              first + row, query, tokens);
     else if (share.busy)
       sums.template add<QUERIES>(keys, values, row, queries(stage), d_out(stage), 0, terms, keep,
-                                 scale * LOG2_E, head.index, first + row, query, tokens);
+                                 scale * LOG2_E, first + row, query, tokens);
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     next = next == STAGES - 1 ? 0 : next + 1;
   }
@@ -236,45 +240,35 @@ __device__ __forceinline__ void keys_backward(const bf16* qkv, u32 qkv_ld, const
     for (u32 m = 0; m < M16; ++m)
 #pragma unroll
       for (u32 h = 0; h < 2; ++h) k_factor[m][h] = scale, v_factor[m][h] = keep ? keep.scale : 1.0f;
-    bf16* to = d_qkv + (head.row + first + row) * d_qkv_ld + head.column;
+    bf16* to = args.d_qkv.at + (head.row + first + row) * d_qkv_ld + head.column;
     store_rows<DH>(sums.d_k, k_factor, keys, row, to + width, d_qkv_ld, tokens - first - row, chunks);
     store_rows<DH>(sums.d_v, v_factor, values, row, to + 2 * width, d_qkv_ld, tokens - first - row, chunks);
   }
-  if (!bias_parts) return;
+  if (!args.bias_parts) return;
   block_sync();
-  float* sums_of_keys = share.bias_part(bias_parts, heads, width, tiles) + width;
+  float* sums_of_keys = share.bias_part(args.bias_parts, heads, width, tiles) + width;
   store_row_sums<DH>(keys, share.rows, 0, head_size, sums_of_keys);
   store_row_sums<DH>(values, share.rows, DH / 16, head_size, sums_of_keys + width);
 }
 
 }  // namespace
 
-#define QUERIES_BACKWARD(name, dh, keys, m16, warps, ctas)                                                  \
-  HOT_KERNEL(name, 32 * warps, ctas)                                                                        \
-  (const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld, const float* lse, u32 lse_ld, float* delta,        \
-   u32 delta_ld, const u32* keep, float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, \
-   float* bias_parts, float scale, u32 tokens, u32 heads, u32 head_size, u32 tiles) {                       \
-    queries_backward<dh, keys, m16, warps>(qkv, qkv_ld, o, o_ld, lse, lse_ld, delta, delta_ld,              \
-                                           KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv, d_qkv_ld,        \
-                                           bias_parts, scale, tokens, heads, head_size, tiles);             \
+#define BACKWARD(owner, head, width, block, m16, warps, ctas)                \
+  HOT_KERNEL(attention_backward_##owner##_bf16_##head, 32 * warps,           \
+             ctas)(ARGS(AttentionBackwardArgs<bf16>)) {                      \
+    owner##_backward<width, block, m16, warps, KeepAll>(args);               \
+  }                                                                          \
+  KERNEL(attention_backward_##owner##_dropout_bf16_##head, 32 * warps, ctas) \
+  (ARGS(AttentionBackwardArgs<bf16>)) {                                      \
+    owner##_backward<width, block, m16, warps, KeepBits>(args);              \
   }
 
-#define KEYS_BACKWARD(name, dh, queries, m16, warps, ctas)                                                  \
-  HOT_KERNEL(name, 32 * warps, ctas)                                                                        \
-  (const bf16* qkv, u32 qkv_ld, const float* lse, u32 lse_ld, const float* delta, u32 delta_ld,             \
-   const u32* keep, float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld,               \
-   float* bias_parts, float scale, u32 tokens, u32 heads, u32 head_size, u32 tiles) {                       \
-    keys_backward<dh, queries, m16, warps>(qkv, qkv_ld, lse, lse_ld, delta, delta_ld,                       \
-                                           KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv, d_qkv_ld,        \
-                                           bias_parts, scale, tokens, heads, head_size, tiles);             \
-  }
+BACKWARD(queries, d32, 32, 32, 2, 4, 2)
+BACKWARD(queries, d64, 64, 32, 2, 4, 2)
+BACKWARD(queries, d80, 80, 32, 2, 4, 2)
+BACKWARD(queries, d128, 128, 16, 1, 8, 1)
 
-QUERIES_BACKWARD(attention_backward_queries_bf16_d32, 32, 32, 2, 4, 2)
-QUERIES_BACKWARD(attention_backward_queries_bf16_d64, 64, 32, 2, 4, 2)
-QUERIES_BACKWARD(attention_backward_queries_bf16_d80, 80, 32, 2, 4, 2)
-QUERIES_BACKWARD(attention_backward_queries_bf16_d128, 128, 16, 1, 8, 1)
-
-KEYS_BACKWARD(attention_backward_keys_bf16_d32, 32, 32, 2, 4, 2)
-KEYS_BACKWARD(attention_backward_keys_bf16_d64, 64, 32, 2, 4, 2)
-KEYS_BACKWARD(attention_backward_keys_bf16_d80, 80, 16, 2, 4, 2)
-KEYS_BACKWARD(attention_backward_keys_bf16_d128, 128, 16, 1, 8, 1)
+BACKWARD(keys, d32, 32, 32, 2, 4, 2)
+BACKWARD(keys, d64, 64, 32, 2, 4, 2)
+BACKWARD(keys, d80, 80, 16, 2, 4, 2)
+BACKWARD(keys, d128, 128, 16, 1, 8, 1)

@@ -36,22 +36,25 @@ __device__ __forceinline__ void keep_scores(const Accumulator<2, N8>& d_s, Tile<
             pack_bf16(d_s.at[m][n][2 * h], d_s.at[m][n][2 * h + 1]));
 }
 
-template <u32 DH>
-__device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld,
-                                              const float* lse, u32 lse_ld, KeepBits keep, const bf16* d_o,
-                                              u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, float* bias_parts,
-                                              float scale, u32 tokens, u32 heads, u32 head_size) {
+template <u32 DH, typename Keep>
+__device__ __forceinline__ void head_backward(const AttentionBackwardArgs<bf16>& args) {
   static_assert(DH == 16 * WARPS / 2, "a block's dQ is two by four pieces of 16 by 16");
+  const u32 tokens = args.tokens, heads = args.heads, head_size = args.head_size;
+  const u32 qkv_ld = args.qkv.ld, d_o_ld = args.d_o.ld, d_qkv_ld = args.d_qkv.ld;
+  const float scale = args.scale;
   const HeadPlace head(blockIdx.x, tokens, heads, head_size);
+  const Keep keep(args, blockIdx.x);
   const u32 rows = ceil_div(tokens, STRIP) * STRIP, blocks = rows / QUERIES;
   const u32 width = heads * head_size, chunks = head_size / 8;
 
-  const bf16* q = qkv + head.row * qkv_ld + head.column;
+  const bf16* q = args.qkv.at + head.row * qkv_ld + head.column;
   const bf16* k = q + width;
   const bf16* v = k + width;
-  o += head.row * o_ld + head.column;
-  d_o += head.row * d_o_ld + head.column;
-  d_qkv += head.row * d_qkv_ld + head.column;
+  const u32 o_ld = args.o.ld, lse_ld = args.lse.ld;
+  const float* lse = args.lse.at;
+  const bf16* o = args.o.at + head.row * o_ld + head.column;
+  const bf16* d_o = args.d_o.at + head.row * d_o_ld + head.column;
+  bf16* d_qkv = args.d_qkv.at + head.row * d_qkv_ld + head.column;
   const u32 tile = rows * Tile<DH>::ROW;
   const Tile<DH> keys{0}, values{tile}, queries{2 * tile}, d_out{3 * tile};
   const RowTerms terms{4 * tile};
@@ -125,11 +128,11 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
     const u32 query = block * QUERIES;
     if (busy && is_tail(tokens - query, QUERIES))
       keep_scores(sums.template add<TAIL>(keys, values, own, queries, d_out, query, terms, keep,
-                                          scale * LOG2_E, head.index, own, query, tokens),
+                                          scale * LOG2_E, own, query, tokens),
                   scores(block), own);
     else if (busy)
       keep_scores(sums.template add<QUERIES>(keys, values, own, queries, d_out, query, terms, keep,
-                                             scale * LOG2_E, head.index, own, query, tokens),
+                                             scale * LOG2_E, own, query, tokens),
                   scores(block), own);
     if (block > 0) finish_queries(block - 1);
   }
@@ -147,9 +150,9 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
     store_rows<DH>(sums.d_k, k_factor, keys, own, to + width, d_qkv_ld, tokens - own, chunks);
     store_rows<DH>(sums.d_v, v_factor, values, own, to + 2 * width, d_qkv_ld, tokens - own, chunks);
   }
-  if (!bias_parts) return;
+  if (!args.bias_parts) return;
   block_sync();
-  bias_parts += size_t(blockIdx.x / heads) * 3 * width + head.column;
+  float* bias_parts = args.bias_parts + size_t(blockIdx.x / heads) * 3 * width + head.column;
   store_row_sums<DH>(queries, rows, 0, head_size, bias_parts);
   store_row_sums<DH>(keys, rows, DH / 16, head_size, bias_parts + width);
   store_row_sums<DH>(values, rows, 0, head_size, bias_parts + 2 * width);
@@ -157,10 +160,9 @@ __device__ __forceinline__ void head_backward(const bf16* qkv, u32 qkv_ld, const
 
 }  // namespace
 
-HOT_KERNEL(attention_backward_head_bf16_d64, 256, 1)
-(const bf16* qkv, u32 qkv_ld, const bf16* o, u32 o_ld, const float* lse, u32 lse_ld, const u32* keep,
- float keep_scale, const bf16* d_o, u32 d_o_ld, bf16* d_qkv, u32 d_qkv_ld, float* bias_parts, float scale,
- u32 tokens, u32 heads, u32 head_size) {
-  head_backward<64>(qkv, qkv_ld, o, o_ld, lse, lse_ld, KeepBits{keep, keep_scale}, d_o, d_o_ld, d_qkv,
-                    d_qkv_ld, bias_parts, scale, tokens, heads, head_size);
+HOT_KERNEL(attention_backward_head_bf16_d64, 256, 1)(ARGS(AttentionBackwardArgs<bf16>)) {
+  head_backward<64, KeepAll>(args);
+}
+KERNEL(attention_backward_head_dropout_bf16_d64, 256, 1)(ARGS(AttentionBackwardArgs<bf16>)) {
+  head_backward<64, KeepBits>(args);
 }

@@ -37,10 +37,9 @@ struct QuerySums {
 
   // Adds KEYS keys, rows 0 .. of `keys` and `values`. Queries are rows `own ..` of `queries`; `query` and `key` are the
   // tokens of the first query and key.
-  template <u32 KEYS>
-  __device__ __forceinline__ void add(Tile<DH> queries, u32 own, Tile<DH> keys, Tile<DH> values,
-                                      KeepBits keep, float to_log2, size_t head, u32 query, u32 key,
-                                      u32 tokens) {
+  template <u32 KEYS, typename Keep>
+  __device__ __forceinline__ void add(Tile<DH> queries, u32 own, Tile<DH> keys, Tile<DH> values, Keep keep,
+                                      float to_log2, u32 query, u32 key, u32 tokens) {
     const u32 lane_row = lane_id() >> 2, lane_column = 2 * (lane_id() & 3);
     Accumulator<M16, KEYS / 8> p;
     p.clear();
@@ -89,8 +88,8 @@ struct QuerySums {
           for (u32 n = 0; n < KEYS / 8; ++n) {
             const u32 column = key + 8 * n;
             if (column >= tokens) continue;
-            const u32 word = keep.word(head, query + 16 * m + 8 * h + lane_row, column, tokens) >>
-                             (column % 32 + lane_column);
+            const u32 word =
+                keep.word(query + 16 * m + 8 * h + lane_row, column, tokens) >> (column % 32 + lane_column);
             if (!(word & 1)) p.at[m][n][2 * h] = 0.0f;
             if (!(word & 2)) p.at[m][n][2 * h + 1] = 0.0f;
           }
@@ -99,18 +98,20 @@ struct QuerySums {
   }
 };
 
-template <u32 DH, u32 KEYS, u32 M16, u32 WARPS>
-__device__ __forceinline__ void forward(const bf16* qkv, u32 qkv_ld, bf16* o, u32 o_ld, float* lse,
-                                        u32 lse_ld, KeepBits keep, float scale, u32 tokens, u32 heads,
-                                        u32 head_size, u32 tiles) {
+template <u32 DH, u32 KEYS, u32 M16, u32 WARPS, typename Keep>
+__device__ __forceinline__ void forward(const AttentionArgs<bf16>& args) {
+  const u32 tokens = args.tokens, heads = args.heads, head_size = args.head_size, tiles = args.tiles;
+  const u32 qkv_ld = args.qkv.ld;
+  const float scale = args.scale;
   constexpr u32 STRIP = 16 * M16;
   const HeadPlace head(blockIdx.x / tiles, tokens, heads, head_size);
+  const Keep keep(args, blockIdx.x / tiles);
   const u32 tile = blockIdx.x % tiles, strips = ceil_div(tokens, STRIP);
   const u32 first_strip = tile * strips / tiles, tile_strips = (tile + 1) * strips / tiles - first_strip;
   const u32 first = first_strip * STRIP;
   const u32 width = heads * head_size, chunks = head_size / 8;
 
-  const bf16* q = qkv + head.row * qkv_ld + head.column;
+  const bf16* q = args.qkv.at + head.row * qkv_ld + head.column;
   const bf16* k = q + width;
   const bf16* v = k + width;
   const Tile<DH> queries{0};
@@ -144,11 +145,11 @@ __device__ __forceinline__ void forward(const bf16* qkv, u32 qkv_ld, bf16* o, u3
     fetch(block + 2, next);
     const u32 key = block * KEYS;
     if (busy && is_tail(tokens - key, KEYS))
-      sums.template add<TAIL>(queries, row, keys(stage), values(stage), keep, scale * LOG2_E, head.index,
-                              first + row, key, tokens);
+      sums.template add<TAIL>(queries, row, keys(stage), values(stage), keep, scale * LOG2_E, first + row,
+                              key, tokens);
     else if (busy)
-      sums.template add<KEYS>(queries, row, keys(stage), values(stage), keep, scale * LOG2_E, head.index,
-                              first + row, key, tokens);
+      sums.template add<KEYS>(queries, row, keys(stage), values(stage), keep, scale * LOG2_E, first + row,
+                              key, tokens);
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     next = next == STAGES - 1 ? 0 : next + 1;
   }
@@ -165,25 +166,25 @@ __device__ __forceinline__ void forward(const bf16* qkv, u32 qkv_ld, bf16* o, u3
       factor[m][h] = (keep ? keep.scale : 1.0f) / total;
       const u32 query = first + row + 16 * m + 8 * h + (lane_id() >> 2);
       if ((lane_id() & 3) == 0 && query < tokens)
-        lse[head.index * lse_ld + query] = sums.most[m][h] * scale + log2_approx(total) * LN_2;
+        args.lse.at[head.index * args.lse.ld + query] = sums.most[m][h] * scale + log2_approx(total) * LN_2;
     }
   const u32 valid = tokens - first - row;
-  bf16* to = o + (head.row + first + row) * o_ld + head.column;
-  store_rows<DH>(sums.out, factor, queries, row, to, o_ld, valid, chunks);
+  bf16* to = args.o.at + (head.row + first + row) * args.o.ld + head.column;
+  store_rows<DH>(sums.out, factor, queries, row, to, args.o.ld, valid, chunks);
 }
 
 }  // namespace
 
-#define FORWARD(name, dh, keys, m16, warps, ctas)                                                       \
-  HOT_KERNEL(name, 32 * warps, ctas)                                                                    \
-  (const bf16* qkv, u32 qkv_ld, bf16* o, u32 o_ld, float* lse, u32 lse_ld, const u32* keep,             \
-   float keep_scale, float scale, u32 tokens, u32 heads, u32 head_size, u32 tiles) {                    \
-    forward<dh, keys, m16, warps>(qkv, qkv_ld, o, o_ld, lse, lse_ld, KeepBits{keep, keep_scale}, scale, \
-                                  tokens, heads, head_size, tiles);                                     \
+#define FORWARD(head, width, block, m16, warps, ctas)                                          \
+  HOT_KERNEL(attention_forward_bf16_##head, 32 * warps, ctas)(ARGS(AttentionArgs<bf16>)) {     \
+    forward<width, block, m16, warps, KeepAll>(args);                                          \
+  }                                                                                            \
+  KERNEL(attention_forward_dropout_bf16_##head, 32 * warps, ctas)(ARGS(AttentionArgs<bf16>)) { \
+    forward<width, block, m16, warps, KeepBits>(args);                                         \
   }
 
 // Wider heads hold more sums, and so fewer scores at a time.
-FORWARD(attention_forward_bf16_d32, 32, 64, 2, 4, 2)
-FORWARD(attention_forward_bf16_d64, 64, 64, 2, 4, 2)
-FORWARD(attention_forward_bf16_d80, 80, 32, 2, 4, 2)
-FORWARD(attention_forward_bf16_d128, 128, 32, 2, 4, 2)
+FORWARD(d32, 32, 64, 2, 4, 2)
+FORWARD(d64, 64, 64, 2, 4, 2)
+FORWARD(d80, 80, 32, 2, 4, 2)
+FORWARD(d128, 128, 32, 2, 4, 2)

@@ -39,11 +39,11 @@ struct KeySums {
 
   // Adds the contribution of QUERIES queries. Keys are rows `own ..` of `keys` and `values`, queries are rows `from ..`
   // of `queries` and `d_out`. `key` and `query` are the tokens of the first of each. Returns dSᵀ.
-  template <u32 QUERIES>
+  template <u32 QUERIES, typename Keep>
   __device__ __forceinline__ Accumulator<M16, QUERIES / 8> add(Tile<DH> keys, Tile<DH> values, u32 own,
                                                                Tile<DH> queries, Tile<DH> d_out, u32 from,
-                                                               RowTerms terms, KeepBits keep, float to_log2,
-                                                               size_t head, u32 key, u32 query, u32 tokens) {
+                                                               RowTerms terms, Keep keep, float to_log2,
+                                                               u32 key, u32 query, u32 tokens) {
     const u32 lane_row = lane_id() >> 2, lane_column = 2 * (lane_id() & 3);
     Accumulator<M16, QUERIES / 8> p, d_s;
     p.clear();
@@ -58,7 +58,7 @@ struct KeySums {
         const u32 column = query + 8 * n + lane_column + i;
         const float lse = as_f32(i == 0 ? pair.x : pair.z);
         const float delta = as_f32(i == 0 ? pair.y : pair.w);
-        const u32 kept = keep ? keep.word(head, column, key, tokens) >> (key % 32 + lane_row) : 0;
+        const u32 kept = keep ? keep.word(column, key, tokens) >> (key % 32 + lane_row) : 0;
 #pragma unroll
         for (u32 m = 0; m < M16; ++m)
 #pragma unroll

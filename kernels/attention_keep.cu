@@ -10,11 +10,18 @@
 // Source    Salmon et al. 2011 (Philox).
 #include "philox.cuh"
 
-KERNEL(attention_keep, 256, 1)
-(u32* keep, const StepParams* params, MaskArgs mask, u32 images, u32 heads, u32 tokens) {
+struct AttentionKeepArgs {
+  u32* keep;
+  const StepParams* params;
+  MaskArgs dropout;
+  u32 images, heads, tokens;
+};
+
+KERNEL(attention_keep, 256, 1)(ARGS(AttentionKeepArgs)) {
+  const u32 heads = args.heads, tokens = args.tokens;
   const u32 words = ceil_div(tokens, 32), i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= images * heads * tokens * words) return;
-  const Mask bound = bind_mask(mask, params);
+  if (i >= args.images * heads * tokens * words) return;
+  const Mask bound = bind_mask(args.dropout, args.params);
   const u32 row = i / words, sample = row / (heads * tokens);
   const u32 element = row % (heads * tokens) * tokens + i % words * 32, skew = element % 4;
   u32 bits = 0;
@@ -28,5 +35,5 @@ KERNEL(attention_keep, 256, 1)
       if (bit < 32 && factors[j] != 0.0f) bits |= 1u << bit;
     }
   }
-  keep[i] = bits;
+  args.keep[i] = bits;
 }

@@ -154,11 +154,13 @@ __device__ __forceinline__ void put_scores(ScoreTile to, const float (&scores)[4
 }
 
 template <typename T>
-__device__ __forceinline__ void forward(const T* qkv, u32 qkv_ld, T* o, u32 o_ld, float* lse, u32 lse_ld,
-                                        KeepBits keep, float scale, u32 tokens, u32 heads, u32 head_size) {
-  const u32 tiles = ceil_div(tokens, ROWS), first = blockIdx.x % tiles * ROWS, width = heads * head_size;
+__device__ __forceinline__ void forward(const AttentionArgs<T>& args) {
+  const u32 tokens = args.tokens, heads = args.heads, head_size = args.head_size, qkv_ld = args.qkv.ld;
+  const float scale = args.scale;
+  const u32 tiles = args.tiles, first = blockIdx.x % tiles * ROWS, width = heads * head_size;
   const HeadPlace head(blockIdx.x / tiles, tokens, heads, head_size);
-  const T* q = qkv + head.row * qkv_ld + head.column;
+  const KeepBits keep(args, blockIdx.x / tiles);
+  const T* q = args.qkv.at + head.row * qkv_ld + head.column;
   const PlainTile queries(0, head_size), keys(1, head_size), values(2, head_size);
   const ScoreTile weights(values, 0);
   queries.load(q + size_t(first) * qkv_ld, qkv_ld, tokens - first, head_size);
@@ -197,7 +199,7 @@ __device__ __forceinline__ void forward(const T* qkv, u32 qkv_ld, T* o, u32 o_ld
 #pragma unroll
         for (u32 e = 0; e < 4; ++e) out.at[i][j][e] *= correction;
       if (keep) {
-        const u32 kept = keep.word(head.index, first + thread_y() + 8 * i, key, tokens);
+        const u32 kept = keep.word(first + thread_y() + 8 * i, key, tokens);
 #pragma unroll
         for (u32 j = 0; j < 2; ++j)
           if (!(kept >> (thread_x() + 16 * j) & 1)) p[i][j] = 0.0f;
@@ -212,22 +214,24 @@ __device__ __forceinline__ void forward(const T* qkv, u32 qkv_ld, T* o, u32 o_ld
   for (u32 i = 0; i < 4; ++i) {
     factor[i] = (keep ? keep.scale : 1.0f) / sum[i];
     const u32 query = first + thread_y() + 8 * i;
-    if (thread_x() == 0 && query < tokens) lse[head.index * lse_ld + query] = most[i] + logf(sum[i]);
+    if (thread_x() == 0 && query < tokens)
+      args.lse.at[head.index * args.lse.ld + query] = most[i] + logf(sum[i]);
   }
-  out.store(o + (head.row + first) * o_ld + head.column, o_ld, tokens - first, head_size, factor);
+  T* to = args.o.at + (head.row + first) * args.o.ld + head.column;
+  out.store(to, args.o.ld, tokens - first, head_size, factor);
 }
 
 template <typename T>
-__device__ __forceinline__ void queries_backward(const T* qkv, u32 qkv_ld, const T* o, u32 o_ld,
-                                                 const float* lse, u32 lse_ld, float* delta, u32 delta_ld,
-                                                 KeepBits keep, const T* d_o, u32 d_o_ld, T* d_qkv,
-                                                 u32 d_qkv_ld, float scale, u32 tokens, u32 heads,
-                                                 u32 head_size) {
-  const u32 tiles = ceil_div(tokens, ROWS), first = blockIdx.x % tiles * ROWS, width = heads * head_size;
+__device__ __forceinline__ void queries_backward(const AttentionBackwardArgs<T>& args) {
+  const u32 tokens = args.tokens, heads = args.heads, head_size = args.head_size;
+  const u32 qkv_ld = args.qkv.ld, d_o_ld = args.d_o.ld, d_qkv_ld = args.d_qkv.ld;
+  const float scale = args.scale;
+  const u32 tiles = args.tiles, first = blockIdx.x % tiles * ROWS, width = heads * head_size;
   const HeadPlace head(blockIdx.x / tiles, tokens, heads, head_size);
-  const T* q = qkv + head.row * qkv_ld + head.column;
-  o += head.row * o_ld + head.column;
-  d_o += head.row * d_o_ld + head.column;
+  const KeepBits keep(args, blockIdx.x / tiles);
+  const T* q = args.qkv.at + head.row * qkv_ld + head.column;
+  const T* o = args.o.at + head.row * args.o.ld + head.column;
+  const T* d_o = args.d_o.at + head.row * d_o_ld + head.column;
   const PlainTile queries(0, head_size), d_out(1, head_size), keys(2, head_size), values(3, head_size);
   const ScoreTile weights(values, 0);
   queries.load(q + size_t(first) * qkv_ld, qkv_ld, tokens - first, head_size);
@@ -239,10 +243,10 @@ __device__ __forceinline__ void queries_backward(const T* qkv, u32 qkv_ld, const
     float sum = 0.0f;
     if (query < tokens)
       for (u32 e = thread_x(); e < head_size; e += 16)
-        sum = fmaf(load1(o + size_t(query) * o_ld + e), load1(d_o + size_t(query) * d_o_ld + e), sum);
+        sum = fmaf(load1(o + size_t(query) * args.o.ld + e), load1(d_o + size_t(query) * d_o_ld + e), sum);
     own_delta[i] = row_sum(sum);
-    own_lse[i] = query < tokens ? lse[head.index * lse_ld + query] : INFINITY;
-    if (thread_x() == 0 && query < tokens) delta[head.index * delta_ld + query] = own_delta[i];
+    own_lse[i] = query < tokens ? args.lse.at[head.index * args.lse.ld + query] : INFINITY;
+    if (thread_x() == 0 && query < tokens) args.delta.at[head.index * args.delta.ld + query] = own_delta[i];
   }
 
   PlainSums d_q;
@@ -257,7 +261,7 @@ __device__ __forceinline__ void queries_backward(const T* qkv, u32 qkv_ld, const
     products(d_s, d_out, values, head_size);
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-      const u32 kept = keep ? keep.word(head.index, first + thread_y() + 8 * i, key, tokens) : 0;
+      const u32 kept = keep ? keep.word(first + thread_y() + 8 * i, key, tokens) : 0;
 #pragma unroll
       for (u32 j = 0; j < 2; ++j) {
         if (keep) d_s[i][j] = kept >> (thread_x() + 16 * j) & 1 ? d_s[i][j] * keep.scale : 0.0f;
@@ -270,18 +274,20 @@ __device__ __forceinline__ void queries_backward(const T* qkv, u32 qkv_ld, const
     d_q.add(weights, keys, head_size);
   }
   const float factor[4] = {scale, scale, scale, scale};
-  d_q.store(d_qkv + (head.row + first) * d_qkv_ld + head.column, d_qkv_ld, tokens - first, head_size, factor);
+  T* to = args.d_qkv.at + (head.row + first) * d_qkv_ld + head.column;
+  d_q.store(to, d_qkv_ld, tokens - first, head_size, factor);
 }
 
 template <typename T>
-__device__ __forceinline__ void keys_backward(const T* qkv, u32 qkv_ld, const float* lse, u32 lse_ld,
-                                              const float* delta, u32 delta_ld, KeepBits keep, const T* d_o,
-                                              u32 d_o_ld, T* d_qkv, u32 d_qkv_ld, float scale, u32 tokens,
-                                              u32 heads, u32 head_size) {
-  const u32 tiles = ceil_div(tokens, ROWS), first = blockIdx.x % tiles * ROWS, width = heads * head_size;
+__device__ __forceinline__ void keys_backward(const AttentionBackwardArgs<T>& args) {
+  const u32 tokens = args.tokens, heads = args.heads, head_size = args.head_size;
+  const u32 qkv_ld = args.qkv.ld, d_o_ld = args.d_o.ld, d_qkv_ld = args.d_qkv.ld;
+  const float scale = args.scale;
+  const u32 tiles = args.tiles, first = blockIdx.x % tiles * ROWS, width = heads * head_size;
   const HeadPlace head(blockIdx.x / tiles, tokens, heads, head_size);
-  const T* q = qkv + head.row * qkv_ld + head.column;
-  d_o += head.row * d_o_ld + head.column;
+  const KeepBits keep(args, blockIdx.x / tiles);
+  const T* q = args.qkv.at + head.row * qkv_ld + head.column;
+  const T* d_o = args.d_o.at + head.row * d_o_ld + head.column;
   const PlainTile keys(0, head_size), values(1, head_size), queries(2, head_size), d_out(3, head_size);
   const ScoreTile weights(d_out, 0), gradients(d_out, 1);
   keys.load(q + width + size_t(first) * qkv_ld, qkv_ld, tokens - first, head_size);
@@ -301,9 +307,9 @@ __device__ __forceinline__ void keys_backward(const T* qkv, u32 qkv_ld, const fl
     for (u32 j = 0; j < 2; ++j) {
       const u32 column = query + thread_x() + 16 * j;
       const bool exists = column < tokens;
-      const float its_lse = exists ? lse[head.index * lse_ld + column] : INFINITY;
-      const float its_delta = exists ? delta[head.index * delta_ld + column] : 0.0f;
-      const u32 kept = keep ? keep.word(head.index, column, first, tokens) : 0;
+      const float its_lse = exists ? args.lse.at[head.index * args.lse.ld + column] : INFINITY;
+      const float its_delta = exists ? args.delta.at[head.index * args.delta.ld + column] : 0.0f;
+      const u32 kept = keep ? keep.word(column, first, tokens) : 0;
 #pragma unroll
       for (u32 i = 0; i < 4; ++i) {
         const float weight = expf(p[i][j] * scale - its_lse);
@@ -319,7 +325,7 @@ __device__ __forceinline__ void keys_backward(const T* qkv, u32 qkv_ld, const fl
     d_k.add(gradients, queries, head_size);
   }
   float factor[4] = {scale, scale, scale, scale};
-  T* to = d_qkv + (head.row + first) * d_qkv_ld + head.column;
+  T* to = args.d_qkv.at + (head.row + first) * d_qkv_ld + head.column;
   d_k.store(to + width, d_qkv_ld, tokens - first, head_size, factor);
   for (u32 i = 0; i < 4; ++i) factor[i] = keep ? keep.scale : 1.0f;
   d_v.store(to + 2 * width, d_qkv_ld, tokens - first, head_size, factor);
@@ -327,26 +333,15 @@ __device__ __forceinline__ void keys_backward(const T* qkv, u32 qkv_ld, const fl
 
 }  // namespace
 
-#define PLAIN(suffix, T)                                                                                     \
-  KERNEL(attention_forward_##suffix, 128, 2)                                                                 \
-  (const T* qkv, u32 qkv_ld, T* o, u32 o_ld, float* lse, u32 lse_ld, const u32* keep, float keep_scale,      \
-   float scale, u32 tokens, u32 heads, u32 head_size) {                                                      \
-    forward<T>(qkv, qkv_ld, o, o_ld, lse, lse_ld, KeepBits{keep, keep_scale}, scale, tokens, heads,          \
-               head_size);                                                                                   \
-  }                                                                                                          \
-  KERNEL(attention_backward_queries_##suffix, 128, 2)                                                        \
-  (const T* qkv, u32 qkv_ld, const T* o, u32 o_ld, const float* lse, u32 lse_ld, float* delta, u32 delta_ld, \
-   const u32* keep, float keep_scale, const T* d_o, u32 d_o_ld, T* d_qkv, u32 d_qkv_ld, float scale,         \
-   u32 tokens, u32 heads, u32 head_size) {                                                                   \
-    queries_backward<T>(qkv, qkv_ld, o, o_ld, lse, lse_ld, delta, delta_ld, KeepBits{keep, keep_scale}, d_o, \
-                        d_o_ld, d_qkv, d_qkv_ld, scale, tokens, heads, head_size);                           \
-  }                                                                                                          \
-  KERNEL(attention_backward_keys_##suffix, 128, 2)                                                           \
-  (const T* qkv, u32 qkv_ld, const float* lse, u32 lse_ld, const float* delta, u32 delta_ld,                 \
-   const u32* keep, float keep_scale, const T* d_o, u32 d_o_ld, T* d_qkv, u32 d_qkv_ld, float scale,         \
-   u32 tokens, u32 heads, u32 head_size) {                                                                   \
-    keys_backward<T>(qkv, qkv_ld, lse, lse_ld, delta, delta_ld, KeepBits{keep, keep_scale}, d_o, d_o_ld,     \
-                     d_qkv, d_qkv_ld, scale, tokens, heads, head_size);                                      \
+#define PLAIN(suffix, T)                                                                \
+  KERNEL(attention_forward_##suffix, 128, 2)(ARGS(AttentionArgs<T>)) {                  \
+    forward(args);                                                                      \
+  }                                                                                     \
+  KERNEL(attention_backward_queries_##suffix, 128, 2)(ARGS(AttentionBackwardArgs<T>)) { \
+    queries_backward(args);                                                             \
+  }                                                                                     \
+  KERNEL(attention_backward_keys_##suffix, 128, 2)(ARGS(AttentionBackwardArgs<T>)) {    \
+    keys_backward(args);                                                                \
   }
 
 PLAIN(f32, float)

@@ -196,17 +196,62 @@ struct HeadPlace {
   }
 };
 
-// Dropout of probabilities: one bit per query and key, set where the probability is kept (`attention_keep`).
+// `keep`: which probabilities dropout keeps (`attention_keep`), or null. `tiles`: blocks that share the rows of a head.
+template <typename T>
+struct AttentionArgs {
+  View<const T> qkv;
+  View<T> o;
+  View<float> lse;
+  const u32* keep;
+  float keep_scale, scale;
+  u32 tokens, heads, head_size, tiles;
+};
+// `delta` has no rows where one block owns a head. `bias_parts` is null where no bias is trained.
+template <typename T>
+struct AttentionBackwardArgs {
+  View<const T> qkv;
+  View<const T> o;
+  View<const float> lse;
+  View<float> delta;
+  const u32* keep;
+  float keep_scale, scale;
+  View<const T> d_o;
+  View<T> d_qkv;
+  float* bias_parts;
+  u32 tokens, heads, head_size, tiles;
+};
+
+// Dropout of a head's probabilities: one bit per query and key, set where the probability is kept.
 struct KeepBits {
-  const u32* words;  // [B, H, T, ceil_div(T, 32)], or null: everything is kept
+  const u32* words;  // [T, ceil_div(T, 32)] of the head, or null: everything is kept
   float scale;       // 1 / (1 - rate)
 
+  // `head`: image·H + head.
+  template <typename Args>
+  __device__ __forceinline__ KeepBits(const Args& args, u32 head) : words(args.keep), scale(args.keep_scale) {
+    if (words) words += size_t(head) * args.tokens * ceil_div(args.tokens, 32);
+  }
   __device__ __forceinline__ explicit operator bool() const {
     return words != nullptr;
   }
   // Bits of keys 32·(key / 32) .. of a query; queries past the last token read the last one's.
-  __device__ __forceinline__ u32 word(size_t head, u32 query, u32 key, u32 tokens) const {
+  __device__ __forceinline__ u32 word(u32 query, u32 key, u32 tokens) const {
     const u32 row = query < tokens ? query : tokens - 1;
-    return words[(head * tokens + row) * ceil_div(tokens, 32) + key / 32];
+    return words[row * ceil_div(tokens, 32) + key / 32];
+  }
+};
+
+// The same without dropout. Hot kernels are compiled for both, so that no loop tests for dropout.
+struct KeepAll {
+  static constexpr float scale = 1.0f;
+
+  template <typename Args>
+  __device__ __forceinline__ KeepAll(const Args&, u32) {
+  }
+  __device__ __forceinline__ explicit constexpr operator bool() const {
+    return false;
+  }
+  __device__ __forceinline__ constexpr u32 word(u32, u32, u32) const {
+    return ~0u;
   }
 };

@@ -12,54 +12,60 @@
 #include "reduce.cuh"
 
 template <typename T>
-__device__ __forceinline__ void column_sums(const T* x, u32 ld, u32 rows, u32 columns, float* partials,
-                                            u32 pitch) {
+struct ColumnSumsArgs {
+  View<const T> x;
+  float* partials;
+  u32 pitch;
+};
+struct SumPartialsArgs {
+  const float* partials;
+  u32 count, stride, pitch, columns;
+  float* out[3];  // destinations of up to three sums; null: not needed
+  u32 add;        // to out; 0: assign
+};
+
+template <typename T>
+__device__ __forceinline__ void column_sums(const ColumnSumsArgs<T>& args) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 first = blockIdx.x * COLUMN_STRETCH;
-  u32 column = first + lane * VEC, n = valid8(column, columns);
+  u32 column = first + lane * VEC, n = valid8(column, args.x.cols);
   float sum[VEC] = {};
 #pragma unroll 4
-  for (u32 row = blockIdx.y * COLUMN_WARPS + warp; row < rows; row += gridDim.y * COLUMN_WARPS) {
+  for (u32 row = blockIdx.y * COLUMN_WARPS + warp; row < args.x.rows; row += gridDim.y * COLUMN_WARPS) {
     float v[VEC];
-    load8_stream(row_of(x, row, ld) + column, n, v);
+    load8_stream(row_of(args.x, row) + column, n, v);
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) sum[i] += v[i];
   }
   float* scratch = reinterpret_cast<float*>(smem_base());
-  store_column_sums(sum, scratch, row_of(partials, blockIdx.y, pitch), first, columns);
+  store_column_sums(sum, scratch, row_of(args.partials, blockIdx.y, args.pitch), first, args.x.cols);
 }
 
-KERNEL(column_sums_bf16, 256, 4)(const bf16* x, u32 ld, u32 rows, u32 columns, float* partials, u32 pitch) {
-  column_sums<bf16>(x, ld, rows, columns, partials, pitch);
+KERNEL(column_sums_bf16, 256, 4)(ARGS(ColumnSumsArgs<bf16>)) {
+  column_sums(args);
 }
-KERNEL(column_sums_f32, 256, 4)(const float* x, u32 ld, u32 rows, u32 columns, float* partials, u32 pitch) {
-  column_sums<float>(x, ld, rows, columns, partials, pitch);
+KERNEL(column_sums_f32, 256, 4)(ARGS(ColumnSumsArgs<float>)) {
+  column_sums(args);
 }
-
-// Destinations of up to three sums; null: not needed.
-struct SumOutputs {
-  float* out[3];
-};
 
 // Sum number blockIdx.y: `count` partials, `stride` elements apart; the sums of a partial are `pitch` elements apart.
-KERNEL(sum_partials, 256, 4)(const float* partials, u32 count, u32 stride, u32 pitch, u32 columns,
-                             SumOutputs outputs, u32 accumulate) {
-  float* out = blockIdx.y == 0 ? outputs.out[0] : blockIdx.y == 1 ? outputs.out[1] : outputs.out[2];
+KERNEL(sum_partials, 256, 4)(ARGS(SumPartialsArgs)) {
+  float* out = blockIdx.y == 0 ? args.out[0] : blockIdx.y == 1 ? args.out[1] : args.out[2];
   if (!out) return;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 column = blockIdx.x * WARP + lane;
   float* scratch = reinterpret_cast<float*>(smem_base());
-  const float* mine = partials + blockIdx.y * pitch + column;
+  const float* mine = args.partials + blockIdx.y * args.pitch + column;
   float sum = 0.0f;
-  if (column < columns) {
+  if (column < args.columns) {
 #pragma unroll 4
-    for (u32 p = warp; p < count; p += COLUMN_WARPS) sum += mine[static_cast<u64>(p) * stride];
+    for (u32 p = warp; p < args.count; p += COLUMN_WARPS) sum += mine[static_cast<u64>(p) * args.stride];
   }
   scratch[threadIdx.x] = sum;
   block_sync();
-  if (warp == 0 && column < columns) {
+  if (warp == 0 && column < args.columns) {
     float total = scratch[lane];
     for (u32 w = 1; w < COLUMN_WARPS; ++w) total += scratch[w * WARP + lane];
-    out[column] = accumulate ? out[column] + total : total;
+    out[column] = args.add ? out[column] + total : total;
   }
 }

@@ -40,37 +40,67 @@ __device__ __forceinline__ void add8(const float* p, u32 n, float (&v)[VEC]) {
 }
 
 template <typename T>
-__device__ __forceinline__ void embed(const StepParams* params, const EmbedShape& s, MaskArgs dropout, T* x,
-                                      u32 ld, const float* bias, const float* extra0, const float* extra1,
-                                      const float* posemb, u32 posemb_ld) {
+struct EmbedArgs {
+  const StepParams* params;
+  EmbedShape shape;
+  MaskArgs dropout;
+  View<T> x;
+  const float* bias;
+  const float* extra0;  // extra tokens; null: not that many
+  const float* extra1;
+  View<const float> posemb;
+};
+// `partials` is null if no parameter is trained. d_y is written where dropout makes it differ from d_x.
+template <typename S, typename T>
+struct EmbedBackwardArgs {
+  const StepParams* params;
+  EmbedShape shape;
+  MaskArgs dropout;
+  View<const S> d_x;
+  View<T> d_y;
+  float* partials;
+  u32 pitch;
+};
+// A gradient that is not trained is null.
+struct EmbedGradientsArgs {
+  EmbedShape shape;
+  float* partials;
+  u32 pitch, slices;
+  float* d_extra0;
+  float* d_extra1;
+  View<float> d_posemb;
+  u32 add;  // to the gradients; 0: assign
+};
+
+template <typename T>
+__device__ __forceinline__ void embed(const EmbedArgs<T>& args) {
+  const EmbedShape& s = args.shape;
   Place at = place_of_thread(s.samples * s.tokens, s.width);
   if (at.n == 0) return;
   u32 sample = at.row / s.tokens, token = at.row % s.tokens;
-  T* p = row_of(x, at.row, ld) + at.column;
+  T* p = at_place(args.x, at);
   float v[VEC];
   load8(p, at.n, v);
-  const float* joins = token >= s.extra ? bias : token == 0 ? extra0 : extra1;
+  const float* joins = token >= s.extra ? args.bias : token == 0 ? args.extra0 : args.extra1;
   if (joins) add8(joins + at.column, at.n, v);
-  if (token >= s.posemb_first) add8(row_of(posemb, token - s.posemb_first, posemb_ld) + at.column, at.n, v);
-  drop8(bind_mask(dropout, params), sample, token, s.width, at.column, v);
+  if (token >= s.posemb_first) add8(row_of(args.posemb, token - s.posemb_first) + at.column, at.n, v);
+  drop8(bind_mask(args.dropout, args.params), sample, token, s.width, at.column, v);
   store8(p, at.n, v);
 }
 
-// Slice blockIdx.y of gridDim.y of the batch. `partials` is null if no parameter is trained. d_y is written where
-// dropout makes it differ from d_x.
+// Slice blockIdx.y of gridDim.y of the batch.
 template <typename S, typename T>
-__device__ __forceinline__ void embed_backward(const StepParams* params, const EmbedShape& s, MaskArgs dropout,
-                                               const S* d_x, u32 ld, T* d_y, u32 ld_dy, float* partials,
-                                               u32 pitch) {
+__device__ __forceinline__ void embed_backward(const EmbedBackwardArgs<S, T>& args) {
+  const EmbedShape& s = args.shape;
   Place at = place_of_thread(s.tokens, s.width);
   if (at.n == 0) return;
   u32 token = at.row;
   u32 begin = static_cast<u32>(static_cast<u64>(s.samples) * blockIdx.y / gridDim.y);
   u32 end = static_cast<u32>(static_cast<u64>(s.samples) * (blockIdx.y + 1) / gridDim.y);
-  const S* column = row_of(d_x, token, ld) + at.column;
-  u64 per_sample = static_cast<u64>(s.tokens) * ld;
+  const S* column = at_place(args.d_x, at);
+  u64 per_sample = static_cast<u64>(s.tokens) * args.d_x.ld;
   float sum[VEC] = {};
-  if (dropout.rate == 0.0f) {
+  if (args.dropout.rate == 0.0f) {
 #pragma unroll 4
     for (u32 sample = begin; sample < end; ++sample) {
       float v[VEC];
@@ -79,34 +109,31 @@ __device__ __forceinline__ void embed_backward(const StepParams* params, const E
       for (u32 i = 0; i < VEC; ++i) sum[i] += v[i];
     }
   } else {
-    Mask mask = bind_mask(dropout, params);
+    Mask mask = bind_mask(args.dropout, args.params);
     for (u32 sample = begin; sample < end; ++sample) {
       float v[VEC];
       load8(column + sample * per_sample, at.n, v);
       drop8(mask, sample, token, s.width, at.column, v);
-      store8(row_of(d_y, sample * s.tokens + token, ld_dy) + at.column, at.n, v);
+      store8(row_of(args.d_y, sample * s.tokens + token) + at.column, at.n, v);
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) sum[i] += v[i];
     }
   }
-  if (partials) store8(row_of(partials, blockIdx.y * s.tokens + token, pitch) + at.column, VEC, sum);
+  if (!args.partials) return;
+  store8(row_of(args.partials, blockIdx.y * s.tokens + token, args.pitch) + at.column, VEC, sum);
 }
 
-__device__ __forceinline__ void put(float* p, float v, u32 accumulate) {
-  *p = accumulate ? *p + v : v;
+__device__ __forceinline__ void put(float* p, float v, u32 add) {
+  *p = add ? *p + v : v;
 }
 
-#define EMBED(suffix, T)                                                                                   \
-  KERNEL(embed_##suffix, 256, 4)(const StepParams* params, EmbedShape shape, MaskArgs dropout, T* x, u32 ld, \
-                                 const float* bias, const float* extra0, const float* extra1,              \
-                                 const float* posemb, u32 posemb_ld) {                                     \
-    embed<T>(params, shape, dropout, x, ld, bias, extra0, extra1, posemb, posemb_ld);                       \
+#define EMBED(suffix, T)                               \
+  KERNEL(embed_##suffix, 256, 4)(ARGS(EmbedArgs<T>)) { \
+    embed(args);                                       \
   }
-#define EMBED_BACKWARD(suffix, S, T)                                                                      \
-  KERNEL(embed_backward_##suffix, 256, 4)(const StepParams* params, EmbedShape shape, MaskArgs dropout,     \
-                                          const S* d_x, u32 ld, T* d_y, u32 ld_dy, float* partials,       \
-                                          u32 pitch) {                                                    \
-    embed_backward(params, shape, dropout, d_x, ld, d_y, ld_dy, partials, pitch);                          \
+#define EMBED_BACKWARD(suffix, S, T)                                       \
+  KERNEL(embed_backward_##suffix, 256, 4)(ARGS(EmbedBackwardArgs<S, T>)) { \
+    embed_backward(args);                                                  \
   }
 
 EMBED(bf16, bf16)
@@ -117,18 +144,19 @@ EMBED_BACKWARD(f32_bf16, float, bf16)
 
 // Adds the slices of each token's column, writes the sum to the gradients (null: not trained) and leaves it in slice 0
 // for the bias. One thread per column of a token.
-KERNEL(embed_gradients, 256, 4)(EmbedShape shape, float* partials, u32 pitch, u32 slices, float* d_extra0,
-                                float* d_extra1, float* d_posemb, u32 posemb_ld, u32 accumulate) {
+KERNEL(embed_gradients, 256, 4)(ARGS(EmbedGradientsArgs)) {
+  const EmbedShape& shape = args.shape;
   u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   u32 token = index / shape.width, column = index % shape.width;
   if (token >= shape.tokens) return;
-  float* first = row_of(partials, token, pitch) + column;
+  float* first = row_of(args.partials, token, args.pitch) + column;
   float sum = *first;
-  for (u32 slice = 1; slice < slices; ++slice) sum += first[static_cast<u64>(slice) * shape.tokens * pitch];
+  for (u32 slice = 1; slice < args.slices; ++slice)
+    sum += first[static_cast<u64>(slice) * shape.tokens * args.pitch];
   *first = sum;
-  float* d_extra = token == 0 ? d_extra0 : d_extra1;
-  if (token < shape.extra && d_extra) put(d_extra + column, sum, accumulate);
-  if (token >= shape.posemb_first && d_posemb) {
-    put(row_of(d_posemb, token - shape.posemb_first, posemb_ld) + column, sum, accumulate);
+  float* d_extra = token == 0 ? args.d_extra0 : args.d_extra1;
+  if (token < shape.extra && d_extra) put(d_extra + column, sum, args.add);
+  if (token >= shape.posemb_first && args.d_posemb.at) {
+    put(row_of(args.d_posemb, token - shape.posemb_first) + column, sum, args.add);
   }
 }

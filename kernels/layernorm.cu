@@ -7,8 +7,8 @@
 //           bias: db = Σ_R of the matrix that the next product reads as its d_y: d_branch, or d_sum without a join.
 // Tensors   x d_sum base, the residual stream, [R, D] in S   y d_y branch d_branch [R, D] in T: S and T are one
 //           type, or f32 and bf16   mean rstd f32 [R]   γ β layer_scale f32 [D]
-//           partials f32 [blocks, 2 or 3 (γ, β, b), pitch], pitch = D rounded up to 8. d_sum is read unless
-//           `fresh`.
+//           partials f32 [blocks, 2 or 3 (γ, β, b), pitch], pitch = D rounded up to 8. d_sum is read where it is
+//           added to.
 // Numerics  f32, two passes over registers. In a row far from zero, the rounding error of the mean is too large
 //           compared with the deviation. Both passes measure the residual of the rounded mean, avg(x - mean), and
 //           subtract it. A joined sum is normalised as stored, so that the backward sees the same values. Where S is
@@ -21,8 +21,8 @@
 //           memory per value cost a tenth of its bandwidth (an estimate).
 //           y in f32 and D > 1280 use the `_wide` kernels: a warp per row that reads it several times through L1,
 //           and `layernorm_gradients`, in which lanes own columns, for dγ and dβ.
-// Bytes     per value of bf16: forward 4 (join 8), backward 8, or 6 fresh (join + 2), 8R of statistics, and
-//           the partials. With the stream in f32: forward 6 (join 12), backward 14, or 10 fresh (join + 2).
+// Bytes     per value of bf16: forward 4 (join 8), backward 8, or 6 if assigned (join + 2), 8R of statistics, and
+//           the partials. With the stream in f32: forward 6 (join 12), backward 14, or 10 if assigned (join + 2).
 // Order     rows of a warp, warps, blocks (`sum_partials`): fixed by the launch shape.
 // Source    Ba et al. 2016, arXiv:1607.06450. Two-stage γ and β gradients with columns owned by lanes: Apex,
 //           llm.c.
@@ -143,19 +143,43 @@ __device__ __forceinline__ void fetch_row(const T* x, u32 columns, Raw8<T> (&raw
   }
 }
 
+template <typename S, typename T>
+struct LayerNormArgs {
+  View<const S> x;
+  const float* gamma;
+  const float* beta;
+  float eps;
+  View<T> y;
+  float* mean;
+  float* rstd;
+};
+template <typename S>
+struct LayerNormJoinArgs {
+  const StepParams* params;
+  BranchArgs branch_args;
+  View<const S> base;
+  View<const bf16> branch;
+  View<S> sum;
+  const float* gamma;
+  const float* beta;
+  float eps;
+  View<bf16> y;
+  float* mean;
+  float* rstd;
+};
+
 // AHEAD rows are being loaded while one is processed: with narrow rows, memory would otherwise be idle between
 // requests.
 template <u32 STRETCHES, u32 AHEAD, typename S>
-__device__ __forceinline__ void layernorm(const S* x, u32 ld_x, const float* gamma, const float* beta,
-                                          float eps, bf16* y, u32 ld_y, float* mean, float* rstd, u32 rows,
-                                          u32 columns) {
+__device__ __forceinline__ void layernorm(const LayerNormArgs<S, bf16>& args) {
+  u32 rows = args.y.rows, columns = args.y.cols;
   u32 stride = gridDim.x * rows_of_block();
   u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP;
-  AffineInRegisters<STRETCHES> affine(gamma, beta, columns);
+  AffineInRegisters<STRETCHES> affine(args.gamma, args.beta, columns);
   Raw8<S> raw[AHEAD][STRETCHES];
 #pragma unroll
   for (u32 a = 0; a < AHEAD; ++a)
-    if (row + a * stride < rows) fetch_row(row_of(x, row + a * stride, ld_x), columns, raw[a]);
+    if (row + a * stride < rows) fetch_row(row_of(args.x, row + a * stride), columns, raw[a]);
   while (row < rows) {
 #pragma unroll
     for (u32 a = 0; a < AHEAD; ++a, row += stride) {
@@ -164,24 +188,21 @@ __device__ __forceinline__ void layernorm(const S* x, u32 ld_x, const float* gam
 #pragma unroll
       for (u32 j = 0; j < STRETCHES; ++j) unpack8(raw[a][j], v[j]);
       u32 next = row + AHEAD * stride;
-      if (next < rows) fetch_row(row_of(x, next, ld_x), columns, raw[a]);
-      normalise_row(v, affine, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
+      if (next < rows) fetch_row(row_of(args.x, next), columns, raw[a]);
+      normalise_row(v, affine, args.eps, row_of(args.y, row), args.mean, args.rstd, row, columns);
     }
   }
 }
 
 template <u32 STRETCHES, typename S>
-__device__ __forceinline__ void layernorm_join(const StepParams* params, const BranchArgs& args,
-                                               const S* base, u32 ld_base, const bf16* branch, u32 ld_branch,
-                                               S* sum, u32 ld_sum, const float* gamma,
-                                               const float* beta, float eps, bf16* y, u32 ld_y, float* mean,
-                                               float* rstd, u32 rows, u32 columns) {
-  Branch b = bind_branch(args, params, columns);
+__device__ __forceinline__ void layernorm_join(const LayerNormJoinArgs<S>& args) {
+  u32 rows = args.y.rows, columns = args.y.cols;
+  Branch b = bind_branch(args.branch_args, args.params, columns);
   u32 stride = gridDim.x * rows_of_block();
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows; row += stride) {
-    const S* base_row = row_of(base, row, ld_base);
-    const bf16* branch_row = row_of(branch, row, ld_branch);
-    S* sum_row = row_of(sum, row, ld_sum);
+    const S* base_row = row_of(args.base, row);
+    const bf16* branch_row = row_of(args.branch, row);
+    S* sum_row = row_of(args.sum, row);
     Raw8<S> bases[STRETCHES];
     Raw8<bf16> branches[STRETCHES];
 #pragma unroll
@@ -204,20 +225,20 @@ __device__ __forceinline__ void layernorm_join(const StepParams* params, const B
       round8<S>(v[j]);
       if (n > 0) store8(sum_row + column, n, v[j]);
     }
-    normalise_row(v, AffineInMemory{gamma, beta}, eps, row_of(y, row, ld_y), mean, rstd, row, columns);
+    normalise_row(v, AffineInMemory{args.gamma, args.beta}, args.eps, row_of(args.y, row), args.mean,
+                  args.rstd, row, columns);
   }
 }
 
 // Any width: the row is read three times, once from memory.
 template <typename S, typename T>
-__device__ __forceinline__ void layernorm_wide(const S* x, u32 ld_x, const float* gamma, const float* beta,
-                                               float eps, T* y, u32 ld_y, float* mean, float* rstd, u32 rows,
-                                               u32 columns) {
+__device__ __forceinline__ void layernorm_wide(const LayerNormArgs<S, T>& args) {
+  u32 rows = args.y.rows, columns = args.y.cols;
   float inverse = 1.0f / static_cast<float>(columns);
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
        row += gridDim.x * rows_of_block()) {
-    const S* in = row_of(x, row, ld_x);
-    T* out = row_of(y, row, ld_y);
+    const S* in = row_of(args.x, row);
+    T* out = row_of(args.y, row);
     float total = 0.0f, v[VEC];
     for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
       load8(in + column, valid8(column, columns), v);
@@ -236,12 +257,12 @@ __device__ __forceinline__ void layernorm_wide(const S* x, u32 ld_x, const float
         squares = fmaf(off, off, squares);
       }
     }
-    RowStats stats = row_stats(near, off_sum, squares, inverse, eps);
-    store_stats(stats, mean, rstd, row);
+    RowStats stats = row_stats(near, off_sum, squares, inverse, args.eps);
+    store_stats(stats, args.mean, args.rstd, row);
     for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
       u32 n = valid8(column, columns);
       load8(in + column, n, v);
-      store_normalised(v, stats, AffineInMemory{gamma, beta}, 0, out, column, n);
+      store_normalised(v, stats, AffineInMemory{args.gamma, args.beta}, 0, out, column, n);
     }
   }
 }
@@ -309,35 +330,69 @@ __device__ __forceinline__ auto* handed_on(S* d_sum, bf16* d_branch) {
     return d_sum;
 }
 
+// `params`, `branch_args` and `d_branch` are read where there is a branch. `partials` is null if nothing is trained.
+template <typename S>
+struct LayerNormBackwardArgs {
+  const StepParams* params;
+  BranchArgs branch_args;
+  View<const bf16> d_y;
+  View<const S> x;
+  const float* gamma;
+  const float* mean;
+  const float* rstd;
+  View<S> d_sum;
+  u32 add;  // to d_sum; 0: assign
+  View<bf16> d_branch;
+  float* partials;
+  u32 pitch;
+};
+template <typename S, typename T>
+struct LayerNormWideBackwardArgs {
+  View<const T> d_y;
+  View<const S> x;
+  const float* gamma;
+  const float* mean;
+  const float* rstd;
+  View<S> d_sum;
+  u32 add;  // to d_sum; 0: assign
+  float* rests;
+};
+template <typename S, typename T>
+struct LayerNormGradientsArgs {
+  View<const T> d_y;
+  View<const S> x;
+  const float* mean;
+  const float* rstd;
+  const float* rests;
+  float* partials;
+  u32 pitch;
+};
+
 // JOIN: `d_branch` gets its share of d_sum, rounded as stored; a trained LayerScale uses `residual_scale_backward`
 // instead. BIAS: a product with a trained bias reads d_branch, or d_sum.
 template <u32 STRETCHES, bool JOIN, bool BIAS, typename S>
-__device__ __forceinline__ void layernorm_backward(const StepParams* params, const BranchArgs& args,
-                                                   const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,
-                                                   const float* gamma, const float* mean, const float* rstd,
-                                                   S* d_sum, u32 ld_sum, u32 fresh, bf16* d_branch,
-                                                   u32 ld_branch, u32 rows, u32 columns, float* partials,
-                                                   u32 pitch) {
+__device__ __forceinline__ void layernorm_backward(const LayerNormBackwardArgs<S>& args) {
+  u32 rows = args.d_y.rows, columns = args.d_y.cols, pitch = args.pitch;
   // Three stretches of f32 would not fit next to the rest.
   constexpr bool SUMS_EARLY = STRETCHES * sizeof(Raw8<S>) <= 80;
   // With the sums there are no registers for the bound branch: it is bound again for each row.
   constexpr bool BOUND_ONCE = JOIN && !BIAS;
   Branch branch = {};
-  if constexpr (BOUND_ONCE) branch = bind_branch(args, params, columns);
+  if constexpr (BOUND_ONCE) branch = bind_branch(args.branch_args, args.params, columns);
   BiasSums<STRETCHES> d_bias;
   if constexpr (BIAS) d_bias.clear();
   float inverse = 1.0f / static_cast<float>(columns);
   float d_gamma[STRETCHES][VEC] = {}, d_beta[STRETCHES][VEC] = {};
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
        row += gridDim.x * rows_of_block()) {
-    const S* x_row = row_of(x, row, ld_x);
-    const bf16* d_y_row = row_of(d_y, row, ld_dy);
-    S* d_sum_row = row_of(d_sum, row, ld_sum);
+    const S* x_row = row_of(args.x, row);
+    const bf16* d_y_row = row_of(args.d_y, row);
+    S* d_sum_row = row_of(args.d_sum, row);
     Raw8<S> xs[STRETCHES], sums[STRETCHES];
     Raw8<bf16> ds[STRETCHES];
     fetch_row(x_row, columns, xs);
     fetch_row(d_y_row, columns, ds);
-    float row_mean = mean[row], row_rstd = rstd[row];
+    float row_mean = args.mean[row], row_rstd = args.rstd[row];
 
     float off_sum = 0.0f, u_sum = 0.0f, u_off_sum = 0.0f;
 #pragma unroll
@@ -346,7 +401,7 @@ __device__ __forceinline__ void layernorm_backward(const StepParams* params, con
       float v[VEC], d[VEC], g[VEC];
       unpack8(xs[j], v);
       unpack8(ds[j], d);
-      load8(gamma + column, n, g);
+      load8(args.gamma + column, n, g);
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) {
         float off = i < n ? v[i] - row_mean : 0.0f, u = d[i] * g[i];
@@ -360,11 +415,11 @@ __device__ __forceinline__ void layernorm_backward(const StepParams* params, con
 #pragma unroll
       for (u32 j = 0; j < STRETCHES; ++j) {
         u32 column = column_of(j);
-        sums[j] = fetch8(d_sum_row + column, fresh ? 0 : held<STRETCHES>(j, column, columns));
+        sums[j] = fetch8(d_sum_row + column, args.add ? held<STRETCHES>(j, column, columns) : 0);
       }
     }
     RowGrad grad = row_grad(row_mean, row_rstd, off_sum, u_sum, u_off_sum, inverse);
-    if constexpr (JOIN && !BOUND_ONCE) branch = bind_branch(args, params, columns);
+    if constexpr (JOIN && !BOUND_ONCE) branch = bind_branch(args.branch_args, args.params, columns);
     float path = JOIN ? path_factor(branch, row) : 1.0f;
 
 #pragma unroll
@@ -375,9 +430,9 @@ __device__ __forceinline__ void layernorm_backward(const StepParams* params, con
       float v[VEC], d[VEC], g[VEC], s[VEC];
       unpack8(xs[j], v);
       unpack8(ds[j], d);
-      if (!SUMS_EARLY) sums[j] = fetch8(d_sum_row + column, fresh ? 0 : n);
+      if (!SUMS_EARLY) sums[j] = fetch8(d_sum_row + column, args.add ? n : 0);
       unpack8(sums[j], s);
-      load8(gamma + column, n, g);
+      load8(args.gamma + column, n, g);
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) {
         s[i] += d_x(grad, v[i], d[i] * g[i]);
@@ -392,7 +447,7 @@ __device__ __forceinline__ void layernorm_backward(const StepParams* params, con
 #pragma unroll
         for (u32 i = 0; i < VEC; ++i) s[i] *= f[i];
       }
-      auto* to = handed_on<JOIN>(d_sum_row, d_branch + static_cast<u64>(row) * ld_branch) + column;
+      auto* to = handed_on<JOIN>(d_sum_row, row_of(args.d_branch, row)) + column;
       if constexpr (BIAS) {
         vec4 packed = pack8(s);
         store8_packed(to, n, packed);
@@ -402,9 +457,9 @@ __device__ __forceinline__ void layernorm_backward(const StepParams* params, con
       }
     }
   }
-  if (!partials) return;
+  if (!args.partials) return;
   float* scratch = reinterpret_cast<float*>(smem_base());
-  float* mine = partials + static_cast<u64>(blockIdx.x) * (BIAS ? 3 : 2) * pitch;
+  float* mine = args.partials + static_cast<u64>(blockIdx.x) * (BIAS ? 3 : 2) * pitch;
   if constexpr (BIAS) d_bias.store(mine + 2 * pitch, columns);
 #pragma unroll
   for (u32 j = 0; j < STRETCHES; ++j) {
@@ -415,23 +470,21 @@ __device__ __forceinline__ void layernorm_backward(const StepParams* params, con
 
 // Any width: d_sum only, and the residual of each row's rounded mean, for `layernorm_gradients`.
 template <typename S, typename T>
-__device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy, const S* x, u32 ld_x,
-                                                        const float* gamma, const float* mean,
-                                                        const float* rstd, S* d_sum, u32 ld_sum, u32 fresh,
-                                                        float* rests, u32 rows, u32 columns) {
+__device__ __forceinline__ void layernorm_backward_wide(const LayerNormWideBackwardArgs<S, T>& args) {
+  u32 rows = args.d_y.rows, columns = args.d_y.cols;
   float inverse = 1.0f / static_cast<float>(columns);
   for (u32 row = blockIdx.x * rows_of_block() + threadIdx.x / WARP; row < rows;
        row += gridDim.x * rows_of_block()) {
-    const S* x_row = row_of(x, row, ld_x);
-    const T* d_y_row = row_of(d_y, row, ld_dy);
-    S* d_sum_row = row_of(d_sum, row, ld_sum);
-    float row_mean = mean[row], v[VEC], d[VEC], g[VEC], s[VEC];
+    const S* x_row = row_of(args.x, row);
+    const T* d_y_row = row_of(args.d_y, row);
+    S* d_sum_row = row_of(args.d_sum, row);
+    float row_mean = args.mean[row], v[VEC], d[VEC], g[VEC], s[VEC];
     float off_sum = 0.0f, u_sum = 0.0f, u_off_sum = 0.0f;
     for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
       u32 n = valid8(column, columns);
       load8(x_row + column, n, v);
       load8(d_y_row + column, n, d);
-      load8(gamma + column, n, g);
+      load8(args.gamma + column, n, g);
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) {
         float off = i < n ? v[i] - row_mean : 0.0f, u = d[i] * g[i];
@@ -440,14 +493,14 @@ __device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy,
         u_off_sum = fmaf(u, off, u_off_sum);
       }
     }
-    RowGrad grad = row_grad(row_mean, rstd[row], off_sum, u_sum, u_off_sum, inverse);
-    if (threadIdx.x % WARP == 0 && rests) rests[row] = grad.rest;
+    RowGrad grad = row_grad(row_mean, args.rstd[row], off_sum, u_sum, u_off_sum, inverse);
+    if (threadIdx.x % WARP == 0 && args.rests) args.rests[row] = grad.rest;
     for (u32 column = column_of(0); column < columns; column += COLUMN_STRETCH) {
       u32 n = valid8(column, columns);
       load8(x_row + column, n, v);
       load8(d_y_row + column, n, d);
-      load8(gamma + column, n, g);
-      load8(d_sum_row + column, fresh ? 0 : n, s);
+      load8(args.gamma + column, n, g);
+      load8(d_sum_row + column, args.add ? n : 0, s);
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) s[i] += d_x(grad, v[i], d[i] * g[i]);
       store8(d_sum_row + column, n, s);
@@ -457,18 +510,17 @@ __device__ __forceinline__ void layernorm_backward_wide(const T* d_y, u32 ld_dy,
 
 // dγ and dβ of any width: partials of slice blockIdx.y of the rows.
 template <typename S, typename T>
-__device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, const S* x, u32 ld_x,
-                                                    const float* mean, const float* rstd, const float* rests,
-                                                    u32 rows, u32 columns, float* partials, u32 pitch) {
+__device__ __forceinline__ void layernorm_gradients(const LayerNormGradientsArgs<S, T>& args) {
+  u32 rows = args.d_y.rows, columns = args.d_y.cols, pitch = args.pitch;
   u32 first = blockIdx.x * COLUMN_STRETCH;
   u32 column = first + threadIdx.x % WARP * VEC, n = valid8(column, columns);
   float d_gamma[VEC] = {}, d_beta[VEC] = {};
   for (u32 row = blockIdx.y * COLUMN_WARPS + threadIdx.x / WARP; row < rows;
        row += gridDim.y * COLUMN_WARPS) {
     float v[VEC], d[VEC];
-    load8(row_of(x, row, ld_x) + column, n, v);
-    load8(row_of(d_y, row, ld_dy) + column, n, d);
-    RowGrad grad = {mean[row], rests[row], rstd[row], 0.0f, 0.0f};
+    load8(row_of(args.x, row) + column, n, v);
+    load8(row_of(args.d_y, row) + column, n, d);
+    RowGrad grad = {args.mean[row], args.rests[row], args.rstd[row], 0.0f, 0.0f};
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) {
       d_gamma[i] = fmaf(d[i], hat(grad, v[i]), d_gamma[i]);
@@ -476,7 +528,7 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
     }
   }
   float* scratch = reinterpret_cast<float*>(smem_base());
-  float* mine = partials + static_cast<u64>(blockIdx.y) * 2 * pitch;
+  float* mine = args.partials + static_cast<u64>(blockIdx.y) * 2 * pitch;
   store_column_sums(d_gamma, scratch, mine, first, columns);
   store_column_sums(d_beta, scratch, mine + pitch, first, columns);
 }
@@ -484,38 +536,22 @@ __device__ __forceinline__ void layernorm_gradients(const T* d_y, u32 ld_dy, con
 // ---- entry points -----------------------------------------------------------------------------------------
 
 // Instance N holds rows of up to 256·N values. Blocks per multiprocessor: as many as the registers of the row allow.
-#define LAYERNORM_BACKWARD_JOIN(kind, suffix, S, N, threads, blocks, bias)                                   \
-  HOT_KERNEL(layernorm_##kind##_##suffix##_##N, threads, blocks)(                                            \
-      const StepParams* params, BranchArgs args, const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x,             \
-      const float* gamma, const float* mean, const float* rstd, S* d_sum, u32 ld_sum, u32 fresh,             \
-      bf16* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                    \
-    layernorm_backward<N, true, bias>(params, args, d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum,    \
-                                      fresh, d_branch, ld_branch, rows, columns, partials, pitch);           \
+#define LAYERNORM_BACKWARD(kind, suffix, S, N, threads, blocks, join, bias)                        \
+  HOT_KERNEL(layernorm_##kind##_##suffix##_##N, threads, blocks)(ARGS(LayerNormBackwardArgs<S>)) { \
+    layernorm_backward<N, join, bias>(args);                                                       \
   }
 
-#define LAYERNORM(suffix, S, N, ahead, forward_threads, forward_blocks, join_threads, join_blocks,           \
-                  backward_threads, backward_blocks)                                                         \
-  HOT_KERNEL(layernorm_##suffix##_##N, forward_threads, forward_blocks)(                                     \
-      const S* x, u32 ld_x, const float* gamma, const float* beta, float eps, bf16* y, u32 ld_y,             \
-      float* mean, float* rstd, u32 rows, u32 columns) {                                                     \
-    layernorm<N, ahead>(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                      \
-  }                                                                                                          \
-  HOT_KERNEL(layernorm_join_##suffix##_##N, join_threads, join_blocks)(                                      \
-      const StepParams* params, BranchArgs args, const S* base, u32 ld_base, const bf16* branch,               \
-      u32 ld_branch, S* sum, u32 ld_sum, const float* gamma, const float* beta, float eps, bf16* y,          \
-      u32 ld_y, float* mean, float* rstd, u32 rows, u32 columns) {                                           \
-    layernorm_join<N>(params, args, base, ld_base, branch, ld_branch, sum, ld_sum, gamma, beta, eps, y, ld_y, \
-                      mean, rstd, rows, columns);                                                            \
-  }                                                                                                          \
-  HOT_KERNEL(layernorm_backward_##suffix##_##N, backward_threads, backward_blocks)(                          \
-      const bf16* d_y, u32 ld_dy, const S* x, u32 ld_x, const float* gamma, const float* mean,               \
-      const float* rstd, S* d_sum, u32 ld_sum, u32 fresh, u32 rows, u32 columns, float* partials,            \
-      u32 pitch) {                                                                                           \
-    layernorm_backward<N, false, false>(nullptr, BranchArgs{}, d_y, ld_dy, x, ld_x, gamma, mean, rstd,       \
-                                        d_sum, ld_sum, fresh, nullptr, 0, rows, columns, partials, pitch);   \
-  }                                                                                                          \
-  LAYERNORM_BACKWARD_JOIN(backward_join, suffix, S, N, backward_threads, backward_blocks, false)             \
-  LAYERNORM_BACKWARD_JOIN(backward_join_bias, suffix, S, N, backward_threads, backward_blocks, true)
+#define LAYERNORM(suffix, S, N, ahead, forward_threads, forward_blocks, join_threads, join_blocks,      \
+                  backward_threads, backward_blocks)                                                    \
+  HOT_KERNEL(layernorm_##suffix##_##N, forward_threads, forward_blocks)(ARGS(LayerNormArgs<S, bf16>)) { \
+    layernorm<N, ahead>(args);                                                                          \
+  }                                                                                                     \
+  HOT_KERNEL(layernorm_join_##suffix##_##N, join_threads, join_blocks)(ARGS(LayerNormJoinArgs<S>)) {    \
+    layernorm_join<N>(args);                                                                            \
+  }                                                                                                     \
+  LAYERNORM_BACKWARD(backward, suffix, S, N, backward_threads, backward_blocks, false, false)           \
+  LAYERNORM_BACKWARD(backward_join, suffix, S, N, backward_threads, backward_blocks, true, false)       \
+  LAYERNORM_BACKWARD(backward_join_bias, suffix, S, N, backward_threads, backward_blocks, true, true)
 
 // Where a row does not leave enough registers for 256 threads, blocks of 192 fit more rows on a multiprocessor; the
 // same where a second prefetched row takes the registers.
@@ -532,37 +568,21 @@ LAYERNORM(f32_bf16, float, 4, 1, 192, 2, 256, 2, 256, 1)
 LAYERNORM(f32_bf16, float, 5, 1, 256, 1, 192, 2, 256, 1)
 
 // With the sums but without a branch: only for a stream that products can read.
-#define LAYERNORM_BIAS(N, threads, blocks)                                                                   \
-  HOT_KERNEL(layernorm_backward_bias_bf16_##N, threads, blocks)(                                             \
-      const bf16* d_y, u32 ld_dy, const bf16* x, u32 ld_x, const float* gamma, const float* mean,            \
-      const float* rstd, bf16* d_sum, u32 ld_sum, u32 fresh, u32 rows, u32 columns, float* partials,         \
-      u32 pitch) {                                                                                           \
-    layernorm_backward<N, false, true>(nullptr, BranchArgs{}, d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, \
-                                       ld_sum, fresh, nullptr, 0, rows, columns, partials, pitch);           \
-  }
+LAYERNORM_BACKWARD(backward_bias, bf16, bf16, 1, 256, 3, false, true)
+LAYERNORM_BACKWARD(backward_bias, bf16, bf16, 2, 256, 2, false, true)
+LAYERNORM_BACKWARD(backward_bias, bf16, bf16, 3, 192, 2, false, true)
+LAYERNORM_BACKWARD(backward_bias, bf16, bf16, 4, 256, 1, false, true)
+LAYERNORM_BACKWARD(backward_bias, bf16, bf16, 5, 256, 1, false, true)
 
-LAYERNORM_BIAS(1, 256, 3)
-LAYERNORM_BIAS(2, 256, 2)
-LAYERNORM_BIAS(3, 192, 2)
-LAYERNORM_BIAS(4, 256, 1)
-LAYERNORM_BIAS(5, 256, 1)
-
-#define LAYERNORM_WIDE(suffix, S, T)                                                                       \
-  KERNEL(layernorm_##suffix##_wide, 256, 4)(const S* x, u32 ld_x, const float* gamma, const float* beta,   \
-                                            float eps, T* y, u32 ld_y, float* mean, float* rstd, u32 rows, \
-                                            u32 columns) {                                                 \
-    layernorm_wide(x, ld_x, gamma, beta, eps, y, ld_y, mean, rstd, rows, columns);                         \
-  }                                                                                                        \
-  KERNEL(layernorm_backward_##suffix##_wide, 256, 4)(                                                      \
-      const T* d_y, u32 ld_dy, const S* x, u32 ld_x, const float* gamma, const float* mean,                \
-      const float* rstd, S* d_sum, u32 ld_sum, u32 fresh, float* rests, u32 rows, u32 columns) {           \
-    layernorm_backward_wide(d_y, ld_dy, x, ld_x, gamma, mean, rstd, d_sum, ld_sum, fresh, rests, rows,     \
-                            columns);                                                                      \
-  }                                                                                                        \
-  KERNEL(layernorm_gradients_##suffix, 256, 4)(const T* d_y, u32 ld_dy, const S* x, u32 ld_x,              \
-                                               const float* mean, const float* rstd, const float* rests,   \
-                                               u32 rows, u32 columns, float* partials, u32 pitch) {        \
-    layernorm_gradients(d_y, ld_dy, x, ld_x, mean, rstd, rests, rows, columns, partials, pitch);           \
+#define LAYERNORM_WIDE(suffix, S, T)                                                          \
+  KERNEL(layernorm_##suffix##_wide, 256, 4)(ARGS(LayerNormArgs<S, T>)) {                      \
+    layernorm_wide(args);                                                                     \
+  }                                                                                           \
+  KERNEL(layernorm_backward_##suffix##_wide, 256, 4)(ARGS(LayerNormWideBackwardArgs<S, T>)) { \
+    layernorm_backward_wide(args);                                                            \
+  }                                                                                           \
+  KERNEL(layernorm_gradients_##suffix, 256, 4)(ARGS(LayerNormGradientsArgs<S, T>)) {          \
+    layernorm_gradients(args);                                                                \
   }
 
 LAYERNORM_WIDE(bf16, bf16, bf16)

@@ -23,7 +23,8 @@
 #include "reduce.cuh"
 #include "step.cuh"
 
-struct LossArgs {
+// How the loss of a sample is computed.
+struct LossTerms {
   double scale;  // of the gradient
   float smoothing;
   u32 classes;
@@ -31,7 +32,15 @@ struct LossArgs {
   u32 first;  // index in the slot of the micro-batch's first sample
   const float* weights;  // of the classes; null where the kernel knows of none
 };
-static_assert(sizeof(LossArgs) == 32, "shared with Rust");
+template <typename T>
+struct LossArgs {
+  const StepParams* params;
+  LossTerms terms;
+  u32 staged;  // the launch has shared memory for 512 bytes and a row of bf16
+  View<const T> logits;
+  View<T> d_logits;
+  View<float> samples;  // loss, top-1, top-5
+};
 
 // The type of sums and of differences that cancel.
 template <typename T>
@@ -71,8 +80,8 @@ __device__ __forceinline__ u32 label_of(const SlotView& slot, u32 sample, u32 cl
 }
 
 template <typename Real>
-__device__ __forceinline__ Target<Real> target_of(const SlotView& slot, const LossArgs& args, u32 sample) {
-  Real keep = Real(1) - static_cast<Real>(args.smoothing);
+__device__ __forceinline__ Target<Real> target_of(const SlotView& slot, const LossTerms& terms, u32 sample) {
+  Real keep = Real(1) - static_cast<Real>(terms.smoothing);
   Real lambda = static_cast<Real>(slot.lambda[sample]);
   bool mixed = lambda != Real(1);
   Target<Real> t = {nullptr,
@@ -81,15 +90,15 @@ __device__ __forceinline__ Target<Real> target_of(const SlotView& slot, const Lo
                     NO_CLASS,
                     keep * lambda,
                     mixed ? keep * (Real(1) - lambda) : Real(0),
-                    static_cast<Real>(args.smoothing) / static_cast<Real>(args.classes)};
+                    static_cast<Real>(terms.smoothing) / static_cast<Real>(terms.classes)};
   u32 partner = mixed ? slot.partner[sample] : sample;
-  if (args.dense) {
+  if (terms.dense) {
     const float* targets = static_cast<const float*>(slot.targets);
-    t.own = row_of(targets, sample, args.classes);
-    if (mixed) t.partner = row_of(targets, partner, args.classes);
+    t.own = row_of(targets, sample, terms.classes);
+    if (mixed) t.partner = row_of(targets, partner, terms.classes);
   } else {
-    t.own_label = label_of(slot, sample, args.classes);
-    t.partner_label = label_of(slot, partner, args.classes);
+    t.own_label = label_of(slot, sample, terms.classes);
+    t.partner_label = label_of(slot, partner, terms.classes);
   }
   return t;
 }
@@ -220,12 +229,12 @@ __device__ __forceinline__ void store_sample(float* sample, float loss, const Tr
 
 // Handles a padding sample, which is ignored. True if this is one.
 template <typename T>
-__device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossArgs& args, T* d_logits,
+__device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossTerms& terms, T* d_logits,
                                               float* sample) {
-  if (args.first + blockIdx.x < slot.count) return false;
+  if (terms.first + blockIdx.x < slot.count) return false;
   float zeros[VEC] = {};
-  for (u32 first = threadIdx.x * VEC; first < args.classes; first += blockDim.x * VEC) {
-    store8(d_logits + first, valid8(first, args.classes), zeros);
+  for (u32 first = threadIdx.x * VEC; first < terms.classes; first += blockDim.x * VEC) {
+    store8(d_logits + first, valid8(first, terms.classes), zeros);
   }
   if (threadIdx.x == 0) sample[0] = sample[1] = sample[2] = 0.0f;
   return true;
@@ -234,18 +243,17 @@ __device__ __forceinline__ bool clear_padding(const SlotView& slot, const LossAr
 // ---- losses -----------------------------------------------------------------------------------------------
 
 template <typename T, bool WEIGHTED>
-__device__ __forceinline__ void softmax_loss(const StepParams* params, const LossArgs& args, u32 staged,
-                                             const T* logits, u32 ld, T* d_logits, u32 ld_d, float* samples,
-                                             u32 ld_samples) {
+__device__ __forceinline__ void softmax_loss(const LossArgs<T>& args) {
   using Real = typename Accumulator<T>::Real;
-  SlotView slot = params->slot;
-  T* d_row = row_of(d_logits, blockIdx.x, ld_d);
-  float* sample = row_of(samples, blockIdx.x, ld_samples);
-  if (clear_padding(slot, args, d_row, sample)) return;
+  const LossTerms& terms = args.terms;
+  SlotView slot = args.params->slot;
+  T* d_row = row_of(args.d_logits, blockIdx.x);
+  float* sample = row_of(args.samples, blockIdx.x);
+  if (clear_padding(slot, terms, d_row, sample)) return;
   u8* scratch = smem_base();
-  const T* z_row = row_of(logits, blockIdx.x, ld);
-  Row<T> row = staged ? stage(z_row, args.classes) : Row<T>{z_row, args.classes};
-  Target<Real> target = target_of<Real>(slot, args, args.first + blockIdx.x);
+  const T* z_row = row_of(args.logits, blockIdx.x);
+  Row<T> row = args.staged ? stage(z_row, terms.classes) : Row<T>{z_row, terms.classes};
+  Target<Real> target = target_of<Real>(slot, terms, terms.first + blockIdx.x);
   Truth truth = find_truth(z_row, row, target, scratch);
 
   float largest = lowest();
@@ -261,7 +269,7 @@ __device__ __forceinline__ void softmax_loss(const StepParams* params, const Los
   row.each([&](u32 first, u32 n, const float (&z)[VEC]) {
     Real y[VEC];
     target8(target, first, n, y);
-    if constexpr (WEIGHTED) weigh8(args.weights, first, n, y);
+    if constexpr (WEIGHTED) weigh8(terms.weights, first, n, y);
     ahead += beaten_by(truth, first, n, z);
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) {
@@ -274,12 +282,12 @@ __device__ __forceinline__ void softmax_loss(const StepParams* params, const Los
   block_sums(sums, reinterpret_cast<Real*>(scratch));
   ahead = block_sum(ahead, reinterpret_cast<u32*>(scratch));
 
-  Real ratio = sums[1] / sums[0], scale = static_cast<Real>(args.scale);
+  Real ratio = sums[1] / sums[0], scale = static_cast<Real>(terms.scale);
   row.each([&](u32 first, u32 n, const float (&z)[VEC]) {
     Real y[VEC];
     float d[VEC];
     target8(target, first, n, y);
-    if constexpr (WEIGHTED) weigh8(args.weights, first, n, y);
+    if constexpr (WEIGHTED) weigh8(terms.weights, first, n, y);
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) {
       d[i] = static_cast<float>(scale * (static_cast<Real>(exp_of(z[i] - largest, Real())) * ratio - y[i]));
@@ -290,21 +298,20 @@ __device__ __forceinline__ void softmax_loss(const StepParams* params, const Los
 }
 
 template <typename T, bool WEIGHTED>
-__device__ __forceinline__ void sigmoid_loss(const StepParams* params, const LossArgs& args, u32 staged,
-                                             const T* logits, u32 ld, T* d_logits, u32 ld_d, float* samples,
-                                             u32 ld_samples) {
+__device__ __forceinline__ void sigmoid_loss(const LossArgs<T>& args) {
   using Real = typename Accumulator<T>::Real;
-  SlotView slot = params->slot;
-  T* d_row = row_of(d_logits, blockIdx.x, ld_d);
-  float* sample = row_of(samples, blockIdx.x, ld_samples);
-  if (clear_padding(slot, args, d_row, sample)) return;
+  const LossTerms& terms = args.terms;
+  SlotView slot = args.params->slot;
+  T* d_row = row_of(args.d_logits, blockIdx.x);
+  float* sample = row_of(args.samples, blockIdx.x);
+  if (clear_padding(slot, terms, d_row, sample)) return;
   u8* scratch = smem_base();
-  const T* z_row = row_of(logits, blockIdx.x, ld);
-  Row<T> row = staged ? stage(z_row, args.classes) : Row<T>{z_row, args.classes};
-  Target<Real> target = target_of<Real>(slot, args, args.first + blockIdx.x);
+  const T* z_row = row_of(args.logits, blockIdx.x);
+  Row<T> row = args.staged ? stage(z_row, terms.classes) : Row<T>{z_row, terms.classes};
+  Target<Real> target = target_of<Real>(slot, terms, terms.first + blockIdx.x);
   Truth truth = find_truth(z_row, row, target, scratch);
 
-  Real sums[1] = {}, scale = static_cast<Real>(args.scale);
+  Real sums[1] = {}, scale = static_cast<Real>(terms.scale);
   u32 ahead = 0;
   row.each([&](u32 first, u32 n, const float (&z)[VEC]) {
     Real y[VEC];
@@ -315,7 +322,7 @@ __device__ __forceinline__ void sigmoid_loss(const StepParams* params, const Los
     if constexpr (WEIGHTED) {
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) both[i] = Real(1) - y[i];
-      weigh8(args.weights, first, n, y);
+      weigh8(terms.weights, first, n, y);
 #pragma unroll
       for (u32 i = 0; i < VEC; ++i) both[i] += y[i];
     }
@@ -339,17 +346,12 @@ __device__ __forceinline__ void sigmoid_loss(const StepParams* params, const Los
   store_sample(sample, static_cast<float>(sums[0]), truth, ahead);
 }
 
-// `staged`: the launch has shared memory for 512 bytes and a row of bf16.
-#define LOSS(suffix, T, weighted, threads, blocks)                                                      \
-  HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(const StepParams* params, LossArgs args, u32 staged, \
-                                                     const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
-                                                     float* samples, u32 ld_samples) {                  \
-    softmax_loss<T, weighted>(params, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
-  }                                                                                                     \
-  HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(const StepParams* params, LossArgs args, u32 staged, \
-                                                     const T* logits, u32 ld, T* d_logits, u32 ld_d,    \
-                                                     float* samples, u32 ld_samples) {                  \
-    sigmoid_loss<T, weighted>(params, args, staged, logits, ld, d_logits, ld_d, samples, ld_samples);    \
+#define LOSS(suffix, T, weighted, threads, blocks)                        \
+  HOT_KERNEL(loss_softmax_##suffix, threads, blocks)(ARGS(LossArgs<T>)) { \
+    softmax_loss<T, weighted>(args);                                      \
+  }                                                                       \
+  HOT_KERNEL(loss_sigmoid_##suffix, threads, blocks)(ARGS(LossArgs<T>)) { \
+    sigmoid_loss<T, weighted>(args);                                      \
   }
 
 LOSS(bf16, bf16, false, 512, 2)

@@ -156,27 +156,35 @@ __device__ __forceinline__ void erase8(const Erase& erase, u32 y0, u32 x0, const
   }
 }
 
+template <typename T>
+struct PatchifyArgs {
+  const StepParams* params;
+  PatchShape shape;
+  Normalise normalise;
+  u32 first;        // index in the slot of the micro-batch's first sample
+  View<T> patches;  // [B·T, patch values]
+};
+
 template <typename Pixel, typename T>
-__device__ __forceinline__ void patchify(const StepParams* params, const PatchShape& shape,
-                                         const Normalise& normalise, u32 first, T* patches, u32 ld,
-                                         u32 rows) {
+__device__ __forceinline__ void patchify(const PatchifyArgs<T>& args) {
+  const PatchShape& shape = args.shape;
   u32 run = shape.patch_width * 3;
-  Place at = place_of_thread(rows, shape.patch_height * run);
+  Place at = place_of_thread(args.patches.rows, shape.patch_height * run);
   if (at.n == 0) return;
   u32 tokens = shape.extra + shape.grid_height * shape.grid_width;
   u32 sample = at.row / tokens, token = at.row % tokens;
 
   float v[VEC] = {};
   if (token >= shape.extra) {
-    SlotView slot = params->slot;
+    SlotView slot = args.params->slot;
     u32 patch = token - shape.extra;
     u32 y0 = patch / shape.grid_width * shape.patch_height, x0 = patch % shape.grid_width * shape.patch_width;
     u32 pitch = shape.image_width * 3;
     PatchRun place = {y0 * pitch + x0 * 3, pitch, run, at.column / run, at.column % run, run % VEC == 0};
     const Pixel* pixels = static_cast<const Pixel*>(slot.pixels);
     u64 image = static_cast<u64>(shape.image_height) * pitch;
-    sample += first;
-    fetch_values<T>(pixels + sample * image, place, at.n, normalise, v);
+    sample += args.first;
+    fetch_values<T>(pixels + sample * image, place, at.n, args.normalise, v);
     erase8(slot.erase[sample], y0, x0, place, v);
 
     MixBox box = slot.boxes[sample];
@@ -185,7 +193,7 @@ __device__ __forceinline__ void patchify(const StepParams* params, const PatchSh
     if (cut || lambda != 1.0f) {
       float other[VEC];
       u32 partner = slot.partner[sample];
-      fetch_values<T>(pixels + partner * image, place, at.n, normalise, other);
+      fetch_values<T>(pixels + partner * image, place, at.n, args.normalise, other);
       erase8(slot.erase[partner], y0, x0, place, other);
       u32 y = place.y, x = place.x;
 #pragma unroll
@@ -198,14 +206,12 @@ __device__ __forceinline__ void patchify(const StepParams* params, const PatchSh
       }
     }
   }
-  store8(row_of(patches, at.row, ld) + at.column, at.n, v);
+  store8(at_place(args.patches, at), at.n, v);
 }
 
-// `first`: index in the slot of the micro-batch's first sample. `rows` = B·T.
-#define PATCHIFY(name, Pixel, T)                                                                     \
-  HOT_KERNEL(name, 256, 4)(const StepParams* params, PatchShape shape, Normalise normalise, u32 first, \
-                           T* patches, u32 ld, u32 rows) {                                           \
-    patchify<Pixel, T>(params, shape, normalise, first, patches, ld, rows);                           \
+#define PATCHIFY(name, Pixel, T)                    \
+  HOT_KERNEL(name, 256, 4)(ARGS(PatchifyArgs<T>)) { \
+    patchify<Pixel, T>(args);                       \
   }
 
 PATCHIFY(patchify_u8_bf16, u8, bf16)

@@ -20,7 +20,24 @@ struct ProductShape {
   u32 d_row, d_column;
   u32 slice;             // terms of a slice of k
 };
-static_assert(sizeof(ProductShape) == 40, "shared with Rust");
+// C may be null: nothing is added. Partials are null where there is one slice.
+template <typename S, typename T>
+struct ProductArgs {
+  ProductShape shape;
+  const S* a;
+  const S* b;
+  const T* c;
+  T* d;
+  float* partials;
+};
+template <typename T>
+struct ProductSumArgs {
+  ProductShape shape;
+  const float* partials;
+  u32 slices;
+  const T* c;
+  T* d;
+};
 
 constexpr u32 PRODUCT_WARPS = 8, PRODUCT_COLUMNS = 4;
 
@@ -64,14 +81,14 @@ __device__ __forceinline__ void columns_of(const ProductShape& s, const S* b, u3
 }
 
 template <typename S, typename T>
-__device__ __forceinline__ void product_along_k(const ProductShape& s, const S* a, const S* b, const T* c,
-                                                T* d, float* partials) {
+__device__ __forceinline__ void product_along_k(const ProductArgs<S, T>& args) {
+  const ProductShape& s = args.shape;
   const ProductShare share = share_of_warp(s, s.m, 1);
   if (!share.exists) return;
   const u32 lane = threadIdx.x % WARP;
-  const S* row = at(a, share.row, s.a_row);
+  const S* row = at(args.a, share.row, s.a_row);
   const S* columns[PRODUCT_COLUMNS];
-  columns_of(s, b, share.column, columns);
+  columns_of(s, args.b, share.column, columns);
   float sums[PRODUCT_COLUMNS] = {};
   const u32 first = share.begin + lane;
   u64 from_a = static_cast<u64>(first) * s.a_step, from_b = static_cast<u64>(first) * s.b_step;
@@ -85,19 +102,19 @@ __device__ __forceinline__ void product_along_k(const ProductShape& s, const S* 
 #pragma unroll
   for (u32 j = 0; j < PRODUCT_COLUMNS; ++j) {
     sums[j] = warp_sum(sums[j]);
-    if (lane == j) put(s, share.row, share.column + j, sums[j], c, d, partials);
+    if (lane == j) put(s, share.row, share.column + j, sums[j], args.c, args.d, args.partials);
   }
 }
 
 template <typename S, typename T>
-__device__ __forceinline__ void product_along_rows(const ProductShape& s, const S* a, const S* b, const T* c,
-                                                   T* d, float* partials) {
+__device__ __forceinline__ void product_along_rows(const ProductArgs<S, T>& args) {
+  const ProductShape& s = args.shape;
   const ProductShare share = share_of_warp(s, ceil_div(s.m, WARP), WARP);
   if (!share.exists) return;
   const u32 row = share.row + threadIdx.x % WARP;
-  const S* mine = at(a, min_u32(row, s.m - 1), s.a_row);
+  const S* mine = at(args.a, min_u32(row, s.m - 1), s.a_row);
   const S* columns[PRODUCT_COLUMNS];
-  columns_of(s, b, share.column, columns);
+  columns_of(s, args.b, share.column, columns);
   float sums[PRODUCT_COLUMNS] = {};
   u64 from_a = static_cast<u64>(share.begin) * s.a_step, from_b = static_cast<u64>(share.begin) * s.b_step;
 #pragma unroll 8
@@ -107,34 +124,33 @@ __device__ __forceinline__ void product_along_rows(const ProductShape& s, const 
     for (u32 j = 0; j < PRODUCT_COLUMNS; ++j) sums[j] = fmaf(x, load1(columns[j] + from_b), sums[j]);
   }
 #pragma unroll
-  for (u32 j = 0; j < PRODUCT_COLUMNS; ++j) put(s, row, share.column + j, sums[j], c, d, partials);
+  for (u32 j = 0; j < PRODUCT_COLUMNS; ++j)
+    put(s, row, share.column + j, sums[j], args.c, args.d, args.partials);
 }
 
 // D from the partial sums of all slices. One thread per element.
 template <typename T>
-__device__ __forceinline__ void product_sum(const ProductShape& s, const float* partials, u32 slices,
-                                            const T* c, T* d) {
+__device__ __forceinline__ void product_sum(const ProductSumArgs<T>& args) {
+  const ProductShape& s = args.shape;
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x, elements = s.m * s.n;
   if (index >= elements) return;
   float sum = 0.0f;
 #pragma unroll 8
-  for (u32 slice = 0; slice < slices; ++slice) sum += partials[static_cast<u64>(slice) * elements + index];
-  put(s, index % s.m, index / s.m, sum, c, d, nullptr);
+  for (u32 slice = 0; slice < args.slices; ++slice)
+    sum += args.partials[static_cast<u64>(slice) * elements + index];
+  put(s, index % s.m, index / s.m, sum, args.c, args.d, nullptr);
 }
 
-#define PRODUCT(suffix, S, T)                                                                              \
-  HOT_KERNEL(product_along_k_##suffix, 256, 4)(ProductShape shape, const S* a, const S* b, const T* c,     \
-                                               T* d, float* partials) {                                    \
-    product_along_k(shape, a, b, c, d, partials);                                                          \
-  }                                                                                                        \
-  HOT_KERNEL(product_along_rows_##suffix, 256, 3)(ProductShape shape, const S* a, const S* b, const T* c,  \
-                                                  T* d, float* partials) {                                 \
-    product_along_rows(shape, a, b, c, d, partials);                                                       \
+#define PRODUCT(suffix, S, T)                                                \
+  HOT_KERNEL(product_along_k_##suffix, 256, 4)(ARGS(ProductArgs<S, T>)) {    \
+    product_along_k(args);                                                   \
+  }                                                                          \
+  HOT_KERNEL(product_along_rows_##suffix, 256, 3)(ARGS(ProductArgs<S, T>)) { \
+    product_along_rows(args);                                                \
   }
-#define PRODUCT_SUM(suffix, T)                                                                             \
-  KERNEL(product_sum_##suffix, 256, 4)(ProductShape shape, const float* partials, u32 slices, const T* c,  \
-                                       T* d) {                                                             \
-    product_sum(shape, partials, slices, c, d);                                                            \
+#define PRODUCT_SUM(suffix, T)                                    \
+  KERNEL(product_sum_##suffix, 256, 4)(ARGS(ProductSumArgs<T>)) { \
+    product_sum(args);                                            \
   }
 
 PRODUCT(f32, float, float)

@@ -33,11 +33,14 @@ struct bf16 {
 #include "../standin/include/standin.cuh"
 #else
 
-// KERNEL(name, most threads of a block, least blocks of a multiprocessor) (arguments…) { … }
+// KERNEL(name, most threads of a block, least blocks of a multiprocessor)(ARGS(Struct)) { … args.member … }
 //
-// Arguments are plain data: pointers, integers, floats, small structs; 4 KiB together. Templates never cross this line.
+// A kernel takes one struct of plain data, at most 4 KiB: pointers, integers, floats, and structs of those. The host
+// fills the same struct, which the build derives from this one (`build/contracts.rs`). `__grid_constant__` says that
+// the kernel only reads it; without it the compiler treats members as memory that may change, and needs more registers.
 #define KERNEL(name, max_threads, min_blocks) \
   extern "C" __global__ void __launch_bounds__(max_threads, min_blocks) name
+#define ARGS(...) const __grid_constant__ __VA_ARGS__ args
 // A kernel in which a register spill fails the strict build.
 #define HOT_KERNEL(name, max_threads, min_blocks) KERNEL(name, max_threads, min_blocks)
 

@@ -143,20 +143,60 @@ __device__ __forceinline__ float sum_of_block(const Share& share, float (&v)[VEC
   return sum;
 }
 
+}  // namespace
+
+// `whole`: heads, rows and tensors consist of whole 16-byte accesses. q.ld is 0 where images share the query.
+template <typename T>
+struct QueryAttentionArgs {
+  const StepParams* params;
+  MaskArgs dropout;
+  u32 whole;
+  View<const T> q;
+  View<const T> kv;
+  View<float> p;
+  View<T> o;
+  float scale;
+  u32 tokens, heads, head_size;
+};
+// `parts`: partial sums of a shared query's gradient, or null.
+template <typename T>
+struct QueryAttentionBackwardArgs {
+  const StepParams* params;
+  MaskArgs dropout;
+  u32 whole;
+  View<const T> q;
+  View<const T> kv;
+  View<const float> p;
+  View<const T> d_o;
+  View<T> d_q;
+  float* parts;
+  View<T> d_kv;
+  float scale;
+  u32 images, tokens, heads, head_size;
+};
+template <typename T>
+struct SharedQueryArgs {
+  const float* parts;
+  View<T> d_q;
+  u32 slices;
+};
+
+namespace {
+
 template <bool WHOLE, typename T>
-__device__ __forceinline__ void forward(const Mask& mask, const T* q, u32 q_ld, const T* kv, u32 kv_ld,
-                                        float* p, u32 p_ld, T* o, u32 o_ld, float scale, u32 tokens,
-                                        u32 heads, u32 head_size) {
+__device__ __forceinline__ void forward(const QueryAttentionArgs<T>& args) {
+  const Mask mask = bind_mask(args.dropout, args.params);
+  const u32 tokens = args.tokens, heads = args.heads, head_size = args.head_size, kv_ld = args.kv.ld;
   float* scratch = reinterpret_cast<float*>(smem_base());
   float* weights = scratch + WARPS * MOST_VALUES;
   const Share share = share_of_thread(head_size);
   const u32 image = blockIdx.x / heads, head = blockIdx.x % heads, column = head * head_size;
-  const T* keys = kv + size_t(image) * tokens * kv_ld + column;
+  const T* keys = args.kv.at + size_t(image) * tokens * kv_ld + column;
   const T* values = keys + heads * head_size;
-  p += size_t(blockIdx.x) * p_ld;
+  float* p = args.p.at + size_t(blockIdx.x) * args.p.ld;
 
   float query[VEC];
-  load_values<WHOLE>(q + size_t(image) * q_ld + column + share.value, share.n, query);
+  load_values<WHOLE>(row_of(args.q, image) + column + share.value, share.n, query);
   products<WHOLE>(weights, share, query, keys, kv_ld, tokens);
   block_sync();
 
@@ -165,7 +205,7 @@ __device__ __forceinline__ void forward(const Mask& mask, const T* q, u32 q_ld, 
   most = block_max(most, scratch);
   float sum = 0.0f;
   for (u32 t = threadIdx.x; t < tokens; t += THREADS) {
-    weights[t] = expf((weights[t] - most) * scale);
+    weights[t] = expf((weights[t] - most) * args.scale);
     sum += weights[t];
   }
   sum = block_sum(sum, scratch);
@@ -192,14 +232,13 @@ __device__ __forceinline__ void forward(const Mask& mask, const T* q, u32 q_ld, 
     }
   }
   const float total = sum_of_block(share, out, scratch);
-  if (threadIdx.x < head_size) store1(o + size_t(image) * o_ld + column + threadIdx.x, total);
+  if (threadIdx.x < head_size) store1(row_of(args.o, image) + column + threadIdx.x, total);
 }
 
 template <bool WHOLE, typename T>
-__device__ __forceinline__ void backward(const Mask& mask, const T* q, u32 q_ld, const T* kv, u32 kv_ld,
-                                         const float* p, u32 p_ld, const T* d_o, u32 d_o_ld, T* d_q,
-                                         u32 d_q_ld, float* parts, T* d_kv, u32 d_kv_ld, float scale,
-                                         u32 images, u32 tokens, u32 heads, u32 head_size) {
+__device__ __forceinline__ void backward(const QueryAttentionBackwardArgs<T>& args) {
+  const Mask mask = bind_mask(args.dropout, args.params);
+  const u32 tokens = args.tokens, heads = args.heads, head_size = args.head_size, kv_ld = args.kv.ld;
   float* scratch = reinterpret_cast<float*>(smem_base());
   float* weights = scratch + WARPS * MOST_VALUES;
   float* gradients = weights + tokens;
@@ -208,13 +247,13 @@ __device__ __forceinline__ void backward(const Mask& mask, const T* q, u32 q_ld,
   const u32 head = blockIdx.x % heads, column = head * head_size, width = heads * head_size;
 
   float d_query[VEC] = {};
-  for (u32 image = slice; image < images; image += slices) {
-    const T* keys = kv + size_t(image) * tokens * kv_ld + column;
-    T* d_keys = d_kv + size_t(image) * tokens * d_kv_ld + column + share.value;
-    const float* probabilities = p + size_t(image * heads + head) * p_ld;
+  for (u32 image = slice; image < args.images; image += slices) {
+    const T* keys = args.kv.at + size_t(image) * tokens * kv_ld + column;
+    T* d_keys = args.d_kv.at + size_t(image) * tokens * args.d_kv.ld + column + share.value;
+    const float* probabilities = row_of(args.p, image * heads + head);
     float query[VEC], d_out[VEC];
-    load_values<WHOLE>(q + size_t(image) * q_ld + column + share.value, share.n, query);
-    load_values<WHOLE>(d_o + size_t(image) * d_o_ld + column + share.value, share.n, d_out);
+    load_values<WHOLE>(row_of(args.q, image) + column + share.value, share.n, query);
+    load_values<WHOLE>(row_of(args.d_o, image) + column + share.value, share.n, d_out);
 
     products<WHOLE>(gradients, share, d_out, keys + width, kv_ld, tokens);
     block_sync();
@@ -227,7 +266,7 @@ __device__ __forceinline__ void backward(const Mask& mask, const T* q, u32 q_ld,
     }
     mean = block_sum(mean, scratch);
     for (u32 t = threadIdx.x; t < tokens; t += THREADS)
-      gradients[t] = scale * (weights[t] * gradients[t] - probabilities[t] * mean);
+      gradients[t] = args.scale * (weights[t] * gradients[t] - probabilities[t] * mean);
     block_sync();
 
     for (u32 round = 0; round < rounds_of(share, tokens); ++round) {
@@ -246,7 +285,7 @@ __device__ __forceinline__ void backward(const Mask& mask, const T* q, u32 q_ld,
           d_key[e] = d_score * query[e];
           d_value[e] = weight * d_out[e];
         }
-        T* to = d_keys + size_t(t) * d_kv_ld;
+        T* to = d_keys + size_t(t) * args.d_kv.ld;
         store_values<WHOLE>(to, share.n, d_key);
         store_values<WHOLE>(to + width, share.n, d_value);
       }
@@ -257,51 +296,38 @@ __device__ __forceinline__ void backward(const Mask& mask, const T* q, u32 q_ld,
   }
   const float total = sum_of_block(share, d_query, scratch);
   if (threadIdx.x >= head_size) return;
-  if (parts != nullptr) {
-    parts[size_t(slice) * width + column + threadIdx.x] = total;
+  if (args.parts != nullptr) {
+    args.parts[size_t(slice) * width + column + threadIdx.x] = total;
   } else {
-    store1(d_q + size_t(slice) * d_q_ld + column + threadIdx.x, total);
+    store1(row_of(args.d_q, slice) + column + threadIdx.x, total);
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void sum_slices(const float* parts, T* d_q, u32 slices, u32 width) {
+__device__ __forceinline__ void sum_slices(const SharedQueryArgs<T>& args) {
+  const u32 width = args.d_q.cols;
   const u32 column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column >= width) return;
   float sum = 0.0f;
 #pragma unroll 8
-  for (u32 slice = 0; slice < slices; ++slice) sum += parts[size_t(slice) * width + column];
-  store1(d_q + column, sum);
+  for (u32 slice = 0; slice < args.slices; ++slice) sum += args.parts[size_t(slice) * width + column];
+  store1(args.d_q.at + column, sum);
 }
 
 }  // namespace
 
-#define PROBE(suffix, T)                                                                                     \
-  HOT_KERNEL(query_attention_##suffix, 128, 4)                                                               \
-  (const StepParams* params, MaskArgs dropout, const T* q, u32 q_ld, const T* kv, u32 kv_ld, float* p,         \
-   u32 p_ld, T* o, u32 o_ld, float scale, u32 tokens, u32 heads, u32 head_size, u32 whole) {                 \
-    const Mask mask = bind_mask(dropout, params);                                                             \
-    if (whole)                                                                                               \
-      forward<true>(mask, q, q_ld, kv, kv_ld, p, p_ld, o, o_ld, scale, tokens, heads, head_size);            \
-    else                                                                                                     \
-      forward<false>(mask, q, q_ld, kv, kv_ld, p, p_ld, o, o_ld, scale, tokens, heads, head_size);           \
-  }                                                                                                          \
-  HOT_KERNEL(query_attention_backward_##suffix, 128, 4)                                                      \
-  (const StepParams* params, MaskArgs dropout, const T* q, u32 q_ld, const T* kv, u32 kv_ld, const float* p,   \
-   u32 p_ld, const T* d_o, u32 d_o_ld, T* d_q, u32 d_q_ld, float* parts, T* d_kv, u32 d_kv_ld, float scale,  \
-   u32 images, u32 tokens, u32 heads, u32 head_size, u32 whole) {                                            \
-    const Mask mask = bind_mask(dropout, params);                                                             \
-    if (whole)                                                                                               \
-      backward<true>(mask, q, q_ld, kv, kv_ld, p, p_ld, d_o, d_o_ld, d_q, d_q_ld, parts, d_kv, d_kv_ld,      \
-                     scale, images, tokens, heads, head_size);                                               \
-    else                                                                                                     \
-      backward<false>(mask, q, q_ld, kv, kv_ld, p, p_ld, d_o, d_o_ld, d_q, d_q_ld, parts, d_kv, d_kv_ld,     \
-                      scale, images, tokens, heads, head_size);                                              \
-  }                                                                                                          \
-  KERNEL(query_attention_backward_query_##suffix, 128, 1)                                                    \
-  (const float* parts, T* d_q, u32 slices, u32 width) {                                                      \
-    sum_slices<T>(parts, d_q, slices, width);                                                                \
+#define QUERY_ATTENTION(suffix, T)                                                             \
+  HOT_KERNEL(query_attention_##suffix, 128, 4)(ARGS(QueryAttentionArgs<T>)) {                  \
+    if (args.whole) forward<true>(args);                                                       \
+    else forward<false>(args);                                                                 \
+  }                                                                                            \
+  HOT_KERNEL(query_attention_backward_##suffix, 128, 4)(ARGS(QueryAttentionBackwardArgs<T>)) { \
+    if (args.whole) backward<true>(args);                                                      \
+    else backward<false>(args);                                                                \
+  }                                                                                            \
+  KERNEL(query_attention_backward_query_##suffix, 128, 1)(ARGS(SharedQueryArgs<T>)) {          \
+    sum_slices(args);                                                                          \
   }
 
-PROBE(f32, float)
-PROBE(bf16, bf16)
+QUERY_ATTENTION(f32, float)
+QUERY_ATTENTION(bf16, bf16)

@@ -17,52 +17,74 @@
 #include "residual.cuh"
 
 template <typename S, typename T>
-__device__ __forceinline__ void residual(const StepParams* params, const BranchArgs& args, const S* base,
-                                         u32 ld_base, const T* branch, u32 ld_branch, S* sum, u32 ld_sum,
-                                         u32 rows, u32 columns) {
+struct ResidualArgs {
+  const StepParams* params;
+  BranchArgs branch_args;
+  View<const S> base;
+  View<const T> branch;
+  View<S> sum;
+};
+template <typename S, typename T>
+struct ResidualBackwardArgs {
+  const StepParams* params;
+  BranchArgs branch_args;
+  View<const S> d_sum;
+  View<T> d_branch;
+};
+template <typename S, typename T>
+struct ResidualScaleBackwardArgs {
+  const StepParams* params;
+  BranchArgs branch_args;
+  View<const T> branch;
+  View<const S> d_sum;
+  View<T> d_branch;
+  float* partials;
+  u32 pitch;
+};
+
+template <typename S, typename T>
+__device__ __forceinline__ void residual(const ResidualArgs<S, T>& args) {
+  u32 rows = args.sum.rows, columns = args.sum.cols;
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   float v[VEC], x[VEC], f[VEC];
-  load8(row_of(base, at.row, ld_base) + at.column, at.n, v);
-  load8(row_of(branch, at.row, ld_branch) + at.column, at.n, x);
-  Branch b = bind_branch(args, params, columns);
+  load8(at_place(args.base, at), at.n, v);
+  load8(at_place(args.branch, at), at.n, x);
+  Branch b = bind_branch(args.branch_args, args.params, columns);
   branch_factors(b, at.row, at.column, at.n, path_factor(b, at.row), f);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) v[i] = fmaf(x[i], f[i], v[i]);
-  store8(row_of(sum, at.row, ld_sum) + at.column, at.n, v);
+  store8(at_place(args.sum, at), at.n, v);
 }
 
 template <typename S, typename T>
-__device__ __forceinline__ void residual_backward(const StepParams* params, const BranchArgs& args,
-                                                  const S* d_sum, u32 ld_sum, T* d_branch, u32 ld_branch,
-                                                  u32 rows, u32 columns) {
+__device__ __forceinline__ void residual_backward(const ResidualBackwardArgs<S, T>& args) {
+  u32 rows = args.d_sum.rows, columns = args.d_sum.cols;
   Place at = place_of_thread(rows, columns);
   if (at.n == 0) return;
   float d[VEC], f[VEC];
-  load8(row_of(d_sum, at.row, ld_sum) + at.column, at.n, d);
-  Branch b = bind_branch(args, params, columns);
+  load8(at_place(args.d_sum, at), at.n, d);
+  Branch b = bind_branch(args.branch_args, args.params, columns);
   branch_factors(b, at.row, at.column, at.n, path_factor(b, at.row), f);
 #pragma unroll
   for (u32 i = 0; i < VEC; ++i) d[i] *= f[i];
-  store8(row_of(d_branch, at.row, ld_branch) + at.column, at.n, d);
+  store8(at_place(args.d_branch, at), at.n, d);
 }
 
 // Also computes the LayerScale's gradient, and if BIAS, that of the bias whose product reads d_branch.
 template <bool BIAS, typename S, typename T>
-__device__ __forceinline__ void residual_scale_backward(const StepParams* params, const BranchArgs& args,
-                                                        const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,
-                                                        T* d_branch, u32 ld_branch, u32 rows, u32 columns,
-                                                        float* partials, u32 pitch) {
+__device__ __forceinline__ void residual_scale_backward(const ResidualScaleBackwardArgs<S, T>& args) {
+  u32 rows = args.d_sum.rows, columns = args.d_sum.cols, pitch = args.pitch;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 first = blockIdx.x * COLUMN_STRETCH;
   u32 column = first + lane * VEC, n = valid8(column, columns);
-  Branch b = bind_branch(args, params, columns);
+  Branch b = bind_branch(args.branch_args, args.params, columns);
   float scale[VEC], total[VEC] = {}, d_bias[VEC] = {};
-  load8(args.layer_scale + column, n, scale);
+  load8(args.branch_args.layer_scale + column, n, scale);
   for (u32 row = blockIdx.y * COLUMN_WARPS + warp; row < rows; row += gridDim.y * COLUMN_WARPS) {
     float d[VEC], x[VEC], f[VEC];
-    load8(row_of(d_sum, row, ld_sum) + column, n, d);
-    load8(row_of(branch, row, ld_x) + column, n, x);
+    load8(row_of(args.d_sum, row) + column, n, d);
+    load8(row_of(args.branch, row) + column, n, x);
     mask_factors(b, row, column, path_factor(b, row), f);
 #pragma unroll
     for (u32 i = 0; i < VEC; ++i) {
@@ -70,7 +92,7 @@ __device__ __forceinline__ void residual_scale_backward(const StepParams* params
       total[i] = fmaf(x[i], d[i], total[i]);
       d[i] *= scale[i];
     }
-    store8(row_of(d_branch, row, ld_branch) + column, n, d);
+    store8(row_of(args.d_branch, row) + column, n, d);
     if constexpr (BIAS) {
       round8<T>(d);
 #pragma unroll
@@ -78,30 +100,23 @@ __device__ __forceinline__ void residual_scale_backward(const StepParams* params
     }
   }
   float* scratch = reinterpret_cast<float*>(smem_base());
-  float* mine = row_of(partials, blockIdx.y, (BIAS ? 2 : 1) * pitch);
+  float* mine = row_of(args.partials, blockIdx.y, (BIAS ? 2 : 1) * pitch);
   store_column_sums(total, scratch, mine, first, columns);
   if constexpr (BIAS) store_column_sums(d_bias, scratch, mine + pitch, first, columns);
 }
 
-#define RESIDUAL(suffix, S, T)                                                                               \
-  KERNEL(residual_##suffix, 256, 4)(const StepParams* params, BranchArgs args, const S* base, u32 ld_base,     \
-                                    const T* branch, u32 ld_branch, S* sum, u32 ld_sum, u32 rows,            \
-                                    u32 columns) {                                                           \
-    residual(params, args, base, ld_base, branch, ld_branch, sum, ld_sum, rows, columns);                     \
-  }                                                                                                          \
-  KERNEL(residual_backward_##suffix, 256, 4)(const StepParams* params, BranchArgs args, const S* d_sum,        \
-                                             u32 ld_sum, T* d_branch, u32 ld_branch, u32 rows,               \
-                                             u32 columns) {                                                  \
-    residual_backward(params, args, d_sum, ld_sum, d_branch, ld_branch, rows, columns);                       \
-  }                                                                                                          \
+#define RESIDUAL(suffix, S, T)                                                   \
+  KERNEL(residual_##suffix, 256, 4)(ARGS(ResidualArgs<S, T>)) {                  \
+    residual(args);                                                              \
+  }                                                                              \
+  KERNEL(residual_backward_##suffix, 256, 4)(ARGS(ResidualBackwardArgs<S, T>)) { \
+    residual_backward(args);                                                     \
+  }                                                                              \
   RESIDUAL_SCALE(scale_backward, suffix, S, T, false)
 
-#define RESIDUAL_SCALE(kind, suffix, S, T, bias)                                                             \
-  KERNEL(residual_##kind##_##suffix, 256, 2)(                                                                \
-      const StepParams* params, BranchArgs args, const T* branch, u32 ld_x, const S* d_sum, u32 ld_sum,        \
-      T* d_branch, u32 ld_branch, u32 rows, u32 columns, float* partials, u32 pitch) {                       \
-    residual_scale_backward<bias>(params, args, branch, ld_x, d_sum, ld_sum, d_branch, ld_branch, rows,       \
-                                  columns, partials, pitch);                                                 \
+#define RESIDUAL_SCALE(kind, suffix, S, T, bias)                                      \
+  KERNEL(residual_##kind##_##suffix, 256, 2)(ARGS(ResidualScaleBackwardArgs<S, T>)) { \
+    residual_scale_backward<bias>(args);                                              \
   }
 
 RESIDUAL(bf16, bf16, bf16)

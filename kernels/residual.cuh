@@ -10,7 +10,6 @@ struct BranchArgs {
   MaskArgs dropout, drop_path;
   u32 tokens;  // rows of one sample
 };
-static_assert(sizeof(BranchArgs) == 40, "shared with Rust");
 
 // A branch bound to the current step.
 struct Branch {

@@ -1,7 +1,7 @@
 // What changes from step to step, in device memory. A captured step is replayed with the same arguments, so its kernels
 // read everything that changes from here. The host copies a new `StepParams` before each replay.
 //
-// Shared with Rust (`#[repr(C)]`, same names): sizes are asserted on both sides.
+// Shared with the host, like the structs that kernels take (`build/contracts.rs`).
 #pragma once
 
 #include "ptx.cuh"
@@ -65,8 +65,3 @@ struct UpdateParams {
   float correct1, correct2;  // Adam: 1/(1 - β₁^t), 1/√(1 - β₂^t)
   float keep2, add2;         // Adafactor: β of the second moment at t, and 1 - β
 };
-
-static_assert(sizeof(MixBox) == 8 && sizeof(SlotView) == 64 && sizeof(StepParams) == 88, "shared with Rust");
-static_assert(sizeof(GroupScalars) == 8 && sizeof(ReportSums) == 24 && sizeof(StepReport) == 48,
-              "shared with Rust");
-static_assert(sizeof(UpdateParams) == 32, "shared with Rust");

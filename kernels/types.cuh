@@ -216,3 +216,20 @@ template <typename T>
 __device__ __forceinline__ T* row_of(T* p, u32 row, u32 ld) {
   return p + static_cast<u64>(row) * ld;
 }
+
+// A matrix as the host passes it: rows start `ld` elements apart. Without a matrix `at` is null.
+template <typename T>
+struct View {
+  T* at;
+  u32 ld;
+  u32 rows, cols;
+};
+template <typename T>
+__device__ __forceinline__ T* row_of(const View<T>& m, u32 row) {
+  return row_of(m.at, row, m.ld);
+}
+// Eight neighbouring elements of the row of a thread's place.
+template <typename T>
+__device__ __forceinline__ T* at_place(const View<T>& m, const Place& at) {
+  return row_of(m, at.row) + at.column;
+}

@@ -22,18 +22,24 @@
 
 // ---- norm and constants -----------------------------------------------------------------------------------
 
+struct GradientSquaresArgs {
+  const float* grads;
+  u64 count;
+  double* partials;
+};
+
 // `count` is a multiple of 4; padding is zero.
-HOT_KERNEL(gradient_squares, 256, 4)(const float* grads, u64 count, double* partials) {
+HOT_KERNEL(gradient_squares, 256, 4)(ARGS(GradientSquaresArgs)) {
   double sum[1] = {};
   u64 stride = static_cast<u64>(gridDim.x) * blockDim.x * 4;
 #pragma unroll 4
-  for (u64 i = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += stride) {
-    vec4 bits = ld16(grads + i);
+  for (u64 i = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < args.count; i += stride) {
+    vec4 bits = ld16(args.grads + i);
     double a = as_f32(bits.x), b = as_f32(bits.y), c = as_f32(bits.z), d = as_f32(bits.w);
     sum[0] += (a * a + b * b) + (c * c + d * d);
   }
   block_sums(sum, reinterpret_cast<double*>(smem_base()));
-  if (threadIdx.x == 0) partials[blockIdx.x] = sum[0];
+  if (threadIdx.x == 0) args.partials[blockIdx.x] = sum[0];
 }
 
 // Constants of the run.
@@ -44,7 +50,14 @@ struct UpdateConstants {
   u32 torch_clip;
   u32 reserved;
 };
-static_assert(sizeof(UpdateConstants) == 48, "shared with Rust");
+struct UpdatePrepareArgs {
+  const StepParams* params;
+  const ReportSums* report;
+  const double* partials;  // of the norm
+  u32 count;
+  UpdateConstants constants;
+  UpdateParams* out;
+};
 
 __device__ __forceinline__ float clip_factor(const UpdateConstants& k, double norm) {
   if (k.max_norm == 0.0) return 1.0f;
@@ -55,15 +68,16 @@ __device__ __forceinline__ float clip_factor(const UpdateConstants& k, double no
   return norm < k.max_norm ? 1.0f : static_cast<float>(k.max_norm / norm);
 }
 
-KERNEL(update_prepare, 256, 1)(const StepParams* params, const ReportSums* report, const double* partials,
-                               u32 count, UpdateConstants k, UpdateParams* out) {
+KERNEL(update_prepare, 256, 1)(ARGS(UpdatePrepareArgs)) {
+  const UpdateConstants& k = args.constants;
   double sum[1] = {};
-  for (u32 i = threadIdx.x; i < count; i += blockDim.x) sum[0] += partials[i];
+  for (u32 i = threadIdx.x; i < args.count; i += blockDim.x) sum[0] += args.partials[i];
   block_sums(sum, reinterpret_cast<double*>(smem_base()));
   if (threadIdx.x != 0) return;
-  double norm = sqrt(sum[0]), loss = report->sums[0], t = static_cast<double>(params->t);
+  double norm = sqrt(sum[0]), loss = args.report->sums[0], t = static_cast<double>(args.params->t);
   // x - x is 0 for every finite number and NaN for the others.
   bool finite = norm - norm == 0.0 && loss - loss == 0.0;
+  UpdateParams* out = args.out;
   out->grad_norm = norm;
   out->skip = finite ? 0 : 1;
   out->clip = clip_factor(k, norm);
@@ -84,7 +98,6 @@ struct RuleConstants {
   float eps;
   u32 nesterov;
 };
-static_assert(sizeof(RuleConstants) == 24, "shared with Rust");
 
 // (g, m, v) → u; m and v become the values to store.
 struct Sgd {
@@ -122,7 +135,6 @@ struct UpdateChunk {
   u64 param, grad;
   u32 len, group;
 };
-static_assert(sizeof(UpdateChunk) == 24, "shared with Rust");
 
 struct UpdateBuffers {
   float* params;
@@ -133,7 +145,14 @@ struct UpdateBuffers {
   bf16* copy;      // null: none
   float ema_keep, ema_add;
 };
-static_assert(sizeof(UpdateBuffers) == 56, "shared with Rust");
+struct UpdateArgs {
+  const UpdateParams* update;
+  UpdateBuffers buffers;
+  const UpdateChunk* chunks;
+  u32 count;
+  const GroupScalars* groups;
+  RuleConstants rule;
+};
 
 constexpr u32 QUAD = 4;
 
@@ -178,15 +197,15 @@ __device__ __forceinline__ void store4(bf16* p, u32 n, const float (&v)[QUAD]) {
 }
 
 template <typename Rule, typename M>
-__device__ __forceinline__ void update(const UpdateParams* params, const UpdateBuffers& b,
-                                       const UpdateChunk* chunks, u32 count, const GroupScalars* groups,
-                                       Rule rule) {
-  UpdateParams c = *params;
+__device__ __forceinline__ void update(const UpdateArgs& args) {
+  UpdateParams c = *args.update;
   if (c.skip) return;
+  const UpdateBuffers& b = args.buffers;
+  const Rule rule{args.rule};
   M* moment1 = static_cast<M*>(b.moment1);
-  for (u32 index = blockIdx.x; index < count; index += gridDim.x) {
-    UpdateChunk chunk = chunks[index];
-    GroupScalars rates = groups[chunk.group];
+  for (u32 index = blockIdx.x; index < args.count; index += gridDim.x) {
+    UpdateChunk chunk = args.chunks[index];
+    GroupScalars rates = args.groups[chunk.group];
     for (u32 at = threadIdx.x * QUAD; at < chunk.len; at += blockDim.x * QUAD) {
       u32 n = min_u32(QUAD, chunk.len - at);
       u64 param = chunk.param + at, grad = chunk.grad + at;
@@ -215,10 +234,9 @@ __device__ __forceinline__ void update(const UpdateParams* params, const UpdateB
 }
 
 // Kernels are named by the rule and by the type of the stored first moment.
-#define UPDATE(name, Rule, M)                                                                          \
-  HOT_KERNEL(name, 256, 4)(const UpdateParams* params, UpdateBuffers buffers, const UpdateChunk* chunks, \
-                           u32 count, const GroupScalars* groups, RuleConstants constants) {           \
-    update<Rule, M>(params, buffers, chunks, count, groups, Rule{constants});                           \
+#define UPDATE(name, Rule, M)                  \
+  HOT_KERNEL(name, 256, 4)(ARGS(UpdateArgs)) { \
+    update<Rule, M>(args);                     \
   }
 
 UPDATE(update_sgd_f32, Sgd, float)
@@ -230,23 +248,33 @@ UPDATE(update_lion_bf16, Lion, bf16)
 
 // ---- copies of the weights --------------------------------------------------------------------------------
 
-// copy = bf16(weights): once at the start, and whenever the host has written weights. `count` is a multiple of 4.
-KERNEL(cast_bf16, 256, 4)(const float* weights, bf16* copy, u64 count) {
+struct CastArgs {
+  const float* weights;
+  bf16* copy;
+  u64 count;  // a multiple of 4
+};
+struct SwapEmaArgs {
+  float* weights;
+  float* ema;
+  u64 count;  // a multiple of 4
+};
+
+// copy = bf16(weights): once at the start, and whenever the host has written weights.
+KERNEL(cast_bf16, 256, 4)(ARGS(CastArgs)) {
   u64 i = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-  if (i >= count) return;
+  if (i >= args.count) return;
   float v[QUAD];
-  load4(weights + i, QUAD, v);
-  store4(copy + i, QUAD, v);
+  load4(args.weights + i, QUAD, v);
+  store4(args.copy + i, QUAD, v);
 }
 
-// Exchanges weights and EMA, and updates the copy (null: none). `count` is a multiple of 4.
-KERNEL(swap_ema, 256, 4)(float* weights, float* ema, bf16* copy, u64 count) {
+// Exchanges weights and EMA.
+KERNEL(swap_ema, 256, 4)(ARGS(SwapEmaArgs)) {
   u64 i = (static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x) * QUAD;
-  if (i >= count) return;
+  if (i >= args.count) return;
   float w[QUAD], e[QUAD];
-  load4(weights + i, QUAD, w);
-  load4(ema + i, QUAD, e);
-  store4(weights + i, QUAD, e);
-  store4(ema + i, QUAD, w);
-  if (copy) store4(copy + i, QUAD, e);
+  load4(args.weights + i, QUAD, w);
+  load4(args.ema + i, QUAD, e);
+  store4(args.weights + i, QUAD, e);
+  store4(args.ema + i, QUAD, w);
 }

@@ -17,9 +17,9 @@ use vitrum::backend::cuda::images::{KERNELS, TARGETS};
 const INSTANCES: [(&str, usize); 18] = [
     ("activation", 14),
     ("adafactor", 6),
-    ("attention_backward", 8),
-    ("attention_backward_head", 1),
-    ("attention_forward", 4),
+    ("attention_backward", 16),
+    ("attention_backward_head", 2),
+    ("attention_forward", 8),
     ("attention_keep", 1),
     ("attention_plain", 6),
     ("column_sums", 3),

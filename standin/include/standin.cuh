@@ -80,6 +80,7 @@ struct Declared;
 // declared, registered under its name with the types of its arguments, and then defined.
 #define KERNEL(name, max_threads, min_blocks) \
   STANDIN_BOUND(__COUNTER__, name, max_threads, min_blocks, false) STANDIN_KERNEL
+#define ARGS(...) const __VA_ARGS__ args
 #define HOT_KERNEL(name, max_threads, min_blocks) \
   STANDIN_BOUND(__COUNTER__, name, max_threads, min_blocks, true) STANDIN_KERNEL
 #define STANDIN_BOUND(n, name, max_threads, min_blocks, hot) \

@@ -9,7 +9,10 @@
 use super::Cuda;
 use super::blas::{Fused, Matrix, Operands, Shape};
 use super::driver::Address;
-use super::launch::{MaskArgs, launch, variant};
+use super::launch::{
+    BiasArgs, BiasGeluArgs, BiasResidualArgs, BiasTanhArgs, GeluBackwardArgs, MaskArgs, TanhBackwardArgs,
+    variant,
+};
 use super::product;
 use super::sums;
 use super::ways::{Way, in_the_fastest_way};
@@ -266,28 +269,18 @@ fn weight_and_bias_grad(cuda: &mut Cuda, d_y: Mat, x: Mat, w: &Linear) -> Result
 // Our kernels around a plain product (kernels/activation.cu, kernels/column_sums.cu) ---------------------------------
 
 fn add_bias(cuda: &Cuda, bias: Mat, y: Mat) -> Result<()> {
-    let name = variant!(y.dtype, "bias");
-    let (grid, bias, at) = (elementwise_grid(y.rows, y.cols), cuda.at(bias), cuda.at(y));
-    launch!(cuda, name, grid, 256, 0, bias, at, y.ld as u32, y.rows as u32, y.cols as u32)
+    let args = BiasArgs { bias: cuda.at(bias), y: cuda.view(y) };
+    cuda.launch(variant!(y.dtype, "bias"), elementwise_grid(y.rows, y.cols), 0, &args)
 }
 
 fn bias_residual(cuda: &Cuda, z: Mat, bias: Mat, residual: Mat, y: Mat) -> Result<()> {
-    launch!(
-        cuda,
-        variant!(y.dtype, "bias_residual"),
-        elementwise_grid(y.rows, y.cols),
-        256,
-        0,
-        cuda.at(z),
-        z.ld as u32,
-        cuda.at(bias),
-        cuda.at(residual),
-        residual.ld as u32,
-        cuda.at(y),
-        y.ld as u32,
-        y.rows as u32,
-        y.cols as u32,
-    )
+    let args = BiasResidualArgs {
+        z: cuda.view(z),
+        bias: cuda.at(bias),
+        residual: cuda.view(residual),
+        y: cuda.view(y),
+    };
+    cuda.launch(variant!(y.dtype, "bias_residual"), elementwise_grid(y.rows, y.cols), 0, &args)
 }
 
 pub(super) fn gelu(cuda: &mut Cuda, op: &ops::Gelu) -> Result<()> {
@@ -304,56 +297,38 @@ fn bias_gelu(
     dropout: Mask,
     y: Mat,
 ) -> Result<()> {
-    launch!(
-        cuda,
-        variant!(y.dtype, "bias_gelu"),
-        elementwise_grid(y.rows, y.cols),
-        256,
-        0,
-        cuda.step_params.address(),
-        cuda.mask(dropout),
-        cuda.rows_per_sample(y.rows),
-        cuda.at(z),
-        z.ld as u32,
-        cuda.at_or_null(bias),
-        form_code(form),
-        cuda.at_or_null(pre),
-        pre.map_or(0, |pre| pre.ld as u32),
-        cuda.at(y),
-        y.ld as u32,
-        y.rows as u32,
-        y.cols as u32,
-    )
+    let args = BiasGeluArgs {
+        params: cuda.step_params.address(),
+        dropout: cuda.mask(dropout),
+        rows_per_sample: cuda.rows_per_sample(y.rows),
+        form: form_code(form),
+        z: cuda.view(z),
+        bias: cuda.at_or_null(bias),
+        pre: cuda.view_or_none(pre),
+        y: cuda.view(y),
+    };
+    cuda.launch(variant!(y.dtype, "bias_gelu"), elementwise_grid(y.rows, y.cols), 0, &args)
 }
 
 fn gelu_backward(cuda: &Cuda, d: Mat, pre: Mat, form: Gelu, dropout: Mask) -> Result<()> {
-    launch!(
-        cuda,
-        variant!(d.dtype, "gelu_backward"),
-        elementwise_grid(d.rows, d.cols),
-        256,
-        0,
-        cuda.step_params.address(),
-        cuda.mask(dropout),
-        cuda.rows_per_sample(d.rows),
-        cuda.at(d),
-        d.ld as u32,
-        cuda.at(pre),
-        pre.ld as u32,
-        form_code(form),
-        d.rows as u32,
-        d.cols as u32,
-    )
+    let args = GeluBackwardArgs {
+        params: cuda.step_params.address(),
+        dropout: cuda.mask(dropout),
+        rows_per_sample: cuda.rows_per_sample(d.rows),
+        form: form_code(form),
+        d: cuda.view(d),
+        pre: cuda.view(pre),
+    };
+    cuda.launch(variant!(d.dtype, "gelu_backward"), elementwise_grid(d.rows, d.cols), 0, &args)
 }
 
+/// In place: `y` holds the product.
 fn bias_tanh(cuda: &Cuda, bias: Mat, y: Mat) -> Result<()> {
-    let name = variant!(y.dtype, "bias_tanh");
-    let (grid, bias, at, ld) = (elementwise_grid(y.rows, y.cols), cuda.at(bias), cuda.at(y), y.ld as u32);
-    launch!(cuda, name, grid, 256, 0, at, ld, bias, at, ld, y.rows as u32, y.cols as u32)
+    let args = BiasTanhArgs { z: cuda.view(y), bias: cuda.at(bias), y: cuda.view(y) };
+    cuda.launch(variant!(y.dtype, "bias_tanh"), elementwise_grid(y.rows, y.cols), 0, &args)
 }
 
 fn tanh_backward(cuda: &Cuda, d: Mat, y: Mat) -> Result<()> {
-    let name = variant!(d.dtype, "tanh_backward");
-    let (grid, at, of) = (elementwise_grid(d.rows, d.cols), cuda.at(d), cuda.at(y));
-    launch!(cuda, name, grid, 256, 0, at, d.ld as u32, of, y.ld as u32, d.rows as u32, d.cols as u32)
+    let args = TanhBackwardArgs { d: cuda.view(d), y: cuda.view(y) };
+    cuda.launch(variant!(d.dtype, "tanh_backward"), elementwise_grid(d.rows, d.cols), 0, &args)
 }

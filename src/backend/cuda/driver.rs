@@ -13,6 +13,7 @@ use cudarc::driver::sys;
 
 use super::api::{self, Code};
 use super::device::{Card, Device, check};
+use super::launch::{Args, Kernel};
 use crate::error::{Error, Result};
 
 /// An address in device memory.
@@ -33,6 +34,8 @@ struct Inner {
     check_launches: Cell<bool>,
     /// Set between the begin and the end of [`Gpu::capture`].
     capturing: Cell<bool>,
+    /// The live [`Buffer`]s: address and bytes. Copies and fills check that they stay inside one.
+    buffers: RefCell<Vec<(Address, usize)>>,
     /// Launches since [`Gpu::watch_launches`], for benchmarks that report what ran.
     launches: RefCell<Option<Vec<Launched>>>,
 }
@@ -75,6 +78,7 @@ impl Gpu {
             copy: stream()?,
             check_launches: Cell::new(false),
             capturing: Cell::new(false),
+            buffers: RefCell::default(),
             launches: RefCell::default(),
         })))
     }
@@ -142,6 +146,7 @@ impl Gpu {
             .hint("set a smaller `train.micro_batch`; `vitrum plan` says what a run needs"));
         }
         check(code, "allocate device memory")?;
+        self.0.buffers.borrow_mut().push((address, bytes));
         Ok(Buffer { gpu: self.clone(), address, bytes })
     }
 
@@ -156,12 +161,21 @@ impl Gpu {
         Ok(Pinned { pointer: pointer.cast(), bytes, device: self.0.device })
     }
 
+    /// Panics if `bytes` bytes at `at` are not all in one live buffer of this GPU.
+    fn check_range(&self, at: Address, bytes: usize) {
+        let within =
+            |&(start, size): &(Address, usize)| at >= start && at - start + bytes as u64 <= size as u64;
+        let inside = self.0.buffers.borrow().iter().any(within);
+        assert!(inside, "{bytes} bytes at {at:#x} are not in a buffer of the GPU");
+    }
+
     /// Sets `bytes` bytes at `at`.
     pub(super) fn fill(&self, at: Address, value: u8, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
-        // SAFETY: callers pass ranges inside their own buffers.
+        self.check_range(at, bytes);
+        // SAFETY: a range inside a live buffer.
         unsafe {
             check(api::driver().cuMemsetD8Async(at, value, bytes, self.0.compute), "clear device memory")
         }
@@ -172,7 +186,8 @@ impl Gpu {
         if from.is_empty() {
             return Ok(());
         }
-        // SAFETY: `from` lives until the stream has been waited for.
+        self.check_range(to, from.len());
+        // SAFETY: a range inside a live buffer; `from` lives until the stream has been waited for.
         unsafe {
             let code =
                 api::driver().cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.0.compute);
@@ -186,7 +201,8 @@ impl Gpu {
         if to.is_empty() {
             return Ok(());
         }
-        // SAFETY: `to` lives, exclusively borrowed, until the stream has been waited for.
+        self.check_range(from, to.len());
+        // SAFETY: a range inside a live buffer; `to` lives, exclusively borrowed, until the stream has been waited for.
         unsafe {
             let code =
                 api::driver().cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), self.0.compute);
@@ -197,9 +213,11 @@ impl Gpu {
 
     /// Page-locked host → device, in stream order.
     ///
-    /// The caller keeps `from` alive and unchanged until the stream has passed the copy.
-    pub(super) fn upload_async(&self, to: Address, from: &[u8], stream: Stream) -> Result<()> {
-        // SAFETY: the caller's promise above.
+    /// # Safety
+    /// `from` stays alive and unchanged until the stream has passed the copy.
+    pub(super) unsafe fn upload_async(&self, to: Address, from: &[u8], stream: Stream) -> Result<()> {
+        self.check_range(to, from.len());
+        // SAFETY: a range inside a live buffer; the rest is the caller's promise.
         unsafe {
             let code =
                 api::driver().cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), self.stream(stream));
@@ -209,9 +227,11 @@ impl Gpu {
 
     /// Device → page-locked host, in stream order.
     ///
-    /// The caller keeps `to` alive and does not read it until the stream has passed the copy.
-    pub(super) fn download_async(&self, from: Address, to: &mut [u8], stream: Stream) -> Result<()> {
-        // SAFETY: the caller's promise above.
+    /// # Safety
+    /// `to` stays alive, and nobody reads or writes it, until the stream has passed the copy.
+    pub(super) unsafe fn download_async(&self, from: Address, to: &mut [u8], stream: Stream) -> Result<()> {
+        self.check_range(from, to.len());
+        // SAFETY: a range inside a live buffer; the rest is the caller's promise.
         unsafe {
             let code = api::driver().cuMemcpyDtoHAsync_v2(
                 to.as_mut_ptr().cast(),
@@ -225,7 +245,9 @@ impl Gpu {
 
     /// Device → device, in the order of the compute stream.
     pub(super) fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
-        // SAFETY: callers pass ranges inside their own buffers.
+        self.check_range(to, bytes);
+        self.check_range(from, bytes);
+        // SAFETY: ranges inside live buffers.
         unsafe {
             check(api::driver().cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.compute), "copy on the GPU")
         }
@@ -269,27 +291,33 @@ impl Gpu {
         }
     }
 
-    /// Starts a kernel on the compute stream.
-    pub(super) fn launch(
+    /// Starts a kernel on the compute stream, with the kernel's own number of threads.
+    ///
+    /// # Safety
+    /// Every address in `args` is one that the kernel accepts as absent, or lies in a buffer of this GPU that
+    /// outlives the work of the stream and holds the extents that the kernel derives from `args`; `grid` and
+    /// `shared` are what the kernel expects for these arguments.
+    pub(super) unsafe fn launch<A: Args>(
         &self,
-        kernel: &'static str,
+        kernel: Kernel<A>,
         grid: [u32; 3],
-        block: u32,
         shared: u32,
-        args: &mut [*mut c_void],
+        args: &A,
     ) -> Result<()> {
-        let function = self.0.device.kernel(kernel, shared)?;
+        let Kernel { name, threads, .. } = kernel;
+        let function = self.0.device.kernel(name, shared)?;
         let [x, y, z] = grid;
         let stream = self.0.compute;
-        // SAFETY: the wrapper of each kernel passes the arguments of its signature by address, and they live
-        // until this call returns (the driver copies them).
+        let mut args = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        // SAFETY: the kernel takes one `A`, which the driver copies before it returns; the rest is the caller's
+        // promise.
         let code = unsafe {
             api::driver().cuLaunchKernel(
                 function,
                 x,
                 y,
                 z,
-                block,
+                threads,
                 1,
                 1,
                 shared,
@@ -298,16 +326,16 @@ impl Gpu {
                 ptr::null_mut(),
             )
         };
-        check(code, format_args!("start kernel `{kernel}`"))?;
+        check(code, format_args!("start kernel `{name}`"))?;
         if let Some(launches) = &mut *self.0.launches.borrow_mut() {
-            launches.push(Launched { kernel, grid, threads: block, shared });
+            launches.push(Launched { kernel: name, grid, threads, shared });
         }
         if self.0.check_launches.get() {
             // SAFETY: a stream of this context.
             let code = unsafe { api::driver().cuStreamSynchronize(stream) };
             check(
                 code,
-                format_args!("run kernel `{kernel}` (grid {grid:?}, block {block}, shared {shared})"),
+                format_args!("run kernel `{name}` (grid {grid:?}, block {threads}, shared {shared})"),
             )?;
         }
         Ok(())
@@ -380,7 +408,8 @@ impl Drop for Buffer {
         if self.bytes == 0 {
             return;
         }
-        // SAFETY: allocated by `Gpu::allocate`, freed once, after the streams that may still use it.
+        self.gpu.0.buffers.borrow_mut().retain(|(address, _)| *address != self.address);
+        // SAFETY: allocated by `Gpu::reserve`, freed once, after the streams that may still use it.
         unsafe {
             api::driver().cuStreamSynchronize(self.gpu.0.compute);
             api::driver().cuMemFree_v2(self.address);

@@ -2,24 +2,9 @@
 
 use super::Cuda;
 use super::dense::elementwise_grid;
-use super::driver::Address;
-use super::launch::{Argument, launch, variant};
+use super::launch::{LossArgs, LossTerms, PoolArgs, PoolBackwardArgs, PoolShape, ScaleArgs, variant};
 use crate::backend::{Dtype, LossKind, Mat, Pool, Slot, TargetKind, ops};
 use crate::error::{Error, Result};
-
-/// `PoolShape` of `kernels/pool.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct PoolShape {
-    samples: u32,
-    tokens: u32,
-    width: u32,
-    first: u32,
-    last: u32,
-}
-
-// SAFETY: five words.
-unsafe impl Argument for PoolShape {}
 
 fn pool_shape(pool: Pool, x: Mat, y: Mat) -> PoolShape {
     assert_eq!(x.dtype, y.dtype, "pool: {x} and {y} differ in type");
@@ -35,49 +20,26 @@ fn pool_shape(pool: Pool, x: Mat, y: Mat) -> PoolShape {
 
 pub(super) fn pool(cuda: &mut Cuda, op: &ops::Pool) -> Result<()> {
     let ops::Pool { pool, x, y } = *op;
-    let (shape, grid) = (pool_shape(pool, x, y), elementwise_grid(y.rows, y.cols));
-    let (from, to) = (cuda.at(x), cuda.at(y));
-    launch!(cuda, variant!(x.dtype, "pool"), grid, 256, 0, shape, from, x.ld as u32, to, y.ld as u32)
+    let args = PoolArgs { shape: pool_shape(pool, x, y), x: cuda.view(x), y: cuda.view(y) };
+    cuda.launch(variant!(x.dtype, "pool"), elementwise_grid(y.rows, y.cols), 0, &args)
 }
 
 pub(super) fn pool_backward(cuda: &mut Cuda, op: &ops::PoolBackward) -> Result<()> {
     let ops::PoolBackward { pool, d_y, d_x, write } = *op;
-    launch!(
-        cuda,
-        variant!(d_x.dtype, "pool_backward"),
-        elementwise_grid(d_x.rows, d_x.cols),
-        256,
-        0,
-        pool_shape(pool, d_x, d_y),
-        cuda.at(d_y),
-        d_y.ld as u32,
-        cuda.at(d_x),
-        d_x.ld as u32,
-        u32::from(!write.adds()),
-    )
+    let args = PoolBackwardArgs {
+        shape: pool_shape(pool, d_x, d_y),
+        d_y: cuda.view(d_y),
+        d_x: cuda.view(d_x),
+        add: u32::from(write.adds()),
+    };
+    cuda.launch(variant!(d_x.dtype, "pool_backward"), elementwise_grid(d_x.rows, d_x.cols), 0, &args)
 }
 
 pub(super) fn scale(cuda: &mut Cuda, op: &ops::Scale) -> Result<()> {
     let ops::Scale { x, factor } = *op;
-    let (name, grid, at) = (variant!(x.dtype, "scale"), elementwise_grid(x.rows, x.cols), cuda.at(x));
-    launch!(cuda, name, grid, 256, 0, at, x.ld as u32, factor, x.rows as u32, x.cols as u32)
+    let args = ScaleArgs { x: cuda.view(x), factor };
+    cuda.launch(variant!(x.dtype, "scale"), elementwise_grid(x.rows, x.cols), 0, &args)
 }
-
-/// `LossArgs` of `kernels/loss.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct LossArgs {
-    scale: f64,
-    smoothing: f32,
-    classes: u32,
-    dense: u32,
-    first: u32,
-    weights: Address,
-}
-
-// SAFETY: one f64, four words and an address.
-unsafe impl Argument for LossArgs {}
-const _: () = assert!(size_of::<LossArgs>() == 32);
 
 /// Shared memory in front of the logits.
 const LOSS_SCRATCH: usize = 512;
@@ -123,29 +85,22 @@ pub(super) fn loss(cuda: &mut Cuda, op: &ops::Loss) -> Result<()> {
         (LossKind::Sigmoid, Some(_)) => variant!(logits.dtype, "loss_sigmoid_weighted"),
     };
     let args = LossArgs {
-        scale: 1.0 / micro.mean_over as f64,
-        smoothing: loss.label_smoothing,
-        classes: classes as u32,
-        dense,
-        first: micro.first as u32,
-        weights: cuda.at_or_null(loss.class_weights),
+        params: cuda.step_params.address(),
+        terms: LossTerms {
+            scale: 1.0 / micro.mean_over as f64,
+            smoothing: loss.label_smoothing,
+            classes: classes as u32,
+            dense,
+            first: micro.first as u32,
+            weights: cuda.at_or_null(loss.class_weights),
+        },
+        staged: u32::from(fits),
+        logits: cuda.view(logits),
+        d_logits: cuda.view(d_logits),
+        samples: cuda.view(samples),
     };
-    launch!(
-        cuda,
-        kernel,
-        [micro.samples as u32, 1, 1],
-        threads,
-        (if fits { staged } else { LOSS_SCRATCH }) as u32,
-        cuda.step_params.address(),
-        args,
-        u32::from(fits),
-        cuda.at(logits),
-        logits.ld as u32,
-        cuda.at(d_logits),
-        d_logits.ld as u32,
-        cuda.at(samples),
-        samples.ld as u32,
-    )
+    let shared = if fits { staged } else { LOSS_SCRATCH } as u32;
+    cuda.launch(kernel.with_threads(threads), [micro.samples as u32, 1, 1], shared, &args)
 }
 
 /// Fails on a label that is not one of `classes`; -1 means no class. A recorded loss cannot fail, so every

@@ -1,38 +1,47 @@
-//! Kernel arguments by address, as the driver expects them.
+//! How kernels are launched: each takes one struct, and the build reads from `kernels/` which one, the struct's
+//! members, and the threads that the kernel was compiled for (`build/contracts.rs`).
+//!
+//! A launch names its kernel by [`kernel!`] and fills the struct by member names. A name that no kernel has, another
+//! kernel's struct, a missing member or one of another type does not compile.
 
-use std::ffi::c_void;
+use std::marker::PhantomData;
 
-use crate::backend::{Mask, Micro};
+use super::driver::Address;
+use crate::backend::{Mask, Mat, Micro};
 
-/// What may be passed to a kernel: plain data with the same layout on both sides.
+/// A struct that a kernel takes.
 ///
 /// # Safety
-/// The type is `repr(C)` or primitive, and equals the kernel's parameter in size and meaning.
-pub(super) unsafe trait Argument: Copy {}
-
-// SAFETY: primitives have the same layout in C++.
-unsafe impl Argument for u64 {}
-// SAFETY: as above.
-unsafe impl Argument for u32 {}
-// SAFETY: as above.
-unsafe impl Argument for i32 {}
-// SAFETY: as above.
-unsafe impl Argument for f32 {}
-// SAFETY: as above.
-unsafe impl Argument for f64 {}
-
-/// `MaskArgs` of `kernels/philox.cuh`: the part of a mask that is the same in every step.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(super) struct MaskArgs {
-    pub(super) rate: f32,
-    pub(super) site: u32,
-    /// Index in the global batch of the micro-batch's first sample; the low 32 bits.
-    pub(super) first_sample: u32,
+/// Size, order and meaning of the members are those of the kernel's struct, and every value of it may be copied
+/// as bytes.
+pub(super) unsafe trait Args: Copy {
+    /// The struct's name in `kernels/`.
+    const NAME: &'static str;
 }
 
-// SAFETY: three words, as in `kernels/philox.cuh`.
-unsafe impl Argument for MaskArgs {}
+/// `View` of `kernels/types.cuh`: a matrix, or none (address 0).
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+pub(super) struct View {
+    pub(super) at: Address,
+    /// Elements from one row to the next.
+    pub(super) ld: u32,
+    pub(super) rows: u32,
+    pub(super) cols: u32,
+}
+
+const _: () = assert!(size_of::<View>() == 24);
+
+impl View {
+    pub(super) const NONE: Self = Self { at: 0, ld: 0, rows: 0, cols: 0 };
+
+    pub(super) fn new(at: Address, mat: Mat) -> Self {
+        let word = |n: usize| {
+            u32::try_from(n).expect("matrices have fewer than 2^32 rows, columns and elements to a row")
+        };
+        Self { at, ld: word(mat.ld), rows: word(mat.rows), cols: word(mat.cols) }
+    }
+}
 
 impl MaskArgs {
     pub(super) fn new(mask: Mask, micro: &Micro) -> Self {
@@ -41,46 +50,120 @@ impl MaskArgs {
     }
 }
 
-/// The address of an argument that outlives the launch.
-pub(super) fn address_of<T: Argument>(value: &T) -> *mut c_void {
-    std::ptr::from_ref(value).cast_mut().cast()
+/// What the build has read about a kernel.
+#[derive(Debug)]
+struct Contract {
+    name: &'static str,
+    args: &'static str,
+    threads: u32,
+    blocks: u32,
+    constants: &'static [(&'static str, u32)],
 }
 
-/// Starts a kernel: `launch!(cuda, "pool_bf16", [blocks, 1, 1], 256, 0, x, ld as u32, ...)?`. Arguments are
-/// evaluated once, in the order of the kernel's signature; their types must be exactly those of the kernel.
-macro_rules! launch {
-    ($cuda:expr, $kernel:expr, $grid:expr, $block:expr, $shared:expr $(, $argument:expr)* $(,)?) => {{
-        launch!(@bind [$cuda.gpu] $kernel, $grid, $block, $shared, [$($argument,)*] [])
-    }};
-    (@bind [$gpu:expr] $kernel:expr, $grid:expr, $block:expr, $shared:expr, [$first:expr, $($rest:expr,)*] [$($done:ident)*]) => {{
-        let argument = $first;
-        launch!(@bind [$gpu] $kernel, $grid, $block, $shared, [$($rest,)*] [$($done)* argument])
-    }};
-    (@bind [$gpu:expr] $kernel:expr, $grid:expr, $block:expr, $shared:expr, [] [$($done:ident)*]) => {
-        $gpu.launch($kernel, $grid, $block, $shared, &mut [$($crate::backend::cuda::launch::address_of(&$done)),*])
+include!(concat!(env!("OUT_DIR"), "/contracts.rs"));
+
+/// A kernel that takes an `A`.
+#[derive(Debug)]
+pub(super) struct Kernel<A> {
+    pub(super) name: &'static str,
+    /// Threads of a block: the most that the kernel was compiled for, if [`Kernel::with_threads`] says nothing else.
+    pub(super) threads: u32,
+    /// Blocks of a multiprocessor that the kernel was compiled for, at least.
+    pub(super) blocks: u32,
+    constants: &'static [(&'static str, u32)],
+    args: PhantomData<fn(A)>,
+}
+
+impl<A> Clone for Kernel<A> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<A> Copy for Kernel<A> {}
+
+impl<A: Args> Kernel<A> {
+    /// The kernel of this name. [`kernel!`] calls this while the program is compiled.
+    ///
+    /// # Panics
+    /// There is no such kernel, or it takes another struct.
+    pub(super) const fn named(name: &str) -> Self {
+        let mut at = 0;
+        while at < CONTRACTS.len() {
+            let Contract { name: found, args, threads, blocks, constants } = CONTRACTS[at];
+            if equal(found, name) {
+                assert!(equal(args, A::NAME), "this kernel takes another struct");
+                return Self { name: found, threads, blocks, constants, args: PhantomData };
+            }
+            at += 1;
+        }
+        panic!("no kernel has this name")
+    }
+
+    /// A number that this instance of the kernel was made with: an argument of its macro in `kernels/`.
+    ///
+    /// # Panics
+    /// The macro has no such argument.
+    pub(super) const fn constant(&self, name: &str) -> usize {
+        let mut at = 0;
+        while at < self.constants.len() {
+            if equal(self.constants[at].0, name) {
+                return self.constants[at].1 as usize;
+            }
+            at += 1;
+        }
+        panic!("no number of this name was among the arguments of the kernel's macro")
+    }
+
+    /// The same with fewer threads.
+    pub(super) fn with_threads(self, threads: u32) -> Self {
+        assert!(threads <= self.threads, "{} was compiled for {} threads", self.name, self.threads);
+        Self { threads, ..self }
+    }
+}
+
+const fn equal(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let mut at = 0;
+    while at < a.len() && at < b.len() && a[at] == b[at] {
+        at += 1;
+    }
+    at == a.len() && at == b.len()
+}
+
+/// A kernel by its name, whose parts may be literals of macros: `kernel!("layernorm_bf16_", 3)`.
+macro_rules! kernel {
+    ($($part:expr),+) => {
+        const { $crate::backend::cuda::launch::Kernel::named(concat!($($part),+)) }
     };
 }
-pub(super) use launch;
+pub(super) use kernel;
 
-/// Names a kernel's variant for a storage type: `variant!(dtype, "pool")` is `"pool_f32"` or `"pool_bf16"`.
+/// A kernel's variant for a storage type: `variant!(dtype, "pool")` is `pool_f32` or `pool_bf16`.
 macro_rules! variant {
     ($dtype:expr, $name:literal) => {
         match $dtype {
-            $crate::backend::Dtype::F32 => concat!($name, "_f32"),
-            $crate::backend::Dtype::Bf16 => concat!($name, "_bf16"),
+            $crate::backend::Dtype::F32 => $crate::backend::cuda::launch::kernel!($name, "_f32"),
+            $crate::backend::Dtype::Bf16 => $crate::backend::cuda::launch::kernel!($name, "_bf16"),
         }
     };
 }
 pub(super) use variant;
 
-/// The same for operations between the residual stream and a block: `"residual_f32_bf16"` where only the
-/// stream is f32.
+/// The same for operations between the residual stream and a block: `residual_f32_bf16` where only the stream
+/// is f32.
 macro_rules! stream_variant {
     ($stream:expr, $dtype:expr, $name:literal) => {
         match ($stream, $dtype) {
-            ($crate::backend::Dtype::F32, $crate::backend::Dtype::F32) => concat!($name, "_f32"),
-            ($crate::backend::Dtype::Bf16, $crate::backend::Dtype::Bf16) => concat!($name, "_bf16"),
-            ($crate::backend::Dtype::F32, $crate::backend::Dtype::Bf16) => concat!($name, "_f32_bf16"),
+            ($crate::backend::Dtype::F32, $crate::backend::Dtype::F32) => {
+                $crate::backend::cuda::launch::kernel!($name, "_f32")
+            }
+            ($crate::backend::Dtype::Bf16, $crate::backend::Dtype::Bf16) => {
+                $crate::backend::cuda::launch::kernel!($name, "_bf16")
+            }
+            ($crate::backend::Dtype::F32, $crate::backend::Dtype::Bf16) => {
+                $crate::backend::cuda::launch::kernel!($name, "_f32_bf16")
+            }
             ($crate::backend::Dtype::Bf16, $crate::backend::Dtype::F32) => {
                 unreachable!("the residual stream is never narrower than what is added to it")
             }

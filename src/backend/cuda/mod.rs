@@ -42,6 +42,7 @@ pub(in crate::backend) use update::update_bytes;
 use bias::BiasSums;
 use blas::Blas;
 use driver::{Address, Buffer, Event, Gpu, Graph, Stream};
+use launch::{Args, Kernel, View};
 use step_params::StepParamsRing;
 use ways::Ways;
 
@@ -164,12 +165,29 @@ impl Cuda {
     /// The address of a matrix's first element.
     fn at(&self, mat: Mat) -> Address {
         let arena = &self.arenas[mat.arena as usize];
-        debug_assert!(mat.offset + mat.span_bytes() <= arena.bytes, "{mat} lies outside its arena");
+        assert!(mat.offset + mat.span_bytes() <= arena.bytes, "{mat} lies outside its arena");
         arena.address + mat.offset as u64
     }
 
     fn at_or_null(&self, mat: Option<Mat>) -> Address {
         mat.map_or(0, |mat| self.at(mat))
+    }
+
+    /// A matrix as kernels take it.
+    fn view(&self, mat: Mat) -> View {
+        View::new(self.at(mat), mat)
+    }
+
+    fn view_or_none(&self, mat: Option<Mat>) -> View {
+        mat.map_or(View::NONE, |mat| self.view(mat))
+    }
+
+    /// Starts a kernel on the compute stream.
+    fn launch<A: Args>(&self, kernel: Kernel<A>, grid: [u32; 3], shared: u32, args: &A) -> Result<()> {
+        // SAFETY: addresses come from `Cuda::at` and `Cuda::scratch`, which check that they lie in an arena, and
+        // from the step's own cells of the workspace; arenas are freed after the streams are idle. Each operation
+        // asserts the shapes that its kernels rely on.
+        unsafe { self.gpu.launch(kernel, grid, shared, args) }
     }
 
     /// A matrix as a matrix product reads it: parameters from their bf16 copy, where there is one.
@@ -403,7 +421,8 @@ impl Backend for Cuda {
         // The old half is free once the work submitted so far is done; later work does not matter.
         self.gpu.record_event(&self.batch.read[before], Stream::Compute)?;
         self.gpu.wait_event(Stream::Copy, &self.batch.read[place])?;
-        self.gpu.upload_async(room, slot.memory(), Stream::Copy)?;
+        // SAFETY: the slot is kept in `self.batch`, and given back after the copy's event.
+        unsafe { self.gpu.upload_async(room, slot.memory(), Stream::Copy)? };
         self.gpu.record_event(&self.batch.filled[place], Stream::Copy)?;
         self.gpu.wait_event(Stream::Compute, &self.batch.filled[place])?;
         self.step_params.bind(&slot, room);

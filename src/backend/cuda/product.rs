@@ -6,31 +6,10 @@
 use super::Cuda;
 use super::blas::{Fused, Matrix, Operands, Shape};
 use super::driver::Address;
-use super::launch::{Argument, launch, variant};
+use super::launch::{ProductArgs, ProductShape, ProductSumArgs, kernel, variant};
 use crate::backend::Dtype;
 use crate::error::Result;
 
-/// `ProductShape` of `kernels/product.cu`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[repr(C)]
-struct ProductShape {
-    m: u32,
-    n: u32,
-    k: u32,
-    a_row: u32,
-    a_step: u32,
-    b_column: u32,
-    b_step: u32,
-    d_row: u32,
-    d_column: u32,
-    slice: u32,
-}
-
-// SAFETY: ten words.
-unsafe impl Argument for ProductShape {}
-const _: () = assert!(size_of::<ProductShape>() == 40);
-
-const THREADS: u32 = 256;
 /// Warps per block, and columns of D per warp.
 const WARPS: usize = 8;
 const COLUMNS: usize = 4;
@@ -116,9 +95,15 @@ pub(super) fn product(cuda: &Cuda, shape: &Shape, operands: &Operands) -> Result
     let plan = Plan::new(shape);
     let types = (shape.a.dtype, shape.b.dtype, shape.d.dtype);
     let [along_k, along_rows] = match types {
-        (Dtype::F32, Dtype::F32, Dtype::F32) => ["product_along_k_f32", "product_along_rows_f32"],
-        (Dtype::Bf16, Dtype::Bf16, Dtype::F32) => ["product_along_k_bf16_f32", "product_along_rows_bf16_f32"],
-        (Dtype::Bf16, Dtype::Bf16, Dtype::Bf16) => ["product_along_k_bf16", "product_along_rows_bf16"],
+        (Dtype::F32, Dtype::F32, Dtype::F32) => {
+            [kernel!("product_along_k_f32"), kernel!("product_along_rows_f32")]
+        }
+        (Dtype::Bf16, Dtype::Bf16, Dtype::F32) => {
+            [kernel!("product_along_k_bf16_f32"), kernel!("product_along_rows_bf16_f32")]
+        }
+        (Dtype::Bf16, Dtype::Bf16, Dtype::Bf16) => {
+            [kernel!("product_along_k_bf16"), kernel!("product_along_rows_bf16")]
+        }
         _ => panic!("product: no kernel for {types:?}"),
     };
     let (a, b) = if plan.exchanged { (operands.b, operands.a) } else { (operands.a, operands.b) };
@@ -127,18 +112,14 @@ pub(super) fn product(cuda: &Cuda, shape: &Shape, operands: &Operands) -> Result
         0 => 0,
         count => cuda.scratch(4 * count),
     };
-    launch! {
-        cuda, if plan.along_k { along_k } else { along_rows }, [plan.blocks, plan.slices, 1], THREADS, 0,
-        plan.shape, a, b, c, operands.d, partials,
-    }?;
+    let args = ProductArgs { shape: plan.shape, a, b, c, d: operands.d, partials };
+    cuda.launch(if plan.along_k { along_k } else { along_rows }, [plan.blocks, plan.slices, 1], 0, &args)?;
     if partials == 0 {
         return Ok(());
     }
-    launch! {
-        cuda, variant!(shape.d.dtype, "product_sum"), [(plan.elements() as u32).div_ceil(THREADS), 1, 1],
-        THREADS, 0,
-        plan.shape, partials, plan.slices, c, operands.d,
-    }
+    let args = ProductSumArgs { shape: plan.shape, partials, slices: plan.slices, c, d: operands.d };
+    let kernel = variant!(shape.d.dtype, "product_sum");
+    cuda.launch(kernel, [(plan.elements() as u32).div_ceil(kernel.threads), 1, 1], 0, &args)
 }
 
 #[cfg(test)]

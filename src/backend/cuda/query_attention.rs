@@ -7,11 +7,12 @@
 use super::Cuda;
 use super::attention::{MAX_HEAD_SIZE, check_head_size};
 use super::driver::Address;
-use super::launch::{MaskArgs, launch, variant};
+use super::launch::{
+    MaskArgs, QueryAttentionArgs, QueryAttentionBackwardArgs, SharedQueryArgs, View, variant,
+};
 use crate::backend::{Dtype, Heads, Mask, Mat, ops};
 use crate::error::{Error, Result};
 
-const THREADS: u32 = 128;
 /// Blocks per multiprocessor that share the gradient of a shared query.
 const BLOCKS: usize = 8;
 
@@ -20,10 +21,10 @@ struct Work {
     heads: Heads,
     images: usize,
     dtype: Dtype,
-    /// Elements from one image's query to the next; 0 where they share it.
-    q_ld: u32,
-    /// f32 values from one head of `p` to the next. One row of all heads is equivalent to a row per head.
-    p_ld: u32,
+    /// A row for each image; rows 0 elements apart where images share one.
+    q: View,
+    /// A row for each head.
+    p: View,
     /// Heads, rows and tensors consist of whole 16-byte accesses.
     whole: u32,
     mask: MaskArgs,
@@ -39,30 +40,31 @@ impl Work {
         dropout: Mask,
     ) -> Result<Self> {
         let Heads { tokens, heads: count, head_size } = heads;
-        assert!(tokens > 0 && count > 0 && head_size > 0, "probe attention: an empty head");
+        assert!(tokens > 0 && count > 0 && head_size > 0, "query attention: an empty head");
         check_head_size(head_size)?;
         let width = count * head_size;
-        assert_eq!((q.cols, kv.cols), (width, 2 * width), "probe attention: columns of q and kv");
-        assert_eq!(kv.rows % tokens, 0, "probe attention: {} rows are not whole images", kv.rows);
+        assert_eq!((q.cols, kv.cols), (width, 2 * width), "query attention: columns of q and kv");
+        assert_eq!(kv.rows % tokens, 0, "query attention: {} rows are not whole images", kv.rows);
         let images = kv.rows / tokens;
-        assert!(q.rows == 1 || q.rows == images, "probe attention: {} queries of {images} images", q.rows);
-        assert_eq!((p.rows * p.cols, p.dtype), (images * count * tokens, Dtype::F32), "probe attention: p");
+        assert!(q.rows == 1 || q.rows == images, "query attention: {} queries of {images} images", q.rows);
+        assert_eq!((p.rows * p.cols, p.dtype), (images * count * tokens, Dtype::F32), "query attention: p");
         for mat in of_image {
-            assert_eq!((mat.rows, mat.cols), (images, width), "probe attention: shape of {mat}");
+            assert_eq!((mat.rows, mat.cols), (images, width), "query attention: shape of {mat}");
         }
         for mat in of_tokens {
-            assert_eq!((mat.rows, mat.cols), (kv.rows, kv.cols), "probe attention: shape of {mat}");
+            assert_eq!((mat.rows, mat.cols), (kv.rows, kv.cols), "query attention: shape of {mat}");
         }
         let all = || [q, kv].into_iter().chain(of_image.iter().chain(of_tokens).copied());
-        assert!(all().all(|mat| mat.dtype == q.dtype), "probe attention: tensors of two types");
+        assert!(all().all(|mat| mat.dtype == q.dtype), "query attention: tensors of two types");
         let aligned =
             |mat: Mat| cuda.at(mat).is_multiple_of(16) && (mat.rows == 1 || mat.ld.is_multiple_of(8));
         Ok(Self {
             heads,
             images,
             dtype: q.dtype,
-            q_ld: if q.rows == 1 { 0 } else { q.ld as u32 },
-            p_ld: if p.rows == 1 { tokens as u32 } else { p.ld as u32 },
+            q: if q.rows == 1 { View { ld: 0, ..cuda.view(q) } } else { cuda.view(q) },
+            // One row of all heads is equivalent to a row per head.
+            p: if p.rows == 1 { View { ld: tokens as u32, ..cuda.view(p) } } else { cuda.view(p) },
             whole: u32::from(head_size.is_multiple_of(8) && all().all(aligned)),
             mask: cuda.mask(dropout),
         })
@@ -105,20 +107,29 @@ fn slices(images: usize, heads: usize, multiprocessors: usize) -> usize {
 pub(super) fn query_attention(cuda: &mut Cuda, op: &ops::QueryAttention) -> Result<()> {
     let ops::QueryAttention { heads, q, kv, p, o, dropout } = *op;
     let work = Work::new(cuda, heads, [q, kv, p], [&[o], &[]], dropout)?;
-    let [t, h, dh] = work.sizes();
-    launch! {
-        cuda, variant!(work.dtype, "query_attention"), [(work.images * heads.heads) as u32, 1, 1], THREADS,
-        work.shared(cuda, 1)?,
-        cuda.step_params.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
-        cuda.at(o), o.ld as u32, work.scale(), t, h, dh, work.whole,
-    }
+    let [tokens, heads_count, head_size] = work.sizes();
+    let args = QueryAttentionArgs {
+        params: cuda.step_params.address(),
+        dropout: work.mask,
+        whole: work.whole,
+        q: work.q,
+        kv: cuda.view(kv),
+        p: work.p,
+        o: cuda.view(o),
+        scale: work.scale(),
+        tokens,
+        heads: heads_count,
+        head_size,
+    };
+    let grid = [(work.images * heads.heads) as u32, 1, 1];
+    cuda.launch(variant!(work.dtype, "query_attention"), grid, work.shared(cuda, 1)?, &args)
 }
 
 pub(super) fn query_attention_backward(cuda: &mut Cuda, op: &ops::QueryAttentionBackward) -> Result<()> {
     let ops::QueryAttentionBackward { heads, q, kv, p, dropout, d_o, d_q, d_kv } = *op;
-    assert_eq!((d_q.rows, d_q.cols, d_q.dtype), (q.rows, q.cols, q.dtype), "probe attention: shape of d_q");
+    assert_eq!((d_q.rows, d_q.cols, d_q.dtype), (q.rows, q.cols, q.dtype), "query attention: shape of d_q");
     let work = Work::new(cuda, heads, [q, kv, p], [&[d_o], &[d_kv]], dropout)?;
-    let [t, h, dh] = work.sizes();
+    let [tokens, heads_count, head_size] = work.sizes();
     let width = q.cols;
     let (slices, parts): (usize, Address) = if q.rows == work.images {
         (work.images, 0)
@@ -126,21 +137,31 @@ pub(super) fn query_attention_backward(cuda: &mut Cuda, op: &ops::QueryAttention
         let slices = slices(work.images, heads.heads, cuda.card().multiprocessors as usize);
         (slices, cuda.scratch(4 * slices * width))
     };
-    launch! {
-        cuda, variant!(work.dtype, "query_attention_backward"), [(slices * heads.heads) as u32, 1, 1], THREADS,
-        work.shared(cuda, 2)?,
-        cuda.step_params.address(), work.mask, cuda.at(q), work.q_ld, cuda.at(kv), kv.ld as u32, cuda.at(p), work.p_ld,
-        cuda.at(d_o), d_o.ld as u32, cuda.at(d_q), d_q.ld as u32, parts, cuda.at(d_kv), d_kv.ld as u32,
-        work.scale(), work.images as u32, t, h, dh, work.whole,
-    }?;
+    let args = QueryAttentionBackwardArgs {
+        params: cuda.step_params.address(),
+        dropout: work.mask,
+        whole: work.whole,
+        q: work.q,
+        kv: cuda.view(kv),
+        p: work.p,
+        d_o: cuda.view(d_o),
+        d_q: cuda.view(d_q),
+        parts,
+        d_kv: cuda.view(d_kv),
+        scale: work.scale(),
+        images: work.images as u32,
+        tokens,
+        heads: heads_count,
+        head_size,
+    };
+    let grid = [(slices * heads.heads) as u32, 1, 1];
+    cuda.launch(variant!(work.dtype, "query_attention_backward"), grid, work.shared(cuda, 2)?, &args)?;
     if parts == 0 {
         return Ok(());
     }
-    launch! {
-        cuda, variant!(work.dtype, "query_attention_backward_query"), [(width as u32).div_ceil(THREADS), 1, 1],
-        THREADS, 0,
-        parts, cuda.at(d_q), slices as u32, width as u32,
-    }
+    let args = SharedQueryArgs { parts, d_q: cuda.view(d_q), slices: slices as u32 };
+    let kernel = variant!(work.dtype, "query_attention_backward_query");
+    cuda.launch(kernel, [(width as u32).div_ceil(kernel.threads), 1, 1], 0, &args)
 }
 
 #[cfg(test)]

@@ -3,34 +3,13 @@
 
 use super::Cuda;
 use super::dense::elementwise_grid;
-use super::launch::{Argument, launch, stream_variant, variant};
+use super::launch::{
+    EmbedArgs, EmbedBackwardArgs, EmbedGradientsArgs, EmbedShape, Normalise, PatchShape, PatchifyArgs,
+    kernel, stream_variant, variant,
+};
 use super::sums;
 use crate::backend::{Dtype, Embed, Mat, Pixels, ops};
 use crate::error::Result;
-
-/// `PatchShape` of `kernels/patchify.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct PatchShape {
-    image: [u32; 2],
-    patch: [u32; 2],
-    grid: [u32; 2],
-    extra: u32,
-}
-
-// SAFETY: seven words.
-unsafe impl Argument for PatchShape {}
-
-/// `Normalise` of `kernels/patchify.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct NormaliseArgs {
-    mean: [f32; 3],
-    std: [f32; 3],
-}
-
-// SAFETY: six words.
-unsafe impl Argument for NormaliseArgs {}
 
 pub(super) fn patchify(cuda: &mut Cuda, op: &ops::Patchify) -> Result<()> {
     let ops::Patchify { grid, normalise, patches } = *op;
@@ -42,47 +21,32 @@ pub(super) fn patchify(cuda: &mut Cuda, op: &ops::Patchify) -> Result<()> {
     assert_eq!((patches.rows, patches.cols), expected, "patchify: {patches} has the wrong shape");
 
     let pair = |(a, b): (usize, usize)| [a as u32, b as u32];
-    let shape = PatchShape {
-        image: pair(grid.image),
-        patch: pair(grid.patch),
-        grid: pair(grid.grid()),
-        extra: grid.extra as u32,
+    let [image_height, image_width] = pair(grid.image);
+    let [patch_height, patch_width] = pair(grid.patch);
+    let [grid_height, grid_width] = pair(grid.grid());
+    let args = PatchifyArgs {
+        params: cuda.step_params.address(),
+        shape: PatchShape {
+            image_height,
+            image_width,
+            patch_height,
+            patch_width,
+            grid_height,
+            grid_width,
+            extra: grid.extra as u32,
+        },
+        normalise: Normalise { mean: normalise.mean, std: normalise.std },
+        first: micro.first as u32,
+        patches: cuda.view(patches),
     };
     let kernel = match (cuda.step_params.pixels(), patches.dtype) {
-        (Pixels::U8, Dtype::Bf16) => "patchify_u8_bf16",
-        (Pixels::U8, Dtype::F32) => "patchify_u8_f32",
-        (Pixels::F32, Dtype::Bf16) => "patchify_f32_bf16",
-        (Pixels::F32, Dtype::F32) => "patchify_f32_f32",
+        (Pixels::U8, Dtype::Bf16) => kernel!("patchify_u8_bf16"),
+        (Pixels::U8, Dtype::F32) => kernel!("patchify_u8_f32"),
+        (Pixels::F32, Dtype::Bf16) => kernel!("patchify_f32_bf16"),
+        (Pixels::F32, Dtype::F32) => kernel!("patchify_f32_f32"),
     };
-    launch!(
-        cuda,
-        kernel,
-        elementwise_grid(patches.rows, patches.cols),
-        256,
-        0,
-        cuda.step_params.address(),
-        shape,
-        NormaliseArgs { mean: normalise.mean, std: normalise.std },
-        micro.first as u32,
-        cuda.at(patches),
-        patches.ld as u32,
-        patches.rows as u32,
-    )
+    cuda.launch(kernel, elementwise_grid(patches.rows, patches.cols), 0, &args)
 }
-
-/// `EmbedShape` of `kernels/embed.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct EmbedShape {
-    samples: u32,
-    tokens: u32,
-    width: u32,
-    extra: u32,
-    posemb_first: u32,
-}
-
-// SAFETY: five words.
-unsafe impl Argument for EmbedShape {}
 
 fn embed_shape(embed: &Embed, x: Mat) -> EmbedShape {
     assert!(embed.extra <= 2 && embed.extra < embed.tokens, "embed: too many extra tokens");
@@ -102,23 +66,17 @@ pub(super) fn embed(cuda: &mut Cuda, op: &ops::Embed) -> Result<()> {
     let expected = (embed.tokens - embed.posemb_first, x.cols);
     assert_eq!((posemb.rows, posemb.cols), expected, "embed: positions");
     let [extra0, extra1] = embed.extra_tokens.map(|token| cuda.at_or_null(token.map(|(value, _)| value)));
-    launch!(
-        cuda,
-        variant!(x.dtype, "embed"),
-        elementwise_grid(x.rows, x.cols),
-        256,
-        0,
-        cuda.step_params.address(),
-        embed_shape(embed, x),
-        cuda.mask(embed.dropout),
-        cuda.at(x),
-        x.ld as u32,
-        cuda.at(embed.bias.0),
+    let args = EmbedArgs {
+        params: cuda.step_params.address(),
+        shape: embed_shape(embed, x),
+        dropout: cuda.mask(embed.dropout),
+        x: cuda.view(x),
+        bias: cuda.at(embed.bias.0),
         extra0,
         extra1,
-        cuda.at(posemb),
-        posemb.ld as u32,
-    )
+        posemb: cuda.view(posemb),
+    };
+    cuda.launch(variant!(x.dtype, "embed"), elementwise_grid(x.rows, x.cols), 0, &args)
 }
 
 /// Limit of the scratch for partial sums over slices of the batch.
@@ -143,41 +101,32 @@ pub(super) fn embed_backward(cuda: &mut Cuda, op: &ops::EmbedBackward) -> Result
     let slices = wanted.min(PARTIAL_BYTES / slice_bytes).clamp(1, shape.samples as usize);
     let partials = if trained { cuda.scratch(slices * slice_bytes) } else { 0 };
     let [blocks, ..] = elementwise_grid(embed.tokens, d_x.cols);
-    launch!(
-        cuda,
-        stream_variant!(d_x.dtype, d_y.dtype, "embed_backward"),
-        [blocks, slices as u32, 1],
-        256,
-        0,
-        cuda.step_params.address(),
+    let args = EmbedBackwardArgs {
+        params: cuda.step_params.address(),
         shape,
-        cuda.mask(embed.dropout),
-        cuda.at(d_x),
-        d_x.ld as u32,
-        cuda.at(d_y),
-        d_y.ld as u32,
+        dropout: cuda.mask(embed.dropout),
+        d_x: cuda.view(d_x),
+        d_y: cuda.view(d_y),
         partials,
-        pitch as u32,
-    )?;
+        pitch: pitch as u32,
+    };
+    let kernel = stream_variant!(d_x.dtype, d_y.dtype, "embed_backward");
+    cuda.launch(kernel, [blocks, slices as u32, 1], 0, &args)?;
     if !trained {
         return Ok(());
     }
-    launch!(
-        cuda,
-        "embed_gradients",
-        [(embed.tokens * d_x.cols).div_ceil(256) as u32, 1, 1],
-        256,
-        0,
+    let args = EmbedGradientsArgs {
         shape,
         partials,
-        pitch as u32,
-        slices as u32,
-        cuda.at_or_null(d_extra[0]),
-        cuda.at_or_null(d_extra[1]),
-        cuda.at_or_null(d_posemb),
-        d_posemb.map_or(0, |d| d.ld as u32),
-        u32::from(cuda.micro.gradients.adds()),
-    )?;
+        pitch: pitch as u32,
+        slices: slices as u32,
+        d_extra0: cuda.at_or_null(d_extra[0]),
+        d_extra1: cuda.at_or_null(d_extra[1]),
+        d_posemb: cuda.view_or_none(d_posemb),
+        add: u32::from(cuda.micro.gradients.adds()),
+    };
+    let blocks = (embed.tokens * d_x.cols).div_ceil(256) as u32;
+    cuda.launch(kernel!("embed_gradients"), [blocks, 1, 1], 0, &args)?;
     let Some(d_bias) = d_bias else { return Ok(()) };
     // Slice 0 now holds each token's sum.
     let patches = partials + (embed.extra * pitch * 4) as u64;

@@ -5,6 +5,7 @@
 //! so that a pending copy is never overwritten.
 
 use super::driver::{Address, Event, Gpu, Pinned, Stream};
+use super::launch::{GroupScalars as Rates, SlotView, StepParams};
 use crate::backend::{GroupScalars, HostMemory, Pixels, Slot, StepKeys, Update};
 use crate::error::Result;
 
@@ -12,39 +13,6 @@ use crate::error::Result;
 pub(super) const MAX_GROUPS: usize = 512;
 /// Copies of the params: the number of steps that may be submitted before the first is done.
 const RING: usize = 8;
-
-/// `SlotView` of `kernels/step.cuh`.
-#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct SlotView {
-    pixels: u64,
-    targets: u64,
-    partner: u64,
-    lambda: u64,
-    boxes: u64,
-    pixel_lambda: u64,
-    erase: u64,
-    count: u32,
-    samples: u32,
-}
-
-/// `StepParams` of `kernels/step.cuh`.
-#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct StepParams {
-    seed: u64,
-    step: u64,
-    t: u64,
-    slot: SlotView,
-}
-
-/// `GroupScalars` of `kernels/step.cuh`.
-#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct Rates {
-    lr: f32,
-    decay: f32,
-}
 
 const PARAMS_BYTES: usize = size_of::<StepParams>().next_multiple_of(16);
 /// Bytes on the device.
@@ -133,7 +101,8 @@ impl StepParamsRing {
         let bytes = copy.bytes_mut();
         bytes[..size_of::<StepParams>()].copy_from_slice(bytemuck::bytes_of(&self.now));
         bytes[PARAMS_BYTES..].copy_from_slice(bytemuck::cast_slice(&self.rates));
-        gpu.upload_async(self.device, copy.bytes(), Stream::Compute)?;
+        // SAFETY: this copy of the ring is written again only after its event, which is waited for above.
+        unsafe { gpu.upload_async(self.device, copy.bytes(), Stream::Compute)? };
         gpu.record_event(sent, Stream::Compute)
     }
 }

@@ -3,7 +3,7 @@
 
 use super::Cuda;
 use super::driver::Address;
-use super::launch::{Argument, launch, variant};
+use super::launch::{ColumnSumsArgs, SumPartialsArgs, kernel, variant};
 use crate::backend::Mat;
 use crate::error::Result;
 
@@ -21,14 +21,6 @@ pub(super) fn column_grid(cuda: &Cuda, x: Mat) -> [u32; 3] {
     let slices = wanted.clamp(1, x.rows.div_ceil(ROWS).max(1));
     [stretches as u32, slices as u32, 1]
 }
-
-/// `SumOutputs` of `kernels/column_sums.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct SumOutputs([Address; 3]);
-
-// SAFETY: three addresses.
-unsafe impl Argument for SumOutputs {}
 
 /// Partial sums in the workspace: `[blocks, sums, pitch]`.
 pub(super) struct Partials {
@@ -86,38 +78,23 @@ pub(super) fn sum_partials(
     [columns, sums]: [u32; 2],
     outputs: [Address; 3],
 ) -> Result<()> {
-    launch!(
-        cuda,
-        "sum_partials",
-        [columns.div_ceil(32), sums, 1],
-        256,
-        256 * 4,
-        at,
+    let args = SumPartialsArgs {
+        partials: at,
         count,
         stride,
         pitch,
         columns,
-        SumOutputs(outputs),
-        u32::from(cuda.micro.gradients.adds()),
-    )
+        out: outputs,
+        add: u32::from(cuda.micro.gradients.adds()),
+    };
+    cuda.launch(kernel!("sum_partials"), [columns.div_ceil(32), sums, 1], 256 * 4, &args)
 }
 
 /// `out (+)= Σ over rows of x`: a bias gradient.
 pub(super) fn column_sums(cuda: &Cuda, x: Mat, out: Mat) -> Result<()> {
     let grid = column_grid(cuda, x);
     let partials = Partials::new(cuda, grid[1] as usize, 1, x.cols, 0);
-    launch!(
-        cuda,
-        variant!(x.dtype, "column_sums"),
-        grid,
-        256,
-        COLUMN_SHARED,
-        cuda.at(x),
-        x.ld as u32,
-        x.rows as u32,
-        x.cols as u32,
-        partials.at,
-        partials.pitch,
-    )?;
+    let args = ColumnSumsArgs { x: cuda.view(x), partials: partials.at, pitch: partials.pitch };
+    cuda.launch(variant!(x.dtype, "column_sums"), grid, COLUMN_SHARED, &args)?;
     partials.finish(cuda, &[Some(out)])
 }

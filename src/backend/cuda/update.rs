@@ -14,7 +14,11 @@ mod adafactor;
 use std::collections::VecDeque;
 
 use super::driver::{Address, Buffer, Event, Gpu, Pinned, Stream};
-use super::launch::{Argument, launch};
+use super::launch::{
+    CastArgs, GradientSquaresArgs, ReportAddArgs, ReportBeginArgs, ReportCloseArgs, RuleConstants,
+    StepReport as RawReport, SwapEmaArgs, UpdateArgs, UpdateBuffers, UpdateChunk, UpdateConstants,
+    UpdatePrepareArgs, kernel,
+};
 use super::{Arena, Cuda};
 use crate::backend::{HostMemory, Rule, Segment, StepReport, Update, ops};
 use crate::error::Result;
@@ -46,19 +50,6 @@ const NORM_BLOCKS: usize = 8;
 const MOST_NORM_BLOCKS: usize = 4096;
 /// Device memory of [`State::params`].
 pub(super) const PARAMS_BYTES: usize = 3 * CELL_BYTES as usize + MOST_NORM_BLOCKS * 8;
-
-/// `StepReport` of `kernels/step.cuh`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct RawReport {
-    loss: f64,
-    top1: f64,
-    top5: f64,
-    grad_norm: f64,
-    skipped: u32,
-    reserved: u32,
-    step: u64,
-}
 
 impl State {
     pub(super) fn new(gpu: &Gpu) -> Result<Self> {
@@ -93,41 +84,34 @@ impl State {
 // Reports ------------------------------------------------------------------------------------------------------------
 
 pub(super) fn begin_report(cuda: &mut Cuda) -> Result<()> {
-    let (sums, constants) = (cuda.update.sums(), cuda.update.constants());
-    launch!(cuda, "report_begin", [1, 1, 1], 32, 0, sums, constants)
+    let args = ReportBeginArgs { report: cuda.update.sums(), update: cuda.update.constants() };
+    cuda.launch(kernel!("report_begin"), [1, 1, 1], 0, &args)
 }
 
 pub(super) fn add_to_report(cuda: &mut Cuda, op: &ops::AddToReport) -> Result<()> {
-    let samples = op.samples;
-    let (at, ld, rows) = (cuda.at(samples), samples.ld as u32, samples.rows as u32);
-    launch!(cuda, "report_add", [1, 1, 1], 256, 8 * 3 * 8, cuda.update.sums(), at, ld, rows)
+    let args = ReportAddArgs { report: cuda.update.sums(), samples: cuda.view(op.samples) };
+    cuda.launch(kernel!("report_add"), [1, 1, 1], 8 * 3 * 8, &args)
 }
 
 /// Finishes the report from the current sums: the last kernel of a step.
 pub(super) fn close_report(cuda: &mut Cuda) -> Result<()> {
-    let (sums, constants, out) = (cuda.update.sums(), cuda.update.constants(), cuda.update.report());
-    let mean_over = cuda.micro.mean_over as f64;
-    launch!(
-        cuda,
-        "report_close",
-        [1, 1, 1],
-        32,
-        0,
-        cuda.step_params.address(),
-        sums,
-        constants,
-        mean_over,
-        out
-    )
+    let args = ReportCloseArgs {
+        params: cuda.step_params.address(),
+        report: cuda.update.sums(),
+        update: cuda.update.constants(),
+        mean_over: cuda.micro.mean_over as f64,
+        out: cuda.update.report(),
+    };
+    cuda.launch(kernel!("report_close"), [1, 1, 1], 0, &args)
 }
 
 /// Sends the closed report to the host, after all submitted work.
 pub(super) fn send_report(cuda: &mut Cuda) -> Result<()> {
     let (gpu, state) = (&cuda.gpu, &mut cuda.update);
     let (mut memory, arrived) = state.places.pop().expect("the reports of two steps were not read");
-    let sent = gpu
-        .download_async(state.report(), memory.bytes_mut(), Stream::Compute)
-        .and_then(|()| gpu.record_event(&arrived, Stream::Compute));
+    // SAFETY: the memory is kept in `arrivals` and read after its event.
+    let sent = unsafe { gpu.download_async(state.report(), memory.bytes_mut(), Stream::Compute) };
+    let sent = sent.and_then(|()| gpu.record_event(&arrived, Stream::Compute));
     state.arrivals.push_back((memory, arrived));
     sent
 }
@@ -165,18 +149,6 @@ enum TableKind {
     Chunks(usize),
     Tensors(Tables),
 }
-
-/// `UpdateChunk` of `kernels/update.cu`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct UpdateChunk {
-    param: u64,
-    grad: u64,
-    len: u32,
-    group: u32,
-}
-
-const _: () = assert!(size_of::<UpdateChunk>() == 24 && size_of::<RawReport>() == 48);
 
 /// Elements per chunk: four rounds of a block.
 const CHUNK: usize = 4096;
@@ -224,56 +196,6 @@ impl Table {
         Ok(Self { segments: update.segments.to_vec(), kind })
     }
 }
-
-/// `UpdateConstants` of `kernels/update.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct UpdateConstants {
-    max_norm: f64,
-    beta1: f64,
-    beta2: f64,
-    beta2_cap: f64,
-    decay_power: f64,
-    torch_clip: u32,
-    reserved: u32,
-}
-
-// SAFETY: five f64 and two words.
-unsafe impl Argument for UpdateConstants {}
-const _: () = assert!(size_of::<UpdateConstants>() == 48);
-
-/// `RuleConstants` of `kernels/update.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct RuleConstants {
-    keep1: f32,
-    add1: f32,
-    keep2: f32,
-    add2: f32,
-    eps: f32,
-    nesterov: u32,
-}
-
-// SAFETY: six words.
-unsafe impl Argument for RuleConstants {}
-
-/// `UpdateBuffers` of `kernels/update.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct UpdateBuffers {
-    params: Address,
-    grads: Address,
-    moment1: Address,
-    moment2: Address,
-    ema: Address,
-    copy: Address,
-    ema_keep: f32,
-    ema_add: f32,
-}
-
-// SAFETY: six addresses and two words.
-unsafe impl Argument for UpdateBuffers {}
-const _: () = assert!(size_of::<UpdateBuffers>() == 56);
 
 /// A constant that multiplies the stored first moment: JAX converts it to the moment's type first.
 fn beside_moment(value: f64, bf16: bool) -> f32 {
@@ -356,41 +278,44 @@ pub(super) fn update(cuda: &mut Cuda, update: &Update) -> Result<()> {
         return Ok(());
     }
     let kernel = match update.rule {
-        Rule::Sgd { bf16: false, .. } => "update_sgd_f32",
-        Rule::Sgd { .. } => "update_sgd_bf16",
-        Rule::Adam { bf16: false, .. } => "update_adam_f32",
-        Rule::Adam { .. } => "update_adam_bf16",
-        Rule::Lion { bf16: false, .. } => "update_lion_f32",
-        Rule::Lion { .. } => "update_lion_bf16",
+        Rule::Sgd { bf16: false, .. } => kernel!("update_sgd_f32"),
+        Rule::Sgd { .. } => kernel!("update_sgd_bf16"),
+        Rule::Adam { bf16: false, .. } => kernel!("update_adam_f32"),
+        Rule::Adam { .. } => kernel!("update_adam_bf16"),
+        Rule::Lion { bf16: false, .. } => kernel!("update_lion_f32"),
+        Rule::Lion { .. } => kernel!("update_lion_bf16"),
         Rule::Adafactor { .. } => unreachable!("it walks tensors"),
     };
     let blocks = count.min(UPDATE_BLOCKS * cuda.card().multiprocessors as usize) as u32;
-    let (count, rates) = (count as u32, cuda.step_params.rates());
-    launch!(cuda, kernel, [blocks, 1, 1], 256, 0, constants, buffers, table, count, rates, rule)
+    let args = UpdateArgs {
+        update: constants,
+        buffers,
+        chunks: table,
+        count: count as u32,
+        groups: cuda.step_params.rates(),
+        rule,
+    };
+    cuda.launch(kernel, [blocks, 1, 1], 0, &args)
 }
 
 /// Computes the norm, the clip factor, whether to skip, and the constants that depend on t.
 fn prepare(cuda: &Cuda, update: &Update) -> Result<()> {
-    let (sums, constants) = (cuda.update.sums(), cuda.update.constants());
     let most = MOST_NORM_BLOCKS.min(NORM_BLOCKS * cuda.card().multiprocessors as usize);
     let grads = cuda.arena(Arena::Grads);
     let count = grads.bytes / 4;
     let blocks = count.div_ceil(4 * 256).clamp(1, most) as u32;
     let partials = cuda.update.partials();
-    launch!(cuda, "gradient_squares", [blocks, 1, 1], 256, 8 * 8, grads.address, count as u64, partials)?;
-    launch!(
-        cuda,
-        "update_prepare",
-        [1, 1, 1],
-        256,
-        8 * 8,
-        cuda.step_params.address(),
-        sums,
+    let args = GradientSquaresArgs { grads: grads.address, count: count as u64, partials };
+    cuda.launch(kernel!("gradient_squares"), [blocks, 1, 1], 8 * 8, &args)?;
+    let args = UpdatePrepareArgs {
+        params: cuda.step_params.address(),
+        report: cuda.update.sums(),
         partials,
-        blocks,
-        update_constants(update),
-        constants,
-    )
+        count: blocks,
+        constants: update_constants(update),
+        out: cuda.update.constants(),
+    };
+    cuda.launch(kernel!("update_prepare"), [1, 1, 1], 8 * 8, &args)
 }
 
 // Copies of the weights ----------------------------------------------------------------------------------------------
@@ -405,7 +330,8 @@ pub(super) fn cast_to_bf16(cuda: &Cuda, weights: Address, copy: Address, count: 
     if count == 0 {
         return Ok(());
     }
-    launch!(cuda, "cast_bf16", flat_grid(count), 256, 0, weights, copy, count as u64)
+    let args = CastArgs { weights, copy, count: count as u64 };
+    cuda.launch(kernel!("cast_bf16"), flat_grid(count), 0, &args)
 }
 
 /// Exchanges `count` weights with their EMA.
@@ -413,6 +339,6 @@ pub(super) fn swap(cuda: &Cuda, weights: Address, ema: Address, count: usize) ->
     if count == 0 {
         return Ok(());
     }
-    let no_copy: Address = 0;
-    launch!(cuda, "swap_ema", flat_grid(count), 256, 0, weights, ema, no_copy, count as u64)
+    let args = SwapEmaArgs { weights, ema, count: count as u64 };
+    cuda.launch(kernel!("swap_ema"), flat_grid(count), 0, &args)
 }

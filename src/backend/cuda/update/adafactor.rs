@@ -2,79 +2,20 @@
 
 use super::super::Cuda;
 use super::super::driver::{Address, Gpu};
-use super::super::launch::{Argument, launch};
-use super::{RuleConstants, UpdateBuffers};
+use super::super::launch::{
+    AdafactorArgs, AdafactorBuffers, AdafactorTensor as Tensor, AdafactorTile as Tile, RuleConstants,
+    UpdateBuffers, kernel,
+};
 use crate::backend::memory::TENSOR_ALIGN;
 use crate::backend::{Rule, Segment, Update};
 use crate::error::Result;
 
 /// Rows and columns of a tile.
 const TILE: usize = 64;
-/// Threads per block, and its shared memory for a tile whose lines start in different banks.
-const THREADS: u32 = 256;
+/// Shared memory for a tile whose lines start in different banks.
 const TILE_SHARED: u32 = (TILE * (TILE + 1) * 4) as u32;
 /// Shared memory in which eight warps sum one f64 each.
 const SUM_SHARED: u32 = 8 * 8;
-
-/// `AdafactorTensor` of `kernels/adafactor.cu`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct Tensor {
-    param: u64,
-    grad: u64,
-    state: u64,
-    row_sums: u64,
-    col_sums: u64,
-    factors: u64,
-    outers: u32,
-    outer1: u32,
-    rows: u32,
-    cols: u32,
-    outer_stride: [u32; 2],
-    row_stride: u32,
-    col_stride: u32,
-    row_tiles: u32,
-    col_tiles: u32,
-    first_tile: u32,
-    tiles: u32,
-    group: u32,
-    factored: u32,
-}
-
-/// `AdafactorTile` of `kernels/adafactor.cu`.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct Tile {
-    tensor: u32,
-    outer: u32,
-    row: u32,
-    col: u32,
-}
-
-/// `AdafactorBuffers` of `kernels/adafactor.cu`.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct AdafactorBuffers {
-    params: Address,
-    grads: Address,
-    moment1: Address,
-    moment2: Address,
-    ema: Address,
-    copy: Address,
-    sums: Address,
-    factors: Address,
-    squares: Address,
-    scales: Address,
-    ema_keep: f32,
-    ema_add: f32,
-    keep1: f32,
-    add1: f32,
-}
-
-// SAFETY: ten addresses and four words.
-unsafe impl Argument for AdafactorBuffers {}
-const _: () = assert!(size_of::<AdafactorBuffers>() == 96);
-const _: () = assert!(size_of::<Tensor>() == 104 && size_of::<Tile>() == 16);
 
 /// The tables of an update, and the scratch that its kernels share: one after the other in device memory.
 pub(super) struct Tables {
@@ -124,7 +65,8 @@ impl Tables {
                 outer1: f.outer[1] as u32,
                 rows: f.rows as u32,
                 cols: f.cols as u32,
-                outer_stride: f.outer_stride.map(|stride| stride as u32),
+                outer_stride0: f.outer_stride[0] as u32,
+                outer_stride1: f.outer_stride[1] as u32,
                 row_stride: f.row_stride as u32,
                 col_stride: f.col_stride as u32,
                 row_tiles: row_tiles as u32,
@@ -206,46 +148,22 @@ impl Tables {
             keep1: rule.keep1,
             add1: rule.add1,
         };
-        let (tensors, tiles) = (self.part(TENSORS), self.part(TILES));
-        let (by_tensor, by_tile) = ([self.tensors.len() as u32, 1, 1], [self.tiles.len() as u32, 1, 1]);
-        launch!(
-            cuda,
-            "adafactor_statistics",
-            by_tile,
-            THREADS,
-            TILE_SHARED,
-            constants,
+        let args = AdafactorArgs {
+            update: constants,
             buffers,
-            tensors,
-            tiles
-        )?;
-        launch!(cuda, "adafactor_factors", by_tensor, THREADS, SUM_SHARED, constants, buffers, tensors)?;
-        if let Some(limit) = clip_rms {
-            launch!(
-                cuda,
-                "adafactor_squares",
-                by_tile,
-                THREADS,
-                SUM_SHARED,
-                constants,
-                buffers,
-                tensors,
-                tiles
-            )?;
-            launch!(
-                cuda,
-                "adafactor_scales",
-                by_tensor,
-                THREADS,
-                SUM_SHARED,
-                constants,
-                buffers,
-                tensors,
-                limit
-            )?;
+            tensors: self.part(TENSORS),
+            tiles: self.part(TILES),
+            groups: cuda.step_params.rates(),
+            clip_rms: clip_rms.unwrap_or(0.0),
+        };
+        let (by_tensor, by_tile) = ([self.tensors.len() as u32, 1, 1], [self.tiles.len() as u32, 1, 1]);
+        cuda.launch(kernel!("adafactor_statistics"), by_tile, TILE_SHARED, &args)?;
+        cuda.launch(kernel!("adafactor_factors"), by_tensor, SUM_SHARED, &args)?;
+        if clip_rms.is_some() {
+            cuda.launch(kernel!("adafactor_squares"), by_tile, SUM_SHARED, &args)?;
+            cuda.launch(kernel!("adafactor_scales"), by_tensor, SUM_SHARED, &args)?;
         }
-        let kernel = if bf16 { "adafactor_update_bf16" } else { "adafactor_update_f32" };
-        let rates = cuda.step_params.rates();
-        launch!(cuda, kernel, by_tile, THREADS, 0, constants, buffers, tensors, tiles, rates)
+        let kernel = if bf16 { kernel!("adafactor_update_bf16") } else { kernel!("adafactor_update_f32") };
+        cuda.launch(kernel, by_tile, 0, &args)
     }
 }
