@@ -353,7 +353,9 @@ fn check_sizes(hub: &Hub, sizes: &Sizes) -> Result<()> {
             SizeOf::Classes => sizes.classes,
         };
         if *said != found {
-            fail!("config.json: `{key}` is {said}, the tensors say {found}");
+            return Err(Error::new(format!("config.json: `{key}` is {said}, the tensors say {found}")).hint(format!(
+                "the weights may be another model's than config.json; if not, correct `{key}` in it to {found}"
+            )));
         }
     }
     Ok(())

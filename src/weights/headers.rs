@@ -66,12 +66,12 @@ impl Headers {
         let asked = overrides.mean.is_none();
         if plan.kind == LayoutKind::Timm && asked && !says_mean && meta.normalise == Normalise::INCEPTION {
             plan.notes.push(
-                "no `config.json` says with which mean and deviation its pictures were fed: assumed 0.5 and 0.5, \
-                 ImageNet's are `--set data.mean=[0.485,0.456,0.406] --set data.std=[0.229,0.224,0.225]`"
+                "nothing says with which mean and deviation its pictures were fed: assumed 0.5 and 0.5, ImageNet's \
+                 are `--set data.mean=[0.485,0.456,0.406] --set data.std=[0.229,0.224,0.225]`"
                     .into(),
             );
         }
-        hub.complete(&mut meta);
+        plan.notes.extend(hub.complete(&mut meta, detected.config.classes));
         meta.normalise = DataSection { mean: overrides.mean, std: overrides.std, ..DataSection::default() }
             .normalise(meta.normalise);
         plan.notes.extend(hub.notes.iter().cloned());
