@@ -528,3 +528,23 @@ fn a_full_disk_stops_the_run_and_keeps_the_last_checkpoint() {
     let args = train(&rescued, &["train.checkpoint_every=2", "train.eval_every=100", "--resume"]);
     vitrum(&args).ok().says(&["from checkpoints/step-2"]);
 }
+
+#[test]
+fn a_share_to_hold_out_is_never_ignored_in_silence() {
+    let steps = ["train.steps=1", "data.holdout=0.3"];
+    let said = |more: &[&str]| {
+        let out = path("never-held-out");
+        let _ = std::fs::remove_dir_all(&out);
+        vitrum(&train(&out, &[&steps[..], more].concat())).ok()
+    };
+    let no_effect = "note: `data.holdout = 0.3` has no effect: ";
+    said(&[]).says(&[no_effect, "validates on the 40 pictures of a part of their own"]);
+    let log = std::fs::read_to_string(path("never-held-out/log.txt")).unwrap();
+    assert!(log.contains(no_effect), "{log}");
+    let whole = format!("data.train={}/train", stripes());
+    let own = format!("data.val={}/val", stripes());
+    said(&[&whole, &own]).says(&[no_effect, "validates on the 40 pictures"]);
+    let held = said(&[&whole]).says(&["to validate (held out: `data.holdout = 0.3`)"]);
+    assert!(!held.stderr.contains("has no effect"), "{}", held.stderr);
+    said(&[&whole, "data.holdout=1e-9"]).says(&["has no effect: it would hold out none of the 96 pictures"]);
+}

@@ -221,7 +221,7 @@ impl Dataset {
     }
 
     pub(super) fn listed(source: Arc<Source>, split: Split) -> Result<Self> {
-        let name = source.store.path().display().to_string();
+        let name = source.name().to_owned();
         let classes = source.classes.clone();
         Ok(Self {
             name,

@@ -5,7 +5,6 @@
 //! well, and [`demo`] draws a data set of its own. [`order`] says which record a sample is. The [`loader`]
 //! decodes ([`decode`], [`jpeg`]) and augments ([`augment`]) with a few workers, and writes the finished
 //! pixels once, directly into the batch slots that the device reads. [`sheet`] shows them to people.
-//! device reads. [`sheet`] shows them to people.
 
 pub mod augment;
 pub mod classes;
@@ -36,6 +35,7 @@ pub use describe::describe;
 pub use loader::{Delivery, Loader, LoaderSpec, Mode, pixels};
 pub use pack::encode_png;
 pub use place::notes;
+pub(crate) use place::say;
 
 use std::path::Path;
 

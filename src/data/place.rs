@@ -129,7 +129,7 @@ impl Place {
         let name = match self {
             Place::Demo(variant) => variant.name().to_owned(),
             Place::Packed(path) | Place::PackedSplit { path, .. } => path.display().to_string(),
-            Place::Unpacked(source) => source.store.path().display().to_string(),
+            Place::Unpacked(source) => source.name().to_owned(),
             Place::Mixture(name, _) => name.clone(),
         };
         let has: Vec<&str> = parts.iter().map(|part| part.name()).collect();
@@ -178,7 +178,7 @@ fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
 static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// Prints a line on stderr once per process: data is often opened more than once.
-pub(super) fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     // A name may contain a line break.
     let line = terminal::one_line(line).into_owned();
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);

@@ -42,6 +42,8 @@ pub struct Source {
     pub classes: Vec<String>,
     pub parts: Parts,
     pub store: Store,
+    /// As the user wrote it.
+    name: String,
     is_multi_label: bool,
     notes: Vec<String>,
 }
@@ -114,9 +116,15 @@ impl Source {
     /// Lists `path`: a folder, a tar archive, a CIFAR binary, a table, or a folder of these. In a path that
     /// does not exist, `{000..009}` stands for these numbers.
     pub fn open(path: &Path) -> Result<Self> {
-        let source = if path.is_dir() { open_folder(path) } else { open_file(path) }?;
+        let mut source = if path.is_dir() { open_folder(path) } else { open_file(path) }?;
+        source.name = path.display().to_string();
         source.check().map_err(|e| e.at(path.display()))?;
         Ok(source)
+    }
+
+    /// What the user wrote.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Whether samples may have several labels, or none.
@@ -360,7 +368,7 @@ impl Store {
         }
     }
 
-    /// As the user wrote it.
+    /// The folder or file that the records' names are relative to.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -94,6 +94,14 @@ pub fn pack(source: &Path, dest: &Path, options: PackOptions, stop: &AtomicUsize
     source.notes().iter().for_each(|note| say(&format!("{name}: {note}")));
     let converter = Converter::new(&source, options)?;
     let parts = parts(&source, options.minival);
+    if let Some((Some(empty), _)) = parts.iter().find(|(_, items)| items.is_empty()) {
+        return Err(Error::usage(format!(
+            "{name}: `--minival {}` holds out none of its {} records, so `{empty}` would be empty",
+            options.minival,
+            source.items(Split::Train).len()
+        ))
+        .hint("give a larger share, such as `--minival 0.1`, or leave it out"));
+    }
     let mut stage = Stage::open(dest, fingerprint(&source, &parts, &options))?;
     let bar = progress_bar(parts.iter().map(|(_, items)| items.len()).sum());
     let mut packed = Packed {
@@ -244,7 +252,7 @@ impl PartWriter<'_> {
         let shards: Vec<ShardEntry> = self.stage.shards(self.name);
         let records = shards.iter().map(|s| s.records).sum();
         if records == 0 {
-            fail!("{}: none of {} records can be used", self.source.store.path().display(), items.len());
+            fail!("{}: none of {} records can be used", self.source.name(), items.len());
         }
         let manifest = Manifest {
             version: Manifest::VERSION,
