@@ -174,6 +174,39 @@ fn probes_find_in_the_features_what_training_put_there() {
     let knn = probe(&["--method", "knn", "--k", "5"]);
     assert!(knn["results"][0]["top1"].as_f64().unwrap() > 0.5, "{knn}");
     assert_eq!(probe(&["--images", "30"])["train_images"], 30);
+    // A part with some of the classes is measured by their names, by both commands.
+    let some = scratch().join("some-to-test");
+    for (part, classes) in [("train", &["across", "checks", "down"][..]), ("test", &["checks", "down"])] {
+        for class in classes {
+            let from = Path::new(stripes()).join(if part == "test" { "val" } else { part }).join(class);
+            let to = some.join(part).join(class);
+            std::fs::create_dir_all(&to).unwrap();
+            names(&from).iter().for_each(|name| {
+                let _ = std::fs::copy(from.join(name), to.join(name)).unwrap();
+            });
+        }
+    }
+    let some = some.display().to_string();
+    let lacks = "the test part: it has no class `across`, 1 of 3 classes";
+    let of_some = |args: &[&str]| {
+        let args = [args, &["--weights", trained(), "--data", &some, "--split", "test", "--json"]].concat();
+        vitrum(&args).ok().says(&[lacks]).json()
+    };
+    let all = eval(&["--json"]).ok().json();
+    assert_eq!(
+        of_some(&["eval"])["per_class"].as_array().unwrap()[..],
+        all["per_class"].as_array().unwrap()[1..]
+    );
+    // Even one class.
+    let one = Path::new(stripes()).join("val").join("down");
+    let alone = scratch().join("alone");
+    std::fs::create_dir_all(&alone).unwrap();
+    std::os::unix::fs::symlink(&one, alone.join("down")).unwrap();
+    let alone = ["eval", "--weights", trained(), "--data", alone.to_str().unwrap(), "--json"];
+    assert_eq!(vitrum(&alone).ok().json()["per_class"][0], all["per_class"][2]);
+    let knn = of_some(&["probe", "--method", "knn", "--k", "5"]);
+    assert_eq!((knn["train_images"].as_u64(), knn["images"].as_u64()), (Some(96), Some(26)));
+    assert!(knn["results"][0]["top1"].as_f64().unwrap() > 0.5, "{knn}");
     // A data set without a validation part cannot be scored on.
     let train = Path::new(stripes()).join("train").display().to_string();
     vitrum(&["probe", "--weights", trained(), "--data", &train]).exits(1).says(&["no validation part"]);

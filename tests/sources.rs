@@ -134,6 +134,28 @@ fn parts_have_many_names_and_test_is_validation_only_where_there_is_none() {
     assert!(pair(Some(&spec("one")), None).unwrap().1.is_none());
     assert!(Dataset::open(&spec("one"), Split::Val).is_err(), "training pictures are no validation");
 
+    // A part may lack classes, but has no others.
+    for lacking in ["test", "val"] {
+        let some = made("some", &["train", "val", "test"]);
+        fs::remove_dir_all(some.join(lacking).join("cat")).unwrap();
+        let source = source(&some).unwrap();
+        assert_eq!(
+            (lens(&source)[Split::Val as usize] + lens(&source)[Split::Test as usize], source.classes.len()),
+            (9, 2)
+        );
+        let note = format!("the {lacking} part: it has no class `cat`, 1 of 2 classes");
+        assert!(source.notes().contains(&note), "{:?}", source.notes());
+        let split = if lacking == "val" { Split::Val } else { Split::Test };
+        assert!(source.items(split).iter().all(|item| source.classes[item.label] == "dog"));
+        let (train, val) = pair(Some(some.to_str().unwrap()), None).unwrap();
+        assert_eq!(train.classes(), val.unwrap().classes());
+    }
+    // Validation pictures elsewhere, in class folders of which the first is missing.
+    let (train, val) = pair(Some(&spec("one/train")), Some(&spec("some/val"))).unwrap();
+    let val = val.unwrap();
+    assert_eq!((train.classes(), val.class_counts()), (val.classes(), vec![0, 3]));
+    assert!((0..3).all(|i| val.label(i) == 1 && val.record_name(i).starts_with("dog/")));
+
     // Packed splits keep their names, and training data stays training data.
     for (name, folders) in [("three", &["test", "train", "val"][..]), ("one", &["train"])] {
         let dest = temp.path().join("packed").join(name);

@@ -117,7 +117,12 @@ impl Place {
                     parts.iter().find(|(split, _)| *split == part).expect("it is one of the parts");
                 Dataset::open_packed(dir)
             }
-            Place::Unpacked(source) => Dataset::listed(source.clone(), part),
+            Place::Unpacked(source) => {
+                if split == Split::Train {
+                    source.can_train()?;
+                }
+                Dataset::listed(source.clone(), part)
+            }
             Place::Mixture(name, places) => {
                 let open = |(place, weight): &(Place, f64)| Ok((place.open(split)?, *weight));
                 Dataset::mixture(name, places.iter().map(open).collect::<Result<_>>()?)

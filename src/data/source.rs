@@ -34,6 +34,7 @@ use super::split::Split;
 use folder::Paths;
 use index::Index;
 use listing::{Labels, Listing};
+pub(super) use strays::named;
 
 /// Unpacked pictures.
 #[derive(Debug)]
@@ -164,7 +165,7 @@ impl Source {
         parts.map(|(split, items)| (self.parts.is_split.then_some(split), items.as_slice()))
     }
 
-    /// Refuses a source that cannot train a classifier.
+    /// Refuses a source without pictures.
     fn check(&self) -> Result<()> {
         let items: Vec<&Item> = self.lists().flat_map(|(_, items)| items).collect();
         if items.is_empty() {
@@ -180,8 +181,14 @@ impl Source {
         if !items.iter().any(|item| is_picture(&item)) {
             fail!("no picture among its {} files", items.len());
         }
-        let first = items[0].label;
-        if !self.is_multi_label && items.iter().all(|item| item.label == first) {
+        Ok(())
+    }
+
+    /// Refuses a source that cannot train a classifier, because all of its pictures are of one class.
+    pub fn can_train(&self) -> Result<()> {
+        let mut labels = self.lists().flat_map(|(_, items)| items).map(|item| item.label);
+        let first = labels.next().unwrap_or_default();
+        if !self.is_multi_label && labels.all(|label| label == first) {
             let only = &self.classes[first];
             let inside = self.store.path.join(only);
             let has_folders = fs::read_dir(&inside)
@@ -190,9 +197,8 @@ impl Source {
                 true => format!("if the classes are the folders inside, name `{}`", inside.display()),
                 false => CLASS_FOLDERS.into(),
             };
-            return Err(
-                Error::new(format!("only one class, `{only}`; a classifier needs two or more")).hint(hint)
-            );
+            let error = Error::new(format!("only one class, `{only}`; a classifier needs two or more"));
+            return Err(error.hint(hint).at(&self.name));
         }
         Ok(())
     }

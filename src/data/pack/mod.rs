@@ -91,6 +91,7 @@ pub fn pack(source: &Path, dest: &Path, options: PackOptions, stop: &AtomicUsize
     check_destination(dest)?;
     let name = source.display();
     let source = Source::open(source)?;
+    source.can_train()?;
     source.notes().iter().for_each(|note| say(&format!("{name}: {note}")));
     let converter = Converter::new(&source, options)?;
     let parts = parts(&source, options.minival);

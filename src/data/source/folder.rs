@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::data::dataset::same_classes;
+use crate::data::dataset::lacking;
 use crate::data::split::Split;
 use crate::error::{Error, Result};
 
@@ -186,11 +186,13 @@ pub(super) fn arrange(paths: Paths, listing: &mut Listing) -> Result<()> {
         }
         classes.insert(split, part(&paths, &format!("{folder}/"), Some(split), listing));
     }
-    let measured = classes.get(&Split::Val).or(classes.get(&Split::Test));
-    match (classes.get(&Split::Train), measured) {
-        (Some(train), Some(val)) => same_classes(train, val),
-        _ => Ok(()),
+    let Some(train) = classes.get(&Split::Train) else { return Ok(()) };
+    for (split, own) in classes.iter().filter(|(split, _)| **split != Split::Train) {
+        if let Some(lacks) = lacking(train, own)? {
+            listing.notes.push(format!("the {} part: {lacks}", split.name()));
+        }
     }
+    Ok(())
 }
 
 /// Whether a test split has other classes than training. With a validation split, one unknown class is enough;
