@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
+use support::models::settings_of;
 use support::{Done, names, path, scratch, stripes, train, vitrum};
 use vitrum::data::classes::By;
 use vitrum::data::{Dataset, Split, imagenet};
@@ -349,14 +350,65 @@ fn a_sigmoid_model_says_how_likely_each_class_is_by_itself() {
     let json = vitrum(&["eval", "--weights", &out, "--data", &list, "--json"]).ok().json();
     assert_eq!(json["loss_kind"], "sigmoid");
     assert!(json["mAP"].as_f64().unwrap() > 0.9 && json["f1"].as_f64().unwrap() > 0.8, "{json}");
-    let text = vitrum(&["eval", "--weights", &out, "--data", &list]).ok().stdout;
-    assert!(text.contains("mAP") && text.contains("F1"), "{text}");
+    let text = vitrum(&["eval", "--weights", &out, "--data", &list, "--per-class"]).ok().stdout;
+    assert!(text.contains("mAP") && text.contains("F1") && text.contains("  AP\n"), "{text}");
+    let of_classes = json["per_class"].as_array().unwrap();
+    let mean = of_classes.iter().map(|class| class["AP"].as_f64().unwrap()).sum::<f64>() / 3.0;
+    assert!((json["mAP"].as_f64().unwrap() - mean).abs() < 1e-9, "{json}");
+
+    // A format that holds no loss is told it.
+    let npz = path("several.npz");
+    let lost = vitrum(&["convert", &out, &npz]).ok();
+    let mut told = settings_of(&lost.stderr);
+    told.extend(["--protocol", "vit_jax"].map(String::from));
+    assert!(told.contains(&"loss.kind=sigmoid".into()), "{}", lost.stderr);
+    lost.says(&["its pictures are prepared with `--protocol vit_jax`"]);
+    let told: Vec<&str> = told.iter().map(String::as_str).collect();
+    let silent: Vec<&str> =
+        told.chunks(2).filter(|pair| pair[1] != "loss.kind=sigmoid").flatten().copied().collect();
+    let shares_of_npz = |more: &[&str]| {
+        let args = [&["predict", "--weights", &npz, &picture, "--json"], more].concat();
+        let json = vitrum(&args).ok().json();
+        json["predictions"][0]["top"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|c| c["probability"].as_f64().unwrap())
+            .sum()
+    };
+    let sum: f64 = all.iter().map(|c| c["probability"].as_f64().unwrap()).sum();
+    let (as_softmax, as_sigmoid): (f64, f64) = (shares_of_npz(&silent), shares_of_npz(&told));
+    assert!(
+        (as_softmax - 1.0).abs() < 1e-6 && (as_sigmoid - sum).abs() < 1e-4,
+        "{as_softmax} {as_sigmoid} {sum}"
+    );
+    let of_npz = [&["eval", "--weights", &npz, "--data", &list, "--json"], &told[..]].concat();
+    let done = vitrum(&of_npz).ok();
+    assert!(!done.stderr.contains("does not say"), "{}", done.stderr);
+    let of_npz = done.json();
+    vitrum(&[&["eval", "--weights", &npz, "--data", &list], &silent[..]].concat())
+        .ok()
+        .says(&["note: the file does not say its head's loss: assumed softmax", "--set loss.kind=sigmoid"]);
+    assert_eq!((&of_npz["mAP"], &of_npz["loss_kind"]), (&json["mAP"], &"sigmoid".into()));
+    let features = path("several-npz-features");
+    let args = ["features", "--weights", &npz, "--data", &list, "--out", &features];
+    vitrum(&[&args, &told[..]].concat()).ok();
+    // `convert` writes it into a format that holds it.
+    let kept = path("several-kept.safetensors");
+    vitrum(&[&["convert", &npz, &kept], &told[..told.len() - 2]].concat()).ok();
+    let kept = ["eval", "--weights", &kept, "--data", &list, "--protocol", "vit_jax", "--json"];
+    assert_eq!(vitrum(&kept).ok().json()["mAP"], json["mAP"]);
+    vitrum(&["eval", "--weights", &npz, "--data", &list, "--set", "loss.kind=bce"])
+        .exits(2)
+        .says(&["`loss.kind` is `bce`", "--set loss.kind=sigmoid"]);
 
     // Every label counts, not only a picture's first.
     let counts = vitrum(&["inspect", &list, "--json"]).ok().json();
     let [across, checks] = ["across", "checks"].map(|class| names(val.join(class)).len());
     let all = across + checks;
     assert_eq!(counts["records_per_class"], serde_json::json!([across, checks, all]), "{counts}");
+    let images: Vec<_> = of_classes.iter().map(|class| class["images"].as_u64().unwrap() as usize).collect();
+    assert_eq!(images, [across, checks, all]);
     let features = path("several-features");
     vitrum(&["features", "--weights", &out, "--data", &list, "--out", &features]).ok();
     let file = SafeTensors::open(Path::new(&features)).unwrap();

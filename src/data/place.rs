@@ -9,6 +9,7 @@ use crate::terminal;
 
 use super::dataset::{self, Dataset, Manifest};
 use super::demo;
+use super::pack::MINIVAL;
 use super::source::{Source, expand};
 use super::split::Split;
 
@@ -164,9 +165,16 @@ fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
         folders.push(entry.at(path.display())?.path());
     }
     folders.sort();
+    let mut beside = Vec::new();
     for folder in folders {
         let named = folder.file_name().and_then(|name| name.to_str()).and_then(Split::of_word);
-        let Some(split) = named.filter(|_| Manifest::is_in(&folder)) else { continue };
+        if !Manifest::is_in(&folder) {
+            continue;
+        }
+        let Some(split) = named else {
+            beside.push(folder);
+            continue;
+        };
         if let Some((_, other)) = parts.iter().find(|(known, _)| *known == split) {
             let both = format!("`{}` and `{}`", other.display(), folder.display());
             return Err(
@@ -174,6 +182,11 @@ fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
             );
         }
         parts.push((split, folder));
+    }
+    // A `minival` is named itself wherever it is used.
+    for folder in beside.iter().filter(|folder| !parts.is_empty() && !folder.ends_with(MINIVAL)) {
+        let names = Split::ALL.map(|split| format!("`{}`", split.name())).join(", ");
+        say(&format!("{}: left out, because its name is not one of {names}", folder.display()));
     }
     parts.sort();
     Ok(parts)

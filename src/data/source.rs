@@ -252,7 +252,7 @@ fn open_folder(path: &Path) -> Result<Source> {
     let lists = lists::take(path, &mut paths, &mut index.others)?;
     listing.note(&index.others, "file", "no pictures");
     let has_folders = paths.files.iter().any(|(name, _)| name.contains('/'));
-    folder::arrange(paths, &mut listing).map_err(|e| e.at(path.display()))?;
+    folder::arrange(paths, path, &mut listing).map_err(|e| e.at(path.display()))?;
     lists.add(&mut listing).map_err(|e| e.at(path.display()))?;
     listing.finish(if has_folders { Labels::Names } else { Labels::NamesOrIndices }, store)
 }

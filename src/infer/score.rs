@@ -4,6 +4,7 @@
 //! With a list of labels, a picture counts as right if the most probable class is any of them. A picture with
 //! an empty list does not count (Beyer et al. 2020, "Are we done with ImageNet?", arXiv:2006.07159).
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -108,7 +109,7 @@ pub struct Score {
     measured: usize,
     top1: usize,
     top5: usize,
-    /// Pictures and hits of each class. A picture with several labels counts for its first.
+    /// Pictures and hits of each class. A picture with several labels counts for each of them.
     per_class: Vec<(usize, usize)>,
     /// For a sigmoid model on multi-label pictures: per class, each picture's logit and whether it has the
     /// class.
@@ -150,17 +151,20 @@ impl Score {
                 LossKind::Sigmoid => sigmoid_loss(logits, classes),
             };
         }
-        let Some(first) = classes.first() else {
+        if classes.is_empty() {
             self.unlabelled += 1;
             return;
-        };
+        }
         let best = largest(logits);
         let hit = classes.contains(&best[0]);
         self.images += 1;
         self.top1 += usize::from(hit);
         self.top5 += usize::from(best.iter().any(|class| classes.contains(class)));
-        self.per_class[*first].0 += 1;
-        self.per_class[*first].1 += usize::from(hit);
+        // A label that a file lists twice is one.
+        for class in classes.iter().collect::<BTreeSet<_>>() {
+            self.per_class[*class].0 += 1;
+            self.per_class[*class].1 += usize::from(hit);
+        }
     }
 
     fn mean(&self, sum: f64) -> f64 {
@@ -200,17 +204,26 @@ impl Score {
         })
     }
 
-    /// (class, pictures, share of hits) of every class that has pictures.
-    pub fn per_class(&self) -> impl Iterator<Item = (usize, usize, f64)> {
+    /// Every class that has pictures.
+    pub fn per_class(&self) -> impl Iterator<Item = OfClass> {
         let seen = self.per_class.iter().enumerate().filter(|(_, (images, _))| *images > 0);
-        seen.map(|(class, (images, hits))| (class, *images, *hits as f64 / *images as f64))
+        seen.map(|(class, (images, hits))| OfClass {
+            class,
+            images: *images,
+            top1: *hits as f64 / *images as f64,
+            ap: self.answers.as_ref().and_then(|answers| average_precision(answers[class].clone())),
+        })
     }
 
     /// The scores as JSON; `names` are the model's classes.
     pub fn json(&self, names: Option<&[String]>) -> Value {
-        let class = |(class, images, top1): (usize, usize, f64)| {
-            let name = names.and_then(|names| names.get(class));
-            json!({ "class": class, "name": name, "images": images, "top1": top1 })
+        let class = |of: OfClass| {
+            let name = names.and_then(|names| names.get(of.class));
+            let mut out = json!({ "class": of.class, "name": name, "images": of.images, "top1": of.top1 });
+            if let Some(ap) = of.ap {
+                out["AP"] = ap.into();
+            }
+            out
         };
         json!({
             "images": self.images,
@@ -235,6 +248,18 @@ fn largest(logits: &[f32]) -> Vec<usize> {
         }
     }
     best
+}
+
+/// One class's share of a score.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OfClass {
+    pub class: usize,
+    /// Pictures that have it, perhaps among others.
+    pub images: usize,
+    /// The share of them for which the most probable class is any of the picture's.
+    pub top1: f64,
+    /// The class's average precision, where [`Score::several`] gives the mean.
+    pub ap: Option<f64>,
 }
 
 /// Scores for multi-label pictures; see [`Score::several`].
@@ -297,6 +322,9 @@ mod tests {
         // Yes: 2, 0.5 and 1 of class 0, 1 and 3 of class 1: three hits, two wrong, one missed.
         let several = score.several(0.5).unwrap();
         assert_eq!((several.map, several.f1), ((0.75 + 1.0) / 2.0, 6.0 / 9.0));
+        // The first picture counts for both of its classes.
+        let per_class: Vec<_> = score.per_class().map(|of| (of.class, of.images, of.top1, of.ap)).collect();
+        assert_eq!(per_class, [(0, 2, 1.0, Some(0.75)), (1, 2, 1.0, Some(1.0))]);
         // Equal logits say nothing: the share of positives.
         assert_eq!(average_precision(vec![(1.0, true), (1.0, false), (1.0, false), (1.0, true)]), Some(0.5));
         assert_eq!(Score::new(3, LossKind::Softmax, &truth).several(0.5), None);
@@ -312,7 +340,8 @@ mod tests {
         score.add(&truth, 3, &[5.0, 4.0, 3.0, 0.0, 2.0, 1.0, 0.0]); // sixth: the first of two equals
         assert_eq!((score.images, score.unlabelled), (3, 1));
         assert_eq!((score.top1(), score.top5()), (2.0 / 3.0, 2.0 / 3.0));
-        assert_eq!(score.per_class().collect::<Vec<_>>(), [(0, 1, 1.0), (1, 1, 1.0), (3, 1, 0.0)]);
+        let per_class: Vec<_> = score.per_class().map(|of| (of.class, of.images, of.top1)).collect();
+        assert_eq!(per_class, [(0, 1, 1.0), (1, 1, 1.0), (2, 1, 1.0), (3, 1, 0.0)]);
     }
 
     #[test]

@@ -7,13 +7,13 @@ use super::headers::Stored;
 use super::hub::{Hub, SizeOf, Usual};
 use super::layouts::{LayoutKind, Plan, Shapes};
 use super::tensor::shape_text;
-use crate::backend::Gelu;
+use crate::backend::{Gelu, LossKind};
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::vit::config::{DropPathMode, ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
 use crate::vit::names::block_of;
 
-/// The model settings of `--set model.KEY=VALUE`, for what a file does not say itself.
+/// The settings of `--set KEY=VALUE` for what a file does not say itself.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelOverrides {
     pub heads: Option<usize>,
@@ -30,6 +30,8 @@ pub struct ModelOverrides {
     /// `data.mean`, `data.std`: for pixels in [0, 1].
     pub mean: Option<[f64; 3]>,
     pub std: Option<[f64; 3]>,
+    /// `loss.kind`: the loss that the head was trained with.
+    pub loss: Option<LossKind>,
     /// `weights.rename`: the first match in a tensor's name is replaced by the text (`$1`: the first group's
     /// match); the rules are applied one after the other.
     pub rename: Vec<(Pattern, String)>,
@@ -70,7 +72,7 @@ const MAX_WIDTH: usize = 1 << 22;
 const MAX_DEPTH: usize = 1 << 12;
 
 impl ModelOverrides {
-    const KEYS: [&str; 12] = [
+    const KEYS: [&str; 13] = [
         "model.heads",
         "model.gelu",
         "model.ln_eps",
@@ -81,6 +83,7 @@ impl ModelOverrides {
         "model.image",
         "data.mean",
         "data.std",
+        "loss.kind",
         "weights.rename",
         "weights.exclude",
     ];
@@ -126,6 +129,7 @@ impl ModelOverrides {
                     let all = three(value).filter(|std| std.iter().all(|s| *s > 0.0));
                     out.std = Some(all.ok_or_else(|| wrong("give three numbers above 0"))?)
                 }
+                "loss.kind" => out.loss = Some(choice(value).ok_or_else(|| wrong("`softmax` or `sigmoid`"))?),
                 // All of a name, as in `optim.groups`.
                 "weights.exclude" => out.exclude.push(Pattern::new(&format!("^(?:{value})$"), key)?),
                 "weights.rename" => {
@@ -149,6 +153,7 @@ fn example(key: &str) -> &'static str {
         "model.posemb" => "learned",
         "data.mean" => "[0.485,0.456,0.406]",
         "data.std" => "[0.229,0.224,0.225]",
+        "loss.kind" => "sigmoid",
         "weights.exclude" => "head_dist\\..*",
         "weights.rename" => "^module\\.=>",
         _ => "before",
@@ -530,6 +535,7 @@ mod tests {
             ("model.image", "16x", "give `H` or `HxW`, as in `--set model.image=224`"),
             ("model.head", "3", "did you mean `model.heads`?"),
             ("optim.lr", "3", "did you mean"),
+            ("loss.kind", "bce", "`softmax` or `sigmoid`, as in `--set loss.kind=sigmoid`"),
             ("weights.rename", "^module", "give `REGEX=>NEW`, as in `--set weights.rename=^module\\.=>`"),
             ("weights.exclude", "(", "as in `--set 'weights.exclude="),
         ] {

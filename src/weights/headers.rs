@@ -72,6 +72,7 @@ impl Headers {
             );
         }
         plan.notes.extend(hub.complete(&mut meta, detected.config.classes));
+        meta.loss = overrides.loss.or(meta.loss);
         meta.normalise = DataSection { mean: overrides.mean, std: overrides.std, ..DataSection::default() }
             .normalise(meta.normalise);
         plan.notes.extend(hub.notes.iter().cloned());

@@ -82,6 +82,8 @@ pub struct Packed {
 pub const LARGEST_RAW_SIDE: usize = 64;
 /// A shard is closed when its pictures reach this many bytes.
 const SHARD_BYTES: usize = 128 << 20;
+/// The folder of what is held out of the training part of a source that has a validation part.
+pub(super) const MINIVAL: &str = "minival";
 /// Records that are read and converted at a time.
 const CHUNK: usize = 256;
 
@@ -151,7 +153,7 @@ fn parts(source: &Source, minival: f64) -> Vec<(Option<&'static str>, Vec<&Item>
         others.filter_map(|(split, items)| Some((Some(split.as_ref()?.name()), items.iter().collect()))),
     );
     if minival > 0.0 {
-        parts.push((Some(if has_val { "minival" } else { Split::Val.name() }), held));
+        parts.push((Some(if has_val { MINIVAL } else { Split::Val.name() }), held));
     }
     parts
 }
