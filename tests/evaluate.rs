@@ -114,7 +114,25 @@ fn labels_from_a_file_replace_the_data_sets_own() {
     assert_eq!(numbers(&with("names.txt", lines(&|label| classes[label].into()))), own);
     assert_eq!(numbers(&with("numbers.txt", lines(&|label| label.to_string()))), own);
     let json = serde_json::to_string(&labels()).unwrap();
-    assert_eq!(numbers(&with("labels.json", json)), own);
+    assert_eq!(numbers(&with("labels.json", json.clone())), own);
+    // Names in JSON, in order or by picture; a byte order mark.
+    let data = Dataset::open(stripes(), Split::Val).unwrap();
+    let named: Vec<&str> = labels().iter().map(|label| classes[*label]).collect();
+    let by = |key: &dyn Fn(&str) -> String| {
+        let one = |i: usize| (key(&data.record_name(i)), Value::from(named[i]));
+        let all: serde_json::Map<String, Value> = (0..data.len()).map(one).collect();
+        Value::Object(all).to_string()
+    };
+    let base = |name: &str| name.rsplit('/').next().unwrap().to_string();
+    for text in [
+        serde_json::json!(named).to_string(),
+        by(&|name| name.into()),
+        by(&base),
+        format!("\u{feff}{json}"),
+        format!("\u{feff}{}", lines(&|label| classes[label].into())),
+    ] {
+        assert_eq!(numbers(&with("other.json", text)), own);
+    }
     // Any of several labels is right. A picture without a label does not count.
     let any = with("any.txt", lines(&|_| "0,1,2".into()));
     assert_eq!((any["top1"].as_f64(), any["images"].as_u64()), (Some(1.0), Some(40)));
@@ -130,6 +148,23 @@ fn labels_from_a_file_replace_the_data_sets_own() {
     let wrong = file("wrong.txt", &lines(&|_| "zebra".into()));
     eval(&["--labels", &wrong]).exits(1).says(&["wrong.txt: line 1: `zebra` is not a class of the model"]);
     eval(&["--labels", "no-such-file"]).exits(1).says(&["no-such-file"]);
+    for nothing in ["\n".repeat(40), format!("[{}[]]", "[],".repeat(39))] {
+        let nothing = file("nothing.txt", &nothing);
+        eval(&["--labels", &nothing]).exits(1).says(&["nothing.txt: no picture has a label", "hint: "]);
+    }
+    let other = file("other.json", "{\"elsewhere.png\": 0}");
+    eval(&["--labels", &other])
+        .exits(1)
+        .says(&["other.json: no entry for the picture `val/across/", "hint: "]);
+    let wrong = file("wrong.json", &serde_json::json!(["across", "zebra"]).to_string());
+    eval(&["--labels", &wrong]).exits(1).says(&["wrong.json: entry 1 of the list: `zebra`", "0 to 2"]);
+    // Two classes of one name.
+    let twins = with_classes("twins.safetensors", Some(&["across", "across", "down"]));
+    let on = |more: &[&str]| vitrum(&[&["eval", "--weights", &twins, "--data", stripes()], more].concat());
+    on(&[]).exits(1).says(&["the model has 2 classes called `across`: numbers 0, 1", "`--labels FILE`"]);
+    let twice = file("twice.txt", &lines(&|label| classes[label].into()));
+    on(&["--labels", &twice]).exits(1).says(&["2 classes called `across`: numbers 0, 1"]);
+    on(&["--labels", &file("numbers.txt", &lines(&|label| label.to_string()))]).ok();
 }
 
 #[test]
@@ -457,7 +492,31 @@ fn predict_goes_through_folders_and_patterns_and_past_bad_files() {
     };
     assert_eq!(seen(predict(&[&folder]).ok()), ["1.png", "3.png", "4.png"]);
     assert_eq!(seen(predict(&[&format!("{folder}/*.png")]).ok()), ["1.png", "3.png"]);
-    assert_eq!(seen(predict(&[stripes(), "--split", "val"]).ok()).len(), 40);
+    let of_val = seen(predict(&[stripes(), "--split", "val"]).ok());
+    assert_eq!(of_val.len(), 40);
+    // Every kind of data set that `eval` takes; those without parts are taken whole.
+    let (packed, tar, table) = (path("to-predict-packed"), path("to-predict.tar"), path("to-predict.csv"));
+    vitrum(&["pack", stripes(), &packed]).ok();
+    let archive = std::process::Command::new("tar").args(["-C", stripes(), "-cf", &tar, "."]).status();
+    assert!(archive.unwrap().success());
+    let rows: String = ["train", "val"]
+        .into_iter()
+        .flat_map(|part| names(Path::new(stripes()).join(part)).into_iter().map(move |class| (part, class)))
+        .flat_map(|(part, class)| {
+            let files = names(Path::new(stripes()).join(part).join(&class));
+            files.into_iter().map(move |file| format!("stripes/{part}/{class}/{file},{class},{part}\n"))
+        })
+        .collect();
+    std::fs::write(&table, format!("path,label,split\n{rows}")).unwrap();
+    for data in [&packed, &tar, &table] {
+        assert_eq!(seen(predict(&[data, "--split", "val"]).ok()), of_val, "{data}");
+        assert_eq!(seen(predict(&[data]).ok()).len(), 136, "{data}");
+    }
+    let one = |args: &[&str]| predict(args).ok().json()["predictions"].as_array().unwrap()[7]["top"].clone();
+    assert_eq!(one(&[&packed, "--split", "val"]), one(&[stripes(), "--split", "val"]));
+    predict(&["/no/such", "--split", "val"]).exits(1).says(&["/no/such: no such file or folder"]);
+    let whole = predict(&[&format!("{}/train", stripes()), "--split", "val"]).exits(1);
+    whole.says(&["the data has no parts", "hint: leave out `--split`"]);
     std::fs::write(format!("{folder}/2.png"), b"junk").unwrap();
     let done = predict(&[&folder]).exits(1).says(&["2.png", "1 of 4 pictures could not be read"]);
     assert_eq!(seen(done), ["1.png", "3.png", "4.png"]);

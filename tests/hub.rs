@@ -299,6 +299,43 @@ fn class_names_are_used_or_a_line_says_why_not() {
 }
 
 #[test]
+fn heads_that_contradict_are_errors_and_the_hint_works_when_typed() {
+    let dir = folder("heads");
+    let config = ModelConfig { width: 24, heads: 3, ..tiny() };
+    let picture = picture(&dir);
+    let says_heads = |heads: usize| {
+        let json = serde_json::json!({ "model_type": "vit", "num_attention_heads": heads });
+        std::fs::write(dir.join("config.json"), json.to_string()).unwrap();
+    };
+    let typed = |file: &Path, says: &str| {
+        let file = file.to_str().unwrap();
+        vitrum(&["inspect", file]).exits(1).says(&[says]);
+        let refused = vitrum(&["predict", "--weights", file, &picture]).exits(1).says(&[says, "hint: "]);
+        let settings = settings_of(&refused.stderr);
+        assert_eq!(settings.len(), 2, "{}", refused.stderr);
+        let predict = ["predict", "--weights", file, &picture].map(String::from);
+        vitrum(&[&predict[..], &settings].concat()).ok();
+    };
+    says_heads(5);
+    typed(&bare(&dir, &config, &|_| ()), "config.json: 5 heads, which do not divide the width 24");
+    let (own, _) = saved(&dir, &config);
+    typed(&own, "config.json: 5 heads, the file's own metadata says 3");
+    // In an `.npz`, the shapes decide.
+    let npz = dir.join("model.npz");
+    says_heads(3);
+    vitrum(&["convert", own.to_str().unwrap(), npz.to_str().unwrap()]).ok();
+    says_heads(4);
+    typed(&npz, "config.json: 4 heads, the tensors say 3");
+    std::fs::remove_file(dir.join("config.json")).unwrap();
+    let npz = npz.to_str().unwrap();
+    for command in [vec!["inspect", npz], vec!["predict", "--weights", npz, &picture]] {
+        let with = |heads: &'static str| vitrum(&[&command[..], &["--set", heads]].concat());
+        with("model.heads=4").exits(2).says(&["`model.heads` is 4, the tensors say 3", "hint: leave it out"]);
+        with("model.heads=3").ok();
+    }
+}
+
+#[test]
 fn means_are_known_by_what_the_file_is_or_asked_for() {
     let dir = folder("means");
     let config = ModelConfig { width: 64, heads: 1, ..tiny() };

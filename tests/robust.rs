@@ -394,6 +394,31 @@ fn weights_that_are_none_are_named() {
 }
 
 #[test]
+fn a_run_without_its_best_checkpoint_names_another_one() {
+    let run = copy("best-gone");
+    let checkpoints = Path::new(&run).join("checkpoints");
+    let best = fs::canonicalize(checkpoints.join("best")).unwrap();
+    let others: Vec<_> = names(&checkpoints).into_iter().filter(|name| name.starts_with("step-")).collect();
+    assert!(others.len() > 1, "{others:?}");
+    let says = |why: &str| {
+        let done = vitrum(&["eval", "--weights", &run, "--data", stripes()]).exits(1);
+        done.says(&["checkpoints/best: it is ", best.file_name().unwrap().to_str().unwrap(), why])
+    };
+    fs::remove_file(best.join("model.safetensors")).unwrap();
+    let done = says("which has no `model.safetensors`");
+    let typed = done.stderr.split("`--weights ").nth(1).unwrap().split('`').next().unwrap();
+    assert!(Path::new(typed).join("model.safetensors").is_file(), "{typed}");
+    vitrum(&["eval", "--weights", typed, "--data", stripes()]).ok();
+    fs::remove_dir_all(&best).unwrap();
+    says("which does not exist");
+    // Without a best one, the last one is meant.
+    fs::remove_file(checkpoints.join("best")).unwrap();
+    fs::remove_file(checkpoints.join("last")).unwrap();
+    std::os::unix::fs::symlink(Path::new(typed).file_name().unwrap(), checkpoints.join("last")).unwrap();
+    vitrum(&["eval", "--weights", &run, "--data", stripes()]).ok();
+}
+
+#[test]
 fn pictures_and_data_that_do_not_fit_the_weights_are_named() {
     let text = path("picture.png");
     fs::write(&text, "no picture").unwrap();

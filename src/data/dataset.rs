@@ -7,7 +7,7 @@
 mod chosen;
 pub(super) mod integrity;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
@@ -325,6 +325,18 @@ impl Dataset {
         }
     }
 
+    /// The file of a sample, if it has one of its own.
+    pub fn file(&self, index: usize) -> Option<PathBuf> {
+        match &self.records {
+            Records::Packed { .. } => None,
+            Records::Listed { source, split } => source.store.file(&source.items(*split)[self.place(index)]),
+            Records::Mixture { parts, starts } => {
+                let (part, at) = locate(starts, self.place(index));
+                parts[part].0.file(at)
+            }
+        }
+    }
+
     /// The stored bytes of a sample. Fails if an unpacked file cannot be read or a shard is damaged.
     pub fn record(&self, index: usize) -> Result<Record<'_>> {
         match &self.records {
@@ -469,6 +481,17 @@ pub fn measured(spec: &str, split: Option<Split>) -> Result<(Dataset, Option<Spl
         Some(split) => place.open(split)?,
     };
     Ok((dataset, named.and_then(|split| place.part(split))))
+}
+
+/// Every part of a data set.
+pub(super) fn all_parts(spec: &str) -> Result<Vec<Dataset>> {
+    let place = Place::find(spec)?;
+    let parts = place.parts();
+    if parts.is_empty() {
+        Ok(vec![place.open(Split::Val)?])
+    } else {
+        parts.into_iter().map(|part| place.open(part)).collect()
+    }
 }
 
 /// Fails if two class lists differ, and says how.

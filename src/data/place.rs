@@ -57,6 +57,11 @@ impl Place {
         Ok(Place::Unpacked(Arc::new(source)))
     }
 
+    /// Whether a folder is a packed data set, or has packed parts.
+    pub(super) fn is_packed(path: &Path) -> bool {
+        Manifest::is_in(path) || packed_parts(path).is_ok_and(|parts| !parts.is_empty())
+    }
+
     /// `3*DIR + DIR`: the weight says how often a part is drawn; the default is 1.
     fn find_mixture(spec: &str) -> Result<Self> {
         let mut parts = Vec::new();

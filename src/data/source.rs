@@ -365,6 +365,11 @@ impl Store {
         }
     }
 
+    /// The file of a record that has one of its own.
+    pub fn file(&self, item: &Item) -> Option<PathBuf> {
+        (item.place == Place::File).then(|| self.path.join(&item.name))
+    }
+
     /// Bytes of a record, if they are known without reading it.
     pub fn size(&self, item: &Item) -> Option<u64> {
         match &item.place {

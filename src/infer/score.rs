@@ -4,7 +4,7 @@
 //! With a list of labels, a picture counts as right if the most probable class is any of them. A picture with
 //! an empty list does not count (Beyer et al. 2020, "Are we done with ImageNet?", arXiv:2006.07159).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -36,16 +36,35 @@ impl Truth {
 
     /// Labels from a file, which replace the data set's own. The file is text or JSON. Text has one line per
     /// picture with its classes: names or numbers, separated by commas or tabs; an empty line skips the
-    /// picture. JSON is a list of numbers or of lists of numbers. The order is that of the data set; for
-    /// ImageNet's validation set it is that of the numbers in the pictures' names.
+    /// picture. JSON is a list of classes, or of lists of classes; the order is that of the data set, for ImageNet's
+    /// validation set that of the numbers in the pictures' names. A JSON object gives classes by pictures' names.
     pub fn read(path: &Path, data: &Dataset, classes: usize, names: Option<&[String]>) -> Result<Truth> {
         let text = files::read_text(path)?;
         let known = Known::new(classes, names);
+        let labels = match text.trim_start().as_bytes().first() {
+            Some(b'{') => by_name(&text, data, classes, &known).map_err(|e| e.at(path.display()))?,
+            _ => Self::in_order(path, &text, data, classes, &known)?,
+        };
+        if labels.iter().all(Vec::is_empty) {
+            return Err(Error::new(format!("{}: no picture has a label", path.display()))
+                .hint("give one line (or list) with classes per picture; an empty one skips a picture"));
+        }
+        Ok(Truth { labels, several: false, matching: None })
+    }
+
+    /// The labels of a list, one entry per picture.
+    fn in_order(
+        path: &Path,
+        text: &str,
+        data: &Dataset,
+        classes: usize,
+        known: &Known,
+    ) -> Result<Vec<Vec<usize>>> {
         let listed = if text.trim_start().starts_with('[') {
-            from_json(&text, classes)
+            from_json(text, classes, known)
         } else {
             let line = |(i, line): (usize, &str)| {
-                from_line(line, classes, &known).map_err(|e| e.at(format!("line {}", i + 1)))
+                from_line(line, classes, known).map_err(|e| e.at(format!("line {}", i + 1)))
             };
             text.lines().enumerate().map(line).collect()
         };
@@ -67,34 +86,70 @@ impl Truth {
             ))
             .hint("give one line (or list) per picture, in the order of the data set"));
         }
-        let labels = (0..data.len()).map(|i| listed[place(i)].clone()).collect();
-        Ok(Truth { labels, several: false, matching: None })
+        Ok((0..data.len()).map(|i| listed[place(i)].clone()).collect())
     }
 }
 
-fn from_line(line: &str, classes: usize, known: &Known) -> Result<Vec<usize>> {
-    let class = |word: &str| {
-        let number = || word.parse::<usize>().ok().filter(|class| *class < classes);
-        known.find(word).or_else(number).ok_or_else(|| {
-            Error::new(format!("`{word}` is not a class of the model"))
-                .hint(format!("give names, or numbers from 0 to {}", classes - 1))
-        })
-    };
-    line.split([',', '\t']).map(str::trim).filter(|word| !word.is_empty()).map(class).collect()
+/// A class by its name, or its number.
+fn class_of(word: &str, classes: usize, known: &Known) -> Result<usize> {
+    let number = || word.parse::<usize>().ok().filter(|class| *class < classes);
+    known.find(word).or_else(number).ok_or_else(|| {
+        let error = match known.of_one_name(word) {
+            Some(same) => Error::new(same),
+            None => Error::new(format!("`{word}` is not a class of the model")),
+        };
+        error.hint(format!("give names, or numbers from 0 to {}", classes - 1))
+    })
 }
 
-fn from_json(text: &str, classes: usize) -> Result<Vec<Vec<usize>>> {
-    let class = |value: &Value| match value.as_u64() {
-        Some(class) if class < classes as u64 => Ok(class as usize),
-        _ => Err(Error::new(format!("{value} is not a class of the model, which has {classes}"))),
+fn from_line(line: &str, classes: usize, known: &Known) -> Result<Vec<usize>> {
+    let words = line.split([',', '\t']).map(str::trim).filter(|word| !word.is_empty());
+    words.map(|word| class_of(word, classes, known)).collect()
+}
+
+/// The classes of a picture: one, or a list of them.
+fn from_value(value: &Value, classes: usize, known: &Known) -> Result<Vec<usize>> {
+    let class = |value: &Value| match value {
+        Value::String(word) => class_of(word.trim(), classes, known),
+        value => match value.as_u64() {
+            Some(class) if class < classes as u64 => Ok(class as usize),
+            _ => Err(Error::new(format!("{value} is not a class of the model, which has {classes}"))
+                .hint(format!("give names, or numbers from 0 to {}", classes - 1))),
+        },
     };
-    let value: Value = serde_json::from_str(text).at("JSON")?;
-    let Value::Array(pictures) = value else { fail!("not a list") };
-    let picture = |value: &Value| match value {
+    match value {
         Value::Array(list) => list.iter().map(class).collect(),
         one => Ok(vec![class(one)?]),
+    }
+}
+
+fn from_json(text: &str, classes: usize, known: &Known) -> Result<Vec<Vec<usize>>> {
+    let value: Value = serde_json::from_str(text).at("JSON")?;
+    let Value::Array(pictures) = value else { fail!("not a list") };
+    let picture = |(i, value): (usize, &Value)| {
+        from_value(value, classes, known).map_err(|e| e.at(format!("entry {i} of the list")))
     };
-    pictures.iter().map(picture).collect()
+    pictures.iter().enumerate().map(picture).collect()
+}
+
+/// From a JSON object: each picture by its path in the data set or, if no two pictures share it, by its file name.
+fn by_name(text: &str, data: &Dataset, classes: usize, known: &Known) -> Result<Vec<Vec<usize>>> {
+    let listed: serde_json::Map<String, Value> = serde_json::from_str(text).at("JSON")?;
+    let file_name = |name: &str| name.rsplit('/').next().unwrap_or(name).to_owned();
+    let names: Vec<String> = (0..data.len()).map(|i| data.record_name(i)).collect();
+    let mut pictures: HashMap<String, usize> = HashMap::new();
+    names.iter().for_each(|name| *pictures.entry(file_name(name)).or_default() += 1);
+    let of = |name: &String| {
+        let alone = Some(file_name(name)).filter(|file| pictures[file] == 1);
+        let value = listed.get(name).or_else(|| listed.get(&alone?)).ok_or_else(|| {
+            Error::new(format!("no entry for the picture `{name}`")).hint(
+                "name each picture by its path in the data set, or by its file name if no two share it; an empty list \
+                 skips a picture",
+            )
+        })?;
+        from_value(value, classes, known).map_err(|e| e.at(format!("`{name}`")))
+    };
+    names.iter().map(of).collect()
 }
 
 /// Sums over the pictures seen so far.
@@ -365,9 +420,14 @@ mod tests {
         assert!(line("").unwrap().is_empty());
         assert!(line("3").is_err() && line("shark").is_err() && line("-1").is_err());
         assert_eq!(from_line("n01443537, tench", 1000, &Known::new(1000, None)).unwrap(), [1, 0]);
-        assert_eq!(from_json("[[1, 2], [], 0]", 3).unwrap(), [vec![1, 2], vec![], vec![0]]);
-        for wrong in ["[3]", "[[0.5]]", "[[-1]]", "[", "[\"a\"]"] {
-            assert!(from_json(wrong, 3).is_err(), "{wrong}");
+        let json = |text: &str| from_json(text, 3, &known);
+        assert_eq!(json("[[1, 2], [], 0]").unwrap(), [vec![1, 2], vec![], vec![0]]);
+        assert_eq!(
+            json("[\"tench\", [\"Great_White\", \"7\"], \"2\"]").unwrap(),
+            [vec![2], vec![0, 1], vec![2]]
+        );
+        for wrong in ["[3]", "[[0.5]]", "[[-1]]", "[", "[\"a\"]", "[null]"] {
+            assert!(json(wrong).is_err(), "{wrong}");
         }
     }
 }

@@ -65,6 +65,9 @@ impl PartialEq for Pattern {
     }
 }
 
+/// How the error for an unknown number of heads begins.
+pub(super) const NO_HEADS: &str = "the number of heads is not in the file";
+
 /// Pixels per side; a wrong number must not overflow a product.
 const MAX_SIDE: usize = 1 << 16;
 /// Width, mlp, classes; far beyond any model, for the same reason.
@@ -322,6 +325,7 @@ pub(super) fn detect(
     check_sizes(hub, &sizes)?;
     let usual = if from_metadata { Usual::default() } else { hub.usual };
     let heads = o.heads.or(hub.heads).or(plan.heads).or(usual.heads);
+    check_heads(plan.heads, from_metadata.then_some(config.heads), hub, o, sizes.width)?;
     config.heads = heads.unwrap_or(config.heads);
     config.gelu = o.gelu.or(hub.gelu).or(usual.gelu).unwrap_or(config.gelu);
     config.ln_eps = o.ln_eps.or(hub.ln_eps).or(usual.ln_eps).unwrap_or(config.ln_eps);
@@ -366,24 +370,59 @@ fn check_sizes(hub: &Hub, sizes: &Sizes) -> Result<()> {
     Ok(())
 }
 
+/// `fixed` heads are in the shapes of the tensors; `stored` are in the metadata, where only the user overrules them.
+fn check_heads(
+    fixed: Option<usize>,
+    stored: Option<usize>,
+    hub: &Hub,
+    o: &ModelOverrides,
+    width: usize,
+) -> Result<()> {
+    if let (Some(fixed), Some(asked)) = (fixed, o.heads)
+        && fixed != asked
+    {
+        return Err(Error::usage(format!("`model.heads` is {asked}, the tensors say {fixed}"))
+            .hint("leave it out: the file's q kernels have their heads as an axis"));
+    }
+    let Some(said) = hub.heads.filter(|_| o.heads.is_none()) else { return Ok(()) };
+    let (known, which) = match (fixed, stored) {
+        (Some(fixed), _) => (fixed, "the tensors say"),
+        (None, Some(stored)) => (stored, "the file's own metadata says"),
+        (None, None) if width.is_multiple_of(said) => return Ok(()),
+        (None, None) => {
+            let near = (1..=width).filter(|h| width.is_multiple_of(*h)).min_by_key(|h| h.abs_diff(said));
+            return Err(Error::new(format!(
+                "config.json: {said} heads, which do not divide the width {width} of the tensors"
+            ))
+            .hint(format!(
+                "the weights may be another model's than config.json; if not, `--set model.heads={}` gives the number",
+                near.unwrap_or(1)
+            )));
+        }
+    };
+    if said == known {
+        return Ok(());
+    }
+    Err(Error::new(format!("config.json: {said} heads, {which} {known}")).hint(format!(
+        "the weights may be another model's than config.json; if not, use `--set model.heads={known}`"
+    )))
+}
+
 /// The number of heads by the width, if nothing gives it: heads of size 64, except for the sizes beyond L.
 fn usual_heads(sizes: &Sizes) -> Result<usize> {
     let width = sizes.width;
     match width {
         1152 | 1408 | 1664 => Ok(16),
         1280 if sizes.patch == (14, 14) => Ok(16),
-        1536 => {
-            Err(Error::new("the number of heads is not in the file, and models of width 1536 have 16 or 24")
-                .hint("give it, as in `--set model.heads=16`"))
-        }
+        1536 => Err(Error::new(format!("{NO_HEADS}, and models of width 1536 have 16 or 24"))
+            .hint("give it, as in `--set model.heads=16`")),
         _ if width.is_multiple_of(64) => Ok(width / 64),
-        _ => Err(Error::new(format!(
-            "the number of heads is not in the file, and its width {width} is not a multiple of 64"
-        ))
-        .hint(format!(
-            "give it, as in `--set model.heads={}`",
-            (1..=width / 8).rev().find(|h| width.is_multiple_of(*h)).unwrap_or(1)
-        ))),
+        _ => Err(Error::new(format!("{NO_HEADS}, and its width {width} is not a multiple of 64")).hint(
+            format!(
+                "give it, as in `--set model.heads={}`",
+                (1..=width / 8).rev().find(|h| width.is_multiple_of(*h)).unwrap_or(1)
+            ),
+        )),
     }
 }
 

@@ -51,7 +51,8 @@ impl Headers {
         if stored.is_some() && plan.kind == LayoutKind::Timm {
             plan.kind = LayoutKind::Vitrum;
         }
-        let heads = hub.heads.or(hub.usual.heads).or(plan.heads).or(stored.as_ref().map(|s| s.config.heads));
+        let stored_heads = stored.as_ref().map(|s| s.config.heads);
+        let heads = hub.heads.or(plan.heads).or(stored_heads).or(hub.usual.heads);
         let mut meta = match container.metadata(META_KEY) {
             Some(text) => serde_json::from_str(text).map_err(|e| parse_error(META_KEY, e))?,
             None => CheckpointMeta::of_layout(plan.kind),

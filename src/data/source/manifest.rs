@@ -92,12 +92,10 @@ pub(super) fn open(path: &Path, form: Form) -> Result<Source> {
 
 pub(super) fn read(path: &Path, form: Form) -> Result<Table> {
     let text = files::read_text(path)?;
-    // A byte order mark, as editors on other systems write.
-    let text = text.trim_start_matches('\u{feff}');
     match form {
-        Form::Columns(separator) => columns(text, separator),
-        Form::JsonLines => json_lines(text),
-        Form::Pairs => pairs(text).map(|rows| Table { rows, ..Table::default() }),
+        Form::Columns(separator) => columns(&text, separator),
+        Form::JsonLines => json_lines(&text),
+        Form::Pairs => pairs(&text).map(|rows| Table { rows, ..Table::default() }),
     }
     .map_err(|e| e.at(path.display()))
 }

@@ -127,7 +127,7 @@ fn read(path: &Path) -> Result<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let json: Value = serde_json::from_slice(&files::read(path)?).at(path.display())?;
+    let json: Value = serde_json::from_str(&files::read_text(path)?).at(path.display())?;
     if !json.is_object() {
         return Err(Error::new(format!("{}: not a JSON object", path.display())));
     }
