@@ -85,9 +85,10 @@ fn of_run(run: &Path, weights: &str) -> Result<Option<PathBuf>> {
     let target =
         std::fs::read_link(pointer).or_else(|_| std::fs::read_to_string(pointer).map(|s| s.trim().into()));
     let folder = target.map_or(pointer.clone(), |target| checkpoints.join(target));
-    let file = folder.join(weights);
-    if file.is_file() {
-        return Ok(Some(file));
+    if folder.join(weights).is_file() {
+        // A link's own name says which checkpoint was chosen.
+        let named = if pointer.is_dir() { pointer } else { &folder };
+        return Ok(Some(named.join(weights)));
     }
     let step = |folder: &Path| folder.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
     let whole = std::fs::read_dir(&checkpoints).into_iter().flatten().flatten().map(|entry| entry.path());
