@@ -514,6 +514,8 @@ fn predict_goes_through_folders_and_patterns_and_past_bad_files() {
     }
     let one = |args: &[&str]| predict(args).ok().json()["predictions"].as_array().unwrap()[7]["top"].clone();
     assert_eq!(one(&[&packed, "--split", "val"]), one(&[stripes(), "--split", "val"]));
+    let paths = file("paths.txt", "stripes/val/down/002.png\n");
+    predict(&[&paths]).exits(1).says(&["is not `PATH LABEL`", &format!("- < {paths}`")]);
     predict(&["/no/such", "--split", "val"]).exits(1).says(&["/no/such: no such file or folder"]);
     let whole = predict(&[&format!("{}/train", stripes()), "--split", "val"]).exits(1);
     whole.says(&["the data has no parts", "hint: leave out `--split`"]);

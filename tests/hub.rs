@@ -294,7 +294,7 @@ fn class_names_are_used_or_a_line_says_why_not() {
         (&hf, "num_classes", 5.into()),
     ] {
         let done = shown(config, key, value).exits(1);
-        done.says(&["the tensors say 3", "hint: the weights may be another model's", "to 3"]);
+        done.says(&["the tensors say 3", "hint: if config.json is another model's", "to 3"]);
     }
 }
 

@@ -109,9 +109,15 @@ fn add_folder(folder: &Path, found: &mut Vec<Named>) -> Result<()> {
 /// The pictures of a data set: of one part, or all.
 fn add_data(spec: &str, split: Option<Split>, found: &mut Vec<Named>) -> Result<()> {
     let data = match split {
-        Some(split) => vec![dataset::measured(spec, Some(split))?.0],
-        None => dataset::all_parts(spec)?,
-    };
+        Some(split) => dataset::measured(spec, Some(split)).map(|(data, _)| vec![data]),
+        None => dataset::all_parts(spec),
+    }
+    .map_err(|e| match spec.ends_with(".txt") && e.message().contains("PATH LABEL") {
+        true => e.hint(format!(
+            "a list of paths alone is read from stdin, as in `vitrum predict --weights FILE - < {spec}`"
+        )),
+        false => e,
+    })?;
     for data in data.into_iter().map(Arc::new) {
         found.extend((0..data.len()).map(|index| match data.file(index) {
             Some(path) => Named::File(path),

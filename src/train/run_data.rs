@@ -259,6 +259,12 @@ fn same_records(which: &str, data: &Dataset, saved: &Digest, now: &Digest) -> Re
         false => format!("record {first}"),
     };
     let counts = match saved.records == now.records {
+        true if data.name().contains(" + ") => {
+            format!(
+                "{} records, some with other names, labels or sizes, or drawn with other weights",
+                now.records
+            )
+        }
         true => format!("{} records, some with other names, labels or sizes", now.records),
         false => format!("{} records then, {} now", saved.records, now.records),
     };

@@ -363,7 +363,7 @@ fn check_sizes(hub: &Hub, sizes: &Sizes) -> Result<()> {
         };
         if *said != found {
             return Err(Error::new(format!("config.json: `{key}` is {said}, the tensors say {found}")).hint(format!(
-                "the weights may be another model's than config.json; if not, correct `{key}` in it to {found}"
+                "if config.json is another model's than the weights, move it away; else correct `{key}` in it to {found}"
             )));
         }
     }
@@ -395,7 +395,7 @@ fn check_heads(
                 "config.json: {said} heads, which do not divide the width {width} of the tensors"
             ))
             .hint(format!(
-                "the weights may be another model's than config.json; if not, `--set model.heads={}` gives the number",
+                "if config.json is another model's than the weights, move it away; else give the number, as in `--set model.heads={}`",
                 near.unwrap_or(1)
             )));
         }
@@ -404,7 +404,7 @@ fn check_heads(
         return Ok(());
     }
     Err(Error::new(format!("config.json: {said} heads, {which} {known}")).hint(format!(
-        "the weights may be another model's than config.json; if not, use `--set model.heads={known}`"
+        "if config.json is another model's than the weights, move it away; else use `--set model.heads={known}`"
     )))
 }
 

@@ -35,7 +35,9 @@ pub(super) fn kind(json: &Value, notes: &mut Vec<String>) -> Result<Option<&'sta
     let known = TYPES.map(|(name, _)| format!("`{name}`")).join(", ");
     let refuse = |key: &str, value: &Value| {
         Err(Error::new(format!("`{key}` is {}, which is not supported", value.to_string().replace('"', "`")))
-            .hint(format!("supported are {known}, and timm's files")))
+            .hint(format!(
+                "supported are {known}, and timm's files; if config.json is another model's than the weights, move it away"
+            )))
     };
     let named = |name: &str| TYPES.iter().map(|(known, _)| *known).find(|known| *known == name);
     if !json["model_type"].is_null() {
