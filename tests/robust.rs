@@ -569,6 +569,10 @@ fn a_share_to_hold_out_is_never_ignored_in_silence() {
     let whole = format!("data.train={}/train", stripes());
     let own = format!("data.val={}/val", stripes());
     said(&[&whole, &own]).says(&[no_effect, "validates on the 40 pictures"]);
+    let out = path("never-held-out");
+    fs::remove_dir_all(&out).unwrap();
+    vitrum(&train(&out, &["data.holdout=0.3", "--overfit", "4"]))
+        .says(&[no_effect, "a run with `--overfit` has no validation"]);
     let held = said(&[&whole]).says(&["to validate (held out: `data.holdout = 0.3`)"]);
     assert!(!held.stderr.contains("has no effect"), "{}", held.stderr);
     said(&[&whole, "data.holdout=1e-9"]).says(&["has no effect: it would hold out none of the 96 pictures"]);

@@ -64,12 +64,12 @@ impl RunData {
             }
         };
         match &val {
+            _ if overfit.is_some() => unused("a run with `--overfit` has no validation".into()),
             Some(val) => unused(format!(
                 "the run validates on the {} pictures of a part of their own ({})",
                 val.len(),
                 val.name()
             )),
-            None if overfit.is_some() => unused("a run with `--overfit` has no validation".into()),
             None if share > 0.0 => {
                 let (kept, held) = train.clone().hold_out(share);
                 if kept.is_empty() || held.is_empty() {
