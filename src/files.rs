@@ -13,9 +13,13 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).at(path.display())
 }
 
-/// Reads a whole UTF-8 file.
+/// Reads a whole UTF-8 file, without the byte order mark that editors on other systems write.
 pub fn read_text(path: &Path) -> Result<String> {
-    fs::read_to_string(path).at(path.display())
+    let mut text = fs::read_to_string(path).at(path.display())?;
+    if text.starts_with('\u{feff}') {
+        text.drain(..'\u{feff}'.len_utf8());
+    }
+    Ok(text)
 }
 
 /// Opens a file for buffered reading.

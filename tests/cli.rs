@@ -30,6 +30,10 @@ fn train_help_lists_the_built_in_recipes() {
     for name in names {
         vitrum(&["train", "--help"]).success().stdout(contains(format!("\n  {name} ")));
     }
+    // A title is not cut inside its brackets.
+    vitrum(&["train", "--help"])
+        .success()
+        .stdout(contains(" to Oxford Flowers\n").and(contains("(102").not()));
 }
 
 #[test]
@@ -49,6 +53,22 @@ fn unknown_commands_and_flags_are_wrong_usage() {
     vitrum(&[&probe[..], &["--l2", "0"]].concat()).code(2).stderr(contains("above 0"));
     vitrum(&[&probe[..], &["--shots", "1,0"]].concat()).code(2).stderr(contains("`--shots`"));
     vitrum(&[&probe[..], &["--method", "svm"]].concat()).code(2).stderr(contains("ridge, fewshot, knn"));
+}
+
+#[test]
+fn a_negative_number_is_a_value() {
+    for (flag, value, says) in [
+        ("--lr", "-1", "`optim.lr` is -1"),
+        ("--lr", "-0.5", "`optim.lr` is -0.5"),
+        ("--seed", "-3", "`train.seed` is -3"),
+        ("--lr", "-1e-3", "write `--lr=-1e-3`"),
+        ("--lr=-1e-3", "--dry-run", "`optim.lr` is -0.001"),
+        ("--overfit", "-2", "'-2' for '--overfit"),
+    ] {
+        vitrum(&["train", flag, value]).code(2).stderr(contains(says));
+    }
+    vitrum(&["predict", "--weights", "x", "--threshold", "-1", "y"]).code(2).stderr(contains("from 0 to 1"));
+    refused(&["train", "-1"], "`vitrum train` has no flag `-1`", "`vitrum train --help` lists its flags");
 }
 
 /// Flags of other programs, settings without `--set`, typing errors.

@@ -195,6 +195,13 @@ fn a_part_is_held_out_by_name_and_always_the_same() {
     let mut later = names(&temp.path().join("b"));
     later.retain(|n| n != "c0/another.png");
     assert_eq!(held, later);
+    let none = PackOptions { minival: 1e-9, ..DEFAULTS };
+    let error = pack_with(&temp.path().join("source"), &temp.path().join("c"), none).unwrap_err();
+    assert!(
+        error.message().contains("holds out none of its 181 records, so `val` would be empty"),
+        "{error}"
+    );
+    assert!(!temp.path().join("c").exists());
 }
 
 /// A pack that is killed between two shards and started again writes the same bytes as an uninterrupted one.

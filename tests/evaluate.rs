@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
+use support::models::settings_of;
 use support::{Done, names, path, scratch, stripes, train, vitrum};
 use vitrum::data::classes::By;
 use vitrum::data::{Dataset, Split, imagenet};
@@ -113,7 +114,25 @@ fn labels_from_a_file_replace_the_data_sets_own() {
     assert_eq!(numbers(&with("names.txt", lines(&|label| classes[label].into()))), own);
     assert_eq!(numbers(&with("numbers.txt", lines(&|label| label.to_string()))), own);
     let json = serde_json::to_string(&labels()).unwrap();
-    assert_eq!(numbers(&with("labels.json", json)), own);
+    assert_eq!(numbers(&with("labels.json", json.clone())), own);
+    // Names in JSON, in order or by picture; a byte order mark.
+    let data = Dataset::open(stripes(), Split::Val).unwrap();
+    let named: Vec<&str> = labels().iter().map(|label| classes[*label]).collect();
+    let by = |key: &dyn Fn(&str) -> String| {
+        let one = |i: usize| (key(&data.record_name(i)), Value::from(named[i]));
+        let all: serde_json::Map<String, Value> = (0..data.len()).map(one).collect();
+        Value::Object(all).to_string()
+    };
+    let base = |name: &str| name.rsplit('/').next().unwrap().to_string();
+    for text in [
+        serde_json::json!(named).to_string(),
+        by(&|name| name.into()),
+        by(&base),
+        format!("\u{feff}{json}"),
+        format!("\u{feff}{}", lines(&|label| classes[label].into())),
+    ] {
+        assert_eq!(numbers(&with("other.json", text)), own);
+    }
     // Any of several labels is right. A picture without a label does not count.
     let any = with("any.txt", lines(&|_| "0,1,2".into()));
     assert_eq!((any["top1"].as_f64(), any["images"].as_u64()), (Some(1.0), Some(40)));
@@ -129,6 +148,23 @@ fn labels_from_a_file_replace_the_data_sets_own() {
     let wrong = file("wrong.txt", &lines(&|_| "zebra".into()));
     eval(&["--labels", &wrong]).exits(1).says(&["wrong.txt: line 1: `zebra` is not a class of the model"]);
     eval(&["--labels", "no-such-file"]).exits(1).says(&["no-such-file"]);
+    for nothing in ["\n".repeat(40), format!("[{}[]]", "[],".repeat(39))] {
+        let nothing = file("nothing.txt", &nothing);
+        eval(&["--labels", &nothing]).exits(1).says(&["nothing.txt: no picture has a label", "hint: "]);
+    }
+    let other = file("other.json", "{\"elsewhere.png\": 0}");
+    eval(&["--labels", &other])
+        .exits(1)
+        .says(&["other.json: no entry for the picture `val/across/", "hint: "]);
+    let wrong = file("wrong.json", &serde_json::json!(["across", "zebra"]).to_string());
+    eval(&["--labels", &wrong]).exits(1).says(&["wrong.json: entry 1 of the list: `zebra`", "0 to 2"]);
+    // Two classes of one name.
+    let twins = with_classes("twins.safetensors", Some(&["across", "across", "down"]));
+    let on = |more: &[&str]| vitrum(&[&["eval", "--weights", &twins, "--data", stripes()], more].concat());
+    on(&[]).exits(1).says(&["the model has 2 classes called `across`: numbers 0, 1", "`--labels FILE`"]);
+    let twice = file("twice.txt", &lines(&|label| classes[label].into()));
+    on(&["--labels", &twice]).exits(1).says(&["2 classes called `across`: numbers 0, 1"]);
+    on(&["--labels", &file("numbers.txt", &lines(&|label| label.to_string()))]).ok();
 }
 
 #[test]
@@ -174,6 +210,39 @@ fn probes_find_in_the_features_what_training_put_there() {
     let knn = probe(&["--method", "knn", "--k", "5"]);
     assert!(knn["results"][0]["top1"].as_f64().unwrap() > 0.5, "{knn}");
     assert_eq!(probe(&["--images", "30"])["train_images"], 30);
+    // A part with some of the classes is measured by their names, by both commands.
+    let some = scratch().join("some-to-test");
+    for (part, classes) in [("train", &["across", "checks", "down"][..]), ("test", &["checks", "down"])] {
+        for class in classes {
+            let from = Path::new(stripes()).join(if part == "test" { "val" } else { part }).join(class);
+            let to = some.join(part).join(class);
+            std::fs::create_dir_all(&to).unwrap();
+            names(&from).iter().for_each(|name| {
+                let _ = std::fs::copy(from.join(name), to.join(name)).unwrap();
+            });
+        }
+    }
+    let some = some.display().to_string();
+    let lacks = "the test part: it has no class `across`, 1 of 3 classes";
+    let of_some = |args: &[&str]| {
+        let args = [args, &["--weights", trained(), "--data", &some, "--split", "test", "--json"]].concat();
+        vitrum(&args).ok().says(&[lacks]).json()
+    };
+    let all = eval(&["--json"]).ok().json();
+    assert_eq!(
+        of_some(&["eval"])["per_class"].as_array().unwrap()[..],
+        all["per_class"].as_array().unwrap()[1..]
+    );
+    // Even one class.
+    let one = Path::new(stripes()).join("val").join("down");
+    let alone = scratch().join("alone");
+    std::fs::create_dir_all(&alone).unwrap();
+    std::os::unix::fs::symlink(&one, alone.join("down")).unwrap();
+    let alone = ["eval", "--weights", trained(), "--data", alone.to_str().unwrap(), "--json"];
+    assert_eq!(vitrum(&alone).ok().json()["per_class"][0], all["per_class"][2]);
+    let knn = of_some(&["probe", "--method", "knn", "--k", "5"]);
+    assert_eq!((knn["train_images"].as_u64(), knn["images"].as_u64()), (Some(96), Some(26)));
+    assert!(knn["results"][0]["top1"].as_f64().unwrap() > 0.5, "{knn}");
     // A data set without a validation part cannot be scored on.
     let train = Path::new(stripes()).join("train").display().to_string();
     vitrum(&["probe", "--weights", trained(), "--data", &train]).exits(1).says(&["no validation part"]);
@@ -316,14 +385,65 @@ fn a_sigmoid_model_says_how_likely_each_class_is_by_itself() {
     let json = vitrum(&["eval", "--weights", &out, "--data", &list, "--json"]).ok().json();
     assert_eq!(json["loss_kind"], "sigmoid");
     assert!(json["mAP"].as_f64().unwrap() > 0.9 && json["f1"].as_f64().unwrap() > 0.8, "{json}");
-    let text = vitrum(&["eval", "--weights", &out, "--data", &list]).ok().stdout;
-    assert!(text.contains("mAP") && text.contains("F1"), "{text}");
+    let text = vitrum(&["eval", "--weights", &out, "--data", &list, "--per-class"]).ok().stdout;
+    assert!(text.contains("mAP") && text.contains("F1") && text.contains("  AP\n"), "{text}");
+    let of_classes = json["per_class"].as_array().unwrap();
+    let mean = of_classes.iter().map(|class| class["AP"].as_f64().unwrap()).sum::<f64>() / 3.0;
+    assert!((json["mAP"].as_f64().unwrap() - mean).abs() < 1e-9, "{json}");
+
+    // A format that holds no loss is told it.
+    let npz = path("several.npz");
+    let lost = vitrum(&["convert", &out, &npz]).ok();
+    let mut told = settings_of(&lost.stderr);
+    told.extend(["--protocol", "vit_jax"].map(String::from));
+    assert!(told.contains(&"loss.kind=sigmoid".into()), "{}", lost.stderr);
+    lost.says(&["its pictures are prepared with `--protocol vit_jax`"]);
+    let told: Vec<&str> = told.iter().map(String::as_str).collect();
+    let silent: Vec<&str> =
+        told.chunks(2).filter(|pair| pair[1] != "loss.kind=sigmoid").flatten().copied().collect();
+    let shares_of_npz = |more: &[&str]| {
+        let args = [&["predict", "--weights", &npz, &picture, "--json"], more].concat();
+        let json = vitrum(&args).ok().json();
+        json["predictions"][0]["top"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|c| c["probability"].as_f64().unwrap())
+            .sum()
+    };
+    let sum: f64 = all.iter().map(|c| c["probability"].as_f64().unwrap()).sum();
+    let (as_softmax, as_sigmoid): (f64, f64) = (shares_of_npz(&silent), shares_of_npz(&told));
+    assert!(
+        (as_softmax - 1.0).abs() < 1e-6 && (as_sigmoid - sum).abs() < 1e-4,
+        "{as_softmax} {as_sigmoid} {sum}"
+    );
+    let of_npz = [&["eval", "--weights", &npz, "--data", &list, "--json"], &told[..]].concat();
+    let done = vitrum(&of_npz).ok();
+    assert!(!done.stderr.contains("does not say"), "{}", done.stderr);
+    let of_npz = done.json();
+    vitrum(&[&["eval", "--weights", &npz, "--data", &list], &silent[..]].concat())
+        .ok()
+        .says(&["note: the file does not say its head's loss: assumed softmax", "--set loss.kind=sigmoid"]);
+    assert_eq!((&of_npz["mAP"], &of_npz["loss_kind"]), (&json["mAP"], &"sigmoid".into()));
+    let features = path("several-npz-features");
+    let args = ["features", "--weights", &npz, "--data", &list, "--out", &features];
+    vitrum(&[&args, &told[..]].concat()).ok();
+    // `convert` writes it into a format that holds it.
+    let kept = path("several-kept.safetensors");
+    vitrum(&[&["convert", &npz, &kept], &told[..told.len() - 2]].concat()).ok();
+    let kept = ["eval", "--weights", &kept, "--data", &list, "--protocol", "vit_jax", "--json"];
+    assert_eq!(vitrum(&kept).ok().json()["mAP"], json["mAP"]);
+    vitrum(&["eval", "--weights", &npz, "--data", &list, "--set", "loss.kind=bce"])
+        .exits(2)
+        .says(&["`loss.kind` is `bce`", "--set loss.kind=sigmoid"]);
 
     // Every label counts, not only a picture's first.
     let counts = vitrum(&["inspect", &list, "--json"]).ok().json();
     let [across, checks] = ["across", "checks"].map(|class| names(val.join(class)).len());
     let all = across + checks;
     assert_eq!(counts["records_per_class"], serde_json::json!([across, checks, all]), "{counts}");
+    let images: Vec<_> = of_classes.iter().map(|class| class["images"].as_u64().unwrap() as usize).collect();
+    assert_eq!(images, [across, checks, all]);
     let features = path("several-features");
     vitrum(&["features", "--weights", &out, "--data", &list, "--out", &features]).ok();
     let file = SafeTensors::open(Path::new(&features)).unwrap();
@@ -372,7 +492,33 @@ fn predict_goes_through_folders_and_patterns_and_past_bad_files() {
     };
     assert_eq!(seen(predict(&[&folder]).ok()), ["1.png", "3.png", "4.png"]);
     assert_eq!(seen(predict(&[&format!("{folder}/*.png")]).ok()), ["1.png", "3.png"]);
-    assert_eq!(seen(predict(&[stripes(), "--split", "val"]).ok()).len(), 40);
+    let of_val = seen(predict(&[stripes(), "--split", "val"]).ok());
+    assert_eq!(of_val.len(), 40);
+    // Every kind of data set that `eval` takes; those without parts are taken whole.
+    let (packed, tar, table) = (path("to-predict-packed"), path("to-predict.tar"), path("to-predict.csv"));
+    vitrum(&["pack", stripes(), &packed]).ok();
+    let archive = std::process::Command::new("tar").args(["-C", stripes(), "-cf", &tar, "."]).status();
+    assert!(archive.unwrap().success());
+    let rows: String = ["train", "val"]
+        .into_iter()
+        .flat_map(|part| names(Path::new(stripes()).join(part)).into_iter().map(move |class| (part, class)))
+        .flat_map(|(part, class)| {
+            let files = names(Path::new(stripes()).join(part).join(&class));
+            files.into_iter().map(move |file| format!("stripes/{part}/{class}/{file},{class},{part}\n"))
+        })
+        .collect();
+    std::fs::write(&table, format!("path,label,split\n{rows}")).unwrap();
+    for data in [&packed, &tar, &table] {
+        assert_eq!(seen(predict(&[data, "--split", "val"]).ok()), of_val, "{data}");
+        assert_eq!(seen(predict(&[data]).ok()).len(), 136, "{data}");
+    }
+    let one = |args: &[&str]| predict(args).ok().json()["predictions"].as_array().unwrap()[7]["top"].clone();
+    assert_eq!(one(&[&packed, "--split", "val"]), one(&[stripes(), "--split", "val"]));
+    let paths = file("paths.txt", "stripes/val/down/002.png\n");
+    predict(&[&paths]).exits(1).says(&["is not `PATH LABEL`", &format!("- < {paths}`")]);
+    predict(&["/no/such", "--split", "val"]).exits(1).says(&["/no/such: no such file or folder"]);
+    let whole = predict(&[&format!("{}/train", stripes()), "--split", "val"]).exits(1);
+    whole.says(&["the data has no parts", "hint: leave out `--split`"]);
     std::fs::write(format!("{folder}/2.png"), b"junk").unwrap();
     let done = predict(&[&folder]).exits(1).says(&["2.png", "1 of 4 pictures could not be read"]);
     assert_eq!(seen(done), ["1.png", "3.png", "4.png"]);

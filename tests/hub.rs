@@ -2,12 +2,13 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use support::models::{bare, folder, json, picture, saved, settings_of, tiny};
 use support::vitrum;
 use vitrum::vit::config::ModelConfig;
-use vitrum::weights::safetensors::SafeTensors;
+use vitrum::weights::safetensors::{SafeTensors, View, write};
 use vitrum::weights::{self, Format, ModelOverrides, Tensor, Tensors};
 
 #[test]
@@ -201,6 +202,137 @@ fn a_preprocessor_is_obeyed_or_refused_by_name() {
     std::fs::remove_file(hf.join("preprocessor_config.json")).unwrap();
     let meta = weights::open(&hf, &ModelOverrides::default()).unwrap().meta;
     assert_eq!((meta.normalise.mean[0], meta.crop_ratio), (123.675, 0.875));
+}
+
+#[test]
+fn a_configuration_without_a_model_type_is_read_or_said_to_be_none() {
+    let dir = folder("no-type");
+    let (source, _) = saved(&dir, &tiny());
+    let hf = dir.join("hf");
+    weights::convert(&source, &hf, Some(Format::Hf), &ModelOverrides::default()).unwrap();
+    // Only the configuration says what the tensors do not.
+    let tensors = SafeTensors::open(&hf.join("model.safetensors")).unwrap();
+    let all: Vec<_> = tensors.names().map(|n| (n.to_string(), tensors.tensor(n).unwrap())).collect();
+    let views = all.iter().map(|(n, t)| View::f32(n, &t.shape, &t.values)).collect();
+    write(&hf.join("model.safetensors"), &BTreeMap::new(), views).unwrap();
+    let path = hf.to_str().unwrap();
+    let mut config = json(&hf.join("config.json"));
+    let fields = config.as_object_mut().unwrap();
+    fields.remove("model_type");
+    fields["num_attention_heads"] = 2.into();
+    fields["layer_norm_eps"] = 1e-3.into();
+    fields["id2label"] = serde_json::json!(["ant", "bee", "cow"]);
+    fields.remove("label2id");
+    let with = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut config = config.clone();
+        change(&mut config);
+        std::fs::write(hf.join("config.json"), config.to_string()).unwrap();
+        vitrum(&["inspect", path, "--json"])
+    };
+    std::fs::remove_file(hf.join("preprocessor_config.json")).unwrap();
+    for (class, mean) in
+        [(Some("ViTForImageClassification"), 127.5), (Some("DeiTModel"), 123.675), (None, 127.5)]
+    {
+        let shown =
+            with(&|c| c["architectures"] = class.map_or(serde_json::json!(null), |c| [c].into())).ok();
+        let shown = shown.json();
+        assert_eq!((&shown["heads"], &shown["ln_eps"]), (&2.into(), &1e-3.into()));
+        assert_eq!(shown["class_names"], serde_json::json!(["ant", "bee", "cow"]));
+        let found = shown["provenance"]["normalise"]["mean"][0].as_f64().unwrap();
+        assert!((found - mean).abs() < 1e-3, "{class:?}: {found}");
+        let notes = shown["notes"].to_string();
+        assert!(notes.contains("no `model_type`: read as"), "{notes}");
+    }
+    with(&|c| c["architectures"] = ["SwinModel"].into()).exits(1).says(&["`architectures` is `SwinModel`"]);
+    with(&|c| c["architectures"] = ["ViTHybridModel"].into()).exits(1).says(&["ViTHybridModel"]);
+    with(&|c| c["model_type"] = 3.into()).exits(1).says(&["`model_type` is 3"]);
+    let other = with(&|c| *c = serde_json::json!({ "name": "project", "image_size": 3 })).ok().json();
+    assert_eq!(other["image"], serde_json::json!([16, 16]), "one key is not enough");
+    assert!(other["notes"].to_string().contains("config.json is not used"), "{}", other["notes"]);
+}
+
+#[test]
+fn class_names_are_used_or_a_line_says_why_not() {
+    let dir = folder("names");
+    bare(&dir, &ModelConfig { width: 64, heads: 1, ..tiny() }, &|_| ());
+    let path = dir.to_str().unwrap();
+    let timm =
+        serde_json::json!({ "architecture": "vit_tiny_patch16_224", "num_classes": 3, "pretrained_cfg": {} });
+    let hf = serde_json::json!({ "model_type": "vit", "num_attention_heads": 1 });
+    let shown = |config: &serde_json::Value, key: &str, value: serde_json::Value| {
+        let mut config = config.clone();
+        config[key] = value;
+        std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+        vitrum(&["inspect", path, "--json"])
+    };
+    for (config, key, value) in [
+        (&timm, "label_names", serde_json::json!({ "0": "ant", "1": "bee", "2": "cow" })),
+        (&timm, "id2label", serde_json::json!({ "0": "ant", "1": "bee", "2": "cow" })),
+        (
+            &timm,
+            "pretrained_cfg",
+            serde_json::json!({ "label_names": ["ant", "bee", "cow"], "num_classes": 1000 }),
+        ),
+        (&hf, "id2label", serde_json::json!(["ant", "bee", "cow"])),
+        (&hf, "label2id", serde_json::json!({ "ant": 0, "bee": "1", "cow": 2 })),
+    ] {
+        let names = shown(config, key, value).ok().json()["class_names"].clone();
+        assert_eq!(names, serde_json::json!(["ant", "bee", "cow"]), "{key}");
+    }
+    // What contradicts is not used, by any command; `tests` of the names have every kind.
+    shown(&hf, "id2label", serde_json::json!({ "1": "ant", "2": "bee", "3": "cow" })).ok();
+    let picture = picture(&dir);
+    let said =
+        "names are not used: `id2label` names classes up to number 3, counted from 1, and the head has 3";
+    let top = vitrum(&["predict", "--weights", path, &picture]).ok().says(&[said]).stdout;
+    assert!(!top.contains("ant") && !top.contains("bee"), "{top}");
+    // A head of another size belongs to another model.
+    for (config, key, value) in [
+        (&timm, "num_classes", serde_json::json!(0)),
+        (&timm, "model_args", serde_json::json!({ "num_classes": 5 })),
+        (&hf, "num_labels", 5.into()),
+        (&hf, "num_classes", 5.into()),
+    ] {
+        let done = shown(config, key, value).exits(1);
+        done.says(&["the tensors say 3", "hint: if config.json is another model's", "to 3"]);
+    }
+}
+
+#[test]
+fn heads_that_contradict_are_errors_and_the_hint_works_when_typed() {
+    let dir = folder("heads");
+    let config = ModelConfig { width: 24, heads: 3, ..tiny() };
+    let picture = picture(&dir);
+    let says_heads = |heads: usize| {
+        let json = serde_json::json!({ "model_type": "vit", "num_attention_heads": heads });
+        std::fs::write(dir.join("config.json"), json.to_string()).unwrap();
+    };
+    let typed = |file: &Path, says: &str| {
+        let file = file.to_str().unwrap();
+        vitrum(&["inspect", file]).exits(1).says(&[says]);
+        let refused = vitrum(&["predict", "--weights", file, &picture]).exits(1).says(&[says, "hint: "]);
+        let settings = settings_of(&refused.stderr);
+        assert_eq!(settings.len(), 2, "{}", refused.stderr);
+        let predict = ["predict", "--weights", file, &picture].map(String::from);
+        vitrum(&[&predict[..], &settings].concat()).ok();
+    };
+    says_heads(5);
+    typed(&bare(&dir, &config, &|_| ()), "config.json: 5 heads, which do not divide the width 24");
+    let (own, _) = saved(&dir, &config);
+    typed(&own, "config.json: 5 heads, the file's own metadata says 3");
+    // In an `.npz`, the shapes decide.
+    let npz = dir.join("model.npz");
+    says_heads(3);
+    vitrum(&["convert", own.to_str().unwrap(), npz.to_str().unwrap()]).ok();
+    says_heads(4);
+    typed(&npz, "config.json: 4 heads, the tensors say 3");
+    std::fs::remove_file(dir.join("config.json")).unwrap();
+    let npz = npz.to_str().unwrap();
+    for command in [vec!["inspect", npz], vec!["predict", "--weights", npz, &picture]] {
+        let with = |heads: &'static str| vitrum(&[&command[..], &["--set", heads]].concat());
+        with("model.heads=4").exits(2).says(&["`model.heads` is 4, the tensors say 3", "hint: leave it out"]);
+        with("model.heads=3").ok();
+    }
 }
 
 #[test]

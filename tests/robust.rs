@@ -394,6 +394,31 @@ fn weights_that_are_none_are_named() {
 }
 
 #[test]
+fn a_run_without_its_best_checkpoint_names_another_one() {
+    let run = copy("best-gone");
+    let checkpoints = Path::new(&run).join("checkpoints");
+    let best = fs::canonicalize(checkpoints.join("best")).unwrap();
+    let others: Vec<_> = names(&checkpoints).into_iter().filter(|name| name.starts_with("step-")).collect();
+    assert!(others.len() > 1, "{others:?}");
+    let says = |why: &str| {
+        let done = vitrum(&["eval", "--weights", &run, "--data", stripes()]).exits(1);
+        done.says(&["checkpoints/best: it is ", best.file_name().unwrap().to_str().unwrap(), why])
+    };
+    fs::remove_file(best.join("model.safetensors")).unwrap();
+    let done = says("which has no `model.safetensors`");
+    let typed = done.stderr.split("`--weights ").nth(1).unwrap().split('`').next().unwrap();
+    assert!(Path::new(typed).join("model.safetensors").is_file(), "{typed}");
+    vitrum(&["eval", "--weights", typed, "--data", stripes()]).ok();
+    fs::remove_dir_all(&best).unwrap();
+    says("which does not exist");
+    // Without a best one, the last one is meant.
+    fs::remove_file(checkpoints.join("best")).unwrap();
+    fs::remove_file(checkpoints.join("last")).unwrap();
+    std::os::unix::fs::symlink(Path::new(typed).file_name().unwrap(), checkpoints.join("last")).unwrap();
+    vitrum(&["eval", "--weights", &run, "--data", stripes()]).ok();
+}
+
+#[test]
 fn pictures_and_data_that_do_not_fit_the_weights_are_named() {
     let text = path("picture.png");
     fs::write(&text, "no picture").unwrap();
@@ -527,4 +552,28 @@ fn a_full_disk_stops_the_run_and_keeps_the_last_checkpoint() {
     }
     let args = train(&rescued, &["train.checkpoint_every=2", "train.eval_every=100", "--resume"]);
     vitrum(&args).ok().says(&["from checkpoints/step-2"]);
+}
+
+#[test]
+fn a_share_to_hold_out_is_never_ignored_in_silence() {
+    let steps = ["train.steps=1", "data.holdout=0.3"];
+    let said = |more: &[&str]| {
+        let out = path("never-held-out");
+        let _ = std::fs::remove_dir_all(&out);
+        vitrum(&train(&out, &[&steps[..], more].concat())).ok()
+    };
+    let no_effect = "note: `data.holdout = 0.3` has no effect: ";
+    said(&[]).says(&[no_effect, "validates on the 40 pictures of a part of their own"]);
+    let log = std::fs::read_to_string(path("never-held-out/log.txt")).unwrap();
+    assert!(log.contains(no_effect), "{log}");
+    let whole = format!("data.train={}/train", stripes());
+    let own = format!("data.val={}/val", stripes());
+    said(&[&whole, &own]).says(&[no_effect, "validates on the 40 pictures"]);
+    let out = path("never-held-out");
+    fs::remove_dir_all(&out).unwrap();
+    vitrum(&train(&out, &["data.holdout=0.3", "--overfit", "4"]))
+        .says(&[no_effect, "a run with `--overfit` has no validation"]);
+    let held = said(&[&whole]).says(&["to validate (held out: `data.holdout = 0.3`)"]);
+    assert!(!held.stderr.contains("has no effect"), "{}", held.stderr);
+    said(&[&whole, "data.holdout=1e-9"]).says(&["has no effect: it would hold out none of the 96 pictures"]);
 }

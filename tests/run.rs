@@ -631,3 +631,51 @@ fn as_many_checkpoints_are_kept_as_asked_for() {
     assert_eq!(steps("keep-1", &["train.keep=1"]), ["step-24"]);
     vitrum(&train(&path("keep-0"), &["train.keep=0"])).exits(2).says(&["`train.keep` is 0"]);
 }
+
+#[test]
+fn a_resume_names_the_change_that_was_made_and_its_hint_works() {
+    // A list of pictures without parts, outside the folder of the test's own.
+    let list = |name: &str, rows: &[String]| {
+        let path = path(name);
+        std::fs::write(&path, format!("path,label\n{}", rows.concat())).unwrap();
+        path
+    };
+    let train_part = Path::new(stripes()).join("train");
+    let rows: Vec<String> = names(&train_part)
+        .iter()
+        .flat_map(|class| names(train_part.join(class)).into_iter().map(move |file| (class.clone(), file)))
+        .map(|(class, file)| format!("stripes/train/{class}/{file},{class}\n"))
+        .collect();
+    let data = list("rows.csv", &rows);
+    let out = at_step_5("named-change", &[&format!("data.train={data}"), "data.holdout=0.2"]);
+    let (run, saved) = (Path::new(&out), path("named-change-saved"));
+    let copy =
+        |from: &str, to: &str| std::process::Command::new("cp").args(["-a", from, to]).status().unwrap();
+    assert!(copy(&out, &saved).success());
+    let resume = |more: &[&str]| vitrum(&[&["train", "--resume", &out][..], more].concat());
+    let accept = ["--set", "data.accept_changes=true"];
+    for (set, says) in [
+        ("data.holdout=0.3", "another recipe: data.holdout: 0.2 -> 0.3"),
+        ("data.holdout=0", "another recipe: data.holdout: 0.2 -> 0"),
+        ("data.balance=true", "another recipe: data.balance: false -> true"),
+    ] {
+        let set = ["--set", set];
+        resume(&set).exits(1).says(&[says, "hint: remove these changes"]);
+        resume(&[set, accept].concat()).exits(1).says(&[says]);
+    }
+    let mut shuffled = rows.clone();
+    shuffled.rotate_left(40);
+    list("rows.csv", &shuffled);
+    let done =
+        resume(&[]).exits(1).says(&[&data, "training data in another order: the same ", "accept_changes"]);
+    assert!(!done.stderr.contains("names, labels or sizes"), "{}", done.stderr);
+    // Two changes: accepting one of them does not help.
+    let both = ["--set", "optim.lr=1"];
+    resume(&both).exits(1).says(&["in another order", "hint: restore the data", "optim.lr: 0.003 -> 1.0"]);
+    resume(&[both, accept].concat()).exits(1).says(&["another recipe: optim.lr"]);
+    resume(&accept).ok().says(&["resume   on other data: ", "trained 8 steps"]);
+    std::fs::remove_dir_all(run).unwrap();
+    assert!(copy(&saved, &out).success());
+    list("rows.csv", &rows);
+    resume(&[]).ok().says(&["trained 8 steps"]);
+}

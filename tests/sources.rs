@@ -134,6 +134,28 @@ fn parts_have_many_names_and_test_is_validation_only_where_there_is_none() {
     assert!(pair(Some(&spec("one")), None).unwrap().1.is_none());
     assert!(Dataset::open(&spec("one"), Split::Val).is_err(), "training pictures are no validation");
 
+    // A part may lack classes, but has no others.
+    for lacking in ["test", "val"] {
+        let some = made("some", &["train", "val", "test"]);
+        fs::remove_dir_all(some.join(lacking).join("cat")).unwrap();
+        let source = source(&some).unwrap();
+        assert_eq!(
+            (lens(&source)[Split::Val as usize] + lens(&source)[Split::Test as usize], source.classes.len()),
+            (9, 2)
+        );
+        let note = format!("the {lacking} part: it has no class `cat`, 1 of 2 classes");
+        assert!(source.notes().contains(&note), "{:?}", source.notes());
+        let split = if lacking == "val" { Split::Val } else { Split::Test };
+        assert!(source.items(split).iter().all(|item| source.classes[item.label] == "dog"));
+        let (train, val) = pair(Some(some.to_str().unwrap()), None).unwrap();
+        assert_eq!(train.classes(), val.unwrap().classes());
+    }
+    // Validation pictures elsewhere, in class folders of which the first is missing.
+    let (train, val) = pair(Some(&spec("one/train")), Some(&spec("some/val"))).unwrap();
+    let val = val.unwrap();
+    assert_eq!((train.classes(), val.class_counts()), (val.classes(), vec![0, 3]));
+    assert!((0..3).all(|i| val.label(i) == 1 && val.record_name(i).starts_with("dog/")));
+
     // Packed splits keep their names, and training data stays training data.
     for (name, folders) in [("three", &["test", "train", "val"][..]), ("one", &["train"])] {
         let dest = temp.path().join("packed").join(name);
@@ -157,6 +179,39 @@ fn parts_have_many_names_and_test_is_validation_only_where_there_is_none() {
     let odd = made("odd", &["train"]);
     save_png(&odd.join("bus/1.png"), 4, 4, 1);
     assert!(why(&odd).contains("a part of the data or a class?"), "{}", why(&odd));
+    assert!(why(&odd).contains(&format!("name `{}` itself", odd.join("train").display())), "{}", why(&odd));
+    // In an archive, no folder can be named.
+    let archive = temp.path().join("odd.tar");
+    let png = png(1);
+    let members = ["train/cat/1.png", "train/dog/2.png", "bus/3.png"];
+    write(archive.clone(), tar_bytes(&members.map(|name| (name, &png[..]))));
+    assert!(
+        why(&archive).contains("hint: unpack it and name its folder `train` as the data"),
+        "{}",
+        why(&archive)
+    );
+    // Folders beside the parts, and why each is left out.
+    for (folder, with_val, without) in [
+        (
+            "test-images",
+            "is not a part's name, which is one word: 6 pictures left out; rename it to `test`",
+            None,
+        ),
+        (
+            "val_2",
+            "lies beside `val`, which is the val part: 6 pictures left out",
+            Some("rename it to `val`"),
+        ),
+        ("validation_old", "lies beside `val`, which", Some("rename it to `val`")),
+        ("val.bak", "lies beside `val`, which", Some("rename it to `val`")),
+        ("old train", "lies beside `train`, which", None),
+    ] {
+        let beside = made(&format!("beside {folder}"), &["train", "val", folder]);
+        let said = || source(&beside).unwrap().notes().join("\n");
+        assert!(said().contains(&format!("`{folder}` {with_val}")), "{}", said());
+        fs::remove_dir_all(beside.join("val")).unwrap();
+        assert!(said().contains(without.unwrap_or(with_val)), "{}", said());
+    }
     let flat = temp.path().join("flat");
     save_png(&flat.join("train/1.png"), 4, 4, 1);
     save_png(&flat.join("test/2.png"), 4, 4, 1);

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::infer::loaded::LoadedModel;
 use crate::infer::pass::{Output, PassReport};
 use crate::infer::protocol::Protocol;
-use crate::infer::score::{Score, Truth};
+use crate::infer::score::{OfClass, Score, Truth};
 use crate::recipe::PROTOCOLS;
 use crate::report::{format, table};
 use crate::terminal;
@@ -84,6 +84,12 @@ pub fn run(args: Args) -> Result<()> {
         terminal::say(&matching.line(classes));
     }
     let kind = model.loss();
+    if data.is_multi_label() && args.labels.is_none() && model.meta.loss.is_none() {
+        terminal::note(
+            "the file does not say its head's loss: assumed softmax, though pictures may have several labels; \
+             `--set loss.kind=sigmoid` changes it",
+        );
+    }
     let named = if named.is_empty() { vec![model.protocol()?] } else { named };
     let mut measure = |protocol: Protocol| -> Result<Measured> {
         let protocol = Protocol { drop_last: args.drop_last, ..protocol };
@@ -157,11 +163,15 @@ impl Measured {
     }
 
     fn per_class(&self, names: Option<&[String]>) -> String {
-        let row = |(class, images, top1): (usize, usize, f64)| {
-            let name = names.and_then(|names| names.get(class)).map_or(String::new(), String::clone);
-            vec![class.to_string(), name, images.to_string(), format::percent(top1)]
+        let row = |of: OfClass| {
+            let name = names.and_then(|names| names.get(of.class)).map_or(String::new(), String::clone);
+            let mut row = vec![of.class.to_string(), name, of.images.to_string(), format::percent(of.top1)];
+            row.extend(of.ap.map(format::percent));
+            row
         };
-        table(&["class", "name", "images", "top-1"], &self.score.per_class().map(row).collect::<Vec<_>>())
+        let rows: Vec<_> = self.score.per_class().map(row).collect();
+        let head = ["class", "name", "images", "top-1", "AP"];
+        table(&head[..rows.first().map_or(4, Vec::len)], &rows)
     }
 }
 

@@ -149,6 +149,15 @@ pub(super) fn unknown_flag(error: &clap::Error, args: &[OsString]) -> Option<Err
     let words: Vec<&str> = args.iter().filter_map(|arg| arg.to_str()).collect();
     let root = super::Cli::command();
     let command = words.iter().find_map(|word| root.find_subcommand(word))?;
+    // Clap takes plain negative numbers for values, but not `-1e-3`.
+    let is_number = |word: &str| word.starts_with('-') && word.parse::<f64>().is_ok();
+    let negative = words.windows(2).find(|pair| is_number(pair[1]) && pair[1].starts_with(flag.as_str()));
+    if let Some(&[of, number]) = negative.filter(|pair| pair[0].starts_with("--")) {
+        return Some(
+            Error::usage(format!("`{of} {number}`: the value begins as a flag does"))
+                .hint(format!("write `{of}={number}`")),
+        );
+    }
     let said = Error::usage(format!("`vitrum {}` has no flag `{flag}`", command.get_name()));
     let Some(name) = flag.strip_prefix("--") else {
         return Some(said.hint(format!("`vitrum {} --help` lists its flags", command.get_name())));

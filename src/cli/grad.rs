@@ -23,9 +23,9 @@ pub struct Args {
     /// Where to write `logits` [B,C], `loss` [1] and `grad/NAME`, all F32
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// The loss: softmax or sigmoid
-    #[arg(long, value_enum, hide_possible_values = true, default_value_t = LossKind::Softmax)]
-    pub loss: LossKind,
+    /// The loss: softmax or sigmoid [default: softmax]
+    #[arg(long, value_enum, hide_possible_values = true)]
+    pub loss: Option<LossKind>,
     /// Label smoothing: targets become (1-S)·onehot + S/C
     #[arg(long, value_name = "S", default_value_t = 0.0)]
     pub label_smoothing: f32,
@@ -51,7 +51,8 @@ pub fn run(args: Args) -> Result<()> {
     super::say_notes(&run.notes);
     batch.check_classes(run.model.config.classes)?;
     let slot = batch.slot(&*run.backend, 0)?;
-    let loss = Loss { label_smoothing: args.label_smoothing, ..Loss::plain(args.loss) };
+    let kind = args.loss.or(overrides.loss).unwrap_or(LossKind::Softmax);
+    let loss = Loss { label_smoothing: args.label_smoothing, ..Loss::plain(kind) };
     let report = gradients(&mut *run.backend, &run.model, loss, slot)?;
 
     let mut out = vec![("loss".to_string(), vec![1], vec![report.loss as f32])];

@@ -30,7 +30,7 @@ pub mod train;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::backend::Device;
 use crate::data::Split;
@@ -118,13 +118,19 @@ pub struct On {
 
 /// Every command with its arguments. Tests compare the documentation with it.
 pub fn command() -> clap::Command {
-    Cli::command()
+    // `--lr -1` is a wrong value, not an unknown flag `-1`.
+    let values = |arg: clap::Arg| match arg.get_action().takes_values() && !arg.is_positional() {
+        true => arg.allow_negative_numbers(true),
+        false => arg,
+    };
+    Cli::command().mut_subcommands(|command| command.mut_args(values))
 }
 
 /// The whole program.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
-    let cli = match Cli::try_parse_from(&args) {
+    let parsed = command().try_get_matches_from(&args).and_then(|found| Cli::from_arg_matches(&found));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
             if let Some(e) = flags::unknown_flag(&e, &args) {
@@ -210,10 +216,11 @@ fn say_part(data: &str, part: Option<Split>, images: usize) {
 /// The built-in recipes for help texts: the name and first line of each.
 fn built_in_help() -> String {
     let mut text = String::from("Built-in recipes:\n");
+    let width = BUILT_IN.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
     for (name, recipe) in BUILT_IN {
         let title = recipe.lines().next().unwrap_or_default().trim_start_matches("# ");
-        let short = title.split([':', ',']).next().unwrap_or(title);
-        text += &format!("  {name:<16} {short}\n");
+        let short = title.split([':', ',', '(']).next().unwrap_or(title).trim().trim_end_matches('.');
+        text += &format!("  {name:<width$}  {short}\n");
     }
     text + "\nAny other recipe is the path of a .toml file."
 }
@@ -224,6 +231,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 }

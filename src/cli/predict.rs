@@ -1,6 +1,6 @@
 //! `vitrum predict`: the most probable classes of single pictures.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::json;
 
@@ -19,8 +19,8 @@ pub struct Args {
     /// A weights file, a checkpoint folder or a run directory (its best, else its last)
     #[arg(long, value_name = "FILE")]
     pub weights: PathBuf,
-    /// Pictures, folders of pictures, patterns such as 'photos/*.jpg', or `-` to read a list of files from
-    /// stdin
+    /// Pictures, folders of pictures, packed data sets, archives, tables, patterns such as 'photos/*.jpg', or `-` to
+    /// read a list of files from stdin
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
     /// How many classes to show [default: 5, or all above --threshold]
@@ -29,8 +29,7 @@ pub struct Args {
     /// Show only classes with at least this probability, such as 0.5
     #[arg(long, value_name = "P", value_parser = share)]
     pub threshold: Option<f32>,
-    /// For folders that are data sets, the part to use: train, val or test [default: every picture below the
-    /// folder]
+    /// For data sets, the part to use: train, val or test [default: every picture]
     #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
     pub split: Option<Split>,
     /// How pictures are prepared: a system's name [default: what the weights file says]
@@ -78,25 +77,26 @@ pub fn run(args: Args) -> Result<()> {
     // With a threshold, show all classes above it unless the user says how many.
     let most = args.top.map_or(if args.threshold.is_some() { usize::MAX } else { TOP }, usize::from);
     let (mut all, mut errors) = (Vec::new(), Vec::new());
-    for path in &images {
+    for picture in &images {
+        let name = picture.name();
         // One bad file among many does not stop the others.
-        let mut top = match run.predict(path, protocol) {
+        let mut top = match run.predict_named(picture, protocol) {
             Ok(top) => top,
             Err(error) if images.len() == 1 => return Err(error),
             Err(error) => {
                 terminal::say(&format!("error: {}", error.message()));
-                errors.push(json!({ "image": path.display().to_string(), "error": error.message() }));
+                errors.push(json!({ "image": name, "error": error.message() }));
                 continue;
             }
         };
         top.retain(|class| class.probability >= least);
         top.truncate(most);
         if !args.json {
-            print(&text(path, &top))?;
+            print(&text(&name, &top))?;
         }
         let entry = |p: &Prediction| json!({"class": p.class, "name": p.name, "probability": p.probability});
         all.push(json!({
-            "image": path.display().to_string(),
+            "image": name,
             "top": top.iter().map(entry).collect::<Vec<_>>(),
         }));
     }
@@ -119,12 +119,12 @@ fn list() -> Result<String> {
     std::io::read_to_string(std::io::stdin()).at("stdin")
 }
 
-/// The picture's path, then one line with a bar per class.
-fn text(path: &Path, top: &[Prediction]) -> String {
+/// The picture's name, then one line with a bar per class.
+fn text(name: &str, top: &[Prediction]) -> String {
     let width = top.iter().map(|p| one_line(&p.name).chars().count()).max().unwrap_or(0);
     let row = |p: &Prediction| {
         let bar = "#".repeat((p.probability * 40.0).round() as usize);
         format!("  {:<width$}  {:>7}  {bar}\n", one_line(&p.name), format::percent(p.probability.into()))
     };
-    format!("{}\n{}", one_line(&path.display().to_string()), top.iter().map(row).collect::<String>())
+    format!("{}\n{}", one_line(name), top.iter().map(row).collect::<String>())
 }

@@ -87,10 +87,7 @@ pub fn run(args: Args) -> Result<()> {
         ))
         .hint("use `vitrum finetune` with `--set loss.kind=sigmoid`"));
     }
-    if train.classes() != val.classes() {
-        return Err(Error::new(format!("{}: its parts have different classes", train.name()))
-            .hint("give both parts the same class folders (an empty folder counts as a class)"));
-    }
+    let val = val.among(train.classes())?;
     super::say_part(&args.data, part, val.len());
     if let Some(images) = args.images {
         train = train.take(images as usize);

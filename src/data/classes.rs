@@ -96,6 +96,18 @@ impl<'a> Known<'a> {
         spellings(name).iter().find_map(|spelling| self.spellings.get(spelling).copied().flatten())
     }
 
+    /// If several classes share this name, so that it finds none: a sentence that says so.
+    pub fn of_one_name(&self, name: &str) -> Option<String> {
+        let names = self.names.filter(|_| self.find(name).is_none())?;
+        let wanted = spelling(name);
+        let has = |other: &str| other == name || spellings(other).contains(&wanted);
+        let same: Vec<String> =
+            (0..names.len()).filter(|class| has(&names[*class])).map(|class| class.to_string()).collect();
+        let numbers = same.join(", ");
+        (same.len() > 1)
+            .then(|| format!("the model has {} classes called `{name}`: numbers {numbers}", same.len()))
+    }
+
     /// Finds a WordNet id by its English name, for models with English names. Two of ImageNet's names stand for two
     /// classes each; for these the position decides.
     fn find_english(&self, synset: usize) -> Option<usize> {
@@ -146,6 +158,10 @@ impl<'a> Known<'a> {
 
     fn refuse(&self, own: &[String], found: &[Option<usize>]) -> Error {
         let missing = own.iter().zip(found).find(|(_, class)| class.is_none()).map_or("", |(name, _)| name);
+        if let Some(same) = self.of_one_name(missing) {
+            return Error::new(format!("{same}; the data set's class `{missing}` could be any of them"))
+                .hint("give the model's classes different names, or `vitrum eval` the pictures' classes by number with `--labels FILE`");
+        }
         let error = match self.names {
             Some(names) => {
                 let taken = |class: usize| found.contains(&Some(class));
@@ -215,7 +231,12 @@ mod tests {
         assert!(error.message().contains("`cat`") && error.message().contains("`cow`"), "{error}");
         assert!(matched("ant;bee", 2, Some("dog;cow")).is_err(), "two lists of names that disagree");
         assert!(matched("ANT;ant ", 2, Some("Ant;cow")).is_err(), "two classes are one of the model's");
-        assert!(matched("ant;cow", 3, Some("ant;ant;cow")).is_err(), "a name that two classes have");
+        let error = matched("ant;cow", 3, Some("ant;Ant;cow")).map(|_| ());
+        assert!(error.is_ok(), "an exact name comes first");
+        let error = matched("ant;cow", 3, Some("ant;ant;cow")).unwrap_err();
+        assert!(error.message().contains("2 classes called `ant`: numbers 0, 1;"), "{error}");
+        let error = matched("cow;ANT", 3, Some("ant;Ant;cow")).unwrap_err();
+        assert!(error.message().contains("2 classes called `ANT`: numbers 0, 1;"), "{error}");
     }
 
     #[test]

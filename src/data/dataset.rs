@@ -7,7 +7,7 @@
 mod chosen;
 pub(super) mod integrity;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
@@ -17,9 +17,9 @@ use crate::{fail, files, terminal};
 
 use super::classes::Known;
 use super::demo;
-use super::place::Place;
+use super::place::{Place, say};
 use super::shard::{Kind, Record, Shard, ShardWriter};
-use super::source::Source;
+use super::source::{Source, named};
 pub use super::split::Split;
 pub(super) use chosen::is_held_out;
 
@@ -221,7 +221,7 @@ impl Dataset {
     }
 
     pub(super) fn listed(source: Arc<Source>, split: Split) -> Result<Self> {
-        let name = source.store.path().display().to_string();
+        let name = source.name().to_owned();
         let classes = source.classes.clone();
         Ok(Self {
             name,
@@ -325,6 +325,18 @@ impl Dataset {
         }
     }
 
+    /// The file of a sample, if it has one of its own.
+    pub fn file(&self, index: usize) -> Option<PathBuf> {
+        match &self.records {
+            Records::Packed { .. } => None,
+            Records::Listed { source, split } => source.store.file(&source.items(*split)[self.place(index)]),
+            Records::Mixture { parts, starts } => {
+                let (part, at) = locate(starts, self.place(index));
+                parts[part].0.file(at)
+            }
+        }
+    }
+
     /// The stored bytes of a sample. Fails if an unpacked file cannot be read or a shard is damaged.
     pub fn record(&self, index: usize) -> Result<Record<'_>> {
         match &self.records {
@@ -403,6 +415,18 @@ impl Dataset {
         Ok(self)
     }
 
+    /// The same for training's classes, of which it has all or some, by their exact names; a line names those
+    /// that it lacks.
+    pub fn among(self, classes: &[String]) -> Result<Self> {
+        if self.classes == classes {
+            return Ok(self);
+        }
+        if let Some(lacks) = lacking(classes, &self.classes).map_err(|e| e.at(&self.name))? {
+            say(&format!("{}: {lacks}", self.name));
+        }
+        self.with_classes(classes)
+    }
+
     /// Makes each sample's label its own number, for a pass that must know which sample it sees.
     pub fn numbered(mut self) -> Self {
         self.numbered = true;
@@ -421,7 +445,7 @@ fn locate(starts: &[usize], index: usize) -> (usize, usize) {
 }
 
 /// Opens training and validation data as a recipe names them. `train` alone gives both if it has both; `val`
-/// overrides where validation samples come from. Both must have the same classes.
+/// overrides where validation samples come from. Its classes are those of `train`, or some of them.
 pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<Dataset>)> {
     let train_spec = train
         .ok_or_else(|| Error::usage("no training data").hint("name it: `--data DIR`, or `--data demo`"))?;
@@ -432,9 +456,7 @@ pub fn pair(train: Option<&str>, val: Option<&str>) -> Result<(Dataset, Option<D
         None if place.part(Split::Val).is_some() => Some(place.open(Split::Val)?),
         None => None,
     };
-    if let Some(val) = &val {
-        same_classes(train.classes(), val.classes()).map_err(|e| e.at(val.name()))?;
-    }
+    let val = val.map(|val| val.among(train.classes())).transpose()?;
     Ok((train, val))
 }
 
@@ -461,24 +483,46 @@ pub fn measured(spec: &str, split: Option<Split>) -> Result<(Dataset, Option<Spl
     Ok((dataset, named.and_then(|split| place.part(split))))
 }
 
-/// Fails if two class lists differ, and says how.
-pub(super) fn same_classes(train: &[String], val: &[String]) -> Result<()> {
-    if train == val {
-        return Ok(());
+/// Every part of a data set.
+pub(super) fn all_parts(spec: &str) -> Result<Vec<Dataset>> {
+    let place = Place::find(spec)?;
+    let parts = place.parts();
+    if parts.is_empty() {
+        Ok(vec![place.open(Split::Val)?])
+    } else {
+        parts.into_iter().map(|part| place.open(part)).collect()
     }
+}
+
+/// Fails if two class lists differ, and says how.
+fn same_classes(train: &[String], val: &[String]) -> Result<()> {
+    if train == val { Ok(()) } else { Err(other_classes(train, val)) }
+}
+
+/// The classes of `train` that `val` lacks, in words; none if it has all. Fails if `val` has others.
+pub(super) fn lacking(train: &[String], val: &[String]) -> Result<Option<String>> {
+    if !val.iter().all(|class| train.contains(class)) {
+        return Err(other_classes(train, val));
+    }
+    let without: Vec<&String> = train.iter().filter(|class| !val.contains(class)).collect();
+    let text =
+        || format!("it has no class {}, {} of {} classes", named(&without), without.len(), train.len());
+    Ok((!without.is_empty()).then(text))
+}
+
+fn other_classes(train: &[String], val: &[String]) -> Error {
     let missing = |from: &[String], of: &[String]| {
-        let names: Vec<_> =
-            of.iter().filter(|c| !from.contains(c)).take(3).map(|c| format!("`{c}`")).collect();
-        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+        let names: Vec<_> = of.iter().filter(|c| !from.contains(c)).collect();
+        if names.is_empty() { "none".to_owned() } else { named(&names) }
     };
-    Err(Error::new(format!(
+    Error::new(format!(
         "the validation data has {} classes and the training data {}; only in training: {}; only in validation: {}",
         val.len(),
         train.len(),
         missing(val, train),
         missing(train, val)
     ))
-    .hint("give both the same class folders (an empty folder counts as a class)"))
+    .hint("give both the same class folders (an empty folder counts as a class)")
 }
 
 /// The demo, from `cache` or drawn now.

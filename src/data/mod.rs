@@ -5,7 +5,6 @@
 //! well, and [`demo`] draws a data set of its own. [`order`] says which record a sample is. The [`loader`]
 //! decodes ([`decode`], [`jpeg`]) and augments ([`augment`]) with a few workers, and writes the finished
 //! pixels once, directly into the batch slots that the device reads. [`sheet`] shows them to people.
-//! device reads. [`sheet`] shows them to people.
 
 pub mod augment;
 pub mod classes;
@@ -36,23 +35,31 @@ pub use describe::describe;
 pub use loader::{Delivery, Loader, LoaderSpec, Mode, pixels};
 pub use pack::encode_png;
 pub use place::notes;
+pub(crate) use place::say;
 
 use std::path::Path;
 
 use crate::error::Result;
 use crate::files;
 use crate::recipe::EvalResize;
+use shard::Record;
 
 /// Reads one picture file and prepares it as an evaluation does: `[H, W, 3]` for an `image` of (H, W).
 /// `exif`: whether to turn it by its EXIF orientation.
-pub fn read_image(
-    path: &Path,
+pub fn read_image(path: &Path, image: (usize, usize), how: (EvalResize, f32), exif: bool) -> Result<Vec<u8>> {
+    let record = Record::Encoded(files::read(path)?.into());
+    prepare(&record, image, how, exif).map_err(|e| e.at(path.display()))
+}
+
+/// The same for a record of a data set.
+pub fn prepare(
+    record: &Record,
     image: (usize, usize),
     (resize, crop_ratio): (EvalResize, f32),
     exif: bool,
 ) -> Result<Vec<u8>> {
-    let (bytes, mut decoder) = (files::read(path)?, decode::Decoder::upright(exif));
-    let picture = decoder.decode(&bytes).map_err(|e| e.at(path.display()))?;
+    let mut decoder = decode::Decoder::upright(exif);
+    let picture = pixels(record, &mut decoder, picture::Wanted::whole)?.view;
     let mut out = vec![0; image.0 * image.1 * 3];
     let target = augment::Target::U8(&mut out);
     augment::evaluate(resize, crop_ratio, picture, image, &mut augment::Buffers::default(), target);

@@ -2,28 +2,62 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::{At, Error, Result};
+use crate::recipe::EvalResize;
 
-use super::place::say;
-use super::source::{Source, pictures_below};
+use super::dataset::{self, Dataset};
+use super::place::{Place, say};
+use super::source::{is_named, pictures_below};
 use super::split::Split;
 
-/// The picture files that `words` name, in their order: a file, a folder's pictures (of one split, if `split`
-/// is given), a pattern with `*` and `?`, or `-` for the lines of `list`. A missing file is reported by
-/// whoever reads it.
+/// A picture that a user names.
+#[derive(Clone, Debug)]
+pub enum Named {
+    File(PathBuf),
+    /// A record that has no file of its own, by its number in the data set.
+    Record(Arc<Dataset>, usize),
+}
+
+impl Named {
+    /// Its path, or its record's name behind the name of the data set.
+    pub fn name(&self) -> String {
+        match self {
+            Named::File(path) => path.display().to_string(),
+            Named::Record(data, index) => format!("{}: {}", data.name(), data.record_name(*index)),
+        }
+    }
+
+    /// Its pixels, prepared as by [`super::read_image`].
+    pub fn read(&self, image: (usize, usize), how: (EvalResize, f32), exif: bool) -> Result<Vec<u8>> {
+        match self {
+            Named::File(path) => super::read_image(path, image, how, exif),
+            Named::Record(data, index) => data
+                .record(*index)
+                .and_then(|r| super::prepare(&r, image, how, exif))
+                .map_err(|e| e.at(self.name())),
+        }
+    }
+}
+
+/// The pictures that `words` name, in their order: a file, a folder's pictures, a pattern with `*` and `?`, or `-`
+/// for the lines of `list`. A packed data set, an archive or a table stands for its pictures; with a `split` any data
+/// set stands for those of that part. A missing file is reported by whoever reads it.
 pub fn named(
     words: &[PathBuf],
     split: Option<Split>,
     list: impl FnOnce() -> Result<String>,
-) -> Result<Vec<PathBuf>> {
+) -> Result<Vec<Named>> {
     let mut found = Vec::new();
     let mut list = Some(list);
     for word in words {
         if word.as_os_str() == "-" {
             let Some(list) = list.take() else { continue };
             let text = list()?;
-            for line in text.lines().map(|line| line.trim_end_matches('\r')).filter(|line| !line.is_empty()) {
+            // A byte order mark, as editors on other systems write.
+            let lines = text.trim_start_matches('\u{feff}').lines().map(|line| line.trim_end_matches('\r'));
+            for line in lines.filter(|line| !line.is_empty()) {
                 add(Path::new(line), split, &mut found)?;
             }
         } else {
@@ -37,51 +71,59 @@ pub fn named(
     Ok(found)
 }
 
-fn add(word: &Path, split: Option<Split>, found: &mut Vec<PathBuf>) -> Result<()> {
-    if word.is_dir() {
-        return add_folder(word, split, found);
-    }
+fn add(word: &Path, split: Option<Split>, found: &mut Vec<Named>) -> Result<()> {
     let pattern = word.to_string_lossy();
+    let is_other_data = is_named(word) || Place::is_packed(word);
+    let is_data = is_other_data || word.is_dir() || !word.exists() && !pattern.contains(['*', '?']);
+    if is_other_data || split.is_some() && is_data {
+        return add_data(&pattern, split, found);
+    }
+    if word.is_dir() {
+        return add_folder(word, found);
+    }
     if word.exists() || !pattern.contains(['*', '?']) {
-        found.push(word.to_owned());
+        found.push(Named::File(word.to_owned()));
         return Ok(());
     }
     let start = if word.is_absolute() { PathBuf::from("/") } else { PathBuf::new() };
     let parts: Vec<&str> = pattern.split('/').filter(|part| !part.is_empty()).collect();
-    let before = found.len();
     let mut matches = Vec::new();
     expand(&start, &parts, &mut matches)?;
-    for path in matches {
-        if path.is_dir() { add_folder(&path, split, found)? } else { found.push(path) }
+    if matches.is_empty() {
+        return Err(Error::new(format!("{pattern}: no file matches")));
     }
-    match found.len() > before {
-        true => Ok(()),
-        false => Err(Error::new(format!("{pattern}: no file matches"))),
-    }
+    matches.iter().try_for_each(|path| add(path, split, found))
 }
 
-fn add_folder(folder: &Path, split: Option<Split>, found: &mut Vec<PathBuf>) -> Result<()> {
-    let Some(split) = split else {
-        let (pictures, others) = pictures_below(folder)?;
-        if others > 0 {
-            let which =
-                if others == 1 { "1 file that is not a picture" } else { "files that are not pictures" };
-            let number = if others == 1 { String::new() } else { format!("{others} ") };
-            say(&format!("{}: left out {number}{which}", folder.display()));
-        }
-        found.extend(pictures);
-        return Ok(());
-    };
-    let source = Source::open(folder)?;
-    if source.store.kind() != "folder" || !source.is_split() || source.items(split).is_empty() {
-        return Err(Error::new(format!(
-            "{}: no folder with pictures of a {} part",
-            folder.display(),
-            split.name()
-        ))
-        .hint("leave out `--split` to take all pictures below the folder"));
+fn add_folder(folder: &Path, found: &mut Vec<Named>) -> Result<()> {
+    let (pictures, others) = pictures_below(folder)?;
+    if others > 0 {
+        let which = if others == 1 { "1 file that is not a picture" } else { "files that are not pictures" };
+        let number = if others == 1 { String::new() } else { format!("{others} ") };
+        say(&format!("{}: left out {number}{which}", folder.display()));
     }
-    found.extend(source.items(split).iter().map(|item| folder.join(&item.name)));
+    found.extend(pictures.into_iter().map(Named::File));
+    Ok(())
+}
+
+/// The pictures of a data set: of one part, or all.
+fn add_data(spec: &str, split: Option<Split>, found: &mut Vec<Named>) -> Result<()> {
+    let data = match split {
+        Some(split) => dataset::measured(spec, Some(split)).map(|(data, _)| vec![data]),
+        None => dataset::all_parts(spec),
+    }
+    .map_err(|e| match spec.ends_with(".txt") && e.message().contains("PATH LABEL") {
+        true => e.hint(format!(
+            "a list of paths alone is read from stdin, as in `vitrum predict --weights FILE - < {spec}`"
+        )),
+        false => e,
+    })?;
+    for data in data.into_iter().map(Arc::new) {
+        found.extend((0..data.len()).map(|index| match data.file(index) {
+            Some(path) => Named::File(path),
+            None => Named::Record(data.clone(), index),
+        }));
+    }
     Ok(())
 }
 
@@ -152,9 +194,12 @@ mod tests {
         let found = |words: &[&str]| {
             let words: Vec<PathBuf> =
                 words.iter().map(|w| if *w == "-" { w.into() } else { temp.path().join(w) }).collect();
-            let list = || Ok(format!("{0}/a/2.png\r\n\n{0}/none.jpg\n", temp.path().display()));
+            let list = || Ok(format!("\u{feff}{0}/a/2.png\r\n\n{0}/none.jpg\n", temp.path().display()));
             let paths = named(&words, None, list).map_err(|e| e.to_string())?;
-            let short = |path: &PathBuf| path.strip_prefix(temp.path()).unwrap().display().to_string();
+            let short = |picture: &Named| {
+                let name = picture.name();
+                Path::new(&name).strip_prefix(temp.path()).unwrap().display().to_string()
+            };
             Ok::<_, String>(paths.iter().map(short).collect::<Vec<_>>().join(" "))
         };
         assert_eq!(found(&["a"]).unwrap(), "a/1.jpg a/2.png a/b/3.jpg");

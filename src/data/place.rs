@@ -9,6 +9,7 @@ use crate::terminal;
 
 use super::dataset::{self, Dataset, Manifest};
 use super::demo;
+use super::pack::MINIVAL;
 use super::source::{Source, expand};
 use super::split::Split;
 
@@ -54,6 +55,11 @@ impl Place {
         let source = Source::open(path)?;
         source.notes().iter().for_each(|note| say(&format!("{spec}: {note}")));
         Ok(Place::Unpacked(Arc::new(source)))
+    }
+
+    /// Whether a folder is a packed data set, or has packed parts.
+    pub(super) fn is_packed(path: &Path) -> bool {
+        Manifest::is_in(path) || packed_parts(path).is_ok_and(|parts| !parts.is_empty())
     }
 
     /// `3*DIR + DIR`: the weight says how often a part is drawn; the default is 1.
@@ -117,7 +123,12 @@ impl Place {
                     parts.iter().find(|(split, _)| *split == part).expect("it is one of the parts");
                 Dataset::open_packed(dir)
             }
-            Place::Unpacked(source) => Dataset::listed(source.clone(), part),
+            Place::Unpacked(source) => {
+                if split == Split::Train {
+                    source.can_train()?;
+                }
+                Dataset::listed(source.clone(), part)
+            }
             Place::Mixture(name, places) => {
                 let open = |(place, weight): &(Place, f64)| Ok((place.open(split)?, *weight));
                 Dataset::mixture(name, places.iter().map(open).collect::<Result<_>>()?)
@@ -129,7 +140,7 @@ impl Place {
         let name = match self {
             Place::Demo(variant) => variant.name().to_owned(),
             Place::Packed(path) | Place::PackedSplit { path, .. } => path.display().to_string(),
-            Place::Unpacked(source) => source.store.path().display().to_string(),
+            Place::Unpacked(source) => source.name().to_owned(),
             Place::Mixture(name, _) => name.clone(),
         };
         let has: Vec<&str> = parts.iter().map(|part| part.name()).collect();
@@ -159,9 +170,16 @@ fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
         folders.push(entry.at(path.display())?.path());
     }
     folders.sort();
+    let mut beside = Vec::new();
     for folder in folders {
         let named = folder.file_name().and_then(|name| name.to_str()).and_then(Split::of_word);
-        let Some(split) = named.filter(|_| Manifest::is_in(&folder)) else { continue };
+        if !Manifest::is_in(&folder) {
+            continue;
+        }
+        let Some(split) = named else {
+            beside.push(folder);
+            continue;
+        };
         if let Some((_, other)) = parts.iter().find(|(known, _)| *known == split) {
             let both = format!("`{}` and `{}`", other.display(), folder.display());
             return Err(
@@ -169,6 +187,11 @@ fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
             );
         }
         parts.push((split, folder));
+    }
+    // A `minival` is named itself wherever it is used.
+    for folder in beside.iter().filter(|folder| !parts.is_empty() && !folder.ends_with(MINIVAL)) {
+        let names = Split::ALL.map(|split| format!("`{}`", split.name())).join(", ");
+        say(&format!("{}: left out, because its name is not one of {names}", folder.display()));
     }
     parts.sort();
     Ok(parts)
@@ -178,7 +201,7 @@ fn packed_parts(path: &Path) -> Result<Vec<(Split, PathBuf)>> {
 static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// Prints a line on stderr once per process: data is often opened more than once.
-pub(super) fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     // A name may contain a line break.
     let line = terminal::one_line(line).into_owned();
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);

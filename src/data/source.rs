@@ -34,6 +34,7 @@ use super::split::Split;
 use folder::Paths;
 use index::Index;
 use listing::{Labels, Listing};
+pub(super) use strays::named;
 
 /// Unpacked pictures.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub struct Source {
     pub classes: Vec<String>,
     pub parts: Parts,
     pub store: Store,
+    /// As the user wrote it.
+    name: String,
     is_multi_label: bool,
     notes: Vec<String>,
 }
@@ -114,9 +117,15 @@ impl Source {
     /// Lists `path`: a folder, a tar archive, a CIFAR binary, a table, or a folder of these. In a path that
     /// does not exist, `{000..009}` stands for these numbers.
     pub fn open(path: &Path) -> Result<Self> {
-        let source = if path.is_dir() { open_folder(path) } else { open_file(path) }?;
+        let mut source = if path.is_dir() { open_folder(path) } else { open_file(path) }?;
+        source.name = path.display().to_string();
         source.check().map_err(|e| e.at(path.display()))?;
         Ok(source)
+    }
+
+    /// What the user wrote.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Whether samples may have several labels, or none.
@@ -156,7 +165,7 @@ impl Source {
         parts.map(|(split, items)| (self.parts.is_split.then_some(split), items.as_slice()))
     }
 
-    /// Refuses a source that cannot train a classifier.
+    /// Refuses a source without pictures.
     fn check(&self) -> Result<()> {
         let items: Vec<&Item> = self.lists().flat_map(|(_, items)| items).collect();
         if items.is_empty() {
@@ -172,8 +181,14 @@ impl Source {
         if !items.iter().any(|item| is_picture(&item)) {
             fail!("no picture among its {} files", items.len());
         }
-        let first = items[0].label;
-        if !self.is_multi_label && items.iter().all(|item| item.label == first) {
+        Ok(())
+    }
+
+    /// Refuses a source that cannot train a classifier, because all of its pictures are of one class.
+    pub fn can_train(&self) -> Result<()> {
+        let mut labels = self.lists().flat_map(|(_, items)| items).map(|item| item.label);
+        let first = labels.next().unwrap_or_default();
+        if !self.is_multi_label && labels.all(|label| label == first) {
             let only = &self.classes[first];
             let inside = self.store.path.join(only);
             let has_folders = fs::read_dir(&inside)
@@ -182,9 +197,8 @@ impl Source {
                 true => format!("if the classes are the folders inside, name `{}`", inside.display()),
                 false => CLASS_FOLDERS.into(),
             };
-            return Err(
-                Error::new(format!("only one class, `{only}`; a classifier needs two or more")).hint(hint)
-            );
+            let error = Error::new(format!("only one class, `{only}`; a classifier needs two or more"));
+            return Err(error.hint(hint).at(&self.name));
         }
         Ok(())
     }
@@ -238,7 +252,7 @@ fn open_folder(path: &Path) -> Result<Source> {
     let lists = lists::take(path, &mut paths, &mut index.others)?;
     listing.note(&index.others, "file", "no pictures");
     let has_folders = paths.files.iter().any(|(name, _)| name.contains('/'));
-    folder::arrange(paths, &mut listing).map_err(|e| e.at(path.display()))?;
+    folder::arrange(paths, path, &mut listing).map_err(|e| e.at(path.display()))?;
     lists.add(&mut listing).map_err(|e| e.at(path.display()))?;
     listing.finish(if has_folders { Labels::Names } else { Labels::NamesOrIndices }, store)
 }
@@ -351,6 +365,11 @@ impl Store {
         }
     }
 
+    /// The file of a record that has one of its own.
+    pub fn file(&self, item: &Item) -> Option<PathBuf> {
+        (item.place == Place::File).then(|| self.path.join(&item.name))
+    }
+
     /// Bytes of a record, if they are known without reading it.
     pub fn size(&self, item: &Item) -> Option<u64> {
         match &item.place {
@@ -360,7 +379,7 @@ impl Store {
         }
     }
 
-    /// As the user wrote it.
+    /// The folder or file that the records' names are relative to.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -6,6 +6,7 @@ use crate::backend::{
     self, Backend, Device, Loss, LossKind, Micro, Pixels, Slot, SlotLayout, StepKeys, StepReport, TargetKind,
 };
 use crate::data;
+use crate::data::pictures::Named;
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::vit::{LastBlock, Mode, Vit};
@@ -124,8 +125,13 @@ impl LoadedModel {
 
     /// The predictions for one picture: all classes, the most probable first.
     pub fn predict(&mut self, picture: &Path, protocol: Protocol) -> Result<Vec<Prediction>> {
+        self.predict_named(&Named::File(picture.to_owned()), protocol)
+    }
+
+    /// The same for a picture of a data set.
+    pub fn predict_named(&mut self, picture: &Named, protocol: Protocol) -> Result<Vec<Prediction>> {
         let how = (protocol.resize, protocol.crop_ratio);
-        let pixels = data::read_image(picture, self.model.config.image, how, self.meta.exif)?;
+        let pixels = picture.read(self.model.config.image, how, self.meta.exif)?;
         self.predict_pixels(&pixels)
     }
 

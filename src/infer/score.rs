@@ -4,6 +4,7 @@
 //! With a list of labels, a picture counts as right if the most probable class is any of them. A picture with
 //! an empty list does not count (Beyer et al. 2020, "Are we done with ImageNet?", arXiv:2006.07159).
 
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -35,16 +36,35 @@ impl Truth {
 
     /// Labels from a file, which replace the data set's own. The file is text or JSON. Text has one line per
     /// picture with its classes: names or numbers, separated by commas or tabs; an empty line skips the
-    /// picture. JSON is a list of numbers or of lists of numbers. The order is that of the data set; for
-    /// ImageNet's validation set it is that of the numbers in the pictures' names.
+    /// picture. JSON is a list of classes, or of lists of classes; the order is that of the data set, for ImageNet's
+    /// validation set that of the numbers in the pictures' names. A JSON object gives classes by pictures' names.
     pub fn read(path: &Path, data: &Dataset, classes: usize, names: Option<&[String]>) -> Result<Truth> {
         let text = files::read_text(path)?;
         let known = Known::new(classes, names);
+        let labels = match text.trim_start().as_bytes().first() {
+            Some(b'{') => by_name(&text, data, classes, &known).map_err(|e| e.at(path.display()))?,
+            _ => Self::in_order(path, &text, data, classes, &known)?,
+        };
+        if labels.iter().all(Vec::is_empty) {
+            return Err(Error::new(format!("{}: no picture has a label", path.display()))
+                .hint("give one line (or list) with classes per picture; an empty one skips a picture"));
+        }
+        Ok(Truth { labels, several: false, matching: None })
+    }
+
+    /// The labels of a list, one entry per picture.
+    fn in_order(
+        path: &Path,
+        text: &str,
+        data: &Dataset,
+        classes: usize,
+        known: &Known,
+    ) -> Result<Vec<Vec<usize>>> {
         let listed = if text.trim_start().starts_with('[') {
-            from_json(&text, classes)
+            from_json(text, classes, known)
         } else {
             let line = |(i, line): (usize, &str)| {
-                from_line(line, classes, &known).map_err(|e| e.at(format!("line {}", i + 1)))
+                from_line(line, classes, known).map_err(|e| e.at(format!("line {}", i + 1)))
             };
             text.lines().enumerate().map(line).collect()
         };
@@ -66,34 +86,70 @@ impl Truth {
             ))
             .hint("give one line (or list) per picture, in the order of the data set"));
         }
-        let labels = (0..data.len()).map(|i| listed[place(i)].clone()).collect();
-        Ok(Truth { labels, several: false, matching: None })
+        Ok((0..data.len()).map(|i| listed[place(i)].clone()).collect())
     }
 }
 
-fn from_line(line: &str, classes: usize, known: &Known) -> Result<Vec<usize>> {
-    let class = |word: &str| {
-        let number = || word.parse::<usize>().ok().filter(|class| *class < classes);
-        known.find(word).or_else(number).ok_or_else(|| {
-            Error::new(format!("`{word}` is not a class of the model"))
-                .hint(format!("give names, or numbers from 0 to {}", classes - 1))
-        })
-    };
-    line.split([',', '\t']).map(str::trim).filter(|word| !word.is_empty()).map(class).collect()
+/// A class by its name, or its number.
+fn class_of(word: &str, classes: usize, known: &Known) -> Result<usize> {
+    let number = || word.parse::<usize>().ok().filter(|class| *class < classes);
+    known.find(word).or_else(number).ok_or_else(|| {
+        let error = match known.of_one_name(word) {
+            Some(same) => Error::new(same),
+            None => Error::new(format!("`{word}` is not a class of the model")),
+        };
+        error.hint(format!("give names, or numbers from 0 to {}", classes - 1))
+    })
 }
 
-fn from_json(text: &str, classes: usize) -> Result<Vec<Vec<usize>>> {
-    let class = |value: &Value| match value.as_u64() {
-        Some(class) if class < classes as u64 => Ok(class as usize),
-        _ => Err(Error::new(format!("{value} is not a class of the model, which has {classes}"))),
+fn from_line(line: &str, classes: usize, known: &Known) -> Result<Vec<usize>> {
+    let words = line.split([',', '\t']).map(str::trim).filter(|word| !word.is_empty());
+    words.map(|word| class_of(word, classes, known)).collect()
+}
+
+/// The classes of a picture: one, or a list of them.
+fn from_value(value: &Value, classes: usize, known: &Known) -> Result<Vec<usize>> {
+    let class = |value: &Value| match value {
+        Value::String(word) => class_of(word.trim(), classes, known),
+        value => match value.as_u64() {
+            Some(class) if class < classes as u64 => Ok(class as usize),
+            _ => Err(Error::new(format!("{value} is not a class of the model, which has {classes}"))
+                .hint(format!("give names, or numbers from 0 to {}", classes - 1))),
+        },
     };
-    let value: Value = serde_json::from_str(text).at("JSON")?;
-    let Value::Array(pictures) = value else { fail!("not a list") };
-    let picture = |value: &Value| match value {
+    match value {
         Value::Array(list) => list.iter().map(class).collect(),
         one => Ok(vec![class(one)?]),
+    }
+}
+
+fn from_json(text: &str, classes: usize, known: &Known) -> Result<Vec<Vec<usize>>> {
+    let value: Value = serde_json::from_str(text).at("JSON")?;
+    let Value::Array(pictures) = value else { fail!("not a list") };
+    let picture = |(i, value): (usize, &Value)| {
+        from_value(value, classes, known).map_err(|e| e.at(format!("entry {i} of the list")))
     };
-    pictures.iter().map(picture).collect()
+    pictures.iter().enumerate().map(picture).collect()
+}
+
+/// From a JSON object: each picture by its path in the data set or, if no two pictures share it, by its file name.
+fn by_name(text: &str, data: &Dataset, classes: usize, known: &Known) -> Result<Vec<Vec<usize>>> {
+    let listed: serde_json::Map<String, Value> = serde_json::from_str(text).at("JSON")?;
+    let file_name = |name: &str| name.rsplit('/').next().unwrap_or(name).to_owned();
+    let names: Vec<String> = (0..data.len()).map(|i| data.record_name(i)).collect();
+    let mut pictures: HashMap<String, usize> = HashMap::new();
+    names.iter().for_each(|name| *pictures.entry(file_name(name)).or_default() += 1);
+    let of = |name: &String| {
+        let alone = Some(file_name(name)).filter(|file| pictures[file] == 1);
+        let value = listed.get(name).or_else(|| listed.get(&alone?)).ok_or_else(|| {
+            Error::new(format!("no entry for the picture `{name}`")).hint(
+                "name each picture by its path in the data set, or by its file name if no two share it; an empty list \
+                 skips a picture",
+            )
+        })?;
+        from_value(value, classes, known).map_err(|e| e.at(format!("`{name}`")))
+    };
+    names.iter().map(of).collect()
 }
 
 /// Sums over the pictures seen so far.
@@ -108,7 +164,7 @@ pub struct Score {
     measured: usize,
     top1: usize,
     top5: usize,
-    /// Pictures and hits of each class. A picture with several labels counts for its first.
+    /// Pictures and hits of each class. A picture with several labels counts for each of them.
     per_class: Vec<(usize, usize)>,
     /// For a sigmoid model on multi-label pictures: per class, each picture's logit and whether it has the
     /// class.
@@ -150,17 +206,20 @@ impl Score {
                 LossKind::Sigmoid => sigmoid_loss(logits, classes),
             };
         }
-        let Some(first) = classes.first() else {
+        if classes.is_empty() {
             self.unlabelled += 1;
             return;
-        };
+        }
         let best = largest(logits);
         let hit = classes.contains(&best[0]);
         self.images += 1;
         self.top1 += usize::from(hit);
         self.top5 += usize::from(best.iter().any(|class| classes.contains(class)));
-        self.per_class[*first].0 += 1;
-        self.per_class[*first].1 += usize::from(hit);
+        // A label that a file lists twice is one.
+        for class in classes.iter().collect::<BTreeSet<_>>() {
+            self.per_class[*class].0 += 1;
+            self.per_class[*class].1 += usize::from(hit);
+        }
     }
 
     fn mean(&self, sum: f64) -> f64 {
@@ -200,17 +259,26 @@ impl Score {
         })
     }
 
-    /// (class, pictures, share of hits) of every class that has pictures.
-    pub fn per_class(&self) -> impl Iterator<Item = (usize, usize, f64)> {
+    /// Every class that has pictures.
+    pub fn per_class(&self) -> impl Iterator<Item = OfClass> {
         let seen = self.per_class.iter().enumerate().filter(|(_, (images, _))| *images > 0);
-        seen.map(|(class, (images, hits))| (class, *images, *hits as f64 / *images as f64))
+        seen.map(|(class, (images, hits))| OfClass {
+            class,
+            images: *images,
+            top1: *hits as f64 / *images as f64,
+            ap: self.answers.as_ref().and_then(|answers| average_precision(answers[class].clone())),
+        })
     }
 
     /// The scores as JSON; `names` are the model's classes.
     pub fn json(&self, names: Option<&[String]>) -> Value {
-        let class = |(class, images, top1): (usize, usize, f64)| {
-            let name = names.and_then(|names| names.get(class));
-            json!({ "class": class, "name": name, "images": images, "top1": top1 })
+        let class = |of: OfClass| {
+            let name = names.and_then(|names| names.get(of.class));
+            let mut out = json!({ "class": of.class, "name": name, "images": of.images, "top1": of.top1 });
+            if let Some(ap) = of.ap {
+                out["AP"] = ap.into();
+            }
+            out
         };
         json!({
             "images": self.images,
@@ -235,6 +303,18 @@ fn largest(logits: &[f32]) -> Vec<usize> {
         }
     }
     best
+}
+
+/// One class's share of a score.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OfClass {
+    pub class: usize,
+    /// Pictures that have it, perhaps among others.
+    pub images: usize,
+    /// The share of them for which the most probable class is any of the picture's.
+    pub top1: f64,
+    /// The class's average precision, where [`Score::several`] gives the mean.
+    pub ap: Option<f64>,
 }
 
 /// Scores for multi-label pictures; see [`Score::several`].
@@ -297,6 +377,9 @@ mod tests {
         // Yes: 2, 0.5 and 1 of class 0, 1 and 3 of class 1: three hits, two wrong, one missed.
         let several = score.several(0.5).unwrap();
         assert_eq!((several.map, several.f1), ((0.75 + 1.0) / 2.0, 6.0 / 9.0));
+        // The first picture counts for both of its classes.
+        let per_class: Vec<_> = score.per_class().map(|of| (of.class, of.images, of.top1, of.ap)).collect();
+        assert_eq!(per_class, [(0, 2, 1.0, Some(0.75)), (1, 2, 1.0, Some(1.0))]);
         // Equal logits say nothing: the share of positives.
         assert_eq!(average_precision(vec![(1.0, true), (1.0, false), (1.0, false), (1.0, true)]), Some(0.5));
         assert_eq!(Score::new(3, LossKind::Softmax, &truth).several(0.5), None);
@@ -312,7 +395,8 @@ mod tests {
         score.add(&truth, 3, &[5.0, 4.0, 3.0, 0.0, 2.0, 1.0, 0.0]); // sixth: the first of two equals
         assert_eq!((score.images, score.unlabelled), (3, 1));
         assert_eq!((score.top1(), score.top5()), (2.0 / 3.0, 2.0 / 3.0));
-        assert_eq!(score.per_class().collect::<Vec<_>>(), [(0, 1, 1.0), (1, 1, 1.0), (3, 1, 0.0)]);
+        let per_class: Vec<_> = score.per_class().map(|of| (of.class, of.images, of.top1)).collect();
+        assert_eq!(per_class, [(0, 1, 1.0), (1, 1, 1.0), (2, 1, 1.0), (3, 1, 0.0)]);
     }
 
     #[test]
@@ -336,9 +420,14 @@ mod tests {
         assert!(line("").unwrap().is_empty());
         assert!(line("3").is_err() && line("shark").is_err() && line("-1").is_err());
         assert_eq!(from_line("n01443537, tench", 1000, &Known::new(1000, None)).unwrap(), [1, 0]);
-        assert_eq!(from_json("[[1, 2], [], 0]", 3).unwrap(), [vec![1, 2], vec![], vec![0]]);
-        for wrong in ["[3]", "[[0.5]]", "[[-1]]", "[", "[\"a\"]"] {
-            assert!(from_json(wrong, 3).is_err(), "{wrong}");
+        let json = |text: &str| from_json(text, 3, &known);
+        assert_eq!(json("[[1, 2], [], 0]").unwrap(), [vec![1, 2], vec![], vec![0]]);
+        assert_eq!(
+            json("[\"tench\", [\"Great_White\", \"7\"], \"2\"]").unwrap(),
+            [vec![2], vec![0, 1], vec![2]]
+        );
+        for wrong in ["[3]", "[[0.5]]", "[[-1]]", "[", "[\"a\"]", "[null]"] {
+            assert!(json(wrong).is_err(), "{wrong}");
         }
     }
 }

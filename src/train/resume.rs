@@ -38,6 +38,9 @@ const FREE: [&str; 21] = [
 const OTHER_BITS: [&str; 4] =
     ["train.micro_batch", "train.recompute", "train.prune_last_block", "train.deterministic"];
 
+/// Keys that decide which records are trained on.
+const CHOOSE_RECORDS: [&str; 2] = ["data.balance", "data.holdout"];
+
 /// The run's length, which also sets its schedule's length.
 const LENGTH: &str = "train.steps";
 
@@ -57,21 +60,36 @@ impl Now<'_> {
     /// Refuses a state that cannot continue with these. Otherwise returns notes for the header.
     pub(super) fn fits(&self, state: &RunState) -> Result<Vec<String>> {
         let mut notes = Vec::new();
-        if let Some(saved) = &state.data {
-            notes.extend(self.data.same_as(saved, self.digest, self.accept)?);
-        }
         let differences = differences(state, self.recipe)?;
         let is = |keys: &[&str], d: &Difference| keys.contains(&d.key.as_str());
         let refused: Vec<&Difference> = differences
             .iter()
             .filter(|d| !is(&FREE, d) && !is(&OTHER_BITS, d) && !is(&[LENGTH], d) && !is_evaluation(d))
             .collect();
+        let more = refused.len().saturating_sub(SHOWN);
+        let mut lines: Vec<String> = refused.iter().take(SHOWN).map(|d| d.to_string()).collect();
+        lines.extend((more > 0).then(|| format!("and {more} more")));
+        let other_recipe = || {
+            Error::new(format!("the run was started with another recipe: {}", lines.join(", ")))
+                .hint("remove these changes to continue with the run's own recipe, or start a new run with another `--out`")
+        };
+        // These keys choose the records, which then differ, too.
+        if refused.iter().any(|d| is(&CHOOSE_RECORDS, d)) {
+            return Err(other_recipe());
+        }
+        if let Some(saved) = &state.data {
+            let same = self.data.same_as(saved, self.digest, self.accept);
+            // Accepting the data alone would not continue the run.
+            notes.extend(same.map_err(|e| match refused.is_empty() {
+                true => e,
+                false => e.hint(format!(
+                    "restore the data, or start a new run with another `--out`: the recipe differs as well ({})",
+                    lines.join(", ")
+                )),
+            })?);
+        }
         if !refused.is_empty() {
-            let more = refused.len().saturating_sub(SHOWN);
-            let mut lines: Vec<String> = refused.iter().take(SHOWN).map(|d| d.to_string()).collect();
-            lines.extend((more > 0).then(|| format!("and {more} more")));
-            return Err(Error::new(format!("the run was started with another recipe: {}", lines.join(", ")))
-                .hint("remove these changes to continue with the run's own recipe, or start a new run with another `--out`"));
+            return Err(other_recipe());
         }
         let steps = self.recipe.train.steps.unwrap_or_default();
         if steps < state.step {

@@ -57,11 +57,29 @@ impl RunData {
             saved.map_or(Ok(options.overfit), |state| same_overfit(state.overfit, options.overfit))?;
         let mut held_out = None;
         let share = recipe.data.holdout.unwrap_or(if recipe.finetune.is_some() { HOLDOUT } else { 0.0 });
-        if val.is_none() && share > 0.0 && overfit.is_none() {
-            let (kept, held) = train.clone().hold_out(share);
-            if !kept.is_empty() && !held.is_empty() {
-                (train, val, held_out) = (kept, Some(held), Some(share));
+        // Said only to those who asked for it.
+        let unused = |why: String| {
+            if let Some(share) = recipe.data.holdout.filter(|share| *share > 0.0) {
+                data::say(&format!("`data.holdout = {share}` has no effect: {why}"));
             }
+        };
+        match &val {
+            _ if overfit.is_some() => unused("a run with `--overfit` has no validation".into()),
+            Some(val) => unused(format!(
+                "the run validates on the {} pictures of a part of their own ({})",
+                val.len(),
+                val.name()
+            )),
+            None if share > 0.0 => {
+                let (kept, held) = train.clone().hold_out(share);
+                if kept.is_empty() || held.is_empty() {
+                    let all = if kept.is_empty() { "all" } else { "none" };
+                    unused(format!("it would hold out {all} of the {} pictures", train.len()));
+                } else {
+                    (train, val, held_out) = (kept, Some(held), Some(share));
+                }
+            }
+            None => {}
         }
         if let Some(n) = overfit {
             if n > train.len() {
@@ -226,11 +244,27 @@ fn same_classes(saved: &[String], now: &[String]) -> Result<()> {
 
 fn same_records(which: &str, data: &Dataset, saved: &Digest, now: &Digest) -> Result<()> {
     let Some((first, end)) = saved.difference(now) else { return Ok(()) };
+    if saved.has_records_of(now) {
+        return Err(Error::new(format!(
+            "{}: the run was started with its {which} data in another order: the same {} records, of which the first \
+             is now `{}`",
+            data.name(),
+            now.records,
+            data.record_name(0)
+        ))
+        .hint(format!("restore the order of the records, or {ACCEPT}")));
+    }
     let from = match first < data.len() {
         true => format!("record {first}, `{}`", data.record_name(first)),
         false => format!("record {first}"),
     };
     let counts = match saved.records == now.records {
+        true if data.name().contains(" + ") => {
+            format!(
+                "{} records, some with other names, labels or sizes, or drawn with other weights",
+                now.records
+            )
+        }
         true => format!("{} records, some with other names, labels or sizes", now.records),
         false => format!("{} records then, {} now", saved.records, now.records),
     };

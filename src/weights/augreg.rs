@@ -55,14 +55,7 @@ fn in_folder(path: &Path) -> Result<PathBuf> {
     if let Some(file) = [weights, INDEX].map(|name| path.join(name)).into_iter().find(|file| file.is_file()) {
         return Ok(file);
     }
-    let checkpoints = path.join("checkpoints");
-    let named = ["best", "last"].map(|name| checkpoints.join(name)).into_iter().find_map(|pointer| {
-        let folder = match std::fs::read_to_string(&pointer) {
-            Ok(step) => checkpoints.join(step.trim()),
-            Err(_) => pointer,
-        };
-        Some(folder.join(weights)).filter(|file| file.is_file())
-    });
+    let named = of_run(path, weights)?;
     let [pickle, pickles] = ["pytorch_model.bin", "pytorch_model.bin.index.json"].map(|name| path.join(name));
     if named.is_none() && pickle.is_file() {
         return Err(super::refuse_pickle(&pickle));
@@ -77,6 +70,39 @@ fn in_folder(path: &Path) -> Result<PathBuf> {
             path.display()
         ))
         .hint("give a weights file, a checkpoint folder or a run directory")
+    })
+}
+
+/// The weights of a run's best checkpoint, else of its last. A checkpoint that was chosen but is damaged is an error:
+/// another one is other weights.
+fn of_run(run: &Path, weights: &str) -> Result<Option<PathBuf>> {
+    let checkpoints = run.join("checkpoints");
+    let pointers = ["best", "last"].map(|name| checkpoints.join(name));
+    let Some(pointer) = pointers.iter().find(|pointer| pointer.symlink_metadata().is_ok()) else {
+        return Ok(None);
+    };
+    // A file system without links has a file with the folder's name.
+    let target =
+        std::fs::read_link(pointer).or_else(|_| std::fs::read_to_string(pointer).map(|s| s.trim().into()));
+    let folder = target.map_or(pointer.clone(), |target| checkpoints.join(target));
+    if folder.join(weights).is_file() {
+        // A link's own name says which checkpoint was chosen.
+        let named = if pointer.is_dir() { pointer } else { &folder };
+        return Ok(Some(named.join(weights)));
+    }
+    let step = |folder: &Path| folder.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
+    let whole = std::fs::read_dir(&checkpoints).into_iter().flatten().flatten().map(|entry| entry.path());
+    let newest =
+        whole.filter(|folder| folder.join(weights).is_file()).filter_map(|f| Some((step(&f)?, f))).max();
+    let error = Error::new(match folder.is_dir() {
+        true => format!("{}: it is `{}`, which has no `{weights}`", pointer.display(), folder.display()),
+        false => format!("{}: it is `{}`, which does not exist", pointer.display(), folder.display()),
+    });
+    Err(match newest {
+        Some((_, other)) => {
+            error.hint(format!("name another checkpoint, as in `--weights {}`", other.display()))
+        }
+        None => error.hint("the run has no other checkpoint: give a weights file, or another run"),
     })
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::container::Container;
+use super::detect::NO_HEADS;
 use super::fits::Misfits;
 use super::headers::Headers;
 use super::hub::Hub;
@@ -19,10 +20,15 @@ use crate::vit::params::ParamLayout;
 pub fn describe(path: &Path, overrides: &ModelOverrides) -> Result<Value> {
     let path = locate(path)?;
     let container = Container::open(&path)?;
-    // Any number of heads works here: it is reported only if the file has one.
-    let any_heads = ModelOverrides { heads: overrides.heads.or(Some(1)), ..overrides.clone() };
-    let headers = Headers::read(&container, &path, Hub::beside(&path)?, &any_heads)
-        .map_err(|e| e.at(path.display()))?;
+    let hub = Hub::beside(&path)?;
+    let headers = match Headers::read(&container, &path, hub.clone(), overrides) {
+        // Nothing else that is said here depends on it.
+        Err(e) if e.message().starts_with(NO_HEADS) => {
+            Headers::read(&container, &path, hub, &ModelOverrides { heads: Some(1), ..overrides.clone() })
+        }
+        read => read,
+    }
+    .map_err(|e| e.at(path.display()))?;
     let config = &headers.detected.config;
     let mut shapes = headers.plan.shapes.clone();
     if config.posemb == Posemb::Sincos2d {

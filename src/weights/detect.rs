@@ -7,13 +7,13 @@ use super::headers::Stored;
 use super::hub::{Hub, SizeOf, Usual};
 use super::layouts::{LayoutKind, Plan, Shapes};
 use super::tensor::shape_text;
-use crate::backend::Gelu;
+use crate::backend::{Gelu, LossKind};
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::vit::config::{DropPathMode, ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
 use crate::vit::names::block_of;
 
-/// The model settings of `--set model.KEY=VALUE`, for what a file does not say itself.
+/// The settings of `--set KEY=VALUE` for what a file does not say itself.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelOverrides {
     pub heads: Option<usize>,
@@ -30,6 +30,8 @@ pub struct ModelOverrides {
     /// `data.mean`, `data.std`: for pixels in [0, 1].
     pub mean: Option<[f64; 3]>,
     pub std: Option<[f64; 3]>,
+    /// `loss.kind`: the loss that the head was trained with.
+    pub loss: Option<LossKind>,
     /// `weights.rename`: the first match in a tensor's name is replaced by the text (`$1`: the first group's
     /// match); the rules are applied one after the other.
     pub rename: Vec<(Pattern, String)>,
@@ -63,6 +65,9 @@ impl PartialEq for Pattern {
     }
 }
 
+/// How the error for an unknown number of heads begins.
+pub(super) const NO_HEADS: &str = "the number of heads is not in the file";
+
 /// Pixels per side; a wrong number must not overflow a product.
 const MAX_SIDE: usize = 1 << 16;
 /// Width, mlp, classes; far beyond any model, for the same reason.
@@ -70,7 +75,7 @@ const MAX_WIDTH: usize = 1 << 22;
 const MAX_DEPTH: usize = 1 << 12;
 
 impl ModelOverrides {
-    const KEYS: [&str; 12] = [
+    const KEYS: [&str; 13] = [
         "model.heads",
         "model.gelu",
         "model.ln_eps",
@@ -81,6 +86,7 @@ impl ModelOverrides {
         "model.image",
         "data.mean",
         "data.std",
+        "loss.kind",
         "weights.rename",
         "weights.exclude",
     ];
@@ -126,6 +132,7 @@ impl ModelOverrides {
                     let all = three(value).filter(|std| std.iter().all(|s| *s > 0.0));
                     out.std = Some(all.ok_or_else(|| wrong("give three numbers above 0"))?)
                 }
+                "loss.kind" => out.loss = Some(choice(value).ok_or_else(|| wrong("`softmax` or `sigmoid`"))?),
                 // All of a name, as in `optim.groups`.
                 "weights.exclude" => out.exclude.push(Pattern::new(&format!("^(?:{value})$"), key)?),
                 "weights.rename" => {
@@ -149,6 +156,7 @@ fn example(key: &str) -> &'static str {
         "model.posemb" => "learned",
         "data.mean" => "[0.485,0.456,0.406]",
         "data.std" => "[0.229,0.224,0.225]",
+        "loss.kind" => "sigmoid",
         "weights.exclude" => "head_dist\\..*",
         "weights.rename" => "^module\\.=>",
         _ => "before",
@@ -317,6 +325,7 @@ pub(super) fn detect(
     check_sizes(hub, &sizes)?;
     let usual = if from_metadata { Usual::default() } else { hub.usual };
     let heads = o.heads.or(hub.heads).or(plan.heads).or(usual.heads);
+    check_heads(plan.heads, from_metadata.then_some(config.heads), hub, o, sizes.width)?;
     config.heads = heads.unwrap_or(config.heads);
     config.gelu = o.gelu.or(hub.gelu).or(usual.gelu).unwrap_or(config.gelu);
     config.ln_eps = o.ln_eps.or(hub.ln_eps).or(usual.ln_eps).unwrap_or(config.ln_eps);
@@ -353,10 +362,50 @@ fn check_sizes(hub: &Hub, sizes: &Sizes) -> Result<()> {
             SizeOf::Classes => sizes.classes,
         };
         if *said != found {
-            fail!("config.json: `{key}` is {said}, the tensors say {found}");
+            return Err(Error::new(format!("config.json: `{key}` is {said}, the tensors say {found}")).hint(format!(
+                "if config.json is another model's than the weights, move it away; else correct `{key}` in it to {found}"
+            )));
         }
     }
     Ok(())
+}
+
+/// `fixed` heads are in the shapes of the tensors; `stored` are in the metadata, where only the user overrules them.
+fn check_heads(
+    fixed: Option<usize>,
+    stored: Option<usize>,
+    hub: &Hub,
+    o: &ModelOverrides,
+    width: usize,
+) -> Result<()> {
+    if let (Some(fixed), Some(asked)) = (fixed, o.heads)
+        && fixed != asked
+    {
+        return Err(Error::usage(format!("`model.heads` is {asked}, the tensors say {fixed}"))
+            .hint("leave it out: the file's q kernels have their heads as an axis"));
+    }
+    let Some(said) = hub.heads.filter(|_| o.heads.is_none()) else { return Ok(()) };
+    let (known, which) = match (fixed, stored) {
+        (Some(fixed), _) => (fixed, "the tensors say"),
+        (None, Some(stored)) => (stored, "the file's own metadata says"),
+        (None, None) if width.is_multiple_of(said) => return Ok(()),
+        (None, None) => {
+            let near = (1..=width).filter(|h| width.is_multiple_of(*h)).min_by_key(|h| h.abs_diff(said));
+            return Err(Error::new(format!(
+                "config.json: {said} heads, which do not divide the width {width} of the tensors"
+            ))
+            .hint(format!(
+                "if config.json is another model's than the weights, move it away; else give the number, as in `--set model.heads={}`",
+                near.unwrap_or(1)
+            )));
+        }
+    };
+    if said == known {
+        return Ok(());
+    }
+    Err(Error::new(format!("config.json: {said} heads, {which} {known}")).hint(format!(
+        "if config.json is another model's than the weights, move it away; else use `--set model.heads={known}`"
+    )))
 }
 
 /// The number of heads by the width, if nothing gives it: heads of size 64, except for the sizes beyond L.
@@ -365,18 +414,15 @@ fn usual_heads(sizes: &Sizes) -> Result<usize> {
     match width {
         1152 | 1408 | 1664 => Ok(16),
         1280 if sizes.patch == (14, 14) => Ok(16),
-        1536 => {
-            Err(Error::new("the number of heads is not in the file, and models of width 1536 have 16 or 24")
-                .hint("give it, as in `--set model.heads=16`"))
-        }
+        1536 => Err(Error::new(format!("{NO_HEADS}, and models of width 1536 have 16 or 24"))
+            .hint("give it, as in `--set model.heads=16`")),
         _ if width.is_multiple_of(64) => Ok(width / 64),
-        _ => Err(Error::new(format!(
-            "the number of heads is not in the file, and its width {width} is not a multiple of 64"
-        ))
-        .hint(format!(
-            "give it, as in `--set model.heads={}`",
-            (1..=width / 8).rev().find(|h| width.is_multiple_of(*h)).unwrap_or(1)
-        ))),
+        _ => Err(Error::new(format!("{NO_HEADS}, and its width {width} is not a multiple of 64")).hint(
+            format!(
+                "give it, as in `--set model.heads={}`",
+                (1..=width / 8).rev().find(|h| width.is_multiple_of(*h)).unwrap_or(1)
+            ),
+        )),
     }
 }
 
@@ -528,6 +574,7 @@ mod tests {
             ("model.image", "16x", "give `H` or `HxW`, as in `--set model.image=224`"),
             ("model.head", "3", "did you mean `model.heads`?"),
             ("optim.lr", "3", "did you mean"),
+            ("loss.kind", "bce", "`softmax` or `sigmoid`, as in `--set loss.kind=sigmoid`"),
             ("weights.rename", "^module", "give `REGEX=>NEW`, as in `--set weights.rename=^module\\.=>`"),
             ("weights.exclude", "(", "as in `--set 'weights.exclude="),
         ] {

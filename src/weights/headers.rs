@@ -51,7 +51,8 @@ impl Headers {
         if stored.is_some() && plan.kind == LayoutKind::Timm {
             plan.kind = LayoutKind::Vitrum;
         }
-        let heads = hub.heads.or(hub.usual.heads).or(plan.heads).or(stored.as_ref().map(|s| s.config.heads));
+        let stored_heads = stored.as_ref().map(|s| s.config.heads);
+        let heads = hub.heads.or(plan.heads).or(stored_heads).or(hub.usual.heads);
         let mut meta = match container.metadata(META_KEY) {
             Some(text) => serde_json::from_str(text).map_err(|e| parse_error(META_KEY, e))?,
             None => CheckpointMeta::of_layout(plan.kind),
@@ -66,12 +67,13 @@ impl Headers {
         let asked = overrides.mean.is_none();
         if plan.kind == LayoutKind::Timm && asked && !says_mean && meta.normalise == Normalise::INCEPTION {
             plan.notes.push(
-                "no `config.json` says with which mean and deviation its pictures were fed: assumed 0.5 and 0.5, \
-                 ImageNet's are `--set data.mean=[0.485,0.456,0.406] --set data.std=[0.229,0.224,0.225]`"
+                "nothing says with which mean and deviation its pictures were fed: assumed 0.5 and 0.5, ImageNet's \
+                 are `--set data.mean=[0.485,0.456,0.406] --set data.std=[0.229,0.224,0.225]`"
                     .into(),
             );
         }
-        hub.complete(&mut meta);
+        plan.notes.extend(hub.complete(&mut meta, detected.config.classes));
+        meta.loss = overrides.loss.or(meta.loss);
         meta.normalise = DataSection { mean: overrides.mean, std: overrides.std, ..DataSection::default() }
             .normalise(meta.normalise);
         plan.notes.extend(hub.notes.iter().cloned());

@@ -30,6 +30,9 @@ pub struct Digest {
     /// Number of records and a checksum (xxh3-64): a shard's own checksum, or that of names, labels and sizes
     /// for other data.
     parts: Vec<(usize, String)>,
+    /// For unpacked data: a checksum that does not depend on the order of the records.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    unordered: Option<String>,
 }
 
 impl Digest {
@@ -38,6 +41,11 @@ impl Digest {
         let mut hash = Xxh3::new();
         self.parts.iter().for_each(|(records, sum)| hash.update(format!("{records} {sum} ").as_bytes()));
         hex(&hash)
+    }
+
+    /// Whether another digest is known to have the same records, perhaps in another order.
+    pub fn has_records_of(&self, other: &Digest) -> bool {
+        self.records == other.records && self.unordered.is_some() && self.unordered == other.unordered
     }
 
     /// The range of records in which another digest may differ: the first, and the first that is equal again.
@@ -87,19 +95,26 @@ impl Dataset {
 
     /// Names, labels and sizes of the records; for packed data, the checksums of its manifest.
     pub fn digest(&self) -> Digest {
+        let mut unordered = None;
         let parts = match &self.records {
             Records::Packed { shards, .. } => shards.iter().map(|s| (s.len(), s.listed_checksum())).collect(),
             Records::Listed { source, split } => {
                 let items = source.items(*split);
                 let sized = items.len() <= MOST_SIZES;
+                let line = |item: &Item| {
+                    let size = if sized { source.store.size(item) } else { None };
+                    format!("{:?} {:?} {size:?}\n", item.name, item.labels())
+                };
                 let part = |items: &[Item]| {
                     let mut hash = Xxh3::new();
-                    for item in items {
-                        let size = if sized { source.store.size(item) } else { None };
-                        hash.update(format!("{:?} {:?} {size:?}\n", item.name, item.labels()).as_bytes());
-                    }
+                    items.iter().for_each(|item| hash.update(line(item).as_bytes()));
                     (items.len(), hex(&hash))
                 };
+                let sum: u64 = (0..self.len())
+                    .into_par_iter()
+                    .map(|index| xxh3_64(line(&items[self.place(index)]).as_bytes()))
+                    .reduce(|| 0, u64::wrapping_add);
+                unordered = Some(format!("{sum:016x}"));
                 items.par_chunks(CHUNK).map(part).collect()
             }
             Records::Mixture { parts, .. } => {
@@ -113,12 +128,12 @@ impl Dataset {
             }
         };
         match &self.chosen {
-            None => Digest { records: self.len(), parts },
+            None => Digest { records: self.len(), parts, unordered },
             Some(chosen) => {
-                let all = Digest { records: 0, parts }.short();
+                let all = Digest { parts, ..Digest::default() }.short();
                 let indices: Vec<u8> = chosen.iter().flat_map(|i| (*i as u64).to_le_bytes()).collect();
                 let sum = format!("{all}-{:016x}", xxh3_64(&indices));
-                Digest { records: chosen.len(), parts: vec![(chosen.len(), sum)] }
+                Digest { records: chosen.len(), parts: vec![(chosen.len(), sum)], unordered }
             }
         }
     }

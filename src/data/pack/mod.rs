@@ -82,6 +82,8 @@ pub struct Packed {
 pub const LARGEST_RAW_SIDE: usize = 64;
 /// A shard is closed when its pictures reach this many bytes.
 const SHARD_BYTES: usize = 128 << 20;
+/// The folder of what is held out of the training part of a source that has a validation part.
+pub(super) const MINIVAL: &str = "minival";
 /// Records that are read and converted at a time.
 const CHUNK: usize = 256;
 
@@ -91,9 +93,18 @@ pub fn pack(source: &Path, dest: &Path, options: PackOptions, stop: &AtomicUsize
     check_destination(dest)?;
     let name = source.display();
     let source = Source::open(source)?;
+    source.can_train()?;
     source.notes().iter().for_each(|note| say(&format!("{name}: {note}")));
     let converter = Converter::new(&source, options)?;
     let parts = parts(&source, options.minival);
+    if let Some((Some(empty), _)) = parts.iter().find(|(_, items)| items.is_empty()) {
+        return Err(Error::usage(format!(
+            "{name}: `--minival {}` holds out none of its {} records, so `{empty}` would be empty",
+            options.minival,
+            source.items(Split::Train).len()
+        ))
+        .hint("give a larger share, such as `--minival 0.1`, or leave it out"));
+    }
     let mut stage = Stage::open(dest, fingerprint(&source, &parts, &options))?;
     let bar = progress_bar(parts.iter().map(|(_, items)| items.len()).sum());
     let mut packed = Packed {
@@ -142,7 +153,7 @@ fn parts(source: &Source, minival: f64) -> Vec<(Option<&'static str>, Vec<&Item>
         others.filter_map(|(split, items)| Some((Some(split.as_ref()?.name()), items.iter().collect()))),
     );
     if minival > 0.0 {
-        parts.push((Some(if has_val { "minival" } else { Split::Val.name() }), held));
+        parts.push((Some(if has_val { MINIVAL } else { Split::Val.name() }), held));
     }
     parts
 }
@@ -244,7 +255,7 @@ impl PartWriter<'_> {
         let shards: Vec<ShardEntry> = self.stage.shards(self.name);
         let records = shards.iter().map(|s| s.records).sum();
         if records == 0 {
-            fail!("{}: none of {} records can be used", self.source.store.path().display(), items.len());
+            fail!("{}: none of {} records can be used", self.source.name(), items.len());
         }
         let manifest = Manifest {
             version: Manifest::VERSION,

@@ -62,7 +62,7 @@ pub(super) fn open(path: &Path, files: &[(String, PathBuf)], mut listing: Listin
         archives = classes;
     }
     let paths = paths(archives, &store, is_alone, &mut listing);
-    folder::arrange(paths, &mut listing).map_err(|e| e.at(path.display()))?;
+    folder::arrange(paths, path, &mut listing).map_err(|e| e.at(path.display()))?;
     listing.finish(Labels::Names, store)
 }
 

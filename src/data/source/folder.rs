@@ -2,8 +2,9 @@
 //! The paths come from an image folder or an archive.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
-use crate::data::dataset::same_classes;
+use crate::data::dataset::lacking;
 use crate::data::split::Split;
 use crate::error::{Error, Result};
 
@@ -58,7 +59,7 @@ impl Paths {
 
 /// The top folders that are splits; none if they are classes. A split's folder contains class folders;
 /// without them it is a class of that name.
-fn parts(tops: &Tops) -> Result<Vec<(Split, String)>> {
+fn parts(tops: &Tops, root: &Path) -> Result<Vec<(Split, String)>> {
     let full: Vec<&str> = tops.iter().filter(|(_, top)| top.all > 0).map(|(name, _)| *name).collect();
     let is_part = |name: &&str| !tops[name].inside.is_empty();
     let of_one_word = full.iter().copied().filter(|name| Split::of_word(name).is_some()).filter(is_part);
@@ -83,7 +84,7 @@ fn parts(tops: &Tops) -> Result<Vec<(Split, String)>> {
         }
     }
     if folders.is_empty() {
-        return no_parts_of_another_name(tops, &full).map(|()| Vec::new());
+        return no_parts_of_another_name(tops, &full, root).map(|()| Vec::new());
     }
     let mut parts: Vec<(Split, String)> = Vec::new();
     for name in &folders {
@@ -105,15 +106,25 @@ fn parts(tops: &Tops) -> Result<Vec<(Split, String)>> {
             if others.len() == 1 { "lies" } else { "lie" }
         ))
         .hint(format!(
-            "name `DIR/{part}` itself as the data, call the parts `train`, `val` and `test`, or move the others away"
+            "{}, call the parts `train`, `val` and `test`, or move the others away",
+            name_it(root, part)
         )));
     }
     parts.sort();
     Ok(parts)
 }
 
+/// How to use one folder of a data set alone; inside an archive it cannot be named.
+fn name_it(root: &Path, folder: &str) -> String {
+    let path = root.join(folder);
+    match path.is_dir() {
+        true => format!("name `{}` itself as the data", path.display()),
+        false => format!("unpack it and name its folder `{folder}` as the data"),
+    }
+}
+
 /// Refuses folders with the same subfolders: they are not classes, and nothing says which split each one is.
-fn no_parts_of_another_name(tops: &Tops, full: &[&str]) -> Result<()> {
+fn no_parts_of_another_name(tops: &Tops, full: &[&str], root: &Path) -> Result<()> {
     let deep = full.len() > 1 && full.iter().all(|name| tops[name].direct == 0);
     if !deep {
         return Ok(());
@@ -136,9 +147,8 @@ fn no_parts_of_another_name(tops: &Tops, full: &[&str]) -> Result<()> {
             named(&common)
         ))
         .hint(format!(
-            "rename them to `train` and `val`, or name one of them, as in `DIR/{}`; \
-             a table of paths and labels says anything else",
-            full[0]
+            "rename them to `train` and `val`, or {}; a table of paths and labels says anything else",
+            name_it(root, full[0])
         )));
     }
     Ok(())
@@ -148,10 +158,10 @@ fn common_or<'a>(common: &[&'a str], all: &BTreeSet<&'a str>) -> Vec<&'a str> {
     if common.is_empty() { all.iter().copied().collect() } else { common.to_vec() }
 }
 
-/// Finds splits and classes in the sorted paths.
-pub(super) fn arrange(paths: Paths, listing: &mut Listing) -> Result<()> {
+/// Finds splits and classes in the sorted paths of the data set `root`.
+pub(super) fn arrange(paths: Paths, root: &Path, listing: &mut Listing) -> Result<()> {
     let tops = paths.tops();
-    let parts = parts(&tops)?;
+    let parts = parts(&tops, root)?;
     let homeless: Vec<&str> =
         paths.files.iter().map(|(name, _)| name.as_str()).filter(|name| !name.contains('/')).collect();
     listing.note(&homeless, "picture", "in no class folder");
@@ -163,8 +173,17 @@ pub(super) fn arrange(paths: Paths, listing: &mut Listing) -> Result<()> {
         if top.all > 0 && !parts.iter().any(|(_, part)| part == name) {
             let pictures = count(top.all, "picture");
             listing.notes.push(match Split::of(name) {
-                Some(_) => format!("`{name}` has no class folders inside: {pictures} left out"),
                 None => format!("`{name}` is not a part of the data set: {pictures} left out"),
+                Some(_) if top.inside.is_empty() => {
+                    format!("`{name}` has no class folders inside: {pictures} left out")
+                }
+                Some(split) => match parts.iter().find(|(known, _)| *known == split) {
+                    Some((_, part)) => format!("`{name}` lies beside `{part}`, which is the {} part: {pictures} left out", split.name()),
+                    None => format!(
+                        "`{name}` is not a part's name, which is one word: {pictures} left out; rename it to `{}` to use it",
+                        split.name()
+                    ),
+                },
             });
         }
     }
@@ -186,11 +205,13 @@ pub(super) fn arrange(paths: Paths, listing: &mut Listing) -> Result<()> {
         }
         classes.insert(split, part(&paths, &format!("{folder}/"), Some(split), listing));
     }
-    let measured = classes.get(&Split::Val).or(classes.get(&Split::Test));
-    match (classes.get(&Split::Train), measured) {
-        (Some(train), Some(val)) => same_classes(train, val),
-        _ => Ok(()),
+    let Some(train) = classes.get(&Split::Train) else { return Ok(()) };
+    for (split, own) in classes.iter().filter(|(split, _)| **split != Split::Train) {
+        if let Some(lacks) = lacking(train, own)? {
+            listing.notes.push(format!("the {} part: {lacks}", split.name()));
+        }
     }
+    Ok(())
 }
 
 /// Whether a test split has other classes than training. With a validation split, one unknown class is enough;

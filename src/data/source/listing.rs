@@ -103,7 +103,8 @@ impl Listing {
                 named(&without)
             ));
         }
-        Ok(Source { classes, parts, store, is_multi_label: self.several, notes: self.notes })
+        let name = store.path().display().to_string();
+        Ok(Source { classes, parts, store, name, is_multi_label: self.several, notes: self.notes })
     }
 
     /// The words of labels so far, in the order of classes.

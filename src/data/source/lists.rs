@@ -11,7 +11,7 @@ use crate::fail;
 
 use super::folder::Paths;
 use super::listing::Listing;
-use super::manifest::{self, Form};
+use super::manifest::{self, Form, Table};
 use super::strays::{count, named};
 use super::{Item, Place};
 
@@ -53,7 +53,7 @@ pub(super) fn take(root: &Path, paths: &mut Paths, others: &mut Vec<String>) -> 
             // A table without labels says something else about the pictures.
             let form = Form::of(Path::new(&table)).expect("it was found by its ending");
             let file = root.join(&table);
-            let (rows, several) = match manifest::read(&file, form) {
+            let Table { rows, several, notes } = match manifest::read(&file, form) {
                 Ok(read) => read,
                 Err(error) if is_flat && error.hint_text().is_some_and(|hint| hint.contains("WordNet")) => {
                     return Err(error);
@@ -64,6 +64,7 @@ pub(super) fn take(root: &Path, paths: &mut Paths, others: &mut Vec<String>) -> 
             let of_table = Split::of(table.rsplit('/').next().unwrap_or_default());
             if lists.match_rows(rows, &table, &prefix, split.or(of_table), paths) {
                 lists.several |= several;
+                lists.notes.extend(notes.into_iter().map(|note| format!("`{table}`: {note}")));
                 others.retain(|name| *name != table);
             }
         }

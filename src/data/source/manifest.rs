@@ -29,7 +29,18 @@ pub(super) const NO_SPLIT: &str = "there is no split";
 /// The column of the split.
 const SPLIT: &str = "split";
 /// Columns that are the split's if each of their values is one.
-const PERHAPS_SPLIT: [&str; 5] = ["subset", "set", "partition", "phase", "usage"];
+const PERHAPS_SPLIT: [&str; 8] =
+    ["subset", "set", "partition", "phase", "usage", "fold", "data_split", "part"];
+/// Columns that say for each row whether it is of one split.
+const FLAGS: [(&str, Split); 7] = [
+    ("is_train", Split::Train),
+    ("is_training", Split::Train),
+    ("is_val", Split::Val),
+    ("is_valid", Split::Val),
+    ("is_validation", Split::Val),
+    ("is_test", Split::Test),
+    ("is_testing", Split::Test),
+];
 
 /// The form of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,21 +75,27 @@ pub(super) struct Row {
     pub(super) split: Option<Split>,
 }
 
-/// Lists the pictures of a manifest.
-pub(super) fn open(path: &Path, form: Form) -> Result<Source> {
-    let (rows, several) = read(path, form)?;
-    arrange(path, rows, several)
+/// What a table says.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    pub(super) rows: Vec<Row>,
+    /// Whether samples may have several labels.
+    pub(super) several: bool,
+    /// Sentences about columns.
+    pub(super) notes: Vec<String>,
 }
 
-/// The rows of a table, and whether samples may have several labels.
-pub(super) fn read(path: &Path, form: Form) -> Result<(Vec<Row>, bool)> {
+/// Lists the pictures of a manifest.
+pub(super) fn open(path: &Path, form: Form) -> Result<Source> {
+    arrange(path, read(path, form)?)
+}
+
+pub(super) fn read(path: &Path, form: Form) -> Result<Table> {
     let text = files::read_text(path)?;
-    // A byte order mark, as editors on other systems write.
-    let text = text.trim_start_matches('\u{feff}');
     match form {
-        Form::Columns(separator) => columns(text, separator),
-        Form::JsonLines => json_lines(text),
-        Form::Pairs => pairs(text).map(|rows| (rows, false)),
+        Form::Columns(separator) => columns(&text, separator),
+        Form::JsonLines => json_lines(&text),
+        Form::Pairs => pairs(&text).map(|rows| Table { rows, ..Table::default() }),
     }
     .map_err(|e| e.at(path.display()))
 }
@@ -99,23 +116,96 @@ fn split_of(value: &str) -> Result<Option<Split>> {
     }
 }
 
-/// Gives each row its split, by the first column that holds splits. `values` are those of a column, a value for each row. An
-/// unknown value is an error in the column [`SPLIT`]; any other column then holds something else.
-fn give_splits(rows: &mut [Row], values: impl Fn(&str) -> Option<Vec<String>>) -> Result<()> {
+/// Gives each row its split, by the first column that holds splits, else by the [`FLAGS`]. `values` are those of a
+/// column, a value for each row. An unknown value is an error in the column [`SPLIT`]; any other column then holds
+/// something else. Returns sentences about the columns that look like splits and are not used.
+fn give_splits(rows: &mut [Row], values: impl Fn(&str) -> Option<Vec<String>>) -> Result<Vec<String>> {
+    let filled =
+        |name: &str| values(name).filter(|values| values.iter().any(|value| !value.trim().is_empty()));
+    let mut found: Option<(String, Vec<Option<Split>>)> = None;
+    let mut notes = Vec::new();
+    let mut offer = |name: String, splits: Result<Vec<Option<Split>>>| {
+        match (&found, splits) {
+        (_, Err(why)) => notes.push(format!(
+            "column `{name}` is not used: {}; a column `split` with `train` and `val` says which rows validate",
+            why.message()
+        )),
+        (Some((used, same)), Ok(splits)) if *same != splits => {
+            notes.push(format!("column `{name}` is not used: the splits are those of `{used}`"));
+        }
+        (Some(_), Ok(_)) => {}
+        (None, Ok(splits)) => found = Some((name, splits)),
+    }
+    };
     for name in [SPLIT].iter().chain(&PERHAPS_SPLIT) {
-        let Some(values) = values(name) else { continue };
+        let Some(values) = filled(name) else { continue };
         let of =
             |(row, value): (&Row, &String)| split_of(value).map_err(|e| e.at(format!("line {}", row.line)));
         match rows.iter().zip(&values).map(of).collect::<Result<Vec<_>>>() {
-            Ok(splits) => {
-                rows.iter_mut().zip(splits).for_each(|(row, split)| row.split = split);
-                return Ok(());
-            }
             Err(error) if *name == SPLIT => return Err(error),
-            Err(_) => {}
+            splits => offer((*name).to_owned(), splits),
         }
     }
-    Ok(())
+    let mut flags: Vec<(&str, Split, Vec<bool>)> = Vec::new();
+    for (name, split) in FLAGS {
+        let Some(values) = filled(name) else { continue };
+        let of = |(row, value): (&Row, &String)| {
+            flag_of(value)
+                .ok_or_else(|| Error::new(format!("line {}: `{value}` is neither 0 nor 1", row.line)))
+        };
+        match rows.iter().zip(&values).map(of).collect::<Result<Vec<_>>>() {
+            Ok(values) => flags.push((name, split, values)),
+            Err(why) => offer(name.to_owned(), Err(why)),
+        }
+    }
+    if !flags.is_empty() {
+        let names = flags.iter().map(|(name, ..)| *name).collect::<Vec<_>>().join("`, `");
+        offer(names.clone(), splits_of(rows, &flags));
+        if let Some((used, splits)) = &found
+            && *used == names
+            && let Some(rest) = rest(&flags)
+        {
+            let count = |split| splits.iter().filter(|of| **of == Some(split)).count();
+            notes.push(format!(
+                "splits by column `{names}`: {} rows for train, {} for val, {} for test; a row of none is for {}",
+                count(Split::Train),
+                count(Split::Val),
+                count(Split::Test),
+                rest.name()
+            ));
+        }
+    }
+    if let Some((_, splits)) = found {
+        rows.iter_mut().zip(splits).for_each(|(row, split)| row.split = split);
+    }
+    Ok(notes)
+}
+
+fn flag_of(value: &str) -> Option<bool> {
+    match value.trim().to_ascii_lowercase().as_str() {
+        "1" | "1.0" | "true" | "t" | "yes" => Some(true),
+        "0" | "0.0" | "false" | "f" | "no" => Some(false),
+        _ => None,
+    }
+}
+
+/// The split of a row that has none of the flags: the first without a flag of its own.
+fn rest(flags: &[(&str, Split, Vec<bool>)]) -> Option<Split> {
+    Split::ALL.into_iter().find(|split| flags.iter().all(|(_, of, _)| of != split))
+}
+
+fn splits_of(rows: &[Row], flags: &[(&str, Split, Vec<bool>)]) -> Result<Vec<Option<Split>>> {
+    let of = |(i, row): (usize, &Row)| {
+        let set: BTreeSet<Split> =
+            flags.iter().filter(|(.., values)| values[i]).map(|(_, split, _)| *split).collect();
+        match (set.first(), set.len()) {
+            (Some(split), 1) => Ok(Some(*split)),
+            (None, _) if rest(flags).is_some() => Ok(rest(flags)),
+            (None, _) => fail!("line {} is of no split", row.line),
+            _ => fail!("line {} is of two splits", row.line),
+        }
+    };
+    rows.iter().enumerate().map(of).collect()
 }
 
 /// Lines of a path and a label; of more tab-separated columns, the first two.
@@ -153,8 +243,7 @@ fn pairs(text: &str) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Rows, and whether samples may have several labels.
-fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
+fn columns(text: &str, separator: char) -> Result<Table> {
     // Spreadsheets write semicolons where the comma is the decimal mark.
     let first = text.lines().next().unwrap_or_default();
     let semicolons = separator == ',' && first.contains(';') && !first.contains(',');
@@ -192,8 +281,8 @@ fn columns(text: &str, separator: char) -> Result<(Vec<Row>, bool)> {
         let column = find(&[name])?;
         Some(table.iter().map(|record: &Vec<String>| record[column].clone()).collect())
     };
-    give_splits(&mut rows, column)?;
-    Ok((rows, several))
+    let notes = give_splits(&mut rows, column)?;
+    Ok(Table { rows, several, notes })
 }
 
 /// Splits a table into records with their line numbers (RFC 4180: quotes may enclose separators, line breaks
@@ -232,7 +321,7 @@ fn fields(text: &str, separator: char) -> Result<Vec<(usize, Vec<String>)>> {
     Ok(records)
 }
 
-fn json_lines(text: &str) -> Result<(Vec<Row>, bool)> {
+fn json_lines(text: &str) -> Result<Table> {
     let (mut rows, mut objects, mut several) = (Vec::new(), Vec::new(), false);
     for (index, text) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         let line = index + 1;
@@ -259,20 +348,25 @@ fn json_lines(text: &str) -> Result<(Vec<Row>, bool)> {
         objects.push(value);
     }
     let column = |name: &str| {
-        let value = |object: &Value| match object.get(name) {
+        let get = |object: &Value| {
+            let mut fields = object.as_object()?.iter();
+            fields.find(|(key, _)| key.trim().eq_ignore_ascii_case(name)).map(|(_, value)| value.clone())
+        };
+        let value = |object: &Value| match get(object) {
             None | Some(Value::Null) => String::new(),
-            Some(Value::String(text)) => text.clone(),
+            Some(Value::String(text)) => text,
             Some(other) => other.to_string(),
         };
-        let is_there = objects.iter().any(|object| object.get(name).is_some());
+        let is_there = objects.iter().any(|object| get(object).is_some());
         is_there.then(|| objects.iter().map(value).collect())
     };
-    give_splits(&mut rows, column)?;
-    Ok((rows, several))
+    let notes = give_splits(&mut rows, column)?;
+    Ok(Table { rows, several, notes })
 }
 
-fn arrange(path: &Path, rows: Vec<Row>, several: bool) -> Result<Source> {
+fn arrange(path: &Path, Table { rows, several, notes }: Table) -> Result<Source> {
     let mut listing = Listing::new(several);
+    listing.notes = notes;
     let mut seen = BTreeSet::new();
     let blank = rows.iter().filter(|row| row.split.is_none()).count();
     if (1..rows.len()).contains(&blank) {
@@ -322,16 +416,19 @@ mod tests {
 
     #[test]
     fn rows_have_one_label_or_several() {
-        let (rows, several) = columns("filename\tclass\n1.jpg\tcat\n\n2.jpg\tdog\n", '\t').unwrap();
+        let Table { rows, several, .. } =
+            columns("filename\tclass\n1.jpg\tcat\n\n2.jpg\tdog\n", '\t').unwrap();
         assert_eq!((rows.len(), several, rows[1].labels.as_slice()), (2, false, &["dog".to_owned()][..]));
-        let (rows, several) = columns("path,labels,split\na,cat;dog,train\nb,,val\n", ',').unwrap();
+        let Table { rows, several, .. } =
+            columns("path,labels,split\na,cat;dog,train\nb,,val\n", ',').unwrap();
         assert!(several && rows[1].labels.is_empty() && rows[1].split == Some(Split::Val));
         let text = "{\"path\": \"a\", \"label\": 3}\n{\"image\": \"b\", \"label\": \"4\"}\n";
-        let (rows, several) = json_lines(text).unwrap();
+        let Table { rows, several, .. } = json_lines(text).unwrap();
         assert_eq!((rows[0].labels[0].as_str(), rows[1].path.as_str(), several), ("3", "b", false));
         let text = "path,label,subset\na,cat,Training\nb,dog,Validation\nc,cat,TESTING\nd,dog,\n";
-        let splits =
-            |text: &str| columns(text, ',').map(|(rows, _)| rows.iter().map(|r| r.split).collect::<Vec<_>>());
+        let splits = |text: &str| {
+            columns(text, ',').map(|table| table.rows.iter().map(|r| r.split).collect::<Vec<_>>())
+        };
         let named = vec![Some(Split::Train), Some(Split::Val), Some(Split::Test), None];
         assert_eq!(splits(text).unwrap(), named);
         assert_eq!(splits(&text.replace(',', ";")).unwrap(), named);
@@ -339,7 +436,7 @@ mod tests {
         assert_eq!(splits(&text.replace("TESTING", "indoor")).unwrap(), [None; 4]);
         assert!(splits(&text.replace("TESTING", "indoor").replace("subset", "split")).is_err());
         let text = "{\"path\": \"a\", \"label\": 3, \"set\": \"val\"}\n{\"path\": \"b\", \"label\": 4}\n";
-        let (rows, _) = json_lines(text).unwrap();
+        let Table { rows, .. } = json_lines(text).unwrap();
         assert_eq!([rows[0].split, rows[1].split], [Some(Split::Val), None]);
         for text in ["", "path\na", "path,label\na", "a,b\n1,2"] {
             assert!(columns(text, ',').is_err(), "{text:?}");
@@ -349,5 +446,58 @@ mod tests {
         {
             assert!(json_lines(text).is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn columns_that_look_like_splits_are_obeyed_or_named() {
+        use Split::{Test, Train, Val};
+        let read = |text: &str| {
+            let table = columns(text, ',').unwrap();
+            (table.rows.iter().map(|row| row.split).collect::<Vec<_>>(), table.notes.join("\n"))
+        };
+        for (head, values, expected) in [
+            ("is_train", ["1", "0", "1"], [Train, Val, Train]),
+            ("is_valid", ["False", "True", "False"], [Train, Val, Train]),
+            ("is_test", ["0", "0", "yes"], [Train, Train, Test]),
+            ("is_train,is_val", ["1,0", "0,1", "0,0"], [Train, Val, Test]),
+            ("is_val,is_test", ["1,0", "0,1", "0,0"], [Val, Test, Train]),
+        ] {
+            let rows = values.iter().enumerate().map(|(i, value)| format!("{i},cat,{value}\n"));
+            let (splits, notes) = read(&format!("path,label,{head}\n{}", rows.collect::<String>()));
+            assert_eq!(splits, expected.map(Some), "{head}");
+            assert!(
+                notes.starts_with(&format!("splits by column `{}`: ", head.replace(',', "`, `"))),
+                "{notes}"
+            );
+            assert_eq!(notes.lines().count(), 1);
+        }
+        let whole = columns("path,label,is_train,is_val,is_test\na,b,1,0,0\nc,d,0,0,1\n", ',').unwrap();
+        assert_eq!((whole.rows[1].split, whole.notes.len()), (Some(Test), 0), "nothing is left open");
+        for (head, values, why) in [
+            ("fold", ["0", "1"], "column `fold` is not used: line 2: there is no split `0`"),
+            ("is_train", ["1", "maybe"], "column `is_train` is not used: line 3: `maybe` is neither 0 nor 1"),
+            ("is_train,is_val", ["1,1", "0,1"], "`is_train`, `is_val` is not used: line 2 is of two splits"),
+            ("phase", ["full", "new"], "column `phase` is not used: line 2: there is no split `full`"),
+        ] {
+            let (splits, notes) =
+                read(&format!("path,label,{head}\na,cat,{}\nb,dog,{}\n", values[0], values[1]));
+            assert!(
+                splits == [None; 2] && notes.contains(why) && notes.lines().count() == 1,
+                "{head}: {notes}"
+            );
+        }
+        // The first column that holds splits wins; another is named unless it says the same.
+        let (splits, notes) = read("path,label,is_valid,split\na,cat,0,train\nb,dog,0,val\n");
+        assert_eq!(splits, [Some(Train), Some(Val)]);
+        assert_eq!(notes, "column `is_valid` is not used: the splits are those of `split`");
+        assert_eq!(read("path,label,is_valid,split\na,cat,0,train\nb,dog,1,val\n").1, "");
+        assert_eq!(
+            read("path,label,fold\na,cat,\nb,dog,\n"),
+            (vec![None; 2], String::new()),
+            "nothing in it"
+        );
+        let lines = "{\"path\": \"a\", \"label\": 1, \"is_valid\": true}\n{\"path\": \"b\", \"label\": 2, \"is_valid\": false}\n";
+        let rows = json_lines(lines).unwrap().rows;
+        assert_eq!([rows[0].split, rows[1].split], [Some(Val), Some(Train)]);
     }
 }

@@ -53,7 +53,7 @@ pub(super) fn is_junk_path(path: &str) -> bool {
 }
 
 /// `` `a`, `b`, `c` and 4 more ``
-pub(super) fn named<S: AsRef<str>>(names: &[S]) -> String {
+pub(in crate::data) fn named<S: AsRef<str>>(names: &[S]) -> String {
     const SHOWN: usize = 3;
     let shown: Vec<String> = names.iter().take(SHOWN).map(|n| format!("`{}`", n.as_ref())).collect();
     match names.len().saturating_sub(SHOWN) {

@@ -11,7 +11,7 @@ use super::size;
 use crate::backend::{LossKind, Normalise};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::recipe::unit;
+use crate::recipe::{PROTOCOLS, unit};
 use crate::vit::config::PoolKind;
 use crate::weights::container::Container;
 use crate::weights::headers::Headers;
@@ -31,7 +31,8 @@ pub(super) fn tensors(file: &ModelFile, own: &Tensors) -> Result<Tensors> {
 pub(super) fn lost(file: &ModelFile, flax: &Tensors) -> Result<Option<String>> {
     let ModelFile { config, grid_known, meta, .. } = file;
     let container = Container::Memory(flax.clone());
-    let read = Headers::read(&container, Path::new(""), Hub::default(), &ModelOverrides::default())?.detected;
+    let headers = Headers::read(&container, Path::new(""), Hub::default(), &ModelOverrides::default())?;
+    let (read, prepared) = (headers.detected, headers.meta);
     let mut sets = Vec::new();
     let mut set = |key: &str, ours: String, theirs: String| {
         if ours != theirs {
@@ -61,14 +62,19 @@ pub(super) fn lost(file: &ModelFile, flax: &Tensors) -> Result<Option<String>> {
         sets.push(of("mean", meta.normalise.mean));
         sets.push(of("std", meta.normalise.std));
     }
-    let gone = [
-        (meta.classes.is_some(), "the names of the classes"),
-        (meta.loss == Some(LossKind::Sigmoid), "that it answers by sigmoid"),
-    ];
-    let gone: Vec<&str> = gone.into_iter().filter(|(is, _)| *is).map(|(_, what)| what).collect();
+    if meta.loss == Some(LossKind::Sigmoid) {
+        sets.push("--set loss.kind=sigmoid".into());
+    }
     let read = (!sets.is_empty()).then(|| format!("read this one with `{}`", sets.join(" ")));
-    let gone = (!gone.is_empty()).then(|| format!("this one loses {}", gone.join(" and ")));
-    let parts: Vec<String> = read.into_iter().chain(gone).collect();
+    let gone = meta.classes.as_ref().map(|_| "this one loses the names of the classes".to_string());
+    let same = (prepared.resize, prepared.crop_ratio) == (meta.resize, meta.crop_ratio);
+    let named =
+        PROTOCOLS.into_iter().find(|(_, resize, crop)| (*resize, *crop) == (meta.resize, meta.crop_ratio));
+    let fed = (!same).then(|| match named {
+        Some((name, ..)) => format!("its pictures are prepared with `--protocol {name}`"),
+        None => "this one loses how its pictures are prepared".into(),
+    });
+    let parts: Vec<String> = read.into_iter().chain(fed).chain(gone).collect();
     Ok((!parts.is_empty()).then(|| format!("an `.npz` holds tensors only; {}", parts.join("; "))))
 }
 

@@ -5,6 +5,7 @@
 //! A key that says how the model computes or how its pictures are prepared is obeyed, compared with the
 //! tensors, or refused by name. An absent key has the library's default.
 
+mod names;
 mod preprocessor;
 mod timm;
 mod transformers;
@@ -13,6 +14,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use self::names::Names;
+pub(super) use self::names::placeholder;
 use super::meta::CheckpointMeta;
 use crate::backend::{Gelu, LossKind, Normalise};
 use crate::error::{At, Error, Result};
@@ -35,8 +38,8 @@ pub(super) struct Hub {
     pub(super) pictures: Option<(usize, usize)>,
     /// Sizes that the tensors must have: key, value, and which size of the model it is.
     pub(super) sizes: Vec<(&'static str, usize, SizeOf)>,
-    /// In the order of the logits.
-    pub(super) classes: Option<Vec<String>>,
+    /// Class names, whether or not they fit the head.
+    names: Names,
     pub(super) loss: Option<LossKind>,
     pub(super) normalise: Option<Normalise>,
     pub(super) resize: Option<EvalResize>,
@@ -64,48 +67,52 @@ pub(super) enum SizeOf {
     Patch,
 }
 
-/// The name of a class that has no other.
-pub(super) fn placeholder(class: usize) -> String {
-    format!("LABEL_{class}")
-}
-
 impl Hub {
     pub(super) fn beside(path: &Path) -> Result<Self> {
         let folder = path.parent().unwrap_or(Path::new(""));
         let mut out = Self::default();
         let config = folder.join("config.json");
-        let json = read(&config)?.unwrap_or_default();
-        out.read_config(&json).map_err(|e| e.at(config.display()))?;
+        let kind = match read(&config)? {
+            Some(json) => out.read_config(&json).map_err(|e| e.at(config.display()))?,
+            None => None,
+        };
         let preprocessor = folder.join("preprocessor_config.json");
         let prepares = read(&preprocessor)?;
         if let Some(json) = &prepares {
             preprocessor::read(&mut out, json).map_err(|e| e.at(preprocessor.display()))?;
-        } else if let Some(kind) = json["model_type"].as_str().filter(|_| out.resize.is_none()) {
+        } else if let Some(kind) = kind.filter(|_| out.resize.is_none()) {
             preprocessor::read(&mut out, &transformers::preprocessor_of(kind))?;
         }
         Ok(out)
     }
 
-    fn read_config(&mut self, json: &Value) -> Result<()> {
+    /// Reads a `config.json`. Returns its type if it is one of transformers.
+    fn read_config(&mut self, json: &Value) -> Result<Option<&'static str>> {
         if json["pretrained_cfg"].is_object() || json["architecture"].is_string() {
-            timm::read(self, json)
-        } else if json["model_type"].is_string() {
-            transformers::read(self, json)
-        } else {
-            // No file, or another program's file of that name.
-            Ok(())
+            return timm::read(self, json).map(|()| None);
         }
+        let kind = transformers::kind(json, &mut self.notes)?;
+        match kind {
+            Some(_) => transformers::read(self, json)?,
+            None => self.notes.push(
+                "config.json is not used: it has none of timm's `architecture`, transformers' `model_type` or the \
+                 keys of its ViT"
+                    .into(),
+            ),
+        }
+        Ok(kind)
     }
 
-    /// Writes the folder's settings into a file's own metadata.
-    pub(super) fn complete(&self, meta: &mut CheckpointMeta) {
-        if self.classes.is_some() {
-            meta.classes.clone_from(&self.classes);
-        }
+    /// Writes the folder's settings into the metadata of a file whose head has `classes` classes. Returns a note
+    /// about their names.
+    pub(super) fn complete(&self, meta: &mut CheckpointMeta, classes: usize) -> Option<String> {
+        let (names, note) = self.names.of_head(classes);
+        meta.classes = names.or(meta.classes.take());
         meta.loss = self.loss.or(meta.loss);
         meta.normalise = self.normalise.unwrap_or(meta.normalise);
         meta.resize = self.resize.unwrap_or(meta.resize);
         meta.crop_ratio = self.crop_ratio.unwrap_or(meta.crop_ratio);
+        note
     }
 
     /// Pictures are prepared so that `kept` pixels of `of` remain, with an exact ratio for them.
@@ -120,7 +127,7 @@ fn read(path: &Path) -> Result<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let json: Value = serde_json::from_slice(&files::read(path)?).at(path.display())?;
+    let json: Value = serde_json::from_str(&files::read_text(path)?).at(path.display())?;
     if !json.is_object() {
         return Err(Error::new(format!("{}: not a JSON object", path.display())));
     }

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::names::Names;
 use super::{Hub, IMAGENET_MEAN, IMAGENET_STD, SizeOf, activation, colour, normalise, number};
 use crate::backend::Gelu;
 use crate::error::{Error, Result};
@@ -65,10 +66,14 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
             argument(hub, key, value).map_err(|e| e.at("`model_args`"))?;
         }
     }
-    if let Some(classes) = number(json, "num_classes").unwrap_or(None) {
-        hub.sizes.push(("num_classes", classes, SizeOf::Classes));
+    // The card may be that of the model before its fine-tuning.
+    for object in [json, &json["model_args"]] {
+        // timm writes 0 for a model without a head.
+        let classes = if object["num_classes"] == 0 { Some(0) } else { number(object, "num_classes")? };
+        hub.sizes.extend(classes.map(|classes| ("num_classes", classes, SizeOf::Classes)));
     }
-    hub.classes = [json, card].into_iter().find_map(labels);
+    let of_model = Names::read(&[json]);
+    hub.names = if of_model == Names::default() { Names::read(&[card]) } else { of_model };
     prepare(hub, card)
 }
 
@@ -138,13 +143,6 @@ fn sides(value: &Value) -> Option<(usize, usize)> {
         },
         one => side(one).map(|s| (s, s)),
     }
-}
-
-fn labels(json: &Value) -> Option<Vec<String>> {
-    let list = ["label_names", "labels"].iter().find_map(|key| json[*key].as_array())?;
-    let names: Vec<String> =
-        list.iter().map(|name| name.as_str().map(String::from)).collect::<Option<_>>()?;
-    if names.is_empty() { None } else { Some(names) }
 }
 
 /// Settings that the card omits default as in timm's `resolve_data_config`.

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::{Hub, IMAGENET_MEAN, IMAGENET_STD, SizeOf, activation, number, placeholder};
+use super::names::Names;
+use super::{Hub, IMAGENET_MEAN, IMAGENET_STD, SizeOf, activation, number};
 use crate::backend::LossKind;
 use crate::error::{Error, Result};
 use crate::fail;
@@ -10,13 +11,63 @@ use crate::fail;
 /// Model types that compute what ours does, and the mean and deviation of their published files.
 const TYPES: [(&str, bool); 4] = [("vit", false), ("deit", true), ("vit_mae", true), ("vit_msn", true)];
 
-pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
-    let kind = json["model_type"].as_str().unwrap_or_default();
-    if !TYPES.iter().any(|(known, _)| *known == kind) {
-        let known = TYPES.map(|(name, _)| format!("`{name}`")).join(", ");
-        return Err(Error::new(format!("`model_type` is `{kind}`, which is not supported"))
-            .hint(format!("supported are {known}, and timm's files")));
+/// Keys of a ViT's configuration; a file that lacks `model_type` is one if it has several.
+const OF_VIT: [&str; 10] = [
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "id2label",
+    "label2id",
+];
+const SEVERAL: usize = 2;
+
+/// The model's type: `model_type`, else by the class in `architectures`, else ViT's if the keys are. `None` if the
+/// file is no configuration of transformers.
+///
+/// # Errors
+/// The type is not supported.
+pub(super) fn kind(json: &Value, notes: &mut Vec<String>) -> Result<Option<&'static str>> {
+    let known = TYPES.map(|(name, _)| format!("`{name}`")).join(", ");
+    let refuse = |key: &str, value: &Value| {
+        Err(Error::new(format!("`{key}` is {}, which is not supported", value.to_string().replace('"', "`")))
+            .hint(format!(
+                "supported are {known}, and timm's files; if config.json is another model's than the weights, move it away"
+            )))
+    };
+    let named = |name: &str| TYPES.iter().map(|(known, _)| *known).find(|known| *known == name);
+    if !json["model_type"].is_null() {
+        let Some(kind) = json["model_type"].as_str().and_then(named) else {
+            return refuse("model_type", &json["model_type"]);
+        };
+        return Ok(Some(kind));
     }
+    let class = json["architectures"].get(0).and_then(Value::as_str);
+    let kind = match class {
+        // `ViTMAEForPreTraining`, `DeiTModel`: the type is written without its underscore.
+        Some(class) => {
+            let lower = class.to_lowercase();
+            let is_of = |kind: &&str| {
+                let rest = lower.strip_prefix(&kind.replace('_', ""));
+                rest.is_some_and(|rest| rest.starts_with("for") || rest.starts_with("model"))
+            };
+            match TYPES.iter().map(|(kind, _)| *kind).find(|kind| is_of(kind)) {
+                Some(kind) => kind,
+                None => return refuse("architectures", &json["architectures"][0]),
+            }
+        }
+        None if OF_VIT.iter().filter(|key| !json[**key].is_null()).count() >= SEVERAL => "vit",
+        None => return Ok(None),
+    };
+    notes.push(format!("config.json has no `model_type`: read as `{kind}` of transformers"));
+    Ok(Some(kind))
+}
+
+pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
     hub.heads = number(json, "num_attention_heads")?;
     for (key, of) in [
         ("hidden_size", SizeOf::Width),
@@ -51,7 +102,10 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
         Some(other) => fail!("`problem_type` is `{other}`; only classifiers are supported"),
         None => None,
     };
-    hub.classes = classes(&json["id2label"]);
+    for key in ["num_labels", "num_classes"] {
+        hub.sizes.extend(number(json, key)?.map(|size| (key, size, SizeOf::Classes)));
+    }
+    hub.names = Names::read(&[json]);
     Ok(())
 }
 
@@ -64,13 +118,4 @@ pub(super) fn preprocessor_of(kind: &str) -> Value {
     }
     json["absent"] = true.into();
     json
-}
-
-/// Names by number; `None` if they are only numbers again, or incomplete.
-fn classes(id2label: &Value) -> Option<Vec<String>> {
-    let labels = id2label.as_object()?;
-    let name = |i: usize| labels.get(&i.to_string())?.as_str().map(String::from);
-    let names: Vec<String> = (0..labels.len()).map(name).collect::<Option<_>>()?;
-    let only_numbers = names.iter().enumerate().all(|(i, name)| *name == placeholder(i));
-    if only_numbers { None } else { Some(names) }
 }
