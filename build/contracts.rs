@@ -419,7 +419,7 @@ fn plain(text: &str) -> String {
 /// The structs that a source declares at the start of a line: name and body.
 fn structs_of(plain: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
-    for part in plain.split("\nstruct ").skip(1) {
+    for part in format!("\n{plain}").split("\nstruct ").skip(1) {
         let Some((name, rest)) = part.split_once(" {\n") else { continue };
         let Some((body, _)) = rest.split_once("\n};") else { continue };
         if is_name(name) {

@@ -36,6 +36,8 @@
 //! # Ok::<(), vitrum::Error>(())
 //! ```
 //!
+//! The library prints nothing of its own accord: [`show_messages`] turns notes, warnings and progress on.
+//!
 //! Do one training step by hand:
 //!
 //! ```
@@ -88,4 +90,5 @@ pub use data::Dataset;
 pub use error::{Error, Result};
 pub use infer::LoadedModel;
 pub use recipe::Recipe;
+pub use terminal::show_messages;
 pub use train::{RunOptions, RunSummary, train};

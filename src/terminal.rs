@@ -6,12 +6,28 @@
 
 use std::borrow::Cow;
 use std::io::{ErrorKind, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{At, Result};
 
-/// Prints a line for people on stderr.
+static SHOWN: AtomicBool = AtomicBool::new(false);
+
+/// Shows notes, warnings and progress on stderr from now on. The library is silent until a program asks for them,
+/// as the command line does first of all.
+pub fn show_messages() {
+    SHOWN.store(true, Ordering::Relaxed);
+}
+
+/// Whether lines and progress for people are shown.
+pub(crate) fn shows_messages() -> bool {
+    SHOWN.load(Ordering::Relaxed)
+}
+
+/// Prints a line for people on stderr, if they are shown.
 pub fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{}", visible(text));
+    if shows_messages() {
+        let _ = writeln!(std::io::stderr(), "{}", visible(text));
+    }
 }
 
 /// `note: text`

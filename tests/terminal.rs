@@ -196,3 +196,35 @@ fn a_pack_that_waits_for_a_read_ends_when_it_is_told_to() {
     assert!(start.elapsed() < Duration::from_secs(20), "it went on waiting");
     assert!([1, 143].contains(&done.code), "{}: {}", done.code, done.stderr);
 }
+
+/// What a program does that trains with the library; runs in a process of its own.
+#[test]
+#[ignore = "a part of the next test"]
+fn a_program_that_trains() {
+    let small = ["model.width=24", "model.heads=3", "train.batch=16", "train.steps=2", "train.eval_every=2"];
+    let recipe = vitrum::Recipe::load(Some("demo"), &small.map(String::from)).unwrap();
+    let mut options = vitrum::RunOptions::new("demo", path("library"));
+    options.device = vitrum::backend::Device::Cpu;
+    if std::env::var_os("SHOW").is_some() {
+        vitrum::show_messages();
+    }
+    assert_eq!(vitrum::train(recipe, &options).unwrap().steps, 2);
+}
+
+#[test]
+fn the_library_prints_only_if_it_is_asked_to() {
+    for shows in [false, true] {
+        let _ = std::fs::remove_dir_all(path("library"));
+        let mut program = std::process::Command::new(std::env::current_exe().unwrap());
+        program.args(["--ignored", "--exact", "a_program_that_trains", "--nocapture"]);
+        program.env("VITRUM_CACHE", path("cache")).env_remove("SHOW");
+        if shows {
+            program.env("SHOW", "1");
+        }
+        let done = program.output().unwrap();
+        let printed = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.success(), "{printed}");
+        assert_eq!(printed.contains("step"), shows, "{printed}");
+        assert_eq!(printed.is_empty(), !shows, "{printed}");
+    }
+}

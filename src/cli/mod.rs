@@ -128,6 +128,7 @@ pub fn command() -> clap::Command {
 
 /// The whole program.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    terminal::show_messages();
     let args: Vec<OsString> = args.into_iter().collect();
     let parsed = command().try_get_matches_from(&args).and_then(|found| Cli::from_arg_matches(&found));
     let cli = match parsed {

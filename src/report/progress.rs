@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{EvalLine, Log, StepLine, format};
+use crate::terminal;
 
 /// The progress of one run.
 pub struct Progress {
@@ -23,7 +24,7 @@ impl Progress {
     /// For a run of `total` steps, of which `start` are done already. Messages go through `log`, above the
     /// bar.
     pub fn new(log: &Log, total: u64, start: u64) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| bar(total, start));
+        let bar = (terminal::shows_messages() && std::io::stderr().is_terminal()).then(|| bar(total, start));
         log.set_bar(bar.clone());
         Self { log: log.clone(), bar, total, start, began: Instant::now() }
     }

@@ -190,6 +190,9 @@ fn check_destination(dest: &Path) -> Result<()> {
 
 fn progress_bar(records: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("packing {bar:30} {pos}/{len} {per_sec} eta {eta}");
+    if !terminal::shows_messages() {
+        return ProgressBar::hidden();
+    }
     ProgressBar::new(records as u64).with_style(style.expect("the template is valid"))
 }
 
