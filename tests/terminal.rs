@@ -203,7 +203,8 @@ fn a_pack_that_waits_for_a_read_ends_when_it_is_told_to() {
 fn a_program_that_trains() {
     let small = ["model.width=24", "model.heads=3", "train.batch=16", "train.steps=2", "train.eval_every=2"];
     let recipe = vitrum::Recipe::load(Some("demo"), &small.map(String::from)).unwrap();
-    let mut options = vitrum::RunOptions::new("demo", path("library"));
+    // `path` would clear the folder of the tests that are running.
+    let mut options = vitrum::RunOptions::new("demo", std::env::var_os("OUT").unwrap());
     options.device = vitrum::backend::Device::Cpu;
     if std::env::var_os("SHOW").is_some() {
         vitrum::show_messages();
@@ -217,7 +218,7 @@ fn the_library_prints_only_if_it_is_asked_to() {
         let _ = std::fs::remove_dir_all(path("library"));
         let mut program = std::process::Command::new(std::env::current_exe().unwrap());
         program.args(["--ignored", "--exact", "a_program_that_trains", "--nocapture"]);
-        program.env("VITRUM_CACHE", path("cache")).env_remove("SHOW");
+        program.env("VITRUM_CACHE", path("cache")).env("OUT", path("library")).env_remove("SHOW");
         if shows {
             program.env("SHOW", "1");
         }
