@@ -61,6 +61,7 @@
 // The documentation is for maintainers, too: `cargo doc --document-private-items`.
 #![allow(rustdoc::private_intra_doc_links)]
 // Only `terminal` prints. `println!` elsewhere would panic if stdout is closed.
+#![warn(missing_docs)]
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod backend;
