@@ -7,12 +7,15 @@
 
 #![forbid(unsafe_code)]
 
-pub mod backward;
+mod backward;
+// The buffers of a pass. `Vit` runs passes; a user of the library needs none of its buffers.
+#[doc(hidden)]
 pub mod block;
 pub mod config;
-pub mod forward;
+mod forward;
+#[doc(hidden)]
 pub mod graph;
-pub mod names;
+pub(crate) mod names;
 pub mod params;
 mod recompute;
 
