@@ -91,9 +91,10 @@ pub mod report;
 pub mod selftest;
 #[doc(hidden)]
 pub mod signals;
+#[doc(hidden)]
+pub mod terminal;
 
 mod seal;
-mod terminal;
 
 pub use data::Dataset;
 pub use error::{Error, Result};

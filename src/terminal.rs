@@ -10,17 +10,17 @@ use std::io::{ErrorKind, Write};
 use crate::error::{At, Result};
 
 /// Prints a line for people on stderr.
-pub(crate) fn say(text: &str) {
+pub fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{}", visible(text));
 }
 
 /// `note: text`
-pub(crate) fn note(text: &str) {
+pub fn note(text: &str) {
     say(&format!("note: {text}"));
 }
 
 /// `warning: text`
-pub(crate) fn warn(text: &str) {
+pub fn warn(text: &str) {
     say(&format!("warning: {text}"));
 }
 
@@ -47,12 +47,12 @@ pub fn print_json(value: &serde_json::Value) -> Result<()> {
 }
 
 /// The text with control characters escaped, except newlines and tabs: ESC becomes `\u{1b}`.
-pub(crate) fn visible(text: &str) -> Cow<'_, str> {
+pub fn visible(text: &str) -> Cow<'_, str> {
     spelled_out(text, |c| is_obeyed(c) && !matches!(c, '\n' | '\t'))
 }
 
 /// A name from a file, safe to print within a line: newlines and tabs are escaped as well.
-pub(crate) fn one_line(name: &str) -> Cow<'_, str> {
+pub fn one_line(name: &str) -> Cow<'_, str> {
     spelled_out(name, is_obeyed)
 }
 
