@@ -40,7 +40,9 @@ use listing::{Labels, Listing};
 pub struct Source {
     /// Names in the order of the labels.
     pub classes: Vec<String>,
+    /// The records, by split.
     pub parts: Parts,
+    /// Where the pictures lie.
     pub store: Store,
     is_multi_label: bool,
     notes: Vec<String>,

@@ -48,6 +48,7 @@ pub struct Buffers {
 
 /// Destination of a finished sample, `[H, W, 3]`: written once, in order, and never read.
 pub enum Target<'a> {
+    /// Rounded, or truncated where the recipe or the protocol says so.
     U8(&'a mut [u8]),
     /// Normalised. If a sample is only resized by TensorFlow's rules, its fractions are kept.
     F32(&'a mut [f32], Normalise),
