@@ -50,11 +50,15 @@ pub enum LastBlock {
 /// A model bound to buffers: only handles, no memory. Evaluation uses the same buffers as training, without
 /// masks.
 pub struct Vit {
+    /// The architecture.
     pub config: ModelConfig,
+    /// Where each tensor lies.
     pub layout: ParamLayout,
+    /// Whether there are buffers for a backward pass.
     pub mode: Mode,
     /// The most samples that one pass takes.
     pub micro_batch: usize,
+    /// What happens to u8 pixels first.
     pub normalise: Normalise,
     /// Only the class token goes through the end of the last block.
     pub pruned: bool,
