@@ -53,7 +53,7 @@ pub enum MomentType {
     Bf16,
 }
 
-/// Both count the stem as 0, block i as i + 1 and the head as L + 1.
+/// How layers are numbered. Both ways count the stem as 0, block i as i + 1 and the head as L + 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LayerNumbering {
@@ -72,7 +72,8 @@ pub struct OptimSection {
     pub name: OptimName,
     /// Base learning rate, from 0 up: the head's, which `schedule` changes over time.
     pub lr: f64,
-    /// Multiply `lr` by batch / this; 0: never.
+    /// The batch size that `lr` is meant for: `lr` is multiplied by `train.batch` / this number. 0: `lr` is used
+    /// as given.
     pub lr_scale_batch: usize,
     /// For `sgd` and `adafactor`: μ of the momentum, in [0, 1).
     pub momentum: f64,
@@ -85,7 +86,7 @@ pub struct OptimSection {
     pub beta2: f64,
     /// For `adam` and `adamw`: added to the root of the second moment; above 0.
     pub eps: f64,
-    /// First moments (and SGD momentum) in f32 or bf16.
+    /// Type of the stored first moment (for `sgd`: of the momentum), `f32` or `bf16`.
     pub moment: MomentType,
     /// Strength of the decay, from 0 up. `decay_mode` says what multiplies it.
     pub weight_decay: f64,
@@ -100,7 +101,7 @@ pub struct OptimSection {
     /// Multiplies the learning rate of everything but the head (and representation layer), from 0 up.
     pub backbone_lr_mult: f64,
     /// Each layer's rate is this share of the rate of the layer above it (Bao et al. 2022, arXiv:2106.08254);
-    /// 1: off.
+    /// from 0 up; 1: off.
     pub layer_decay: f64,
     /// How layers are counted for `layer_decay`.
     pub layer_numbering: LayerNumbering,
@@ -180,19 +181,19 @@ impl Default for OptimSection {
 pub enum ScheduleKind {
     /// The base rate throughout.
     Constant,
-    /// vit_jax, big_vision: warm-up, then half a cosine to 0.
+    /// vit_jax, big_vision: warm-up, then half a cosine down to `end`.
     Cosine,
-    /// Warm-up, then a line (or `power`) down to `end`.
+    /// Warm-up, then a line (or a power of it) down to `end`.
     Linear,
     /// big_vision: `1/sqrt(1 + (t + shift - warmup)/timescale)`.
     Rsqrt,
-    /// Steps down by `mults` at `boundaries`.
+    /// big_vision: multiples of the base rate, `mults`, from `boundaries` on.
     Stair,
     /// timm's cosine, per update.
     TimmCosine,
 }
 
-/// The learning rate over time. All take the number of updates already done.
+/// The learning rate over time, as a function of the number of updates already done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ScheduleSection {
