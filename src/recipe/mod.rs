@@ -1,9 +1,9 @@
 //! The whole configuration of a run as one typed tree: what a recipe file says, plus `--set path=value`.
 //!
-//! The default of every key is here, in `optim.rs` or in `augment.rs`, and nowhere else. [`Recipe::load`] (in `load.rs`) reads a built-in recipe
-//! or a file, applies overrides, and points at a wrong key. [`Recipe::model_config`] and its siblings resolve
-//! the user's settings into what the rest of the program uses. The resolved recipe is written into the run
-//! directory and loads to the same run again.
+//! The default of every key is here, in `optim.rs` or in `augment.rs`, and nowhere else. [`Recipe::load`] (in
+//! `load.rs`) reads a built-in recipe or a file, applies overrides, and points at a wrong key.
+//! [`Recipe::model_config`] and its siblings resolve the user's settings into what the rest of the program
+//! uses. The resolved recipe is written into the run directory and loads to the same run again.
 
 #![forbid(unsafe_code)]
 
