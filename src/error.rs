@@ -62,18 +62,22 @@ impl Error {
         self
     }
 
+    /// What went wrong and where, without the hint.
     pub fn message(&self) -> &str {
         &self.message
     }
 
+    /// What the user can do about it, if that is known.
     pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 
+    /// Whose fault it is.
     pub fn kind(&self) -> Kind {
         self.kind
     }
 
+    /// The exit code of the command line: 1 failure, 2 wrong usage, 128 + the signal's number.
     pub fn exit_code(&self) -> i32 {
         match self.kind {
             Kind::Failure => 1,
@@ -97,6 +101,7 @@ impl std::error::Error for Error {}
 
 /// Adds the place to a foreign error: `fs::read(p).at(p.display())?`.
 pub trait At<T> {
+    /// Turns an error into a failure with the message `place: error`.
     fn at(self, place: impl fmt::Display) -> Result<T>;
 }
 

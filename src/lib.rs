@@ -63,28 +63,40 @@
 // The documentation is for maintainers, too: `cargo doc --document-private-items`.
 #![allow(rustdoc::private_intra_doc_links)]
 // Only `terminal` prints. `println!` elsewhere would panic if stdout is closed.
+#![warn(missing_docs)]
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod backend;
-pub mod bench;
-pub mod check;
-pub mod cli;
 pub mod data;
 pub mod dist;
 pub mod error;
-pub mod files;
 pub mod infer;
 pub mod optim;
 pub mod recipe;
-pub mod report;
 pub mod rng;
-pub mod seal;
-pub mod selftest;
-pub mod signals;
-pub mod terminal;
 pub mod train;
 pub mod vit;
 pub mod weights;
+
+// The command line and what only it uses. Public for the program, the benches and the tests.
+#[doc(hidden)]
+pub mod bench;
+#[doc(hidden)]
+pub mod check;
+#[doc(hidden)]
+pub mod cli;
+#[doc(hidden)]
+pub mod files;
+#[doc(hidden)]
+pub mod report;
+#[doc(hidden)]
+pub mod selftest;
+#[doc(hidden)]
+pub mod signals;
+#[doc(hidden)]
+pub mod terminal;
+
+mod seal;
 
 pub use data::Dataset;
 pub use error::{Error, Result};

@@ -164,6 +164,7 @@ pub struct Permutation {
 }
 
 impl Permutation {
+    /// A permutation of `0..n`, keyed by (seed, domain, a).
     pub fn new(n: usize, seed: u64, domain: Domain, a: u64) -> Self {
         let mut stream = Stream::new(seed, domain, a, n as u64);
         let bits = (usize::BITS - n.saturating_sub(1).leading_zeros()).max(2);

@@ -16,14 +16,14 @@ use crate::error::{Error, Result};
 use crate::files;
 
 /// The file's name.
-pub const SEAL: &str = "checkpoint.json";
+pub(crate) const SEAL: &str = "checkpoint.json";
 /// Bytes per checksum.
 const BLOCK: usize = 64 << 20;
 /// The key of the file's own checksum, which covers its text without this key.
 const OWN: &str = "xxh3";
 
 /// Writes `checkpoint.json` for the files `names` of a folder. `facts` is an object; its keys come first.
-pub fn write(dir: &Path, names: &[&str], facts: Value) -> Result<()> {
+pub(crate) fn write(dir: &Path, names: &[&str], facts: Value) -> Result<()> {
     let mut body = facts.as_object().cloned().unwrap_or_default();
     body.insert("block_bytes".into(), BLOCK.into());
     let mut files = Map::new();
@@ -36,14 +36,14 @@ pub fn write(dir: &Path, names: &[&str], facts: Value) -> Result<()> {
 }
 
 /// A `checkpoint.json` whose own checksum was correct.
-pub struct Seal {
+pub(crate) struct Seal {
     body: Map<String, Value>,
 }
 
 impl Seal {
     /// Reads a folder's `checkpoint.json`. `None` if there is none: an older checkpoint, or not a checkpoint
     /// of ours.
-    pub fn read(dir: &Path) -> Result<Option<Self>> {
+    pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
         let path = dir.join(SEAL);
         if !path.is_file() {
             return Ok(None);
@@ -70,19 +70,19 @@ impl Seal {
     }
 
     /// The checkpoint's facts: all keys except the list of files.
-    pub fn facts(&self) -> Map<String, Value> {
+    pub(crate) fn facts(&self) -> Map<String, Value> {
         let is_fact = |(key, _): &(&String, &Value)| !["block_bytes", "files"].contains(&key.as_str());
         self.body.iter().filter(is_fact).map(|(key, value)| (key.clone(), value.clone())).collect()
     }
 
     /// The names of its files.
-    pub fn files(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn files(&self) -> impl Iterator<Item = &str> {
         self.body.get("files").and_then(Value::as_object).into_iter().flat_map(Map::keys).map(String::as_str)
     }
 
     /// Compares a file's bytes with its checksums. A file that is not listed does not belong to the
     /// checkpoint.
-    pub fn check(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn check(&self, path: &Path, bytes: &[u8]) -> Result<()> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let Some(entry) = self.body.get("files").and_then(|files| files.get(&*name)) else { return Ok(()) };
         let damaged = |what: String| {
@@ -116,7 +116,7 @@ impl Seal {
 }
 
 /// Compares the bytes of a file with the `checkpoint.json` beside it, if there is one.
-pub fn check(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn check(path: &Path, bytes: &[u8]) -> Result<()> {
     match Seal::read(path.parent().unwrap_or(Path::new("")))? {
         Some(seal) => seal.check(path, bytes),
         None => Ok(()),

@@ -7,10 +7,13 @@ use crate::error::{Error, Result};
 
 /// The memory of a slot. Implementations: plain aligned memory (CPU), page-locked memory (CUDA).
 pub trait HostMemory: Send {
+    /// All bytes.
     fn bytes(&self) -> &[u8];
+    /// All bytes, to be written.
     fn bytes_mut(&mut self) -> &mut [u8];
 }
 
+/// How a slot holds its pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pixels {
     /// `[B, H, W, 3]` u8, normalised on the device.
@@ -19,12 +22,16 @@ pub enum Pixels {
     F32,
 }
 
+/// What a slot holds as the truth about its samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TargetKind {
     /// One class index per sample, i32.
     Labels,
     /// `[B, C]` f32: multi-hot or soft.
-    Dense { classes: usize },
+    Dense {
+        /// C
+        classes: usize,
+    },
 }
 
 /// What one slot holds.
@@ -34,7 +41,9 @@ pub struct SlotLayout {
     pub samples: usize,
     /// (H, W)
     pub image: (usize, usize),
+    /// How pixels are held.
     pub pixels: Pixels,
+    /// What is held as the truth.
     pub targets: TargetKind,
 }
 
@@ -42,9 +51,13 @@ pub struct SlotLayout {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct MixBox {
+    /// First row.
     pub y0: u16,
+    /// First column.
     pub x0: u16,
+    /// The row after the last.
     pub y1: u16,
+    /// The column after the last.
     pub x1: u16,
 }
 
@@ -53,7 +66,9 @@ pub struct MixBox {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct Erase {
+    /// The box that is erased; empty: nothing.
     pub cut: MixBox,
+    /// Seed of the draws for this sample.
     pub seed: u32,
     /// 0: zeros; 1: one normal colour; 2: a normal draw per value.
     pub mode: u32,
@@ -147,6 +162,7 @@ impl Slot {
         slot
     }
 
+    /// Sizes and types of what the slot holds.
     pub fn layout(&self) -> SlotLayout {
         self.layout
     }
@@ -171,6 +187,7 @@ impl Slot {
         assert_eq!(self.layout.pixels, Pixels::U8);
         self.part(0, self.layout.samples * self.layout.image_len())
     }
+    /// [`Slot::images_u8`], to be written.
     pub fn images_u8_mut(&mut self) -> &mut [u8] {
         assert_eq!(self.layout.pixels, Pixels::U8);
         self.part_mut(0, self.layout.samples * self.layout.image_len())
@@ -180,6 +197,7 @@ impl Slot {
         assert_eq!(self.layout.pixels, Pixels::F32);
         self.part(0, self.layout.samples * self.layout.image_len())
     }
+    /// [`Slot::images_f32`], to be written.
     pub fn images_f32_mut(&mut self) -> &mut [f32] {
         assert_eq!(self.layout.pixels, Pixels::F32);
         self.part_mut(0, self.layout.samples * self.layout.image_len())
@@ -189,6 +207,7 @@ impl Slot {
         assert_eq!(self.layout.targets, TargetKind::Labels);
         self.part(1, self.layout.samples)
     }
+    /// [`Slot::labels`], to be written.
     pub fn labels_mut(&mut self) -> &mut [i32] {
         assert_eq!(self.layout.targets, TargetKind::Labels);
         self.part_mut(1, self.layout.samples)
@@ -198,6 +217,7 @@ impl Slot {
         let TargetKind::Dense { classes } = self.layout.targets else { panic!("the slot holds labels") };
         self.part(1, self.layout.samples * classes)
     }
+    /// [`Slot::targets`], to be written.
     pub fn targets_mut(&mut self) -> &mut [f32] {
         let TargetKind::Dense { classes } = self.layout.targets else { panic!("the slot holds labels") };
         self.part_mut(1, self.layout.samples * classes)
@@ -206,6 +226,7 @@ impl Slot {
     pub fn partner(&self) -> &[u32] {
         self.part(2, self.layout.samples)
     }
+    /// [`Slot::partner`], to be written.
     pub fn partner_mut(&mut self) -> &mut [u32] {
         self.part_mut(2, self.layout.samples)
     }
@@ -213,6 +234,7 @@ impl Slot {
     pub fn lambda(&self) -> &[f32] {
         self.part(3, self.layout.samples)
     }
+    /// [`Slot::lambda`], to be written.
     pub fn lambda_mut(&mut self) -> &mut [f32] {
         self.part_mut(3, self.layout.samples)
     }
@@ -220,6 +242,7 @@ impl Slot {
     pub fn boxes(&self) -> &[MixBox] {
         self.part(4, self.layout.samples)
     }
+    /// [`Slot::boxes`], to be written.
     pub fn boxes_mut(&mut self) -> &mut [MixBox] {
         self.part_mut(4, self.layout.samples)
     }
@@ -228,6 +251,7 @@ impl Slot {
     pub fn pixel_lambda(&self) -> &[f32] {
         self.part(5, self.layout.samples)
     }
+    /// [`Slot::pixel_lambda`], to be written.
     pub fn pixel_lambda_mut(&mut self) -> &mut [f32] {
         self.part_mut(5, self.layout.samples)
     }
@@ -235,6 +259,7 @@ impl Slot {
     pub fn erase(&self) -> &[Erase] {
         self.part(6, self.layout.samples)
     }
+    /// [`Slot::erase`], to be written.
     pub fn erase_mut(&mut self) -> &mut [Erase] {
         self.part_mut(6, self.layout.samples)
     }

@@ -64,6 +64,7 @@ pub struct Setting {
     pub storage: Storage,
     /// The bound batch: the type of its pixels and targets.
     pub pixels: Pixels,
+    /// The type of the bound batch's targets.
     pub targets: TargetKind,
     /// Gradients of parameters are added to: true in every micro-batch but the first.
     pub gradients: Write,

@@ -13,6 +13,7 @@ pub enum Device {
     /// The first GPU if it works, else the CPU after one line that says why.
     #[default]
     Auto,
+    /// The processor.
     Cpu,
     /// A GPU, by its number among the visible ones.
     Cuda(usize),

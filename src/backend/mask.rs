@@ -22,6 +22,7 @@ pub struct BoundMask {
 }
 
 impl BoundMask {
+    /// Binds `mask` to a step and a micro-batch.
     pub fn new(mask: Mask, keys: StepKeys, micro: Micro) -> Self {
         Self {
             rate: mask.rate,

@@ -44,13 +44,17 @@ impl Arena {
         [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2, Arena::Ema, Arena::Activations];
 }
 
+/// The type of a matrix's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
+    /// IEEE single precision.
     F32,
+    /// bfloat16: the upper half of a single.
     Bf16,
 }
 
 impl Dtype {
+    /// Bytes per element.
     pub fn bytes(self) -> usize {
         match self {
             Dtype::F32 => 4,
@@ -62,13 +66,17 @@ impl Dtype {
 /// A row-major matrix somewhere in an arena: a handle, not memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mat {
+    /// The memory that it lies in.
     pub arena: Arena,
     /// Byte offset of the first element; a multiple of 256 where a tensor starts.
     pub offset: usize,
+    /// Number of rows.
     pub rows: usize,
+    /// Values per row.
     pub cols: usize,
     /// Elements from one row to the next; `cols <= ld`.
     pub ld: usize,
+    /// Type of the elements.
     pub dtype: Dtype,
 }
 
@@ -121,6 +129,7 @@ impl fmt::Display for Mat {
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
 pub enum Recompute {
+    /// Nothing: every activation is kept.
     #[default]
     #[serde(rename = "none")]
     None,
@@ -176,7 +185,9 @@ pub const ROW_ALIGN: usize = 8;
 /// One line of the memory table.
 #[derive(Clone, Debug)]
 pub struct PlanEntry {
+    /// What lies there, such as `block 0 qkv`.
     pub name: String,
+    /// Size, with padding.
     pub bytes: usize,
 }
 
@@ -190,12 +201,14 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
+    /// A plan of nothing but the device's workspace.
     pub fn new(storage: Storage) -> Self {
         let mut plan = Self { storage, sizes: [0; Arena::COUNT], activations: Vec::new() };
         plan.sizes[Arena::Workspace as usize] = storage.workspace;
         plan
     }
 
+    /// How the device stores activations.
     pub fn storage(&self) -> Storage {
         self.storage
     }
@@ -215,6 +228,7 @@ impl MemoryPlan {
         }
     }
 
+    /// Size of one arena.
     pub fn bytes(&self, arena: Arena) -> usize {
         self.sizes[arena as usize]
     }
@@ -224,6 +238,7 @@ impl MemoryPlan {
         self.sizes[index]
     }
 
+    /// Size of all arenas.
     pub fn total_bytes(&self) -> usize {
         self.sizes.iter().sum()
     }

@@ -22,7 +22,10 @@
 
 pub mod batch;
 pub mod cost;
+// Public for benches and tests of single kernels: [`select`] opens a device.
+#[doc(hidden)]
 pub mod cpu;
+#[allow(missing_docs)]
 pub mod cuda;
 pub mod device;
 pub mod dry_run;
@@ -75,6 +78,7 @@ impl Micro {
 /// Keys of all random numbers in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepKeys {
+    /// The run's seed.
     pub seed: u64,
     /// Updates done so far.
     pub step: u64,
@@ -85,6 +89,7 @@ pub struct StepKeys {
 pub struct Choice {
     /// The matrix product and the work around it.
     pub product: String,
+    /// The way chosen for it.
     pub way: String,
     /// The time of each way; empty where the choice comes from a checkpoint.
     pub microseconds: std::collections::BTreeMap<String, f32>,
@@ -148,7 +153,9 @@ pub trait Backend: Send {
 
     // The step --------------------------------------------------------------------------------------------------
 
+    /// Starts a step: masks are drawn from these keys until the next call.
     fn begin_step(&mut self, keys: StepKeys) -> Result<()>;
+    /// Starts a micro-batch: operations work on these samples of the bound batch until the next call.
     fn begin_micro(&mut self, micro: Micro) -> Result<()>;
     /// Runs `body`, then the update. Callers repeat it with bodies that do the same work, so that a device
     /// may record the work once and replay it: between two calls only the bound batch, the keys of

@@ -6,9 +6,13 @@ use super::Mat;
 /// A dense layer's parameters: `y = x·weightᵀ + bias`.
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
-    pub weight: Mat,           // [out, in]
-    pub bias: Mat,             // [1, out]
-    pub d_weight: Option<Mat>, // None: frozen
+    /// `[out, in]`
+    pub weight: Mat,
+    /// `[1, out]`
+    pub bias: Mat,
+    /// Gradient of `weight`, in its shape. `None`: frozen.
+    pub d_weight: Option<Mat>,
+    /// Gradient of `bias`, in its shape. `None`: frozen.
     pub d_bias: Option<Mat>,
 }
 
@@ -27,17 +31,24 @@ impl Linear {
 /// A LayerNorm's parameters.
 #[derive(Clone, Copy, Debug)]
 pub struct Norm {
-    pub gamma: Mat, // [1, D]
-    pub beta: Mat,  // [1, D]
+    /// Scale, `[1, D]`.
+    pub gamma: Mat,
+    /// Shift, `[1, D]`.
+    pub beta: Mat,
+    /// Gradient of `gamma`. `None`: frozen.
     pub d_gamma: Option<Mat>,
+    /// Gradient of `beta`. `None`: frozen.
     pub d_beta: Option<Mat>,
+    /// Added to the variance.
     pub eps: f32,
 }
 
 /// Row statistics that a LayerNorm keeps for its backward; f32 `[R, 1]` each.
 #[derive(Clone, Copy, Debug)]
 pub struct Stats {
+    /// Mean of each row.
     pub mean: Mat,
+    /// `1/√(variance + eps)` of each row.
     pub rstd: Mat,
 }
 
@@ -62,6 +73,7 @@ pub struct Mask {
 }
 
 impl Mask {
+    /// Draws nothing and drops nothing.
     pub const NONE: Mask = Mask { rate: 0.0, site: 0 };
 }
 
@@ -75,7 +87,14 @@ pub enum Epilogue {
     /// `y = x·Wᵀ + b + residual`; `residual` has y's shape and may be y.
     BiasResidual(Mat),
     /// `pre = x·Wᵀ + b; y = dropout(gelu(pre))`; `pre` is stored where a backward is to come.
-    BiasGelu { pre: Option<Mat>, form: Gelu, dropout: Mask },
+    BiasGelu {
+        /// `[R, M]`: where the pre-activation is stored. `None`: there is no backward.
+        pre: Option<Mat>,
+        /// Which GELU.
+        form: Gelu,
+        /// Mask of the result.
+        dropout: Mask,
+    },
     /// `y = tanh(x·Wᵀ + b)`
     BiasTanh,
 }
@@ -90,16 +109,33 @@ pub enum InputGrad {
     /// `d_x += d_y·W`
     Add(Mat),
     /// The input was `dropout(gelu(pre))`: `d_pre = dropout'(d_y·W)·gelu'(pre)`.
-    Gelu { d_pre: Mat, pre: Mat, form: Gelu, dropout: Mask },
+    Gelu {
+        /// `[R, M]`, written.
+        d_pre: Mat,
+        /// `[R, M]`: the pre-activation that [`Epilogue::BiasGelu`] stored.
+        pre: Mat,
+        /// Which GELU.
+        form: Gelu,
+        /// Mask of the forward pass's result.
+        dropout: Mask,
+    },
     /// The input was `tanh(·)`, and `y` is its value: `d = (d_y·W)·(1 - y²)`.
-    Tanh { d: Mat, y: Mat },
+    Tanh {
+        /// The gradient, written.
+        d: Mat,
+        /// The result of [`Epilogue::BiasTanh`].
+        y: Mat,
+    },
 }
 
 /// Sizes of a multi-head attention over packed `[B, T, 3, H, Dh]` rows. Scores are scaled by `1/√Dh`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
+    /// T
     pub tokens: usize,
+    /// H
     pub heads: usize,
+    /// Dh
     pub head_size: usize,
 }
 
@@ -107,12 +143,18 @@ pub struct Heads {
 /// `sum = base + drop_path(layer_scale ∘ dropout(branch))`.
 #[derive(Clone, Copy, Debug)]
 pub struct Branch {
-    pub base: Mat,                               // [R, D]
-    pub branch: Mat,                             // [R, D]
-    pub layer_scale: Option<(Mat, Option<Mat>)>, // [1, D] and its gradient
-    pub dropout: Mask,                           // per element
-    pub drop_path: Mask,                         // per sample
-    pub tokens: usize,                           // T: rows of one sample
+    /// `[R, D]`: the residual stream.
+    pub base: Mat,
+    /// `[R, D]`: the output of a block half.
+    pub branch: Mat,
+    /// Factors, `[1, D]`, and their gradient. `None`: no LayerScale.
+    pub layer_scale: Option<(Mat, Option<Mat>)>,
+    /// Mask per element.
+    pub dropout: Mask,
+    /// Mask per sample.
+    pub drop_path: Mask,
+    /// T: rows of one sample.
+    pub tokens: usize,
 }
 
 /// What a LayerNorm reads: a sum that is already there, or one that it makes first.
@@ -121,7 +163,12 @@ pub enum Join {
     /// The residual was added by the matmul's epilogue (or there is none): read `sum`.
     Ready(Mat),
     /// Compute and store `sum` from the branch, then read it.
-    Branch { sum: Mat, branch: Branch },
+    Branch {
+        /// `[R, D]`, written.
+        sum: Mat,
+        /// What is added.
+        branch: Branch,
+    },
 }
 
 impl Join {
@@ -137,8 +184,11 @@ impl Join {
 /// zero rows in front of each sample's patches; within a patch the order is row, column, channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PatchGrid {
+    /// (H, W) in pixels.
     pub image: (usize, usize),
+    /// (height, width) of a patch in pixels.
     pub patch: (usize, usize),
+    /// E: tokens in front of the patches.
     pub extra: usize,
 }
 
@@ -164,7 +214,9 @@ impl PatchGrid {
 /// `value = (pixel - mean) / std` per channel, in units of 0..255.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Normalise {
+    /// Mean of each channel (RGB).
     pub mean: [f32; 3],
+    /// Divisor of each channel (RGB).
     pub std: [f32; 3],
 }
 
@@ -177,12 +229,19 @@ impl Normalise {
 /// extra rows, the position embedding on every row from `posemb_first` on; then dropout.
 #[derive(Clone, Copy, Debug)]
 pub struct Embed {
-    pub tokens: usize,                                 // T
-    pub extra: usize,                                  // E: 0, 1 or 2
-    pub bias: (Mat, Option<Mat>),                      // [1, D] and its gradient
-    pub extra_tokens: [Option<(Mat, Option<Mat>)>; 2], // [1, D] each
-    pub posemb: (Mat, Option<Mat>),                    // [T - posemb_first, D]
-    pub posemb_first: usize, // 0: extra tokens have position rows; E: they have none
+    /// T
+    pub tokens: usize,
+    /// E: 0, 1 or 2.
+    pub extra: usize,
+    /// `[1, D]` and its gradient.
+    pub bias: (Mat, Option<Mat>),
+    /// `[1, D]` each, and their gradients.
+    pub extra_tokens: [Option<(Mat, Option<Mat>)>; 2],
+    /// `[T - posemb_first, D]` and its gradient.
+    pub posemb: (Mat, Option<Mat>),
+    /// 0: extra tokens have position rows; E: they have none.
+    pub posemb_first: usize,
+    /// Mask of the sum.
     pub dropout: Mask,
 }
 
@@ -190,14 +249,25 @@ pub struct Embed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pool {
     /// Row `index` of each sample.
-    Token { tokens: usize, index: usize },
+    Token {
+        /// T
+        tokens: usize,
+        /// The row within each sample.
+        index: usize,
+    },
     /// Mean over rows `first..tokens`.
-    Mean { tokens: usize, first: usize },
+    Mean {
+        /// T
+        tokens: usize,
+        /// The first row of each sample that counts.
+        first: usize,
+    },
 }
 
 /// The training objective over `[B, C]` logits; targets come from the bound batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Loss {
+    /// The formula.
     pub kind: LossKind,
     /// Targets become `(1-s)·y + s/C`.
     pub label_smoothing: f32,
@@ -212,6 +282,7 @@ impl Loss {
     }
 }
 
+/// The formula of a [`Loss`]: y are targets, z logits, w class weights, c goes over classes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LossKind {

@@ -15,31 +15,50 @@ use super::{Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, Norm, Normalise
 #[derive(Clone, Copy, Debug)]
 pub enum Op<'a> {
     // Patch embedding
+    /// Pixels to patches.
     Patchify(Patchify),
+    /// Bias, extra tokens and positions.
     Embed(Embed<'a>),
+    /// Gradients of bias, extra tokens and positions.
     EmbedBackward(EmbedBackward<'a>),
     // Dense layers
+    /// A dense layer.
     Matmul(Matmul<'a>),
+    /// Gradients of a dense layer.
     MatmulBackward(MatmulBackward<'a>),
+    /// A GELU, computed again.
     Gelu(Gelu),
     // LayerNorm and the residual stream
+    /// A LayerNorm, after the residual add in front of it.
     LayerNorm(LayerNorm<'a>),
+    /// Gradients of a LayerNorm and of the residual add.
     LayerNormBackward(LayerNormBackward<'a>),
+    /// A residual add alone.
     Residual(Residual<'a>),
+    /// Gradients of a residual add alone.
     ResidualBackward(ResidualBackward<'a>),
     // Attention
+    /// Self-attention of all tokens.
     Attention(Attention),
+    /// Gradients of a self-attention.
     AttentionBackward(AttentionBackward),
+    /// Attention with one query per sample.
     QueryAttention(QueryAttention),
+    /// Gradients of an attention with one query.
     QueryAttentionBackward(QueryAttentionBackward),
     // Head
+    /// Tokens to one vector per sample.
     Pool(Pool),
+    /// Gradient of a pool.
     PoolBackward(PoolBackward),
+    /// A factor for all values.
     Scale(Scale),
+    /// Loss, metrics and the gradient of the logits.
     Loss(Loss),
     // Update
     /// Clears the sums that [`Backend::report`](super::Backend::report) gives.
     BeginReport,
+    /// Adds a micro-batch to the sums of the report.
     AddToReport(AddToReport),
     /// Global norm, clip, optimiser, EMA. Skips itself if the loss or the norm is not finite.
     Update(&'a super::Update<'a>),
@@ -91,15 +110,20 @@ impl Op<'_> {
 /// Pixels of the bound batch → `patches: [B·T, patch_len]`: normalised, mixed (mixup, cutmix), cut.
 #[derive(Clone, Copy, Debug)]
 pub struct Patchify {
+    /// How pictures are cut.
     pub grid: PatchGrid,
+    /// What pixels become first. f32 slots are normalised already.
     pub normalise: Normalise,
+    /// `[B·T, patch_len]`, written.
     pub patches: Mat,
 }
 
 /// `x: [B·T, D]`, in place: see [`super::Embed`].
 #[derive(Clone, Copy, Debug)]
 pub struct Embed<'a> {
+    /// What is added.
     pub embed: &'a super::Embed,
+    /// `[B·T, D]`, changed in place.
     pub x: Mat,
 }
 
@@ -108,8 +132,11 @@ pub struct Embed<'a> {
 /// products read.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbedBackward<'a> {
+    /// What the forward pass added, with the places of its gradients.
     pub embed: &'a super::Embed,
+    /// `[B·T, D]`: gradient of the embedded tokens, read.
     pub d_x: Mat,
+    /// `[B·T, D]`: gradient of the patch products.
     pub d_y: Mat,
 }
 
@@ -118,9 +145,13 @@ pub struct EmbedBackward<'a> {
 /// `y: [R, out] = epilogue(x: [R, in])`
 #[derive(Clone, Copy, Debug)]
 pub struct Matmul<'a> {
+    /// `[R, in]`
     pub x: Mat,
+    /// Weight and bias; gradients are not touched.
     pub w: &'a Linear,
+    /// What happens to the product before it is stored.
     pub epilogue: Epilogue,
+    /// `[R, out]`, written.
     pub y: Mat,
 }
 
@@ -128,18 +159,26 @@ pub struct Matmul<'a> {
 /// operation has made them together with `d_y`.
 #[derive(Clone, Copy, Debug)]
 pub struct MatmulBackward<'a> {
+    /// `[R, out]`
     pub d_y: Mat,
+    /// `[R, in]`: the input of the forward pass.
     pub x: Mat,
+    /// Weight and bias, with the places of their gradients.
     pub w: &'a Linear,
+    /// Where the gradient of `x` goes, and what happens to it first.
     pub d_x: InputGrad,
 }
 
 /// `y = dropout(gelu(pre))`: recomputes the output of [`Epilogue::BiasGelu`] from the pre-activation that it kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Gelu {
+    /// `[R, M]`: the input, as the forward pass kept it.
     pub pre: Mat,
+    /// Which GELU.
     pub form: super::Gelu,
+    /// Mask of the result.
     pub dropout: Mask,
+    /// `[R, M]`, written.
     pub y: Mat,
 }
 
@@ -148,9 +187,13 @@ pub struct Gelu {
 /// `y = layernorm(join)`, Ba et al. 2016; variance is biased, statistics f32.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNorm<'a> {
+    /// What is normalised, and how it is made.
     pub join: &'a Join,
+    /// Scale and shift.
     pub norm: &'a Norm,
+    /// `[R, D]`, written.
     pub y: Mat,
+    /// Statistics for the backward, written.
     pub stats: Stats,
 }
 
@@ -158,13 +201,21 @@ pub struct LayerNorm<'a> {
 /// above, or assigned. Then [`ResidualBackward`].
 #[derive(Clone, Copy, Debug)]
 pub struct LayerNormBackward<'a> {
+    /// `[R, D]`: gradient of the normalised values.
     pub d_y: Mat,
+    /// The join of the forward pass.
     pub join: &'a Join,
+    /// Scale and shift, with the places of their gradients.
     pub norm: &'a Norm,
+    /// Statistics that the forward pass kept.
     pub stats: Stats,
+    /// `[R, D]`: gradient of the residual stream.
     pub d_sum: Mat,
+    /// Whether `d_sum` is assigned or added to.
     pub write: Write,
+    /// `[R, D]`: see [`ResidualBackward`].
     pub d_branch: Mat,
+    /// `[1, D]`: see [`ResidualBackward`].
     pub d_bias: Option<Mat>,
 }
 
@@ -179,6 +230,7 @@ impl<'a> LayerNormBackward<'a> {
 /// The residual add of [`Join::Branch`] alone (after the last block); nothing for [`Join::Ready`].
 #[derive(Clone, Copy, Debug)]
 pub struct Residual<'a> {
+    /// The sum to make.
     pub join: &'a Join,
 }
 
@@ -188,9 +240,13 @@ pub struct Residual<'a> {
 /// reads the result as its `d_y`; `None` if that bias is not trained.
 #[derive(Clone, Copy, Debug)]
 pub struct ResidualBackward<'a> {
+    /// The join of the forward pass.
     pub join: &'a Join,
+    /// `[R, D]`: gradient of the sum, read.
     pub d_sum: Mat,
+    /// `[R, D]`: gradient of the branch, written.
     pub d_branch: Mat,
+    /// `[1, D]`: sum of the rows of `d_branch`.
     pub d_bias: Option<Mat>,
 }
 
@@ -199,10 +255,15 @@ pub struct ResidualBackward<'a> {
 /// `o: [B·T, H·Dh]` and `lse: [B·H, T]` from `qkv: [B·T, 3·H·Dh]`; dropout on the probabilities.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention {
+    /// Sizes.
     pub heads: Heads,
+    /// `[B·T, 3·H·Dh]`: queries, keys, values.
     pub qkv: Mat,
+    /// `[B·T, H·Dh]`, written.
     pub o: Mat,
+    /// f32 `[B·H, T]`: log of the sum of the exponentials of each query's scores, written.
     pub lse: Mat,
+    /// Mask of the probabilities.
     pub dropout: Mask,
 }
 
@@ -210,13 +271,21 @@ pub struct Attention {
 /// `None` if that bias is not trained.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionBackward {
+    /// Sizes.
     pub heads: Heads,
+    /// `[B·T, 3·H·Dh]`, as in the forward pass.
     pub qkv: Mat,
+    /// `[B·T, H·Dh]`: the forward pass's result.
     pub o: Mat,
+    /// f32 `[B·H, T]`, as the forward pass wrote it.
     pub lse: Mat,
+    /// Mask of the probabilities, as in the forward pass.
     pub dropout: Mask,
+    /// `[B·T, H·Dh]`: gradient of `o`.
     pub d_o: Mat,
+    /// `[B·T, 3·H·Dh]`, written.
     pub d_qkv: Mat,
+    /// `[1, 3·H·Dh]`: sum of the rows of `d_qkv`.
     pub d_bias: Option<Mat>,
 }
 
@@ -225,24 +294,38 @@ pub struct AttentionBackward {
 /// token's query in [`Attention`].
 #[derive(Clone, Copy, Debug)]
 pub struct QueryAttention {
+    /// Sizes.
     pub heads: Heads,
+    /// `[B, H·Dh]` or `[1, H·Dh]`
     pub q: Mat,
+    /// `[B·T, 2·H·Dh]`: keys, values.
     pub kv: Mat,
+    /// `[B·H, T]`: probabilities before dropout, written.
     pub p: Mat,
+    /// `[B, H·Dh]`, written.
     pub o: Mat,
+    /// Mask of the probabilities.
     pub dropout: Mask,
 }
 
 /// `d_q`, shaped as `q` (summed over the samples where they share it), and `d_kv` from `d_o`.
 #[derive(Clone, Copy, Debug)]
 pub struct QueryAttentionBackward {
+    /// Sizes.
     pub heads: Heads,
+    /// `[B, H·Dh]` or `[1, H·Dh]`, as in the forward pass.
     pub q: Mat,
+    /// `[B·T, 2·H·Dh]`, as in the forward pass.
     pub kv: Mat,
+    /// `[B·H, T]`, as the forward pass wrote it.
     pub p: Mat,
+    /// Mask of the probabilities, as in the forward pass.
     pub dropout: Mask,
+    /// `[B, H·Dh]`: gradient of `o`.
     pub d_o: Mat,
+    /// Gradient of `q`, in its shape, written.
     pub d_q: Mat,
+    /// `[B·T, 2·H·Dh]`, written.
     pub d_kv: Mat,
 }
 
@@ -251,24 +334,33 @@ pub struct QueryAttentionBackward {
 /// `y: [B, D]` from `x: [B·T, D]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Pool {
+    /// Which rows, and how they are reduced.
     pub pool: super::Pool,
+    /// `[B·T, D]`
     pub x: Mat,
+    /// `[B, D]`, written.
     pub y: Mat,
 }
 
 /// `d_x: [B·T, D]` from `d_y`, assigned (with zeros for tokens that are not pooled) or added to, by `write`.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolBackward {
+    /// Which rows the forward pass took.
     pub pool: super::Pool,
+    /// `[B, D]`
     pub d_y: Mat,
+    /// `[B·T, D]`
     pub d_x: Mat,
+    /// Whether `d_x` is assigned or added to.
     pub write: Write,
 }
 
 /// `x ← factor·x`
 #[derive(Clone, Copy, Debug)]
 pub struct Scale {
+    /// Changed in place.
     pub x: Mat,
+    /// Multiplies every value.
     pub factor: f32,
 }
 
@@ -276,9 +368,13 @@ pub struct Scale {
 /// Padding samples (past the slot's count) contribute nothing. `d_logits` may be `logits`.
 #[derive(Clone, Copy, Debug)]
 pub struct Loss {
+    /// The objective.
     pub loss: super::Loss,
+    /// `[B, C]`
     pub logits: Mat,
+    /// `[B, C]`, written. May be `logits`.
     pub d_logits: Mat,
+    /// f32 `[B, 3]`, written; columns as in [`super::sample_metric`].
     pub samples: Mat,
 }
 
@@ -287,5 +383,6 @@ pub struct Loss {
 /// Adds the `samples: [B, 3]` of a micro-batch to the step's report, in order.
 #[derive(Clone, Copy, Debug)]
 pub struct AddToReport {
+    /// f32 `[B, 3]`, as [`Loss`] wrote it.
     pub samples: Mat,
 }

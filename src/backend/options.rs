@@ -51,7 +51,9 @@ pub const CPU_ROUNDS: &str = "VITRUM_CPU_ROUNDS";
 /// How a device is opened.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceOptions {
+    /// The number format of activations and matrix products.
     pub precision: Precision,
+    /// Storage of the residual stream when activations are bf16.
     pub residual: Residual,
     /// CPU threads; 0: one per core.
     pub threads: usize,

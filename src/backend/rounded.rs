@@ -72,6 +72,7 @@ pub struct Rounded {
 }
 
 impl Rounded {
+    /// The CPU backend that rounds what `rounds` says.
     pub fn new(inner: CpuBackend, rounds: Rounds) -> Self {
         let params = Mat { arena: Arena::Params, offset: 0, rows: 1, cols: 0, ld: 0, dtype: Dtype::F32 };
         Self { inner, rounds, planned_bytes: 0, params, operand_bytes: 0, stream: Vec::new() }

@@ -31,14 +31,18 @@ pub struct Times {
 /// All calls of one operation, or of another method of [`Backend`].
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
+    /// Its name: [`Op::name`](super::Op::name), or that of the method.
     pub operation: &'static str,
+    /// How often it was called.
     pub calls: usize,
+    /// Seconds in all calls together.
     pub seconds: f64,
     /// Zero where the method is not an operation.
     pub cost: Cost,
 }
 
 impl Timed {
+    /// Measures all calls of `inner`.
     pub fn new(inner: Box<dyn Backend>) -> Self {
         let (storage, pixels, targets) = (inner.storage(), Pixels::U8, TargetKind::Labels);
         let setting = Setting { storage, pixels, targets, gradients: Write::Assign };
@@ -55,6 +59,7 @@ impl Timed {
         self.inner
     }
 
+    /// The times so far. They go on counting while the backend is used.
     pub fn times(&self) -> Times {
         self.times.clone()
     }

@@ -10,15 +10,49 @@ use super::{Dtype, Storage, cuda};
 pub enum Rule {
     /// `m ← g + momentum·m`; `u = m`, or `g + momentum·m` with Nesterov. With `bf16` the stored m is rounded,
     /// and the momentum is `bf16(momentum)`, as in JAX (spec: Optax `trace`).
-    Sgd { momentum: f64, nesterov: bool, bf16: bool },
+    Sgd {
+        /// Decay of m.
+        momentum: f64,
+        /// Whether `u = g + momentum·m`.
+        nesterov: bool,
+        /// Whether the first moment is stored in bf16.
+        bf16: bool,
+    },
     /// Kingma and Ba 2015; decoupled decay is Loshchilov and Hutter 2019. `bf16` rounds the first moment.
-    Adam { beta1: f64, beta2: f64, eps: f64, bf16: bool },
+    Adam {
+        /// Decay of the first moment.
+        beta1: f64,
+        /// Decay of the second moment.
+        beta2: f64,
+        /// Added to the root of the second moment.
+        eps: f64,
+        /// Whether the first moment is stored in bf16.
+        bf16: bool,
+    },
     /// Chen et al. 2023: `u = sign(beta1·m + (1-beta1)·g)`, then `m ← beta2·m + (1-beta2)·g`.
-    Lion { beta1: f64, beta2: f64, bf16: bool },
+    Lion {
+        /// Weight of m in the update.
+        beta1: f64,
+        /// Decay of m.
+        beta2: f64,
+        /// Whether the first moment is stored in bf16.
+        bf16: bool,
+    },
     /// Shazeer and Stern 2018 in big_vision's form: the second moment, factored where [`Factor::factored`] says so,
     /// decays by `min(beta2_cap, 1 - t^-decay_power)`; then momentum as an EMA without bias correction. `clip_rms` limits
     /// the root mean square of one tensor's update before the momentum.
-    Adafactor { momentum: f64, beta2_cap: f64, decay_power: f64, clip_rms: Option<f64>, bf16: bool },
+    Adafactor {
+        /// Decay of the momentum.
+        momentum: f64,
+        /// Largest decay of the second moment.
+        beta2_cap: f64,
+        /// Power of t in the second moment's decay.
+        decay_power: f64,
+        /// Largest root mean square of an update. `None`: no limit.
+        clip_rms: Option<f64>,
+        /// Whether the first moment is stored in bf16.
+        bf16: bool,
+    },
 }
 
 impl Rule {
@@ -47,11 +81,13 @@ impl Rule {
 /// One tensor's slice of the flat buffers. Offsets and lengths are in elements and include padding, which stays zero.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
+    /// The parameter's name.
     pub name: String,
     /// Offset in the parameter arena.
     pub param: usize,
     /// Offset in the gradient arena; moments mirror it.
     pub grad: usize,
+    /// Number of elements.
     pub len: usize,
     /// Index into [`Update::groups`].
     pub group: usize,
@@ -65,13 +101,21 @@ pub struct Segment {
 /// otherwise it holds the whole tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Factor {
+    /// Sizes of the two outer axes; 1 where there is none.
     pub outer: [usize; 2],
+    /// Size of the axis that row statistics keep.
     pub rows: usize,
+    /// Size of the axis that column statistics keep.
     pub cols: usize,
+    /// Strides of the outer axes.
     pub outer_stride: [usize; 2],
+    /// Stride of `rows`.
     pub row_stride: usize,
+    /// Stride of `cols`.
     pub col_stride: usize,
+    /// First element of the statistics in `Moment2`.
     pub state: usize,
+    /// Whether the statistics are means over rows and columns instead of a value per element.
     pub factored: bool,
 }
 
@@ -81,6 +125,7 @@ impl Factor {
         self.outer[0] * self.outer[1] * self.rows * self.cols
     }
 
+    /// Whether the tensor has no values.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -94,6 +139,7 @@ impl Factor {
 /// The scalars of one parameter group for one update: `θ ← θ - lr·u - decay·θ`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GroupScalars {
+    /// Learning rate.
     pub lr: f32,
     /// Already multiplied by lr (torch) or by the relative schedule (big_vision).
     pub decay: f32,
@@ -102,8 +148,11 @@ pub struct GroupScalars {
 /// One optimiser update over the flat buffers.
 #[derive(Clone, Debug)]
 pub struct Update<'a> {
+    /// From gradient to update.
     pub rule: Rule,
+    /// The tensors to update.
     pub segments: &'a [Segment],
+    /// The scalars of each group.
     pub groups: &'a [GroupScalars],
     /// Updates done including this one (Adam's t), from 1.
     pub t: u64,
@@ -121,7 +170,9 @@ pub struct Update<'a> {
 pub struct StepReport {
     /// Mean loss over the batch.
     pub loss: f64,
+    /// Share of samples whose largest logit belongs to a true class.
     pub top1: f64,
+    /// Share of samples with a true class among the five largest logits.
     pub top5: f64,
     /// Global norm before clipping.
     pub grad_norm: f64,

@@ -15,15 +15,20 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum By {
+    /// By the classes' names.
     Name,
+    /// By numbers that the names contain, such as ImageNet's.
     Number,
+    /// By their order.
     Place,
 }
 
 /// The model's number of each class of the data.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Matching {
+    /// The model's number, for each class of the data in its order.
     pub numbers: Vec<usize>,
+    /// How they were matched.
     pub by: By,
 }
 

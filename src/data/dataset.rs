@@ -40,11 +40,13 @@ pub struct Manifest {
     /// Whether pictures were turned by their EXIF orientation when they were packed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub exif: bool,
+    /// Number of records in all shards.
     pub records: usize,
     /// Records of the source that could not be used.
     pub skipped: usize,
     /// Names in the order of the labels.
     pub classes: Vec<String>,
+    /// The shards, in the order of the records.
     pub shards: Vec<ShardEntry>,
 }
 
@@ -53,12 +55,14 @@ pub struct Manifest {
 pub struct ShardEntry {
     /// File name, in the folder of `dataset.json`.
     pub file: String,
+    /// Number of records in the shard.
     pub records: usize,
     /// xxh3-64 of the file, in hex.
     pub checksum: String,
 }
 
 impl Manifest {
+    /// The version that this program writes and reads.
     pub const VERSION: u32 = 1;
 
     /// Reads `dataset.json` of a folder.

@@ -13,18 +13,28 @@ pub const MAX_PIXELS: u64 = 178_956_970;
 /// Contents of a picture's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
+    /// The file format.
     pub format: Format,
+    /// Rows of pixels, before any turn by EXIF.
     pub height: usize,
+    /// Columns of pixels, before any turn by EXIF.
     pub width: usize,
 }
 
+/// Picture formats that can be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
+    /// JPEG, baseline and progressive.
     Jpeg,
+    /// PNG.
     Png,
+    /// WebP.
     WebP,
+    /// GIF; the first frame.
     Gif,
+    /// Windows bitmap.
     Bmp,
+    /// TIFF.
     Tiff,
 }
 

@@ -36,9 +36,19 @@ const LANES: usize = 2;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Mode {
     /// Shuffled, augmented, endless.
-    Train { augment: AugmentSection, seed: u64 },
+    Train {
+        /// What is drawn for each sample.
+        augment: AugmentSection,
+        /// Seed of the order and of all draws.
+        seed: u64,
+    },
     /// Every sample once, in order; the last batch may be short ([`Slot::count`]).
-    Eval { resize: EvalResize, crop_ratio: f32 },
+    Eval {
+        /// The resize and the crop.
+        resize: EvalResize,
+        /// Share of the resized picture that the centre crop keeps, in (0, 1].
+        crop_ratio: f32,
+    },
 }
 
 /// How to load.
@@ -48,11 +58,13 @@ pub struct LoaderSpec {
     pub batch: usize,
     /// (H, W) of a slot's pictures.
     pub image: (usize, usize),
+    /// The purpose of the batches.
     pub mode: Mode,
     /// The first batch to deliver.
     pub start_batch: u64,
     /// Worker threads; 0: one per core, at most 16.
     pub workers: usize,
+    /// What to do with a record that cannot be decoded.
     pub on_bad_record: OnBadRecord,
     /// Whether pictures are turned by their EXIF orientation.
     pub exif: bool,
@@ -61,8 +73,9 @@ pub struct LoaderSpec {
 /// Settings that not every run needs: a rank's part of a run, and f32 slots.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Delivery {
-    /// This process and the number of processes: each has its own part of every batch.
+    /// This process: each has its own part of every batch.
     pub rank: usize,
+    /// The number of processes.
     pub ranks: usize,
     /// Size of the windows in which records are shuffled, for disks that seek; 0: the whole epoch.
     pub shuffle_window: usize,

@@ -10,21 +10,27 @@ pub mod augment;
 pub mod classes;
 pub mod dataset;
 pub mod decode;
+// Hidden modules serve this room, the command line and the benches.
+#[doc(hidden)]
 pub mod demo;
 mod describe;
-pub mod header;
+mod header;
 pub mod imagenet;
+#[doc(hidden)]
 pub mod jpeg;
 pub mod loader;
+#[doc(hidden)]
 pub mod order;
 pub mod pack;
 pub mod picture;
+#[doc(hidden)]
 pub mod pictures;
 mod place;
 pub mod shard;
+#[doc(hidden)]
 pub mod sheet;
 pub mod source;
-pub mod split;
+mod split;
 mod tags;
 mod tiff;
 mod turn;

@@ -7,13 +7,16 @@ use crate::fail;
 /// A picture that owns its pixels. Each worker keeps one and decodes into it repeatedly.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Picture {
+    /// Rows of pixels.
     pub height: usize,
+    /// Columns of pixels.
     pub width: usize,
     /// `[H, W, 3]`
     pub pixels: Vec<u8>,
 }
 
 impl Picture {
+    /// The whole picture, borrowed.
     pub fn view(&self) -> View<'_> {
         View::new(&self.pixels, self.height, self.width)
     }
@@ -38,9 +41,13 @@ pub(super) fn room(buffer: &mut Vec<u8>, len: usize) -> Result<()> {
 /// A part of a picture, in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
+    /// First row.
     pub y: usize,
+    /// First column.
     pub x: usize,
+    /// Rows of pixels.
     pub height: usize,
+    /// Columns of pixels.
     pub width: usize,
 }
 
@@ -66,10 +73,14 @@ impl Window {
 /// The factor by which a picture is shrunk in decoding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scale {
+    /// Not shrunk.
     #[default]
     Full = 1,
+    /// 1/2 of each side.
     Half = 2,
+    /// 1/4 of each side.
     Quarter = 4,
+    /// 1/8 of each side.
     Eighth = 8,
 }
 
@@ -103,7 +114,9 @@ impl Scale {
 /// The wanted part of a picture: a window in full pixels, and how small it may be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
+    /// The part, in pixels at full size.
     pub window: Window,
+    /// The smallest scale at which it may be decoded.
     pub scale: Scale,
 }
 
@@ -118,7 +131,9 @@ impl Wanted {
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     data: &'a [u8],
+    /// Rows of pixels.
     pub height: usize,
+    /// Columns of pixels.
     pub width: usize,
     stride: usize,
 }

@@ -30,7 +30,14 @@ use crate::{fail, files};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record<'a> {
     /// `[H, W, 3]` pixels.
-    Raw { pixels: Cow<'a, [u8]>, height: usize, width: usize },
+    Raw {
+        /// RGB, row by row.
+        pixels: Cow<'a, [u8]>,
+        /// Rows of pixels.
+        height: usize,
+        /// Columns of pixels.
+        width: usize,
+    },
     /// A picture file of any supported format.
     Encoded(Cow<'a, [u8]>),
 }
@@ -163,10 +170,12 @@ impl Shard {
         Ok(Self { bytes, labels, body, names, listed: None })
     }
 
+    /// Number of records.
     pub fn len(&self) -> usize {
         self.labels.len()
     }
 
+    /// Whether there is no record.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -181,6 +190,7 @@ impl Shard {
         self.labels.of(index).iter().map(|label| *label as usize).collect()
     }
 
+    /// Whether a record may have several classes or none.
     pub fn is_multi_label(&self) -> bool {
         matches!(self.labels, Labels::Several { .. })
     }
@@ -191,6 +201,7 @@ impl Shard {
         Some(String::from_utf8_lossy(&self.bytes.as_slice()[range]).into_owned())
     }
 
+    /// The stored bytes of a record.
     pub fn record(&self, index: usize) -> Record<'_> {
         if let Bytes::Mapped(_, name) = self.bytes {
             guard::reading(name);
@@ -446,6 +457,7 @@ pub struct ShardWriter {
 }
 
 impl ShardWriter {
+    /// An empty shard for samples with one label each.
     pub fn new(kind: Kind) -> Self {
         Self {
             kind,
@@ -486,10 +498,12 @@ impl ShardWriter {
         self.name_offsets.push(self.names.len() as u64);
     }
 
+    /// Number of records so far.
     pub fn len(&self) -> usize {
         self.labels.len()
     }
 
+    /// Whether there is no record yet.
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }

@@ -41,7 +41,9 @@ pub(super) use strays::named;
 pub struct Source {
     /// Names in the order of the labels.
     pub classes: Vec<String>,
+    /// The records, by split.
     pub parts: Parts,
+    /// Where the pictures lie.
     pub store: Store,
     /// As the user wrote it.
     name: String,

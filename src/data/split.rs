@@ -1,7 +1,10 @@
 //! The names of the splits of a data set. Folders, archives, shards, tables, packed folders and `--split` all
 //! ask here.
 
-/// A split of a data set.
+/// A split of a data set: what a model is trained on, what its training is watched by, and what it is measured on in
+/// the end.
+// `--help` would show the documentation of each value.
+#[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Split {
     #[value(alias = "training")]
@@ -13,6 +16,7 @@ pub enum Split {
 }
 
 impl Split {
+    /// All splits, in this order.
     pub const ALL: [Split; 3] = [Split::Train, Split::Val, Split::Test];
 
     /// The names of each split, the preferred one first.

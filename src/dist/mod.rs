@@ -6,7 +6,9 @@ use crate::error::{Error, Result};
 /// The group of ranks that share a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Collective {
+    /// Number of this process, from 0.
     pub rank: usize,
+    /// Number of processes.
     pub size: usize,
 }
 

@@ -16,8 +16,11 @@ use super::protocol::Protocol;
 
 /// Weights, model and device.
 pub struct LoadedModel {
+    /// The device, with the weights in its memory.
     pub backend: Box<dyn Backend>,
+    /// The architecture, bound to buffers for one picture or a batch.
     pub model: Vit,
+    /// What the file says about classes and the preparation of pictures.
     pub meta: CheckpointMeta,
     /// Why pictures cannot be prepared as the file says, if so.
     pub unprepared: Option<String>,
@@ -198,6 +201,7 @@ fn open_at(
 /// One class of a picture.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prediction {
+    /// Number of the class, from 0.
     pub class: usize,
     /// The class's name, or its number if the file has no names.
     pub name: String,

@@ -29,6 +29,7 @@ pub enum Output {
 pub struct PassReport {
     /// Pictures that were processed.
     pub images: usize,
+    /// Pictures per second, with loading.
     pub img_per_s: f64,
 }
 

@@ -41,10 +41,12 @@ pub fn features_of(
 /// Validation accuracy under one penalty.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct RidgeScore {
+    /// The penalty λ on the squared weights.
     pub l2: f64,
     /// Accuracy on the tenth of the training pictures that was held out to choose the penalty. `None` if
     /// there was only one penalty.
     pub held_out: Option<f64>,
+    /// Accuracy on the validation pictures, in [0, 1].
     pub top1: f64,
 }
 
@@ -81,11 +83,14 @@ pub fn chosen(scores: &[RidgeScore]) -> &RidgeScore {
 /// Few-shot accuracy: `top1[seed]` from `shots` pictures per class.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct FewshotScore {
+    /// Training pictures per class.
     pub shots: usize,
+    /// Accuracy on the validation pictures, in [0, 1], for each seed.
     pub top1: Vec<f64>,
 }
 
 impl FewshotScore {
+    /// Mean accuracy over the seeds.
     pub fn mean(&self) -> f64 {
         self.top1.iter().sum::<f64>() / self.top1.len() as f64
     }

@@ -6,7 +6,9 @@ use crate::recipe::{EvalResize, PROTOCOLS};
 /// How pictures are prepared, and which are used.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Protocol {
+    /// The resize and the crop.
     pub resize: EvalResize,
+    /// Share of the resized picture that the centre crop keeps, in (0, 1].
     pub crop_ratio: f32,
     /// The name that the user gave. Several systems may share the same settings.
     pub asked: Option<&'static str>,

@@ -17,21 +17,26 @@ const BIAS: f64 = 100.0;
 /// Pictures as rows of features, with their classes.
 #[derive(Clone, Debug)]
 pub struct Samples {
+    /// Features per picture.
     pub width: usize,
     /// `[N, width]`
     pub features: Vec<f32>,
+    /// `[N]`: the class of each picture.
     pub labels: Vec<usize>,
 }
 
 impl Samples {
+    /// N
     pub fn len(&self) -> usize {
         self.labels.len()
     }
 
+    /// Whether there is no picture.
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }
 
+    /// The features of one picture.
     pub fn row(&self, index: usize) -> &[f32] {
         &self.features[index * self.width..][..self.width]
     }
@@ -68,6 +73,7 @@ pub struct Classifier {
 }
 
 impl Problem {
+    /// Standardises the features and computes the Gram matrix, for labels below `classes`.
     pub fn new(samples: &Samples, classes: usize) -> Problem {
         let (n, width) = (samples.len(), samples.width);
         let mut mean = vec![0.0; width];

@@ -158,6 +158,7 @@ pub struct Score {
     kind: LossKind,
     /// Number of pictures with a label; below, the number without.
     pub images: usize,
+    /// Number of pictures without a label, which do not count in the scores.
     pub unlabelled: usize,
     loss: f64,
     /// Number of pictures in `loss`.
@@ -226,10 +227,12 @@ impl Score {
         sum / self.images.max(1) as f64
     }
 
+    /// Share of labelled pictures whose best class is a true one.
     pub fn top1(&self) -> f64 {
         self.mean(self.top1 as f64)
     }
 
+    /// Share of labelled pictures with a true class among the best five.
     pub fn top5(&self) -> f64 {
         self.mean(self.top5 as f64)
     }
@@ -320,9 +323,12 @@ pub struct OfClass {
 /// Scores for multi-label pictures; see [`Score::several`].
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct Several {
+    /// Mean of the classes' average precisions.
     #[serde(rename = "mAP")]
     pub map: f64,
+    /// F1 over all answers.
     pub f1: f64,
+    /// The least probability of a yes.
     pub threshold: f64,
 }
 

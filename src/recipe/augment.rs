@@ -29,11 +29,14 @@ pub enum Crop {
     Simple,
 }
 
-/// For `crop = "torch"` and `"simple"`, and for timm's RandAugment.
+/// The filter of a resize, for `crop = "torch"` and `"simple"`, and of geometric operations in timm's
+/// RandAugment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Interpolation {
+    /// Linear in each direction.
     Bilinear,
+    /// Cubic in each direction, with a = -0.5 as in Pillow.
     Bicubic,
     /// One of the two, drawn for each use.
     Random,
@@ -65,6 +68,7 @@ pub enum MixLaw {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MixMode {
+    /// All samples of the batch.
     Batch,
     /// A sample and its partner, each the partner of the other (`mix_law = "timm"`).
     Pair,
@@ -76,16 +80,19 @@ pub enum MixMode {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AugmentSection {
+    /// How a window is cut out of a picture and brought to the input size.
     pub crop: Crop,
-    /// For `crop = "pad"`: pixels on each side.
+    /// For `crop = "pad"`: pixels added on each side, 0 to 4096.
     pub pad: usize,
-    /// For random areas: smallest and largest share of the picture.
+    /// For crops with a random area: smallest and largest share of the picture, in (0, 1].
     pub area: (f32, f32),
     /// For `crop = "tf"` and `"torch"`: decode JPEG at 1/2, 1/4 or 1/8 of its size if the crop is at least
     /// that many times the input's size. Faster, but the pixels differ. Evaluations never do this.
     pub scaled_decode: bool,
-    /// For `crop = "resize"` and `"resize_small"`: pixels.
+    /// For `crop = "resize"` and `"resize_small"`: pixels to resize to before the window is cut, at least
+    /// `model.image`.
     pub resize: usize,
+    /// The filter for `crop = "torch"` and `"simple"`, and for geometric operations in timm's RandAugment.
     pub interpolation: Interpolation,
     /// Truncate fractions after a resize (big_vision) instead of rounding them.
     pub truncate: bool,
@@ -103,15 +110,20 @@ pub struct AugmentSection {
     pub color_jitter: f32,
     /// Colour of pixels from outside the picture in geometric operations, if a dialect leaves it open.
     pub fill: [u8; 3],
-    /// Colour jitter in `[0, 1]`: brightness delta, contrast, saturation half-widths, hue delta; 0: off.
+    /// Colour jitter on pixels in `[0, 1]`: the most that is added to or subtracted from all of them, 0 to 1;
+    /// 0: off.
     pub brightness: f32,
+    /// Contrast about each channel's mean: half-width of the factor's range around 1, 0 to 1; 0: off.
     pub contrast: f32,
+    /// Saturation in HSV: half-width of the factor's range around 1, 0 to 1; 0: off.
     pub saturation: f32,
+    /// Hue in HSV: largest shift in full turns, 0 to 1; 0: off.
     pub hue: f32,
     /// Random erasing (Zhong et al. 2020): probability; 0: off.
     pub erase: f32,
+    /// What fills an erased box.
     pub erase_mode: EraseMode,
-    /// Smallest and largest share of the picture.
+    /// Smallest and largest share of the picture that is erased, 0 to 1.
     pub erase_area: (f32, f32),
     /// Samples of each picture, one after the other (repeated augmentation, Hoffer et al. 2020).
     pub repeats: usize,
@@ -128,7 +140,9 @@ pub struct AugmentSection {
     pub mix_switch: f32,
     /// With both on: first mixup, then CutMix of the result.
     pub mix_chain: bool,
+    /// Which samples share a draw of λ and of a box.
     pub mix_mode: MixMode,
+    /// How λ and a sample's partner are chosen.
     pub mix_law: MixLaw,
     /// Samples among which partners are chosen; 0: the rank's batch.
     pub mix_group: usize,
@@ -245,15 +259,28 @@ impl AugmentSection {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Dialect {
     /// big_vision's TensorFlow code, with its bugs or with them fixed.
-    Tf { fixed: bool },
+    Tf {
+        /// Without the bugs.
+        fixed: bool,
+    },
     /// timm's: each operation with probability `prob`, magnitudes normally distributed about the given one.
-    Timm { increasing: bool, std: f64, most: f64, prob: f64 },
+    Timm {
+        /// `inc1`: a larger magnitude makes every operation stronger.
+        increasing: bool,
+        /// `mstd`: standard deviation of the magnitude.
+        std: f64,
+        /// `mmax`: largest magnitude.
+        most: f64,
+        /// `p`: probability of each operation.
+        prob: f64,
+    },
 }
 
 /// RandAugment's settings.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct RandAugment {
+    /// The system whose operations and magnitudes are used.
     pub dialect: Dialect,
     /// Operations per sample.
     pub layers: usize,

@@ -13,6 +13,7 @@ pub struct Difference {
     pub key: String,
     /// `None`: not set.
     pub before: Option<Value>,
+    /// `None`: no longer set.
     pub now: Option<Value>,
 }
 

@@ -8,8 +8,11 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 /// `500` or `"500 steps"`, `"5 epochs"`, `"100000 examples"`, `"10%"`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Duration {
+    /// Updates.
     Steps(u64),
+    /// Passes over the training data.
     Epochs(f64),
+    /// Samples, counted over all batches.
     Examples(u64),
     /// Percent of the run.
     Percent(f64),

@@ -47,6 +47,7 @@ const OF: &str = " of `";
 /// A recipe, its origin, and the adjustments that made it fit.
 #[derive(Clone, Debug)]
 pub struct RecipeFile {
+    /// The settings, checked.
     pub recipe: Recipe,
     /// `mini/cifar10`, or the file's name without `.toml`; for a run's own recipe, the name that the run
     /// began with.

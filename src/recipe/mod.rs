@@ -1,9 +1,9 @@
 //! The whole configuration of a run as one typed tree: what a recipe file says, plus `--set path=value`.
 //!
-//! The default of every key is here and nowhere else. [`Recipe::load`] (in `load.rs`) reads a built-in recipe
-//! or a file, applies overrides, and points at a wrong key. [`Recipe::model_config`] and its siblings resolve
-//! the user's settings into what the rest of the program uses. The resolved recipe is written into the run
-//! directory and loads to the same run again.
+//! The default of every key is here, in `optim.rs` or in `augment.rs`, and nowhere else. [`Recipe::load`] (in
+//! `load.rs`) reads a built-in recipe or a file, applies overrides, and points at a wrong key.
+//! [`Recipe::model_config`] and its siblings resolve the user's settings into what the rest of the program
+//! uses. The resolved recipe is written into the run directory and loads to the same run again.
 
 #![forbid(unsafe_code)]
 
@@ -13,6 +13,7 @@ mod compare;
 mod duration;
 mod load;
 mod micro_batch;
+mod optim;
 mod resolve;
 mod size;
 
@@ -24,6 +25,10 @@ pub use compare::Difference;
 pub use duration::Duration;
 pub use load::{BUILT_IN, RecipeFile, keys};
 pub use micro_batch::MicroBatch;
+pub use optim::{
+    DecayMode, DecayOn, GroupSection, LayerNumbering, MomentType, OptimName, OptimSection, ScheduleKind,
+    ScheduleSection,
+};
 pub use resolve::GivenSizes;
 pub use size::Size;
 
@@ -36,13 +41,21 @@ use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Recipe {
+    /// The architecture.
     pub model: ModelSection,
+    /// The pictures of the run and how they are loaded.
     pub data: DataSection,
+    /// Augmentation of training pictures.
     pub augment: AugmentSection,
+    /// The optimiser and its parameter groups.
     pub optim: OptimSection,
+    /// The learning rate over time.
     pub schedule: ScheduleSection,
+    /// The training objective.
     pub loss: LossSection,
+    /// Length, batches, output and devices of the run.
     pub train: TrainSection,
+    /// How evaluations prepare pictures, and what counts as better.
     pub eval: EvalSection,
     /// If given, the run starts from trained weights: `model` may omit what their file says.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -57,43 +70,67 @@ pub struct Recipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSection {
-    /// `B/16`, `Ti/16`, ...
+    /// Sizes by name, `SIZE/PATCH`: `B/16`, `Ti/16`, ... Sizes are those of
+    /// [`VARIANTS`](crate::vit::config::VARIANTS).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
-    /// `224` or `"224x160"` (height x width).
+    /// The input in pixels: `224` or `"224x160"` (height x width), at most 8192. Must be a multiple of
+    /// `patch`.
     pub image: Size,
+    /// Side of a patch in pixels: `16` or `"16x8"` (height x width). Default: the variant's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub patch: Option<Size>,
+    /// D, values per token; a multiple of `heads`. Default: the variant's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub width: Option<usize>,
+    /// L, the number of blocks. Default: the variant's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub depth: Option<usize>,
+    /// H, attention heads per block. Default: the variant's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub heads: Option<usize>,
-    /// Default: 4 · width.
+    /// M, the hidden layer of a block's MLP. Default: the variant's, else 4 · width.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mlp: Option<usize>,
-    /// Whether q, k and v have a bias.
+    /// Whether the projections to q, k and v have a bias.
     pub qkv_bias: bool,
-    /// Default: the number of the training data's classes.
+    /// Number of outputs of the head. Default: the number of the training data's classes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes: Option<usize>,
+    /// How the tokens become one vector per picture: `token`, `gap` or `map`.
     pub pool: PoolKind,
+    /// Whether the final LayerNorm comes before or after the pooling.
     pub norm: NormPlace,
-    /// Default: 1 for `pool = "token"`, else 0.
+    /// Tokens besides the patches: 0, 1 (class) or 2 (class and distillation). Default: 1 for
+    /// `pool = "token"`, else 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub extra_tokens: Option<usize>,
+    /// Learned position embedding, or fixed sines and cosines.
     pub posemb: Posemb,
+    /// Whether the extra tokens have rows in the position embedding (`after`) or not (`before`).
     pub posemb_join: PosembJoin,
+    /// Width of a tanh layer before the head (`pre_logits`); 0: none.
     pub rep_size: usize,
+    /// Initial value of LayerScale (Touvron et al. 2021, arXiv:2103.17239), such as 1e-4; 0: no LayerScale.
     pub layer_scale: f32,
+    /// Form of the GELU: `tanh` (vit_jax) or `erf` (timm).
     pub gelu: Gelu,
+    /// Added to the variance in every LayerNorm; above 0.
     pub ln_eps: f32,
+    /// Dropout rate after the position embedding, the attention output, the GELU and the second dense layer;
+    /// in [0, 1).
     pub dropout: f32,
+    /// Dropout rate of attention probabilities, in [0, 1).
     pub attention_dropout: f32,
+    /// Stochastic depth (Huang et al. 2016, arXiv:1603.09382): rate at which a sample skips half a block, in
+    /// [0, 1).
     pub drop_path: f32,
+    /// Whether `drop_path` grows from 0 in the first block, or is the same in all.
     pub drop_path_mode: DropPathMode,
+    /// How a new model's parameters are drawn.
     pub init: InitScheme,
+    /// Initial value of the head's bias. For `loss.kind = "sigmoid"`, -ln C starts at the base rate of C
+    /// classes.
     pub head_bias: f32,
 }
 
@@ -146,12 +183,12 @@ pub struct DataSection {
     /// used.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train: Option<String>,
-    /// Overrides the validation images.
+    /// The validation images: a data set as in `train`. Default: those that `train` brings.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub val: Option<String>,
-    /// If there are no validation images: the share of the training images that is held out for validation,
-    /// chosen by a hash of their names. Default: a tenth for a run that starts from trained weights, else
-    /// none.
+    /// If there are no validation images: the share of the training images that is held out for validation, 0
+    /// to 0.9, chosen by a hash of their names. Default: a tenth for a run that starts from trained weights,
+    /// else none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub holdout: Option<f64>,
     /// Draw equally often from each class, however few images it has.
@@ -160,11 +197,11 @@ pub struct DataSection {
     pub on_bad_record: OnBadRecord,
     /// Turn pictures by their EXIF orientation, in training and evaluation. Off, as in timm and torchvision.
     pub exif: bool,
-    /// Loader threads; 0: one per core, at most 16.
+    /// Threads that decode and augment pictures, at most 4096; 0: one per core, at most 16.
     pub workers: usize,
-    /// Batch slots in flight.
+    /// Batch slots in flight between loader and device, 2 to 64.
     pub slots: usize,
-    /// Size of the windows in which records are shuffled (for disks that seek); 0: the whole epoch.
+    /// Records per window of the shuffle (for disks that seek); 0: one shuffle of the whole epoch.
     pub shuffle_window: usize,
     /// Compare packed shards with their checksums when they are first read.
     pub verify: bool,
@@ -173,11 +210,12 @@ pub struct DataSection {
     pub accept_changes: bool,
     /// Type of the pixels in a slot. `f32` keeps the fractions of a resize, for comparisons with references.
     pub pixels: SlotPixels,
-    /// Per channel, subtracted from pixels in [0, 1] in training and evaluation. Default: that of the weights
-    /// that a run starts from, else 0.5.
+    /// Subtracted from pixels in [0, 1], per channel (RGB), in training and evaluation. Default: that of the
+    /// weights that a run starts from, else 0.5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mean: Option<[f64; 3]>,
-    /// The divisor after that.
+    /// Divides the pixels after `mean` is subtracted, per channel; above 0. Default: that of the weights that
+    /// a run starts from, else 0.5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub std: Option<[f64; 3]>,
 }
@@ -190,7 +228,9 @@ fn is_false(truth: &bool) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SlotPixels {
+    /// One byte per channel.
     U8,
+    /// Single precision.
     F32,
 }
 
@@ -236,220 +276,16 @@ pub fn unit(values: [f32; 3]) -> [f64; 3] {
     })
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OptimName {
-    Sgd,
-    Adam,
-    AdamW,
-    Lion,
-    Adafactor,
-}
-
-/// How weight decay is applied: `θ ← θ - decay·θ`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DecayMode {
-    /// decay = lr · weight_decay (PyTorch, Optax).
-    Torch,
-    /// decay = schedule · weight_decay, not multiplied by lr (big_vision).
-    BigVision,
-}
-
-/// Which parameters are decayed, unless a group says otherwise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DecayOn {
-    All,
-    /// Matrices of dense layers and the patch kernel (big_vision's `.*/kernel`).
-    Kernels,
-    /// Everything but 1-D tensors, biases, tokens and position embedding (timm).
-    Timm,
-}
-
-/// Type of the stored first moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MomentType {
-    F32,
-    Bf16,
-}
-
-/// Both count the stem as 0, block i as i + 1 and the head as L + 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LayerNumbering {
-    /// timm: the final norm belongs to the last block; a norm or an attention pool after the pooling, to the
-    /// head.
-    Timm,
-    /// BEiT, MAE: the final norm belongs to the head.
-    Beit,
-}
-
-/// The optimiser. `lr` is the head's rate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct OptimSection {
-    pub name: OptimName,
-    pub lr: f64,
-    /// Multiply `lr` by batch / this; 0: never.
-    pub lr_scale_batch: usize,
-    pub momentum: f64,
-    pub nesterov: bool,
-    pub beta1: f64,
-    pub beta2: f64,
-    pub eps: f64,
-    /// First moments (and SGD momentum) in f32 or bf16.
-    pub moment: MomentType,
-    pub weight_decay: f64,
-    pub decay_mode: DecayMode,
-    pub decay_on: DecayOn,
-    /// Largest global gradient norm; 0: no clipping.
-    pub clip: f32,
-    /// Clip as PyTorch does (adds 1e-6 to the norm).
-    pub clip_torch: bool,
-    /// Multiplies the rate of everything but the head (and representation layer).
-    pub backbone_lr_mult: f64,
-    /// Each layer's rate is this share of the rate of the layer above it (Bao et al. 2022, arXiv:2106.08254);
-    /// 1: off.
-    pub layer_decay: f64,
-    /// How layers are counted for `layer_decay`.
-    pub layer_numbering: LayerNumbering,
-    /// Train only the head (and representation layer).
-    pub freeze_backbone: bool,
-    /// Leave the stem and this many blocks unchanged.
-    pub freeze_blocks: usize,
-    /// EMA of the weights; 0: none.
-    pub ema: f64,
-    /// Adafactor: cap and power of the second moment's decay, smallest size of a factored axis, block-RMS
-    /// threshold (0: none).
-    pub beta2_cap: f64,
-    pub decay_power: f64,
-    pub min_factor: usize,
-    pub clip_rms: f64,
-    /// First match wins; a pattern is a regular expression that must match a whole parameter name.
-    pub groups: Vec<GroupSection>,
-}
-
-/// Parameters whose (timm or flax) name matches `pattern`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct GroupSection {
-    pub pattern: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lr_mult: Option<f64>,
-    /// Multiplies `weight_decay`; if given, these parameters are decayed whatever `decay_on` says.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub decay_mult: Option<f64>,
-    pub frozen: bool,
-    /// A schedule for these parameters.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub schedule: Option<ScheduleSection>,
-}
-
-impl Default for OptimSection {
-    fn default() -> Self {
-        Self {
-            name: OptimName::AdamW,
-            lr: 1e-3,
-            lr_scale_batch: 0,
-            momentum: 0.9,
-            nesterov: false,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            moment: MomentType::F32,
-            weight_decay: 0.0,
-            decay_mode: DecayMode::Torch,
-            decay_on: DecayOn::Kernels,
-            clip: 1.0,
-            clip_torch: false,
-            backbone_lr_mult: 1.0,
-            layer_decay: 1.0,
-            layer_numbering: LayerNumbering::Timm,
-            freeze_backbone: false,
-            freeze_blocks: 0,
-            ema: 0.0,
-            beta2_cap: 0.999,
-            decay_power: 0.8,
-            min_factor: 32,
-            clip_rms: 0.0,
-            groups: Vec::new(),
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ScheduleKind {
-    Constant,
-    /// vit_jax, big_vision: warm-up, then half a cosine to 0.
-    Cosine,
-    /// Warm-up, then a line (or `power`) down to `end`.
-    Linear,
-    /// big_vision: `1/sqrt(1 + (t + shift - warmup)/timescale)`.
-    Rsqrt,
-    /// Steps down by `mults` at `boundaries`.
-    Stair,
-    /// timm's cosine, per update.
-    TimmCosine,
-}
-
-/// The learning rate over time. All take the number of updates already done.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ScheduleSection {
-    pub kind: ScheduleKind,
-    pub warmup: Duration,
-    pub cooldown: Duration,
-    /// Length of the schedule; default: the run's. If it is longer, the run ends before the curve does.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub total: Option<Duration>,
-    /// Cosine and linear: end value. Absolute, except that under `decay_mode = "big_vision"` the whole
-    /// schedule, including this value, is relative to `lr`.
-    pub end: f64,
-    /// Linear: exponent of the remaining fraction.
-    pub power: f64,
-    /// Rsqrt: both in updates.
-    pub timescale: f64,
-    pub shift: f64,
-    /// Stair: updates at which the rate becomes `mults` of the base.
-    pub boundaries: Vec<u64>,
-    pub mults: Vec<f64>,
-    /// timm: rate at the first update, smallest rate, and whether the cosine starts after the warm-up instead
-    /// of beneath it.
-    pub warmup_lr: f64,
-    pub min_lr: f64,
-    pub warmup_prefix: bool,
-}
-
-impl Default for ScheduleSection {
-    fn default() -> Self {
-        Self {
-            kind: ScheduleKind::Cosine,
-            warmup: Duration::Steps(0),
-            cooldown: Duration::Steps(0),
-            total: None,
-            end: 0.0,
-            power: 1.0,
-            timescale: 10_000.0,
-            shift: 0.0,
-            boundaries: Vec::new(),
-            mults: Vec::new(),
-            warmup_lr: 0.0,
-            min_lr: 0.0,
-            warmup_prefix: false,
-        }
-    }
-}
-
 /// The training objective. Evaluations use neither smoothing nor weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LossSection {
+    /// Softmax cross-entropy, or a sigmoid per class.
     pub kind: LossKind,
+    /// Share of each target that is spread evenly over all classes, 0 to 1.
     pub label_smoothing: f32,
-    /// `none`, `balanced` (rare classes count more), or one number per class in their order.
+    /// Weight of each class: `none`, `balanced` (rare classes count more), or one number above 0 per class,
+    /// in their order.
     pub class_weights: ClassWeights,
 }
 
@@ -466,11 +302,13 @@ pub struct TrainSection {
     /// Name of the run, and of its directory in `runs`. Default: the recipe's name and the time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Length of the run. `steps` and `epochs` exclude each other.
+    /// Length of the run in updates. `steps` and `epochs` exclude each other.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
+    /// Length of the run in passes over the training data, above 0. May be a fraction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub epochs: Option<f64>,
+    /// Samples per update, over all micro-batches and ranks; 1 to 1048576.
     pub batch: usize,
     /// Samples per forward and backward; 0: the whole batch; `"auto"`: as many as fit. Must divide `batch`.
     pub micro_batch: MicroBatch,
@@ -479,9 +317,12 @@ pub struct TrainSection {
     /// In a model that reads only the class token, compute only that part of the last block. The result is
     /// the same except for rounding in the last bits, and takes less time. Other models do not change.
     pub prune_last_block: bool,
+    /// Number format of activations and matrix products: `auto` (bf16 on a GPU, f32 on the CPU), `f32`,
+    /// `tf32` or `bf16`.
     pub precision: Precision,
     /// In bf16: storage of the residual stream and its gradient, `bf16` (`auto`) or `f32`.
     pub residual: Residual,
+    /// Seed of every random draw: initial values, order, augmentation, masks.
     pub seed: u64,
     /// Choose matrix product algorithms by rule, not by timing, so that two fresh runs agree to the bit on a
     /// GPU, too.
@@ -492,18 +333,20 @@ pub struct TrainSection {
     pub check_launches: bool,
     /// Compute threads; 0: one per core. Never changes a bit.
     pub threads: usize,
+    /// Updates between two lines of the log, from 1 up.
     pub log_every: u64,
+    /// Updates between two evaluations, from 1 up.
     pub eval_every: u64,
-    /// Default: the value of `eval_every`.
+    /// Updates between two checkpoints, from 1 up. Default: the value of `eval_every`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_every: Option<u64>,
-    /// Number of newest checkpoints to keep, besides the best.
+    /// Number of newest checkpoints to keep, besides the best; from 1 up.
     pub keep: usize,
-    /// Non-finite steps in a row after which the run stops.
+    /// Non-finite steps in a row after which the run stops, from 1 up.
     pub max_skipped: u64,
     /// Evaluations without improvement after which the run stops; 0: never.
     pub patience: u64,
-    /// Smallest improvement of the validation metric that counts.
+    /// Smallest improvement of the validation metric that counts, in its own unit (`top1` and `map`: shares).
     pub min_delta: f64,
 }
 
@@ -541,6 +384,7 @@ impl Default for TrainSection {
 pub enum Metric {
     /// For samples with several labels or none: [`Metric::Map`].
     Top1,
+    /// The mean loss over the validation images; smaller is better.
     Loss,
     /// The mean of the classes' average precisions, for samples with several labels or none.
     Map,
@@ -580,11 +424,15 @@ pub const PROTOCOLS: [(&str, EvalResize, f32); 9] = [
     ("hf", EvalResize::SquashSmooth, 1.0),
 ];
 
+/// How evaluations prepare pictures, and the metric that counts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EvalSection {
+    /// The resize and crop of evaluation pictures.
     pub resize: EvalResize,
+    /// Share of the resized picture that the centre crop keeps, in (0, 1]. `squash` does not use it.
     pub crop_ratio: f32,
+    /// The metric that selects the best checkpoint and early stopping.
     pub metric: Metric,
 }
 
@@ -615,7 +463,9 @@ pub enum RepLayer {
     /// Follows the head: kept if any row of the head is kept, else dropped, as in vit_jax's fine-tuning.
     #[default]
     Auto,
+    /// Kept, even before a new head.
     Keep,
+    /// Left out.
     Drop,
 }
 
@@ -649,8 +499,11 @@ pub struct FinetuneSection {
     /// A weights file, a checkpoint folder or a run directory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights: Option<String>,
+    /// What happens to the classifier of the file.
     pub head: HeadPolicy,
+    /// What happens to the file's layer before the head.
     pub rep_layer: RepLayer,
+    /// How position embeddings and patch kernels are resized to another grid.
     pub posemb: PosembDialect,
 }
 

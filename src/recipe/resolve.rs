@@ -236,9 +236,13 @@ impl Recipe {
 /// The sizes in a `model` section; `None` for those that it omits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GivenSizes {
+    /// D
     pub width: Option<usize>,
+    /// L
     pub depth: Option<usize>,
+    /// H
     pub heads: Option<usize>,
+    /// M
     pub mlp: Option<usize>,
     /// (height, width)
     pub patch: Option<(usize, usize)>,

@@ -30,7 +30,9 @@ use super::Trainer;
 pub struct RunState {
     /// Finished steps; also the loader's position in batches.
     pub step: u64,
+    /// Steps whose update was skipped because the loss or the gradient norm was not finite.
     pub skipped: u64,
+    /// The same, since the last update.
     pub skipped_in_a_row: u64,
     /// Best validation metric so far (larger is better), and its step.
     pub best: Option<Best>,
@@ -63,23 +65,31 @@ pub struct RunState {
 pub struct RunDigest {
     /// In the order of the labels.
     pub classes: Vec<String>,
+    /// The training data.
     pub train: Digest,
+    /// The validation data, if there is any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub val: Option<Digest>,
 }
 
+/// The best evaluation of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
+    /// The step of the evaluation.
     pub step: u64,
+    /// Its value of `eval.metric`, made so that larger is better.
     pub metric: f64,
 }
 
 /// The sums from which a line of the log takes its means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sums {
+    /// Number of steps.
     pub steps: u64,
+    /// Sum of the losses.
     #[serde(deserialize_with = "number_or_nan")]
     pub loss: f64,
+    /// Sum of the top-1 shares.
     #[serde(deserialize_with = "number_or_nan")]
     pub top1: f64,
 }
@@ -104,6 +114,7 @@ pub struct Checkpoints {
 
 /// The facts that are written into a checkpoint.
 pub struct About<'a> {
+    /// For the weights file.
     pub meta: &'a CheckpointMeta,
     /// For `checkpoint.json`, an object.
     pub facts: Value,
@@ -111,6 +122,7 @@ pub struct About<'a> {
 
 /// The state of a resumed run.
 pub struct Resumed {
+    /// What the checkpoint says about the run.
     pub state: RunState,
     /// Lines for the header: which damaged checkpoints were skipped, and why.
     pub notes: Vec<String>,
@@ -122,6 +134,7 @@ impl Checkpoints {
         Self { dir: run.join("checkpoints"), keep: keep.max(1) }
     }
 
+    /// The folder of the checkpoint of `step`.
     pub fn path(&self, step: u64) -> PathBuf {
         self.dir.join(format!("step-{step}"))
     }

@@ -14,12 +14,17 @@ use crate::infer::score::average_precision;
 /// The result of an evaluation; means over `count` images.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct EvalReport {
+    /// Number of images.
     pub count: usize,
+    /// Mean loss, without smoothing and class weights.
     pub loss: f64,
+    /// Share of images whose best class is a true one, in [0, 1].
     pub top1: f64,
+    /// Share of images with a true class among the best five, in [0, 1].
     pub top5: f64,
     /// Mean over classes of the average precision, for multi-label data.
     pub map: Option<f64>,
+    /// Images per second, with loading.
     pub img_per_s: f64,
 }
 

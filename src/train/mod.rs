@@ -2,19 +2,26 @@
 
 #![forbid(unsafe_code)]
 
+// Hidden modules are parts of [`train`] and of the command line.
+#[doc(hidden)]
 pub mod about;
+#[doc(hidden)]
 pub mod advice;
 pub mod checkpoint;
+#[doc(hidden)]
 pub mod class_weights;
+#[doc(hidden)]
 pub mod directory;
 pub mod evaluate;
 pub mod finetune;
+#[doc(hidden)]
 pub mod header;
 mod pace;
 pub mod plan;
 mod resume;
 pub mod run;
 pub mod run_data;
+#[doc(hidden)]
 pub mod samples;
 pub mod setup;
 pub mod sweep;

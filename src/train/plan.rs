@@ -19,9 +19,13 @@ const UNKNOWN_DATA: &str = "not opened";
 
 /// A recipe with everything that follows from it.
 pub struct Plan {
+    /// The recipe, resolved.
     pub recipe: Recipe,
+    /// The architecture, with the places of its tensors.
     pub model: Vit,
+    /// The optimiser, with its groups.
     pub optimizer: Optimizer,
+    /// Every buffer on the device.
     pub memory: MemoryPlan,
     /// Bytes of the batch slots in host memory.
     pub slot_bytes: usize,

@@ -30,12 +30,15 @@ pub use super::run_data::RunData;
 pub struct RunOptions {
     /// The recipe's name, for the header.
     pub recipe_name: String,
+    /// The run directory.
     pub out: PathBuf,
     /// The directory must be new. If `out` exists, a number is added.
     pub numbered: bool,
+    /// Go on from the newest checkpoint in `out`.
     pub resume: bool,
     /// Overfit this many images, as a check of the whole program.
     pub overfit: Option<usize>,
+    /// Where to compute.
     pub device: Device,
     /// Lines for the header: where the weights come from and how they were adapted.
     pub notes: Vec<String>,
@@ -59,6 +62,7 @@ impl RunOptions {
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
+    /// All steps of the recipe are done.
     Finished,
     /// The validation metric stopped improving.
     EarlyStop,
@@ -69,22 +73,31 @@ pub enum Ending {
 /// The result of a finished run.
 #[derive(Clone, Debug)]
 pub struct RunSummary {
+    /// The run directory.
     pub out: PathBuf,
+    /// Updates that were done, over all resumes.
     pub steps: u64,
+    /// Why the run ended.
     pub ending: Ending,
+    /// Seconds of this process.
     pub seconds: f64,
+    /// The last evaluation, if there was any.
     pub last: Option<EvalReport>,
+    /// Step and metric of the best evaluation. Larger is better: a loss is negative here.
     pub best: Option<(u64, f64)>,
+    /// Whether there are validation images.
     pub has_val: bool,
     /// The validation images were held out of the training images.
     pub held_out: bool,
     /// Files with a few validation images.
     pub samples: Vec<PathBuf>,
+    /// What `best` is measured by.
     pub metric: Metric,
 }
 
 /// Everything of a run except the trainer.
 pub struct Run {
+    /// Updates of the whole run.
     pub steps: u64,
     recipe: Recipe,
     options: RunOptions,
@@ -370,6 +383,7 @@ impl Run {
         Ok(())
     }
 
+    /// Whether the run evaluates after `step` updates: every `train.eval_every`, and at the end.
     pub fn evaluation_is_due(&self, step: u64) -> bool {
         step.is_multiple_of(self.recipe.train.eval_every) || step == self.steps
     }

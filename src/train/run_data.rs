@@ -14,7 +14,9 @@ use super::setup::DataShape;
 /// Training and validation images. Clones share them.
 #[derive(Clone)]
 pub struct RunData {
+    /// The training images.
     pub train: Arc<Dataset>,
+    /// The validation images, if there are any.
     pub val: Option<Arc<Dataset>>,
     /// Training images that are also evaluated, without augmentation. The gap to `val` shows overfitting.
     pub(super) train_part: Arc<Dataset>,

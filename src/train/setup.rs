@@ -59,10 +59,13 @@ impl DataShape {
 
 /// The parts of a recipe for a device with a given storage. Making them needs no device.
 pub struct Parts {
+    /// The architecture, bound to buffers.
     pub model: Vit,
+    /// The optimiser, with its groups.
     pub optimizer: Optimizer,
     /// The layout of the largest slot that the run binds.
     pub slot: SlotLayout,
+    /// The training objective.
     pub loss: Loss,
     /// Samples of a whole batch on one rank.
     pub batch: usize,
@@ -115,9 +118,11 @@ impl Parts {
 
 /// Everything that [`super::Trainer::new`] takes.
 pub struct Setup {
+    /// The device.
     pub backend: Box<dyn Backend>,
     /// The recipe, with the device's decisions written into it.
     pub recipe: Recipe,
+    /// Model, optimiser and loss.
     pub parts: Parts,
     /// C class weights in the order of the classes, if the loss uses them.
     pub class_weights: Option<Vec<f32>>,

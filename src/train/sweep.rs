@@ -20,7 +20,9 @@ use super::trainer::train_from;
 /// One key and its values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Axis {
+    /// A key of the recipe, such as `optim.lr`.
     pub key: String,
+    /// The values to try, as they are written after `--set KEY=`.
     pub values: Vec<String>,
 }
 
@@ -92,6 +94,7 @@ pub fn grid(axes: &[Axis]) -> Result<Vec<Vec<String>>> {
 /// A finished sweep.
 pub struct Sweep {
     axes: Vec<Axis>,
+    /// The trials that ran, in their order.
     pub trials: Vec<Trial>,
     metric: Metric,
 }
@@ -100,6 +103,7 @@ pub struct Sweep {
 pub struct Trial {
     /// `KEY=VALUE` for each axis.
     pub settings: Vec<String>,
+    /// The run directory.
     pub out: PathBuf,
     /// The summary, or why the trial failed.
     pub result: Result<RunSummary>,

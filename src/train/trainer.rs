@@ -62,15 +62,21 @@ pub fn train_from(
 
 /// A model in training on one device.
 pub struct Trainer {
+    /// The device.
     pub backend: Box<dyn Backend>,
+    /// The architecture, bound to buffers.
     pub model: Vit,
+    /// The optimiser, with its groups.
     pub optimizer: Optimizer,
     /// The plan of the allocated memory.
     pub memory: MemoryPlan,
+    /// The ranks that train together.
     pub collective: Collective,
+    /// The training objective.
     pub loss: Loss,
     /// Samples of a whole batch on this rank; a multiple of the model's micro-batch.
     pub batch: usize,
+    /// The run's seed, which keys the masks.
     pub seed: u64,
     /// Finished steps, whose reports were read. Includes skipped steps.
     pub step: u64,

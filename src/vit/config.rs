@@ -31,6 +31,7 @@ pub enum NormPlace {
     After,
 }
 
+/// Where the position embedding comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Posemb {
@@ -64,12 +65,19 @@ pub enum DropPathMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InitScheme {
+    /// google-research/vision_transformer.
     VitJax,
+    /// big_vision.
     BigVision,
+    /// timm's default.
     Timm,
+    /// timm's `jax`: as vit_jax, with q, k and v drawn as one matrix.
     TimmJax,
+    /// timm's `jax_nlhb`: as `jax`, with a head bias of -ln C.
     TimmJaxNlhb,
+    /// timm's `moco` (MoCo v3).
     TimmMoco,
+    /// DeiT-III.
     Deit3,
 }
 
@@ -94,17 +102,23 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// C
     pub classes: usize,
+    /// How the tokens become one vector.
     pub pool: PoolKind,
+    /// The place of the final LayerNorm.
     pub norm: NormPlace,
     /// 0, 1 (class) or 2 (class and distillation).
     pub extra_tokens: usize,
+    /// Where the position embedding comes from.
     pub posemb: Posemb,
+    /// Whether the extra tokens have rows in the position embedding.
     pub posemb_join: PosembJoin,
     /// Width of the tanh layer before the head; 0 for none.
     pub rep_size: usize,
     /// Initial value of LayerScale; 0 for none (Touvron et al. 2021, arXiv:2103.17239).
     pub layer_scale: f32,
+    /// The GELU of the MLPs.
     pub gelu: Gelu,
+    /// Added to the variance in every LayerNorm.
     pub ln_eps: f32,
     /// Dropout after the position embedding, the attention output, the GELU and the second dense layer.
     pub dropout: f32,
@@ -112,7 +126,9 @@ pub struct ModelConfig {
     pub attention_dropout: f32,
     /// Stochastic depth (Huang et al. 2016), per sample and branch.
     pub drop_path: f32,
+    /// How `drop_path` depends on depth.
     pub drop_path_mode: DropPathMode,
+    /// How new parameters are drawn.
     pub init: InitScheme,
     /// Initial value of the head's bias.
     pub head_bias: f32,
@@ -125,10 +141,15 @@ fn yes() -> bool {
 /// Width, depth, mlp, heads of a named variant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Variant {
+    /// The part before the slash, such as `B`.
     pub name: &'static str,
+    /// D
     pub width: usize,
+    /// L
     pub depth: usize,
+    /// M
     pub mlp: usize,
+    /// H
     pub heads: usize,
 }
 

@@ -7,12 +7,15 @@
 
 #![forbid(unsafe_code)]
 
-pub mod backward;
+mod backward;
+// The buffers of a pass. `Vit` runs passes; a user of the library needs none of its buffers.
+#[doc(hidden)]
 pub mod block;
 pub mod config;
-pub mod forward;
+mod forward;
+#[doc(hidden)]
 pub mod graph;
-pub mod names;
+pub(crate) mod names;
 pub mod params;
 mod recompute;
 
@@ -47,11 +50,15 @@ pub enum LastBlock {
 /// A model bound to buffers: only handles, no memory. Evaluation uses the same buffers as training, without
 /// masks.
 pub struct Vit {
+    /// The architecture.
     pub config: ModelConfig,
+    /// Where each tensor lies.
     pub layout: ParamLayout,
+    /// Whether there are buffers for a backward pass.
     pub mode: Mode,
     /// The most samples that one pass takes.
     pub micro_batch: usize,
+    /// What happens to u8 pixels first.
     pub normalise: Normalise,
     /// Only the class token goes through the end of the last block.
     pub pruned: bool,

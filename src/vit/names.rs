@@ -124,7 +124,7 @@ const VIT_JAX_POSEMB: &str = "Transformer/posembed_input/pos_embedding";
 /// The flax tensors of one of ours, in order (q, k and v are separate tensors). For each, all names in flax
 /// code, the published numbering first; a pattern may match any. One part without names if flax has no such
 /// tensor.
-pub fn flax_parts(own: &str) -> Vec<Vec<String>> {
+pub(crate) fn flax_parts(own: &str) -> Vec<Vec<String>> {
     let count = to_flax(own, Numbering::Linen).len().max(1);
     let mut parts = vec![Vec::new(); count];
     for numbering in [Numbering::Published, Numbering::Linen, Numbering::BigVision] {

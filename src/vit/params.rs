@@ -16,31 +16,47 @@ use super::config::{InitScheme, ModelConfig, NormPlace, PoolKind, Posemb};
 pub enum ParamKind {
     /// `patch_embed.proj.weight`
     PatchKernel,
+    /// `patch_embed.proj.bias`
     PatchBias,
     /// Class and distillation tokens.
     ExtraToken,
+    /// The learned position embedding.
     PosEmbed,
     /// The fixed sincos2d table. It is stored with the parameters, but is not one.
     SincosTable,
+    /// Scale of a LayerNorm.
     NormGamma,
+    /// Shift of a LayerNorm.
     NormBeta,
     /// Fused q, k, v (or k, v) projection; its parts are initialised separately. `parts` is 3, 2 or 1.
     AttentionIn {
+        /// How many projections are fused.
         parts: usize,
     },
+    /// Bias of the fused projection.
     AttentionInBias,
     /// Zeros in place of the bias of q, k and v for `qkv_bias = false`. They are stored with the parameters
     /// but are not parameters, so that the passes need no special case.
     NoBias,
+    /// Weight of the projection after an attention.
     AttentionOut,
+    /// Bias of the projection after an attention.
     AttentionOutBias,
+    /// Weight of a dense layer of an MLP.
     MlpKernel,
+    /// Bias of a dense layer of an MLP.
     MlpBias,
+    /// Factors of a LayerScale.
     LayerScale,
+    /// The learned query of a MAP head.
     MapProbe,
+    /// Weight of the tanh layer before the head.
     RepKernel,
+    /// Bias of the tanh layer before the head.
     RepBias,
+    /// Weight of the classifier.
     HeadKernel,
+    /// Bias of the classifier.
     HeadBias,
 }
 
@@ -65,12 +81,15 @@ pub struct Param {
     pub name: String,
     /// Shape in files.
     pub shape: Vec<usize>,
+    /// The role of the tensor.
     pub kind: ParamKind,
     /// 0: stem; 1..=L: blocks; L+1: final norm, pooling and head.
     pub depth: usize,
-    /// In memory: rows of `cols` values, with a row stride of `ld`.
+    /// Rows in memory.
     pub rows: usize,
+    /// Values per row.
     pub cols: usize,
+    /// Elements from one row to the next; `cols <= ld`.
     pub ld: usize,
     /// Element offset in [`Arena::Params`].
     pub offset: usize,
@@ -89,6 +108,7 @@ impl Param {
         self.rows * self.cols
     }
 
+    /// Whether it has no values.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -98,10 +118,12 @@ impl Param {
         !matches!(self.kind, ParamKind::SincosTable | ParamKind::NoBias)
     }
 
+    /// Its place in memory, f32 `[rows, cols]`.
     pub fn mat(&self) -> Mat {
         self.mat_in(Arena::Params, self.offset)
     }
 
+    /// The place of its gradient; `None` if it has none.
     pub fn grad(&self) -> Option<Mat> {
         self.grad_offset.map(|offset| self.mat_in(Arena::Grads, offset))
     }
@@ -158,6 +180,7 @@ fn permute(values: &[f32], shape: [usize; 4], axes: [usize; 4]) -> Vec<f32> {
 /// All tensors of a model, in the order of the flat buffers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParamLayout {
+    /// The tensors, fixed tables and zeros for missing biases among them.
     pub params: Vec<Param>,
     /// Elements of [`Arena::Params`].
     pub param_elements: usize,
@@ -188,6 +211,7 @@ impl ParamLayout {
         self.find(name).unwrap_or_else(|| panic!("the model has no parameter `{name}`"))
     }
 
+    /// The tensor called `name`, if there is one.
     pub fn find(&self, name: &str) -> Option<&Param> {
         self.params.iter().find(|p| p.name == name)
     }

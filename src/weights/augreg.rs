@@ -206,22 +206,32 @@ pub struct Name {
     pub model: String,
     /// `i21k` or `i1k`.
     pub data: String,
+    /// Epochs of the pre-training.
     pub epochs: u32,
+    /// Peak learning rate of the pre-training.
     pub lr: f64,
     /// `none`, `light0`, ... `strong2`.
     pub augment: String,
+    /// Weight decay.
     pub weight_decay: f64,
+    /// Dropout rate.
     pub dropout: f64,
+    /// Stochastic depth rate.
     pub drop_path: f64,
+    /// The fine-tuning after it, if there was one.
     pub finetuned: Option<Finetuned>,
 }
 
 /// The second half of a name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finetuned {
+    /// The data set of the fine-tuning, such as `imagenet2012`.
     pub data: String,
+    /// Number of updates.
     pub steps: u32,
+    /// Peak learning rate of the fine-tuning.
     pub lr: f64,
+    /// Side of the pictures in pixels.
     pub image: u32,
 }
 
@@ -256,6 +266,7 @@ impl Name {
         })
     }
 
+    /// All of it as an object, with the meaning of `augment`.
     pub fn describe(&self) -> Value {
         json!({
             "model": self.model,

@@ -16,12 +16,19 @@ use crate::vit::names::block_of;
 /// The settings of `--set KEY=VALUE` for what a file does not say itself.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelOverrides {
+    /// `model.heads`
     pub heads: Option<usize>,
+    /// `model.gelu`
     pub gelu: Option<Gelu>,
+    /// `model.ln_eps`
     pub ln_eps: Option<f32>,
+    /// `model.pool`
     pub pool: Option<PoolKind>,
+    /// `model.norm`
     pub norm: Option<NormPlace>,
+    /// `model.posemb`
     pub posemb: Option<Posemb>,
+    /// `model.posemb_join`
     pub posemb_join: Option<PosembJoin>,
     /// (H, W)
     pub image: Option<(usize, usize)>,
@@ -29,6 +36,7 @@ pub struct ModelOverrides {
     pub exclude: Vec<Pattern>,
     /// `data.mean`, `data.std`: for pixels in [0, 1].
     pub mean: Option<[f64; 3]>,
+    /// The divisor that goes with `mean`.
     pub std: Option<[f64; 3]>,
     /// `loss.kind`: the loss that the head was trained with.
     pub loss: Option<LossKind>,

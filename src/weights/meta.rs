@@ -14,6 +14,7 @@ pub struct CheckpointMeta {
     /// One name per class, in the order of the logits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes: Option<Vec<String>>,
+    /// What happens to pixels before the model reads them.
     pub normalise: Normalise,
     /// How pictures are prepared for evaluation.
     pub resize: EvalResize,
@@ -34,6 +35,7 @@ pub struct CheckpointMeta {
     /// Finished updates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step: Option<u64>,
+    /// Finished passes over the training data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub epoch: Option<f64>,
     /// Validation top-1 in [0, 1] at that step.

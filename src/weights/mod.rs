@@ -65,10 +65,11 @@ pub struct ModelFile {
     pub config: ModelConfig,
     /// All parameters, under our names, in file order; read when they are needed.
     pub tensors: Store,
+    /// Whose names and shapes the file uses.
     pub layout: LayoutKind,
+    /// What the file says about classes and the preparation of pictures.
     pub meta: CheckpointMeta,
     /// If false, only the number of patches is known, and `config.image` is one row of them. See
-    /// [`ModelFile::set_image`].
     /// [`ModelFile::set_image`].
     pub grid_known: bool,
     /// Why pictures cannot be prepared as the file says, if they cannot.

@@ -102,6 +102,7 @@ impl Npz {
         self.members.keys().map(String::as_str)
     }
 
+    /// The shape of an array. An error if there is no such array.
     pub fn shape(&self, name: &str) -> Result<&[usize]> {
         Ok(&self.member(name)?.header.shape)
     }

@@ -91,14 +91,17 @@ impl SafeTensors {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// Whether the file has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
 
+    /// The shape of a tensor. An error if there is no such tensor.
     pub fn shape(&self, name: &str) -> Result<&[usize]> {
         Ok(&self.entry(name)?.shape)
     }
 
+    /// The element type of a tensor. An error if there is no such tensor.
     pub fn dtype(&self, name: &str) -> Result<Dtype> {
         Ok(self.entry(name)?.dtype)
     }
@@ -200,14 +203,17 @@ impl<'a> View<'a> {
         view
     }
 
+    /// A tensor of f32. Panics if `shape` and the number of values differ.
     pub fn f32(name: impl Into<String>, shape: &[usize], values: &'a [f32]) -> Self {
         Self::new(name, Dtype::F32, shape, bytemuck::cast_slice(values))
     }
 
+    /// A tensor of f64. Panics if `shape` and the number of values differ.
     pub fn f64(name: impl Into<String>, shape: &[usize], values: &'a [f64]) -> Self {
         Self::new(name, Dtype::F64, shape, bytemuck::cast_slice(values))
     }
 
+    /// A tensor of i64. Panics if `shape` and the number of values differ.
     pub fn i64(name: impl Into<String>, shape: &[usize], values: &'a [i64]) -> Self {
         Self::new(name, Dtype::I64, shape, bytemuck::cast_slice(values))
     }

@@ -36,10 +36,12 @@ impl Store {
         Self { path: path.into(), container, plan, shapes, changed: Tensors::new(), stacked: Arc::default() }
     }
 
+    /// In alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.shapes.keys().map(String::as_str)
     }
 
+    /// Whether the model has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.shapes.contains_key(name)
     }
@@ -63,6 +65,7 @@ impl Store {
         }
     }
 
+    /// Shape and values; see [`Store::values`].
     pub fn get(&self, name: &str) -> Result<Tensor> {
         Ok(Tensor::new(self.shapes[name].clone(), self.values(name)?.into_owned()))
     }

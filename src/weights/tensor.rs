@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 /// Values in row-major order of `shape`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
+    /// Size of each axis, the slowest first.
     pub shape: Vec<usize>,
+    /// The product of `shape` many.
     pub values: Vec<f32>,
 }
 

@@ -5,16 +5,28 @@
 //! All draws of a sample come from one stream, keyed by (seed, epoch, record, repeat). Which worker prepares
 //! the sample, when, and in which batch never changes a pixel.
 
+// The steps of [`train`] and [`evaluate`]. A recipe chooses among them; a user of the library does not call them.
+#[doc(hidden)]
 pub mod canvas;
+#[doc(hidden)]
 pub mod color;
+#[doc(hidden)]
 pub mod crop;
+#[doc(hidden)]
 pub mod erase;
+#[doc(hidden)]
 pub mod mirror;
+#[doc(hidden)]
 pub mod mix;
+#[doc(hidden)]
 pub mod pil_ops;
+#[doc(hidden)]
 pub mod randaug;
+#[doc(hidden)]
 pub mod resize;
+#[doc(hidden)]
 pub mod tf_ops;
+#[doc(hidden)]
 pub mod vector;
 
 use crate::backend::Normalise;
@@ -36,6 +48,7 @@ pub struct Buffers {
 
 /// Destination of a finished sample, `[H, W, 3]`: written once, in order, and never read.
 pub enum Target<'a> {
+    /// Rounded, or truncated where the recipe or the protocol says so.
     U8(&'a mut [u8]),
     /// Normalised. If a sample is only resized by TensorFlow's rules, its fractions are kept.
     F32(&'a mut [f32], Normalise),

@@ -26,6 +26,7 @@ const MOST_SIZES: usize = 200_000;
 /// Which records a data set has, with their labels and sizes, but not their pixels.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Digest {
+    /// Number of records.
     pub records: usize,
     /// Number of records and a checksum (xxh3-64): a shard's own checksum, or that of names, labels and sizes
     /// for other data.

@@ -14,7 +14,9 @@ use crate::fail;
 /// The result of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Checked {
+    /// Number of shards that were read.
     pub shards: usize,
+    /// Number of records that were read.
     pub records: usize,
     /// One sentence for each fault.
     pub faults: Vec<String>,

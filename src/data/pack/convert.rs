@@ -21,7 +21,9 @@ use super::{Format, LARGEST_RAW_SIDE, PackOptions};
 /// `--size`: the shorter side, or height and width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
+    /// Pixels of the shorter side.
     Shorter(usize),
+    /// (H, W) in pixels.
     Exactly(usize, usize),
 }
 

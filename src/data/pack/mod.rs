@@ -56,9 +56,11 @@ impl Format {
 pub struct PackOptions {
     /// Default: raw if all pictures have one size of at most [`LARGEST_RAW_SIDE`], else jpeg.
     pub format: Option<Format>,
+    /// Resize each picture to this size. Default: pictures keep their size.
     pub size: Option<Target>,
     /// Re-encode as JPEG of this quality, 1 to 100.
     pub quality: Option<u8>,
+    /// What to do with a record that cannot be used.
     pub on_bad_record: OnBadRecord,
     /// Store pictures turned by their EXIF orientation.
     pub exif: bool,
@@ -70,9 +72,11 @@ pub struct PackOptions {
 /// The result of a pack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packed {
+    /// How records are stored.
     pub format: Format,
     /// (H, W), for raw pixels.
     pub image: Option<(usize, usize)>,
+    /// Number of classes.
     pub classes: usize,
     /// For each data set: folder (none for a source without splits), records, skipped records.
     pub parts: Vec<(Option<&'static str>, usize, usize)>,

@@ -23,11 +23,15 @@ pub struct AdaptTarget {
     pub image: Option<(usize, usize)>,
     /// (height, width) of a patch.
     pub patch: Option<(usize, usize)>,
+    /// C. A different number changes the head, by `head`.
     pub classes: Option<usize>,
     /// In the order of the new logits.
     pub class_names: Option<Vec<String>>,
+    /// What happens to the head.
     pub head: HeadPolicy,
+    /// What happens to the tanh layer before the head.
     pub rep_layer: RepLayer,
+    /// How positions and patch kernels are resized.
     pub posemb: PosembDialect,
 }
 
