@@ -108,7 +108,7 @@ impl Build {
         for (name, path) in &self.images {
             writeln!(text, "    ({name:?}, image!({:?})),", path.display().to_string()).unwrap();
         }
-        text += "];\npub static KERNELS: &[KernelReport] = &[\n";
+        text += "];\n/// The compiler's report on every kernel, once for each target that has machine code.\npub static KERNELS: &[KernelReport] = &[\n";
         for k in &self.kernels {
             writeln!(
                 text,
@@ -118,14 +118,19 @@ impl Build {
             .unwrap();
         }
         let targets: Vec<&str> = TARGETS.iter().map(|(_, code)| *code).collect();
-        writeln!(text, "];\npub static TARGETS: &[&str] = &{targets:?};").unwrap();
+        writeln!(text, "];\n/// The targets that have machine code, and the one that has PTX.\npub static TARGETS: &[&str] = &{targets:?};").unwrap();
         writeln!(
             text,
             "/// Version of the compiler.\npub static NVCC: Option<(u32, u32)> = {:?};",
             self.nvcc
         )
         .unwrap();
-        writeln!(text, "pub static WHY_NONE: Option<&str> = {:?};", self.why_none).unwrap();
+        writeln!(
+            text,
+            "/// Why there are no kernels, if there are none.\npub static WHY_NONE: Option<&str> = {:?};",
+            self.why_none
+        )
+        .unwrap();
         text
     }
 }

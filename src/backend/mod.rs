@@ -25,7 +25,6 @@ pub mod cost;
 // Public for benches and tests of single kernels: [`select`] opens a device.
 #[doc(hidden)]
 pub mod cpu;
-#[allow(missing_docs)]
 pub mod cuda;
 pub mod device;
 pub mod dry_run;

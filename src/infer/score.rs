@@ -311,6 +311,7 @@ fn largest(logits: &[f32]) -> Vec<usize> {
 /// One class's share of a score.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OfClass {
+    /// Number of the class, from 0.
     pub class: usize,
     /// Pictures that have it, perhaps among others.
     pub images: usize,

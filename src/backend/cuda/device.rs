@@ -41,9 +41,11 @@ const SYSTEM_SHARED: u32 = 1 << 10;
 pub struct Card {
     /// Its number among the visible ones.
     pub ordinal: usize,
+    /// As the driver says it: `NVIDIA H200`.
     pub name: String,
     /// Compute capability: (9, 0) is Hopper.
     pub capability: (i32, i32),
+    /// Streaming multiprocessors.
     pub multiprocessors: u32,
     /// Largest dynamic shared memory of a block, in bytes.
     pub shared_memory: u32,
@@ -51,7 +53,9 @@ pub struct Card {
     pub multiprocessor_shared: u32,
     /// Bytes of the L2 cache.
     pub cache: usize,
+    /// Bytes of device memory.
     pub total_memory: usize,
+    /// The newest CUDA that the driver supports: 13000 is 13.0.
     pub driver_version: i32,
 }
 

@@ -43,7 +43,9 @@ struct Inner {
 /// One kernel launch.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Launched {
+    /// Its name in `kernels/`.
     pub kernel: &'static str,
+    /// Blocks along x, y and z.
     pub grid: [u32; 3],
     /// Threads per block.
     pub threads: u32,

@@ -5,12 +5,17 @@
 pub struct KernelReport {
     /// Stem of its source in `kernels/`.
     pub file: &'static str,
+    /// Its name in that source.
     pub name: &'static str,
+    /// `sm_90a`, for example.
     pub target: &'static str,
     /// Declared with `HOT_KERNEL`: runs in every step.
     pub hot: bool,
+    /// Registers of a thread.
     pub registers: u32,
+    /// Bytes of registers that a thread stores in memory for want of registers.
     pub spill_bytes: u32,
+    /// Bytes of local memory of a thread.
     pub stack_bytes: u32,
 }
 
