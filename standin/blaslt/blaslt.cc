@@ -506,7 +506,8 @@ API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const 
   if (p.c == p.d && p.ldc != p.ldd)
     return refuse(kBadValue, "C and D in one place with different leading dimensions");
   size_t scratch = workspace_of(p, number);
-  int code = submit(s, [=](const Running& running) {
+  Task task;
+  task.run = [=](const Running& running) {
     Matmul now = p;
     if (on_device) {
       memcpy(&now.alpha, alpha, 4);
@@ -520,6 +521,6 @@ API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const 
       }
     }
     return run(running, now);
-  });
-  return code ? kFailed : kSuccess;
+  };
+  return submit(s, std::move(task)) ? kFailed : kSuccess;
 }

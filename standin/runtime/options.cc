@@ -28,7 +28,11 @@ bool set(Options& o, const std::string& key, const std::string& value) {
     else if (value == "off") o.checks = Checks::off;
     else return false;
   } else if (key == "seed") o.seed = static_cast<uint32_t>(number());
-  else if (key == "threads") o.threads = static_cast<uint32_t>(number());
+  else if (key == "defer") {
+    o.defer = value == "off" ? 0 : static_cast<uint32_t>(number());
+    if (value == "off") good = true;
+    else if (o.defer == 0) good = false;
+  } else if (key == "threads") o.threads = static_cast<uint32_t>(number());
   else if (key == "counters") o.counters = value;
   else if (key == "order") o.order = value;
   else if (key == "contexts") o.contexts = value;

@@ -21,6 +21,7 @@ enum class Thin : uint8_t { taken, invalid, unsupported };
 struct Options {
   Checks checks = Checks::on;
   uint32_t seed = 0;     // 0: threads in order; others: a random but repeatable schedule
+  uint32_t defer = 1;    // the seed of the order in which deferred work runs; 0: work runs when it is submitted
   uint32_t threads = 0;  // host threads that run blocks; 0: one per core
   std::string counters;  // a file that gets one JSON line per launch
   std::string order;     // a file that gets one JSON line per kernel and copy: what each comes after

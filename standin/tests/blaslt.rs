@@ -211,12 +211,12 @@ fn a_product_reads_and_writes_under_the_same_checks_as_a_kernel() {
     let (a, _) = blas.matrix(BF16, p.a(), 1);
     let (b, _) = blas.matrix(BF16, p.b(), 2);
     let short = blas.gpu.allocate(64).unwrap();
-    assert_eq!(blas.multiply(&x, &p, [a, b, short, short], None, 0), 13);
+    assert_eq!((blas.multiply(&x, &p, [a, b, short, short], None, 0), blas.gpu.wait()), (0, 700));
     assert!(blas.gpu.report().contains("out of bounds: a matmul's D"), "{}", blas.gpu.report());
     assert_eq!(cu!(blas.gpu, standin_reset()), 0);
     let fresh = blas.gpu.allocate(2 * ld(p.k) * p.n).unwrap();
     let d = blas.gpu.allocate(2 * ld(p.m) * p.n).unwrap();
-    assert_eq!(blas.multiply(&x, &p, [a, fresh, d, d], None, 0), 13);
+    assert_eq!((blas.multiply(&x, &p, [a, fresh, d, d], None, 0), blas.gpu.wait()), (0, 719));
     assert!(blas.gpu.report().contains("uninitialised: a matmul's B"), "{}", blas.gpu.report());
 }
 
@@ -432,6 +432,7 @@ fn time(options: &str, epilogue: u32) -> f32 {
         record(start);
         assert_eq!(case.run(&one), 0);
         record(end);
+        assert_eq!(cu!(case.blas.gpu, cuEventSynchronize(end => Handle)), 0);
         let mut time = 0f32;
         let code =
             cu!(case.blas.gpu, cuEventElapsedTime_v2(&mut time => *mut f32, start => Handle, end => Handle));
