@@ -171,27 +171,6 @@ fn a_graph_of_two_streams_keeps_their_order_and_their_races() {
 }
 
 #[test]
-fn a_capture_refuses_what_cannot_be_in_a_graph() {
-    let gpu = open("checks=on");
-    let (x, y) = (gpu.upload(&values()), gpu.upload(&[0f32; 64]));
-    let (a, b) = (gpu.new_stream(), gpu.new_stream());
-    // A wait of the host.
-    let broken = capture(&gpu, a, || assert_eq!(cu!(gpu, cuStreamSynchronize(a => Handle)), 900));
-    assert_eq!(broken, Err(901));
-    // An allocation.
-    let broken = capture(&gpu, a, || assert_eq!(gpu.allocate(64), Err(900)));
-    assert_eq!(broken, Err(901));
-    // A stream that is never joined.
-    let fork = gpu.new_event();
-    let unjoined = capture(&gpu, a, || {
-        assert_eq!(cu!(gpu, cuEventRecord(fork => Handle, a => Handle)), 0);
-        assert_eq!(cu!(gpu, cuStreamWaitEvent(b => Handle, fork => Handle, 0 => u32)), 0);
-        assert_eq!(shift(&gpu, b, x, y), 0);
-    });
-    assert_eq!(unjoined, Err(904));
-}
-
-#[test]
 fn faults_come_when_they_are_asked_for() {
     let gpu = open("checks=on,fail_allocation=3,fail_launch=2,fail_code=214");
     let (x, y) = (gpu.upload(&values()), gpu.upload(&[0f32; 64]));
