@@ -157,8 +157,8 @@ fn every_product_is_right_where_cublaslt_refuses_it() {
     let Some(folder) = stand_in() else { return };
     std::thread::scope(|scope| {
         for (options, precision, filter) in [
-            ("refuse_matmul=1", "bf16", "matmul"),
-            ("refuse_matmul=1", "f32", "matmul"),
+            ("heuristic=refusal", "bf16", "matmul"),
+            ("heuristic=refusal", "f32", "matmul"),
             ("thin=invalid", "bf16", "matmul"),
             ("thin=unsupported", "f32", "matmul"),
             ("fail_algorithm=0", "bf16", "matmul none"),
