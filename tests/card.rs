@@ -159,6 +159,12 @@ fn every_product_is_right_where_cublaslt_refuses_it() {
         for (options, precision, filter) in [
             ("heuristic=refusal", "bf16", "matmul"),
             ("heuristic=refusal", "f32", "matmul"),
+            ("heuristic=nothing", "bf16", "matmul none"),
+            ("heuristic=unfit", "bf16", "matmul none"),
+            // Only plain products.
+            ("refuse_epilogues=4+36+164+192+208+256+512", "bf16", "erf, dropout"),
+            ("tensor_cores=truncate", "bf16", "matmul none"),
+            ("tensor_cores=truncate", "tf32", "matmul none"),
             ("thin=invalid", "bf16", "matmul"),
             ("thin=unsupported", "f32", "matmul"),
             ("fail_algorithm=0", "bf16", "matmul none"),

@@ -327,6 +327,7 @@ API cuGraphLaunch(void* executable, void* stream) {
   ENTER_GRAPH(Kind::executable_graph, executable);
   Stream* s;
   if (int code = find_stream(stream, &s)) return code;
+  same_context(graph_record, *s->context);
   if (s->capture) return kNotSupported;
   return replay(g, *s);
 }

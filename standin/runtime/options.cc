@@ -43,6 +43,7 @@ bool set(Options& o, const std::string& key, const std::string& value) {
   else if (key == "multiprocessors") o.multiprocessors = static_cast<int>(number());
   else if (key == "driver") o.driver = static_cast<int>(number());
   else if (key == "memory") o.memory = number();
+  else if (key == "gap") o.gap = number();
   else if (key == "name") o.name = value;
   else if (key == "blaslt") o.blaslt = number();
   else if (key == "fail_allocation") o.fail_allocation = number();

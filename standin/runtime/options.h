@@ -42,6 +42,7 @@ struct Options {
   int multiprocessors = 132;
   int driver = 13000;
   uint64_t memory = 4ull << 30;
+  uint64_t gap = 0;  // bytes between allocations, at least: 4 KiB and more of addresses, not of memory
   std::string name = "Vitrum stand-in GPU";
   uint64_t blaslt = 130000;  // cublasLtGetVersion
 

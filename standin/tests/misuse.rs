@@ -268,6 +268,18 @@ const MISUSES: &[Misuse] = &[
         },
     ),
     (
+        "graph on another card's stream",
+        &[
+            "cuGraphLaunch: executable graph 1, made by cuGraphInstantiateWithFlags for card 0, in the context of card 1",
+        ],
+        |gpu, broken| {
+            let (_, executable) = capture(gpu, gpu.module());
+            gpu.use_context(gpu.retain(c_int::from(broken)));
+            let stream = gpu.new_stream();
+            assert_eq!(cu!(gpu, cuGraphLaunch(executable => Handle, stream => Handle)), 0);
+        },
+    ),
+    (
         "launch in another card's context",
         &["cuLaunchKernel: function 1, made by cuModuleGetFunction for card 0, in the context of card 1"],
         |gpu, broken| {
