@@ -202,7 +202,9 @@ fn another_thread_is_free_unless_the_capture_is_global_and_relaxed_captures_forb
 
 #[test]
 fn a_captured_stream_or_event_is_not_waited_for_in_any_mode() {
-    let calls: [(&str, fn(&Bench) -> c_int, c_int); 8] = [
+    /// A call, and its code.
+    type Refused = (&'static str, fn(&Bench) -> c_int, c_int);
+    let calls: [Refused; 8] = [
         ("cuStreamSynchronize", |t| cu!(t.gpu, cuStreamSynchronize(t.stream => Handle)), UNSUPPORTED),
         ("cuStreamQuery", |t| cu!(t.gpu, cuStreamQuery(t.stream => Handle)), UNSUPPORTED),
         ("cuEventSynchronize", |t| cu!(t.gpu, cuEventSynchronize(t.event => Handle)), CAPTURED_EVENT),
