@@ -157,8 +157,14 @@ fn every_product_is_right_where_cublaslt_refuses_it() {
     let Some(folder) = stand_in() else { return };
     std::thread::scope(|scope| {
         for (options, precision, filter) in [
-            ("refuse_matmul=1", "bf16", "matmul"),
-            ("refuse_matmul=1", "f32", "matmul"),
+            ("heuristic=refusal", "bf16", "matmul"),
+            ("heuristic=refusal", "f32", "matmul"),
+            ("heuristic=nothing", "bf16", "matmul none"),
+            ("heuristic=unfit", "bf16", "matmul none"),
+            // Only plain products.
+            ("refuse_epilogues=4+36+164+192+208+256+512", "bf16", "erf, dropout"),
+            ("tensor_cores=truncate", "bf16", "matmul none"),
+            ("tensor_cores=truncate", "tf32", "matmul none"),
             ("thin=invalid", "bf16", "matmul"),
             ("thin=unsupported", "f32", "matmul"),
             ("fail_algorithm=0", "bf16", "matmul none"),

@@ -37,10 +37,10 @@ fn every_kernel_equals_float64_under_three_schedules() {
     // multiprocessor, so that each block gets several pieces of divided work; the kernels that do this in f32
     // run in f32 too. Nothing is timed: that takes many launches, and tests/card.rs tests the choices.
     let schedules: [(&str, &[&[&str]]); 3] = [
-        ("seed=0", &[&["auto"]]),
-        ("seed=1,sm=86", &[&["bf16"]]),
+        ("seed=0,defer=1", &[&["auto"]]),
+        ("seed=1,defer=2,sm=86", &[&["bf16"]]),
         (
-            "seed=2,multiprocessors=1",
+            "seed=2,defer=3,multiprocessors=1",
             &[
                 &["bf16"],
                 &["f32", "--filter", "layernorm"],

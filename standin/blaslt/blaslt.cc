@@ -52,6 +52,7 @@ struct Layout {
 };
 
 struct Preference {
+  uint32_t search = 0;  // best fit
   uint64_t workspace = 0;
   uint32_t align[4] = {256, 256, 256, 256};
   uint32_t reductions = 7;
@@ -98,6 +99,8 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
   if (d.compute != k32F && d.compute != k32FPedantic && d.compute != k32FFastTF32) {
     return refuse(kUnsupported, format("compute type %d", d.compute));
   }
+  if (d.pointer_mode != 0 && d.pointer_mode != 1)
+    return refuse(kUnsupported, format("pointer mode %d", d.pointer_mode));
   if (d.scale != kR32F)
     return refuse(kUnsupported, format("scale type %d with a 32-bit compute type", d.scale));
   if ((a.type != kR32F && a.type != kR16BF) || a.type != b.type) {
@@ -144,6 +147,7 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
   p->input = a.type == kR32F ? Type::f32 : Type::bf16;
   p->output = out.type == kR32F ? Type::f32 : Type::bf16;
   p->tf32 = d.compute == k32FFastTF32;
+  p->truncate = options().truncate && (p->tf32 || p->input == Type::bf16);
   p->lda = static_cast<uint64_t>(a.ld);
   p->ldb = static_cast<uint64_t>(b.ld);
   p->ldc = static_cast<uint64_t>(c.ld);
@@ -153,6 +157,9 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
   p->aux = d.aux;
   p->epilogue = {};
   if (!epilogue_of(d.epilogue, &p->epilogue)) return refuse(kUnsupported, format("epilogue %u", d.epilogue));
+  const auto& refused = options().refused_epilogues;
+  if (std::find(refused.begin(), refused.end(), d.epilogue) != refused.end())
+    return refuse(kUnsupported, format("epilogue %u, on demand", d.epilogue));
   const Epilogue& e = p->epilogue;
   if (e.aux_out || e.dgelu) {
     if (d.aux_ld < static_cast<int64_t>(p->m) || d.aux_ld % 8) {
@@ -285,7 +292,10 @@ API cublasLtDestroy(void* handle) {
 
 // ---- descriptions -----------------------------------------------------------------------------------------
 
+// Like the real library's, these look at sizes alone (seen in version 13.1.0): what a value means is found out when a
+// product is described with it.
 API cublasLtMatmulDescCreate(Description** description, int compute, int scale) {
+  if (!description) return kBadValue;
   *description = new Description{compute, scale};
   return kSuccess;
 }
@@ -294,24 +304,25 @@ API cublasLtMatmulDescDestroy(Description* description) {
   return kSuccess;
 }
 API cublasLtMatmulDescSetAttribute(Description* d, int attribute, const void* value, size_t bytes) {
+  if (!d) return kBadValue;
   bool good;
   switch (attribute) {
     case 0: good = take(&d->compute, value, bytes); break;
     case 1: good = take(&d->scale, value, bytes); break;
-    case 2: good = take(&d->pointer_mode, value, bytes) && d->pointer_mode <= 1; break;
+    case 2: good = take(&d->pointer_mode, value, bytes); break;
     case 3: good = take(&d->transpose_a, value, bytes); break;
     case 4: good = take(&d->transpose_b, value, bytes); break;
     case 7: good = take(&d->epilogue, value, bytes); break;
     case 8: good = take(&d->bias, value, bytes); break;
     case 11: good = take(&d->aux, value, bytes); break;
     case 12: good = take(&d->aux_ld, value, bytes); break;
-    case 15: good = true; break;  // how many multiprocessors to use: a matter of speed
+    case 15: good = value && bytes == 4; break;  // how many multiprocessors to use: a matter of speed
     case 22: good = take(&d->aux_type, value, bytes); break;
-    case 25: good = true; break;  // fast accumulation: FP8 only
+    case 25: good = value && bytes == 1; break;  // fast accumulation: FP8 only
     case 26: good = take(&d->bias_type, value, bytes); break;
-    default: return refuse(kUnsupported, format("attribute %d of a description", attribute));
+    default: good = false;
   }
-  return good ? kSuccess : kBadValue;
+  return good ? kSuccess : refuse(kBadValue, format("attribute %d of a description in %zu bytes", attribute, bytes));
 }
 API cublasLtMatmulDescGetAttribute(const Description* d, int attribute, void* value, size_t bytes,
                                    size_t* written) {
@@ -325,7 +336,7 @@ API cublasLtMatmulDescGetAttribute(const Description* d, int attribute, void* va
     case 8: from = &d->bias, size = 8; break;
     case 11: from = &d->aux, size = 8; break;
     case 12: from = &d->aux_ld, size = 8; break;
-    default: return kUnsupported;
+    default: return kBadValue;
   }
   if (written) *written = size;
   if (bytes == 0) return kSuccess;
@@ -335,6 +346,7 @@ API cublasLtMatmulDescGetAttribute(const Description* d, int attribute, void* va
 }
 
 API cublasLtMatrixLayoutCreate(Layout** layout, int type, uint64_t rows, uint64_t cols, int64_t ld) {
+  if (!layout) return kBadValue;
   *layout = new Layout{type, rows, cols, ld};
   return kSuccess;
 }
@@ -352,12 +364,13 @@ API cublasLtMatrixLayoutSetAttribute(Layout* l, int attribute, const void* value
     case 4: good = take(&l->ld, value, bytes); break;
     case 5: good = take(&l->batches, value, bytes); break;
     case 6: good = take(&l->batch_stride, value, bytes); break;
-    default: return kUnsupported;
+    default: return kBadValue;
   }
   return good ? kSuccess : kBadValue;
 }
 
 API cublasLtMatmulPreferenceCreate(Preference** preference) {
+  if (!preference) return kBadValue;
   *preference = new Preference;
   return kSuccess;
 }
@@ -366,17 +379,18 @@ API cublasLtMatmulPreferenceDestroy(Preference* preference) {
   return kSuccess;
 }
 API cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const void* value, size_t bytes) {
+  if (!p) return kBadValue;
   bool good;
-  uint32_t search;
   switch (attribute) {
-    case 0: good = take(&search, value, bytes) && search == 0; break;  // best fit
+    case 0: good = take(&p->search, value, bytes); break;
     case 1: good = take(&p->workspace, value, bytes); break;
-    case 3: good = take(&p->reductions, value, bytes) && p->reductions <= 7; break;
+    case 3: good = take(&p->reductions, value, bytes); break;
     case 5:
     case 6:
     case 7:
     case 8: good = take(&p->align[attribute - 5], value, bytes); break;
-    default: good = true;
+    case 9: good = value && bytes == 4; break;  // the most waves of blocks
+    default: good = false;
   }
   return good ? kSuccess : kBadValue;
 }
@@ -392,7 +406,13 @@ API cublasLtMatmulAlgoGetHeuristic(void* handle, const Description* d, const Lay
   if (!d || !a || !b || !c || !out || !preference || wanted < 1) return kBadValue;
   Matmul p{};
   if (int status = understand(*d, *a, *b, *c, *out, &p)) return status;
-  if (options().refuse_matmul) return kUnsupported;
+  if (options().heuristic == Finding::refusal) return kUnsupported;
+  if (options().heuristic == Finding::nothing) return kSuccess;
+  for (uint32_t align : preference->align) {
+    if (!align || align & (align - 1))
+      return refuse(kBadValue, format("an alignment of %u bytes: not a power of two", align));
+  }
+  if (preference->search != 0) return refuse(kUnsupported, format("search mode %u", preference->search));
   uint32_t align = *std::min_element(preference->align, preference->align + 4);
   if (align < 16)
     return refuse(kUnsupported, format("alignment of %u bytes: nothing fast is found below 16", align));
@@ -403,7 +423,7 @@ API cublasLtMatmulAlgoGetHeuristic(void* handle, const Description* d, const Lay
     r = {};
     r.algorithm = algorithm_for(problem, number, align);
     r.workspace = r.algorithm.workspace;
-    r.state = kSuccess;
+    r.state = options().heuristic == Finding::unfit ? kUnsupported : kSuccess;
     r.waves = static_cast<float>((p.m + 127) / 128 * ((p.n + 127) / 128) * r.algorithm.split) /
               static_cast<float>(options().multiprocessors);
   }
@@ -431,7 +451,7 @@ API cublasLtMatmulAlgoConfigGetAttribute(const Algorithm* algorithm, int attribu
                                          size_t* written) {
   uint32_t v;
   size_t size;
-  if (!algorithm || !is_algorithm(*algorithm) || !configuration(*algorithm, attribute, &v, &size))
+  if (!algorithm || !configuration(*algorithm, attribute, &v, &size))
     return kBadValue;
   if (written) *written = size;
   if (bytes == 0) return kSuccess;
@@ -455,7 +475,8 @@ API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const 
   same_context(*static_cast<const Record*>(handle), *s->context);
   Matmul p{};
   if (int status = understand(*d, *a_layout, *b_layout, *c_layout, *out_layout, &p)) return status;
-  if (options().refuse_matmul) return kUnsupported;
+  if (options().heuristic == Finding::refusal || (!algorithm && options().heuristic != Finding::algorithms))
+    return kUnsupported;
   const Epilogue& e = p.epilogue;
   if ((e.bias || bias_sums(e)) && !p.bias) return refuse(kBadValue, "this epilogue wants a bias pointer");
   if ((e.aux_out || e.dgelu) && !p.aux) return refuse(kBadValue, "this epilogue wants an aux pointer");
@@ -506,7 +527,8 @@ API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const 
   if (p.c == p.d && p.ldc != p.ldd)
     return refuse(kBadValue, "C and D in one place with different leading dimensions");
   size_t scratch = workspace_of(p, number);
-  int code = submit(s, [=](const Running& running) {
+  Task task;
+  task.run = [=](const Running& running) {
     Matmul now = p;
     if (on_device) {
       memcpy(&now.alpha, alpha, 4);
@@ -520,6 +542,6 @@ API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const 
       }
     }
     return run(running, now);
-  });
-  return code ? kFailed : kSuccess;
+  };
+  return submit(s, std::move(task)) ? kFailed : kSuccess;
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../runtime/launch.h"
+#include "../runtime/truncate.h"
 
 namespace standin {
 namespace {
@@ -32,8 +33,8 @@ void store(Type type, void* p, uint64_t at, float value) {
 float rounded(Type type, float x) {
   return type == Type::f32 ? x : from_bf16(to_bf16(x));
 }
-float to_tf32(float x) {
-  return __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, x) + 0x1000) & ~0x1fffu);
+float to_tf32(float x, bool truncate) {
+  return __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, x) + (truncate ? 0 : 0x1000)) & ~0x1fffu);
 }
 
 // A matrix as f32 in strips of `width` rows (of columns for B), with k as the slowest index within a strip; short
@@ -52,7 +53,7 @@ std::vector<float> packed(const Matmul& p, const void* from, uint64_t extent, ui
         uint64_t base = (s * width + i) * stride;
         for (uint64_t k = 0; k < p.k; ++k) {
           float v = load(p.input, from, base + k * k_stride);
-          to[k * width + i] = p.tf32 ? to_tf32(v) : v;
+          to[k * width + i] = p.tf32 ? to_tf32(v, p.truncate) : v;
         }
       }
     }
@@ -70,6 +71,23 @@ __attribute__((target_clones("avx512f", "avx2", "default"))) void tile(const flo
     }
   }
   memcpy(result, acc, sizeof acc);
+}
+
+// The same on tensor cores that drop what does not fit.
+void truncating_tile(const float* a, const float* b, uint64_t k, float* result) {
+  for (uint64_t j = 0; j < kColumns; ++j) {
+    for (uint64_t i = 0; i < kRows; ++i) {
+      float sum = 0;
+      for (uint64_t at = 0; at < k; at += kTruncatedBlock) {
+        double products[kTruncatedBlock];
+        uint64_t count = std::min<uint64_t>(kTruncatedBlock, k - at);
+        for (uint64_t t = 0; t < count; ++t)
+          products[t] = double{a[(at + t) * kRows + i]} * b[(at + t) * kColumns + j];
+        sum = truncated_sum(sum, products, count);
+      }
+      result[j * kRows + i] = sum;
+    }
+  }
 }
 
 // The tanh form of GELU and its derivative: Hendrycks and Gimpel 2016, arXiv:1606.08415.
@@ -102,7 +120,8 @@ void run_matmul(const Matmul& p) {
         for (uint32_t s = 0; s < p.split; ++s) {
           uint64_t from = p.k * s / p.split, to = std::min(p.k * (s + 1) / p.split, p.sum_to);
           if (from >= to) break;
-          tile(&a[(rt * p.k + from) * kRows], &b[(ct * p.k + from) * kColumns], to - from, &part[0][0]);
+          auto* multiply = p.truncate ? truncating_tile : tile;
+          multiply(&a[(rt * p.k + from) * kRows], &b[(ct * p.k + from) * kColumns], to - from, &part[0][0]);
           for (uint64_t j = 0; j < kColumns; ++j) {
             for (uint64_t i = 0; i < kRows; ++i) {
               float sum = acc[j][i];

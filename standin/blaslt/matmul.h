@@ -34,7 +34,8 @@ struct Matmul {
   uint64_t m, n, k;
   bool transpose_a, transpose_b;
   Type input, output;
-  bool tf32;  // inputs rounded to 10 bits of mantissa
+  bool tf32;      // inputs rounded to 10 bits of mantissa
+  bool truncate;  // on tensor cores that drop what does not fit
   uint64_t lda, ldb, ldc, ldd, ld_aux;
   Epilogue epilogue;
   uint32_t split;       // k goes in this many parts, summed in order

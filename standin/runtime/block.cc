@@ -4,6 +4,8 @@
 #include <sys/mman.h>
 
 #include "memory.h"
+#include "options.h"
+#include "truncate.h"
 
 namespace standin {
 
@@ -357,7 +359,7 @@ float high(uint32_t v) {
   return __builtin_bit_cast(float, v & 0xffff0000u);
 }
 
-void compute_mma(void* const* operands) {
+void compute_mma(void* const* operands, bool truncate) {
   float a[16][16], b[16][8], d[16][8];
   for (uint32_t l = 0; l < kLanes; ++l) {
     const Mma& lane = *static_cast<const Mma*>(operands[l]);
@@ -373,6 +375,16 @@ void compute_mma(void* const* operands) {
     }
   }
   for (uint32_t i = 0; i < 16; ++i) {
+    if (truncate) {
+      for (uint32_t j = 0; j < 8; ++j) {
+        for (uint32_t k = 0; k < 16; k += kTruncatedBlock) {
+          double products[kTruncatedBlock];
+          for (uint32_t t = 0; t < kTruncatedBlock; ++t) products[t] = double{a[i][k + t]} * b[k + t][j];
+          d[i][j] = truncated_sum(d[i][j], products, kTruncatedBlock);
+        }
+      }
+      continue;
+    }
     for (uint32_t k = 0; k < 16; ++k) {
       for (uint32_t j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
     }
@@ -429,7 +441,7 @@ void Block::complete(Warp& warp, Collective kind) {
       break;
     }
     case Collective::ldmatrix: compute_ldmatrix(operands); break;
-    case Collective::mma: compute_mma(operands); break;
+    case Collective::mma: compute_mma(operands, launch->options->truncate); break;
   }
 }
 

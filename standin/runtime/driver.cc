@@ -1,7 +1,7 @@
 // The CUDA driver API, the part that a program like Vitrum uses: libcuda.so's own names and error codes.
 //
-// Work runs when it is issued, unless its stream is being captured; then its bytes are kept and it runs at each launch
-// of the graph. Names, types and codes follow NVIDIA's CUDA Driver API reference (CUDA 13.0).
+// Work is queued when it is submitted (`schedule.cc`), unless its stream is being captured; then its bytes are kept and
+// it is queued at each launch of the graph. Names, types and codes follow NVIDIA's CUDA Driver API reference (CUDA 13.0).
 //
 // This file has the driver and its GPUs, contexts, and the stand-in's own functions. `driver_errors.cc`,
 // `driver_memory.cc`, `driver_streams.cc` and `driver_kernels.cc` have the rest.
@@ -22,7 +22,11 @@
 namespace standin {
 
 Machine& machine() {
-  static Machine* m = new Machine;
+  static Machine* m = [] {
+    auto* made = new Machine;
+    made->random = options().defer;
+    return made;
+  }();
   return *m;
 }
 
@@ -41,29 +45,21 @@ Stream* Machine::new_stream(Primary* context, bool blocking) {
 }
 
 void Machine::drop_stream(Stream* stream) {
-  if (Capture* c = stream->capture.get()) {
+  if (std::shared_ptr<Capture> c = stream->capture) {
     c->broken = kCaptureInvalidated;
     c->members.erase(std::remove(c->members.begin(), c->members.end(), stream), c->members.end());
+    stream->capture.reset();
   }
+  stream->closing = true;
+  if (stream->queue.empty()) let_go(stream);
+}
+
+void Machine::let_go(Stream* stream) {
   slot_time[stream->slot] = stream->clock.time[stream->slot];
-  // Destroying a stream lets its work finish; nothing can wait for it any more.
-  host.join(stream->clock);
+  stream->context->ended.join(stream->clock);
+  if (stream->blocking) stream->context->ended_blocking.join(stream->clock);
   streams[stream->slot] = nullptr;
   delete stream;
-}
-
-bool Machine::capturing_globally() const {
-  for (Stream* s : streams) {
-    if (s && s->capture && s->capture->mode != 2) return true;
-  }
-  return false;
-}
-
-int Machine::break_captures(int code) {
-  for (Stream* s : streams) {
-    if (s && s->capture && s->capture->mode != 2) s->capture->broken = code;
-  }
-  return code;
 }
 
 int find_stream(void* handle, Stream** stream) {
@@ -262,11 +258,14 @@ API cuCtxGetDevice(int* device) {
 }
 API cuCtxSynchronize() {
   ENTER_CONTEXT;
-  if (int code = refuse_in_capture()) return code;
+  if (int code = m.refuse_context(context)) return code;
+  StreamClock all = context->ended;
   for (Stream* s : m.streams) {
-    if (s && s->context == context) m.host.join(s->clock);
+    if (s && s->context == context) all.join(s->clock);
   }
-  return 0;
+  wait_for(all);
+  m.host.join(all);
+  return context->sticky;
 }
 API cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   ENTER_CONTEXT;
@@ -289,12 +288,16 @@ API cuProfilerStop() {
 
 // ---- the stand-in's own functions -------------------------------------------------------------------------
 
-// Sets options while the program runs; the text is that of VITRUM_STANDIN. kInvalidValue if it cannot be parsed.
+// Sets options while the program runs, after all submitted work; the text is that of VITRUM_STANDIN. kInvalidValue if it
+// cannot be parsed.
 API standin_configure(const char* text) {
   ENTER;
   std::string wrong;
   Checks before = options().checks;
+  uint32_t order = options().defer;
+  finish_all(nullptr);
   bool good = configure(text, &wrong);
+  if (options().defer != order) m.random = options().defer;
   // Without checks, writes were not recorded.
   if (before == Checks::off && options().checks != Checks::off) trust_all();
   if (good) return 0;
@@ -304,8 +307,11 @@ API standin_configure(const char* text) {
 // Repairs contexts after an error and restarts all fault counts; options are read from the environment again.
 API standin_reset() {
   ENTER;
+  finish_all(nullptr);
   if (options().checks == Checks::off) trust_all();
   reset_options();
+  m.random = options().defer;
+  m.eager = false;
   for (Stream* s : m.streams) {
     if (s) s->context->sticky = 0;
   }

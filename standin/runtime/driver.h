@@ -16,14 +16,16 @@ namespace standin {
 constexpr int kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kNoDevice = 100, kInvalidDevice = 101,
               kInvalidImage = 200, kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500,
               kNotReady = 600, kOutOfResources = 701, kNotSupported = 801, kCaptureUnsupported = 900,
-              kCaptureInvalidated = 901, kCaptureUnmatched = 903, kCaptureUnjoined = 904,
-              kCaptureImplicit = 906, kCapturedEvent = 907, kContextIsDestroyed = 709;
+              kCaptureInvalidated = 901, kCaptureMerge = 902, kCaptureUnmatched = 903, kCaptureUnjoined = 904,
+              kCaptureIsolation = 905, kCaptureImplicit = 906, kCapturedEvent = 907,
+              kCaptureWrongThread = 908, kContextIsDestroyed = 709;
 
 // A captured graph, or one that can be launched.
 struct Graph {
   std::shared_ptr<const std::vector<Node>> nodes;
   uint32_t lane_count = 1, events = 0;
   std::vector<Stream*> lanes;  // of an executable graph: stand-ins for the streams that joined the capture
+  StreamClock last;            // of its last launch
   ~Graph();
 };
 
@@ -35,13 +37,20 @@ struct Machine {
   StreamClock host;  // what the host has waited for
   Stream* streams[kStreams] = {};
   uint64_t slot_time[kStreams] = {};
+  uint64_t done[kStreams] = {};  // per slot: the operations that have run
+  uint64_t random = 0;           // the state of the schedule's generator
+  bool eager = false;            // work may begin when it is submitted
   double ahead = 0;  // seconds by which the clock of events is ahead of the host's
   uint64_t allocations = 0, pinned_allocations = 0, launches = 0;
 
   Stream* new_stream(Primary* context, bool blocking);  // null: too many
-  void drop_stream(Stream* stream);
-  bool capturing_globally() const;
-  int break_captures(int code);
+  void drop_stream(Stream* stream);                     // once its work is done
+  void let_go(Stream* stream);                          // whose work is done
+  // Calls that a capture forbids: those that a driver documents as unsafe for the calling thread, those on a context,
+  // those on its default stream. The error code, once the captures are broken; 0: allowed.
+  int refuse_unsafe();
+  int refuse_context(const Primary* context);
+  int refuse_legacy(const Primary* context);
 };
 
 STANDIN_EXPORT Machine& machine();
@@ -74,10 +83,5 @@ class STANDIN_EXPORT Slowed {
 
 // Waits for a stream; refused while it is captured.
 int synchronize(Stream* stream);
-// Calls that would make a capture wait or allocate are refused during a capture.
-int refuse_in_capture();
-// Records an operation: its stream, and how many operations of each stream it follows (of its own stream: itself
-// included). Two operations of which neither follows the other may run at the same time.
-void note_order(const Running& running, const char* what, uint64_t bytes);
 
 }  // namespace standin

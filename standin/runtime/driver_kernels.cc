@@ -34,14 +34,11 @@ struct KernelCall {
   std::vector<size_t> offsets;
 
   int run(const Running& running) {
-    live(Kind::function, function);  // a graph may outlive its module
-    Machine& m = machine();
+    live(Kind::function, function);  // its module may be gone
     const Options& o = options();
-    ++m.launches;
-    note_order(running, kernel->bound.name, 0);
-    if (o.fail_launch && m.launches == o.fail_launch) {
+    if (o.fail_launch && running.launch == o.fail_launch) {
       publish({o.fail_code, format("kernel `%s` (launch %llu) fails on demand", kernel->bound.name,
-                                   static_cast<unsigned long long>(m.launches))});
+                                   static_cast<unsigned long long>(running.launch))});
       return fail_sticky(running, o.fail_code);
     }
     // Tensor maps want 64-byte aligned arguments.
@@ -57,7 +54,7 @@ struct KernelCall {
     launch.arguments = pointers;
     launch.tag = running.tag;
     launch.ordered = running.ordered;
-    launch.number = m.launches;
+    launch.number = running.launch;
     launch.options = &o;
     Slowed slowed(o.slow_kernels);
     Report report = run_launch(launch);
@@ -128,7 +125,11 @@ int launch_kernel(const Record& function, Dim3 grid, Dim3 block, uint32_t shared
     memcpy(&word, call->bytes.data() + at, 8);
     refuse_foreign(word, *function.context);
   }
-  return submit(stream, [call](const Running& running) { return call->run(running); });
+  Task task;
+  task.run = [call](const Running& running) { return call->run(running); };
+  task.what = bound.name;
+  task.kernel = &function;
+  return submit(stream, std::move(task));
 }
 
 }  // namespace
@@ -147,6 +148,7 @@ using namespace standin;
 
 API cuModuleLoadData(void** module, const void*) {
   ENTER_CONTEXT;
+  if (int code = m.refuse_unsafe()) return code;
   *module = make_handle(Kind::module, context, std::make_shared<Module>());
   return 0;
 }
@@ -164,6 +166,7 @@ API cuModuleLoad(void** module, const char*) {
 }
 API cuModuleUnload(void* module) {
   ENTER_OF_CONTEXT(Kind::module, module);
+  if (int code = m.refuse_unsafe()) return code;
   return end(record);
 }
 API cuModuleGetFunction(void** function, void* module, const char* name) {
@@ -172,6 +175,8 @@ API cuModuleGetFunction(void** function, void* module, const char* name) {
   if (!kernel) return kNotFound;
   Record*& place = object_of<Module>(record).functions[name];
   if (!place) {
+    // Lazy loading, the driver's default, loads a kernel when it is first asked for.
+    if (int code = m.refuse_unsafe()) return code;
     place = make_handle(Kind::function, context, std::make_shared<Function>(Function{kernel}));
     place->module = &record;
   }
@@ -247,8 +252,10 @@ API cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
 }
 API cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
   ENTER_STREAM(stream);
-  return submit(s, [=](const Running&) {
+  Task task;
+  task.run = [=](const Running&) {
     function(data);
     return 0;
-  });
+  };
+  return submit(s, std::move(task));
 }

@@ -1,8 +1,8 @@
 // The driver's streams, events and captured graphs.
-#include <stdio.h>
 #include <time.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "api.h"
 #include "options.h"
@@ -13,36 +13,65 @@ Graph::~Graph() {
   for (Stream* lane : lanes) machine().drop_stream(lane);
 }
 
-int refuse_in_capture() {
-  Machine& m = machine();
-  return m.capturing_globally() ? m.break_captures(kCaptureUnsupported) : 0;
+namespace {
+
+uint64_t this_thread() {
+  static std::atomic<uint64_t> last{0};
+  thread_local uint64_t number = ++last;
+  return number;
 }
+
+// Breaks the captures that `which` is true for, by one of their streams; `code` if there are any, else 0.
+template <class F>
+int break_captures(int code, F which) {
+  int found = 0;
+  for (Stream* s : machine().streams) {
+    if (!s || !s->capture || !which(*s)) continue;
+    s->capture->broken = found = code;
+  }
+  return found;
+}
+
+}  // namespace
+
+// NVIDIA, cuThreadExchangeStreamCaptureMode: a thread may not make potentially unsafe calls while it captures itself,
+// unless in relaxed mode, or while any thread captures in global mode.
+int Machine::refuse_unsafe() {
+  return break_captures(kCaptureUnsupported, [](const Stream& s) {
+    return s.capture->mode == 0 || (s.capture->mode == 1 && s.capture->thread == this_thread());
+  });
+}
+
+// NVIDIA, CUDA C++ Programming Guide, prohibited operations: neither may a handle be waited for that encompasses a
+// captured stream, in any mode and thread.
+int Machine::refuse_context(const Primary* context) {
+  return break_captures(kCaptureUnsupported, [=](const Stream& s) { return s.context == context; });
+}
+
+int Machine::refuse_legacy(const Primary* context) {
+  return break_captures(kCaptureImplicit,
+                        [=](const Stream& s) { return s.blocking && s.context == context; });
+}
+
+namespace {
+
+// Whether the stream may be waited for, or asked.
+int may_wait(Stream* stream) {
+  if (stream->capture) return stream->capture->broken = kCaptureUnsupported;
+  if (stream->legacy) {
+    if (int code = machine().refuse_legacy(stream->context)) return code;
+  }
+  return machine().refuse_unsafe();
+}
+
+}  // namespace
 
 int synchronize(Stream* stream) {
-  if (stream->capture) {
-    stream->capture->broken = kCaptureUnsupported;
-    return kCaptureUnsupported;
-  }
-  if (int code = refuse_in_capture()) return code;
-  machine().host.join(stream->clock);
-  return 0;
-}
-
-void note_order(const Running& running, const char* what, uint64_t bytes) {
-  const std::string& path = options().order;
-  if (path.empty()) return;
-  FILE* file = fopen(path.c_str(), "a");
-  if (!file) return;
-  fprintf(file, "{\"what\":\"%s\",\"bytes\":%llu,\"stream\":%u,\"after\":{", what,
-          static_cast<unsigned long long>(bytes), stream_of(running.tag));
-  const char* comma = "";
-  for (uint32_t s = 0; s < kStreams; ++s) {
-    if (!running.ordered[s]) continue;
-    fprintf(file, "%s\"%u\":%llu", comma, s, static_cast<unsigned long long>(running.ordered[s]));
-    comma = ",";
-  }
-  fprintf(file, "}}\n");
-  fclose(file);
+  if (int code = may_wait(stream)) return code;
+  std::shared_ptr<Point> now = record(*stream);
+  wait_for(now->clock);
+  machine().host.join(now->clock);
+  return stream->context->sticky;
 }
 
 double seconds_now() {
@@ -94,7 +123,13 @@ API cuStreamSynchronize(void* stream) {
 }
 API cuStreamQuery(void* stream) {
   ENTER_STREAM(stream);
-  return synchronize(s);
+  if (int code = may_wait(s)) return code;
+  std::shared_ptr<Point> now = record(*s);
+  work_a_little();
+  if (s->context->sticky) return s->context->sticky;
+  if (!has_run(now->clock)) return kNotReady;
+  m.host.join(now->clock);
+  return 0;
 }
 // Stream and event may belong to different contexts.
 API cuStreamWaitEvent(void* stream, void* event, unsigned) {
@@ -103,22 +138,25 @@ API cuStreamWaitEvent(void* stream, void* event, unsigned) {
   if (int code = find_stream(stream, &s)) return code;
   std::shared_ptr<Capture> from = e.capture.lock();
   if (!from) {
-    if (s->capture) {
-      // A wait for work outside the graph would not be part of it.
-      s->capture->broken = kCaptureUnsupported;
-      return e.recorded ? 905 : 0;
+    if (!e.point) return 0;
+    // A wait for work outside the graph would not be part of it.
+    if (s->capture) return s->capture->broken = kCaptureIsolation;
+    if (s->legacy) {
+      if (int code = m.refuse_legacy(s->context)) return code;
     }
-    if (e.recorded) s->clock.join(e.clock);
+    s->clock.join(e.point->clock);
     return 0;
   }
+  if (from->broken) return kCaptureInvalidated;
   if (!s->capture) {
+    if (s->legacy) return from->broken = kCaptureImplicit;
     s->capture = from;
     s->lane = from->lanes++;
     from->members.push_back(s);
     from->last.push_back(0);
     from->seen.emplace_back(from->lanes, 0);
   } else if (s->capture != from) {
-    return 902;
+    return s->capture->broken = from->broken = kCaptureMerge;
   }
   from->nodes.push_back({Node::wait, s->lane, nullptr, e.number, nullptr});
   auto& seen = from->seen[s->lane];
@@ -146,6 +184,7 @@ API cuEventRecordWithFlags(void* event, void* stream, unsigned flags) {
   if (s->legacy) same_context(event_record, *s->context);
   else same_context(event_record, live(Kind::stream, stream));
   if (Capture* c = s->capture.get()) {
+    if (c->broken) return kCaptureInvalidated;
     if (flags & 1) {
       c->nodes.push_back({Node::outside, s->lane, nullptr, 0, &event_record});
       return 0;
@@ -159,31 +198,40 @@ API cuEventRecordWithFlags(void* event, void* stream, unsigned flags) {
     c->nodes.push_back({Node::record, s->lane, nullptr, e.number, nullptr});
     return 0;
   }
+  if (s->legacy) {
+    if (int code = m.refuse_legacy(s->context)) return code;
+  }
   e.capture.reset();
-  s->clock.join(m.host);
-  e.clock = s->clock;
-  e.recorded = true;
-  e.seconds = seconds_now();
+  e.point = record(*s);
   return 0;
 }
 API cuEventRecord(void* event, void* stream) {
   ENTER;
   return cuEventRecordWithFlags(event, stream, 0);
 }
+// Whether an event may be waited for, or asked.
+static int may_wait(const Event& e) {
+  if (std::shared_ptr<Capture> c = e.capture.lock()) return c->broken = kCapturedEvent;
+  return machine().refuse_unsafe();
+}
 API cuEventSynchronize(void* event) {
   ENTER_EVENT(event);
-  if (std::shared_ptr<Capture> c = e.capture.lock()) {
-    c->broken = kCapturedEvent;
-    return kCapturedEvent;
-  }
-  if (int code = refuse_in_capture()) return code;
-  if (e.recorded) m.host.join(e.clock);
-  return 0;
+  if (int code = may_wait(e)) return code;
+  // Another record of the event does not change what is waited for.
+  std::shared_ptr<Point> point = e.point;
+  if (!point) return 0;
+  wait_for(point->clock);
+  m.host.join(point->clock);
+  return event_record.context->sticky;
 }
 API cuEventQuery(void* event) {
   ENTER_EVENT(event);
-  if (!e.capture.expired()) return kCapturedEvent;
-  if (e.recorded) m.host.join(e.clock);
+  if (int code = may_wait(e)) return code;
+  if (!e.point) return 0;
+  work_a_little();
+  if (event_record.context->sticky) return event_record.context->sticky;
+  if (!e.point->done) return kNotReady;
+  m.host.join(e.point->clock);
   return 0;
 }
 API cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
@@ -192,8 +240,10 @@ API cuEventElapsedTime_v2(float* milliseconds, void* start, void* end) {
   const Record& end_record = live(Kind::event, end);
   same_context(event_record, end_record);
   const Event& last = object_of<Event>(end_record);
-  if (!e.recorded || !last.recorded || !e.timed || !last.timed) return kInvalidHandle;
-  *milliseconds = static_cast<float>(1e3 * (last.seconds - e.seconds));
+  if (!e.capture.expired() || !last.capture.expired()) return kCapturedEvent;
+  if (!e.point || !last.point || !e.timed || !last.timed) return kInvalidHandle;
+  if (!e.point->done || !last.point->done) return kNotReady;
+  *milliseconds = static_cast<float>(1e3 * (last.point->seconds - e.point->seconds));
   return 0;
 }
 API cuEventElapsedTime(float* milliseconds, void* start, void* end) {
@@ -205,10 +255,13 @@ API cuEventElapsedTime(float* milliseconds, void* start, void* end) {
 
 API cuStreamBeginCapture_v2(void* stream, int mode) {
   ENTER_STREAM(stream);
-  if (s->legacy || s->capture) return kCaptureUnsupported;
+  if (s->legacy) return kCaptureUnsupported;
+  if (s->capture) return s->capture->broken = kCaptureUnsupported;
+  if (mode < 0 || mode > 2) return kInvalidValue;
   s->capture = std::make_shared<Capture>();
   s->capture->origin = s;
   s->capture->mode = mode;
+  s->capture->thread = this_thread();
   s->capture->members.push_back(s);
   s->capture->last.push_back(0);
   s->capture->seen.emplace_back(1, 0);
@@ -217,7 +270,7 @@ API cuStreamBeginCapture_v2(void* stream, int mode) {
 }
 API cuStreamIsCapturing(void* stream, int* status) {
   ENTER_STREAM(stream);
-  Capture* c = s->capture.get();
+  const Capture* c = s->capture.get();
   *status = !c ? 0 : c->broken ? 2 : 1;
   return 0;
 }
@@ -226,7 +279,8 @@ API cuStreamEndCapture(void* stream, void** graph) {
   std::shared_ptr<Capture> c = s->capture;
   *graph = nullptr;
   if (!c) return kInvalidValue;
-  if (c->origin != s) return kCaptureUnmatched;
+  if (c->origin != s) return c->broken = kCaptureUnmatched;
+  if (c->mode != 2 && c->thread != this_thread()) return kCaptureWrongThread;
   for (Stream* member : c->members) member->capture.reset();
   if (c->broken) return kCaptureInvalidated;
   for (uint32_t l = 1; l < c->lanes; ++l) {
@@ -273,6 +327,7 @@ API cuGraphLaunch(void* executable, void* stream) {
   ENTER_GRAPH(Kind::executable_graph, executable);
   Stream* s;
   if (int code = find_stream(stream, &s)) return code;
+  same_context(graph_record, *s->context);
   if (s->capture) return kNotSupported;
   return replay(g, *s);
 }

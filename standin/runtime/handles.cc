@@ -28,6 +28,7 @@ const char* const kNames[] = {
     "function",
     "device allocation",
     "page-locked allocation",
+    "registered range",
     "cuBLASLt handle",
 };
 const char* name_of(Kind kind) {
@@ -83,6 +84,12 @@ Record* memory_at(uint64_t address) {
   return address < r->address + r->bytes ? r : nullptr;
 }
 
+bool is_memory(const Record& r) {
+  return r.kind == Kind::device_memory || r.kind == Kind::host_memory;
+}
+
+}  // namespace
+
 void give_back(const Record& r) {
   if (r.kind == Kind::device_memory) {
     const char* how = r.ended_by ? "freed by" : "whose context was released by";
@@ -96,11 +103,9 @@ void give_back(const Record& r) {
   }
 }
 
-bool is_memory(const Record& r) {
-  return r.kind == Kind::device_memory || r.kind == Kind::host_memory;
+void mark_ended(Record& memory) {
+  memory.ended_by = Call::name();
 }
-
-}  // namespace
 
 Call::Call(const char* name) : outermost_(!current_call) {
   if (outermost_) current_call = name;
@@ -110,6 +115,13 @@ Call::~Call() {
 }
 const char* Call::name() {
   return current_call ? current_call : "a call";
+}
+
+CallOf::CallOf(const char* name) : before_(current_call) {
+  current_call = name;
+}
+CallOf::~CallOf() {
+  current_call = before_;
 }
 
 void misuse(const std::string& what) {
@@ -182,6 +194,19 @@ void refuse_freed(uint64_t address) {
   if (r && r->kind == Kind::host_memory) refuse_dead(*r);
 }
 
+void refuse_in_use(const Record& memory) {
+  const char* call = in_flight(memory.address, memory.bytes, false);
+  if (!call) return;
+  misuse(format("%s: the copy that %s submitted has not run; wait for its stream first",
+                in_words(memory).c_str(), call));
+}
+
+bool page_locked(uint64_t address) {
+  Record* r = memory_at(address);
+  bool locked = r && (r->kind == Kind::host_memory || r->kind == Kind::registered_memory);
+  return locked && why_dead(*r).empty();
+}
+
 void refuse_foreign(uint64_t address, const Primary& context) {
   if (!device.contains(address)) return;
   Record* r = memory_at(address);
@@ -224,6 +249,7 @@ bool begin_context(Card& card) {
 
 void end_context(Card& card) {
   Primary* context = card.context;
+  finish_all(context);
   context->ended_by = Call::name();
   for (Record& r : records().all) {
     if (r.context != context || r.ended_by) continue;

@@ -12,15 +12,16 @@
 #include <string>
 
 #include "export.h"
+#include "stream.h"
 
 namespace standin {
-
-struct Stream;
 
 // One life of a GPU's primary context: from its first reference to its last, or to a reset.
 struct Primary {
   int card;
   Stream* legacy = nullptr;        // its default stream
+  StreamClock ended{};             // of its streams that are no more
+  StreamClock ended_blocking{};    // of those of them that the default stream waits for
   int sticky = 0;                  // the error that broke it; every later call in it returns that
   const char* ended_by = nullptr;  // the call that did, once it is over
 };
@@ -41,6 +42,7 @@ enum class Kind : uint8_t {
   function,
   device_memory,
   host_memory,
+  registered_memory,
   blaslt,
 };
 
@@ -54,6 +56,7 @@ struct Record {
   const Record* module = nullptr;  // of a function
   uint64_t address = 0;            // of memory
   size_t bytes = 0;
+  bool in_stream_order = false;  // of memory: allocated by cuMemAllocAsync
 };
 
 // The call that the program made, for reports: the outermost one of this thread.
@@ -67,6 +70,16 @@ class STANDIN_EXPORT Call {
   bool outermost_;
 };
 
+// The same for work that runs later: the call that submitted it.
+class CallOf {
+ public:
+  explicit CallOf(const char* name);
+  ~CallOf();
+
+ private:
+  const char* before_;
+};
+
 // Reports the misuse and ends the process.
 [[noreturn]] STANDIN_EXPORT void misuse(const std::string& what);
 
@@ -75,6 +88,9 @@ STANDIN_EXPORT Record* make_handle(Kind kind, Primary* context, std::shared_ptr<
 STANDIN_EXPORT Record& live(Kind kind, const void* handle);
 // Destroys the object of a handle. Returns the error that its context is broken with.
 STANDIN_EXPORT int end(Record& record);
+// Memory may not be used any more, and is given back later.
+void mark_ended(Record& memory);
+void give_back(const Record& memory);
 template <class T>
 T& object_of(const Record& record) {
   return *static_cast<T*>(record.object.get());
@@ -90,6 +106,10 @@ Record* make_memory(Kind kind, Primary* context, uint64_t address, size_t bytes)
 Record& live_memory(Kind kind, uint64_t address);
 // Ends the process if an address lies in page-locked memory that was freed.
 void refuse_freed(uint64_t address);
+// Ends the process if work in flight uses this page-locked memory.
+void refuse_in_use(const Record& memory);
+// Whether an address lies in page-locked memory.
+bool page_locked(uint64_t address);
 // Ends the process if an address lies in memory of another GPU's context.
 STANDIN_EXPORT void refuse_foreign(uint64_t address, const Primary& context);
 

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -22,6 +23,7 @@ constexpr size_t kGap = 4096, kAlign = 256, kPoisoned = 4 << 20;
 std::mutex lock;
 struct Allocation {
   size_t bytes;  // that were asked for
+  size_t room;   // with the gap after it
   int card;
 };
 struct Former {
@@ -68,7 +70,7 @@ void open_range() {
 }
 
 size_t room_for(size_t bytes) {
-  return (bytes + kAlign - 1) / kAlign * kAlign + kGap;
+  return (bytes + kAlign - 1) / kAlign * kAlign + std::max<size_t>(kGap, options().gap);
 }
 
 }  // namespace
@@ -98,7 +100,7 @@ uint64_t allocate(size_t bytes, int card) {
     auto over = former.lower_bound(start);
     if (over != former.begin() && std::prev(over)->first + std::prev(over)->second.bytes > start) --over;
     former.erase(over, former.lower_bound(start + room));
-    live[start] = {bytes, card};
+    live[start] = {bytes, room, card};
     used[card] += bytes;
     size_t first = device.granule(start);
     memset(device.state + first, kAllocated, bytes / 2);
@@ -114,7 +116,7 @@ bool release(uint64_t address, const std::string& what) {
   std::lock_guard<std::mutex> guard(lock);
   auto it = live.find(address);
   if (it == live.end()) return false;
-  size_t bytes = it->second.bytes, room = room_for(bytes), first = device.granule(address);
+  size_t bytes = it->second.bytes, room = it->second.room, first = device.granule(address);
   used[it->second.card] -= bytes;
   live.erase(it);
   former[address] = {bytes, what};

@@ -3,6 +3,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <algorithm>
+
 namespace standin {
 namespace {
 
@@ -28,7 +30,11 @@ bool set(Options& o, const std::string& key, const std::string& value) {
     else if (value == "off") o.checks = Checks::off;
     else return false;
   } else if (key == "seed") o.seed = static_cast<uint32_t>(number());
-  else if (key == "threads") o.threads = static_cast<uint32_t>(number());
+  else if (key == "defer") {
+    o.defer = value == "off" ? 0 : static_cast<uint32_t>(number());
+    if (value == "off") good = true;
+    else if (o.defer == 0) good = false;
+  } else if (key == "threads") o.threads = static_cast<uint32_t>(number());
   else if (key == "counters") o.counters = value;
   else if (key == "order") o.order = value;
   else if (key == "contexts") o.contexts = value;
@@ -37,6 +43,7 @@ bool set(Options& o, const std::string& key, const std::string& value) {
   else if (key == "multiprocessors") o.multiprocessors = static_cast<int>(number());
   else if (key == "driver") o.driver = static_cast<int>(number());
   else if (key == "memory") o.memory = number();
+  else if (key == "gap") o.gap = number();
   else if (key == "name") o.name = value;
   else if (key == "blaslt") o.blaslt = number();
   else if (key == "fail_allocation") o.fail_allocation = number();
@@ -45,7 +52,24 @@ bool set(Options& o, const std::string& key, const std::string& value) {
   else if (key == "fail_pinned") o.fail_pinned = number();
   else if (key == "refuse_algorithm") o.refuse_algorithm = static_cast<int>(number());
   else if (key == "algorithms") o.algorithms = static_cast<int>(number());
-  else if (key == "refuse_matmul") o.refuse_matmul = number() != 0;
+  else if (key == "heuristic") {
+    if (value == "refusal") o.heuristic = Finding::refusal;
+    else if (value == "nothing") o.heuristic = Finding::nothing;
+    else if (value == "unfit") o.heuristic = Finding::unfit;
+    else return false;
+  } else if (key == "refuse_epilogues") {
+    o.refused_epilogues.clear();
+    for (size_t at = 0; at < value.size();) {
+      size_t end = std::min(value.find('+', at), value.size());
+      bool one = false;
+      o.refused_epilogues.push_back(static_cast<uint32_t>(bytes_of(value.substr(at, end - at), &one)));
+      good = good && one;
+      at = end + 1;
+    }
+  } else if (key == "tensor_cores") {
+    o.truncate = value == "truncate";
+    if (!o.truncate && value != "round") return false;
+  }
   else if (key == "init_code") o.init_code = static_cast<int>(number());
   else if (key == "thin") {
     if (value == "invalid") o.thin = Thin::invalid;

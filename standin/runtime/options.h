@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include <string>
+#include <vector>
 
 #include "export.h"
 
@@ -18,9 +19,18 @@ enum class Checks : uint8_t {
 // The status that cuBLASLt returns for products of one row or column.
 enum class Thin : uint8_t { taken, invalid, unsupported };
 
+// What the heuristic of cuBLASLt finds for a product.
+enum class Finding : uint8_t {
+  algorithms,
+  refusal,  // NOT_SUPPORTED, as documented; cublasLtMatmul refuses likewise
+  nothing,  // success without a result
+  unfit,    // success with results whose state is NOT_SUPPORTED
+};
+
 struct Options {
   Checks checks = Checks::on;
   uint32_t seed = 0;     // 0: threads in order; others: a random but repeatable schedule
+  uint32_t defer = 1;    // the seed of the order in which deferred work runs; 0: work runs when it is submitted
   uint32_t threads = 0;  // host threads that run blocks; 0: one per core
   std::string counters;  // a file that gets one JSON line per launch
   std::string order;     // a file that gets one JSON line per kernel and copy: what each comes after
@@ -32,8 +42,11 @@ struct Options {
   int multiprocessors = 132;
   int driver = 13000;
   uint64_t memory = 4ull << 30;
+  uint64_t gap = 0;  // bytes between allocations, at least: 4 KiB and more of addresses, not of memory
   std::string name = "Vitrum stand-in GPU";
   uint64_t blaslt = 130000;  // cublasLtGetVersion
+
+  bool truncate = false;  // tensor cores drop what does not fit, instead of rounding it (`truncate.h`)
 
   // Faults. Counts start at 1; 0: never.
   uint64_t fail_allocation = 0;  // the n-th device allocation finds no memory
@@ -42,7 +55,8 @@ struct Options {
   uint64_t fail_pinned = 0;      // the n-th page-locked allocation finds no memory
   int refuse_algorithm = -1;     // AlgoCheck and Matmul refuse this algorithm number
   int algorithms = 100;          // the heuristic finds at most so many
-  bool refuse_matmul = false;    // the heuristic finds nothing
+  Finding heuristic = Finding::algorithms;  // what it finds
+  std::vector<uint32_t> refused_epilogues;  // it finds nothing for products with these
   int init_code = 0;             // cuInit's answer
   Thin thin = Thin::taken;
   bool split_fault = false;        // splits that do not divide k are summed as a faulty version does

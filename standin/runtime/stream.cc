@@ -1,99 +1,14 @@
+// Accesses of whole ranges: copies, fills, products.
 #include "stream.h"
 
 #include <string.h>
 
 #include "check.h"
-#include "driver.h"
-#include "handles.h"
 #include "memory.h"
 #include "options.h"
 #include "report.h"
 
 namespace standin {
-namespace {
-
-struct Issued {
-  uint32_t slot;
-  uint64_t time;
-};
-Issued issued[1 << 16];
-uint32_t last_tag = 0;
-
-// A number for the next operation. When they run out, the past is discarded and they start again.
-uint32_t next_tag() {
-  if (++last_tag > 0xffff) {
-    forget_traces();
-    last_tag = 1;
-  }
-  return last_tag;
-}
-
-int run_now(Stream& stream, const Work& work) {
-  Machine& m = machine();
-  StreamClock& clock = stream.clock;
-  clock.join(m.host);
-  if (stream.legacy) {
-    for (Stream* other : m.streams) {
-      if (other && other->blocking && other->context == stream.context) clock.join(other->clock);
-    }
-  } else if (stream.blocking) {
-    clock.join(stream.context->legacy->clock);
-  }
-  ++clock.time[stream.slot];
-  uint32_t tag = next_tag();
-  issued[tag] = {stream.slot, clock.time[stream.slot]};
-  return work({tag, clock.time, stream.context});
-}
-
-}  // namespace
-
-bool ordered_before(uint32_t tag, const uint64_t* ordered) {
-  return ordered[issued[tag].slot] >= issued[tag].time;
-}
-
-uint32_t stream_of(uint32_t tag) {
-  return issued[tag].slot;
-}
-
-int submit(Stream* stream, Work work) {
-  if (Capture* capture = stream->capture.get()) {
-    if (capture->broken) return kCaptureInvalidated;
-    capture->nodes.push_back({Node::work, stream->lane, std::move(work), 0, nullptr});
-    ++capture->last[stream->lane];
-    return 0;
-  }
-  if (stream->legacy && machine().capturing_globally()) return machine().break_captures(kCaptureImplicit);
-  return run_now(*stream, work);
-}
-
-int replay(Graph& graph, Stream& stream) {
-  stream.clock.join(machine().host);
-  std::vector<Stream*> lanes(graph.lanes.size() + 1);
-  lanes[0] = &stream;
-  for (size_t l = 0; l < graph.lanes.size(); ++l) {
-    lanes[l + 1] = graph.lanes[l];
-    graph.lanes[l]->clock.join(stream.clock);
-  }
-  std::vector<StreamClock> events(graph.events);
-  for (const Node& node : *graph.nodes) {
-    Stream& lane = *lanes[node.lane];
-    switch (node.kind) {
-      case Node::work:
-        if (int code = run_now(lane, node.run)) return code;
-        break;
-      case Node::record: events[node.event] = lane.clock; break;
-      case Node::wait: lane.clock.join(events[node.event]); break;
-      case Node::outside: {
-        Event& target = object_of<Event>(live(Kind::event, node.target));
-        target.clock = lane.clock;
-        target.recorded = true;
-        break;
-      }
-    }
-  }
-  for (Stream* lane : lanes) stream.clock.join(lane->clock);
-  return 0;
-}
 
 int touch(const Running& running, uint64_t address, size_t bytes, Access access, const char* what) {
   if (bytes == 0) return 0;

@@ -1,13 +1,15 @@
-// Streams, events, captured graphs: which work is ordered before which.
+// Streams, events, captured graphs: which work is ordered before which, and when it runs.
 //
-// Work runs when it is issued, so a stream needs no queue; it has a vector clock instead. An operation on a stream
-// advances that stream's entry; waiting for an event merges the event's clock. Two launches that touch the same bytes
-// without being ordered this way are a race, whatever order they happened to run in.
+// Work is queued when it is submitted and runs when something waits for it (`schedule.cc`). A stream has a vector clock:
+// an operation advances that stream's entry, and waiting for an event merges the event's clock. Everything is ordered
+// when it is submitted: an operation may run once all that its clock contains has run. Two operations that touch the
+// same bytes without being ordered this way are a race, whatever order they happened to run in.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -31,37 +33,66 @@ struct Capture;
 struct Primary;
 struct Record;
 
-struct Stream {
-  uint32_t slot = 0;  // its entry in the clocks
-  Primary* context = nullptr;
-  bool legacy = false;    // its context's default stream
-  bool blocking = false;  // waits for the default stream, and that for it
-  StreamClock clock;
-  std::shared_ptr<Capture> capture;
-  uint32_t lane = 0;  // in the capture
-};
-
-struct Event {
-  StreamClock clock;
-  bool recorded = false;
-  bool timed = true;
-  double seconds = 0;
-  std::weak_ptr<Capture> capture;  // while it was recorded in one
-  uint32_t number = 0;             // in that capture
-};
-
 // The information that an operation may ask for while it runs.
 struct Running {
   uint32_t tag;
   const uint64_t* ordered;  // per stream slot
   Primary* context;
+  uint64_t launch;  // the number of a kernel's launch, from 1
 };
 using Work = std::function<int(const Running&)>;
+
+// One kernel, copy, fill, product or call of the host.
+struct Task {
+  Work run;
+  const char* what = nullptr;  // for the file of the option `order`; null: it has no line there
+  uint64_t bytes = 0;
+  const Record* kernel = nullptr;  // the function, if it is a launch
+  // Page-locked memory that it reads, or writes.
+  uint64_t host = 0;
+  size_t host_bytes = 0;
+  bool writes_host = false;
+};
+
+// A recorded point of a stream. Events that were recorded again leave it to those that wait for it.
+struct Point {
+  StreamClock clock;
+  bool done = false;
+  double seconds = 0;  // by the clock of events, once done
+};
+
+// An entry of a stream's queue: a task, or a point to be passed.
+struct Operation {
+  std::shared_ptr<const Task> task;
+  std::shared_ptr<Point> point;
+  StreamClock ordered;  // what must have run before, and of its own stream: itself included
+  uint64_t launch = 0;
+  const char* call = nullptr;  // that submitted it
+};
+
+struct Stream {
+  uint32_t slot = 0;  // its entry in the clocks
+  Primary* context = nullptr;
+  bool legacy = false;    // its context's default stream
+  bool blocking = false;  // waits for the default stream, and that for it
+  bool closing = false;   // destroyed, with work left to do
+  StreamClock clock;      // of all that was submitted
+  std::deque<Operation> queue;
+  std::shared_ptr<Capture> capture;
+  uint32_t lane = 0;  // in the capture
+};
+
+struct Event {
+  std::shared_ptr<Point> point;  // null: never recorded
+  bool timed = true;
+  std::weak_ptr<Capture> capture;  // while it was recorded in one
+  uint32_t number = 0;             // in that capture
+};
 
 struct Node {
   enum Kind { work, record, wait, outside } kind;
   uint32_t lane;
-  Work run;
+  std::shared_ptr<const Task> task;
   uint32_t event;
   Record* target;  // `outside`: the handle of an event recorded for others, or null
 };
@@ -69,7 +100,8 @@ struct Node {
 struct Capture {
   Stream* origin = nullptr;
   int mode = 0;
-  int broken = 0;  // an error code
+  uint64_t thread = 0;  // that began it
+  int broken = 0;       // an error code
   uint32_t lanes = 1, events = 0;
   std::vector<Node> nodes;
   std::vector<Stream*> members;
@@ -78,8 +110,21 @@ struct Capture {
   std::vector<std::vector<uint64_t>> event_seen;  // the same at each event
 };
 
-// Runs work on a stream, or records it there. Returns a driver error code.
-STANDIN_EXPORT int submit(Stream* stream, Work work);
+// Queues work on a stream, or records it there. Returns a driver error code: that of the submission alone, unless
+// nothing is deferred.
+STANDIN_EXPORT int submit(Stream* stream, Task task);
+// Records a point of a stream, after all that was submitted to it.
+std::shared_ptr<Point> record(Stream& stream);
+// Runs what is in this clock, and whatever else a GPU might run in the meantime.
+void wait_for(const StreamClock& goal);
+bool has_run(const StreamClock& clock);
+// Lets a GPU work for a moment, as while the host polls.
+void work_a_little();
+// Runs all work of a context; without one, of every context.
+void finish_all(const Primary* context);
+// Whether a queued operation uses page-locked memory; its call, or null. `reads`: only those that read it.
+const char* in_flight(uint64_t address, size_t bytes, bool reads);
+
 // Whether the work of launch `tag` is ordered before the holder of `ordered`.
 bool ordered_before(uint32_t tag, const uint64_t* ordered);
 // The stream's number, for a report.

@@ -166,8 +166,95 @@ fn each_algorithm_gives_the_product_and_remembers_its_shape() {
     assert_eq!(check(&x, &second.algorithm), 0);
     blas.gpu.configure("refuse_algorithm=1");
     assert_eq!(check(&x, &second.algorithm), 15);
-    blas.gpu.configure("refuse_matmul=1");
+    // A heuristic that refuses, that finds nothing, or whose findings are none.
+    blas.gpu.configure("heuristic=refusal");
     assert_eq!(blas.candidates(&x, 0, None).err(), Some(15));
+    assert_eq!(blas.multiply(&x, &p, [a, b, d, d], Some(&found[0]), scratch), 15);
+    blas.gpu.configure("heuristic=nothing");
+    assert_eq!(blas.candidates(&x, 0, None).unwrap().len(), 0);
+    assert_eq!(blas.multiply(&x, &p, [a, b, d, d], None, scratch), 15);
+    blas.gpu.configure("heuristic=unfit");
+    let unfit = blas.candidates(&x, 0, None).unwrap();
+    assert!(!unfit.is_empty() && unfit.iter().all(|one| one.state == 15));
+}
+
+#[test]
+fn an_epilogue_is_refused_on_demand_and_others_are_not() {
+    let blas = Blas::open("checks=on,refuse_epilogues=36+512");
+    let found =
+        |epilogue: u32| blas.candidates(&blas.describe(&Product { epilogue, ..PLAIN }), 0, None).err();
+    assert_eq!([36, 512].map(found), [Some(15); 2]);
+    assert_eq!([NO_EPILOGUE, BIAS, GELU_AUX_BIAS, DGELU].map(found), [None; 4]);
+}
+
+/// What cuBLASLt 13.1.0 does where there is no GPU: attributes are looked at by number and size, values only
+/// when something is asked for with them.
+#[test]
+fn setters_look_at_sizes_and_uses_at_values() {
+    let blas = Blas::open("checks=on");
+    let x = blas.describe(&PLAIN);
+    let found = |x: &Descriptors| blas.candidates(x, 0, Some(IN_F32)).map(|all| all.len());
+    assert_eq!(found(&x), Ok(1));
+    // Wrong sizes, attributes that do not exist.
+    assert_eq!(blas.set(x.product, 3, 1i64), 7);
+    assert_eq!(blas.set(x.product, 12, 8i32), 7);
+    assert_eq!(blas.set(x.product, 99, 0i32), 7);
+    assert_eq!(found(&x), Ok(1), "and nothing has changed");
+    // Values that mean nothing.
+    for (attribute, value, code) in [(7, 77_777, 15), (2, 9, 15), (0, 200, 15), (1, 99, 15), (26, 99, 15)] {
+        let x = blas.describe(&PLAIN);
+        assert_eq!(blas.set(x.product, attribute, value), 0);
+        assert_eq!(found(&x), Err(code), "attribute {attribute}");
+    }
+    let x = blas.describe(&Product { epilogue: GELU_AUX_BIAS, ..PLAIN });
+    assert_eq!((blas.set(x.product, 12, 7i64), found(&x)), (0, Err(7)));
+    // Layouts.
+    for (layout, code) in [((BF16, 4), 7), ((BF16, 0), 7), ((99, 48), 15)] {
+        let x = blas.describe(&PLAIN);
+        let (dtype, ld) = layout;
+        let wrong = Descriptors { a: blas.layout(dtype, PLAIN.a(), ld), ..x };
+        assert_eq!(found(&wrong), Err(code), "{layout:?}");
+    }
+    // An algorithm of zeros has an id, as in the real library; it belongs to no product.
+    assert_eq!(blas.configuration(&[0; 8], 0), (0, 0, 4));
+    assert_eq!(blas.check(&blas.describe(&PLAIN), &[0; 8]), 7);
+}
+
+/// Sums of products whose bits are known: 1 + 128 · (2⁻⁸)³ and the like.
+#[test]
+fn tensor_cores_drop_what_does_not_fit_on_demand() {
+    let sum = |options: &str, input: c_int, tf32: bool, b: &[f32]| {
+        let blas = Blas::open(options);
+        let p = Product { m: 8, n: 1, k: b.len(), input, output: F32, ..PLAIN };
+        let x = blas.describe(&p);
+        if tf32 {
+            assert_eq!(blas.set(x.product, 0, 77i32), 0);
+        }
+        let a = blas.upload(input, &vec![1.0; ld(8) * p.k]);
+        let b = [b, &[f32::NAN; 8]].concat();
+        let (b, d) = (blas.upload(input, &b), blas.gpu.allocate(4 * ld(8)).unwrap());
+        assert_eq!(blas.multiply(&x, &p, [a, b, d, d], None, 0), 0);
+        blas.gpu.download::<f32>(d, 1)[0]
+    };
+    let ulp = f32::EPSILON;
+    let (round, truncate) = ("checks=on", "checks=on,tensor_cores=truncate");
+    // 1 and 15 terms of ¾ of its last place: each is rounded up, or each is dropped.
+    let high: Vec<f32> = std::iter::once(1.0).chain([0.75 * ulp; 15]).collect();
+    assert_eq!(sum(round, BF16, false, &high), 1.0 + 15.0 * ulp);
+    assert_eq!(sum(truncate, BF16, false, &high), 1.0);
+    // It is towards zero, and f32 products are not the tensor cores' work.
+    let low: Vec<f32> = high.iter().map(|v| -v).collect();
+    assert_eq!(sum(truncate, BF16, false, &low), -1.0);
+    assert_eq!(sum(truncate, F32, false, &high), 1.0 + 15.0 * ulp);
+    // TF32 keeps 10 bits of what it is given.
+    let fine = [1.0 + 1.75 / 1024.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+    assert_eq!(sum(round, F32, true, &fine), 1.0 + 2.0 / 1024.0);
+    assert_eq!(sum(truncate, F32, true, &fine), 1.0 + 1.0 / 1024.0);
+    // What fits is exact, and NaN stays.
+    let whole: Vec<f32> = (0..40).map(|i| i as f32).collect();
+    assert_eq!(sum(truncate, BF16, false, &whole), 780.0);
+    assert!(sum(truncate, BF16, false, &[1.0, f32::NAN, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]).is_nan());
+    assert_eq!(sum(truncate, BF16, false, &[f32::INFINITY; 8]), f32::INFINITY);
 }
 
 #[test]
@@ -211,12 +298,12 @@ fn a_product_reads_and_writes_under_the_same_checks_as_a_kernel() {
     let (a, _) = blas.matrix(BF16, p.a(), 1);
     let (b, _) = blas.matrix(BF16, p.b(), 2);
     let short = blas.gpu.allocate(64).unwrap();
-    assert_eq!(blas.multiply(&x, &p, [a, b, short, short], None, 0), 13);
+    assert_eq!((blas.multiply(&x, &p, [a, b, short, short], None, 0), blas.gpu.wait()), (0, 700));
     assert!(blas.gpu.report().contains("out of bounds: a matmul's D"), "{}", blas.gpu.report());
     assert_eq!(cu!(blas.gpu, standin_reset()), 0);
     let fresh = blas.gpu.allocate(2 * ld(p.k) * p.n).unwrap();
     let d = blas.gpu.allocate(2 * ld(p.m) * p.n).unwrap();
-    assert_eq!(blas.multiply(&x, &p, [a, fresh, d, d], None, 0), 13);
+    assert_eq!((blas.multiply(&x, &p, [a, fresh, d, d], None, 0), blas.gpu.wait()), (0, 719));
     assert!(blas.gpu.report().contains("uninitialised: a matmul's B"), "{}", blas.gpu.report());
 }
 
@@ -294,7 +381,6 @@ fn algorithms_say_what_they_are() {
 
     let algorithm = found[0].algorithm;
     assert_eq!(case.blas.configuration(&algorithm, 99).0, 7);
-    assert_eq!(case.blas.configuration(&[0x77; 8], ID).0, 7);
     let (mut value, mut written) = (0u16, 0usize);
     let mut ask = |bytes: usize| {
         let code = lt!(case.blas, cublasLtMatmulAlgoConfigGetAttribute(
@@ -432,6 +518,7 @@ fn time(options: &str, epilogue: u32) -> f32 {
         record(start);
         assert_eq!(case.run(&one), 0);
         record(end);
+        assert_eq!(cu!(case.blas.gpu, cuEventSynchronize(end => Handle)), 0);
         let mut time = 0f32;
         let code =
             cu!(case.blas.gpu, cuEventElapsedTime_v2(&mut time => *mut f32, start => Handle, end => Handle));

@@ -56,7 +56,10 @@ fn run(bug: &Bug, which: &str, seed: u32) -> (i32, String, Vec<f32>) {
     let x: Vec<f32> = (0..bug.n).map(|i| i as f32).collect();
     let (x, y) = (gpu.upload(&x), gpu.allocate(4 * bug.n as usize).unwrap());
     let args = [arg(x), arg(y), arg(bug.n)];
-    let code = gpu.launch(&format!("{}_{which}", bug.name), bug.grid, bug.block, bug.shared, &args);
+    let mut code = gpu.launch(&format!("{}_{which}", bug.name), bug.grid, bug.block, bug.shared, &args);
+    if code == 0 {
+        code = gpu.wait();
+    }
     let report = if code == 0 { String::new() } else { gpu.report() };
     let results = if code == 0 { gpu.download(y, bug.n as usize) } else { Vec::new() };
     gpu.configure("checks=on");

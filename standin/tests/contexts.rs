@@ -69,7 +69,8 @@ fn a_context_lives_from_its_first_reference_to_its_last() {
     assert_eq!(synchronize(&gpu), 0);
     let function = gpu.function_of(gpu.load(), KERNEL);
     let args = [arg(memory), arg(gpu.allocate(256).unwrap()), arg(64u32)];
-    assert_eq!(gpu.launch_function(function, ptr::null_mut(), 1, 64, 256, &args), 700);
+    assert_eq!(gpu.launch_function(function, ptr::null_mut(), 1, 64, 256, &args), 0);
+    assert_eq!(gpu.wait(), 700);
     let gone = ", whose context was released by cuDevicePrimaryCtxRelease_v2";
     assert!(gpu.report().contains("out of bounds") && gpu.report().contains(gone), "{}", gpu.report());
 }
@@ -79,7 +80,8 @@ fn what_is_left_of_freed_memory_is_its_name() {
     let gpu = open("checks=on");
     let (from, to) = (gpu.upload(&[1f32; 64]), gpu.upload(&[0f32; 64]));
     gpu.free(from);
-    assert_eq!(gpu.launch(KERNEL, 1, 64, 256, &[arg(from), arg(to), arg(64u32)]), 700);
+    assert_eq!(gpu.launch(KERNEL, 1, 64, 256, &[arg(from), arg(to), arg(64u32)]), 0);
+    assert_eq!(gpu.wait(), 700);
     let report = gpu.report();
     let ordinal = report.split_once(" of device allocation ").unwrap().1;
     assert!(ordinal.contains(", freed by cuMemFree_v2"), "{report}");
@@ -206,7 +208,8 @@ fn an_error_breaks_the_context_that_it_came_in() {
         let launch = || {
             let (function, memory) = (gpu.function_of(gpu.load(), KERNEL), gpu.upload(&[0f32; 64]));
             let args = [arg(memory), arg(memory), arg(64u32)];
-            gpu.launch_function(function, ptr::null_mut(), 1, 64, 256, &args)
+            assert_eq!(gpu.launch_function(function, ptr::null_mut(), 1, 64, 256, &args), 0);
+            gpu.wait()
         };
         gpu.use_context(broken);
         let event = gpu.new_event();

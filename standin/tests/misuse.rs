@@ -188,7 +188,10 @@ const MISUSES: &[Misuse] = &[
             let module = gpu.load();
             let function = gpu.function_of(module, KERNEL);
             let memory = gpu.upload(&[0f32; 64]);
-            let unload = || cu!(gpu, cuModuleUnload(module => Handle));
+            let unload = || {
+                assert_eq!(gpu.wait(), 0);
+                cu!(gpu, cuModuleUnload(module => Handle))
+            };
             around(broken, unload, || launch(gpu, function, ptr::null_mut(), memory));
         },
     ),
@@ -199,7 +202,10 @@ const MISUSES: &[Misuse] = &[
             let module = gpu.load();
             let (_, executable) = capture(gpu, module);
             let stream = gpu.new_stream();
-            let unload = || cu!(gpu, cuModuleUnload(module => Handle));
+            let unload = || {
+                assert_eq!(gpu.wait(), 0);
+                cu!(gpu, cuModuleUnload(module => Handle))
+            };
             around(broken, unload, || cu!(gpu, cuGraphLaunch(executable => Handle, stream => Handle)));
         },
     ),
@@ -243,6 +249,7 @@ const MISUSES: &[Misuse] = &[
             gpu.use_context(gpu.retain(c_int::from(broken)));
             let end = gpu.new_event();
             assert_eq!(cu!(gpu, cuEventRecord(end => Handle, ptr::null_mut() => Handle)), 0);
+            assert_eq!(gpu.wait(), 0);
             let mut time = -1f32;
             let code = cu!(gpu, cuEventElapsedTime_v2(&mut time => *mut f32, start => Handle, end => Handle));
             assert_eq!(code, 0);
@@ -258,6 +265,18 @@ const MISUSES: &[Misuse] = &[
             let stream = gpu.new_stream();
             gpu.use_context(first);
             assert_eq!(launch(gpu, gpu.function(KERNEL), stream, memory), 0);
+        },
+    ),
+    (
+        "graph on another card's stream",
+        &[
+            "cuGraphLaunch: executable graph 1, made by cuGraphInstantiateWithFlags for card 0, in the context of card 1",
+        ],
+        |gpu, broken| {
+            let (_, executable) = capture(gpu, gpu.module());
+            gpu.use_context(gpu.retain(c_int::from(broken)));
+            let stream = gpu.new_stream();
+            assert_eq!(cu!(gpu, cuGraphLaunch(executable => Handle, stream => Handle)), 0);
         },
     ),
     (
@@ -353,9 +372,10 @@ fn launch(gpu: &Gpu, function: Handle, stream: Handle, memory: u64) -> c_int {
 /// A graph of one launch, and its executable form.
 fn capture(gpu: &Gpu, module: Handle) -> (Handle, Handle) {
     let (stream, memory) = (gpu.new_stream(), gpu.upload(&[0f32; 64]));
+    let function = gpu.function_of(module, KERNEL);
     let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
     assert_eq!(cu!(gpu, cuStreamBeginCapture_v2(stream => Handle, 1 => c_int)), 0);
-    assert_eq!(launch(gpu, gpu.function_of(module, KERNEL), stream, memory), 0);
+    assert_eq!(launch(gpu, function, stream, memory), 0);
     assert_eq!(cu!(gpu, cuStreamEndCapture(stream => Handle, &mut graph => *mut Handle)), 0);
     let code =
         cu!(gpu, cuGraphInstantiateWithFlags(&mut executable => *mut Handle, graph => Handle, 0 => u64));

@@ -89,10 +89,12 @@ pub fn stand_in() -> Option<PathBuf> {
     Some(folder)
 }
 
-/// The program on a stand-in with these options.
+/// The program on a stand-in with these options. Those in VITRUM_STANDIN_FIRST come before them: `defer=2` repeats a
+/// test with another order of the GPU's work.
 pub fn on_gpu<S: AsRef<OsStr>>(folder: &Path, options: &str, args: &[S]) -> Command {
     let mut command = command(args);
-    command.env("LD_LIBRARY_PATH", folder).env("VITRUM_STANDIN", options);
+    let first = std::env::var("VITRUM_STANDIN_FIRST").unwrap_or_default();
+    command.env("LD_LIBRARY_PATH", folder).env("VITRUM_STANDIN", format!("{first},{options}"));
     command
 }
 

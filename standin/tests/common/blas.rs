@@ -41,7 +41,7 @@ macro_rules! lt {
 pub struct Found {
     pub algorithm: [u64; 8],
     pub workspace: usize,
-    state: c_int,
+    pub state: c_int,
     waves: f32,
     reserved: [c_int; 4],
 }

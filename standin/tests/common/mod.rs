@@ -119,6 +119,8 @@ impl Gpu {
         let address = self.allocate(bytes.max(1)).unwrap();
         let from = values.as_ptr().cast::<c_void>();
         assert_eq!(cu!(self, cuMemcpyHtoD_v2(address => u64, from => *const c_void, bytes => usize)), 0);
+        // From pageable memory, the copy may still be under way, and only the default stream waits for it.
+        assert_eq!(self.wait(), 0);
         address
     }
 
@@ -173,6 +175,11 @@ impl Gpu {
 
     pub fn launch(&self, name: &str, grid: u32, block: u32, shared: u32, args: &[Vec<u8>]) -> c_int {
         self.launch_on(ptr::null_mut(), name, grid, block, shared, args)
+    }
+
+    /// Waits for everything in the current context; returns the code.
+    pub fn wait(&self) -> c_int {
+        cu!(self, cuCtxSynchronize())
     }
 
     pub fn new_stream(&self) -> Handle {
