@@ -20,8 +20,17 @@ fn a_row_is_found_beyond_32_bits() {
     assert!(rows.windows(2).all(|two| two[1] - two[0] == APART), "{rows:x?}");
 
     // x = factor·x in every row.
-    let args =
-        [arg(rows[0]), arg((APART / 2) as u32), arg(2f32), arg(rows.len() as u32), arg(COLUMNS as u32)];
+    // `ScaleArgs`: a `View` (address, row stride, rows, columns, 4 bytes of padding) and the factor.
+    let args = [
+        arg(rows[0]),
+        arg((APART / 2) as u32),
+        arg(rows.len() as u32),
+        arg(COLUMNS as u32),
+        arg(0u32),
+        arg(2f32),
+        arg(0u32),
+    ];
+    let args = [args.concat()];
     let sizes: Vec<usize> = args.iter().map(Vec::len).collect();
     assert_eq!(
         parameters(&gpu, "scale_bf16"),
