@@ -1,4 +1,5 @@
-// One block of threads, run by one host thread: every CUDA thread is a fiber with its own stack.
+// One block of threads, run by one host thread: every CUDA thread is a fiber with its own stack. Where the kernel's PTX runs
+// instead, the fibers have no stacks: `ptx::Interpreter` moves them along, by the same rules.
 //
 // A fiber runs until it waits (for a barrier, for the other lanes of its warp) or returns; then the next ready fiber
 // continues. The order is first come, first served, or random with a seed. If no fiber can run and some wait, that is a
@@ -9,6 +10,7 @@
 
 #include <atomic>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -22,6 +24,11 @@
 
 namespace standin {
 
+namespace ptx {
+class Interpreter;
+struct Program;
+}  // namespace ptx
+
 constexpr uint32_t kMaxThreads = 1024, kLanes = 32, kBarriers = 16;
 constexpr size_t kMaxShared = 227 << 10;
 constexpr size_t kStack = 256 << 10;
@@ -29,6 +36,7 @@ constexpr size_t kStack = 256 << 10;
 // One kernel launch.
 struct Launch {
   const Kernel* kernel;
+  const ptx::Program* program = nullptr;  // to run instead of the kernel's function
   Dim3 grid, block;
   uint32_t shared_bytes;
   void* const* arguments;
@@ -92,6 +100,7 @@ struct Warp {
   uint32_t returned = 0;
   Collective kind = Collective::none;
   Site site{};
+  uint32_t copy = 0;  // which of the instructions that the compiler made of that place
   void* operands[kLanes];
 };
 
@@ -122,6 +131,32 @@ class Block {
   void ldmatrix(uint32_t* registers, const void* row, uint32_t matrices, bool transposed, Site site);
   uint32_t atomic_add(uint32_t* p, uint32_t v, Site site);
 
+  // ---- for the interpreter, which runs a thread by becoming it
+  Fiber* become(uint32_t thread) { return running = &fibers_[thread]; }
+  // The running thread arrives at a barrier. False: it waits.
+  bool arrive(uint32_t id, uint32_t threads, Site site);
+  // The running lane arrives at a collective; true: it is the last. `copy`: see `Warp`.
+  bool join(Collective kind, Site site, const char* name, uint32_t copy);
+  // All lanes of a warp have met in a collective: it orders them, and is counted.
+  void joined(uint32_t warp, Collective kind);
+  // Whether the warp has 32 lanes, all there and none waiting.
+  bool is_whole(uint32_t warp) const {
+    return warps_[warp].lanes == kLanes && !warps_[warp].arrived && !warps_[warp].returned;
+  }
+  void waits(const char* what, Site site);
+  void wake_warp(uint32_t warp);
+  // The running thread returns.
+  void finish();
+  void check_matrix_row(const void* row, Site site);
+  // The lanes of the warp have made one access together.
+  void count_accesses(uint32_t warp) {
+    if (counting_) flush_log(warp);
+  }
+  // Below `count`: 0 without a seed.
+  uint32_t random(uint32_t count);
+  std::string who(uint32_t thread) const;
+  std::string who(const Fiber& fiber) const { return who(fiber.index); }
+
   // An access of the running fiber; `pc` or `site` gives the place.
   void access(uint64_t address, uint32_t size, bool write, const void* pc, Site site);
   // Whether this is the barrier that a mutation test skips.
@@ -138,12 +173,13 @@ class Block {
 
  private:
   friend void fiber_main();
+  friend void interpreter_main();
 
   void start_next(Context& from);
   Fiber* pick();
   void make_ready(Fiber* fiber);
+  uint8_t* take_stack();
   void wait(const char* what, Site site);
-  void finish();
   void report_deadlock();
   void complete(Warp& warp, Collective kind);
   void meet(Fiber** who, uint32_t count);
@@ -159,10 +195,9 @@ class Block {
   }
   bool acquired(uint32_t block) const;
   std::string where(const void* pc, Site site) const;
-  std::string who(uint32_t thread) const;
-  std::string who(const Fiber& fiber) const { return who(fiber.index); }
 
-  Context main_;
+  Context main_, interpreting_;
+  std::unique_ptr<ptx::Interpreter> interpreter_;
   std::vector<Fiber> fibers_;
   uint8_t* stacks_ = nullptr;
   std::vector<uint8_t*> free_stacks_;

@@ -19,7 +19,7 @@ namespace standin {
 
 void Block::access(uint64_t address, uint32_t size, bool write, const void* pc, Site site) {
   Fiber& me = *running;
-  if (address - reinterpret_cast<uint64_t>(me.stack) < kStack) return;
+  if (me.stack && address - reinterpret_cast<uint64_t>(me.stack) < kStack) return;
   uint64_t offset = address - reinterpret_cast<uint64_t>(shared);
   bool in_shared = offset < kMaxShared;
   if (counting_) {
