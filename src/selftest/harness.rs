@@ -169,6 +169,13 @@ pub(super) struct Trial<'a> {
 /// Relative error that rounding operands and results to bf16 may cause: two roundings of at most 2^-8 each.
 const BF16_TOLERANCE: f64 = 8e-3;
 
+/// By how much the values of an output may be too large or too small on the whole. Rounding to the nearest bf16 gives
+/// 1.7e-3 / √n, and up to 1.7e-3 where all are rounded alike (numbers of 8 bits, divided by 255); cutting off gives 2.8e-3.
+const SCALE_TOLERANCE: f64 = 2e-3;
+
+/// Fewer values than this do not tell one from the other.
+const ENOUGH_FOR_SCALE: usize = 256;
+
 /// Bytes of a NaN that no arithmetic produces.
 const POISON: [u8; 4] = 0x7fc5_a5a5u32.to_le_bytes();
 
@@ -470,6 +477,17 @@ impl<'a> Trial<'a> {
             _ if distance.is_finite() => (distance / size).max(0.1 * worst / largest),
             _ => f64::INFINITY,
         };
+        // Rounding to the nearest leaves the whole as large as it was; cutting digits off makes it smaller.
+        let along = got.iter().zip(expected).map(|(got, expected)| got * expected).sum::<f64>();
+        let scale = along / (size * size) - 1.0;
+        if floor == 0.0 && got.len() >= ENOUGH_FOR_SCALE && scale.abs() > SCALE_TOLERANCE {
+            let note = format!(
+                "{name}: its {} values are {scale:+.1e} times too large on the whole, tolerance {SCALE_TOLERANCE:.0e}; are they \
+                 rounded to the nearest?",
+                got.len()
+            );
+            self.checks.push(Check { error: scale.abs(), tolerance: SCALE_TOLERANCE, note });
+        }
         let mut note = name.to_string();
         if error > tolerance {
             let (r, c, cols) = (at / cols.max(1), at % cols.max(1), cols);

@@ -47,7 +47,8 @@ pub struct CaseResult {
     /// Sizes and settings.
     pub case: String,
     /// Of the comparison with the largest error relative to its tolerance: the relative L2 distance from
-    /// float64, or a tenth of the largest deviation over the largest value, if that is more.
+    /// float64, or a tenth of the largest deviation over the largest value, if that is more; or by how much the values
+    /// are too large on the whole, where that is what fails.
     #[serde(deserialize_with = "or_infinite")]
     pub error: f64,
     pub tolerance: f64,

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <set>
 
 #include "program.h"
@@ -546,6 +547,8 @@ Error assemble(Module& module, const Function& entry, Program* program) {
   Assembler assembler(module, *program);
   Error error = assembler.run(entry);
   if (!error.empty()) return error;
+  static std::atomic<uint64_t> programs{0};
+  program->number = ++programs;
   program->module = &module;
   program->kernel.bound = {program->name.c_str(), entry.max_threads ? entry.max_threads : kMaxThreads,
                            entry.min_blocks, false,

@@ -6,8 +6,8 @@ namespace standin {
 namespace ptx {
 namespace {
 
-// A warp that executes so many instructions without waiting spins: some seconds.
-constexpr uint64_t kMostInstructions = uint64_t{1} << 28;
+// A warp that executes so many instructions without waiting spins. Kernels stay far below it.
+constexpr uint64_t kMostInstructions = uint64_t{1} << 26;
 
 }  // namespace
 
@@ -15,7 +15,7 @@ void Interpreter::begin() {
   const Launch& launch = *block_.launch;
   const Program& program = *launch.program;
   uint32_t threads = launch.threads(), warps = (threads + kLanes - 1) / kLanes;
-  if (filled_ != &program || filled_warps_ < warps) {
+  if (filled_ != program.number || filled_warps_ < warps) {
     registers_.assign((size_t{warps} * program.register_bytes + 256) / 8, ~uint64_t{0});
     warps_.resize(warps);
   }
@@ -44,8 +44,8 @@ void Interpreter::begin() {
     runnable_ |= 1u << index;
     fill_specials(w);
   }
-  if (filled_ != &program || filled_warps_ < warps) fill_constants(program);
-  filled_ = &program;
+  if (filled_ != program.number || filled_warps_ < warps) fill_constants(program);
+  filled_ = program.number;
   filled_warps_ = warps;
 }
 

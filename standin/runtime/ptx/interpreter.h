@@ -42,7 +42,7 @@ class Interpreter {
   std::vector<WarpState> warps_;
   std::vector<uint64_t> registers_, local_;
   std::vector<uint8_t> arguments_;
-  const Program* filled_ = nullptr;  // whose constants the registers hold
+  uint64_t filled_ = 0;  // the program whose constants the registers hold
   uint32_t filled_warps_ = 0;
   uint32_t runnable_ = 0;  // a bit per warp
   uint32_t last_ = 0;      // the warp that ran last

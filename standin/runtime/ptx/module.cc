@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "../launch.h"
 
@@ -51,9 +52,11 @@ bool find_text(const void* image, Source* source, Error* error) {
       std::string name = entry->d_name;
       size_t dot = name.rfind(".fatbin");
       std::string contents;
-      if (dot == std::string::npos || dot + 7 != name.size() || !read_file(folder + "/" + name, &contents))
+      struct stat found;
+      if (dot == std::string::npos || dot + 7 != name.size() || stat((folder + "/" + name).c_str(), &found) ||
+          static_cast<size_t>(found.st_size) != bytes)
         continue;
-      if (contents.size() != bytes || memcmp(contents.data(), image, bytes)) continue;
+      if (!read_file(folder + "/" + name, &contents) || memcmp(contents.data(), image, bytes)) continue;
       source->name = folder + "/" + name.substr(0, dot) + ".ptx";
       if (!read_file(source->name, &source->text)) continue;
       closedir(entries);

@@ -95,6 +95,7 @@ struct Module;
 
 struct Program {
   std::string name;
+  uint64_t number = 0;  // no other program has or had it
   const Module* module = nullptr;
   Kernel kernel{};  // as the driver sees it
   std::vector<Argument> arguments;

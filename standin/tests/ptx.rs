@@ -1,0 +1,208 @@
+//! The engine that runs PTX, on kernels written here: each instruction does what the manual says, lanes part and meet, and
+//! what is not known is an error that names it. `bugs.rs` runs the PTX that nvcc makes of the planted bugs.
+
+#[macro_use]
+mod common;
+
+use std::ptr;
+
+use common::{Gpu, arg};
+
+fn gpu(options: &str) -> Gpu {
+    // Opened with the other engine: modules without an image are its own.
+    let gpu = Gpu::open(vitrum_standin::libraries(), "checks=on");
+    gpu.configure(&format!("engine=ptx,{options}"));
+    gpu
+}
+
+/// A kernel `k(x, y)` with registers %r0–9 and %f0–9 (32 bits), %d0–9 (64 bits), %p0–9; %d0 and %d1 are x and y.
+fn kernel(body: &str) -> String {
+    format!(
+        ".version 8.0\n.target sm_90\n.address_size 64\n.extern .shared .align 16 .b8 memory[];\n\
+         .visible .entry k(.param .u64 k_0, .param .u64 k_1) {{\n\
+         .reg .b32 %r<10>; .reg .f32 %f<10>; .reg .b64 %d<10>; .reg .pred %p<10>; .reg .b16 %h<10>;\n\
+         ld.param.u64 %d0, [k_0]; ld.param.u64 %d1, [k_1];\n{body}\nret;\n}}\n"
+    )
+}
+
+/// Runs a kernel on one block; y has as many words as the block has threads.
+fn run(gpu: &Gpu, text: &str, threads: u32, x: &[u32]) -> Result<Vec<u32>, (i32, String)> {
+    let module = gpu.load_ptx(text).map_err(|code| (code, gpu.report()))?;
+    let mut function = ptr::null_mut();
+    let name = c"k";
+    let code = cu!(gpu, cuModuleGetFunction(
+        &mut function => *mut common::Handle, module => common::Handle, name.as_ptr() => *const std::ffi::c_char));
+    if code != 0 {
+        return Err((code, gpu.report()));
+    }
+    let (from, to) = (gpu.upload(x), gpu.upload(&vec![0u32; threads as usize]));
+    match gpu.launch_function(function, ptr::null_mut(), 1, threads, 1024, &[arg(from), arg(to)]) {
+        0 => Ok(gpu.download(to, threads as usize)),
+        code => Err((code, gpu.report())),
+    }
+}
+
+#[test]
+fn instructions_do_what_their_names_say() {
+    let gpu = gpu("");
+    let f = f32::to_bits;
+    // %r1, %r2, %r3 and %f1, %f2, %f3 are the inputs; the result is in %r0.
+    let cases: [(&str, [u32; 3], u32); 46] = [
+        ("add.s32 %r0, %r1, %r2;", [7, -9i32 as u32, 0], -2i32 as u32),
+        ("mul.hi.u32 %r0, %r1, %r2;", [1 << 31, 6, 0], 3),
+        ("mad.lo.s32 %r0, %r1, %r2, %r3;", [5, 6, 7], 37),
+        ("div.u32 %r0, %r1, %r2;", [100, 7, 0], 14),
+        ("div.s32 %r0, %r1, %r2;", [-100i32 as u32, 7, 0], -14i32 as u32),
+        ("rem.u32 %r0, %r1, %r2;", [100, 7, 0], 2),
+        ("min.s32 %r0, %r1, %r2;", [-1i32 as u32, 1, 0], -1i32 as u32),
+        ("min.u32 %r0, %r1, %r2;", [-1i32 as u32, 1, 0], 1),
+        // A shift by more than the width leaves nothing, or the sign.
+        ("shl.b32 %r0, %r1, %r2;", [1, 33, 0], 0),
+        ("shr.u32 %r0, %r1, %r2;", [1 << 31, 32, 0], 0),
+        ("shr.s32 %r0, %r1, %r2;", [1 << 31, 40, 0], u32::MAX),
+        ("bfi.b32 %r0, %r1, %r2, 4, 8;", [0xab, 0xffff_ffff, 0], 0xffff_fabf),
+        ("bfe.u32 %r0, %r1, 4, 8;", [0x1234_5678, 0, 0], 0x67),
+        ("prmt.b32 %r0, %r1, %r2, 0x7531;", [0x3322_1100, 0x7766_5544, 0], 0x7755_3311),
+        ("lop3.b32 %r0, %r1, %r2, %r3, 0xe8;", [0b1100, 0b1010, 0b0110], 0b1110),
+        ("shf.r.wrap.b32 %r0, %r1, %r2, 8;", [0x1122_3344, 0x5566_7788, 0], 0x8811_2233),
+        ("popc.b32 %r0, %r1;", [0xf0f0, 0, 0], 8),
+        ("clz.b32 %r0, %r1;", [0xff, 0, 0], 24),
+        ("not.b32 %r0, %r1;", [5, 0, 0], !5),
+        ("setp.lt.s32 %p1, %r1, %r2; selp.b32 %r0, 1, 2, %p1;", [-1i32 as u32, 1, 0], 1),
+        ("setp.lt.u32 %p1, %r1, %r2; selp.b32 %r0, 1, 2, %p1;", [-1i32 as u32, 1, 0], 2),
+        ("setp.lt.f32 %p1, %f1, %f2; selp.b32 %r0, 1, 2, %p1;", [f(f32::NAN), f(1.0), 0], 2),
+        ("setp.ltu.f32 %p1, %f1, %f2; selp.b32 %r0, 1, 2, %p1;", [f(f32::NAN), f(1.0), 0], 1),
+        ("setp.ne.f32 %p1, %f1, %f2; selp.b32 %r0, 1, 2, %p1;", [f(f32::NAN), f(1.0), 0], 2),
+        ("setp.gt.u32 %p1, %r1, %r2; @!%p1 mov.u32 %r0, 3;", [1, 2, 0], 3),
+        ("cvt.u16.u32 %h1, %r1; mul.wide.u16 %r0, %h1, 3;", [0x1_8000, 0, 0], 0x1_8000),
+        ("cvt.u16.u32 %h1, %r1; cvt.s32.s16 %r0, %h1;", [0x1_8000, 0, 0], 0xffff_8000),
+        ("mov.b32 {%h1, %h2}, %r1; mov.b32 %r0, {%h2, %h1};", [0x1234_5678, 0, 0], 0x5678_1234),
+        (
+            "mul.wide.s32 %d2, %r1, %r2; shr.s64 %d2, %d2, 8; cvt.u32.u64 %r0, %d2;",
+            [-512i32 as u32, 3, 0],
+            -6i32 as u32,
+        ),
+        // Rounding: to the nearest even, to zero, down.
+        (
+            "add.f32 %f0, %f1, %f2; mov.b32 %r0, %f0;",
+            [f(1.0), f(1.5 * f32::EPSILON), 0],
+            f(1.0 + 2.0 * f32::EPSILON),
+        ),
+        (
+            "add.rz.f32 %f0, %f1, %f2; mov.b32 %r0, %f0;",
+            [f(1.0), f(1.5 * f32::EPSILON), 0],
+            f(1.0 + f32::EPSILON),
+        ),
+        (
+            "fma.rm.f32 %f0, %f1, %f2, %f3; mov.b32 %r0, %f0;",
+            [f(1.0), f(-1e-10), f(1.0)],
+            f(1.0 - f32::EPSILON / 2.0),
+        ),
+        // One rounding in fma, two without.
+        (
+            "fma.rn.f32 %f0, %f1, %f1, %f2; mov.b32 %r0, %f0;",
+            [f(1.0 + f32::EPSILON), f(-1.0 - 2.0 * f32::EPSILON), 0],
+            f(f32::EPSILON * f32::EPSILON),
+        ),
+        (
+            "mul.f32 %f0, %f1, %f1; add.f32 %f0, %f0, %f2; mov.b32 %r0, %f0;",
+            [f(1.0 + f32::EPSILON), f(-1.0 - 2.0 * f32::EPSILON), 0],
+            0,
+        ),
+        ("cvt.rn.bf16x2.f32 %r0, %f1, %f2;", [0x3f80_8001, 0x3f80_8000, 0], 0x3f81_3f80),
+        ("cvt.rz.bf16x2.f32 %r0, %f1, %f2;", [0x3f80_8001, 0x3f81_8000, 0], 0x3f80_3f81),
+        ("cvt.rni.s32.f32 %r0, %f1;", [f(2.5), 0, 0], 2),
+        ("cvt.rzi.s32.f32 %r0, %f1;", [f(-2.5), 0, 0], -2i32 as u32),
+        ("cvt.rzi.u32.f32 %r0, %f1;", [f(-2.5), 0, 0], 0),
+        ("cvt.rn.f32.u32 %f0, %r1; mov.b32 %r0, %f0;", [16_777_217, 0, 0], f(16_777_216.0)),
+        ("cvt.sat.f32.f32 %f0, %f1; mov.b32 %r0, %f0;", [f(f32::NAN), 0, 0], 0),
+        ("max.f32 %f0, %f1, %f2; mov.b32 %r0, %f0;", [f(f32::NAN), f(-3.0), 0], f(-3.0)),
+        ("min.f32 %f0, %f1, %f2; mov.b32 %r0, %f0;", [f(0.0), f(-0.0), 0], f(-0.0)),
+        ("copysign.f32 %f0, %f1, %f2; mov.b32 %r0, %f0;", [f(-1.0), f(3.0), 0], f(-3.0)),
+        // Subnormals are zero where the name says so.
+        ("ex2.approx.ftz.f32 %f0, %f1; mov.b32 %r0, %f0;", [f(-130.0), 0, 0], 0),
+        ("cvt.f64.f32 %d2, %f1; cvt.rn.f32.f64 %f0, %d2; mov.b32 %r0, %f0;", [f(0.1), 0, 0], f(0.1)),
+    ];
+    for (text, x, expected) in cases {
+        let load = "ld.global.u32 %r1, [%d0]; ld.global.u32 %r2, [%d0+4]; ld.global.u32 %r3, [%d0+8];\n\
+                    mov.b32 %f1, %r1; mov.b32 %f2, %r2; mov.b32 %f3, %r3;\n";
+        let got = run(&gpu, &kernel(&format!("{load}{text}\nst.global.u32 [%d1], %r0;")), 1, &x);
+        assert_eq!(got.unwrap()[0], expected, "{text} of {x:x?}");
+    }
+}
+
+#[test]
+fn what_is_not_known_is_an_error_with_its_line() {
+    const INVALID_PTX: i32 = 218;
+    let gpu = gpu("");
+    for (text, expected) in [
+        ("frob.b32 %r0, %r1;", "image.ptx:8: instruction `frob.b32` is not known"),
+        ("add.sat.s32 %r0, %r1, %r2;", "image.ptx:8: instruction `add.sat.s32` is not known"),
+        ("cvt.rn.relu.bf16x2.f32 %r0, %f1, %f2;", "`cvt.rn.relu.bf16x2.f32` is not known"),
+        ("add.s32 %r0, %r1;", "`add.s32 %r0, %r1`: the stand-in does not know these operands"),
+        ("add.s32 %r0, %r1, %d1;", "register `%d1` has another width than `add.s32` reads"),
+        ("add.s32 %r0, %r1, %q1;", "operand `%q1` of `add.s32` is not known"),
+        ("mov.u32 %r0, %clock;", "operand `%clock` of `mov.u32` is not known"),
+        ("bra nowhere;", "label `nowhere` does not exist"),
+        (".shared .b32 fixed[4];", "smem_base()"),
+        (".pragma \"surprise\";", "pragma `surprise` is not known"),
+        ("ld.param.u32 %r0, [k_1+8];", "outside the parameter's 8 bytes"),
+        ("call.uni (), elsewhere, ();", "a call of `elsewhere`, which is not in the module"),
+    ] {
+        let (code, report) = run(&gpu, &kernel(text), 32, &[0]).unwrap_err();
+        assert_eq!(code, INVALID_PTX, "{text}: {report}");
+        assert!(report.contains(expected), "{text}: {report}");
+    }
+    let (code, report) = run(&gpu, ".version 8.0\n.target sm_90\n.alias a, b;\n", 32, &[0]).unwrap_err();
+    assert_eq!(code, INVALID_PTX);
+    assert!(report.contains("image.ptx:3: directive `.alias` is not known"), "{report}");
+    assert_eq!(run(&gpu, "no text of that kind", 32, &[0]).unwrap_err().0, INVALID_PTX);
+}
+
+#[test]
+fn lanes_that_branch_apart_meet_again() {
+    // Each lane goes round as often as its number says, then all exchange what they have.
+    let text = kernel(
+        "mov.u32 %r1, %tid.x; mov.u32 %r2, 0; mov.u32 %r3, 0;\n\
+         again: setp.ge.u32 %p1, %r2, %r1; @%p1 bra done;\n\
+         add.u32 %r3, %r3, %r2; add.u32 %r2, %r2, 1; bra again;\n\
+         done: shfl.sync.bfly.b32 %r4|%p2, %r3, 1, 31, -1;\n\
+         sub.u32 %r4, %r4, %r3; mul.wide.u32 %d2, %r1, 4; add.s64 %d2, %d2, %d1; st.global.u32 [%d2], %r4;",
+    );
+    for seed in [0, 1, 2] {
+        let gpu = gpu(&format!("seed={seed}"));
+        let sums: Vec<u32> = (0..64u32).map(|n| n * n.saturating_sub(1) / 2).collect();
+        let expected: Vec<u32> = (0..64).map(|l| sums[l ^ 1].wrapping_sub(sums[l])).collect();
+        assert_eq!(run(&gpu, &text, 64, &[0]).unwrap(), expected);
+    }
+}
+
+#[test]
+fn a_warp_that_spins_is_stopped() {
+    let text = kernel("ld.global.u32 %r1, [%d0]; round: setp.eq.u32 %p1, %r1, 0; @%p1 bra round;");
+    let (code, report) = run(&gpu("checks=on"), &text, 32, &[0]).unwrap_err();
+    assert_eq!(code, 719);
+    assert!(report.contains("spins"), "{report}");
+}
+
+#[test]
+fn functions_are_called_and_parameters_are_bytes_too() {
+    let text = ".version 8.0\n.target sm_90\n.address_size 64\n\
+        .global .align 4 .b8 table[8] = {1, 0, 0, 0, 2, 1, 0, 0};\n\
+        .func (.param .b64 result) twice(.param .b64 value) {\n\
+        .reg .b64 %d<3>; .reg .pred %p<2>;\n\
+        ld.param.b64 %d1, [value]; setp.eq.s64 %p1, %d1, 0; @%p1 bra out; add.s64 %d1, %d1, %d1;\n\
+        out: st.param.b64 [result+0], %d1; ret;\n}\n\
+        .visible .entry k(.param .u64 k_0, .param .align 8 .b8 k_1[8]) {\n\
+        .reg .b32 %r<9>; .reg .b64 %d<9>;\n\
+        ld.param.u64 %d1, [k_1]; ld.param.v2.u32 {%r1, %r2}, [k_1]; ld.param.u16 %r7, [k_1+2];\n\
+        mov.u64 %d2, 21;\n\
+        { .param .b64 a; st.param.b64 [a+0], %d2; .param .b64 b; call.uni (b), twice, (a); ld.param.b64 %d3, [b+0]; }\n\
+        { .param .b64 a; st.param.b64 [a+0], %d3; .param .b64 b; call.uni (b), twice, (a); ld.param.b64 %d3, [b+0]; }\n\
+        cvt.u32.u64 %r3, %d3; mov.u64 %d4, table; ld.global.u32 %r4, [%d4+4]; add.u32 %r3, %r3, %r4;\n\
+        mov.b64 %d5, {%r1, %r2}; sub.s64 %d5, %d5, %d1; cvt.u32.u64 %r5, %d5; add.u32 %r3, %r3, %r5;\n\
+        shr.u32 %r6, %r1, 16; sub.u32 %r6, %r6, %r7; add.u32 %r3, %r3, %r6;\n\
+        st.global.u32 [%d1], %r3; ret;\n}\n";
+    // 4 · 21 from two calls, 258 from the table; what is read of the parameter in parts is what is read as a whole.
+    assert_eq!(run(&gpu(""), text, 1, &[0]).unwrap(), [84 + 258]);
+}
