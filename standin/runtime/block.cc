@@ -172,7 +172,10 @@ bool Block::run(Launch& of, uint64_t which) {
   free_stacks_.clear();
   for (uint32_t s = 0; s < stacks_made_; ++s)
     free_stacks_.push_back(stacks_ + (stacks_made_ - 1 - s) * kStack);
-  clocks_.resize(threads_);
+  // Agents are in the clocks after the threads; after them, for each thread, its writes that agents may read.
+  bool agents = of.program && of.program->asynchronous;
+  identities_ = threads_ + (agents ? 2 * ((threads_ + kLanes - 1) / kLanes) + 1 : 0);
+  clocks_.resize(agents ? identities_ + threads_ : threads_);
   Clock* beginning = clocks_.fresh(threads_);
   for (uint32_t t = 0; t < threads_; ++t) {
     Fiber& f = fibers_[t];
@@ -280,6 +283,12 @@ void Block::report_deadlock() {
 }
 
 std::string Block::who(uint32_t thread) const {
+  uint32_t warps = (threads_ + kLanes - 1) / kLanes;
+  if (thread >= threads_ + 2 * warps) return "a bulk copy";
+  if (thread >= threads_) {
+    const char* what = thread < threads_ + warps ? "a product (wgmma)" : "a bulk store";
+    return format("%s of warp %u", what, (thread - threads_) % warps);
+  }
   return format("thread %u (warp %u, lane %u)", thread, thread / kLanes, thread % kLanes);
 }
 

@@ -57,6 +57,13 @@ struct Launch {
   std::map<uint64_t, std::vector<uint64_t>> published;
 };
 
+// What reads and writes shared memory on its own, asked by a thread.
+enum class Agent : uint8_t {
+  product,  // of a warp: wgmma
+  store,    // of a warp: bulk copies to global memory
+  copy,     // of the block: bulk copies to shared memory
+};
+
 enum class State : uint8_t { ready, running, waiting, done };
 
 // A pending copy from global to shared memory.
@@ -92,7 +99,7 @@ struct Barrier {
   std::vector<Fiber*> waiting;
 };
 
-enum class Collective : uint8_t { none, sync, shuffle_xor, shuffle_index, vote, ldmatrix, mma };
+enum class Collective : uint8_t { none, sync, shuffle_xor, shuffle_index, vote, ldmatrix, mma, other };
 
 struct Warp {
   uint32_t lanes = 0;    // how many exist
@@ -144,10 +151,25 @@ class Block {
     return warps_[warp].lanes == kLanes && !warps_[warp].arrived && !warps_[warp].returned;
   }
   void waits(const char* what, Site site);
+  void wake(uint32_t thread) { make_ready(&fibers_[thread]); }
   void wake_warp(uint32_t warp);
   // The running thread returns.
   void finish();
   void check_matrix_row(const void* row, Site site);
+  // Copies and products that run on their own have identities after those of the threads.
+  uint32_t agent(Agent kind, uint32_t warp) const;
+  // An access of shared memory that such an agent is asked for by the running thread, which must know what came before.
+  void access_as(uint32_t agent, uint32_t time, uint64_t offset, uint32_t size, bool write, Site site);
+  // Its write has been made, and is known to those who learn of `time`.
+  void land(uint32_t agent, uint32_t time, uint32_t offset, uint32_t size);
+  void learn(uint32_t thread, uint32_t identity, uint32_t time);
+  // What the running thread knows goes into a clock, and what a clock knows to the thread.
+  void release(Clock* into);
+  void acquire(const Clock* from);
+  Clock* new_clock() { return clocks_.fresh(1); }
+  void join_clocks(Clock* into, const Clock* from) { clocks_.join(into, from); }
+  // The running thread's writes, and those that it knows of, are visible to agents that know of this.
+  void fence_agents();
   // The lanes of the warp have made one access together.
   void count_accesses(uint32_t warp) {
     if (counting_) flush_log(warp);
@@ -185,10 +207,14 @@ class Block {
   void meet(Fiber** who, uint32_t count);
   void flush_log(uint32_t warp);
 
-  void access_shared(uint32_t offset, uint32_t size, bool write, const void* pc, Site site);
+  void access_shared(uint32_t offset, uint32_t size, bool write, const void* pc, Site site) {
+    access_shared(offset, size, write, pc, site, running->index, running->now);
+  }
+  void access_shared(uint32_t offset, uint32_t size, bool write, const void* pc, Site site, uint32_t identity,
+                     uint32_t now);
   void access_global(uint64_t address, uint32_t size, bool write, const void* pc, Site site);
   void access_elsewhere(uint64_t address, uint32_t size, bool write, const void* pc, Site site);
-  void read_by_many(Cell& cell);
+  void read_by_many(Cell& cell, uint32_t identity, uint32_t now);
   bool others_ordered(const Cell& cell, uint32_t* who) const;
   bool knows(const Fiber& fiber, uint32_t thread, uint32_t time) const {
     return fiber.index == thread || fiber.clock->time[thread] >= time;
@@ -204,6 +230,7 @@ class Block {
   uint32_t stacks_made_ = 0;
   uint8_t* shared_map_ = nullptr;
   uint32_t threads_ = 0, done_ = 0;
+  uint32_t identities_ = 0;  // threads and agents
   std::vector<Fiber*> ready_;  // a ring
   uint32_t ready_head_ = 0, ready_count_ = 0;
   uint64_t random_ = 0;
@@ -215,7 +242,7 @@ class Block {
   std::vector<Fiber*> group_;  // scratch: who meets
   ClockPool clocks_;
   std::vector<Cell> cells_;
-  std::vector<uint32_t> reader_tables_;  // threads_ entries each
+  std::vector<uint32_t> reader_tables_;  // identities_ entries each
   std::vector<uint32_t> free_tables_;
   std::vector<uint64_t> acquired_;  // blocks whose published writes this block has seen
 };

@@ -86,6 +86,7 @@ void Block::complete(Warp& warp, Collective kind) {
   void* const* operands = warp.operands;
   switch (kind) {
     case Collective::none:
+    case Collective::other:
     case Collective::sync: break;
     case Collective::shuffle_xor:
       for (uint32_t l = 0; l < kLanes; ++l) {
@@ -162,6 +163,7 @@ void Block::joined(uint32_t w, Collective kind) {
       case Collective::sync: ++counters_.warp_barriers; break;
       case Collective::ldmatrix: ++counters_.ldmatrix; break;
       case Collective::mma: ++counters_.mma; break;
+      case Collective::other: break;
       default: ++counters_.shuffles; break;
     }
     flush_log(w);
@@ -185,10 +187,9 @@ void Block::ldmatrix(uint32_t* registers, const void* row, uint32_t matrices, bo
 void Block::check_matrix_row(const void* row, Site site) {
   uint64_t address = reinterpret_cast<uint64_t>(row), offset = address - reinterpret_cast<uint64_t>(shared);
   if (offset >= launch->shared_bytes || offset + 16 > launch->shared_bytes) {
-    fail(kIllegalAddress,
-         format("%s: ldmatrix row outside the %u bytes of shared memory (offset %lld) at %s",
-                who(*running).c_str(), launch->shared_bytes, static_cast<long long>(offset),
-                place(site).c_str()));
+    fail(kIllegalAddress, format("%s: ldmatrix row outside the %u bytes of shared memory (offset %lld) at %s",
+                                 who(*running).c_str(), launch->shared_bytes, static_cast<long long>(offset),
+                                 place(site).c_str()));
   }
   if (offset % 16) {
     fail(kMisaligned,

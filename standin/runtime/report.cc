@@ -34,7 +34,6 @@ std::string short_path(const std::string& path) {
 }  // namespace
 
 std::string place(Site site) {
-  if (!site.file) return "an unknown place";
   return format("%s:%d%s", short_path(site.file).c_str(), site.line, site.callers ? site.callers : "");
 }
 

@@ -21,10 +21,16 @@ struct Bug {
     marks: Vec<(usize, Vec<String>)>,
     /// `// ptx: …`: why nvcc's PTX of it is not tested.
     not_as_ptx: Option<String>,
+    /// Of `bugs/hopper`: its kernels take tensor maps, too.
+    hopper: bool,
 }
 
 fn bugs() -> Vec<Bug> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("bugs");
+    bugs_of("bugs")
+}
+
+fn bugs_of(folder: &str) -> Vec<Bug> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut files: Vec<PathBuf> = fs::read_dir(folder)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -50,9 +56,11 @@ fn read(path: &Path) -> Bug {
         })
         .collect();
     let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+    let hopper = text.contains("hopper.cuh");
     let not_as_ptx = text.lines().find_map(|line| line.strip_prefix("// ptx: ")).map(str::to_owned);
     Bug {
         not_as_ptx,
+        hopper,
         name,
         grid: value("grid"),
         block: value("block"),
@@ -72,7 +80,10 @@ fn run(bug: &Bug, which: &str, seed: u32, ptx: Option<&str>) -> (i32, String, Ve
     });
     let x: Vec<f32> = (0..bug.n).map(|i| i as f32).collect();
     let (x, y) = (gpu.upload(&x), gpu.allocate(4 * bug.n as usize).unwrap());
-    let args = [arg(x), arg(y), arg(bug.n)];
+    let mut args = vec![arg(x), arg(y), arg(bug.n)];
+    if bug.hopper {
+        args.extend([tensor_map(&gpu, x, bug.n), tensor_map(&gpu, y, bug.n)]);
+    }
     let function = gpu.function_of(module, &format!("{}_{which}", bug.name));
     let code = gpu.launch_function(function, std::ptr::null_mut(), bug.grid, bug.block, bug.shared, &args);
     let report = if code == 0 { String::new() } else { gpu.report() };
@@ -88,6 +99,21 @@ fn standin_bugs() -> PathBuf {
     vitrum_standin::libraries().join("bugs")
 }
 
+/// A map of f32 values as rows of 64 bf16 numbers, for boxes of 8 rows that are swizzled by 128 bytes.
+fn tensor_map(gpu: &Gpu, base: u64, count: u32) -> Vec<u8> {
+    #[repr(align(64))]
+    struct Map([u8; 128]);
+    let mut map = Map([0; 128]);
+    let (size, strides, bytes) = ([64u64, u64::from(count) / 32], [128u64], [64u32, 8]);
+    let (bf16, swizzle_128) = (9, 3);
+    let code = cu!(gpu, cuTensorMapEncodeTiled(
+        map.0.as_mut_ptr() => *mut u8, bf16 => i32, 2 => u32, base => u64, size.as_ptr() => *const u64,
+        strides.as_ptr() => *const u64, bytes.as_ptr() => *const u32, [1u32, 1].as_ptr() => *const u32,
+        0 => i32, swizzle_128 => i32, 0 => i32, 0 => i32));
+    assert_eq!(code, 0);
+    map.0.to_vec()
+}
+
 /// The PTX of the bugs that nvcc leaves in; they share one compilation.
 fn bugs_as_ptx() -> Option<&'static (Vec<Bug>, String)> {
     static COMPILED: OnceLock<Option<(Vec<Bug>, String)>> = OnceLock::new();
@@ -96,17 +122,35 @@ fn bugs_as_ptx() -> Option<&'static (Vec<Bug>, String)> {
 
 fn compile_bugs() -> Option<(Vec<Bug>, String)> {
     let nvcc = nvcc::nvcc()?;
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (bugs, others): (Vec<Bug>, Vec<Bug>) = bugs().into_iter().partition(|bug| bug.not_as_ptx.is_none());
     for bug in others {
         println!("{} is not tested as PTX: {}", bug.name, bug.not_as_ptx.unwrap());
     }
-    let mut source = format!("#include {:?}\n", folder.join("../kernels/ptx.cuh").canonicalize().unwrap());
-    for bug in &bugs {
-        let file = folder.join("bugs").join(format!("{}.cu", bug.name));
+    let text = compile(&nvcc, &bugs, "../kernels/ptx.cuh", "bugs", "compute_90");
+    Some((bugs, text))
+}
+
+/// The bugs about instructions that only Hopper has, and only PTX shows.
+fn hopper_bugs() -> Option<&'static (Vec<Bug>, String)> {
+    static COMPILED: OnceLock<Option<(Vec<Bug>, String)>> = OnceLock::new();
+    let compiled = COMPILED.get_or_init(|| {
+        let nvcc = nvcc::nvcc()?;
+        let bugs = bugs_of("bugs/hopper");
+        let text = compile(&nvcc, &bugs, "bugs/hopper/hopper.cuh", "bugs/hopper", "compute_90a");
+        Some((bugs, text))
+    });
+    compiled.as_ref()
+}
+
+/// The bugs of a folder in one text, each in a namespace of its own.
+fn compile(nvcc: &Path, bugs: &[Bug], header: &str, folder: &str, target: &str) -> String {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut source = format!("#include {:?}\n", here.join(header).canonicalize().unwrap());
+    for bug in bugs {
+        let file = here.join(folder).join(format!("{}.cu", bug.name));
         source += &format!("namespace {} {{\n#include {file:?}\n}}\n", bug.name);
     }
-    Some((bugs, nvcc::ptx(&nvcc, &source, "compute_90")))
+    nvcc::ptx(nvcc, &source, target)
 }
 
 #[test]
@@ -123,6 +167,19 @@ fn every_planted_bug_is_caught_in_its_ptx() {
     assert_caught(bugs, Some(text));
 }
 
+#[test]
+fn every_planted_bug_of_hopper_is_caught_where_it_is() {
+    let Some((bugs, text)) = hopper_bugs() else { return };
+    assert!(bugs.len() >= 20);
+    assert_caught(bugs, Some(text));
+}
+
+#[test]
+fn every_mended_twin_of_hopper_passes() {
+    let Some((bugs, text)) = hopper_bugs() else { return };
+    assert_silent(bugs, Some(text));
+}
+
 fn assert_caught(bugs: &[Bug], ptx: Option<&str>) {
     let mut missed = Vec::new();
     for bug in bugs {
@@ -131,7 +188,10 @@ fn assert_caught(bugs: &[Bug], ptx: Option<&str>) {
             let found = bug.marks.iter().any(|(line, phrases)| {
                 // A bug noticed at a return has no line except that of whoever waits.
                 let place = format!("{}.cu:{line}", bug.name);
-                let placed = report.contains(&place) || report.contains("asynchronous copies in flight");
+                let placed = report.contains(&place)
+                    || ["asynchronous copies in flight", "bulk stores in flight", "products in flight"]
+                        .iter()
+                        .any(|left| report.contains(left));
                 placed && phrases.iter().any(|phrase| report.contains(phrase))
             });
             if code == 0 || !found {

@@ -178,6 +178,24 @@ fn lanes_that_branch_apart_meet_again() {
 }
 
 #[test]
+fn matrices_that_are_stored_are_loaded_again() {
+    // Lane l holds pairs (l, l + 100) and (l + 200, l + 300); a transposed store is undone by a transposed load.
+    for trans in ["", ".trans"] {
+        let text = kernel(&format!(
+            "mov.u32 %r1, %tid.x; add.u32 %r2, %r1, 6553600; add.u32 %r3, %r2, 13107400;\n\
+             mov.u32 %r4, memory; and.b32 %r5, %r1, 15; shl.b32 %r5, %r5, 4; add.u32 %r4, %r4, %r5;\n\
+             stmatrix.sync.aligned.m8n8.x2{trans}.shared.b16 [%r4], {{%r2, %r3}}; bar.warp.sync -1;\n\
+             ldmatrix.sync.aligned.m8n8.x2{trans}.shared.b16 {{%r6, %r7}}, [%r4];\n\
+             sub.u32 %r6, %r6, %r2; sub.u32 %r7, %r7, %r3; or.b32 %r6, %r6, %r7;\n\
+             elect.sync _|%p1, -1; @%p1 add.u32 %r6, %r6, 7;\n\
+             mul.wide.u32 %d2, %r1, 4; add.s64 %d2, %d2, %d1; st.global.u32 [%d2], %r6;"
+        ));
+        let expected: Vec<u32> = (0..32).map(|l| if l == 0 { 7 } else { 0 }).collect();
+        assert_eq!(run(&gpu(""), &text, 32, &[0]).unwrap(), expected);
+    }
+}
+
+#[test]
 fn a_warp_that_spins_is_stopped() {
     let text = kernel("ld.global.u32 %r1, [%d0]; round: setp.eq.u32 %p1, %r1, 0; @%p1 bra round;");
     let (code, report) = run(&gpu("checks=on"), &text, 32, &[0]).unwrap_err();
@@ -205,4 +223,129 @@ fn functions_are_called_and_parameters_are_bytes_too() {
         st.global.u32 [%d1], %r3; ret;\n}\n";
     // 4 · 21 from two calls, 258 from the table; what is read of the parameter in parts is what is read as a whole.
     assert_eq!(run(&gpu(""), text, 1, &[0]).unwrap(), [84 + 258]);
+}
+
+/// A 64×64 matrix of small whole numbers, and its bf16 bits.
+fn matrix(seed: u32) -> (Vec<f32>, Vec<u16>) {
+    let values: Vec<f32> =
+        (0..64 * 64u32).map(|i| ((i * 37 + seed * 11 + i / 64 * 5) % 13) as f32 - 6.0).collect();
+    let bits = values.iter().map(|v| (v.to_bits() >> 16) as u16).collect();
+    (values, bits)
+}
+
+/// `d` = a·bᵀ or a·b, 64×64×64, by four wgmma on tiles that bulk copies have brought, swizzled by 128 bytes.
+fn product_kernel(transposed: bool, in_registers: bool) -> String {
+    let registers = |prefix: &str, count: usize| {
+        let names: Vec<String> = (0..count).map(|n| format!("{prefix}{n}")).collect();
+        names.join(", ")
+    };
+    let mut text = String::from(
+        ".version 8.0\n.target sm_90a\n.address_size 64\n.extern .shared .align 1024 .b8 memory[];\n\
+         .visible .entry k(.param .u64 k_0, .param .align 64 .b8 k_1[128], .param .align 64 .b8 k_2[128]) {\n\
+         .reg .b32 %r<30>; .reg .f32 %f<32>; .reg .b64 %d<20>; .reg .pred %p<4>;\n\
+         mov.u32 %r0, %tid.x; setp.ne.u32 %p1, %r0, 0; mov.u32 %r1, memory; @%p1 bra made;\n\
+         mbarrier.init.shared::cta.b64 [%r1+16384], 1;\nmade: bar.sync 0; @%p1 bra loaded;\n\
+         mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1+16384], 16384; mov.u32 %r2, 0;\n\
+         mov.b64 %d1, k_1; cvta.param.u64 %d1, %d1; mov.b64 %d2, k_2; cvta.param.u64 %d2, %d2;\n",
+    );
+    for (at, map) in [(0, "%d1"), (8192, "%d2")] {
+        let bar = "mbarrier::complete_tx::bytes";
+        text += &format!("add.u32 %r3, %r1, {at}; add.u32 %r4, %r1, 16384;\n");
+        text += &format!(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.{bar} [%r3], [{map}, {{%r2, %r2}}], [%r4];\n"
+        );
+    }
+    text += "loaded: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1+16384], 0; @!%p2 bra loaded;\n";
+    text += &(0..32).map(|n| format!("mov.f32 %f{n}, 0f00000000;\n")).collect::<String>();
+    // Descriptors: the start in 16 bytes, 1024 bytes from core to core, swizzled by 128 bytes.
+    let descriptor = |at: u64| (at >> 4) | (1024 >> 4) << 16 | (1024 >> 4) << 32 | 1u64 << 62;
+    let warp_row = "shr.u32 %r10, %r0, 5; and.b32 %r11, %r0, 31; shr.u32 %r12, %r11, 2; and.b32 %r13, %r11, 3;\n\
+                    shl.b32 %r10, %r10, 4; add.u32 %r10, %r10, %r12;\n";
+    text += warp_row;
+    if in_registers {
+        // Row g of the warp's sixteen, columns 2q and 2q + 1, and those 8 below and to the right.
+        for k in 0..4 {
+            for r in 0..4 {
+                let (below, right) = (8 * (r & 1), 16 * k + 8 * (r >> 1));
+                text += &format!(
+                    "add.u32 %r14, %r10, {below}; shl.b32 %r15, %r14, 7; shl.b32 %r16, %r13, 2; add.u32 %r15, %r15, %r16;\n\
+                     add.u32 %r15, %r15, {}; and.b32 %r16, %r14, 7; shl.b32 %r16, %r16, 4; xor.b32 %r15, %r15, %r16;\n\
+                     add.u32 %r15, %r15, %r1; ld.shared.u32 %r{}, [%r15];\n",
+                    2 * right,
+                    17 + r
+                );
+            }
+            text += &format!(
+                "wgmma.fence.sync.aligned; mov.b64 %d4, {};\n",
+                descriptor(8192 + if transposed { 2048 } else { 32 } * k)
+            );
+            text += &format!(
+                "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{{}}}, {{{}}}, %d4, 1, 1, 1, {};\n\
+                 wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;\n",
+                registers("%f", 32),
+                (17..21).map(|r| format!("%r{r}")).collect::<Vec<_>>().join(", "),
+                u8::from(transposed)
+            );
+        }
+    } else {
+        text += "wgmma.fence.sync.aligned;\n";
+        for k in 0..4 {
+            let b = 8192 + if transposed { 2048 } else { 32 } * k;
+            text += &format!("mov.b64 %d3, {}; mov.b64 %d4, {};\n", descriptor(32 * k), descriptor(b));
+            text += &format!(
+                "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {{{}}}, %d3, %d4, 1, 1, 1, 0, {};\n",
+                registers("%f", 32),
+                u8::from(transposed)
+            );
+        }
+        text += "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;\n";
+    }
+    text += "ld.param.u64 %d5, [k_0];\n";
+    for n in 0..32 {
+        let (column, below) = (n / 4 * 8 + n % 2, 8 * (n % 4 / 2));
+        text += &format!(
+            "add.u32 %r14, %r10, {below}; shl.b32 %r15, %r14, 6; shl.b32 %r16, %r13, 1; add.u32 %r15, %r15, %r16;\n\
+             add.u32 %r15, %r15, {column}; mul.wide.u32 %d6, %r15, 4; add.s64 %d6, %d6, %d5; st.global.f32 [%d6], %f{n};\n"
+        );
+    }
+    text + "ret;\n}\n"
+}
+
+#[test]
+fn a_product_of_a_warpgroup_is_right_in_each_layout() {
+    #[repr(align(64))]
+    struct Map([u8; 128]);
+    let gpu = gpu("");
+    let ((a, a_bits), (b, b_bits)) = (matrix(1), matrix(2));
+    let map = |base: u64| {
+        let mut map = Map([0; 128]);
+        let (size, strides, bytes) = ([64u64, 64], [128u64], [64u32, 64]);
+        let code = cu!(gpu, cuTensorMapEncodeTiled(
+            map.0.as_mut_ptr() => *mut u8, 9 => i32, 2 => u32, base => u64, size.as_ptr() => *const u64,
+            strides.as_ptr() => *const u64, bytes.as_ptr() => *const u32, [1u32, 1].as_ptr() => *const u32,
+            0 => i32, 3 => i32, 0 => i32, 0 => i32));
+        assert_eq!(code, 0);
+        map.0.to_vec()
+    };
+    let (from_a, from_b) = (gpu.upload(&a_bits), gpu.upload(&b_bits));
+    for (transposed, in_registers) in [(false, false), (true, false), (false, true), (true, true)] {
+        let module = gpu.load_ptx(&product_kernel(transposed, in_registers)).expect("a module");
+        let function = gpu.function_of(module, "k");
+        let to = gpu.upload(&vec![0f32; 64 * 64]);
+        let args = [arg(to), map(from_a), map(from_b)];
+        let code = gpu.launch_function(function, ptr::null_mut(), 1, 128, 16_400, &args);
+        assert_eq!(code, 0, "{}", gpu.report());
+        let got: Vec<f32> = gpu.download(to, 64 * 64);
+        for row in 0..64 {
+            for column in 0..64 {
+                let of_b = |k: usize| if transposed { b[k * 64 + column] } else { b[column * 64 + k] };
+                let sum: f32 = (0..64).map(|k| a[row * 64 + k] * of_b(k)).sum();
+                assert_eq!(
+                    got[row * 64 + column],
+                    sum,
+                    "{row}, {column}, transposed {transposed}, {in_registers}"
+                );
+            }
+        }
+    }
 }

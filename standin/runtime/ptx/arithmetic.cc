@@ -62,6 +62,12 @@ struct Exponential {
 struct Logarithm {
   static float of(float a) { return flushed(log2f(flushed(a))); }
 };
+struct WholeExponential {
+  static float of(float a) { return exp2f(a); }
+};
+struct WholeLogarithm {
+  static float of(float a) { return log2f(a); }
+};
 struct ReciprocalRoot {
   static float of(float a) { return flushed(1.0f / sqrtf(flushed(a))); }
 };
@@ -178,6 +184,8 @@ const Form kForms[] = {
     FUSED(".rp", FE_UPWARD),
     {"ex2.approx.ftz.f32", "W w", unary<float, float, Exponential>},
     {"lg2.approx.ftz.f32", "W w", unary<float, float, Logarithm>},
+    {"ex2.approx.f32", "W w", unary<float, float, WholeExponential>},
+    {"lg2.approx.f32", "W w", unary<float, float, WholeLogarithm>},
     {"rsqrt.approx.ftz.f32", "W w", unary<float, float, ReciprocalRoot>},
     {"sqrt.approx.ftz.f32", "W w", unary<float, float, ApproximateRoot>},
     {"tanh.approx.f32", "W w", unary<float, float, Tangent>},

@@ -229,9 +229,14 @@ class Assembler {
     std::vector<std::string> wanted = words(form.operands);
     if (wanted.size() != operands.size()) return false;
     for (size_t k = 0; k < wanted.size(); ++k) {
-      size_t count = static_cast<size_t>(wanted[k][0] - '0');
+      size_t count = static_cast<size_t>(atoi(wanted[k].c_str()));
       bool vector = operands[k][0] == '{';
       bool wants_vector = wanted[k].size() > 1;
+      if (wanted[k].back() == 'T') {
+        std::vector<std::string> parts = inside(operands[k]);
+        if (parts.size() != 2 || parts[1][0] != '{' || inside(parts[1]).size() != count) return false;
+        continue;
+      }
       if (vector != wants_vector || (vector && inside(operands[k]).size() != count)) return false;
     }
     return true;
@@ -247,6 +252,11 @@ class Assembler {
       case 'P':
         if (!destination(text, lower, &id)) return false;
         d.push_back(id);
+        return true;
+      case 'A':
+        if (!destination(text, 'w', &id)) return false;
+        d.push_back(id);
+        s.push_back(id);
         return true;
       case 'Q': {
         size_t bar = text.find('|');
@@ -281,7 +291,7 @@ class Assembler {
       case 'i': {
         uint64_t number;
         if (!read_number(text, &number)) return fail(format("`%s` is no number", text.c_str()));
-        i.literal = static_cast<int64_t>(number);
+        i.literals[literals_++] = static_cast<int64_t>(number);
         return true;
       }
       default:
@@ -332,14 +342,23 @@ class Assembler {
     i.line = st.line;
     i.negated = st.negated;
     i.used_bytes = st.used_bytes;
-    if (body) i.site = site(*body, st.place);
-    addresses_ = 0;
+    // A text without line information has its own lines.
+    i.site = body && st.place >= 0 ? site(*body, st.place)
+                                   : Site{module_.source.name.c_str(), static_cast<int>(st.line)};
+    addresses_ = literals_ = 0;
     std::vector<uint32_t> d, s;
     if (!st.guard.empty() && !source(st.guard, 'p', &i.guard)) return false;
     std::vector<std::string> wanted = words(form_->operands);
     for (size_t k = 0; k < wanted.size(); ++k) {
       char kind = wanted[k].back();
-      if (wanted[k].size() == 1) {
+      if (kind == 'T') {
+        std::vector<std::string> parts = inside(operands[k]);
+        i.wide_address[addresses_++] = true;
+        if (!one_operand('l', parts[0], i, d, s)) return false;
+        for (const std::string& part : inside(parts[1])) {
+          if (!one_operand('w', part, i, d, s)) return false;
+        }
+      } else if (wanted[k].size() == 1) {
         if (!one_operand(kind, operands[k], i, d, s)) return false;
       } else {
         for (const std::string& part : inside(operands[k])) {
@@ -347,6 +366,8 @@ class Assembler {
         }
       }
     }
+    for (const char* start : {"mbarrier.", "wgmma.", "cp.async.bulk.", "fence.proxy.async"})
+      program_.asynchronous |= name.compare(0, strlen(start), start) == 0;
     program_.code.push_back(i);
     operands_.push_back(d);
     operands_.push_back(s);
@@ -486,7 +507,6 @@ class Assembler {
   }
 
   Site site(const Body& body, int at) {
-    if (at < 0) return {};
     if (sites_.size() != body.places.size()) sites_.assign(body.places.size(), Site{nullptr, 0});
     Site& known = sites_[static_cast<size_t>(at)];
     if (known.file) return known;
@@ -523,7 +543,8 @@ class Assembler {
   Error error_;
   uint32_t line_ = 0;
   const Form* form_ = nullptr;  // of the instruction at hand
-  int addresses_ = 0;           // that it has so far
+  int literals_ = 0;
+  int addresses_ = 0;  // that it has so far
   std::vector<std::pair<uint32_t, uint32_t>>
       widened_;               // its registers of 64 bits that get a value of 32, and that value's
   std::string kinds_;         // of each register: w, l or p

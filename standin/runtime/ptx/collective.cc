@@ -96,6 +96,35 @@ void load_matrices(WarpState& w, const Instruction& i) {
   for (int m = 0; m < n; ++m) keep(w, i.d[m], r[m]);
 }
 
+// The inverse: row i of matrix m is written where lane 8 m + i says.
+template <int n, bool transposed>
+void store_matrices(WarpState& w, const Instruction& i) {
+  const uint32_t* address = w.at<uint32_t>(i.s[0]);
+  for (uint32_t m = 0; m < n; ++m) {
+    uint16_t rows[8][8];
+    for (uint32_t l = 0; l < 32; ++l) {
+      uint32_t g = l / 4, q = l % 4, pair = w.at<uint32_t>(i.s[1 + m])[l];
+      (transposed ? rows[2 * q][g] : rows[g][2 * q]) = static_cast<uint16_t>(pair);
+      (transposed ? rows[2 * q + 1][g] : rows[g][2 * q + 1]) = static_cast<uint16_t>(pair >> 16);
+    }
+    for (uint32_t row = 0; row < 8; ++row) {
+      uint32_t lane = 8 * m + row;
+      uint8_t* to = w.block->shared + int64_t{static_cast<int32_t>(address[lane])} + i.offset[0];
+      w.block->become(w.index * kLanes + lane);
+      if (w.block->watching) w.block->access(reinterpret_cast<uint64_t>(to), 16, true, nullptr, i.site);
+      memcpy(to, rows[row], sizeof rows[row]);
+    }
+  }
+}
+
+// One lane of the warp is told that it is the one; its number is the same everywhere.
+void elect(WarpState& w, const Instruction& i) {
+  need_all(w, i, w.at<uint32_t>(i.s[0])[0]);
+  uint32_t r[32] = {};
+  keep(w, i.d[0], r);
+  if (i.d[1] != kNoRegister) w.set_predicate(i.d[1], 1);
+}
+
 // The products are added to d one after the other, each rounded to f32; a GPU sums in an order of its own.
 void multiply_matrices(WarpState& w, const Instruction& i) {
   float a[16][16], b[16][8], d[16][8];
@@ -143,6 +172,14 @@ void nothing(WarpState&, const Instruction&) {}
    Collective::ldmatrix,                        \
    "ldmatrix"}
 
+#define STORE_MATRICES(name, operands, n, transposed) \
+  {"stmatrix.sync.aligned.m8n8." name ".b16",         \
+   operands,                                          \
+   store_matrices<n, transposed>,                     \
+   Flow::collective,                                  \
+   Collective::other,                                 \
+   "stmatrix"}
+
 const Form kForms[] = {
     {"bra", "t", nothing, Flow::branch},
     {"bra.uni", "t", nothing, Flow::branch},
@@ -166,6 +203,13 @@ const Form kForms[] = {
     MATRICES("x2.trans.shared", "2W m", 2, true),
     MATRICES("x4.shared", "4W m", 4, false),
     MATRICES("x4.trans.shared", "4W m", 4, true),
+    STORE_MATRICES("x1.shared", "m 1w", 1, false),
+    STORE_MATRICES("x1.trans.shared", "m 1w", 1, true),
+    STORE_MATRICES("x2.shared", "m 2w", 2, false),
+    STORE_MATRICES("x2.trans.shared", "m 2w", 2, true),
+    STORE_MATRICES("x4.shared", "m 4w", 4, false),
+    STORE_MATRICES("x4.trans.shared", "m 4w", 4, true),
+    {"elect.sync", "Q w", elect, Flow::collective, Collective::other, "elect"},
     {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "4W 4w 2w 4w", multiply_matrices,
      Flow::collective, Collective::mma, "mma"},
 };
@@ -179,8 +223,8 @@ Forms warp_forms() {
 const std::vector<const Form*>* find_forms(const std::string& name) {
   static const auto* all = [] {
     auto* table = new std::map<std::string, std::vector<const Form*>>;
-    for (Forms forms :
-         {arithmetic_forms(), integer_forms(), conversion_forms(), memory_forms(), warp_forms()}) {
+    for (Forms forms : {arithmetic_forms(), integer_forms(), conversion_forms(), bulk_forms(),
+                        product_forms(), bulk_forms(), product_forms(), memory_forms(), warp_forms()}) {
       for (size_t i = 0; i < forms.count; ++i) (*table)[forms.first[i].name].push_back(&forms.first[i]);
     }
     return table;

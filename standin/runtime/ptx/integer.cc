@@ -141,7 +141,7 @@ void logic3(WarpState& w, const Instruction& i) {
   for (int l = 0; l < 32; ++l) {
     r[l] = 0;
     for (int entry = 0; entry < 8; ++entry) {
-      if (i.literal >> entry & 1)
+      if (i.literals[0] >> entry & 1)
         r[l] |= (entry & 4 ? a[l] : ~a[l]) & (entry & 2 ? b[l] : ~b[l]) & (entry & 1 ? c[l] : ~c[l]);
     }
   }

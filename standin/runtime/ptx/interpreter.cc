@@ -23,17 +23,19 @@ void Interpreter::begin() {
   auto* first =
       reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(registers_.data()) + 127) & ~uintptr_t{127});
   local_.assign((size_t{warps} * kLanes * program.local_bytes + 7) / 8, ~uint64_t{0});
-  arguments_.resize(program.argument_bytes);
   for (size_t a = 0; a < program.arguments.size(); ++a)
-    memcpy(arguments_.data() + program.argument_offsets[a], launch.arguments[a], program.arguments[a].size);
+    memcpy(arguments_ + program.argument_offsets[a], launch.arguments[a], program.arguments[a].size);
 
+  if (program.asynchronous) async_.begin(warps * kLanes);
   runnable_ = 0;
   last_ = warps - 1;
   for (uint32_t index = 0; index < warps; ++index) {
     WarpState& w = warps_[index];
     w.block = &block_;
     w.program = &program;
-    w.arguments = arguments_.data();
+    w.arguments = arguments_;
+    w.async = &async_;
+    if (program.asynchronous) w.products.begin(program.register_bytes);
     w.registers = first + size_t{index} * program.register_bytes;
     w.local = reinterpret_cast<uint8_t*>(local_.data()) + size_t{index} * kLanes * program.local_bytes;
     w.index = index;
@@ -105,10 +107,15 @@ uint32_t Interpreter::pick() {
 }
 
 void Interpreter::run() {
-  while (runnable_) {
-    last_ = pick();
-    runnable_ &= ~(1u << last_);
-    run_warp(warps_[last_]);
+  for (;;) {
+    while (runnable_) {
+      last_ = pick();
+      runnable_ &= ~(1u << last_);
+      run_warp(warps_[last_]);
+    }
+    // Copies land when nothing else can happen.
+    if (!block_.launch->program->asynchronous || async_.loads.empty()) return;
+    async_.land_one(block_);
   }
 }
 
@@ -132,6 +139,7 @@ void Interpreter::leave_group(WarpState& w, uint32_t lanes, uint32_t pc) {
 
 void Interpreter::run_warp(WarpState& w) {
   const Instruction* code = w.program->code.data();
+  bool watches = w.program->asynchronous;
   choose(w);
   for (uint64_t executed = 0; w.group; ++executed) {
     if (w.pc >= w.next) {
@@ -141,6 +149,7 @@ void Interpreter::run_warp(WarpState& w) {
     const Instruction& i = code[w.pc];
     w.mask = w.group;
     if (i.guard != kNoRegister) w.mask &= i.negated ? ~w.predicate(i.guard) : w.predicate(i.guard);
+    if (watches && w.mask) watch_registers(w, i);
     if (i.flow == Flow::plain) {
       if (w.mask) i.step(w, i);
       ++w.pc;
@@ -157,6 +166,7 @@ void Interpreter::run_warp(WarpState& w) {
       case Flow::branch: branch(w, i); break;
       case Flow::exit: exit(w); break;
       case Flow::barrier: barrier(w, i); break;
+      case Flow::wait: wait(w, i); break;
       case Flow::collective: collective(w, i); break;
     }
   }
@@ -180,6 +190,7 @@ void Interpreter::branch(WarpState& w, const Instruction& i) {
 void Interpreter::exit(WarpState& w) {
   each_lane(w.mask, [&](uint32_t l) {
     block_.become(w.index * kLanes + l);
+    if (w.program->asynchronous) async_.check_return(block_, w);
     block_.finish();
   });
   w.ready &= ~w.mask;
@@ -198,6 +209,15 @@ void Interpreter::barrier(WarpState& w, const Instruction& i) {
     // The last to arrive wakes all who wait, lanes of this warp among them.
     if (!block_.arrive(id, threads, i.site)) w.ready &= ~(1u << l);
   });
+  choose(w);
+}
+
+void Interpreter::wait(WarpState& w, const Instruction& i) {
+  w.parked = 0;
+  if (w.mask) i.step(w, i);
+  w.ready &= ~w.parked;
+  leave_group(w, w.parked, w.pc);
+  leave_group(w, w.group, w.pc + 1);
   choose(w);
 }
 

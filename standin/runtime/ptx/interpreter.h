@@ -10,7 +10,7 @@
 #include <memory>
 #include <vector>
 
-#include "warp.h"
+#include "async.h"
 
 namespace standin {
 namespace ptx {
@@ -36,12 +36,14 @@ class Interpreter {
   void branch(WarpState& w, const Instruction& i);
   void exit(WarpState& w);
   void barrier(WarpState& w, const Instruction& i);
+  void wait(WarpState& w, const Instruction& i);
   void collective(WarpState& w, const Instruction& i);
 
   Block& block_;
   std::vector<WarpState> warps_;
   std::vector<uint64_t> registers_, local_;
-  std::vector<uint8_t> arguments_;
+  alignas(128) uint8_t arguments_[4096 + 128];  // tensor maps among them are aligned
+  AsyncState async_;
   uint64_t filled_ = 0;  // the program whose constants the registers hold
   uint32_t filled_warps_ = 0;
   uint32_t runnable_ = 0;  // a bit per warp

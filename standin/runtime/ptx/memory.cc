@@ -162,7 +162,8 @@ void convert_address(WarpState& w, const Instruction& i) {
     uint64_t window = space == Space::shared ? reinterpret_cast<uint64_t>(w.block->shared)
                       : space == Space::local
                           ? reinterpret_cast<uint64_t>(w.local) + lane * w.program->local_bytes
-                          : 0;
+                      : space == Space::parameter ? reinterpret_cast<uint64_t>(w.arguments)
+                                                  : 0;
     r[lane] = to_space ? a[lane] - window : a[lane] + window;
   }
   keep(w, i.d[0], r);
@@ -175,11 +176,11 @@ void copy_async(WarpState& w, const Instruction& i) {
   each_lane(w.mask, [&](uint32_t lane) {
     w.block->become(w.index * kLanes + lane);
     uint32_t bytes = sized ? w.at<uint32_t>(i.s[2])[lane] : 16;
-    if (i.literal != 16 || (bytes != 16 && bytes != 0)) {
+    if (i.literals[0] != 16 || (bytes != 16 && bytes != 0)) {
       w.block->fail(kLaunchFailed,
                     format("an asynchronous copy of %u of %lld bytes at %s: the stand-in knows those of 16 "
                            "bytes, all of them or none",
-                           bytes, static_cast<long long>(i.literal), place(i.site).c_str()));
+                           bytes, static_cast<long long>(i.literals[0]), place(i.site).c_str()));
     }
     auto* to = reinterpret_cast<void*>(shared_address(w, address_of(w, i, 0, lane)));
     auto* from = reinterpret_cast<const void*>(address_of(w, i, 1, lane));
@@ -196,7 +197,7 @@ void copy_commit(WarpState& w, const Instruction&) {
 void copy_wait(WarpState& w, const Instruction& i) {
   each_lane(w.mask, [&](uint32_t lane) {
     w.block->become(w.index * kLanes + lane);
-    w.block->copy_async_wait(static_cast<uint32_t>(i.literal), i.site);
+    w.block->copy_async_wait(static_cast<uint32_t>(i.literals[0]), i.site);
   });
 }
 
@@ -227,6 +228,7 @@ void trap(WarpState& w, const Instruction& i) {
 
 const Form kForms[] = {
     {"trap", "", trap},
+    {"cvta.param.u64", "L l", convert_address<Space::parameter, false>},
     {"cvta.to.global.u64", "L l", convert_address<Space::global, true>},
     {"cvta.global.u64", "L l", convert_address<Space::global, false>},
     {"cvta.to.shared.u64", "L l", convert_address<Space::shared, true>},

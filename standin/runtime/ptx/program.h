@@ -28,6 +28,7 @@ enum class Flow : uint8_t {
   exit,        // the lanes return
   barrier,     // may wait for other warps
   collective,  // waits for all lanes of the warp
+  wait,        // lanes that it parks stay at it
 };
 
 // One instruction with all its modifiers, as it is written, and how its operands are.
@@ -55,14 +56,15 @@ struct Instruction {
   Step step = nullptr;
   Flow flow = Flow::plain;
   bool negated = false;
-  bool wide_address[2] = {};     // the register of an address has 64 bits
-  uint32_t guard = kNoRegister;  // the predicate's place
-  const uint32_t* d = nullptr;   // places of the registers that it writes, in bytes from the warp's first
-  const uint32_t* s = nullptr;   // of those it reads; an address counts as one
-  uint32_t target = 0;           // of a branch
-  uint32_t used_bytes = 0;       // of a load: see `Statement`
-  int64_t offset[2] = {};        // of its addresses
-  int64_t literal = 0;
+  bool wide_address[3] = {};       // the register of an address has 64 bits
+  uint32_t guard = kNoRegister;    // the predicate's place
+  const uint32_t* d = nullptr;     // places of the registers that it writes, in bytes from the warp's first
+  const uint32_t* s = nullptr;     // of those it reads; an address counts as one
+  uint32_t written = 0, read = 0;  // how many
+  uint32_t target = 0;             // of a branch
+  uint32_t used_bytes = 0;         // of a load: see `Statement`
+  int64_t offset[3] = {};          // of its addresses
+  int64_t literals[4] = {};
   Site site{};
   uint32_t line = 0;  // in the PTX text
 };
@@ -108,6 +110,7 @@ struct Program {
   std::vector<Constant> constants;
   std::vector<std::pair<uint32_t, Special>> specials;
   uint32_t local_bytes = 0;       // of one thread
+  bool asynchronous = false;      // has instructions of `async.h`
   std::deque<std::string> texts;  // what the instructions' sites point to
 };
 

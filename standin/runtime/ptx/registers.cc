@@ -2,6 +2,8 @@
 //
 // The compiler names each value anew, thousands in a kernel; nearly all of them live and die between two
 // branches. Those take turns in a few places, so that a warp's registers stay in the processor's cache.
+#include <string.h>
+
 #include <set>
 
 #include "program.h"
@@ -39,6 +41,8 @@ void place_registers(Program& program, const std::string& kinds, std::vector<std
     auto see = [&](uint32_t id, bool written) {
       if (id == kNoRegister) return;
       last[id] = static_cast<uint32_t>(at);
+      // A product uses its registers until it is waited for.
+      if (strchr(i.form->operands, 'A')) home[id] = kShared;
       if (home[id] == kUnseen) home[id] = written && i.guard == kNoRegister ? stretch : kShared;
       else if (home[id] != stretch) home[id] = kShared;
     };
@@ -106,6 +110,8 @@ void place_registers(Program& program, const std::string& kinds, std::vector<std
       for (uint32_t id : ids) program.places.push_back(id == kNoRegister ? kNoRegister : place[id]);
       return first;
     };
+    i.written = static_cast<uint32_t>(operands[2 * at].size());
+    i.read = static_cast<uint32_t>(operands[2 * at + 1].size());
     i.d = put(operands[2 * at]);
     i.s = put(operands[2 * at + 1]);
     if (i.guard != kNoRegister) i.guard = place[i.guard];

@@ -7,6 +7,7 @@
 
 #include <string.h>
 
+#include <deque>
 #include <type_traits>
 
 #include "program.h"
@@ -16,6 +17,34 @@ namespace ptx {
 
 constexpr uint32_t kAllLanes = ~0u;
 
+struct AsyncState;
+
+// A product that has not been computed.
+struct Product {
+  const Instruction* instruction;
+  uint64_t a, b;              // descriptors
+  uint32_t registers[4][32];  // a, where it is in registers
+  bool accumulates;
+  uint32_t group, time;
+};
+
+// The products of a warp.
+struct WarpProducts {
+  std::deque<Product> pending;
+  uint32_t group = 0, started = 0;
+  uint32_t fences = 0;  // wgmma.fence so far
+  std::vector<uint32_t>
+      busy;  // per register of 128 bytes: the sum of the product that uses it, plus 1; 0: none
+  std::vector<uint32_t>
+      written;  // per register: the fences when another instruction wrote it last, plus 1; 0: never
+
+  void begin(uint32_t register_bytes) {
+    pending.clear();
+    group = started = fences = 0;
+    busy.assign(register_bytes / 128, 0);
+    written.assign(register_bytes / 128, 0);
+  }
+};
 struct WarpState {
   Block* block = nullptr;
   const Program* program = nullptr;
@@ -25,11 +54,15 @@ struct WarpState {
   uint32_t index = 0;        // in the block
   uint32_t mask = 0;         // lanes that execute the instruction
 
+  AsyncState* async = nullptr;  // of the block
+  WarpProducts products;
+
   // ---- how far its lanes are
   uint32_t ready = 0;     // lanes that can run
   uint32_t group = 0;     // of these: lanes that run together now, at `pc`
   uint32_t pc = 0;        // of the group
   uint32_t next = 0;      // the lowest pc of the other ready lanes
+  uint32_t parked = 0;    // lanes that wait where they are
   uint32_t pcs[32] = {};  // of the lanes outside the group
 
   template <class T>
@@ -124,6 +157,8 @@ Forms integer_forms();
 Forms conversion_forms();
 Forms memory_forms();
 Forms warp_forms();
+Forms bulk_forms();
+Forms product_forms();
 
 }  // namespace ptx
 }  // namespace standin

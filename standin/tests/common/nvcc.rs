@@ -4,6 +4,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The compiler that the product's build would take, from the same places. `None`, with a printed line: there is none.
 pub fn nvcc() -> Option<PathBuf> {
@@ -36,7 +37,9 @@ fn places() -> Vec<PathBuf> {
 
 /// The PTX of a source, with the flags of the product's kernels.
 pub fn ptx(nvcc: &Path, source: &str, target: &str) -> String {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ptx-{}", std::process::id()));
+    static COMPILED: AtomicUsize = AtomicUsize::new(0);
+    let number = COMPILED.fetch_add(1, Ordering::Relaxed);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ptx-{}-{number}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
     let (from, to) = (folder.join("source.cu"), folder.join("source.ptx"));
     fs::write(&from, source).unwrap();
