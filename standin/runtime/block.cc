@@ -271,6 +271,7 @@ void Block::report_deadlock() {
     t = end;
   }
   text += format("%u returned", returned);
+  if (launch->program) text += interpreter_->missing();
   std::lock_guard<std::mutex> guard(launch->lock);
   if (launch->report.code == 0) {
     launch->report = {kLaunchFailed,

@@ -112,6 +112,7 @@ class Assembler {
     for (const Variable& v : s.variables) {
       if (v.space == "reg" || v.space == "param") {
         char kind = v.type == "pred" ? 'p' : v.bytes == 8 ? 'l' : 'w';
+        if (v.copies > 1u << 20) return fail(format("%u registers `%s`", v.copies, v.name.c_str()));
         if (v.bytes > 8)
           return fail(format("`%s` has %llu bytes: a register has 8 at most", v.name.c_str(),
                              static_cast<unsigned long long>(v.bytes)));
@@ -308,7 +309,9 @@ class Assembler {
     if (name == "call.uni" || name == "call") return call(st);
     // A parameter of a call is a register here.
     if (name.compare(0, 8, "ld.param") == 0 || name.compare(0, 8, "st.param") == 0) {
+      if (operands.size() < 2) return fail(format("`%s` without its operands", name.c_str()));
       std::string& place = operands[name[0] == 'l' ? operands.size() - 1 : 0];
+      if (place.size() < 3) return fail(format("`%s` is no address", place.c_str()));
       std::string base = place.substr(1, std::min(place.find('+'), place.size() - 1) - 1);
       const Symbol* symbol = find(base);
       if (symbol && symbol->kind == Symbol::Kind::reg && is_call_parameter(base)) {

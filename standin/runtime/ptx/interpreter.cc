@@ -96,6 +96,17 @@ void Interpreter::wake(uint32_t thread) {
   runnable_ |= 1u << (thread / kLanes);
 }
 
+std::string Interpreter::missing() const {
+  std::string text;
+  if (!block_.launch->program->asynchronous) return text;
+  for (const auto& [offset, b] : async_.barriers) {
+    if (b.waiting.empty()) continue;
+    text += format("; the mbarrier at offset %u lacks %u of %u arrivals and %lld bytes", offset, b.pending,
+                   b.count, static_cast<long long>(b.bytes));
+  }
+  return text;
+}
+
 // The next warp in turn, or any with a seed.
 uint32_t Interpreter::pick() {
   uint32_t count = static_cast<uint32_t>(__builtin_popcount(runnable_));

@@ -23,6 +23,8 @@ class Interpreter {
   void begin();
   // Runs until no lane can: all have returned, or the rest waits for ever.
   void run();
+  // For a report of a deadlock: what the barriers in shared memory lack that threads wait for.
+  std::string missing() const;
   // A thread that waited can run.
   void wake(uint32_t thread);
 
