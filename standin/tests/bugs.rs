@@ -70,7 +70,7 @@ fn read(path: &Path) -> Bug {
     }
 }
 
-/// Runs one kernel of a bug's file on fresh memory, as the host's function or from a PTX text; the error code, the report, the
+/// Runs one kernel of a bug's file on fresh memory, as the host's function or from a PTX text; the error code, the
 /// results.
 fn run(bug: &Bug, which: &str, seed: u32, ptx: Option<&str>) -> (i32, String, Vec<f32>) {
     let gpu = Gpu::open(&standin_bugs(), &format!("checks=on,seed={seed},threads=2"));

@@ -225,6 +225,55 @@ fn functions_are_called_and_parameters_are_bytes_too() {
     assert_eq!(run(&gpu(""), text, 1, &[0]).unwrap(), [84 + 258]);
 }
 
+#[test]
+fn counters_count_the_instructions_of_the_ptx() {
+    let file = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("ptx-counters.json");
+    let _ = std::fs::remove_file(&file);
+    // A warp reads 128 bytes in a row; its odd lanes then write to one bank of shared memory, 16 words.
+    let text = kernel(
+        "mov.u32 %r1, %tid.x; mul.wide.u32 %d2, %r1, 4; add.s64 %d3, %d0, %d2; ld.global.u32 %r2, [%d3];\n\
+         and.b32 %r3, %r1, 1; setp.eq.u32 %p1, %r3, 1; shl.b32 %r4, %r1, 6; mov.u32 %r5, memory;\n\
+         and.b32 %r4, %r4, 1023; add.u32 %r4, %r4, %r5;\n\
+         @%p1 st.shared.u32 [%r4], %r2; add.s64 %d3, %d1, %d2; st.global.u32 [%d3], %r2;",
+    );
+    run(&gpu(&format!("checks=bounds,counters={}", file.display())), &text, 32, &[0; 32]).unwrap();
+    let line = std::fs::read_to_string(&file).unwrap();
+    for part in [
+        r#""global_read":{"instructions":1,"bytes":128,"sectors":4"#,
+        r#""global_write":{"instructions":1,"bytes":128,"sectors":4"#,
+        r#""shared_write":{"instructions":1,"wavefronts":8,"ideal":1}"#,
+    ] {
+        assert!(line.contains(part), "{part} is not in {line}");
+    }
+}
+
+#[test]
+fn tensor_maps_that_no_card_takes_are_refused() {
+    const INVALID_VALUE: i32 = 1;
+    #[repr(align(64))]
+    struct Map([u8; 128]);
+    let gpu = gpu("");
+    let base = gpu.upload(&[0f32; 1024]);
+    let make = |base: u64, stride: u64, box_: [u32; 2], steps: u32, swizzle: i32| {
+        let mut map = Map([0; 128]);
+        cu!(gpu, cuTensorMapEncodeTiled(
+            map.0.as_mut_ptr() => *mut u8, 9 => i32, 2 => u32, base => u64, [64u64, 32].as_ptr() => *const u64,
+            [stride].as_ptr() => *const u64, box_.as_ptr() => *const u32, [steps; 2].as_ptr() => *const u32,
+            0 => i32, swizzle => i32, 0 => i32, 0 => i32))
+    };
+    assert_eq!(make(base, 128, [64, 8], 1, 3), 0);
+    for (why, code) in [
+        ("an address between multiples of 16", make(base + 8, 128, [64, 8], 1, 3)),
+        ("a stride between multiples of 16", make(base, 136, [64, 8], 1, 3)),
+        ("a box of more than 256", make(base, 128, [64, 257], 1, 3)),
+        ("a row wider than the swizzle", make(base, 128, [64, 8], 1, 2)),
+        ("a row that is no multiple of 16 bytes", make(base, 128, [4, 8], 1, 0)),
+        ("steps", make(base, 128, [64, 8], 2, 3)),
+    ] {
+        assert_eq!(code, INVALID_VALUE, "{why}");
+    }
+}
+
 /// A 64×64 matrix of small whole numbers, and its bf16 bits.
 fn matrix(seed: u32) -> (Vec<f32>, Vec<u16>) {
     let values: Vec<f32> =

@@ -33,10 +33,10 @@ struct WarpProducts {
   std::deque<Product> pending;
   uint32_t group = 0, started = 0;
   uint32_t fences = 0;  // wgmma.fence so far
-  std::vector<uint32_t>
-      busy;  // per register of 128 bytes: the sum of the product that uses it, plus 1; 0: none
-  std::vector<uint32_t>
-      written;  // per register: the fences when another instruction wrote it last, plus 1; 0: never
+  // Per 128 bytes of registers: the sum of the product that uses it, plus 1; 0: none.
+  std::vector<uint32_t> busy;
+  // The same: how many fences there were when another instruction wrote it last, plus 1; 0: never.
+  std::vector<uint32_t> written;
 
   void begin(uint32_t register_bytes) {
     pending.clear();
@@ -45,6 +45,7 @@ struct WarpProducts {
     written.assign(register_bytes / 128, 0);
   }
 };
+
 struct WarpState {
   Block* block = nullptr;
   const Program* program = nullptr;
