@@ -178,6 +178,7 @@ fn what_only_the_ptx_shows_is_noticed() {
         return println!("skipped: built without nvcc; `scripts/install-nvcc` fetches it");
     }
     let kept = folder.join("../../kernels").canonicalize().unwrap();
+    let mut passed = BTreeSet::new();
     for (number, (what, source, filter, mutate)) in MUTANTS.iter().enumerate() {
         let changed = support::scratch().join(format!("mutant-{number}"));
         fs::create_dir_all(&changed).unwrap();
@@ -197,7 +198,10 @@ fn what_only_the_ptx_shows_is_noticed() {
         }
         assert!(count > 0, "{what}: nothing in {source}.cu changes");
         let args = ["selftest", "--device", "cuda", "--precision", "bf16", "--filter", filter];
-        run_on_gpu(&folder, "engine=ptx", &args).ok();
+        // Unchanged, it passes.
+        if passed.insert(filter) {
+            run_on_gpu(&folder, "engine=ptx", &args).ok();
+        }
         let done = run_on_gpu(&folder, &format!("engine=ptx,ptx={}", changed.display()), &args);
         assert_eq!(done.code, 1, "{what} in {source}.cu: {}{}", done.stdout, done.stderr);
     }
