@@ -4,7 +4,8 @@
 //! Each file becomes one fat binary: machine code for Ampere (sm_80) and Hopper (sm_90a), and PTX
 //! (compute_90) that the driver translates for newer GPUs. Files are compiled in parallel, and only if they,
 //! a header, the flags or nvcc have changed: binaries are kept in `target/kernels`, shared by all profiles.
-//! The register and spill report of `ptxas` is kept with them. A spill in a kernel declared with `HOT_KERNEL`
+//! The PTX that a binary embeds is kept beside it for the stand-in GPU, which can run it. The register and spill
+//! report of `ptxas` is kept with them, too. A spill in a kernel declared with `HOT_KERNEL`
 //! is a warning, or an error under `VITRUM_STRICT=1`.
 
 #[path = "build/contracts.rs"]
@@ -23,7 +24,10 @@ use contracts::Contracts;
 
 /// The targets of every file.
 const TARGETS: [(&str, &str); 3] =
-    [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_90", "compute_90")];
+    [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), (EMBEDDED_PTX, EMBEDDED_PTX)];
+
+/// The target whose PTX is embedded.
+const EMBEDDED_PTX: &str = "compute_90";
 
 const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "-Xptxas", "-v", "-lineinfo"];
 
@@ -273,29 +277,46 @@ impl Job {
         self.image.with_extension("ptxas")
     }
 
+    /// The very text that the image embeds: the stand-in GPU finds it by the image beside it.
+    fn ptx_path(&self) -> PathBuf {
+        self.image.with_extension("ptx")
+    }
+
     fn done(&self) -> bool {
-        self.image.is_file() && self.report_path().is_file()
+        self.image.is_file() && self.report_path().is_file() && self.ptx_path().is_file()
     }
 
     fn compile(&self, nvcc: &Path) -> Result<(), String> {
         // Written under another name first: a killed build leaves no half-written image.
         let part = self.image.with_extension(format!("{}.part", std::process::id()));
-        let whole = self.image.with_extension("cu");
+        // Where nvcc leaves what it makes on the way, of which the embedded PTX is kept.
+        let kept = self.image.with_extension(format!("{}.keep", std::process::id()));
+        let done = self.compile_into(nvcc, &part, &kept);
+        let _ = fs::remove_dir_all(&kept);
+        let _ = fs::remove_file(&part);
+        done
+    }
+
+    fn compile_into(&self, nvcc: &Path, part: &Path, kept: &Path) -> Result<(), String> {
+        fs::create_dir_all(kept).map_err(|e| format!("{}: {e}", kept.display()))?;
+        let whole = kept.join(format!("{}.cu", self.stem));
         let text = format!("#include \"{}\"\n{}", self.file.display(), self.asserts);
-        fs::write(&whole, text).map_err(|e| e.to_string())?;
+        fs::write(&whole, text).map_err(|e| format!("{}: {e}", whole.display()))?;
         let mut command = Command::new(nvcc);
-        command.args(FLAGS).args(self.small).args(["-I.", "-fatbin", "-o"]).arg(&part).arg(&whole);
+        command.args(FLAGS).args(self.small).args(["-I.", "-fatbin", "-o"]).arg(part).arg(&whole);
+        command.args(["--keep", "--keep-dir"]).arg(kept);
         for (virtual_, real) in TARGETS {
             command.args(["-gencode", &format!("arch={virtual_},code={real}")]);
         }
         let output = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         if !output.status.success() {
-            let _ = fs::remove_file(&part);
             return Err(format!("{}:\n{said}", self.file.display()));
         }
+        let ptx = kept.join(format!("{}.{EMBEDDED_PTX}.ptx", self.stem));
+        fs::rename(&ptx, self.ptx_path()).map_err(|e| format!("{}: {e}", ptx.display()))?;
         fs::write(self.report_path(), said).map_err(|e| e.to_string())?;
-        fs::rename(&part, &self.image).map_err(|e| e.to_string())
+        fs::rename(part, &self.image).map_err(|e| e.to_string())
     }
 
     /// Reads the lines of `-Xptxas -v`.

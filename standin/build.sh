@@ -21,7 +21,8 @@ common="-std=c++17 -g1 -fPIC -fvisibility=hidden -fno-exceptions -DVITRUM_STANDI
 # The kernels: hooks at every access (nothing of the sanitizers' own libraries is linked).
 kernel_flags="-O2 -fno-strict-aliasing -xc++ -fsanitize=thread --param=tsan-instrument-func-entry-exit=0
   -fsanitize=bounds -fno-sanitize-recover=all -Wno-unknown-pragmas -Wno-psabi -Wno-unused-parameter -Wno-unused-function"
-runtime_flags="-O3 -pthread"
+# A warp's registers are read as whatever type an instruction names, and nothing is fused that PTX does not fuse.
+runtime_flags="-O3 -pthread -fno-strict-aliasing -ffp-contract=off"
 
 stale() { # OBJECT: is it missing, or older than something it was made of?
   [ -f "$1" ] && [ -f "${1%.o}.d" ] || return 0
@@ -34,8 +35,9 @@ stale() { # OBJECT: is it missing, or older than something it was made of?
 jobs=$objects/jobs
 : >"$jobs"
 cuda="" blas=""
-for source in "$here"/runtime/*.cc; do
+for source in "$here"/runtime/*.cc "$here"/runtime/ptx/*.cc; do
   object=$objects/$(basename "$source").o
+  case $source in */ptx/*) object=$objects/ptx_$(basename "$source").o ;; esac
   cuda="$cuda $object"
   stale "$object" && echo "$cxx $common $runtime_flags -c $source -o $object" >>"$jobs"
 done

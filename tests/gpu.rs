@@ -12,6 +12,7 @@ use support::{
     Outcome, command, finish, metrics, names, on_gpu, outcome, path, run_on_gpu as run, stand_in, stripes,
     train,
 };
+use vitrum::backend::cuda::images::KERNELS;
 use vitrum::rng::{Domain, Stream};
 use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
 
@@ -63,6 +64,36 @@ fn every_kernel_equals_float64_under_three_schedules() {
             });
         }
     });
+}
+
+#[test]
+fn both_engines_of_the_stand_in_give_equal_verdicts() {
+    let Some(folder) = stand_in() else { return };
+    if KERNELS.is_empty() {
+        return println!("skipped: built without nvcc; `scripts/install-nvcc` fetches it");
+    }
+    // `.ci/run ptx` runs all cases on the second engine.
+    for (precision, filter) in [
+        ("f32", "layernorm"),
+        ("f32", "patchify"),
+        ("bf16", "adafactor"),
+        ("bf16", "attention: B"),
+        ("bf16", "attention_backward: B 5"),
+        ("bf16", "loss"),
+    ] {
+        let args = ["selftest", "--device", "cuda", "--precision", precision, "--filter", filter];
+        let [host, ptx] = ["host", "ptx"].map(|engine| {
+            let done = run(&folder, &format!("engine={engine}"), &args).ok();
+            assert!(!done.stderr.contains("stand-in GPU:"), "{engine}: {}", done.stderr);
+            // An operation, its number of cases, its worst error, its tolerance, the verdict.
+            let rows = done.stdout.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+            let table = rows.filter(|row| row.len() > 4 && ["ok", "FAILED"].contains(row.last().unwrap()));
+            let verdicts = table.map(|row| [&row[..row.len() - 3], &row[row.len() - 1..]].concat().join(" "));
+            verdicts.collect::<Vec<String>>()
+        });
+        assert!(!host.is_empty(), "{filter}");
+        assert_eq!(host, ptx, "{precision}, {filter}");
+    }
 }
 
 #[test]

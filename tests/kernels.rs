@@ -122,6 +122,91 @@ fn barriers() -> Vec<(String, usize)> {
     found
 }
 
+/// A change of a kernel's PTX that the sources do not show, as a mistake in `kernels/ptx.cuh` would be: what it is, the
+/// kernel's source, the case that must notice it, and the changed text.
+type Mutant = (&'static str, &'static str, &'static str, fn(&str) -> String);
+
+const MUTANTS: [Mutant; 8] = [
+    ("pairs are cut off instead of rounded", "pool", "pool: ", |ptx| {
+        ptx.replace("cvt.rn.bf16x2.f32", "cvt.rz.bf16x2.f32")
+    }),
+    ("pairs are cut off instead of rounded", "activation", "gelu", |ptx| {
+        ptx.replace("cvt.rn.bf16x2.f32", "cvt.rz.bf16x2.f32")
+    }),
+    ("the halves of pairs are swapped", "pool", "pool: ", |ptx| {
+        let packed = |line: &str| {
+            let (head, operands) = line.split_once("cvt.rn.bf16x2.f32 ")?;
+            let [d, high, low] =
+                operands.strip_suffix(';')?.split(", ").collect::<Vec<_>>().try_into().ok()?;
+            Some(format!("{head}cvt.rn.bf16x2.f32 {d}, {low}, {high};"))
+        };
+        ptx.lines().map(|line| packed(line).unwrap_or(line.to_string()) + "\n").collect()
+    }),
+    ("one matrix is not transposed", "attention_forward", "attention: B", |ptx| {
+        ptx.replacen(".x4.trans.shared", ".x4.shared", 1)
+    }),
+    ("a product takes its second matrix from the first", "attention_forward", "attention: B", |ptx| {
+        let mixed = |line: &str| {
+            let (head, operands) = line.split_once("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 ")?;
+            let [d, a, _, c] = operands.split("}, {").collect::<Vec<_>>().try_into().ok()?;
+            let two = a.split(", ").take(2).collect::<Vec<_>>().join(", ");
+            Some(format!(
+                "{head}mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {d}}}, {{{a}}}, {{{two}}}, {{{c}"
+            ))
+        };
+        ptx.lines().map(|line| mixed(line).unwrap_or(line.to_string()) + "\n").collect()
+    }),
+    ("copies fill with zeros", "attention_forward", "attention: B", |ptx| {
+        let empty = |line: &str| {
+            let (head, _) = line.split_once("], 16, ")?;
+            Some(format!("{head}], 16, 0;"))
+        };
+        ptx.lines().map(|line| empty(line).unwrap_or(line.to_string()) + "\n").collect()
+    }),
+    ("copies are not waited for", "attention_forward", "attention: B", |ptx| {
+        ptx.replace("cp.async.wait_group 0;", "").replace("cp.async.wait_group 1;", "cp.async.wait_group 2;")
+    }),
+    ("an exponential is a logarithm", "loss", "loss softmax: 10 classes", |ptx| {
+        ptx.replace("ex2.approx.ftz.f32", "lg2.approx.ftz.f32")
+    }),
+];
+
+#[test]
+fn what_only_the_ptx_shows_is_noticed() {
+    let Some(folder) = stand_in() else { return };
+    if KERNELS.is_empty() {
+        return println!("skipped: built without nvcc; `scripts/install-nvcc` fetches it");
+    }
+    let kept = folder.join("../../kernels").canonicalize().unwrap();
+    let mut passed = BTreeSet::new();
+    for (number, (what, source, filter, mutate)) in MUTANTS.iter().enumerate() {
+        let changed = support::scratch().join(format!("mutant-{number}"));
+        fs::create_dir_all(&changed).unwrap();
+        let mut count = 0;
+        for entry in fs::read_dir(&kept).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            let is_mutated = name.strip_prefix(source).is_some_and(|rest| rest.len() == "-.ptx".len() + 16);
+            if name.ends_with(".ptx") && is_mutated {
+                let text = fs::read_to_string(&path).unwrap();
+                let mutant = mutate(&text);
+                count += usize::from(mutant != text);
+                fs::write(changed.join(name), mutant).unwrap();
+            } else if name.ends_with(".ptx") || name.ends_with(".fatbin") {
+                std::os::unix::fs::symlink(&path, changed.join(name)).unwrap();
+            }
+        }
+        assert!(count > 0, "{what}: nothing in {source}.cu changes");
+        let args = ["selftest", "--device", "cuda", "--precision", "bf16", "--filter", filter];
+        // Unchanged, it passes.
+        if passed.insert(filter) {
+            run_on_gpu(&folder, "engine=ptx", &args).ok();
+        }
+        let done = run_on_gpu(&folder, &format!("engine=ptx,ptx={}", changed.display()), &args);
+        assert_eq!(done.code, 1, "{what} in {source}.cu: {}{}", done.stdout, done.stderr);
+    }
+}
+
 #[test]
 fn operations_are_timed_and_have_a_formula_for_each_launch() {
     let Some(folder) = stand_in() else { return };

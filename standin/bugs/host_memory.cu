@@ -1,5 +1,6 @@
 // A variable of the host, which a card cannot reach.
 // launch: grid 1, block 32, shared 0, n 32
+// ptx: the compiler refuses a variable of the host in a kernel
 #include "../../kernels/ptx.cuh"
 
 static float setting = 1.0f;

@@ -6,6 +6,7 @@ namespace standin {
 struct Site {
   const char* file;
   int line;
+  const char* callers = nullptr;  // ", called at …": the calls that this one was inlined into
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     return {file, line};
   }

@@ -5,7 +5,7 @@
 
 #include "memory.h"
 #include "options.h"
-#include "truncate.h"
+#include "ptx/interpreter.h"
 
 namespace standin {
 
@@ -56,14 +56,24 @@ void fiber_main() {
   }
 }
 
+// Runs all the threads of a block.
+void interpreter_main() {
+  Block& block = *current_block;
+  block.interpreter_->run();
+  block.running = nullptr;
+  switch_to(block.interpreting_, block.main_);
+}
+
+uint32_t Block::random(uint32_t count) {
+  if (random_ == 0) return 0;
+  random_ = random_ * 6364136223846793005ull + 1442695040888963407ull;
+  return static_cast<uint32_t>((random_ >> 33) % count);
+}
+
 // Takes the next fiber that can run out of the ring.
 Fiber* Block::pick() {
   if (ready_count_ == 0) return nullptr;
-  if (random_ != 0) {
-    random_ = random_ * 6364136223846793005ull + 1442695040888963407ull;
-    uint32_t other = (ready_head_ + static_cast<uint32_t>((random_ >> 33) % ready_count_)) % kMaxThreads;
-    std::swap(ready_[ready_head_], ready_[other]);
-  }
+  if (random_ != 0) std::swap(ready_[ready_head_], ready_[(ready_head_ + random(ready_count_)) % kMaxThreads]);
   Fiber* fiber = ready_[ready_head_];
   ready_head_ = (ready_head_ + 1) % kMaxThreads;
   --ready_count_;
@@ -72,7 +82,23 @@ Fiber* Block::pick() {
 
 void Block::make_ready(Fiber* fiber) {
   fiber->state = State::ready;
+  if (launch->program) {
+    interpreter_->wake(fiber->index);
+    return;
+  }
   ready_[(ready_head_ + ready_count_++) % kMaxThreads] = fiber;
+}
+
+// The low end of a stack that no fiber has.
+uint8_t* Block::take_stack() {
+  if (free_stacks_.empty()) {
+    uint8_t* low = stacks_ + stacks_made_++ * kStack;
+    mprotect(low, kPage, PROT_NONE);
+    free_stacks_.push_back(low);
+  }
+  uint8_t* stack = free_stacks_.back();
+  free_stacks_.pop_back();
+  return stack;
 }
 
 // Switches from `from` to the next fiber, on a new stack if it has not started; to the main context if there is none.
@@ -84,13 +110,7 @@ void Block::start_next(Context& from) {
     return;
   }
   if (!next->stack) {
-    if (free_stacks_.empty()) {
-      uint8_t* low = stacks_ + stacks_made_++ * kStack;
-      mprotect(low, kPage, PROT_NONE);
-      free_stacks_.push_back(low);
-    }
-    next->stack = free_stacks_.back();
-    free_stacks_.pop_back();
+    next->stack = take_stack();
     // The stack tops have different offsets, so that they do not share the sets of a cache.
     size_t which = static_cast<size_t>(next->stack - stacks_) / kStack;
     prepare(next->context, next->stack + kPage, next->stack + kStack - which % 61 * 64, fiber_main);
@@ -99,11 +119,15 @@ void Block::start_next(Context& from) {
   if (&next->context != &from) switch_to(from, next->context);
 }
 
+void Block::waits(const char* what, Site site) {
+  running->state = State::waiting;
+  running->waits_for = what;
+  running->site = site;
+}
+
 void Block::wait(const char* what, Site site) {
   Fiber* me = running;
-  me->state = State::waiting;
-  me->waits_for = what;
-  me->site = site;
+  waits(what, site);
   start_next(me->context);
 }
 
@@ -149,7 +173,10 @@ bool Block::run(Launch& of, uint64_t which) {
   free_stacks_.clear();
   for (uint32_t s = 0; s < stacks_made_; ++s)
     free_stacks_.push_back(stacks_ + (stacks_made_ - 1 - s) * kStack);
-  clocks_.resize(threads_);
+  // Agents are in the clocks after the threads; after them, for each thread, its writes that agents may read.
+  bool agents = of.program && of.program->asynchronous;
+  identities_ = threads_ + (agents ? 2 * ((threads_ + kLanes - 1) / kLanes) + 1 : 0);
+  clocks_.resize(agents ? identities_ + threads_ : threads_);
   Clock* beginning = clocks_.fresh(threads_);
   for (uint32_t t = 0; t < threads_; ++t) {
     Fiber& f = fibers_[t];
@@ -163,7 +190,8 @@ bool Block::run(Launch& of, uint64_t which) {
     f.copy_group = 0;
     f.copies.clear();
     f.log.clear();
-    make_ready(&f);
+    f.state = State::ready;
+    if (!of.program) make_ready(&f);
   }
   for (uint32_t w = 0; w * kLanes < threads_; ++w) {
     warps_[w].lanes = threads_ - w * kLanes < kLanes ? threads_ - w * kLanes : kLanes;
@@ -185,7 +213,15 @@ bool Block::run(Launch& of, uint64_t which) {
   }
 
   current_block = this;
-  start_next(main_);
+  if (of.program) {
+    if (!interpreter_) interpreter_.reset(new ptx::Interpreter(*this));
+    interpreter_->begin();
+    uint8_t* stack = take_stack();
+    prepare(interpreting_, stack + kPage, stack + kStack, interpreter_main);
+    switch_to(main_, interpreting_);
+  } else {
+    start_next(main_);
+  }
   current_block = nullptr;
   if (!failed_ && done_ != threads_) report_deadlock();
   if (counting_) {
@@ -236,6 +272,7 @@ void Block::report_deadlock() {
     t = end;
   }
   text += format("%u returned", returned);
+  if (launch->program) text += interpreter_->missing();
   std::lock_guard<std::mutex> guard(launch->lock);
   if (launch->report.code == 0) {
     launch->report = {kLaunchFailed,
@@ -248,6 +285,12 @@ void Block::report_deadlock() {
 }
 
 std::string Block::who(uint32_t thread) const {
+  uint32_t warps = (threads_ + kLanes - 1) / kLanes;
+  if (thread >= threads_ + 2 * warps) return "a bulk copy";
+  if (thread >= threads_) {
+    const char* what = thread < threads_ + warps ? "a product (wgmma)" : "a bulk store";
+    return format("%s of warp %u", what, (thread - threads_) % warps);
+  }
   return format("thread %u (warp %u, lane %u)", thread, thread / kLanes, thread % kLanes);
 }
 
@@ -259,12 +302,17 @@ std::string Block::where(const void* pc, Site site) const {
 
 bool Block::skips(Site site) const {
   const std::string& skipped = launch->options->skip_barrier;
-  return !skipped.empty() && place(site) == skipped;
+  return !skipped.empty() && place(Site{site.file, site.line}) == skipped;
 }
 
 void Block::barrier(uint32_t id, uint32_t threads, Site site) {
   Fiber& me = *running;
-  if (skips(site)) return;
+  if (!arrive(id, threads, site)) start_next(me.context);
+}
+
+bool Block::arrive(uint32_t id, uint32_t threads, Site site) {
+  Fiber& me = *running;
+  if (skips(site)) return true;
   uint32_t expected = threads ? threads : threads_;
   const char* name = id == 0 ? "block_sync" : "named_sync";
   if (id >= kBarriers) fail(kLaunchFailed, format("barrier %u does not exist (%s)", id, place(site).c_str()));
@@ -293,8 +341,8 @@ void Block::barrier(uint32_t id, uint32_t threads, Site site) {
   b.waiting.push_back(&me);
   ++me.barriers_passed;
   if (++b.arrived < expected) {
-    wait(name, site);
-    return;
+    waits(name, site);
+    return false;
   }
   if (checking_ == Checks::on) meet(b.waiting.data(), expected);
   if (counting_) {
@@ -306,6 +354,7 @@ void Block::barrier(uint32_t id, uint32_t threads, Site site) {
     if (f != &me) make_ready(f);
   }
   b.waiting.clear();
+  return true;
 }
 
 // Orders all earlier work of these fibers before all later work of any of them.
@@ -327,190 +376,6 @@ void Block::flush_log(uint32_t w) {
   std::vector<Logged>* logs[kLanes];
   for (uint32_t l = 0; l < warps_[w].lanes; ++l) logs[l] = &fibers_[w * kLanes + l].log;
   counters_.warp_met(logs, warps_[w].lanes);
-}
-
-// ---- warp collectives -------------------------------------------------------------------------------------
-
-namespace {
-
-struct Shuffle {
-  uint32_t value, other, result;
-};
-struct Vote {
-  bool value;
-  uint32_t result;
-};
-struct Matrices {
-  const uint8_t* row;
-  uint32_t* registers;
-  uint32_t count;
-  bool transposed;
-};
-struct Mma {
-  float* d;
-  const uint32_t* a;
-  const uint32_t* b;
-};
-
-float low(uint32_t v) {
-  return __builtin_bit_cast(float, v << 16);
-}
-float high(uint32_t v) {
-  return __builtin_bit_cast(float, v & 0xffff0000u);
-}
-
-void compute_mma(void* const* operands, bool truncate) {
-  float a[16][16], b[16][8], d[16][8];
-  for (uint32_t l = 0; l < kLanes; ++l) {
-    const Mma& lane = *static_cast<const Mma*>(operands[l]);
-    uint32_t g = l / 4, q = l % 4;
-    for (uint32_t r = 0; r < 4; ++r) {
-      a[g + 8 * (r & 1)][2 * q + 8 * (r >> 1)] = low(lane.a[r]);
-      a[g + 8 * (r & 1)][2 * q + 8 * (r >> 1) + 1] = high(lane.a[r]);
-      d[g + 8 * (r >> 1)][2 * q + (r & 1)] = lane.d[r];
-    }
-    for (uint32_t r = 0; r < 2; ++r) {
-      b[2 * q + 8 * r][g] = low(lane.b[r]);
-      b[2 * q + 8 * r + 1][g] = high(lane.b[r]);
-    }
-  }
-  for (uint32_t i = 0; i < 16; ++i) {
-    if (truncate) {
-      for (uint32_t j = 0; j < 8; ++j) {
-        for (uint32_t k = 0; k < 16; k += kTruncatedBlock) {
-          double products[kTruncatedBlock];
-          for (uint32_t t = 0; t < kTruncatedBlock; ++t) products[t] = double{a[i][k + t]} * b[k + t][j];
-          d[i][j] = truncated_sum(d[i][j], products, kTruncatedBlock);
-        }
-      }
-      continue;
-    }
-    for (uint32_t k = 0; k < 16; ++k) {
-      for (uint32_t j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
-    }
-  }
-  for (uint32_t l = 0; l < kLanes; ++l) {
-    const Mma& lane = *static_cast<const Mma*>(operands[l]);
-    for (uint32_t r = 0; r < 4; ++r) lane.d[r] = d[l / 4 + 8 * (r >> 1)][2 * (l % 4) + (r & 1)];
-  }
-}
-
-void compute_ldmatrix(void* const* operands) {
-  const Matrices& first = *static_cast<const Matrices*>(operands[0]);
-  for (uint32_t m = 0; m < first.count; ++m) {
-    const uint8_t* rows[8];
-    for (uint32_t i = 0; i < 8; ++i) rows[i] = static_cast<const Matrices*>(operands[8 * m + i])->row;
-    for (uint32_t l = 0; l < kLanes; ++l) {
-      uint32_t g = l / 4, q = l % 4, value;
-      if (first.transposed) {
-        uint16_t lo, hi;
-        memcpy(&lo, rows[2 * q] + 2 * g, 2);
-        memcpy(&hi, rows[2 * q + 1] + 2 * g, 2);
-        value = lo | static_cast<uint32_t>(hi) << 16;
-      } else {
-        memcpy(&value, rows[g] + 4 * q, 4);
-      }
-      static_cast<const Matrices*>(operands[l])->registers[m] = value;
-    }
-  }
-}
-
-}  // namespace
-
-void Block::complete(Warp& warp, Collective kind) {
-  void* const* operands = warp.operands;
-  switch (kind) {
-    case Collective::none:
-    case Collective::sync: break;
-    case Collective::shuffle_xor:
-      for (uint32_t l = 0; l < kLanes; ++l) {
-        auto& s = *static_cast<Shuffle*>(operands[l]);
-        s.result = static_cast<Shuffle*>(operands[(l ^ s.other) % kLanes])->value;
-      }
-      break;
-    case Collective::shuffle_index:
-      for (uint32_t l = 0; l < kLanes; ++l) {
-        auto& s = *static_cast<Shuffle*>(operands[l]);
-        s.result = static_cast<Shuffle*>(operands[s.other % kLanes])->value;
-      }
-      break;
-    case Collective::vote: {
-      uint32_t result = 0;
-      for (uint32_t l = 0; l < kLanes; ++l) result |= uint32_t{static_cast<Vote*>(operands[l])->value} << l;
-      for (uint32_t l = 0; l < kLanes; ++l) static_cast<Vote*>(operands[l])->result = result;
-      break;
-    }
-    case Collective::ldmatrix: compute_ldmatrix(operands); break;
-    case Collective::mma: compute_mma(operands, launch->options->truncate); break;
-  }
-}
-
-void Block::collective(Collective kind, void* operand, Site site, const char* name) {
-  Fiber& me = *running;
-  uint32_t w = me.index / kLanes;
-  Warp& warp = warps_[w];
-  if (warp.lanes != kLanes) {
-    fail(kLaunchFailed, format("%s at %s in a warp of %u lanes: the block's size must be a multiple of 32",
-                               name, place(site).c_str(), warp.lanes));
-  }
-  if (warp.returned) {
-    fail(kLaunchFailed, format("%s calls %s at %s after lanes %08x of its warp have returned",
-                               who(me).c_str(), name, place(site).c_str(), warp.returned));
-  }
-  if (warp.arrived == 0) {
-    warp.kind = kind;
-    warp.site = site;
-  } else if (warp.kind != kind || warp.site.line != site.line || strcmp(warp.site.file, site.file)) {
-    fail(kLaunchFailed, format("%s calls %s at %s while lanes %08x of its warp wait at %s", who(me).c_str(),
-                               name, place(site).c_str(), warp.arrived, place(warp.site).c_str()));
-  }
-  warp.operands[me.lane()] = operand;
-  warp.arrived |= 1u << me.lane();
-  if (warp.arrived != ~0u) {
-    wait(name, site);
-    return;
-  }
-  warp.arrived = 0;
-  Fiber* first = &fibers_[w * kLanes];
-  if (kind == Collective::sync && checking_ == Checks::on) {
-    Fiber* lanes[kLanes];
-    for (uint32_t l = 0; l < kLanes; ++l) lanes[l] = first + l;
-    meet(lanes, kLanes);
-  }
-  complete(warp, kind);
-  if (counting_) {
-    switch (kind) {
-      case Collective::sync: ++counters_.warp_barriers; break;
-      case Collective::ldmatrix: ++counters_.ldmatrix; break;
-      case Collective::mma: ++counters_.mma; break;
-      default: ++counters_.shuffles; break;
-    }
-    flush_log(w);
-  }
-  for (uint32_t l = 0; l < kLanes; ++l) {
-    if (first + l != &me) make_ready(first + l);
-  }
-}
-
-void Block::ldmatrix(uint32_t* registers, const void* row, uint32_t matrices, bool transposed, Site site) {
-  Matrices operand{static_cast<const uint8_t*>(row), registers, matrices, transposed};
-  if (running->lane() < 8 * matrices) {
-    uint64_t address = reinterpret_cast<uint64_t>(row), offset = address - reinterpret_cast<uint64_t>(shared);
-    if (offset >= launch->shared_bytes || offset + 16 > launch->shared_bytes) {
-      fail(kIllegalAddress,
-           format("%s: ldmatrix row outside the %u bytes of shared memory (offset %lld) at %s",
-                  who(*running).c_str(), launch->shared_bytes, static_cast<long long>(offset),
-                  place(site).c_str()));
-    }
-    if (offset % 16) {
-      fail(kMisaligned,
-           format("%s: ldmatrix row at offset %llu, not a multiple of 16, at %s", who(*running).c_str(),
-                  static_cast<unsigned long long>(offset), place(site).c_str()));
-    }
-    if (checking_ == Checks::on) access_shared(static_cast<uint32_t>(offset), 16, false, nullptr, site);
-    if (counting_) running->log.push_back({site.file + site.line, offset, 16, false, true, true});
-  }
-  collective(Collective::ldmatrix, &operand, site, "ldmatrix");
 }
 
 // ---- asynchronous copies ----------------------------------------------------------------------------------
@@ -600,34 +465,8 @@ void copy_async_commit() {
 void copy_async_wait(uint32_t newest, Site site) {
   current_block->copy_async_wait(newest, site);
 }
-void ldmatrix(uint32_t* registers, const void* row, uint32_t matrices, bool transposed, Site site) {
-  current_block->ldmatrix(registers, row, matrices, transposed, site);
-}
-void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Site site) {
-  Mma operand{d, a, b};
-  current_block->collective(Collective::mma, &operand, site, "mma");
-}
 void barrier(uint32_t id, uint32_t threads, Site site) {
   current_block->barrier(id, threads, site);
-}
-void sync_warp(Site site) {
-  if (current_block->skips(site)) return;
-  current_block->collective(Collective::sync, nullptr, site, "warp_sync");
-}
-uint32_t shuffle_xor(uint32_t v, uint32_t mask, Site site) {
-  Shuffle s{v, mask, 0};
-  current_block->collective(Collective::shuffle_xor, &s, site, "shfl_xor");
-  return s.result;
-}
-uint32_t shuffle_index(uint32_t v, uint32_t lane, Site site) {
-  Shuffle s{v, lane, 0};
-  current_block->collective(Collective::shuffle_index, &s, site, "shfl_idx");
-  return s.result;
-}
-uint32_t vote(bool v, Site site) {
-  Vote operand{v, 0};
-  current_block->collective(Collective::vote, &operand, site, "ballot");
-  return operand.result;
 }
 uint32_t atomic_add(uint32_t* p, uint32_t v, Site site) {
   return current_block->atomic_add(p, v, site);

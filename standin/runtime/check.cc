@@ -19,7 +19,7 @@ namespace standin {
 
 void Block::access(uint64_t address, uint32_t size, bool write, const void* pc, Site site) {
   Fiber& me = *running;
-  if (address - reinterpret_cast<uint64_t>(me.stack) < kStack) return;
+  if (me.stack && address - reinterpret_cast<uint64_t>(me.stack) < kStack) return;
   uint64_t offset = address - reinterpret_cast<uint64_t>(shared);
   bool in_shared = offset < kMaxShared;
   if (counting_) {
@@ -49,7 +49,8 @@ void Block::access(uint64_t address, uint32_t size, bool write, const void* pc, 
 
 // ---- shared memory ----------------------------------------------------------------------------------------
 
-void Block::access_shared(uint32_t offset, uint32_t size, bool write, const void* pc, Site site) {
+void Block::access_shared(uint32_t offset, uint32_t size, bool write, const void* pc, Site site,
+                          uint32_t identity, uint32_t now) {
   Fiber& me = *running;
   const char* does = write ? "writes" : "reads";
   for (uint32_t g = offset / 2; g <= (offset + size - 1) / 2; ++g) {
@@ -81,38 +82,38 @@ void Block::access_shared(uint32_t offset, uint32_t size, bool write, const void
                     who(me).c_str(), 2 * g, who(reader).c_str(), where(pc, site).c_str()));
       }
       cell.flags |= kCellWritten;
-      cell.writer = static_cast<uint16_t>(me.index);
-      cell.write_time = me.now;
+      cell.writer = static_cast<uint16_t>(identity);
+      cell.write_time = now;
       cell.read_time = 0;
       if (cell.readers) {
         free_tables_.push_back(cell.readers);
         cell.readers = 0;
       }
     } else if (cell.readers) {
-      reader_tables_[size_t{cell.readers - 1} * threads_ + me.index] = me.now;
+      reader_tables_[size_t{cell.readers - 1} * identities_ + identity] = now;
     } else if (cell.read_time == 0 || knows(me, cell.reader, cell.read_time)) {
       // A later writer that comes after this read also comes after the earlier one.
-      cell.reader = static_cast<uint16_t>(me.index);
-      cell.read_time = me.now;
+      cell.reader = static_cast<uint16_t>(identity);
+      cell.read_time = now;
     } else {
-      read_by_many(cell);
+      read_by_many(cell, identity, now);
     }
   }
 }
 
 // A second reader that does not come after the first: from now on the granule has a table of readers.
-void Block::read_by_many(Cell& cell) {
+void Block::read_by_many(Cell& cell, uint32_t identity, uint32_t now) {
   if (free_tables_.empty()) {
-    reader_tables_.resize(reader_tables_.size() + threads_);
-    cell.readers = static_cast<uint32_t>(reader_tables_.size() / threads_);
+    reader_tables_.resize(reader_tables_.size() + identities_);
+    cell.readers = static_cast<uint32_t>(reader_tables_.size() / identities_);
   } else {
     cell.readers = free_tables_.back();
     free_tables_.pop_back();
-    memset(&reader_tables_[size_t{cell.readers - 1} * threads_], 0, threads_ * sizeof(uint32_t));
+    memset(&reader_tables_[size_t{cell.readers - 1} * identities_], 0, identities_ * sizeof(uint32_t));
   }
-  uint32_t* times = &reader_tables_[size_t{cell.readers - 1} * threads_];
+  uint32_t* times = &reader_tables_[size_t{cell.readers - 1} * identities_];
   times[cell.reader] = cell.read_time;
-  times[running->index] = running->now;
+  times[identity] = now;
 }
 
 bool Block::others_ordered(const Cell& cell, uint32_t* who) const {
@@ -121,8 +122,8 @@ bool Block::others_ordered(const Cell& cell, uint32_t* who) const {
     *who = cell.reader;
     return cell.read_time == 0 || knows(me, cell.reader, cell.read_time);
   }
-  const uint32_t* times = &reader_tables_[size_t{cell.readers - 1} * threads_];
-  for (uint32_t t = 0; t < threads_; ++t) {
+  const uint32_t* times = &reader_tables_[size_t{cell.readers - 1} * identities_];
+  for (uint32_t t = 0; t < identities_; ++t) {
     if (times[t] && !knows(me, t, times[t])) {
       *who = t;
       return false;

@@ -14,7 +14,7 @@ namespace standin {
 
 // The driver's error codes that are used here.
 constexpr int kInvalidValue = 1, kOutOfMemory = 2, kNotInitialized = 3, kNoDevice = 100, kInvalidDevice = 101,
-              kInvalidImage = 200, kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500,
+              kInvalidImage = 200, kInvalidPtx = 218, kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500,
               kNotReady = 600, kOutOfResources = 701, kNotSupported = 801, kCaptureUnsupported = 900,
               kCaptureInvalidated = 901, kCaptureMerge = 902, kCaptureUnmatched = 903, kCaptureUnjoined = 904,
               kCaptureIsolation = 905, kCaptureImplicit = 906, kCapturedEvent = 907,

@@ -7,6 +7,7 @@
 #include "api.h"
 #include "block.h"
 #include "launch.h"
+#include "ptx/module.h"
 
 namespace standin {
 
@@ -16,11 +17,14 @@ namespace {
 
 struct Function {
   const Kernel* kernel;
+  std::shared_ptr<ptx::Module> ptx;  // of a module that was loaded under `engine=ptx`, with the kernel's program
+  const ptx::Program* program = nullptr;
   uint32_t shared_limit = 48 << 10;
   int carveout = -1;
 };
 
 struct Module {
+  std::shared_ptr<ptx::Module> ptx;
   std::map<std::string, Record*> functions;
 };
 
@@ -28,6 +32,8 @@ struct Module {
 struct KernelCall {
   const Record* function;
   const Kernel* kernel;
+  std::shared_ptr<ptx::Module> ptx;
+  const ptx::Program* program;
   Dim3 grid, block;
   uint32_t shared_bytes;
   std::vector<uint8_t> bytes;
@@ -48,6 +54,7 @@ struct KernelCall {
     for (size_t i = 0; i < offsets.size(); ++i) pointers[i] = copy + offsets[i];
     Launch launch;
     launch.kernel = kernel;
+    launch.program = program;
     launch.grid = grid;
     launch.block = block;
     launch.shared_bytes = shared_bytes;
@@ -104,6 +111,8 @@ int launch_kernel(const Record& function, Dim3 grid, Dim3 block, uint32_t shared
   auto call = std::make_shared<KernelCall>();
   call->function = &function;
   call->kernel = f->kernel;
+  call->ptx = f->ptx;
+  call->program = f->program;
   call->grid = grid;
   call->block = block;
   call->shared_bytes = shared_bytes;
@@ -146,10 +155,19 @@ using namespace standin;
   if (int code = current_context(&context)) return code; \
   same_context(record, *context)
 
-API cuModuleLoadData(void** module, const void*) {
+API cuModuleLoadData(void** module, const void* image) {
   ENTER_CONTEXT;
   if (int code = m.refuse_unsafe()) return code;
-  *module = make_handle(Kind::module, context, std::make_shared<Module>());
+  auto made = std::make_shared<Module>();
+  if (options().engine == Engine::ptx) {
+    ptx::Error error;
+    made->ptx = ptx::open_module(image, &error);
+    if (!made->ptx) {
+      publish({kInvalidPtx, error});
+      return kInvalidPtx;
+    }
+  }
+  *module = make_handle(Kind::module, context, made);
   return 0;
 }
 API cuModuleLoadDataEx(void** module, const void* image, unsigned, void*, void*) {
@@ -171,13 +189,23 @@ API cuModuleUnload(void* module) {
 }
 API cuModuleGetFunction(void** function, void* module, const char* name) {
   ENTER_OF_CONTEXT(Kind::module, module);
-  const Kernel* kernel = find_kernel(name);
-  if (!kernel) return kNotFound;
-  Record*& place = object_of<Module>(record).functions[name];
+  Module& of = object_of<Module>(record);
+  Function made{find_kernel(name), of.ptx};
+  if (of.ptx) {
+    ptx::Error error;
+    made.program = ptx::find_program(*of.ptx, name, &error);
+    if (!error.empty()) {
+      publish({kInvalidPtx, format("kernel `%s`: %s", name, error.c_str())});
+      return kInvalidPtx;
+    }
+    made.kernel = made.program ? &made.program->kernel : nullptr;
+  }
+  if (!made.kernel) return kNotFound;
+  Record*& place = of.functions[name];
   if (!place) {
     // Lazy loading, the driver's default, loads a kernel when it is first asked for.
     if (int code = m.refuse_unsafe()) return code;
-    place = make_handle(Kind::function, context, std::make_shared<Function>(Function{kernel}));
+    place = make_handle(Kind::function, context, std::make_shared<Function>(made));
     place->module = &record;
   }
   *function = place;

@@ -29,7 +29,12 @@ bool set(Options& o, const std::string& key, const std::string& value) {
     else if (value == "bounds") o.checks = Checks::bounds;
     else if (value == "off") o.checks = Checks::off;
     else return false;
-  } else if (key == "seed") o.seed = static_cast<uint32_t>(number());
+  } else if (key == "engine") {
+    if (value == "host") o.engine = Engine::host;
+    else if (value == "ptx") o.engine = Engine::ptx;
+    else return false;
+  } else if (key == "ptx") o.ptx = value;
+  else if (key == "seed") o.seed = static_cast<uint32_t>(number());
   else if (key == "defer") {
     o.defer = value == "off" ? 0 : static_cast<uint32_t>(number());
     if (value == "off") good = true;

@@ -16,6 +16,12 @@ enum class Checks : uint8_t {
   on,      // also uninitialised reads, races, copies in flight
 };
 
+// What runs a kernel.
+enum class Engine : uint8_t {
+  host,  // the kernel's function, compiled for the host
+  ptx,   // the PTX that nvcc made of it
+};
+
 // The status that cuBLASLt returns for products of one row or column.
 enum class Thin : uint8_t { taken, invalid, unsupported };
 
@@ -32,6 +38,8 @@ struct Options {
   uint32_t seed = 0;     // 0: threads in order; others: a random but repeatable schedule
   uint32_t defer = 1;    // the seed of the order in which deferred work runs; 0: work runs when it is submitted
   uint32_t threads = 0;  // host threads that run blocks; 0: one per core
+  Engine engine = Engine::host;
+  std::string ptx;       // the folder of the images and their PTX; empty: target/kernels
   std::string counters;  // a file that gets one JSON line per launch
   std::string order;     // a file that gets one JSON line per kernel and copy: what each comes after
   std::string contexts;  // a file that gets one JSON line per context and cuBLASLt handle: made, destroyed

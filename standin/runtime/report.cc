@@ -34,7 +34,7 @@ std::string short_path(const std::string& path) {
 }  // namespace
 
 std::string place(Site site) {
-  return format("%s:%d", short_path(site.file).c_str(), site.line);
+  return format("%s:%d%s", short_path(site.file).c_str(), site.line, site.callers ? site.callers : "");
 }
 
 std::string place(const void* pc) {

@@ -35,6 +35,7 @@ macro_rules! cu {
 
 #[macro_use]
 pub mod blas;
+pub mod nvcc;
 
 impl Gpu {
     /// Opens the libraries of a folder with fresh options; `options` as in `VITRUM_STANDIN`.
@@ -77,6 +78,16 @@ impl Gpu {
         let mut module = ptr::null_mut();
         assert_eq!(cu!(self, cuModuleLoadData(&mut module => *mut Handle, ptr::null() => *const c_void)), 0);
         module
+    }
+
+    /// The kernels of a PTX text, for the engine that runs it.
+    pub fn load_ptx(&self, text: &str) -> Result<Handle, c_int> {
+        let text = CString::new(text).unwrap();
+        let mut module = ptr::null_mut();
+        match cu!(self, cuModuleLoadData(&mut module => *mut Handle, text.as_ptr() => *const c_char)) {
+            0 => Ok(module),
+            code => Err(code),
+        }
     }
 
     pub fn library(&self) -> &Library {

@@ -1,0 +1,15 @@
+// Others use an mbarrier without a barrier after its initialisation.
+// launch: grid 1, block 64, shared 8192, n 1024
+#include "hopper.cuh"
+
+template <bool broken>
+__device__ void body(float* x, float* y, u32, const Map&, const Map&) {
+  u32 at = shared_address(smem_base()), t = threadIdx.x;
+  if (t == 0) barrier_init(at, 64);
+  if (!broken) block_sync();
+  barrier_arrive(at);  // BUG race: or no mbarrier
+  barrier_wait(at, 0);
+  y[t] = x[t];
+}
+
+BUG_KERNELS(barrier_made_unseen)

@@ -1,0 +1,19 @@
+// A barrier expects more bytes than the copy brings.
+// launch: grid 1, block 32, shared 8192, n 1024
+#include "hopper.cuh"
+
+template <bool broken>
+__device__ void body(float* x, float* y, u32, const Map& from, const Map&) {
+  u32 at = shared_address(smem_base()), full = at + 4096, t = threadIdx.x;
+  const float* s = reinterpret_cast<const float*>(smem_base());
+  if (t == 0) barrier_init(full, 1);
+  block_sync();
+  if (t == 0) {
+    barrier_expect(full, broken ? 2 * kBox : kBox);
+    load_box(at, from, full, 0);
+  }
+  barrier_wait(full, 0);  // BUG lacks 0 of 1 arrivals and 1024 bytes
+  y[t] = s[t];
+}
+
+BUG_KERNELS(load_of_other_bytes)
