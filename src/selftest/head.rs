@@ -18,6 +18,8 @@ pub(super) fn cases() -> Vec<Case> {
         (5, 60, Pool::Token { tokens: 1, index: 0 }),
         (3, 60, Pool::Mean { tokens: 5, first: 0 }),
         (1, 192, Pool::Mean { tokens: 197, first: 1 }),
+        // Enough values to tell how they were rounded.
+        (9, 192, Pool::Mean { tokens: 65, first: 1 }),
         (5, 64, Pool::Mean { tokens: 257, first: 2 }),
         (7, 5, Pool::Mean { tokens: 1, first: 0 }),
     ];

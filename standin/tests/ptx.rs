@@ -36,7 +36,8 @@ fn run(gpu: &Gpu, text: &str, threads: u32, x: &[u32]) -> Result<Vec<u32>, (i32,
         return Err((code, gpu.report()));
     }
     let (from, to) = (gpu.upload(x), gpu.upload(&vec![0u32; threads as usize]));
-    match gpu.launch_function(function, ptr::null_mut(), 1, threads, 1024, &[arg(from), arg(to)]) {
+    let launched = gpu.launch_function(function, ptr::null_mut(), 1, threads, 1024, &[arg(from), arg(to)]);
+    match if launched == 0 { gpu.wait() } else { launched } {
         0 => Ok(gpu.download(to, threads as usize)),
         code => Err((code, gpu.report())),
     }
@@ -382,7 +383,8 @@ fn a_product_of_a_warpgroup_is_right_in_each_layout() {
         let function = gpu.function_of(module, "k");
         let to = gpu.upload(&vec![0f32; 64 * 64]);
         let args = [arg(to), map(from_a), map(from_b)];
-        let code = gpu.launch_function(function, ptr::null_mut(), 1, 128, 16_400, &args);
+        let launched = gpu.launch_function(function, ptr::null_mut(), 1, 128, 16_400, &args);
+        let code = if launched == 0 { gpu.wait() } else { launched };
         assert_eq!(code, 0, "{}", gpu.report());
         let got: Vec<f32> = gpu.download(to, 64 * 64);
         for row in 0..64 {
