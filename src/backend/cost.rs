@@ -378,8 +378,8 @@ mod tests {
 
     #[test]
     fn a_product_moves_its_operands_once_in_the_type_that_it_reads() {
-        let card = Cuda::storage_of(Precision::Bf16, Residual::Auto);
-        for (storage, size) in [(Storage::CPU, 4), (card, 2)] {
+        let gpu = Cuda::storage_of(Precision::Bf16, Residual::Auto);
+        for (storage, size) in [(Storage::CPU, 4), (gpu, 2)] {
             let (x, y, w) = layer(storage);
             let cost = |epilogue| Op::Matmul(ops::Matmul { x, w: &w, epilogue, y }).cost(&setting(storage));
             let flops = 2 * (ROWS * IN * OUT) as u64;

@@ -30,7 +30,7 @@ impl FromStr for Device {
             ("auto", _) => Ok(Device::Auto),
             ("cpu", _) => Ok(Device::Cpu),
             ("cuda" | "gpu", _) => Ok(Device::Cuda(0)),
-            (_, Ok(card)) if number.bytes().all(|b| b.is_ascii_digit()) => Ok(Device::Cuda(card)),
+            (_, Ok(gpu)) if number.bytes().all(|b| b.is_ascii_digit()) => Ok(Device::Cuda(gpu)),
             _ => Err("a device is `auto`, `cpu`, `cuda` or `cuda:N`, N being the GPU's number".into()),
         }
     }
@@ -42,40 +42,40 @@ impl fmt::Display for Device {
             Device::Auto => f.write_str("auto"),
             Device::Cpu => f.write_str("cpu"),
             Device::Cuda(0) => f.write_str("cuda"),
-            Device::Cuda(card) => write!(f, "cuda:{card}"),
+            Device::Cuda(gpu) => write!(f, "cuda:{gpu}"),
         }
     }
 }
 
 impl Device {
     /// The number of the GPU that it is, or may be.
-    pub fn card(self) -> Option<usize> {
+    pub fn gpu(self) -> Option<usize> {
         match self {
-            Device::Auto => Some(FIRST_CARD),
+            Device::Auto => Some(FIRST_GPU),
             Device::Cpu => None,
-            Device::Cuda(card) => Some(card),
+            Device::Cuda(gpu) => Some(gpu),
         }
     }
 }
 
 /// The GPU that `Auto` uses if it can.
-const FIRST_CARD: usize = 0;
+const FIRST_GPU: usize = 0;
 
 /// The precision that the device computes in and how it stores data. A device that the user names is not
 /// opened, so a plan for a GPU can be made on any machine.
 pub fn planned(device: Device, precision: Precision, residual: Residual) -> (Precision, Storage) {
     let options = DeviceOptions { precision, residual, ..DeviceOptions::default() };
-    let on_card = match device {
+    let on_gpu = match device {
         Device::Cpu => false,
-        Device::Auto => cuda::Cuda::open(FIRST_CARD, &options).is_ok(),
+        Device::Auto => cuda::Cuda::open(FIRST_GPU, &options).is_ok(),
         Device::Cuda(_) => true,
     };
     let precision = match precision {
-        Precision::Auto if on_card => Precision::Bf16,
+        Precision::Auto if on_gpu => Precision::Bf16,
         Precision::Auto => Precision::F32,
         given => given,
     };
-    (precision, if on_card { cuda::Cuda::storage_of(precision, residual) } else { Storage::CPU })
+    (precision, if on_gpu { cuda::Cuda::storage_of(precision, residual) } else { Storage::CPU })
 }
 
 /// Which device `Auto` is, for callers that open it repeatedly: [`select`] prints its line once.
@@ -84,7 +84,7 @@ pub fn planned(device: Device, precision: Precision, residual: Residual) -> (Pre
 /// Those of [`select`].
 pub fn decide(device: Device, options: &DeviceOptions) -> Result<Device> {
     match device {
-        Device::Auto if cuda::Cuda::open(FIRST_CARD, options).is_ok() => Ok(Device::Cuda(FIRST_CARD)),
+        Device::Auto if cuda::Cuda::open(FIRST_GPU, options).is_ok() => Ok(Device::Cuda(FIRST_GPU)),
         Device::Auto => select(device, options).map(|_| Device::Cpu),
         other => Ok(other),
     }
@@ -108,10 +108,10 @@ pub fn select(device: Device, options: &DeviceOptions) -> Result<Box<dyn Backend
     };
     match device {
         Device::Cpu => cpu(),
-        Device::Cuda(card) => {
-            Ok(Box::new(cuda::Cuda::open(card, options).map_err(|e| e.at("cannot compute on a GPU"))?))
+        Device::Cuda(gpu) => {
+            Ok(Box::new(cuda::Cuda::open(gpu, options).map_err(|e| e.at("cannot compute on a GPU"))?))
         }
-        Device::Auto => match cuda::Cuda::open(FIRST_CARD, options) {
+        Device::Auto => match cuda::Cuda::open(FIRST_GPU, options) {
             Ok(cuda) => Ok(Box::new(cuda)),
             Err(why) => {
                 terminal::note(&format!("computing on the CPU: {}", why.message()));

@@ -28,24 +28,24 @@ pub struct DataBench {
     pub rounds: usize,
     pub seconds: f64,
     /// The GPU to feed.
-    pub card: Card,
+    pub card: GpuModel,
 }
 
 /// GPUs, with the dense bf16 TFLOP/s of their data sheets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Card {
+pub enum GpuModel {
     A100,
     H100,
     H200,
     B200,
 }
 
-impl Card {
+impl GpuModel {
     fn flops(self) -> f64 {
         match self {
-            Card::A100 => 312e12,
-            Card::H100 | Card::H200 => 989e12,
-            Card::B200 => 2250e12,
+            GpuModel::A100 => 312e12,
+            GpuModel::H100 | GpuModel::H200 => 989e12,
+            GpuModel::B200 => 2250e12,
         }
     }
 }
@@ -76,7 +76,7 @@ pub struct Measured {
     bytes: f64,
     /// JPEG blocks per record: read; of these, transformed; of these, to fewer than 8×8 samples.
     blocks: [f64; 3],
-    card: Card,
+    card: GpuModel,
     needed: f64,
 }
 

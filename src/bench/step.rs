@@ -58,7 +58,7 @@ pub struct Measured {
     pub arena_bytes: usize,
     /// Seconds from the start of the process to the end of the first step.
     pub first_step: Option<f64>,
-    pub on_card: Option<OnCard>,
+    pub on_gpu: Option<OnGpu>,
     /// `VmHWM`: the process's peak memory, the same as `ru_maxrss`.
     pub peak_rss_bytes: Option<u64>,
     /// The chosen way of each product and its epilogue, if the device timed several.
@@ -69,7 +69,7 @@ pub struct Measured {
 }
 
 /// Measurements that exist only on a GPU.
-pub struct OnCard {
+pub struct OnGpu {
     pub stand_in: bool,
     /// Bytes in use after the last step, by all programs. A run allocates before its first steps and never
     /// after.
@@ -158,7 +158,7 @@ pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Measured>
         data_wait: options.data.is_some().then(|| (source.waited() - waited_before) / total),
         arena_bytes: subject.backend().allocated_bytes(),
         first_step,
-        on_card: None,
+        on_gpu: None,
         peak_rss_bytes: peak_rss(),
         products: subject.backend().choices(),
         profile: if options.profile { times.report() } else { Vec::new() },
@@ -166,17 +166,17 @@ pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Measured>
     };
     drop((source, subject));
     if let Some(memory_bytes) = memory_bytes {
-        measured.on_card = Some(on_card(options.device, &measured.device, memory_bytes)?);
+        measured.on_gpu = Some(on_gpu(options.device, &measured.device, memory_bytes)?);
     }
     Ok(measured)
 }
 
 /// Measures the GPU's ceilings. The model must have been dropped.
-fn on_card(on: Device, device: &str, memory_bytes: usize) -> Result<OnCard> {
+fn on_gpu(on: Device, device: &str, memory_bytes: usize) -> Result<OnGpu> {
     let options = backend::DeviceOptions { precision: Precision::Bf16, ..backend::DeviceOptions::default() };
-    let card = on.card().expect("a step was timed on a card");
-    let mut cuda = Cuda::open(card, &options)?;
-    Ok(OnCard {
+    let gpu = on.gpu().expect("a step was timed on a GPU");
+    let mut cuda = Cuda::open(gpu, &options)?;
+    Ok(OnGpu {
         stand_in: cuda.is_stand_in(),
         memory_bytes,
         data_sheet: data_sheet(device),
@@ -344,8 +344,8 @@ impl Measured {
         if let Some(seconds) = self.first_step {
             lines.push(format!("{seconds:.2} s from program start to the end of the first step"));
         }
-        if let Some(card) = &self.on_card {
-            lines.extend(self.card_lines(card));
+        if let Some(gpu) = &self.on_gpu {
+            lines.extend(self.gpu_lines(gpu));
         }
         if let Some(wait) = self.data_wait {
             lines.push(format!("data wait {}", format::percent(wait)));
@@ -387,25 +387,25 @@ impl Measured {
 
     /// Seconds that the operation's calls would take at the rates of this GPU's large products and copies.
     fn floor(&self, timing: &Timing) -> Option<f64> {
-        let card = self.on_card.as_ref()?;
-        Some(timing.cost.floor(card.ceilings.matmul, card.ceilings.copy))
+        let gpu = self.on_gpu.as_ref()?;
+        Some(timing.cost.floor(gpu.ceilings.matmul, gpu.ceilings.copy))
     }
 
-    fn card_lines(&self, card: &OnCard) -> Vec<String> {
+    fn gpu_lines(&self, gpu: &OnGpu) -> Vec<String> {
         let share = |of: f64| format!("{:.1} % of {:.0} TFLOP/s", 100.0 * self.gflops * 1e9 / of, of / 1e12);
-        let data_sheet = card.data_sheet.map_or("unknown for this GPU".into(), share);
+        let data_sheet = gpu.data_sheet.map_or("unknown for this GPU".into(), share);
         let mut lines = vec![
             format!(
                 "FLOPs of the model: {data_sheet} (data sheet), {} (a large product on this GPU)",
-                share(card.ceilings.matmul)
+                share(gpu.ceilings.matmul)
             ),
             format!(
                 "GPU: {} in use, copy {:.0} GB/s",
-                format::bytes(card.memory_bytes as u64),
-                card.ceilings.copy / 1e9
+                format::bytes(gpu.memory_bytes as u64),
+                gpu.ceilings.copy / 1e9
             ),
         ];
-        if card.stand_in {
+        if gpu.stand_in {
             lines.push(
                 "the stand-in GPU computes on the host: these times say nothing about a real GPU".into(),
             );
@@ -414,15 +414,15 @@ impl Measured {
     }
 
     pub fn json(&self) -> Value {
-        let on_card = self.on_card.as_ref().map(|card| {
+        let on_gpu = self.on_gpu.as_ref().map(|gpu| {
             json!({
-                "stand_in": card.stand_in,
-                "memory_bytes": card.memory_bytes,
-                "data_sheet_flops_per_s": card.data_sheet,
-                "mfu_data_sheet": card.data_sheet.map(|peak| self.gflops * 1e9 / peak),
-                "product_flops_per_s": card.ceilings.matmul,
-                "mfu_product": self.gflops * 1e9 / card.ceilings.matmul,
-                "copy_bytes_per_s": card.ceilings.copy,
+                "stand_in": gpu.stand_in,
+                "memory_bytes": gpu.memory_bytes,
+                "data_sheet_flops_per_s": gpu.data_sheet,
+                "mfu_data_sheet": gpu.data_sheet.map(|peak| self.gflops * 1e9 / peak),
+                "product_flops_per_s": gpu.ceilings.matmul,
+                "mfu_product": self.gflops * 1e9 / gpu.ceilings.matmul,
+                "copy_bytes_per_s": gpu.ceilings.copy,
             })
         });
         let steps = self.steps as f64;
@@ -453,7 +453,7 @@ impl Measured {
             "last_block": if self.last_block.is_some() { "class token" } else { "whole" },
             "data_wait": self.data_wait,
             "first_step_s": self.first_step,
-            "card": on_card,
+            "card": on_gpu,
             "arena_bytes": self.arena_bytes,
             "peak_rss_bytes": self.peak_rss_bytes,
             "products": self.products,

@@ -43,8 +43,8 @@ pub struct Args {
     #[arg(long, value_name = "S")]
     pub seconds: Option<f64>,
     /// For `--what data`: the GPU to feed
-    #[arg(long, value_name = "NAME", value_enum, default_value_t = pipeline::Card::H200)]
-    pub card: pipeline::Card,
+    #[arg(long, value_name = "NAME", value_enum, default_value_t = pipeline::GpuModel::H200)]
+    pub card: pipeline::GpuModel,
     /// Show the time of each operation
     #[arg(long)]
     pub profile: bool,
@@ -95,12 +95,12 @@ fn time_data(args: &Args) -> Result<()> {
 }
 
 fn time_kernels(args: &Args) -> Result<()> {
-    let card = args.on.device.card().ok_or_else(|| {
+    let gpu = args.on.device.gpu().ok_or_else(|| {
         Error::usage("`bench --what kernels` times a GPU's kernels")
             .hint("`cargo bench --bench kernels` times those of the CPU")
     })?;
     let options = kernels::KernelBench {
-        card,
+        gpu,
         filter: args.filter.clone(),
         few: args.few,
         rounds: args.rounds as usize,

@@ -10,7 +10,7 @@ use super::{print, print_json};
 use crate::backend::DeviceOptions;
 use crate::backend::cpu::compute::Isa;
 use crate::backend::cpu::main_memory::MainMemory;
-use crate::backend::cuda::device::{self, Card};
+use crate::backend::cuda::device::{self, DeviceProperties};
 use crate::backend::cuda::{Cuda, images, libraries};
 use crate::data::decode::JpegPath;
 use crate::error::Result;
@@ -40,13 +40,13 @@ struct Machine {
     /// The GPUs that the kernel driver lists, usable or not.
     gpus: std::result::Result<Vec<String>, String>,
     /// The visible GPUs, by the number that `--device cuda:N` takes.
-    cards: Vec<Card>,
+    visible: Vec<DeviceProperties>,
     cuda: std::result::Result<Gpu, Unusable>,
 }
 
 /// A GPU that Vitrum will use.
 struct Gpu {
-    card: Card,
+    properties: DeviceProperties,
     cublaslt: usize,
 }
 
@@ -67,7 +67,7 @@ impl Machine {
             cache_writable: writable(&cache),
             cache,
             gpus: gpus(),
-            cards: device::cards().unwrap_or_default(),
+            visible: device::gpus().unwrap_or_default(),
             cuda: look_for_cuda(),
         }
     }
@@ -95,9 +95,8 @@ impl Machine {
                 format!("will compute on: cpu (no CUDA: {reason}{hint})")
             }
         };
-        let cards = self.cards.iter().filter(|_| self.cards.len() > 1);
-        let cards: String =
-            cards.map(|card| format!("\ncuda:{}: {}", card.ordinal, card_text(card))).collect();
+        let gpus = self.visible.iter().filter(|_| self.visible.len() > 1);
+        let gpus: String = gpus.map(|gpu| format!("\ncuda:{}: {}", gpu.ordinal, gpu_text(gpu))).collect();
         let plural = if self.cores == 1 { "" } else { "s" };
         [
             format!("vitrum: {}", env!("CARGO_PKG_VERSION")),
@@ -108,7 +107,7 @@ impl Machine {
             format!("jpeg decoder: {}", JpegPath::chosen().describe()),
             format!("kernels: {}", images::summary()),
             format!("needs: {}", needs()),
-            format!("gpu: {gpu}{cards}"),
+            format!("gpu: {gpu}{gpus}"),
             device,
         ]
         .join("\n")
@@ -134,7 +133,7 @@ impl Machine {
             "gpu_reason": self.gpus.as_ref().err(),
             "device": if self.cuda.is_ok() { "cuda" } else { "cpu" },
             "device_reason": self.cuda.as_ref().err().map(|e| &e.reason),
-            "cards": self.cards.iter().map(card_text).collect::<Vec<_>>(),
+            "cards": self.visible.iter().map(gpu_text).collect::<Vec<_>>(),
             "cuda": self.cuda.as_ref().ok().map(Gpu::json),
         })
     }
@@ -143,32 +142,32 @@ impl Machine {
 /// Opens the GPU as a run would.
 fn look_for_cuda() -> std::result::Result<Gpu, Unusable> {
     match Cuda::open(0, &DeviceOptions::default()) {
-        Ok(cuda) => Ok(Gpu { card: cuda.card().clone(), cublaslt: cuda.cublaslt_version() }),
+        Ok(cuda) => Ok(Gpu { properties: cuda.properties().clone(), cublaslt: cuda.cublaslt_version() }),
         Err(e) => Err(Unusable { reason: e.message().into(), hint: e.hint_text().map(Into::into) }),
     }
 }
 
 impl Gpu {
     fn text(&self) -> String {
-        let driver = libraries::dotted(self.card.driver_version);
-        format!("{}, driver for CUDA {driver}, cuBLASLt {}", card_text(&self.card), self.cublaslt)
+        let driver = libraries::dotted(self.properties.driver_version);
+        format!("{}, driver for CUDA {driver}, cuBLASLt {}", gpu_text(&self.properties), self.cublaslt)
     }
 
     fn json(&self) -> Value {
-        let (major, minor) = self.card.capability;
+        let (major, minor) = self.properties.capability;
         json!({
-            "name": self.card.name,
+            "name": self.properties.name,
             "capability": format!("{major}.{minor}"),
-            "multiprocessors": self.card.multiprocessors,
-            "memory_bytes": self.card.total_memory,
-            "driver": libraries::dotted(self.card.driver_version),
+            "multiprocessors": self.properties.multiprocessors,
+            "memory_bytes": self.properties.total_memory,
+            "driver": libraries::dotted(self.properties.driver_version),
             "cublaslt": self.cublaslt,
         })
     }
 }
 
-fn card_text(card: &Card) -> String {
-    let Card { name, capability: (major, minor), multiprocessors, total_memory, .. } = card;
+fn gpu_text(gpu: &DeviceProperties) -> String {
+    let DeviceProperties { name, capability: (major, minor), multiprocessors, total_memory, .. } = gpu;
     let memory = format::bytes(*total_memory as u64);
     format!("{name}, sm_{major}{minor}, {multiprocessors} multiprocessors, {memory}")
 }

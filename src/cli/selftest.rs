@@ -85,7 +85,7 @@ pub fn run(args: Args) -> Result<()> {
 /// Resolves `auto` without opening a GPU, because a GPU's cases run in child processes.
 fn settle(device: Device, options: &DeviceOptions) -> Result<Device> {
     match device {
-        Device::Auto if device.card().is_some_and(|card| usable(card).is_ok()) => Ok(Device::Cuda(0)),
+        Device::Auto if device.gpu().is_some_and(|gpu| usable(gpu).is_ok()) => Ok(Device::Cuda(0)),
         // `select` prints why no GPU is used.
         Device::Auto => select(device, options).map(|_| Device::Cpu),
         other => Ok(other),

@@ -321,7 +321,7 @@ fn launch_attention_backward(
 ) -> Result<Option<Mat>> {
     let ops::AttentionBackward { heads, qkv, o, lse, dropout, d_o, d_qkv, .. } = *op;
     let work = Work::new(heads, qkv, &[o, d_o, d_qkv], dropout)?;
-    let limit = cuda.card().shared_memory as usize;
+    let limit = cuda.properties().shared_memory as usize;
     let tile = work.tile.filter(|&tile| {
         let (queries, keys) = (&BACKWARD_QUERIES[tile], &BACKWARD_KEYS[tile]);
         queries.shared(2).max(keys.shared(2) + row_terms(heads.tokens, keys.block)) <= limit

@@ -83,7 +83,7 @@ fn price(cuda: &mut Cuda, maker: Maker, d_bias: Mat, changed: &[Mat], launch: &L
     let places: Vec<(Address, usize)> = places.collect();
     let gpu = cuda.gpu.clone();
     let aside = SetAside::new(&gpu, &places)?;
-    let cleared = (cuda.arena(Arena::Workspace).address, gpu.card().cache.min(BLAS_WORKSPACE));
+    let cleared = (cuda.arena(Arena::Workspace).address, gpu.properties().cache.min(BLAS_WORKSPACE));
     // With the sums, and without.
     let times = race(&gpu, cleared, 2, &mut |way| match way {
         0 => Ok(launch(cuda, Some(d_bias))?.is_some()),

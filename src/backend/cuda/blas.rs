@@ -169,15 +169,15 @@ struct Handle(sys::cublasLtHandle_t);
 unsafe impl Send for Handle {}
 
 /// The handle for the GPU whose context is current.
-fn handle_of(card: usize) -> Result<sys::cublasLtHandle_t> {
+fn handle_of(ordinal: usize) -> Result<sys::cublasLtHandle_t> {
     let mut handles = HANDLES.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, handle)) = handles.iter().find(|(of, _)| *of == card) {
+    if let Some((_, handle)) = handles.iter().find(|(of, _)| *of == ordinal) {
         return Ok(handle.0);
     }
     let mut handle = ptr::null_mut();
     // SAFETY: the context is current; a valid out-pointer.
     check(unsafe { api::cublaslt().cublasLtCreate(&mut handle) }, "start cuBLASLt")?;
-    handles.push((card, Handle(handle)));
+    handles.push((ordinal, Handle(handle)));
     Ok(handle)
 }
 
@@ -185,19 +185,19 @@ impl Blas {
     /// `by_rule` uses the first algorithm of the heuristic that works, instead of timing.
     pub(super) fn new(gpu: &Gpu, precision: Precision, by_rule: bool) -> Result<Self> {
         let version = libraries::cublaslt()?.version;
-        let card = gpu.card();
+        let properties = gpu.properties();
         let compute = match precision {
             Precision::Tf32 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
             _ => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
         };
         Ok(Self {
             gpu: gpu.clone(),
-            handle: handle_of(card.ordinal)?,
+            handle: handle_of(properties.ordinal)?,
             compute,
-            library: Library { version, capability: card.capability },
+            library: Library { version, capability: properties.capability },
             by_rule,
             plans: HashMap::new(),
-            algorithms: Algorithms::open(&card.name, version, precision),
+            algorithms: Algorithms::open(&properties.name, version, precision),
             rehearsal: false,
         })
     }
@@ -400,7 +400,7 @@ impl Trial<'_> {
             order.retain(|at| self.launches(plan, &candidates[*at]));
         } else {
             let gpu = &self.blas.gpu;
-            let cleared = (self.workspace, gpu.card().cache.min(BLAS_WORKSPACE));
+            let cleared = (self.workspace, gpu.properties().cache.min(BLAS_WORKSPACE));
             let times =
                 race(gpu, cleared, candidates.len(), &mut |at| Ok(self.launches(plan, &candidates[at])))?;
             order.retain(|at| times[*at].is_finite());

@@ -20,7 +20,7 @@ use super::libraries::{self, dotted};
 use crate::error::{Error, Result};
 
 /// The oldest compute capability that the kernels are compiled for.
-const OLDEST_CARD: (i32, i32) = (8, 0);
+const OLDEST_GPU: (i32, i32) = (8, 0);
 
 /// The build has no machine code for newer GPUs: the driver translates the kernels for them. Its translator,
 /// like the compiler since CUDA 12.8, can leave stale registers behind at nested branches on these GPUs
@@ -38,7 +38,7 @@ const SYSTEM_SHARED: u32 = 1 << 10;
 
 /// The GPU's properties.
 #[derive(Clone, Debug)]
-pub struct Card {
+pub struct DeviceProperties {
     /// Its number among the visible ones.
     pub ordinal: usize,
     /// As the driver says it: `NVIDIA H200`.
@@ -61,7 +61,7 @@ pub struct Card {
 
 /// An opened GPU.
 pub(super) struct Device {
-    pub(super) card: Card,
+    pub(super) properties: DeviceProperties,
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
     /// Kernels used so far.
@@ -90,13 +90,13 @@ static OPEN: Mutex<Vec<&'static Device>> = Mutex::new(Vec::new());
 ///
 /// # Errors
 /// No driver, too old a driver, no GPU.
-pub fn cards() -> Result<Vec<Card>> {
+pub fn gpus() -> Result<Vec<DeviceProperties>> {
     let found = libraries::driver()?;
     let mut count = 0;
     // SAFETY: a valid out-pointer.
     unsafe { check(found.api.cuDeviceGetCount(&mut count), "count the GPUs")? };
     if count == 0 {
-        return Err(libraries::no_card());
+        return Err(libraries::no_gpu());
     }
     (0..count as usize).map(|ordinal| Ok(describe(ordinal, found.version)?.1)).collect()
 }
@@ -105,16 +105,16 @@ pub fn cards() -> Result<Vec<Card>> {
 ///
 /// # Errors
 /// Those of opening it, except failures of the GPU itself.
-pub fn usable(ordinal: usize) -> Result<Card> {
-    let cards = cards()?;
-    let count = cards.len();
-    let card = cards.into_iter().nth(ordinal).ok_or_else(|| no_such_card(ordinal, count))?;
-    accept(&card)?;
+pub fn usable(ordinal: usize) -> Result<DeviceProperties> {
+    let gpus = gpus()?;
+    let count = gpus.len();
+    let properties = gpus.into_iter().nth(ordinal).ok_or_else(|| no_such_gpu(ordinal, count))?;
+    accept(&properties)?;
     libraries::cublaslt()?;
-    if images_for(&card).is_empty() {
+    if images_for(&properties).is_empty() {
         return Err(no_images());
     }
-    Ok(card)
+    Ok(properties)
 }
 
 impl Device {
@@ -127,7 +127,7 @@ impl Device {
     pub(super) fn open(ordinal: usize) -> Result<&'static Self> {
         // A panic while a GPU is being opened leaves no half-open entry.
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let device = match open.iter().find(|device| device.card.ordinal == ordinal) {
+        let device = match open.iter().find(|device| device.properties.ordinal == ordinal) {
             Some(device) => *device,
             None => {
                 let device: &'static Self = Box::leak(Box::new(Self::new(ordinal)?));
@@ -140,16 +140,16 @@ impl Device {
     }
 
     fn new(ordinal: usize) -> Result<Self> {
-        let card = usable(ordinal)?;
-        let device = describe(ordinal, card.driver_version)?.0;
+        let properties = usable(ordinal)?;
+        let device = describe(ordinal, properties.driver_version)?.0;
         let mut context = ptr::null_mut();
         // SAFETY: a valid out-pointer and a device of this driver.
         unsafe {
             check(api::driver().cuDevicePrimaryCtxRetain(&mut context, device), "create a context")?;
             check(api::driver().cuCtxSetCurrent(context), "use the context")?;
         }
-        match load_modules(&card) {
-            Ok(modules) => Ok(Self { card, context, modules, kernels: Mutex::default() }),
+        match load_modules(&properties) {
+            Ok(modules) => Ok(Self { properties, context, modules, kernels: Mutex::default() }),
             Err(e) => {
                 // SAFETY: retained above, and nothing in it is in use any more.
                 unsafe { api::driver().cuDevicePrimaryCtxRelease_v2(device) };
@@ -180,7 +180,8 @@ impl Device {
             set(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)?;
         }
         if shared > kernel.room {
-            let percent = (200 * (shared + SYSTEM_SHARED)).div_ceil(self.card.multiprocessor_shared.max(1));
+            let percent =
+                (200 * (shared + SYSTEM_SHARED)).div_ceil(self.properties.multiprocessor_shared.max(1));
             set(FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, percent.min(100))?;
         }
         let (allowed, room) = (kernel.allowed.max(shared), kernel.room.max(shared));
@@ -208,7 +209,7 @@ impl Device {
 }
 
 /// Reads a GPU's properties.
-fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)> {
+fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, DeviceProperties)> {
     let mut device = 0;
     // SAFETY: a valid out-pointer.
     unsafe {
@@ -238,7 +239,7 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
     }
     // SAFETY: NUL-terminated by the driver.
     let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-    let card = Card {
+    let properties = DeviceProperties {
         ordinal,
         name,
         capability: (
@@ -253,10 +254,10 @@ fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, Card)
         total_memory,
         driver_version,
     };
-    Ok((device, card))
+    Ok((device, properties))
 }
 
-fn no_such_card(ordinal: usize, count: usize) -> Error {
+fn no_such_gpu(ordinal: usize, count: usize) -> Error {
     let there = match count {
         1 => "the driver finds one, `cuda:0`".to_string(),
         n => format!("the driver finds {n}, `cuda:0` to `cuda:{}`", n - 1),
@@ -266,12 +267,12 @@ fn no_such_card(ordinal: usize, count: usize) -> Error {
 }
 
 /// Refuses a GPU on which the kernels do not run, or do not run correctly.
-fn accept(card: &Card) -> Result<()> {
-    let Card { name, capability: (major, minor), driver_version, .. } = card;
-    if card.capability < OLDEST_CARD {
+fn accept(properties: &DeviceProperties) -> Result<()> {
+    let DeviceProperties { name, capability: (major, minor), driver_version, .. } = properties;
+    if properties.capability < OLDEST_GPU {
         return Err(Error::new(format!(
             "{name} has compute capability {major}.{minor}; the kernels need {}.{} (Ampere) or newer",
-            OLDEST_CARD.0, OLDEST_CARD.1
+            OLDEST_GPU.0, OLDEST_GPU.1
         )));
     }
     if *major >= FIRST_TRANSLATED && *driver_version < MENDED_TRANSLATOR {
@@ -286,9 +287,9 @@ fn accept(card: &Card) -> Result<()> {
 }
 
 /// The kernels to load on a GPU. The stand-in GPU has its own where the program was built without any.
-fn images_for(card: &Card) -> &'static [(&'static str, &'static [u8])] {
+fn images_for(properties: &DeviceProperties) -> &'static [(&'static str, &'static [u8])] {
     const STAND_IN: &[(&str, &[u8])] = &[("stand-in", &[])];
-    let needs_none = card.name.starts_with(libraries::STAND_IN);
+    let needs_none = properties.name.starts_with(libraries::STAND_IN);
     if images::IMAGES.is_empty() && needs_none { STAND_IN } else { images::IMAGES }
 }
 
@@ -300,16 +301,16 @@ fn no_images() -> Error {
     .hint("`scripts/install-nvcc` fetches nvcc; then build again")
 }
 
-fn load_modules(card: &Card) -> Result<Vec<sys::CUmodule>> {
+fn load_modules(properties: &DeviceProperties) -> Result<Vec<sys::CUmodule>> {
     let load = |(file, image): &(&str, &[u8])| {
         let mut module = ptr::null_mut();
         let start = if image.is_empty() { ptr::null() } else { image.as_ptr().cast() };
         // SAFETY: a fat binary made by nvcc; the stand-in takes none as well.
         let code = unsafe { api::driver().cuModuleLoadData(&mut module, start) };
-        check(code, format_args!("load the kernels of `{file}` for {}", card.name))?;
+        check(code, format_args!("load the kernels of `{file}` for {}", properties.name))?;
         Ok(module)
     };
-    images_for(card).iter().map(load).collect()
+    images_for(properties).iter().map(load).collect()
 }
 
 /// Turns a return code into an error that names the failed action.

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use cudarc::driver::sys;
 
 use super::api::{self, Code};
-use super::device::{Card, Device, check};
+use super::device::{Device, DeviceProperties, check};
 use super::launch::{Args, Kernel};
 use crate::error::{Error, Result};
 
@@ -90,8 +90,8 @@ impl Gpu {
         self.0.device.make_current()
     }
 
-    pub(super) fn card(&self) -> &Card {
-        &self.0.device.card
+    pub(super) fn properties(&self) -> &DeviceProperties {
+        &self.0.device.properties
     }
 
     pub(super) fn stream(&self, stream: Stream) -> sys::CUstream {
@@ -116,7 +116,7 @@ impl Gpu {
     /// Free and total bytes.
     pub(super) fn memory(&self) -> Result<(usize, usize)> {
         self.make_current()?;
-        memory_of_current_card()
+        memory_of_current_gpu()
     }
 
     /// Zeroed device memory.
@@ -391,7 +391,7 @@ impl Drop for Inner {
 }
 
 /// Free and total bytes of the GPU whose context is current on this thread.
-pub(super) fn memory_of_current_card() -> Result<(usize, usize)> {
+pub(super) fn memory_of_current_gpu() -> Result<(usize, usize)> {
     let (mut free, mut total) = (0, 0);
     // SAFETY: valid out-pointers; without a context the driver says so.
     unsafe { check(api::driver().cuMemGetInfo_v2(&mut free, &mut total), "ask for free memory")? };

@@ -72,7 +72,7 @@ pub(super) fn loss(cuda: &mut Cuda, op: &ops::Loss) -> Result<()> {
     }
 
     let staged = LOSS_SCRATCH + 2 * classes.next_multiple_of(8);
-    let fits = logits.dtype == Dtype::Bf16 && staged <= cuda.card().shared_memory as usize;
+    let fits = logits.dtype == Dtype::Bf16 && staged <= cuda.properties().shared_memory as usize;
     let threads = match (classes, logits.dtype) {
         (..=1024, _) => 128,
         (1025..=4096, _) | (_, Dtype::F32) => 256,

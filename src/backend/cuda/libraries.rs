@@ -53,7 +53,7 @@ pub(super) fn driver() -> Result<Found<Driver, i32>> {
                 "remove the `stubs` folder from LD_LIBRARY_PATH, so that the driver's own libcuda.so.1 is found",
             ));
         }
-        NO_DEVICE => return Err(no_card()),
+        NO_DEVICE => return Err(no_gpu()),
         code if MISMATCH.contains(&code) => {
             return Err(Error::new(format!(
                 "the CUDA driver does not match its kernel module (code {code})"
@@ -74,7 +74,7 @@ pub(super) fn driver() -> Result<Found<Driver, i32>> {
 }
 
 /// The error where the driver works and lists no GPU.
-pub(super) fn no_card() -> Error {
+pub(super) fn no_gpu() -> Error {
     Error::new("the CUDA driver finds no GPU")
         .hint("`nvidia-smi` lists the GPUs; an empty `CUDA_VISIBLE_DEVICES` hides them all")
 }

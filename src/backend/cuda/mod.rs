@@ -137,8 +137,8 @@ impl Cuda {
     }
 
     /// The GPU's properties.
-    pub fn card(&self) -> &device::Card {
-        self.gpu.card()
+    pub fn properties(&self) -> &device::DeviceProperties {
+        self.gpu.properties()
     }
 
     /// `cublasLtGetVersion`
@@ -275,13 +275,13 @@ impl Drop for Cuda {
 
 impl Backend for Cuda {
     fn describe(&self) -> String {
-        let card = self.gpu.card();
+        let properties = self.gpu.properties();
         let Storage { activations, residual, .. } = self.storage();
         let stream = if residual == activations { "" } else { ", residual stream in f32" };
         let precision = format!("{:?}", self.precision).to_lowercase() + stream;
-        let (major, minor) = card.capability;
-        let device = Device::Cuda(card.ordinal);
-        format!("{device}, {} (sm_{major}{minor}), {precision}", card.name)
+        let (major, minor) = properties.capability;
+        let device = Device::Cuda(properties.ordinal);
+        format!("{device}, {} (sm_{major}{minor}), {precision}", properties.name)
     }
 
     // Memory ----------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ impl Backend for Cuda {
                 gib(needed),
                 gib(free),
                 gib(total),
-                self.gpu.card().name
+                self.gpu.properties().name
             ))
             .hint("set a smaller `train.micro_batch`; `vitrum plan` says what takes the memory"));
         }

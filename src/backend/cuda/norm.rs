@@ -95,7 +95,7 @@ fn no_branch() -> BranchArgs {
 
 /// Blocks that loop over the rows, one warp per row.
 fn row_grid(cuda: &Cuda, rows: usize, threads: u32, blocks_of_multiprocessor: usize) -> [u32; 3] {
-    let most = cuda.card().multiprocessors as usize * blocks_of_multiprocessor;
+    let most = cuda.properties().multiprocessors as usize * blocks_of_multiprocessor;
     [rows.div_ceil(threads as usize / 32).min(most).max(1) as u32, 1, 1]
 }
 

@@ -72,7 +72,7 @@ impl Work {
 
     /// Four partial rows of a head, and `per_token` values per token.
     fn shared(&self, cuda: &Cuda, per_token: usize) -> Result<u32> {
-        shared(self.heads.tokens, per_token, cuda.card().shared_memory, &cuda.card().name)
+        shared(self.heads.tokens, per_token, cuda.properties().shared_memory, &cuda.properties().name)
     }
 
     fn scale(&self) -> f32 {
@@ -86,11 +86,11 @@ impl Work {
 }
 
 /// The same, for a GPU whose blocks have `most` bytes.
-fn shared(tokens: usize, per_token: usize, most: u32, card: &str) -> Result<u32> {
+fn shared(tokens: usize, per_token: usize, most: u32, gpu: &str) -> Result<u32> {
     let needed = 4 * (4 * MAX_HEAD_SIZE + per_token * tokens);
     if needed > most as usize {
         return Err(Error::new(format!(
-            "one query's attention to {tokens} tokens needs {} KB of shared memory; a block of {card} has {}",
+            "one query's attention to {tokens} tokens needs {} KB of shared memory; a block of {gpu} has {}",
             needed.div_ceil(1024),
             most / 1024
         ))
@@ -134,7 +134,7 @@ pub(super) fn query_attention_backward(cuda: &mut Cuda, op: &ops::QueryAttention
     let (slices, parts): (usize, Address) = if q.rows == work.images {
         (work.images, 0)
     } else {
-        let slices = slices(work.images, heads.heads, cuda.card().multiprocessors as usize);
+        let slices = slices(work.images, heads.heads, cuda.properties().multiprocessors as usize);
         (slices, cuda.scratch(4 * slices * width))
     };
     let args = QueryAttentionBackwardArgs {
@@ -173,7 +173,7 @@ mod tests {
     fn more_tokens_than_shared_memory_holds_are_an_error() {
         // Images of 1,728 pixels in patches of 16 on the smallest GPUs, of 2,624 on Hopper.
         for (kilobytes, tokens) in [(99, 108 * 108), (227, 164 * 164)] {
-            let shared = |tokens| shared(tokens, 2, kilobytes << 10, "a card");
+            let shared = |tokens| shared(tokens, 2, kilobytes << 10, "a GPU");
             assert!(shared(tokens).unwrap() <= kilobytes << 10);
             let refused = shared(2 * tokens).unwrap_err();
             assert!(refused.message().contains("tokens needs"), "{}", refused.message());

@@ -97,7 +97,7 @@ pub(super) fn embed_backward(cuda: &mut Cuda, op: &ops::EmbedBackward) -> Result
     let pitch = d_x.cols.next_multiple_of(8);
     let slice_bytes = embed.tokens * pitch * 4;
     let threads = embed.tokens * pitch / 8;
-    let wanted = (cuda.card().multiprocessors as usize * 1024).div_ceil(threads);
+    let wanted = (cuda.properties().multiprocessors as usize * 1024).div_ceil(threads);
     let slices = wanted.min(PARTIAL_BYTES / slice_bytes).clamp(1, shape.samples as usize);
     let partials = if trained { cuda.scratch(slices * slice_bytes) } else { 0 };
     let [blocks, ..] = elementwise_grid(embed.tokens, d_x.cols);

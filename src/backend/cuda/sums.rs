@@ -17,7 +17,7 @@ const ROWS: usize = 8;
 /// Stretches of columns times slices of rows: enough blocks for every multiprocessor.
 pub(super) fn column_grid(cuda: &Cuda, x: Mat) -> [u32; 3] {
     let stretches = x.cols.div_ceil(COLUMN_STRETCH);
-    let wanted = (4 * cuda.card().multiprocessors as usize).div_ceil(stretches);
+    let wanted = (4 * cuda.properties().multiprocessors as usize).div_ceil(stretches);
     let slices = wanted.clamp(1, x.rows.div_ceil(ROWS).max(1));
     [stretches as u32, slices as u32, 1]
 }

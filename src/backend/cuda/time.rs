@@ -2,7 +2,7 @@
 //! by the GPU's clock, how fast the GPU copies.
 
 use super::Cuda;
-use super::driver::{Buffer, Launched, Stream, memory_of_current_card};
+use super::driver::{Buffer, Launched, Stream, memory_of_current_gpu};
 use super::libraries::STAND_IN;
 use crate::backend::{Arena, Body};
 use crate::error::Result;
@@ -10,12 +10,12 @@ use crate::error::Result;
 impl Cuda {
     /// The stand-in GPU computes on the host: its times mean nothing.
     pub fn is_stand_in(&self) -> bool {
-        self.gpu.card().name.starts_with(STAND_IN)
+        self.gpu.properties().name.starts_with(STAND_IN)
     }
 
     /// Bytes in use, by any program, on the GPU that this thread last computed on.
     pub fn used_memory() -> Result<usize> {
-        let (free, total) = memory_of_current_card()?;
+        let (free, total) = memory_of_current_gpu()?;
         Ok(total - free)
     }
 

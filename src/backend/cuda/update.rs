@@ -286,7 +286,7 @@ pub(super) fn update(cuda: &mut Cuda, update: &Update) -> Result<()> {
         Rule::Lion { .. } => kernel!("update_lion_bf16"),
         Rule::Adafactor { .. } => unreachable!("it walks tensors"),
     };
-    let blocks = count.min(UPDATE_BLOCKS * cuda.card().multiprocessors as usize) as u32;
+    let blocks = count.min(UPDATE_BLOCKS * cuda.properties().multiprocessors as usize) as u32;
     let args = UpdateArgs {
         update: constants,
         buffers,
@@ -300,7 +300,7 @@ pub(super) fn update(cuda: &mut Cuda, update: &Update) -> Result<()> {
 
 /// Computes the norm, the clip factor, whether to skip, and the constants that depend on t.
 fn prepare(cuda: &Cuda, update: &Update) -> Result<()> {
-    let most = MOST_NORM_BLOCKS.min(NORM_BLOCKS * cuda.card().multiprocessors as usize);
+    let most = MOST_NORM_BLOCKS.min(NORM_BLOCKS * cuda.properties().multiprocessors as usize);
     let grads = cuda.arena(Arena::Grads);
     let count = grads.bytes / 4;
     let blocks = count.div_ceil(4 * 256).clamp(1, most) as u32;

@@ -90,7 +90,7 @@ fn choose(cuda: &mut Cuda, shape: &Shape, changed: &[(Address, usize)], ways: &[
     }
     let gpu = cuda.gpu.clone();
     let aside = SetAside::new(&gpu, changed)?;
-    let cleared = (cuda.arena(Arena::Workspace).address, gpu.card().cache.min(BLAS_WORKSPACE));
+    let cleared = (cuda.arena(Arena::Workspace).address, gpu.properties().cache.min(BLAS_WORKSPACE));
     cuda.blas.rehearse(true);
     let times = race(&gpu, cleared, ways.len(), &mut |at| (ways[at].run)(cuda));
     cuda.blas.rehearse(false);

@@ -35,7 +35,7 @@ use sizes::Sizes;
 #[derive(Clone, Debug)]
 pub struct KernelBench {
     /// The GPU's number.
-    pub card: usize,
+    pub gpu: usize,
     /// Only operations whose title contains this text.
     pub filter: Option<String>,
     /// Run small sizes once each, to see which kernels are launched.
@@ -91,7 +91,7 @@ const PATTERN: usize = (4 << 20) + 10;
 /// There is no GPU, or it fails.
 pub fn run(options: &KernelBench) -> Result<Measured> {
     let start = Instant::now();
-    let mut bench = Bench::open(options.card, options.few)?;
+    let mut bench = Bench::open(options.gpu, options.few)?;
     let mut lines = Vec::new();
     for at in 0..bench.cases.len() {
         let wanted = |filter: &String| bench.cases[at].title().contains(filter.as_str());
@@ -105,7 +105,7 @@ pub fn run(options: &KernelBench) -> Result<Measured> {
         ceilings: ceilings(&mut bench.cuda)?,
         device: bench.cuda.describe(),
         stand_in: bench.cuda.is_stand_in(),
-        multiprocessors: bench.cuda.card().multiprocessors,
+        multiprocessors: bench.cuda.properties().multiprocessors,
         lines,
         wall: start.elapsed().as_secs_f64(),
     })
@@ -186,9 +186,9 @@ impl Bench {
     ///
     /// # Errors
     /// The GPU cannot be used.
-    pub fn open(card: usize, few: bool) -> Result<Self> {
+    pub fn open(gpu: usize, few: bool) -> Result<Self> {
         let options = DeviceOptions { precision: Precision::Bf16, deterministic: few, ..Default::default() };
-        let cuda = Cuda::open(card, &options).map_err(|e| e.at("kernels are timed on a GPU"))?;
+        let cuda = Cuda::open(gpu, &options).map_err(|e| e.at("kernels are timed on a GPU"))?;
         let sizes = if few { Sizes::few() } else { Sizes::real() };
         let pattern = Pattern::new(if few { 1 << 16 } else { PATTERN });
         Ok(Self { cuda, few, pattern, cases: cases::cases(&sizes) })

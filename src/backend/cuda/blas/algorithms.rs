@@ -44,11 +44,11 @@ pub(in crate::backend::cuda) struct Chosen {
 const WAY: &str = "way of ";
 
 impl Algorithms {
-    pub(super) fn open(card: &str, version: usize, precision: Precision) -> Self {
-        let of = format!("{card}, cuBLASLt {version}, {precision:?}");
+    pub(super) fn open(gpu: &str, version: usize, precision: Precision) -> Self {
+        let of = format!("{gpu}, cuBLASLt {version}, {precision:?}");
         let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
-        let card: String = card.chars().map(plain).collect();
-        let name = format!("{card}-cublaslt-{version}-{precision:?}-choices.json").to_lowercase();
+        let gpu: String = gpu.chars().map(plain).collect();
+        let name = format!("{gpu}-cublaslt-{version}-{precision:?}-choices.json").to_lowercase();
         let path = Some(files::cache_dir().join("matmul").join(name));
         let entries = path.as_ref().filter(|path| path.is_file()).and_then(|path| {
             let text = std::fs::read_to_string(path).map_err(|e| e.to_string());
@@ -172,21 +172,21 @@ mod tests {
 
     #[test]
     fn a_checkpoint_carries_every_choice() {
-        let mut run = Algorithms::open("Test card", 1, Precision::Bf16);
+        let mut run = Algorithms::open("Test GPU", 1, Precision::Bf16);
         let words = [1, 2, 3, u64::MAX, 0, 0, 0, 9];
         run.put("tn m4".into(), cublasLtMatmulAlgo_t { data: words }); // tried and not used
         run.take("tn m8".into(), cublasLtMatmulAlgo_t { data: words });
         let times = BTreeMap::from([("fused".to_string(), 1.5)]);
         run.take_way("gelu m8".into(), Chosen { way: "plain".into(), microseconds: times });
-        let mut resumed = Algorithms::open("Test card", 1, Precision::Bf16);
+        let mut resumed = Algorithms::open("Test GPU", 1, Precision::Bf16);
         resumed.prefer(&run.in_words()).unwrap();
         assert_eq!(resumed.get("tn m8").unwrap().data, words);
         assert!(resumed.get("tn m4").is_none());
         assert_eq!(resumed.way("gelu m8").unwrap().way, "plain");
         assert_eq!(resumed.in_words(), run.in_words());
 
-        let mut other = Algorithms::open("Another card", 1, Precision::Bf16);
+        let mut other = Algorithms::open("Another GPU", 1, Precision::Bf16);
         assert!(other.prefer(&run.in_words()).is_err());
-        assert!(resumed.prefer(&["Test card, cuBLASLt 1, Bf16".into(), "no value".into()]).is_err());
+        assert!(resumed.prefer(&["Test GPU, cuBLASLt 1, Bf16".into(), "no value".into()]).is_err());
     }
 }
