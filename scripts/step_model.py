@@ -49,10 +49,11 @@ SPLITS, SPLIT_K = 32, 512  # most splits of k, least k of one
 WORKSPACE = 256 << 20  # what the search gives cuBLASLt: f32 partial sums of all splits have to fit
 
 # Tensor-core attention by width of the tile: products, rows that stream past at a time, rows of a warp, warps, blocks of threads per
-# multiprocessor (src/backend/cuda/attention.rs, docs/kernel-table.md). Then the counts for heads of 65 to 1,025 tokens: warp
+# multiprocessor (kernels/attention_*.cu, docs/kernel-table.md). Then the counts for heads of 65 to 1,025 tokens: warp
 # instructions per mma, per warp and block of rows, per strip (nvcc 13.0's PTX of the kernels, run warp by warp on the host: within 2 %
 # from 128 tokens on, 0.2 % at 197, 257 and 577), and passes over shared memory per mma and per strip (stand-in GPU: never too few, at
-# most 4 % too many). At 197 tokens of 64 values: 35,659 instructions forward, 72,261 backward.
+# most 4 % too many). At 197 tokens of 64 values: 35,659 instructions forward, 72,261 backward. The instructions are those of kernels
+# that tested for dropout in their loops; today's have fewer.
 Attention = namedtuple("Attention", "products block strip warps resident per_mma per_block per_strip passes_mma passes_strip")
 ATTENTION = {
     ("attention_forward", 32): Attention(2, 64, 32, 4, 2, 11.22, 169, 618, 1.51, 65),

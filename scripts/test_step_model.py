@@ -181,13 +181,19 @@ class KernelTable(unittest.TestCase):
 
 class Launches(unittest.TestCase):
     def test_attention_is_shared_out_as_it_is_launched(self):
-        with open(os.path.join(step_model.ROOT, "src", "backend", "cuda", "attention.rs")) as file:
-            source = file.read()
-        rows = re.findall(r'tiled\("(\w+)_bf16_d(\d+)", (\d+), (\d+), (\d+), (\d+)\)', source)
-        launched = {(name, int(width)): tuple(map(int, shape)) for name, width, _, *shape in rows}
+        def read(*path):
+            with open(os.path.join(step_model.ROOT, *path)) as file:
+                return file.read()
+
+        # FORWARD(d64, width, block, m16, warps, blocks of threads), BACKWARD(owner, d64, …)
+        launched = {}
+        for direction in ("forward", "backward"):
+            rows = re.findall(r"^(?:FORWARD|BACKWARD)\((?:(\w+), )?d(\d+), (\d+), (\d+), (\d+), (\d+), \d+\)", read("kernels", f"attention_{direction}.cu"), re.M)
+            for owner, head, _, block, m16, warps in rows:
+                launched["_".join(filter(None, ["attention", direction, owner])), int(head)] = int(block), 16 * int(m16), int(warps)
         modelled = {key: (a.block, a.strip, a.warps) for key, a in ATTENTION.items() if key[0] != "attention_backward_head"}
         self.assertEqual(launched, modelled)
-        self.assertIn(f"const HEAD_TOKENS: usize = {step_model.HEAD_TOKENS};", source)
+        self.assertIn(f"const HEAD_TOKENS: usize = {step_model.HEAD_TOKENS};", read("src", "backend", "cuda", "attention.rs"))
 
 
 class Program(unittest.TestCase):
