@@ -1,11 +1,13 @@
 """The kernels that a build embeds, and NVIDIA's tools that read them: for kernel-table, ptxas-versions and sass-lint."""
 import collections
+import concurrent.futures
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOOLS = "13.2.86"  # of cuobjdump and nvdisasm; both read what older compilers wrote
@@ -28,6 +30,13 @@ def build():
         if message["reason"] == "build-script-executed" and os.path.isfile(path):
             images = path
     return program, os.path.join(os.path.dirname(program), "standin"), open(images).read()
+
+
+def images_of(arguments):
+    """What a script for kernels reads: those of `--images`, or of a build."""
+    if arguments.images:
+        return open(arguments.images).read()
+    return build()[2]
 
 
 def embedded(images):
@@ -75,10 +84,25 @@ def extract(folder, what, fatbin, into):
     subprocess.run([os.path.join(folder, "cuobjdump"), f"-x{what}", "all", fatbin], cwd=into, stdout=subprocess.DEVNULL, check=True)
 
 
-def disassemble(folder, cubin):
-    """Kernel → its instructions, and those of the routines that ptxas put behind it."""
-    text = subprocess.run([os.path.join(folder, "nvdisasm"), "-c", cubin], stdout=subprocess.PIPE, check=True, text=True).stdout
-    return functions(text)
+def disassemble(folder, cubins):
+    """The functions of each file of machine code."""
+
+    def one(cubin):
+        return functions(subprocess.run([os.path.join(folder, "nvdisasm"), "-c", cubin], stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, cubins))
+
+
+def embedded_code(folder, fatbins):
+    """(target, kernel) → its instructions, from the machine code of fat binaries."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for fatbin in fatbins:
+            extract(folder, "elf", fatbin, scratch)
+        cubins = sorted(os.listdir(scratch))
+        code = disassemble(folder, [os.path.join(scratch, name) for name in cubins])
+    # NAME.sm_80.cubin
+    return {(name.split(".")[-2], kernel): body for name, found in zip(cubins, code) for kernel, body in found.items()}
 
 
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
@@ -86,7 +110,7 @@ LABEL = re.compile(r"(\.L_x_\d+|\$[^\s:]+):\s*$")
 
 
 def functions(text):
-    """The same, from the text of `nvdisasm -c`."""
+    """Kernel → its instructions and those of the routines that ptxas put behind it, from the text of `nvdisasm -c`."""
     found, code, labels = {}, None, []
     for line in text.splitlines():
         if match := re.match(r"\s*\.section\s+(\S+?),", line):
