@@ -4,12 +4,14 @@
 //! Each file becomes one fat binary: machine code for Ampere (sm_80) and Hopper (sm_90a), and PTX
 //! (compute_90) that the driver translates for newer GPUs. Files are compiled in parallel, and only if they,
 //! a header, the flags or nvcc have changed: binaries are kept in `target/kernels`, shared by all profiles.
-//! The PTX that a binary embeds is kept beside it for the stand-in GPU, which can run it. The register and spill
-//! report of `ptxas` is kept with them, too. A spill in a kernel declared with `HOT_KERNEL`
-//! is a warning, or an error under `VITRUM_STRICT=1`.
+//! The PTX that a binary embeds is kept beside it for the stand-in GPU, which can run it, and so is the report of
+//! `ptxas`. A spill in a kernel declared with `HOT_KERNEL` is a warning, and so is code that ptxas made slower than
+//! it was written ([`ptxas::slowed`]); under `VITRUM_STRICT=1` they are errors.
 
 #[path = "build/contracts.rs"]
 mod contracts;
+#[path = "build/ptxas.rs"]
+mod ptxas;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -21,6 +23,7 @@ use std::process::Command;
 use std::sync::Mutex;
 
 use contracts::Contracts;
+use ptxas::Kernel;
 
 /// The targets of every file.
 const TARGETS: [(&str, &str); 3] =
@@ -43,7 +46,12 @@ fn main() {
     println!("cargo::rerun-if-changed=kernels");
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build");
-    for variable in ["VITRUM_NVCC", "CUDA_HOME", "CUDA_PATH", "VITRUM_CACHE", "VITRUM_STRICT", "PATH"] {
+    // Where nvcc is named, it is not searched for.
+    let search: &[&str] = match env::var_os("VITRUM_NVCC") {
+        Some(_) => &[],
+        None => &["CUDA_HOME", "CUDA_PATH", "VITRUM_CACHE", "PATH"],
+    };
+    for variable in ["VITRUM_NVCC", "VITRUM_STRICT"].iter().chain(search) {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     name_the_commit();
@@ -92,18 +100,6 @@ struct Build {
     kernels: Vec<Kernel>,
     why_none: Option<String>,
     nvcc: Option<(u32, u32)>,
-}
-
-/// One kernel for one target, as reported by ptxas.
-struct Kernel {
-    /// Stem of its source.
-    file: String,
-    name: String,
-    target: String,
-    hot: bool,
-    registers: u32,
-    spill_bytes: u32,
-    stack_bytes: u32,
 }
 
 impl Build {
@@ -258,8 +254,11 @@ fn compile_all(
     assert!(failures.is_empty(), "nvcc failed:\n{}", failures.join("\n"));
 
     let hot: Vec<&str> = contracts.kernels.iter().filter(|k| k.hot).map(|k| k.name.as_str()).collect();
-    let kernels: Vec<Kernel> = jobs.iter().flat_map(|job| job.report(&hot)).collect();
-    warn_of_spills(&kernels);
+    let reports: Vec<(&str, String)> = jobs.iter().map(|job| (job.stem.as_str(), job.report())).collect();
+    let kernels: Vec<Kernel> =
+        reports.iter().flat_map(|(file, report)| ptxas::kernels(file, report, &hot)).collect();
+    let slowed = reports.iter().flat_map(|(file, report)| ptxas::slowed(file, report));
+    warn(&ptxas::spills(&kernels).into_iter().chain(slowed).collect::<Vec<_>>());
     Build { images: jobs.into_iter().map(|job| (job.stem, job.image)).collect(), kernels, ..Build::default() }
 }
 
@@ -319,49 +318,14 @@ impl Job {
         fs::rename(part, &self.image).map_err(|e| e.to_string())
     }
 
-    /// Reads the lines of `-Xptxas -v`.
-    fn report(&self, hot: &[&str]) -> Vec<Kernel> {
-        let text = fs::read_to_string(self.report_path()).unwrap_or_default();
-        let mut kernels: Vec<Kernel> = Vec::new();
-        for line in text.lines() {
-            let quoted: Vec<&str> = line.split('\'').collect();
-            if line.contains("Compiling entry function") && quoted.len() >= 4 {
-                let (name, target) = (quoted[1].to_owned(), quoted[3].to_owned());
-                let hot = hot.contains(&name.as_str());
-                let file = self.stem.clone();
-                kernels.push(Kernel {
-                    file,
-                    name,
-                    target,
-                    hot,
-                    registers: 0,
-                    spill_bytes: 0,
-                    stack_bytes: 0,
-                });
-            }
-            let Some(kernel) = kernels.last_mut() else { continue };
-            for part in line.split(',') {
-                let number = || part.split_whitespace().find_map(|word| word.parse().ok()).unwrap_or(0);
-                if part.contains("stack frame") {
-                    kernel.stack_bytes = number();
-                } else if part.contains("spill stores") {
-                    kernel.spill_bytes = number();
-                } else if part.contains("registers") {
-                    kernel.registers = number();
-                }
-            }
-        }
-        kernels
+    /// What `ptxas -v` said.
+    fn report(&self) -> String {
+        fs::read_to_string(self.report_path()).unwrap_or_default()
     }
 }
 
-fn warn_of_spills(kernels: &[Kernel]) {
-    let spilled = kernels.iter().filter(|k| k.hot && k.spill_bytes > 0);
-    let lines: Vec<String> = spilled
-        .map(|k| {
-            format!("hot kernel `{}` spills {} bytes of registers on {}", k.name, k.spill_bytes, k.target)
-        })
-        .collect();
+/// Prints them as warnings, or fails under `VITRUM_STRICT=1`.
+fn warn(lines: &[String]) {
     let strict = env::var("VITRUM_STRICT").is_ok_and(|v| v == "1");
     assert!(!strict || lines.is_empty(), "{}", lines.join("\n"));
     lines.iter().for_each(|line| println!("cargo::warning={line}"));

@@ -1,7 +1,10 @@
-//! `build/contracts.rs`: what the build reads from the kernels about their launches.
+//! What the build reads from the kernels about their launches (`build/contracts.rs`), and from ptxas about
+//! their code (`build/ptxas.rs`).
 
 #[path = "../build/contracts.rs"]
 mod contracts;
+#[path = "../build/ptxas.rs"]
+mod ptxas;
 
 use std::fs;
 use std::io::Write;
@@ -165,4 +168,58 @@ fn compiles(root: &Path, file: &str, asserts: &str) -> Result<(), String> {
         true => Ok(()),
         false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
     }
+}
+
+/// Three kernels as ptxas 13.2 reports them: a remark comes before the kernel that it is on.
+const REPORT: &str = "\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'first' for 'sm_80'
+ptxas info    : Function properties for first
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 48 registers, used 1 barriers, 16 bytes cumulative stack size, 440 bytes cmem[0]
+ptxas info    : Compile time = 61.819 ms
+ptxas info    : (C7517) wgmma.wait_group is injected in around line 45 by compiler to allow use of registers defined by GMMA in function 'second'
+ptxas info    : (C7517) wgmma.wait_group is injected in around line 49 by compiler to allow use of registers defined by GMMA in function 'second'
+ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register resources for the wgmma pipeline in the function 'second' in line 55
+ptxas info    : Compiling entry function 'second' for 'sm_90a'
+ptxas info    : Function properties for second
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 30 registers, used 0 barriers
+ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum register requirements.
+ptxas info    : Compiling entry function 'third' for 'sm_90a'
+ptxas info    : Function properties for third
+    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers
+";
+
+#[test]
+fn registers_and_spills_of_each_kernel_are_read() {
+    let kernel = |name: &str, target: &str, registers, spill_bytes, stack_bytes| ptxas::Kernel {
+        file: "file".into(),
+        name: name.into(),
+        target: target.into(),
+        hot: name != "third",
+        registers,
+        spill_bytes,
+        stack_bytes,
+    };
+    let kernels = ptxas::kernels("file", REPORT, &["first", "second"]);
+    let expected = [
+        kernel("first", "sm_80", 48, 12, 16),
+        kernel("second", "sm_90a", 30, 0, 0),
+        kernel("third", "sm_90a", 255, 4, 8),
+    ];
+    assert_eq!(kernels, expected);
+    assert_eq!(ptxas::spills(&kernels), ["hot kernel `first` spills 12 bytes of registers on sm_80"]);
+}
+
+#[test]
+fn code_that_ptxas_made_slower_is_told_once_for_each_kernel() {
+    let told = ptxas::slowed("file", REPORT);
+    let [waits, serialised, setmaxnreg] = &told[..] else { panic!("{told:#?}") };
+    assert!(waits.starts_with("kernels/file.cu: ptxas: (C7517)") && waits.contains("'second'"), "{waits}");
+    assert!(serialised.contains("(C7511)") && serialised.contains("serialized"), "{serialised}");
+    assert!(setmaxnreg.contains("(C7508)"), "{setmaxnreg}");
+    let others = "ptxas info    : (C7600) something else\nkernel.cu(3): warning #177-D: (C7511) in a name\n";
+    assert_eq!(ptxas::slowed("file", others), [""; 0]);
 }

@@ -9,6 +9,8 @@ mod algorithms;
 mod config;
 mod descriptors;
 mod proof;
+#[cfg(test)]
+mod real;
 
 use std::collections::HashMap;
 use std::ffi::c_void;

@@ -134,7 +134,7 @@ impl Preference {
         Ok(preference)
     }
 
-    fn set<T>(&self, attribute: PreferenceAttribute, value: &T) -> Result<()> {
+    pub(super) fn set<T>(&self, attribute: PreferenceAttribute, value: &T) -> Result<()> {
         // SAFETY: a live preference; the value has the attribute's type.
         let status = unsafe {
             api::cublaslt().cublasLtMatmulPreferenceSetAttribute(
