@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use support::{command, finish, is_ignored, metrics, path, ranks, train, vitrum, wait};
+use support::{command, finish, is_ignored, metrics, path, ranks, stripes, train, vitrum, wait};
 use vitrum::weights::safetensors::SafeTensors;
 
 /// Everything that must not depend on the number of ranks: weights, their moving average, moments, metrics.
@@ -151,6 +151,38 @@ fn a_killed_rank_ends_the_others() {
     until("mpirun ends", Duration::from_secs(20), || child.try_wait().unwrap().is_some());
     assert_ne!(wait(child).code, 0);
     until("rank 0 ends", Duration::from_secs(5), || process(0, &out).is_none());
+}
+
+#[test]
+fn an_error_of_one_rank_ends_all() {
+    // One picture cannot be read, so one of two ranks fails in the first epoch while the other one waits.
+    let folder = path("broken");
+    copy(Path::new(stripes()), Path::new(&folder));
+    std::fs::write(Path::new(&folder).join("train/checks/001.png"), "no picture").unwrap();
+    let mut by_rank = [0, 0];
+    for seed in 0..4 {
+        let out = path(&format!("broken-{seed}"));
+        let seed = format!("train.seed={seed}");
+        let data = format!("data.train={folder}");
+        let settings = [&CHUNKS[..], &[&data, &seed, "data.on_bad_record=error"]].concat();
+        let Some(command) = ranks(&[(2, &train(&out, &settings))]) else { return };
+        let mut child = start(command);
+        until("the end", Duration::from_secs(60), || child.try_wait().unwrap().is_some());
+        let done = wait(child).exits(1).says(&["error: ", "001.png"]);
+        by_rank[usize::from(done.stderr.contains("rank 1: error: "))] += 1;
+    }
+    println!("errors of rank 0 and of rank 1: {by_rank:?}");
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &to),
+            false => drop(std::fs::copy(entry.path(), to).unwrap()),
+        }
+    }
 }
 
 #[test]

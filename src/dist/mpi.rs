@@ -8,6 +8,7 @@
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
@@ -26,6 +27,9 @@ const MPICH_BYTE: Handle = 0x4c00_010d;
 
 /// Bytes per call: counts are `int`.
 const MOST: usize = 1 << 30;
+
+/// MPICH's mpirun loses what a rank printed immediately before it aborted.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 const OPEN_MPI_NAMES: [&str; 2] = ["libmpi.so.40", "libmpi.so.20"];
 const MPICH_NAMES: [&str; 2] = ["libmpich.so.12", "libmpi.so.12"];
@@ -188,6 +192,7 @@ impl Mpi {
 
     /// Ends all ranks, this one with `code`. Does not wait for a call in progress.
     pub(super) fn abort(&self, code: i32) -> ! {
+        std::thread::sleep(LAST_WORDS);
         // SAFETY: MPI is running; the standard lets any thread abort.
         unsafe { (self.functions.MPI_Abort)(self.world, code) };
         std::process::exit(code);

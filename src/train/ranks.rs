@@ -206,18 +206,21 @@ pub(super) fn share_evaluations(ranks: &Collective, own: Result<Evaluations>) ->
         0 => {
             let report = |i: usize| {
                 let values = &values[1 + i * EvalReport::VALUES..][..EvalReport::VALUES];
-                EvalReport::from_values(values.try_into().expect("as many values"))
+                let is_there = values != NO_REPORT;
+                is_there.then(|| EvalReport::from_values(values.try_into().expect("as many values")))
             };
-            let some = |report: EvalReport| (report.count > 0).then_some(report);
-            Ok(Evaluations { part: report(0), val: some(report(1)), ema: some(report(2)) })
+            Ok(Evaluations { part: report(0).unwrap_or_default(), val: report(1), ema: report(2) })
         }
         signal => Err(Error::stopped(signal, "rank 0 was stopped while evaluating")),
     }
 }
 
+/// Stands for a report that does not exist: no number of images is negative.
+const NO_REPORT: [f64; EvalReport::VALUES] = [-1.0; EvalReport::VALUES];
+
 fn encode(signal: i32, done: &Evaluations) -> Vec<u8> {
-    let reports = [done.part, done.val.unwrap_or_default(), done.ema.unwrap_or_default()];
-    let values = reports.into_iter().flat_map(EvalReport::to_values);
+    let reports = [Some(done.part), done.val, done.ema];
+    let values = reports.into_iter().flat_map(|report| report.map_or(NO_REPORT, EvalReport::to_values));
     std::iter::once(f64::from(signal)).chain(values).flat_map(f64::to_le_bytes).collect()
 }
 
