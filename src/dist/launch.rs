@@ -103,16 +103,19 @@ impl Launch {
         }
         // A batch script and `salloc` have the number of tasks without a step; they are one process.
         let step = has("SLURM_STEP_ID") && has(SLURM.rank);
-        // `srun --mpi=pmi2` sets the same variables as MPICH's mpirun.
-        let by_srun = step && lookup(MPICH.rank) == lookup(SLURM.rank);
+        let slurm = match has(SLURM.size) {
+            true => SLURM,
+            false => Variables { size: SLURM_TASKS, ..SLURM },
+        };
+        // `srun --mpi=pmi2` sets the same variables as MPICH's mpirun, to srun's numbers. The rank alone tells
+        // nothing: rank 0 of an mpirun that srun started is also task 0 of srun.
+        let by_srun =
+            step && lookup(MPICH.rank) == lookup(slurm.rank) && lookup(MPICH.size) == lookup(slurm.size);
         if has(MPICH.size) && has(MPICH.rank) && !by_srun {
             return of(&MPICH);
         }
         if step {
-            return match has(SLURM.size) {
-                true => of(&SLURM),
-                false => of(&Variables { size: SLURM_TASKS, ..SLURM }),
-            };
+            return of(&slurm);
         }
         // Some clusters set the size, or the rank, for programs of another kind.
         if has(TORCHRUN.size) && has(TORCHRUN.rank) {
@@ -216,6 +219,10 @@ mod tests {
         is(&[&outer[..], &open_mpi].concat(), 6, 8, 6, Launcher::OpenMpi);
         let mpich = [("PMI_RANK", "6"), ("PMI_SIZE", "8")];
         is(&[&outer[..], &mpich].concat(), 6, 8, 6, Launcher::Mpich);
+        let first = [("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2")];
+        let first =
+            [&first[..], &[("SLURM_STEP_NUM_TASKS", "1"), ("PMI_RANK", "0"), ("PMI_SIZE", "2")]].concat();
+        is(&first, 0, 2, 0, Launcher::Mpich);
         let torchrun =
             [("TORCHELASTIC_RUN_ID", "x"), ("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")];
         is(&[&outer[..], &torchrun].concat(), 9, 16, 1, Launcher::Torchrun);
