@@ -1,6 +1,6 @@
-//! Ranks: processes that train one model together ([docs/distributed.md](../../docs/distributed.md)).
+//! Ranks: processes that train one model together (`docs/distributed.md`).
 //!
-//! [`launch`] says which rank this process is, [`mpi`] moves bytes between ranks, [`sum`] adds gradients in a
+//! [`launch`] says which rank this process is, `mpi` moves bytes between ranks, [`sum`] adds gradients in a
 //! fixed order. Ranks on CPUs are built; ranks on GPUs need NCCL, which is not.
 
 pub mod launch;
