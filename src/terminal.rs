@@ -18,6 +18,11 @@ pub fn show_messages() {
     SHOWN.store(true, Ordering::Relaxed);
 }
 
+/// Shows nothing from now on: another process speaks for this one.
+pub(crate) fn hide_messages() {
+    SHOWN.store(false, Ordering::Relaxed);
+}
+
 /// Whether lines and progress for people are shown.
 pub(crate) fn shows_messages() -> bool {
     SHOWN.load(Ordering::Relaxed)

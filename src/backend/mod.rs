@@ -124,6 +124,11 @@ pub trait Backend: Send {
     fn read_arena(&mut self, arena: Arena) -> Result<Vec<u8>>;
     /// The inverse of [`Backend::read_arena`]; the length must match.
     fn write_arena(&mut self, arena: Arena, bytes: &[u8]) -> Result<()>;
+    /// All gradients with their padding, where they are in main memory: for sums over ranks, which a device
+    /// with memory of its own does itself.
+    fn gradients_mut(&mut self) -> Option<&mut [f32]> {
+        None
+    }
     /// Exchanges the weights with their EMA (to evaluate the EMA, and back).
     fn swap_ema(&mut self) -> Result<()>;
 

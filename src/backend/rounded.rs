@@ -304,6 +304,10 @@ impl Backend for Rounded {
         Ok(())
     }
 
+    fn gradients_mut(&mut self) -> Option<&mut [f32]> {
+        self.inner.gradients_mut()
+    }
+
     fn swap_ema(&mut self) -> Result<()> {
         self.inner.swap_ema()?;
         self.refresh(self.params);

@@ -162,6 +162,10 @@ impl Backend for Timed {
         self.time("write_arena", |b| b.write_arena(arena, bytes))
     }
 
+    fn gradients_mut(&mut self) -> Option<&mut [f32]> {
+        self.inner.gradients_mut()
+    }
+
     fn swap_ema(&mut self) -> Result<()> {
         self.time("swap_ema", |b| b.swap_ema())
     }

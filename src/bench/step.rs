@@ -196,7 +196,7 @@ impl Subject {
         if options.train {
             let setup = Setup::on(backend, recipe, DataShape::labels(recipe.train.batch))?;
             let recipe = setup.recipe.clone();
-            let trainer = Trainer::new(setup, Collective::from_env()?, None)?;
+            let trainer = Trainer::new(setup, Collective::ALONE, None)?;
             return Ok((Self::Train(Box::new(trainer)), recipe));
         }
         // In inference, a pass takes a whole batch: there are no gradients to accumulate.

@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use super::flags::Everyday;
 use super::runs::{self, Place};
 use super::{On, Settings};
+use crate::dist::Launch;
 use crate::error::Result;
 use crate::recipe::{HeadPolicy, Recipe};
 use crate::report::Log;
@@ -67,6 +68,9 @@ pub fn run(mut args: Args) -> Result<()> {
         device: args.on.device,
         notes: Vec::new(),
     };
+    if args.dry_run || !args.sweep.is_empty() {
+        Launch::from_env()?.alone(if args.dry_run { "`--dry-run`" } else { "`--sweep`" })?;
+    }
     if args.dry_run {
         let data = RunData::open(&loaded.recipe, &options)?;
         let start = Start::load(&loaded, &data)?;

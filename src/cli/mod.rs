@@ -29,11 +29,13 @@ pub mod train;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::backend::Device;
 use crate::data::Split;
+use crate::dist::{self, Launch};
 use crate::error::{Error, Kind, Result};
 use crate::recipe::BUILT_IN;
 use crate::report::format;
@@ -129,41 +131,62 @@ pub fn command() -> clap::Command {
 /// The whole program.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     terminal::show_messages();
+    let launch = match Launch::from_env() {
+        Ok(launch) => launch,
+        Err(e) => return fail(&e, &Launch::ALONE),
+    };
+    dist::silence(&launch);
+    let _group = dist::EndAllOnPanic;
     let args: Vec<OsString> = args.into_iter().collect();
     let parsed = command().try_get_matches_from(&args).and_then(|found| Cli::from_arg_matches(&found));
     let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
             if let Some(e) = flags::unknown_flag(&e, &args) {
-                return fail(&e);
+                return fail(&e, &launch);
             }
             // Help and version are data and exit with 0; the rest is wrong usage. A closed pipe is not a
             // failure.
-            let _ = e.print();
+            if launch.rank == 0 {
+                let _ = e.print();
+            }
             return ExitCode::from(e.exit_code() as u8);
         }
     };
-    match run(cli) {
+    match run(cli, &launch) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) => fail(&e),
+        Err(e) => fail(&e, &launch),
     }
 }
 
-/// Prints what was wrong and returns the exit code.
-fn fail(e: &Error) -> ExitCode {
+/// How long other ranks wait with an error: it is usually everybody's, and the first rank tells it.
+const FIRST_RANK_SPEAKS: Duration = Duration::from_millis(500);
+
+/// Prints what was wrong, ends the other ranks, and returns the exit code.
+fn fail(e: &Error, launch: &Launch) -> ExitCode {
     let stopped = matches!(e.kind(), Kind::Stopped(_));
     let mut text = if stopped { e.message().to_string() } else { format!("error: {}", e.message()) };
     if let Some(hint) = e.hint_text() {
         text += &format!("\nhint: {hint}");
     }
-    terminal::say(&text);
+    if launch.rank == 0 {
+        terminal::say(&text);
+    } else if !stopped {
+        std::thread::sleep(FIRST_RANK_SPEAKS);
+        terminal::show_messages();
+        terminal::say(&format!("rank {}: {text}", launch.rank));
+    }
+    dist::end_all(e.exit_code());
     ExitCode::from(e.exit_code() as u8)
 }
 
-fn run(cli: Cli) -> Result<()> {
+fn run(cli: Cli, launch: &Launch) -> Result<()> {
     let Some(command) = cli.command else {
         return print(&Cli::command().render_long_help().to_string());
     };
+    if !matches!(command, Command::Train(_) | Command::Finetune(_)) {
+        launch.alone("this command")?;
+    }
     start_threads()?;
     match command {
         Command::Train(args) => train::run(args),

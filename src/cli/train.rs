@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::flags::Everyday;
 use super::runs::{self, Place, summarise};
 use super::{On, Settings};
+use crate::dist::Launch;
 use crate::error::Result;
 use crate::recipe::Recipe;
 use crate::report::Log;
@@ -53,6 +54,9 @@ pub fn run(mut args: Args) -> Result<()> {
     let loaded = Recipe::read(args.recipe.as_deref(), &set)?;
     let log = Log::stderr();
     loaded.notes.iter().for_each(|note| log.line(&format!("note: {note}")));
+    if args.dry_run || !args.sweep.is_empty() {
+        Launch::from_env()?.alone(if args.dry_run { "`--dry-run`" } else { "`--sweep`" })?;
+    }
     if args.dry_run {
         return super::plan::show(&loaded.recipe, &loaded.name, args.on.device, false);
     }

@@ -204,6 +204,11 @@ impl AugmentSection {
         Self { randaugment, mixup, ..self.clone() }
     }
 
+    /// Whether samples are mixed with each other.
+    pub(crate) fn mixes(&self) -> bool {
+        self.mixup > 0.0 || self.cutmix > 0.0 || self.cutmix_minmax.1 > 0.0
+    }
+
     /// Refuses contradictions, and names the key to change.
     pub(super) fn check(&self) -> Result<()> {
         let of = self.effective();

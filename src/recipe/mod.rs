@@ -312,6 +312,11 @@ pub struct TrainSection {
     pub batch: usize,
     /// Samples per forward and backward; 0: the whole batch; `"auto"`: as many as fit. Must divide `batch`.
     pub micro_batch: MicroBatch,
+    /// Sum the gradients of this many chunks of the batch in a fixed tree, so that 1, 2, 4, ... ranks give
+    /// the same bits: a power of two that divides `batch`. Each chunk is a micro-batch. Not on GPUs yet.
+    /// Default: micro-batches and ranks are added in order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reduce_chunks: Option<usize>,
     /// Activations that the backward pass recomputes to save memory: `none`, `ln+gelu` or `block`.
     pub recompute: Recompute,
     /// In a model that reads only the class token, compute only that part of the last block. The result is
@@ -358,6 +363,7 @@ impl Default for TrainSection {
             epochs: None,
             batch: 128,
             micro_batch: MicroBatch::Samples(0),
+            reduce_chunks: None,
             recompute: Recompute::None,
             prune_last_block: true,
             precision: Precision::Auto,

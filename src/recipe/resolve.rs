@@ -44,7 +44,20 @@ impl Recipe {
         recipe.train.checkpoint_every.get_or_insert(self.train.eval_every);
         recipe.augment = recipe.augment.effective();
         recipe.model = ModelSection { variant: recipe.model.variant, ..ModelSection::from(&config) };
-        Ok(recipe)
+        Ok(recipe.in_chunks())
+    }
+
+    /// The recipe with what `train.reduce_chunks` decides, if it is set: a chunk is a micro-batch, and samples
+    /// are mixed within chunks, so that no rank needs another's.
+    pub(crate) fn in_chunks(mut self) -> Self {
+        if let Some(chunks) = self.train.reduce_chunks {
+            let samples = self.train.batch / chunks;
+            self.train.micro_batch = MicroBatch::Samples(samples);
+            if self.augment.mixes() && self.augment.mix_group == 0 {
+                self.augment.mix_group = samples;
+            }
+        }
+        self
     }
 
     /// Refuses settings that cannot be trained, and names the key. Settings that depend on the data (classes,
@@ -110,6 +123,26 @@ impl Recipe {
                 t.batch
             ))
             .hint(format!("use `--set train.micro_batch={fits}`, or 0 for the whole batch")));
+        }
+        if let Some(chunks) = t.reduce_chunks {
+            let (batch, divides) = (t.batch, chunks > 0 && t.batch.is_multiple_of(chunks));
+            if !chunks.is_power_of_two() || !divides {
+                let fits = 1usize << batch.trailing_zeros().min(chunks.max(1).ilog2());
+                return Err(Error::usage(format!(
+                    "`train.reduce_chunks` is {chunks}, which is no power of two that divides `train.batch` {batch}"
+                ))
+                .hint(format!("use `--set train.reduce_chunks={fits}`")));
+            }
+            let of_chunk = batch / chunks;
+            if let MicroBatch::Samples(micro_batch @ 1..) = t.micro_batch
+                && micro_batch != of_chunk
+            {
+                return Err(Error::usage(format!(
+                    "`train.micro_batch` is {micro_batch}, but each of the {chunks} chunks of `train.reduce_chunks` is a \
+                     micro-batch of {of_chunk} samples"
+                ))
+                .hint("leave it out, or use `--set train.micro_batch=0`"));
+            }
         }
         let counts = [
             ("train.steps", t.steps),

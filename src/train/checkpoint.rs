@@ -53,6 +53,9 @@ pub struct RunState {
     /// The number of images of an `--overfit` run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overfit: Option<usize>,
+    /// The number of ranks, if there were several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<usize>,
     /// The evaluation of this step was interrupted: a resumed run begins with it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub owes_evaluation: bool,

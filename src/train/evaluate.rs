@@ -28,6 +28,22 @@ pub struct EvalReport {
     pub img_per_s: f64,
 }
 
+impl EvalReport {
+    pub(super) const VALUES: usize = 6;
+
+    /// For other ranks. NaN stands for no mean average precision.
+    pub(super) fn to_values(self) -> [f64; Self::VALUES] {
+        let map = self.map.unwrap_or(f64::NAN);
+        [self.count as f64, self.loss, self.top1, self.top5, map, self.img_per_s]
+    }
+
+    /// The inverse of [`EvalReport::to_values`].
+    pub(super) fn from_values([count, loss, top1, top5, map, img_per_s]: [f64; Self::VALUES]) -> Self {
+        let map = (!map.is_nan()).then_some(map);
+        Self { count: count as usize, loss, top1, top5, map, img_per_s }
+    }
+}
+
 /// Evaluates all batches of the loader. Its slots hold at most the model's micro-batch.
 pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Loss) -> Result<EvalReport> {
     let start = Instant::now();

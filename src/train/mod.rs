@@ -18,6 +18,7 @@ pub mod finetune;
 pub mod header;
 mod pace;
 pub mod plan;
+mod ranks;
 mod resume;
 pub mod run;
 pub mod run_data;

@@ -53,7 +53,7 @@ impl Plan {
             let backend = backend::select(device, &setup::device_options(&recipe)).map_err(|e| {
                 e.hint("`train.micro_batch = \"auto\"` needs a device's free memory; without a device give a number")
             })?;
-            recipe = setup::resolve_for_device(recipe, &*backend, shape)?;
+            recipe = setup::resolve_for_device(recipe, &*backend, shape, 1)?;
         }
         let t = &mut recipe.train;
         let (precision, storage) = backend::planned(device, t.precision, t.residual);

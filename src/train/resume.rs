@@ -35,8 +35,13 @@ const FREE: [&str; 21] = [
 ];
 
 /// Keys that change the rounding, but not the training.
-const OTHER_BITS: [&str; 4] =
-    ["train.micro_batch", "train.recompute", "train.prune_last_block", "train.deterministic"];
+const OTHER_BITS: [&str; 5] = [
+    "train.micro_batch",
+    "train.reduce_chunks",
+    "train.recompute",
+    "train.prune_last_block",
+    "train.deterministic",
+];
 
 /// Keys that decide which records are trained on.
 const CHOOSE_RECORDS: [&str; 2] = ["data.balance", "data.holdout"];
@@ -54,6 +59,8 @@ pub(super) struct Now<'a> {
     pub digest: &'a RunDigest,
     /// Whether changed data are accepted.
     pub accept: bool,
+    /// The number of ranks, if there are several.
+    pub ranks: Option<usize>,
 }
 
 impl Now<'_> {
@@ -98,6 +105,13 @@ impl Now<'_> {
                 state.step
             ))
             .hint(format!("use `--set {LENGTH}={}` or more", state.step)));
+        }
+        if state.ranks != self.ranks && self.recipe.train.reduce_chunks.is_none() {
+            let (was, is) = (state.ranks.unwrap_or(1), self.ranks.unwrap_or(1));
+            notes.push(format!(
+                "on {is} ranks instead of {was}: without `train.reduce_chunks`, results are no longer bit-identical to the \
+                 original run"
+            ));
         }
         for difference in &differences {
             if is(&OTHER_BITS, difference) {

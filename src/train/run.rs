@@ -18,9 +18,10 @@ use super::directory::Directory;
 use super::evaluate::{EvalReport, evaluate, mean_average_precision};
 use super::header::{memory_lines, model_lines, word};
 use super::pace::{FirstSteps, Pace};
+use super::ranks::Evaluations;
 use super::resume::{self, Now};
 use super::run_data::OVERFIT_LOSS;
-use super::{Trainer, about, samples, setup};
+use super::{Trainer, about, ranks, samples, setup};
 
 pub use super::directory::default_out;
 pub use super::run_data::RunData;
@@ -106,7 +107,8 @@ pub struct Run {
     state: RunState,
     saved_at: Option<u64>,
     meta: CheckpointMeta,
-    metrics: MetricsFile,
+    /// `None` on other ranks than the first.
+    metrics: Option<MetricsFile>,
     log: Log,
     progress: Progress,
     last_eval: Option<EvalReport>,
@@ -115,12 +117,13 @@ pub struct Run {
     start: Instant,
     first_steps: FirstSteps,
     pace: Pace,
-    /// Holds the directory's lock until the run is dropped.
-    directory: Directory,
+    /// Holds the directory's lock until the run is dropped. `None` on other ranks than the first.
+    directory: Option<Directory>,
 }
 
 impl Run {
-    /// Takes the run directory, restores the last checkpoint if asked to resume, and prints the header.
+    /// Takes the run directory, restores the last checkpoint if asked to resume, and prints the header. Only
+    /// the first rank uses files; the others get the state from it.
     pub fn open(
         mut recipe: Recipe,
         options: &RunOptions,
@@ -128,17 +131,22 @@ impl Run {
         trainer: &mut Trainer,
     ) -> Result<Self> {
         let mut options = options.clone();
-        if options.numbered {
+        let group = trainer.collective;
+        if options.numbered && group.is_first() {
             options.out = Directory::numbered(&options.out)?;
         }
         let out = &options.out;
-        let directory = Directory::open(out, options.resume)?;
+        let directory = group.is_first().then(|| Directory::open(out, options.resume)).transpose()?;
         let accept = std::mem::take(&mut recipe.data.accept_changes);
         let checkpoints = Checkpoints::new(out, recipe.train.keep);
         let digest = data.digest();
-        let now = Now { recipe: &recipe, data: &data, digest: &digest, accept };
+        let ranks = (group.size > 1).then_some(group.size);
+        let now = Now { recipe: &recipe, data: &data, digest: &digest, accept, ranks };
+        group.agree("a recipe", recipe.to_toml_of("").as_bytes())?;
+        group.agree("data", format!("{digest:?}").as_bytes())?;
         let (mut state, mut notes) = (None, Vec::new());
         if options.resume
+            && group.is_first()
             && let Some(resumed) = checkpoints.resume(trainer, |state| now.fits(state).map(drop))?
         {
             notes.extend(resumed.notes);
@@ -146,6 +154,7 @@ impl Run {
             notes.extend(now.of_schedule(&resumed.state, trainer)?);
             state = Some(go_on(resumed.state, &recipe)?);
         }
+        ranks::share_state(trainer, &mut state)?;
         let resumed = state.as_ref().map(|s| s.step);
         let preferred = state.as_ref().map_or(Ok(()), |s| trainer.backend.prefer_algorithms(&s.algorithms));
         let mut state = state.unwrap_or_default();
@@ -153,9 +162,13 @@ impl Run {
             state.recipe_name = options.recipe_name.clone();
         }
         let text = recipe.to_toml_of(&state.recipe_name);
-        files::write_atomic(&out.join("recipe.toml"), |w| w.write_all(text.as_bytes()))?;
-        let log = Log::to_file(&out.join("log.txt"))?;
-        let metrics = MetricsFile::open(&out.join("metrics.jsonl"), resumed)?;
+        let (log, metrics) = if group.is_first() {
+            files::write_atomic(&out.join("recipe.toml"), |w| w.write_all(text.as_bytes()))?;
+            let metrics = MetricsFile::open(&out.join("metrics.jsonl"), resumed)?;
+            (Log::to_file(&out.join("log.txt"))?, Some(metrics))
+        } else {
+            (Log::stderr(), None)
+        };
         let steps = recipe.train.steps.expect("a resolved recipe has its steps");
         let meta = CheckpointMeta {
             classes: Some(data.train.classes().to_vec()),
@@ -175,6 +188,7 @@ impl Run {
             ..CheckpointMeta::default()
         };
         (state.recipe, state.data, state.overfit) = (text, Some(digest), data.overfit);
+        state.ranks = ranks;
         let run = Self {
             steps,
             checkpoints,
@@ -214,7 +228,8 @@ impl Run {
         let to_come =
             usize::try_from(self.steps.saturating_sub(trainer.step).div_ceil(every)).unwrap_or(usize::MAX);
         let count = (kept + 1).min(to_come.max(1));
-        if let Some(warning) = self.directory.too_small_for(count, bytes as u64) {
+        let directory = self.directory.as_ref();
+        if let Some(warning) = directory.and_then(|d| d.too_small_for(count, bytes as u64)) {
             self.log.warn(&warning);
         }
     }
@@ -271,22 +286,25 @@ impl Run {
     /// The training loader, from the batch after the last finished step.
     pub fn loader(&self, trainer: &Trainer) -> Result<Loader> {
         let (recipe, config) = (&self.recipe, &trainer.model.config);
-        let layout = setup::slot_layout(recipe, self.data.shape().targets);
+        let group = trainer.collective;
+        let layout =
+            SlotLayout { samples: trainer.batch, ..setup::slot_layout(recipe, self.data.shape().targets) };
         let slots =
             (0..recipe.data.slots).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
-            batch: recipe.train.batch,
+            batch: trainer.batch,
             image: config.image,
             mode: data::Mode::Train { augment: recipe.augment.clone(), seed: recipe.train.seed },
             start_batch: trainer.step,
-            workers: recipe.data.workers,
+            workers: group.threads(recipe.data.workers),
             on_bad_record: recipe.data.on_bad_record,
             exif: recipe.data.exif,
         };
         let delivery = Delivery {
+            rank: group.rank,
+            ranks: group.size,
             shuffle_window: recipe.data.shuffle_window,
             normalise: trainer.model.normalise,
-            ..Delivery::default()
         };
         Ok(Loader::with(self.data.train.clone(), spec, delivery, slots))
     }
@@ -327,7 +345,7 @@ impl Run {
             || self.is_checkpoint_step(step)
             || trainer.skipped_in_a_row() > 0
             || self.data.overfit.is_some()
-            || signals::pending().is_some()
+            || trainer.asked_to_stop().is_some()
     }
 
     /// Waits for steps and logs their reports, in order, until at most `ahead` are in flight. While steps are
@@ -374,7 +392,7 @@ impl Run {
             self.log.line(&format!("         {text}"));
         }
         if due {
-            self.metrics.step(&line)?;
+            self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.step(&line))?;
             self.progress.step(&line);
             self.state.last_loss = Some(line.loss);
             self.state.window = Sums::default();
@@ -436,11 +454,9 @@ impl Run {
         if let Some(free) = trainer.backend.unbind_batch() {
             training.recycle(free);
         }
-        let (val, part) = (self.data.val.clone(), self.data.train_part.clone());
-        let on_part = self.evaluate_on(trainer, &part)?;
-        let on_val = val.as_ref().map(|val| self.evaluate_on(trainer, val)).transpose()?;
-        let ema = val.as_ref().filter(|_| trainer.optimizer.ema_decay().is_some());
-        let on_ema = ema.map(|val| self.evaluate_ema_on(trainer, val)).transpose()?;
+        let group = trainer.collective;
+        let own = if group.is_first() { self.evaluate_all(trainer) } else { Ok(Evaluations::default()) };
+        let Evaluations { part: on_part, val: on_val, ema: on_ema } = ranks::share_evaluations(&group, own)?;
         let report = on_val.unwrap_or(on_part);
         let best = on_val.is_some_and(|report| self.record_best(trainer.step, &report));
         let line = EvalLine {
@@ -454,11 +470,19 @@ impl Run {
             img_per_s: report.img_per_s,
             seconds: began.elapsed().as_secs_f64(),
         };
-        self.metrics.eval(&line)?;
+        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.eval(&line))?;
         self.progress.eval(&line);
         (self.last_eval, self.evaluated_at) = (Some(report), trainer.step);
         self.pace.outside += began.elapsed().as_secs_f64();
         Ok(())
+    }
+
+    fn evaluate_all(&self, trainer: &mut Trainer) -> Result<Evaluations> {
+        let part = self.evaluate_on(trainer, &self.data.train_part)?;
+        let val = self.data.val.as_ref().map(|val| self.evaluate_on(trainer, val)).transpose()?;
+        let ema = self.data.val.as_ref().filter(|_| trainer.optimizer.ema_decay().is_some());
+        let ema = ema.map(|val| self.evaluate_ema_on(trainer, val)).transpose()?;
+        Ok(Evaluations { part, val, ema })
     }
 
     fn evaluate_ema_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
@@ -525,13 +549,17 @@ impl Run {
         if self.saved_at == Some(trainer.step) {
             return Ok(());
         }
+        let Some(metrics) = &self.metrics else {
+            self.saved_at = Some(trainer.step);
+            return Ok(());
+        };
         let began = Instant::now();
         self.state.step = trainer.step;
         self.state.skipped = trainer.skipped;
         self.state.skipped_in_a_row = trainer.skipped_in_a_row();
         self.state.algorithms = trainer.backend.algorithms();
         // A crash of the machine must not lose metrics of steps that the checkpoint includes.
-        self.metrics.sync()?;
+        metrics.sync()?;
         let evaluated =
             self.last_eval.filter(|_| self.data.val.is_some() && self.evaluated_at == trainer.step);
         let meta = CheckpointMeta {
@@ -569,7 +597,7 @@ impl Run {
         if trainer.step >= self.steps {
             return Ok(Some(Ending::Finished));
         }
-        let Some(signal) = signals::pending() else { return Ok(None) };
+        let Some(signal) = trainer.asked_to_stop() else { return Ok(None) };
         self.read_reports(trainer, loader, 0)?;
         self.checkpoint(trainer)?;
         Err(Error::stopped(signal, format!("stopped at step {}, {}", trainer.step, self.saved()))
@@ -631,7 +659,10 @@ impl Run {
             best: self.state.best.map(|b| (b.step, b.metric)),
             has_val: self.data.val.is_some(),
             held_out: self.data.held_out.is_some(),
-            samples: self.data.val.as_ref().map_or(Vec::new(), |val| samples::write(val, &self.options.out)),
+            samples: match &self.data.val {
+                Some(val) if self.directory.is_some() => samples::write(val, &self.options.out),
+                _ => Vec::new(),
+            },
             metric: self.recipe.eval.metric,
         })
     }

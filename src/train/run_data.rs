@@ -205,7 +205,7 @@ fn overfit(recipe: &mut Recipe, images: usize) {
     recipe.schedule.warmup = crate::recipe::Duration::Steps(10);
     recipe.schedule.total = None;
     recipe.train.batch = recipe.train.batch.min(images);
-    recipe.train.micro_batch = MicroBatch::Samples(0);
+    (recipe.train.micro_batch, recipe.train.reduce_chunks) = (MicroBatch::Samples(0), None);
     recipe.train.log_every = recipe.train.log_every.min(10);
     recipe.train.steps = Some(OVERFIT_STEPS);
     recipe.train.epochs = None;

@@ -20,9 +20,9 @@ use crate::recipe::{ClassWeights, MicroBatch, Recipe, SlotPixels, TrainSection};
 use crate::report::format;
 use crate::vit::{LastBlock, Mode, Param, Vit};
 
-use super::class_weights;
 use super::run::{RunData, RunOptions};
 use super::trainer::{gradients, micro_batches};
+use super::{class_weights, ranks};
 
 /// `"auto"` leaves 1/SPARE of the free memory unused, for memory that no plan counts: a recorded step on a GPU,
 /// or slots and the system's cache on the CPU.
@@ -85,6 +85,13 @@ impl Parts {
         Ok(Self { model, optimizer, slot, loss, batch: recipe.train.batch })
     }
 
+    /// The same for one of `ranks` ranks, which have equal shares of every batch.
+    pub fn shared_by(mut self, ranks: usize) -> Self {
+        self.batch /= ranks;
+        self.slot.samples /= ranks;
+        self
+    }
+
     /// Bytes of every arena of the run: what `vitrum plan` prints and [`super::Trainer::new`] allocates.
     pub fn memory(&self) -> MemoryPlan {
         let mut plan = self.model.plan();
@@ -109,8 +116,8 @@ impl Parts {
         // Costs depend on the storage, and on the precision only through it.
         let mut counted = Timed::new(Box::new(DryRun::new(self.model.plan().storage(), Precision::F32)));
         counted.expect_batch(self.slot);
-        let micro_batches = micro_batches(&self.model, self.batch, &Collective::ALONE);
-        gradients(&mut counted, &self.model, self.loss, &micro_batches)?;
+        let micro_batches = micro_batches(&self.model, self.batch, &Collective::ALONE, false);
+        gradients(&mut counted, &self.model, self.loss, &micro_batches, &mut |_| Ok(()))?;
         counted.update(&self.optimizer.update(0))?;
         Ok(counted.times().operations())
     }
@@ -131,12 +138,15 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Opens a run's device. A resumed run keeps the precision and the micro-batch in its directory's recipe.
-    pub fn for_run(recipe: Recipe, data: &RunData, options: &RunOptions) -> Result<Self> {
+    /// Opens the device of one of a run's ranks. A resumed run keeps the precision and the micro-batch in its
+    /// directory's recipe.
+    pub fn for_run(recipe: Recipe, data: &RunData, options: &RunOptions, ranks: &Collective) -> Result<Self> {
         let weights = class_weights::of(&recipe, &data.train);
-        let (backend, recipe, mut notes) = open(recipe, options, data.shape())?;
+        let (backend, recipe, mut notes) = open(recipe, options, data.shape(), ranks)?;
         notes.extend(weights.iter().map(|weights| class_weights::line(weights, data.train.classes())));
-        Ok(Self { notes, ..Self::with(backend, recipe, data.shape(), weights)? })
+        let mut setup = Self::with(backend, recipe, data.shape(), weights)?;
+        setup.parts = setup.parts.shared_by(ranks.size);
+        Ok(Self { notes, ..setup })
     }
 
     /// Opens a device for data of which only the shape is known.
@@ -155,7 +165,7 @@ impl Setup {
     /// The recipe is invalid; it does not fit on the device; its class weights need records to count.
     pub fn on(backend: Box<dyn Backend>, recipe: &Recipe, data: DataShape) -> Result<Self> {
         let weights = class_weights::of_list(recipe)?;
-        let recipe = resolve_for_device(recipe.clone(), &*backend, data)?;
+        let recipe = resolve_for_device(recipe.clone(), &*backend, data, 1)?;
         Self::with(backend, recipe, data, weights)
     }
 
@@ -170,19 +180,29 @@ impl Setup {
     }
 }
 
-/// The recipe with this device's precision and micro-batch.
+/// The recipe with this device's precision and micro-batch, for one of `ranks` ranks.
 ///
 /// # Errors
-/// The run does not fit into the device's memory; the hint names the largest micro-batch that does.
-pub fn resolve_for_device(mut recipe: Recipe, backend: &dyn Backend, data: DataShape) -> Result<Recipe> {
+/// The device cannot sum in chunks; the run does not fit into the device's memory; the hint names the largest micro-batch that does.
+pub fn resolve_for_device(
+    recipe: Recipe,
+    backend: &dyn Backend,
+    data: DataShape,
+    ranks: usize,
+) -> Result<Recipe> {
+    if recipe.train.reduce_chunks.is_some() && backend.storage().has_device_memory() {
+        return Err(Error::usage("`train.reduce_chunks` is not built yet for GPUs")
+            .hint("use `--device cpu`, or leave it out"));
+    }
+    let mut recipe = recipe.in_chunks();
     recipe.train.precision = backend.precision();
     recipe.train.residual = recipe.train.residual.settled(backend.precision());
     let needs = |micro_batch: MicroBatch| -> Result<usize> {
         let mut recipe = recipe.clone();
         recipe.train.micro_batch = micro_batch;
-        Ok(Parts::of(&recipe, backend.storage(), data)?.memory().total_bytes())
+        Ok(Parts::of(&recipe, backend.storage(), data)?.shared_by(ranks).memory().total_bytes())
     };
-    let batch = recipe.train.batch;
+    let batch = recipe.train.batch / ranks;
     let most = if backend.storage().has_device_memory() { batch } else { batch.min(CPU_MOST) };
     let largest = |room: usize| -> Result<Option<usize>> {
         for micro_batch in (1..=most).rev().filter(|m| batch.is_multiple_of(*m)) {
@@ -227,6 +247,7 @@ fn open(
     mut recipe: Recipe,
     options: &RunOptions,
     data: DataShape,
+    group: &Collective,
 ) -> Result<(Box<dyn Backend>, Recipe, Vec<String>)> {
     let chosen = recipe.train.micro_batch == MicroBatch::Auto;
     let before = if options.resume { saved(options)? } else { None };
@@ -242,9 +263,12 @@ fn open(
             t.micro_batch = before.train.micro_batch;
         }
     }
+    let recipe = ranks::settle(recipe, group, options.device)?;
     let kept = recipe.train.precision;
     let words = in_words(&recipe.train);
-    let backend = backend::select(options.device, &device_options(&recipe)).map_err(|e| {
+    let threads = group.threads(recipe.train.threads);
+    let on = backend::DeviceOptions { threads, ..device_options(&recipe) };
+    let backend = backend::select(options.device, &on).map_err(|e| {
         // Only the CPU refuses precisions.
         let refused =
             !matches!(options.device, Device::Cuda(_)) && !matches!(kept, Precision::Auto | Precision::F32);
@@ -255,8 +279,12 @@ fn open(
             "continue with `--set train.precision=f32`; results are then not bit-identical to the original run",
         )
     })?;
-    let recipe = resolve_for_device(recipe, &*backend, data)?;
-    let mut notes = Vec::new();
+    if group.size > 1 && backend.storage().has_device_memory() {
+        ranks::refuse_gpus(group)?;
+    }
+    let mut recipe = resolve_for_device(recipe, &*backend, data, group.size)?;
+    ranks::same_micro_batch(&mut recipe, group)?;
+    let mut notes: Vec<String> = ranks::line(&recipe, group).into_iter().collect();
     if chosen && let MicroBatch::Samples(n) = recipe.train.micro_batch {
         notes.push(format!("batch    {} in micro-batches of {n}", recipe.train.batch));
     }

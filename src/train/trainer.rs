@@ -9,9 +9,11 @@ use crate::error::{Error, Result};
 use crate::infer::loaded::load_weights;
 use crate::optim::Optimizer;
 use crate::recipe::Recipe;
+use crate::signals;
 use crate::vit::{Mode, Vit};
 use crate::weights::ModelFile;
 
+use super::ranks::{self, Exchange};
 use super::run::{Run, RunData, RunOptions, RunSummary};
 use super::setup::{Parts, Setup};
 
@@ -28,17 +30,18 @@ pub fn train_from(
     data: RunData,
     options: &RunOptions,
 ) -> Result<RunSummary> {
-    let setup = Setup::for_run(recipe, &data, options)?;
+    let group = Collective::from_env()?;
+    let setup = Setup::for_run(recipe, &data, options, &group)?;
     let recipe = setup.recipe.clone();
     let notes = options.notes.iter().chain(&setup.notes).cloned().collect();
     let options = &RunOptions { notes, ..options.clone() };
-    let mut trainer = Trainer::new(setup, Collective::from_env()?, weights)?;
+    let mut trainer = Trainer::new(setup, group, weights)?;
     let mut run = Run::open(recipe, options, data, &mut trainer)?;
     let mut loader = run.loader(&trainer)?;
-    run.make_up_evaluation(&mut trainer, &mut loader)?;
+    ranks::stop_together(&group, run.make_up_evaluation(&mut trainer, &mut loader))?;
 
     let ending = loop {
-        if let Some(ending) = run.check_end(&mut trainer, &loader)? {
+        if let Some(ending) = ranks::stop_together(&group, run.check_end(&mut trainer, &loader))? {
             break ending;
         }
         let batch = run.next_batch(&mut trainer, &mut loader)?;
@@ -51,13 +54,15 @@ pub fn train_from(
             continue;
         }
         if run.evaluation_is_due(trainer.step) {
-            run.evaluate(&mut trainer, &mut loader)?;
+            ranks::stop_together(&group, run.evaluate(&mut trainer, &mut loader))?;
         }
         if run.checkpoint_is_due(&trainer) {
             run.checkpoint(&mut trainer)?;
         }
     };
-    run.finish(&mut trainer, ending)
+    let summary = run.finish(&mut trainer, ending)?;
+    group.leave()?;
+    Ok(summary)
 }
 
 /// A model in training on one device.
@@ -85,6 +90,7 @@ pub struct Trainer {
     /// Steps whose update was skipped because the loss or the gradient norm was not finite.
     pub skipped: u64,
     skipped_in_a_row: u64,
+    exchange: Exchange,
 }
 
 impl Trainer {
@@ -108,6 +114,7 @@ impl Trainer {
         if let Some(place) = model.class_weights {
             backend.write(place, &class_weights.expect("a loss that weighs classes has their weights"))?;
         }
+        let exchange = Exchange::new(&recipe, &collective);
         let mut trainer = Self {
             backend,
             model,
@@ -121,6 +128,7 @@ impl Trainer {
             in_flight: 0,
             skipped: 0,
             skipped_in_a_row: 0,
+            exchange,
         };
         trainer.weights_changed()?;
         Ok(trainer)
@@ -148,14 +156,12 @@ impl Trainer {
     /// again.
     pub fn submit(&mut self, batch: Slot) -> Result<Option<Slot>> {
         let step = self.submitted();
-        let micro_batches = micro_batches(&self.model, self.batch, &self.collective);
+        let micro_batches =
+            micro_batches(&self.model, self.batch, &self.collective, self.exchange.in_chunks());
         let free = self.backend.bind_batch(batch)?;
         self.backend.begin_step(StepKeys { seed: self.seed, step })?;
-        let (model, loss, collective) = (&self.model, self.loss, &self.collective);
-        let mut work = |b: &mut dyn Backend| {
-            gradients(b, model, loss, &micro_batches)?;
-            collective.all_reduce_gradients(b)
-        };
+        let (model, loss, ranks, exchange) = (&self.model, self.loss, &self.collective, &mut self.exchange);
+        let mut work = |b: &mut dyn Backend| exchange.gradients(b, model, loss, &micro_batches, ranks);
         self.backend.step(&mut work, Some(&self.optimizer.update(step)))?;
         self.in_flight += 1;
         Ok(free)
@@ -178,6 +184,11 @@ impl Trainer {
     /// All submitted steps, including finished ones.
     pub fn submitted(&self) -> u64 {
         self.step + self.in_flight
+    }
+
+    /// The signal that asks the run to stop. All ranks get the same answer, that of the last step's exchange.
+    pub fn asked_to_stop(&self) -> Option<i32> {
+        if self.collective.size == 1 { signals::pending() } else { self.exchange.signal }
     }
 
     /// How many of the latest steps in a row were skipped.
@@ -216,26 +227,38 @@ impl Trainer {
     }
 }
 
-/// The micro-batches of a rank's batch.
-pub(super) fn micro_batches(model: &Vit, batch: usize, collective: &Collective) -> Vec<Micro> {
+/// The micro-batches of a rank's batch. As chunks they do not add their gradients up.
+pub(super) fn micro_batches(
+    model: &Vit,
+    batch: usize,
+    collective: &Collective,
+    as_chunks: bool,
+) -> Vec<Micro> {
     let micro = |first| Micro {
         first,
         samples: model.micro_batch,
         global_first: (collective.rank * batch) as u64,
-        gradients: Write::add_if(first > 0),
+        gradients: Write::add_if(first > 0 && !as_chunks),
         mean_over: batch * collective.size,
     };
     (0..batch).step_by(model.micro_batch).map(micro).collect()
 }
 
-/// Computes the gradients of a batch and the sums of its report.
-pub(super) fn gradients(b: &mut dyn Backend, model: &Vit, loss: Loss, micro_batches: &[Micro]) -> Result<()> {
+/// Computes the gradients of a batch and the sums of its report. Calls `after` after each micro-batch.
+pub(super) fn gradients(
+    b: &mut dyn Backend,
+    model: &Vit,
+    loss: Loss,
+    micro_batches: &[Micro],
+    after: &mut dyn FnMut(&mut dyn Backend) -> Result<()>,
+) -> Result<()> {
     b.begin_report()?;
     for micro in micro_batches {
         b.begin_micro(*micro)?;
         model.forward(b, true)?;
         model.loss(b, loss)?;
         model.backward(b, true)?;
+        after(b)?;
     }
     Ok(())
 }

@@ -59,6 +59,26 @@ pub fn command<S: AsRef<OsStr>>(args: &[S]) -> Command {
     command
 }
 
+/// The program as several ranks under the `mpirun` on PATH: `programs` has the number of ranks and the arguments
+/// of each part. `None`, and a line, where there is no `mpirun`.
+pub fn ranks(programs: &[(usize, &[String])]) -> Option<Command> {
+    let Ok(version) = Command::new("mpirun").arg("--version").output() else {
+        println!("skipped: there is no `mpirun` on PATH");
+        return None;
+    };
+    let mut mpirun = Command::new("mpirun");
+    if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
+        mpirun.args(["--allow-run-as-root", "--oversubscribe"]);
+    }
+    for (part, (count, args)) in programs.iter().enumerate() {
+        mpirun.args((part > 0).then_some(":")).args(["-n", &count.to_string()]);
+        mpirun.arg(env!("CARGO_BIN_EXE_vitrum")).args(*args);
+    }
+    mpirun.env("VITRUM_CACHE", cache()).stdin(Stdio::null());
+    mpirun.env_remove("VITRUM_ISA").env_remove("VITRUM_CPU_ROUNDS");
+    Some(mpirun)
+}
+
 /// Runs the program to its end.
 pub fn vitrum<S: AsRef<OsStr>>(args: &[S]) -> Done {
     finish(command(args))

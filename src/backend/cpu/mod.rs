@@ -143,6 +143,10 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn gradients_mut(&mut self) -> Option<&mut [f32]> {
+        Some(bytemuck::cast_slice_mut(self.arenas.bytes_mut(Arena::Grads)))
+    }
+
     fn swap_ema(&mut self) -> Result<()> {
         self.arenas.swap(Arena::Params, Arena::Ema);
         Ok(())

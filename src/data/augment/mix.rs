@@ -6,10 +6,11 @@ use crate::recipe::{AugmentSection, MixLaw, MixMode};
 use crate::rng::{Domain, Stream};
 
 /// Decides how batch `slot.position` is mixed. Partners come from groups of `mix_group`. `mix_mode` decides
-/// which samples share a draw. Ranks share the draws of a batch, but have their own for pairs and elements.
+/// which samples share a draw. Draws of pairs and elements are keyed by the sample of the global batch, so the
+/// number of ranks changes none; a group lies within a rank.
 pub fn fill(slot: &mut Slot, augment: &AugmentSection, seed: u64, rank: usize) {
     slot.clear_mix();
-    if augment.mixup <= 0.0 && augment.cutmix <= 0.0 && augment.cutmix_minmax.1 <= 0.0 {
+    if !augment.mixes() {
         return;
     }
     let image = slot.layout().image;

@@ -82,25 +82,24 @@ impl Filler {
     }
 
     /// Which records a training batch shows.
-    fn drawn(&self, position: u64, repeats: usize) -> Vec<Drawn> {
-        self.order.of((0..self.spec.batch).map(|i| self.number(position, i, repeats)))
+    fn drawn(&self, position: u64) -> Vec<Drawn> {
+        self.order.of((0..self.spec.batch).map(|i| self.number(position, i)))
     }
 
-    /// The number, within the run, of this rank's sample `i` of a batch. Samples of one record go to
-    /// different ranks.
-    fn number(&self, position: u64, i: usize, repeats: usize) -> u64 {
+    /// The number, within the run, of this rank's sample `i` of a batch. A rank has neighbouring samples, so
+    /// that a batch is the same on any number of ranks.
+    fn number(&self, position: u64, i: usize) -> u64 {
         let (batch, Delivery { rank, ranks, .. }) = (self.spec.batch, self.delivery);
-        let in_batch = if repeats > 1 { i * ranks + rank } else { rank * batch + i };
-        position * (batch * ranks) as u64 + in_batch as u64
+        (position * ranks as u64 + rank as u64) * batch as u64 + i as u64
     }
 
     fn fill_train(&self, slot: &mut Slot, augment: &AugmentSection, seed: u64) -> Result<()> {
         let batch = self.spec.batch;
-        let order = self.drawn(slot.position, augment.repeats);
+        let order = self.drawn(slot.position);
         if self.dataset.image().is_none() {
             // Asks the system to read the next batch while this one is made. For small records its own
             // read-ahead is enough.
-            let next = self.drawn(slot.position + 1, augment.repeats);
+            let next = self.drawn(slot.position + 1);
             next.iter().for_each(|drawn| self.dataset.will_need(drawn.record));
         }
         let made = self.each_sample(slot, batch, |i, buffers, mut target| {
@@ -145,7 +144,7 @@ impl Filler {
     }
 
     fn fill_eval(&self, slot: &mut Slot, resize: EvalResize, crop_ratio: f32) -> Result<()> {
-        let first = self.number(slot.position, 0, 1) as usize;
+        let first = self.number(slot.position, 0) as usize;
         let count = self.dataset.len().saturating_sub(first).min(self.spec.batch);
         let made = self.each_sample(slot, count, |i, buffers, mut target| {
             let WorkerBuffers { decoder, augment: buffers } = buffers;

@@ -1,0 +1,253 @@
+//! A run on several ranks: what must divide, what the ranks exchange in a step, and what the first rank tells
+//! the others about evaluations and a resumed state.
+
+use crate::backend::{Arena, Backend, Device, Loss, Micro};
+use crate::dist::{Collective, GradientSum};
+use crate::error::{Error, Kind, Result};
+use crate::recipe::{MicroBatch, Recipe};
+use crate::signals;
+use crate::vit::Vit;
+
+use super::Trainer;
+use super::checkpoint::RunState;
+use super::evaluate::EvalReport;
+use super::trainer::gradients;
+
+/// Refuses ranks on a GPU.
+pub(super) fn refuse_gpus(ranks: &Collective) -> Result<()> {
+    Err(Error::usage(format!("{} ranks on GPUs need NCCL, which is not built yet", ranks.size))
+        .hint("use `--device cpu`, or one process for one GPU"))
+}
+
+/// Checks that the ranks can share a resolved recipe's batch, and writes what depends on their number into
+/// it: samples are mixed within a rank, and a micro-batch is part of a rank's batch.
+pub(super) fn settle(mut recipe: Recipe, ranks: &Collective, device: Device) -> Result<Recipe> {
+    let n = ranks.size;
+    if n == 1 {
+        return Ok(recipe);
+    }
+    if matches!(device, Device::Cuda(_)) {
+        refuse_gpus(ranks)?;
+    }
+    let (train, augment) = (&mut recipe.train, &mut recipe.augment);
+    if !train.batch.is_multiple_of(n) {
+        return Err(Error::usage(format!(
+            "`train.batch` is {}, which {n} ranks cannot share equally",
+            train.batch
+        ))
+        .hint(format!("use `--set train.batch={}`", train.batch.next_multiple_of(n))));
+    }
+    if let Some(chunks) = train.reduce_chunks.filter(|chunks| !chunks.is_multiple_of(n)) {
+        return Err(Error::usage(format!(
+            "`train.reduce_chunks` is {chunks}, which {n} ranks cannot share equally"
+        ))
+        .hint(match n.is_power_of_two() {
+            true => format!("use `--set train.reduce_chunks={n}`"),
+            false => format!("use {} ranks: chunks are a power of two", n.next_power_of_two() / 2),
+        }));
+    }
+    let own = train.batch / n;
+    let micro = match train.micro_batch {
+        MicroBatch::Samples(0) => own,
+        MicroBatch::Samples(micro) => micro,
+        MicroBatch::Auto => 1,
+    };
+    if !own.is_multiple_of(micro) {
+        let fits = (1..=micro).rev().find(|m| own.is_multiple_of(*m)).unwrap_or(1);
+        return Err(Error::usage(format!(
+            "`train.micro_batch` is {micro}, which does not divide the {own} samples of a rank"
+        ))
+        .hint(format!("use `--set train.micro_batch={fits}`")));
+    }
+    if train.micro_batch != MicroBatch::Auto {
+        train.micro_batch = MicroBatch::Samples(micro);
+    }
+    if augment.mixes() {
+        if augment.mix_group == 0 {
+            augment.mix_group = own;
+        }
+        if !own.is_multiple_of(augment.mix_group) {
+            return Err(Error::usage(format!(
+                "`augment.mix_group` is {}, which does not divide the {own} samples of a rank",
+                augment.mix_group
+            ))
+            .hint(format!("use `--set augment.mix_group={own}`")));
+        }
+    }
+    Ok(recipe)
+}
+
+/// `"auto"` looks at the free memory, which ranks see at different moments: all take the smallest choice.
+pub(super) fn same_micro_batch(recipe: &mut Recipe, ranks: &Collective) -> Result<()> {
+    if let MicroBatch::Samples(own) = recipe.train.micro_batch {
+        let smallest = ranks.gather_number(own as u64)?.into_iter().min().unwrap_or(own as u64);
+        recipe.train.micro_batch = MicroBatch::Samples(smallest as usize);
+    }
+    Ok(())
+}
+
+/// A line for the header.
+pub(super) fn line(recipe: &Recipe, ranks: &Collective) -> Option<String> {
+    let own = recipe.train.batch / ranks.size;
+    let sum = match recipe.train.reduce_chunks {
+        Some(chunks) => format!("gradients summed in {chunks} chunks, on any number of ranks"),
+        None => "gradients summed in rank order".into(),
+    };
+    (ranks.size > 1).then(|| format!("ranks    {} with {own} samples of each batch, {sum}", ranks.size))
+}
+
+/// What a step exchanges. Its buffers stop growing after the first step.
+pub(super) struct Exchange {
+    /// Chunks of this rank, if gradients are summed in chunks.
+    chunks: Option<usize>,
+    sum: GradientSum,
+    /// The rows of [`Vit::sample_metrics`] of this rank's samples, then the signal that it got, or 0.
+    own: Vec<f32>,
+    /// The same of all ranks.
+    all: Vec<f32>,
+    /// The signal that some rank got.
+    pub(super) signal: Option<i32>,
+}
+
+impl Exchange {
+    pub(super) fn new(recipe: &Recipe, ranks: &Collective) -> Self {
+        let chunks = recipe.train.reduce_chunks.map(|chunks| chunks / ranks.size);
+        Self { chunks, sum: GradientSum::default(), own: Vec::new(), all: Vec::new(), signal: None }
+    }
+
+    /// Whether every micro-batch assigns its gradients, to be summed as a chunk.
+    pub(super) fn in_chunks(&self) -> bool {
+        self.chunks.is_some()
+    }
+
+    /// Computes the gradients of this rank's batch, and sums them and the report over chunks and ranks.
+    pub(super) fn gradients(
+        &mut self,
+        b: &mut dyn Backend,
+        model: &Vit,
+        loss: Loss,
+        micro_batches: &[Micro],
+        ranks: &Collective,
+    ) -> Result<()> {
+        let (several, samples) = (ranks.size > 1, model.sample_metrics());
+        let Self { chunks, sum, own, all, signal } = self;
+        sum.begin();
+        own.clear();
+        gradients(b, model, loss, micro_batches, &mut |b| {
+            if several {
+                let from = own.len();
+                own.resize(from + samples.rows * samples.cols, 0.0);
+                b.read(samples, &mut own[from..])?;
+            }
+            if let Some(chunks) = *chunks {
+                sum.add_chunk(in_main_memory(b)?, chunks);
+            }
+            Ok(())
+        })?;
+        if !several {
+            return Ok(());
+        }
+        own.push(signals::pending().unwrap_or(0) as f32);
+        all.resize(own.len() * ranks.size, 0.0);
+        ranks.all_gather(bytemuck::cast_slice(own), bytemuck::cast_slice_mut(all))?;
+        // Every rank adds the samples' rows in their order in the global batch, as one rank would.
+        b.begin_report()?;
+        let mut last = 0.0f32;
+        for of_rank in all.chunks_exact(own.len()) {
+            let (asked, rows) = of_rank.split_last().expect("a rank sends its signal");
+            last = last.max(*asked);
+            for rows in rows.chunks_exact(samples.rows * samples.cols) {
+                b.write(samples, rows)?;
+                b.add_to_report(samples)?;
+            }
+        }
+        *signal = (last > 0.0).then_some(last as i32);
+        sum.over_ranks(ranks, in_main_memory(b)?, chunks.is_some())
+    }
+}
+
+fn in_main_memory(b: &mut dyn Backend) -> Result<&mut [f32]> {
+    let device = b.describe();
+    b.gradients_mut()
+        .ok_or_else(|| Error::usage(format!("sums over ranks or chunks are not built yet on {device}")))
+}
+
+/// The evaluations of a step.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Evaluations {
+    /// On a part of the training images.
+    pub(super) part: EvalReport,
+    pub(super) val: Option<EvalReport>,
+    /// On the validation images, with the weights' EMA.
+    pub(super) ema: Option<EvalReport>,
+}
+
+/// Gives every rank the evaluations of the first one, or the signal that ended them. Any other error is only
+/// the first one's: it ends all.
+pub(super) fn share_evaluations(ranks: &Collective, own: Result<Evaluations>) -> Result<Evaluations> {
+    if ranks.size == 1 {
+        return own;
+    }
+    let mut bytes = match &own {
+        _ if !ranks.is_first() => Vec::new(),
+        Ok(done) => encode(0, done),
+        Err(error) => match error.kind() {
+            Kind::Stopped(signal) => encode(signal, &Evaluations::default()),
+            _ => return own,
+        },
+    };
+    ranks.broadcast(&mut bytes)?;
+    if ranks.is_first() {
+        return own;
+    }
+    let values: Vec<f64> =
+        bytes.chunks_exact(8).map(|v| f64::from_le_bytes(v.try_into().expect("8 bytes"))).collect();
+    match values[0] as i32 {
+        0 => {
+            let report = |i: usize| {
+                let values = &values[1 + i * EvalReport::VALUES..][..EvalReport::VALUES];
+                let is_there = values != NO_REPORT;
+                is_there.then(|| EvalReport::from_values(values.try_into().expect("as many values")))
+            };
+            Ok(Evaluations { part: report(0).unwrap_or_default(), val: report(1), ema: report(2) })
+        }
+        signal => Err(Error::stopped(signal, "rank 0 was stopped while evaluating")),
+    }
+}
+
+/// Stands for a report that does not exist: no number of images is negative.
+const NO_REPORT: [f64; EvalReport::VALUES] = [-1.0; EvalReport::VALUES];
+
+fn encode(signal: i32, done: &Evaluations) -> Vec<u8> {
+    let reports = [Some(done.part), done.val, done.ema];
+    let values = reports.into_iter().flat_map(|report| report.map_or(NO_REPORT, EvalReport::to_values));
+    std::iter::once(f64::from(signal)).chain(values).flat_map(f64::to_le_bytes).collect()
+}
+
+/// Gives every rank the state that the first one restored from a checkpoint, if it did.
+pub(super) fn share_state(trainer: &mut Trainer, state: &mut Option<RunState>) -> Result<()> {
+    let ranks = trainer.collective;
+    if ranks.size == 1 {
+        return Ok(());
+    }
+    let mut json = serde_json::to_vec(state).expect("a state is written to checkpoints");
+    ranks.broadcast(&mut json)?;
+    *state = serde_json::from_slice(&json).map_err(|e| Error::new(format!("the state of rank 0: {e}")))?;
+    let Some(state) = state else { return Ok(()) };
+    trainer.resume_at(state.step, state.skipped, state.skipped_in_a_row);
+    for arena in [Arena::Params, Arena::Ema, Arena::Moment1, Arena::Moment2] {
+        let mut bytes = trainer.backend.read_arena(arena)?;
+        ranks.broadcast(&mut bytes)?;
+        trainer.backend.write_arena(arena, &bytes)?;
+    }
+    Ok(())
+}
+
+/// Passes a result on. If a signal stops all ranks, in the same step, they leave the group together: nobody
+/// ends while the first one still saves.
+pub(super) fn stop_together<T>(ranks: &Collective, result: Result<T>) -> Result<T> {
+    if result.as_ref().is_err_and(|e| matches!(e.kind(), Kind::Stopped(_))) {
+        ranks.leave()?;
+    }
+    result
+}
