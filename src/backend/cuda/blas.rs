@@ -215,7 +215,15 @@ impl Blas {
     }
 
     /// Runs the product, or returns false where cuBLASLt cannot do it with this epilogue.
+    ///
+    /// # Panics
+    /// An operand is not inside a live buffer.
     pub(super) fn run(&mut self, shape: &Shape, operands: &Operands, workspace: Address) -> Result<bool> {
+        let added = shape.add_c.then_some((operands.c, shape.d));
+        let given = [(operands.a, shape.a), (operands.b, shape.b), (operands.d, shape.d)];
+        for (at, matrix) in given.into_iter().chain(added) {
+            self.gpu.check_range(at, matrix.span());
+        }
         if !self.plans.contains_key(shape) {
             let plan = self.plan(shape, operands, workspace)?;
             self.plans.insert(*shape, plan);
@@ -467,7 +475,7 @@ impl Plan {
         workspace: Address,
     ) -> Code {
         let (alpha, beta) = (1.0f32, if shape.add_c { 1.0f32 } else { 0.0 });
-        // SAFETY: live descriptors that describe the operands, which lie in this GPU's memory; alpha and beta
+        // SAFETY: live descriptors that describe the operands, which lie in live buffers (`run`); alpha and beta
         // are read before the call returns; the workspace belongs to the compute stream alone.
         unsafe {
             api::cublaslt().cublasLtMatmul(

@@ -164,7 +164,7 @@ impl Gpu {
     }
 
     /// Panics if `bytes` bytes at `at` are not all in one live buffer of this GPU.
-    fn check_range(&self, at: Address, bytes: usize) {
+    pub(super) fn check_range(&self, at: Address, bytes: usize) {
         let within =
             |&(start, size): &(Address, usize)| at >= start && at - start + bytes as u64 <= size as u64;
         let inside = self.0.buffers.borrow().iter().any(within);
