@@ -197,14 +197,12 @@ fn a_pack_that_waits_for_a_read_ends_when_it_is_told_to() {
     assert!([1, 143].contains(&done.code), "{}: {}", done.code, done.stderr);
 }
 
-/// What a program does that trains with the library; runs in a process of its own.
-#[test]
-#[ignore = "a part of the next test"]
-fn a_program_that_trains() {
+/// What a program does that trains with the library. `out` is its run directory: [`path`] would clear the folder of
+/// the tests that are running.
+fn train_with_the_library(out: std::ffi::OsString) {
     let small = ["model.width=24", "model.heads=3", "train.batch=16", "train.steps=2", "train.eval_every=2"];
     let recipe = vitrum::Recipe::load(Some("demo"), &small.map(String::from)).unwrap();
-    // `path` would clear the folder of the tests that are running.
-    let mut options = vitrum::RunOptions::new("demo", std::env::var_os("OUT").unwrap());
+    let mut options = vitrum::RunOptions::new("demo", out);
     options.device = vitrum::backend::Device::Cpu;
     if std::env::var_os("SHOW").is_some() {
         vitrum::show_messages();
@@ -212,19 +210,24 @@ fn a_program_that_trains() {
     assert_eq!(vitrum::train(recipe, &options).unwrap().steps, 2);
 }
 
+/// Messages are shown per process, so the test starts itself as the program that trains.
 #[test]
 fn the_library_prints_only_if_it_is_asked_to() {
+    if let Some(out) = std::env::var_os("OUT") {
+        return train_with_the_library(out);
+    }
     for shows in [false, true] {
-        let _ = std::fs::remove_dir_all(path("library"));
+        let out = path(if shows { "library-shows" } else { "library" });
         let mut program = std::process::Command::new(std::env::current_exe().unwrap());
-        program.args(["--ignored", "--exact", "a_program_that_trains", "--nocapture"]);
-        program.env("VITRUM_CACHE", path("cache")).env("OUT", path("library")).env_remove("SHOW");
+        program.args(["--exact", "the_library_prints_only_if_it_is_asked_to", "--nocapture"]);
+        program.env("VITRUM_CACHE", path("cache")).env("OUT", &out).env_remove("SHOW");
         if shows {
             program.env("SHOW", "1");
         }
         let done = program.output().unwrap();
         let printed = String::from_utf8_lossy(&done.stderr);
         assert!(done.status.success(), "{printed}");
+        assert!(Path::new(&out).join("recipe.toml").is_file(), "it trained");
         assert_eq!(printed.contains("step"), shows, "{printed}");
         assert_eq!(printed.is_empty(), !shows, "{printed}");
     }

@@ -37,46 +37,29 @@ pub struct Launch {
     pub rank: usize,
     /// Number of processes.
     pub size: usize,
-    /// Number of this process on its machine, from 0.
-    pub local_rank: usize,
     /// Who started the ranks.
     pub launcher: Launcher,
 }
 
-/// The variables of a launcher: rank, size, and the rank on the machine.
+/// The variables of a launcher.
 struct Variables {
     launcher: Launcher,
     rank: &'static str,
     size: &'static str,
-    local_rank: &'static str,
 }
 
-const OPEN_MPI: Variables = Variables {
-    launcher: Launcher::OpenMpi,
-    rank: "OMPI_COMM_WORLD_RANK",
-    size: "OMPI_COMM_WORLD_SIZE",
-    local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
-};
-const MPICH: Variables = Variables {
-    launcher: Launcher::Mpich,
-    rank: "PMI_RANK",
-    size: "PMI_SIZE",
-    local_rank: "MPI_LOCALRANKID",
-};
-const SLURM: Variables = Variables {
-    launcher: Launcher::Slurm,
-    rank: "SLURM_PROCID",
-    size: "SLURM_STEP_NUM_TASKS",
-    local_rank: "SLURM_LOCALID",
-};
+const OPEN_MPI: Variables =
+    Variables { launcher: Launcher::OpenMpi, rank: "OMPI_COMM_WORLD_RANK", size: "OMPI_COMM_WORLD_SIZE" };
+const MPICH: Variables = Variables { launcher: Launcher::Mpich, rank: "PMI_RANK", size: "PMI_SIZE" };
+const SLURM: Variables =
+    Variables { launcher: Launcher::Slurm, rank: "SLURM_PROCID", size: "SLURM_STEP_NUM_TASKS" };
 /// Older versions of Slurm set only this one.
 const SLURM_TASKS: &str = "SLURM_NTASKS";
-const TORCHRUN: Variables =
-    Variables { launcher: Launcher::Torchrun, rank: "RANK", size: "WORLD_SIZE", local_rank: "LOCAL_RANK" };
+const TORCHRUN: Variables = Variables { launcher: Launcher::Torchrun, rank: "RANK", size: "WORLD_SIZE" };
 
 impl Launch {
     /// One process by itself.
-    pub const ALONE: Launch = Launch { rank: 0, size: 1, local_rank: 0, launcher: Launcher::Nobody };
+    pub const ALONE: Launch = Launch { rank: 0, size: 1, launcher: Launcher::Nobody };
 
     /// The place of this process.
     ///
@@ -161,14 +144,10 @@ fn read(variables: &Variables, lookup: impl Fn(&str) -> Option<String>) -> Resul
         ))
         .hint(format!("start it with {name} itself")));
     }
-    let local_rank = match lookup(variables.local_rank) {
-        Some(_) => number(variables.local_rank)?,
-        None => rank,
-    };
     if size == 1 {
         return Ok(Launch::ALONE);
     }
-    Ok(Launch { rank, size, local_rank, launcher: variables.launcher })
+    Ok(Launch { rank, size, launcher: variables.launcher })
 }
 
 #[cfg(test)]
@@ -179,36 +158,29 @@ mod tests {
         Launch::from(|key| variables.iter().find(|(k, _)| *k == key).map(|(_, v)| v.to_string()))
     }
 
-    fn is(variables: &[(&str, &str)], rank: usize, size: usize, local_rank: usize, launcher: Launcher) {
-        assert_eq!(from(variables).unwrap(), Launch { rank, size, local_rank, launcher }, "{variables:?}");
+    fn is(variables: &[(&str, &str)], rank: usize, size: usize, launcher: Launcher) {
+        assert_eq!(from(variables).unwrap(), Launch { rank, size, launcher }, "{variables:?}");
     }
 
     #[test]
     fn each_launcher_is_recognised() {
-        let open_mpi = [
-            ("OMPI_COMM_WORLD_RANK", "5"),
-            ("OMPI_COMM_WORLD_SIZE", "8"),
-            ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
-            ("PMIX_RANK", "5"),
-        ];
-        is(&open_mpi, 5, 8, 1, Launcher::OpenMpi);
-        let mpich = [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MPI_LOCALRANKID", "1")];
-        is(&mpich, 1, 2, 1, Launcher::Mpich);
+        let open_mpi = [("OMPI_COMM_WORLD_RANK", "5"), ("OMPI_COMM_WORLD_SIZE", "8"), ("PMIX_RANK", "5")];
+        is(&open_mpi, 5, 8, Launcher::OpenMpi);
+        let mpich = [("PMI_RANK", "1"), ("PMI_SIZE", "2")];
+        is(&mpich, 1, 2, Launcher::Mpich);
         let srun = [
             ("SLURM_STEP_ID", "0"),
             ("SLURM_PROCID", "3"),
             ("SLURM_NTASKS", "9"),
             ("SLURM_STEP_NUM_TASKS", "4"),
-            ("SLURM_LOCALID", "1"),
         ];
-        is(&srun, 3, 4, 1, Launcher::Slurm);
+        is(&srun, 3, 4, Launcher::Slurm);
         let pmi2 = [("PMI_RANK", "3"), ("PMI_SIZE", "4")];
-        is(&[&srun[..], &pmi2].concat(), 3, 4, 1, Launcher::Slurm);
-        is(&[srun[0], srun[1], ("SLURM_NTASKS", "4")], 3, 4, 3, Launcher::Slurm);
-        let torchrun =
-            [("TORCHELASTIC_RUN_ID", "none"), ("RANK", "6"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "2")];
-        is(&torchrun, 6, 8, 2, Launcher::Torchrun);
-        is(&torchrun[1..], 6, 8, 2, Launcher::Torchrun);
+        is(&[&srun[..], &pmi2].concat(), 3, 4, Launcher::Slurm);
+        is(&[srun[0], srun[1], ("SLURM_NTASKS", "4")], 3, 4, Launcher::Slurm);
+        let torchrun = [("TORCHELASTIC_RUN_ID", "none"), ("RANK", "6"), ("WORLD_SIZE", "8")];
+        is(&torchrun, 6, 8, Launcher::Torchrun);
+        is(&torchrun[1..], 6, 8, Launcher::Torchrun);
     }
 
     #[test]
@@ -216,16 +188,15 @@ mod tests {
         // Each machine of a batch job runs one task of srun: the daemon of mpirun, or torchrun.
         let outer = [("SLURM_STEP_ID", "1"), ("SLURM_PROCID", "1"), ("SLURM_NTASKS", "2")];
         let open_mpi = [("OMPI_COMM_WORLD_RANK", "6"), ("OMPI_COMM_WORLD_SIZE", "8")];
-        is(&[&outer[..], &open_mpi].concat(), 6, 8, 6, Launcher::OpenMpi);
+        is(&[&outer[..], &open_mpi].concat(), 6, 8, Launcher::OpenMpi);
         let mpich = [("PMI_RANK", "6"), ("PMI_SIZE", "8")];
-        is(&[&outer[..], &mpich].concat(), 6, 8, 6, Launcher::Mpich);
+        is(&[&outer[..], &mpich].concat(), 6, 8, Launcher::Mpich);
         let first = [("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2")];
         let first =
             [&first[..], &[("SLURM_STEP_NUM_TASKS", "1"), ("PMI_RANK", "0"), ("PMI_SIZE", "2")]].concat();
-        is(&first, 0, 2, 0, Launcher::Mpich);
-        let torchrun =
-            [("TORCHELASTIC_RUN_ID", "x"), ("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")];
-        is(&[&outer[..], &torchrun].concat(), 9, 16, 1, Launcher::Torchrun);
+        is(&first, 0, 2, Launcher::Mpich);
+        let torchrun = [("TORCHELASTIC_RUN_ID", "x"), ("RANK", "9"), ("WORLD_SIZE", "16")];
+        is(&[&outer[..], &torchrun].concat(), 9, 16, Launcher::Torchrun);
     }
 
     #[test]

@@ -183,7 +183,8 @@ impl Setup {
 /// The recipe with this device's precision and micro-batch, for one of `ranks` ranks.
 ///
 /// # Errors
-/// The device cannot sum in chunks; the run does not fit into the device's memory; the hint names the largest micro-batch that does.
+/// The device cannot sum in chunks; the run does not fit into the device's memory, and the hint names the largest
+/// micro-batch that does.
 pub fn resolve_for_device(
     recipe: Recipe,
     backend: &dyn Backend,

@@ -267,8 +267,6 @@ void Block::access_global(uint64_t address, uint32_t size, bool write, const voi
     } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
       // They read before a barrier that this thread has passed: whoever comes after this read also comes after theirs.
       set(trace.reader, word);
-    } else if ((last.time & (kManyTimes - 1)) != (me.barriers_passed & (kManyTimes - 1))) {
-      set(trace.reader, word);  // all of them read before a barrier that this thread has passed
     } else {
       uint32_t warp = me.index / kLanes;
       uint32_t whose = last.thread == warp ? warp : kManyWarps;
