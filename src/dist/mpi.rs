@@ -104,7 +104,7 @@ impl Mpi {
         can_start(launch)?;
         let (library, name) = open(launch.launcher)?;
         let functions = Functions::load(library).map_err(|function| {
-            Error::new(format!("{name} has no function `{function}`: it is no complete MPI"))
+            Error::new(format!("{name} has no function `{function}`: it is not a complete MPI"))
                 .hint("`apt-get install openmpi-bin` installs Open MPI, with its mpirun")
         })?;
         let (world, byte) = constants(library);

@@ -64,7 +64,7 @@ impl GradientSum {
         self.parts.resize(piece * ranks.size, 0.0);
         self.received.resize(piece * ranks.size, 0.0);
         for block in gradients.chunks_mut(piece * ranks.size) {
-            // The last block is shorter; what lies behind it is summed and not used.
+            // The last block is shorter; the rest of the piece is summed and not used.
             self.parts[..block.len()].copy_from_slice(block);
             ranks.all_to_all(
                 bytemuck::cast_slice(&self.parts),

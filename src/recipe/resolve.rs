@@ -129,7 +129,7 @@ impl Recipe {
             if !chunks.is_power_of_two() || !divides {
                 let fits = 1usize << batch.trailing_zeros().min(chunks.max(1).ilog2());
                 return Err(Error::usage(format!(
-                    "`train.reduce_chunks` is {chunks}, which is no power of two that divides `train.batch` {batch}"
+                    "`train.reduce_chunks` is {chunks}, which is not a power of two that divides `train.batch` {batch}"
                 ))
                 .hint(format!("use `--set train.reduce_chunks={fits}`")));
             }

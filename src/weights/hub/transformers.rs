@@ -27,7 +27,7 @@ const OF_VIT: [&str; 10] = [
 const SEVERAL: usize = 2;
 
 /// The model's type: `model_type`, else by the class in `architectures`, else ViT's if the keys are. `None` if the
-/// file is no configuration of transformers.
+/// file is not a configuration of transformers.
 ///
 /// # Errors
 /// The type is not supported.
