@@ -243,6 +243,14 @@ impl MemoryPlan {
         self.sizes.iter().sum()
     }
 
+    /// Bytes of main memory for the copy that a checkpoint is written from.
+    pub fn snapshot_bytes(&self) -> usize {
+        [Arena::Params, Arena::Ema, Arena::Moment1, Arena::Moment2]
+            .map(|arena| self.bytes(arena))
+            .iter()
+            .sum()
+    }
+
     /// A matrix in the activation arena, with the device's type and padding.
     pub fn activation(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
         self.padded(name.into(), rows, cols, self.storage.activations)

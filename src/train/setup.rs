@@ -201,7 +201,10 @@ pub fn resolve_for_device(
     let needs = |micro_batch: MicroBatch| -> Result<usize> {
         let mut recipe = recipe.clone();
         recipe.train.micro_batch = micro_batch;
-        Ok(Parts::of(&recipe, backend.storage(), data)?.shared_by(ranks).memory().total_bytes())
+        let plan = Parts::of(&recipe, backend.storage(), data)?.shared_by(ranks).memory();
+        // A device with memory of its own has the copy for checkpoints elsewhere.
+        let copy = if plan.storage().has_device_memory() { 0 } else { plan.snapshot_bytes() / ranks };
+        Ok(plan.total_bytes() + copy)
     };
     let batch = recipe.train.batch / ranks;
     let most = if backend.storage().has_device_memory() { batch } else { batch.min(CPU_MOST) };

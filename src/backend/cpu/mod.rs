@@ -143,6 +143,15 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn copy_arena(&mut self, arena: Arena, from: usize, to: &mut [u8]) -> Result<()> {
+        to.copy_from_slice(&self.arenas.bytes(arena)[from..from + to.len()]);
+        Ok(())
+    }
+
+    fn checksum(&mut self, arena: Arena) -> Result<u64> {
+        Ok(xxhash_rust::xxh3::xxh3_64(self.arenas.bytes(arena)))
+    }
+
     fn gradients_mut(&mut self) -> Option<&mut [f32]> {
         Some(bytemuck::cast_slice_mut(self.arenas.bytes_mut(Arena::Grads)))
     }

@@ -26,7 +26,7 @@ impl Run {
             Err(error) if matches!(error.kind(), Kind::Stopped(_)) && trainer.skipped_in_a_row() == 0 => {
                 self.state.owes_evaluation = true;
                 let step = trainer.step;
-                self.checkpoint(trainer)?;
+                self.save_now(trainer)?;
                 let error = error.at(format!("after step {step}, {}", self.saved()));
                 return Err(error.hint(self.how_to_go_on()));
             }
@@ -68,7 +68,7 @@ impl Run {
             img_per_s: report.img_per_s,
             seconds: began.elapsed().as_secs_f64(),
         };
-        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.eval(&line))?;
+        self.metrics.iter_mut().for_each(|metrics| metrics.eval(&line));
         self.progress.eval(&line);
         (self.last_eval, self.evaluated_at) = (Some(report), trainer.step);
         self.pace.outside += began.elapsed().as_secs_f64();
