@@ -295,6 +295,35 @@ fn ranks_that_do_not_fit_together_are_refused() {
 }
 
 #[test]
+fn bench_times_the_step_of_all_ranks() {
+    let model = ["--set", "model.image=32", "--set", "model.patch=4", "--set", "model.depth=2"];
+    let args =
+        [&["bench", "--device", "cpu", "--batch", "8", "--rounds", "2", "--seconds", "0.05"], &model[..]]
+            .concat();
+    let args = |more: &[&str]| -> Vec<String> { args.iter().chain(more).map(|s| s.to_string()).collect() };
+    let Some(command) = ranks(&[(2, &args(&["--json"]))]) else { return };
+    let json = finish(command).ok().json();
+    let (row, of) = (&json["row"], |value: &Value| value.as_f64().unwrap());
+    assert_eq!((&json["ranks"], &row["ranks"], &row["batch_per_rank"]), (&2.into(), &2.into(), &4.into()));
+    assert_eq!(row["loader_img_per_s_per_node"], row["img_per_s"]);
+    assert!((of(&row["img_per_s"]) * of(&row["ms_per_step"]) / 8e3 - 1.0).abs() < 1e-9, "{row}");
+    assert!((of(&json["img_per_s"]) / of(&row["img_per_s"]) - 1.0).abs() < 1e-9, "{json}");
+    let text = finish(ranks(&[(2, &args(&[]))]).unwrap()).ok().stdout;
+    assert!(text.contains("2 ranks, each also by itself") && text.contains("exposed ms"), "{text}");
+    assert_eq!(text.matches("img/s per node").count(), 1, "one rank speaks: {text}");
+    for (more, what) in [(["--what", "infer"], "infer"), (["--what", "data"], "data")] {
+        let done = finish(ranks(&[(2, &args(&more))]).unwrap()).exits(2).says(&["runs in one process"]);
+        assert_eq!(done.stdout, "", "{what}");
+    }
+    finish(ranks(&[(3, &args(&[]))]).unwrap())
+        .exits(2)
+        .says(&["which 3 ranks cannot share", "train.batch=9"]);
+    // One process has no row.
+    let alone = vitrum(&args(&["--json"])).ok().json();
+    assert_eq!((&alone["ranks"], &alone["row"]), (&1.into(), &Value::Null));
+}
+
+#[test]
 fn launchers_without_mpi_are_told_what_to_do() {
     let under = |variables: &[(&str, &str)]| {
         let mut command = command(&train(&path("launched"), &["--device=cpu"]));

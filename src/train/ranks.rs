@@ -20,13 +20,17 @@ pub(super) fn refuse_gpus(ranks: &Collective) -> Result<()> {
 
 /// Checks that the ranks can share a resolved recipe's batch, and writes what depends on their number into
 /// it: samples are mixed within a rank, and a micro-batch is part of a rank's batch.
-pub(super) fn settle(mut recipe: Recipe, ranks: &Collective, device: Device) -> Result<Recipe> {
-    let n = ranks.size;
+pub(super) fn settle(recipe: Recipe, ranks: &Collective, device: Device) -> Result<Recipe> {
+    if ranks.size > 1 && matches!(device, Device::Cuda(_)) {
+        refuse_gpus(ranks)?;
+    }
+    shared(recipe, ranks.size)
+}
+
+/// The same for `n` ranks, on any device.
+pub(super) fn shared(mut recipe: Recipe, n: usize) -> Result<Recipe> {
     if n == 1 {
         return Ok(recipe);
-    }
-    if matches!(device, Device::Cuda(_)) {
-        refuse_gpus(ranks)?;
     }
     let (train, augment) = (&mut recipe.train, &mut recipe.augment);
     if !train.batch.is_multiple_of(n) {
