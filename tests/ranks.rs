@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use support::{command, finish, is_ignored, metrics, path, ranks, stripes, train, vitrum, wait};
+use support::{command, finish, is_ignored, metrics, names, path, ranks, stripes, train, vitrum, wait};
 use vitrum::weights::safetensors::SafeTensors;
 
 /// Everything that must not depend on the number of ranks: weights, their moving average, moments, metrics.
@@ -87,6 +87,50 @@ fn without_chunks_the_loss_is_the_same_and_a_number_of_ranks_has_its_own_bits() 
     }
 }
 
+/// The lines of evaluations among the metrics of a run.
+fn evaluations(out: &str) -> Vec<Value> {
+    metrics(out).into_iter().filter(|line| !line["eval"].is_null()).collect()
+}
+
+#[test]
+fn an_evaluation_has_the_same_bits_on_any_number_of_ranks() {
+    // Updates too small to change a weight, so that only the evaluations could differ. 39 pictures that can be read, of
+    // several classes each: neither batches nor ranks divide them. Ranks without chunks have batches of other sizes.
+    let folder = path("shared");
+    copy(Path::new(stripes()), Path::new(&folder));
+    std::fs::write(Path::new(&folder).join("val/checks/001.png"), "no picture").unwrap();
+    let mut list = String::from("path,labels,split\n");
+    for split in ["train", "val"] {
+        for class in ["across", "checks", "down"] {
+            for (i, name) in names(Path::new(&folder).join(split).join(class)).into_iter().enumerate() {
+                let more = if i % 3 == 0 { ";third" } else { "" };
+                list += &format!("{split}/{class}/{name},{class}{more},{split}\n");
+            }
+        }
+    }
+    let file = format!("{folder}/list.csv");
+    std::fs::write(&file, list).unwrap();
+    let data = format!("data.train={file}");
+    let settings = [
+        &data,
+        "--device=cpu",
+        "loss.kind=sigmoid",
+        "loss.label_smoothing=0",
+        "optim.lr=1e-30",
+        "model.init=deit3",
+    ];
+    let length = ["train.batch=24", "train.micro_batch=0", "train.steps=2", "train.eval_every=1"];
+    let settings = [&settings[..], &length].concat();
+    let (alone, _) = run("evaluated-1", 1, &settings).unwrap();
+    let want = evaluations(&alone);
+    assert_eq!((want.len(), &want[0]["eval"]["images"]), (2, &39.into()));
+    assert!(want[0]["eval"]["mAP"].is_f64() && want[0]["eval"]["ema"]["mAP"].is_f64(), "{}", want[0]);
+    for count in [2, 3, 4] {
+        let Some((out, _)) = run(&format!("evaluated-{count}"), count, &settings) else { return };
+        assert_eq!(evaluations(&out), want, "{count} ranks");
+    }
+}
+
 /// The process of a rank whose command line has `out`.
 fn process(rank: usize, out: &str) -> Option<Pid> {
     let ours = [format!("OMPI_COMM_WORLD_RANK={rank}"), format!("PMI_RANK={rank}")];
@@ -139,6 +183,36 @@ fn a_signal_to_one_rank_saves_the_run_and_other_ranks_continue_it() {
     finish(ranks(&[(4, &resume)]).unwrap()).ok().says(&["resume   from checkpoints/step-"]);
     let (alone, _) = run("not-stopped", 1, &settings).unwrap();
     assert_eq!(bits(&out), bits(&alone));
+}
+
+#[test]
+fn a_signal_to_one_rank_during_an_evaluation_stops_all_and_the_resumed_run_makes_up_for_it() {
+    if is_ignored(Signal::TERM) {
+        println!("skipped: this process ignores SIGTERM");
+        return;
+    }
+    // 2,000 pictures to validate with: most of the run's time.
+    let settings = [&CHUNKS[..], &["data.train=demo"]].concat();
+    let (alone, _) = run("evaluated-alone", 1, &settings).unwrap();
+    for attempt in 0..20 {
+        let out = path(&format!("evaluating-{attempt}"));
+        let Some(command) = ranks(&[(2, &train(&out, &settings))]) else { return };
+        let mut child = start(command);
+        // The line of step 3, which is evaluated next.
+        until("three steps", Duration::from_secs(60), || lines(&out) >= 3);
+        process(1, &out).map(|rank| kill_process(rank, Signal::TERM));
+        until("the end", Duration::from_secs(60), || child.try_wait().unwrap().is_some());
+        let done = wait(child);
+        if done.code == 0 || !done.stderr.contains("stopped during an evaluation") {
+            continue;
+        }
+        done.exits(143).says(&["after step ", "saved to ", "vitrum train --resume "]);
+        let resume = train(&out, &[&settings[..], &["--resume"]].concat());
+        finish(ranks(&[(4, &resume)]).unwrap()).ok();
+        assert_eq!(bits(&out), bits(&alone));
+        return;
+    }
+    panic!("no signal arrived during an evaluation");
 }
 
 #[test]
@@ -218,6 +292,35 @@ fn ranks_that_do_not_fit_together_are_refused() {
         let done = finish(command).exits(2).says(&["runs in one process, and ", " started 2 ranks"]);
         assert_eq!(done.stdout, "");
     }
+}
+
+#[test]
+fn bench_times_the_step_of_all_ranks() {
+    let model = ["--set", "model.image=32", "--set", "model.patch=4", "--set", "model.depth=2"];
+    let args =
+        [&["bench", "--device", "cpu", "--batch", "8", "--rounds", "2", "--seconds", "0.05"], &model[..]]
+            .concat();
+    let args = |more: &[&str]| -> Vec<String> { args.iter().chain(more).map(|s| s.to_string()).collect() };
+    let Some(command) = ranks(&[(2, &args(&["--json"]))]) else { return };
+    let json = finish(command).ok().json();
+    let (row, of) = (&json["row"], |value: &Value| value.as_f64().unwrap());
+    assert_eq!((&json["ranks"], &row["ranks"], &row["batch_per_rank"]), (&2.into(), &2.into(), &4.into()));
+    assert_eq!(row["loader_img_per_s_per_node"], row["img_per_s"]);
+    assert!((of(&row["img_per_s"]) * of(&row["ms_per_step"]) / 8e3 - 1.0).abs() < 1e-9, "{row}");
+    assert!((of(&json["img_per_s"]) / of(&row["img_per_s"]) - 1.0).abs() < 1e-9, "{json}");
+    let text = finish(ranks(&[(2, &args(&[]))]).unwrap()).ok().stdout;
+    assert!(text.contains("2 ranks, each also by itself") && text.contains("exposed ms"), "{text}");
+    assert_eq!(text.matches("img/s per node").count(), 1, "one rank speaks: {text}");
+    for (more, what) in [(["--what", "infer"], "infer"), (["--what", "data"], "data")] {
+        let done = finish(ranks(&[(2, &args(&more))]).unwrap()).exits(2).says(&["runs in one process"]);
+        assert_eq!(done.stdout, "", "{what}");
+    }
+    finish(ranks(&[(3, &args(&[]))]).unwrap())
+        .exits(2)
+        .says(&["which 3 ranks cannot share", "train.batch=9"]);
+    // One process has no row.
+    let alone = vitrum(&args(&["--json"])).ok().json();
+    assert_eq!((&alone["ranks"], &alone["row"]), (&1.into(), &Value::Null));
 }
 
 #[test]

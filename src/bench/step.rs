@@ -10,7 +10,7 @@ use crate::backend::timed::{Timed, Timing};
 use crate::backend::{
     self, Backend, Choice, Cost, Device, Micro, Pixels, Precision, Slot, SlotLayout, StepKeys, TargetKind,
 };
-use crate::data::{self, Dataset, Loader, LoaderSpec, Split};
+use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec, Split};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::recipe::{MicroBatch, OnBadRecord, Recipe};
@@ -19,6 +19,7 @@ use crate::rng::{Domain, Stream};
 use crate::vit::{Mode, Vit};
 
 use super::kernels::{self, Ceilings};
+use crate::train::scaling::Row;
 use crate::train::{DataShape, Setup, Trainer, header, setup};
 
 /// What to time and for how long.
@@ -66,6 +67,10 @@ pub struct Measured {
     /// Times of operations, over all rounds.
     pub profile: Vec<Timing>,
     pub steps: usize,
+    /// The ranks that shared the step.
+    pub ranks: usize,
+    /// What several ranks gain, in the words of `vitrum plan --gpus`.
+    pub row: Option<Row>,
 }
 
 /// Measurements that exist only on a GPU.
@@ -107,35 +112,24 @@ fn data_sheet(device: &str) -> Option<f64> {
     DATA_SHEETS.iter().find(|(wanted, _)| fits(wanted)).map(|(_, flops)| *flops)
 }
 
-/// Times the recipe's model.
-pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Measured> {
-    let timed = Timed::new(backend::select(options.device, &setup::device_options(recipe))?);
+/// Times the recipe's model. Of several ranks, only the first gets the result.
+///
+/// # Errors
+/// The device or the ranks cannot be had, the recipe does not fit them, or a step fails.
+pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Option<Measured>> {
+    let group = if options.train { Collective::from_env()? } else { Collective::ALONE };
+    let device_options = backend::DeviceOptions {
+        threads: group.threads(recipe.train.threads),
+        ..setup::device_options(recipe)
+    };
+    let timed = Timed::new(backend::select(options.device, &device_options)?);
     let times = timed.times();
     let backend: Box<dyn Backend> = if options.profile { Box::new(timed) } else { timed.into_inner() };
-    let (mut subject, recipe) = Subject::new(recipe, backend, options)?;
-    let mut source = Source::new(&recipe, &subject, options)?;
-
-    subject.step(&mut source)?;
-    subject.wait()?;
-    let first_step = since_start();
-    for _ in 0..2 {
-        subject.step(&mut source)?;
-    }
-    times.reset();
-    let waited_before = source.waited();
-    let (mut rounds, mut steps, start) = (Vec::new(), 0, Instant::now());
-    for _ in 0..options.rounds {
-        let (begin, mut n) = (Instant::now(), 0);
-        while n < 2 || begin.elapsed().as_secs_f64() < options.seconds {
-            subject.step(&mut source)?;
-            n += 1;
-        }
-        rounds.push(begin.elapsed().as_secs_f64() / n as f64);
-        steps += n;
-    }
-    let total = start.elapsed().as_secs_f64();
-    rounds.sort_by(f64::total_cmp);
-    let median = rounds[rounds.len() / 2];
+    let (mut subject, recipe) = Subject::new(recipe, backend, options, &group)?;
+    let mut source = Source::new(&recipe, &subject, options, &group)?;
+    let Rounds { seconds, steps, data_wait, first_step } =
+        time(&mut subject, &mut source, options, &group, || times.reset())?;
+    let median = slowest(&group, seconds[seconds.len() / 2])?;
     let model = subject.model();
     let (batch, config) = (recipe.train.batch, &model.config);
     let flops = if options.train { config.train_flops() } else { 2 * config.forward_macs() };
@@ -150,12 +144,12 @@ pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Measured>
         params: model.layout.count(),
         gelu: format!("{:?}", config.gelu).to_lowercase(),
         ms_per_step: median * 1e3,
-        best_ms: rounds[0] * 1e3,
+        best_ms: seconds[0] * 1e3,
         img_per_s: batch as f64 / median,
         gflops: rate(flops),
         gflops_done: rate(model.flops_done(options.train)),
         last_block: header::last_block_line(model),
-        data_wait: options.data.is_some().then(|| (source.waited() - waited_before) / total),
+        data_wait: options.data.is_some().then_some(data_wait),
         arena_bytes: subject.backend().allocated_bytes(),
         first_step,
         on_gpu: None,
@@ -163,12 +157,106 @@ pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Measured>
         products: subject.backend().choices(),
         profile: if options.profile { times.report() } else { Vec::new() },
         steps,
+        ranks: group.size,
+        row: None,
     };
     drop((source, subject));
-    if let Some(memory_bytes) = memory_bytes {
+    if group.size > 1 {
+        let alone = alone(&recipe, options, &device_options, &group)?;
+        measured.row = Some(measured.row_of(alone, &group)?);
+        group.leave()?;
+    } else if let Some(memory_bytes) = memory_bytes {
         measured.on_gpu = Some(on_gpu(options.device, &measured.device, memory_bytes)?);
     }
-    Ok(measured)
+    Ok(group.is_first().then_some(measured))
+}
+
+/// What was timed.
+struct Rounds {
+    /// Seconds per step of each round, in ascending order.
+    seconds: Vec<f64>,
+    steps: usize,
+    /// Share of the time that steps waited for the loader.
+    data_wait: f64,
+    /// Seconds from the start of the process to the end of the first step.
+    first_step: Option<f64>,
+}
+
+/// Warms up, calls `begin`, and times the rounds. Ranks that step together make equally many steps.
+fn time(
+    subject: &mut Subject,
+    source: &mut Source,
+    options: &StepBench,
+    group: &Collective,
+    begin: impl FnOnce(),
+) -> Result<Rounds> {
+    subject.step(source)?;
+    subject.wait()?;
+    let first_step = since_start();
+    let warm = Instant::now();
+    for _ in 0..2 {
+        subject.step(source)?;
+    }
+    subject.wait()?;
+    let each = slowest(group, warm.elapsed().as_secs_f64() / 2.0)?;
+    let agreed = (group.size > 1).then(|| ((options.seconds / each).ceil() as usize).max(2));
+    begin();
+    let waited_before = source.waited();
+    let (mut seconds, mut steps, start) = (Vec::new(), 0, Instant::now());
+    for _ in 0..options.rounds {
+        let (begin, mut n) = (Instant::now(), 0);
+        let is_done = |n: usize| match agreed {
+            Some(steps) => n == steps,
+            None => n >= 2 && begin.elapsed().as_secs_f64() >= options.seconds,
+        };
+        while !is_done(n) {
+            subject.step(source)?;
+            n += 1;
+        }
+        seconds.push(begin.elapsed().as_secs_f64() / n as f64);
+        steps += n;
+    }
+    let total = start.elapsed().as_secs_f64();
+    seconds.sort_by(f64::total_cmp);
+    Ok(Rounds { seconds, steps, data_wait: (source.waited() - waited_before) / total, first_step })
+}
+
+/// The longest of the ranks' times in seconds: a step ends with its slowest rank.
+fn slowest(group: &Collective, seconds: f64) -> Result<f64> {
+    let all = group.gather_number(nanoseconds(seconds))?;
+    Ok(all.into_iter().max().map_or(seconds, |longest| longest as f64 / 1e9))
+}
+
+fn nanoseconds(seconds: f64) -> u64 {
+    (1e9 * seconds) as u64
+}
+
+/// Seconds of a step that each rank makes by itself with its part of the batch, all at the same time: the mean
+/// over the ranks.
+fn alone(
+    recipe: &Recipe,
+    options: &StepBench,
+    device: &backend::DeviceOptions,
+    group: &Collective,
+) -> Result<f64> {
+    let mut recipe = recipe.clone();
+    recipe.train.batch /= group.size;
+    recipe.train.reduce_chunks = None;
+    let backend = backend::select(options.device, device)?;
+    let (mut subject, recipe) = Subject::new(&recipe, backend, options, &Collective::ALONE)?;
+    let mut source = Source::new(&recipe, &subject, options, &Collective::ALONE)?;
+    group.barrier()?;
+    let rounds = time(&mut subject, &mut source, options, &Collective::ALONE, || {})?;
+    let median = rounds.seconds[rounds.seconds.len() / 2];
+    let all = group.gather_number(nanoseconds(median))?;
+    Ok(all.iter().sum::<u64>() as f64 / 1e9 / group.size as f64)
+}
+
+/// How many ranks run on this rank's machine.
+fn ranks_here(group: &Collective) -> Result<usize> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let own = xxhash_rust::xxh3::xxh3_64(name.as_bytes());
+    Ok(group.gather_number(own)?.into_iter().filter(|host| *host == own).count())
 }
 
 /// Measures the GPU's ceilings. The model must have been dropped.
@@ -192,11 +280,16 @@ enum Subject {
 
 impl Subject {
     /// The object of the timing, and the recipe as the device resolves it.
-    fn new(recipe: &Recipe, mut backend: Box<dyn Backend>, options: &StepBench) -> Result<(Self, Recipe)> {
+    fn new(
+        recipe: &Recipe,
+        mut backend: Box<dyn Backend>,
+        options: &StepBench,
+        group: &Collective,
+    ) -> Result<(Self, Recipe)> {
         if options.train {
-            let setup = Setup::on(backend, recipe, DataShape::labels(recipe.train.batch))?;
+            let setup = Setup::on_rank(backend, recipe, DataShape::labels(recipe.train.batch), group)?;
             let recipe = setup.recipe.clone();
-            let trainer = Trainer::new(setup, Collective::ALONE, None)?;
+            let trainer = Trainer::new(setup, *group, None)?;
             return Ok((Self::Train(Box::new(trainer)), recipe));
         }
         // In inference, a pass takes a whole batch: there are no gradients to accumulate.
@@ -272,10 +365,11 @@ enum Source {
 }
 
 impl Source {
-    fn new(recipe: &Recipe, subject: &Subject, options: &StepBench) -> Result<Self> {
+    fn new(recipe: &Recipe, subject: &Subject, options: &StepBench, group: &Collective) -> Result<Self> {
         let config = &subject.model().config;
+        let batch = recipe.train.batch / group.size;
         let layout = SlotLayout {
-            samples: recipe.train.batch,
+            samples: batch,
             image: config.image,
             pixels: Pixels::U8,
             targets: TargetKind::Labels,
@@ -294,15 +388,16 @@ impl Source {
         };
         let dataset = Dataset::open(spec, Split::Train)?;
         let spec = LoaderSpec {
-            batch: recipe.train.batch,
+            batch,
             image: config.image,
             mode: data::Mode::Train { augment: recipe.augment.clone(), seed: recipe.train.seed },
             start_batch: 0,
-            workers: recipe.data.workers,
+            workers: group.threads(recipe.data.workers),
             on_bad_record: OnBadRecord::Skip,
             exif: recipe.data.exif,
         };
-        Ok(Self::Loader(Box::new(Loader::new(Arc::new(dataset), spec, slots))))
+        let delivery = Delivery { rank: group.rank, ranks: group.size, ..Delivery::default() };
+        Ok(Self::Loader(Box::new(Loader::with(Arc::new(dataset), spec, delivery, slots))))
     }
 
     fn next(&mut self) -> Result<Slot> {
@@ -328,6 +423,22 @@ impl Source {
 }
 
 impl Measured {
+    /// This measurement of several ranks beside the time of the same step on a rank by itself.
+    fn row_of(&self, alone: f64, group: &Collective) -> Result<Row> {
+        let step = self.ms_per_step / 1e3;
+        Ok(Row {
+            ranks: group.size,
+            batch: self.batch / group.size,
+            step,
+            hidden: None,
+            exposed: (step - alone).max(0.0),
+            memory: self.arena_bytes,
+            per_node: ranks_here(group)?,
+            efficiency: alone / step,
+            to_train: None,
+        })
+    }
+
     pub fn text(&self) -> String {
         let mut lines = vec![
             format!("{}, GELU {}", self.device, self.gelu),
@@ -341,6 +452,10 @@ impl Measured {
         }
         let peak = self.peak_rss_bytes.map_or("unknown".into(), format::bytes);
         lines.push(format!("memory: {} planned, {peak} at the peak", format::bytes(self.arena_bytes as u64)));
+        if let Some(row) = &self.row {
+            lines.push(format!("{} ranks, each also by itself with its part of the batch:", self.ranks));
+            lines.push(Row::text(std::slice::from_ref(row)));
+        }
         if let Some(seconds) = self.first_step {
             lines.push(format!("{seconds:.2} s from program start to the end of the first step"));
         }
@@ -443,6 +558,8 @@ impl Measured {
             "device": self.device,
             "model": self.model,
             "batch": self.batch,
+            "ranks": self.ranks,
+            "row": self.row.as_ref().map(Row::json),
             "params": self.params,
             "gelu": self.gelu,
             "ms_per_step": self.ms_per_step,

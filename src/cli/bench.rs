@@ -22,12 +22,14 @@ pub enum What {
 
 #[derive(clap::Args)]
 #[command(after_help = "If the head reads only the class token, the last block computes only that token: \
-                        `--set train.prune_last_block=false` times the whole block.")]
+                        `--set train.prune_last_block=false` times the whole block.\n\n\
+                        `mpirun -n N vitrum bench --what train` times a step of N ranks, which share the batch, and \
+                        compares it with the same step of each rank by itself.")]
 pub struct Args {
     /// The model's variant
     #[arg(long, value_name = "NAME/PATCH", default_value = "Ti/16")]
     pub model: String,
-    /// Samples per step
+    /// Samples per step, of all ranks together
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: Option<u32>,
     /// What to time: train, infer, data or kernels
@@ -78,7 +80,7 @@ pub fn run(args: Args) -> Result<()> {
         profile: args.profile,
         data: args.data.clone(),
     };
-    let measured = step::run(&recipe, &args.model, &options)?;
+    let Some(measured) = step::run(&recipe, &args.model, &options)? else { return Ok(()) };
     if args.json { print_json(&measured.json()) } else { print(&measured.text()) }
 }
 

@@ -184,8 +184,10 @@ fn run(cli: Cli, launch: &Launch) -> Result<()> {
     let Some(command) = cli.command else {
         return print(&Cli::command().render_long_help().to_string());
     };
-    if !matches!(command, Command::Train(_) | Command::Finetune(_)) {
-        launch.alone("this command")?;
+    match &command {
+        Command::Train(_) | Command::Finetune(_) => {}
+        Command::Bench(args) if args.what == bench::What::Train => {}
+        _ => launch.alone("this command")?,
     }
     start_threads()?;
     match command {

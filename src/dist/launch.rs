@@ -120,7 +120,7 @@ impl Launch {
             self.launcher.name(),
             self.size
         ))
-        .hint("start it without a launcher; only `vitrum train` and `vitrum finetune` take ranks"))
+        .hint("start it without a launcher; only `vitrum train`, `vitrum finetune` and `vitrum bench --what train` take ranks"))
     }
 }
 

@@ -87,14 +87,21 @@ impl LoadedModel {
                     see(*record as usize, row);
                 }
                 images += records.len();
+                // Where nobody listens to signals, one ends the process by itself.
+                signals::pending().map_or(Ok(()), |signal| Err(stopped(signal)))
             },
         )?;
         Ok(PassReport { images, img_per_s: images as f64 / start.elapsed().as_secs_f64().max(1e-9) })
     }
 }
 
+/// The error of a pass that a signal ends.
+pub(crate) fn stopped(signal: i32) -> Error {
+    Error::stopped(signal, "stopped during an evaluation")
+}
+
 /// Runs `body` on every batch of the loader. After each, calls `see` with the values of `rows` and with what
-/// `note` returned for the batch. Skips batches after the first `batches`.
+/// `note` returned for the batch; an error of `see` ends the pass. Skips batches after the first `batches`.
 ///
 /// A GPU waits little: the next batch is uploaded while it computes, and the next pass is submitted as soon
 /// as the previous rows are downloaded, before the host processes them.
@@ -105,16 +112,12 @@ pub(crate) fn forward_all<T>(
     body: &dyn Fn(&mut dyn Backend) -> Result<()>,
     rows: Mat,
     note: impl Fn(&Slot) -> T,
-    mut see: impl FnMut(T, &[f32]),
+    mut see: impl FnMut(T, &[f32]) -> Result<()>,
 ) -> Result<()> {
     let mut values = vec![0.0; rows.rows * rows.cols];
     let (mut asked, mut bound): (Option<T>, usize) = (None, 0);
     b.begin_step(StepKeys { seed: 0, step: 0 })?;
     loop {
-        // Where nobody listens to signals, one ends the process by itself.
-        if let Some(signal) = signals::pending() {
-            return Err(Error::stopped(signal, "stopped during an evaluation"));
-        }
         let next = match loader.next()? {
             Some(slot) if bound == batches => {
                 loader.recycle(slot);
@@ -137,7 +140,7 @@ pub(crate) fn forward_all<T>(
         }
         asked = next;
         match done {
-            Some(noted) => see(noted, &values),
+            Some(noted) => see(noted, &values)?,
             None if asked.is_none() => break,
             None => {}
         }

@@ -1,14 +1,20 @@
 //! Evaluation: every image of a data set exactly once, without masks. Gives loss, top-1 and top-5; for
 //! multi-label data also mAP.
+//!
+//! Ranks share the work by batches: of R ranks, rank r has batches r, R + r, 2·R + r, ... The ranks exchange
+//! the rows of each of their batches, and all add them in the order of the samples. So neither a batch nor a
+//! sum depends on the number of ranks.
 
 use std::time::Instant;
 
 use crate::backend::{Backend, Loss, Micro, Slot, sample_metric};
 use crate::data::Loader;
-use crate::error::Result;
+use crate::dist::Collective;
+use crate::error::{Error, Kind, Result};
+use crate::signals;
 use crate::vit::Vit;
 
-use crate::infer::pass::forward_all;
+use crate::infer::pass::{forward_all, stopped};
 use crate::infer::score::average_precision;
 
 /// The result of an evaluation; means over `count` images.
@@ -28,48 +34,103 @@ pub struct EvalReport {
     pub img_per_s: f64,
 }
 
-impl EvalReport {
-    pub(super) const VALUES: usize = 6;
+/// The batches of all ranks. Its buffers stop growing after the first batch.
+struct Shared<'a> {
+    ranks: &'a Collective,
+    /// Samples of a batch, and values of a sample's row.
+    samples: usize,
+    width: usize,
+    /// The rows of this rank's batch with zeros after them, their number, and the signal that this rank got,
+    /// or 0.
+    own: Vec<f32>,
+    /// The same of all ranks.
+    all: Vec<f32>,
+    /// A signal has stopped all ranks.
+    stopped: bool,
+}
 
-    /// For other ranks. NaN stands for no mean average precision.
-    pub(super) fn to_values(self) -> [f64; Self::VALUES] {
-        let map = self.map.unwrap_or(f64::NAN);
-        [self.count as f64, self.loss, self.top1, self.top5, map, self.img_per_s]
+impl<'a> Shared<'a> {
+    fn new(ranks: &'a Collective, samples: usize, width: usize) -> Self {
+        Self { ranks, samples, width, own: Vec::new(), all: Vec::new(), stopped: false }
     }
 
-    /// The inverse of [`EvalReport::to_values`].
-    pub(super) fn from_values([count, loss, top1, top5, map, img_per_s]: [f64; Self::VALUES]) -> Self {
-        let map = (!map.is_nan()).then_some(map);
-        Self { count: count as usize, loss, top1, top5, map, img_per_s }
+    /// Takes the rows of this rank's next batch, and calls `see` with those of each rank's. All ranks call it
+    /// equally often.
+    ///
+    /// # Errors
+    /// A signal asked some rank to stop: all ranks get this error after the same batch.
+    fn batch(&mut self, rows: &[f32], mut see: impl FnMut(&[f32])) -> Result<()> {
+        let Self { ranks, samples, width, own, all, stopped: is_stopped } = self;
+        own.clear();
+        own.extend_from_slice(rows);
+        own.resize(*samples * *width, 0.0);
+        own.extend([(rows.len() / *width) as f32, signals::pending().unwrap_or(0) as f32]);
+        all.resize(own.len() * ranks.size, 0.0);
+        ranks.all_gather(bytemuck::cast_slice(own), bytemuck::cast_slice_mut(all))?;
+        let mut last = 0.0f32;
+        for of_rank in all.chunks_exact(own.len()) {
+            let (rows, [count, signal]) = of_rank.split_last_chunk().expect("a rank sends two more values");
+            last = last.max(*signal);
+            see(&rows[..*count as usize * *width]);
+        }
+        *is_stopped = last > 0.0;
+        if *is_stopped { Err(stopped(last as i32)) } else { Ok(()) }
+    }
+
+    /// Passes the result of a pass on. If a signal ended this rank's reading of the data, the others, which
+    /// wait for its next batch, are told.
+    fn end(&mut self, result: Result<()>) -> Result<()> {
+        let is_signal = |e: &Error| matches!(e.kind(), Kind::Stopped(_));
+        if result.as_ref().is_err_and(is_signal) && !self.stopped {
+            match self.batch(&[], |_| {}) {
+                Err(e) if !is_signal(&e) => return Err(e),
+                _ => {}
+            }
+        }
+        result
     }
 }
 
-/// Evaluates all batches of the loader. Its slots hold at most the model's micro-batch.
-pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Loss) -> Result<EvalReport> {
+/// Evaluates all batches of the ranks' loaders, which hold at most the model's micro-batch. Every rank gets
+/// the same report, except for its speed.
+///
+/// # Errors
+/// A batch cannot be read or computed; a signal asked some rank to stop, and all stop.
+pub fn evaluate(
+    b: &mut dyn Backend,
+    model: &Vit,
+    loader: &mut Loader,
+    loss: Loss,
+    ranks: &Collective,
+) -> Result<EvalReport> {
     let start = Instant::now();
     let mut report = EvalReport::default();
-    let micro = Micro::whole(model.micro_batch);
+    let (micro, samples) = (Micro::whole(model.micro_batch), model.sample_metrics());
     let body = |b: &mut dyn Backend| {
         b.begin_micro(micro)?;
         model.forward(b, false)?;
         model.loss(b, loss)
     };
-    forward_all(
+    let mut shared = Shared::new(ranks, samples.rows, samples.cols);
+    let passed = forward_all(
         b,
         loader,
         usize::MAX,
         &body,
-        model.sample_metrics(),
+        samples,
         |slot| slot.count,
-        |count, samples| {
-            for sample in samples.chunks_exact(3).take(count) {
-                report.loss += f64::from(sample[sample_metric::LOSS]);
-                report.top1 += f64::from(sample[sample_metric::TOP1]);
-                report.top5 += f64::from(sample[sample_metric::TOP5]);
-            }
-            report.count += count;
+        |count, values| {
+            shared.batch(&values[..count * samples.cols], |rows| {
+                for sample in rows.chunks_exact(samples.cols) {
+                    report.loss += f64::from(sample[sample_metric::LOSS]);
+                    report.top1 += f64::from(sample[sample_metric::TOP1]);
+                    report.top5 += f64::from(sample[sample_metric::TOP5]);
+                }
+                report.count += rows.len() / samples.cols;
+            })
         },
-    )?;
+    );
+    shared.end(passed)?;
     let n = report.count.max(1) as f64;
     report.loss /= n;
     report.top1 /= n;
@@ -79,8 +140,16 @@ pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Los
 }
 
 /// The average precision of each class's logits, averaged over the classes that occur. Reads all batches of
-/// the loader; its slots hold dense targets.
-pub fn mean_average_precision(b: &mut dyn Backend, model: &Vit, loader: &mut Loader) -> Result<f64> {
+/// the ranks' loaders, whose slots hold dense targets. The first rank computes it, and all get it.
+///
+/// # Errors
+/// Those of [`evaluate`].
+pub fn mean_average_precision(
+    b: &mut dyn Backend,
+    model: &Vit,
+    loader: &mut Loader,
+    ranks: &Collective,
+) -> Result<f64> {
     let (micro, rows) = (Micro::whole(model.micro_batch), model.logits());
     let classes = rows.cols;
     let mut answers = vec![Vec::new(); classes];
@@ -89,13 +158,27 @@ pub fn mean_average_precision(b: &mut dyn Backend, model: &Vit, loader: &mut Loa
         model.forward(b, false)
     };
     let truth = |slot: &Slot| slot.targets()[..slot.count * classes].to_vec();
-    forward_all(b, loader, usize::MAX, &body, rows, truth, |truth, logits| {
+    let mut shared = Shared::new(ranks, rows.rows, 2 * classes);
+    let mut own = Vec::new();
+    let passed = forward_all(b, loader, usize::MAX, &body, rows, truth, |truth, logits| {
+        own.clear();
         for (truth, logits) in truth.chunks_exact(classes).zip(logits.chunks_exact(classes)) {
-            for (class, answers) in answers.iter_mut().enumerate() {
-                answers.push((logits[class], truth[class] > 0.5));
-            }
+            own.extend_from_slice(logits);
+            own.extend_from_slice(truth);
         }
-    })?;
+        shared.batch(&own, |rows| {
+            for row in rows.chunks_exact(2 * classes).filter(|_| ranks.is_first()) {
+                let (logits, truth) = row.split_at(classes);
+                for (class, answers) in answers.iter_mut().enumerate() {
+                    answers.push((logits[class], truth[class] > 0.5));
+                }
+            }
+        })
+    });
+    shared.end(passed)?;
     let precisions: Vec<f64> = answers.into_iter().filter_map(average_precision).collect();
-    Ok(precisions.iter().sum::<f64>() / precisions.len().max(1) as f64)
+    let mean = precisions.iter().sum::<f64>() / precisions.len().max(1) as f64;
+    let mut bytes = mean.to_le_bytes().to_vec();
+    ranks.broadcast(&mut bytes)?;
+    Ok(f64::from_le_bytes(bytes.try_into().expect("the first rank sends one number")))
 }

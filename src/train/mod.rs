@@ -24,6 +24,8 @@ pub mod run;
 pub mod run_data;
 #[doc(hidden)]
 pub mod samples;
+#[doc(hidden)]
+pub mod scaling;
 pub mod setup;
 pub mod sweep;
 pub mod trainer;

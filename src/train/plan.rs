@@ -39,16 +39,7 @@ impl Plan {
     /// Opens the recipe's data set, if it names one, to learn its size and classes. Memory is that of
     /// `device`.
     pub fn of(recipe: &Recipe, device: Device) -> Result<Self> {
-        recipe.validate()?;
-        let data = open(recipe)?;
-        let images = data.as_ref().map(Dataset::len);
-        // Without data, an epoch has no length. Recipes that count in steps do not need it.
-        let size = images.unwrap_or(recipe.train.batch);
-        let shape = DataShape {
-            images: size,
-            ..data.as_ref().map_or(DataShape::labels(size), |d| DataShape::of(d, None))
-        };
-        let mut recipe = recipe.resolved(data.as_ref().map_or(0, |d| d.classes().len()), size)?;
+        let (mut recipe, shape, images) = with_data(recipe)?;
         if recipe.train.micro_batch == MicroBatch::Auto {
             let backend = backend::select(device, &setup::device_options(&recipe)).map_err(|e| {
                 e.hint("`train.micro_batch = \"auto\"` needs a device's free memory; without a device give a number")
@@ -203,6 +194,25 @@ impl Plan {
             "config": self.recipe.to_toml(),
         })
     }
+}
+
+/// The recipe as its data set resolves it, the data's properties, and its number of images, if the recipe
+/// names a data set.
+///
+/// # Errors
+/// The recipe makes no sense; the data set cannot be opened.
+pub(super) fn with_data(recipe: &Recipe) -> Result<(Recipe, DataShape, Option<usize>)> {
+    recipe.validate()?;
+    let data = open(recipe)?;
+    let images = data.as_ref().map(Dataset::len);
+    // Without data, an epoch has no length. Recipes that count in steps do not need it.
+    let size = images.unwrap_or(recipe.train.batch);
+    let shape = DataShape {
+        images: size,
+        ..data.as_ref().map_or(DataShape::labels(size), |d| DataShape::of(d, None))
+    };
+    let classes = data.as_ref().map_or(0, |d| d.classes().len());
+    Ok((recipe.resolved(classes, size)?, shape, images))
 }
 
 /// The training data, if the recipe names any. The demo's size is known without drawing it. A path that does

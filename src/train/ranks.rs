@@ -1,5 +1,5 @@
 //! A run on several ranks: what must divide, what the ranks exchange in a step, and what the first rank tells
-//! the others about evaluations and a resumed state.
+//! the others about a resumed state.
 
 use crate::backend::{Arena, Backend, Device, Loss, Micro};
 use crate::dist::{Collective, GradientSum};
@@ -10,7 +10,6 @@ use crate::vit::Vit;
 
 use super::Trainer;
 use super::checkpoint::RunState;
-use super::evaluate::EvalReport;
 use super::trainer::gradients;
 
 /// Refuses ranks on a GPU.
@@ -21,13 +20,17 @@ pub(super) fn refuse_gpus(ranks: &Collective) -> Result<()> {
 
 /// Checks that the ranks can share a resolved recipe's batch, and writes what depends on their number into
 /// it: samples are mixed within a rank, and a micro-batch is part of a rank's batch.
-pub(super) fn settle(mut recipe: Recipe, ranks: &Collective, device: Device) -> Result<Recipe> {
-    let n = ranks.size;
+pub(super) fn settle(recipe: Recipe, ranks: &Collective, device: Device) -> Result<Recipe> {
+    if ranks.size > 1 && matches!(device, Device::Cuda(_)) {
+        refuse_gpus(ranks)?;
+    }
+    shared(recipe, ranks.size)
+}
+
+/// The same for `n` ranks, on any device.
+pub(super) fn shared(mut recipe: Recipe, n: usize) -> Result<Recipe> {
     if n == 1 {
         return Ok(recipe);
-    }
-    if matches!(device, Device::Cuda(_)) {
-        refuse_gpus(ranks)?;
     }
     let (train, augment) = (&mut recipe.train, &mut recipe.augment);
     if !train.batch.is_multiple_of(n) {
@@ -170,58 +173,6 @@ fn in_main_memory(b: &mut dyn Backend) -> Result<&mut [f32]> {
     let device = b.describe();
     b.gradients_mut()
         .ok_or_else(|| Error::usage(format!("sums over ranks or chunks are not built yet on {device}")))
-}
-
-/// The evaluations of a step.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Evaluations {
-    /// On a part of the training images.
-    pub(super) part: EvalReport,
-    pub(super) val: Option<EvalReport>,
-    /// On the validation images, with the weights' EMA.
-    pub(super) ema: Option<EvalReport>,
-}
-
-/// Gives every rank the evaluations of the first one, or the signal that ended them. Any other error is only
-/// the first one's: it ends all.
-pub(super) fn share_evaluations(ranks: &Collective, own: Result<Evaluations>) -> Result<Evaluations> {
-    if ranks.size == 1 {
-        return own;
-    }
-    let mut bytes = match &own {
-        _ if !ranks.is_first() => Vec::new(),
-        Ok(done) => encode(0, done),
-        Err(error) => match error.kind() {
-            Kind::Stopped(signal) => encode(signal, &Evaluations::default()),
-            _ => return own,
-        },
-    };
-    ranks.broadcast(&mut bytes)?;
-    if ranks.is_first() {
-        return own;
-    }
-    let values: Vec<f64> =
-        bytes.chunks_exact(8).map(|v| f64::from_le_bytes(v.try_into().expect("8 bytes"))).collect();
-    match values[0] as i32 {
-        0 => {
-            let report = |i: usize| {
-                let values = &values[1 + i * EvalReport::VALUES..][..EvalReport::VALUES];
-                let is_there = values != NO_REPORT;
-                is_there.then(|| EvalReport::from_values(values.try_into().expect("as many values")))
-            };
-            Ok(Evaluations { part: report(0).unwrap_or_default(), val: report(1), ema: report(2) })
-        }
-        signal => Err(Error::stopped(signal, "rank 0 was stopped while evaluating")),
-    }
-}
-
-/// Stands for a report that does not exist: no number of images is negative.
-const NO_REPORT: [f64; EvalReport::VALUES] = [-1.0; EvalReport::VALUES];
-
-fn encode(signal: i32, done: &Evaluations) -> Vec<u8> {
-    let reports = [Some(done.part), done.val, done.ema];
-    let values = reports.into_iter().flat_map(|report| report.map_or(NO_REPORT, EvalReport::to_values));
-    std::iter::once(f64::from(signal)).chain(values).flat_map(f64::to_le_bytes).collect()
 }
 
 /// Gives every rank the state that the first one restored from a checkpoint, if it did.

@@ -164,9 +164,27 @@ impl Setup {
     /// # Errors
     /// The recipe is invalid; it does not fit on the device; its class weights need records to count.
     pub fn on(backend: Box<dyn Backend>, recipe: &Recipe, data: DataShape) -> Result<Self> {
+        Self::on_rank(backend, recipe, data, &Collective::ALONE)
+    }
+
+    /// The same for one of several ranks, which share every batch.
+    ///
+    /// # Errors
+    /// Those of [`Setup::on`]; the ranks cannot share the batch.
+    pub fn on_rank(
+        backend: Box<dyn Backend>,
+        recipe: &Recipe,
+        data: DataShape,
+        group: &Collective,
+    ) -> Result<Self> {
         let weights = class_weights::of_list(recipe)?;
-        let recipe = resolve_for_device(recipe.clone(), &*backend, data, 1)?;
-        Self::with(backend, recipe, data, weights)
+        let device = if backend.storage().has_device_memory() { Device::Cuda(0) } else { Device::Cpu };
+        let recipe = ranks::settle(recipe.clone().in_chunks(), group, device)?;
+        let mut recipe = resolve_for_device(recipe, &*backend, data, group.size)?;
+        ranks::same_micro_batch(&mut recipe, group)?;
+        let mut setup = Self::with(backend, recipe, data, weights)?;
+        setup.parts = setup.parts.shared_by(group.size);
+        Ok(setup)
     }
 
     fn with(

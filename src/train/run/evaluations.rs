@@ -4,22 +4,31 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::backend::{Loss, Pixels, SlotLayout};
-use crate::data::{self, Dataset, Loader, LoaderSpec};
+use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Kind, Result};
 use crate::recipe::{Metric, OnBadRecord};
 use crate::report::{EvalLine, Scores};
 use crate::train::Trainer;
 use crate::train::checkpoint::Best;
 use crate::train::evaluate::{EvalReport, evaluate, mean_average_precision};
-use crate::train::ranks::{self, Evaluations};
 
 use super::Run;
+
+/// The evaluations of a step.
+struct Evaluations {
+    /// On a part of the training images.
+    part: EvalReport,
+    val: Option<EvalReport>,
+    /// On the validation images, with the weights' EMA.
+    ema: Option<EvalReport>,
+}
 
 impl Run {
     /// Evaluates the validation images, some training images without augmentation, and the validation images
     /// with the weights' EMA.
     ///
-    /// A signal ends it at once. The run is saved without it, and begins with it when it is resumed.
+    /// A signal to any rank ends it at once, on all ranks. The run is saved without it, and begins with it when
+    /// it is resumed.
     pub fn evaluate(&mut self, trainer: &mut Trainer, training: &mut Loader) -> Result<()> {
         match self.evaluate_now(trainer, training) {
             Ok(()) => self.state.owes_evaluation = false,
@@ -52,9 +61,7 @@ impl Run {
         if let Some(free) = trainer.backend.unbind_batch() {
             training.recycle(free);
         }
-        let group = trainer.collective;
-        let own = if group.is_first() { self.evaluate_all(trainer) } else { Ok(Evaluations::default()) };
-        let Evaluations { part: on_part, val: on_val, ema: on_ema } = ranks::share_evaluations(&group, own)?;
+        let Evaluations { part: on_part, val: on_val, ema: on_ema } = self.evaluate_all(trainer)?;
         let report = on_val.unwrap_or(on_part);
         let best = on_val.is_some_and(|report| self.record_best(trainer.step, &report));
         let line = EvalLine {
@@ -92,30 +99,34 @@ impl Run {
 
     fn evaluate_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
         let loss = Loss::plain(trainer.loss.kind);
-        let (model, recipe) = (&trainer.model, &self.recipe);
+        let (model, recipe, group) = (&trainer.model, &self.recipe, trainer.collective);
         let layout = SlotLayout {
             samples: model.micro_batch,
             image: model.config.image,
             pixels: Pixels::U8,
             targets: self.data.shape().targets,
         };
-        let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
         let spec = LoaderSpec {
             batch: model.micro_batch,
             image: model.config.image,
             mode: data::Mode::Eval { resize: recipe.eval.resize, crop_ratio: recipe.eval.crop_ratio },
             start_batch: 0,
-            workers: recipe.data.workers,
+            workers: group.threads(recipe.data.workers),
             on_bad_record: OnBadRecord::Skip,
             exif: recipe.data.exif,
         };
-        let mut loader = Loader::new(dataset.clone(), spec.clone(), slots);
-        let mut report = evaluate(&mut *trainer.backend, model, &mut loader, loss)?;
-        if dataset.is_multi_label() {
-            drop(loader);
+        let delivery = Delivery { rank: group.rank, ranks: group.size, ..Delivery::default() };
+        let loader = |trainer: &Trainer| -> Result<Loader> {
             let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
-            let mut loader = Loader::new(dataset.clone(), spec, slots);
-            report.map = Some(mean_average_precision(&mut *trainer.backend, model, &mut loader)?);
+            Ok(Loader::with(dataset.clone(), spec.clone(), delivery, slots))
+        };
+        let mut batches = loader(trainer)?;
+        let mut report = evaluate(&mut *trainer.backend, model, &mut batches, loss, &group)?;
+        if dataset.is_multi_label() {
+            drop(batches);
+            let mut batches = loader(trainer)?;
+            let map = mean_average_precision(&mut *trainer.backend, &trainer.model, &mut batches, &group)?;
+            report.map = Some(map);
         }
         Ok(report)
     }
