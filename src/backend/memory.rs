@@ -34,11 +34,14 @@ pub enum Arena {
     Batches,
     /// Tables and scratch of a device's update.
     Update,
+    /// Sums of gradients that wait for others, and what ranks send each other. Empty for one rank without
+    /// chunks.
+    Exchange,
 }
 
 impl Arena {
     /// The number of arenas.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = 11;
     /// The arenas whose contents persist between operations and cannot be derived from anything else.
     pub const ALL: [Arena; 6] =
         [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2, Arena::Ema, Arena::Activations];

@@ -18,12 +18,12 @@ use crate::backend::{Arena, Backend};
 use crate::data::Digest;
 use crate::error::{At, Error, Result};
 use crate::seal::{SEAL, Seal};
-use crate::vit::Vit;
+use crate::vit::{Param, Vit};
 use crate::weights::safetensors::{self, SafeTensors, View};
 use crate::weights::{self, CheckpointMeta, Tensor, Tensors};
 use crate::{fail, files, seal};
 
-use super::Trainer;
+use super::{Trainer, state};
 
 /// Everything a run needs besides weights and moments.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -159,7 +159,7 @@ impl Checkpoints {
     /// Returns false if the weights are not finite. Then nothing was written, and the last good checkpoint
     /// remains.
     pub fn save(&self, trainer: &mut Trainer, state: &RunState, about: &About<'_>) -> Result<bool> {
-        let weights = read_weights(&trainer.model, &mut *trainer.backend, Arena::Params)?;
+        let weights = read_weights(&trainer.model, &mut *trainer.backend)?;
         if !weights.values().flat_map(|t| &t.values).all(|value| value.is_finite()) {
             return Ok(false);
         }
@@ -195,11 +195,12 @@ impl Checkpoints {
         weights::save(&folder.join(model), &config, weights, about.meta)?;
         let mut names = vec![model, of_state];
         if trainer.optimizer.ema_decay().is_some() {
-            let tensors = read_weights(&trainer.model, &mut *trainer.backend, Arena::Ema)?;
+            let average = trainer.whole(Arena::Ema)?;
+            let tensors = tensors(&trainer.model, |param| Ok(state::values(&average, param.ema())))?;
             weights::save(&folder.join(ema), &config, &tensors, about.meta)?;
             names.insert(1, ema);
         }
-        write_state(&folder.join(of_state), &mut *trainer.backend, state)?;
+        write_state(&folder.join(of_state), trainer, state)?;
         seal::write(folder, &names, about.facts.clone())
     }
 
@@ -296,13 +297,20 @@ impl Checkpoints {
     }
 }
 
-/// All parameters of an arena under their own names, in file order.
-pub fn read_weights(model: &Vit, backend: &mut dyn Backend, arena: Arena) -> Result<Tensors> {
+/// All parameters under their own names, in file order.
+pub fn read_weights(model: &Vit, backend: &mut dyn Backend) -> Result<Tensors> {
+    tensors(model, |param| {
+        let mut values = vec![0.0; param.len()];
+        backend.read(param.mat(), &mut values)?;
+        Ok(values)
+    })
+}
+
+/// The same of values from elsewhere.
+fn tensors(model: &Vit, mut values: impl FnMut(&Param) -> Result<Vec<f32>>) -> Result<Tensors> {
     let mut tensors = Tensors::default();
     for param in model.layout.parameters() {
-        let mut values = vec![0.0; param.len()];
-        let mat = if arena == Arena::Ema { param.ema() } else { param.mat() };
-        backend.read(mat, &mut values)?;
+        let values = values(param)?;
         tensors.insert(param.name.clone(), Tensor::new(param.shape.clone(), param.to_file_order(&values)));
     }
     Ok(tensors)
@@ -326,27 +334,29 @@ fn open_state(folder: &Path, step: u64) -> Result<(SafeTensors, RunState)> {
 }
 
 fn restore(folder: &Path, stored: &SafeTensors, trainer: &mut Trainer) -> Result<()> {
-    load_weights(&folder.join("model.safetensors"), trainer, Arena::Params)?;
+    let open = |name: &str| weights::open(&folder.join(name), &Default::default());
+    let (layout, backend) = (&trainer.model.layout, &mut trainer.backend);
+    weights::load_into(&open("model.safetensors")?, layout, |param, values| {
+        backend.write(param.mat(), values)
+    })?;
     if trainer.optimizer.ema_decay().is_some() {
-        load_weights(&folder.join("ema.safetensors"), trainer, Arena::Ema)?;
+        // What is no parameter is its own average.
+        let mut average = backend.read_arena(Arena::Params)?;
+        weights::load_into(&open("ema.safetensors")?, layout, |param, values| {
+            state::set_values(&mut average, param.ema(), values);
+            Ok(())
+        })?;
+        trainer.restore(Arena::Ema, average)?;
     }
     read_moments(stored, folder, trainer)
 }
 
-fn load_weights(path: &Path, trainer: &mut Trainer, arena: Arena) -> Result<()> {
-    let file = weights::open(path, &Default::default())?;
-    let (model, backend) = (&trainer.model, &mut trainer.backend);
-    weights::load_into(&file, &model.layout, |param, values| {
-        backend.write(if arena == Arena::Ema { param.ema() } else { param.mat() }, values)
-    })
-}
-
 const MOMENTS: [(&str, Arena); 2] = [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)];
 
-fn write_state(path: &Path, backend: &mut dyn Backend, state: &RunState) -> Result<()> {
+fn write_state(path: &Path, trainer: &mut Trainer, state: &RunState) -> Result<()> {
     let mut buffers = Vec::new();
     for (name, arena) in MOMENTS {
-        buffers.push((name, backend.read_arena(arena)?));
+        buffers.push((name, trainer.whole(arena)?));
     }
     let views =
         buffers.iter().map(|(name, bytes)| View::new(*name, Dtype::U8, &[bytes.len()], bytes.as_slice()));
@@ -365,11 +375,11 @@ fn read_state(file: &SafeTensors, folder: &Path) -> Result<RunState> {
 fn read_moments(file: &SafeTensors, folder: &Path, trainer: &mut Trainer) -> Result<()> {
     let place = |name: &str| format!("{}: `{name}`", folder.join("state.safetensors").display());
     for (name, arena) in MOMENTS {
-        let (bytes, wanted) = (file.bytes(name)?, trainer.memory.bytes(arena));
+        let (bytes, wanted) = (file.bytes(name)?, trainer.whole_bytes(arena));
         if bytes.len() != wanted {
             fail!("{} has {} bytes, but the optimiser needs {wanted}", place(name), bytes.len());
         }
-        trainer.backend.write_arena(arena, bytes).map_err(|e| e.at(place(name)))?;
+        trainer.restore(arena, bytes.to_vec()).map_err(|e| e.at(place(name)))?;
     }
     Ok(())
 }

@@ -25,6 +25,7 @@ pub mod run_data;
 #[doc(hidden)]
 pub mod samples;
 pub mod setup;
+mod state;
 pub mod sweep;
 pub mod trainer;
 

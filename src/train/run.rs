@@ -315,7 +315,9 @@ impl Run {
             Ok(slot) => slot.ok_or_else(|| Error::new("the data loader ended before the run")),
             Err(error) => {
                 self.read_reports(trainer, loader, 0)?;
-                if trainer.step == 0 || trainer.skipped_in_a_row() > 0 {
+                // Several ranks save together, and the others know nothing of this error.
+                let is_alone = trainer.collective.size == 1;
+                if trainer.step == 0 || trainer.skipped_in_a_row() > 0 || !is_alone {
                     return Err(error);
                 }
                 // The user must see the data's error, even if saving fails as well.
@@ -455,6 +457,9 @@ impl Run {
             training.recycle(free);
         }
         let group = trainer.collective;
+        if self.data.val.is_some() && trainer.optimizer.ema_decay().is_some() {
+            trainer.backend.gather_ema()?;
+        }
         let own = if group.is_first() { self.evaluate_all(trainer) } else { Ok(Evaluations::default()) };
         let Evaluations { part: on_part, val: on_val, ema: on_ema } = ranks::share_evaluations(&group, own)?;
         let report = on_val.unwrap_or(on_part);
@@ -549,8 +554,10 @@ impl Run {
         if self.saved_at == Some(trainer.step) {
             return Ok(());
         }
+        let group = trainer.collective;
+        trainer.gather_state()?;
         let Some(metrics) = &self.metrics else {
-            self.saved_at = Some(trainer.step);
+            self.saved_at = ranks::share_saved(&group, false)?.then_some(trainer.step).or(self.saved_at);
             return Ok(());
         };
         let began = Instant::now();
@@ -569,7 +576,7 @@ impl Run {
             ..self.meta.clone()
         };
         let about = About { meta: &meta, facts: about::facts(&meta) };
-        if self.checkpoints.save(trainer, &self.state, &about)? {
+        if ranks::share_saved(&group, self.checkpoints.save(trainer, &self.state, &about)?)? {
             self.saved_at = Some(trainer.step);
         } else {
             self.log.warn(&format!(
