@@ -199,6 +199,8 @@ pub struct PlanEntry {
 pub struct MemoryPlan {
     storage: Storage,
     sizes: [usize; Arena::COUNT],
+    /// In main memory.
+    snapshot: usize,
     /// The contents of the activation arena, in order of allocation.
     pub activations: Vec<PlanEntry>,
 }
@@ -206,7 +208,7 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// A plan of nothing but the device's workspace.
     pub fn new(storage: Storage) -> Self {
-        let mut plan = Self { storage, sizes: [0; Arena::COUNT], activations: Vec::new() };
+        let mut plan = Self { storage, sizes: [0; Arena::COUNT], snapshot: 0, activations: Vec::new() };
         plan.sizes[Arena::Workspace as usize] = storage.workspace;
         plan
     }
@@ -244,6 +246,16 @@ impl MemoryPlan {
     /// Size of all arenas.
     pub fn total_bytes(&self) -> usize {
         self.sizes.iter().sum()
+    }
+
+    /// Bytes of main memory for the copy that a checkpoint is written from.
+    pub fn snapshot_bytes(&self) -> usize {
+        self.snapshot
+    }
+
+    /// Sets them.
+    pub fn set_snapshot_bytes(&mut self, bytes: usize) {
+        self.snapshot = bytes;
     }
 
     /// A matrix in the activation arena, with the device's type and padding.

@@ -128,6 +128,20 @@ pub trait Backend: Send {
     fn read_arena(&mut self, arena: Arena) -> Result<Vec<u8>>;
     /// The inverse of [`Backend::read_arena`]; the length must match.
     fn write_arena(&mut self, arena: Arena, bytes: &[u8]) -> Result<()>;
+    /// Memory of the host that the device copies to fast: page-locked on CUDA.
+    fn host_memory(&self, bytes: usize) -> Result<Box<dyn HostMemory>> {
+        Ok(Box::new(batch::PlainMemory::new(bytes)?))
+    }
+    /// Copies a part of an arena's raw bytes to the host: as many as `to` holds, from byte `from` on. They are
+    /// there when this returns.
+    fn copy_arena(&mut self, arena: Arena, from: usize, to: &mut [u8]) -> Result<()> {
+        to.copy_from_slice(&self.read_arena(arena)?[from..from + to.len()]);
+        Ok(())
+    }
+    /// A checksum of an arena's raw bytes.
+    fn checksum(&mut self, arena: Arena) -> Result<u64> {
+        Ok(xxhash_rust::xxh3::xxh3_64(&self.read_arena(arena)?))
+    }
     /// Exchanges the weights with their EMA (to evaluate the EMA, and back). In a group, after
     /// [`Backend::gather_ema`], and back before the next step.
     fn swap_ema(&mut self) -> Result<()>;

@@ -1,16 +1,18 @@
 //! Checkpoints: `checkpoints/step-N/{model,ema,state}.safetensors` and their checksums, written atomically.
 //!
-//! A checkpoint is written to a hidden folder, with `checkpoint.json` ([`crate::seal`]) last. The folder is
+//! A checkpoint is written to a hidden folder ([`writer`], from the copy that [`snapshot`] takes), with `checkpoint.json` ([`crate::seal`]) last. The folder is
 //! then synced and renamed. `last` and `best` are symbolic links that a rename replaces. So a run that is
 //! killed at any moment finds its newest complete checkpoint, and its result is bit-identical to an
 //! uninterrupted run: `state.safetensors` holds the optimiser's moments and every counter, and the loader's
 //! position is the number of finished steps. If the newest checkpoint is damaged, the run uses the one before
 //! it and says so.
 
+mod snapshot;
+mod writer;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ::safetensors::tensor::Dtype;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
@@ -18,12 +20,15 @@ use crate::backend::{Arena, Backend};
 use crate::data::Digest;
 use crate::error::{At, Error, Result};
 use crate::seal::{SEAL, Seal};
-use crate::vit::{Param, Vit};
-use crate::weights::safetensors::{self, SafeTensors, View};
+use crate::vit::Vit;
+use crate::weights::safetensors::SafeTensors;
 use crate::weights::{self, CheckpointMeta, Tensor, Tensors};
-use crate::{fail, files, seal};
+use crate::{fail, files};
 
 use super::{Trainer, state};
+
+pub(crate) use snapshot::ARENAS;
+pub(crate) use writer::{Outcome, Writer};
 
 /// Everything a run needs besides weights and moments.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -109,6 +114,7 @@ const STATE_KEY: &str = "vitrum.state";
 const FILES: [&str; 3] = ["model.safetensors", "ema.safetensors", "state.safetensors"];
 
 /// The checkpoints of one run directory.
+#[derive(Clone)]
 pub struct Checkpoints {
     dir: PathBuf,
     /// How many of the newest checkpoints to keep, besides the best.
@@ -154,54 +160,14 @@ impl Checkpoints {
         steps
     }
 
-    /// Writes a checkpoint of the trainer, points `last` (and `best`) at it, and removes old checkpoints.
-    ///
-    /// Returns false if the weights are not finite. Then nothing was written, and the last good checkpoint
-    /// remains.
-    pub fn save(&self, trainer: &mut Trainer, state: &RunState, about: &About<'_>) -> Result<bool> {
-        let weights = read_weights(&trainer.model, &mut *trainer.backend)?;
-        if !weights.values().flat_map(|t| &t.values).all(|value| value.is_finite()) {
-            return Ok(false);
-        }
-        let hidden = self.hidden(state.step);
-        let written = self.write(&hidden, trainer, &weights, state, about).and_then(|()| {
-            let target = self.path(state.step);
-            if target.exists() {
-                self.remove(state.step);
-            }
-            fs::rename(&hidden, &target).at(target.display())
-        });
-        if written.is_err() {
-            let _ = fs::remove_dir_all(&hidden);
-        }
-        written.map_err(|e| e.at(format!("checkpoint at step {}", state.step)))?;
+    /// Puts a complete hidden folder into its place, points `last` (and `best`) at it, and removes old
+    /// checkpoints.
+    fn put_in_place(&self, hidden: &Path, state: &RunState) -> Result<()> {
+        files::replace_dir(hidden, &self.path(state.step))?;
         files::sync_dir(&self.dir);
         self.link(state)?;
         self.prune(state);
-        Ok(true)
-    }
-
-    fn write(
-        &self,
-        folder: &Path,
-        trainer: &mut Trainer,
-        weights: &Tensors,
-        state: &RunState,
-        about: &About<'_>,
-    ) -> Result<()> {
-        files::create_dir(folder)?;
-        let config = trainer.model.config.clone();
-        let [model, ema, of_state] = FILES;
-        weights::save(&folder.join(model), &config, weights, about.meta)?;
-        let mut names = vec![model, of_state];
-        if trainer.optimizer.ema_decay().is_some() {
-            let average = trainer.whole(Arena::Ema)?;
-            let tensors = tensors(&trainer.model, |param| Ok(state::values(&average, param.ema())))?;
-            weights::save(&folder.join(ema), &config, &tensors, about.meta)?;
-            names.insert(1, ema);
-        }
-        write_state(&folder.join(of_state), trainer, state)?;
-        seal::write(folder, &names, about.facts.clone())
+        Ok(())
     }
 
     /// Points `last` at the newest and `best` at the best checkpoint.
@@ -299,18 +265,10 @@ impl Checkpoints {
 
 /// All parameters under their own names, in file order.
 pub fn read_weights(model: &Vit, backend: &mut dyn Backend) -> Result<Tensors> {
-    tensors(model, |param| {
-        let mut values = vec![0.0; param.len()];
-        backend.read(param.mat(), &mut values)?;
-        Ok(values)
-    })
-}
-
-/// The same of values from elsewhere.
-fn tensors(model: &Vit, mut values: impl FnMut(&Param) -> Result<Vec<f32>>) -> Result<Tensors> {
     let mut tensors = Tensors::default();
     for param in model.layout.parameters() {
-        let values = values(param)?;
+        let mut values = vec![0.0; param.len()];
+        backend.read(param.mat(), &mut values)?;
         tensors.insert(param.name.clone(), Tensor::new(param.shape.clone(), param.to_file_order(&values)));
     }
     Ok(tensors)
@@ -352,17 +310,6 @@ fn restore(folder: &Path, stored: &SafeTensors, trainer: &mut Trainer) -> Result
 }
 
 const MOMENTS: [(&str, Arena); 2] = [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)];
-
-fn write_state(path: &Path, trainer: &mut Trainer, state: &RunState) -> Result<()> {
-    let mut buffers = Vec::new();
-    for (name, arena) in MOMENTS {
-        buffers.push((name, trainer.whole(arena)?));
-    }
-    let views =
-        buffers.iter().map(|(name, bytes)| View::new(*name, Dtype::U8, &[bytes.len()], bytes.as_slice()));
-    let json = serde_json::to_string(state).at(path.display())?;
-    safetensors::write(path, &[(STATE_KEY.to_string(), json)].into(), views.collect())
-}
 
 fn read_state(file: &SafeTensors, folder: &Path) -> Result<RunState> {
     let place = folder.join("state.safetensors");

@@ -168,11 +168,6 @@ pub(super) fn share_state(trainer: &mut Trainer, state: &mut Option<RunState>) -
     Ok(())
 }
 
-/// Tells every rank whether the first one has written a checkpoint.
-pub(super) fn share_saved(ranks: &Collective, saved: bool) -> Result<bool> {
-    Ok(ranks.gather_number(u64::from(saved))?[0] == 1)
-}
-
 /// Passes a result on. If a signal stops all ranks, in the same step, they leave the group together: nobody
 /// ends while the first one still saves.
 pub(super) fn stop_together<T>(ranks: &Collective, result: Result<T>) -> Result<T> {

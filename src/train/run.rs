@@ -1,24 +1,25 @@
 //! A run: its reports, its checkpoints, and how it ends. [`super::directory`] owns its directory,
 //! [`super::run_data`] its data.
 
+mod evaluations;
+mod saving;
+
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Arena, Device, Loss, Pixels, Slot, SlotLayout, StepReport};
-use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
+use crate::backend::{Device, Slot, SlotLayout, StepReport};
+use crate::data::{self, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Kind, Result};
-use crate::recipe::{Metric, OnBadRecord, Recipe};
-use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine};
+use crate::recipe::{Metric, Recipe};
+use crate::report::{Log, MetricsFile, Progress, StepLine};
 use crate::weights::CheckpointMeta;
 use crate::{files, signals};
 
-use super::checkpoint::{About, Best, Checkpoints, RunState, Sums};
+use super::checkpoint::{Checkpoints, RunState, Sums, Writer};
 use super::directory::Directory;
-use super::evaluate::{EvalReport, evaluate, mean_average_precision};
+use super::evaluate::EvalReport;
 use super::header::{memory_lines, model_lines, word};
 use super::pace::{FirstSteps, Pace};
-use super::ranks::Evaluations;
 use super::resume::{self, Now};
 use super::run_data::OVERFIT_LOSS;
 use super::{Trainer, about, ranks, samples, setup};
@@ -105,7 +106,11 @@ pub struct Run {
     data: RunData,
     checkpoints: Checkpoints,
     state: RunState,
+    writer: Writer,
+    /// The last whole checkpoint.
     saved_at: Option<u64>,
+    /// Why the checkpoint that was begun last could not be written.
+    unsaved: Option<Error>,
     meta: CheckpointMeta,
     /// `None` on other ranks than the first.
     metrics: Option<MetricsFile>,
@@ -188,11 +193,14 @@ impl Run {
             ..CheckpointMeta::default()
         };
         (state.recipe, state.data, state.overfit) = (text, Some(digest), data.overfit);
-        state.ranks = ranks;
+        // With chunks the bytes of a checkpoint are the same for any number of ranks.
+        state.ranks = ranks.filter(|_| recipe.train.reduce_chunks.is_none());
         let run = Self {
             steps,
+            writer: Writer::new(checkpoints.clone(), trainer),
             checkpoints,
             saved_at: resumed,
+            unsaved: None,
             meta,
             metrics,
             progress: Progress::new(&log, steps, trainer.step),
@@ -216,22 +224,6 @@ impl Run {
         run.warn_of_the_disk(trainer);
         signals::install()?;
         Ok(run)
-    }
-
-    /// Warns before training if the disk cannot hold the checkpoints to keep, and one more while it is
-    /// written.
-    fn warn_of_the_disk(&self, trainer: &Trainer) {
-        let arenas = [Arena::Params, Arena::Ema, Arena::Moment1, Arena::Moment2];
-        let bytes: usize = arenas.into_iter().map(|arena| trainer.memory.bytes(arena)).sum();
-        let kept = self.recipe.train.keep + usize::from(self.data.val.is_some());
-        let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every).max(1);
-        let to_come =
-            usize::try_from(self.steps.saturating_sub(trainer.step).div_ceil(every)).unwrap_or(usize::MAX);
-        let count = (kept + 1).min(to_come.max(1));
-        let directory = self.directory.as_ref();
-        if let Some(warning) = directory.and_then(|d| d.too_small_for(count, bytes as u64)) {
-            self.log.warn(&warning);
-        }
     }
 
     fn print_header(&self, trainer: &Trainer, resumed: Option<u64>) {
@@ -315,13 +307,15 @@ impl Run {
             Ok(slot) => slot.ok_or_else(|| Error::new("the data loader ended before the run")),
             Err(error) => {
                 self.read_reports(trainer, loader, 0)?;
-                // Several ranks save together, and the others know nothing of this error.
-                let is_alone = trainer.collective.size == 1;
-                if trainer.step == 0 || trainer.skipped_in_a_row() > 0 || !is_alone {
+                if trainer.step == 0 || trainer.skipped_in_a_row() > 0 {
                     return Err(error);
                 }
-                // The user must see the data's error, even if saving fails as well.
-                let saved = match self.checkpoint(trainer) {
+                // Other ranks do not know of it, and save nothing. The user must see the data's error, even if
+                // saving fails as well.
+                if trainer.collective.size > 1 {
+                    return Err(error.at(format!("after step {}", trainer.step)));
+                }
+                let saved = match self.save_now(trainer) {
                     Ok(()) => format!("{}, from which `--resume` continues", self.saved()),
                     Err(why) => format!("which could not be saved ({})", why.message()),
                 };
@@ -330,13 +324,6 @@ impl Run {
                 Err(if is_stopped { error.hint(self.how_to_go_on()) } else { error })
             }
         }
-    }
-
-    /// The place of the last checkpoint, for messages.
-    fn saved(&self) -> String {
-        self.saved_at.map_or("no checkpoint was written yet".into(), |step| {
-            format!("saved to {}", self.checkpoints.path(step).display())
-        })
     }
 
     /// Whether all submitted steps must finish before the next one is submitted: an evaluation, a checkpoint
@@ -394,7 +381,7 @@ impl Run {
             self.log.line(&format!("         {text}"));
         }
         if due {
-            self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.step(&line))?;
+            self.metrics.iter_mut().for_each(|metrics| metrics.step(&line));
             self.progress.step(&line);
             self.state.last_loss = Some(line.loss);
             self.state.window = Sums::default();
@@ -420,172 +407,8 @@ impl Run {
         step.is_multiple_of(every) || step == self.steps
     }
 
-    /// Evaluates the validation images, some training images without augmentation, and the validation images
-    /// with the weights' EMA.
-    ///
-    /// A signal ends it at once. The run is saved without it, and begins with it when it is resumed.
-    pub fn evaluate(&mut self, trainer: &mut Trainer, training: &mut Loader) -> Result<()> {
-        match self.evaluate_now(trainer, training) {
-            Ok(()) => self.state.owes_evaluation = false,
-            Err(error) if matches!(error.kind(), Kind::Stopped(_)) && trainer.skipped_in_a_row() == 0 => {
-                self.state.owes_evaluation = true;
-                let step = trainer.step;
-                self.checkpoint(trainer)?;
-                let error = error.at(format!("after step {step}, {}", self.saved()));
-                return Err(error.hint(self.how_to_go_on()));
-            }
-            Err(error) => return Err(self.device_failed(trainer, error)),
-        }
-        Ok(())
-    }
-
-    /// Does the evaluation that the checkpoint lacks, if it lacks one; the checkpoint is then written again.
-    pub fn make_up_evaluation(&mut self, trainer: &mut Trainer, training: &mut Loader) -> Result<()> {
-        if self.state.owes_evaluation {
-            self.evaluate(trainer, training)?;
-            if self.checkpoint_is_due(trainer) {
-                self.saved_at = None;
-                self.checkpoint(trainer)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn evaluate_now(&mut self, trainer: &mut Trainer, training: &mut Loader) -> Result<()> {
-        let began = Instant::now();
-        if let Some(free) = trainer.backend.unbind_batch() {
-            training.recycle(free);
-        }
-        let group = trainer.collective;
-        if self.data.val.is_some() && trainer.optimizer.ema_decay().is_some() {
-            trainer.backend.gather_ema()?;
-        }
-        let own = if group.is_first() { self.evaluate_all(trainer) } else { Ok(Evaluations::default()) };
-        let Evaluations { part: on_part, val: on_val, ema: on_ema } = ranks::share_evaluations(&group, own)?;
-        let report = on_val.unwrap_or(on_part);
-        let best = on_val.is_some_and(|report| self.record_best(trainer.step, &report));
-        let line = EvalLine {
-            step: trainer.step,
-            epoch: self.epoch(trainer.step),
-            scores: scores(&report),
-            classes: trainer.model.config.classes,
-            gap: on_val.map(|val| on_part.top1 - val.top1),
-            ema: on_ema.as_ref().map(scores),
-            best,
-            img_per_s: report.img_per_s,
-            seconds: began.elapsed().as_secs_f64(),
-        };
-        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.eval(&line))?;
-        self.progress.eval(&line);
-        (self.last_eval, self.evaluated_at) = (Some(report), trainer.step);
-        self.pace.outside += began.elapsed().as_secs_f64();
-        Ok(())
-    }
-
-    fn evaluate_all(&self, trainer: &mut Trainer) -> Result<Evaluations> {
-        let part = self.evaluate_on(trainer, &self.data.train_part)?;
-        let val = self.data.val.as_ref().map(|val| self.evaluate_on(trainer, val)).transpose()?;
-        let ema = self.data.val.as_ref().filter(|_| trainer.optimizer.ema_decay().is_some());
-        let ema = ema.map(|val| self.evaluate_ema_on(trainer, val)).transpose()?;
-        Ok(Evaluations { part, val, ema })
-    }
-
-    fn evaluate_ema_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
-        trainer.backend.swap_ema()?;
-        let report = self.evaluate_on(trainer, dataset);
-        trainer.backend.swap_ema()?;
-        report
-    }
-
-    fn evaluate_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
-        let loss = Loss::plain(trainer.loss.kind);
-        let (model, recipe) = (&trainer.model, &self.recipe);
-        let layout = SlotLayout {
-            samples: model.micro_batch,
-            image: model.config.image,
-            pixels: Pixels::U8,
-            targets: self.data.shape().targets,
-        };
-        let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
-        let spec = LoaderSpec {
-            batch: model.micro_batch,
-            image: model.config.image,
-            mode: data::Mode::Eval { resize: recipe.eval.resize, crop_ratio: recipe.eval.crop_ratio },
-            start_batch: 0,
-            workers: recipe.data.workers,
-            on_bad_record: OnBadRecord::Skip,
-            exif: recipe.data.exif,
-        };
-        let mut loader = Loader::new(dataset.clone(), spec.clone(), slots);
-        let mut report = evaluate(&mut *trainer.backend, model, &mut loader, loss)?;
-        if dataset.is_multi_label() {
-            drop(loader);
-            let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
-            let mut loader = Loader::new(dataset.clone(), spec, slots);
-            report.map = Some(mean_average_precision(&mut *trainer.backend, model, &mut loader)?);
-        }
-        Ok(report)
-    }
-
-    /// Records an evaluation. Returns whether it is the best so far.
-    fn record_best(&mut self, step: u64, report: &EvalReport) -> bool {
-        let metric = match self.recipe.eval.metric {
-            Metric::Top1 => report.top1,
-            Metric::Loss => -report.loss,
-            Metric::Map => report.map.unwrap_or(f64::NAN),
-        };
-        let better = self.state.best.is_none_or(|b| metric > b.metric + self.recipe.train.min_delta);
-        if better && metric.is_finite() {
-            self.state.best = Some(Best { step, metric });
-            self.state.stale_evals = 0;
-        } else {
-            self.state.stale_evals += 1;
-        }
-        self.state.best.is_some_and(|b| b.step == step)
-    }
-
     fn epoch(&self, step: u64) -> f64 {
         step as f64 * self.recipe.train.batch as f64 / self.data.train.len() as f64
-    }
-
-    /// Writes a checkpoint of the trainer. Does not save weights that are not finite; [`Run::check_end`] soon
-    /// ends such a run.
-    pub fn checkpoint(&mut self, trainer: &mut Trainer) -> Result<()> {
-        if self.saved_at == Some(trainer.step) {
-            return Ok(());
-        }
-        let group = trainer.collective;
-        trainer.gather_state()?;
-        let Some(metrics) = &self.metrics else {
-            self.saved_at = ranks::share_saved(&group, false)?.then_some(trainer.step).or(self.saved_at);
-            return Ok(());
-        };
-        let began = Instant::now();
-        self.state.step = trainer.step;
-        self.state.skipped = trainer.skipped;
-        self.state.skipped_in_a_row = trainer.skipped_in_a_row();
-        self.state.algorithms = trainer.backend.algorithms();
-        // A crash of the machine must not lose metrics of steps that the checkpoint includes.
-        metrics.sync()?;
-        let evaluated =
-            self.last_eval.filter(|_| self.data.val.is_some() && self.evaluated_at == trainer.step);
-        let meta = CheckpointMeta {
-            step: Some(trainer.step),
-            epoch: Some(self.epoch(trainer.step)),
-            top1: evaluated.map(|report| report.top1),
-            ..self.meta.clone()
-        };
-        let about = About { meta: &meta, facts: about::facts(&meta) };
-        if ranks::share_saved(&group, self.checkpoints.save(trainer, &self.state, &about)?)? {
-            self.saved_at = Some(trainer.step);
-        } else {
-            self.log.warn(&format!(
-                "step {}: the weights are not finite, so no checkpoint was written",
-                trainer.step
-            ));
-        }
-        self.pace.outside += began.elapsed().as_secs_f64();
-        Ok(())
     }
 
     /// Whether the run ends now. Called before every step, including the first of a resumed run. Divergence
@@ -606,7 +429,7 @@ impl Run {
         }
         let Some(signal) = trainer.asked_to_stop() else { return Ok(None) };
         self.read_reports(trainer, loader, 0)?;
-        self.checkpoint(trainer)?;
+        self.save_now(trainer)?;
         Err(Error::stopped(signal, format!("stopped at step {}, {}", trainer.step, self.saved()))
             .hint(self.how_to_go_on()))
     }
@@ -644,7 +467,7 @@ impl Run {
 
     /// Writes the last checkpoint and returns the summary.
     pub fn finish(mut self, trainer: &mut Trainer, ending: Ending) -> Result<RunSummary> {
-        self.checkpoint(trainer)?;
+        self.save_now(trainer)?;
         if self.saved_at != Some(trainer.step) {
             return Err(self.diverged(trainer));
         }
@@ -672,16 +495,6 @@ impl Run {
             },
             metric: self.recipe.eval.metric,
         })
-    }
-}
-
-fn scores(report: &EvalReport) -> Scores {
-    Scores {
-        loss: report.loss,
-        top1: report.top1,
-        top5: report.top5,
-        map: report.map,
-        images: report.count as u64,
     }
 }
 

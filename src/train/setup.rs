@@ -22,6 +22,7 @@ use crate::report::format;
 use crate::vit::{LastBlock, Mode, Param, Vit};
 
 use super::run::{RunData, RunOptions};
+use super::state::SHARED;
 use super::trainer::{gradients, micro_batches};
 use super::{class_weights, ranks};
 
@@ -125,7 +126,11 @@ impl Parts {
         if optimizer.ema_decay().is_some() {
             plan.set_bytes(Arena::Ema, plan.bytes(Arena::Params));
         }
-        let Some(shards) = &self.shards else { return plan };
+        let state = |plan: &MemoryPlan| -> usize { SHARED.iter().map(|arena| plan.bytes(*arena)).sum() };
+        let Some(shards) = &self.shards else {
+            plan.set_snapshot_bytes(plan.bytes(Arena::Params) + state(&plan));
+            return plan;
+        };
         plan.set_bytes(Arena::Grads, shards.padded() * 4);
         let chunks = self.chunks.unwrap_or(1) / shards.ranks();
         plan.set_bytes(Arena::Exchange, exchange_bytes(plan.storage(), shards, chunks.max(1)));
@@ -137,6 +142,10 @@ impl Parts {
                 }
             }
         }
+        // Each rank writes its shard, and an equal part of what all have.
+        let ranks = shards.ranks();
+        let of_state = if self.is_sharded() { state(&plan) } else { state(&plan).div_ceil(ranks) };
+        plan.set_snapshot_bytes(plan.bytes(Arena::Params).div_ceil(ranks) + of_state);
         plan
     }
 
@@ -240,7 +249,10 @@ pub fn resolve_for_device(
     let needs = |micro_batch: MicroBatch| -> Result<usize> {
         let mut recipe = recipe.clone();
         recipe.train.micro_batch = micro_batch;
-        Ok(Parts::of(&recipe, backend.storage(), data)?.shared_by(ranks).memory().total_bytes())
+        let plan = Parts::of(&recipe, backend.storage(), data)?.shared_by(ranks).memory();
+        // A device with memory of its own has the copy for checkpoints elsewhere.
+        let copy = if plan.storage().has_device_memory() { 0 } else { plan.snapshot_bytes() };
+        Ok(plan.total_bytes() + copy)
     };
     let batch = recipe.train.batch / ranks;
     let most = if backend.storage().has_device_memory() { batch } else { batch.min(CPU_MOST) };

@@ -1,7 +1,7 @@
-//! The moments and the average of a run, of which each of several ranks holds its shard: made whole for a
-//! checkpoint, and divided again.
-//!
-//! Whole means: as one rank would hold them, to the byte. So a checkpoint says nothing of ranks.
+//! The moments and the average of a run, of which each of several ranks holds its shard: where its bytes lie
+//! among those of one rank that holds everything. A checkpoint holds the latter, so it says nothing of ranks.
+
+use std::ops::Range;
 
 use crate::backend::shards::Piece;
 use crate::backend::{Arena, Mat, Shards};
@@ -12,11 +12,25 @@ use super::Trainer;
 /// What ranks divide, in the order of a checkpoint.
 pub(super) const SHARED: [Arena; 3] = [Arena::Ema, Arena::Moment1, Arena::Moment2];
 
-/// How the state is divided, and whole arenas on their way to or from a checkpoint.
+/// Parts of arenas that all ranks hold start at multiples of this many bytes.
+pub(super) const ALIGN: usize = 256;
+
+/// A run of bytes of an arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// Its first byte in the arena as one rank would hold it.
+    pub(super) whole: usize,
+    /// Its first byte in this rank's arena.
+    pub(super) held: usize,
+    /// Number of bytes.
+    pub(super) len: usize,
+}
+
+/// How the state is divided, and whole arenas on their way from a checkpoint.
 pub(super) struct SharedState {
     /// `None` where each rank holds everything.
     shards: Option<Shards>,
-    /// In main memory.
+    /// Whole arenas from a checkpoint, in main memory.
     whole: Vec<(Arena, Vec<u8>)>,
 }
 
@@ -25,8 +39,7 @@ impl SharedState {
         Self { shards, whole: Vec::new() }
     }
 
-    /// Hands out an arena that was gathered or restored.
-    pub(super) fn take(&mut self, arena: Arena) -> Option<Vec<u8>> {
+    fn take(&mut self, arena: Arena) -> Option<Vec<u8>> {
         let at = self.whole.iter().position(|(held, _)| *held == arena)?;
         Some(self.whole.swap_remove(at).1)
     }
@@ -43,60 +56,35 @@ impl Trainer {
         }
     }
 
-    /// Gathers the shards of all ranks, for [`Trainer::whole`]. All ranks call it; one rank does nothing.
-    pub(super) fn gather_state(&mut self) -> Result<()> {
-        self.state.whole.clear();
-        let Some(shards) = self.state.shards.clone() else { return Ok(()) };
-        for arena in SHARED {
-            let (own, whole) = (self.backend.read_arena(arena)?, self.whole_bytes(arena));
-            if whole == 0 {
-                continue;
-            }
-            let size = own.len() / shards.shard();
-            let mut bytes = vec![0; shards.padded() * size];
-            let mut rest = &own[..];
-            for index in (0..shards.buckets()).rev() {
-                let bucket = shards.bucket(index);
-                let (part, others) = rest.split_at(bucket.len() / shards.ranks() * size);
-                self.collective.all_gather(part, &mut bytes[bucket.start * size..bucket.end * size])?;
-                rest = others;
-            }
-            if !self.collective.is_first() {
-                continue;
-            }
-            if arena == Arena::Ema {
-                bytes = self.like_weights(&bytes)?;
-            }
-            bytes.truncate(whole);
-            self.state.whole.push((arena, bytes));
+    /// The bytes of an arena that this rank writes to a checkpoint. With those of the other ranks they are all
+    /// that is not zero, each once; only the average of tensors that are not trained may be missing.
+    pub(super) fn runs(&self, arena: Arena) -> Vec<Run> {
+        let (held, rank) = (self.memory.bytes(arena), self.collective.rank);
+        if held == 0 {
+            return Vec::new();
         }
-        Ok(())
-    }
-
-    /// An arena as one rank would hold it. Where it is divided, rank 0 has it once after
-    /// [`Trainer::gather_state`].
-    pub(super) fn whole(&mut self, arena: Arena) -> Result<Vec<u8>> {
-        match self.state.take(arena) {
-            Some(bytes) => Ok(bytes),
-            None => self.backend.read_arena(arena),
-        }
+        let Some(shards) = self.state.shards.as_ref().filter(|_| SHARED.contains(&arena)) else {
+            let part = equal_part(held, rank, self.collective.size);
+            return vec![Run { whole: part.start, held: part.start, len: part.len() }];
+        };
+        let size = held / shards.shard();
+        let pieces = shards.pieces(self.optimizer.segments(), rank).into_iter();
+        let at = |piece: &Piece| if arena == Arena::Ema { piece.param } else { piece.grad };
+        pieces.map(|p| Run { whole: at(&p) * size, held: p.moment * size, len: p.len * size }).collect()
     }
 
     /// Takes this rank's shard of an arena.
     pub(super) fn set_whole(&mut self, arena: Arena, whole: &[u8]) -> Result<()> {
-        let Some(shards) = self.state.shards.as_ref().filter(|_| SHARED.contains(&arena)) else {
+        if self.state.shards.is_none() || !SHARED.contains(&arena) {
             return self.backend.write_arena(arena, whole);
-        };
+        }
         let held = self.memory.bytes(arena);
         if held == 0 {
             return Ok(());
         }
-        let size = held / shards.shard();
         let mut own = vec![0; held];
-        for piece in shards.pieces(self.optimizer.segments(), self.collective.rank) {
-            let from = if arena == Arena::Ema { piece.param } else { piece.grad };
-            own[piece.moment * size..][..piece.len * size]
-                .copy_from_slice(&whole[from * size..][..piece.len * size]);
+        for run in self.runs(arena) {
+            own[run.held..][..run.len].copy_from_slice(&whole[run.whole..][..run.len]);
         }
         self.backend.write_arena(arena, &own)
     }
@@ -115,35 +103,35 @@ impl Trainer {
     pub(super) fn restored(&mut self, arena: Arena) -> Vec<u8> {
         self.state.take(arena).unwrap_or_default()
     }
-
-    /// An average in the layout of the gradients, in the layout of the weights. A tensor that is not trained is
-    /// its own average.
-    fn like_weights(&mut self, bytes: &[u8]) -> Result<Vec<u8>> {
-        let mut all = self.backend.read_arena(Arena::Params)?;
-        for Piece { param, grad, len, .. } in Piece::whole(self.optimizer.segments()) {
-            all[param * 4..][..len * 4].copy_from_slice(&bytes[grad * 4..][..len * 4]);
-        }
-        Ok(all)
-    }
 }
 
-/// The values of a parameter in an arena of weights, dense.
-pub(super) fn values(bytes: &[u8], at: Mat) -> Vec<f32> {
-    let mut values = Vec::with_capacity(at.rows * at.cols);
-    for row in 0..at.rows {
-        let start = at.offset + row * at.ld * 4;
-        values.extend(
-            bytes[start..start + at.cols * 4].as_chunks::<4>().0.iter().map(|v| f32::from_le_bytes(*v)),
-        );
-    }
-    values
+/// Part `rank` of `ranks` equal parts of `bytes` bytes.
+fn equal_part(bytes: usize, rank: usize, ranks: usize) -> Range<usize> {
+    let part = bytes.div_ceil(ALIGN).div_ceil(ranks) * ALIGN;
+    (rank * part).min(bytes)..((rank + 1) * part).min(bytes)
 }
 
-/// The inverse of [`values`].
+/// Writes the values of a parameter, dense, to its place in an arena of weights.
 pub(super) fn set_values(bytes: &mut [u8], at: Mat, values: &[f32]) {
     for (row, values) in values.chunks_exact(at.cols.max(1)).enumerate() {
         let start = at.offset + row * at.ld * 4;
         let to = bytes[start..start + at.cols * 4].as_chunks_mut::<4>().0;
         to.iter_mut().zip(values).for_each(|(to, value)| *to = value.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_parts_cover_an_arena_once() {
+        for bytes in [0, 4, 256, 1000, 4096, 123_456] {
+            for ranks in 1..9 {
+                let parts: Vec<_> = (0..ranks).map(|rank| equal_part(bytes, rank, ranks)).collect();
+                assert_eq!((parts[0].start, parts[ranks - 1].end), (0, bytes));
+                assert!(parts.windows(2).all(|two| two[0].end == two[1].start), "{bytes} on {ranks}");
+            }
+        }
     }
 }

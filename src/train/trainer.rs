@@ -54,6 +54,7 @@ pub fn train_from(
         if trainer.in_flight() > 0 {
             continue;
         }
+        run.look_at_checkpoint(&trainer)?;
         if run.evaluation_is_due(trainer.step) {
             ranks::stop_together(&group, run.evaluate(&mut trainer, &mut loader))?;
         }
@@ -157,6 +158,31 @@ impl Trainer {
             self.set_whole(Arena::Ema, &weights)?;
         }
         Ok(())
+    }
+
+    /// Checks that all ranks have the same weights.
+    ///
+    /// # Errors
+    /// They have not, so that one of them computes wrongly; or another rank failed.
+    pub fn weights_agree(&mut self) -> Result<()> {
+        let ranks = self.collective;
+        if ranks.size == 1 {
+            return Ok(());
+        }
+        let all = ranks.gather_number(self.backend.checksum(Arena::Params)?)?;
+        let most = *all.iter().max_by_key(|sum| all.iter().filter(|s| s == sum).count()).expect("a rank");
+        let others: Vec<_> =
+            (0..ranks.size).filter(|rank| all[*rank] != most).map(|r| r.to_string()).collect();
+        if others.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(format!(
+            "after step {}, the weights of rank {} are not those of the other ranks: its memory or its device makes \
+             errors",
+            self.step,
+            others.join(" and rank ")
+        ))
+        .hint("continue from the last checkpoint with `--resume`, without that machine"))
     }
 
     /// Makes one update from one batch and waits for it. Returns the slot that is free again, and the step's

@@ -137,6 +137,11 @@ impl Param {
         Mat { arena, offset: offset * 4, rows: self.rows, cols: self.cols, ld: self.ld, dtype: Dtype::F32 }
     }
 
+    /// Whether files hold its values in the order of memory.
+    pub fn keeps_order(&self) -> bool {
+        self.kind != ParamKind::PatchKernel
+    }
+
     /// Values in file order (dense, `shape`) → values in memory order (dense, `rows × cols`).
     pub fn from_file_order<'a>(&self, values: &'a [f32]) -> Cow<'a, [f32]> {
         assert_eq!(values.len(), self.len(), "{}: wrong number of values", self.name);

@@ -147,6 +147,15 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn copy_arena(&mut self, arena: Arena, from: usize, to: &mut [u8]) -> Result<()> {
+        to.copy_from_slice(&self.arenas.bytes(arena)[from..from + to.len()]);
+        Ok(())
+    }
+
+    fn checksum(&mut self, arena: Arena) -> Result<u64> {
+        Ok(xxhash_rust::xxh3::xxh3_64(self.arenas.bytes(arena)))
+    }
+
     fn swap_ema(&mut self) -> Result<()> {
         reduce::swap_ema(self);
         Ok(())

@@ -11,6 +11,9 @@
 //! average, goes through the same memory: every rank writes its shard where its gradients were, the buckets
 //! are gathered, and the result is copied to its place, tensor by tensor.
 
+#[cfg(test)]
+mod tests;
+
 use super::arenas::Arenas;
 use super::compute::Compute;
 use super::update::{self, Outcome};
@@ -248,68 +251,4 @@ fn add(c: &Compute, to: &mut [f32], values: &[f32]) {
     c.for_each_item(to.chunks_mut(BLOCK).zip(values.chunks(BLOCK)).collect(), |(to, values)| {
         to.iter_mut().zip(values).for_each(|(to, value)| *to += value);
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::compute::Isa;
-    use super::*;
-
-    const LEN: usize = 37;
-
-    fn compute() -> Compute {
-        Compute::new(Isa::best(), 1).unwrap()
-    }
-
-    /// Values of very different sizes, so that another order of additions has other bits.
-    fn gradients(chunk: usize) -> Vec<f32> {
-        (0..LEN)
-            .map(|i| ((i * 7919 + chunk * 104_729) % 1009) as f32 * 10f32.powi(chunk as i32 % 5 - 2))
-            .collect()
-    }
-
-    /// A rank's own sum, taken in two ranges, from the last gradient to the first.
-    fn own(chunks: std::ops::Range<usize>) -> Vec<f32> {
-        let c = compute();
-        let mut waiting = vec![f32::NAN; LEN * chunks.len().ilog2() as usize];
-        let mut sum = Vec::new();
-        for chunk in chunks.clone() {
-            sum = gradients(chunk);
-            for range in [20..LEN, 0..20] {
-                add_chunk(&c, &mut sum, &mut waiting, range, chunk - chunks.start, chunks.len());
-            }
-        }
-        sum
-    }
-
-    #[test]
-    fn the_tree_is_the_same_on_any_number_of_ranks() {
-        const CHUNKS: usize = 16;
-        let want = own(0..CHUNKS);
-        for ranks in [1, 2, 4, 8, 16] {
-            let each = CHUNKS / ranks;
-            let mut parts: Vec<f32> =
-                (0..ranks).flat_map(|rank| own(rank * each..(rank + 1) * each)).collect();
-            sum_parts(&compute(), &mut parts, LEN, true);
-            assert_eq!(parts[..LEN], want, "{ranks} ranks");
-        }
-        let mut in_order: Vec<f32> = (0..CHUNKS).flat_map(gradients).collect();
-        sum_parts(&compute(), &mut in_order, LEN, false);
-        assert!(in_order[..LEN] != want[..], "another order has other bits");
-    }
-
-    #[test]
-    fn four_chunks_are_two_pairs() {
-        let [a, b, c, d] = [0, 1, 2, 3].map(gradients);
-        let want: Vec<f32> = (0..LEN).map(|i| (a[i] + b[i]) + (c[i] + d[i])).collect();
-        assert_eq!(own(0..4), want);
-    }
-
-    #[test]
-    fn ranks_in_order_are_added_from_the_first() {
-        let mut values: Vec<f32> = [0, 1, 2].into_iter().flat_map(gradients).collect();
-        let want: Vec<f32> = (0..LEN).map(|i| (values[i] + values[LEN + i]) + values[2 * LEN + i]).collect();
-        sum_parts(&compute(), &mut values, LEN, false);
-        assert_eq!(values[..LEN], want);
-    }
 }
