@@ -25,8 +25,9 @@ use crate::weights::safetensors::SafeTensors;
 use crate::weights::{self, CheckpointMeta, Tensor, Tensors};
 use crate::{fail, files};
 
-use super::Trainer;
+use super::{Trainer, state};
 
+pub(crate) use snapshot::ARENAS;
 pub(crate) use writer::{Outcome, Writer};
 
 /// Everything a run needs besides weights and moments.
@@ -262,13 +263,12 @@ impl Checkpoints {
     }
 }
 
-/// All parameters of an arena under their own names, in file order.
-pub fn read_weights(model: &Vit, backend: &mut dyn Backend, arena: Arena) -> Result<Tensors> {
+/// All parameters under their own names, in file order.
+pub fn read_weights(model: &Vit, backend: &mut dyn Backend) -> Result<Tensors> {
     let mut tensors = Tensors::default();
     for param in model.layout.parameters() {
         let mut values = vec![0.0; param.len()];
-        let mat = if arena == Arena::Ema { param.ema() } else { param.mat() };
-        backend.read(mat, &mut values)?;
+        backend.read(param.mat(), &mut values)?;
         tensors.insert(param.name.clone(), Tensor::new(param.shape.clone(), param.to_file_order(&values)));
     }
     Ok(tensors)
@@ -292,19 +292,21 @@ fn open_state(folder: &Path, step: u64) -> Result<(SafeTensors, RunState)> {
 }
 
 fn restore(folder: &Path, stored: &SafeTensors, trainer: &mut Trainer) -> Result<()> {
-    load_weights(&folder.join("model.safetensors"), trainer, Arena::Params)?;
+    let open = |name: &str| weights::open(&folder.join(name), &Default::default());
+    let (layout, backend) = (&trainer.model.layout, &mut trainer.backend);
+    weights::load_into(&open("model.safetensors")?, layout, |param, values| {
+        backend.write(param.mat(), values)
+    })?;
     if trainer.optimizer.ema_decay().is_some() {
-        load_weights(&folder.join("ema.safetensors"), trainer, Arena::Ema)?;
+        // What is no parameter is its own average.
+        let mut average = backend.read_arena(Arena::Params)?;
+        weights::load_into(&open("ema.safetensors")?, layout, |param, values| {
+            state::set_values(&mut average, param.ema(), values);
+            Ok(())
+        })?;
+        trainer.restore(Arena::Ema, average)?;
     }
     read_moments(stored, folder, trainer)
-}
-
-fn load_weights(path: &Path, trainer: &mut Trainer, arena: Arena) -> Result<()> {
-    let file = weights::open(path, &Default::default())?;
-    let (model, backend) = (&trainer.model, &mut trainer.backend);
-    weights::load_into(&file, &model.layout, |param, values| {
-        backend.write(if arena == Arena::Ema { param.ema() } else { param.mat() }, values)
-    })
 }
 
 const MOMENTS: [(&str, Arena); 2] = [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)];
@@ -320,11 +322,11 @@ fn read_state(file: &SafeTensors, folder: &Path) -> Result<RunState> {
 fn read_moments(file: &SafeTensors, folder: &Path, trainer: &mut Trainer) -> Result<()> {
     let place = |name: &str| format!("{}: `{name}`", folder.join("state.safetensors").display());
     for (name, arena) in MOMENTS {
-        let (bytes, wanted) = (file.bytes(name)?, trainer.memory.bytes(arena));
+        let (bytes, wanted) = (file.bytes(name)?, trainer.whole_bytes(arena));
         if bytes.len() != wanted {
             fail!("{} has {} bytes, but the optimiser needs {wanted}", place(name), bytes.len());
         }
-        trainer.backend.write_arena(arena, bytes).map_err(|e| e.at(place(name)))?;
+        trainer.restore(arena, bytes.to_vec()).map_err(|e| e.at(place(name)))?;
     }
     Ok(())
 }

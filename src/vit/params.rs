@@ -231,6 +231,13 @@ impl ParamLayout {
         self.parameters().map(Param::len).sum()
     }
 
+    /// The first gradient of this [`Param::depth`] and those above it. Their gradients are the rest of the
+    /// buffer.
+    pub fn gradients_from(&self, depth: usize) -> usize {
+        let offsets = self.params.iter().filter(|p| p.depth >= depth).filter_map(|p| p.grad_offset);
+        offsets.min().unwrap_or(self.grad_elements)
+    }
+
     /// The lowest [`Param::depth`] that is trained; the backward pass ends there. `None` if nothing is
     /// trained.
     pub fn first_trainable_depth(&self) -> Option<usize> {

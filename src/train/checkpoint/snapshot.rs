@@ -13,40 +13,37 @@ use std::os::unix::fs::FileExt;
 use crate::backend::{Arena, HostMemory};
 use crate::error::Result;
 use crate::train::Trainer;
+use crate::train::state::{ALIGN, Run};
 use crate::vit::Param;
 use crate::weights::safetensors::Outline;
 
 /// The arenas that a checkpoint holds.
 pub(crate) const ARENAS: [Arena; 4] = [Arena::Params, Arena::Ema, Arena::Moment1, Arena::Moment2];
 
-/// Parts of arenas start at multiples of this many bytes.
-const ALIGN: usize = 256;
-
-/// The bytes of an arena that `rank` writes, out of `bytes` that every one of `ranks` ranks holds: equal parts.
-pub(crate) fn own_range(bytes: usize, rank: usize, ranks: usize) -> Range<usize> {
-    let part = bytes.div_ceil(ALIGN).div_ceil(ranks) * ALIGN;
-    (rank * part).min(bytes)..((rank + 1) * part).min(bytes)
-}
-
 /// One buffer for all parts, made once.
 pub(crate) struct Snapshot {
     memory: Box<dyn HostMemory>,
-    /// For each of [`ARENAS`]: its part, and where in `memory` this part begins.
+    /// For each of [`ARENAS`]: the bytes of the rank's arena, and where in `memory` they begin.
     parts: [(Range<usize>, usize); ARENAS.len()],
+    /// For each of [`ARENAS`]: where runs of the part lie in the whole arena.
+    runs: [Vec<Run>; ARENAS.len()],
 }
 
 impl Snapshot {
     /// Allocates memory that the device copies to fast.
     pub(crate) fn new(trainer: &Trainer) -> Result<Self> {
-        let ranks = &trainer.collective;
+        let runs = ARENAS.map(|arena| trainer.runs(arena));
         let mut end = 0;
-        let parts = ARENAS.map(|arena| {
-            let part = own_range(trainer.memory.bytes(arena), ranks.rank, ranks.size);
+        let parts = runs.each_ref().map(|runs| {
+            let part = match (runs.first(), runs.last()) {
+                (Some(first), Some(last)) => first.held..last.held + last.len,
+                _ => 0..0,
+            };
             let start = end;
             end = (start + part.len()).next_multiple_of(ALIGN);
             (part, start)
         });
-        Ok(Self { memory: trainer.backend.host_memory(end)?, parts })
+        Ok(Self { memory: trainer.backend.host_memory(end)?, parts, runs })
     }
 
     /// Copies the trainer's arenas as they are now.
@@ -58,19 +55,23 @@ impl Snapshot {
         Ok(())
     }
 
-    fn part(&self, arena: Arena) -> (&Range<usize>, &[u8]) {
+    /// The runs of this rank's part of an arena: the place of their first byte in the whole arena, and their
+    /// bytes.
+    fn runs(&self, arena: Arena) -> impl Iterator<Item = (usize, &[u8])> {
         let index = ARENAS.iter().position(|a| *a == arena).expect("a checkpoint has this arena");
         let (part, start) = &self.parts[index];
-        (part, &self.memory.bytes()[*start..*start + part.len()])
+        let bytes = &self.memory.bytes()[*start..*start + part.len()];
+        self.runs[index].iter().map(move |run| (run.whole, &bytes[run.held - part.start..][..run.len]))
     }
 
     /// Whether this part of the weights has only finite values.
     pub(crate) fn is_finite(&self) -> bool {
-        let (_, bytes) = self.part(Arena::Params);
-        bytemuck::cast_slice::<u8, f32>(bytes).iter().all(|value| value.is_finite())
+        let mut runs = self.runs(Arena::Params);
+        runs.all(|(_, bytes)| bytemuck::cast_slice::<u8, f32>(bytes).iter().all(|value| value.is_finite()))
     }
 
-    /// Writes this part of an arena with the weights' layout into a weights file.
+    /// Writes this part of an arena with the weights' layout into a weights file. A tensor that is not trained
+    /// is its own average.
     pub(crate) fn write_weights(
         &self,
         arena: Arena,
@@ -78,14 +79,15 @@ impl Snapshot {
         outline: &Outline,
         file: &File,
     ) -> io::Result<()> {
-        let (part, bytes) = self.part(arena);
-        let values: &[f32] = bytemuck::cast_slice(bytes);
-        let own = part.start / 4..part.end / 4;
         for param in params {
             let place = outline.places[&param.name].start;
-            write_param(param, &own, values, &mut |at, values| {
-                file.write_all_at(bytemuck::cast_slice(values), (place + 4 * at) as u64)
-            })?;
+            let arena = if param.grad_offset.is_none() { Arena::Params } else { arena };
+            for (start, bytes) in self.runs(arena) {
+                let own = start / 4..(start + bytes.len()) / 4;
+                write_param(param, &own, bytemuck::cast_slice(bytes), &mut |at, values| {
+                    file.write_all_at(bytemuck::cast_slice(values), (place + 4 * at) as u64)
+                })?;
+            }
         }
         Ok(())
     }
@@ -98,8 +100,9 @@ impl Snapshot {
         outline: &Outline,
         file: &File,
     ) -> io::Result<()> {
-        let (part, bytes) = self.part(arena);
-        file.write_all_at(bytes, (outline.places[name].start + part.start) as u64)
+        let place = outline.places[name].start;
+        let mut runs = self.runs(arena);
+        runs.try_for_each(|(start, bytes)| file.write_all_at(bytes, (place + start) as u64))
     }
 }
 
@@ -153,17 +156,6 @@ mod tests {
     use super::*;
     use crate::recipe::Recipe;
     use crate::vit::ParamLayout;
-
-    #[test]
-    fn parts_cover_an_arena_once() {
-        for bytes in [0, 4, 256, 1000, 4096, 123_456] {
-            for ranks in 1..9 {
-                let parts: Vec<_> = (0..ranks).map(|rank| own_range(bytes, rank, ranks)).collect();
-                assert_eq!((parts[0].start, parts[ranks - 1].end), (0, bytes));
-                assert!(parts.windows(2).all(|two| two[0].end == two[1].start), "{bytes} on {ranks}");
-            }
-        }
-    }
 
     #[test]
     fn any_cut_of_the_weights_gives_the_same_file() {

@@ -247,7 +247,7 @@ impl Plan {
             weights.push((name, arena, outline));
             table = fixed;
         }
-        let lengths = MOMENTS.map(|(_, arena)| [trainer.memory.bytes(arena)]);
+        let lengths = MOMENTS.map(|(_, arena)| [trainer.whole_bytes(arena)]);
         let moments: Vec<_> =
             MOMENTS.iter().zip(&lengths).map(|((name, _), length)| (*name, Dtype::U8, &length[..])).collect();
         let state = Outline::new(&[(STATE_KEY.to_string(), order.state.clone())].into(), &moments);

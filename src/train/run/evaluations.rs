@@ -61,6 +61,9 @@ impl Run {
         if let Some(free) = trainer.backend.unbind_batch() {
             training.recycle(free);
         }
+        if self.data.val.is_some() && trainer.optimizer.ema_decay().is_some() {
+            trainer.backend.gather_ema()?;
+        }
         let Evaluations { part: on_part, val: on_val, ema: on_ema } = self.evaluate_all(trainer)?;
         let report = on_val.unwrap_or(on_part);
         let best = on_val.is_some_and(|report| self.record_best(trainer.step, &report));

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::train::checkpoint::{About, Outcome};
+use crate::train::checkpoint::{ARENAS, About, Outcome};
 use crate::train::{Trainer, about};
 use crate::weights::CheckpointMeta;
 
@@ -13,7 +13,7 @@ impl Run {
     /// Warns before training if the disk cannot hold the checkpoints to keep, and one more while it is
     /// written.
     pub(super) fn warn_of_the_disk(&self, trainer: &Trainer) {
-        let bytes = trainer.memory.snapshot_bytes();
+        let bytes: usize = ARENAS.iter().map(|arena| trainer.whole_bytes(*arena)).sum();
         let kept = self.recipe.train.keep + usize::from(self.data.val.is_some());
         let every = self.recipe.train.checkpoint_every.unwrap_or(self.recipe.train.eval_every).max(1);
         let to_come =
