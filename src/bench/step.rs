@@ -11,7 +11,7 @@ use crate::backend::{
     self, Backend, Choice, Cost, Device, Micro, Pixels, Precision, Slot, SlotLayout, StepKeys, TargetKind,
 };
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec, Split};
-use crate::dist::Collective;
+use crate::dist::{Collective, Joining};
 use crate::error::{Error, Result};
 use crate::recipe::{MicroBatch, OnBadRecord, Recipe};
 use crate::report::format;
@@ -117,12 +117,19 @@ fn data_sheet(device: &str) -> Option<f64> {
 /// # Errors
 /// The device or the ranks cannot be had, the recipe does not fit them, or a step fails.
 pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Option<Measured>> {
-    let group = if options.train { Collective::from_env()? } else { Collective::ALONE };
+    let (group, device) = match options.train {
+        true => Collective::join(&Joining {
+            device: options.device,
+            out: None,
+            deterministic: recipe.train.deterministic,
+        })?,
+        false => (Collective::ALONE, options.device),
+    };
     let device_options = backend::DeviceOptions {
         threads: group.threads(recipe.train.threads),
         ..setup::device_options(recipe)
     };
-    let timed = Timed::new(backend::select(options.device, &device_options)?);
+    let timed = Timed::new(backend::select(device, &device_options)?);
     let times = timed.times();
     let backend: Box<dyn Backend> = if options.profile { Box::new(timed) } else { timed.into_inner() };
     let (mut subject, recipe) = Subject::new(recipe, backend, options, &group)?;

@@ -11,7 +11,7 @@ use super::state::SHARED;
 
 /// Refuses ranks on a GPU.
 pub(super) fn refuse_gpus(ranks: &Collective) -> Result<()> {
-    Err(Error::usage(format!("{} ranks on GPUs need NCCL, which is not built yet", ranks.size))
+    Err(Error::usage(format!("{} ranks on GPUs cannot share a step yet", ranks.size))
         .hint("use `--device cpu`, or one process for one GPU"))
 }
 

@@ -20,7 +20,9 @@ mod head;
 pub mod images;
 mod launch;
 pub mod libraries;
+pub mod nccl;
 mod norm;
+pub mod peers;
 mod product;
 mod query_attention;
 mod race;
@@ -267,7 +269,10 @@ impl Cuda {
 impl Drop for Cuda {
     /// Pending copies use page-locked memory that is freed with `self`.
     fn drop(&mut self) {
-        for stream in [Stream::Copy, Stream::Compute] {
+        if nccl::has_failed() {
+            return;
+        }
+        for stream in [Stream::Copy, Stream::Compute, Stream::Communication] {
             let _ = self.gpu.synchronize(stream);
         }
     }
