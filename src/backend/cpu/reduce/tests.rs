@@ -218,7 +218,9 @@ fn train_on(thread: Thread, rule: Rule, gradients: &[Vec<f32>]) -> Left {
             }
             values.resize(shards.padded(), 0.0);
             b.write_arena(Arena::Grads, bytemuck::cast_slice(&values)).unwrap();
-            [GRADS - 3000, 2 * BLOCK + 17, 2 * BLOCK + 17, 0].map(|from| b.gradients_done(from).unwrap());
+            for from in [GRADS - 3000, 2 * BLOCK + 17, 2 * BLOCK + 17, 0] {
+                b.gradients_done(from).unwrap();
+            }
         }
         let segments = segments();
         let rates = [GroupScalars { lr: 0.1, decay: 0.01 }, GroupScalars { lr: 0.02, decay: 0.0 }];
