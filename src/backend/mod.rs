@@ -47,7 +47,7 @@ pub use operands::{
 };
 pub use ops::Op;
 pub use options::{DeviceOptions, Precision, Residual};
-pub use update::{Factor, GroupScalars, Rule, Segment, StepReport, Update, update_bytes};
+pub use update::{Factor, GroupScalars, Limits, Rule, Segment, StepReport, Update, update_bytes};
 
 use crate::error::Result;
 

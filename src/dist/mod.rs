@@ -7,8 +7,13 @@ pub mod launch;
 mod mpi;
 pub mod sum;
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
 use crate::error::{Error, Result};
 use crate::terminal;
+use crate::watch::{self, Stage};
 
 pub use launch::{Launch, Launcher};
 pub use sum::GradientSum;
@@ -64,23 +69,35 @@ impl Collective {
     /// # Errors
     /// Another rank ended, as for all that follow.
     pub fn barrier(&self) -> Result<()> {
+        let _here = watch::enter(Stage::Ranks);
         self.mpi.map_or(Ok(()), |mpi| mpi.barrier())
     }
 
     /// Gives every rank the bytes of the first one; those of the others are replaced, at any length.
     pub fn broadcast(&self, bytes: &mut Vec<u8>) -> Result<()> {
         let Some(mpi) = self.mpi else { return Ok(()) };
+        let _here = watch::enter(Stage::Ranks);
         let mut length = (bytes.len() as u64).to_le_bytes();
         mpi.broadcast(&mut length)?;
         bytes.resize(u64::from_le_bytes(length) as usize, 0);
         mpi.broadcast(bytes)
     }
 
+    /// The path that the first rank has.
+    pub fn share_path(&self, path: PathBuf) -> Result<PathBuf> {
+        let mut bytes = path.into_os_string().into_vec();
+        self.broadcast(&mut bytes)?;
+        Ok(OsString::from_vec(bytes).into())
+    }
+
     /// Gives every rank the bytes of all ranks, in rank order. All pass the same length.
     pub fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
         match self.mpi {
             None => all.copy_from_slice(own),
-            Some(mpi) => mpi.all_gather(own, all)?,
+            Some(mpi) => {
+                let _here = watch::enter(Stage::Ranks);
+                mpi.all_gather(own, all)?;
+            }
         }
         Ok(())
     }
@@ -89,7 +106,10 @@ impl Collective {
     pub fn all_to_all(&self, parts: &[u8], own: &mut [u8]) -> Result<()> {
         match self.mpi {
             None => own.copy_from_slice(parts),
-            Some(mpi) => mpi.all_to_all(parts, own)?,
+            Some(mpi) => {
+                let _here = watch::enter(Stage::Ranks);
+                mpi.all_to_all(parts, own)?;
+            }
         }
         Ok(())
     }

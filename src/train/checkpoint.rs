@@ -26,6 +26,7 @@ use crate::weights::{self, CheckpointMeta, Tensor, Tensors};
 use crate::{fail, files};
 
 use super::Trainer;
+use super::spikes::Spikes;
 
 pub(crate) use writer::{Outcome, Writer};
 
@@ -60,6 +61,9 @@ pub struct RunState {
     /// The number of ranks, if there were several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranks: Option<usize>,
+    /// What is remembered to find steps that stand out, and the batches that were passed over for them.
+    #[serde(default)]
+    pub spikes: Spikes,
     /// The evaluation of this step was interrupted: a resumed run begins with it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub owes_evaluation: bool,

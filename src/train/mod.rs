@@ -16,6 +16,7 @@ pub mod evaluate;
 pub mod finetune;
 #[doc(hidden)]
 pub mod header;
+mod lease;
 mod pace;
 pub mod plan;
 mod ranks;
@@ -25,6 +26,7 @@ pub mod run_data;
 #[doc(hidden)]
 pub mod samples;
 pub mod setup;
+mod spikes;
 pub mod sweep;
 pub mod trainer;
 

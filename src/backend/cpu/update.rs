@@ -35,7 +35,7 @@ pub enum Moment1<'a> {
 pub struct Outcome {
     /// Global norm before clipping.
     pub grad_norm: f64,
-    /// The norm or the loss was not finite, so nothing was changed.
+    /// The norm or the loss was not finite or above the limits, so nothing was changed.
     pub skipped: bool,
 }
 
@@ -52,13 +52,14 @@ pub fn grad_norm(c: &Compute, grads: &[f32]) -> f64 {
     partials.iter().sum::<f64>().sqrt()
 }
 
-/// One update. If the norm or the loss is not finite, nothing changes, not even moments.
+/// One update. If the norm or the loss is not finite or above the update's limits, nothing changes, not even
+/// moments.
 ///
 /// # Panics
 /// If the segments do not lie in the buffers in ascending order, or the moments have another type than the rule says.
-pub fn update(c: &Compute, update: &Update, buffers: Buffers, loss_is_finite: bool) -> Outcome {
+pub fn update(c: &Compute, update: &Update, buffers: Buffers, loss_is_fine: bool) -> Outcome {
     let norm = grad_norm(c, buffers.grads);
-    let skipped = !(norm.is_finite() && loss_is_finite);
+    let skipped = !(update.limits.allow_norm(norm) && loss_is_fine);
     if !skipped {
         let Buffers { params, grads, moment1, moment2, ema } = buffers;
         let clip = clip_factor(update, norm);

@@ -24,7 +24,7 @@ pub(super) fn add_to_report(cpu: &mut CpuBackend, op: &ops::AddToReport) -> Resu
 }
 
 pub(super) fn update(cpu: &mut CpuBackend, update: &Update) -> Result<()> {
-    let loss_is_finite = cpu.sums[LOSS].is_finite();
+    let loss_is_fine = update.limits.allow_loss(cpu.sums[LOSS] / cpu.micro.mean_over as f64);
     let arenas = cpu.arenas.for_update();
     let buffers = update::Buffers {
         params: arenas.params,
@@ -36,6 +36,6 @@ pub(super) fn update(cpu: &mut CpuBackend, update: &Update) -> Result<()> {
         moment2: arenas.moment2,
         ema: update.ema_decay.map(|_| arenas.ema),
     };
-    cpu.outcome = update::update(&cpu.compute, update, buffers, loss_is_finite);
+    cpu.outcome = update::update(&cpu.compute, update, buffers, loss_is_fine);
     Ok(())
 }
