@@ -83,6 +83,11 @@ pub fn cannot_write(path: &Path, e: &std::io::Error) -> Error {
     }
 }
 
+/// Adds text to the end of a file.
+pub fn append(path: &Path, text: &str) -> std::io::Result<()> {
+    fs::OpenOptions::new().append(true).open(path)?.write_all(text.as_bytes())
+}
+
 /// Where a file is to be written: a link's target. A device or a pipe is refused, because a rename would replace it.
 fn regular(path: &Path) -> Result<PathBuf> {
     let Ok(there) = fs::metadata(path) else { return Ok(path.to_owned()) };

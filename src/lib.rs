@@ -97,6 +97,7 @@ pub mod signals;
 pub mod terminal;
 
 mod seal;
+mod watch;
 
 pub use data::Dataset;
 pub use error::{Error, Result};

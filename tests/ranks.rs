@@ -6,29 +6,30 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 
-use support::{command, finish, is_ignored, metrics, names, path, ranks, stripes, train, vitrum, wait};
-use vitrum::weights::safetensors::SafeTensors;
+use support::{
+    command, copy, finish, is_ignored, metrics, names, path, process, ranks, stripes, train, vitrum, wait,
+};
 
 /// Everything that must not depend on the number of ranks: weights, their moving average, moments, metrics.
 #[derive(Debug, PartialEq)]
 struct Bits {
     weights: Vec<u8>,
     ema: Vec<u8>,
-    moments: Vec<Vec<u8>>,
+    /// Moments, counters and the recipe. Without chunks the number of ranks, too.
+    state: Vec<u8>,
     metrics: Vec<Value>,
 }
 
 fn bits(out: &str) -> Bits {
     let last = Path::new(out).join("checkpoints/last");
     let read = |name: &str| std::fs::read(last.join(name)).unwrap();
-    let state = SafeTensors::open(&last.join("state.safetensors")).unwrap();
     Bits {
         weights: read("model.safetensors"),
         ema: read("ema.safetensors"),
-        moments: ["moment1", "moment2"].map(|name| state.bytes(name).unwrap().to_vec()).to_vec(),
+        state: read("state.safetensors"),
         metrics: metrics(out),
     }
 }
@@ -141,19 +142,6 @@ fn an_evaluation_has_the_same_bits_on_any_number_of_ranks() {
     }
 }
 
-/// The process of a rank whose command line has `out`.
-fn process(rank: usize, out: &str) -> Option<Pid> {
-    let ours = [format!("OMPI_COMM_WORLD_RANK={rank}"), format!("PMI_RANK={rank}")];
-    std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
-        let pid = entry.file_name().to_str()?.parse().ok()?;
-        let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
-        let has = |bytes: &[u8], text: &str| bytes.split(|b| *b == 0).any(|part| part == text.as_bytes());
-        let environment = read("environ");
-        let is_it = ours.iter().any(|text| has(&environment, text)) && has(&read("cmdline"), out);
-        Pid::from_raw(if is_it { pid } else { 0 })
-    })
-}
-
 fn start(mut command: Command) -> Child {
     command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
 }
@@ -259,17 +247,6 @@ fn an_error_of_one_rank_ends_all() {
         by_rank[usize::from(done.stderr.contains("rank 1: error: "))] += 1;
     }
     println!("errors of rank 0 and of rank 1: {by_rank:?}");
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap().flatten() {
-        let to = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy(&entry.path(), &to),
-            false => drop(std::fs::copy(entry.path(), to).unwrap()),
-        }
-    }
 }
 
 #[test]

@@ -51,7 +51,7 @@ pub use ops::Op;
 pub use options::{DeviceOptions, Precision, Residual};
 pub use ranks::{Group, Ranks};
 pub use shards::Shards;
-pub use update::{Factor, GroupScalars, Rule, Segment, StepReport, Update, update_bytes};
+pub use update::{Factor, GroupScalars, Limits, Rule, Segment, StepReport, Update, update_bytes};
 
 use crate::error::{Error, Result};
 

@@ -168,6 +168,37 @@ pub struct Update<'a> {
     /// EMA of the weights: `e ← d·e + (1-d)·θ`, in the same pass. It starts as a copy of the weights, so
     /// frozen weights need no pass.
     pub ema_decay: Option<f64>,
+    /// Above these nothing is updated. Only a device whose reports the host reads at once takes limits.
+    pub limits: Limits,
+}
+
+/// What a step may have before its update is skipped.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// The mean loss over the batch.
+    pub loss: f64,
+    /// The global norm of the gradient before clipping.
+    pub norm: f64,
+}
+
+impl Limits {
+    /// Whatever is finite.
+    pub const NONE: Limits = Limits { loss: f64::INFINITY, norm: f64::INFINITY };
+
+    /// Whether a step with these is updated.
+    pub fn allow(&self, loss: f64, norm: f64) -> bool {
+        self.allow_loss(loss) && self.allow_norm(norm)
+    }
+
+    /// The same for the loss alone.
+    pub fn allow_loss(&self, loss: f64) -> bool {
+        loss.is_finite() && loss <= self.loss
+    }
+
+    /// The same for the norm alone.
+    pub fn allow_norm(&self, norm: f64) -> bool {
+        norm.is_finite() && norm <= self.norm
+    }
 }
 
 /// What a step reports.
@@ -181,7 +212,7 @@ pub struct StepReport {
     pub top5: f64,
     /// Global norm before clipping.
     pub grad_norm: f64,
-    /// The update was skipped because the loss or the norm was not finite.
+    /// The update was skipped because the loss or the norm was not finite, or above [`Update::limits`].
     pub skipped: bool,
     /// The signal that some rank of a group got, or 0.
     pub signal: i32,

@@ -28,10 +28,8 @@ impl Place {
     ) -> Result<Self> {
         let (dir, out) = match (resume, out) {
             (None, out) => return Ok(Self { out, resume: false }),
-            (Some(None), None) => {
-                return Err(Error::usage("`--resume` without a run to continue")
-                    .hint("name its directory, as in `vitrum train --resume runs/NAME`"));
-            }
+            // `train.name` may name the directory: `out` looks.
+            (Some(None), None) => return Ok(Self { out: None, resume: true }),
             // A sweep has no recipe of its own, and neither has a run that was stopped before it began.
             (Some(None), Some(out)) if !out.join(OWN).is_file() => {
                 return Ok(Self { out: Some(out), resume: true });
@@ -65,9 +63,13 @@ impl Place {
         Ok(Self { out: Some(out), resume: true })
     }
 
-    /// The run's directory. If neither `--out` nor `train.name` is given, a new one.
+    /// The run's directory. If neither `--out` nor `train.name` is given, a new one, which has nothing to resume.
     pub(super) fn out(&self, loaded: &RecipeFile) -> Result<PathBuf> {
         let wanted = wanted_out(self.out.clone(), &loaded.recipe.train)?;
+        if wanted.is_none() && self.resume {
+            return Err(Error::usage("`--resume` without a run to continue")
+                .hint("name its directory, as in `vitrum train --resume runs/NAME`"));
+        }
         Ok(wanted.unwrap_or_else(|| default_out(&loaded.name)))
     }
 

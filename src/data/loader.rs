@@ -22,6 +22,7 @@ use crate::backend::{Normalise, Slot};
 use crate::error::{Error, Result};
 use crate::recipe::{AugmentSection, EvalResize, OnBadRecord};
 use crate::signals;
+use crate::watch::{self, Stage};
 
 use super::dataset::Dataset;
 use super::order::Order;
@@ -198,6 +199,7 @@ impl Loader {
         if self.ended {
             return Ok(None);
         }
+        let _here = watch::enter(Stage::Loader);
         let start = Instant::now();
         let mut asked = None;
         let message = loop {

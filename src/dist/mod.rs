@@ -7,7 +7,9 @@ pub mod launch;
 mod mpi;
 pub mod rendezvous;
 
-use std::path::Path;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::backend::cuda::nccl::{self, Comm, Id};
@@ -16,6 +18,7 @@ use crate::backend::cuda::{device, libraries};
 use crate::backend::{Device, Ranks};
 use crate::error::{Error, Result};
 use crate::terminal;
+use crate::watch::{self, Stage};
 use rendezvous::{Place, Rendezvous};
 
 pub use launch::{Launch, Launcher};
@@ -106,6 +109,7 @@ impl Collective {
     /// # Errors
     /// Another rank ended, as for all that follow.
     pub fn barrier(&self) -> Result<()> {
+        let _here = watch::enter(Stage::Ranks);
         match self.transport {
             Transport::None => Ok(()),
             Transport::Mpi(mpi) => mpi.barrier(),
@@ -115,6 +119,7 @@ impl Collective {
 
     /// Gives every rank the bytes of the first one; those of the others are replaced, at any length.
     pub fn broadcast(&self, bytes: &mut Vec<u8>) -> Result<()> {
+        let _here = watch::enter(Stage::Ranks);
         let broadcast = |bytes: &mut [u8]| match self.transport {
             Transport::None => Ok(()),
             Transport::Mpi(mpi) => mpi.broadcast(bytes),
@@ -126,8 +131,16 @@ impl Collective {
         broadcast(bytes)
     }
 
+    /// The path that the first rank has.
+    pub fn share_path(&self, path: PathBuf) -> Result<PathBuf> {
+        let mut bytes = path.into_os_string().into_vec();
+        self.broadcast(&mut bytes)?;
+        Ok(OsString::from_vec(bytes).into())
+    }
+
     /// Gives every rank the bytes of all ranks, in rank order. All pass the same length.
     pub fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        let _here = watch::enter(Stage::Ranks);
         match self.transport {
             Transport::None => all.copy_from_slice(own),
             Transport::Mpi(mpi) => mpi.all_gather(own, all)?,
@@ -138,6 +151,7 @@ impl Collective {
 
     /// Sends part `r` of `parts` to rank `r`, and receives this rank's part of each rank, in rank order.
     pub fn all_to_all(&self, parts: &[u8], own: &mut [u8]) -> Result<()> {
+        let _here = watch::enter(Stage::Ranks);
         match self.transport {
             Transport::None => own.copy_from_slice(parts),
             Transport::Mpi(mpi) => mpi.all_to_all(parts, own)?,

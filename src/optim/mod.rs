@@ -20,7 +20,7 @@ mod table;
 pub use groups::is_frozen;
 pub use schedule::{RunLength, Schedule};
 
-use crate::backend::{GroupScalars, Rule, Segment, Update};
+use crate::backend::{GroupScalars, Limits, Rule, Segment, Update};
 use crate::error::{Error, Result};
 use crate::recipe::{DecayMode, GroupSection, MomentType, OptimName, OptimSection, ScheduleSection};
 use crate::vit::config::ModelConfig;
@@ -44,6 +44,8 @@ pub struct Optimizer {
     clip: Option<f32>,
     clip_torch: bool,
     ema_decay: Option<f64>,
+    /// What the next update may have without being skipped.
+    pub limits: Limits,
     grad_elements: usize,
     moment2_elements: usize,
     /// The rates of the last requested update.
@@ -87,6 +89,7 @@ impl Optimizer {
             },
             clip: (optim.clip > 0.0).then_some(optim.clip),
             clip_torch: optim.clip_torch,
+            limits: Limits::NONE,
             ema_decay: (optim.ema > 0.0).then_some(optim.ema),
             grad_elements: layout.grad_elements,
             moment2_elements: 0,
@@ -228,6 +231,7 @@ impl Optimizer {
             clip: self.clip,
             clip_torch: self.clip_torch,
             ema_decay: self.ema_decay,
+            limits: self.limits,
         }
     }
 

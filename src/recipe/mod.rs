@@ -349,6 +349,20 @@ pub struct TrainSection {
     pub keep: usize,
     /// Non-finite steps in a row after which the run stops, from 1 up.
     pub max_skipped: u64,
+    /// Seconds that a run may stand still, waiting for data, a GPU, other ranks or a disk, before it ends.
+    /// Default: ten times the slowest step, at least 60; more before the first step and for checkpoints.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<f64>,
+    /// How many standard deviations a step's loss or gradient norm may lie above the mean of the steps before it;
+    /// a step above is reported. 0: never.
+    pub spike_score: f64,
+    /// Steps over which mean and deviation are taken, from 4 up. Nothing is reported before half of them.
+    pub spike_window: usize,
+    /// What becomes of such a step besides: `report`, nothing; `skip`, its update is left out (not on GPUs yet).
+    pub on_spike: OnSpike,
+    /// After this many steps in a row that stand out or are not finite, go back to the last checkpoint before
+    /// them and go on without the batches since. 0: never.
+    pub rewind_after: u64,
     /// Evaluations without improvement after which the run stops; 0: never.
     pub patience: u64,
     /// Smallest improvement of the validation metric that counts, in its own unit (`top1` and `map`: shares).
@@ -378,10 +392,25 @@ impl Default for TrainSection {
             checkpoint_every: None,
             keep: 3,
             max_skipped: 3,
+            timeout: None,
+            spike_score: 8.0,
+            spike_window: 100,
+            on_spike: OnSpike::Report,
+            rewind_after: 0,
             patience: 0,
             min_delta: 0.0,
         }
     }
+}
+
+/// What becomes of a step that stands out, besides a line that says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnSpike {
+    /// Its update is made.
+    Report,
+    /// Its update is left out.
+    Skip,
 }
 
 /// The metric that selects the best checkpoint and early stopping.

@@ -158,6 +158,9 @@ impl Recipe {
         if let Some(epochs) = t.epochs {
             within("train.epochs", epochs, f64::MIN_POSITIVE, 1e9)?;
         }
+        within("train.spike_score", t.spike_score, 0.0, f64::MAX)?;
+        within("train.spike_window", t.spike_window as f64, 4.0, 100_000.0)?;
+        within("train.timeout", t.timeout.unwrap_or(1.0), 0.1, 1e9)?;
         within("train.threads", t.threads as f64, 0.0, 4096.0)?;
         within("train.min_delta", t.min_delta, 0.0, f64::MAX)
     }

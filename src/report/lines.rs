@@ -53,6 +53,34 @@ impl StepLine {
     }
 }
 
+/// A step whose loss or gradient norm stands out. Serialises to the `spike` object of a line of `metrics.jsonl`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SpikeLine {
+    #[serde(skip)]
+    pub step: u64,
+    /// Of this step alone.
+    pub loss: f64,
+    /// Standard deviations above the mean of the steps before; `norm_score` likewise.
+    pub loss_score: f64,
+    pub grad_norm: f64,
+    pub norm_score: f64,
+    /// Whether its update was left out.
+    pub skipped: bool,
+}
+
+/// A return to a checkpoint. Serialises to the `rewind` object of a line of `metrics.jsonl`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct RewindLine {
+    /// The first step that is done again.
+    #[serde(skip)]
+    pub step: u64,
+    /// The last step before the return.
+    pub from: u64,
+    /// The batches that are passed over.
+    pub first_batch: u64,
+    pub batches: u64,
+}
+
 /// A model's scores on a data set; shares are in `[0, 1]`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Scores {

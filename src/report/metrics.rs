@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{EvalLine, StepLine};
+use super::{EvalLine, RewindLine, SpikeLine, StepLine};
 use crate::error::{At, Result};
 use crate::{files, terminal};
 
@@ -46,6 +46,14 @@ impl MetricsFile {
 
     pub fn eval(&mut self, line: &EvalLine) {
         self.write(&json!({ "step": line.step, "eval": line }));
+    }
+
+    pub fn spike(&mut self, line: &SpikeLine) {
+        self.write(&json!({ "step": line.step, "spike": line }));
+    }
+
+    pub fn rewind(&mut self, line: &RewindLine) {
+        self.write(&json!({ "step": line.step, "rewind": line }));
     }
 
     /// Syncs all lines to the disk.

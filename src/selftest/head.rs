@@ -390,6 +390,7 @@ fn report(t: &mut Trial) -> Result<()> {
             t: step + 1,
             clip: None,
             clip_torch: false,
+            limits: crate::backend::Limits::NONE,
             ema_decay: None,
         };
         backend.step(&mut body, Some(&update))?;
@@ -444,6 +445,7 @@ fn report_of_many(t: &mut Trial) -> Result<()> {
         t: 1,
         clip: None,
         clip_torch: false,
+        limits: crate::backend::Limits::NONE,
         ema_decay: None,
     })?;
     let got = backend.report()?;

@@ -425,7 +425,16 @@ fn request<'a>(rule: Rule, segments: &'a [Segment], s: Setting) -> Update<'a> {
         Clip::Optax(max) => (Some(max), false),
         Clip::Torch(max) => (Some(max), true),
     };
-    Update { rule, segments, groups: &GROUPS, t: s.t, clip, clip_torch, ema_decay: s.ema }
+    Update {
+        rule,
+        segments,
+        groups: &GROUPS,
+        t: s.t,
+        clip,
+        clip_torch,
+        ema_decay: s.ema,
+        limits: crate::backend::Limits::NONE,
+    }
 }
 
 fn update(t: &mut Trial, rule: Rule, s: Setting) -> Result<()> {

@@ -25,6 +25,7 @@ use crate::weights::safetensors::SafeTensors;
 use crate::weights::{self, CheckpointMeta, Tensor, Tensors};
 use crate::{fail, files};
 
+use super::spikes::Spikes;
 use super::{Trainer, state};
 
 pub(crate) use snapshot::ARENAS;
@@ -61,6 +62,9 @@ pub struct RunState {
     /// The number of ranks, if there were several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranks: Option<usize>,
+    /// What is remembered to find steps that stand out, and the batches that were passed over for them.
+    #[serde(default)]
+    pub spikes: Spikes,
     /// The evaluation of this step was interrupted: a resumed run begins with it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub owes_evaluation: bool,

@@ -1,22 +1,20 @@
 //! The directory of a run. It holds one run, and is locked while a process works in it.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Write};
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::dist::rendezvous;
-use crate::error::{At, Error, Result};
+use crate::error::{Error, Result};
 use crate::files;
 use crate::report::format;
 
-/// The file that a working process locks. The file stays; the lock ends with the process, however it ends.
-const LOCK: &str = ".lock";
+use super::lease::{Holder, LOCK, Lease};
 
 /// A run's directory, owned by this process.
 pub struct Directory {
     path: PathBuf,
-    /// `None` if the file system has no locks.
-    _lock: Option<File>,
+    lease: Lease,
 }
 
 impl Directory {
@@ -57,14 +55,19 @@ impl Directory {
                 .hint(elsewhere));
         }
         files::create_dir(path).map_err(|e| e.hint(elsewhere))?;
-        let lock = lock(path)?;
+        let lease = Lease::take(path)?;
         if has_run(path) && !resume {
             let (path, quoted) = (path.display(), format!("vitrum train --resume {}", path.display()));
             return Err(Error::new(format!("{path} already holds a run"))
                 .hint(format!("`{quoted}` continues it; or choose another folder with `--out DIR`")));
         }
         files::sweep(path);
-        Ok(Self { path: path.into(), _lock: lock })
+        Ok(Self { path: path.into(), lease })
+    }
+
+    /// By what this process knows that the directory is still its own.
+    pub(super) fn holder(&self) -> Holder {
+        self.lease.holder()
     }
 
     /// A warning if `checkpoints` checkpoints of `bytes` each will not fit on the disk. Counts those already
@@ -101,30 +104,6 @@ fn stranger(path: &Path) -> Option<String> {
             || (name.starts_with(".recipe.toml.") && name.ends_with(".tmp"))
     };
     names.map(|name| name.to_string_lossy().into_owned()).find(|name| !is_ours(name))
-}
-
-/// Locks the directory and writes the lock's owner to the lock file.
-fn lock(path: &Path) -> Result<Option<File>> {
-    let place = path.join(LOCK);
-    let mut file =
-        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&place).map_err(|e| {
-            Error::new(format!("{}: {e}", place.display())).hint("choose another folder with `--out DIR`")
-        })?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            let holder = fs::read_to_string(&place).unwrap_or_default();
-            let holder =
-                holder.lines().next().filter(|line| !line.is_empty()).unwrap_or("another process").to_owned();
-            return Err(Error::new(format!("{}: a run is already working there ({holder})", path.display()))
-                .hint("wait for it, or stop it: it saves a checkpoint and ends"));
-        }
-        // Some network file systems have no locks. There the user must ensure one run per directory.
-        Err(TryLockError::Error(_)) => return Ok(None),
-    }
-    let text = format!("process {} on {}\n", std::process::id(), host());
-    file.set_len(0).and_then(|()| file.write_all(text.as_bytes())).at(place.display())?;
-    Ok(Some(file))
 }
 
 /// This machine's name.

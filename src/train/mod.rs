@@ -16,6 +16,7 @@ pub mod evaluate;
 pub mod finetune;
 #[doc(hidden)]
 pub mod header;
+mod lease;
 mod pace;
 pub mod plan;
 mod ranks;
@@ -27,6 +28,7 @@ pub mod samples;
 #[doc(hidden)]
 pub mod scaling;
 pub mod setup;
+mod spikes;
 mod state;
 pub mod sweep;
 pub mod trainer;

@@ -10,7 +10,7 @@ use super::{Trainer, setup};
 /// Keys that a resumed run may change: places, intervals and threads, which change no bit of the result. Data may
 /// move, because its records are compared. Precision and the type of the residual stream do change bits;
 /// [`super::setup`] keeps them, or says so.
-const FREE: [&str; 21] = [
+const FREE: [&str; 22] = [
     "data.train",
     "data.val",
     "data.on_bad_record",
@@ -27,6 +27,7 @@ const FREE: [&str; 21] = [
     "train.checkpoint_every",
     "train.keep",
     "train.max_skipped",
+    "train.timeout",
     "train.patience",
     "train.min_delta",
     "train.name",
@@ -34,13 +35,17 @@ const FREE: [&str; 21] = [
     "train.check_launches",
 ];
 
-/// Keys that change the rounding, but not the training.
-const OTHER_BITS: [&str; 5] = [
+/// Keys that change the rounding, or what is done about rare steps, but not the training.
+const OTHER_BITS: [&str; 9] = [
     "train.micro_batch",
     "train.reduce_chunks",
     "train.recompute",
     "train.prune_last_block",
     "train.deterministic",
+    "train.spike_score",
+    "train.spike_window",
+    "train.on_spike",
+    "train.rewind_after",
 ];
 
 /// Keys that decide which records are trained on.

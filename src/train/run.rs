@@ -2,21 +2,23 @@
 //! [`super::run_data`] its data.
 
 mod evaluations;
+mod rewinding;
 mod saving;
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::backend::{Device, Slot, SlotLayout, StepReport};
+use crate::backend::{Device, Limits, Slot, SlotLayout, StepReport};
 use crate::data::{self, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Kind, Result};
-use crate::recipe::{Metric, Recipe};
+use crate::recipe::{Metric, OnSpike, Recipe};
 use crate::report::{Log, MetricsFile, Progress, StepLine};
+use crate::watch::{self, Watch};
 use crate::weights::CheckpointMeta;
 use crate::{files, signals};
 
 use super::checkpoint::{Checkpoints, RunState, Sums, Writer};
-use super::directory::Directory;
+use super::directory::{Directory, host};
 use super::evaluate::EvalReport;
 use super::header::{memory_lines, model_lines, word};
 use super::pace::{FirstSteps, Pace};
@@ -111,6 +113,8 @@ pub struct Run {
     saved_at: Option<u64>,
     /// Why the checkpoint that was begun last could not be written.
     unsaved: Option<Error>,
+    /// The checkpoint that the run went back to last, and how often.
+    rewinds: Option<(u64, u64)>,
     meta: CheckpointMeta,
     /// `None` on other ranks than the first.
     metrics: Option<MetricsFile>,
@@ -124,6 +128,8 @@ pub struct Run {
     pace: Pace,
     /// Holds the directory's lock until the run is dropped. `None` on other ranks than the first.
     directory: Option<Directory>,
+    /// Dropped last.
+    _watch: Watch,
 }
 
 impl Run {
@@ -140,8 +146,12 @@ impl Run {
         if options.numbered && group.is_first() {
             options.out = Directory::numbered(&options.out)?;
         }
+        options.out = group.share_path(options.out)?;
         let out = &options.out;
         let directory = group.is_first().then(|| Directory::open(out, options.resume)).transpose()?;
+        if group.is_first() {
+            watch::forget(out);
+        }
         let accept = std::mem::take(&mut recipe.data.accept_changes);
         let checkpoints = Checkpoints::new(out, recipe.train.keep);
         let digest = data.digest();
@@ -197,10 +207,11 @@ impl Run {
         state.ranks = ranks.filter(|_| recipe.train.reduce_chunks.is_none());
         let run = Self {
             steps,
-            writer: Writer::new(checkpoints.clone(), trainer),
+            writer: Writer::new(checkpoints.clone(), trainer, directory.as_ref().map(Directory::holder)),
             checkpoints,
             saved_at: resumed,
             unsaved: None,
+            rewinds: None,
             meta,
             metrics,
             progress: Progress::new(&log, steps, trainer.step),
@@ -211,8 +222,15 @@ impl Run {
             first_steps: FirstSteps::new(trainer.step),
             pace: Pace::new(0.0),
             state,
-            options,
             data,
+            _watch: Watch::start(watch::Settings {
+                out: options.out.clone(),
+                rank: group.rank,
+                ranks: group.size,
+                timeout: recipe.train.timeout.map(Duration::from_secs_f64),
+                host: host(),
+            })?,
+            options,
             recipe,
             directory,
         };
@@ -287,7 +305,7 @@ impl Run {
             batch: trainer.batch,
             image: config.image,
             mode: data::Mode::Train { augment: recipe.augment.clone(), seed: recipe.train.seed },
-            start_batch: trainer.step,
+            start_batch: self.state.spikes.batch_after(trainer.step),
             workers: group.threads(recipe.data.workers),
             on_bad_record: recipe.data.on_bad_record,
             exif: recipe.data.exif,
@@ -333,6 +351,7 @@ impl Run {
         self.evaluation_is_due(step)
             || self.is_checkpoint_step(step)
             || trainer.skipped_in_a_row() > 0
+            || (self.state.spikes.in_a_row > 0 && self.recipe.train.rewind_after > 0)
             || self.data.overfit.is_some()
             || trainer.asked_to_stop().is_some()
     }
@@ -345,9 +364,18 @@ impl Run {
             || (trainer.in_flight() > 0 && may_end.contains(&trainer.skipped_in_a_row()))
         {
             let report = trainer.report().map_err(|e| self.device_failed(trainer, e))?;
+            self.look_for_spike(trainer.step, &report);
             self.log(trainer, &report, loader)?;
         }
         Ok(())
+    }
+
+    /// What the next step may have without being skipped.
+    pub fn limits(&self) -> Limits {
+        match self.recipe.train.on_spike {
+            OnSpike::Report => Limits::NONE,
+            OnSpike::Skip => self.state.spikes.limits(&self.recipe.train),
+        }
     }
 
     /// Counts a step, and writes a line if one is due.
@@ -395,11 +423,14 @@ impl Run {
         step.is_multiple_of(self.recipe.train.eval_every) || step == self.steps
     }
 
-    /// False while steps are being skipped: the earlier checkpoint is worth more.
+    /// False while steps are being skipped, or stand out and the run may go back: the earlier checkpoint is worth
+    /// more.
     pub fn checkpoint_is_due(&self, trainer: &Trainer) -> bool {
         let step = trainer.step;
         let is_best = self.state.best.is_some_and(|best| best.step == step);
-        (self.is_checkpoint_step(step) || is_best) && trainer.skipped_in_a_row() == 0
+        let is_good = trainer.skipped_in_a_row() == 0
+            && (self.state.spikes.in_a_row == 0 || self.recipe.train.rewind_after == 0 || step == self.steps);
+        (self.is_checkpoint_step(step) || is_best) && is_good
     }
 
     fn is_checkpoint_step(&self, step: u64) -> bool {
@@ -466,7 +497,7 @@ impl Run {
     }
 
     /// Writes the last checkpoint and returns the summary.
-    pub fn finish(mut self, trainer: &mut Trainer, ending: Ending) -> Result<RunSummary> {
+    pub fn finish(&mut self, trainer: &mut Trainer, ending: Ending) -> Result<RunSummary> {
         self.save_now(trainer)?;
         if self.saved_at != Some(trainer.step) {
             return Err(self.diverged(trainer));

@@ -17,7 +17,7 @@ use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::optim::{self, Optimizer, RunLength};
-use crate::recipe::{ClassWeights, MicroBatch, Recipe, SlotPixels, TrainSection};
+use crate::recipe::{ClassWeights, MicroBatch, OnSpike, Recipe, SlotPixels, TrainSection};
 use crate::report::format;
 use crate::vit::{LastBlock, Mode, Param, Vit};
 
@@ -260,6 +260,10 @@ pub fn resolve_for_device(
     if recipe.train.reduce_chunks.is_some() && backend.storage().has_device_memory() {
         return Err(Error::usage("`train.reduce_chunks` is not built yet for GPUs")
             .hint("use `--device cpu`, or leave it out"));
+    }
+    if recipe.train.on_spike == OnSpike::Skip && backend.storage().has_device_memory() {
+        return Err(Error::usage("`train.on_spike = \"skip\"` is not built yet for GPUs")
+            .hint("use `--set train.on_spike=report`, with `train.rewind_after` to go back after several such steps"));
     }
     let mut recipe = recipe.in_chunks();
     recipe.train.precision = backend.precision();

@@ -11,6 +11,7 @@ use crate::optim::Optimizer;
 use crate::recipe::Recipe;
 use crate::signals;
 use crate::vit::{Mode, Vit};
+use crate::watch::{self, Stage};
 use crate::weights::ModelFile;
 
 use super::ranks;
@@ -52,6 +53,7 @@ pub fn train_from(
             break ending;
         }
         let batch = run.next_batch(&mut trainer, &mut loader)?;
+        trainer.optimizer.limits = run.limits();
         let free = trainer.submit(batch).map_err(|e| run.device_failed(&trainer, e))?;
         free.into_iter().for_each(|slot| loader.recycle(slot));
         // The host runs a step ahead of a GPU, unless all submitted steps must finish first.
@@ -61,6 +63,10 @@ pub fn train_from(
             continue;
         }
         run.look_at_checkpoint(&trainer)?;
+        if run.must_rewind(&trainer) {
+            loader = run.rewind(&mut trainer, loader)?;
+            continue;
+        }
         if run.evaluation_is_due(trainer.step) {
             ranks::stop_together(&group, run.evaluate(&mut trainer, &mut loader))?;
         }
@@ -205,6 +211,7 @@ impl Trainer {
     /// most one step more than [`Backend::steps_ahead`] may be in flight. Returns the slot that is free
     /// again.
     pub fn submit(&mut self, batch: Slot) -> Result<Option<Slot>> {
+        let _here = watch::enter(Stage::Step);
         let step = self.submitted();
         let micro_batches = micro_batches(&self.model, self.batch, &self.collective, self.in_chunks);
         let free = self.backend.bind_batch(batch)?;
@@ -220,7 +227,10 @@ impl Trainer {
     /// Waits for the oldest step in flight, counts it, and returns its report.
     pub fn report(&mut self) -> Result<StepReport> {
         assert!(self.in_flight > 0, "no step is in flight");
-        let report = self.backend.report()?;
+        let report = {
+            let _here = watch::enter(Stage::Device);
+            self.backend.report()?
+        };
         self.in_flight -= 1;
         self.count(&report);
         Ok(report)
@@ -264,10 +274,13 @@ impl Trainer {
         self.signal = (report.signal != 0).then_some(report.signal);
         if report.skipped {
             self.skipped += 1;
-            self.skipped_in_a_row += 1;
+            // An update that was left out because it stood out is no sign that the run diverges.
+            let finite = report.loss.is_finite() && report.grad_norm.is_finite();
+            self.skipped_in_a_row = if finite { 0 } else { self.skipped_in_a_row + 1 };
         } else {
             self.skipped_in_a_row = 0;
         }
+        watch::finished(self.step);
     }
 
     /// Continues after `step` finished steps, for a resumed run.

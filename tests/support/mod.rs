@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
 use image::{Rgb, RgbImage};
+use rustix::process::Pid;
 use serde_json::Value;
 
 /// The result of a finished process.
@@ -77,6 +78,31 @@ pub fn ranks(programs: &[(usize, &[String])]) -> Option<Command> {
     mpirun.env("VITRUM_CACHE", cache()).stdin(Stdio::null());
     mpirun.env_remove("VITRUM_ISA").env_remove("VITRUM_CPU_ROUNDS");
     Some(mpirun)
+}
+
+/// The process of a rank whose command line has `out`.
+pub fn process(rank: usize, out: &str) -> Option<Pid> {
+    let ours = [format!("OMPI_COMM_WORLD_RANK={rank}"), format!("PMI_RANK={rank}")];
+    std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
+        let has = |bytes: &[u8], text: &str| bytes.split(|b| *b == 0).any(|part| part == text.as_bytes());
+        let environment = read("environ");
+        let is_it = ours.iter().any(|text| has(&environment, text)) && has(&read("cmdline"), out);
+        Pid::from_raw(if is_it { pid } else { 0 })
+    })
+}
+
+/// Copies a folder.
+pub fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        let to = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &to),
+            false => drop(std::fs::copy(entry.path(), to).unwrap()),
+        }
+    }
 }
 
 /// Runs the program to its end.

@@ -124,7 +124,13 @@ impl Reduction {
         self.gather(grads, &mut exchange[..self.received_len()])
     }
 
-    fn update(&mut self, c: &Compute, arenas: &mut Arenas, update: &Update, loss: f64) -> Result<Outcome> {
+    fn update(
+        &mut self,
+        c: &Compute,
+        arenas: &mut Arenas,
+        update: &Update,
+        loss_is_fine: bool,
+    ) -> Result<Outcome> {
         assert_eq!(self.summed, self.group.shards.buckets(), "an update before all gradients were summed");
         assert_eq!(update.segments, self.group.segments, "an update of other tensors than the group's");
         let (norm, signal) = self.norm(c, arenas.for_reduction().0)?;
@@ -133,7 +139,7 @@ impl Reduction {
             self.gather_in(arenas)?;
         }
         let buffers = arenas.for_update().buffers(update);
-        let outcome = update::update_pieces(c, update, &self.pieces, buffers, norm, loss.is_finite());
+        let outcome = update::update_pieces(c, update, &self.pieces, buffers, norm, loss_is_fine);
         if self.group.is_spread() && !outcome.skipped {
             let a = arenas.for_exchange();
             for piece in &self.pieces {
@@ -199,9 +205,9 @@ pub(super) fn swap_ema(cpu: &mut CpuBackend) {
 }
 
 /// See [`crate::backend::Op::Update`].
-pub(super) fn update(cpu: &mut CpuBackend, update: &Update, loss: f64) -> Result<Option<Outcome>> {
+pub(super) fn update(cpu: &mut CpuBackend, update: &Update, loss_is_fine: bool) -> Result<Option<Outcome>> {
     let Some(reduction) = &mut cpu.reduction else { return Ok(None) };
-    reduction.update(&cpu.compute, &mut cpu.arenas, update, loss).map(Some)
+    reduction.update(&cpu.compute, &mut cpu.arenas, update, loss_is_fine).map(Some)
 }
 
 // Sums -----------------------------------------------------------------------------------------------------------

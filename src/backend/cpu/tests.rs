@@ -324,6 +324,7 @@ fn one_update(backend: &mut CpuBackend, logits: Mat, samples: Mat) -> StepReport
         t: 1,
         clip: None,
         clip_torch: false,
+        limits: crate::backend::Limits::NONE,
         ema_decay: None,
     };
     backend.begin_report().unwrap();

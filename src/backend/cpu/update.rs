@@ -36,7 +36,7 @@ pub enum Moment1<'a> {
 pub struct Outcome {
     /// Global norm before clipping.
     pub grad_norm: f64,
-    /// The norm or the loss was not finite, so nothing was changed.
+    /// The norm or the loss was not finite or above the limits, so nothing was changed.
     pub skipped: bool,
     /// The signal that some rank got, or 0.
     pub signal: i32,
@@ -65,13 +65,14 @@ pub fn norm_of_blocks(squares: &[f64]) -> f64 {
     squares.iter().sum::<f64>().sqrt()
 }
 
-/// One update. If the norm or the loss is not finite, nothing changes, not even moments.
+/// One update. If the norm or the loss is not finite or above the update's limits, nothing changes, not even
+/// moments.
 ///
 /// # Panics
 /// If the segments do not lie in the buffers in ascending order, or the moments have another type than the rule says.
-pub fn update(c: &Compute, update: &Update, buffers: Buffers, loss_is_finite: bool) -> Outcome {
+pub fn update(c: &Compute, update: &Update, buffers: Buffers, loss_is_fine: bool) -> Outcome {
     let norm = grad_norm(c, buffers.grads);
-    update_pieces(c, update, &Piece::whole(update.segments), buffers, norm, loss_is_finite)
+    update_pieces(c, update, &Piece::whole(update.segments), buffers, norm, loss_is_fine)
 }
 
 /// The same for some of the elements, with the norm of all gradients.
@@ -81,9 +82,9 @@ pub fn update_pieces(
     pieces: &[Piece],
     buffers: Buffers,
     norm: f64,
-    loss_is_finite: bool,
+    loss_is_fine: bool,
 ) -> Outcome {
-    let skipped = !(norm.is_finite() && loss_is_finite);
+    let skipped = !(update.limits.allow_norm(norm) && loss_is_fine);
     if !skipped {
         let Buffers { params, grads, moment1, moment2, ema } = buffers;
         let clip = clip_factor(update, norm);

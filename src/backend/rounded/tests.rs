@@ -55,6 +55,7 @@ fn trained(config: ModelConfig, rounds: Rounds) -> (Rounded, Vit) {
         t: 1,
         clip: None,
         clip_torch: false,
+        limits: crate::backend::Limits::NONE,
         ema_decay: None,
     };
     let loss = Loss { label_smoothing: 0.1, ..Loss::plain(LossKind::Softmax) };

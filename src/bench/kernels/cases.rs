@@ -540,6 +540,7 @@ fn adamw(params: usize) -> Case {
                 t: 1,
                 clip: Some(1.0),
                 clip_torch: false,
+                limits: crate::backend::Limits::NONE,
                 ema_decay: None,
             })
         });

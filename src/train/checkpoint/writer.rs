@@ -24,7 +24,9 @@ use crate::backend::Arena;
 use crate::dist::Collective;
 use crate::error::{At, Error, Result};
 use crate::train::Trainer;
+use crate::train::lease::Holder;
 use crate::vit::Param;
+use crate::watch::{self, Stage, Standing};
 use crate::weights::safetensors::Outline;
 use crate::weights::{self, CheckpointMeta};
 use crate::{files, seal};
@@ -50,6 +52,8 @@ pub(crate) struct Writer {
     running: Option<Running>,
     /// Asks the thread not to wait for other ranks any more.
     abandon: Arc<AtomicBool>,
+    /// The lock of the run directory, on the first rank.
+    lock: Option<Holder>,
 }
 
 struct Running {
@@ -73,7 +77,7 @@ struct Order {
 
 impl Writer {
     /// A writer of the trainer's checkpoints.
-    pub(crate) fn new(checkpoints: Checkpoints, trainer: &Trainer) -> Self {
+    pub(crate) fn new(checkpoints: Checkpoints, trainer: &Trainer, lock: Option<Holder>) -> Self {
         Self {
             checkpoints,
             ranks: trainer.collective,
@@ -81,6 +85,7 @@ impl Writer {
             idle: None,
             running: None,
             abandon: Arc::default(),
+            lock,
         }
     }
 
@@ -145,6 +150,8 @@ impl Writer {
             rank: self.ranks.rank,
             ranks: self.ranks.size,
             abandon: self.abandon.clone(),
+            lock: self.lock.clone(),
+            standing: watch::current(),
         };
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
             let outcome = job.run(&snapshot);
@@ -165,6 +172,7 @@ impl Writer {
     /// Another rank failed.
     pub(crate) fn settle(&mut self) -> Result<Option<(u64, Outcome)>> {
         let Some(Running { step, work }) = self.running.take() else { return Ok(None) };
+        let here = watch::enter(Stage::Checkpoint);
         let mut outcome = match work {
             Work::Over(outcome) => outcome,
             Work::Thread(thread) => match thread.join() {
@@ -175,6 +183,7 @@ impl Writer {
                 Err(_) => Outcome::Failed(Error::new("the thread that writes checkpoints died")),
             },
         };
+        drop(here);
         if self.ranks.size > 1 {
             let mut note = if self.ranks.is_first() { outcome.note().into_bytes() } else { Vec::new() };
             self.ranks.broadcast(&mut note)?;
@@ -308,6 +317,9 @@ struct Job {
     rank: usize,
     ranks: usize,
     abandon: Arc<AtomicBool>,
+    lock: Option<Holder>,
+    /// Where the run stands, which may be waiting for this thread.
+    standing: Option<Arc<Standing>>,
 }
 
 impl Job {
@@ -360,6 +372,7 @@ impl Job {
             write(&file)?;
             file.sync_all()
         });
+        self.standing.iter().for_each(|standing| standing.progress(Stage::Checkpoint));
         written.map_err(|e| files::cannot_write(&path, &e))
     }
 
@@ -410,6 +423,9 @@ impl Job {
         }
         let names: Vec<&str> = self.plan.files().map(|(name, _)| name).collect();
         seal::write(&self.folder, &names, self.facts.clone())?;
+        if self.lock.as_ref().is_some_and(|lock| !lock.is_held()) {
+            return Err(Error::new("another process has taken the run directory"));
+        }
         self.checkpoints.put_in_place(&self.folder, &self.state)
     }
 }

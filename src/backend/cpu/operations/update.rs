@@ -24,12 +24,12 @@ pub(super) fn add_to_report(cpu: &mut CpuBackend, op: &ops::AddToReport) -> Resu
 }
 
 pub(super) fn update(cpu: &mut CpuBackend, update: &Update) -> Result<()> {
-    let loss = cpu.sums[LOSS];
-    cpu.outcome = match reduce::update(cpu, update, loss)? {
+    let loss_is_fine = update.limits.allow_loss(cpu.sums[LOSS] / cpu.micro.mean_over as f64);
+    cpu.outcome = match reduce::update(cpu, update, loss_is_fine)? {
         Some(outcome) => outcome,
         None => {
             let buffers = cpu.arenas.for_update().buffers(update);
-            update::update(&cpu.compute, update, buffers, loss.is_finite())
+            update::update(&cpu.compute, update, buffers, loss_is_fine)
         }
     };
     Ok(())

@@ -5,7 +5,8 @@ use std::sync::{Arc, Barrier, Mutex};
 use super::super::compute::Isa;
 use super::*;
 use crate::backend::{
-    Backend, Factor, GroupScalars, MemoryPlan, Ranks, Rule, Segment, Shards, StepReport, Storage, Write,
+    Backend, Factor, GroupScalars, Limits, MemoryPlan, Ranks, Rule, Segment, Shards, StepReport, Storage,
+    Write,
 };
 
 const LEN: usize = 37;
@@ -225,6 +226,7 @@ fn train_on(thread: Thread, rule: Rule, gradients: &[Vec<f32>]) -> Left {
         let segments = segments();
         let rates = [GroupScalars { lr: 0.1, decay: 0.01 }, GroupScalars { lr: 0.02, decay: 0.0 }];
         let update = Update {
+            limits: Limits::NONE,
             rule,
             segments: &segments,
             groups: &rates,

@@ -21,7 +21,16 @@ fn segment(param: usize, grad: usize, len: usize, group: usize) -> Segment {
 
 /// An update of one group.
 fn plain<'a>(rule: Rule, segments: &'a [Segment], groups: &'a [GroupScalars], t: u64) -> Update<'a> {
-    Update { rule, segments, groups, t, clip: None, clip_torch: false, ema_decay: None }
+    Update {
+        rule,
+        segments,
+        groups,
+        t,
+        clip: None,
+        clip_torch: false,
+        ema_decay: None,
+        limits: crate::backend::Limits::NONE,
+    }
 }
 
 /// The state of a small model: two tensors with a gap between them, of which the parameter arena has more.
