@@ -63,17 +63,24 @@ pub fn write_atomic(
     })();
     if let Err(e) = result {
         let _ = fs::remove_file(&temporary);
-        let error = Error::new(format!("{}: {e}", path.display()));
-        return Err(match e.kind() {
-            ErrorKind::StorageFull => error.hint("the disk is full: free some space; nothing was replaced"),
-            ErrorKind::FileTooLarge => error.hint("raise the limit with `ulimit -f`; nothing was replaced"),
-            _ => error,
-        });
+        return Err(cannot_write(path, &e));
     }
     if let Some(parent) = path.parent() {
         sync_dir(parent);
     }
     Ok(())
+}
+
+/// The error for a file that could not be written.
+pub fn cannot_write(path: &Path, e: &std::io::Error) -> Error {
+    let error = Error::new(format!("{}: {e}", path.display()));
+    match e.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            error.hint("the disk is full: free some space; nothing was replaced")
+        }
+        ErrorKind::FileTooLarge => error.hint("raise the limit with `ulimit -f`; nothing was replaced"),
+        _ => error,
+    }
 }
 
 /// Where a file is to be written: a link's target. A device or a pipe is refused, because a rename would replace it.
@@ -98,6 +105,33 @@ pub fn sync_dir(dir: &Path) {
     if let Ok(handle) = File::open(dir) {
         let _ = handle.sync_all();
     }
+}
+
+/// Puts the folder `new` at `place` in one step, so that a process that is killed leaves the old one or the new
+/// one. The old one, if there is one, is then removed.
+///
+/// # Errors
+/// The rename fails; then the old one is untouched.
+pub fn replace_dir(new: &Path, place: &Path) -> Result<()> {
+    if place.exists() {
+        let here = rustix::fs::CWD;
+        match rustix::fs::renameat_with(here, new, here, place, rustix::fs::RenameFlags::EXCHANGE) {
+            Ok(()) => {
+                let _ = fs::remove_dir_all(new);
+                return Ok(());
+            }
+            // Not every file system can exchange two names.
+            Err(_) => {
+                let old = temporary_name(&place.with_extension("old"));
+                let _ = fs::remove_dir_all(&old);
+                fs::rename(place, &old).at(place.display())?;
+                fs::rename(new, place).at(place.display())?;
+                let _ = fs::remove_dir_all(&old);
+                return Ok(());
+            }
+        }
+    }
+    fs::rename(new, place).at(place.display())
 }
 
 /// Removes the leftovers of killed writers from a folder: files, links and folders called `.NAME.PID.tmp`. No

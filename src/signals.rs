@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 use signal_hook::flag;
 
 use crate::error::{At, Result};
@@ -47,6 +47,8 @@ pub fn install() -> Result<()> {
         }
         flag::register_usize(signal, pending.clone(), asks_as as usize).at("cannot listen to signals")?;
     }
+    // A file that grows past a limit is then an error of the write, and not the end of the process.
+    flag::register(SIGXFSZ, Arc::default()).at("cannot listen to signals")?;
     Ok(())
 }
 

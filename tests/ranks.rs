@@ -33,14 +33,15 @@ fn bits(out: &str) -> Bits {
     }
 }
 
-/// Six steps with every kind of randomness, clipping, and a batch of 16 in four chunks.
+/// Steps with every kind of randomness, clipping, a moving average, and a batch of 16 in eight chunks: four ranks
+/// have two each.
 const CHUNKS: [&str; 7] = [
     "--device=cpu",
     "train.steps=6",
     "train.log_every=1",
     "train.eval_every=3",
     "train.micro_batch=0",
-    "train.reduce_chunks=4",
+    "train.reduce_chunks=8",
     "optim.clip=0.5",
 ];
 
@@ -53,16 +54,25 @@ fn run(name: &str, count: usize, settings: &[&str]) -> Option<(String, support::
 
 #[test]
 fn ranks_have_the_bits_of_one_rank() {
-    for (kind, more) in [("mixed", &[][..]), ("repeated", &["augment.repeats=2", "augment.mix_mode=elem"])] {
+    let kinds = [
+        ("mixed", &["train.steps=50", "train.eval_every=25"][..]),
+        ("repeated", &["augment.repeats=2", "augment.mix_mode=elem"]),
+        ("lion", &["optim.name=lion", "optim.lr=1e-4", "optim.moment=bf16"]),
+        ("adafactor", &["optim.name=adafactor"]),
+        ("frozen", &["optim.freeze_blocks=1"]),
+    ];
+    for (kind, more) in kinds {
         let settings = [&CHUNKS[..], more].concat();
         let Some((alone, _)) = run(&format!("{kind}-1"), 1, &settings) else { return };
         let want = bits(&alone);
-        assert_eq!(want.metrics.len(), 6 + 2);
+        let steps = if kind == "mixed" { 50 } else { 6 };
+        assert_eq!(want.metrics.len(), steps + 2);
         for count in [2, 4] {
             let Some((out, done)) = run(&format!("{kind}-{count}"), count, &settings) else { return };
             assert_eq!(bits(&out), want, "{count} ranks, {kind}");
             let lines = |text: &str| done.stderr.matches(text).count();
-            assert_eq!((lines("step 6/6"), lines("trained 6 steps"), lines("rank 1: ")), (1, 1, 0));
+            let (last, end) = (format!("step {steps}/{steps}"), format!("trained {steps} steps"));
+            assert_eq!((lines(&last), lines(&end), lines("rank 1: ")), (1, 1, 0));
             let note = format!("ranks    {count} with {} samples of each batch", 16 / count);
             assert!(done.stderr.contains(&note), "{}", done.stderr);
         }
@@ -71,7 +81,7 @@ fn ranks_have_the_bits_of_one_rank() {
 
 #[test]
 fn without_chunks_the_loss_is_the_same_and_a_number_of_ranks_has_its_own_bits() {
-    let settings = [&CHUNKS[..5], &["augment.mix_group=8"]].concat();
+    let settings = [&CHUNKS[..5], &["augment.mix_group=8", "train.steps=50", "train.eval_every=25"]].concat();
     let Some((two, _)) = run("in-order-2", 2, &settings) else { return };
     let Some((again, _)) = run("in-order-2-again", 2, &settings) else { return };
     assert_eq!(bits(&two), bits(&again));
@@ -80,7 +90,7 @@ fn without_chunks_the_loss_is_the_same_and_a_number_of_ranks_has_its_own_bits() 
         metrics(out).iter().filter_map(|line| line.get("loss").and_then(Value::as_f64)).collect()
     };
     let (two, alone) = (losses(&two), losses(&alone));
-    assert_eq!(two.len(), 6);
+    assert_eq!(two.len(), 50);
     assert_eq!(two[0], alone[0], "the first loss needs no sum of gradients");
     for (a, b) in two.iter().zip(&alone) {
         assert!((a - b).abs() < 1e-5, "{two:?} and {alone:?}");
@@ -171,17 +181,20 @@ fn a_signal_to_one_rank_saves_the_run_and_other_ranks_continue_it() {
     }
     let out = path("stopped");
     let settings = [&CHUNKS[..], &LONG, &["train.steps=400", "train.eval_every=200"]].concat();
-    let Some(command) = ranks(&[(2, &train(&out, &settings))]) else { return };
-    let child = start(command);
-    until("ten steps", Duration::from_secs(60), || lines(&out) >= 10);
-    kill_process(process(1, &out).expect("rank 1 is running"), Signal::TERM).unwrap();
-    let done = wait(child).exits(143).says(&["stopped at step ", "saved to ", "vitrum train --resume "]);
-    assert_eq!(done.stderr.matches("stopped at step ").count(), 1, "{}", done.stderr);
-    assert!(process(0, &out).is_none() && process(1, &out).is_none());
-
-    let resume = train(&out, &[&settings[..], &["--resume"]].concat());
-    finish(ranks(&[(4, &resume)]).unwrap()).ok().says(&["resume   from checkpoints/step-"]);
-    let (alone, _) = run("not-stopped", 1, &settings).unwrap();
+    let settings = |more: &[&'static str]| [&settings[..], more].concat();
+    let mut resume = &[][..];
+    for (count, at) in [(4, 10), (2, 40)] {
+        let Some(command) = ranks(&[(count, &train(&out, &settings(resume)))]) else { return };
+        let child = start(command);
+        until("some steps", Duration::from_secs(60), || lines(&out) >= at);
+        kill_process(process(1, &out).expect("rank 1 is running"), Signal::TERM).unwrap();
+        let done = wait(child).exits(143).says(&["stopped at step ", "saved to ", "vitrum train --resume "]);
+        assert_eq!(done.stderr.matches("stopped at step ").count(), 1, "{}", done.stderr);
+        assert!(process(0, &out).is_none() && process(1, &out).is_none());
+        resume = &["--resume"];
+    }
+    vitrum(&train(&out, &settings(resume))).ok().says(&["resume   from checkpoints/step-"]);
+    let (alone, _) = run("not-stopped", 1, &settings(&[])).unwrap();
     assert_eq!(bits(&out), bits(&alone));
 }
 

@@ -34,11 +34,14 @@ pub enum Arena {
     Batches,
     /// Tables and scratch of a device's update.
     Update,
+    /// Sums of gradients that wait for others, and what ranks send each other. Empty for one rank without
+    /// chunks.
+    Exchange,
 }
 
 impl Arena {
     /// The number of arenas.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = 11;
     /// The arenas whose contents persist between operations and cannot be derived from anything else.
     pub const ALL: [Arena; 6] =
         [Arena::Params, Arena::Grads, Arena::Moment1, Arena::Moment2, Arena::Ema, Arena::Activations];
@@ -196,6 +199,8 @@ pub struct PlanEntry {
 pub struct MemoryPlan {
     storage: Storage,
     sizes: [usize; Arena::COUNT],
+    /// In main memory.
+    snapshot: usize,
     /// The contents of the activation arena, in order of allocation.
     pub activations: Vec<PlanEntry>,
 }
@@ -203,7 +208,7 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// A plan of nothing but the device's workspace.
     pub fn new(storage: Storage) -> Self {
-        let mut plan = Self { storage, sizes: [0; Arena::COUNT], activations: Vec::new() };
+        let mut plan = Self { storage, sizes: [0; Arena::COUNT], snapshot: 0, activations: Vec::new() };
         plan.sizes[Arena::Workspace as usize] = storage.workspace;
         plan
     }
@@ -241,6 +246,16 @@ impl MemoryPlan {
     /// Size of all arenas.
     pub fn total_bytes(&self) -> usize {
         self.sizes.iter().sum()
+    }
+
+    /// Bytes of main memory for the copy that a checkpoint is written from.
+    pub fn snapshot_bytes(&self) -> usize {
+        self.snapshot
+    }
+
+    /// Sets them.
+    pub fn set_snapshot_bytes(&mut self, bytes: usize) {
+        self.snapshot = bytes;
     }
 
     /// A matrix in the activation arena, with the device's type and padding.

@@ -33,7 +33,9 @@ pub mod memory;
 pub mod operands;
 pub mod ops;
 pub mod options;
+pub mod ranks;
 pub mod rounded;
+pub mod shards;
 pub mod timed;
 pub mod update;
 
@@ -47,9 +49,11 @@ pub use operands::{
 };
 pub use ops::Op;
 pub use options::{DeviceOptions, Precision, Residual};
+pub use ranks::{Group, Ranks};
+pub use shards::Shards;
 pub use update::{Factor, GroupScalars, Rule, Segment, StepReport, Update, update_bytes};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The part of the bound batch that the following operations work on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,13 +128,55 @@ pub trait Backend: Send {
     fn read_arena(&mut self, arena: Arena) -> Result<Vec<u8>>;
     /// The inverse of [`Backend::read_arena`]; the length must match.
     fn write_arena(&mut self, arena: Arena, bytes: &[u8]) -> Result<()>;
-    /// All gradients with their padding, where they are in main memory: for sums over ranks, which a device
-    /// with memory of its own does itself.
-    fn gradients_mut(&mut self) -> Option<&mut [f32]> {
-        None
+    /// Memory of the host that the device copies to fast: page-locked on CUDA.
+    fn host_memory(&self, bytes: usize) -> Result<Box<dyn HostMemory>> {
+        Ok(Box::new(batch::PlainMemory::new(bytes)?))
     }
-    /// Exchanges the weights with their EMA (to evaluate the EMA, and back).
+    /// Copies a part of an arena's raw bytes to the host: as many as `to` holds, from byte `from` on. They are
+    /// there when this returns.
+    fn copy_arena(&mut self, arena: Arena, from: usize, to: &mut [u8]) -> Result<()> {
+        to.copy_from_slice(&self.read_arena(arena)?[from..from + to.len()]);
+        Ok(())
+    }
+    /// A checksum of an arena's raw bytes.
+    fn checksum(&mut self, arena: Arena) -> Result<u64> {
+        Ok(xxhash_rust::xxh3::xxh3_64(&self.read_arena(arena)?))
+    }
+    /// Exchanges the weights with their EMA (to evaluate the EMA, and back). In a group, after
+    /// [`Backend::gather_ema`], and back before the next step.
     fn swap_ema(&mut self) -> Result<()>;
+
+    // Ranks -----------------------------------------------------------------------------------------------------
+    //
+    // A device alone, without chunks, does nothing in these methods. In a group all ranks call them, and
+    // [`Backend::step`], in the same order.
+
+    /// Becomes a member of a group, after [`Backend::allocate`] and before the first step. From now on a
+    /// step's update is that of all ranks' gradients: each sums its part of them, updates its shard, and gets
+    /// the others' weights. `Moment1`, `Moment2` and `Ema` then hold the shard, if the group is sharded.
+    ///
+    /// # Errors
+    /// The device cannot work with others.
+    fn join(&mut self, _group: Group) -> Result<()> {
+        let device = self.describe();
+        Err(Error::usage(format!("sums over ranks or chunks are not built yet on {device}")))
+    }
+    /// Says which signal this rank got, or 0. The next step's report has the largest of all ranks.
+    fn tell_signal(&mut self, _signal: i32) {}
+    /// Gradients from element `from` of [`Arena::Grads`] on are final in this micro-batch. The pass calls it
+    /// with descending `from`, and with 0 at its end: in the last micro-batch of a step, sums over ranks can
+    /// begin while the pass goes on.
+    fn gradients_done(&mut self, _from: usize) -> Result<()> {
+        Ok(())
+    }
+    /// Gives every rank all rows of a dense f32 matrix, of which rank r of N has filled the r-th N-th.
+    fn gather_rows(&mut self, _rows: Mat) -> Result<()> {
+        Ok(())
+    }
+    /// Gives every rank the whole EMA, for [`Backend::swap_ema`]. The gradients are lost.
+    fn gather_ema(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     // Choices ---------------------------------------------------------------------------------------------------
 

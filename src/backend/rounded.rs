@@ -14,8 +14,8 @@ use super::cpu::CpuBackend;
 use super::ops::{self, Op};
 use super::options::CPU_ROUNDS;
 use super::{
-    Arena, Backend, Body, Dtype, Epilogue, Gelu, InputGrad, Join, Linear, Mat, MemoryPlan, Micro, Precision,
-    Slot, SlotLayout, StepKeys, StepReport, Storage, Update,
+    Arena, Backend, Body, Dtype, Epilogue, Gelu, Group, InputGrad, Join, Linear, Mat, MemoryPlan, Micro,
+    Precision, Slot, SlotLayout, StepKeys, StepReport, Storage, Update,
 };
 use crate::error::{Error, Result};
 
@@ -304,14 +304,32 @@ impl Backend for Rounded {
         Ok(())
     }
 
-    fn gradients_mut(&mut self) -> Option<&mut [f32]> {
-        self.inner.gradients_mut()
-    }
-
     fn swap_ema(&mut self) -> Result<()> {
         self.inner.swap_ema()?;
         self.refresh(self.params);
         Ok(())
+    }
+
+    // Ranks -----------------------------------------------------------------------------------------------------
+
+    fn join(&mut self, group: Group) -> Result<()> {
+        self.inner.join(group)
+    }
+
+    fn tell_signal(&mut self, signal: i32) {
+        self.inner.tell_signal(signal);
+    }
+
+    fn gradients_done(&mut self, from: usize) -> Result<()> {
+        self.inner.gradients_done(from)
+    }
+
+    fn gather_rows(&mut self, rows: Mat) -> Result<()> {
+        self.inner.gather_rows(rows)
+    }
+
+    fn gather_ema(&mut self) -> Result<()> {
+        self.inner.gather_ema()
     }
 
     // Choices ---------------------------------------------------------------------------------------------------

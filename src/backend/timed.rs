@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::cost::{Cost, Setting};
 use super::{
-    Arena, Backend, Body, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
+    Arena, Backend, Body, Group, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
     StepReport, Storage, TargetKind, Update, Write,
 };
 use crate::error::Result;
@@ -162,12 +162,30 @@ impl Backend for Timed {
         self.time("write_arena", |b| b.write_arena(arena, bytes))
     }
 
-    fn gradients_mut(&mut self) -> Option<&mut [f32]> {
-        self.inner.gradients_mut()
-    }
-
     fn swap_ema(&mut self) -> Result<()> {
         self.time("swap_ema", |b| b.swap_ema())
+    }
+
+    // Ranks -----------------------------------------------------------------------------------------------------
+
+    fn join(&mut self, group: Group) -> Result<()> {
+        self.inner.join(group)
+    }
+
+    fn tell_signal(&mut self, signal: i32) {
+        self.inner.tell_signal(signal);
+    }
+
+    fn gradients_done(&mut self, from: usize) -> Result<()> {
+        self.inner.gradients_done(from)
+    }
+
+    fn gather_rows(&mut self, rows: Mat) -> Result<()> {
+        self.time("gather_rows", |b| b.gather_rows(rows))
+    }
+
+    fn gather_ema(&mut self) -> Result<()> {
+        self.time("gather_ema", |b| b.gather_ema())
     }
 
     // Choices ---------------------------------------------------------------------------------------------------

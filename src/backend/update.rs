@@ -65,6 +65,11 @@ impl Rule {
         if bf16 { Dtype::Bf16 } else { Dtype::F32 }
     }
 
+    /// Whether an update treats each element by itself, so that ranks can divide it anywhere.
+    pub fn is_elementwise(&self) -> bool {
+        !matches!(self, Rule::Adafactor { .. })
+    }
+
     /// f32 values of second moments: Adam's mirror the gradients, Adafactor's are its statistics, others have
     /// none.
     pub fn second_moments(&self, segments: &[Segment]) -> usize {
@@ -178,6 +183,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// The update was skipped because the loss or the norm was not finite.
     pub skipped: bool,
+    /// The signal that some rank of a group got, or 0.
+    pub signal: i32,
 }
 
 /// Bytes of [`super::Arena::Update`] for an optimiser on a device with this storage.

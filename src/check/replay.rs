@@ -1,7 +1,7 @@
 //! Training on stored batches in their order, without augmentation. Other programs can reproduce the
 //! trajectory.
 
-use crate::backend::{self, Device, StepReport};
+use crate::backend::{Device, StepReport};
 use crate::dist::Collective;
 use crate::error::Result;
 use crate::recipe::Recipe;
@@ -54,6 +54,6 @@ pub fn run(
         out.lrs.push(trainer.optimizer.lr(step as u64));
         watch(trainer.step, &report);
     }
-    out.weights = read_weights(&trainer.model, &mut *trainer.backend, backend::Arena::Params)?;
+    out.weights = read_weights(&trainer.model, &mut *trainer.backend)?;
     Ok(out)
 }

@@ -1,17 +1,16 @@
 //! Ranks: processes that train one model together (`docs/distributed.md`).
 //!
-//! [`launch`] says which rank this process is, `mpi` moves bytes between ranks, [`sum`] adds gradients in a
-//! fixed order. Ranks on CPUs are built; ranks on GPUs need NCCL, which is not.
+//! [`launch`] says which rank this process is, `mpi` moves bytes between ranks. Ranks on CPUs are built; ranks
+//! on GPUs need NCCL, which is not.
 
 pub mod launch;
 mod mpi;
-pub mod sum;
 
+use crate::backend::Ranks;
 use crate::error::{Error, Result};
 use crate::terminal;
 
 pub use launch::{Launch, Launcher};
-pub use sum::GradientSum;
 
 /// The group of ranks that share a run.
 #[derive(Clone, Copy)]
@@ -118,6 +117,24 @@ impl Collective {
     pub fn leave(&self) -> Result<()> {
         self.barrier()?;
         self.mpi.map_or(Ok(()), |mpi| mpi.finalize())
+    }
+}
+
+impl Ranks for Collective {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn all_to_all(&self, parts: &[u8], own: &mut [u8]) -> Result<()> {
+        Collective::all_to_all(self, parts, own)
+    }
+
+    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        Collective::all_gather(self, own, all)
     }
 }
 

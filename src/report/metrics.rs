@@ -12,11 +12,15 @@ use serde_json::{Value, json};
 
 use super::{EvalLine, StepLine};
 use crate::error::{At, Result};
-use crate::files;
+use crate::{files, terminal};
 
 pub struct MetricsFile {
     file: File,
     path: PathBuf,
+    /// Bytes of complete lines.
+    length: u64,
+    /// Whether the last line could not be written.
+    is_broken: bool,
 }
 
 impl MetricsFile {
@@ -32,26 +36,44 @@ impl MetricsFile {
             _ => drop(File::create(path).at(path.display())?),
         }
         let file = OpenOptions::new().append(true).open(path).at(path.display())?;
-        Ok(Self { file, path: path.into() })
+        let length = file.metadata().at(path.display())?.len();
+        Ok(Self { file, path: path.into(), length, is_broken: false })
     }
 
-    pub fn step(&mut self, line: &StepLine) -> Result<()> {
-        self.write(line)
+    pub fn step(&mut self, line: &StepLine) {
+        self.write(line);
     }
 
-    pub fn eval(&mut self, line: &EvalLine) -> Result<()> {
-        self.write(&json!({ "step": line.step, "eval": line }))
+    pub fn eval(&mut self, line: &EvalLine) {
+        self.write(&json!({ "step": line.step, "eval": line }));
     }
 
     /// Syncs all lines to the disk.
-    pub fn sync(&self) -> Result<()> {
-        self.file.sync_data().at(self.path.display())
+    pub fn sync(&mut self) {
+        let synced = self.file.sync_data();
+        self.check(synced);
     }
 
-    fn write(&mut self, line: &impl Serialize) -> Result<()> {
+    /// If a line cannot be written (such as on a full disk), it is left out, with one warning. The run goes on.
+    fn write(&mut self, line: &impl Serialize) {
         let mut text = serde_json::to_string(line).expect("a line of numbers can be written");
         text.push('\n');
-        self.file.write_all(text.as_bytes()).at(self.path.display())
+        let written = self.file.write_all(text.as_bytes());
+        match written {
+            Ok(()) => self.length += text.len() as u64,
+            // The next line must not continue a part of this one.
+            Err(_) => drop(self.file.set_len(self.length)),
+        }
+        self.check(written);
+    }
+
+    fn check(&mut self, done: std::io::Result<()>) {
+        if let Err(e) = &done
+            && !self.is_broken
+        {
+            terminal::warn(&format!("{} cannot be written, and lacks lines: {e}", self.path.display()));
+        }
+        self.is_broken = done.is_err();
     }
 }
 
@@ -109,13 +131,13 @@ mod tests {
         let path = folder.path().join("metrics.jsonl");
         let mut metrics = MetricsFile::open(&path, None).unwrap();
         for step in [100, 200, 300] {
-            metrics.step(&step_line(step)).unwrap();
-            metrics.eval(&eval_line(step)).unwrap();
+            metrics.step(&step_line(step));
+            metrics.eval(&eval_line(step));
         }
         metrics.file.write_all(b"{\"step\": 200, \"lo").unwrap();
 
         let mut metrics = MetricsFile::open(&path, Some(200)).unwrap();
-        metrics.step(&step_line(250)).unwrap();
+        metrics.step(&step_line(250));
         let steps: Vec<_> = read(&path).iter().map(|line| line["step"].as_u64().unwrap()).collect();
         assert_eq!(steps, [100, 100, 200, 200, 250]);
 
@@ -128,8 +150,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let mut metrics = MetricsFile::open(&path, Some(5)).unwrap();
-        metrics.step(&step_line(1)).unwrap();
-        metrics.eval(&eval_line(1)).unwrap();
+        metrics.step(&step_line(1));
+        metrics.eval(&eval_line(1));
         let lines = read(&path);
         for key in ["step", "epoch", "loss", "lr", "grad_norm", "top1", "img_per_s", "data_wait", "mfu"] {
             assert!(lines[0].get(key).is_some(), "{key}");

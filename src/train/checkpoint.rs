@@ -1,16 +1,18 @@
 //! Checkpoints: `checkpoints/step-N/{model,ema,state}.safetensors` and their checksums, written atomically.
 //!
-//! A checkpoint is written to a hidden folder, with `checkpoint.json` ([`crate::seal`]) last. The folder is
+//! A checkpoint is written to a hidden folder ([`writer`], from the copy that [`snapshot`] takes), with `checkpoint.json` ([`crate::seal`]) last. The folder is
 //! then synced and renamed. `last` and `best` are symbolic links that a rename replaces. So a run that is
 //! killed at any moment finds its newest complete checkpoint, and its result is bit-identical to an
 //! uninterrupted run: `state.safetensors` holds the optimiser's moments and every counter, and the loader's
 //! position is the number of finished steps. If the newest checkpoint is damaged, the run uses the one before
 //! it and says so.
 
+mod snapshot;
+mod writer;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ::safetensors::tensor::Dtype;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
@@ -19,11 +21,14 @@ use crate::data::Digest;
 use crate::error::{At, Error, Result};
 use crate::seal::{SEAL, Seal};
 use crate::vit::Vit;
-use crate::weights::safetensors::{self, SafeTensors, View};
+use crate::weights::safetensors::SafeTensors;
 use crate::weights::{self, CheckpointMeta, Tensor, Tensors};
-use crate::{fail, files, seal};
+use crate::{fail, files};
 
-use super::Trainer;
+use super::{Trainer, state};
+
+pub(crate) use snapshot::ARENAS;
+pub(crate) use writer::{Outcome, Writer};
 
 /// Everything a run needs besides weights and moments.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -109,6 +114,7 @@ const STATE_KEY: &str = "vitrum.state";
 const FILES: [&str; 3] = ["model.safetensors", "ema.safetensors", "state.safetensors"];
 
 /// The checkpoints of one run directory.
+#[derive(Clone)]
 pub struct Checkpoints {
     dir: PathBuf,
     /// How many of the newest checkpoints to keep, besides the best.
@@ -154,53 +160,14 @@ impl Checkpoints {
         steps
     }
 
-    /// Writes a checkpoint of the trainer, points `last` (and `best`) at it, and removes old checkpoints.
-    ///
-    /// Returns false if the weights are not finite. Then nothing was written, and the last good checkpoint
-    /// remains.
-    pub fn save(&self, trainer: &mut Trainer, state: &RunState, about: &About<'_>) -> Result<bool> {
-        let weights = read_weights(&trainer.model, &mut *trainer.backend, Arena::Params)?;
-        if !weights.values().flat_map(|t| &t.values).all(|value| value.is_finite()) {
-            return Ok(false);
-        }
-        let hidden = self.hidden(state.step);
-        let written = self.write(&hidden, trainer, &weights, state, about).and_then(|()| {
-            let target = self.path(state.step);
-            if target.exists() {
-                self.remove(state.step);
-            }
-            fs::rename(&hidden, &target).at(target.display())
-        });
-        if written.is_err() {
-            let _ = fs::remove_dir_all(&hidden);
-        }
-        written.map_err(|e| e.at(format!("checkpoint at step {}", state.step)))?;
+    /// Puts a complete hidden folder into its place, points `last` (and `best`) at it, and removes old
+    /// checkpoints.
+    fn put_in_place(&self, hidden: &Path, state: &RunState) -> Result<()> {
+        files::replace_dir(hidden, &self.path(state.step))?;
         files::sync_dir(&self.dir);
         self.link(state)?;
         self.prune(state);
-        Ok(true)
-    }
-
-    fn write(
-        &self,
-        folder: &Path,
-        trainer: &mut Trainer,
-        weights: &Tensors,
-        state: &RunState,
-        about: &About<'_>,
-    ) -> Result<()> {
-        files::create_dir(folder)?;
-        let config = trainer.model.config.clone();
-        let [model, ema, of_state] = FILES;
-        weights::save(&folder.join(model), &config, weights, about.meta)?;
-        let mut names = vec![model, of_state];
-        if trainer.optimizer.ema_decay().is_some() {
-            let tensors = read_weights(&trainer.model, &mut *trainer.backend, Arena::Ema)?;
-            weights::save(&folder.join(ema), &config, &tensors, about.meta)?;
-            names.insert(1, ema);
-        }
-        write_state(&folder.join(of_state), &mut *trainer.backend, state)?;
-        seal::write(folder, &names, about.facts.clone())
+        Ok(())
     }
 
     /// Points `last` at the newest and `best` at the best checkpoint.
@@ -296,13 +263,12 @@ impl Checkpoints {
     }
 }
 
-/// All parameters of an arena under their own names, in file order.
-pub fn read_weights(model: &Vit, backend: &mut dyn Backend, arena: Arena) -> Result<Tensors> {
+/// All parameters under their own names, in file order.
+pub fn read_weights(model: &Vit, backend: &mut dyn Backend) -> Result<Tensors> {
     let mut tensors = Tensors::default();
     for param in model.layout.parameters() {
         let mut values = vec![0.0; param.len()];
-        let mat = if arena == Arena::Ema { param.ema() } else { param.mat() };
-        backend.read(mat, &mut values)?;
+        backend.read(param.mat(), &mut values)?;
         tensors.insert(param.name.clone(), Tensor::new(param.shape.clone(), param.to_file_order(&values)));
     }
     Ok(tensors)
@@ -326,33 +292,24 @@ fn open_state(folder: &Path, step: u64) -> Result<(SafeTensors, RunState)> {
 }
 
 fn restore(folder: &Path, stored: &SafeTensors, trainer: &mut Trainer) -> Result<()> {
-    load_weights(&folder.join("model.safetensors"), trainer, Arena::Params)?;
+    let open = |name: &str| weights::open(&folder.join(name), &Default::default());
+    let (layout, backend) = (&trainer.model.layout, &mut trainer.backend);
+    weights::load_into(&open("model.safetensors")?, layout, |param, values| {
+        backend.write(param.mat(), values)
+    })?;
     if trainer.optimizer.ema_decay().is_some() {
-        load_weights(&folder.join("ema.safetensors"), trainer, Arena::Ema)?;
+        // What is no parameter is its own average.
+        let mut average = backend.read_arena(Arena::Params)?;
+        weights::load_into(&open("ema.safetensors")?, layout, |param, values| {
+            state::set_values(&mut average, param.ema(), values);
+            Ok(())
+        })?;
+        trainer.restore(Arena::Ema, average)?;
     }
     read_moments(stored, folder, trainer)
 }
 
-fn load_weights(path: &Path, trainer: &mut Trainer, arena: Arena) -> Result<()> {
-    let file = weights::open(path, &Default::default())?;
-    let (model, backend) = (&trainer.model, &mut trainer.backend);
-    weights::load_into(&file, &model.layout, |param, values| {
-        backend.write(if arena == Arena::Ema { param.ema() } else { param.mat() }, values)
-    })
-}
-
 const MOMENTS: [(&str, Arena); 2] = [("moment1", Arena::Moment1), ("moment2", Arena::Moment2)];
-
-fn write_state(path: &Path, backend: &mut dyn Backend, state: &RunState) -> Result<()> {
-    let mut buffers = Vec::new();
-    for (name, arena) in MOMENTS {
-        buffers.push((name, backend.read_arena(arena)?));
-    }
-    let views =
-        buffers.iter().map(|(name, bytes)| View::new(*name, Dtype::U8, &[bytes.len()], bytes.as_slice()));
-    let json = serde_json::to_string(state).at(path.display())?;
-    safetensors::write(path, &[(STATE_KEY.to_string(), json)].into(), views.collect())
-}
 
 fn read_state(file: &SafeTensors, folder: &Path) -> Result<RunState> {
     let place = folder.join("state.safetensors");
@@ -365,11 +322,11 @@ fn read_state(file: &SafeTensors, folder: &Path) -> Result<RunState> {
 fn read_moments(file: &SafeTensors, folder: &Path, trainer: &mut Trainer) -> Result<()> {
     let place = |name: &str| format!("{}: `{name}`", folder.join("state.safetensors").display());
     for (name, arena) in MOMENTS {
-        let (bytes, wanted) = (file.bytes(name)?, trainer.memory.bytes(arena));
+        let (bytes, wanted) = (file.bytes(name)?, trainer.whole_bytes(arena));
         if bytes.len() != wanted {
             fail!("{} has {} bytes, but the optimiser needs {wanted}", place(name), bytes.len());
         }
-        trainer.backend.write_arena(arena, bytes).map_err(|e| e.at(place(name)))?;
+        trainer.restore(arena, bytes.to_vec()).map_err(|e| e.at(place(name)))?;
     }
     Ok(())
 }

@@ -75,7 +75,7 @@ impl Directory {
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         (needed > free).then(|| {
             format!(
-                "the disk of {} has {} left, but {checkpoints} checkpoints of {} need {} more: the run will stop when it is \
+                "the disk of {} has {} left, but {checkpoints} checkpoints of {} need {} more: no more will be written when it is \
                  full; `--set train.keep=1` keeps fewer",
                 self.path.display(),
                 format::bytes(free),

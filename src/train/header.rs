@@ -65,8 +65,10 @@ pub fn memory_lines(plan: &MemoryPlan) -> Vec<String> {
         size(plan.bytes(Ema)),
         size(plan.bytes(Activations)),
     );
+    let of_checkpoints =
+        format!("         and {} of main memory to write checkpoints from", size(plan.snapshot_bytes()));
     if !plan.storage().has_device_memory() {
-        return vec![line];
+        return vec![line, of_checkpoints];
     }
     let of_device = format!(
         "         only on a GPU: bf16 copy {}, batches {}, update tables {}, workspace {}",
@@ -75,5 +77,5 @@ pub fn memory_lines(plan: &MemoryPlan) -> Vec<String> {
         size(plan.bytes(Update)),
         size(plan.bytes(Workspace)),
     );
-    vec![line, of_device]
+    vec![line, of_device, of_checkpoints]
 }

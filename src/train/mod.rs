@@ -27,6 +27,7 @@ pub mod samples;
 #[doc(hidden)]
 pub mod scaling;
 pub mod setup;
+mod state;
 pub mod sweep;
 pub mod trainer;
 

@@ -1,16 +1,13 @@
-//! A run on several ranks: what must divide, what the ranks exchange in a step, and what the first rank tells
-//! the others about a resumed state.
+//! A run on several ranks: what must divide, and what the first rank tells the others about a resumed state.
 
-use crate::backend::{Arena, Backend, Device, Loss, Micro};
-use crate::dist::{Collective, GradientSum};
+use crate::backend::{Arena, Device};
+use crate::dist::Collective;
 use crate::error::{Error, Kind, Result};
 use crate::recipe::{MicroBatch, Recipe};
-use crate::signals;
-use crate::vit::Vit;
 
 use super::Trainer;
 use super::checkpoint::RunState;
-use super::trainer::gradients;
+use super::state::SHARED;
 
 /// Refuses ranks on a GPU.
 pub(super) fn refuse_gpus(ranks: &Collective) -> Result<()> {
@@ -99,82 +96,6 @@ pub(super) fn line(recipe: &Recipe, ranks: &Collective) -> Option<String> {
     (ranks.size > 1).then(|| format!("ranks    {} with {own} samples of each batch, {sum}", ranks.size))
 }
 
-/// What a step exchanges. Its buffers stop growing after the first step.
-pub(super) struct Exchange {
-    /// Chunks of this rank, if gradients are summed in chunks.
-    chunks: Option<usize>,
-    sum: GradientSum,
-    /// The rows of [`Vit::sample_metrics`] of this rank's samples, then the signal that it got, or 0.
-    own: Vec<f32>,
-    /// The same of all ranks.
-    all: Vec<f32>,
-    /// The signal that some rank got.
-    pub(super) signal: Option<i32>,
-}
-
-impl Exchange {
-    pub(super) fn new(recipe: &Recipe, ranks: &Collective) -> Self {
-        let chunks = recipe.train.reduce_chunks.map(|chunks| chunks / ranks.size);
-        Self { chunks, sum: GradientSum::default(), own: Vec::new(), all: Vec::new(), signal: None }
-    }
-
-    /// Whether every micro-batch assigns its gradients, to be summed as a chunk.
-    pub(super) fn in_chunks(&self) -> bool {
-        self.chunks.is_some()
-    }
-
-    /// Computes the gradients of this rank's batch, and sums them and the report over chunks and ranks.
-    pub(super) fn gradients(
-        &mut self,
-        b: &mut dyn Backend,
-        model: &Vit,
-        loss: Loss,
-        micro_batches: &[Micro],
-        ranks: &Collective,
-    ) -> Result<()> {
-        let (several, samples) = (ranks.size > 1, model.sample_metrics());
-        let Self { chunks, sum, own, all, signal } = self;
-        sum.begin();
-        own.clear();
-        gradients(b, model, loss, micro_batches, &mut |b| {
-            if several {
-                let from = own.len();
-                own.resize(from + samples.rows * samples.cols, 0.0);
-                b.read(samples, &mut own[from..])?;
-            }
-            if let Some(chunks) = *chunks {
-                sum.add_chunk(in_main_memory(b)?, chunks);
-            }
-            Ok(())
-        })?;
-        if !several {
-            return Ok(());
-        }
-        own.push(signals::pending().unwrap_or(0) as f32);
-        all.resize(own.len() * ranks.size, 0.0);
-        ranks.all_gather(bytemuck::cast_slice(own), bytemuck::cast_slice_mut(all))?;
-        // Every rank adds the samples' rows in their order in the global batch, as one rank would.
-        b.begin_report()?;
-        let mut last = 0.0f32;
-        for of_rank in all.chunks_exact(own.len()) {
-            let (asked, rows) = of_rank.split_last().expect("a rank sends its signal");
-            last = last.max(*asked);
-            for rows in rows.chunks_exact(samples.rows * samples.cols) {
-                b.write(samples, rows)?;
-                b.add_to_report(samples)?;
-            }
-        }
-        *signal = (last > 0.0).then_some(last as i32);
-        sum.over_ranks(ranks, in_main_memory(b)?, chunks.is_some())
-    }
-}
-
-fn in_main_memory(b: &mut dyn Backend) -> Result<&mut [f32]> {
-    let device = b.describe();
-    b.gradients_mut()
-        .ok_or_else(|| Error::usage(format!("sums over ranks or chunks are not built yet on {device}")))
-}
-
 /// Gives every rank the state that the first one restored from a checkpoint, if it did.
 pub(super) fn share_state(trainer: &mut Trainer, state: &mut Option<RunState>) -> Result<()> {
     let ranks = trainer.collective;
@@ -186,10 +107,13 @@ pub(super) fn share_state(trainer: &mut Trainer, state: &mut Option<RunState>) -
     *state = serde_json::from_slice(&json).map_err(|e| Error::new(format!("the state of rank 0: {e}")))?;
     let Some(state) = state else { return Ok(()) };
     trainer.resume_at(state.step, state.skipped, state.skipped_in_a_row);
-    for arena in [Arena::Params, Arena::Ema, Arena::Moment1, Arena::Moment2] {
-        let mut bytes = trainer.backend.read_arena(arena)?;
+    let mut weights = if ranks.is_first() { trainer.backend.read_arena(Arena::Params)? } else { Vec::new() };
+    ranks.broadcast(&mut weights)?;
+    trainer.backend.write_arena(Arena::Params, &weights)?;
+    for arena in SHARED {
+        let mut bytes = trainer.restored(arena);
         ranks.broadcast(&mut bytes)?;
-        trainer.backend.write_arena(arena, &bytes)?;
+        trainer.set_whole(arena, &bytes)?;
     }
     Ok(())
 }

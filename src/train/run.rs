@@ -15,7 +15,7 @@ use crate::report::{Log, MetricsFile, Progress, StepLine};
 use crate::weights::CheckpointMeta;
 use crate::{files, signals};
 
-use super::checkpoint::{Checkpoints, RunState, Sums};
+use super::checkpoint::{Checkpoints, RunState, Sums, Writer};
 use super::directory::Directory;
 use super::evaluate::EvalReport;
 use super::header::{memory_lines, model_lines, word};
@@ -106,7 +106,11 @@ pub struct Run {
     data: RunData,
     checkpoints: Checkpoints,
     state: RunState,
+    writer: Writer,
+    /// The last whole checkpoint.
     saved_at: Option<u64>,
+    /// Why the checkpoint that was begun last could not be written.
+    unsaved: Option<Error>,
     meta: CheckpointMeta,
     /// `None` on other ranks than the first.
     metrics: Option<MetricsFile>,
@@ -189,11 +193,14 @@ impl Run {
             ..CheckpointMeta::default()
         };
         (state.recipe, state.data, state.overfit) = (text, Some(digest), data.overfit);
-        state.ranks = ranks;
+        // With chunks the bytes of a checkpoint are the same for any number of ranks.
+        state.ranks = ranks.filter(|_| recipe.train.reduce_chunks.is_none());
         let run = Self {
             steps,
+            writer: Writer::new(checkpoints.clone(), trainer),
             checkpoints,
             saved_at: resumed,
+            unsaved: None,
             meta,
             metrics,
             progress: Progress::new(&log, steps, trainer.step),
@@ -303,8 +310,12 @@ impl Run {
                 if trainer.step == 0 || trainer.skipped_in_a_row() > 0 {
                     return Err(error);
                 }
-                // The user must see the data's error, even if saving fails as well.
-                let saved = match self.checkpoint(trainer) {
+                // Other ranks do not know of it, and save nothing. The user must see the data's error, even if
+                // saving fails as well.
+                if trainer.collective.size > 1 {
+                    return Err(error.at(format!("after step {}", trainer.step)));
+                }
+                let saved = match self.save_now(trainer) {
                     Ok(()) => format!("{}, from which `--resume` continues", self.saved()),
                     Err(why) => format!("which could not be saved ({})", why.message()),
                 };
@@ -313,13 +324,6 @@ impl Run {
                 Err(if is_stopped { error.hint(self.how_to_go_on()) } else { error })
             }
         }
-    }
-
-    /// The place of the last checkpoint, for messages.
-    fn saved(&self) -> String {
-        self.saved_at.map_or("no checkpoint was written yet".into(), |step| {
-            format!("saved to {}", self.checkpoints.path(step).display())
-        })
     }
 
     /// Whether all submitted steps must finish before the next one is submitted: an evaluation, a checkpoint
@@ -377,7 +381,7 @@ impl Run {
             self.log.line(&format!("         {text}"));
         }
         if due {
-            self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.step(&line))?;
+            self.metrics.iter_mut().for_each(|metrics| metrics.step(&line));
             self.progress.step(&line);
             self.state.last_loss = Some(line.loss);
             self.state.window = Sums::default();
@@ -425,7 +429,7 @@ impl Run {
         }
         let Some(signal) = trainer.asked_to_stop() else { return Ok(None) };
         self.read_reports(trainer, loader, 0)?;
-        self.checkpoint(trainer)?;
+        self.save_now(trainer)?;
         Err(Error::stopped(signal, format!("stopped at step {}, {}", trainer.step, self.saved()))
             .hint(self.how_to_go_on()))
     }
@@ -463,7 +467,7 @@ impl Run {
 
     /// Writes the last checkpoint and returns the summary.
     pub fn finish(mut self, trainer: &mut Trainer, ending: Ending) -> Result<RunSummary> {
-        self.checkpoint(trainer)?;
+        self.save_now(trainer)?;
         if self.saved_at != Some(trainer.step) {
             return Err(self.diverged(trainer));
         }

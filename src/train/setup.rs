@@ -6,10 +6,11 @@
 //! The decisions are written into the run's recipe, because the bits depend on them. A resumed run keeps them.
 
 use crate::backend::dry_run::DryRun;
+use crate::backend::ranks::exchange_bytes;
 use crate::backend::timed::{Timed, Timing};
 use crate::backend::{
-    self, Arena, Backend, Device, Loss, MemoryPlan, Normalise, Pixels, Precision, Residual, SlotLayout,
-    Storage, TargetKind,
+    self, Arena, Backend, Device, Loss, MemoryPlan, Normalise, Pixels, Precision, Residual, Shards,
+    SlotLayout, Storage, TargetKind,
 };
 use crate::data::Dataset;
 use crate::dist::Collective;
@@ -21,6 +22,7 @@ use crate::report::format;
 use crate::vit::{LastBlock, Mode, Param, Vit};
 
 use super::run::{RunData, RunOptions};
+use super::state::SHARED;
 use super::trainer::{gradients, micro_batches};
 use super::{class_weights, ranks};
 
@@ -69,6 +71,10 @@ pub struct Parts {
     pub loss: Loss,
     /// Samples of a whole batch on one rank.
     pub batch: usize,
+    /// How ranks divide the gradients; `None` for one rank without chunks.
+    pub shards: Option<Shards>,
+    /// Chunks of the whole batch, of all ranks.
+    chunks: Option<usize>,
 }
 
 impl Parts {
@@ -82,13 +88,29 @@ impl Parts {
             label_smoothing: recipe.loss.label_smoothing,
             class_weights: model.class_weights,
         };
-        Ok(Self { model, optimizer, slot, loss, batch: recipe.train.batch })
+        let parts = Self {
+            model,
+            optimizer,
+            slot,
+            loss,
+            batch: recipe.train.batch,
+            shards: None,
+            chunks: recipe.train.reduce_chunks,
+        };
+        Ok(parts.shared_by(1))
     }
 
-    /// The same for one of `ranks` ranks, which have equal shares of every batch.
+    /// The same for one of `ranks` ranks, which have equal shares of every batch, of the moments and of the
+    /// average. [`Parts::of`] are those of one rank.
     pub fn shared_by(mut self, ranks: usize) -> Self {
         self.batch /= ranks;
         self.slot.samples /= ranks;
+        let several = ranks > 1;
+        self.shards =
+            (several || self.chunks.is_some()).then(|| Shards::new(self.model.layout.grad_elements, ranks));
+        if several {
+            self.model = self.model.with_samples_of_all_ranks(self.batch * ranks);
+        }
         self
     }
 
@@ -104,7 +126,33 @@ impl Parts {
         if optimizer.ema_decay().is_some() {
             plan.set_bytes(Arena::Ema, plan.bytes(Arena::Params));
         }
+        let state = |plan: &MemoryPlan| -> usize { SHARED.iter().map(|arena| plan.bytes(*arena)).sum() };
+        let Some(shards) = &self.shards else {
+            plan.set_snapshot_bytes(plan.bytes(Arena::Params) + state(&plan));
+            return plan;
+        };
+        plan.set_bytes(Arena::Grads, shards.padded() * 4);
+        let chunks = self.chunks.unwrap_or(1) / shards.ranks();
+        plan.set_bytes(Arena::Exchange, exchange_bytes(plan.storage(), shards, chunks.max(1)));
+        if self.is_sharded() {
+            let moment = optimizer.rule().first_moment();
+            for (arena, bytes) in [(Arena::Moment1, moment.bytes()), (Arena::Moment2, 4), (Arena::Ema, 4)] {
+                if plan.bytes(arena) > 0 {
+                    plan.set_bytes(arena, shards.shard() * bytes);
+                }
+            }
+        }
+        // Each rank writes its shard, and an equal part of what all have.
+        let ranks = shards.ranks();
+        let of_state = if self.is_sharded() { state(&plan) } else { state(&plan).div_ceil(ranks) };
+        plan.set_snapshot_bytes(plan.bytes(Arena::Params).div_ceil(ranks) + of_state);
         plan
+    }
+
+    /// Whether each rank has the moments and the average of its shard only.
+    pub fn is_sharded(&self) -> bool {
+        self.shards.as_ref().is_some_and(|shards| shards.ranks() > 1)
+            && self.optimizer.rule().is_elementwise()
     }
 
     /// The operations of one update, in the order of their first calls, with their number of calls and the
@@ -117,7 +165,7 @@ impl Parts {
         let mut counted = Timed::new(Box::new(DryRun::new(self.model.plan().storage(), Precision::F32)));
         counted.expect_batch(self.slot);
         let micro_batches = micro_batches(&self.model, self.batch, &Collective::ALONE, false);
-        gradients(&mut counted, &self.model, self.loss, &micro_batches, &mut |_| Ok(()))?;
+        gradients(&mut counted, &self.model, self.loss, &micro_batches)?;
         counted.update(&self.optimizer.update(0))?;
         Ok(counted.times().operations())
     }
@@ -219,7 +267,10 @@ pub fn resolve_for_device(
     let needs = |micro_batch: MicroBatch| -> Result<usize> {
         let mut recipe = recipe.clone();
         recipe.train.micro_batch = micro_batch;
-        Ok(Parts::of(&recipe, backend.storage(), data)?.shared_by(ranks).memory().total_bytes())
+        let plan = Parts::of(&recipe, backend.storage(), data)?.shared_by(ranks).memory();
+        // A device with memory of its own has the copy for checkpoints elsewhere.
+        let copy = if plan.storage().has_device_memory() { 0 } else { plan.snapshot_bytes() };
+        Ok(plan.total_bytes() + copy)
     };
     let batch = recipe.train.batch / ranks;
     let most = if backend.storage().has_device_memory() { batch } else { batch.min(CPU_MOST) };

@@ -3,7 +3,7 @@
 //! The [`Trainer`] owns the device, the model and the optimiser, and counts finished steps. [`super::run`]
 //! owns the run directory, its checkpoints and its reports.
 
-use crate::backend::{Arena, Backend, Loss, MemoryPlan, Micro, Slot, StepKeys, StepReport, Write};
+use crate::backend::{Arena, Backend, Group, Loss, MemoryPlan, Micro, Slot, StepKeys, StepReport, Write};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::infer::loaded::load_weights;
@@ -13,9 +13,10 @@ use crate::signals;
 use crate::vit::{Mode, Vit};
 use crate::weights::ModelFile;
 
-use super::ranks::{self, Exchange};
+use super::ranks;
 use super::run::{Run, RunData, RunOptions, RunSummary};
 use super::setup::{Parts, Setup};
+use super::state::SharedState;
 
 /// Trains one recipe from its first step, or from its last checkpoint, to its end.
 pub fn train(recipe: Recipe, options: &RunOptions) -> Result<RunSummary> {
@@ -53,6 +54,7 @@ pub fn train_from(
         if trainer.in_flight() > 0 {
             continue;
         }
+        run.look_at_checkpoint(&trainer)?;
         if run.evaluation_is_due(trainer.step) {
             ranks::stop_together(&group, run.evaluate(&mut trainer, &mut loader))?;
         }
@@ -90,7 +92,10 @@ pub struct Trainer {
     /// Steps whose update was skipped because the loss or the gradient norm was not finite.
     pub skipped: u64,
     skipped_in_a_row: u64,
-    exchange: Exchange,
+    /// The signal that some rank got, as of the last report.
+    signal: Option<i32>,
+    in_chunks: bool,
+    pub(super) state: SharedState,
 }
 
 impl Trainer {
@@ -99,10 +104,21 @@ impl Trainer {
     pub fn new(setup: Setup, collective: Collective, weights: Option<&ModelFile>) -> Result<Self> {
         let memory = setup.parts.memory();
         let Setup { mut backend, recipe, parts, class_weights, .. } = setup;
-        let Parts { mut model, optimizer, loss, batch, .. } = parts;
+        let (in_chunks, is_sharded) = (recipe.train.reduce_chunks.is_some(), parts.is_sharded());
+        let Parts { mut model, optimizer, loss, batch, shards, .. } = parts;
         assert_eq!(model.mode, Mode::Train, "a trainer needs a model with gradients");
         assert_eq!(batch % model.micro_batch, 0, "the micro-batch divides the batch");
         backend.allocate(&memory)?;
+        if let Some(shards) = &shards {
+            backend.join(Group {
+                ranks: Box::new(collective),
+                shards: shards.clone(),
+                is_sharded,
+                segments: optimizer.segments().to_vec(),
+                samples: batch,
+                in_chunks,
+            })?;
+        }
         let seed = recipe.train.seed;
         match weights {
             None => model.init(&mut *backend, seed)?,
@@ -114,7 +130,6 @@ impl Trainer {
         if let Some(place) = model.class_weights {
             backend.write(place, &class_weights.expect("a loss that weighs classes has their weights"))?;
         }
-        let exchange = Exchange::new(&recipe, &collective);
         let mut trainer = Self {
             backend,
             model,
@@ -128,7 +143,9 @@ impl Trainer {
             in_flight: 0,
             skipped: 0,
             skipped_in_a_row: 0,
-            exchange,
+            signal: None,
+            in_chunks,
+            state: SharedState::new(shards.filter(|_| is_sharded)),
         };
         trainer.weights_changed()?;
         Ok(trainer)
@@ -138,9 +155,34 @@ impl Trainer {
     pub fn weights_changed(&mut self) -> Result<()> {
         if self.optimizer.ema_decay().is_some() {
             let weights = self.backend.read_arena(Arena::Params)?;
-            self.backend.write_arena(Arena::Ema, &weights)?;
+            self.set_whole(Arena::Ema, &weights)?;
         }
         Ok(())
+    }
+
+    /// Checks that all ranks have the same weights.
+    ///
+    /// # Errors
+    /// They have not, so that one of them computes wrongly; or another rank failed.
+    pub fn weights_agree(&mut self) -> Result<()> {
+        let ranks = self.collective;
+        if ranks.size == 1 {
+            return Ok(());
+        }
+        let all = ranks.gather_number(self.backend.checksum(Arena::Params)?)?;
+        let most = *all.iter().max_by_key(|sum| all.iter().filter(|s| s == sum).count()).expect("a rank");
+        let others: Vec<_> =
+            (0..ranks.size).filter(|rank| all[*rank] != most).map(|r| r.to_string()).collect();
+        if others.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(format!(
+            "after step {}, the weights of rank {} are not those of the other ranks: its memory or its device makes \
+             errors",
+            self.step,
+            others.join(" and rank ")
+        ))
+        .hint("continue from the last checkpoint with `--resume`, without that machine"))
     }
 
     /// Makes one update from one batch and waits for it. Returns the slot that is free again, and the step's
@@ -156,12 +198,12 @@ impl Trainer {
     /// again.
     pub fn submit(&mut self, batch: Slot) -> Result<Option<Slot>> {
         let step = self.submitted();
-        let micro_batches =
-            micro_batches(&self.model, self.batch, &self.collective, self.exchange.in_chunks());
+        let micro_batches = micro_batches(&self.model, self.batch, &self.collective, self.in_chunks);
         let free = self.backend.bind_batch(batch)?;
         self.backend.begin_step(StepKeys { seed: self.seed, step })?;
-        let (model, loss, ranks, exchange) = (&self.model, self.loss, &self.collective, &mut self.exchange);
-        let mut work = |b: &mut dyn Backend| exchange.gradients(b, model, loss, &micro_batches, ranks);
+        self.backend.tell_signal(signals::pending().unwrap_or(0));
+        let (model, loss) = (&self.model, self.loss);
+        let mut work = |b: &mut dyn Backend| gradients(b, model, loss, &micro_batches);
         self.backend.step(&mut work, Some(&self.optimizer.update(step)))?;
         self.in_flight += 1;
         Ok(free)
@@ -186,9 +228,9 @@ impl Trainer {
         self.step + self.in_flight
     }
 
-    /// The signal that asks the run to stop. All ranks get the same answer, that of the last step's exchange.
+    /// The signal that asks the run to stop. All ranks get the same answer, that of the last report.
     pub fn asked_to_stop(&self) -> Option<i32> {
-        if self.collective.size == 1 { signals::pending() } else { self.exchange.signal }
+        if self.collective.size == 1 { signals::pending() } else { self.signal }
     }
 
     /// How many of the latest steps in a row were skipped.
@@ -211,6 +253,7 @@ impl Trainer {
 
     fn count(&mut self, report: &StepReport) {
         self.step += 1;
+        self.signal = (report.signal != 0).then_some(report.signal);
         if report.skipped {
             self.skipped += 1;
             self.skipped_in_a_row += 1;
@@ -244,21 +287,27 @@ pub(super) fn micro_batches(
     (0..batch).step_by(model.micro_batch).map(micro).collect()
 }
 
-/// Computes the gradients of a batch and the sums of its report. Calls `after` after each micro-batch.
-pub(super) fn gradients(
-    b: &mut dyn Backend,
-    model: &Vit,
-    loss: Loss,
-    micro_batches: &[Micro],
-    after: &mut dyn FnMut(&mut dyn Backend) -> Result<()>,
-) -> Result<()> {
+/// Computes the gradients of a batch and the sums of its report. Several ranks add the samples of all of them
+/// in their order in the global batch, as one rank would.
+pub(super) fn gradients(b: &mut dyn Backend, model: &Vit, loss: Loss, micro_batches: &[Micro]) -> Result<()> {
     b.begin_report()?;
     for micro in micro_batches {
         b.begin_micro(*micro)?;
         model.forward(b, true)?;
-        model.loss(b, loss)?;
+        match model.all_samples {
+            None => model.loss(b, loss)?,
+            Some(all) => {
+                let first = micro.global_first as usize + micro.first;
+                model.loss_of(b, loss, all.row_range(first, micro.samples))?;
+            }
+        }
+        if let Some(all) = model.all_samples.filter(|_| Some(micro) == micro_batches.last()) {
+            b.gather_rows(all)?;
+            for first in (0..all.rows).step_by(micro.samples) {
+                b.add_to_report(all.row_range(first, micro.samples))?;
+            }
+        }
         model.backward(b, true)?;
-        after(b)?;
     }
     Ok(())
 }

@@ -16,12 +16,16 @@ pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     if let Tail::PoolNorm { .. } = g.tail {
         b.residual_backward(&g.last, g.above().d_x, g.above().d_branch, g.last_bias())?;
     }
-    for layer in g.blocks[g.first_trained_block..].iter().rev() {
+    let [of_stem, of_blocks @ .., of_head] = &g.gradients_from[..] else { unreachable!("of every depth") };
+    b.gradients_done(*of_head)?;
+    for (layer, from) in g.blocks.iter().zip(of_blocks).skip(g.first_trained_block).rev() {
         recompute::restore(b, layer)?;
         block(b, layer, &g.scratch)?;
+        b.gradients_done(*from)?;
     }
     if g.train_stem {
         stem(b, &g.stem, &g.scratch)?;
+        b.gradients_done(*of_stem)?;
     }
     Ok(())
 }

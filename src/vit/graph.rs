@@ -27,6 +27,9 @@ pub struct Graph {
     /// Blocks from this one on, and the stem if it is 0, are reached by the backward; `blocks.len()`: none is.
     pub first_trained_block: usize,
     pub train_stem: bool,
+    /// The first gradient of the stem, of each block, and of what follows them: final once the backward has
+    /// passed it.
+    pub gradients_from: Vec<usize>,
 }
 
 /// From pixels to tokens.
@@ -302,7 +305,8 @@ impl Graph {
         let tail = Self::tail(&mut b, x_last, &scratch, mode, pruned);
         let head = Self::head(&mut b, &tail, &scratch, mode);
         let train_stem = first_depth == 0;
-        Self { stem, blocks, last, tail, head, scratch, first_trained_block, train_stem }
+        let gradients_from = (0..=depth + 1).map(|depth| layout.gradients_from(depth)).collect();
+        Self { stem, blocks, last, tail, head, scratch, first_trained_block, train_stem, gradients_from }
     }
 
     fn stem(b: &Builder, patches: Mat, x: Mat) -> Stem {

@@ -64,6 +64,8 @@ pub struct Vit {
     pub pruned: bool,
     /// The class weights of the training loss, f32 `[1, C]`, if it uses any.
     pub class_weights: Option<Mat>,
+    /// [`Vit::sample_metrics`] of the whole batch, of all ranks, where there are several: `[B, 3]`.
+    pub all_samples: Option<Mat>,
     train: Graph,
     eval: Graph,
     plan: MemoryPlan,
@@ -88,7 +90,19 @@ impl Vit {
         let pruned = last_block == LastBlock::Pruned && config.reads_class_token_alone();
         let train = Graph::new(&config, &layout, micro_batch, mode, pruned, &mut plan);
         let eval = train.without_masks();
-        Self { config, layout, mode, micro_batch, normalise, pruned, class_weights: None, train, eval, plan }
+        Self {
+            config,
+            layout,
+            mode,
+            micro_batch,
+            normalise,
+            pruned,
+            class_weights: None,
+            all_samples: None,
+            train,
+            eval,
+            plan,
+        }
     }
 
     /// The same model with a buffer for class weights after all others, so that no other buffer moves. The
@@ -96,6 +110,12 @@ impl Vit {
     /// in a file.
     pub fn with_class_weights(mut self) -> Self {
         self.class_weights = Some(self.plan.statistics("class weights", 1, self.config.classes));
+        self
+    }
+
+    /// The same model with a buffer for the metrics of a batch of all ranks, after all others.
+    pub fn with_samples_of_all_ranks(mut self, batch: usize) -> Self {
+        self.all_samples = Some(self.plan.statistics("samples of all ranks", batch, 3));
         self
     }
 
@@ -135,11 +155,16 @@ impl Vit {
         forward::forward(b, if masks { &self.train } else { &self.eval }, self.normalise)
     }
 
-    /// Computes per-sample losses and metrics, and the gradient of the logits.
+    /// Computes per-sample losses and metrics, and the gradient of the logits. Adds them to the report.
     pub fn loss(&self, b: &mut dyn Backend, loss: Loss) -> Result<()> {
         let h = &self.train.head;
         b.loss(loss, h.logits, h.d_logits, h.samples)?;
         b.add_to_report(h.samples)
+    }
+
+    /// The same with the metrics in `samples`, a part of [`Vit::all_samples`], and not added to the report.
+    pub fn loss_of(&self, b: &mut dyn Backend, loss: Loss, samples: Mat) -> Result<()> {
+        b.loss(loss, self.train.head.logits, self.train.head.d_logits, samples)
     }
 
     /// Computes the gradients of all trained parameters from the logits' gradient. `masks` as in the forward

@@ -137,6 +137,11 @@ impl Param {
         Mat { arena, offset: offset * 4, rows: self.rows, cols: self.cols, ld: self.ld, dtype: Dtype::F32 }
     }
 
+    /// Whether files hold its values in the order of memory.
+    pub fn keeps_order(&self) -> bool {
+        self.kind != ParamKind::PatchKernel
+    }
+
     /// Values in file order (dense, `shape`) → values in memory order (dense, `rows × cols`).
     pub fn from_file_order<'a>(&self, values: &'a [f32]) -> Cow<'a, [f32]> {
         assert_eq!(values.len(), self.len(), "{}: wrong number of values", self.name);
@@ -224,6 +229,13 @@ impl ParamLayout {
     /// Number of parameters, as papers count them.
     pub fn count(&self) -> usize {
         self.parameters().map(Param::len).sum()
+    }
+
+    /// The first gradient of this [`Param::depth`] and those above it. Their gradients are the rest of the
+    /// buffer.
+    pub fn gradients_from(&self, depth: usize) -> usize {
+        let offsets = self.params.iter().filter(|p| p.depth >= depth).filter_map(|p| p.grad_offset);
+        offsets.min().unwrap_or(self.grad_elements)
     }
 
     /// The lowest [`Param::depth`] that is trained; the backward pass ends there. `None` if nothing is

@@ -50,7 +50,7 @@ use self::detect::Detected;
 use self::fits::Misfits;
 use self::headers::Headers;
 use self::hub::Hub;
-use self::safetensors::View;
+use self::safetensors::{Dtype, Outline, View};
 use crate::error::{At, Error, Result};
 use crate::seal::SEAL;
 use crate::vit::config::{ModelConfig, Posemb};
@@ -265,6 +265,25 @@ fn metadata(
     ]))
 }
 
+/// A file of [`save`] before the values are known, and the fixed table in it, if it has one: its name and its
+/// values.
+pub fn outline(config: &ModelConfig, meta: &CheckpointMeta) -> Result<(Outline, Option<(String, Vec<f32>)>)> {
+    let metadata = metadata(config, true, meta).at("the weights' metadata")?;
+    let layout = ParamLayout::new(config, |_| false);
+    let shapes: BTreeMap<&str, &[usize]> =
+        layout.parameters().map(|param| (param.name.as_str(), param.shape.as_slice())).collect();
+    let mut tensors: Vec<_> = shapes.into_iter().map(|(name, shape)| (name, Dtype::F32, shape)).collect();
+    let table = (config.posemb == Posemb::Sincos2d).then(|| (POSITIONS.to_string(), sincos2d(config)));
+    let shape = [1, config.posemb_rows(), config.width];
+    if table.is_some() {
+        tensors.push((POSITIONS, Dtype::F32, &shape));
+    }
+    Ok((Outline::new(&metadata, &tensors), table))
+}
+
+/// The name of the table of positions that a file has although the model does not train it.
+const POSITIONS: &str = "pos_embed";
+
 fn write_own(
     path: &Path,
     config: &ModelConfig,
@@ -280,7 +299,7 @@ fn write_own(
         tensors.iter().map(|(name, t)| View::f32(name, &t.shape, &t.values)).collect();
     if config.posemb == Posemb::Sincos2d && grid_known {
         table = sincos2d(config);
-        views.push(View::f32("pos_embed", &[1, config.posemb_rows(), config.width], &table));
+        views.push(View::f32(POSITIONS, &[1, config.posemb_rows(), config.width], &table));
     }
     safetensors::write(path, metadata, views)
 }

@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 pub use ::safetensors::Dtype;
@@ -219,29 +220,52 @@ impl<'a> View<'a> {
     }
 }
 
-/// Writes a complete file or none. Wider types come first, so that every tensor is aligned to its type;
-/// otherwise the order is kept.
-pub fn write(path: &Path, metadata: &BTreeMap<String, String>, mut tensors: Vec<View<'_>>) -> Result<()> {
-    tensors.sort_by_key(|t| std::cmp::Reverse(t.dtype.bitsize()));
-    let mut header = serde_json::Map::new();
-    if !metadata.is_empty() {
-        header.insert("__metadata__".into(), serde_json::json!(metadata));
-    }
-    let mut offset = 0;
-    for t in &tensors {
-        let end = offset + t.bytes.len();
-        let info = serde_json::json!({
-            "dtype": t.dtype.to_string(), "shape": t.shape, "data_offsets": [offset, end],
-        });
-        assert!(header.insert(t.name.clone(), info).is_none(), "`{}` is written twice", t.name);
-        offset = end;
-    }
-    let mut text = serde_json::Value::Object(header).to_string().into_bytes();
-    text.resize((8 + text.len()).next_multiple_of(DATA_ALIGN) - 8, b' ');
+/// A file before its values are known: the header, and where each tensor lies.
+pub struct Outline {
+    /// The first bytes of the file: the header and its length.
+    pub header: Vec<u8>,
+    /// The bytes of each tensor in the file, by name.
+    pub places: BTreeMap<String, Range<usize>>,
+    /// Size of the whole file.
+    pub bytes: usize,
+}
 
+impl Outline {
+    /// The outline of a file with these tensors. Wider types come first, so that every tensor is aligned to
+    /// its type; otherwise the order is kept.
+    pub fn new(metadata: &BTreeMap<String, String>, tensors: &[(&str, Dtype, &[usize])]) -> Self {
+        let mut tensors = tensors.to_vec();
+        tensors.sort_by_key(|(_, dtype, _)| std::cmp::Reverse(dtype.bitsize()));
+        let mut header = serde_json::Map::new();
+        if !metadata.is_empty() {
+            header.insert("__metadata__".into(), serde_json::json!(metadata));
+        }
+        let (mut offset, mut places) = (0, BTreeMap::new());
+        for (name, dtype, shape) in tensors {
+            let end = offset + shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            let info = serde_json::json!({
+                "dtype": dtype.to_string(), "shape": shape, "data_offsets": [offset, end],
+            });
+            assert!(header.insert(name.into(), info).is_none(), "`{name}` is written twice");
+            places.insert(name.to_string(), offset..end);
+            offset = end;
+        }
+        let mut text = serde_json::Value::Object(header).to_string().into_bytes();
+        text.resize((8 + text.len()).next_multiple_of(DATA_ALIGN) - 8, b' ');
+        let header = [&(text.len() as u64).to_le_bytes()[..], &text].concat();
+        let start = header.len();
+        places.values_mut().for_each(|place| *place = start + place.start..start + place.end);
+        Self { bytes: start + offset, header, places }
+    }
+}
+
+/// Writes a complete file or none, as its [`Outline`] says.
+pub fn write(path: &Path, metadata: &BTreeMap<String, String>, mut tensors: Vec<View<'_>>) -> Result<()> {
+    let named: Vec<_> = tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())).collect();
+    let outline = Outline::new(metadata, &named);
+    tensors.sort_by_key(|t| outline.places[&t.name].start);
     files::write_atomic(path, |out| {
-        out.write_all(&(text.len() as u64).to_le_bytes())?;
-        out.write_all(&text)?;
+        out.write_all(&outline.header)?;
         tensors.iter().try_for_each(|t| out.write_all(&t.bytes))
     })
 }

@@ -7,7 +7,9 @@
 
 use std::marker::PhantomData;
 
+use super::update::{Buffers, Moment1};
 use super::view::{Rows, RowsMut};
+use crate::backend::Update;
 use crate::backend::batch::{HostMemory, PlainMemory};
 use crate::backend::memory::{Arena, Dtype, Mat, MemoryPlan};
 use crate::error::Result;
@@ -26,8 +28,8 @@ impl Arenas {
 
     pub(super) fn new(plan: &MemoryPlan) -> Result<Self> {
         let mut arenas = Self::empty();
-        // The last two are empty, unless a backend in front of this one requests them.
-        for arena in Arena::ALL.into_iter().chain([Arena::Working, Arena::Workspace]) {
+        // `Working` and `Workspace` are empty, unless a backend in front of this one requests them.
+        for arena in Arena::ALL.into_iter().chain([Arena::Working, Arena::Workspace, Arena::Exchange]) {
             arenas.buffers[arena as usize] = PlainMemory::new(plan.bytes(arena))
                 .map_err(|e| e.at(format!("{arena:?}")).hint("use a smaller `train.batch` or model"))?;
         }
@@ -53,6 +55,22 @@ impl Arenas {
         self.buffers.swap(a as usize, b as usize);
     }
 
+    /// The gradients, and the memory for their sums over chunks and ranks.
+    pub(super) fn for_reduction(&mut self) -> (&mut [f32], &mut [f32]) {
+        let [_, grads, .., exchange] = &mut self.buffers;
+        (bytemuck::cast_slice_mut(grads.bytes_mut()), bytemuck::cast_slice_mut(exchange.bytes_mut()))
+    }
+
+    /// What ranks give each other after an update.
+    pub(super) fn for_exchange(&mut self) -> ExchangeArenas<'_> {
+        let [params, grads, _, _, ema, ..] = &mut self.buffers;
+        ExchangeArenas {
+            params: bytemuck::cast_slice_mut(params.bytes_mut()),
+            grads: bytemuck::cast_slice_mut(grads.bytes_mut()),
+            ema: bytemuck::cast_slice(ema.bytes()),
+        }
+    }
+
     /// Parameters, gradients, both moments and the EMA together: what an optimiser update works on.
     pub(super) fn for_update(&mut self) -> UpdateArenas<'_> {
         let [params, grads, moment1, moment2, ema, ..] = &mut self.buffers;
@@ -73,6 +91,29 @@ pub(super) struct UpdateArenas<'a> {
     pub(super) moment1: &'a mut [u8],
     pub(super) moment2: &'a mut [f32],
     pub(super) ema: &'a mut [f32],
+}
+
+impl<'a> UpdateArenas<'a> {
+    /// The same with the types that an update says.
+    pub(super) fn buffers(self, update: &Update) -> Buffers<'a> {
+        Buffers {
+            params: self.params,
+            grads: self.grads,
+            moment1: match update.rule.first_moment() {
+                Dtype::Bf16 => Moment1::Bf16(bytemuck::cast_slice_mut(self.moment1)),
+                Dtype::F32 => Moment1::F32(bytemuck::cast_slice_mut(self.moment1)),
+            },
+            moment2: self.moment2,
+            ema: update.ema_decay.map(|_| self.ema),
+        }
+    }
+}
+
+/// See [`Arenas::for_exchange`].
+pub(super) struct ExchangeArenas<'a> {
+    pub(super) params: &'a mut [f32],
+    pub(super) grads: &'a mut [f32],
+    pub(super) ema: &'a [f32],
 }
 
 /// Operands per operation; more is a bug of the backend.

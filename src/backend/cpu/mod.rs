@@ -18,6 +18,7 @@ mod operations;
 mod patchify;
 mod pool;
 pub mod query_attention;
+mod reduce;
 mod residual;
 mod round;
 mod rowwise;
@@ -39,7 +40,7 @@ use super::mask::BoundMask;
 use super::options::CPU_ROUNDS;
 use super::sample_metric::{LOSS, TOP1, TOP5};
 use super::{
-    Arena, Backend, Body, HostMemory, Mask, Mat, MemoryPlan, Micro, Op, Precision, Slot, SlotLayout,
+    Arena, Backend, Body, Group, HostMemory, Mask, Mat, MemoryPlan, Micro, Op, Precision, Slot, SlotLayout,
     StepKeys, StepReport, Storage, Update, Write,
 };
 use crate::backend::batch::PlainMemory;
@@ -55,6 +56,8 @@ pub struct CpuBackend {
     /// Sums over the samples reported so far, in the columns of `samples`.
     sums: [f64; 3],
     outcome: update::Outcome,
+    /// The work with other ranks, and with chunks.
+    reduction: Option<reduce::Reduction>,
 }
 
 impl CpuBackend {
@@ -73,7 +76,8 @@ impl CpuBackend {
             keys: StepKeys { seed: 0, step: 0 },
             micro: Micro { first: 0, samples: 0, global_first: 0, gradients: Write::Assign, mean_over: 1 },
             sums: [0.0; 3],
-            outcome: update::Outcome { grad_norm: 0.0, skipped: false },
+            outcome: update::Outcome::default(),
+            reduction: None,
         }
     }
 
@@ -143,13 +147,43 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn gradients_mut(&mut self) -> Option<&mut [f32]> {
-        Some(bytemuck::cast_slice_mut(self.arenas.bytes_mut(Arena::Grads)))
+    fn copy_arena(&mut self, arena: Arena, from: usize, to: &mut [u8]) -> Result<()> {
+        to.copy_from_slice(&self.arenas.bytes(arena)[from..from + to.len()]);
+        Ok(())
+    }
+
+    fn checksum(&mut self, arena: Arena) -> Result<u64> {
+        Ok(xxhash_rust::xxh3::xxh3_64(self.arenas.bytes(arena)))
     }
 
     fn swap_ema(&mut self) -> Result<()> {
-        self.arenas.swap(Arena::Params, Arena::Ema);
+        reduce::swap_ema(self);
         Ok(())
+    }
+
+    // Ranks -----------------------------------------------------------------------------------------------------
+
+    fn join(&mut self, group: Group) -> Result<()> {
+        self.reduction = Some(reduce::Reduction::new(group));
+        Ok(())
+    }
+
+    fn tell_signal(&mut self, signal: i32) {
+        if let Some(reduction) = &mut self.reduction {
+            reduction.signal = signal;
+        }
+    }
+
+    fn gradients_done(&mut self, from: usize) -> Result<()> {
+        reduce::gradients_done(self, from)
+    }
+
+    fn gather_rows(&mut self, rows: Mat) -> Result<()> {
+        reduce::gather_rows(self, rows)
+    }
+
+    fn gather_ema(&mut self) -> Result<()> {
+        reduce::gather_ema(self)
     }
 
     // Choices ---------------------------------------------------------------------------------------------------
@@ -220,6 +254,7 @@ impl Backend for CpuBackend {
             top5: mean[TOP5],
             grad_norm: self.outcome.grad_norm,
             skipped: self.outcome.skipped,
+            signal: self.outcome.signal,
         })
     }
 }

@@ -11,10 +11,11 @@ mod tests;
 use half::bf16;
 
 use super::compute::{Compute, Isa};
+use crate::backend::shards::{BLOCK, Piece};
 use crate::backend::{GroupScalars, Rule, Update};
 
-/// The arenas that an update touches, in full. `params` and `ema` share one layout, `grads` and the moments
-/// another.
+/// The arenas that an update touches. Without ranks, `params` and `ema` share one layout, `grads` and the
+/// moments another. A rank with a shard has the moments and the average of that only.
 pub struct Buffers<'a> {
     pub params: &'a mut [f32],
     pub grads: &'a [f32],
@@ -31,25 +32,37 @@ pub enum Moment1<'a> {
 }
 
 /// The result of an update.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Outcome {
     /// Global norm before clipping.
     pub grad_norm: f64,
     /// The norm or the loss was not finite, so nothing was changed.
     pub skipped: bool,
+    /// The signal that some rank got, or 0.
+    pub signal: i32,
 }
 
 /// Elements that one thread processes at a time: five f32 streams of them fit into an L2 cache of 512 KiB.
-const CHUNK: usize = 16 * 1024;
+const CHUNK: usize = BLOCK;
 
 /// `√Σ g²` over the whole arena (padding is zero), in f64.
 pub fn grad_norm(c: &Compute, grads: &[f32]) -> f64 {
-    let mut partials = vec![0.0; grads.len().div_ceil(CHUNK)];
+    norm_of_blocks(&squares_of_blocks(c, grads))
+}
+
+/// `Σ g²` of every block of [`BLOCK`] gradients; the last one may be shorter.
+pub fn squares_of_blocks(c: &Compute, grads: &[f32]) -> Vec<f64> {
+    let mut squares = vec![0.0; grads.len().div_ceil(BLOCK)];
     let isa = c.isa;
-    c.for_each_item(grads.chunks(CHUNK).zip(&mut partials).collect(), |(grads, sum)| {
+    c.for_each_item(grads.chunks(BLOCK).zip(&mut squares).collect(), |(grads, sum)| {
         on_isa(isa, SumOfSquares { grads, sum });
     });
-    partials.iter().sum::<f64>().sqrt()
+    squares
+}
+
+/// The norm from [`squares_of_blocks`], added in order.
+pub fn norm_of_blocks(squares: &[f64]) -> f64 {
+    squares.iter().sum::<f64>().sqrt()
 }
 
 /// One update. If the norm or the loss is not finite, nothing changes, not even moments.
@@ -58,18 +71,32 @@ pub fn grad_norm(c: &Compute, grads: &[f32]) -> f64 {
 /// If the segments do not lie in the buffers in ascending order, or the moments have another type than the rule says.
 pub fn update(c: &Compute, update: &Update, buffers: Buffers, loss_is_finite: bool) -> Outcome {
     let norm = grad_norm(c, buffers.grads);
+    update_pieces(c, update, &Piece::whole(update.segments), buffers, norm, loss_is_finite)
+}
+
+/// The same for some of the elements, with the norm of all gradients.
+pub fn update_pieces(
+    c: &Compute,
+    update: &Update,
+    pieces: &[Piece],
+    buffers: Buffers,
+    norm: f64,
+    loss_is_finite: bool,
+) -> Outcome {
     let skipped = !(norm.is_finite() && loss_is_finite);
     if !skipped {
         let Buffers { params, grads, moment1, moment2, ema } = buffers;
         let clip = clip_factor(update, norm);
         match moment1 {
-            Moment1::F32(moment1) => apply(c, update, clip, Streams { params, grads, moment1, moment2, ema }),
+            Moment1::F32(moment1) => {
+                apply(c, update, pieces, clip, Streams { params, grads, moment1, moment2, ema })
+            }
             Moment1::Bf16(moment1) => {
-                apply(c, update, clip, Streams { params, grads, moment1, moment2, ema })
+                apply(c, update, pieces, clip, Streams { params, grads, moment1, moment2, ema })
             }
         }
     }
-    Outcome { grad_norm: norm, skipped }
+    Outcome { grad_norm: norm, skipped, signal: 0 }
 }
 
 /// The factor that limits the gradient's norm.
@@ -94,12 +121,12 @@ struct Streams<'a, M> {
     ema: Option<&'a mut [f32]>,
 }
 
-fn apply<M: Moment>(c: &Compute, update: &Update, clip: f32, streams: Streams<M>) {
+fn apply<M: Moment>(c: &Compute, update: &Update, pieces: &[Piece], clip: f32, streams: Streams<M>) {
     let ema = update.ema_decay.map(|d| Ema { keep: d as f32, add: (1.0 - d) as f32 });
     assert_eq!(ema.is_some(), streams.ema.is_some(), "an EMA needs its decay and its arena");
     let isa = c.isa;
     match Elementwise::new::<M>(&update.rule, clip, update.t) {
-        Some(rule) => c.for_each_item(chunks(update, streams, &rule), |chunk| {
+        Some(rule) => c.for_each_item(chunks(update, pieces, streams, &rule), |chunk| {
             on_isa(isa, RuleOnChunk { rule: &rule, chunk, ema });
         }),
         None => adafactor::apply(c, update, clip, streams, ema),
@@ -169,24 +196,29 @@ struct Chunk<'a, M> {
     scalars: GroupScalars,
 }
 
-/// Cuts all segments into chunks.
-fn chunks<'a, M>(update: &Update, streams: Streams<'a, M>, rule: &Elementwise) -> Vec<Chunk<'a, M>> {
+/// Cuts all pieces into chunks.
+fn chunks<'a, M>(
+    update: &Update,
+    pieces: &[Piece],
+    streams: Streams<'a, M>,
+    rule: &Elementwise,
+) -> Vec<Chunk<'a, M>> {
     let mut params = Carver::new(streams.params);
     let mut moment1 = Carver::new(streams.moment1);
     let mut moment2 = Carver::new(streams.moment2);
     let mut ema = streams.ema.map(Carver::new);
-    let mut chunks = Vec::with_capacity(update.segments.iter().map(|s| s.len.div_ceil(CHUNK)).sum());
-    for segment in update.segments {
-        let scalars = update.groups[segment.group];
-        for start in (0..segment.len).step_by(CHUNK) {
-            let len = CHUNK.min(segment.len - start);
-            let (param, grad) = (segment.param + start, segment.grad + start);
+    let mut chunks = Vec::with_capacity(pieces.iter().map(|piece| piece.len.div_ceil(CHUNK)).sum());
+    for piece in pieces {
+        let scalars = update.groups[update.segments[piece.segment].group];
+        for start in (0..piece.len).step_by(CHUNK) {
+            let len = CHUNK.min(piece.len - start);
+            let (grad, moment) = (piece.grad + start, piece.moment + start);
             chunks.push(Chunk {
-                theta: params.take(param, len),
+                theta: params.take(piece.param + start, len),
                 grad: &streams.grads[grad..grad + len],
-                m: moment1.take(grad, len),
-                v: if rule.has_second_moment() { moment2.take(grad, len) } else { &mut [] },
-                ema: ema.as_mut().map(|ema| ema.take(param, len)),
+                m: moment1.take(moment, len),
+                v: if rule.has_second_moment() { moment2.take(moment, len) } else { &mut [] },
+                ema: ema.as_mut().map(|ema| ema.take(piece.ema + start, len)),
                 scalars,
             });
         }

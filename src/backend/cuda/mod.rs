@@ -32,8 +32,8 @@ mod update;
 mod ways;
 
 use super::{
-    Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, Mat, MemoryPlan, Micro, Op, Precision,
-    Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, Write, memory,
+    Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, HostMemory, Mat, MemoryPlan, Micro, Op,
+    Precision, Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, Write, memory,
 };
 use crate::error::{Error, Result};
 
@@ -370,6 +370,17 @@ impl Backend for Cuda {
         let mut bytes = vec![0; self.arena(arena).bytes];
         self.gpu.download(self.arena(arena).address, &mut bytes)?;
         Ok(bytes)
+    }
+
+    fn host_memory(&self, bytes: usize) -> Result<Box<dyn HostMemory>> {
+        self.gpu.make_current()?;
+        Ok(Box::new(self.gpu.allocate_pinned(bytes)?))
+    }
+
+    fn copy_arena(&mut self, arena: Arena, from: usize, to: &mut [u8]) -> Result<()> {
+        let arena = self.arena(arena);
+        assert!(from + to.len() <= arena.bytes, "copy_arena: {from} and {} of {}", to.len(), arena.bytes);
+        self.gpu.download(arena.address + from as u64, to)
     }
 
     fn write_arena(&mut self, arena: Arena, bytes: &[u8]) -> Result<()> {

@@ -133,6 +133,7 @@ pub(super) fn report(cuda: &mut Cuda) -> Result<StepReport> {
         top5: raw.top5,
         grad_norm: raw.grad_norm,
         skipped: raw.skipped != 0,
+        signal: 0,
     })
 }
 

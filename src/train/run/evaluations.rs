@@ -35,7 +35,7 @@ impl Run {
             Err(error) if matches!(error.kind(), Kind::Stopped(_)) && trainer.skipped_in_a_row() == 0 => {
                 self.state.owes_evaluation = true;
                 let step = trainer.step;
-                self.checkpoint(trainer)?;
+                self.save_now(trainer)?;
                 let error = error.at(format!("after step {step}, {}", self.saved()));
                 return Err(error.hint(self.how_to_go_on()));
             }
@@ -61,6 +61,9 @@ impl Run {
         if let Some(free) = trainer.backend.unbind_batch() {
             training.recycle(free);
         }
+        if self.data.val.is_some() && trainer.optimizer.ema_decay().is_some() {
+            trainer.backend.gather_ema()?;
+        }
         let Evaluations { part: on_part, val: on_val, ema: on_ema } = self.evaluate_all(trainer)?;
         let report = on_val.unwrap_or(on_part);
         let best = on_val.is_some_and(|report| self.record_best(trainer.step, &report));
@@ -75,7 +78,7 @@ impl Run {
             img_per_s: report.img_per_s,
             seconds: began.elapsed().as_secs_f64(),
         };
-        self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.eval(&line))?;
+        self.metrics.iter_mut().for_each(|metrics| metrics.eval(&line));
         self.progress.eval(&line);
         (self.last_eval, self.evaluated_at) = (Some(report), trainer.step);
         self.pace.outside += began.elapsed().as_secs_f64();

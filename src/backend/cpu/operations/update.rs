@@ -1,14 +1,14 @@
 //! The sums of a step's report, and the update.
 
 use crate::backend::cpu::arenas::Access;
-use crate::backend::cpu::{CpuBackend, update};
+use crate::backend::cpu::{CpuBackend, reduce, update};
 use crate::backend::sample_metric::LOSS;
-use crate::backend::{Dtype, Update, ops};
+use crate::backend::{Update, ops};
 use crate::error::Result;
 
 pub(super) fn begin_report(cpu: &mut CpuBackend) -> Result<()> {
     cpu.sums = [0.0; 3];
-    cpu.outcome = update::Outcome { grad_norm: 0.0, skipped: false };
+    cpu.outcome = update::Outcome::default();
     Ok(())
 }
 
@@ -24,18 +24,13 @@ pub(super) fn add_to_report(cpu: &mut CpuBackend, op: &ops::AddToReport) -> Resu
 }
 
 pub(super) fn update(cpu: &mut CpuBackend, update: &Update) -> Result<()> {
-    let loss_is_finite = cpu.sums[LOSS].is_finite();
-    let arenas = cpu.arenas.for_update();
-    let buffers = update::Buffers {
-        params: arenas.params,
-        grads: arenas.grads,
-        moment1: match update.rule.first_moment() {
-            Dtype::Bf16 => update::Moment1::Bf16(bytemuck::cast_slice_mut(arenas.moment1)),
-            Dtype::F32 => update::Moment1::F32(bytemuck::cast_slice_mut(arenas.moment1)),
-        },
-        moment2: arenas.moment2,
-        ema: update.ema_decay.map(|_| arenas.ema),
+    let loss = cpu.sums[LOSS];
+    cpu.outcome = match reduce::update(cpu, update, loss)? {
+        Some(outcome) => outcome,
+        None => {
+            let buffers = cpu.arenas.for_update().buffers(update);
+            update::update(&cpu.compute, update, buffers, loss.is_finite())
+        }
     };
-    cpu.outcome = update::update(&cpu.compute, update, buffers, loss_is_finite);
     Ok(())
 }
