@@ -351,7 +351,7 @@ fn is_file(name: &str) -> bool {
 #[test]
 fn links_and_paths_in_the_documentation_lead_somewhere() {
     let link = Regex::new(r"\]\(([^)\s]+)\)").unwrap();
-    let path_in_text = Regex::new(r"`((?:src|tests|docs|recipes|benches)/[\w./-]*)`").unwrap();
+    let path_in_text = Regex::new(r"`((?:src|tests|docs|recipes|benches|examples)/[\w./-]*)`").unwrap();
     for (path, text) in documents().into_iter().filter(|(path, _)| path.ends_with(".md")) {
         let folder = Path::new(&path).parent().unwrap().to_owned();
         for target in link.captures_iter(&text).map(|l| l[1].to_string()) {
@@ -428,7 +428,7 @@ fn documents() -> Vec<(String, String)> {
 /// Path from the root, and text, of every text file of the project. A reader's own files (data, runs,
 /// recipes) may lie beside them.
 fn files() -> Vec<(String, String)> {
-    let folders = ["src", "tests", "benches", "recipes", "docs", ".ci"];
+    let folders = ["src", "tests", "benches", "recipes", "docs", "examples", ".ci"];
     let mut paths: Vec<PathBuf> = folders.iter().flat_map(|folder| walk(&root().join(folder))).collect();
     let at_root = fs::read_dir(root()).unwrap().map(|entry| entry.unwrap().path());
     paths.extend(at_root.filter(|path| path.extension().is_some_and(|end| end == "md")));

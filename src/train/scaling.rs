@@ -24,8 +24,6 @@ pub const MOST: usize = 1024;
 
 /// What the arithmetic rests on, besides the rates of [`chip`] and [`links`].
 pub struct Assumed {
-    /// Bytes of f32 gradients that are reduced at a time.
-    pub bucket: f64,
     /// What computation loses while communication runs: a share of that time.
     pub contention: f64,
     /// Standard deviation of a rank's computation: the slowest of N is waited for.
@@ -35,7 +33,7 @@ pub struct Assumed {
 }
 
 /// The assumptions of every plan.
-pub const ASSUMED: Assumed = Assumed { bucket: 32e6, contention: 0.15, jitter: 0.005, norm: 40e-6 };
+pub const ASSUMED: Assumed = Assumed { contention: 0.15, jitter: 0.005, norm: 40e-6 };
 
 /// How many ranks there are, and how they are connected.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,9 +69,12 @@ pub struct Work {
     pub micro_batches: usize,
     /// Bytes of the gradients that are reduced.
     pub reduced: f64,
+    /// Buckets in which they are reduced, each as soon as it is final.
+    pub buckets: usize,
     /// Bytes of what is gathered after the update.
     pub gathered: f64,
-    /// Whether each rank of a node updates a part. Adafactor's statistics span tensors: every rank has all.
+    /// Whether each rank of a node updates its shard. Adafactor's statistics span tensors: every rank updates
+    /// everything.
     pub shards_update: bool,
 }
 
@@ -96,8 +97,7 @@ impl Step {
             return Self { compute: alone.total(), ..Self::default() };
         }
         let (group, nodes, links) = (cluster.group(), cluster.nodes(), &cluster.links);
-        // Two at least: gradients are cut where it helps.
-        let buckets = (work.reduced / ASSUMED.bucket).round().max(2.0);
+        let buckets = work.buckets as f64;
         let bucket = work.reduced / buckets;
         let reduction =
             links.inside.ring(bucket, group) + links.across.all_reduce(bucket / group as f64, nodes);

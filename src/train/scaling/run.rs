@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use crate::backend::{self, Arena, Device};
+use crate::backend::{self, Arena, Device, Shards};
 use crate::error::{Error, Result};
-use crate::recipe::{MicroBatch, OptimName, Recipe};
+use crate::recipe::{MicroBatch, Recipe};
 use crate::report::format;
 use crate::train::setup::{DataShape, Parts};
 use crate::train::{plan, ranks};
@@ -12,6 +12,9 @@ use crate::train::{plan, ranks};
 use super::chip::{CHIPS, CORE, Chip, StepTime};
 use super::links::{Link, Links};
 use super::{ASSUMED, Cluster, Row, Source, Step, Work};
+
+/// The share of a GPU's memory that an automatic micro-batch may fill, as in a run.
+const FILLED: f64 = 0.9;
 
 /// What the command line asks for.
 #[derive(Clone, Debug)]
@@ -36,7 +39,7 @@ pub struct ScalePlan {
     pub step: Step,
     /// The last row's cluster.
     pub cluster: Cluster,
-    /// The bytes of each rank that are divided by the ranks of a node, and those that are not.
+    /// The last row's bytes of each rank.
     pub memory: Memory,
     chip: Chip,
     source: Source,
@@ -101,7 +104,7 @@ impl ScalePlan {
         let device = if on_cpu { Device::Cpu } else { Device::Cuda(0) };
         let planned = Planned { recipe, shape, device, chip };
         let batch = planned.recipe.train.batch;
-        let speed = planned.speed(&options.source, batch / options.ranks)?;
+        let speed = planned.speed(&options.source, &cluster, batch / options.ranks)?;
         let steps = planned.recipe.train.steps.expect("a resolved recipe has its steps");
         let mut rows = Vec::new();
         let mut last = None;
@@ -209,13 +212,10 @@ impl ScalePlan {
         }
         match self.is_on_cpu() {
             true => list.push(("communication beside computation", "none".into())),
-            false => list.extend([
-                ("gradients reduced at a time", format!("{:.0} MB in f32", ASSUMED.bucket / 1e6)),
-                (
-                    "computation slower beside communication by",
-                    format!("{:.0} %", 100.0 * ASSUMED.contention),
-                ),
-            ]),
+            false => list.extend([(
+                "computation slower beside communication by",
+                format!("{:.0} %", 100.0 * ASSUMED.contention),
+            )]),
         }
         list.push(("standard deviation of a rank's computation", format!("{:.1} %", 100.0 * ASSUMED.jitter)));
         list
@@ -257,22 +257,26 @@ impl ScalePlan {
 }
 
 impl Planned {
-    /// The parts of one rank with `own` samples of the batch, in the largest micro-batches that fit and the
-    /// recipe allows.
-    fn parts(&self, own: usize) -> Result<Parts> {
+    /// The parts of one rank of `cluster` with `own` samples of the batch, in the largest micro-batches that fit
+    /// and the recipe allows.
+    fn parts(&self, cluster: &Cluster, own: usize) -> Result<Parts> {
         let t = &self.recipe.train;
         let (precision, storage) = backend::planned(self.device, t.precision, t.residual);
         let most = match t.micro_batch {
             MicroBatch::Samples(0) | MicroBatch::Auto => own,
             MicroBatch::Samples(n) => n.min(own),
         };
+        // The ranks of a node divide what the ranks of a run without nodes divide.
+        let shards = cluster.group();
         let with = |micro: usize| -> Result<Parts> {
             let mut recipe = self.recipe.clone();
-            recipe.train.batch = own;
-            recipe.train.reduce_chunks = None;
+            recipe.train.batch = own * shards;
+            let chunks = t.reduce_chunks.map(|chunks| chunks / cluster.ranks * shards);
+            recipe.train.reduce_chunks = chunks.filter(|chunks| *chunks > 0);
             recipe.train.micro_batch = MicroBatch::Samples(micro);
             (recipe.train.precision, recipe.train.residual) = (precision, t.residual.settled(precision));
-            Parts::of(&recipe, storage, self.shape)
+            let parts = Parts::of(&recipe, storage, self.shape)?;
+            Ok(if shards > 1 { parts.shared_by(shards) } else { parts })
         };
         let divisors = (1..=most).rev().filter(|micro| own.is_multiple_of(*micro));
         if t.micro_batch != MicroBatch::Auto {
@@ -281,7 +285,7 @@ impl Planned {
         let mut smallest = None;
         for micro in divisors {
             let parts = with(micro)?;
-            if parts.memory().total_bytes() as f64 <= 0.9 * self.chip.memory {
+            if parts.memory().total_bytes() as f64 <= FILLED * self.chip.memory {
                 return Ok(parts);
             }
             smallest = Some(parts);
@@ -289,53 +293,42 @@ impl Planned {
         Ok(smallest.expect("1 divides every batch"))
     }
 
-    /// Predicted seconds of one rank's step with `own` samples, and its parts.
-    fn alone(&self, own: usize) -> Result<(StepTime, Parts)> {
-        let mut parts = self.parts(own)?;
+    /// Predicted seconds of a step of `own` samples on one rank by itself.
+    fn alone(&self, cluster: &Cluster, own: usize) -> Result<StepTime> {
+        let mut parts = self.parts(&Cluster { ranks: 1, ..*cluster }, own)?;
         let operations = parts.operations()?;
-        Ok((StepTime::predicted(&operations, &parts.model.config, &self.chip), parts))
+        Ok(StepTime::predicted(&operations, &parts.model.config, &self.chip))
     }
 
     /// The factor from predicted to measured seconds.
-    fn speed(&self, source: &Source, own: usize) -> Result<f64> {
+    fn speed(&self, source: &Source, cluster: &Cluster, own: usize) -> Result<f64> {
         let Source::Measured { img_per_s, batch, .. } = source else { return Ok(1.0) };
         let batch = batch.unwrap_or(own);
-        Ok(batch as f64 / img_per_s / self.alone(batch)?.0.total())
+        Ok(batch as f64 / img_per_s / self.alone(cluster, batch)?.total())
     }
 
     fn work(&self, cluster: &Cluster, own: usize, speed: f64) -> Result<(Work, Memory)> {
-        let (alone, parts) = self.alone(own)?;
+        let parts = self.parts(cluster, own)?;
+        let alone = self.alone(cluster, own)?.times(speed);
         let plan = parts.memory();
-        let grads = plan.bytes(Arena::Grads);
-        let shards = self.recipe.optim.name != OptimName::Adafactor;
-        let part = |bytes: usize| if shards { bytes.div_ceil(cluster.group()) } else { bytes };
+        let gradients = 4 * parts.model.layout.grad_elements;
+        let shards_update = parts.optimizer.rule().is_elementwise();
         let moments = plan.bytes(Arena::Moment1) + plan.bytes(Arena::Moment2);
         let ema = plan.bytes(Arena::Ema);
-        let memory = Memory {
-            moments: part(moments),
-            ema: part(ema),
-            rest: plan.total_bytes() - moments - ema + self.chunk_sums(cluster, grads),
-        };
+        let memory = Memory { moments, ema, rest: plan.total_bytes() - moments - ema };
         let work = Work {
-            alone: alone.times(speed),
+            alone,
             micro_batches: own / parts.model.micro_batch,
-            reduced: grads as f64,
-            // Products read bf16 weights, where there are any; Adafactor's ranks gather gradients.
-            gathered: match plan.storage().has_working_copy() && shards {
-                true => grads as f64 / 2.0,
-                false => grads as f64,
+            reduced: gradients as f64,
+            buckets: parts.shards.as_ref().map_or(1, Shards::buckets),
+            // Products read bf16 weights, where there are any. Ranks that update everything gather gradients.
+            gathered: match plan.storage().has_working_copy() && shards_update {
+                true => gradients as f64 / 2.0,
+                false => gradients as f64,
             },
-            shards_update: shards,
+            shards_update,
         };
         Ok((work, memory))
-    }
-
-    /// Copies of the gradients for the sums of `train.reduce_chunks`.
-    fn chunk_sums(&self, cluster: &Cluster, grads: usize) -> usize {
-        match self.recipe.train.reduce_chunks.map(|chunks| chunks / cluster.ranks) {
-            Some(own @ 1..) => grads * own.ilog2() as usize,
-            _ => 0,
-        }
     }
 
     fn too_large(&self, needed: usize, own: usize) -> Error {
