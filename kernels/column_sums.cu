@@ -55,7 +55,7 @@ KERNEL(sum_partials, 256, 4)(ARGS(SumPartialsArgs)) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 column = blockIdx.x * WARP + lane;
   float* scratch = reinterpret_cast<float*>(smem_base());
-  const float* mine = args.partials + blockIdx.y * args.pitch + column;
+  const float* mine = row_of(args.partials, blockIdx.y, args.pitch) + column;
   float sum = 0.0f;
   if (column < args.columns) {
 #pragma unroll 4

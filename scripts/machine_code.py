@@ -17,7 +17,7 @@ Instruction = collections.namedtuple("Instruction", "address labels predicate op
 
 
 def build():
-    """The program, the folder of the stand-in GPU, and the kernels that build.rs embedded."""
+    """The program, the folder of the stand-in GPU, and the `images.rs` with the kernels that build.rs embedded."""
     command = ["cargo", "build", "--locked", "--message-format=json", "-p", "vitrum", "-p", "vitrum-standin"]
     out = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout
     program = images = None
@@ -29,14 +29,13 @@ def build():
         path = os.path.join(message.get("out_dir", ""), "images.rs")
         if message["reason"] == "build-script-executed" and os.path.isfile(path):
             images = path
-    return program, os.path.join(os.path.dirname(program), "standin"), open(images).read()
+    return program, os.path.join(os.path.dirname(program), "standin"), images
 
 
 def images_of(arguments):
     """What a script for kernels reads: those of `--images`, or of a build."""
-    if arguments.images:
-        return open(arguments.images).read()
-    return build()[2]
+    with open(arguments.images or build()[2]) as file:
+        return file.read()
 
 
 def embedded(images):

@@ -50,25 +50,24 @@ WORKSPACE = 256 << 20  # what the search gives cuBLASLt: f32 partial sums of all
 
 # Tensor-core attention by width of the tile: products, rows that stream past at a time, rows of a warp, warps, blocks of threads per
 # multiprocessor (kernels/attention_*.cu, docs/kernel-table.md). Then the counts for heads of 65 to 1,025 tokens: warp
-# instructions per mma, per warp and block of rows, per strip (nvcc 13.0's PTX of the kernels, run warp by warp on the host: within 2 %
-# from 128 tokens on, 0.2 % at 197, 257 and 577), and passes over shared memory per mma and per strip (stand-in GPU: never too few, at
-# most 4 % too many). At 197 tokens of 64 values: 35,659 instructions forward, 72,261 backward. The instructions are those of kernels
-# that tested for dropout in their loops; today's have fewer.
+# instructions per mma, per warp and block of rows, per strip (scripts/attention-counts, on nvcc 13.0's PTX: within 0.2 % at 197, 257 and
+# 577 tokens, 2 % from 128 tokens on with few exceptions, 5 % at 65 and 96), and passes over shared memory per mma and per strip
+# (stand-in GPU: never too few, at most 4 % too many). At 197 tokens of 64 values: 33,718 instructions forward, 68,476 backward.
 Attention = namedtuple("Attention", "products block strip warps resident per_mma per_block per_strip passes_mma passes_strip")
 ATTENTION = {
-    ("attention_forward", 32): Attention(2, 64, 32, 4, 2, 11.22, 169, 618, 1.51, 65),
-    ("attention_forward", 64): Attention(2, 64, 32, 4, 2, 7.12, 255, 968, 1.55, 135),
-    ("attention_forward", 80): Attention(2, 32, 32, 4, 2, 7.98, 204, 1157, 1.80, 160),
-    ("attention_forward", 128): Attention(2, 32, 32, 4, 2, 6.33, 272, 1737, 1.76, 240),
-    ("attention_backward_head", 64): Attention(5, 32, 32, 8, 1, 5.63, 569, 0, 2.20, 325),
-    ("attention_backward_queries", 32): Attention(3, 32, 32, 4, 2, 8.25, 149, 1084, 1.84, 85),
-    ("attention_backward_queries", 64): Attention(3, 32, 32, 4, 2, 5.31, 224, 1807, 1.81, 225),
-    ("attention_backward_queries", 80): Attention(3, 32, 32, 4, 2, 4.46, 288, 2274, 1.87, 220),
-    ("attention_backward_queries", 128): Attention(3, 16, 16, 8, 1, 6.68, 131, 1751, 3.51, 145),
-    ("attention_backward_keys", 32): Attention(4, 32, 32, 4, 2, 7.65, 121, 854, 1.89, 115),
-    ("attention_backward_keys", 64): Attention(4, 32, 32, 4, 2, 5.00, 176, 1530, 1.73, 295),
-    ("attention_backward_keys", 80): Attention(4, 16, 32, 4, 2, 5.16, 150, 1908, 2.25, 260),
-    ("attention_backward_keys", 128): Attention(4, 16, 16, 8, 1, 6.06, 108, 1524, 3.26, 210),
+    ("attention_forward", 32): Attention(2, 64, 32, 4, 2, 10.46, 155, 602, 1.51, 65),
+    ("attention_forward", 64): Attention(2, 64, 32, 4, 2, 6.63, 245, 944, 1.55, 135),
+    ("attention_forward", 80): Attention(2, 32, 32, 4, 2, 7.15, 200, 1127, 1.80, 160),
+    ("attention_forward", 128): Attention(2, 32, 32, 4, 2, 5.73, 268, 1700, 1.76, 240),
+    ("attention_backward_head", 64): Attention(5, 32, 32, 8, 1, 5.27, 548, 0, 2.20, 325),
+    ("attention_backward_queries", 32): Attention(3, 32, 32, 4, 2, 7.87, 151, 1094, 1.84, 85),
+    ("attention_backward_queries", 64): Attention(3, 32, 32, 4, 2, 5.05, 228, 1744, 1.81, 225),
+    ("attention_backward_queries", 80): Attention(3, 32, 32, 4, 2, 4.51, 313, 2109, 1.87, 220),
+    ("attention_backward_queries", 128): Attention(3, 16, 16, 8, 1, 5.95, 132, 1724, 3.51, 145),
+    ("attention_backward_keys", 32): Attention(4, 32, 32, 4, 2, 6.78, 118, 807, 1.89, 115),
+    ("attention_backward_keys", 64): Attention(4, 32, 32, 4, 2, 4.51, 172, 1443, 1.73, 295),
+    ("attention_backward_keys", 80): Attention(4, 16, 32, 4, 2, 4.88, 148, 1814, 2.25, 260),
+    ("attention_backward_keys", 128): Attention(4, 16, 16, 8, 1, 5.41, 105, 1436, 3.26, 210),
 }
 HEAD_TOKENS = 256  # most tokens of a head that one block owns, backward
 

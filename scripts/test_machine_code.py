@@ -1,4 +1,4 @@
-"""Checks what scripts/sass-lint and scripts/ptxas-versions make of machine code and of ptxas's reports.
+"""Checks what scripts/sass-lint, ptxas-versions and ptx-lint make of machine code, of ptxas's reports and of PTX.
 
     python3 scripts/test_machine_code.py
 """
@@ -20,7 +20,7 @@ def load(name):
     return module
 
 
-lint, versions = load("sass-lint"), load("ptxas-versions")
+lint, versions, ptx = load("sass-lint"), load("ptxas-versions"), load("ptx-lint")
 
 # As nvdisasm 13.2 writes it.
 TEXT = """\
@@ -186,6 +186,60 @@ ptxas info    : Used 30 registers, used 0 barriers
         self.assertEqual(versions.compare(older, code("@P0 FADD R1, R2, 0x4", "EXIT"))[0], "other")
         self.assertEqual(versions.compare(older, code("@P0 FMUL R1, R2, UR4", "EXIT"))[0], "other")
         self.assertEqual(versions.compare(older, code("@P0 FADD R1, R2, UR4", "MOV R1, R1", "EXIT")), ("other", 0.5))
+
+
+# As build.rs writes it: a View after a pointer, then a struct with a pitch.
+CONTRACTS = """pub(super) struct Shape {
+    pub(super) rows: u32,
+    pub(super) pitch: u32,
+}
+const _: () = assert!(std::mem::offset_of!(Shape, rows) == 0);
+const _: () = assert!(std::mem::offset_of!(Shape, pitch) == 4);
+pub(super) struct ScaleArgs {
+    pub(super) sums: Address,
+    pub(super) x: View,
+    pub(super) shape: Shape,
+    pub(super) folds: u32,
+}
+const _: () = assert!(std::mem::offset_of!(ScaleArgs, sums) == 0);
+const _: () = assert!(std::mem::offset_of!(ScaleArgs, x) == 8);
+const _: () = assert!(std::mem::offset_of!(ScaleArgs, shape) == 32);
+const _: () = assert!(std::mem::offset_of!(ScaleArgs, folds) == 40);
+    Contract { name: "scale", args: "ScaleArgs", threads: 256, blocks: 1, constants: &[] },
+"""
+
+
+class Ptx(unittest.TestCase):
+    def findings(self, *lines):
+        body = "\n".join(f"\t{line};" for line in lines)
+        text = f'.visible .entry scale(\n\t.param .align 8 .b8 scale_param_0[48]\n)\n{{\n\t.loc\t1 7 3\n{body}\n}}\n\t.file\t1 "/a/scale.cu"\n'
+        return ptx.check([text], CONTRACTS)
+
+    def test_strides_of_views_and_structs_have_their_places(self):
+        self.assertEqual(ptx.places(CONTRACTS), {"scale": {16: "x.ld", 36: "shape.pitch"}})
+
+    def test_a_row_stride_times_a_row_needs_64_bits(self):
+        stride, row = "ld.param.u32 %r1, [scale_param_0+16]", "mov.u32 %r2, %ctaid.x"
+        found, seen = self.findings(stride, row, "mul.lo.s32 %r3, %r2, %r1", "cvt.u64.u32 %rd1, %r3")
+        self.assertEqual((found, seen), (["scale.cu:7: scale multiplies x.ld in 32 bits"], 1))
+        self.assertEqual(self.findings(stride, row, "mul.wide.u32 %rd1, %r2, %r1")[0], [])
+        self.assertEqual(self.findings(stride, row, "cvt.u64.u32 %rd1, %r1", "cvt.u64.u32 %rd2, %r2", "mul.lo.s64 %rd3, %rd1, %rd2")[0], [])
+        # Two rows on, and eight rows: the factor is the kernel's own.
+        self.assertEqual(self.findings(stride, "shl.b32 %r3, %r1, 1", "mul.lo.s32 %r4, %r1, 24")[0], [])
+
+    def test_a_stride_is_followed_to_its_product(self):
+        row = "mov.u32 %r2, %tid.x"
+        for lines in (
+            ("ld.param.v2.u32 {%r8, %r1}, [scale_param_0+32]", "mad.lo.s32 %r3, %r1, %r2, %r8"),
+            ("mov.b64 %rd9, scale_param_0", "ld.param.u32 %r1, [%rd9+36]", "mul.lo.s32 %r3, %r2, %r1"),
+            ("ld.param.u32 %r1, [scale_param_0+36]", "shl.b32 %r4, %r1, 1", "add.s32 %r5, %r4, 8", "@%p1 mul.lo.s32 %r3, %r5, %r2"),
+            ("ld.param.u32 %r1, [scale_param_0+36]", "selp.b32 %r4, %r1, %r7, %p2", "shl.b32 %r3, %r4, %r2"),
+        ):
+            self.assertEqual(self.findings(row, *lines)[0], ["scale.cu:7: scale multiplies shape.pitch in 32 bits"], lines)
+
+    def test_other_numbers_are_multiplied_as_they_are(self):
+        self.assertEqual(self.findings("ld.param.u32 %r1, [scale_param_0+40]", "mul.lo.s32 %r3, %r1, %r1")[0], [])
+        self.assertEqual(self.findings("ld.param.u32 %r1, [scale_param_0+16]", "setp.lt.u32 %p1, %r1, %r2", "mul.lo.s32 %r3, %r2, %r2")[0], [])
 
 
 if __name__ == "__main__":

@@ -204,6 +204,20 @@ fn attention_that_the_kernels_have_no_room_for_is_refused_in_words() {
     );
 }
 
+/// cuBLASLt 12.0 and 13.10, the oldest and the newest that are known: all that a step sets and asks for exists in both.
+#[test]
+fn the_oldest_cublaslt_does_what_the_newest_does() {
+    let Some(folder) = stand_in() else { return };
+    for precision in ["f32", "bf16"] {
+        let more = [&format!("train.precision={precision}")[..], "train.deterministic=true"];
+        let losses = ["120000", "131000"].map(|version| {
+            let name = format!("cublaslt-{version}-{precision}");
+            two_steps(&folder, &name, &format!("checks=on,blaslt={version}"), &more).1
+        });
+        assert_eq!(losses[0], losses[1], "{precision}");
+    }
+}
+
 /// A class token's query is one row; a model of one class has one column.
 #[test]
 fn a_model_of_one_row_and_one_column_trains_where_cublaslt_has_no_vectors() {

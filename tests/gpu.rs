@@ -617,11 +617,13 @@ fn resumed(args: &[String]) -> Vec<String> {
 #[test]
 fn what_keeps_a_gpu_from_being_used_is_one_sentence() {
     let Some(folder) = stand_in() else { return };
-    let cases: [(&str, &[&str]); 5] = [
+    let cases: [(&str, &[&str]); 6] = [
         ("cards=0", &["the CUDA driver finds no GPU"]),
         ("driver=11040", &["the CUDA driver is too old", "11.4"]),
         ("sm=75", &["compute capability 7.5"]),
-        ("blaslt=110000", &["cuBLASLt is too old"]),
+        // Of CUDA 11.8, and of 11.4, which wrote its version in another form.
+        ("blaslt=111103", &["cuBLASLt is too old: version 111103, 120000 is needed", "install CUDA 12"]),
+        ("blaslt=11605", &["cuBLASLt is too old: version 11605"]),
         ("memory=1M", &["the run needs", "train.micro_batch"]),
     ];
     for (options, texts) in cases {

@@ -1,6 +1,6 @@
-#include <algorithm>
 #include "algorithms.h"
 
+#include <algorithm>
 #include <iterator>
 
 #include "../runtime/options.h"
@@ -64,7 +64,7 @@ std::vector<uint32_t> offers(const Problem& problem, uint32_t reductions, uint64
   return found;
 }
 
-Algorithm algorithm_for(const Problem& problem, uint32_t number, uint32_t align) {
+Algorithm algorithm_for(const Problem& problem, uint32_t number, const Alignment& align) {
   return {
       kMagic, number, kWays[number].split, align, fingerprint(problem), workspace_of(problem.product, number),
       {}};

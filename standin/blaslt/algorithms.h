@@ -10,13 +10,20 @@
 
 namespace standin {
 
+// How operands are aligned that an algorithm may be used with, in bytes: matrices as the preference says, bias and aux as
+// their pointers in the description were ("routines that do not dereference this pointer depend on its value").
+struct Alignment {
+  uint32_t matrices, bias, aux;
+};
+
 // The 64 opaque bytes of cublasLtMatmulAlgo_t.
 struct Algorithm {
   uint32_t magic, number;
-  uint32_t split, align;
+  uint32_t split;
+  Alignment align;
   uint64_t problem;  // what it was found for
   uint64_t workspace;
-  uint64_t spare[4];
+  uint64_t spare[3];
 };
 static_assert(sizeof(Algorithm) == 64);
 
@@ -29,7 +36,7 @@ struct Problem {
 // The numbers of the algorithms offered for a product, the likely fastest first. `reductions` are the allowed schemes
 // (cublasLtReductionScheme_t), `workspace` the available bytes.
 std::vector<uint32_t> offers(const Problem& problem, uint32_t reductions, uint64_t workspace);
-Algorithm algorithm_for(const Problem& problem, uint32_t number, uint32_t align);
+Algorithm algorithm_for(const Problem& problem, uint32_t number, const Alignment& align);
 // Whether these bytes are one of our algorithms.
 bool is_algorithm(const Algorithm& algorithm);
 // Whether it belongs to this problem and the library still accepts it.

@@ -15,6 +15,7 @@
 #include "../runtime/report.h"
 #include "../runtime/stream.h"
 #include "algorithms.h"
+#include "support.h"
 
 using namespace standin;
 
@@ -29,17 +30,34 @@ enum Status {
   kUnsupported = 15
 };
 enum DataType { kR32F = 0, kR16BF = 14 };
-enum ComputeType { k32F = 68, k32FPedantic = 69, k32FFastTF32 = 77 };
+enum ComputeType { k32FFastTF32 = 77 };
+
+// The attributes by their numbers (`support.cc`).
+enum Field {
+  kCompute = 0,
+  kScale = 1,
+  kPointerMode = 2,
+  kTransposeA = 3,
+  kTransposeB = 4,
+  kEpilogue = 7,
+  kBias = 8,
+  kAux = 11,
+  kAuxLd = 12,
+  kAuxType = 22,
+  kBiasType = 26
+};
 
 struct Description {
-  int compute, scale;
-  int pointer_mode = 0;
-  int transpose_a = 0, transpose_b = 0;
-  uint32_t epilogue = 1;
-  void* bias = nullptr;
-  void* aux = nullptr;
-  int64_t aux_ld = 0;
-  int aux_type = -1, bias_type = -1;
+  int64_t value[kAttributes];
+
+  Description(int compute, int scale) {
+    for (int i = 0; i < kAttributes; ++i) value[i] = initial_value(i);
+    value[kCompute] = compute;
+    value[kScale] = scale;
+  }
+  int number(Field f) const { return static_cast<int>(value[f]); }
+  uint32_t epilogue() const { return static_cast<uint32_t>(value[kEpilogue]); }
+  void* pointer(Field f) const { return reinterpret_cast<void*>(value[f]); }
 };
 
 struct Layout {
@@ -74,44 +92,27 @@ int refuse(int status, const std::string& why) {
   return status;
 }
 
-bool epilogue_of(uint32_t number, Epilogue* e) {
-  switch (number) {
-    case 1: break;
-    case 2: e->relu = true; break;
-    case 4: e->bias = true; break;
-    case 6: e->relu = e->bias = true; break;
-    case 32: e->gelu = true; break;
-    case 36: e->gelu = e->bias = true; break;
-    case 160: e->gelu = e->aux_out = true; break;
-    case 164: e->gelu = e->aux_out = e->bias = true; break;
-    case 192: e->dgelu = true; break;
-    case 208: e->dgelu = e->bias_gradient = true; break;
-    case 256: e->gradient_a = true; break;
-    case 512: e->gradient_b = true; break;
-    default: return false;
-  }
-  return true;
-}
-
 // Fills in everything except the pointers and factors. kSuccess, or the status with which the real library refuses.
 int understand(const Description& d, const Layout& a, const Layout& b, const Layout& c, const Layout& out,
                Matmul* p) {
-  if (d.compute != k32F && d.compute != k32FPedantic && d.compute != k32FFastTF32) {
-    return refuse(kUnsupported, format("compute type %d", d.compute));
+  uint32_t version = version_of(options().blaslt);
+  for (int i = 0; i < kAttributes; ++i) {
+    const Attribute* attribute = standin::attribute(i, version);
+    if (attribute && attribute->only != kAny && d.value[i] != attribute->only) {
+      return refuse(kBadValue, format("attribute %d is %lld, which this product cannot have", i,
+                                      static_cast<long long>(d.value[i])));
+    }
   }
-  if (d.pointer_mode != 0 && d.pointer_mode != 1)
-    return refuse(kUnsupported, format("pointer mode %d", d.pointer_mode));
-  if (d.scale != kR32F)
-    return refuse(kUnsupported, format("scale type %d with a 32-bit compute type", d.scale));
-  if ((a.type != kR32F && a.type != kR16BF) || a.type != b.type) {
-    return refuse(kUnsupported, format("types %d and %d of A and B", a.type, b.type));
-  }
+  if (d.number(kPointerMode) != 0 && d.number(kPointerMode) != 1)
+    return refuse(kUnsupported, format("pointer mode %d", d.number(kPointerMode)));
   if (c.type != out.type) return refuse(kUnsupported, "C and D of different types");
-  if (out.type != kR32F && !(out.type == kR16BF && a.type == kR16BF)) {
-    return refuse(kUnsupported, format("type %d of D with type %d of A and B", out.type, a.type));
+  const Types* types = a.type == b.type ? types_of(d.number(kCompute), d.number(kScale), a.type, out.type) : nullptr;
+  if (!types) {
+    return refuse(kUnsupported, format("compute type %d, scale type %d, types %d and %d of A and B, %d of C and D",
+                                       d.number(kCompute), d.number(kScale), a.type, b.type, out.type));
   }
-  if (d.compute == k32FFastTF32 && a.type != kR32F)
-    return refuse(kUnsupported, "TF32 with inputs that are not f32");
+  if (options().capability < types->capability)
+    return refuse(kArchMismatch, format("these types before sm_%d", types->capability));
   for (const Layout* l : {&a, &b, &c, &out}) {
     if (l->order != 0 || l->batches != 1) return refuse(kUnsupported, "row-major or batched layouts");
     if (l->rows == 0 || l->cols == 0) return refuse(kBadValue, "an empty matrix");
@@ -128,8 +129,8 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
                  static_cast<long long>(l->ld), size));
     }
   }
-  p->transpose_a = d.transpose_a != 0;
-  p->transpose_b = d.transpose_b != 0;
+  p->transpose_a = d.number(kTransposeA) != 0;
+  p->transpose_b = d.number(kTransposeB) != 0;
   p->m = p->transpose_a ? a.cols : a.rows;
   p->k = p->transpose_a ? a.rows : a.cols;
   p->n = p->transpose_b ? b.rows : b.cols;
@@ -146,33 +147,33 @@ int understand(const Description& d, const Layout& a, const Layout& b, const Lay
   }
   p->input = a.type == kR32F ? Type::f32 : Type::bf16;
   p->output = out.type == kR32F ? Type::f32 : Type::bf16;
-  p->tf32 = d.compute == k32FFastTF32;
+  p->tf32 = d.number(kCompute) == k32FFastTF32;
   p->truncate = options().truncate && (p->tf32 || p->input == Type::bf16);
   p->lda = static_cast<uint64_t>(a.ld);
   p->ldb = static_cast<uint64_t>(b.ld);
   p->ldc = static_cast<uint64_t>(c.ld);
   p->ldd = static_cast<uint64_t>(out.ld);
-  p->ld_aux = static_cast<uint64_t>(d.aux_ld);
-  p->bias = d.bias;
-  p->aux = d.aux;
+  p->ld_aux = static_cast<uint64_t>(d.value[kAuxLd]);
+  p->bias = d.pointer(kBias);
+  p->aux = d.pointer(kAux);
   p->epilogue = {};
-  if (!epilogue_of(d.epilogue, &p->epilogue)) return refuse(kUnsupported, format("epilogue %u", d.epilogue));
+  if (!epilogue_of(d.epilogue(), version, &p->epilogue))
+    return refuse(kUnsupported, format("epilogue %u in version %u", d.epilogue(), version));
   const auto& refused = options().refused_epilogues;
-  if (std::find(refused.begin(), refused.end(), d.epilogue) != refused.end())
-    return refuse(kUnsupported, format("epilogue %u, on demand", d.epilogue));
+  if (std::find(refused.begin(), refused.end(), d.epilogue()) != refused.end())
+    return refuse(kUnsupported, format("epilogue %u, on demand", d.epilogue()));
   const Epilogue& e = p->epilogue;
   if (e.aux_out || e.dgelu) {
-    if (d.aux_ld < static_cast<int64_t>(p->m) || d.aux_ld % 8) {
+    if (d.value[kAuxLd] < static_cast<int64_t>(p->m) || d.value[kAuxLd] % 8) {
       return refuse(kBadValue,
                     format("EPILOGUE_AUX_LD %lld: at least the %llu rows of D, and a multiple of 8",
-                           static_cast<long long>(d.aux_ld), static_cast<unsigned long long>(p->m)));
+                           static_cast<long long>(d.value[kAuxLd]), static_cast<unsigned long long>(p->m)));
     }
-    if (d.aux_type != -1 && d.aux_type != out.type)
-      return refuse(kUnsupported, "an aux type that is not D's");
+    if (d.number(kAuxType) != -1 && d.number(kAuxType) != out.type)
+      return refuse(kBadValue, "an aux type that is not D's");
   }
-  if (d.bias_type != -1 && d.bias_type != out.type)
+  if (d.number(kBiasType) != -1 && d.number(kBiasType) != out.type)
     return refuse(kUnsupported, "a bias type that is not D's");
-  if (options().capability < 80 && p->input == Type::bf16) return refuse(kArchMismatch, "bf16 before sm_80");
   return kSuccess;
 }
 
@@ -189,6 +190,20 @@ bool take(T* to, const void* from, size_t bytes) {
   return true;
 }
 
+// A value of 1, 4 or 8 bytes, with its sign.
+int64_t widened(const void* from, size_t bytes) {
+  int64_t value = 0;
+  memcpy(&value, from, bytes);
+  int unused = static_cast<int>(64 - 8 * bytes);
+  return static_cast<int64_t>(static_cast<uint64_t>(value) << unused) >> unused;
+}
+
+// How far a pointer is aligned, at most to 16 bytes. Null is aligned.
+uint32_t alignment_of(const void* at) {
+  uint64_t bits = reinterpret_cast<uint64_t>(at) | 16;
+  return static_cast<uint32_t>(bits & (0 - bits));
+}
+
 // Whether this thread may use the library now: its handle belongs to the current context.
 int usable(const void* handle) {
   if (!handle) return kBadHandle;
@@ -198,6 +213,14 @@ int usable(const void* handle) {
   if (code == kInvalidContext || code == kContextIsDestroyed) return kBadHandle;
   same_context(record, *context);
   return kSuccess;
+}
+
+// An algorithm is found for the alignment that bias and aux have then.
+uint32_t bias_alignment(const Matmul& p) {
+  return p.epilogue.bias || bias_sums(p.epilogue) ? alignment_of(p.bias) : 1;
+}
+uint32_t aux_alignment(const Matmul& p) {
+  return p.epilogue.aux_out || p.epilogue.dgelu ? alignment_of(p.aux) : 1;
 }
 
 // Accesses the columns of a matrix that the product uses.
@@ -303,45 +326,21 @@ API cublasLtMatmulDescDestroy(Description* description) {
   delete description;
   return kSuccess;
 }
-API cublasLtMatmulDescSetAttribute(Description* d, int attribute, const void* value, size_t bytes) {
+API cublasLtMatmulDescSetAttribute(Description* d, int number, const void* value, size_t bytes) {
   if (!d) return kBadValue;
-  bool good;
-  switch (attribute) {
-    case 0: good = take(&d->compute, value, bytes); break;
-    case 1: good = take(&d->scale, value, bytes); break;
-    case 2: good = take(&d->pointer_mode, value, bytes); break;
-    case 3: good = take(&d->transpose_a, value, bytes); break;
-    case 4: good = take(&d->transpose_b, value, bytes); break;
-    case 7: good = take(&d->epilogue, value, bytes); break;
-    case 8: good = take(&d->bias, value, bytes); break;
-    case 11: good = take(&d->aux, value, bytes); break;
-    case 12: good = take(&d->aux_ld, value, bytes); break;
-    case 15: good = value && bytes == 4; break;  // how many multiprocessors to use: a matter of speed
-    case 22: good = take(&d->aux_type, value, bytes); break;
-    case 25: good = value && bytes == 1; break;  // fast accumulation: FP8 only
-    case 26: good = take(&d->bias_type, value, bytes); break;
-    default: good = false;
-  }
-  return good ? kSuccess : refuse(kBadValue, format("attribute %d of a description in %zu bytes", attribute, bytes));
+  const Attribute* a = attribute(number, version_of(options().blaslt));
+  if (!a || !value || bytes != a->bytes)
+    return refuse(kBadValue, format("attribute %d of a description in %zu bytes", number, bytes));
+  d->value[number] = widened(value, bytes);
+  return kSuccess;
 }
-API cublasLtMatmulDescGetAttribute(const Description* d, int attribute, void* value, size_t bytes,
-                                   size_t* written) {
-  const void* from;
-  size_t size;
-  switch (attribute) {
-    case 0: from = &d->compute, size = 4; break;
-    case 3: from = &d->transpose_a, size = 4; break;
-    case 4: from = &d->transpose_b, size = 4; break;
-    case 7: from = &d->epilogue, size = 4; break;
-    case 8: from = &d->bias, size = 8; break;
-    case 11: from = &d->aux, size = 8; break;
-    case 12: from = &d->aux_ld, size = 8; break;
-    default: return kBadValue;
-  }
-  if (written) *written = size;
+API cublasLtMatmulDescGetAttribute(const Description* d, int number, void* value, size_t bytes, size_t* written) {
+  const Attribute* a = d ? attribute(number, version_of(options().blaslt)) : nullptr;
+  if (!a) return kBadValue;
+  if (written) *written = a->bytes;
   if (bytes == 0) return kSuccess;
-  if (!value || bytes < size) return kBadValue;
-  memcpy(value, from, size);
+  if (!value || bytes < a->bytes) return kBadValue;
+  memcpy(value, &d->value[number], a->bytes);
   return kSuccess;
 }
 
@@ -379,8 +378,9 @@ API cublasLtMatmulPreferenceDestroy(Preference* preference) {
   return kSuccess;
 }
 API cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const void* value, size_t bytes) {
-  if (!p) return kBadValue;
-  bool good;
+  if (!p || !value || bytes == 0 || bytes != preference_bytes(attribute, version_of(options().blaslt)))
+    return kBadValue;
+  bool good = true;
   switch (attribute) {
     case 0: good = take(&p->search, value, bytes); break;
     case 1: good = take(&p->workspace, value, bytes); break;
@@ -389,8 +389,7 @@ API cublasLtMatmulPreferenceSetAttribute(Preference* p, int attribute, const voi
     case 6:
     case 7:
     case 8: good = take(&p->align[attribute - 5], value, bytes); break;
-    case 9: good = value && bytes == 4; break;  // the most waves of blocks
-    default: good = false;
+    default: break;  // masks that allow everything by default, the most waves of blocks
   }
   return good ? kSuccess : kBadValue;
 }
@@ -416,12 +415,13 @@ API cublasLtMatmulAlgoGetHeuristic(void* handle, const Description* d, const Lay
   uint32_t align = *std::min_element(preference->align, preference->align + 4);
   if (align < 16)
     return refuse(kUnsupported, format("alignment of %u bytes: nothing fast is found below 16", align));
-  Problem problem{p, d->epilogue};
+  Problem problem{p, d->epilogue()};
+  Alignment alignment{align, bias_alignment(p), aux_alignment(p)};
   for (uint32_t number : offers(problem, preference->reductions, preference->workspace)) {
     if (*found == std::min(wanted, options().algorithms)) break;
     HeuristicResult& r = results[(*found)++];
     r = {};
-    r.algorithm = algorithm_for(problem, number, align);
+    r.algorithm = algorithm_for(problem, number, alignment);
     r.workspace = r.algorithm.workspace;
     r.state = options().heuristic == Finding::unfit ? kUnsupported : kSuccess;
     r.waves = static_cast<float>((p.m + 127) / 128 * ((p.n + 127) / 128) * r.algorithm.split) /
@@ -438,7 +438,7 @@ API cublasLtMatmulAlgoCheck(void* handle, const Description* d, const Layout* a,
   if (!d || !a || !b || !c || !out || !algorithm || !result) return kBadValue;
   Matmul p{};
   if (int status = understand(*d, *a, *b, *c, *out, &p)) return status;
-  if (int status = validate(*algorithm, {p, d->epilogue})) return status;
+  if (int status = validate(*algorithm, {p, d->epilogue()})) return status;
   *result = {};
   result->algorithm = *algorithm;
   result->workspace = workspace_of(p, algorithm->number);
@@ -480,12 +480,14 @@ API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const 
   const Epilogue& e = p.epilogue;
   if ((e.bias || bias_sums(e)) && !p.bias) return refuse(kBadValue, "this epilogue wants a bias pointer");
   if ((e.aux_out || e.dgelu) && !p.aux) return refuse(kBadValue, "this epilogue wants an aux pointer");
-  uint32_t number = 0, align = 16;
+  uint32_t number = 0;
+  Alignment align{16, bytes_of(p.output), 16};
   if (algorithm) {
-    if (int status = validate(*algorithm, {p, d->epilogue}))
+    if (int status = validate(*algorithm, {p, d->epilogue()}))
       return refuse(status, "an algorithm that was found for another product");
     number = algorithm->number;
-    align = std::max(align, algorithm->align);
+    align = algorithm->align;
+    align.matrices = std::max(16u, align.matrices);
     size_t needed = workspace_of(p, number);
     if (needed && (!workspace || workspace_bytes < needed)) {
       return refuse(kBadValue, format("a workspace of %zu bytes where the algorithm needs %zu",
@@ -500,11 +502,12 @@ API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const 
     bool used;
     uint32_t align;
   };
-  // C and the workspace may be absent; the bias is read one element at a time.
+  // C and the workspace may be absent. Bias and aux are as aligned as they were when the algorithm was found.
   for (const Pointer& q :
-       {Pointer{"A", a, true, align}, Pointer{"B", b, true, align}, Pointer{"C", c, c != nullptr, align},
-        Pointer{"D", out, true, align}, Pointer{"aux", p.aux, e.aux_out || e.dgelu, 16},
-        Pointer{"bias", p.bias, e.bias || bias_sums(e), bytes_of(p.output)}}) {
+       {Pointer{"A", a, true, align.matrices}, Pointer{"B", b, true, align.matrices},
+        Pointer{"C", c, c != nullptr, align.matrices}, Pointer{"D", out, true, align.matrices},
+        Pointer{"aux", p.aux, e.aux_out || e.dgelu, std::max(16u, align.aux)},
+        Pointer{"bias", p.bias, e.bias || bias_sums(e), std::max(bytes_of(p.output), align.bias)}}) {
     if (q.used && reinterpret_cast<uint64_t>(q.at) % q.align) {
       return refuse(kBadValue,
                     format("%s at %p is not %u-byte aligned, as the algorithm was told it would be", q.name,
@@ -518,7 +521,7 @@ API cublasLtMatmul(void* handle, const Description* d, const void* alpha, const 
   p.b = b;
   p.c = c;
   p.d = out;
-  bool on_device = d->pointer_mode == 1;
+  bool on_device = d->number(kPointerMode) == 1;
   if (!on_device) {
     memcpy(&p.alpha, alpha, 4);
     memcpy(&p.beta, beta, 4);

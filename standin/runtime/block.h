@@ -174,6 +174,9 @@ class Block {
   void count_accesses(uint32_t warp) {
     if (counting_) flush_log(warp);
   }
+  void count_instructions(uint64_t executed) {
+    if (counting_) counters_.instructions += executed;
+  }
   // Below `count`: 0 without a seed.
   uint32_t random(uint32_t count);
   std::string who(uint32_t thread) const;

@@ -20,6 +20,7 @@ void Counters::add(const Counters& o) {
   shared_read_ideal += o.shared_read_ideal;
   shared_write_wavefronts += o.shared_write_wavefronts;
   shared_write_ideal += o.shared_write_ideal;
+  instructions += o.instructions;
   mma += o.mma;
   ldmatrix += o.ldmatrix;
   shuffles += o.shuffles;
@@ -114,14 +115,14 @@ std::string counters_json(const Launch& launch) {
       "\"global_write\":{\"instructions\":%llu,\"bytes\":%llu,\"sectors\":%llu,\"unique_sectors\":%llu},"
       "\"shared_read\":{\"instructions\":%llu,\"wavefronts\":%llu,\"ideal\":%llu},"
       "\"shared_write\":{\"instructions\":%llu,\"wavefronts\":%llu,\"ideal\":%llu},"
-      "\"mma\":%llu,\"ldmatrix\":%llu,\"shuffles\":%llu,\"block_barriers\":%llu,\"warp_barriers\":%llu,"
+      "\"instructions\":%llu,\"mma\":%llu,\"ldmatrix\":%llu,\"shuffles\":%llu,\"block_barriers\":%llu,\"warp_barriers\":%llu,"
       "\"async_copies\":%llu,\"atomics\":%llu}",
       launch.kernel->bound.name, n(launch.number), launch.grid.x, launch.grid.y, launch.grid.z,
       launch.block.x, launch.block.y, launch.block.z, launch.shared_bytes, n(c.global_read.instructions),
       n(c.global_read.bytes), n(c.global_read.sectors), n(c.read_sectors.size()),
       n(c.global_write.instructions), n(c.global_write.bytes), n(c.global_write.sectors),
       n(c.written_sectors.size()), n(c.shared_reads), n(c.shared_read_wavefronts), n(c.shared_read_ideal),
-      n(c.shared_writes), n(c.shared_write_wavefronts), n(c.shared_write_ideal), n(c.mma), n(c.ldmatrix),
+      n(c.shared_writes), n(c.shared_write_wavefronts), n(c.shared_write_ideal), n(c.instructions), n(c.mma), n(c.ldmatrix),
       n(c.shuffles), n(c.block_barriers), n(c.warp_barriers), n(c.copies), n(c.atomics));
 }
 

@@ -31,6 +31,7 @@ struct Counters {
   uint64_t shared_reads = 0, shared_writes = 0;
   uint64_t shared_read_wavefronts = 0, shared_read_ideal = 0;
   uint64_t shared_write_wavefronts = 0, shared_write_ideal = 0;
+  uint64_t instructions = 0;  // of warps, under `engine=ptx`
   uint64_t mma = 0, ldmatrix = 0, shuffles = 0, block_barriers = 0, warp_barriers = 0, copies = 0,
            atomics = 0;
 

@@ -152,7 +152,8 @@ void Interpreter::run_warp(WarpState& w) {
   const Instruction* code = w.program->code.data();
   bool watches = w.program->asynchronous;
   choose(w);
-  for (uint64_t executed = 0; w.group; ++executed) {
+  uint64_t executed = 0;
+  for (; w.group; ++executed) {
     if (w.pc >= w.next) {
       leave_group(w, w.group, w.pc);
       choose(w);
@@ -181,6 +182,7 @@ void Interpreter::run_warp(WarpState& w) {
       case Flow::collective: collective(w, i); break;
     }
   }
+  block_.count_instructions(executed);
 }
 
 // ---- the flow ---------------------------------------------------------------------------------------------
