@@ -1,5 +1,6 @@
 //! Compiles `kernels/*.cu` with nvcc and embeds the result; without nvcc the program is built without CUDA kernels.
-//! With or without, it reads from the kernels how they must be launched ([`contracts`]).
+//! With or without, it reads from the kernels how they must be launched ([`contracts`]), and from a recipe's types what
+//! their documentation says ([`settings`]).
 //!
 //! Each file becomes one fat binary: machine code for Ampere (sm_80) and Hopper (sm_90a), and PTX
 //! (compute_90) that the driver translates for newer GPUs. Files are compiled in parallel, and only if they,
@@ -12,6 +13,8 @@
 mod contracts;
 #[path = "build/ptxas.rs"]
 mod ptxas;
+#[path = "build/settings.rs"]
+mod settings;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -59,6 +62,7 @@ fn main() {
     let sources = sources();
     let contracts = Contracts::read(&sources).unwrap_or_else(|why| panic!("{why}"));
     fs::write(out.join("contracts.rs"), contracts.rust()).expect("OUT_DIR is writable");
+    fs::write(out.join("settings.rs"), settings::rust()).expect("OUT_DIR is writable");
     let build = match find_nvcc() {
         Ok((nvcc, version)) => Build {
             nvcc: Some(version),

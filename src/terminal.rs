@@ -67,6 +67,28 @@ pub fn print_json(value: &serde_json::Value) -> Result<()> {
     print(&serde_json::to_string_pretty(value).expect("a JSON value can be written"))
 }
 
+/// Columns of the terminal that stdout is, from 60 to 120; 100 where it is none.
+pub fn columns() -> usize {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok();
+    size.map_or(100, |size| usize::from(size.ws_col)).clamp(60, 120)
+}
+
+/// `text` in lines of at most `columns` characters, broken between words. A longer word has a line of its own.
+pub fn wrap(text: &str, columns: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let line = lines.last_mut().expect("there is a line");
+        let used = line.chars().count();
+        if used > 0 && used + 1 + word.chars().count() > columns {
+            lines.push(word.into());
+        } else {
+            let space = if used > 0 { " " } else { "" };
+            line.push_str(&format!("{space}{word}"));
+        }
+    }
+    lines
+}
+
 /// The text with control characters escaped, except newlines and tabs: ESC becomes `\u{1b}`.
 pub fn visible(text: &str) -> Cow<'_, str> {
     spelled_out(text, |c| is_obeyed(c) && !matches!(c, '\n' | '\t'))

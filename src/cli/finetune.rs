@@ -15,7 +15,7 @@ use crate::train::run::{RunData, RunOptions};
 use crate::train::{finetune, finetune::Start};
 
 #[derive(clap::Args)]
-#[command(after_help = super::built_in_help())]
+#[command(after_help = super::recipes::names_help())]
 pub struct Args {
     /// A built-in recipe or a .toml file [default: finetune, which takes the model from the weights file]
     pub recipe: Option<String>,

@@ -12,6 +12,7 @@ pub mod bench;
 pub mod convert;
 pub mod doctor;
 pub mod eval;
+mod examples;
 pub mod features;
 pub mod finetune;
 mod flags;
@@ -22,9 +23,12 @@ pub mod plan;
 pub mod predict;
 pub mod preview;
 pub mod probe;
+pub mod recipes;
 pub mod replay;
 mod runs;
 pub mod selftest;
+pub mod settings;
+pub mod shell;
 pub mod train;
 
 use std::ffi::OsString;
@@ -37,7 +41,6 @@ use crate::backend::Device;
 use crate::data::Split;
 use crate::dist::{self, Launch};
 use crate::error::{Error, Kind, Result};
-use crate::recipe::BUILT_IN;
 use crate::report::format;
 use crate::terminal;
 pub use crate::terminal::{print, print_json};
@@ -88,6 +91,14 @@ enum Command {
     Selftest(selftest::Args),
     /// Show what this machine offers and what Vitrum will use
     Doctor(doctor::Args),
+    /// Explain every key that a recipe may have
+    Settings(settings::Args),
+    /// List the built-in recipes, or show one
+    Recipes(recipes::Args),
+    /// Print completions for a shell
+    Completions(shell::CompletionsArgs),
+    /// Write the man pages
+    Man(shell::ManArgs),
 }
 
 /// The `--set` flag of every command that reads a recipe.
@@ -125,7 +136,11 @@ pub fn command() -> clap::Command {
         true => arg.allow_negative_numbers(true),
         false => arg,
     };
-    Cli::command().mut_subcommands(|command| command.mut_args(values))
+    Cli::command().mut_subcommands(|command| {
+        let said = command.get_after_help().map(|text| format!("{text}\n\n")).unwrap_or_default();
+        let examples = examples::text(command.get_name()).unwrap_or_default();
+        command.mut_args(values).after_help(said + &examples)
+    })
 }
 
 /// The whole program.
@@ -182,7 +197,7 @@ fn fail(e: &Error, launch: &Launch) -> ExitCode {
 
 fn run(cli: Cli, launch: &Launch) -> Result<()> {
     let Some(command) = cli.command else {
-        return print(&Cli::command().render_long_help().to_string());
+        return print(&self::command().render_long_help().to_string());
     };
     match &command {
         Command::Train(_) | Command::Finetune(_) => {}
@@ -207,6 +222,10 @@ fn run(cli: Cli, launch: &Launch) -> Result<()> {
         Command::Doctor(args) => doctor::run(args),
         Command::Preview(args) => preview::run(args),
         Command::Convert(args) => convert::run(args),
+        Command::Settings(args) => settings::run(args),
+        Command::Recipes(args) => recipes::run(args),
+        Command::Completions(args) => shell::completions(args),
+        Command::Man(args) => shell::man(args),
     }
 }
 
@@ -237,18 +256,6 @@ fn say_part(data: &str, part: Option<Split>, images: usize) {
         None => format!("all of {data}, which has no parts: not a test if the model was trained on it"),
     };
     terminal::say(&format!("data    {which} ({images} images)"));
-}
-
-/// The built-in recipes for help texts: the name and first line of each.
-fn built_in_help() -> String {
-    let mut text = String::from("Built-in recipes:\n");
-    let width = BUILT_IN.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
-    for (name, recipe) in BUILT_IN {
-        let title = recipe.lines().next().unwrap_or_default().trim_start_matches("# ");
-        let short = title.split([':', ',', '(']).next().unwrap_or(title).trim().trim_end_matches('.');
-        text += &format!("  {name:<width$}  {short}\n");
-    }
-    text + "\nAny other recipe is the path of a .toml file."
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use crate::train::plan::Plan;
 use crate::train::scaling::{self, ScalePlan, Source};
 
 #[derive(clap::Args)]
-#[command(after_help = super::built_in_help())]
+#[command(after_help = super::recipes::names_help())]
 pub struct Args {
     /// A built-in recipe or a .toml file [default: demo]
     pub recipe: Option<String>,

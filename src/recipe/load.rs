@@ -404,20 +404,20 @@ fn check(path: &mut Vec<String>, value: &Value) -> Result<(), Fault> {
 }
 
 /// The keys of the section at `path`, or `None` if it is not a section.
-fn keys_of(path: &[String]) -> Option<Vec<String>> {
+pub(super) fn keys_of(path: &[String]) -> Option<Vec<String>> {
     let probe = Table::from_iter([("?".to_string(), Value::Boolean(true))]);
     let error = Recipe::deserialize(wrap(path, probe.into())).err()?;
     error.message().strip_prefix("unknown field `?`").map(literals)
 }
 
 /// The words that the enum at `path` accepts, or `None` if it is not an enum.
-fn alternatives_of(path: &[String]) -> Option<Vec<String>> {
+pub(super) fn alternatives_of(path: &[String]) -> Option<Vec<String>> {
     let error = Recipe::deserialize(wrap(path, Value::String("?".into()))).err()?;
     error.message().strip_prefix("unknown variant `?`").map(literals)
 }
 
 /// A recipe that contains only `value` at `path`.
-fn wrap(path: &[String], value: Value) -> Table {
+pub(super) fn wrap(path: &[String], value: Value) -> Table {
     let wrapped = path.iter().rev().fold(value, |inner, segment| match index_of(segment) {
         Some(_) => Value::Array(vec![inner]),
         None => Value::Table(Table::from_iter([(segment.clone(), inner)])),
@@ -437,7 +437,7 @@ fn literals(message: &str) -> Vec<String> {
     message.split('`').skip(1).step_by(2).map(str::to_string).collect()
 }
 
-fn unknown(path: &[String]) -> Error {
+pub(super) fn unknown(path: &[String]) -> Error {
     let error = Error::usage(format!("unknown key `{}`", dotted(path)));
     let (parent, key) = (&path[..path.len() - 1], &path[path.len() - 1]);
     let similar = strsim::normalized_damerau_levenshtein;
@@ -465,7 +465,7 @@ pub fn keys() -> Vec<String> {
 }
 
 /// Every key that a recipe may have.
-fn all_keys() -> Vec<Vec<String>> {
+pub(super) fn all_keys() -> Vec<Vec<String>> {
     let mut found = Vec::new();
     let mut open = vec![Vec::new()];
     while let Some(path) = open.pop() {
@@ -493,7 +493,12 @@ fn wrong_value(path: &[String], value: &Value, message: &str) -> Error {
         };
         return Error::usage(format!("`{key}` cannot be {given}")).hint(hint);
     }
-    let expected = match message.rsplit_once("expected ").map_or(message, |(_, expected)| expected) {
+    Error::usage(format!("`{key}` is {}, expected {}", describe(value), expected(message)))
+}
+
+/// What serde's message for a wrong value expects, in plain words.
+fn expected(message: &str) -> &str {
+    match message.rsplit_once("expected ").map_or(message, |(_, expected)| expected) {
         "u64" | "usize" | "u32" => "a whole number from 0 up",
         "i64" => "a whole number",
         "f32" | "f64" => "a number",
@@ -501,9 +506,17 @@ fn wrong_value(path: &[String], value: &Value, message: &str) -> Error {
         "a string" => "text",
         "a sequence" => "a list",
         "a tuple of size 2" => "a list of two numbers",
+        "an array of length 3" => "a list of three numbers",
         other => other,
-    };
-    Error::usage(format!("`{key}` is {}, expected {expected}", describe(value)))
+    }
+}
+
+/// The values that the key at `path` takes: `a number`, `text`, ...
+pub(super) fn expected_at(path: &[String]) -> String {
+    // No key is a section of this name.
+    let probe = Table::from_iter([("?".to_string(), Value::Boolean(true))]);
+    let error = Recipe::deserialize(wrap(path, probe.into())).err();
+    error.map_or_else(String::new, |e| expected(e.message()).to_string())
 }
 
 fn describe(value: &Value) -> String {
@@ -519,7 +532,7 @@ fn describe(value: &Value) -> String {
 }
 
 /// `optim.groups[0].lr_mult`
-fn dotted(path: &[String]) -> String {
+pub(super) fn dotted(path: &[String]) -> String {
     let mut text = String::new();
     for segment in path {
         if !text.is_empty() && index_of(segment).is_none() {

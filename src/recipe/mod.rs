@@ -11,10 +11,12 @@ mod augment;
 mod class_weights;
 mod compare;
 mod duration;
+mod head;
 mod load;
 mod micro_batch;
 mod optim;
 mod resolve;
+mod settings;
 mod size;
 
 pub use augment::{
@@ -23,6 +25,7 @@ pub use augment::{
 pub use class_weights::ClassWeights;
 pub use compare::Difference;
 pub use duration::Duration;
+pub use head::{BuiltIn, built_in};
 pub use load::{BUILT_IN, RecipeFile, keys};
 pub use micro_batch::MicroBatch;
 pub use optim::{
@@ -30,6 +33,7 @@ pub use optim::{
     ScheduleSection,
 };
 pub use resolve::GivenSizes;
+pub use settings::{Section, SetIn, Setting, Word, sections, sections_at};
 pub use size::Size;
 
 use serde::{Deserialize, Serialize};
@@ -41,26 +45,30 @@ use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Recipe {
-    /// The architecture.
+    /// The architecture, for `vitrum train` and `vitrum plan`. For commands that read a weights file, such as
+    /// `vitrum finetune` and `vitrum eval`: what the file does not say.
     pub model: ModelSection,
-    /// The pictures of the run and how they are loaded.
+    /// The pictures of a run and how they are loaded, for `vitrum train` and `vitrum finetune`. Commands that
+    /// prepare pictures for a weights file, such as `vitrum eval`, also take `data.mean` and `data.std`.
     pub data: DataSection,
-    /// Augmentation of training pictures.
+    /// Augmentation of training pictures, for `vitrum train` and `vitrum finetune`; `vitrum preview` draws it.
     pub augment: AugmentSection,
-    /// The optimiser and its parameter groups.
+    /// The optimiser and its parameter groups, for `vitrum train`, `vitrum finetune` and `vitrum plan`.
     pub optim: OptimSection,
-    /// The learning rate over time.
+    /// The learning rate over time, for `vitrum train` and `vitrum finetune`.
     pub schedule: ScheduleSection,
-    /// The training objective.
+    /// The training objective, for `vitrum train` and `vitrum finetune`. For a weights file that does not say it,
+    /// as in `vitrum eval`: `loss.kind`.
     pub loss: LossSection,
-    /// Length, batches, output and devices of the run.
+    /// Length, batches, output and device of a run, for `vitrum train`, `vitrum finetune` and `vitrum plan`.
     pub train: TrainSection,
-    /// How evaluations prepare pictures, and what counts as better.
+    /// How the evaluations of `vitrum train` and `vitrum finetune` prepare pictures, and what counts as better.
     pub eval: EvalSection,
-    /// If given, the run starts from trained weights: `model` may omit what their file says.
+    /// If given, the run starts from trained weights, as `vitrum finetune` does: `model` may omit what their file
+    /// says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finetune: Option<FinetuneSection>,
-    /// How to read the names in their file.
+    /// How to read the names in a weights file: `vitrum finetune`, and every other command that reads one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights: Option<WeightsSection>,
 }
@@ -70,8 +78,8 @@ pub struct Recipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSection {
-    /// Sizes by name, `SIZE/PATCH`: `B/16`, `Ti/16`, ... Sizes are those of
-    /// [`VARIANTS`](crate::vit::config::VARIANTS).
+    /// Sizes by name, `SIZE/PATCH`, such as `B/16`. The sizes are `mu`, `Ti`, `S`, `M`, `B`, `L`, `So400m`, `H`,
+    /// `g`, `g-opt`, `G`, `G-opt` and `e`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub variant: Option<String>,
     /// The input in pixels: `224` or `"224x160"` (height x width), at most 8192. Must be a multiple of

@@ -232,18 +232,21 @@ impl Recipe {
         for (key, value) in [
             ("optim.lr", o.lr),
             ("optim.weight_decay", o.weight_decay),
-            ("optim.eps", o.eps),
             ("optim.clip", o.clip.into()),
             ("optim.clip_rms", o.clip_rms),
             ("optim.backbone_lr_mult", o.backbone_lr_mult),
             ("optim.layer_decay", o.layer_decay),
-            ("optim.decay_power", o.decay_power),
             ("schedule.end", s.end),
             ("schedule.power", s.power),
             ("schedule.warmup_lr", s.warmup_lr),
             ("schedule.min_lr", s.min_lr),
         ] {
             within(key, value, 0.0, f64::MAX)?;
+        }
+        for (key, value) in
+            [("optim.eps", o.eps), ("optim.decay_power", o.decay_power), ("schedule.timescale", s.timescale)]
+        {
+            within(key, value, f64::MIN_POSITIVE, f64::MAX)?;
         }
         for (key, value) in [
             ("optim.momentum", o.momentum),
