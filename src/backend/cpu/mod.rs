@@ -19,6 +19,7 @@ mod patchify;
 mod pool;
 pub mod query_attention;
 mod residual;
+mod rope;
 mod round;
 mod rowwise;
 pub mod simd;
