@@ -2,13 +2,13 @@
 // scaling.
 //
 // Math      gelu(x) = x·w(x).  tanh form: w = ½(1 + tanh t) = 1/(1 + e^(-2t)), t = √(2/π)(x + 0.044715 x³)
-//           erf form: w = Φ(x) = ½ erfc(-x/√2).   gelu' = w + x·w'
+//           erf form: w = Φ(x) = ½ erfc(-x/√2).   quick form: w = σ(1.702 x).   gelu' = w + x·w'
 //           bias_gelu: pre = z + b, y = dropout(gelu(pre)); without a bias z is already pre.
 //           gelu_backward: d = dropout'(d)·gelu'(pre)
 //           bias_tanh: y = tanh(z + b)   tanh_backward: d = d·(1 - y²)
 // Tensors   matrices [R, C] in T, each with its own row stride; outputs may overwrite inputs of the same shape. bias
 //           f32 [C]
-// Numerics  f32. y is computed from pre as stored, because the backward reads that. Both forms keep their relative
+// Numerics  f32. y is computed from pre as stored, because the backward reads that. All forms keep their relative
 //           accuracy far on the negative side: nothing is subtracted from 1.
 // Launch    one thread per 8 values, 256 threads per block.
 // Bytes     per value of bf16: bias_gelu 6 (4 if it has no bias or does not store pre), gelu_backward 6, bias_residual
@@ -16,8 +16,9 @@
 // Source    Hendrycks and Gimpel 2016 (GELU); Srivastava et al. 2014 (dropout).
 #include "philox.cuh"
 
-// The two forms, with the host's numbers.
+// The forms, with the host's numbers; 1 is the erf form.
 constexpr u32 GELU_TANH = 0;
+constexpr u32 GELU_QUICK = 2;
 
 constexpr float TWO_SQRT_2_OVER_PI = 1.5957691216f;
 constexpr float CUBIC = 0.044715f;
@@ -29,7 +30,12 @@ __device__ __forceinline__ float erf_weight(float x) {
   return 0.5f * erfcf(-0.70710678f * x);
 }
 
+__device__ __forceinline__ float quick_weight(float x) {
+  return rcp_approx(1.0f + expf(-1.702f * x));
+}
+
 __device__ __forceinline__ float gelu(float x, u32 form) {
+  if (form == GELU_QUICK) return x * quick_weight(x);
   return x * (form == GELU_TANH ? tanh_weight(x) : erf_weight(x));
 }
 __device__ __forceinline__ float gelu_slope(float x, u32 form) {
@@ -37,6 +43,10 @@ __device__ __forceinline__ float gelu_slope(float x, u32 form) {
     float w = tanh_weight(x);
     float two_slope = TWO_SQRT_2_OVER_PI * fmaf(3.0f * CUBIC, x * x, 1.0f);
     return fmaf(x * w * (1.0f - w), two_slope, w);
+  }
+  if (form == GELU_QUICK) {
+    float w = quick_weight(x);
+    return fmaf(x * w * (1.0f - w), 1.702f, w);
   }
   float bell = 0.39894228f * expf(-0.5f * x * x);
   return fmaf(x, bell, erf_weight(x));

@@ -5,7 +5,7 @@
 //           backward: d_y = dropout'(d_x), which may overwrite d_x; S[t] = Σ_samples of it before it is
 //           stored, d_extra[t] = S[t], d_posemb[t - posemb_first] = S[t], d_bias = Σ S[t] over t ≥ extra
 // Tensors   x [B·T, D] in T, in place   d_x [B·T, D] in S, d_y in T: one type, or f32 and bf16
-//           bias, extra tokens [D], posemb [T - posemb_first, D] and all gradients: f32
+//           bias, class tokens [D], registers [E - classes, D], posemb [T - posemb_first, D] and all gradients: f32
 //           partials f32 [slices, T, pitch], pitch = D rounded up to 8.
 // Launch    forward: one thread per 8 values. Backward: one thread per 8 columns of a token and slice of the
 //           batch; then one thread per column of a token adds the slices; `sum_partials` adds the tokens for
@@ -19,6 +19,7 @@
 struct EmbedShape {
   u32 samples, tokens, width;
   u32 extra;         // extra tokens in front of the patches
+  u32 classes;       // of these, class and distillation tokens; registers follow
   u32 posemb_first;  // first token with a position
 };
 
@@ -46,8 +47,9 @@ struct EmbedArgs {
   MaskArgs dropout;
   View<T> x;
   const float* bias;
-  const float* extra0;  // extra tokens; null: not that many
+  const float* extra0;  // class and distillation token; null: not that many
   const float* extra1;
+  View<const float> registers;
   View<const float> posemb;
 };
 // `partials` is null if no parameter is trained. d_y is written where dropout makes it differ from d_x.
@@ -68,6 +70,7 @@ struct EmbedGradientsArgs {
   u32 pitch, slices;
   float* d_extra0;
   float* d_extra1;
+  View<float> d_registers;
   View<float> d_posemb;
   u32 add;  // to the gradients; 0: assign
 };
@@ -81,7 +84,10 @@ __device__ __forceinline__ void embed(const EmbedArgs<T>& args) {
   T* p = at_place(args.x, at);
   float v[VEC];
   load8(p, at.n, v);
-  const float* joins = token >= s.extra ? args.bias : token == 0 ? args.extra0 : args.extra1;
+  const float* joins = token >= s.extra     ? args.bias
+                       : token >= s.classes ? row_of(args.registers, token - s.classes)
+                       : token == 0         ? args.extra0
+                                            : args.extra1;
   if (joins) add8(joins + at.column, at.n, v);
   if (token >= s.posemb_first) add8(row_of(args.posemb, token - s.posemb_first) + at.column, at.n, v);
   drop8(bind_mask(args.dropout, args.params), sample, token, s.width, at.column, v);
@@ -155,7 +161,10 @@ KERNEL(embed_gradients, 256, 4)(ARGS(EmbedGradientsArgs)) {
     sum += first[static_cast<u64>(slice) * shape.tokens * args.pitch];
   *first = sum;
   float* d_extra = token == 0 ? args.d_extra0 : args.d_extra1;
-  if (token < shape.extra && d_extra) put(d_extra + column, sum, args.add);
+  if (token < shape.classes && d_extra) put(d_extra + column, sum, args.add);
+  if (token >= shape.classes && token < shape.extra && args.d_registers.at) {
+    put(row_of(args.d_registers, token - shape.classes) + column, sum, args.add);
+  }
   if (token >= shape.posemb_first && args.d_posemb.at) {
     put(row_of(args.d_posemb, token - shape.posemb_first) + column, sum, args.add);
   }

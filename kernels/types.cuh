@@ -178,6 +178,21 @@ __device__ __forceinline__ void store8(float* p, u32 n, const float (&v)[VEC]) {
   }
 }
 
+// The same at any address: nothing past the `n` values is read or written.
+template <typename T>
+__device__ __forceinline__ void load8_anywhere(const T* p, u32 n, float (&v)[VEC]) {
+  if (n == VEC && is_aligned16(p)) return load8(p, n, v);
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i) v[i] = i < n ? load1(p + i) : 0.0f;
+}
+template <typename T>
+__device__ __forceinline__ void store8_anywhere(T* p, u32 n, const float (&v)[VEC]) {
+  if (n == VEC && is_aligned16(p)) return store8(p, n, v);
+#pragma unroll
+  for (u32 i = 0; i < VEC; ++i)
+    if (i < n) store1(p + i, v[i]);
+}
+
 // Stores the first `n` (0 to 8) of eight values that `pack8` has rounded.
 __device__ __forceinline__ void store8_packed(bf16* p, u32 n, vec4 v) {
   if (n == VEC) {

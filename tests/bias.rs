@@ -16,7 +16,7 @@ use vitrum::backend::{
 };
 use vitrum::error::Result;
 use vitrum::rng::{Domain, Stream};
-use vitrum::vit::config::{DropPathMode, NormPlace, PoolKind};
+use vitrum::vit::config::{DropPathMode, NormPlace, PoolKind, QkvBias};
 use vitrum::vit::{LastBlock, Mode, ModelConfig, Param, Vit};
 use vitrum::weights::safetensors::SafeTensors;
 
@@ -193,7 +193,7 @@ fn gradients_have_the_same_bits_wherever_those_of_biases_are_made() {
         ("class token, masked", masked(&token)),
         ("class token, layer scale", ModelConfig { layer_scale: 0.4, ..masked(&token) }),
         ("class token, one block", ModelConfig { depth: 1, ..token.clone() }),
-        ("no bias of qkv", ModelConfig { qkv_bias: false, ..token.clone() }),
+        ("no bias of qkv", ModelConfig { qkv_bias: QkvBias::None, ..token.clone() }),
         ("distillation", ModelConfig { extra_tokens: 2, ..token.clone() }),
         ("gap", gap.clone()),
         ("gap, masked", masked(&gap)),

@@ -10,7 +10,7 @@ use support::vitrum;
 use vitrum::backend::{Device, DeviceOptions, Pixels, SlotLayout, StepKeys, TargetKind};
 use vitrum::infer::loaded::LoadedModel;
 use vitrum::vit::Mode;
-use vitrum::vit::config::{ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
+use vitrum::vit::config::{ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin, QkvBias};
 use vitrum::weights::safetensors::{SafeTensors, View, write};
 use vitrum::weights::{
     self, AdaptTarget, CheckpointMeta, Format, HeadPolicy, ModelFile, ModelOverrides, Tensor, Tensors,
@@ -123,7 +123,7 @@ fn every_architecture_goes_round_or_is_refused_and_nothing_is_written() {
     let average = ModelConfig { pool: gap, extra_tokens: 0, ..tiny() };
     let cases: [(&str, ModelConfig, &[Format]); 12] = [
         ("plain", tiny(), &[Safetensors, Timm, Hf, Npz]),
-        ("no bias of q, k, v", ModelConfig { qkv_bias: false, ..tiny() }, &[Safetensors, Timm, Hf]),
+        ("no bias of q, k, v", ModelConfig { qkv_bias: QkvBias::None, ..tiny() }, &[Safetensors, Timm, Hf]),
         ("oblong", ModelConfig { image: (8, 24), patch: (4, 8), ..tiny() }, &[Safetensors, Timm, Hf, Npz]),
         ("representation layer", ModelConfig { rep_size: 5, ..tiny() }, &[Safetensors, Npz]),
         ("LayerScale", ModelConfig { layer_scale: 1e-4, ..tiny() }, &[Safetensors, Timm]),

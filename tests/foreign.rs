@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use support::models::{assert_same, bare, folder, json, picture, sample, saved, settings_of, tiny};
 use support::{path, vitrum};
-use vitrum::vit::config::ModelConfig;
+use vitrum::vit::config::{ModelConfig, QkvBias};
 use vitrum::weights::safetensors::{Dtype, SafeTensors, View, write};
 use vitrum::weights::{self, CheckpointMeta, Format, ModelOverrides, Numbering, Tensor, Tensors};
 
@@ -87,7 +87,7 @@ fn a_huggingface_folder_in_parts_is_one_model() {
 #[test]
 fn q_k_and_v_may_lack_a_bias() {
     let dir = folder("no-bias");
-    let config = ModelConfig { width: 64, heads: 1, qkv_bias: false, ..tiny() };
+    let config = ModelConfig { width: 64, heads: 1, qkv_bias: QkvBias::None, ..tiny() };
     let (own, tensors) = saved(&dir, &config);
     assert!(!tensors.contains_key("blocks.0.attn.qkv.bias"));
     let mut with_zeros = tensors.clone();
@@ -95,7 +95,7 @@ fn q_k_and_v_may_lack_a_bias() {
         with_zeros.insert(format!("blocks.{block}.attn.qkv.bias"), Tensor::new([192], vec![0.0; 192]));
     }
     let zeros = dir.join("zeros.safetensors");
-    let other = ModelConfig { qkv_bias: true, ..config.clone() };
+    let other = ModelConfig { qkv_bias: QkvBias::All, ..config.clone() };
     weights::save(&zeros, &other, &with_zeros, &CheckpointMeta::default()).unwrap();
 
     let batch = dir.join("batch.safetensors");
@@ -134,7 +134,7 @@ fn q_k_and_v_may_lack_a_bias() {
         write(&bare, &BTreeMap::new(), views).unwrap();
         weights::open(&bare, &ModelOverrides::default())
     };
-    assert!(!store(&tensors).unwrap().config.qkv_bias);
+    assert_eq!(store(&tensors).unwrap().config.qkv_bias, QkvBias::None);
     with_zeros.remove("blocks.1.attn.qkv.bias");
     let error = store(&with_zeros).map(|_| ()).unwrap_err();
     assert!(error.message().contains("missing: `blocks.1.attn.qkv.bias` [192]"), "{error}");
@@ -142,7 +142,7 @@ fn q_k_and_v_may_lack_a_bias() {
     weights::convert(&own, &hf, Some(Format::Hf), &ModelOverrides::default()).unwrap();
     assert_eq!(json(&hf.join("config.json"))["qkv_bias"], false);
     let shown = vitrum(&["inspect", hf.to_str().unwrap(), "--json"]).ok().json();
-    assert_eq!((&shown["qkv_bias"], &shown["missing"]), (&false.into(), &serde_json::json!([])));
+    assert_eq!((&shown["qkv_bias"], &shown["missing"]), (&"none".into(), &serde_json::json!([])));
     vitrum(&["convert", own.to_str().unwrap(), dir.join("never.npz").to_str().unwrap()])
         .exits(1)
         .says(&["q, k and v of vit_jax's model always have a bias"]);

@@ -91,6 +91,15 @@ impl Op<'_> {
                 count.reads(op.pre);
                 count.writes(op.y);
             }
+            Op::Swiglu(op) => {
+                count.reads(op.pre);
+                count.writes(op.y);
+            }
+            Op::SwigluBackward(op) => {
+                count.reads(op.d_y);
+                count.reads(op.pre);
+                count.writes(op.d_pre);
+            }
             Op::LayerNorm(op) => count.layernorm(op),
             Op::LayerNormBackward(op) => count.layernorm_backward(op),
             Op::Residual(op) => {
@@ -103,6 +112,11 @@ impl Op<'_> {
                 if count.hands_on(&op) {
                     count.reads(op.d_sum);
                 }
+            }
+            Op::Rotate(op) => {
+                let samples = op.x.rows / op.heads.tokens;
+                count.changes(Mat { rows: samples * op.rope.table.rows, ..op.x });
+                count.reads(op.rope.table);
             }
             Op::Attention(op) => {
                 count.reads(op.qkv);

@@ -45,7 +45,7 @@ pub use device::{Device, decide, planned, select};
 pub use memory::{Arena, Dtype, Mat, MemoryPlan, Recompute, Storage};
 pub use operands::{
     Branch, Embed, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Loss, LossKind, Mask, Norm, Normalise,
-    PatchGrid, Pool, Stats, Write, sample_metric,
+    PatchGrid, Pool, Rope, RopePairs, Stats, Write, sample_metric,
 };
 pub use ops::Op;
 pub use options::{DeviceOptions, Precision, Residual};
@@ -247,6 +247,21 @@ pub trait Backend: Send {
     fn gelu(&mut self, pre: Mat, form: Gelu, dropout: Mask, y: Mat) -> Result<()> {
         self.execute(&Op::Gelu(ops::Gelu { pre, form, dropout, y }))
     }
+    /// [`ops::Swiglu`]
+    fn swiglu(&mut self, pre: Mat, dropout: Mask, y: Mat) -> Result<()> {
+        self.execute(&Op::Swiglu(ops::Swiglu { pre, dropout, y }))
+    }
+    /// [`ops::SwigluBackward`]
+    fn swiglu_backward(
+        &mut self,
+        d_y: Mat,
+        pre: Mat,
+        dropout: Mask,
+        d_pre: Mat,
+        d_bias: Option<Mat>,
+    ) -> Result<()> {
+        self.execute(&Op::SwigluBackward(ops::SwigluBackward { d_y, pre, dropout, d_pre, d_bias }))
+    }
     /// [`ops::LayerNorm`]
     fn layernorm(&mut self, join: &Join, norm: &Norm, y: Mat, stats: Stats) -> Result<()> {
         self.execute(&Op::LayerNorm(ops::LayerNorm { join, norm, y, stats }))
@@ -287,6 +302,10 @@ pub trait Backend: Send {
         d_bias: Option<Mat>,
     ) -> Result<()> {
         self.execute(&Op::ResidualBackward(ops::ResidualBackward { join, d_sum, d_branch, d_bias }))
+    }
+    /// [`ops::Rotate`]
+    fn rotate(&mut self, rope: &Rope, heads: Heads, x: Mat, back: bool) -> Result<()> {
+        self.execute(&Op::Rotate(ops::Rotate { rope, heads, x, back }))
     }
     /// [`ops::Attention`]
     fn attention(&mut self, heads: Heads, qkv: Mat, o: Mat, lse: Mat, dropout: Mask) -> Result<()> {

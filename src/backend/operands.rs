@@ -52,7 +52,7 @@ pub struct Stats {
     pub rstd: Mat,
 }
 
-/// The two forms of the Gaussian error linear unit (Hendrycks and Gimpel 2016).
+/// The forms of the Gaussian error linear unit (Hendrycks and Gimpel 2016).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Gelu {
@@ -60,6 +60,8 @@ pub enum Gelu {
     Tanh,
     /// `0.5·x·(1 + erf(x/√2))`: timm, HuggingFace, DeiT.
     Erf,
+    /// `x·σ(1.702·x)`: the CLIP models of OpenAI, DFN and MetaCLIP.
+    Quick,
 }
 
 /// A dropout mask that is drawn, never stored: the keep decision of an element is a function of
@@ -231,18 +233,37 @@ impl Normalise {
 pub struct Embed {
     /// T
     pub tokens: usize,
-    /// E: 0, 1 or 2.
+    /// E: the rows of all of `extra_tokens`.
     pub extra: usize,
     /// `[1, D]` and its gradient.
     pub bias: (Mat, Option<Mat>),
-    /// `[1, D]` each, and their gradients.
-    pub extra_tokens: [Option<(Mat, Option<Mat>)>; 2],
+    /// The class token, the distillation token and the registers, in this order, as far as the model has them: a row for
+    /// each token, and their gradients.
+    pub extra_tokens: [Option<(Mat, Option<Mat>)>; 3],
     /// `[T - posemb_first, D]` and its gradient.
     pub posemb: (Mat, Option<Mat>),
-    /// 0: extra tokens have position rows; E: they have none.
+    /// 0: extra tokens have position rows; E: they have none; T: no token has one.
     pub posemb_first: usize,
     /// Mask of the sum.
     pub dropout: Mask,
+}
+
+/// Which elements of a head rotary positions turn together (Su et al. 2021, arXiv:2104.09864).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopePairs {
+    /// Elements j and j + Dh/2: DINOv3.
+    Half,
+    /// Elements 2j and 2j + 1: EVA.
+    Neighbours,
+}
+
+/// The angles of rotary positions: pair j of every head of patch n turns by angle j of row n.
+#[derive(Clone, Copy, Debug)]
+pub struct Rope {
+    /// f32 `[N, Dh]`: the cosines of the Dh/2 angles, then their sines.
+    pub table: Mat,
+    /// Which elements are a pair.
+    pub pairs: RopePairs,
 }
 
 /// Reduces `[B, T, D]` to `[B, D]`.

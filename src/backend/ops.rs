@@ -28,6 +28,10 @@ pub enum Op<'a> {
     MatmulBackward(MatmulBackward<'a>),
     /// A GELU, computed again.
     Gelu(Gelu),
+    /// The gate of a SwiGLU.
+    Swiglu(Swiglu),
+    /// Gradient of the gate of a SwiGLU.
+    SwigluBackward(SwigluBackward),
     // LayerNorm and the residual stream
     /// A LayerNorm, after the residual add in front of it.
     LayerNorm(LayerNorm<'a>),
@@ -38,6 +42,8 @@ pub enum Op<'a> {
     /// Gradients of a residual add alone.
     ResidualBackward(ResidualBackward<'a>),
     // Attention
+    /// Rotary positions.
+    Rotate(Rotate<'a>),
     /// Self-attention of all tokens.
     Attention(Attention),
     /// Gradients of a self-attention.
@@ -86,10 +92,13 @@ impl Op<'_> {
                 InputGrad::Tanh { .. } => "matmul_backward tanh",
             },
             Op::Gelu(_) => "gelu",
+            Op::Swiglu(_) => "swiglu",
+            Op::SwigluBackward(_) => "swiglu_backward",
             Op::LayerNorm(_) => "layernorm",
             Op::LayerNormBackward(_) => "layernorm_backward",
             Op::Residual(_) => "residual",
             Op::ResidualBackward(_) => "residual_backward",
+            Op::Rotate(_) => "rotate",
             Op::Attention(_) => "attention",
             Op::AttentionBackward(_) => "attention_backward",
             Op::QueryAttention(_) => "query_attention",
@@ -182,6 +191,33 @@ pub struct Gelu {
     pub y: Mat,
 }
 
+/// `y = dropout(silu(g) ∘ u)`, where `pre` is `[g | u]` and `silu(g) = g·σ(g)` (Shazeer 2020, arXiv:2002.05202).
+#[derive(Clone, Copy, Debug)]
+pub struct Swiglu {
+    /// `[R, 2M]`: gates, then values.
+    pub pre: Mat,
+    /// Mask of the result.
+    pub dropout: Mask,
+    /// `[R, M]`, written.
+    pub y: Mat,
+}
+
+/// `d_pre = [d_g | d_u]` from `d_y`. `d_bias: [1, 2M]` is the bias gradient of the product that reads `d_pre` as its
+/// `d_y`; `None` if that bias is not trained.
+#[derive(Clone, Copy, Debug)]
+pub struct SwigluBackward {
+    /// `[R, M]`: gradient of the gated values.
+    pub d_y: Mat,
+    /// `[R, 2M]`, as in the forward pass.
+    pub pre: Mat,
+    /// Mask of the forward pass's result.
+    pub dropout: Mask,
+    /// `[R, 2M]`, written.
+    pub d_pre: Mat,
+    /// `[1, 2M]`: sum of the rows of `d_pre`.
+    pub d_bias: Option<Mat>,
+}
+
 // LayerNorm and the residual stream -------------------------------------------------------------------------
 
 /// `y = layernorm(join)`, Ba et al. 2016; variance is biased, statistics f32.
@@ -251,6 +287,20 @@ pub struct ResidualBackward<'a> {
 }
 
 // Attention -------------------------------------------------------------------------------------------------
+
+/// Turns the pairs of every head by their angles, in place: `(a, b) ← (a·cos - b·sin, b·cos + a·sin)`. The rows of tokens in
+/// front of the patches stay as they are. Backward: the same by the negative angles, on the gradient.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotate<'a> {
+    /// The angles; the last N of a sample's T rows are its patches.
+    pub rope: &'a super::Rope,
+    /// Sizes.
+    pub heads: Heads,
+    /// `[B·T, P·H·Dh]`: queries and keys, or one of them; changed in place.
+    pub x: Mat,
+    /// Whether the angles are negated.
+    pub back: bool,
+}
 
 /// `o: [B·T, H·Dh]` and `lse: [B·H, T]` from `qkv: [B·T, 3·H·Dh]`; dropout on the probabilities.
 #[derive(Clone, Copy, Debug)]

@@ -141,6 +141,9 @@ impl Rounded {
             Op::Embed(op) => self.joined(op.x),
             Op::EmbedBackward(op) => self.joined(op.d_y),
             Op::Gelu(op) => self.stored(op.y),
+            Op::Swiglu(op) => self.stored(op.y),
+            Op::SwigluBackward(op) => self.stored(op.d_pre),
+            Op::Rotate(op) => self.stored(op.x),
             Op::Residual(ops::Residual { join: Join::Branch { sum, .. } }) => self.joined(*sum),
             Op::ResidualBackward(ops::ResidualBackward { join: Join::Branch { .. }, d_branch, .. }) => {
                 self.stored(d_branch);

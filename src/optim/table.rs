@@ -111,10 +111,11 @@ fn jax_axes(param: &Param, part: &Part, config: &ModelConfig) -> Vec<Axis> {
         AttentionIn { .. } => axes(&[(cols, 1), (heads, head_size * ld), (head_size, ld)]),
         AttentionInBias | NoBias => axes(&[(heads, head_size), (head_size, 1)]),
         AttentionOut => axes(&[(heads, head_size), (head_size, 1), (rows, ld)]),
-        MlpKernel | RepKernel | HeadKernel => axes(&[(cols, 1), (rows, ld)]),
-        PosEmbed | SincosTable => axes(&[(1, 0), (rows, ld), (cols, 1)]),
+        MlpKernel | GatedKernel | RepKernel | HeadKernel => axes(&[(cols, 1), (rows, ld)]),
+        PosEmbed | Registers | SincosTable | RopeTable => axes(&[(1, 0), (rows, ld), (cols, 1)]),
         ExtraToken | MapProbe => axes(&[(1, 0), (1, 0), (cols, 1)]),
-        PatchBias | NormGamma | NormBeta | AttentionOutBias | MlpBias | LayerScale | RepBias | HeadBias => {
+        PatchBias | NormGamma | NormBeta | AttentionOutBias | MlpBias | GatedBias | LayerScale | RepBias
+        | HeadBias => {
             debug_assert_eq!(part.count, 1, "{}: only q, k, v are fused", param.name);
             axes(&[(cols, 1)])
         }

@@ -39,7 +39,10 @@ pub use size::Size;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Gelu, LossKind, Normalise, Precision, Recompute, Residual};
-use crate::vit::config::{DropPathMode, InitScheme, NormPlace, PoolKind, Posemb, PosembJoin};
+use crate::vit::config::{
+    DropPathMode, InitScheme, MapTokens, MlpKind, NormPlace, PoolKind, Posemb, PosembJoin, QkvBias,
+    RopeIndexing, RopeKind,
+};
 
 /// The recipe of one run.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -100,28 +103,55 @@ pub struct ModelSection {
     /// M, the hidden layer of a block's MLP. Default: the variant's, else 4 · width.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mlp: Option<usize>,
-    /// Whether the projections to q, k and v have a bias.
-    pub qkv_bias: bool,
+    /// Form of the MLPs: `dense`, or `swiglu`, whose first layer gives `mlp` gates and `mlp` values.
+    pub mlp_kind: MlpKind,
+    /// Whether the MLPs have a LayerNorm in front of their last layer.
+    pub mlp_norm: bool,
+    /// Which of the projections to q, k and v have a bias: `all`, `none` or `qv`.
+    pub qkv_bias: QkvBias,
     /// Number of outputs of the head. Default: the number of the training data's classes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes: Option<usize>,
-    /// How the tokens become one vector per picture: `token`, `gap` or `map`.
+    /// How the tokens become one vector per picture: `token`, `gap`, `map` or `token_gap`.
     pub pool: PoolKind,
-    /// Whether the final LayerNorm comes before or after the pooling.
+    /// Whether the final LayerNorm comes `before` or `after` the pooling, or there is `none`.
     pub norm: NormPlace,
-    /// Tokens besides the patches: 0, 1 (class) or 2 (class and distillation). Default: 1 for
-    /// `pool = "token"`, else 0.
+    /// Heads of the MAP pooling. Default: `heads`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub map_heads: Option<usize>,
+    /// Which tokens the MAP pooling reads: `all` or `patches`.
+    pub map_tokens: MapTokens,
+    /// Class tokens: 0, 1 (class) or 2 (class and distillation). Default: 1 for `pool = "token"` and
+    /// `"token_gap"`, else 0.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub extra_tokens: Option<usize>,
-    /// Learned position embedding, or fixed sines and cosines.
+    /// Register tokens (Darcet et al. 2023, arXiv:2309.16588).
+    pub registers: usize,
+    /// Learned position embedding, fixed sines and cosines (`sincos2d`), or `none`.
     pub posemb: Posemb,
     /// Whether the extra tokens have rows in the position embedding (`after`) or not (`before`).
     pub posemb_join: PosembJoin,
+    /// Rotary positions of q and k: `none`, `dinov3` or `eva`.
+    pub rope: RopeKind,
+    /// Base of their frequencies. Default: 100 for `dinov3`, 10000 for `eva`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_theta: Option<f32>,
+    /// The grid of patches to whose size `eva` scales the coordinates: `16` or `"16x24"`. Default: no scaling.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rope_ref: Option<Size>,
+    /// What `eva` adds to the coordinates.
+    pub rope_offset: f32,
+    /// Whether the first half of the angles belongs to rows (`ij`) or columns (`xy`).
+    pub rope_indexing: RopeIndexing,
+    /// Whether the patch embedding has a bias.
+    pub patch_bias: bool,
+    /// Whether all tokens are normalised in front of the first block (CLIP).
+    pub norm_pre: bool,
     /// Width of a tanh layer before the head (`pre_logits`); 0: none.
     pub rep_size: usize,
     /// Initial value of LayerScale (Touvron et al. 2021, arXiv:2103.17239), such as 1e-4; 0: no LayerScale.
     pub layer_scale: f32,
-    /// Form of the GELU: `tanh` (vit_jax) or `erf` (timm).
+    /// Form of the GELU: `tanh` (vit_jax), `erf` (timm) or `quick` (OpenAI's CLIP).
     pub gelu: Gelu,
     /// Added to the variance in every LayerNorm; above 0.
     pub ln_eps: f32,
@@ -152,13 +182,25 @@ impl Default for ModelSection {
             depth: None,
             heads: None,
             mlp: None,
-            qkv_bias: true,
+            mlp_kind: MlpKind::Dense,
+            mlp_norm: false,
+            qkv_bias: QkvBias::All,
             classes: None,
             pool: PoolKind::Token,
             norm: NormPlace::Before,
+            map_heads: None,
+            map_tokens: MapTokens::All,
             extra_tokens: None,
+            registers: 0,
             posemb: Posemb::Learned,
             posemb_join: PosembJoin::After,
+            rope: RopeKind::None,
+            rope_theta: None,
+            rope_ref: None,
+            rope_offset: 0.0,
+            rope_indexing: RopeIndexing::Ij,
+            patch_bias: true,
+            norm_pre: false,
             rep_size: 0,
             layer_scale: 0.0,
             gelu: Gelu::Tanh,

@@ -9,6 +9,8 @@ use crate::vit::config::{ModelConfig, PoolKind, Variant};
 const LIMITS: [(&str, usize); 4] =
     [("width", 1 << 16), ("depth", 1 << 10), ("mlp", 1 << 18), ("image", 1 << 13)];
 const MOST_CLASSES: usize = 1 << 22;
+/// Published models have up to 16.
+const MOST_REGISTERS: usize = 1 << 10;
 const MOST_BATCH: usize = 1 << 20;
 
 impl Recipe {
@@ -354,7 +356,9 @@ impl ModelSection {
         within("model.classes", classes as f64, 0.0, MOST_CLASSES as f64)?;
         within("model.rep_size", self.rep_size as f64, 0.0, LIMITS[2].1 as f64)?;
         within("model.head_bias", self.head_bias.into(), -1e6, 1e6)?;
-        let extra_tokens = self.extra_tokens.unwrap_or((self.pool == PoolKind::Token).into());
+        let has_class = matches!(self.pool, PoolKind::Token | PoolKind::TokenGap);
+        let extra_tokens = self.extra_tokens.unwrap_or(has_class.into());
+        within("model.registers", self.registers as f64, 0.0, MOST_REGISTERS as f64)?;
         Ok(ModelConfig {
             image,
             patch,
@@ -362,13 +366,25 @@ impl ModelSection {
             depth,
             heads,
             mlp: mlp.unwrap_or(4 * width),
+            mlp_kind: self.mlp_kind,
+            mlp_norm: self.mlp_norm,
             qkv_bias: self.qkv_bias,
             classes,
             pool: self.pool,
             norm: self.norm,
+            map_heads: self.map_heads,
+            map_tokens: self.map_tokens,
             extra_tokens,
+            registers: self.registers,
             posemb: self.posemb,
             posemb_join: self.posemb_join,
+            rope: self.rope,
+            rope_theta: self.rope_theta,
+            rope_ref: self.rope_ref.map(|grid| (grid.height, grid.width)),
+            rope_offset: self.rope_offset,
+            rope_indexing: self.rope_indexing,
+            patch_bias: self.patch_bias,
+            norm_pre: self.norm_pre,
             rep_size: self.rep_size,
             layer_scale: self.layer_scale,
             gelu: self.gelu,
@@ -395,13 +411,25 @@ impl From<&ModelConfig> for ModelSection {
             depth,
             heads,
             mlp,
+            mlp_kind,
+            mlp_norm,
             qkv_bias,
             classes,
             pool,
             norm,
+            map_heads,
+            map_tokens,
             extra_tokens,
+            registers,
             posemb,
             posemb_join,
+            rope,
+            rope_theta,
+            rope_ref,
+            rope_offset,
+            rope_indexing,
+            patch_bias,
+            norm_pre,
             rep_size,
             layer_scale,
             gelu,
@@ -421,13 +449,25 @@ impl From<&ModelConfig> for ModelSection {
             depth: Some(depth),
             heads: Some(heads),
             mlp: Some(mlp),
+            mlp_kind,
+            mlp_norm,
             qkv_bias,
             classes: Some(classes),
             pool,
             norm,
+            map_heads,
+            map_tokens,
             extra_tokens: Some(extra_tokens),
+            registers,
             posemb,
             posemb_join,
+            rope,
+            rope_theta,
+            rope_ref: rope_ref.map(size),
+            rope_offset,
+            rope_indexing,
+            patch_bias,
+            norm_pre,
             rep_size,
             layer_scale,
             gelu,

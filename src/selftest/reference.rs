@@ -21,6 +21,7 @@ pub(super) fn gelu(x: f64, form: Gelu) -> f64 {
     match form {
         Gelu::Tanh => 0.5 * x * (1.0 + (SQRT_2_OVER_PI * (x + 0.044715 * x.powi(3))).tanh()),
         Gelu::Erf => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+        Gelu::Quick => x / (1.0 + (-1.702 * x).exp()),
     }
 }
 
@@ -34,6 +35,10 @@ pub(super) fn gelu_grad(x: f64, form: Gelu) -> f64 {
         Gelu::Erf => {
             let density = (-0.5 * x * x).exp() / std::f64::consts::TAU.sqrt();
             0.5 * (1.0 + erf(x / std::f64::consts::SQRT_2)) + x * density
+        }
+        Gelu::Quick => {
+            let w = 1.0 / (1.0 + (-1.702 * x).exp());
+            w + 1.702 * x * w * (1.0 - w)
         }
     }
 }
@@ -53,8 +58,8 @@ mod tests {
     }
 
     #[test]
-    fn the_slopes_of_both_forms_are_those_of_their_curves() {
-        for form in [Gelu::Tanh, Gelu::Erf] {
+    fn the_slopes_of_all_forms_are_those_of_their_curves() {
+        for form in [Gelu::Tanh, Gelu::Erf, Gelu::Quick] {
             for i in -40..=40 {
                 let (x, h) = (f64::from(i) * 0.2, 1e-5);
                 let slope = (gelu(x + h, form) - gelu(x - h, form)) / (2.0 * h);

@@ -194,6 +194,14 @@ fn patchify(t: &mut Trial, cut: Cut) -> Result<()> {
 
 // Tokens ---------------------------------------------------------------------------------------------------------
 
+/// Tokens with a position.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Positions {
+    All,
+    Patches,
+    None,
+}
+
 /// Sizes and settings of an [`Embed`].
 #[derive(Clone, Copy)]
 struct Join {
@@ -201,33 +209,49 @@ struct Join {
     tokens: usize,
     width: usize,
     extra: usize,
-    /// The position embedding has rows for the extra tokens.
-    extra_positions: bool,
+    registers: usize,
+    /// Which tokens have a row in the position embedding.
+    positions: Positions,
     dropout: bool,
 }
 
 fn joins() -> Vec<Join> {
     let mut joins = Vec::new();
     for (samples, tokens, width) in [(3, 5, 60), (5, 65, 192), (1, 197, 60), (1, 257, 20)] {
-        for (extra, extra_positions) in [(0, true), (1, true), (1, false), (2, true), (2, false)] {
+        for (extra, registers, positions) in [
+            (0, 0, Positions::All),
+            (1, 0, Positions::All),
+            (1, 0, Positions::Patches),
+            (2, 0, Positions::All),
+            (2, 0, Positions::Patches),
+            (0, 3, Positions::All),
+            (1, 3, Positions::Patches),
+            (1, 1, Positions::None),
+        ] {
             for dropout in [false, true] {
-                joins.push(Join { samples, tokens, width, extra, extra_positions, dropout });
+                joins.push(Join { samples, tokens, width, extra, registers, positions, dropout });
             }
         }
     }
-    joins.push(Join { samples: 5, tokens: 1, width: 60, extra: 0, extra_positions: true, dropout: true });
+    let positions = Positions::All;
+    joins.push(Join { samples: 5, tokens: 1, width: 60, extra: 0, registers: 0, positions, dropout: true });
     joins
 }
 
 impl Join {
     fn title(&self) -> String {
-        let positions = match (self.extra, self.extra_positions) {
-            (0, _) | (_, true) => "",
-            _ => " without positions",
+        let positions = match self.positions {
+            Positions::All => "",
+            Positions::Patches => " without positions",
+            Positions::None => ", no positions",
+        };
+        let registers = match self.registers {
+            0 => String::new(),
+            n => format!(" and {n} registers"),
         };
         let dropout = if self.dropout { ", dropout" } else { "" };
         format!(
-            "B {} T {} D {}, {} extra{positions}{dropout}",
+            "B {} T {} D {}, {} extra{registers}{positions}{dropout}",
             self.samples, self.tokens, self.width, self.extra
         )
     }
@@ -236,8 +260,17 @@ impl Join {
         self.samples * self.tokens
     }
 
+    /// Tokens in front of the patches.
+    fn front(&self) -> usize {
+        self.extra + self.registers
+    }
+
     fn posemb_first(&self) -> usize {
-        if self.extra_positions { 0 } else { self.extra }
+        match self.positions {
+            Positions::All => 0,
+            Positions::Patches => self.front(),
+            Positions::None => self.tokens,
+        }
     }
 
     fn mask(&self) -> Mask {
@@ -257,6 +290,7 @@ impl Join {
 struct Parts {
     bias: (Operand, Option<Operand>),
     extra: Vec<(Operand, Option<Operand>)>,
+    registers: Option<(Operand, Option<Operand>)>,
     posemb: (Operand, Option<Operand>),
 }
 
@@ -270,6 +304,7 @@ impl Parts {
         Self {
             bias: part(1),
             extra: (0..join.extra).map(|_| part(1)).collect(),
+            registers: (join.registers > 0).then(|| part(join.registers)),
             posemb: part(join.tokens - join.posemb_first()),
         }
     }
@@ -278,9 +313,13 @@ impl Parts {
         let handles = |part: &(Operand, Option<Operand>)| (part.0.mat, part.1.as_ref().map(|grad| grad.mat));
         Embed {
             tokens: join.tokens,
-            extra: join.extra,
+            extra: join.front(),
             bias: handles(&self.bias),
-            extra_tokens: std::array::from_fn(|i| self.extra.get(i).map(handles)),
+            extra_tokens: [
+                self.extra.first().map(handles),
+                self.extra.get(1).map(handles),
+                self.registers.as_ref().map(handles),
+            ],
             posemb: handles(&self.posemb),
             posemb_first: join.posemb_first(),
             dropout: join.mask(),
@@ -297,7 +336,11 @@ fn embed(t: &mut Trial, join: Join) -> Result<()> {
     let mut expected = x.values.clone();
     for (i, value) in expected.iter_mut().enumerate() {
         let (token, c) = (i / join.width % join.tokens, i % join.width);
-        *value += if token < join.extra { parts.extra[token].0.values[c] } else { parts.bias.0.values[c] };
+        *value += match &parts.registers {
+            _ if token < join.extra => parts.extra[token].0.values[c],
+            Some((registers, _)) if token < join.front() => registers.row(token - join.extra)[c],
+            _ => parts.bias.0.values[c],
+        };
         if token >= join.posemb_first() {
             *value += parts.posemb.0.row(token - join.posemb_first())[c];
         }
@@ -332,7 +375,7 @@ fn embed_backward(t: &mut Trial, join: Join, accumulate: bool, frozen: bool) -> 
         tokens[i % (join.tokens * width)] += d;
     }
     let mut bias = vec![0.0; width];
-    for (i, d) in tokens.iter().enumerate().skip(join.extra * width) {
+    for (i, d) in tokens.iter().enumerate().skip(join.front() * width) {
         bias[i % width] += d;
     }
 
@@ -348,6 +391,9 @@ fn embed_backward(t: &mut Trial, join: Join, accumulate: bool, frozen: bool) -> 
     check("d_bias", &parts.bias, &bias, join.rows())?;
     for (token, part) in parts.extra.iter().enumerate() {
         check("d_extra_token", part, &tokens[token * width..(token + 1) * width], join.samples)?;
+    }
+    if let Some(registers) = &parts.registers {
+        check("d_registers", registers, &tokens[join.extra * width..join.front() * width], join.samples)?;
     }
     check("d_posemb", &parts.posemb, &tokens[join.posemb_first() * width..], join.samples)
 }

@@ -251,6 +251,8 @@ impl Backend for Broken {
                 InputGrad::Tanh { d, .. } => d,
             },
             Op::Gelu(op) => op.y,
+            Op::Swiglu(op) => op.y,
+            Op::SwigluBackward(op) => op.d_pre,
             Op::LayerNorm(op) => op.y,
             Op::LayerNormBackward(op) => op.d_sum,
             Op::Residual(op) => match op.join {
@@ -258,6 +260,7 @@ impl Backend for Broken {
                 Join::Branch { sum, .. } => *sum,
             },
             Op::ResidualBackward(op) => op.d_branch,
+            Op::Rotate(op) => op.x,
             Op::Attention(op) => op.o,
             Op::AttentionBackward(op) => op.d_qkv,
             Op::QueryAttention(op) => op.o,

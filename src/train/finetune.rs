@@ -186,6 +186,13 @@ fn overrides(loaded: &RecipeFile) -> Result<ModelOverrides> {
         norm: given("norm").then_some(m.norm),
         posemb: given("posemb").then_some(m.posemb),
         posemb_join: given("posemb_join").then_some(m.posemb_join),
+        rope: given("rope").then_some(m.rope),
+        rope_theta: m.rope_theta,
+        rope_ref: m.rope_ref.map(|grid| (grid.height, grid.width)),
+        rope_offset: given("rope_offset").then_some(m.rope_offset),
+        rope_indexing: given("rope_indexing").then_some(m.rope_indexing),
+        map_heads: m.map_heads,
+        map_tokens: given("map_tokens").then_some(m.map_tokens),
         mean: loaded.recipe.data.mean,
         std: loaded.recipe.data.std,
         ..ModelOverrides::from_sets(&patterns)?
@@ -221,12 +228,15 @@ fn fit_length(recipe: &mut Recipe, loaded: &RecipeFile, images: usize) {
 fn agree(loaded: &RecipeFile, file: &ModelFile) -> Result<()> {
     let c = &file.config;
     let m = loaded.recipe.model.sizes()?;
+    let model = &loaded.recipe.model;
+    let given = |key: &str| loaded.gives(&format!("model.{key}"));
     let pairs = [
         ("width", m.width, c.width),
         ("depth", m.depth, c.depth),
         ("heads", m.heads, c.heads),
         ("mlp", m.mlp, c.mlp),
         ("extra_tokens", loaded.recipe.model.extra_tokens, c.extra_tokens),
+        ("registers", given("registers").then_some(model.registers), c.registers),
     ];
     let differs = pairs.into_iter().find_map(|(key, wanted, found)| {
         wanted.filter(|wanted| *wanted != found).map(|wanted| (key, wanted, found))

@@ -4,7 +4,7 @@
 use crate::backend::{Backend, InputGrad, Join, Mask, Write};
 use crate::error::Result;
 
-use super::block::{Attention, Block};
+use super::block::{Attention, Block, Mlp};
 use super::graph::{BlockScratch, Graph, Head, MapHead, Stem, Tail};
 use super::recompute;
 
@@ -13,7 +13,7 @@ pub(super) fn backward(b: &mut dyn Backend, g: &Graph) -> Result<()> {
     head(b, &g.head)?;
     tail(b, g)?;
     // Only a tail that pools the stream itself leaves the last join to do; the others end with a LayerNorm that does it.
-    if let Tail::PoolNorm { .. } = g.tail {
+    if let Tail::PoolNorm { .. } | Tail::Pool { .. } = g.tail {
         b.residual_backward(&g.last, g.above().d_x, g.above().d_branch, g.last_bias())?;
     }
     let [of_stem, of_blocks @ .., of_head] = &g.gradients_from[..] else { unreachable!("of every depth") };
@@ -61,9 +61,17 @@ fn tail(b: &mut dyn Backend, g: &Graph) -> Result<()> {
         Tail::Norm { norm, stats, .. } => {
             b.layernorm_backward(s.d_pooled, last, norm, *stats, s.d_x, Write::Assign, s.d_branch, d_bias) // 1
         }
-        Tail::NormPool { norm, stats, pool, .. } => {
-            b.pool_backward(*pool, s.d_pooled, s.d_ln, Write::Assign)?; // 2
+        Tail::NormPool { norm, stats, pools, .. } => {
+            for (i, part) in pools.iter().enumerate() {
+                b.pool_backward(part.pool, part.d_y, s.d_ln, Write::add_if(i > 0))?; // 2
+            }
             b.layernorm_backward(s.d_ln, last, norm, *stats, s.d_x, Write::Assign, s.d_branch, d_bias) // 1
+        }
+        Tail::Pool { pools, .. } => {
+            for (i, part) in pools.iter().enumerate() {
+                b.pool_backward(part.pool, part.d_y, s.d_x, Write::add_if(i > 0))?; // 1
+            }
+            Ok(())
         }
         Tail::Map(map) => map_head(b, map, g),
     }
@@ -86,7 +94,7 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, g: &Graph) -> Result<()> {
 /// return, `s` holds those of its input.
 fn block(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     let above = &a.above;
-    b.matmul_backward(above.d_branch, a.act, &a.fc2, a.gelu.gradient(above.d_pre))?; // 6
+    mlp(b, a)?; // 6
     b.matmul_backward(above.d_pre, a.ln2, &a.fc1, InputGrad::Plain(above.d_ln))?; // 5
     let d_bias = a.proj.d_bias;
     b.layernorm_backward(
@@ -104,18 +112,40 @@ fn block(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     b.layernorm_backward(s.d_ln, &a.x, &a.norm1, a.stats1, s.d_x, Write::Add, s.d_branch, a.bias_below) // 1
 }
 
+/// From `above.d_branch` to `above.d_pre`.
+fn mlp(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    let s = &a.above;
+    let gate = match &a.mlp {
+        Mlp::Dense(gelu) => return b.matmul_backward(s.d_branch, a.act, &a.fc2, gelu.gradient(s.d_pre)),
+        Mlp::Gated(gate) => gate,
+    };
+    b.matmul_backward(s.d_branch, a.act, &a.fc2, InputGrad::Plain(s.d_act))?; // 3
+    if let Some((norm, stats)) = &gate.norm {
+        let (join, d) = (Join::Ready(gate.hidden), s.d_hidden);
+        b.layernorm_backward(s.d_act, &join, norm, *stats, d, Write::Assign, d, None)?; // 2
+    }
+    b.swiglu_backward(s.d_hidden, gate.pre, gate.dropout, s.d_pre, a.fc1.d_bias) // 1
+}
+
 /// From `above.d_o` to `d_ln`. Below a block of class tokens alone, the stream has the rows of all tokens again.
 fn attention(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     let d_o = a.above.d_o;
     match &a.attention {
         Attention::Full { qkv, qkv_out, lse } => {
-            let (dropout, d_bias) = (a.attention_dropout, qkv.d_bias);
-            b.attention_backward(a.heads, *qkv_out, a.o, *lse, dropout, d_o, s.d_qkv, d_bias)?; // 2
+            // The bias is added before q and k are turned: its gradient is the sum of what was turned back.
+            let (dropout, d_bias) = (a.attention_dropout, qkv.d_bias.filter(|_| a.rope.is_none()));
+            b.attention_backward(a.heads, *qkv_out, a.o, *lse, dropout, d_o, s.d_qkv, d_bias)?; // 3
+            if let Some(rope) = &a.rope {
+                b.rotate(rope, a.heads, s.d_qkv.column_range(0, 2 * d_o.cols), true)?; // 2
+            }
             b.matmul_backward(s.d_qkv, a.ln1, qkv, InputGrad::Plain(s.d_ln)) // 1
         }
         Attention::ClassToken(c) => {
             let (q, kv, dropout) = (c.q_out, c.kv_out, a.attention_dropout);
-            b.query_attention_backward(a.heads, q, kv, c.p, dropout, d_o, c.d_q, c.d_kv)?; // 4
+            b.query_attention_backward(a.heads, q, kv, c.p, dropout, d_o, c.d_q, c.d_kv)?; // 5
+            if let Some(rope) = &a.rope {
+                b.rotate(rope, a.heads, c.d_kv.column_range(0, d_o.cols), true)?; // 4
+            }
             b.matmul_backward(c.d_kv, a.ln1, &c.kv, InputGrad::Plain(s.d_ln))?; // 3
             b.matmul_backward(c.d_q, c.ln1, &c.q, InputGrad::Add(c.d_ln1))?; // 2
             b.pool_backward(c.pool, a.above.d_x, s.d_x, Write::Assign) // 1
@@ -124,6 +154,23 @@ fn attention(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
 }
 
 fn stem(b: &mut dyn Backend, a: &Stem, s: &BlockScratch) -> Result<()> {
-    b.embed_backward(&a.embed, s.d_x, s.d_embed)?; // 3
-    b.matmul_backward(s.d_embed, a.patches, &a.patch_embed, InputGrad::None) // 2
+    let (d_x, d_y) = match &a.norm {
+        Some(n) => {
+            let d_y = if s.d_embed == s.d_x { n.d_x } else { s.d_embed };
+            b.layernorm_backward(
+                s.d_x,
+                &Join::Ready(a.x),
+                &n.norm,
+                n.stats,
+                n.d_x,
+                Write::Assign,
+                d_y,
+                None,
+            )?; // 4
+            (n.d_x, d_y)
+        }
+        None => (s.d_x, s.d_embed),
+    };
+    b.embed_backward(&a.embed, d_x, d_y)?; // 3
+    b.matmul_backward(d_y, a.patches, &a.patch_embed, InputGrad::None) // 2
 }

@@ -5,9 +5,10 @@
 //! only one query per image. Everything after its attention has B rows instead of R = B·T.
 
 use crate::backend::{
-    Branch, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Mask, Mat, Norm, Pool, Recompute, Stats,
+    Branch, Epilogue, Gelu, Heads, InputGrad, Join, Linear, Mask, Mat, Norm, Pool, Recompute, Rope, Stats,
 };
 
+use super::config::MlpKind;
 use super::graph::{BlockScratch, Builder, site};
 
 /// Everything that a block's steps read and write. Q is the number of rows with a query: R, or B class tokens.
@@ -17,9 +18,11 @@ pub struct Block {
     pub attention_dropout: Mask,
     pub norm1: Norm,
     pub attention: Attention,
+    /// Turns q and k.
+    pub rope: Option<Rope>,
     pub proj: Linear, // D → D
     pub norm2: Norm,
-    pub fc1: Linear, // D → M
+    pub fc1: Linear, // D → M, or 2M
     pub fc2: Linear, // M → D
 
     pub x: Join,  // [R, D] what enters
@@ -31,8 +34,8 @@ pub struct Block {
     pub mid: Join,     // [Q, D] after the attention half
     pub ln2: Mat,      // [Q, D]
     pub stats2: Stats,
-    pub gelu: MlpGelu,
-    pub act: Mat, // [Q, M]
+    pub mlp: Mlp,
+    pub act: Mat, // [Q, M] what fc2 reads
     pub fc2_epilogue: Epilogue,
     pub fc2_out: Mat, // the next block's x, or the branch
     /// Gradients of everything after the attention, Q rows each.
@@ -83,6 +86,7 @@ impl Block {
         let (c, k) = (b.config, &kept[l]);
         let (attention, above) = Attention::new(b, l, k, scratch);
         let name = |part: &str| format!("blocks.{l}.{part}");
+        let gelu_mask = b.mask(c.dropout, l, site::GELU);
         let stream = k.stream();
         let (proj_epilogue, proj_out, mid, fc2_epilogue, fc2_out) = match k.branches {
             None => {
@@ -106,6 +110,7 @@ impl Block {
             attention_dropout: b.mask(c.attention_dropout, l, site::PROBABILITIES),
             norm1: b.norm(&name("norm1")),
             attention,
+            rope: b.rope(),
             proj: b.linear(&name("attn.proj")),
             norm2: b.norm(&name("norm2")),
             fc1: b.linear(&name("mlp.fc1")),
@@ -119,7 +124,15 @@ impl Block {
             mid,
             ln2: k.ln2,
             stats2: k.stats2,
-            gelu: MlpGelu { pre: k.pre, form: c.gelu, dropout: b.mask(c.dropout, l, site::GELU) },
+            mlp: match c.mlp_kind {
+                MlpKind::Dense => Mlp::Dense(MlpGelu { pre: k.pre, form: c.gelu, dropout: gelu_mask }),
+                MlpKind::Swiglu => Mlp::Gated(Gate {
+                    pre: k.pre,
+                    dropout: gelu_mask,
+                    hidden: k.normed.map_or(k.act, |(hidden, _)| hidden),
+                    norm: k.normed.map(|(_, stats)| (b.norm(&name("mlp.norm")), stats)),
+                }),
+            },
             act: k.act,
             fc2_epilogue,
             fc2_out,
@@ -128,7 +141,7 @@ impl Block {
                 .checked_sub(1)
                 .and_then(|below| b.linear(&format!("blocks.{below}.mlp.fc2")).d_bias),
             // Without a backward there is nothing to compute again.
-            recompute: if k.pre.rows > 0 { b.recompute() } else { Recompute::None },
+            recompute: if k.has_backward { b.recompute() } else { Recompute::None },
         }
     }
 
@@ -150,6 +163,24 @@ impl Block {
             },
         }
     }
+}
+
+/// What stands between the two layers of an MLP.
+#[derive(Clone, Copy)]
+pub enum Mlp {
+    /// A GELU, at the end of fc1.
+    Dense(MlpGelu),
+    /// An operation of its own, and perhaps a LayerNorm.
+    Gated(Gate),
+}
+
+/// `act = norm(dropout(silu(g) ∘ u))` of `pre = [g | u]`.
+#[derive(Clone, Copy)]
+pub struct Gate {
+    pub pre: Mat, // [Q, 2M]
+    pub dropout: Mask,
+    pub hidden: Mat, // [Q, M]; `act` itself without a norm
+    pub norm: Option<(Norm, Stats)>,
 }
 
 /// The GELU between the two dense layers of an MLP, with dropout on its output.
@@ -200,12 +231,15 @@ impl Attention {
                     d_ln1: scratch.d_ln.every_row(tokens),
                 };
                 let d_x = b.stream("class d_x", samples, d);
+                let few = |of: Mat| of.first_rows(samples.min(of.rows));
                 let above = BlockScratch {
                     d_x,
                     d_branch: b.branch_of("class d_branch", d_x, k.branches.is_some()),
                     d_ln: scratch.d_ln.first_rows(samples),
                     d_o: scratch.d_o.first_rows(samples),
                     d_pre: scratch.d_pre.first_rows(samples),
+                    d_act: few(scratch.d_act),
+                    d_hidden: few(scratch.d_hidden),
                     ..*scratch
                 };
                 (Attention::ClassToken(class), above)
@@ -225,9 +259,12 @@ pub(super) struct Kept {
     mid: Mat,
     ln2: Mat,
     stats2: Stats,
-    /// What the GELU's backward reads; without a backward it has no rows.
+    /// What fc1 gives, for the backward; without one it has no rows, unless the MLP is gated.
     pre: Mat,
+    /// What the norm in front of fc2 reads, and its statistics.
+    normed: Option<(Mat, Stats)>,
     act: Mat,
+    has_backward: bool,
     /// Outputs of the two halves before they join the stream; only where the model has masks or LayerScale.
     branches: Option<[Mat; 2]>,
 }
@@ -275,7 +312,9 @@ impl Kept {
         let (name_q, q) = if is_small { (format!("{name} class"), b.samples) } else { (name.to_owned(), r) };
         let (all_q, by_ln_gelu_q, by_block_q) =
             if is_small { (None, None, None) } else { (all, by_ln_gelu, by_block) };
-        let pre_rows = if form.has_backward { q } else { 0 };
+        let gated = b.config.mlp_kind == MlpKind::Swiglu;
+        let pre_rows = if form.has_backward || gated { q } else { 0 };
+        let fc1 = b.config.fc1_width();
         Kept {
             x: all.map_or_else(|| b.stream(format!("{name} x"), r, d), |k| k.x),
             ln1: by_ln_gelu.map_or_else(|| b.mat(format!("{name} ln1"), r, d), |k| k.ln1),
@@ -285,7 +324,16 @@ impl Kept {
             mid: by_block_q.map_or_else(|| b.stream(format!("{name_q} mid"), q, d), |k| k.mid),
             ln2: by_ln_gelu_q.map_or_else(|| b.mat(format!("{name_q} ln2"), q, d), |k| k.ln2),
             stats2: by_block_q.map_or_else(|| b.stats(&format!("{name_q} ln2"), q), |k| k.stats2),
-            pre: by_block_q.map_or_else(|| b.mat(format!("{name_q} pre"), pre_rows, m), |k| k.pre),
+            pre: by_block_q.map_or_else(|| b.mat(format!("{name_q} pre"), pre_rows, fc1), |k| k.pre),
+            normed: b.config.mlp_norm.then(|| {
+                let hidden = by_ln_gelu_q.and_then(|k| k.normed).map(|(hidden, _)| hidden);
+                let stats = by_block_q.and_then(|k| k.normed).map(|(_, stats)| stats);
+                (
+                    hidden.unwrap_or_else(|| b.mat(format!("{name_q} hidden"), q, m)),
+                    stats.unwrap_or_else(|| b.stats(&format!("{name_q} mlp norm"), q)),
+                )
+            }),
+            has_backward: form.has_backward,
             act: by_ln_gelu_q.map_or_else(|| b.mat(format!("{name_q} act"), q, m), |k| k.act),
             branches: form.has_branches.then(|| {
                 let attention = by_block_q.and_then(|k| k.branches).map(|[attention, _]| attention);

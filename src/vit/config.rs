@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{Gelu, PatchGrid};
 use crate::error::{Error, Result};
 
+pub use super::rope::{RopeIndexing, RopeKind};
+
 /// How the tokens become one vector per image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -19,6 +21,9 @@ pub enum PoolKind {
     Gap,
     /// Multi-head attention pooling by one learned probe (big_vision).
     Map,
+    /// The class token and the mean of the patch tokens, one after the other: twice the width (DINOv2's classifiers).
+    #[serde(rename = "token_gap")]
+    TokenGap,
 }
 
 /// The place of the final LayerNorm.
@@ -29,6 +34,8 @@ pub enum NormPlace {
     Before,
     /// Pool, then normalise: timm's `fc_norm`.
     After,
+    /// The model has no norm after its last block.
+    None,
 }
 
 /// Where the position embedding comes from.
@@ -39,6 +46,8 @@ pub enum Posemb {
     Learned,
     /// Fixed sines and cosines of the grid coordinates (big_vision); not a parameter.
     Sincos2d,
+    /// Nothing is added to the tokens.
+    None,
 }
 
 /// Whether the extra tokens have rows in the position embedding.
@@ -49,6 +58,65 @@ pub enum PosembJoin {
     After,
     /// Added before they join; they have no rows: big_vision, DeiT-III.
     Before,
+}
+
+/// Which of q, k and v have a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QkvBias {
+    /// All three.
+    All,
+    /// None of them.
+    None,
+    /// q and v (EVA, DINOv3).
+    Qv,
+}
+
+impl<'de> Deserialize<'de> for QkvBias {
+    /// By name; `true` and `false`, as older files have it, are `all` and `none`.
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Words;
+        impl serde::de::Visitor<'_> for Words {
+            type Value = QkvBias;
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("`all`, `none` or `qv`")
+            }
+            fn visit_bool<E>(self, all: bool) -> std::result::Result<QkvBias, E> {
+                Ok(if all { QkvBias::All } else { QkvBias::None })
+            }
+            fn visit_str<E: serde::de::Error>(self, word: &str) -> std::result::Result<QkvBias, E> {
+                match word {
+                    "all" | "true" => Ok(QkvBias::All),
+                    "none" | "false" => Ok(QkvBias::None),
+                    "qv" => Ok(QkvBias::Qv),
+                    other => Err(E::unknown_variant(other, &["all", "none", "qv"])),
+                }
+            }
+        }
+        deserializer.deserialize_any(Words)
+    }
+}
+
+/// The two layers of a block's MLP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MlpKind {
+    /// `fc2(gelu(fc1(x)))`
+    #[default]
+    Dense,
+    /// `fc2(silu(g) ∘ u)`, where fc1 gives `[g | u]` (Shazeer 2020, arXiv:2002.05202).
+    Swiglu,
+}
+
+/// Which tokens the probe of a MAP head attends to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MapTokens {
+    /// All of them: big_vision, Perception Encoder.
+    #[default]
+    All,
+    /// The patches (timm's VisionTransformer).
+    Patches,
 }
 
 /// How the drop-path rate depends on depth.
@@ -97,21 +165,57 @@ pub struct ModelConfig {
     pub heads: usize,
     /// M
     pub mlp: usize,
-    /// Whether q, k and v of the blocks have a bias. Older files without this key have one.
-    #[serde(default = "yes")]
-    pub qkv_bias: bool,
+    /// The form of the MLPs.
+    #[serde(default)]
+    pub mlp_kind: MlpKind,
+    /// Whether the MLPs have a LayerNorm in front of their last layer.
+    #[serde(default)]
+    pub mlp_norm: bool,
+    /// Which of q, k and v of the blocks have a bias. Older files without this key have all.
+    #[serde(default = "all")]
+    pub qkv_bias: QkvBias,
     /// C
     pub classes: usize,
     /// How the tokens become one vector.
     pub pool: PoolKind,
     /// The place of the final LayerNorm.
     pub norm: NormPlace,
+    /// Heads of a MAP head; `None`: as many as the blocks have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map_heads: Option<usize>,
+    /// Which tokens a MAP head attends to.
+    #[serde(default)]
+    pub map_tokens: MapTokens,
     /// 0, 1 (class) or 2 (class and distillation).
     pub extra_tokens: usize,
+    /// Learned tokens after the class token that no head reads (Darcet et al. 2023, arXiv:2309.16588).
+    #[serde(default)]
+    pub registers: usize,
     /// Where the position embedding comes from.
     pub posemb: Posemb,
     /// Whether the extra tokens have rows in the position embedding.
     pub posemb_join: PosembJoin,
+    /// Rotary positions of q and k.
+    #[serde(default)]
+    pub rope: RopeKind,
+    /// Base of the frequencies; `None`: 100 for `dinov3`, 10000 for `eva`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_theta: Option<f32>,
+    /// (h, w): the grid to whose size `eva` scales the coordinates; `None`: they are not scaled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rope_ref: Option<(usize, usize)>,
+    /// What `eva` adds to the coordinates.
+    #[serde(default)]
+    pub rope_offset: f32,
+    /// Which coordinate the first half of the angles belongs to.
+    #[serde(default)]
+    pub rope_indexing: RopeIndexing,
+    /// Whether the patch embedding has a bias.
+    #[serde(default = "yes")]
+    pub patch_bias: bool,
+    /// Whether all tokens are normalised in front of the first block (CLIP).
+    #[serde(default)]
+    pub norm_pre: bool,
     /// Width of the tanh layer before the head; 0 for none.
     pub rep_size: usize,
     /// Initial value of LayerScale; 0 for none (Touvron et al. 2021, arXiv:2103.17239).
@@ -136,6 +240,10 @@ pub struct ModelConfig {
 
 fn yes() -> bool {
     true
+}
+
+fn all() -> QkvBias {
+    QkvBias::All
 }
 
 /// Width, depth, mlp, heads of a named variant.
@@ -201,13 +309,25 @@ impl ModelConfig {
             depth: v.depth,
             heads: v.heads,
             mlp: v.mlp,
-            qkv_bias: true,
+            mlp_kind: MlpKind::Dense,
+            mlp_norm: false,
+            qkv_bias: QkvBias::All,
             classes,
             pool: PoolKind::Token,
             norm: NormPlace::Before,
+            map_heads: None,
+            map_tokens: MapTokens::All,
             extra_tokens: 1,
+            registers: 0,
             posemb: Posemb::Learned,
             posemb_join: PosembJoin::After,
+            rope: RopeKind::None,
+            rope_theta: None,
+            rope_ref: None,
+            rope_offset: 0.0,
+            rope_indexing: RopeIndexing::Ij,
+            patch_bias: true,
+            norm_pre: false,
             rep_size: 0,
             layer_scale: 0.0,
             gelu: Gelu::Tanh,
@@ -281,7 +401,8 @@ impl ModelConfig {
                 "use `--set model.posemb=learned`".into(),
             );
         }
-        if self.posemb == Posemb::Sincos2d && self.extra_tokens > 0 && self.posemb_join == PosembJoin::After {
+        let extra = self.extra_tokens + self.registers;
+        if self.posemb == Posemb::Sincos2d && extra > 0 && self.posemb_join == PosembJoin::After {
             return wrong(
                 "`model.posemb = \"sincos2d\"` has no rows for extra tokens".into(),
                 "use `--set model.posemb_join=before`".into(),
@@ -296,18 +417,42 @@ impl ModelConfig {
                 "use `--set model.extra_tokens=1` or `--set model.pool=gap`".into(),
             );
         }
-        if self.extra_tokens == 2 && (self.pool != PoolKind::Token || self.rep_size > 0) {
+        if self.pool == PoolKind::TokenGap && self.extra_tokens != 1 {
             return wrong(
-                "a distillation token needs `model.pool = \"token\"` and no representation layer".into(),
+                format!("`model.pool = \"token_gap\"` needs one class token, not {}", self.extra_tokens),
                 "use `--set model.extra_tokens=1`".into(),
             );
         }
-        if self.pool == PoolKind::Map && self.norm == NormPlace::After {
+        // Both halves of the pooled vector start at a multiple of 16 bytes.
+        if self.pool == PoolKind::TokenGap && !self.width.is_multiple_of(8) {
+            return wrong(
+                format!("`model.pool = \"token_gap\"` needs a width divisible by 8, not {}", self.width),
+                "use `--set model.pool=token`".into(),
+            );
+        }
+        if self.pool == PoolKind::TokenGap && self.norm == NormPlace::After {
+            return wrong(
+                "`model.pool = \"token_gap\"` normalises before pooling, or not at all".into(),
+                "use `--set model.norm=before`".into(),
+            );
+        }
+        if self.extra_tokens == 2
+            && (self.pool != PoolKind::Token || self.rep_size > 0 || self.norm == NormPlace::None)
+        {
+            return wrong(
+                "a distillation token needs `model.pool = \"token\"`, a final norm and no representation layer".into(),
+                "use `--set model.extra_tokens=1`".into(),
+            );
+        }
+        if self.pool == PoolKind::Map && self.norm != NormPlace::Before {
             return wrong(
                 "`model.pool = \"map\"` always normalises before pooling".into(),
                 "use `--set model.norm=before`".into(),
             );
         }
+        self.validate_map()?;
+        self.validate_mlp()?;
+        self.validate_attention()?;
         let rates = [
             ("dropout", self.dropout),
             ("attention_dropout", self.attention_dropout),
@@ -330,9 +475,95 @@ impl ModelConfig {
         Ok(())
     }
 
+    fn validate_map(&self) -> Result<()> {
+        if self.pool != PoolKind::Map {
+            return Ok(());
+        }
+        if self.mlp_kind != MlpKind::Dense {
+            return Err(Error::usage(
+                "`model.pool = \"map\"` has a dense MLP, and the blocks have a SwiGLU: not supported",
+            )
+            .hint("use `--set model.pool=gap`"));
+        }
+        if self.map_tokens == MapTokens::Patches && self.extra_tokens + self.registers > 0 {
+            return Err(Error::usage(
+                "a MAP head over the patches alone is not supported where the model has other tokens",
+            )
+            .hint(
+                "use `--set model.map_tokens=all` if the model was trained so, or `--set model.pool=gap`",
+            ));
+        }
+        if !self.width.is_multiple_of(self.map_heads()) || self.map_heads() == 0 {
+            return Err(Error::usage(format!(
+                "`model.map_heads` is {}, which does not divide `model.width` {}",
+                self.map_heads(),
+                self.width
+            ))
+            .hint(format!("use `--set model.map_heads={}`", self.heads)));
+        }
+        Ok(())
+    }
+
+    fn validate_mlp(&self) -> Result<()> {
+        if self.mlp_norm && self.mlp_kind == MlpKind::Dense {
+            return Err(Error::usage("`model.mlp_norm` needs `model.mlp_kind = \"swiglu\"`: a dense MLP with a norm is not supported")
+                .hint("use `--set model.mlp_norm=false`"));
+        }
+        Ok(())
+    }
+
+    fn validate_attention(&self) -> Result<()> {
+        if self.qkv_bias == QkvBias::Qv && !self.width.is_multiple_of(8) {
+            return Err(Error::usage(format!(
+                "`model.qkv_bias = \"qv\"` needs a width divisible by 8, not {}",
+                self.width
+            ))
+            .hint("use `--set model.qkv_bias=all`"));
+        }
+        if self.rope == RopeKind::None {
+            return Ok(());
+        }
+        if !self.head_size().is_multiple_of(4) {
+            return Err(Error::usage(format!(
+                "rotary positions need heads whose size is divisible by 4, not {}",
+                self.head_size()
+            ))
+            .hint("change `model.heads`, or use `--set model.rope=none`"));
+        }
+        if !(self.rope_theta() > 1.0 && self.rope_theta().is_finite() && self.rope_offset.is_finite()) {
+            return Err(Error::usage(format!("`model.rope_theta` is {}", self.rope_theta()))
+                .hint("leave it out, or use a number above 1, such as 100 or 10000"));
+        }
+        if self.rope_ref.is_some_and(|(h, w)| h == 0 || w == 0) {
+            return Err(Error::usage("`model.rope_ref` has a side of 0")
+                .hint("give a grid, as in `--set model.rope_ref=16`"));
+        }
+        Ok(())
+    }
+
+    /// Heads of a MAP head.
+    pub fn map_heads(&self) -> usize {
+        self.map_heads.unwrap_or(self.heads)
+    }
+
+    /// Base of the frequencies of rotary positions.
+    pub fn rope_theta(&self) -> f32 {
+        self.rope_theta.unwrap_or(if self.rope == RopeKind::Eva { 10_000.0 } else { 100.0 })
+    }
+
+    /// Values of the pooled vector.
+    pub fn pooled_width(&self) -> usize {
+        if self.pool == PoolKind::TokenGap { 2 * self.width } else { self.width }
+    }
+
+    /// Outputs of the first layer of an MLP.
+    pub fn fc1_width(&self) -> usize {
+        if self.mlp_kind == MlpKind::Swiglu { 2 * self.mlp } else { self.mlp }
+    }
+
     /// The grid of patches.
     pub fn patch_grid(&self) -> PatchGrid {
-        PatchGrid { image: self.image, patch: self.patch, extra: self.extra_tokens }
+        PatchGrid { image: self.image, patch: self.patch, extra: self.extra_tokens + self.registers }
     }
 
     /// T
@@ -347,9 +578,10 @@ impl ModelConfig {
 
     /// Rows of the position embedding.
     pub fn posemb_rows(&self) -> usize {
-        match self.posemb_join {
-            PosembJoin::After => self.tokens(),
-            PosembJoin::Before => self.patch_grid().patches(),
+        match (self.posemb, self.posemb_join) {
+            (Posemb::None, _) => 0,
+            (_, PosembJoin::After) => self.tokens(),
+            (_, PosembJoin::Before) => self.patch_grid().patches(),
         }
     }
 
@@ -364,23 +596,24 @@ impl ModelConfig {
 
     /// Whether only the class token is read after the last block.
     pub fn reads_class_token_alone(&self) -> bool {
-        self.pool == PoolKind::Token && self.extra_tokens == 1
+        self.pool == PoolKind::Token && self.extra_tokens == 1 && self.norm != NormPlace::None
     }
 
     /// Multiply-adds of the forward pass that are saved if only the class token goes through the end of the
     /// last block: queries, attention, projection and MLP of the other tokens.
     pub fn pruned_macs(&self) -> u64 {
-        let [t, d, m] = [self.tokens(), self.width, self.mlp].map(|n| n as u64);
-        (t - 1) * (2 * d * d + 2 * t * d + 2 * d * m)
+        let [t, d, m] = [self.tokens(), self.width, self.mlp + self.fc1_width()].map(|n| n as u64);
+        (t - 1) * (2 * d * d + 2 * t * d + d * m)
     }
 
     /// Multiply-adds of one image's forward pass, matrix products only, with all tokens in every block.
     pub fn forward_macs(&self) -> u64 {
         let (n, t) = (self.patch_grid().patches() as u64, self.tokens() as u64);
         let (d, m, c, l) = (self.width as u64, self.mlp as u64, self.classes as u64, self.depth as u64);
-        let block = 4 * t * d * d + 2 * t * t * d + 2 * t * d * m;
-        let rep = self.rep_size as u64;
-        let head = if rep > 0 { d * rep + rep * c } else { d * c * self.extra_tokens.max(1) as u64 };
+        let block = 4 * t * d * d + 2 * t * t * d + t * d * (m + self.fc1_width() as u64);
+        let (rep, pooled) = (self.rep_size as u64, self.pooled_width() as u64);
+        let head =
+            if rep > 0 { pooled * rep + rep * c } else { pooled * c * self.extra_tokens.max(1) as u64 };
         let map =
             if self.pool == PoolKind::Map { 2 * t * d * d + 2 * d * d + 2 * t * d + 2 * d * m } else { 0 };
         n * self.patch_grid().patch_len() as u64 * d + l * block + map + head

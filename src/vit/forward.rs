@@ -21,7 +21,11 @@ pub(super) fn forward(b: &mut dyn Backend, g: &Graph, normalise: Normalise) -> R
 fn stem(b: &mut dyn Backend, s: &Stem, normalise: Normalise) -> Result<()> {
     b.patchify(s.grid, normalise, s.patches)?; // 1
     b.matmul(s.patches, &s.patch_embed, Epilogue::None, s.x)?; // 2
-    b.embed(&s.embed, s.x) // 3
+    b.embed(&s.embed, s.x)?; // 3
+    match s.norm {
+        Some(n) => b.layernorm(&Join::Ready(s.x), &n.norm, n.y, n.stats), // 4
+        None => Ok(()),
+    }
 }
 
 fn block(b: &mut dyn Backend, a: &Block) -> Result<()> {
@@ -29,7 +33,7 @@ fn block(b: &mut dyn Backend, a: &Block) -> Result<()> {
     attention(b, a)?; // 2
     b.matmul(a.o, &a.proj, a.proj_epilogue, a.proj_out)?; // 3
     b.layernorm(&a.mid, &a.norm2, a.ln2, a.stats2)?; // 4
-    recompute::matmul_gelu(b, a)?; // 5
+    recompute::fc1(b, a)?; // 5
     b.matmul(a.act, &a.fc2, a.fc2_epilogue, a.fc2_out) // 6
 }
 
@@ -39,13 +43,20 @@ pub(super) fn attention(b: &mut dyn Backend, a: &Block) -> Result<()> {
     match &a.attention {
         Attention::Full { qkv, qkv_out, lse } => {
             b.matmul(a.ln1, qkv, Epilogue::Bias, *qkv_out)?; // 1
-            b.attention(a.heads, *qkv_out, a.o, *lse, a.attention_dropout) // 2
+            if let Some(rope) = &a.rope {
+                b.rotate(rope, a.heads, qkv_out.column_range(0, 2 * a.o.cols), false)?; // 2
+            }
+            b.attention(a.heads, *qkv_out, a.o, *lse, a.attention_dropout) // 3
         }
         Attention::ClassToken(c) => {
             b.pool(c.pool, a.x.sum(), c.x)?; // 1
             b.matmul(c.ln1, &c.q, Epilogue::Bias, c.q_out)?; // 2
             b.matmul(a.ln1, &c.kv, Epilogue::Bias, c.kv_out)?; // 3
-            b.query_attention(a.heads, c.q_out, c.kv_out, c.p, a.o, a.attention_dropout) // 4
+            // The class token's query is not turned.
+            if let Some(rope) = &a.rope {
+                b.rotate(rope, a.heads, c.kv_out.column_range(0, a.o.cols), false)?; // 4
+            }
+            b.query_attention(a.heads, c.q_out, c.kv_out, c.p, a.o, a.attention_dropout) // 5
         }
     }
 }
@@ -59,10 +70,11 @@ fn tail(b: &mut dyn Backend, t: &Tail, x: Mat) -> Result<()> {
             b.layernorm(&Join::Ready(*pooled), norm, *y, *stats) // 2
         }
         Tail::Norm { norm, stats, y } => b.layernorm(&Join::Ready(x), norm, *y, *stats), // 1
-        Tail::NormPool { norm, stats, tokens, pool, y } => {
+        Tail::NormPool { norm, stats, tokens, pools, .. } => {
             b.layernorm(&Join::Ready(x), norm, *tokens, *stats)?; // 1
-            b.pool(*pool, *tokens, *y) // 2
+            pools.iter().try_for_each(|part| b.pool(part.pool, *tokens, part.y)) // 2
         }
+        Tail::Pool { pools, .. } => pools.iter().try_for_each(|part| b.pool(part.pool, x, part.y)), // 1
         Tail::Map(map) => map_head(b, map, x),
     }
 }

@@ -6,12 +6,12 @@
 
 use crate::backend::{
     Embed, Epilogue, Heads, InputGrad, Join, Linear, Mask, Mat, MemoryPlan, Norm, PatchGrid, Pool, Recompute,
-    Stats, Storage,
+    Rope, Stats, Storage,
 };
 
 use super::Mode;
-use super::block::{Block, Form, Kept, MlpGelu, Reuse};
-use super::config::{ModelConfig, NormPlace, PoolKind};
+use super::block::{Block, Form, Kept, Mlp, MlpGelu, Reuse};
+use super::config::{MlpKind, ModelConfig, NormPlace, PoolKind};
 use super::params::ParamLayout;
 
 /// One pass of the model.
@@ -40,6 +40,17 @@ pub struct Stem {
     pub patch_embed: Linear, // its bias is added by `embed`
     pub embed: Embed,
     pub x: Mat, // [R, D]
+    /// Normalises `x` into the first block's.
+    pub norm: Option<StemNorm>,
+}
+
+/// The norm in front of the first block.
+#[derive(Clone, Copy)]
+pub struct StemNorm {
+    pub norm: Norm,
+    pub stats: Stats,
+    pub y: Mat,   // [R, D] the residual stream
+    pub d_x: Mat, // [R, D] gradient of the stem's x
 }
 
 /// From tokens to one vector per image.
@@ -50,12 +61,14 @@ pub enum Tail {
     /// Normalise: the last block has left the class tokens alone.
     Norm { norm: Norm, stats: Stats, y: Mat },
     /// Normalise every token, then pool.
-    NormPool { norm: Norm, stats: Stats, tokens: Mat, pool: Pool, y: Mat },
+    NormPool { norm: Norm, stats: Stats, tokens: Mat, pools: Vec<PooledPart>, y: Mat },
+    /// Pool alone.
+    Pool { pools: Vec<PooledPart>, y: Mat },
     /// Normalise every token, then attend to them with one learned query (big_vision's MAP head).
     Map(Box<MapHead>),
 }
 
-/// One pool of several, which stand one after the other in a matrix of all of them.
+/// One pool of several: rows of their matrix if each has a classifier, columns if one classifier reads them all.
 #[derive(Clone)]
 pub struct PooledPart {
     pub pool: Pool,
@@ -136,7 +149,9 @@ pub struct BlockScratch {
     pub d_ln: Mat,     // [R, D]
     pub d_o: Mat,      // [R, D]
     pub d_qkv: Mat,    // [R, 3D]
-    pub d_pre: Mat,    // [R, M]
+    pub d_pre: Mat,    // [R, M], or [R, 2M] for a SwiGLU
+    pub d_act: Mat,    // [R, M] of what fc2 reads; no rows where the product makes d_pre
+    pub d_hidden: Mat, // [R, M] of what the norm in an MLP reads: d_act itself where there is none
     pub d_pooled: Mat, // [B, D] (of every pooled token)
 }
 
@@ -146,6 +161,9 @@ impl BlockScratch {
         let (r, d, m) = (samples * b.config.tokens(), b.config.width, b.config.mlp);
         let d_x = b.stream("d_x", r, d);
         let d_branch = b.branch_of("d_branch", d_x, joined_by_norm);
+        let gated = if b.config.mlp_kind == MlpKind::Swiglu { r } else { 0 };
+        let normed = b.config.mlp_norm;
+        let d_act = b.mat("d_act", if normed { r } else { gated }, m);
         BlockScratch {
             d_x,
             d_branch,
@@ -153,8 +171,10 @@ impl BlockScratch {
             d_ln: b.mat("d_ln", r, d),
             d_o: b.mat("d_o", r, d),
             d_qkv: b.mat("d_qkv", r, 3 * d),
-            d_pre: b.mat("d_pre", r, m),
-            d_pooled: b.mat("d_pooled", samples * b.config.extra_tokens.max(1), d),
+            d_pre: b.mat("d_pre", r, b.config.fc1_width()),
+            d_act,
+            d_hidden: if normed { b.mat("d_hidden", r, m) } else { d_act },
+            d_pooled: b.mat("d_pooled", samples * b.config.extra_tokens.max(1), b.config.pooled_width()),
         }
     }
 }
@@ -181,8 +201,8 @@ pub(super) struct Builder<'a> {
 impl Builder<'_> {
     pub(super) fn linear(&self, name: &str) -> Linear {
         let weight = self.layout.get(&format!("{name}.weight"));
-        let bias = self.layout.get(&format!("{name}.bias"));
-        Linear { weight: weight.mat(), bias: bias.mat(), d_weight: weight.grad(), d_bias: bias.grad() }
+        let (bias, d_bias) = self.layout.bias(name);
+        Linear { weight: weight.mat(), bias, d_weight: weight.grad(), d_bias }
     }
 
     pub(super) fn norm(&self, name: &str) -> Norm {
@@ -200,6 +220,12 @@ impl Builder<'_> {
     pub(super) fn param(&self, name: &str) -> (Mat, Option<Mat>) {
         let param = self.layout.get(name);
         (param.mat(), param.grad())
+    }
+
+    /// The angles by which q and k are turned, if the model has rotary positions.
+    pub(super) fn rope(&self) -> Option<Rope> {
+        let pairs = self.config.rope.pairs();
+        self.layout.find("rope").map(|table| Rope { table: table.mat(), pairs })
     }
 
     pub(super) fn mat(&mut self, name: impl Into<String>, rows: usize, cols: usize) -> Mat {
@@ -297,7 +323,7 @@ impl Graph {
 
         let with_gradients = if mode == Mode::Train { samples } else { 0 };
         let scratch = BlockScratch::new(&mut b, with_gradients, joined_by_norm);
-        let stem = Self::stem(&b, patches, kept[0].x);
+        let stem = Self::stem(&mut b, patches, kept[0].x, &scratch);
         let next_x = |l: usize| kept.get(l + 1).map_or(x_last, |next| next.x);
         let blocks = (0..depth).map(|l| Block::new(&mut b, l, &kept, next_x(l), &scratch)).collect();
         let last = Block::join_behind(&b, depth - 1, &kept, x_last);
@@ -309,10 +335,25 @@ impl Graph {
         Self { stem, blocks, last, tail, head, scratch, first_trained_block, train_stem, gradients_from }
     }
 
-    fn stem(b: &Builder, patches: Mat, x: Mat) -> Stem {
+    fn stem(b: &mut Builder, patches: Mat, first: Mat, scratch: &BlockScratch) -> Stem {
         let c = b.config;
         let patch_embed = b.linear("patch_embed.proj");
-        let tokens = ["cls_token", "dist_token"];
+        let has = [c.extra_tokens > 0, c.extra_tokens > 1, c.registers > 0];
+        let tokens = ["cls_token", "dist_token", "reg_token"];
+        let (x, norm) = if c.norm_pre {
+            let x = b.stream("embedded", first.rows, first.cols);
+            let like_stream = scratch.d_ln.dtype == x.dtype;
+            let d_x =
+                if like_stream { scratch.d_ln } else { b.stream("d_embedded", scratch.d_x.rows, x.cols) };
+            let norm =
+                StemNorm { norm: b.norm("norm_pre"), stats: b.stats("norm_pre", x.rows), y: first, d_x };
+            (x, Some(norm))
+        } else {
+            (first, None)
+        };
+        // Without a position embedding, no row is added to any token.
+        let posemb =
+            if c.posemb_rows() > 0 { b.param("pos_embed") } else { (patch_embed.bias.first_rows(0), None) };
         Stem {
             grid: c.patch_grid(),
             patches,
@@ -320,22 +361,41 @@ impl Graph {
             patch_embed: Linear { d_bias: None, ..patch_embed },
             embed: Embed {
                 tokens: c.tokens(),
-                extra: c.extra_tokens,
+                extra: c.patch_grid().extra,
                 bias: (patch_embed.bias, patch_embed.d_bias),
-                extra_tokens: std::array::from_fn(|i| (i < c.extra_tokens).then(|| b.param(tokens[i]))),
-                posemb: b.param("pos_embed"),
+                extra_tokens: std::array::from_fn(|i| has[i].then(|| b.param(tokens[i]))),
+                posemb,
                 posemb_first: c.tokens() - c.posemb_rows(),
                 dropout: b.mask(c.dropout, c.depth, 0),
             },
             x,
+            norm,
         }
     }
 
     fn tail(b: &mut Builder, x: Mat, scratch: &BlockScratch, mode: Mode, pruned: bool) -> Tail {
         let (c, samples, tokens) = (b.config, b.samples, b.config.tokens());
         let d = c.width;
-        let mean = Pool::Mean { tokens, first: c.extra_tokens };
+        let mean = Pool::Mean { tokens, first: c.patch_grid().extra };
+        let class = Pool::Token { tokens, index: 0 };
+        let whole = |pool: Pool, y: Mat, d_y: Mat| vec![PooledPart { pool, y, d_y }];
+        // Every pool of the vector that the head reads.
+        let pools = |y: Mat, d_y: Mat| match c.pool {
+            PoolKind::TokenGap => [(class, 0), (mean, d)]
+                .map(|(pool, first)| PooledPart {
+                    pool,
+                    y: y.column_range(first, d),
+                    d_y: d_y.column_range(first, d),
+                })
+                .to_vec(),
+            PoolKind::Token => whole(class, y, d_y),
+            _ => whole(mean, y, d_y),
+        };
         match (c.pool, c.norm) {
+            (PoolKind::Token | PoolKind::Gap | PoolKind::TokenGap, NormPlace::None) if c.extra_tokens < 2 => {
+                let y = b.mat("pooled", samples, c.pooled_width());
+                Tail::Pool { pools: pools(y, scratch.d_pooled), y }
+            }
             (PoolKind::Token, _) if pruned => Tail::Norm {
                 norm: b.norm("norm"),
                 stats: b.stats("norm", samples),
@@ -363,7 +423,7 @@ impl Graph {
                 let pooled = b.stream("pooled", samples, d);
                 let d_pooled = Self::d_pooled(b, pooled, scratch, mode);
                 Tail::PoolNorm {
-                    pools: vec![PooledPart { pool: mean, y: pooled, d_y: d_pooled }],
+                    pools: pools(pooled, d_pooled),
                     pooled,
                     norm: b.norm("fc_norm"),
                     stats: b.stats("norm", samples),
@@ -371,13 +431,16 @@ impl Graph {
                     d_pooled,
                 }
             }
-            (PoolKind::Gap, NormPlace::Before) => Tail::NormPool {
-                norm: b.norm("norm"),
-                stats: b.stats("norm", x.rows),
-                tokens: b.mat("normed", x.rows, d),
-                pool: mean,
-                y: b.mat("pooled", samples, d),
-            },
+            (PoolKind::Gap | PoolKind::TokenGap, _) => {
+                let y = b.mat("pooled", samples, c.pooled_width());
+                Tail::NormPool {
+                    norm: b.norm("norm"),
+                    stats: b.stats("norm", x.rows),
+                    tokens: b.mat("normed", x.rows, d),
+                    pools: pools(y, scratch.d_pooled),
+                    y,
+                }
+            }
             (PoolKind::Map, _) => Tail::Map(Box::new(Self::map_head(b, x, mode))),
         }
     }
@@ -402,14 +465,14 @@ impl Graph {
             norm: b.norm("norm"),
             stats: b.stats("norm", x.rows),
             tokens: b.mat("normed", x.rows, d),
-            heads: Heads { tokens, heads: c.heads, head_size: c.head_size() },
+            heads: Heads { tokens, heads: c.map_heads(), head_size: d / c.map_heads() },
             probe,
             d_probe: d_probe.map_or(InputGrad::None, InputGrad::Plain),
             q: b.linear("attn_pool.q"),
             q_out: b.mat("map q", 1, d),
             kv: b.linear("attn_pool.kv"),
             kv_out: b.mat("map kv", x.rows, 2 * d),
-            p: b.plan.statistics("map p", n * c.heads, tokens),
+            p: b.plan.statistics("map p", n * c.map_heads(), tokens),
             o: b.mat("map o", n, d),
             proj: b.linear("attn_pool.proj"),
             a: b.mat("map a", n, d),
@@ -433,7 +496,10 @@ impl Graph {
         let (c, n) = (b.config, b.samples);
         let back = |rows: usize| if mode == Mode::Train { rows } else { 0 };
         let pooled = match tail {
-            Tail::PoolNorm { y, .. } | Tail::Norm { y, .. } | Tail::NormPool { y, .. } => *y,
+            Tail::PoolNorm { y, .. }
+            | Tail::Norm { y, .. }
+            | Tail::NormPool { y, .. }
+            | Tail::Pool { y, .. } => *y,
             Tail::Map(map) => map.y,
         };
         let logits = b.mat("logits", n, c.classes);
@@ -500,7 +566,10 @@ impl Graph {
             plain(&mut block.x);
             plain(&mut block.mid);
             block.attention_dropout = Mask::NONE;
-            block.gelu.dropout = Mask::NONE;
+            match &mut block.mlp {
+                Mlp::Dense(gelu) => gelu.dropout = Mask::NONE,
+                Mlp::Gated(gate) => gate.dropout = Mask::NONE,
+            }
         }
         graph
     }

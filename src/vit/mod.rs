@@ -18,6 +18,7 @@ pub mod graph;
 pub(crate) mod names;
 pub mod params;
 mod recompute;
+pub mod rope;
 
 pub use config::ModelConfig;
 pub use params::{Param, ParamLayout};
@@ -141,7 +142,7 @@ impl Vit {
         Ok(())
     }
 
-    /// Fills the tensors that are not parameters (the sincos2d table, zeros for missing biases), for weights
+    /// Fills the tensors that are not parameters (tables of positions, zeros for missing biases), for weights
     /// from a file.
     pub fn init_tables(&self, b: &mut dyn Backend) -> Result<()> {
         for (index, param) in self.layout.params.iter().enumerate().filter(|(_, p)| !p.is_parameter()) {
@@ -188,7 +189,7 @@ impl Vit {
         self.train.head.samples
     }
 
-    /// The head's input: `[B, D]`, or `[B, R]` with a representation layer.
+    /// The head's input: `[B, D]`, `[B, 2D]` for `token_gap`, or `[B, R]` with a representation layer.
     pub fn features(&self) -> Mat {
         self.train.head.features
     }

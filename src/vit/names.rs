@@ -26,6 +26,16 @@ pub(crate) enum Form {
         part: usize,
         parts: usize,
     },
+    /// The same values as rows `first..first + count` of `of` equal parts of their tensor.
+    Slice {
+        first: usize,
+        count: usize,
+        of: usize,
+    },
+    /// The same values with axes of length 1 in front.
+    Leading {
+        axes: usize,
+    },
     /// [in, out] ↔ [out, in]
     Dense,
     /// [ph, pw, 3, D] ↔ [D, 3, ph, pw]
@@ -201,6 +211,10 @@ impl Form {
     pub(crate) fn own_shape(self, flax: &[usize]) -> Option<Vec<usize>> {
         match (self, flax) {
             (Form::Same | Form::Rows { .. }, shape) => Some(shape.to_vec()),
+            (Form::Slice { count, of, .. }, [rows, rest @ ..]) if rows.is_multiple_of(of) => {
+                Some([&[rows / of * count], rest].concat())
+            }
+            (Form::Leading { axes }, shape) => Some([&vec![1; axes][..], shape].concat()),
             (Form::Dense, &[i, o]) => Some(vec![o, i]),
             (Form::Patch, &[h, w, c, d]) => Some(vec![d, c, h, w]),
             (Form::Heads { .. }, &[d, h, dh]) => Some(vec![h * dh, d]),

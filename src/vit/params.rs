@@ -9,7 +9,8 @@ use std::borrow::Cow;
 use crate::backend::memory::{Arena, Dtype, Mat, ROW_ALIGN, TENSOR_ALIGN};
 use crate::rng::{Domain, Stream};
 
-use super::config::{InitScheme, ModelConfig, NormPlace, PoolKind, Posemb};
+use super::config::{InitScheme, MlpKind, ModelConfig, NormPlace, PoolKind, Posemb, QkvBias, RopeKind};
+use super::rope;
 
 /// The role of a tensor. It decides the initial values and how optimisers group the tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,10 +21,14 @@ pub enum ParamKind {
     PatchBias,
     /// Class and distillation tokens.
     ExtraToken,
+    /// Register tokens.
+    Registers,
     /// The learned position embedding.
     PosEmbed,
     /// The fixed sincos2d table. It is stored with the parameters, but is not one.
     SincosTable,
+    /// The fixed table of rotary positions. It is stored with the parameters, but is not one.
+    RopeTable,
     /// Scale of a LayerNorm.
     NormGamma,
     /// Shift of a LayerNorm.
@@ -35,8 +40,8 @@ pub enum ParamKind {
     },
     /// Bias of the fused projection.
     AttentionInBias,
-    /// Zeros in place of the bias of q, k and v for `qkv_bias = false`. They are stored with the parameters
-    /// but are not parameters, so that the passes need no special case.
+    /// Zeros in place of a bias that the model lacks. They are stored with the parameters but are not parameters, so that
+    /// the passes need no special case.
     NoBias,
     /// Weight of the projection after an attention.
     AttentionOut,
@@ -46,6 +51,10 @@ pub enum ParamKind {
     MlpKernel,
     /// Bias of a dense layer of an MLP.
     MlpBias,
+    /// Weight of the first layer of a SwiGLU: gates, then values.
+    GatedKernel,
+    /// Bias of the first layer of a SwiGLU.
+    GatedBias,
     /// Factors of a LayerScale.
     LayerScale,
     /// The learned query of a MAP head.
@@ -64,7 +73,16 @@ impl ParamKind {
     /// Whether it is a `kernel` in flax's sense, which big_vision and timm decay (big_vision: `.*/kernel`).
     pub fn is_kernel(self) -> bool {
         use ParamKind::*;
-        matches!(self, PatchKernel | AttentionIn { .. } | AttentionOut | MlpKernel | RepKernel | HeadKernel)
+        matches!(
+            self,
+            PatchKernel
+                | AttentionIn { .. }
+                | AttentionOut
+                | MlpKernel
+                | GatedKernel
+                | RepKernel
+                | HeadKernel
+        )
     }
 
     /// Whether it is part of the classifier, which gets the base learning rate.
@@ -91,6 +109,8 @@ pub struct Param {
     pub cols: usize,
     /// Elements from one row to the next; `cols <= ld`.
     pub ld: usize,
+    /// Whether it lies directly after the tensor before it, so that both are one row.
+    pub joined: bool,
     /// Element offset in [`Arena::Params`].
     pub offset: usize,
     /// Element offset in [`Arena::Grads`]; `None` if frozen or not a parameter.
@@ -115,7 +135,7 @@ impl Param {
 
     /// Whether it is stored in checkpoints and counted as a parameter.
     pub fn is_parameter(&self) -> bool {
-        !matches!(self.kind, ParamKind::SincosTable | ParamKind::NoBias)
+        !matches!(self.kind, ParamKind::SincosTable | ParamKind::RopeTable | ParamKind::NoBias)
     }
 
     /// Its place in memory, f32 `[rows, cols]`.
@@ -200,13 +220,19 @@ impl ParamLayout {
         b.model(config);
         let mut layout = Self { params: b.params, param_elements: 0, grad_elements: 0 };
         let align = TENSOR_ALIGN / 4;
-        for p in &mut layout.params {
-            p.offset = layout.param_elements;
-            layout.param_elements += p.padded_len().next_multiple_of(align);
-            if p.is_parameter() && !frozen(p) {
-                p.grad_offset = Some(layout.grad_elements);
-                layout.grad_elements += p.padded_len().next_multiple_of(align);
+        // Tensors of one row have their gradients in one row too, with a gap for what is not trained.
+        for row in layout.params.chunk_by_mut(|_, next| next.joined) {
+            let (mut len, mut trained) = (0, false);
+            for p in row.iter_mut() {
+                p.offset = layout.param_elements + len;
+                if p.is_parameter() && !frozen(p) {
+                    p.grad_offset = Some(layout.grad_elements + len);
+                    trained = true;
+                }
+                len += p.padded_len();
             }
+            layout.param_elements += len.next_multiple_of(align);
+            layout.grad_elements += if trained { len.next_multiple_of(align) } else { 0 };
         }
         layout
     }
@@ -214,6 +240,19 @@ impl ParamLayout {
     /// The tensor called `name`. Panics if there is none: names come from this layout.
     pub fn get(&self, name: &str) -> &Param {
         self.find(name).unwrap_or_else(|| panic!("the model has no parameter `{name}`"))
+    }
+
+    /// The bias of layer `name` as one row, and its gradient if any part of it is trained.
+    pub(super) fn bias(&self, name: &str) -> (Mat, Option<Mat>) {
+        if let Some(bias) = self.find(&format!("{name}.bias")) {
+            return (bias.mat(), bias.grad());
+        }
+        // q and v have tensors of their own, with zeros for k between them.
+        let layer = name.strip_suffix("qkv").unwrap_or_else(|| panic!("the layer `{name}` has no bias"));
+        let [q, v] = ["q_bias", "v_bias"].map(|part| self.get(&format!("{layer}{part}")));
+        let whole = |part: Mat| Mat { cols: 3 * part.cols, ld: 3 * part.cols, ..part };
+        let first = q.grad_offset.or(v.grad_offset.map(|grad| grad - (v.offset - q.offset)));
+        (whole(q.mat()), first.map(|first| whole(q.mat_in(Arena::Grads, first))))
     }
 
     /// The tensor called `name`, if there is one.
@@ -266,9 +305,31 @@ impl Builder {
             rows,
             cols,
             ld: cols.next_multiple_of(ROW_ALIGN),
+            joined: false,
             offset: 0,
             grad_offset: None,
         });
+    }
+
+    /// A tensor in the row of the one before it.
+    fn join(&mut self, name: String, shape: &[usize], kind: ParamKind) {
+        self.add(name, shape, kind);
+        self.params.last_mut().expect("one was added").joined = true;
+    }
+
+    /// Weight and biases of q, k and v.
+    fn qkv(&mut self, name: &str, d: usize, bias: QkvBias) {
+        use ParamKind::*;
+        self.add(format!("{name}.qkv.weight"), &[3 * d, d], AttentionIn { parts: 3 });
+        match bias {
+            QkvBias::All => self.add(format!("{name}.qkv.bias"), &[3 * d], AttentionInBias),
+            QkvBias::None => self.add(format!("{name}.qkv.bias"), &[3 * d], NoBias),
+            QkvBias::Qv => {
+                self.add(format!("{name}.q_bias"), &[d], AttentionInBias);
+                self.join(format!("{name}.k_bias"), &[d], NoBias);
+                self.join(format!("{name}.v_bias"), &[d], AttentionInBias);
+            }
+        }
     }
 
     fn linear(&mut self, name: &str, out: usize, input: usize, kernel: ParamKind, bias: ParamKind) {
@@ -287,21 +348,39 @@ impl Builder {
         for name in ["cls_token", "dist_token"].into_iter().take(c.extra_tokens) {
             self.add(name, &[1, 1, d], ExtraToken);
         }
-        let posemb = if c.posemb == Posemb::Learned { PosEmbed } else { SincosTable };
-        self.add("pos_embed", &[1, c.posemb_rows(), d], posemb);
+        if c.registers > 0 {
+            self.add("reg_token", &[1, c.registers, d], Registers);
+        }
+        match c.posemb {
+            Posemb::Learned => self.add("pos_embed", &[1, c.posemb_rows(), d], PosEmbed),
+            Posemb::Sincos2d => self.add("pos_embed", &[1, c.posemb_rows(), d], SincosTable),
+            Posemb::None => {}
+        }
+        if c.rope != RopeKind::None {
+            self.add("rope", &[c.patch_grid().patches(), c.head_size()], RopeTable);
+        }
         self.add("patch_embed.proj.weight", &[d, 3, c.patch.0, c.patch.1], PatchKernel);
-        self.add("patch_embed.proj.bias", &[d], PatchBias);
-        let qkv_bias = if c.qkv_bias { AttentionInBias } else { NoBias };
+        self.add("patch_embed.proj.bias", &[d], if c.patch_bias { PatchBias } else { NoBias });
+        if c.norm_pre {
+            self.norm("norm_pre", d);
+        }
+        let fc1 = match c.mlp_kind {
+            MlpKind::Dense => (MlpKernel, MlpBias),
+            MlpKind::Swiglu => (GatedKernel, GatedBias),
+        };
         for i in 0..c.depth {
             self.depth = i + 1;
             self.norm(&format!("blocks.{i}.norm1"), d);
-            self.linear(&format!("blocks.{i}.attn.qkv"), 3 * d, d, AttentionIn { parts: 3 }, qkv_bias);
+            self.qkv(&format!("blocks.{i}.attn"), d, c.qkv_bias);
             self.linear(&format!("blocks.{i}.attn.proj"), d, d, AttentionOut, AttentionOutBias);
             if c.layer_scale > 0.0 {
                 self.add(format!("blocks.{i}.ls1.gamma"), &[d], LayerScale);
             }
             self.norm(&format!("blocks.{i}.norm2"), d);
-            self.linear(&format!("blocks.{i}.mlp.fc1"), m, d, MlpKernel, MlpBias);
+            self.linear(&format!("blocks.{i}.mlp.fc1"), c.fc1_width(), d, fc1.0, fc1.1);
+            if c.mlp_norm {
+                self.norm(&format!("blocks.{i}.mlp.norm"), m);
+            }
             self.linear(&format!("blocks.{i}.mlp.fc2"), d, m, MlpKernel, MlpBias);
             if c.layer_scale > 0.0 {
                 self.add(format!("blocks.{i}.ls2.gamma"), &[d], LayerScale);
@@ -311,7 +390,9 @@ impl Builder {
         // timm calls the norm `fc_norm` after the pooling. For the class token, both places give the same
         // function.
         let after = c.norm == NormPlace::After && c.pool == PoolKind::Gap;
-        self.norm(if after { "fc_norm" } else { "norm" }, d);
+        if c.norm != NormPlace::None {
+            self.norm(if after { "fc_norm" } else { "norm" }, d);
+        }
         if c.pool == PoolKind::Map {
             self.add("attn_pool.latent", &[1, 1, d], MapProbe);
             self.linear("attn_pool.q", d, d, AttentionIn { parts: 1 }, AttentionInBias);
@@ -322,10 +403,10 @@ impl Builder {
             self.linear("attn_pool.mlp.fc2", d, m, MlpKernel, MlpBias);
         }
         let features = if c.rep_size > 0 {
-            self.linear("pre_logits", c.rep_size, d, RepKernel, RepBias);
+            self.linear("pre_logits", c.rep_size, c.pooled_width(), RepKernel, RepBias);
             c.rep_size
         } else {
-            d
+            c.pooled_width()
         };
         self.linear("head", c.classes, features, HeadKernel, HeadBias);
         if c.extra_tokens == 2 {
@@ -353,6 +434,7 @@ pub fn initial_values(config: &ModelConfig, param: &Param, index: usize, seed: u
         NormBeta | AttentionInBias | NoBias | AttentionOutBias => zero(),
         LayerScale => constant(config.layer_scale),
         SincosTable => sincos2d(config),
+        RopeTable => rope::table(config),
         PatchKernel if jax || timm_jax => lecun_normal(&mut s, n, fan_in),
         PatchKernel => uniform(&mut s, n, 1.0 / fan_in.sqrt()),
         PatchBias if jax || timm_jax => zero(),
@@ -360,6 +442,9 @@ pub fn initial_values(config: &ModelConfig, param: &Param, index: usize, seed: u
         ExtraToken if jax => zero(),
         ExtraToken if scheme == Deit3 => normal(&mut s, n, 0.02),
         ExtraToken => normal(&mut s, n, 1e-6),
+        // Registers that start equal would stay equal.
+        Registers if jax || scheme == Deit3 => normal(&mut s, n, 0.02),
+        Registers => normal(&mut s, n, 1e-6),
         PosEmbed if scheme == BigVision => normal(&mut s, n, 1.0 / (config.width as f64).sqrt()),
         PosEmbed => normal(&mut s, n, 0.02),
         MapProbe if jax => uniform(&mut s, n, (6.0 / (1.0 + fan_in)).sqrt()),
@@ -373,6 +458,20 @@ pub fn initial_values(config: &ModelConfig, param: &Param, index: usize, seed: u
         }
         AttentionOut | MlpKernel | HeadKernel if scheme == TimmMoco => xavier(&mut s, n, fan_in, fan_out),
         AttentionIn { .. } | AttentionOut | MlpKernel => normal(&mut s, n, 0.02),
+        // timm's rule: every gate starts at the same value, silu(1).
+        GatedKernel => {
+            let mut values = normal(&mut s, n / 2, 1e-6);
+            values.extend(match jax || timm_jax {
+                true => xavier(&mut s, n / 2, fan_in, fan_out / 2.0),
+                false => normal(&mut s, n / 2, 0.02),
+            });
+            values
+        }
+        GatedBias => {
+            let mut values = constant(1.0);
+            values[n / 2..].fill(0.0);
+            values
+        }
         MlpBias if jax || timm_jax => normal(&mut s, n, 1e-6),
         MlpBias => zero(),
         RepKernel => lecun_normal(&mut s, n, fan_in),

@@ -4,23 +4,34 @@
 use crate::backend::{Backend, Epilogue, Join, Recompute};
 use crate::error::Result;
 
-use super::block::{Block, MlpGelu};
+use super::block::{Block, Mlp, MlpGelu};
 use super::forward;
 
-/// `act = gelu(fc1(ln2))`. If `act` will be recomputed, the GELU is a separate kernel here too: a fused GELU may
-/// round differently.
-pub(super) fn matmul_gelu(b: &mut dyn Backend, a: &Block) -> Result<()> {
-    if a.recompute != Recompute::LnGelu {
-        return b.matmul(a.ln2, &a.fc1, a.gelu.epilogue(), a.act);
+/// From `ln2` to `act`. If `act` will be recomputed, the GELU is a separate kernel here too: a fused GELU may round
+/// differently.
+pub(super) fn fc1(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    match &a.mlp {
+        Mlp::Dense(gelu) if a.recompute != Recompute::LnGelu => {
+            return b.matmul(a.ln2, &a.fc1, gelu.epilogue(), a.act);
+        }
+        Mlp::Dense(gelu) => b.matmul(a.ln2, &a.fc1, Epilogue::Bias, gelu.pre)?,
+        Mlp::Gated(gate) => b.matmul(a.ln2, &a.fc1, Epilogue::Bias, gate.pre)?,
     }
-    b.matmul(a.ln2, &a.fc1, Epilogue::Bias, a.gelu.pre)?;
-    gelu(b, a)
+    act(b, a)
 }
 
 /// `act` from what fc1 gave.
-fn gelu(b: &mut dyn Backend, a: &Block) -> Result<()> {
-    let MlpGelu { pre, form, dropout } = a.gelu;
-    b.gelu(pre, form, dropout, a.act)
+fn act(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    match a.mlp {
+        Mlp::Dense(MlpGelu { pre, form, dropout }) => b.gelu(pre, form, dropout, a.act),
+        Mlp::Gated(gate) => {
+            b.swiglu(gate.pre, gate.dropout, gate.hidden)?; // 1
+            match &gate.norm {
+                Some((norm, stats)) => b.layernorm(&Join::Ready(gate.hidden), norm, a.act, *stats), // 2
+                None => Ok(()),
+            }
+        }
+    }
 }
 
 /// Recomputes what the block's backward needs and the forward did not keep. The sum that enters a half is always kept;
@@ -32,14 +43,14 @@ pub(super) fn restore(b: &mut dyn Backend, a: &Block) -> Result<()> {
         Recompute::LnGelu => {
             b.layernorm(&x, &a.norm1, a.ln1, a.stats1)?;
             b.layernorm(&mid, &a.norm2, a.ln2, a.stats2)?;
-            gelu(b, a)
+            act(b, a)
         }
         Recompute::Block => {
             b.layernorm(&x, &a.norm1, a.ln1, a.stats1)?;
             forward::attention(b, a)?;
             b.matmul(a.o, &a.proj, a.proj_epilogue, a.proj_out)?;
             b.layernorm(&a.mid, &a.norm2, a.ln2, a.stats2)?;
-            matmul_gelu(b, a)
+            fc1(b, a)
         }
     }
 }

@@ -1,203 +1,26 @@
 //! Detects which model is in a file: sizes from shapes, the rest from the file's metadata. The user's
 //! settings override both.
 
-use regex_lite::Regex;
-
 use super::headers::Stored;
-use super::hub::{Hub, SizeOf, Usual};
+use super::hub::{Hub, SizeOf};
 use super::layouts::{LayoutKind, Plan, Shapes};
+use super::overrides::{MAX_SIDE, ModelOverrides};
 use super::tensor::shape_text;
-use crate::backend::{Gelu, LossKind};
+use super::usual::{Rotary, Usual};
 use crate::error::{Error, Result};
 use crate::fail;
-use crate::vit::config::{DropPathMode, ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
+use crate::vit::config::{
+    DropPathMode, MapTokens, MlpKind, ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin, QkvBias,
+    RopeIndexing, RopeKind,
+};
 use crate::vit::names::block_of;
-
-/// The settings of `--set KEY=VALUE` for what a file does not say itself.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ModelOverrides {
-    /// `model.heads`
-    pub heads: Option<usize>,
-    /// `model.gelu`
-    pub gelu: Option<Gelu>,
-    /// `model.ln_eps`
-    pub ln_eps: Option<f32>,
-    /// `model.pool`
-    pub pool: Option<PoolKind>,
-    /// `model.norm`
-    pub norm: Option<NormPlace>,
-    /// `model.posemb`
-    pub posemb: Option<Posemb>,
-    /// `model.posemb_join`
-    pub posemb_join: Option<PosembJoin>,
-    /// (H, W)
-    pub image: Option<(usize, usize)>,
-    /// `weights.exclude`: tensors of the file with such a name are left out.
-    pub exclude: Vec<Pattern>,
-    /// `data.mean`, `data.std`: for pixels in [0, 1].
-    pub mean: Option<[f64; 3]>,
-    /// The divisor that goes with `mean`.
-    pub std: Option<[f64; 3]>,
-    /// `loss.kind`: the loss that the head was trained with.
-    pub loss: Option<LossKind>,
-    /// `weights.rename`: the first match in a tensor's name is replaced by the text (`$1`: the first group's
-    /// match); the rules are applied one after the other.
-    pub rename: Vec<(Pattern, String)>,
-}
-
-/// A regular expression; equal to another with the same text.
-#[derive(Clone, Debug)]
-pub struct Pattern(Regex);
-
-impl Pattern {
-    fn new(text: &str, key: &str) -> Result<Self> {
-        let regex = Regex::new(text).map_err(|e| {
-            Error::usage(format!("`{key}`: `{text}` is not a regular expression: {e}"))
-                .hint(format!("as in `--set '{key}={}'`", example(key)))
-        })?;
-        Ok(Self(regex))
-    }
-
-    pub(super) fn is_match(&self, name: &str) -> bool {
-        self.0.is_match(name)
-    }
-
-    pub(super) fn replace<'a>(&self, name: &'a str, by: &str) -> std::borrow::Cow<'a, str> {
-        self.0.replace(name, by)
-    }
-}
-
-impl PartialEq for Pattern {
-    fn eq(&self, other: &Self) -> bool {
-        self.0.as_str() == other.0.as_str()
-    }
-}
 
 /// How the error for an unknown number of heads begins.
 pub(super) const NO_HEADS: &str = "the number of heads is not in the file";
 
-/// Pixels per side; a wrong number must not overflow a product.
-const MAX_SIDE: usize = 1 << 16;
 /// Width, mlp, classes; far beyond any model, for the same reason.
 const MAX_WIDTH: usize = 1 << 22;
 const MAX_DEPTH: usize = 1 << 12;
-
-impl ModelOverrides {
-    const KEYS: [&str; 13] = [
-        "model.heads",
-        "model.gelu",
-        "model.ln_eps",
-        "model.pool",
-        "model.norm",
-        "model.posemb",
-        "model.posemb_join",
-        "model.image",
-        "data.mean",
-        "data.std",
-        "loss.kind",
-        "weights.rename",
-        "weights.exclude",
-    ];
-
-    /// From the pairs of `--set`, such as (`model.heads`, `4`). Patterns accumulate; for other keys the last
-    /// one wins. An unknown key or an invalid value is a usage error.
-    pub fn from_sets(sets: &[(String, String)]) -> Result<Self> {
-        let mut out = Self::default();
-        for (key, value) in sets {
-            let wrong = |expected: &str| {
-                Error::usage(format!("`{key}` is `{value}`"))
-                    .hint(format!("{expected}, as in `--set {key}={}`", example(key)))
-            };
-            match key.as_str() {
-                "model.heads" => {
-                    out.heads =
-                        Some(value.parse().ok().filter(|h| *h > 0).ok_or_else(|| wrong("give a number"))?)
-                }
-                "model.ln_eps" => out.ln_eps = Some(value.parse().map_err(|_| wrong("give a number"))?),
-                "model.image" => {
-                    out.image = Some(parse_image(value).ok_or_else(|| wrong("give `H` or `HxW`"))?)
-                }
-                "model.gelu" => out.gelu = Some(choice(value).ok_or_else(|| wrong("`tanh` or `erf`"))?),
-                "model.pool" => {
-                    out.pool = Some(choice(value).ok_or_else(|| wrong("`token`, `gap` or `map`"))?)
-                }
-                "model.norm" => {
-                    out.norm = Some(choice(value).ok_or_else(|| wrong("`before` or `after` the pooling"))?)
-                }
-                "model.posemb" => {
-                    out.posemb = Some(choice(value).ok_or_else(|| wrong("`learned` or `sincos2d`"))?)
-                }
-                "model.posemb_join" => {
-                    out.posemb_join = Some(
-                        choice(value).ok_or_else(|| wrong("`before` or `after` the class token joins"))?,
-                    )
-                }
-                "data.mean" => {
-                    out.mean =
-                        Some(three(value).ok_or_else(|| wrong("give three numbers of pixels in [0, 1]"))?)
-                }
-                "data.std" => {
-                    let all = three(value).filter(|std| std.iter().all(|s| *s > 0.0));
-                    out.std = Some(all.ok_or_else(|| wrong("give three numbers above 0"))?)
-                }
-                "loss.kind" => out.loss = Some(choice(value).ok_or_else(|| wrong("`softmax` or `sigmoid`"))?),
-                // All of a name, as in `optim.groups`.
-                "weights.exclude" => out.exclude.push(Pattern::new(&format!("^(?:{value})$"), key)?),
-                "weights.rename" => {
-                    let (pattern, by) = value.split_once("=>").ok_or_else(|| wrong("give `REGEX=>NEW`"))?;
-                    out.rename.push((Pattern::new(pattern.trim(), key)?, by.trim().to_string()));
-                }
-                _ => return Err(unknown_key(key)),
-            }
-        }
-        Ok(out)
-    }
-}
-
-fn example(key: &str) -> &'static str {
-    match key {
-        "model.heads" => "12",
-        "model.ln_eps" => "1e-6",
-        "model.image" => "224",
-        "model.gelu" => "tanh",
-        "model.pool" => "gap",
-        "model.posemb" => "learned",
-        "data.mean" => "[0.485,0.456,0.406]",
-        "data.std" => "[0.229,0.224,0.225]",
-        "loss.kind" => "sigmoid",
-        "weights.exclude" => "head_dist\\..*",
-        "weights.rename" => "^module\\.=>",
-        _ => "before",
-    }
-}
-
-/// One of a serde enum's names.
-fn choice<T: serde::de::DeserializeOwned>(value: &str) -> Option<T> {
-    serde_json::from_value(value.into()).ok()
-}
-
-/// `[R,G,B]`, or without the brackets.
-fn three(value: &str) -> Option<[f64; 3]> {
-    let inner = value.trim().trim_start_matches('[').trim_end_matches(']');
-    let numbers: Vec<f64> = inner.split(',').map(|n| n.trim().parse().ok()).collect::<Option<_>>()?;
-    <[f64; 3]>::try_from(numbers).ok().filter(|three| three.iter().all(|n| n.is_finite()))
-}
-
-fn parse_image(text: &str) -> Option<(usize, usize)> {
-    let (h, w) = text.split_once('x').unwrap_or((text, text));
-    let side = |s: &str| s.trim().parse().ok().filter(|s| (1..=MAX_SIDE).contains(s));
-    Some((side(h)?, side(w)?))
-}
-
-fn unknown_key(key: &str) -> Error {
-    let keys = ModelOverrides::KEYS;
-    let nearest = keys.iter().max_by(|a, b| strsim::jaro(a, key).total_cmp(&strsim::jaro(b, key)));
-    Error::usage(format!("`{key}` cannot be set for a weights file")).hint(format!(
-        "did you mean `{}`? There are {}; sizes come from the tensors",
-        nearest.expect("there are keys"),
-        keys.join(", ")
-    ))
-}
 
 /// The sizes from the shapes.
 #[derive(Debug)]
@@ -209,11 +32,18 @@ pub(super) struct Sizes {
     pub(super) patch: (usize, usize),
     pub(super) rep_size: usize,
     pub(super) extra_tokens: usize,
+    pub(super) registers: usize,
     pub(super) posemb_rows: Option<usize>,
     layer_scale: bool,
-    qkv_bias: bool,
+    mlp_kind: MlpKind,
+    mlp_norm: bool,
+    qkv_bias: QkvBias,
+    patch_bias: bool,
+    norm_pre: bool,
     map: bool,
-    fc_norm: bool,
+    norm: NormPlace,
+    /// Whether the head reads twice the width.
+    twice: bool,
 }
 
 impl Sizes {
@@ -240,11 +70,19 @@ impl Sizes {
                 fail!("the position embedding has shape {}, not [1, tokens, D]", shape_text(other))
             }
         };
+        let fc1 = matrix("blocks.0.mlp.fc1.weight")?.0;
+        // Both halves of a gated layer are in one tensor.
+        let gated = matrix("blocks.0.mlp.fc2.weight").is_ok_and(|(_, cols)| fc1 == 2 * cols);
+        let has = |end: &str| shapes.keys().any(|name| name.ends_with(end));
         let sizes = Self {
             width,
             patch,
             depth: depth(shapes)?,
-            mlp: matrix("blocks.0.mlp.fc1.weight")?.0,
+            mlp: if gated { fc1 / 2 } else { fc1 },
+            mlp_kind: if gated { MlpKind::Swiglu } else { MlpKind::Dense },
+            mlp_norm: shapes.contains_key("blocks.0.mlp.norm.weight"),
+            patch_bias: shapes.contains_key("patch_embed.proj.bias"),
+            norm_pre: shapes.contains_key("norm_pre.weight"),
             // None: features without a classifier.
             classes: if shapes.contains_key("head.weight") { matrix("head.weight")?.0 } else { 0 },
             rep_size: if shapes.contains_key("pre_logits.weight") {
@@ -252,21 +90,33 @@ impl Sizes {
             } else {
                 0
             },
+            registers: match shapes.get("reg_token").map(Vec::as_slice) {
+                None => 0,
+                Some(&[1, registers, _]) if registers <= MAX_DEPTH => registers,
+                Some(other) => fail!("`reg_token` has shape {}, not [1, R, D]", shape_text(other)),
+            },
             extra_tokens: ["cls_token", "dist_token"].iter().filter(|t| shapes.contains_key(**t)).count(),
             posemb_rows,
             layer_scale: shapes.contains_key("blocks.0.ls1.gamma"),
             // If only some blocks have one, the others' are missing.
-            qkv_bias: shapes.keys().any(|n| n.ends_with(".attn.qkv.bias")),
+            qkv_bias: match () {
+                () if has(".attn.qkv.bias") => QkvBias::All,
+                () if has(".attn.q_bias") || has(".attn.v_bias") => QkvBias::Qv,
+                () => QkvBias::None,
+            },
             map: shapes.contains_key("attn_pool.latent"),
-            fc_norm: shapes.contains_key("fc_norm.weight"),
+            norm: match () {
+                () if shapes.contains_key("fc_norm.weight") => NormPlace::After,
+                () if shapes.contains_key("norm.weight") || shapes.contains_key("norm.bias") => {
+                    NormPlace::Before
+                }
+                () => NormPlace::None,
+            },
+            twice: ["pre_logits.weight", "head.weight"]
+                .iter()
+                .find_map(|name| matrix(name).ok())
+                .is_some_and(|(_, cols)| cols == 2 * width),
         };
-        // Both halves of a gated layer are in one tensor, which has a plain layer's name.
-        if matrix("blocks.0.mlp.fc2.weight").is_ok_and(|(_, cols)| sizes.mlp == 2 * cols) {
-            fail!(
-                "`blocks.0.mlp.fc1.weight` has twice the rows that `blocks.0.mlp.fc2.weight` takes: the model has a \
-                 gated MLP (SwiGLU: DINOv2-g, EVA-02), which is not supported"
-            );
-        }
         let widest = sizes.width.max(sizes.mlp).max(sizes.classes).max(sizes.rep_size);
         if widest > MAX_WIDTH || sizes.depth > MAX_DEPTH {
             fail!("{} blocks and a layer of {widest} are not a plausible model", sizes.depth);
@@ -278,15 +128,21 @@ impl Sizes {
     fn hold(&self, config: &ModelConfig, image: (usize, usize)) -> bool {
         let ((h, w), (ph, pw)) = (image, self.patch);
         let patches = (h / ph) * (w / pw);
-        let fits = |rows: usize| rows == patches || rows == patches + self.extra_tokens;
+        let fits = |rows: usize| rows == patches || rows == patches + self.extra();
         h % ph == 0 && w % pw == 0 && patches > 0 && learned_rows(config, self).is_none_or(fits)
+    }
+
+    /// Tokens in front of the patches.
+    fn extra(&self) -> usize {
+        self.extra_tokens + self.registers
     }
 
     fn pool(&self) -> PoolKind {
         match () {
             () if self.map => PoolKind::Map,
+            () if self.twice && self.extra_tokens == 1 => PoolKind::TokenGap,
             // timm has this norm only with average pooling.
-            () if self.extra_tokens > 0 && !self.fc_norm => PoolKind::Token,
+            () if self.extra_tokens > 0 && self.norm != NormPlace::After => PoolKind::Token,
             () => PoolKind::Gap,
         }
     }
@@ -331,19 +187,29 @@ pub(super) fn detect(
     };
     let o = overrides;
     check_sizes(hub, &sizes)?;
-    let usual = if from_metadata { Usual::default() } else { hub.usual };
+    let usual = if from_metadata { Usual::default() } else { hub.usual.or(plan.usual) };
     let heads = o.heads.or(hub.heads).or(plan.heads).or(usual.heads);
     check_heads(plan.heads, from_metadata.then_some(config.heads), hub, o, sizes.width)?;
     config.heads = heads.unwrap_or(config.heads);
     config.gelu = o.gelu.or(hub.gelu).or(usual.gelu).unwrap_or(config.gelu);
     config.ln_eps = o.ln_eps.or(hub.ln_eps).or(usual.ln_eps).unwrap_or(config.ln_eps);
-    config.pool = o.pool.or(hub.pool).unwrap_or(config.pool);
+    config.pool = o.pool.or(hub.pool).or(usual.pool).unwrap_or(config.pool);
     config.norm = o.norm.unwrap_or(config.norm);
-    config.posemb = o.posemb.unwrap_or(config.posemb);
+    settle_positions(&mut config, plan, usual.rope.filter(|_| !from_metadata), from_metadata, o)?;
+    config.map_heads =
+        o.map_heads.or(usual.map_heads.filter(|_| config.pool == PoolKind::Map)).or(config.map_heads);
+    config.map_tokens = o.map_tokens.or(usual.map_tokens).unwrap_or(config.map_tokens);
+    // Both are one function where there are no other tokens.
+    if sizes.extra() == 0 || config.pool != PoolKind::Map {
+        config.map_tokens = MapTokens::All;
+    }
+    if hub.silu && config.mlp_kind == MlpKind::Dense {
+        fail!("config.json: the activation is `silu`, and the MLP has no gate: not supported");
+    }
 
     let heads_known = from_metadata || heads.is_some();
     if !heads_known {
-        config.heads = usual_heads(&sizes)?;
+        config.heads = usual_heads(&sizes, config.mlp_kind)?;
     }
 
     let image = o.image.or(hub.image).or(hub.pictures.filter(|image| sizes.hold(&config, *image)));
@@ -355,6 +221,62 @@ pub(super) fn detect(
     // The file's values are not the user's mistake.
     validate(&config).map_err(|e| if *o == ModelOverrides::default() { e.into_failure() } else { e })?;
     Ok(Detected { config, grid_known, heads_assumed: !heads_known })
+}
+
+/// Rotary positions and the position embedding. Tensors do not show the first, and may lack the second.
+fn settle_positions(
+    config: &mut ModelConfig,
+    plan: &Plan,
+    named: Option<Rotary>,
+    from_metadata: bool,
+    o: &ModelOverrides,
+) -> Result<()> {
+    if let Some(rope) = named {
+        config.rope = rope.kind;
+        config.rope_theta = rope.theta;
+        config.rope_ref = rope.reference;
+        config.rope_offset = rope.offset;
+        config.rope_indexing = rope.indexing;
+    }
+    config.rope = o.rope.unwrap_or(config.rope);
+    config.rope_theta = o.rope_theta.or(config.rope_theta);
+    config.rope_ref = o.rope_ref.or(config.rope_ref);
+    config.rope_offset = o.rope_offset.unwrap_or(config.rope_offset);
+    config.rope_indexing = o.rope_indexing.unwrap_or(config.rope_indexing);
+    let embedded = plan.shapes.contains_key("pos_embed");
+    if !from_metadata && !embedded && (config.rope != RopeKind::None || o.rope.is_some()) {
+        config.posemb = Posemb::None;
+    }
+    config.posemb = o.posemb.unwrap_or(config.posemb);
+    if from_metadata || named.is_some() || o.rope.is_some() {
+        return Ok(());
+    }
+    let rotates = match rotary_mark(plan, config) {
+        Some(mark) => mark.to_string(),
+        None if !embedded && plan.kind == LayoutKind::Timm && o.posemb.is_none() => "no `pos_embed`".into(),
+        None => return Ok(()),
+    };
+    Err(Error::new(format!(
+        "{rotates} suggests rotary positions, and nothing says which: the tensors do not show them"
+    ))
+    .hint(
+        "put the model's `config.json` beside the file, or say it: `--set model.rope=dinov3` (DINOv3), \
+         `--set model.rope=eva --set model.rope_ref=16` (EVA-02, timm's `rope_reg` models) or `--set model.rope=none`",
+    ))
+}
+
+/// A tensor that only models of timm's Eva class have, most of which rotate q and k.
+fn rotary_mark(plan: &Plan, config: &ModelConfig) -> Option<&'static str> {
+    if plan.kind != LayoutKind::Timm {
+        return None;
+    }
+    match () {
+        () if config.qkv_bias == QkvBias::Qv => Some("a bias of q and v alone"),
+        () if config.mlp_norm => Some("a norm inside the MLP"),
+        () if config.norm_pre && config.pool == PoolKind::Map => Some("`norm_pre` beside attention pooling"),
+        () if config.norm_pre && config.norm == NormPlace::None => Some("`norm_pre` without a final norm"),
+        () => None,
+    }
 }
 
 /// Sizes in a `config.json` must equal those of the tensors.
@@ -417,11 +339,12 @@ fn check_heads(
 }
 
 /// The number of heads by the width, if nothing gives it: heads of size 64, except for the sizes beyond L.
-fn usual_heads(sizes: &Sizes) -> Result<usize> {
+fn usual_heads(sizes: &Sizes, mlp: MlpKind) -> Result<usize> {
     let width = sizes.width;
     match width {
         1152 | 1408 | 1664 => Ok(16),
         1280 if sizes.patch == (14, 14) => Ok(16),
+        1536 if mlp == MlpKind::Swiglu => Ok(24),
         1536 => Err(Error::new(format!("{NO_HEADS}, and models of width 1536 have 16 or 24"))
             .hint("give it, as in `--set model.heads=16`")),
         _ if width.is_multiple_of(64) => Ok(width / 64),
@@ -449,13 +372,25 @@ fn from_sizes(sizes: &Sizes, kind: LayoutKind) -> ModelConfig {
         depth: sizes.depth,
         heads: 1,
         mlp: sizes.mlp,
+        mlp_kind: sizes.mlp_kind,
+        mlp_norm: sizes.mlp_norm,
         qkv_bias: sizes.qkv_bias,
         classes: sizes.classes,
         pool: sizes.pool(),
-        norm: if sizes.fc_norm { NormPlace::After } else { NormPlace::Before },
+        norm: sizes.norm,
+        map_heads: None,
+        map_tokens: MapTokens::All,
         extra_tokens: sizes.extra_tokens,
+        registers: sizes.registers,
         posemb: if sizes.posemb_rows.is_some() { Posemb::Learned } else { Posemb::Sincos2d },
         posemb_join: PosembJoin::After,
+        rope: RopeKind::None,
+        rope_theta: None,
+        rope_ref: None,
+        rope_offset: 0.0,
+        rope_indexing: RopeIndexing::Ij,
+        patch_bias: sizes.patch_bias,
+        norm_pre: sizes.norm_pre,
         rep_size: sizes.rep_size,
         // The file has the scale but not its initial value.
         layer_scale: if sizes.layer_scale { 1e-4 } else { 0.0 },
@@ -481,6 +416,7 @@ fn check_stored(config: ModelConfig, sizes: &Sizes) -> Result<ModelConfig> {
         ("patch width", config.patch.1, sizes.patch.1),
         ("rep_size", config.rep_size, sizes.rep_size),
         ("extra_tokens", config.extra_tokens, sizes.extra_tokens),
+        ("registers", config.registers, sizes.registers),
     ];
     for (key, said, found) in pairs {
         if said != found {
@@ -495,7 +431,7 @@ fn check_stored(config: ModelConfig, sizes: &Sizes) -> Result<ModelConfig> {
 
 /// Whether extra tokens have rows: by the layout's rule, else by the number of rows.
 fn join(config: &ModelConfig, sizes: &Sizes, plan: &Plan, image: Option<(usize, usize)>) -> PosembJoin {
-    let (extra, rows) = (sizes.extra_tokens, learned_rows(config, sizes));
+    let (extra, rows) = (sizes.extra(), learned_rows(config, sizes));
     let patches_of = |image: (usize, usize)| (image.0 / sizes.patch.0) * (image.1 / sizes.patch.1);
     plan.join.unwrap_or(match (rows, image) {
         _ if extra == 0 => PosembJoin::After,
@@ -525,7 +461,7 @@ fn settle_grid(
     if let Some(image) = image {
         config.image = image;
     } else if !from_metadata {
-        let with_rows = if config.posemb_join == PosembJoin::After { sizes.extra_tokens } else { 0 };
+        let with_rows = if config.posemb_join == PosembJoin::After { sizes.extra() } else { 0 };
         let patches = rows.map_or(1, |rows| rows.saturating_sub(with_rows).max(1));
         let side = patches.isqrt();
         let known = rows.is_some() && square(patches);
@@ -551,44 +487,4 @@ pub(super) fn check_rows(config: &ModelConfig, rows: usize) -> Result<()> {
         config.posemb_rows()
     ))
     .hint("use pictures of the size that the model was trained on; `vitrum finetune` resizes the embedding"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sets(pairs: &[(&str, &str)]) -> Result<ModelOverrides> {
-        let pairs: Vec<_> = pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        ModelOverrides::from_sets(&pairs)
-    }
-
-    #[test]
-    fn overrides_parse_and_wrong_ones_are_wrong_usage() {
-        let o = sets(&[
-            ("model.image", "16x24"),
-            ("model.gelu", "erf"),
-            ("model.ln_eps", "1e-12"),
-            ("model.heads", "3"),
-        ]);
-        let o = o.unwrap();
-        assert_eq!(
-            (o.image, o.gelu, o.ln_eps, o.heads),
-            (Some((16, 24)), Some(Gelu::Erf), Some(1e-12), Some(3))
-        );
-
-        for (key, value, hint) in [
-            ("model.gelu", "relu", "`tanh` or `erf`, as in `--set model.gelu=tanh`"),
-            ("model.heads", "0", "give a number, as in `--set model.heads=12`"),
-            ("model.image", "16x", "give `H` or `HxW`, as in `--set model.image=224`"),
-            ("model.head", "3", "did you mean `model.heads`?"),
-            ("optim.lr", "3", "did you mean"),
-            ("loss.kind", "bce", "`softmax` or `sigmoid`, as in `--set loss.kind=sigmoid`"),
-            ("weights.rename", "^module", "give `REGEX=>NEW`, as in `--set weights.rename=^module\\.=>`"),
-            ("weights.exclude", "(", "as in `--set 'weights.exclude="),
-        ] {
-            let error = sets(&[(key, value)]).unwrap_err();
-            assert_eq!(error.exit_code(), 2);
-            assert!(error.hint_text().unwrap().starts_with(hint), "{error}");
-        }
-    }
 }

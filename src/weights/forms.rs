@@ -10,7 +10,15 @@ impl Form {
     pub(super) fn own_values<'a>(self, values: Cow<'a, [f32]>, shape: &[usize]) -> Cow<'a, [f32]> {
         let product = |dims: &[usize]| dims.iter().product::<usize>();
         match self {
-            Form::Same | Form::Rows { .. } | Form::HeadsBias { .. } => values,
+            Form::Same | Form::Rows { .. } | Form::HeadsBias { .. } | Form::Leading { .. } => values,
+            Form::Slice { first, count, of } => {
+                let part = values.len() / of;
+                let range = first * part..(first + count) * part;
+                match values {
+                    Cow::Borrowed(all) => Cow::Borrowed(&all[range]),
+                    Cow::Owned(all) => all[range].to_vec().into(),
+                }
+            }
             // [ph, pw, 3, D]: a transpose gives [D, ph, pw, 3], then the channel moves before the pixels.
             Form::Patch => {
                 let (d, channels) = (shape[3], shape[2]);

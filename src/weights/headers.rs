@@ -6,10 +6,11 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::container::Container;
-use super::detect::{Detected, ModelOverrides, detect};
+use super::detect::{Detected, detect};
 use super::hub::Hub;
 use super::layouts::{self, LayoutKind, Plan, Shapes};
 use super::meta::{CheckpointMeta, META_KEY, MODEL_KEY};
+use super::overrides::ModelOverrides;
 use crate::backend::Normalise;
 use crate::error::{Error, Result};
 use crate::fail;

@@ -26,6 +26,9 @@ pub struct CheckpointMeta {
     /// Whether pictures are turned by their EXIF orientation.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub exif: bool,
+    /// The license that the origin of the weights names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub license: Option<String>,
     /// The recipe's name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recipe: Option<String>,
@@ -68,6 +71,7 @@ impl CheckpointMeta {
             crop_ratio,
             loss: None,
             exif: false,
+            license: None,
             recipe: None,
             data: None,
             step: None,

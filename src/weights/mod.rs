@@ -21,20 +21,22 @@ mod hub_cache;
 mod layouts;
 mod meta;
 pub mod npz;
+mod overrides;
 pub mod safetensors;
 mod shards;
 mod store;
 mod tensor;
 #[cfg(test)]
 mod tests;
+mod usual;
 
 pub use crate::vit::names::Numbering;
 pub use adapt::{AdaptTarget, HeadPolicy, PosembDialect, RepLayer, adapt};
 pub use convert::{Format, convert};
 pub use describe::describe;
-pub use detect::ModelOverrides;
 pub use layouts::{LayoutKind, from_flax_tensors, to_flax_tensors};
 pub use meta::{CheckpointMeta, META_KEY, MODEL_KEY};
+pub use overrides::ModelOverrides;
 pub use store::{Store, check_bytes};
 pub use tensor::{Tensor, Tensors};
 

@@ -20,7 +20,7 @@ pub(super) fn forward(
     c: &Compute,
     shape: Shape,
     bias: &[f32],
-    extra_tokens: [Option<&[f32]>; 2],
+    extra_tokens: &[&[f32]],
     posemb: Rows,
     x: RowsMut,
 ) {
@@ -31,8 +31,8 @@ pub(super) fn forward(
             let row = x.row(r);
             if token >= shape.extra {
                 add(row, bias);
-            } else if let Some(value) = extra_tokens[token] {
-                add(row, value);
+            } else {
+                add(row, extra_tokens[token]);
             }
             if token >= shape.posemb_first {
                 add(row, posemb.row(token - shape.posemb_first));
@@ -42,13 +42,14 @@ pub(super) fn forward(
     });
 }
 
-/// Takes `d_x` back through the dropout in place, then sums it over the samples, in order.
+/// Takes `d_x` back through the dropout in place, then sums it over the samples, in order. `d_extra_tokens` have the
+/// token of their first row.
 pub(super) fn backward(
     c: &Compute,
     shape: Shape,
     d_x: RowsMut,
     d_bias: Option<&mut [f32]>,
-    d_extra_tokens: [Option<&mut [f32]>; 2],
+    d_extra_tokens: Vec<(usize, RowsMut)>,
     d_posemb: Option<RowsMut>,
     accumulate: bool,
 ) {
@@ -62,7 +63,7 @@ pub(super) fn backward(
             }
         });
     }
-    if d_bias.is_none() && d_posemb.is_none() && d_extra_tokens.iter().all(|d| d.is_none()) {
+    if d_bias.is_none() && d_posemb.is_none() && d_extra_tokens.is_empty() {
         return;
     }
 
@@ -81,9 +82,9 @@ pub(super) fn backward(
     });
     let sums = Rows::dense(&sums, tokens, width);
 
-    for (token, d) in d_extra_tokens.into_iter().enumerate() {
-        if let Some(d) = d {
-            store(d, sums.row(token), accumulate);
+    for (token, mut d) in d_extra_tokens {
+        for row in 0..d.rows {
+            store(d.row(row), sums.row(token + row), accumulate);
         }
     }
     if let Some(mut d) = d_posemb {
@@ -153,7 +154,7 @@ mod tests {
             let (bias, posemb) = (normal(3, width, 1.0), normal(4, (tokens - first) * width, 1.0));
             let extras = [normal(5, width, 1.0), normal(6, width, 1.0)];
             let mut grad = [None; 2];
-            let mut value = [None; 2];
+            let mut value = [None; 3];
             for e in 0..extra {
                 grad[e] = Some(b.room(1, width));
                 value[e] = Some((b.put(1, width, &extras[e]), grad[e]));
@@ -211,7 +212,7 @@ mod tests {
             tokens,
             extra: 1,
             bias: (b.room(1, width), None),
-            extra_tokens: [Some((b.room(1, width), None)), None],
+            extra_tokens: [Some((b.room(1, width), None)), None, None],
             posemb: (b.room(tokens, width), Some(d_posemb)),
             posemb_first: 0,
             dropout: Mask::NONE,

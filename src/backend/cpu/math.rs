@@ -94,6 +94,12 @@ pub struct TanhForm;
 /// [`Gelu::Erf`]: the weight is the normal distribution Φ.
 pub struct ErfForm;
 
+/// [`Gelu::Quick`]: the weight is `σ(1.702·x)`.
+pub struct QuickForm;
+
+/// `x·σ(x)`: the gate of a SwiGLU.
+pub struct Silu;
+
 /// `2√(2/π)`
 const TWO_C: f32 = 1.595_769;
 const CUBIC: f32 = 0.044_715;
@@ -123,6 +129,43 @@ impl Curve for TanhForm {
         let two_du = s.fma(x2, s.splat(3.0 * TWO_C * CUBIC), s.splat(TWO_C));
         let bend = s.mul(s.nfma(w, w, w), two_du);
         s.fma(x, bend, w)
+    }
+}
+
+/// `σ(k·x)`
+#[inline(always)]
+fn sigmoid<S: Simd>(s: S, x: S::V, k: f32) -> S::V {
+    // Bounded as in `TanhForm::weight`.
+    let exponent = s.min(s.splat(125.0), s.mul(x, s.splat(-LOG2_E * k)));
+    s.recip(s.add(s.splat(1.0), exp2(s, exponent)))
+}
+
+/// The slope of `x·σ(k·x)`: `w + k·x·w·(1 - w)`.
+#[inline(always)]
+fn sigmoid_slope<S: Simd>(s: S, x: S::V, k: f32) -> S::V {
+    let w = sigmoid(s, x, k);
+    s.fma(s.mul(x, s.splat(k)), s.nfma(w, w, w), w)
+}
+
+impl Curve for QuickForm {
+    #[inline(always)]
+    fn value<S: Simd>(s: S, x: S::V) -> S::V {
+        s.mul(x, sigmoid(s, x, 1.702))
+    }
+    #[inline(always)]
+    fn slope<S: Simd>(s: S, x: S::V) -> S::V {
+        sigmoid_slope(s, x, 1.702)
+    }
+}
+
+impl Curve for Silu {
+    #[inline(always)]
+    fn value<S: Simd>(s: S, x: S::V) -> S::V {
+        s.mul(x, sigmoid(s, x, 1.0))
+    }
+    #[inline(always)]
+    fn slope<S: Simd>(s: S, x: S::V) -> S::V {
+        sigmoid_slope(s, x, 1.0)
     }
 }
 
@@ -211,8 +254,10 @@ impl Task for Map<'_> {
                     Function::Tanh => tanh(s, x),
                     Function::Gelu(Gelu::Tanh) => TanhForm::value(s, x),
                     Function::Gelu(Gelu::Erf) => ErfForm::value(s, x),
+                    Function::Gelu(Gelu::Quick) => QuickForm::value(s, x),
                     Function::GeluSlope(Gelu::Tanh) => TanhForm::slope(s, x),
                     Function::GeluSlope(Gelu::Erf) => ErfForm::slope(s, x),
+                    Function::GeluSlope(Gelu::Quick) => QuickForm::slope(s, x),
                 };
                 s.store_head(at, y, n);
             }
@@ -264,6 +309,10 @@ pub(crate) mod tests {
             Gelu::Erf => {
                 let bell = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
                 (x * normal64(x), normal64(x) + x * bell)
+            }
+            Gelu::Quick => {
+                let w = 1.0 / (1.0 + (-1.702 * x).exp());
+                (x * w, w + 1.702 * x * w * (1.0 / (1.0 + (1.702 * x).exp())))
             }
         }
     }
@@ -352,8 +401,9 @@ pub(crate) mod tests {
         let exponent = |form, x: f64| match form {
             Gelu::Tanh => 1.6 * (x + 0.044715 * x * x * x).abs(),
             Gelu::Erf => 0.5 * x * x,
+            Gelu::Quick => 1.702 * x.abs(),
         };
-        for form in [Gelu::Tanh, Gelu::Erf] {
+        for form in [Gelu::Tanh, Gelu::Erf, Gelu::Quick] {
             let value = worst(
                 Function::Gelu(form),
                 DENORMAL,

@@ -20,6 +20,7 @@ mod pool;
 pub mod query_attention;
 mod reduce;
 mod residual;
+mod rope;
 mod round;
 mod rowwise;
 pub mod simd;

@@ -10,8 +10,8 @@ use super::Cuda;
 use super::blas::{Fused, Matrix, Operands, Shape};
 use super::driver::Address;
 use super::launch::{
-    BiasArgs, BiasGeluArgs, BiasResidualArgs, BiasTanhArgs, GeluBackwardArgs, MaskArgs, TanhBackwardArgs,
-    variant,
+    BiasArgs, BiasGeluArgs, BiasResidualArgs, BiasTanhArgs, GeluBackwardArgs, MaskArgs, SwigluArgs,
+    SwigluBackwardArgs, TanhBackwardArgs, variant,
 };
 use super::product;
 use super::sums;
@@ -47,6 +47,7 @@ fn form_code(form: Gelu) -> u32 {
     match form {
         Gelu::Tanh => 0,
         Gelu::Erf => 1,
+        Gelu::Quick => 2,
     }
 }
 
@@ -320,6 +321,35 @@ fn gelu_backward(cuda: &Cuda, d: Mat, pre: Mat, form: Gelu, dropout: Mask) -> Re
         pre: cuda.view(pre),
     };
     cuda.launch(variant!(d.dtype, "gelu_backward"), elementwise_grid(d.rows, d.cols), 0, &args)
+}
+
+pub(super) fn swiglu(cuda: &mut Cuda, op: &ops::Swiglu) -> Result<()> {
+    let ops::Swiglu { pre, dropout, y } = *op;
+    assert_eq!((pre.rows, pre.cols), (y.rows, 2 * y.cols), "swiglu: {pre} → {y}");
+    let args = SwigluArgs {
+        params: cuda.step_params.address(),
+        dropout: cuda.mask(dropout),
+        rows_per_sample: cuda.rows_per_sample(y.rows),
+        pre: cuda.view(pre),
+        y: cuda.view(y),
+    };
+    cuda.launch(variant!(y.dtype, "swiglu"), elementwise_grid(y.rows, y.cols), 0, &args)
+}
+
+/// The bias gradient is left to the product, which sums the rows of its `d_y` itself.
+pub(super) fn swiglu_backward(cuda: &mut Cuda, op: &ops::SwigluBackward) -> Result<()> {
+    let ops::SwigluBackward { d_y, pre, dropout, d_pre, d_bias: _ } = *op;
+    assert_eq!((pre.rows, pre.cols), (d_pre.rows, d_pre.cols), "swiglu_backward: {pre} and {d_pre} differ");
+    assert_eq!((pre.rows, pre.cols), (d_y.rows, 2 * d_y.cols), "swiglu_backward: {d_y} of {pre}");
+    let args = SwigluBackwardArgs {
+        params: cuda.step_params.address(),
+        dropout: cuda.mask(dropout),
+        rows_per_sample: cuda.rows_per_sample(d_y.rows),
+        d_y: cuda.view(d_y),
+        pre: cuda.view(pre),
+        d_pre: cuda.view(d_pre),
+    };
+    cuda.launch(variant!(d_y.dtype, "swiglu_backward"), elementwise_grid(d_y.rows, d_y.cols), 0, &args)
 }
 
 /// In place: `y` holds the product.

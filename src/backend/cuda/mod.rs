@@ -26,6 +26,7 @@ pub mod peers;
 mod product;
 mod query_attention;
 mod race;
+mod rotate;
 mod stem;
 mod step_params;
 mod sums;
@@ -502,10 +503,13 @@ impl Backend for Cuda {
             Op::Matmul(op) => dense::matmul(self, op),
             Op::MatmulBackward(op) => dense::matmul_backward(self, op),
             Op::Gelu(op) => dense::gelu(self, op),
+            Op::Swiglu(op) => dense::swiglu(self, op),
+            Op::SwigluBackward(op) => dense::swiglu_backward(self, op),
             Op::LayerNorm(op) => norm::layernorm(self, op),
             Op::LayerNormBackward(op) => norm::layernorm_backward(self, op),
             Op::Residual(op) => norm::residual(self, op),
             Op::ResidualBackward(op) => norm::residual_backward(self, op),
+            Op::Rotate(op) => rotate::rotate(self, op),
             Op::Attention(op) => attention::attention(self, op),
             Op::AttentionBackward(op) => attention::attention_backward(self, op),
             Op::QueryAttention(op) => query_attention::query_attention(self, op),

@@ -49,13 +49,16 @@ pub(super) fn patchify(cuda: &mut Cuda, op: &ops::Patchify) -> Result<()> {
 }
 
 fn embed_shape(embed: &Embed, x: Mat) -> EmbedShape {
-    assert!(embed.extra <= 2 && embed.extra < embed.tokens, "embed: too many extra tokens");
+    let [class, other, registers] = embed.extra_tokens.map(|part| part.map_or(0, |(tokens, _)| tokens.rows));
+    assert_eq!(embed.extra, class + other + registers, "embed: extra tokens");
+    assert!(class + other <= 2 && embed.extra < embed.tokens, "embed: too many extra tokens");
     assert_eq!(x.rows % embed.tokens, 0, "embed: rows are whole samples");
     EmbedShape {
         samples: (x.rows / embed.tokens) as u32,
         tokens: embed.tokens as u32,
         width: x.cols as u32,
         extra: embed.extra as u32,
+        classes: (class + other) as u32,
         posemb_first: embed.posemb_first as u32,
     }
 }
@@ -65,15 +68,16 @@ pub(super) fn embed(cuda: &mut Cuda, op: &ops::Embed) -> Result<()> {
     let posemb = embed.posemb.0;
     let expected = (embed.tokens - embed.posemb_first, x.cols);
     assert_eq!((posemb.rows, posemb.cols), expected, "embed: positions");
-    let [extra0, extra1] = embed.extra_tokens.map(|token| cuda.at_or_null(token.map(|(value, _)| value)));
+    let [extra0, extra1, registers] = embed.extra_tokens.map(|token| token.map(|(value, _)| value));
     let args = EmbedArgs {
         params: cuda.step_params.address(),
         shape: embed_shape(embed, x),
         dropout: cuda.mask(embed.dropout),
         x: cuda.view(x),
         bias: cuda.at(embed.bias.0),
-        extra0,
-        extra1,
+        extra0: cuda.at_or_null(extra0),
+        extra1: cuda.at_or_null(extra1),
+        registers: cuda.view_or_none(registers),
         posemb: cuda.view(posemb),
     };
     cuda.launch(variant!(x.dtype, "embed"), elementwise_grid(x.rows, x.cols), 0, &args)
@@ -122,6 +126,7 @@ pub(super) fn embed_backward(cuda: &mut Cuda, op: &ops::EmbedBackward) -> Result
         slices: slices as u32,
         d_extra0: cuda.at_or_null(d_extra[0]),
         d_extra1: cuda.at_or_null(d_extra[1]),
+        d_registers: cuda.view_or_none(d_extra[2]),
         d_posemb: cuda.view_or_none(d_posemb),
         add: u32::from(cuda.micro.gradients.adds()),
     };

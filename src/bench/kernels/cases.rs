@@ -225,7 +225,7 @@ fn embeds(model: &Model, images: usize, stream: Dtype) -> Vec<Case> {
             (param, if trained { room.grad(rows, d) } else { None })
         };
         let (bias, class, posemb) = (pair(1), pair(1), pair(t));
-        let extra_tokens = [Some(class), None];
+        let extra_tokens = [Some(class), None, None];
         Embed { tokens: t, extra: 1, bias, extra_tokens, posemb, posemb_first: 0, dropout: Mask::NONE }
     };
     let shape = shape_with(model, rows, stream);

@@ -41,7 +41,7 @@ impl PosembDialect {
         match kind {
             LayoutKind::Vitrum | LayoutKind::VitJax => Self::VitJax,
             LayoutKind::BigVision => Self::BigVision,
-            LayoutKind::Timm => Self::Timm,
+            LayoutKind::Timm | LayoutKind::OpenClip => Self::Timm,
             LayoutKind::HuggingFace => Self::Hf,
         }
     }
@@ -124,7 +124,7 @@ fn resize_patches(
             if !file.grid_known {
                 return Err(unknown_grid());
             }
-            let rows = if old.posemb_join == PosembJoin::After { old.extra_tokens } else { 0 };
+            let rows = if old.posemb_join == PosembJoin::After { old.patch_grid().extra } else { 0 };
             let posemb = file.tensors.get(POSEMB)?;
             file.tensors.insert(POSEMB, resize_positions(&posemb, rows, from, to, dialect.positions()));
             notes.push(format!(

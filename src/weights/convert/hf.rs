@@ -9,7 +9,7 @@ use crate::backend::{Gelu, LossKind};
 use crate::error::{At, Error, Result};
 use crate::fail;
 use crate::recipe::unit;
-use crate::vit::config::{ModelConfig, PoolKind, Posemb, PosembJoin};
+use crate::vit::config::{MlpKind, ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin, QkvBias, RopeKind};
 use crate::weights::hub::placeholder;
 use crate::weights::layouts::huggingface::file_names;
 use crate::weights::safetensors::{self, View};
@@ -23,6 +23,16 @@ pub(super) fn check(file: &ModelFile) -> Result<()> {
     match () {
         () if c.pool != PoolKind::Token => without("average or attention pooling in front of the classifier"),
         () if c.extra_tokens != 1 => without("distillation token"),
+        () if c.registers > 0 => without("registers"),
+        () if c.rope != RopeKind::None => without("rotary positions"),
+        () if c.mlp_kind != MlpKind::Dense => without("SwiGLU"),
+        () if c.norm_pre => without("norm in front of the first block"),
+        () if c.qkv_bias == QkvBias::Qv => without("bias of q and v alone"),
+        () if !c.patch_bias => {
+            Err(Error::new("its ViT has a bias in the patch embedding, and this model has none")
+                .hint("use `--to timm`"))
+        }
+        () if c.norm == NormPlace::None => without("model without a final norm"),
         () if c.layer_scale > 0.0 => without("LayerScale"),
         () if c.posemb == Posemb::Sincos2d => without("fixed position embedding"),
         () if c.posemb_join == PosembJoin::Before => {
@@ -80,7 +90,11 @@ fn config_json(c: &ModelConfig, meta: &CheckpointMeta) -> Value {
         "num_hidden_layers": c.depth,
         "num_attention_heads": c.heads,
         "intermediate_size": c.mlp,
-        "hidden_act": match c.gelu { Gelu::Erf => "gelu", Gelu::Tanh => "gelu_pytorch_tanh" },
+        "hidden_act": match c.gelu {
+            Gelu::Erf => "gelu",
+            Gelu::Tanh => "gelu_pytorch_tanh",
+            Gelu::Quick => "quick_gelu",
+        },
         "layer_norm_eps": exact(c.ln_eps),
         "hidden_dropout_prob": exact(c.dropout),
         "attention_probs_dropout_prob": exact(c.attention_dropout),
@@ -88,7 +102,7 @@ fn config_json(c: &ModelConfig, meta: &CheckpointMeta) -> Value {
         "image_size": side(c.image),
         "patch_size": side(c.patch),
         "num_channels": 3,
-        "qkv_bias": c.qkv_bias,
+        "qkv_bias": c.qkv_bias == QkvBias::All,
         "encoder_stride": c.patch.0,
         "dtype": "float32",
     });

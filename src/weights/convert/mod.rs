@@ -197,5 +197,5 @@ fn size((height, width): (usize, usize)) -> String {
 
 /// Hidden layers per width, if that is whole or short enough to be exact.
 fn mlp_ratio(config: &ModelConfig) -> f64 {
-    config.mlp as f64 / config.width as f64
+    config.fc1_width() as f64 / config.width as f64
 }

@@ -12,7 +12,7 @@ use crate::backend::{LossKind, Normalise};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::recipe::{PROTOCOLS, unit};
-use crate::vit::config::PoolKind;
+use crate::vit::config::{PoolKind, QkvBias};
 use crate::weights::container::Container;
 use crate::weights::headers::Headers;
 use crate::weights::hub::Hub;
@@ -20,7 +20,7 @@ use crate::weights::{ModelFile, ModelOverrides, Numbering, Tensors, to_flax_tens
 
 /// Under the names of the published files.
 pub(super) fn tensors(file: &ModelFile, own: &Tensors) -> Result<Tensors> {
-    if !file.config.qkv_bias {
+    if file.config.qkv_bias != QkvBias::All {
         return Err(Error::new("q, k and v of vit_jax's model always have a bias, but this one's have none")
             .hint("use `--to timm` or `--to hf`"));
     }

@@ -9,7 +9,7 @@ use crate::backend::Gelu;
 use crate::error::{At, Error, Result};
 use crate::fail;
 use crate::recipe::unit;
-use crate::vit::config::{ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin};
+use crate::vit::config::{MlpKind, ModelConfig, NormPlace, PoolKind, Posemb, PosembJoin, QkvBias, RopeKind};
 use crate::weights::{ModelFile, Tensors, metadata, write_own};
 
 /// Metadata key: the Python expression that builds the model whose `load_state_dict` takes the file.
@@ -30,6 +30,23 @@ pub(super) fn check(file: &ModelFile) -> Result<()> {
     if config.pool == PoolKind::Map && config.extra_tokens == 2 {
         fail!("timm has no distilled model with attention pooling");
     }
+    let without = |what: &str| {
+        Err(Error::new(format!("{what} cannot be written for timm yet"))
+            .hint("keep it with `--to safetensors`"))
+    };
+    match () {
+        () if config.rope != RopeKind::None => without("rotary positions"),
+        () if config.qkv_bias == QkvBias::Qv => without("a bias of q and v alone"),
+        () if config.mlp_norm => without("a norm inside the MLP"),
+        () if config.pool == PoolKind::TokenGap => without("a classifier of class token and mean"),
+        () if config.posemb == Posemb::None => without("a model without positions"),
+        () if config.map_heads() != config.heads => without("attention pooling with heads of its own"),
+        // timm has both or neither.
+        () if config.norm_pre == config.patch_bias => {
+            without("`norm_pre` beside a bias of the patches, or neither")
+        }
+        () => Ok(()),
+    }?;
     Ok(())
 }
 
@@ -66,11 +83,14 @@ fn config_json(file: &ModelFile) -> (Value, Option<String>) {
         "depth": c.depth,
         "num_heads": c.heads,
         "mlp_ratio": mlp_ratio(c),
-        "qkv_bias": c.qkv_bias,
+        "qkv_bias": c.qkv_bias == QkvBias::All,
+        "reg_tokens": c.registers,
+        "pre_norm": c.norm_pre,
+        "final_norm": c.norm != NormPlace::None,
         "global_pool": pool(c),
         "fc_norm": c.norm == NormPlace::After && c.pool == PoolKind::Gap,
         "no_embed_class": c.posemb_join == PosembJoin::Before,
-        "act_layer": if c.gelu == Gelu::Tanh { "gelu_tanh" } else { "gelu" },
+        "act_layer": act(c),
     });
     if c.layer_scale > 0.0 {
         arguments["init_values"] = json!(c.layer_scale);
@@ -93,9 +113,8 @@ fn config_json(file: &ModelFile) -> (Value, Option<String>) {
     if let Some(names) = &file.meta.classes {
         card["label_names"] = json!(names);
     }
-    let distilled = c.extra_tokens == 2;
     let config = json!({
-        "architecture": if distilled { "deit_base_distilled_patch16_224" } else { "vit_base_patch16_224" },
+        "architecture": architecture(c),
         "num_classes": c.classes,
         "num_features": c.width,
         "global_pool": pool(c),
@@ -104,12 +123,36 @@ fn config_json(file: &ModelFile) -> (Value, Option<String>) {
     });
     let note = if !how.exact {
         Some(other_resize(file.meta.resize, "timm"))
-    } else if c.ln_eps != 1e-6 {
-        Some(format!("its norms have an epsilon of {:e}, and timm's of 1e-6", c.ln_eps))
+    } else if c.ln_eps != epsilon(c) {
+        Some(format!("its norms have an epsilon of {:e}, and timm's of {:e}", c.ln_eps, epsilon(c)))
     } else {
         None
     };
     (config, note)
+}
+
+/// The architecture whose constructor takes the arguments: its name decides what they cannot.
+fn architecture(c: &ModelConfig) -> &'static str {
+    match c.mlp_kind {
+        MlpKind::Swiglu => "vit_giant_patch14_dinov2",
+        MlpKind::Dense if c.extra_tokens == 2 => "deit_base_distilled_patch16_224",
+        MlpKind::Dense if c.ln_eps == 1e-5 => "vit_base_patch16_clip_224",
+        MlpKind::Dense => "vit_base_patch16_224",
+    }
+}
+
+/// The epsilon that the architecture has.
+fn epsilon(c: &ModelConfig) -> f32 {
+    if architecture(c) == "vit_base_patch16_clip_224" { 1e-5 } else { 1e-6 }
+}
+
+fn act(c: &ModelConfig) -> &'static str {
+    match (c.mlp_kind, c.gelu) {
+        (MlpKind::Swiglu, _) => "silu",
+        (_, Gelu::Tanh) => "gelu_tanh",
+        (_, Gelu::Erf) => "gelu",
+        (_, Gelu::Quick) => "quick_gelu",
+    }
 }
 
 fn pool(c: &ModelConfig) -> &'static str {
@@ -117,6 +160,7 @@ fn pool(c: &ModelConfig) -> &'static str {
         PoolKind::Token => "token",
         PoolKind::Gap => "avg",
         PoolKind::Map => "map",
+        PoolKind::TokenGap => unreachable!("refused by `check`"),
     }
 }
 
@@ -128,11 +172,12 @@ fn python(c: &ModelConfig) -> String {
         n => ("VisionTransformer", format!("class_token={}, ", truth(n > 0))),
     };
     let scale = if c.layer_scale > 0.0 { format!("{}", c.layer_scale) } else { "None".into() };
+    let mlp = if c.mlp_kind == MlpKind::Swiglu { "mlp_layer=timm.layers.SwiGLUPacked, " } else { "" };
     let module = if c.extra_tokens == 2 { "deit" } else { "vision_transformer" };
     format!(
         "timm.models.{module}.{class}(img_size=({}, {}), patch_size=({}, {}), embed_dim={}, depth={}, num_heads={}, \
-         mlp_ratio={:?}, qkv_bias={}, num_classes={}, {tokens}global_pool='{pool}', fc_norm={}, no_embed_class={}, \
-         init_values={scale}, act_layer='{}', norm_layer=functools.partial(torch.nn.LayerNorm, eps={:e}))",
+         mlp_ratio={:?}, qkv_bias={}, num_classes={}, {tokens}reg_tokens={}, pre_norm={}, final_norm={}, \
+         global_pool='{pool}', fc_norm={}, no_embed_class={}, init_values={scale}, act_layer='{}', {mlp}norm_layer=functools.partial(torch.nn.LayerNorm, eps={:e}))",
         c.image.0,
         c.image.1,
         c.patch.0,
@@ -141,11 +186,14 @@ fn python(c: &ModelConfig) -> String {
         c.depth,
         c.heads,
         mlp_ratio(c),
-        truth(c.qkv_bias),
+        truth(c.qkv_bias == QkvBias::All),
         c.classes,
+        c.registers,
+        truth(c.norm_pre),
+        truth(c.norm != NormPlace::None),
         truth(c.norm == NormPlace::After && c.pool == PoolKind::Gap),
         truth(c.posemb_join == PosembJoin::Before),
-        if c.gelu == Gelu::Tanh { "gelu_tanh" } else { "gelu" },
+        act(c),
         c.ln_eps,
     )
 }

@@ -5,6 +5,7 @@
 //! A key that says how the model computes or how its pictures are prepared is obeyed, compared with the
 //! tensors, or refused by name. An absent key has the library's default.
 
+mod architecture;
 mod names;
 mod preprocessor;
 mod timm;
@@ -17,6 +18,7 @@ use serde_json::Value;
 use self::names::Names;
 pub(super) use self::names::placeholder;
 use super::meta::CheckpointMeta;
+use super::usual::Usual;
 use crate::backend::{Gelu, LossKind, Normalise};
 use crate::error::{At, Error, Result};
 use crate::recipe::EvalResize;
@@ -32,6 +34,10 @@ pub(super) struct Hub {
     pub(super) pool: Option<PoolKind>,
     /// Properties of the named architecture, unless the file's own metadata differs.
     pub(super) usual: Usual,
+    /// The activation is SiLU, which only the gate of a SwiGLU has.
+    pub(super) silu: bool,
+    /// Whether the model's config gives an architecture.
+    pub(super) named: bool,
     /// (H, W) that the model is built for: its positions must fit.
     pub(super) image: Option<(usize, usize)>,
     /// (H, W) of the pictures that it was last fed with; its positions may differ.
@@ -41,20 +47,13 @@ pub(super) struct Hub {
     /// Class names, whether or not they fit the head.
     names: Names,
     pub(super) loss: Option<LossKind>,
+    license: Option<String>,
     pub(super) normalise: Option<Normalise>,
     pub(super) resize: Option<EvalResize>,
     pub(super) crop_ratio: Option<f32>,
     /// Why pictures cannot be prepared as the files say.
     pub(super) unprepared: Option<String>,
     pub(super) notes: Vec<String>,
-}
-
-/// What the name of an architecture implies.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Usual {
-    pub(super) heads: Option<usize>,
-    pub(super) gelu: Option<Gelu>,
-    pub(super) ln_eps: Option<f32>,
 }
 
 /// Which of a model's sizes a key gives.
@@ -87,13 +86,13 @@ impl Hub {
     }
 
     /// Reads a `config.json`. Returns its type if it is one of transformers.
-    fn read_config(&mut self, json: &Value) -> Result<Option<&'static str>> {
+    fn read_config(&mut self, json: &Value) -> Result<Option<&'static transformers::Type>> {
         if json["pretrained_cfg"].is_object() || json["architecture"].is_string() {
             return timm::read(self, json).map(|()| None);
         }
         let kind = transformers::kind(json, &mut self.notes)?;
         match kind {
-            Some(_) => transformers::read(self, json)?,
+            Some(kind) => transformers::read(self, json, kind)?,
             None => self.notes.push(
                 "config.json is not used: it has none of timm's `architecture`, transformers' `model_type` or the \
                  keys of its ViT"
@@ -109,6 +108,7 @@ impl Hub {
         let (names, note) = self.names.of_head(classes);
         meta.classes = names.or(meta.classes.take());
         meta.loss = self.loss.or(meta.loss);
+        meta.license = self.license.clone().or(meta.license.take());
         meta.normalise = self.normalise.unwrap_or(meta.normalise);
         meta.resize = self.resize.unwrap_or(meta.resize);
         meta.crop_ratio = self.crop_ratio.unwrap_or(meta.crop_ratio);
@@ -188,6 +188,7 @@ impl Normalise {
 fn activation(key: &str, name: &str) -> Result<Gelu> {
     match name {
         "gelu" => Ok(Gelu::Erf),
+        "quick_gelu" => Ok(Gelu::Quick),
         "gelu_tanh" | "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" | "gelu_accurate" => Ok(Gelu::Tanh),
         other => fail!("`{key}` is `{other}`; only forms of GELU are supported"),
     }

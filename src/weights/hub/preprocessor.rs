@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Hub, colour, normalise};
+use super::{Hub, IMAGENET_MEAN, IMAGENET_STD, colour, normalise};
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::recipe::EvalResize;
@@ -23,7 +23,7 @@ const HALF: [f64; 3] = [0.5; 3];
 const CLIP_MEAN: [f64; 3] = [0.48145466, 0.4578275, 0.40821073];
 const CLIP_STD: [f64; 3] = [0.26862954, 0.26130258, 0.27577711];
 
-const KINDS: [Kind; 4] = [
+const KINDS: [Kind; 6] = [
     Kind { name: "ViT", square: true, size: 224, bicubic: false, crop: None, mean: HALF, std: HALF },
     Kind { name: "DeiT", square: true, size: 256, bicubic: true, crop: Some(224), mean: HALF, std: HALF },
     Kind {
@@ -34,6 +34,17 @@ const KINDS: [Kind; 4] = [
         crop: Some(224),
         mean: CLIP_MEAN,
         std: CLIP_STD,
+    },
+    Kind { name: "Siglip", square: true, size: 224, bicubic: true, crop: None, mean: HALF, std: HALF },
+    // It resizes in f32, without rounding to whole values first.
+    Kind {
+        name: "DINOv3ViT",
+        square: true,
+        size: 224,
+        bicubic: false,
+        crop: None,
+        mean: IMAGENET_MEAN,
+        std: IMAGENET_STD,
     },
     Kind {
         name: "CLIP",

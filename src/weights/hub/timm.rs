@@ -3,15 +3,15 @@
 use serde_json::Value;
 
 use super::names::Names;
-use super::{Hub, IMAGENET_MEAN, IMAGENET_STD, SizeOf, activation, colour, normalise, number};
-use crate::backend::Gelu;
+use super::{Hub, IMAGENET_MEAN, IMAGENET_STD, SizeOf, activation, architecture, colour, normalise, number};
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::recipe::EvalResize;
-use crate::vit::config::PoolKind;
+use crate::vit::config::{MapTokens, PoolKind, RopeIndexing, RopeKind};
+use crate::weights::usual::Rotary;
 
 /// Arguments that follow from the tensors, or that only training uses.
-const SILENT: [&str; 26] = [
+const SILENT: [&str; 40] = [
     "embed_dim",
     "depth",
     "mlp_ratio",
@@ -38,26 +38,28 @@ const SILENT: [&str; 26] = [
     "dynamic_img_size",
     "dynamic_img_pad",
     "strict_img_size",
+    "qkv_fused",
+    "swiglu_mlp",
+    "swiglu_align_to",
+    "mlp_layer",
+    "scale_mlp",
+    "scale_attn_inner",
+    "use_abs_pos_emb",
+    "num_reg_tokens",
+    "use_fc_norm",
+    "use_pre_transformer_norm",
+    "use_post_transformer_norm",
+    "attn_pool_mlp_ratio",
+    "attn_type",
+    "final_norm",
 ];
-
-/// Architectures that compute differently from what their tensors suggest: a part of the name, and its
-/// meaning.
-const OTHERWISE: [(&str, &str); 4] = [
-    ("quickgelu", "QuickGELU"),
-    ("_rpn_", "norms after the branches"),
-    ("naflexvit", "batches of pictures of several sizes (NaFlex)"),
-    ("samvit", "windowed attention (SAM)"),
-];
-
-/// Architectures whose MLP has the tanh form.
-const TANH: [&str; 4] =
-    ["so400m_patch16_siglip", "giantopt", "vit_base_patch32_siglip_256", "vit_large_patch16_siglip_512"];
 
 pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
     // The first files had one object for both.
     let card = if json["pretrained_cfg"].is_object() { &json["pretrained_cfg"] } else { json };
     if let Some(name) = json["architecture"].as_str().or(card["architecture"].as_str()) {
-        architecture(hub, name)?;
+        hub.usual = architecture::usual(name)?;
+        hub.named = true;
     }
     let pool = ["global_pool"].iter().find_map(|key| json[*key].as_str());
     hub.pool = pool.map(|pool| self::pool("global_pool", pool)).transpose()?.flatten();
@@ -74,26 +76,8 @@ pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
     }
     let of_model = Names::read(&[json]);
     hub.names = if of_model == Names::default() { Names::read(&[card]) } else { of_model };
+    hub.license = card["license"].as_str().map(String::from);
     prepare(hub, card)
-}
-
-fn architecture(hub: &mut Hub, name: &str) -> Result<()> {
-    if let Some((_, what)) = OTHERWISE.iter().find(|(mark, _)| name.contains(mark)) {
-        return Err(Error::new(format!("the architecture `{name}` has {what}, which is not supported"))
-            .hint("use a plain Vision Transformer, such as `vit_base_patch16_224`"));
-    }
-    hub.usual.gelu = Some(if TANH.iter().any(|mark| name.contains(mark)) { Gelu::Tanh } else { Gelu::Erf });
-    let other_eps =
-        ["clip", "dinov3", "aimv2"].iter().any(|mark| name.contains(mark)) || name.starts_with("vit_pe_");
-    hub.usual.ln_eps = Some(if other_eps { 1e-5 } else { 1e-6 });
-    // Architectures with heads of an unusual size, so that the width does not give their number.
-    hub.usual.heads = match name {
-        "vit_base_patch16_gap_224" => Some(16),
-        _ if name.starts_with("test_vit") => Some(2),
-        _ if name.contains("giantopt") => Some(16),
-        _ => None,
-    };
-    Ok(())
 }
 
 fn argument(hub: &mut Hub, key: &str, value: &Value) -> Result<()> {
@@ -108,18 +92,50 @@ fn argument(hub: &mut Hub, key: &str, value: &Value) -> Result<()> {
         "img_size" if value.is_null() => {}
         "img_size" => hub.image = Some(sides(value).ok_or_else(wrong)?),
         "act_layer" if value.is_null() => {}
+        "act_layer" if value == "silu" => hub.silu = true,
         "act_layer" => hub.gelu = Some(activation(key, value.as_str().ok_or_else(wrong)?)?),
         "norm_layer" if value.is_null() => {}
         "norm_layer" => match value.as_str() {
             Some("layernorm" | "layernormfp32") => {}
             _ => fail!("`{key}` is {value}; only LayerNorm is supported"),
         },
-        "final_norm" | "proj_bias" => standard(true.into())?,
-        "pool_include_prefix" | "scale_attn_norm" | "scale_mlp_norm" => standard(false.into())?,
+        "attn_pool_num_heads" if value.is_null() => {}
+        "attn_pool_num_heads" => {
+            hub.usual.map_heads = Some(value.as_u64().filter(|h| *h > 0).ok_or_else(wrong)? as usize)
+        }
+        "pool_include_prefix" => {
+            let all = value.as_bool().ok_or_else(wrong)?;
+            hub.usual.map_tokens = Some(if all { MapTokens::All } else { MapTokens::Patches });
+        }
+        "use_rot_pos_emb" | "rope_type" | "rope_temperature" | "rope_grid_offset" | "rope_grid_indexing"
+        | "rope_rotate_half" | "ref_feat_shape" => rotary(hub, key, value).ok_or_else(wrong)?,
+        "proj_bias" => standard(true.into())?,
+        "scale_attn_norm" | "scale_mlp_norm" | "use_post_norm" | "dynamic_rope" => standard(false.into())?,
         key if SILENT.contains(&key) => {}
         key => fail!("`{key}` is {value}, an argument that is not supported"),
     }
     Ok(())
+}
+
+/// An argument about rotary positions; `None` if its value is not supported.
+fn rotary(hub: &mut Hub, key: &str, value: &Value) -> Option<()> {
+    let rope = hub.usual.rope.get_or_insert(Rotary::NONE);
+    match key {
+        "ref_feat_shape" if value.is_null() => rope.reference = None,
+        "ref_feat_shape" => rope.reference = Some(sides(value)?),
+        "rope_temperature" => rope.theta = Some(value.as_f64()? as f32),
+        "rope_grid_offset" => rope.offset = value.as_f64()? as f32,
+        "rope_grid_indexing" if value == "ij" => rope.indexing = RopeIndexing::Ij,
+        "rope_grid_indexing" if value == "xy" => rope.indexing = RopeIndexing::Xy,
+        "rope_type" if value == "dinov3" => rope.kind = RopeKind::Dinov3,
+        "rope_type" if value == "cat" => rope.kind = RopeKind::Eva,
+        "use_rot_pos_emb" if value == false => *rope = Rotary::NONE,
+        // These must agree with the architecture.
+        "use_rot_pos_emb" if value == true && rope.kind != RopeKind::None => {}
+        "rope_rotate_half" if value.as_bool()? == (rope.kind == RopeKind::Dinov3) => {}
+        _ => return None,
+    }
+    Some(())
 }
 
 /// `None`: no pooling, which only a model without a classifier has.

@@ -11,7 +11,7 @@ use crate::fail;
 use crate::vit::config::{ModelConfig, PosembJoin};
 use crate::vit::names::{self, Form, Numbering};
 use crate::weights::container::Container;
-use crate::weights::detect::ModelOverrides;
+use crate::weights::overrides::ModelOverrides;
 use crate::weights::store::Store;
 use crate::weights::tensor::{Tensor, Tensors, shape_text};
 

@@ -1,6 +1,7 @@
 //! Detects a file's layout, and how its tensors become ours. Names alone decide, not the container.
 
 mod closest;
+mod families;
 mod flax;
 pub(super) mod huggingface;
 mod other;
@@ -8,7 +9,7 @@ mod timm;
 
 use std::collections::BTreeMap;
 
-use super::detect::ModelOverrides;
+use super::overrides::ModelOverrides;
 use super::tensor::shape_text;
 use crate::backend::Gelu;
 use crate::error::Result;
@@ -16,6 +17,7 @@ use crate::fail;
 use crate::recipe::EvalResize;
 use crate::vit::config::{InitScheme, PosembJoin};
 use crate::vit::names::Form;
+use crate::weights::usual::Usual;
 
 pub use flax::{from_flax_tensors, to_flax_tensors};
 
@@ -31,9 +33,11 @@ pub enum LayoutKind {
     BigVision,
     /// timm's state dict.
     Timm,
-    /// transformers, `ViTForImageClassification` or `ViTModel`.
+    /// transformers: ViT and DeiT, DINOv2 and DINOv3, the image towers of SigLIP and CLIP.
     #[serde(rename = "huggingface")]
     HuggingFace,
+    /// CLIP's image tower in OpenAI's and open_clip's names.
+    OpenClip,
 }
 
 impl LayoutKind {
@@ -49,6 +53,7 @@ impl LayoutKind {
             LayoutKind::BigVision => (Gelu::Tanh, 1e-6, InitScheme::BigVision),
             LayoutKind::Timm => (Gelu::Erf, 1e-6, InitScheme::Timm),
             LayoutKind::HuggingFace => (Gelu::Erf, 1e-12, InitScheme::Timm),
+            LayoutKind::OpenClip => (Gelu::Erf, 1e-5, InitScheme::Timm),
         }
     }
 
@@ -60,6 +65,7 @@ impl LayoutKind {
             LayoutKind::HuggingFace => (EvalResize::SquashSmooth, 1.0),
             LayoutKind::BigVision => (EvalResize::AreaCenter, 0.875),
             LayoutKind::Timm => (EvalResize::Center, 0.9),
+            LayoutKind::OpenClip => (EvalResize::Center, 1.0),
         }
     }
 }
@@ -82,6 +88,12 @@ pub(super) struct Plan {
     /// The position embedding has a row that must be added to the class token: big_vision reading an older
     /// file.
     pub(super) fold_class_row: bool,
+    /// Whether the model may lack the bias of k alone.
+    pub(super) key_without_bias: bool,
+    /// Our tensors of zeros that the file lacks, with their shapes.
+    pub(super) zeros: Shapes,
+    /// What the names imply.
+    pub(super) usual: Usual,
     /// Channels of the stored patch kernel, if they are not the three of our pictures.
     pub(super) channels: Option<usize>,
     /// Whether the names show that its pictures had ImageNet's mean and deviation.
@@ -102,10 +114,14 @@ pub(super) struct Source {
 
 /// Detects the layout. Refuses an unsupported model by its name.
 pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> {
+    let (shapes, note) = families::image_tower(shapes);
+    let shapes = &unwrapped(shapes);
     other::refuse(shapes)?;
     refuse_empty(shapes)?;
     let any = |test: &dyn Fn(&str) -> bool| shapes.keys().any(|name| test(name));
-    let plan = if any(&|n| n.contains("embeddings.patch_embeddings.projection.")) {
+    let mut plan = if let Some(family) = families::of(shapes) {
+        family.plan(shapes)?
+    } else if any(&|n| n.contains("embeddings.patch_embeddings.projection.")) {
         huggingface::plan(shapes)?
     } else if any(&|n| n.starts_with("patch_embed.") || n.starts_with("blocks.")) {
         timm::plan(shapes)?
@@ -114,8 +130,17 @@ pub(super) fn plan(shapes: &Shapes, overrides: &ModelOverrides) -> Result<Plan> 
     } else {
         return Err(closest::refuse(shapes));
     };
+    plan.notes.extend(note);
     // Names with a prefix that the layout lacks, such as a wrapper's.
     if plan.shapes.contains_key("patch_embed.proj.weight") { Ok(plan) } else { Err(closest::refuse(shapes)) }
+}
+
+/// Names without the wrapper in which open_clip puts timm's models.
+fn unwrapped(shapes: Shapes) -> Shapes {
+    shapes
+        .into_iter()
+        .map(|(name, shape)| (name.strip_prefix("visual.trunk.").map_or(name.clone(), String::from), shape))
+        .collect()
 }
 
 /// A tensor of a pretext task that no other task uses: MAE's decoder and mask.
@@ -156,14 +181,39 @@ impl Plan {
             heads: None,
             join: None,
             fold_class_row: false,
+            key_without_bias: false,
+            zeros: Shapes::new(),
+            usual: Usual::default(),
             channels: None,
             imagenet: false,
             notes: Vec::new(),
         }
     }
 
+    /// Gives q and v tensors of their own where the file has no bias of k.
+    fn split_biases(&mut self) {
+        let of_two = |sources: &Vec<Source>| sources.iter().all(|s| matches!(s.form.part(), (0 | 2, 3)));
+        let names: Vec<String> = self
+            .sources
+            .iter()
+            .filter(|(own, sources)| own.ends_with(".attn.qkv.bias") && sources.len() == 2 && of_two(sources))
+            .map(|(own, _)| own.clone())
+            .collect();
+        for name in names {
+            for source in self.sources.remove(&name).into_iter().flatten() {
+                let part = if source.form.part().0 == 0 { "q_bias" } else { "v_bias" };
+                let own = name.replace("qkv.bias", part);
+                self.sources.insert(own, vec![Source { form: Form::Same, ..source }]);
+            }
+        }
+    }
+
     /// Computes our shapes from the sources'. Missing or contradictory parts are errors.
     pub(super) fn finish(mut self) -> Result<Self> {
+        if self.key_without_bias {
+            self.split_biases();
+        }
+        self.shapes.extend(self.zeros.clone());
         for (own, sources) in &mut self.sources {
             sources.sort_by_key(|s| s.form.part());
             let (_, parts) = sources[0].form.part();

@@ -17,7 +17,7 @@ const fn other(what: &'static str, marks: &'static [&'static str]) -> Other {
 }
 
 /// In this order: the first match names the model.
-const OTHERS: [Other; 27] = [
+const OTHERS: [Other; 20] = [
     other(
         "this is a hybrid (a ResNet in front of a Vision Transformer)",
         &[
@@ -43,18 +43,9 @@ const OTHERS: [Other; 27] = [
     other("this is SAM's encoder, whose attention is windowed", &["rel_pos_h", "image_encoder."]),
     other("this is a Hiera", &["pos_embed_spatial", "pos_embed_window"]),
     other(
-        "this holds two towers (CLIP, SigLIP): a text model is beside the image model",
-        &[
-            "text_model.",
-            "text_projection",
-            "token_embedding.weight",
-            "logit_scale",
-            "transformer.text",
-            "textual.",
-        ],
+        "this is a text model",
+        &["text_model.", "token_embedding.weight", "transformer.text", "textual.", "encoder.embed_tokens"],
     ),
-    other("this is SigLIP's or CLIP's image tower in HuggingFace's names", &["vision_model."]),
-    other("this is a CLIP tower in OpenAI's names", &["transformer.resblocks.", "visual."]),
     other(
         "the model has relative positions (BEiT, BEiTv2, Data2Vec)",
         &["relative_position_bias", "relative_position_index"],
@@ -68,25 +59,11 @@ const OTHERS: [Other; 27] = [
     other("this is RADIO in NVIDIA's own names", &["patch_generator."]),
     other("this is an AIMv2", &["preprocessor.patchifier", "patchifier."]),
     other(
-        "the model has register tokens (DINOv2 with registers, DINOv3, timm's `reg4` models)",
-        &["reg_token", "register_tokens", "storage_tokens"],
+        "the model has rotary positions with learned frequencies in each block (mixed RoPE)",
+        &["rope.freqs"],
     ),
-    other(
-        "the model has rotary positions (DINOv3, EVA-02, timm's `rope` models)",
-        &["rope.", "rope_embed", "rotary", "inv_freq"],
-    ),
-    other(
-        "the model has a gated MLP (SwiGLU: DINOv2-g, EVA-02, DINOv3 S+ and larger)",
-        &["mlp.w12", "mlp.w1.", "fc1_g", "fc1_x", "mlp.gate_proj", "mlp.weights_in"],
-    ),
-    other(
-        "this is DINOv2 in HuggingFace's names",
-        &["layer_scale1.lambda1", "layer_scale2.lambda1", "lambda_1"],
-    ),
-    other("q and v have a bias and k has none (BEiT, EVA)", &["attn.q_bias", "attn.v_bias"]),
-    other("q, k and v are apart (EVA-02, DINOv3)", &["attn.q_proj.", "attn.k_proj."]),
-    other("the model has a norm before its first block (CLIP)", &["norm_pre.", "pre_layrnorm", "ln_pre."]),
-    other("the model has a norm inside its MLP", &["mlp.norm.", "mlp.ffn_ln"]),
+    other("this is EVA-02 in BAAI's own names; timm's are supported", &["freqs_cos", "mlp.ffn_ln"]),
+    other("this is a Perception Encoder in Meta's own names; timm's are supported", &["attn_pool.probe"]),
     other(
         "blocks are parallel or differential",
         &["attns.0.", "lambda_q1", "ffns.0.", "attn.in_proj.", ".in_proj.weight", "sub_norm"],
@@ -102,12 +79,15 @@ const OTHERS: [Other; 27] = [
 /// An error that names the model, if it is in the table.
 pub(super) fn refuse(shapes: &Shapes) -> Result<()> {
     // MAP pooling has one norm and one projection with such names; they belong to the head.
-    let of_the_model = |name: &&String| !name.starts_with("attn_pool.") && !name.contains("MAPHead_0");
+    let of_the_model = |name: &&String| {
+        (!name.starts_with("attn_pool.") || name.starts_with("attn_pool.probe"))
+            && !name.contains("MAPHead_0")
+    };
     for Other { marks, what } in &OTHERS {
         let given_away = |name: &&String| marks.iter().any(|mark| name.contains(mark));
         if let Some(name) = shapes.keys().filter(of_the_model).find(given_away) {
             return Err(Error::new(format!("`{name}` shows that {what}, which is not supported"))
-                .hint("plain Vision Transformers are: AugReg's, DeiT's and DeiT-III's, MAE's, DINO's, SigLIP's in timm's names"));
+                .hint("plain Vision Transformers are: AugReg's, DeiT's, MAE's, DINOv2's and DINOv3's, SigLIP's, CLIP's, EVA-02's"));
         }
     }
     Ok(())
@@ -131,6 +111,16 @@ mod tests {
             "blocks.0.mlp.fc1.weight",
             "blocks.0.ls1.gamma",
             "blocks.0.gamma_1",
+            "blocks.0.attn.q_bias",
+            "blocks.0.attn.k_proj.weight",
+            "blocks.0.mlp.fc1_g.weight",
+            "blocks.0.mlp.norm.weight",
+            "reg_token",
+            "norm_pre.weight",
+            "vision_model.head.attention.in_proj_weight",
+            "visual.transformer.resblocks.0.attn.in_proj_weight",
+            "layer.0.attention.k_proj.weight",
+            "embeddings.register_tokens",
             "norm.weight",
             "fc_norm.weight",
             "attn_pool.latent",
@@ -157,16 +147,12 @@ mod tests {
     #[test]
     fn others_are_called_by_their_names() {
         for (name, says) in [
-            ("reg_token", "register tokens"),
-            ("module.embeddings.register_tokens", "register tokens"),
             ("blocks.0.attn.q_norm.weight", "norms of q and k"),
             ("blocks.3.attn.relative_position_bias_table", "BEiT"),
             ("layers.0.blocks.0.attn.relative_position_bias_table", "Swin"),
-            ("vision_model.encoder.layers.0.layer_norm1.weight", "image tower"),
-            ("text_model.encoder.layers.0.layer_norm1.weight", "two towers"),
-            ("visual.conv1.weight", "CLIP"),
+            ("text_model.encoder.layers.0.layer_norm1.weight", "text model"),
             ("rope.freqs", "rotary"),
-            ("norm_pre.weight", "CLIP"),
+            ("attn_pool.probe", "Perception Encoder"),
             ("conv_root/kernel", "hybrid"),
             ("MixerBlock_0/LayerNorm_0/scale", "MLP-Mixer"),
         ] {

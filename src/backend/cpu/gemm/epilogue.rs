@@ -2,7 +2,7 @@
 
 use super::tile::copy_block;
 use crate::backend::Gelu;
-use crate::backend::cpu::math::{self, Curve, ErfForm, TanhForm};
+use crate::backend::cpu::math::{self, Curve, ErfForm, QuickForm, TanhForm};
 use crate::backend::cpu::simd::{MAX_NR, Simd};
 use crate::backend::cpu::view::{Rows, Shared};
 use crate::backend::mask::BoundMask;
@@ -114,6 +114,7 @@ pub(super) unsafe fn finish<S: Simd>(s: S, how: &Finish, done: &Done, y: Shared)
                 match form {
                     Gelu::Tanh => bias_gelu::<S, TanhForm>(s, bias, pre, done, y),
                     Gelu::Erf => bias_gelu::<S, ErfForm>(s, bias, pre, done, y),
+                    Gelu::Quick => bias_gelu::<S, QuickForm>(s, bias, pre, done, y),
                 }
                 if let Some(dropout) = dropout {
                     drop_tile(dropout, done, y);
@@ -123,6 +124,7 @@ pub(super) unsafe fn finish<S: Simd>(s: S, how: &Finish, done: &Done, y: Shared)
                 match form {
                     Gelu::Tanh => gelu_grad::<S, TanhForm>(s, pre, done, y),
                     Gelu::Erf => gelu_grad::<S, ErfForm>(s, pre, done, y),
+                    Gelu::Quick => gelu_grad::<S, QuickForm>(s, pre, done, y),
                 }
                 if let Some(dropout) = dropout {
                     drop_tile(dropout, done, y);

@@ -1,9 +1,21 @@
-//! Attention, and that of a single query.
+//! Attention, that of a single query, and rotary positions.
 
 use crate::backend::cpu::arenas::Access;
-use crate::backend::cpu::{CpuBackend, attention, query_attention};
+use crate::backend::cpu::{CpuBackend, attention, query_attention, rope};
 use crate::backend::{Heads, Mat, ops};
 use crate::error::Result;
+
+pub(super) fn rotate(cpu: &mut CpuBackend, op: &ops::Rotate) -> Result<()> {
+    let ops::Rotate { rope, heads, x, back } = *op;
+    let (table, width) = (rope.table, heads.heads * heads.head_size);
+    assert_eq!((table.cols, x.cols % width), (heads.head_size, 0), "rotate: {table} for {x}");
+    assert!(x.rows % heads.tokens == 0 && table.rows <= heads.tokens, "rotate: rows are whole samples");
+    assert_eq!(heads.head_size % 2, 0, "rotate: elements are pairs");
+    let mut a = Access::new(&mut cpu.arenas);
+    let (table, x) = (a.read(table), a.write(x));
+    rope::rotate(&cpu.compute, table, rope.pairs, heads, x, back);
+    Ok(())
+}
 
 pub(super) fn attention(cpu: &mut CpuBackend, op: &ops::Attention) -> Result<()> {
     let ops::Attention { heads, qkv, o, lse, dropout } = *op;

@@ -1,4 +1,4 @@
-//! Dense layers: matrix products with their epilogues, and GELU alone.
+//! Dense layers: matrix products with their epilogues, GELU alone, and the gate of a SwiGLU.
 
 use super::{same_shape, vector, vector_grad};
 use crate::backend::cpu::arenas::Access;
@@ -110,5 +110,27 @@ pub(super) fn gelu(cpu: &mut CpuBackend, op: &ops::Gelu) -> Result<()> {
     let mut a = Access::new(&mut cpu.arenas);
     let pre = a.read(pre);
     activation::gelu(&cpu.compute, pre, form, dropout, a.write(y));
+    Ok(())
+}
+
+pub(super) fn swiglu(cpu: &mut CpuBackend, op: &ops::Swiglu) -> Result<()> {
+    let ops::Swiglu { pre, dropout, y } = *op;
+    assert_eq!((pre.rows, pre.cols), (y.rows, 2 * y.cols), "swiglu: {pre} → {y}");
+    let dropout = bound(cpu, dropout, y.rows);
+    let mut a = Access::new(&mut cpu.arenas);
+    let pre = a.read(pre);
+    activation::swiglu(&cpu.compute, pre, dropout, a.write(y));
+    Ok(())
+}
+
+/// The bias gradient is left to the product, which sums the rows of its `d_y` itself.
+pub(super) fn swiglu_backward(cpu: &mut CpuBackend, op: &ops::SwigluBackward) -> Result<()> {
+    let ops::SwigluBackward { d_y, pre, dropout, d_pre, d_bias: _ } = *op;
+    same_shape("swiglu_backward", d_pre, pre);
+    assert_eq!((pre.rows, pre.cols), (d_y.rows, 2 * d_y.cols), "swiglu_backward: {d_y} of {pre}");
+    let dropout = bound(cpu, dropout, d_y.rows);
+    let mut a = Access::new(&mut cpu.arenas);
+    let (d_y, pre) = (a.read(d_y), a.read(pre));
+    activation::swiglu_backward(&cpu.compute, d_y, pre, dropout, a.write(d_pre));
     Ok(())
 }

@@ -21,7 +21,8 @@ pub(super) fn patchify(cpu: &mut CpuBackend, op: &ops::Patchify) -> Result<()> {
 }
 
 fn embed_shape(cpu: &CpuBackend, embed: &Embed) -> embed::Shape {
-    assert!(embed.extra <= 2 && embed.extra < embed.tokens, "embed: too many extra tokens");
+    let extra: usize = embed.extra_tokens.iter().flatten().map(|(tokens, _)| tokens.rows).sum();
+    assert!(embed.extra == extra && extra < embed.tokens, "embed: {extra} extra tokens");
     embed::Shape {
         tokens: embed.tokens,
         extra: embed.extra,
@@ -39,9 +40,14 @@ pub(super) fn embed(cpu: &mut CpuBackend, op: &ops::Embed) -> Result<()> {
 
     let mut a = Access::new(&mut cpu.arenas);
     let bias = vector(&mut a, embed.bias.0, x.cols);
-    let extra = embed.extra_tokens.map(|token| token.map(|(value, _)| vector(&mut a, value, x.cols)));
+    let mut extra = Vec::with_capacity(embed.extra);
+    for (tokens, _) in embed.extra_tokens.iter().flatten() {
+        assert_eq!(tokens.cols, x.cols, "embed: {tokens} are no tokens of {x}");
+        let rows = a.read(*tokens);
+        extra.extend((0..tokens.rows).map(|row| rows.row(row)));
+    }
     let (posemb, x) = (a.read(posemb), a.write(x));
-    embed::forward(&cpu.compute, shape, bias, extra, posemb, x);
+    embed::forward(&cpu.compute, shape, bias, &extra, posemb, x);
     Ok(())
 }
 
@@ -53,7 +59,11 @@ pub(super) fn embed_backward(cpu: &mut CpuBackend, op: &ops::EmbedBackward) -> R
 
     let mut a = Access::new(&mut cpu.arenas);
     let d_bias = vector_grad(&mut a, embed.bias.1, d_x.cols);
-    let d_extra = embed.extra_tokens.map(|token| vector_grad(&mut a, token.and_then(|(_, d)| d), d_x.cols));
+    let (mut d_extra, mut first) = (Vec::new(), 0);
+    for (tokens, d) in embed.extra_tokens.iter().flatten() {
+        d_extra.extend(d.map(|d| (first, a.write(d))));
+        first += tokens.rows;
+    }
     let d_posemb = embed.posemb.1.map(|d| a.write(d));
     let d_x = a.write(d_x);
     let accumulate = cpu.micro.gradients.adds();
