@@ -29,6 +29,7 @@ KERNEL(report_begin, 32, 1)(ARGS(ReportBeginArgs)) {
   for (u32 i = 0; i < 3; ++i) args.report->sums[i] = 0.0;
   args.update->grad_norm = 0.0;
   args.update->skip = 0;
+  args.update->signal = 0;
 }
 
 KERNEL(report_add, 256, 1)(ARGS(ReportAddArgs)) {
@@ -53,6 +54,6 @@ KERNEL(report_close, 32, 1)(ARGS(ReportCloseArgs)) {
   out.top5 = report.sums[2] / args.mean_over;
   out.grad_norm = args.update->grad_norm;
   out.skipped = args.update->skip;
-  out.reserved = 0;
+  out.signal = args.update->signal;
   out.step = args.params->step;
 }

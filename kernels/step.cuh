@@ -35,6 +35,7 @@ struct StepParams {
   u64 seed;  // keys of the masks
   u64 step;  // updates already done
   u64 t;     // updates including this one, from 1
+  u64 signal;  // that this rank got, or 0
   SlotView slot;
 };
 
@@ -53,7 +54,7 @@ struct ReportSums {
 struct StepReport {
   double loss, top1, top5, grad_norm;
   u32 skipped;
-  u32 reserved;
+  u32 signal;  // the largest of all ranks
   u64 step;
 };
 
@@ -64,4 +65,13 @@ struct UpdateParams {
   u32 skip;                  // the loss or the norm is not finite: change nothing
   float correct1, correct2;  // Adam: 1/(1 - β₁^t), 1/√(1 - β₂^t)
   float keep2, add2;         // Adafactor: β of the second moment at t, and 1 - β
+  u32 signal;                // the largest of all ranks
+  u32 reserved;
+};
+
+// A run of elements of one group, for updates and for weights that travel: offsets in the layout of the weights, in that
+// of the gradients, in the moments and in the average. A rank may have only its part of the last two.
+struct UpdateChunk {
+  u64 param, grad, moment, ema;
+  u32 len, group;
 };

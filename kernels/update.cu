@@ -7,7 +7,8 @@
 //           lion  u = sign(β₁·m + (1-β₁)·g'), m = β₂·m + (1-β₂)·g'
 //           all   θ = θ - lr·u - decay·θ   ema = d·ema + (1-d)·θ   copy = bf16(θ)
 // Tensors   params, ema f32 and copy bf16 share one layout; grads f32 and moments (first: f32 or bf16) share another.
-//           `chunks` maps runs of up to 4,096 elements of one group to both.
+//           Of several ranks, each has its part of moments and ema. `chunks` maps runs of up to 4,096 elements of one
+//           group to all of them.
 // Numerics  the norm in f64 over the unscaled gradient; constants that need it were rounded once, from f64, by the host
 //           or by `update_prepare`. If the loss or the norm is not finite, the update is skipped: nothing is written.
 // Launch    three kernels: sums of squares (persistent), one block that computes `UpdateParams`, and the update, which
@@ -54,7 +55,9 @@ struct UpdatePrepareArgs {
   const StepParams* params;
   const ReportSums* report;
   const double* partials;  // of the norm
+  const double* signals;   // one per rank of a group
   u32 count;
+  u32 ranks;  // 0: there is no group
   UpdateConstants constants;
   UpdateParams* out;
 };
@@ -81,6 +84,9 @@ KERNEL(update_prepare, 256, 1)(ARGS(UpdatePrepareArgs)) {
   out->grad_norm = norm;
   out->skip = finite ? 0 : 1;
   out->clip = clip_factor(k, norm);
+  double signal = 0.0;
+  for (u32 i = 0; i < args.ranks; ++i) signal = signal < args.signals[i] ? args.signals[i] : signal;
+  out->signal = static_cast<u32>(signal);
   out->correct1 = static_cast<float>(1.0 / (1.0 - pow(k.beta1, t)));
   out->correct2 = static_cast<float>(1.0 / sqrt(1.0 - pow(k.beta2, t)));
   double keep2 = 1.0 - pow(t, -k.decay_power);
@@ -129,12 +135,6 @@ struct Lion {
 };
 
 // ---- the pass ---------------------------------------------------------------------------------------------
-
-// A run of elements of one group: offsets in the layout of the weights and in that of the gradients.
-struct UpdateChunk {
-  u64 param, grad;
-  u32 len, group;
-};
 
 struct UpdateBuffers {
   float* params;
@@ -208,26 +208,26 @@ __device__ __forceinline__ void update(const UpdateArgs& args) {
     GroupScalars rates = args.groups[chunk.group];
     for (u32 at = threadIdx.x * QUAD; at < chunk.len; at += blockDim.x * QUAD) {
       u32 n = min_u32(QUAD, chunk.len - at);
-      u64 param = chunk.param + at, grad = chunk.grad + at;
+      u64 param = chunk.param + at, grad = chunk.grad + at, moment = chunk.moment + at, ema = chunk.ema + at;
       float theta[QUAD], g[QUAD], m[QUAD], v[QUAD] = {}, e[QUAD];
       load4(b.params + param, n, theta);
       load4(b.grads + grad, n, g);
-      load4(moment1 + grad, n, m);
-      if (Rule::HAS_V) load4(b.moment2 + grad, n, v);
-      if (b.ema) load4(b.ema + param, n, e);
+      load4(moment1 + moment, n, m);
+      if (Rule::HAS_V) load4(b.moment2 + moment, n, v);
+      if (b.ema) load4(b.ema + ema, n, e);
 #pragma unroll
       for (u32 i = 0; i < QUAD; ++i) {
         float u = rule(c, g[i] * c.clip, m[i], v[i]);
         theta[i] = theta[i] - rates.lr * u - rates.decay * theta[i];
       }
       store4(b.params + param, n, theta);
-      store4(moment1 + grad, n, m);
-      if (Rule::HAS_V) store4(b.moment2 + grad, n, v);
+      store4(moment1 + moment, n, m);
+      if (Rule::HAS_V) store4(b.moment2 + moment, n, v);
       if (b.copy) store4(b.copy + param, n, theta);
       if (b.ema) {
 #pragma unroll
         for (u32 i = 0; i < QUAD; ++i) e[i] = b.ema_keep * e[i] + b.ema_add * theta[i];
-        store4(b.ema + param, n, e);
+        store4(b.ema + ema, n, e);
       }
     }
   }

@@ -18,7 +18,7 @@ use super::arenas::Arenas;
 use super::compute::Compute;
 use super::update::{self, Outcome};
 use super::{CpuBackend, Micro};
-use crate::backend::ranks::Group;
+use crate::backend::ranks::{Advance, Group, Progress, received_elements};
 use crate::backend::shards::{BLOCK, Piece};
 use crate::backend::{Arena, Mat, Update};
 use crate::error::Result;
@@ -30,10 +30,7 @@ pub(super) struct Reduction {
     pieces: Vec<Piece>,
     /// Every tensor.
     whole: Vec<Piece>,
-    /// Gradients from this one on are final in the current micro-batch.
-    done: usize,
-    /// Buckets that were summed over the ranks.
-    summed: usize,
+    progress: Progress,
     /// The signal that this rank got, or 0.
     pub(super) signal: i32,
     /// Whether the gradients' memory holds the whole average (and, while they are exchanged, the weights).
@@ -43,44 +40,31 @@ pub(super) struct Reduction {
 impl Reduction {
     pub(super) fn new(group: Group) -> Self {
         let (pieces, whole) = (group.pieces(), Piece::whole(&group.segments));
-        let done = group.shards.padded();
-        Self { group, pieces, whole, done, summed: 0, signal: 0, holds_ema: false }
+        let progress = Progress::new(&group);
+        Self { group, pieces, whole, progress, signal: 0, holds_ema: false }
     }
 
     fn received_len(&self) -> usize {
-        if self.group.ranks.size() > 1 { self.group.shards.largest_bucket() } else { 0 }
+        received_elements(&self.group.shards)
     }
 
     /// Gradients from `from` on are final in `micro`.
     fn advance(&mut self, c: &Compute, arenas: &mut Arenas, micro: Micro, from: usize) -> Result<()> {
-        assert!(from <= self.done, "gradients become final from the last to the first");
+        let Advance { fresh, chunk, buckets } = self.progress.advance(&self.group, micro, from);
         let first_received = self.received_len();
         let (grads, exchange) = arenas.for_reduction();
         let (received, waiting) = exchange.split_at_mut(first_received);
-        let Group { ranks, shards, samples, in_chunks, .. } = &self.group;
-        let is_last = micro.first + micro.samples == *samples;
         self.holds_ema = false;
-        if *in_chunks {
-            let (chunk, chunks) = (micro.first / micro.samples, samples / micro.samples);
-            add_chunk(c, grads, waiting, from..self.done, chunk, chunks);
+        if let Some((chunk, chunks)) = chunk {
+            add_chunk(c, grads, waiting, fresh, chunk, chunks);
         }
-        if is_last && self.done == shards.padded() {
-            self.summed = 0;
-        }
-        self.done = from;
-        while is_last && self.summed < shards.buckets() && shards.bucket(self.summed).start >= from {
-            if ranks.size() > 1 {
-                let bucket = shards.bucket(self.summed);
-                let own = shards.part(&bucket, ranks.rank());
-                let received = &mut received[..bucket.len()];
-                ranks.all_to_all(bytemuck::cast_slice(&grads[bucket]), bytemuck::cast_slice_mut(received))?;
-                sum_parts(c, received, own.len(), *in_chunks);
-                grads[own.clone()].copy_from_slice(&received[..own.len()]);
-            }
-            self.summed += 1;
-        }
-        if from == 0 {
-            self.done = shards.padded();
+        let Group { ranks, shards, in_chunks, .. } = &self.group;
+        for bucket in buckets.map(|index| shards.bucket(index)).filter(|_| ranks.size() > 1) {
+            let own = shards.part(&bucket, ranks.rank());
+            let received = &mut received[..bucket.len()];
+            ranks.all_to_all(bytemuck::cast_slice(&grads[bucket]), bytemuck::cast_slice_mut(received))?;
+            sum_parts(c, received, own.len(), *in_chunks);
+            grads[own.clone()].copy_from_slice(&received[..own.len()]);
         }
         Ok(())
     }
@@ -110,6 +94,9 @@ impl Reduction {
     /// Gives every rank all buckets, of which it holds its parts.
     fn gather(&self, grads: &mut [f32], received: &mut [f32]) -> Result<()> {
         let Group { ranks, shards, .. } = &self.group;
+        if ranks.size() == 1 {
+            return Ok(());
+        }
         for bucket in (0..shards.buckets()).map(|index| shards.bucket(index)) {
             let own = shards.part(&bucket, ranks.rank());
             let copy = &mut received[..own.len()];
@@ -131,16 +118,15 @@ impl Reduction {
         update: &Update,
         loss_is_fine: bool,
     ) -> Result<Outcome> {
-        assert_eq!(self.summed, self.group.shards.buckets(), "an update before all gradients were summed");
+        self.progress.assert_summed(&self.group);
         assert_eq!(update.segments, self.group.segments, "an update of other tensors than the group's");
         let (norm, signal) = self.norm(c, arenas.for_reduction().0)?;
-        let is_alone = self.group.ranks.size() == 1;
-        if !self.group.is_sharded && !is_alone {
+        if !self.group.is_sharded {
             self.gather_in(arenas)?;
         }
         let buffers = arenas.for_update().buffers(update);
         let outcome = update::update_pieces(c, update, &self.pieces, buffers, norm, loss_is_fine);
-        if self.group.is_spread() && !outcome.skipped {
+        if self.group.is_sharded && !outcome.skipped {
             let a = arenas.for_exchange();
             for piece in &self.pieces {
                 a.grads[piece.grad..][..piece.len].copy_from_slice(&a.params[piece.param..][..piece.len]);
@@ -176,7 +162,7 @@ pub(super) fn gather_rows(cpu: &mut CpuBackend, rows: Mat) -> Result<()> {
 
 /// See [`crate::backend::Backend::gather_ema`].
 pub(super) fn gather_ema(cpu: &mut CpuBackend) -> Result<()> {
-    let Some(reduction) = cpu.reduction.as_mut().filter(|r| r.group.is_spread()) else { return Ok(()) };
+    let Some(reduction) = cpu.reduction.as_mut().filter(|r| r.group.is_sharded) else { return Ok(()) };
     let a = cpu.arenas.for_exchange();
     let mut ema = &a.ema[..];
     for own in reduction.group.shards.own(reduction.group.ranks.rank()) {
@@ -191,7 +177,7 @@ pub(super) fn gather_ema(cpu: &mut CpuBackend) -> Result<()> {
 
 /// See [`crate::backend::Backend::swap_ema`]. Tensors that are not trained are their own average.
 pub(super) fn swap_ema(cpu: &mut CpuBackend) {
-    match cpu.reduction.as_ref().filter(|r| r.group.is_spread()) {
+    match cpu.reduction.as_ref().filter(|r| r.group.is_sharded) {
         None => cpu.arenas.swap(Arena::Params, Arena::Ema),
         Some(reduction) => {
             assert!(reduction.holds_ema, "the average is gathered before it is used");
