@@ -3,6 +3,7 @@
 //
 // Names and numbers follow NVIDIA's NCCL documentation (2.27). A call that a real communicator would hang in, or mix up
 // with another, is refused where it is noticed.
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -76,6 +77,22 @@ bool runs(int pid) {
   text[n] = 0;
   const char* state = strrchr(text, ')');
   return state && state[1] && state[2] != 'Z' && state[2] != 'X';
+}
+
+constexpr char kPrefix[] = "/vitrum-standin-nccl-";
+
+// Removes what processes that are gone have left because not all of their ranks came.
+void sweep() {
+  DIR* folder = opendir("/dev/shm");
+  if (!folder) return;
+  while (dirent* entry = readdir(folder)) {
+    std::string name = std::string("/") + entry->d_name;
+    int pid;
+    if (name.compare(0, sizeof kPrefix - 1, kPrefix) == 0 && sscanf(name.c_str() + sizeof kPrefix - 1, "%d", &pid) == 1 &&
+        !runs(pid))
+      shm_unlink(name.c_str());
+  }
+  closedir(folder);
 }
 
 int open_segment(Comm& c) {
@@ -326,8 +343,9 @@ API ncclGetVersion(int* version) {
 API ncclGetUniqueId(Id* id) {
   if (!id) return kInvalidArgument;
   static std::atomic<unsigned> count{0};
+  sweep();
   memset(id, 0, sizeof *id);
-  snprintf(id->bytes, sizeof id->bytes, "/vitrum-standin-nccl-%d-%u-%llx", getpid(), ++count,
+  snprintf(id->bytes, sizeof id->bytes, "%s%d-%u-%llx", kPrefix, getpid(), ++count,
            static_cast<unsigned long long>(monotonic() * 1e9));
   return kOk;
 }
@@ -345,7 +363,7 @@ API ncclCommInitRankConfig(void** out, int ranks, Id id, int rank, const Config*
   c->ranks = ranks;
   c->context = context;
   c->name.assign(id.bytes, strnlen(id.bytes, sizeof id.bytes));
-  if (c->name.compare(0, 21, "/vitrum-standin-nccl-") != 0) return refuse(kInvalidArgument, "an id that is none");
+  if (c->name.compare(0, sizeof kPrefix - 1, kPrefix) != 0) return refuse(kInvalidArgument, "an id that is none");
   if (int code = take_seat(*c)) return code;
   communicators()[c.get()] = c;
   *out = c.get();
@@ -435,7 +453,10 @@ API ncclCommFinalize(const void* handle) {
   c->finalized = true;
   if (!c->blocking) {
     c->async = kInProgress;
-    c->joins = [c = c.get()] { return c->finished == c->issued; };
+    c->joins = [c = c.get()] {
+      work_a_little();
+      return c->finished == c->issued;
+    };
     return kInProgress;
   }
   return c->finished == c->issued ? static_cast<int>(kOk) : refuse(kInvalidUsage, "operations are still queued");

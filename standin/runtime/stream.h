@@ -128,7 +128,7 @@ std::shared_ptr<Point> record(Stream& stream);
 void wait_for(const StreamClock& goal);
 bool has_run(const StreamClock& clock);
 // Lets a GPU work for a moment, as while the host polls.
-void work_a_little();
+STANDIN_EXPORT void work_a_little();
 // Runs all work of a context; without one, of every context.
 void finish_all(const Primary* context);
 // Whether a queued operation uses page-locked memory; its call, or null. `reads`: only those that read it.

@@ -461,6 +461,18 @@ fn operations(rank: &Rank) {
         assert!((got - sum(i, size)).abs() < 0.03, "{i}: {got} and {}", sum(i, size));
     }
 
+    // Operations of one communicator run in the order of their calls, whatever the host waits for first.
+    let (first, second) = (gpu.new_stream(), gpu.new_stream());
+    let [a, b] = [0, 1].map(|_| gpu.upload(&values(1000, r)));
+    assert_eq!(rank.all_reduce(a, a, 1000, F32, SUM, comm, first), OK);
+    assert_eq!(rank.all_reduce(b, b, 500, F32, MAX, comm, second), OK);
+    for stream in if r % 2 == 0 { [first, second] } else { [second, first] } {
+        assert_eq!(rank.synchronize(stream), 0);
+    }
+    let want = |op: &dyn Fn(f32, f32) -> f32, count: usize| bits(&fold(op)[..count]);
+    assert_eq!(bits(&gpu.download::<f32>(a, 1000)), want(&|a, b| a + b, 1000));
+    assert_eq!(bits(&gpu.download::<f32>(b, 500)), want(&f32::max, 500));
+
     // A broadcast from the last rank, a gathering of all, an exchange of parts as one group.
     let whole = gpu.upload(&vec![0f32; 1000 * size]);
     let code = nc!(rank, ncclBroadcast(floats => u64, out => u64, 1000 => usize, F32 => c_int,
@@ -540,6 +552,8 @@ fn messages_that_do_not_fit_are_caught() {
         "nccl_timeout=2",
         &["receives 4000 bytes from rank", "which sends 3996"],
     );
+    caught(MESSAGES, "two streams", 2, "", &["a group with one communicator on two streams"]);
+    caught(MESSAGES, "captured in part", 2, "", &["a group that is captured in part"]);
     caught(MESSAGES, "over what is sent", 2, "", &["ncclRecv writes what ncclSend of the same group uses"]);
 }
 
@@ -554,13 +568,28 @@ fn messages(rank: &Rank) {
         assert_eq!(rank.synchronize(stream), 719);
         return;
     }
+    if rank.is("captured in part") {
+        let mut pair = ptr::null_mut();
+        let code = nc!(rank, ncclCommSplit(comm => Handle, 0 => c_int, 0 => c_int, &mut pair => *mut Handle,
+            ptr::null() => *const Config));
+        assert_eq!(code, OK);
+        let captured = gpu.new_stream();
+        assert_eq!(cu!(gpu, cuStreamBeginCapture_v2(captured => Handle, 1 => c_int)), 0);
+        let code = rank.group(|| {
+            assert_eq!(rank.all_reduce(from, from, 1000, F32, SUM, comm, captured), OK);
+            assert_eq!(rank.all_reduce(to, to, 1000, F32, SUM, pair, stream), OK);
+        });
+        assert_eq!(code, 5);
+        return;
+    }
     let count = if rank.is("other sizes") && rank.rank == 0 { 999 } else { 1000 };
     let to = if rank.is("over what is sent") { from } else { to };
+    let second = if rank.is("two streams") { gpu.new_stream() } else { stream };
     let code = rank.group(|| {
         assert_eq!(rank.send(from, count, other, comm, stream), OK);
-        assert_eq!(rank.receive(to, 1000, other, comm, stream), OK);
+        assert_eq!(rank.receive(to, 1000, other, comm, second), OK);
     });
-    if rank.is("over what is sent") {
+    if rank.is("over what is sent") || rank.is("two streams") {
         assert_eq!(code, 5);
         return;
     }
