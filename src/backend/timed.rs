@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::cost::{Cost, Setting};
 use super::{
-    Arena, Backend, Body, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
+    Arena, Backend, Body, Health, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
     StepReport, Storage, TargetKind, Update, Write,
 };
 use crate::error::Result;
@@ -185,6 +185,10 @@ impl Backend for Timed {
     }
 
     // Batches ---------------------------------------------------------------------------------------------------
+
+    fn health(&mut self) -> Option<Health> {
+        self.inner.health()
+    }
 
     fn new_slot(&self, layout: SlotLayout) -> Result<Slot> {
         self.inner.new_slot(layout)

@@ -21,6 +21,7 @@ pub mod images;
 mod launch;
 pub mod libraries;
 mod norm;
+mod nvml;
 mod product;
 mod query_attention;
 mod race;
@@ -32,8 +33,9 @@ mod update;
 mod ways;
 
 use super::{
-    Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, HostMemory, Mat, MemoryPlan, Micro, Op,
-    Precision, Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, Write, memory,
+    Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, Health, HostMemory, Mat, MemoryPlan, Micro,
+    Op, Precision, Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, Write,
+    memory,
 };
 use crate::error::{Error, Result};
 
@@ -43,6 +45,7 @@ use bias::BiasSums;
 use blas::Blas;
 use driver::{Address, Buffer, Event, Gpu, Graph, Stream};
 use launch::{Args, Kernel, View};
+use nvml::Nvml;
 use step_params::StepParamsRing;
 use ways::Ways;
 
@@ -74,6 +77,8 @@ pub struct Cuda {
     classes: Option<usize>,
     /// Recorded work: a training step, an evaluation pass.
     recorded: [Recorded; 2],
+    /// The management library, once it was looked for.
+    nvml: Option<Option<Nvml>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread on which the context is current, one thread at a
@@ -132,6 +137,7 @@ impl Cuda {
             update: update::State::new(&gpu)?,
             classes: None,
             recorded: [Recorded::Never, Recorded::Never],
+            nvml: None,
             gpu,
         })
     }
@@ -390,6 +396,11 @@ impl Backend for Cuda {
             self.refresh_working_copy()?;
         }
         self.gpu.synchronize(Stream::Compute)
+    }
+
+    fn health(&mut self) -> Option<Health> {
+        let ordinal = self.gpu.properties().ordinal;
+        self.nvml.get_or_insert_with(|| Nvml::open(ordinal)).as_ref().map(Nvml::health)
     }
 
     fn swap_ema(&mut self) -> Result<()> {
