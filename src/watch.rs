@@ -202,6 +202,8 @@ pub(crate) struct Settings {
 
 /// Watches the run of the thread that started it, until it is dropped.
 pub(crate) struct Watch {
+    /// The note of this rank.
+    note: PathBuf,
     stop: Arc<(Mutex<bool>, Condvar)>,
     thread: Option<JoinHandle<()>>,
 }
@@ -216,13 +218,14 @@ impl Watch {
         CURRENT.set(Some(standing.clone()));
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let watched = stop.clone();
+        let note = note_at(&settings.out, settings.rank);
         let thread = std::thread::Builder::new()
             .name("watchdog".into())
             .spawn(move || {
                 Watcher { settings, standing, number: 0, asked: None, told: false }.watch(&watched)
             })
             .at("the watchdog's thread")?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self { note, stop, thread: Some(thread) })
     }
 }
 
@@ -231,9 +234,17 @@ impl Drop for Watch {
         CURRENT.set(None);
         *self.stop.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.stop.1.notify_all();
-        // It may be in the middle of a write to a file system that hangs; the run is over.
-        if let Some(thread) = self.thread.take().filter(JoinHandle::is_finished) {
+        // It may be in the middle of a write to a file system that hangs. The run is over, and does not wait for
+        // that.
+        let Some(thread) = self.thread.take() else { return };
+        let patience = Instant::now() + Duration::from_millis(200);
+        while !thread.is_finished() && Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if thread.is_finished() {
             let _ = thread.join();
+            let _ = fs::remove_file(&self.note);
+            let _ = self.note.parent().map(fs::remove_dir);
         }
     }
 }

@@ -9,7 +9,7 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     // OUT_DIR is <target>/<profile>/build/<package>-<hash>/out.
     let libraries = out.ancestors().nth(3).expect("cargo's layout").join("standin");
-    for folder in ["runtime", "runtime/ptx", "blaslt", "nccl", "include", "bugs", "../kernels"] {
+    for folder in ["runtime", "runtime/ptx", "blaslt", "nccl", "nvml", "include", "bugs", "../kernels"] {
         watch(&here.join(folder));
     }
     println!("cargo:rerun-if-changed={}", here.join("build.sh").display());

@@ -64,10 +64,14 @@ cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 if [ -s "$jobs" ]; then
   tr '\n' '\0' <"$jobs" | xargs -0 -n 1 -P "$cores" sh -c
 fi
+health=$objects/nvml.cc.o
+stale "$health" && $cxx $common $runtime_flags -c "$here/nvml/nvml.cc" -o "$health"
 link="$cxx -shared -pthread -Wl,--no-undefined"
 $link -Wl,-soname,libcuda.so -o "$out/libcuda.so.new" $cuda -ldl
 mv "$out/libcuda.so.new" "$out/libcuda.so"
 ln -sf libcuda.so "$out/libcuda.so.1"
+$link -Wl,-soname,libnvidia-ml.so.1 -o "$out/libnvidia-ml.so.1.new" "$health"
+mv "$out/libnvidia-ml.so.1.new" "$out/libnvidia-ml.so.1"
 if [ -n "$blas" ]; then
   $link -Wl,-soname,libcublasLt.so -Wl,-rpath,'$ORIGIN' -o "$out/libcublasLt.so.new" $blas "$out/libcuda.so"
   mv "$out/libcublasLt.so.new" "$out/libcublasLt.so"

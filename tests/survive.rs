@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Signal, kill_process};
 
 use support::{
-    Random, command, copy, finish, is_ignored, metrics, names, path, process, ranks, stripes, train, vitrum,
-    wait,
+    Random, command, copy, finish, is_ignored, metrics, names, path, process, ranks, run_on_gpu, stand_in,
+    stripes, train, vitrum, wait,
 };
 
 /// A run whose bits do not depend on the number of ranks, with a checkpoint every other step.
@@ -231,4 +231,84 @@ fn a_folder_that_cannot_be_written_costs_checkpoints_and_not_the_run() {
     fs::rename(&aside, &folder).unwrap();
     wait(child).ok().says(&["warning: checkpoint at step ", "Not a directory"]);
     assert_eq!(fs::read_link(folder.join("last")).unwrap(), Path::new("step-400"));
+}
+
+/// A spike needs no accident here: among so few steps, some stand out a little.
+const SENSITIVE: [&str; 3] = ["train.spike_window=10", "train.spike_score=3", "train.log_every=1"];
+
+/// The lines of the metrics that have this key.
+fn lines_with(out: &str, key: &str) -> Vec<serde_json::Value> {
+    metrics(out).into_iter().filter(|line| line.get(key).is_some()).collect()
+}
+
+#[test]
+fn steps_that_stand_out_are_reported_or_skipped() {
+    let (reported, skipped) = (path("reported"), path("skipped"));
+    let done = vitrum(&run(&reported, &SENSITIVE)).ok();
+    let spikes = lines_with(&reported, "spike");
+    assert!(!spikes.is_empty() && spikes.len() < 20, "{spikes:?}");
+    assert_eq!(done.stderr.matches(" deviations above the mean of 10 steps").count(), spikes.len());
+    assert!(spikes.iter().all(|line| line["spike"]["skipped"] == false), "{spikes:?}");
+    let done = vitrum(&run(&skipped, &[&SENSITIVE[..], &["train.on_spike=skip"]].concat())).ok();
+    assert!(done.stderr.contains(": its update is left out"), "{}", done.stderr);
+    let spikes = lines_with(&skipped, "spike");
+    assert!(!spikes.is_empty() && spikes.iter().all(|line| line["spike"]["skipped"] == true), "{spikes:?}");
+    let last = lines_with(&skipped, "loss").pop().unwrap();
+    assert_eq!(last["skipped"], spikes.len(), "{last}");
+    // Until the first spike both runs are the same.
+    let first = spikes[0]["step"].as_u64().unwrap() as usize - 1;
+    let losses =
+        |out: &str| lines_with(out, "loss").iter().map(|line| line["loss"].clone()).collect::<Vec<_>>();
+    assert_eq!(losses(&reported)[..first], losses(&skipped)[..first]);
+    assert_ne!(losses(&reported)[first + 1..], losses(&skipped)[first + 1..]);
+}
+
+#[test]
+fn a_run_goes_back_past_bad_batches_and_has_the_same_bits_when_it_is_resumed() {
+    let more = [&SENSITIVE[..], &["train.rewind_after=1"]].concat();
+    let out = path("rewound");
+    let done = vitrum(&run(&out, &more)).ok().says(&[": back to checkpoints/step-"]);
+    let want = result(&out);
+    let rewinds = lines_with(&out, "rewind");
+    assert!(!rewinds.is_empty(), "{}", done.stderr);
+    for rewind in &rewinds {
+        assert!(rewind["rewind"]["batches"].as_u64().unwrap() >= 1, "{rewind}");
+    }
+    let resumed = path("rewound-resumed");
+    let stopped = (0..20).any(|_| {
+        let _ = fs::remove_dir_all(&resumed);
+        let child = start(command(&run(&resumed, &more)));
+        until("a return", LONG, || {
+            let log = fs::read_to_string(Path::new(&resumed).join("log.txt")).unwrap_or_default();
+            log.contains(": back to checkpoints/step-")
+        });
+        let _ = kill_process(rustix::process::Pid::from_child(&child), Signal::KILL);
+        wait(child).code == 128 + 9
+    });
+    assert!(stopped, "the run always ended before it could be killed");
+    if let Some(command) = ranks(&[(2, &run(&resumed, &more))]) {
+        finish(command).ok();
+    } else {
+        vitrum(&run(&resumed, &more)).ok();
+    }
+    assert!(result(&resumed).0 == want.0, "the bits of an unbroken run");
+}
+
+#[test]
+fn the_gpu_s_health_is_in_the_metrics() {
+    let Some(folder) = stand_in() else { return };
+    if !folder.join("libnvidia-ml.so.1").is_file() {
+        println!("skipped: the stand-in is older than its management library");
+        return;
+    }
+    let out = path("health");
+    let size = ["model.width=64", "model.heads=2", "train.batch=4", "train.micro_batch=4", "train.steps=2"];
+    let pace = ["--device=cuda", "train.log_every=1", "train.eval_every=2", "train.deterministic=true"];
+    run_on_gpu(&folder, "checks=off", &train(&out, &[&size[..], &pace].concat())).ok();
+    let text = fs::read_to_string(Path::new(&out).join("metrics.jsonl")).unwrap();
+    let first: serde_json::Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    let gpu = &first["gpu"];
+    assert_eq!((gpu["celsius"].as_u64(), gpu["mhz"].as_u64()), (Some(61), Some(1755)), "{gpu}");
+    assert_eq!((gpu["memory"].as_u64(), gpu["memory_mhz"].as_u64()), (Some(1 << 30), Some(2619)), "{gpu}");
+    assert_eq!((gpu["watts"].as_f64(), gpu["throttled"].as_array().map(Vec::len)), (Some(654.321), Some(0)));
 }

@@ -98,6 +98,23 @@ pub struct Choice {
     pub microseconds: std::collections::BTreeMap<String, f32>,
 }
 
+/// What a GPU says about itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Health {
+    /// Bytes of its memory that any process uses.
+    pub memory_used: u64,
+    /// Temperature in °C.
+    pub celsius: u32,
+    /// Clock of the multiprocessors.
+    pub clock_mhz: u32,
+    /// Clock of the memory.
+    pub memory_clock_mhz: u32,
+    /// Power draw.
+    pub watts: f64,
+    /// Why it runs slower than it could, if it does.
+    pub throttled: Vec<&'static str>,
+}
+
 /// A pass of operations over a backend.
 pub type Body<'a> = &'a mut dyn FnMut(&mut dyn Backend) -> Result<()>;
 
@@ -141,6 +158,10 @@ pub trait Backend: Send {
     /// A checksum of an arena's raw bytes.
     fn checksum(&mut self, arena: Arena) -> Result<u64> {
         Ok(xxhash_rust::xxh3::xxh3_64(&self.read_arena(arena)?))
+    }
+    /// What the device says about itself now, if it says anything.
+    fn health(&mut self) -> Option<Health> {
+        None
     }
     /// Exchanges the weights with their EMA (to evaluate the EMA, and back). In a group, after
     /// [`Backend::gather_ema`], and back before the next step.

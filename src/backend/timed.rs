@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::cost::{Cost, Setting};
 use super::{
-    Arena, Backend, Body, Group, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
+    Arena, Backend, Body, Group, Health, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
     StepReport, Storage, TargetKind, Update, Write,
 };
 use crate::error::Result;
@@ -203,6 +203,10 @@ impl Backend for Timed {
     }
 
     // Batches ---------------------------------------------------------------------------------------------------
+
+    fn health(&mut self) -> Option<Health> {
+        self.inner.health()
+    }
 
     fn new_slot(&self, layout: SlotLayout) -> Result<Slot> {
         self.inner.new_slot(layout)

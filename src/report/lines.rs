@@ -28,6 +28,23 @@ pub struct StepLine {
     pub skipped: u64,
     /// Seconds since this process began to train.
     pub seconds: f64,
+    /// The first rank's GPU, if it can be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuLine>,
+}
+
+/// What a GPU says about itself. Serialises to the `gpu` object of a line of `metrics.jsonl`.
+#[derive(Clone, Debug, Serialize)]
+pub struct GpuLine {
+    /// Bytes that any process uses.
+    pub memory: u64,
+    pub celsius: u32,
+    /// Clocks of multiprocessors and memory.
+    pub mhz: u32,
+    pub memory_mhz: u32,
+    pub watts: f64,
+    /// Why it runs slower than it could.
+    pub throttled: Vec<&'static str>,
 }
 
 impl StepLine {

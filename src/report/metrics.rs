@@ -110,6 +110,7 @@ mod tests {
             mfu: None,
             skipped: 0,
             seconds: 1.0,
+            gpu: None,
         }
     }
 

@@ -13,7 +13,7 @@ mod progress;
 mod summary;
 mod table;
 
-pub use lines::{EvalLine, RewindLine, Scores, SpikeLine, StepLine};
+pub use lines::{EvalLine, GpuLine, RewindLine, Scores, SpikeLine, StepLine};
 pub use log::Log;
 pub use metrics::MetricsFile;
 pub use progress::Progress;

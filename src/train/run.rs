@@ -8,11 +8,11 @@ mod saving;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::backend::{Device, Limits, Slot, SlotLayout, StepReport};
+use crate::backend::{Device, Health, Limits, Slot, SlotLayout, StepReport};
 use crate::data::{self, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Kind, Result};
 use crate::recipe::{Metric, OnSpike, Recipe};
-use crate::report::{Log, MetricsFile, Progress, StepLine};
+use crate::report::{GpuLine, Log, MetricsFile, Progress, StepLine};
 use crate::watch::{self, Watch};
 use crate::weights::CheckpointMeta;
 use crate::{files, signals};
@@ -379,7 +379,7 @@ impl Run {
     }
 
     /// Counts a step, and writes a line if one is due.
-    fn log(&mut self, trainer: &Trainer, report: &StepReport, loader: &Loader) -> Result<()> {
+    fn log(&mut self, trainer: &mut Trainer, report: &StepReport, loader: &Loader) -> Result<()> {
         let sums = &mut self.state.window;
         sums.steps += 1;
         sums.loss += report.loss;
@@ -403,6 +403,7 @@ impl Run {
             mfu: None,
             skipped: trainer.skipped,
             seconds: self.start.elapsed().as_secs_f64(),
+            gpu: (due && self.metrics.is_some()).then(|| trainer.backend.health()).flatten().map(gpu_line),
         };
         self.progress.tick(step);
         if let Some(text) = self.first_steps.how_long(step, self.steps, line.seconds) {
@@ -526,6 +527,17 @@ impl Run {
             },
             metric: self.recipe.eval.metric,
         })
+    }
+}
+
+fn gpu_line(health: Health) -> GpuLine {
+    GpuLine {
+        memory: health.memory_used,
+        celsius: health.celsius,
+        mhz: health.clock_mhz,
+        memory_mhz: health.memory_clock_mhz,
+        watts: health.watts,
+        throttled: health.throttled,
     }
 }
 

@@ -268,7 +268,7 @@ pub fn outcome(run: &str) -> Outcome {
     }
 }
 
-/// The lines of `metrics.jsonl`, without what depends on the clock.
+/// The lines of `metrics.jsonl`, without what depends on the clock or on the GPU's temperature.
 pub fn metrics(run: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(Path::new(run).join("metrics.jsonl")).unwrap();
     let timeless = |line: &str| {
@@ -281,7 +281,7 @@ pub fn metrics(run: &str) -> Vec<Value> {
 
 fn remove_times(value: &mut Value) {
     let Some(fields) = value.as_object_mut() else { return };
-    for key in ["seconds", "img_per_s", "data_wait"] {
+    for key in ["seconds", "img_per_s", "data_wait", "gpu"] {
         fields.remove(key);
     }
     fields.values_mut().for_each(remove_times);

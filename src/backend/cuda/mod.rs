@@ -22,6 +22,7 @@ mod launch;
 pub mod libraries;
 pub mod nccl;
 mod norm;
+mod nvml;
 pub mod peers;
 mod product;
 mod query_attention;
@@ -35,8 +36,9 @@ mod update;
 mod ways;
 
 use super::{
-    Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, HostMemory, Mat, MemoryPlan, Micro, Op,
-    Precision, Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, Write, memory,
+    Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, Health, HostMemory, Mat, MemoryPlan, Micro,
+    Op, Precision, Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, Write,
+    memory,
 };
 use crate::error::{Error, Result};
 
@@ -46,6 +48,7 @@ use bias::BiasSums;
 use blas::Blas;
 use driver::{Address, Buffer, Event, Gpu, Graph, Stream};
 use launch::{Args, Kernel, View};
+use nvml::Nvml;
 use step_params::StepParamsRing;
 use ways::Ways;
 
@@ -77,6 +80,8 @@ pub struct Cuda {
     classes: Option<usize>,
     /// Recorded work: a training step, an evaluation pass.
     recorded: [Recorded; 2],
+    /// The management library, once it was looked for.
+    nvml: Option<Option<Nvml>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread on which the context is current, one thread at a
@@ -135,6 +140,7 @@ impl Cuda {
             update: update::State::new(&gpu)?,
             classes: None,
             recorded: [Recorded::Never, Recorded::Never],
+            nvml: None,
             gpu,
         })
     }
@@ -396,6 +402,11 @@ impl Backend for Cuda {
             self.refresh_working_copy()?;
         }
         self.gpu.synchronize(Stream::Compute)
+    }
+
+    fn health(&mut self) -> Option<Health> {
+        let ordinal = self.gpu.properties().ordinal;
+        self.nvml.get_or_insert_with(|| Nvml::open(ordinal)).as_ref().map(Nvml::health)
     }
 
     fn swap_ema(&mut self) -> Result<()> {
