@@ -4,7 +4,7 @@
 //! Kolmogorov-Smirnov test against the expected law, which sees a wrong mean, width or shape; bounded laws must also
 //! keep their bounds.
 
-use vitrum::vit::config::{InitScheme, ModelConfig, PoolKind, Posemb, PosembJoin};
+use vitrum::vit::config::{InitScheme, MlpKind, ModelConfig, PoolKind, Posemb, PosembJoin};
 use vitrum::vit::params::{Param, ParamKind, ParamLayout, initial_values, sincos2d};
 
 #[derive(Clone, Copy, Debug)]
@@ -93,6 +93,8 @@ fn law(c: &ModelConfig, p: &Param) -> Law {
             Deit3 => Law::Normal(0.02),
             _ => Law::Normal(1e-6),
         },
+        Registers if jax || c.init == Deit3 => Law::Normal(0.02),
+        Registers => Law::Normal(1e-6),
         PosEmbed => Law::Normal(if c.init == BigVision { d.powf(-0.5) } else { 0.02 }),
         MapProbe if jax => xavier(1.0, d),
         MapProbe => Law::Normal(d.powf(-0.5)),
@@ -114,7 +116,8 @@ fn law(c: &ModelConfig, p: &Param) -> Law {
         },
         HeadBias if c.init == TimmJaxNlhb => Law::Constant(-classes.ln()),
         HeadBias => Law::Constant(f64::from(c.head_bias)),
-        SincosTable | NoBias => unreachable!("no parameter"),
+        GatedKernel | GatedBias => unreachable!("a law for each half: see below"),
+        SincosTable | RopeTable | NoBias => unreachable!("no parameter"),
     }
 }
 
@@ -133,7 +136,7 @@ fn models(init: InitScheme) -> [ModelConfig; 2] {
     let mut base = ModelConfig::variant("mu/8", 32, 30).unwrap();
     (base.width, base.heads, base.mlp, base.depth) = (48, 3, 80, 2);
     (base.init, base.layer_scale, base.head_bias) = (init, 1e-4, -2.5);
-    let map = ModelConfig { pool: PoolKind::Map, rep_size: 56, ..base.clone() };
+    let map = ModelConfig { pool: PoolKind::Map, rep_size: 56, registers: 4, ..base.clone() };
     [map, ModelConfig { extra_tokens: 2, patch: (4, 8), ..base }]
 }
 
@@ -245,4 +248,30 @@ fn the_fixed_position_table_has_the_values_of_big_vision() {
     assert!((sum - 34_742.76).abs() < 0.01, "{sum}");
     assert!((squares - 37_632.0).abs() < 0.01, "{squares}");
     near(&s16[100 * 384..][..3], &[0.9092974, 0.9702815, 0.9970614]);
+}
+
+#[test]
+fn every_gate_of_a_swiglu_starts_at_silu_of_one() {
+    for init in SCHEMES {
+        let config = ModelConfig { mlp_kind: MlpKind::Swiglu, ..models(init)[1].clone() };
+        let layout = ParamLayout::new(&config, |_| false);
+        let values = |name: &str| {
+            let index = layout.params.iter().position(|p| p.name == name).unwrap();
+            initial_values(&config, &layout.params[index], index, 3)
+                .into_iter()
+                .map(f64::from)
+                .collect::<Vec<_>>()
+        };
+        let bias = values("blocks.0.mlp.fc1.bias");
+        assert_eq!(bias, [vec![1.0; config.mlp], vec![0.0; config.mlp]].concat());
+        let (d, m) = (config.width as f64, config.mlp as f64);
+        let weight = values("blocks.0.mlp.fc1.weight");
+        let (gates, up) = weight.split_at(weight.len() / 2);
+        assert_follows("gates", gates.to_vec(), Law::Normal(1e-6));
+        let law = match init {
+            InitScheme::Timm | InitScheme::TimmMoco | InitScheme::Deit3 => Law::Normal(0.02),
+            _ => Law::Uniform((6.0 / (d + m)).sqrt()),
+        };
+        assert_follows("values", up.to_vec(), law);
+    }
 }

@@ -14,7 +14,7 @@ use vitrum::backend::cuda::images::{KERNELS, TARGETS};
 
 /// Kernels of each source, counting every instance. An instance costs machine code for each target, build
 /// time, and a row in each table, so a new one must be listed here.
-const INSTANCES: [(&str, usize); 18] = [
+const INSTANCES: [(&str, usize); 20] = [
     ("activation", 14),
     ("adafactor", 6),
     ("attention_backward", 16),
@@ -27,11 +27,13 @@ const INSTANCES: [(&str, usize); 18] = [
     ("layernorm", 64),
     ("loss", 8),
     ("patchify", 4),
-    ("pool", 4),
+    ("pool", 6),
     ("product", 8),
     ("query_attention", 6),
     ("report", 3),
     ("residual", 11),
+    ("rotate", 2),
+    ("swiglu", 4),
     ("update", 10),
 ];
 

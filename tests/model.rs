@@ -7,7 +7,9 @@ use vitrum::backend::{
     Storage, TargetKind, Write,
 };
 use vitrum::rng::{Domain, Stream};
-use vitrum::vit::config::{DropPathMode, NormPlace, PoolKind, Posemb, PosembJoin};
+use vitrum::vit::config::{
+    DropPathMode, MlpKind, NormPlace, PoolKind, Posemb, PosembJoin, QkvBias, RopeIndexing, RopeKind,
+};
 use vitrum::vit::{LastBlock, Mode, ModelConfig, Param, Vit};
 
 struct Bench {
@@ -186,6 +188,48 @@ fn gradients_of_every_head_and_position_embedding_are_right() {
     check(
         "one block, rectangular patch",
         ModelConfig { depth: 1, patch: (2, 6), heads: 2, ..ModelConfig::tiny() },
+    );
+}
+
+/// Every choice that came after the first Vision Transformers, alone and with its usual company.
+#[test]
+fn gradients_of_later_backbones_are_right() {
+    let tiny = ModelConfig { width: 24, heads: 3, ..ModelConfig::tiny() };
+    let gap = ModelConfig { pool: PoolKind::Gap, extra_tokens: 0, ..tiny.clone() };
+    check("registers", ModelConfig { registers: 3, ..tiny.clone() });
+    check(
+        "registers without positions",
+        ModelConfig { registers: 2, posemb_join: PosembJoin::Before, ..gap.clone() },
+    );
+    check("no positions", ModelConfig { posemb: Posemb::None, ..tiny.clone() });
+    check(
+        "CLIP",
+        ModelConfig { norm_pre: true, patch_bias: false, gelu: Gelu::Quick, dropout: 0.1, ..tiny.clone() },
+    );
+    check("no bias of q, k, v", ModelConfig { qkv_bias: QkvBias::None, ..tiny.clone() });
+    check("no bias of k", ModelConfig { qkv_bias: QkvBias::Qv, ..tiny.clone() });
+    check("class token and mean", ModelConfig { pool: PoolKind::TokenGap, registers: 1, ..tiny.clone() });
+    check("no final norm", ModelConfig { norm: NormPlace::None, layer_scale: 0.3, ..tiny.clone() });
+    check("mean, no final norm", ModelConfig { norm: NormPlace::None, ..gap.clone() });
+    check("heads of a MAP head", ModelConfig { pool: PoolKind::Map, map_heads: Some(4), ..gap.clone() });
+    let swiglu = ModelConfig { mlp_kind: MlpKind::Swiglu, ..tiny.clone() };
+    check("SwiGLU", swiglu.clone());
+    check("SwiGLU with a norm", ModelConfig { mlp_norm: true, dropout: 0.1, ..swiglu.clone() });
+    let rope = ModelConfig { rope: RopeKind::Dinov3, posemb: Posemb::None, registers: 2, ..tiny };
+    check("DINOv3", ModelConfig { qkv_bias: QkvBias::Qv, layer_scale: 0.4, ..rope.clone() });
+    check(
+        "EVA-02",
+        ModelConfig {
+            rope: RopeKind::Eva,
+            rope_ref: Some((2, 2)),
+            rope_offset: 0.5,
+            rope_indexing: RopeIndexing::Xy,
+            posemb: Posemb::Learned,
+            mlp_kind: MlpKind::Swiglu,
+            mlp_norm: true,
+            attention_dropout: 0.2,
+            ..rope
+        },
     );
 }
 

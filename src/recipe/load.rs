@@ -630,7 +630,7 @@ mod tests {
         assert!(keys_of(&path("train")).unwrap().contains(&"steps".to_string()));
         assert!(keys_of(&path("optim.groups.[0]")).unwrap().contains(&"lr_mult".to_string()));
         assert_eq!(keys_of(&path("train.steps")), None);
-        assert_eq!(alternatives_of(&path("model.pool")).unwrap(), ["token", "gap", "map"]);
+        assert_eq!(alternatives_of(&path("model.pool")).unwrap(), ["token", "gap", "map", "token_gap"]);
         assert_eq!(alternatives_of(&path("data.train")), None);
     }
 

@@ -13,6 +13,7 @@
 
 mod apart;
 mod attention;
+mod gated;
 mod harness;
 mod head;
 mod matmul;
@@ -81,6 +82,7 @@ fn cases() -> Vec<Case> {
         matmul::cases(),
         norm::cases(),
         attention::cases(),
+        gated::cases(),
         head::cases(),
         update::cases(),
     ];

@@ -2,12 +2,13 @@
 
 use super::Cuda;
 use super::dense::elementwise_grid;
-use super::launch::{LossArgs, LossTerms, PoolArgs, PoolBackwardArgs, PoolShape, ScaleArgs, variant};
+use super::launch::{
+    LossArgs, LossTerms, PoolArgs, PoolBackwardArgs, PoolShape, ScaleArgs, stream_variant, variant,
+};
 use crate::backend::{Dtype, LossKind, Mat, Pool, Slot, TargetKind, ops};
 use crate::error::{Error, Result};
 
 fn pool_shape(pool: Pool, x: Mat, y: Mat) -> PoolShape {
-    assert_eq!(x.dtype, y.dtype, "pool: {x} and {y} differ in type");
     let (tokens, first, last) = match pool {
         Pool::Token { tokens, index } => (tokens, index, index + 1),
         Pool::Mean { tokens, first } => (tokens, first, tokens),
@@ -21,7 +22,7 @@ fn pool_shape(pool: Pool, x: Mat, y: Mat) -> PoolShape {
 pub(super) fn pool(cuda: &mut Cuda, op: &ops::Pool) -> Result<()> {
     let ops::Pool { pool, x, y } = *op;
     let args = PoolArgs { shape: pool_shape(pool, x, y), x: cuda.view(x), y: cuda.view(y) };
-    cuda.launch(variant!(x.dtype, "pool"), elementwise_grid(y.rows, y.cols), 0, &args)
+    cuda.launch(stream_variant!(x.dtype, y.dtype, "pool"), elementwise_grid(y.rows, y.cols), 0, &args)
 }
 
 pub(super) fn pool_backward(cuda: &mut Cuda, op: &ops::PoolBackward) -> Result<()> {
@@ -32,7 +33,12 @@ pub(super) fn pool_backward(cuda: &mut Cuda, op: &ops::PoolBackward) -> Result<(
         d_x: cuda.view(d_x),
         add: u32::from(write.adds()),
     };
-    cuda.launch(variant!(d_x.dtype, "pool_backward"), elementwise_grid(d_x.rows, d_x.cols), 0, &args)
+    cuda.launch(
+        stream_variant!(d_x.dtype, d_y.dtype, "pool_backward"),
+        elementwise_grid(d_x.rows, d_x.cols),
+        0,
+        &args,
+    )
 }
 
 pub(super) fn scale(cuda: &mut Cuda, op: &ops::Scale) -> Result<()> {

@@ -153,7 +153,7 @@ fn another_way_to_round_is_refused_and_a_run_says_its_own() {
 /// A `pre` that is not kept is rounded all the same, as on a GPU.
 #[test]
 fn gelu_is_that_of_the_same_value_with_and_without_a_place_for_it() {
-    for form in [Gelu::Tanh, Gelu::Erf] {
+    for form in [Gelu::Tanh, Gelu::Erf, Gelu::Quick] {
         let mut plan = MemoryPlan::new(Storage::CPU);
         let [x, pre, kept, alone] = [12, 8, 8, 8].map(|cols| plan.activation("operand".to_owned(), 5, cols));
         plan.set_bytes(Arena::Params, 4 * (8 * 12 + 8));

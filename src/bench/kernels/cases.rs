@@ -9,8 +9,8 @@
 use crate::backend::cuda::driver::Launched;
 use crate::backend::{
     Arena, Backend, Branch, Cost, Dtype, Embed, Epilogue, Gelu, GroupScalars, Heads, InputGrad, Join, Linear,
-    Loss, LossKind, Mask, Mat, MemoryPlan, Norm, Normalise, PatchGrid, Pixels, Pool, Rule, Segment,
-    SlotLayout, Stats, TargetKind, Update, Write,
+    Loss, LossKind, Mask, Mat, MemoryPlan, Norm, Normalise, PatchGrid, Pixels, Pool, Rope, RopePairs, Rule,
+    Segment, SlotLayout, Stats, TargetKind, Update, Write,
 };
 use crate::error::Result;
 
@@ -434,6 +434,22 @@ fn elementwise(model: &Model, images: usize, all_images: bool) -> Vec<Case> {
         Case::new("gelu", format!("{} [{rows}, {m}]", model.name), images, whole, move |room| {
             let (pre, y) = (room.activation(rows, m), room.activation(rows, m));
             Placed::new(move |b| b.gelu(pre, Gelu::Tanh, Mask::NONE, y))
+        }),
+        Case::new("swiglu", format!("{} [{rows}, {m}]", model.name), images, whole, move |room| {
+            let (pre, y) = (room.activation(rows, 2 * m), room.activation(rows, m));
+            Placed::new(move |b| b.swiglu(pre, Mask::NONE, y))
+        }),
+        Case::new("swiglu_backward", format!("{} [{rows}, {m}]", model.name), images, whole, move |room| {
+            let (d_y, pre, d_pre) =
+                (room.activation(rows, m), room.activation(rows, 2 * m), room.activation(rows, 2 * m));
+            Placed::new(move |b| b.swiglu_backward(d_y, pre, Mask::NONE, d_pre, None))
+        }),
+        Case::new("rotate", format!("{} [{rows}, {}]", model.name, 2 * d), images, whole, move |room| {
+            let (tokens, head_size) = (rows / images, 64);
+            let heads = Heads { tokens, heads: d / head_size, head_size };
+            let rope = Rope { table: room.param(tokens - 1, head_size), pairs: RopePairs::Half };
+            let x = room.activation(rows, 2 * d);
+            Placed::new(move |b| b.rotate(&rope, heads, x, false))
         }),
         Case::new(
             "bias gradient",

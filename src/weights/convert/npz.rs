@@ -12,7 +12,7 @@ use crate::backend::{LossKind, Normalise};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::recipe::{PROTOCOLS, unit};
-use crate::vit::config::{PoolKind, QkvBias};
+use crate::vit::config::{MlpKind, NormPlace, PoolKind, Posemb, QkvBias, RopeKind};
 use crate::weights::container::Container;
 use crate::weights::headers::Headers;
 use crate::weights::hub::Hub;
@@ -23,6 +23,22 @@ pub(super) fn tensors(file: &ModelFile, own: &Tensors) -> Result<Tensors> {
     if file.config.qkv_bias != QkvBias::All {
         return Err(Error::new("q, k and v of vit_jax's model always have a bias, but this one's have none")
             .hint("use `--to timm` or `--to hf`"));
+    }
+    let c = &file.config;
+    let later = [
+        (c.registers > 0, "registers"),
+        (c.rope != RopeKind::None, "rotary positions"),
+        (c.posemb == Posemb::None, "model without positions"),
+        (c.norm_pre, "norm in front of the first block"),
+        (!c.patch_bias, "patch embedding without a bias"),
+        (c.mlp_kind != MlpKind::Dense, "SwiGLU"),
+        (c.norm == NormPlace::None, "model without a final norm"),
+        (c.pool == PoolKind::TokenGap, "classifier of class token and mean"),
+    ];
+    if let Some((_, what)) = later.into_iter().find(|(has, _)| *has) {
+        return Err(
+            Error::new(format!("vit_jax has no {what}")).hint("use `--to timm` or `--to safetensors`")
+        );
     }
     to_flax_tensors(&file.config, Numbering::Published, own)
 }

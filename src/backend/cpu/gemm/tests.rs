@@ -37,6 +37,7 @@ fn gelu64(form: Gelu, x: f64) -> f64 {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
         }
         Gelu::Erf => x * crate::backend::cpu::math::tests::normal64(x),
+        Gelu::Quick => x / (1.0 + (-1.702 * x).exp()),
     }
 }
 
@@ -128,7 +129,7 @@ fn matmul_equals_f64_with_every_epilogue() {
             |c| run(c, Epilogue::BiasTanh(&bias), &blank),
             |isa, got| check("tanh", isa, got, &|_, _, sum| sum.tanh()),
         );
-        for form in [Gelu::Tanh, Gelu::Erf] {
+        for form in [Gelu::Tanh, Gelu::Erf, Gelu::Quick] {
             for dropout in [None, Some(dropout(0.0, 3)), Some(dropout(0.4, 3))] {
                 on_every_isa(
                     |c| {
@@ -191,7 +192,7 @@ fn input_grad_equals_f64_with_every_epilogue() {
             |c| run(c, InputEpilogue::Tanh { y: other.rows() }),
             |isa, got| check("tanh", isa, got, &|r, j, sum| sum * (1.0 - other.at(r, j).powi(2))),
         );
-        for form in [Gelu::Tanh, Gelu::Erf] {
+        for form in [Gelu::Tanh, Gelu::Erf, Gelu::Quick] {
             for dropout in [None, Some(dropout(0.3, 2))] {
                 on_every_isa(
                     |c| run(c, InputEpilogue::Gelu { pre: other.rows(), form, dropout }),
