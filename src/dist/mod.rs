@@ -227,8 +227,11 @@ fn join_gpus(launch: &Launch, gpu: usize, joining: &Joining) -> Result<&'static 
     }
     let place = Place { host: host(), gpu: device::pci_address(gpu)? };
     let mut way = Rendezvous::new(launch, out, place)?;
-    let id = way.id(Id::new)?;
-    let peers = Peers::join(gpu, &id, launch.rank, launch.size, &mut || way.look())?;
+    let mut meet = || {
+        let id = way.id(Id::new)?;
+        Peers::join(gpu, &id, launch.rank, launch.size, &mut || way.look())
+    };
+    let peers = meet().inspect_err(|error| way.give_up(error))?;
     way.done();
     Ok(PEERS.get_or_init(|| peers))
 }

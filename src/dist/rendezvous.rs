@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::launch::Launch;
 use crate::backend::cuda::nccl::Id;
-use crate::error::{At, Error, Result};
+use crate::error::{At, Error, Kind, Result};
 use crate::terminal;
 
 /// The folder in a run's directory.
@@ -25,6 +25,8 @@ pub const FOLDER: &str = ".join";
 const LIMIT: Duration = Duration::from_secs(300);
 /// After this time, rank 0 says once for whom it waits.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How much longer the other ranks wait.
+const GRACE: Duration = Duration::from_secs(2);
 /// How often files are looked at.
 const LOOK: Duration = Duration::from_millis(20);
 /// How often a rank writes its file again: network file systems remember for a while that a file is absent, and a file
@@ -55,7 +57,15 @@ struct Published {
     /// Those of ranks 1, 2, ...
     numbers: Vec<u64>,
     /// Why this start cannot go on.
-    refused: Option<String>,
+    refused: Option<Refusal>,
+}
+
+/// An error of rank 0 for the others to end with.
+#[derive(PartialEq, Serialize, Deserialize)]
+struct Refusal {
+    message: String,
+    hint: Option<String>,
+    usage: bool,
 }
 
 /// A rank on its way to the others.
@@ -147,6 +157,22 @@ impl<'a> Rendezvous<'a> {
         if self.launch.rank == 0 { self.publish() } else { self.answer() }
     }
 
+    /// Tells the other ranks that are here that this one ends, and why. Only rank 0 speaks.
+    pub(super) fn give_up(&self, error: &Error) {
+        if self.launch.rank > 0 {
+            return;
+        }
+        let number = |rank| self.read::<Member>(&member(rank)).map_or(0, |member| member.number);
+        let refused = Refusal {
+            message: error.message().into(),
+            hint: error.hint_text().map(Into::into),
+            usage: matches!(error.kind(), Kind::Usage),
+        };
+        let numbers = (1..self.launch.size).map(number).collect();
+        // The others end without it, too, but later.
+        let _ = self.write("id", &Published { id: Vec::new(), numbers, refused: Some(refused) });
+    }
+
     /// Removes the files. Every rank may still look for them; none needs them.
     pub(super) fn done(self) {
         if self.launch.rank == 0 {
@@ -170,14 +196,13 @@ impl<'a> Rendezvous<'a> {
             let members = || members.iter().flatten();
             let numbers = members().map(|member| member.number).collect();
             let places: Vec<_> = std::iter::once(&self.place).chain(members().map(|m| &m.place)).collect();
-            let refused = same_gpu(&places);
-            let published = Published { id, numbers, refused: refused.clone() };
+            if let Some(error) = same_gpu(&places) {
+                return Err(error);
+            }
+            let published = Published { id, numbers, refused: None };
             if self.published.as_ref() != Some(&published) {
                 self.write("id", &published)?;
                 self.published = Some(published);
-            }
-            if let Some(refused) = refused {
-                return Err(twice(&refused));
             }
         }
         if self.start.elapsed() > PATIENCE && !self.told {
@@ -209,18 +234,21 @@ impl<'a> Rendezvous<'a> {
         if self.id.is_none() && !(is_ours && self.written.is_some_and(|at| at.elapsed() < REPEAT)) {
             self.leave_word(false)?;
         }
-        if self.id.is_none()
-            && let Some(published) = self.read::<Published>("id")
+        if let Some(published) = self.read::<Published>("id")
             && published.numbers.get(self.launch.rank - 1) == Some(&self.number)
-            && let Ok(id) = <[u8; 128]>::try_from(published.id.as_slice())
         {
             if let Some(refused) = published.refused {
-                return Err(twice(&refused));
+                return Err(refused.into());
             }
-            self.leave_word(true)?;
-            self.id = Some(Id(id));
+            if self.id.is_none()
+                && let Ok(id) = <[u8; 128]>::try_from(published.id)
+            {
+                self.leave_word(true)?;
+                self.id = Some(Id(id));
+            }
         }
-        if self.start.elapsed() < self.limit {
+        // Rank 0 knows more: its error comes first.
+        if self.start.elapsed() < self.limit + GRACE {
             return Ok(());
         }
         let (seconds, out) = (self.limit.as_secs(), self.out.display());
@@ -289,17 +317,25 @@ fn limit() -> Result<Duration> {
     }
 }
 
-/// Names two ranks that have one GPU.
-fn same_gpu(places: &[&Place]) -> Option<String> {
+/// The error of two ranks that have one GPU, if there are any.
+fn same_gpu(places: &[&Place]) -> Option<Error> {
     places.iter().enumerate().find_map(|(rank, place)| {
         let first = places[..rank].iter().position(|other| other == place)?;
-        Some(format!("ranks {first} and {rank} both have the GPU {} of {}", place.gpu, place.host))
+        let Place { host, gpu } = place;
+        Some(Error::usage(format!("ranks {first} and {rank} both have the GPU {gpu} of {host}")).hint(
+            "start one rank per GPU: `--device cuda` gives each rank the GPU of its number on its machine",
+        ))
     })
 }
 
-fn twice(refused: &str) -> Error {
-    Error::usage(refused.to_string())
-        .hint("start one rank per GPU: `--device cuda` gives each rank the GPU of its number on its machine")
+impl From<Refusal> for Error {
+    fn from(refused: Refusal) -> Self {
+        let error = if refused.usage { Error::usage(refused.message) } else { Error::new(refused.message) };
+        match refused.hint {
+            Some(hint) => error.hint(hint),
+            None => error,
+        }
+    }
 }
 
 /// `rank 3`, or `ranks 1, 2 and 5`.
@@ -344,7 +380,7 @@ mod tests {
             }
             Ok(id)
         };
-        let id = go(&mut way).map_err(|e| e.message().to_string());
+        let id = go(&mut way).inspect_err(|e| way.give_up(e)).map_err(|e| e.message().to_string());
         if id.is_ok() {
             way.done();
         }
@@ -375,7 +411,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join(FOLDER).join(launch(0, 2).job());
         fs::create_dir_all(&folder).unwrap();
-        let old = Published { id: vec![1; 128], numbers: vec![41], refused: Some("old".into()) };
+        let old = Published { id: vec![1; 128], numbers: vec![41], refused: None };
         let word = Member { number: 41, place: place(0), connects: true };
         fs::write(folder.join("id"), serde_json::to_vec(&old).unwrap()).unwrap();
         fs::write(folder.join("rank-1"), serde_json::to_vec(&word).unwrap()).unwrap();
@@ -395,8 +431,11 @@ mod tests {
             let came = [0, 2].map(|rank| scope.spawn(move || meet(out, rank, 4, rank)));
             came.map(|rank| rank.join().unwrap())
         });
-        assert!(zero.unwrap_err().starts_with("ranks 1 and 3 did not come to "));
-        assert!(two.unwrap_err().starts_with("rank 0 did not answer in "));
+        for told in [zero, two] {
+            assert!(told.unwrap_err().starts_with("ranks 1 and 3 did not come to "));
+        }
+        let other = tempfile::tempdir().unwrap();
+        assert!(meet(other.path(), 1, 2, 1).unwrap_err().starts_with("rank 0 did not answer in "));
     }
 
     #[test]

@@ -353,7 +353,7 @@ const FOR_CUBLASLT: Search = Search {
 };
 
 const FOR_NCCL: Search = Search {
-    what: "NCCL, through which ranks on GPUs talk,",
+    what: "NCCL",
     names: &["libnccl.so.2"],
     package: Some("nvidia/nccl/lib"),
     absent: "`pip install nvidia-nccl-cu12` (or `-cu13`) and put its folder `nvidia/nccl/lib` on LD_LIBRARY_PATH",
