@@ -56,8 +56,12 @@ pub fn last_block_line(model: &Vit) -> Option<String> {
 pub fn memory_lines(plan: &MemoryPlan) -> Vec<String> {
     use crate::backend::Arena::*;
     let size = |bytes: usize| format::bytes(bytes as u64);
+    let exchange = match plan.bytes(Exchange) {
+        0 => String::new(),
+        bytes => format!(", chunks and exchange {}", size(bytes)),
+    };
     let line = format!(
-        "memory   {}: parameters {}, gradients {}, optimiser {}, ema {}, activations {}",
+        "memory   {}: parameters {}, gradients {}, optimiser {}, ema {}, activations {}{exchange}",
         size(plan.total_bytes()),
         size(plan.bytes(Params)),
         size(plan.bytes(Grads)),

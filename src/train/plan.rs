@@ -188,6 +188,7 @@ impl Plan {
                 "workspace_bytes": bytes(Arena::Workspace),
                 "batches_bytes": bytes(Arena::Batches),
                 "update_bytes": bytes(Arena::Update),
+                "exchange_bytes": bytes(Arena::Exchange),
                 "slots_bytes": self.slot_bytes,
             },
             "operations_of_a_step": self.operations.iter().map(operation).collect::<Vec<_>>(),

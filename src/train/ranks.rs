@@ -1,5 +1,7 @@
 //! A run on several ranks: what must divide, and what the first rank tells the others about a resumed state.
 
+use std::time::Duration;
+
 use crate::backend::{Arena, Device};
 use crate::dist::Collective;
 use crate::error::{Error, Kind, Result};
@@ -118,11 +120,18 @@ pub(super) fn share_state(trainer: &mut Trainer, state: &mut Option<RunState>) -
     Ok(())
 }
 
+/// How long other ranks leave rank 0 to print why it ends.
+const SPEAK: Duration = Duration::from_millis(300);
+
 /// Passes a result on. If a signal stops all ranks, in the same step, they leave the group together: nobody
 /// ends while the first one still saves.
 pub(super) fn stop_together<T>(ranks: &Collective, result: Result<T>) -> Result<T> {
     if result.as_ref().is_err_and(|e| matches!(e.kind(), Kind::Stopped(_))) {
         ranks.leave()?;
+        if !ranks.is_first() {
+            // A launcher ends all ranks when the first of them ends with an error, and rank 0 still has to speak.
+            std::thread::sleep(SPEAK);
+        }
     }
     result
 }
