@@ -105,7 +105,8 @@ fn the_decided_table_follows_from_its_own_steps() {
             let waited = 1e3 * (found.exposed - links.inside.ring(2.0 * params, 8) - norm);
             let all = 1e3 * found.hidden + waited;
             assert!((all - reductions[i]).abs() < 0.06_f64.max(0.013 * reductions[i]), "{name}: {all:.2} ms");
-            assert!((waited - exposed[i]).abs() < 0.051, "{name}: {waited:.2} ms exposed");
+            // Rounded twice: 0.149 is 0.15 is 0.2.
+            assert!((waited - exposed[i]).abs() < 0.056, "{name}: {waited:.2} ms exposed");
         }
         let found = 1e3 * links.inside.ring(2.0 * params, 8);
         assert!((found - gather).abs() < 0.06, "{name}: gather {found:.2} ms");
