@@ -46,7 +46,7 @@ pub use operands::{
     PatchGrid, Pool, Stats, Write, sample_metric,
 };
 pub use ops::Op;
-pub use options::{DeviceOptions, Precision, Residual};
+pub use options::{DeviceOptions, Kernels, Precision, Residual};
 pub use update::{Factor, GroupScalars, Rule, Segment, StepReport, Update, update_bytes};
 
 use crate::error::Result;

@@ -35,12 +35,13 @@ const FREE: [&str; 21] = [
 ];
 
 /// Keys that change the rounding, but not the training.
-const OTHER_BITS: [&str; 5] = [
+const OTHER_BITS: [&str; 6] = [
     "train.micro_batch",
     "train.reduce_chunks",
     "train.recompute",
     "train.prune_last_block",
     "train.deterministic",
+    "train.kernels",
 ];
 
 /// Keys that decide which records are trained on.
