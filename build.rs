@@ -35,6 +35,12 @@ const TARGETS: [(&str, &str); 3] =
 /// The target whose PTX is embedded.
 const EMBEDDED_PTX: &str = "compute_90";
 
+/// The only target of files with Hopper's own instructions. Their PTX would run on nothing newer, so it is kept and
+/// not embedded.
+const HOPPER: [(&str, &str); 1] = [("compute_90a", "sm_90a")];
+const HOPPER_FILES: &str = "_hopper";
+const HOPPER_HEADER: &str = "hopper.cuh";
+
 const FLAGS: [&str; 5] = ["-std=c++17", "-O3", "-Xptxas", "-v", "-lineinfo"];
 
 /// Makes images a fifth as large. Drivers from CUDA 12.4 on can unpack them, and older drivers cannot run
@@ -222,7 +228,9 @@ fn compile_all(
     let small = (version >= FIRST_SMALL).then_some(SMALL);
     let (kernels, headers): (Vec<_>, Vec<_>) = sources.iter().partition(|(name, _)| name.ends_with(".cu"));
 
-    // A change of any header recompiles everything: headers are few and small.
+    // A change of any header recompiles everything: headers are few and small. Hopper's is for its own files.
+    let (of_hopper, headers): (Vec<_>, Vec<_>) =
+        headers.into_iter().partition(|(name, _)| name == HOPPER_HEADER);
     let mut base = DefaultHasher::new();
     (FLAGS, small, TARGETS, nvcc, fs::metadata(nvcc).map(|m| m.len()).ok()).hash(&mut base);
     headers.hash(&mut base);
@@ -234,6 +242,9 @@ fn compile_all(
             let mut hash = base.clone();
             (source, &asserts).hash(&mut hash);
             let stem = name.trim_end_matches(".cu").to_owned();
+            if stem.ends_with(HOPPER_FILES) {
+                (&of_hopper, HOPPER).hash(&mut hash);
+            }
             let image = cache.join(format!("{stem}-{:016x}.fatbin", hash.finish()));
             Job { file: Path::new("kernels").join(name), stem, asserts, image, small }
         })
@@ -308,7 +319,8 @@ impl Job {
         let mut command = Command::new(nvcc);
         command.args(FLAGS).args(self.small).args(["-I.", "-fatbin", "-o"]).arg(part).arg(&whole);
         command.args(["--keep", "--keep-dir"]).arg(kept);
-        for (virtual_, real) in TARGETS {
+        let of_hopper = self.stem.ends_with(HOPPER_FILES);
+        for (virtual_, real) in if of_hopper { &HOPPER[..] } else { &TARGETS[..] } {
             command.args(["-gencode", &format!("arch={virtual_},code={real}")]);
         }
         let output = command.output().map_err(|e| format!("{}: {e}", nvcc.display()))?;
@@ -316,7 +328,11 @@ impl Job {
         if !output.status.success() {
             return Err(format!("{}:\n{said}", self.file.display()));
         }
-        let ptx = kept.join(format!("{}.{EMBEDDED_PTX}.ptx", self.stem));
+        // nvcc names it after the target where there are several.
+        let ptx = match of_hopper {
+            true => kept.join(format!("{}.ptx", self.stem)),
+            false => kept.join(format!("{}.{EMBEDDED_PTX}.ptx", self.stem)),
+        };
         fs::rename(&ptx, self.ptx_path()).map_err(|e| format!("{}: {e}", ptx.display()))?;
         fs::write(self.report_path(), said).map_err(|e| e.to_string())?;
         fs::rename(part, &self.image).map_err(|e| e.to_string())

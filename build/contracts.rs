@@ -53,6 +53,11 @@ const VIEW: &str = "View";
 const VIEW_LAYOUT: [(&str, usize); 4] = [("at", 0), ("ld", 8), ("rows", 12), ("cols", 16)];
 const VIEW_SIZE: usize = 24;
 
+/// `TensorMap` of `kernels/hopper.cuh`, likewise: 128 opaque bytes.
+const TENSOR_MAP: &str = "TensorMap";
+const TENSOR_MAP_SIZE: usize = 128;
+const TENSOR_MAP_ALIGN: usize = 64;
+
 impl Contracts {
     /// # Errors
     /// What cannot be read, with its file.
@@ -100,6 +105,8 @@ impl Contracts {
                 ("Address".to_owned(), 8, 8, leads_to)
             } else if declared.base == VIEW {
                 (VIEW.to_owned(), VIEW_SIZE, 8, None)
+            } else if declared.base == TENSOR_MAP {
+                (TENSOR_MAP.to_owned(), TENSOR_MAP_SIZE, TENSOR_MAP_ALIGN, None)
             } else if let Some((rust, size)) = primitive(&declared.base) {
                 (rust.to_owned(), size, size, None)
             } else if is_struct(&declared.base) {

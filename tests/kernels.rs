@@ -14,12 +14,13 @@ use vitrum::backend::cuda::images::{KERNELS, TARGETS};
 
 /// Kernels of each source, counting every instance. An instance costs machine code for each target, build
 /// time, and a row in each table, so a new one must be listed here.
-const INSTANCES: [(&str, usize); 20] = [
+const INSTANCES: [(&str, usize); 21] = [
     ("activation", 14),
     ("adafactor", 6),
     ("attention_backward", 16),
     ("attention_backward_head", 2),
     ("attention_forward", 8),
+    ("attention_forward_hopper", 1),
     ("attention_keep", 1),
     ("attention_plain", 6),
     ("column_sums", 3),
@@ -48,18 +49,21 @@ fn instances_of_kernels_are_counted() {
     }
     let found: Vec<(&str, usize)> = found.into_iter().map(|(file, names)| (file, names.len())).collect();
     assert_eq!(found, INSTANCES, "kernels of each source");
-    let all: usize = INSTANCES.iter().map(|(_, count)| count).sum();
+    // Hopper's own for Hopper, the others for each target.
     let machine_code = TARGETS.iter().filter(|target| target.starts_with("sm_")).count();
-    assert_eq!(KERNELS.len(), all * machine_code, "each kernel once for each target");
+    let targets = |file: &str| if file.ends_with("_hopper") { 1 } else { machine_code };
+    let all: usize = INSTANCES.iter().map(|(file, count)| count * targets(file)).sum();
+    assert_eq!(KERNELS.len(), all, "each kernel once for each target");
 }
 
 /// Cases of `vitrum selftest` that reach the barriers of a source: the precision, and filters that are tried
 /// in turn.
-const CASES: [(&str, &str, &[&str]); 11] = [
+const CASES: [(&str, &str, &[&str]); 12] = [
     ("adafactor.cu", "bf16", &["adafactor"]),
     ("attention_backward.cu", "bf16", &["attention_backward: "]),
     ("attention_backward_head.cu", "bf16", &["attention_backward: "]),
     ("attention_forward.cu", "bf16", &["attention: "]),
+    ("attention_forward_hopper.cu", "bf16", &["attention: B 2 T 197", "attention: B 5 T 65"]),
     ("attention_plain.cu", "f32", &["attention: B 3 T 65 H 5", "attention_backward: B 3 T 65 H 5"]),
     ("attention_tile.cuh", "bf16", &["attention: "]),
     ("column_sums.cu", "bf16", &["layernorm_backward: "]),
@@ -81,14 +85,21 @@ fn every_barrier_of_the_kernels_is_missed_when_it_is_left_out() {
         // One multiprocessor: a barrier may exist for a block's next round.
         let options = format!("checks=on,threads=1,multiprocessors=1,skip_barrier=kernels/{file}:{line}");
         filters.iter().any(|filter| {
-            let args = ["selftest", "--device", "cuda", "--precision", precision, "--filter", filter];
+            let mut args = vec!["selftest", "--device", "cuda", "--precision", precision, "--filter", filter];
+            let mut options = options.clone();
+            if file.ends_with("_hopper.cu") {
+                args.extend(["--kernels", "hopper"]);
+                options += ",engine=ptx";
+            }
             let done = run_on_gpu(&folder, &options, &args);
             assert!([0, 1].contains(&done.code), "{file}:{line}: {}", done.stderr);
             // Either the stand-in reports an error, or a value is wrong.
             done.code == 1
         })
     };
-    let sites = Mutex::new(barriers());
+    // Without nvcc there is nothing that runs Hopper's.
+    let runs = |(file, _): &(String, usize)| !(KERNELS.is_empty() && file.ends_with("_hopper.cu"));
+    let sites = Mutex::new(barriers().into_iter().filter(runs).collect::<Vec<_>>());
     let unnoticed = Mutex::new(Vec::new());
     let next = || sites.lock().unwrap().pop();
     std::thread::scope(|scope| {

@@ -48,7 +48,7 @@ pub use operands::{
     PatchGrid, Pool, Rope, RopePairs, Stats, Write, sample_metric,
 };
 pub use ops::Op;
-pub use options::{DeviceOptions, Precision, Residual};
+pub use options::{DeviceOptions, Kernels, Precision, Residual};
 pub use ranks::{Group, Ranks};
 pub use shards::Shards;
 pub use update::{Factor, GroupScalars, Limits, Rule, Segment, StepReport, Update, update_bytes};

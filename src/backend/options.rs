@@ -45,6 +45,21 @@ impl Residual {
     }
 }
 
+/// Which of a GPU's kernels are used where there are two for the same work.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Kernels {
+    /// Those that run on every GPU: no others have been measured.
+    #[default]
+    Auto,
+    /// Those that run on every GPU from Ampere on.
+    Portable,
+    /// Those written for Hopper (compute capability 9.0), where there is one for the sizes at hand.
+    Hopper,
+}
+
 /// The environment variable by which the CPU rounds to bf16 what a GPU stores in it ([`super::rounded`]).
 pub const CPU_ROUNDS: &str = "VITRUM_CPU_ROUNDS";
 
@@ -63,6 +78,8 @@ pub struct DeviceOptions {
     pub check_launches: bool,
     /// Choose matrix product algorithms by rule instead of by timing.
     pub deterministic: bool,
+    /// Which of a GPU's kernels to use.
+    pub kernels: Kernels,
 }
 
 impl Default for DeviceOptions {
@@ -74,6 +91,7 @@ impl Default for DeviceOptions {
             graph: true,
             check_launches: false,
             deterministic: false,
+            kernels: Kernels::Auto,
         }
     }
 }

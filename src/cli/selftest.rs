@@ -5,7 +5,7 @@ use super::{On, print, print_json};
 use serde_json::{Value, json};
 
 use crate::backend::cuda::device::usable;
-use crate::backend::{Device, DeviceOptions, Precision, Residual, select};
+use crate::backend::{Device, DeviceOptions, Kernels, Precision, Residual, select};
 use crate::check::steps::{STEPS, StepCheck, check_steps};
 use crate::error::{Error, Result};
 use crate::selftest::{self, in_a_process};
@@ -28,6 +28,9 @@ pub struct Args {
     /// timing
     #[arg(long)]
     pub deterministic: bool,
+    /// The kernels to check, as `train.kernels`: portable or hopper [default: portable]
+    #[arg(long, value_enum, hide_possible_values = true, default_value_t = Kernels::Auto)]
+    pub kernels: Kernels,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -40,8 +43,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    let Args { precision, residual, deterministic, .. } = args;
-    let options = DeviceOptions { precision, residual, deterministic, ..DeviceOptions::default() };
+    let Args { precision, residual, deterministic, kernels, .. } = args;
+    let options = DeviceOptions { precision, residual, deterministic, kernels, ..DeviceOptions::default() };
     let filter = args.filter.as_deref();
     if let Some(from) = args.report_from {
         return match filter {

@@ -38,7 +38,7 @@ pub use size::Size;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::{Gelu, LossKind, Normalise, Precision, Recompute, Residual};
+use crate::backend::{Gelu, Kernels, LossKind, Normalise, Precision, Recompute, Residual};
 use crate::vit::config::{
     DropPathMode, InitScheme, MapTokens, MlpKind, NormPlace, PoolKind, Posemb, PosembJoin, QkvBias,
     RopeIndexing, RopeKind,
@@ -382,6 +382,9 @@ pub struct TrainSection {
     /// Choose matrix product algorithms by rule, not by timing, so that two fresh runs agree to the bit on a
     /// GPU, too.
     pub deterministic: bool,
+    /// On a GPU: which kernels to use, `portable` (`auto`) or, on Hopper, `hopper` where there is one for the
+    /// sizes at hand. They round differently.
+    pub kernels: Kernels,
     /// On a GPU: record the step once and replay it.
     pub graph: bool,
     /// On a GPU: wait after every kernel, so that an error names it. Slow.
@@ -434,6 +437,7 @@ impl Default for TrainSection {
             residual: Residual::Auto,
             seed: 0,
             deterministic: false,
+            kernels: Kernels::Auto,
             graph: true,
             check_launches: false,
             threads: 0,

@@ -102,7 +102,9 @@ fn run_child(
     let word = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
     let from = report.cases.len().to_string();
     let (precision, residual) = (word(&options.precision), word(&options.residual));
-    let mut args = vec!["--precision", &precision, "--residual", &residual, "--report-from", &from];
+    let kernels = word(&options.kernels);
+    let mut args = vec!["--precision", &precision, "--residual", &residual, "--kernels", &kernels];
+    args.extend(["--report-from", &from]);
     if let Some(filter) = filter {
         args.extend(["--filter", filter]);
     }

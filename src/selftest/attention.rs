@@ -76,6 +76,18 @@ const ONE_SHORT: [Shape; 10] = [
     shape(1, 127, 1, 12),
 ];
 
+/// Heads of 64 that end within, at and after the last strip of 16 rows of a kernel that keeps all keys in registers;
+/// several heads for each of its blocks where there is one multiprocessor.
+const STRIPS: [Shape; 7] = [
+    shape(2, 1, 3, 64),
+    shape(1, 193, 1, 64),
+    shape(2, 196, 1, 64),
+    shape(2, 197, 2, 64),
+    shape(1, 208, 2, 64),
+    shape(1, 209, 1, 64),
+    shape(5, 65, 1, 64),
+];
+
 const SPOILED: [Shape; 5] =
     [shape(3, 5, 5, 12), shape(3, 17, 2, 32), shape(3, 65, 1, 64), shape(3, 33, 1, 80), shape(3, 40, 1, 128)];
 
@@ -84,6 +96,7 @@ const DROPOUT: Mask = Mask { rate: 0.2, site: 5 };
 pub(super) fn cases() -> Vec<Case> {
     let mut shapes: Vec<Shape> = SHAPES.to_vec();
     shapes.extend(ONE_SHORT);
+    shapes.extend(STRIPS);
     shapes.extend([1, 3, 5, 8].map(|i| Shape { dropout: DROPOUT, ..SHAPES[i] }));
     // Scores of several tens: most probabilities are zero, and an exponential without subtracting the largest
     // score overflows.

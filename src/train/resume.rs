@@ -36,7 +36,7 @@ const FREE: [&str; 22] = [
 ];
 
 /// Keys that change the rounding, or what is done about rare steps, but not the training.
-const OTHER_BITS: [&str; 9] = [
+const OTHER_BITS: [&str; 10] = [
     "train.micro_batch",
     "train.reduce_chunks",
     "train.recompute",
@@ -46,6 +46,7 @@ const OTHER_BITS: [&str; 9] = [
     "train.spike_window",
     "train.on_spike",
     "train.rewind_after",
+    "train.kernels",
 ];
 
 /// Keys that decide which records are trained on.

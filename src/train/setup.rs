@@ -427,6 +427,7 @@ pub fn device_options(recipe: &Recipe) -> backend::DeviceOptions {
         graph: t.graph,
         check_launches: t.check_launches,
         deterministic: t.deterministic,
+        kernels: t.kernels,
     }
 }
 

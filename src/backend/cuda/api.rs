@@ -122,6 +122,20 @@ library! {
         fn cuMemcpyDtoDAsync_v2(to: cu::CUdeviceptr, from: cu::CUdeviceptr, bytes: usize, stream: cu::CUstream) -> Code;
         fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: cu::CUdeviceptr, bytes: usize, stream: cu::CUstream) -> Code;
         fn cuMemcpyHtoDAsync_v2(to: cu::CUdeviceptr, from: *const c_void, bytes: usize, stream: cu::CUstream) -> Code;
+        fn cuTensorMapEncodeTiled(
+            map: *mut cu::CUtensorMap,
+            dtype: c_uint,
+            rank: c_uint,
+            at: *mut c_void,
+            sizes: *const u64,
+            strides: *const u64,
+            part: *const c_uint,
+            steps: *const c_uint,
+            interleave: c_uint,
+            swizzle: c_uint,
+            promotion: c_uint,
+            outside: c_uint,
+        ) -> Code;
         fn cuMemsetD8Async(at: cu::CUdeviceptr, value: u8, bytes: usize, stream: cu::CUstream) -> Code;
         fn cuModuleGetFunction(function: *mut cu::CUfunction, module: cu::CUmodule, name: *const c_char) -> Code;
         fn cuModuleLoadData(module: *mut cu::CUmodule, image: *const c_void) -> Code;

@@ -12,6 +12,8 @@
 //! The tensor-core backward kernels also sum their gradients over the tokens if a bias needs that: one row
 //! per image, or per tile of its heads. The rows are added up at the end.
 
+pub(super) mod hopper;
+
 use super::driver::Address;
 use super::launch::{
     Args, AttentionArgs, AttentionBackwardArgs, AttentionKeepArgs, Kernel, MaskArgs, View, kernel, variant,
@@ -273,6 +275,9 @@ impl Work {
 pub(super) fn attention(cuda: &mut Cuda, op: &ops::Attention) -> Result<()> {
     let ops::Attention { heads, qkv, o, lse, dropout } = *op;
     let work = Work::new(heads, qkv, &[o], dropout)?;
+    if hopper::takes(cuda, &work) {
+        return hopper::forward(cuda, &work, qkv, o, lse);
+    }
     let scratch = work.scratch(cuda, 0, false)?;
     let keep = scratch.keep;
     for (first, images) in work.groups(scratch.images) {

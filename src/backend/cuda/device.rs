@@ -302,11 +302,16 @@ fn accept(properties: &DeviceProperties) -> Result<()> {
     Ok(())
 }
 
+/// The GPUs with Hopper's own instructions: code for them runs on no newer ones.
+pub(super) const HOPPER: (i32, i32) = (9, 0);
+
 /// The kernels to load on a GPU. The stand-in GPU has its own where the program was built without any.
-fn images_for(properties: &DeviceProperties) -> &'static [(&'static str, &'static [u8])] {
-    const STAND_IN: &[(&str, &[u8])] = &[("stand-in", &[])];
-    let needs_none = properties.name.starts_with(libraries::STAND_IN);
-    if images::IMAGES.is_empty() && needs_none { STAND_IN } else { images::IMAGES }
+fn images_for(properties: &DeviceProperties) -> Vec<(&'static str, &'static [u8])> {
+    if images::IMAGES.is_empty() && properties.name.starts_with(libraries::STAND_IN) {
+        return vec![("stand-in", &[])];
+    }
+    let runs = |file: &str| properties.capability == HOPPER || !file.ends_with("_hopper");
+    images::IMAGES.iter().copied().filter(|(file, _)| runs(file)).collect()
 }
 
 fn no_images() -> Error {
@@ -318,7 +323,7 @@ fn no_images() -> Error {
 }
 
 fn load_modules(properties: &DeviceProperties) -> Result<Vec<sys::CUmodule>> {
-    let load = |(file, image): &(&str, &[u8])| {
+    let load = |(file, image): (&str, &[u8])| {
         let mut module = ptr::null_mut();
         let start = if image.is_empty() { ptr::null() } else { image.as_ptr().cast() };
         // SAFETY: a fat binary made by nvcc; the stand-in takes none as well.
@@ -326,7 +331,7 @@ fn load_modules(properties: &DeviceProperties) -> Result<Vec<sys::CUmodule>> {
         check(code, format_args!("load the kernels of `{file}` for {}", properties.name))?;
         Ok(module)
     };
-    images_for(properties).iter().map(load).collect()
+    images_for(properties).into_iter().map(load).collect()
 }
 
 /// Turns a return code into an error that names the failed action.

@@ -13,8 +13,8 @@ use cudarc::driver::sys;
 
 use super::api::{self, Code};
 use super::device::{Device, DeviceProperties, check};
-use super::launch::{Args, Kernel};
 use super::nccl::{self, Comm};
+use super::launch::{Args, Kernel, TensorMap};
 use crate::error::{Error, Result};
 
 /// An address in device memory.
@@ -261,6 +261,43 @@ impl Gpu {
         unsafe {
             check(api::driver().cuMemcpyDtoDAsync_v2(to, from, bytes, self.0.compute), "copy on the GPU")
         }
+    }
+
+    /// Describes a matrix of bf16 to bulk copies: four dimensions, the innermost first, of `sizes` elements whose outer
+    /// three are `strides` bytes apart. Copies move `part` elements, stored in shared memory with a swizzle of 128 bytes.
+    ///
+    /// # Errors
+    /// The driver refuses it: the address or a stride is not a multiple of 16 bytes, or a part is too large.
+    pub(super) fn tensor_map(
+        &self,
+        at: Address,
+        sizes: [u64; 4],
+        strides: [u64; 3],
+        part: [u32; 4],
+    ) -> Result<TensorMap> {
+        const WORD: u64 = 2;
+        let outer = sizes[1..].iter().zip(strides).map(|(size, stride)| (size - 1) * stride);
+        self.check_range(at, (outer.sum::<u64>() + sizes[0] * WORD) as usize);
+        let mut map = TensorMap([0; 16]);
+        // SAFETY: valid pointers to as many numbers as there are dimensions, and to a map of the type's size and alignment.
+        let code = unsafe {
+            api::driver().cuTensorMapEncodeTiled(
+                ptr::from_mut(&mut map).cast(),
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as u32,
+                sizes.len() as u32,
+                at as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                part.as_ptr(),
+                [1; 4].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE as u32,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B as u32,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B as u32,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE as u32,
+            )
+        };
+        check(code, format_args!("describe a matrix of {sizes:?} elements to bulk copies"))?;
+        Ok(map)
     }
 
     pub(super) fn synchronize(&self, stream: Stream) -> Result<()> {

@@ -43,6 +43,11 @@ impl View {
     }
 }
 
+/// `TensorMap` of `kernels/hopper.cuh`: a matrix as bulk copies take it. [`super::driver::Gpu::tensor_map`] makes it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C, align(64))]
+pub(super) struct TensorMap(pub(super) [u64; 16]);
+
 impl MaskArgs {
     pub(super) fn new(mask: Mask, micro: &Micro) -> Self {
         let first = micro.global_first + micro.first as u64;

@@ -115,6 +115,7 @@ impl Cuda {
     pub fn open(ordinal: usize, options: &DeviceOptions) -> Result<Self> {
         let gpu = Gpu::open(ordinal)?;
         gpu.check_launches(options.check_launches);
+        attention::hopper::check_gpu(gpu.properties(), options.kernels)?;
         let precision = match options.precision {
             Precision::Auto => Precision::Bf16,
             other => other,

@@ -84,6 +84,7 @@ void start(WarpState& w, const Instruction& i) {
   p.instruction = &i;
   p.group = all.group;
   p.time = ++all.started;
+  if (all.fences == 0) fail(w, i, "the warp's first product has no wgmma.fence before it");
   // Accumulators, and operands in registers.
   for (uint32_t r = 0; r < shape.accumulators + (shape.a_in_registers ? 4 : 0); ++r) {
     uint32_t which = i.s[r] / 128;
