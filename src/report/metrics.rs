@@ -10,13 +10,15 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{EvalLine, StepLine};
+use super::{EvalLine, EventFile, StepLine};
 use crate::error::{At, Result};
 use crate::files;
 
 pub struct MetricsFile {
     file: File,
     path: PathBuf,
+    /// The same numbers for TensorBoard.
+    pub events: Option<EventFile>,
 }
 
 impl MetricsFile {
@@ -32,15 +34,27 @@ impl MetricsFile {
             _ => drop(File::create(path).at(path.display())?),
         }
         let file = OpenOptions::new().append(true).open(path).at(path.display())?;
-        Ok(Self { file, path: path.into() })
+        Ok(Self { file, path: path.into(), events: None })
     }
 
     pub fn step(&mut self, line: &StepLine) -> Result<()> {
-        self.write(line)
+        self.write(line)?;
+        self.to_events(line.step, "train", line)
     }
 
     pub fn eval(&mut self, line: &EvalLine) -> Result<()> {
-        self.write(&json!({ "step": line.step, "eval": line }))
+        self.write(&json!({ "step": line.step, "eval": line }))?;
+        self.to_events(line.step, "val", line)
+    }
+
+    /// Every number of a line as a scalar, `train/loss` or `val/ema/top1`.
+    fn to_events(&mut self, step: u64, group: &str, line: &impl Serialize) -> Result<()> {
+        let Some(events) = &mut self.events else { return Ok(()) };
+        let mut values = Vec::new();
+        let line = serde_json::to_value(line).expect("a line of numbers is JSON");
+        scalars(group, &line, &mut values);
+        values.retain(|(tag, _)| tag != "train/step");
+        events.scalars(step, &values)
     }
 
     /// Syncs all lines to the disk.
@@ -52,6 +66,15 @@ impl MetricsFile {
         let mut text = serde_json::to_string(line).expect("a line of numbers can be written");
         text.push('\n');
         self.file.write_all(text.as_bytes()).at(self.path.display())
+    }
+}
+
+fn scalars(tag: &str, value: &Value, found: &mut Vec<(String, f64)>) {
+    match value {
+        Value::Object(fields) => {
+            fields.iter().for_each(|(name, value)| scalars(&format!("{tag}/{name}"), value, found))
+        }
+        value => found.extend(value.as_f64().map(|number| (tag.to_string(), number))),
     }
 }
 

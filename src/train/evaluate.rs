@@ -3,13 +3,16 @@
 
 use std::time::Instant;
 
-use crate::backend::{Backend, Loss, Micro, Slot, sample_metric};
+use crate::backend::{Backend, Loss, Mat, Micro, Slot, sample_metric};
 use crate::data::Loader;
 use crate::error::Result;
+use crate::report::Scores;
 use crate::vit::Vit;
 
-use crate::infer::pass::forward_all;
+use crate::infer::pass::{forward_all, forward_all_of};
 use crate::infer::score::average_precision;
+
+use super::report::Seen;
 
 /// The result of an evaluation; means over `count` images.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
@@ -31,6 +34,11 @@ pub struct EvalReport {
 impl EvalReport {
     pub(super) const VALUES: usize = 6;
 
+    /// As reports show them.
+    pub(super) fn scores(&self) -> Scores {
+        Scores { loss: self.loss, top1: self.top1, top5: self.top5, map: self.map, images: self.count as u64 }
+    }
+
     /// For other ranks. NaN stands for no mean average precision.
     pub(super) fn to_values(self) -> [f64; Self::VALUES] {
         let map = self.map.unwrap_or(f64::NAN);
@@ -46,6 +54,17 @@ impl EvalReport {
 
 /// Evaluates all batches of the loader. Its slots hold at most the model's micro-batch.
 pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Loss) -> Result<EvalReport> {
+    evaluate_and_see(b, model, loader, loss, None)
+}
+
+/// The same, and adds every picture to `seen`, if it is given: the loader's slots then hold one label per picture.
+pub fn evaluate_and_see(
+    b: &mut dyn Backend,
+    model: &Vit,
+    loader: &mut Loader,
+    loss: Loss,
+    mut seen: Option<&mut Seen>,
+) -> Result<EvalReport> {
     let start = Instant::now();
     let mut report = EvalReport::default();
     let micro = Micro::whole(model.micro_batch);
@@ -54,15 +73,24 @@ pub fn evaluate(b: &mut dyn Backend, model: &Vit, loader: &mut Loader, loss: Los
         model.forward(b, false)?;
         model.loss(b, loss)
     };
-    forward_all(
+    let (metrics, logits) = (model.sample_metrics(), model.logits());
+    let both: [Mat; 2] = [metrics, logits];
+    let labelled = seen.is_some();
+    forward_all_of(
         b,
         loader,
         usize::MAX,
         &body,
-        model.sample_metrics(),
-        |slot| slot.count,
-        |count, samples| {
-            for sample in samples.chunks_exact(3).take(count) {
+        if labelled { &both } else { &both[..1] },
+        |slot| {
+            let labels = if labelled { slot.labels()[..slot.count].to_vec() } else { Vec::new() };
+            (slot.count, slot.position, labels)
+        },
+        |(count, position, labels), values| {
+            if let Some(seen) = seen.as_deref_mut() {
+                seen.add(position, &labels, &values[1][..count * logits.cols]);
+            }
+            for sample in values[0].chunks_exact(3).take(count) {
                 report.loss += f64::from(sample[sample_metric::LOSS]);
                 report.top1 += f64::from(sample[sample_metric::TOP1]);
                 report.top5 += f64::from(sample[sample_metric::TOP5]);

@@ -19,6 +19,7 @@ pub mod header;
 mod pace;
 pub mod plan;
 mod ranks;
+pub mod report;
 mod resume;
 pub mod run;
 pub mod run_data;

@@ -5,20 +5,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Arena, Device, Loss, Pixels, Slot, SlotLayout, StepReport};
+use crate::backend::{Arena, Device, Loss, Pixels, Slot, SlotLayout, StepReport, TargetKind};
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Error, Kind, Result};
 use crate::recipe::{Metric, OnBadRecord, Recipe};
-use crate::report::{EvalLine, Log, MetricsFile, Progress, Scores, StepLine};
+use crate::report::{EvalLine, Log, MetricsFile, Progress, StepLine};
 use crate::weights::CheckpointMeta;
 use crate::{files, signals};
 
 use super::checkpoint::{About, Best, Checkpoints, RunState, Sums};
 use super::directory::Directory;
-use super::evaluate::{EvalReport, evaluate, mean_average_precision};
+use super::evaluate::{EvalReport, evaluate_and_see, mean_average_precision};
 use super::header::{memory_lines, model_lines, word};
 use super::pace::{FirstSteps, Pace};
 use super::ranks::Evaluations;
+use super::report::{Reporter, Seen, event_file};
 use super::resume::{self, Now};
 use super::run_data::OVERFIT_LOSS;
 use super::{Trainer, about, ranks, samples, setup};
@@ -109,6 +110,8 @@ pub struct Run {
     meta: CheckpointMeta,
     /// `None` on other ranks than the first.
     metrics: Option<MetricsFile>,
+    /// `None` on other ranks than the first, and without `train.report`.
+    reporter: Option<Reporter>,
     log: Log,
     progress: Progress,
     last_eval: Option<EvalReport>,
@@ -152,7 +155,7 @@ impl Run {
             notes.extend(resumed.notes);
             notes.extend(now.fits(&resumed.state)?);
             notes.extend(now.of_schedule(&resumed.state, trainer)?);
-            state = Some(go_on(resumed.state, &recipe)?);
+            state = Some(resume::go_on(resumed.state, &recipe)?);
         }
         ranks::share_state(trainer, &mut state)?;
         let resumed = state.as_ref().map(|s| s.step);
@@ -164,7 +167,8 @@ impl Run {
         let text = recipe.to_toml_of(&state.recipe_name);
         let (log, metrics) = if group.is_first() {
             files::write_atomic(&out.join("recipe.toml"), |w| w.write_all(text.as_bytes()))?;
-            let metrics = MetricsFile::open(&out.join("metrics.jsonl"), resumed)?;
+            let mut metrics = MetricsFile::open(&out.join("metrics.jsonl"), resumed)?;
+            metrics.events = event_file(out, &recipe, resumed)?;
             (Log::to_file(&out.join("log.txt"))?, Some(metrics))
         } else {
             (Log::stderr(), None)
@@ -187,6 +191,8 @@ impl Run {
             exif: recipe.data.exif,
             ..CheckpointMeta::default()
         };
+        let reports = group.is_first() && recipe.train.report;
+        let reporter = reports.then(|| Reporter::new(&recipe, out, &meta, trainer));
         (state.recipe, state.data, state.overfit) = (text, Some(digest), data.overfit);
         state.ranks = ranks;
         let run = Self {
@@ -195,6 +201,7 @@ impl Run {
             saved_at: resumed,
             meta,
             metrics,
+            reporter,
             progress: Progress::new(&log, steps, trainer.step),
             log,
             last_eval: None,
@@ -455,31 +462,45 @@ impl Run {
             training.recycle(free);
         }
         let group = trainer.collective;
-        let own = if group.is_first() { self.evaluate_all(trainer) } else { Ok(Evaluations::default()) };
+        let mut seen = self.sees(trainer);
+        let own = match group.is_first() {
+            true => self.evaluate_all(trainer, seen.as_mut()),
+            false => Ok(Evaluations::default()),
+        };
         let Evaluations { part: on_part, val: on_val, ema: on_ema } = ranks::share_evaluations(&group, own)?;
         let report = on_val.unwrap_or(on_part);
         let best = on_val.is_some_and(|report| self.record_best(trainer.step, &report));
         let line = EvalLine {
             step: trainer.step,
             epoch: self.epoch(trainer.step),
-            scores: scores(&report),
+            scores: report.scores(),
             classes: trainer.model.config.classes,
             gap: on_val.map(|val| on_part.top1 - val.top1),
-            ema: on_ema.as_ref().map(scores),
+            ema: on_ema.as_ref().map(EvalReport::scores),
             best,
             img_per_s: report.img_per_s,
             seconds: began.elapsed().as_secs_f64(),
         };
         self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.eval(&line))?;
         self.progress.eval(&line);
+        if let (Some(reporter), Some(metrics)) = (&mut self.reporter, &mut self.metrics) {
+            reporter.evaluated(trainer, &self.data, seen, metrics, &self.log);
+        }
         (self.last_eval, self.evaluated_at) = (Some(report), trainer.step);
         self.pace.outside += began.elapsed().as_secs_f64();
         Ok(())
     }
 
-    fn evaluate_all(&self, trainer: &mut Trainer) -> Result<Evaluations> {
-        let part = self.evaluate_on(trainer, &self.data.train_part)?;
-        let val = self.data.val.as_ref().map(|val| self.evaluate_on(trainer, val)).transpose()?;
+    /// What the page shows of the validation pictures, to be filled. One label per picture is needed.
+    fn sees(&self, trainer: &Trainer) -> Option<Seen> {
+        let one_label = self.data.shape().targets == TargetKind::Labels;
+        let val = self.data.val.as_ref().filter(|_| self.reporter.is_some() && one_label)?;
+        Some(Seen::new(self.recipe.loss.kind, trainer.model.micro_batch, val.len()))
+    }
+
+    fn evaluate_all(&self, trainer: &mut Trainer, seen: Option<&mut Seen>) -> Result<Evaluations> {
+        let part = self.evaluate_on(trainer, &self.data.train_part, None)?;
+        let val = self.data.val.as_ref().map(|val| self.evaluate_on(trainer, val, seen)).transpose()?;
         let ema = self.data.val.as_ref().filter(|_| trainer.optimizer.ema_decay().is_some());
         let ema = ema.map(|val| self.evaluate_ema_on(trainer, val)).transpose()?;
         Ok(Evaluations { part, val, ema })
@@ -487,12 +508,17 @@ impl Run {
 
     fn evaluate_ema_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
         trainer.backend.swap_ema()?;
-        let report = self.evaluate_on(trainer, dataset);
+        let report = self.evaluate_on(trainer, dataset, None);
         trainer.backend.swap_ema()?;
         report
     }
 
-    fn evaluate_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
+    fn evaluate_on(
+        &self,
+        trainer: &mut Trainer,
+        dataset: &Arc<Dataset>,
+        seen: Option<&mut Seen>,
+    ) -> Result<EvalReport> {
         let loss = Loss::plain(trainer.loss.kind);
         let (model, recipe) = (&trainer.model, &self.recipe);
         let layout = SlotLayout {
@@ -512,7 +538,7 @@ impl Run {
             exif: recipe.data.exif,
         };
         let mut loader = Loader::new(dataset.clone(), spec.clone(), slots);
-        let mut report = evaluate(&mut *trainer.backend, model, &mut loader, loss)?;
+        let mut report = evaluate_and_see(&mut *trainer.backend, model, &mut loader, loss, seen)?;
         if dataset.is_multi_label() {
             drop(loader);
             let slots = (0..2).map(|_| trainer.backend.new_slot(layout)).collect::<Result<_>>()?;
@@ -650,6 +676,9 @@ impl Run {
             ))
             .hint("check the images and labels, then `optim.lr`"));
         }
+        if let Some(reporter) = &mut self.reporter {
+            reporter.finish(&self.log);
+        }
         Ok(RunSummary {
             out: self.options.out.clone(),
             steps: trainer.step,
@@ -666,23 +695,4 @@ impl Run {
             metric: self.recipe.eval.metric,
         })
     }
-}
-
-fn scores(report: &EvalReport) -> Scores {
-    Scores {
-        loss: report.loss,
-        top1: report.top1,
-        top5: report.top5,
-        map: report.map,
-        images: report.count as u64,
-    }
-}
-
-/// The state of a run that continues with `recipe`. If evaluations can no longer be compared, the best one is
-/// forgotten.
-fn go_on(mut state: RunState, recipe: &Recipe) -> Result<RunState> {
-    if resume::other_evaluation(&state, recipe)? {
-        (state.best, state.stale_evals) = (None, 0);
-    }
-    Ok(state)
 }
