@@ -520,6 +520,27 @@ fn predict_goes_through_folders_and_patterns_and_past_bad_files() {
     let whole = predict(&[&format!("{}/train", stripes()), "--split", "val"]).exits(1);
     whole.says(&["the data has no parts", "hint: leave out `--split`"]);
     std::fs::write(format!("{folder}/2.png"), b"junk").unwrap();
+    // The same answers as rows, and as pictures of the pictures.
+    let saved = path("predicted");
+    let out = vitrum(&[
+        "predict",
+        "--weights",
+        trained(),
+        "--csv",
+        "--top",
+        "2",
+        "--save",
+        &saved,
+        stripes(),
+        "--split",
+        "val",
+    ])
+    .ok();
+    let rows: Vec<String> = out.stdout.lines().map(str::to_owned).collect();
+    assert_eq!(rows[0], "image,rank,class,name,probability");
+    assert_eq!(rows.len(), 1 + 2 * of_val.len());
+    let files = std::fs::read_dir(&saved).unwrap().count();
+    assert_eq!(files, of_val.len());
     let done = predict(&[&folder]).exits(1).says(&["2.png", "1 of 4 pictures could not be read"]);
     assert_eq!(seen(done), ["1.png", "3.png", "4.png"]);
 }

@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use super::cost::{Cost, Setting};
 use super::{
-    Arena, Backend, Body, Group, Health, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout, StepKeys,
-    StepReport, Storage, TargetKind, Update, Write,
+    Arena, Backend, Body, Group, Health, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout,
+    StepKeys, StepReport, Storage, TargetKind, Update, Write,
 };
 use crate::error::Result;
 

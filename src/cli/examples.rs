@@ -36,6 +36,10 @@ pub(super) const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         &[
             ("one picture", "vitrum predict --weights runs/demo cat.jpg"),
             ("a folder, for a script", "vitrum predict --weights FILE photos --top 1 --json"),
+            (
+                "a table, and pictures with their answers",
+                "vitrum predict --weights FILE photos --csv --save answers",
+            ),
             ("only answers above a half", "vitrum predict --weights FILE photos --threshold 0.5"),
         ],
     ),
@@ -110,6 +114,13 @@ pub(super) const EXAMPLES: &[(&str, &[(&str, &str)])] = &[
         ],
     ),
     ("doctor", &[("for a bug report", "vitrum doctor")]),
+    (
+        "report",
+        &[
+            ("make a run's page again", "vitrum report runs/demo"),
+            ("compare two runs", "vitrum report runs/a runs/b --out comparison.html"),
+        ],
+    ),
     ("settings", &[("one key", "vitrum settings optim.lr"), ("a section", "vitrum settings augment")]),
     (
         "recipes",

@@ -25,6 +25,7 @@ pub mod preview;
 pub mod probe;
 pub mod recipes;
 pub mod replay;
+pub mod report;
 mod runs;
 pub mod selftest;
 pub mod settings;
@@ -91,6 +92,8 @@ enum Command {
     Selftest(selftest::Args),
     /// Show what this machine offers and what Vitrum will use
     Doctor(doctor::Args),
+    /// Write a run's page, or one that compares runs
+    Report(report::Args),
     /// Explain every key that a recipe may have
     Settings(settings::Args),
     /// List the built-in recipes, or show one
@@ -222,6 +225,7 @@ fn run(cli: Cli, launch: &Launch) -> Result<()> {
         Command::Doctor(args) => doctor::run(args),
         Command::Preview(args) => preview::run(args),
         Command::Convert(args) => convert::run(args),
+        Command::Report(args) => report::run(args),
         Command::Settings(args) => settings::run(args),
         Command::Recipes(args) => recipes::run(args),
         Command::Completions(args) => shell::completions(args),

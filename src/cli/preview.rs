@@ -4,10 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::Settings;
-use crate::backend::batch::PlainMemory;
-use crate::backend::{Normalise, Pixels, Slot, SlotLayout, TargetKind};
-use crate::data::{Loader, LoaderSpec, Mode, pair, sheet};
-use crate::error::{Error, Result};
+use crate::data::{pair, sheet};
+use crate::error::Result;
 use crate::files;
 use crate::recipe::Recipe;
 use crate::terminal;
@@ -39,32 +37,11 @@ pub fn run(args: Args) -> Result<()> {
     let recipe = Recipe::load(args.recipe.as_deref(), &args.settings.set)?;
     let spec = args.data.as_deref().or(recipe.data.train.as_deref());
     let dataset = pair(spec, None)?.0;
-    let classes = dataset.classes().to_vec();
-    let samples = args.samples as usize;
-    let layout = SlotLayout {
-        samples,
-        image: (recipe.model.image.height, recipe.model.image.width),
-        pixels: Pixels::U8,
-        targets: match dataset.is_multi_label() {
-            true => TargetKind::Dense { classes: classes.len() },
-            false => TargetKind::Labels,
-        },
-    };
-    let slot = Slot::new(Box::new(PlainMemory::new(layout.bytes())?), layout);
-    let spec = LoaderSpec {
-        batch: samples,
-        image: layout.image,
-        mode: Mode::Train { augment: recipe.augment, seed: recipe.train.seed },
-        start_batch: args.batch,
-        workers: recipe.data.workers,
-        on_bad_record: recipe.data.on_bad_record,
-        exif: recipe.data.exif,
-    };
-    let mut loader = Loader::new(Arc::new(dataset), spec, vec![slot]);
-    let slot = loader.next()?.ok_or_else(|| Error::new("the data set gave no batch"))?;
-    let picture = sheet::draw(&slot, &classes, Normalise::INCEPTION, COLUMNS.min(samples));
+    let classes = dataset.classes().len();
+    let (picture, count) =
+        sheet::of_run(Arc::new(dataset), &recipe, args.samples as usize, args.batch, COLUMNS)?;
     let png = crate::data::encode_png(picture.view())?;
     files::write_atomic(&args.out, |out| out.write_all(&png))?;
-    terminal::say(&format!("{} samples of {} classes: {}", slot.count, classes.len(), args.out.display()));
+    terminal::say(&format!("{count} samples of {classes} classes: {}", args.out.display()));
     Ok(())
 }

@@ -1,12 +1,13 @@
 //! What `train` and `finetune` share: the run's directory, sweeps, and the summary at the end of a run.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::flags::{program, wanted_out};
 use super::{print, print_json};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::recipe::{Metric, RecipeFile};
-use crate::report::{Log, Summary, format};
+use crate::report::{Log, Summary, comparison, format, runs_in};
 use crate::train::run::{Ending, RunOptions, RunSummary, default_out};
 use crate::train::sweep::{self, Axis};
 
@@ -105,7 +106,7 @@ pub(super) fn summarise(run: &RunSummary, data: Option<&str>) -> Summary {
     let out = run.out.display().to_string();
     summary = summary
         .fact("weights", format!("{out}/checkpoints/last/model.safetensors (timm's names)"))
-        .fact("curves", format!("{out}/metrics.jsonl"))
+        .fact("curves", curves(&out))
         .fact("recipe", format!("{out}/recipe.toml"));
     let vitrum = program();
     // `eval` cannot name a held-out split, so there is no command to suggest.
@@ -142,5 +143,33 @@ pub(super) fn sweep_over(
     let log = Log::stderr();
     let done = sweep::run(recipe, set, axes, options, &log)?;
     log.line(&format!("\n{} trials in {}", done.trials.len(), options.out.display()));
-    if json { print_json(&done.json()) } else { print(&done.text()) }
+    if json {
+        print_json(&done.json())?
+    } else {
+        print(&done.text())?
+    }
+    compare(&options.out, &log);
+    Ok(())
+}
+
+/// Writes the page that compares a sweep's runs. The results stand without it.
+fn compare(out: &Path, log: &Log) {
+    let page = out.join("comparison.html");
+    let written = runs_in(&[out.to_owned()]).and_then(|runs| {
+        let html = comparison(&runs);
+        files::write_atomic(&page, |to| to.write_all(html.as_bytes()))
+    });
+    match written {
+        Ok(()) => log.line(&format!("compared in {}", page.display())),
+        Err(why) => log.warn(&format!("the runs' page could not be written: {}", why.message())),
+    }
+}
+
+/// Where a run's curves are: on its page, if it has one.
+fn curves(out: &str) -> String {
+    let page = Path::new(out).join("report.html");
+    match page.is_file() {
+        true => page.display().to_string(),
+        false => format!("{out}/metrics.jsonl"),
+    }
 }

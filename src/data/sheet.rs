@@ -1,8 +1,14 @@
 //! A contact sheet: training samples as the model sees them, erased and mixed, with their labels.
 
-use crate::backend::{MixBox, Normalise, Pixels, Slot, TargetKind};
+use std::sync::Arc;
+
+use crate::backend::batch::PlainMemory;
+use crate::backend::{MixBox, Normalise, Pixels, Slot, SlotLayout, TargetKind};
+use crate::error::{Error, Result};
+use crate::recipe::Recipe;
 
 use super::picture::{Picture, View};
+use super::{Dataset, Loader, LoaderSpec, Mode};
 
 /// Pixels between tiles.
 const GAP: usize = 4;
@@ -11,6 +17,40 @@ const LINE: usize = 14;
 const DOT: usize = 2;
 /// Least width of a tile, so that a label has room.
 const LEAST: usize = 96;
+
+/// Loads `samples` training samples as a run of `recipe` does, and draws them. `batch`: which batch of that many.
+/// Returns the sheet, and how many samples it shows.
+pub fn of_run(
+    dataset: Arc<Dataset>,
+    recipe: &Recipe,
+    samples: usize,
+    batch: u64,
+    columns: usize,
+) -> Result<(Picture, usize)> {
+    let classes = dataset.classes().to_vec();
+    let layout = SlotLayout {
+        samples,
+        image: (recipe.model.image.height, recipe.model.image.width),
+        pixels: Pixels::U8,
+        targets: match dataset.is_multi_label() {
+            true => TargetKind::Dense { classes: classes.len() },
+            false => TargetKind::Labels,
+        },
+    };
+    let slot = Slot::new(Box::new(PlainMemory::new(layout.bytes())?), layout);
+    let spec = LoaderSpec {
+        batch: samples,
+        image: layout.image,
+        mode: Mode::Train { augment: recipe.augment.clone(), seed: recipe.train.seed },
+        start_batch: batch,
+        workers: recipe.data.workers,
+        on_bad_record: recipe.data.on_bad_record,
+        exif: recipe.data.exif,
+    };
+    let mut loader = Loader::new(dataset, spec, vec![slot]);
+    let slot = loader.next()?.ok_or_else(|| Error::new("the data set gave no batch"))?;
+    Ok((draw(&slot, &classes, Normalise::INCEPTION, columns.min(samples)), slot.count))
+}
 
 /// Draws the samples of a slot in rows of `columns`. `names` are the classes. A mixed sample has both labels
 /// below it, the one with the larger share first.
@@ -31,6 +71,22 @@ pub fn draw(slot: &Slot, names: &[String], normalise: Normalise, columns: usize)
         }
         let room = tile.1 / (4 * DOT);
         text(&mut sheet, (y + height * scale + 2, x), &label(slot, i, names, room));
+    }
+    sheet
+}
+
+/// One picture, `[H, W, 3]`, enlarged if it is small, with lines of text below it.
+pub fn captioned(pixels: &[u8], (height, width): (usize, usize), lines: &[String]) -> Picture {
+    let scale = (2 * LEAST).div_ceil(width).max(1);
+    let (tall, wide) = (height * scale, width * scale);
+    let total = tall + lines.len() * LINE + GAP;
+    let mut sheet = Picture { height: total, width: wide, pixels: vec![24; total * wide * 3] };
+    let view = View::new(pixels, height, width);
+    for (y, x) in (0..tall).flat_map(|y| (0..wide).map(move |x| (y, x))) {
+        put(&mut sheet, y, x, &view.row(y / scale)[x / scale * 3..][..3]);
+    }
+    for (i, line) in lines.iter().enumerate() {
+        text(&mut sheet, (tall + GAP + i * LINE, 2), line);
     }
     sheet
 }
@@ -135,7 +191,7 @@ fn text(sheet: &mut Picture, (y, x): (usize, usize), line: &str) {
 
 /// Dots of each row; the left one has the value 4. Other characters are blank.
 #[rustfmt::skip]
-const FONT: [(char, [u8; 5]); 44] = [
+const FONT: [(char, [u8; 5]); 45] = [
     ('A', [2, 5, 7, 5, 5]), ('B', [6, 5, 6, 5, 6]), ('C', [3, 4, 4, 4, 3]), ('D', [6, 5, 5, 5, 6]),
     ('E', [7, 4, 6, 4, 7]), ('F', [7, 4, 6, 4, 4]), ('G', [3, 4, 5, 5, 3]), ('H', [5, 5, 7, 5, 5]),
     ('I', [7, 2, 2, 2, 7]), ('J', [1, 1, 1, 5, 2]), ('K', [5, 5, 6, 5, 5]), ('L', [4, 4, 4, 4, 7]),
@@ -146,14 +202,12 @@ const FONT: [(char, [u8; 5]); 44] = [
     ('2', [6, 1, 2, 4, 7]), ('3', [6, 1, 2, 1, 6]), ('4', [5, 5, 7, 1, 1]), ('5', [7, 4, 6, 1, 6]),
     ('6', [3, 4, 7, 5, 7]), ('7', [7, 1, 2, 2, 2]), ('8', [7, 5, 7, 5, 7]), ('9', [7, 5, 7, 1, 6]),
     ('-', [0, 0, 7, 0, 0]), ('_', [0, 0, 0, 0, 7]), ('.', [0, 0, 0, 0, 2]), (',', [0, 0, 0, 2, 4]),
-    ('\'', [2, 2, 0, 0, 0]), ('/', [1, 1, 2, 4, 4]), ('+', [0, 2, 7, 2, 0]), ('(', [2, 4, 4, 4, 2]),
+    ('%', [5, 1, 2, 4, 5]), ('\'', [2, 2, 0, 0, 0]), ('/', [1, 1, 2, 4, 4]), ('+', [0, 2, 7, 2, 0]), ('(', [2, 4, 4, 4, 2]),
 ];
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::SlotLayout;
-    use crate::backend::batch::PlainMemory;
 
     #[test]
     fn tiles_show_the_samples_mixed_and_cut() {
@@ -179,5 +233,14 @@ mod tests {
         assert_eq!(label(&slot, 0, &names, 24), "ant 50 cat 50");
         assert_eq!(label(&slot, 2, &names, 24), "cat 90 ant 10");
         assert_eq!(label(&slot, 1, &names, 2), "be");
+    }
+
+    #[test]
+    fn a_caption_lies_below_its_picture() {
+        let picture = captioned(&[200; 4 * 8 * 3], (4, 8), &["A".into(), "B".into()]);
+        assert_eq!((picture.height, picture.width), (4 * 24 + 2 * LINE + GAP, 8 * 24));
+        let row = |y: usize| &picture.pixels[y * picture.width * 3..][..picture.width * 3];
+        assert!(row(95).iter().all(|value| *value == 200) && row(97).iter().all(|value| *value == 24));
+        assert!(row(4 * 24 + GAP + 1).contains(&235) && row(4 * 24 + GAP + LINE + 1).contains(&235));
     }
 }

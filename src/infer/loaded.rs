@@ -133,9 +133,14 @@ impl LoadedModel {
 
     /// The same for a picture of a data set.
     pub fn predict_named(&mut self, picture: &Named, protocol: Protocol) -> Result<Vec<Prediction>> {
-        let how = (protocol.resize, protocol.crop_ratio);
-        let pixels = picture.read(self.model.config.image, how, self.meta.exif)?;
+        let pixels = self.prepared(picture, protocol)?;
         self.predict_pixels(&pixels)
+    }
+
+    /// A picture as the model sees it: `[H, W, 3]`, RGB, of its image size.
+    pub fn prepared(&self, picture: &Named, protocol: Protocol) -> Result<Vec<u8>> {
+        let how = (protocol.resize, protocol.crop_ratio);
+        picture.read(self.model.config.image, how, self.meta.exif)
     }
 
     /// The same for pixels: `[H, W, 3]`, RGB, of the model's image size.

@@ -114,7 +114,20 @@ pub(crate) fn forward_all<T>(
     note: impl Fn(&Slot) -> T,
     mut see: impl FnMut(T, &[f32]) -> Result<()>,
 ) -> Result<()> {
-    let mut values = vec![0.0; rows.rows * rows.cols];
+    forward_all_of(b, loader, batches, body, &[rows], note, |noted, values| see(noted, &values[0]))
+}
+
+/// The same with the values of several matrices.
+pub(crate) fn forward_all_of<T>(
+    b: &mut dyn Backend,
+    loader: &mut Loader,
+    batches: usize,
+    body: &dyn Fn(&mut dyn Backend) -> Result<()>,
+    rows: &[Mat],
+    note: impl Fn(&Slot) -> T,
+    mut see: impl FnMut(T, &[Vec<f32>]) -> Result<()>,
+) -> Result<()> {
+    let mut values: Vec<Vec<f32>> = rows.iter().map(|rows| vec![0.0; rows.rows * rows.cols]).collect();
     let (mut asked, mut bound): (Option<T>, usize) = (None, 0);
     b.begin_step(StepKeys { seed: 0, step: 0 })?;
     loop {
@@ -133,7 +146,9 @@ pub(crate) fn forward_all<T>(
         };
         let done = asked.take();
         if done.is_some() {
-            b.read(rows, &mut values)?;
+            for (rows, values) in rows.iter().zip(&mut values) {
+                b.read(*rows, values)?;
+            }
         }
         if next.is_some() {
             b.step(&mut |b| body(b), None)?;

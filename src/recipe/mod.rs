@@ -420,6 +420,10 @@ pub struct TrainSection {
     pub patience: u64,
     /// Smallest improvement of the validation metric that counts, in its own unit (`top1` and `map`: shares).
     pub min_delta: f64,
+    /// Write the run's page, `report.html`, at evaluations and at the end. It takes at most a hundredth of the time.
+    pub report: bool,
+    /// Write event files for TensorBoard into the run's directory.
+    pub tensorboard: bool,
 }
 
 impl Default for TrainSection {
@@ -453,6 +457,8 @@ impl Default for TrainSection {
             rewind_after: 0,
             patience: 0,
             min_delta: 0.0,
+            report: true,
+            tensorboard: true,
         }
     }
 }

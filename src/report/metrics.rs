@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{EvalLine, RewindLine, SpikeLine, StepLine};
+use super::{EvalLine, EventFile, RewindLine, SpikeLine, StepLine};
 use crate::error::{At, Result};
 use crate::{files, terminal};
 
@@ -21,6 +21,8 @@ pub struct MetricsFile {
     length: u64,
     /// Whether the last line could not be written.
     is_broken: bool,
+    /// The same numbers for TensorBoard.
+    pub events: Option<EventFile>,
 }
 
 impl MetricsFile {
@@ -37,15 +39,17 @@ impl MetricsFile {
         }
         let file = OpenOptions::new().append(true).open(path).at(path.display())?;
         let length = file.metadata().at(path.display())?.len();
-        Ok(Self { file, path: path.into(), length, is_broken: false })
+        Ok(Self { file, path: path.into(), length, is_broken: false, events: None })
     }
 
     pub fn step(&mut self, line: &StepLine) {
         self.write(line);
+        self.to_events(line.step, "train", line);
     }
 
     pub fn eval(&mut self, line: &EvalLine) {
         self.write(&json!({ "step": line.step, "eval": line }));
+        self.to_events(line.step, "val", line);
     }
 
     pub fn spike(&mut self, line: &SpikeLine) {
@@ -54,6 +58,19 @@ impl MetricsFile {
 
     pub fn rewind(&mut self, line: &RewindLine) {
         self.write(&json!({ "step": line.step, "rewind": line }));
+    }
+
+    /// Every number of a line as a scalar, `train/loss` or `val/ema/top1`.
+    fn to_events(&mut self, step: u64, group: &str, line: &impl Serialize) {
+        let Some(events) = &mut self.events else { return };
+        let mut values = Vec::new();
+        let line = serde_json::to_value(line).expect("a line of numbers is JSON");
+        scalars(group, &line, &mut values);
+        values.retain(|(tag, _)| tag != "train/step");
+        if let Err(error) = events.scalars(step, &values) {
+            terminal::warn(&format!("{error}; no more events are written for TensorBoard"));
+            self.events = None;
+        }
     }
 
     /// Syncs all lines to the disk.
@@ -82,6 +99,15 @@ impl MetricsFile {
             terminal::warn(&format!("{} cannot be written, and lacks lines: {e}", self.path.display()));
         }
         self.is_broken = done.is_err();
+    }
+}
+
+fn scalars(tag: &str, value: &Value, found: &mut Vec<(String, f64)>) {
+    match value {
+        Value::Object(fields) => {
+            fields.iter().for_each(|(name, value)| scalars(&format!("{tag}/{name}"), value, found))
+        }
+        value => found.extend(value.as_f64().map(|number| (tag.to_string(), number))),
     }
 }
 

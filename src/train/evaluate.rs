@@ -7,15 +7,18 @@
 
 use std::time::Instant;
 
-use crate::backend::{Backend, Loss, Micro, Slot, sample_metric};
+use crate::backend::{Backend, Loss, Mat, Micro, Slot, sample_metric};
 use crate::data::Loader;
 use crate::dist::Collective;
 use crate::error::{Error, Kind, Result};
+use crate::report::Scores;
 use crate::signals;
 use crate::vit::Vit;
 
-use crate::infer::pass::{forward_all, stopped};
+use crate::infer::pass::{forward_all, forward_all_of, stopped};
 use crate::infer::score::average_precision;
+
+use super::report::Seen;
 
 /// The result of an evaluation; means over `count` images.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
@@ -32,6 +35,13 @@ pub struct EvalReport {
     pub map: Option<f64>,
     /// Images per second, with loading.
     pub img_per_s: f64,
+}
+
+impl EvalReport {
+    /// As reports show them.
+    pub(super) fn scores(&self) -> Scores {
+        Scores { loss: self.loss, top1: self.top1, top5: self.top5, map: self.map, images: self.count as u64 }
+    }
 }
 
 /// The batches of all ranks. Its buffers stop growing after the first batch.
@@ -92,7 +102,8 @@ impl<'a> Shared<'a> {
 }
 
 /// Evaluates all batches of the ranks' loaders, which hold at most the model's micro-batch. Every rank gets
-/// the same report, except for its speed.
+/// the same report, except for its speed. Adds every picture to `seen`, if it is given, as it must be on all
+/// ranks or on none: the loader's slots then hold one label per picture.
 ///
 /// # Errors
 /// A batch cannot be read or computed; a signal asked some rank to stop, and all stop.
@@ -102,6 +113,7 @@ pub fn evaluate(
     loader: &mut Loader,
     loss: Loss,
     ranks: &Collective,
+    mut seen: Option<&mut Seen>,
 ) -> Result<EvalReport> {
     let start = Instant::now();
     let mut report = EvalReport::default();
@@ -111,22 +123,40 @@ pub fn evaluate(
         model.forward(b, false)?;
         model.loss(b, loss)
     };
-    let mut shared = Shared::new(ranks, samples.rows, samples.cols);
-    let passed = forward_all(
+    // A row that ranks exchange: the metrics of a sample, and where pictures are looked at its logits and label.
+    let (logits, labelled) = (model.logits(), seen.is_some());
+    let both: [Mat; 2] = [samples, logits];
+    let width = if labelled { samples.cols + logits.cols + 1 } else { samples.cols };
+    let mut shared = Shared::new(ranks, samples.rows, width);
+    let (mut own, mut batch): (Vec<f32>, u64) = (Vec::new(), 0);
+    let passed = forward_all_of(
         b,
         loader,
         usize::MAX,
         &body,
-        samples,
-        |slot| slot.count,
-        |count, values| {
-            shared.batch(&values[..count * samples.cols], |rows| {
-                for sample in rows.chunks_exact(samples.cols) {
-                    report.loss += f64::from(sample[sample_metric::LOSS]);
-                    report.top1 += f64::from(sample[sample_metric::TOP1]);
-                    report.top5 += f64::from(sample[sample_metric::TOP5]);
+        if labelled { &both } else { &both[..1] },
+        |slot| (slot.count, if labelled { slot.labels()[..slot.count].to_vec() } else { Vec::new() }),
+        |(count, labels), values| {
+            own.clear();
+            for sample in 0..count {
+                own.extend_from_slice(&values[0][sample * samples.cols..][..samples.cols]);
+                if labelled {
+                    own.extend_from_slice(&values[1][sample * logits.cols..][..logits.cols]);
+                    own.push(labels[sample] as f32);
                 }
-                report.count += rows.len() / samples.cols;
+            }
+            shared.batch(&own, |rows| {
+                for row in rows.chunks_exact(width) {
+                    report.loss += f64::from(row[sample_metric::LOSS]);
+                    report.top1 += f64::from(row[sample_metric::TOP1]);
+                    report.top5 += f64::from(row[sample_metric::TOP5]);
+                }
+                report.count += rows.len() / width;
+                if let Some(seen) = seen.as_deref_mut() {
+                    let of_samples = rows.chunks_exact(width).map(|row| &row[samples.cols..]);
+                    seen.add(batch, of_samples);
+                }
+                batch += 1;
             })
         },
     );

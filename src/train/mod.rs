@@ -20,6 +20,7 @@ mod lease;
 mod pace;
 pub mod plan;
 mod ranks;
+pub mod report;
 mod resume;
 pub mod run;
 pub mod run_data;

@@ -10,7 +10,7 @@ use super::{Trainer, setup};
 /// Keys that a resumed run may change: places, intervals and threads, which change no bit of the result. Data may
 /// move, because its records are compared. Precision and the type of the residual stream do change bits;
 /// [`super::setup`] keeps them, or says so.
-const FREE: [&str; 22] = [
+const FREE: [&str; 24] = [
     "data.train",
     "data.val",
     "data.on_bad_record",
@@ -26,6 +26,8 @@ const FREE: [&str; 22] = [
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.report",
+    "train.tensorboard",
     "train.max_skipped",
     "train.timeout",
     "train.patience",
@@ -161,4 +163,13 @@ fn differences(state: &RunState, now: &Recipe) -> Result<Vec<Difference>> {
     let before = Recipe::from_toml(&state.recipe, "the checkpoint's recipe")
         .map_err(|e| e.into_failure().at("the run was started by another version of vitrum"))?;
     Ok(before.differences(now))
+}
+
+/// The state of a run that continues with `recipe`. If evaluations can no longer be compared, the best one is
+/// forgotten.
+pub(super) fn go_on(mut state: RunState, recipe: &Recipe) -> Result<RunState> {
+    if other_evaluation(&state, recipe)? {
+        (state.best, state.stale_evals) = (None, 0);
+    }
+    Ok(state)
 }

@@ -22,6 +22,7 @@ use super::directory::{Directory, host};
 use super::evaluate::EvalReport;
 use super::header::{memory_lines, model_lines, word};
 use super::pace::{FirstSteps, Pace};
+use super::report::{Reporter, event_file};
 use super::resume::{self, Now};
 use super::run_data::OVERFIT_LOSS;
 use super::{Trainer, about, ranks, samples, setup};
@@ -118,6 +119,8 @@ pub struct Run {
     meta: CheckpointMeta,
     /// `None` on other ranks than the first.
     metrics: Option<MetricsFile>,
+    /// `None` on other ranks than the first, and without `train.report`.
+    reporter: Option<Reporter>,
     log: Log,
     progress: Progress,
     last_eval: Option<EvalReport>,
@@ -167,7 +170,7 @@ impl Run {
             notes.extend(resumed.notes);
             notes.extend(now.fits(&resumed.state)?);
             notes.extend(now.of_schedule(&resumed.state, trainer)?);
-            state = Some(go_on(resumed.state, &recipe)?);
+            state = Some(resume::go_on(resumed.state, &recipe)?);
         }
         ranks::share_state(trainer, &mut state)?;
         let resumed = state.as_ref().map(|s| s.step);
@@ -179,7 +182,8 @@ impl Run {
         let text = recipe.to_toml_of(&state.recipe_name);
         let (log, metrics) = if group.is_first() {
             files::write_atomic(&out.join("recipe.toml"), |w| w.write_all(text.as_bytes()))?;
-            let metrics = MetricsFile::open(&out.join("metrics.jsonl"), resumed)?;
+            let mut metrics = MetricsFile::open(&out.join("metrics.jsonl"), resumed)?;
+            metrics.events = event_file(out, &recipe, resumed)?;
             (Log::to_file(&out.join("log.txt"))?, Some(metrics))
         } else {
             (Log::stderr(), None)
@@ -202,6 +206,8 @@ impl Run {
             exif: recipe.data.exif,
             ..CheckpointMeta::default()
         };
+        let reports = group.is_first() && recipe.train.report;
+        let reporter = reports.then(|| Reporter::new(&recipe, out, &meta, trainer));
         (state.recipe, state.data, state.overfit) = (text, Some(digest), data.overfit);
         // With chunks the bytes of a checkpoint are the same for any number of ranks.
         state.ranks = ranks.filter(|_| recipe.train.reduce_chunks.is_none());
@@ -214,6 +220,7 @@ impl Run {
             rewinds: None,
             meta,
             metrics,
+            reporter,
             progress: Progress::new(&log, steps, trainer.step),
             log,
             last_eval: None,
@@ -511,6 +518,9 @@ impl Run {
                 trainer.step
             ))
             .hint("check the images and labels, then `optim.lr`"));
+        }
+        if let Some(reporter) = &mut self.reporter {
+            reporter.finish(&self.log);
         }
         Ok(RunSummary {
             out: self.options.out.clone(),

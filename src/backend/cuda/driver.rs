@@ -13,8 +13,8 @@ use cudarc::driver::sys;
 
 use super::api::{self, Code};
 use super::device::{Device, DeviceProperties, check};
-use super::nccl::{self, Comm};
 use super::launch::{Args, Kernel, TensorMap};
+use super::nccl::{self, Comm};
 use crate::error::{Error, Result};
 
 /// An address in device memory.

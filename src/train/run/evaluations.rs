@@ -3,14 +3,15 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Loss, Pixels, SlotLayout};
+use crate::backend::{Loss, Pixels, SlotLayout, TargetKind};
 use crate::data::{self, Dataset, Delivery, Loader, LoaderSpec};
 use crate::error::{Kind, Result};
 use crate::recipe::{Metric, OnBadRecord};
-use crate::report::{EvalLine, Scores};
+use crate::report::EvalLine;
 use crate::train::Trainer;
 use crate::train::checkpoint::Best;
 use crate::train::evaluate::{EvalReport, evaluate, mean_average_precision};
+use crate::train::report::Seen;
 
 use super::Run;
 
@@ -64,30 +65,42 @@ impl Run {
         if self.data.val.is_some() && trainer.optimizer.ema_decay().is_some() {
             trainer.backend.gather_ema()?;
         }
-        let Evaluations { part: on_part, val: on_val, ema: on_ema } = self.evaluate_all(trainer)?;
+        let mut seen = self.sees(trainer);
+        let Evaluations { part: on_part, val: on_val, ema: on_ema } =
+            self.evaluate_all(trainer, seen.as_mut())?;
         let report = on_val.unwrap_or(on_part);
         let best = on_val.is_some_and(|report| self.record_best(trainer.step, &report));
         let line = EvalLine {
             step: trainer.step,
             epoch: self.epoch(trainer.step),
-            scores: scores(&report),
+            scores: report.scores(),
             classes: trainer.model.config.classes,
             gap: on_val.map(|val| on_part.top1 - val.top1),
-            ema: on_ema.as_ref().map(scores),
+            ema: on_ema.as_ref().map(EvalReport::scores),
             best,
             img_per_s: report.img_per_s,
             seconds: began.elapsed().as_secs_f64(),
         };
         self.metrics.iter_mut().for_each(|metrics| metrics.eval(&line));
         self.progress.eval(&line);
+        if let (Some(reporter), Some(metrics)) = (&mut self.reporter, &mut self.metrics) {
+            reporter.evaluated(trainer, &self.data, seen, metrics, &self.log);
+        }
         (self.last_eval, self.evaluated_at) = (Some(report), trainer.step);
         self.pace.outside += began.elapsed().as_secs_f64();
         Ok(())
     }
 
-    fn evaluate_all(&self, trainer: &mut Trainer) -> Result<Evaluations> {
-        let part = self.evaluate_on(trainer, &self.data.train_part)?;
-        let val = self.data.val.as_ref().map(|val| self.evaluate_on(trainer, val)).transpose()?;
+    /// What the page shows of the validation pictures, to be filled on all ranks. One label per picture is needed.
+    fn sees(&self, trainer: &Trainer) -> Option<Seen> {
+        let one_label = self.data.shape().targets == TargetKind::Labels;
+        let val = self.data.val.as_ref().filter(|_| self.recipe.train.report && one_label)?;
+        Some(Seen::new(self.recipe.loss.kind, trainer.model.micro_batch, val.len()))
+    }
+
+    fn evaluate_all(&self, trainer: &mut Trainer, seen: Option<&mut Seen>) -> Result<Evaluations> {
+        let part = self.evaluate_on(trainer, &self.data.train_part, None)?;
+        let val = self.data.val.as_ref().map(|val| self.evaluate_on(trainer, val, seen)).transpose()?;
         let ema = self.data.val.as_ref().filter(|_| trainer.optimizer.ema_decay().is_some());
         let ema = ema.map(|val| self.evaluate_ema_on(trainer, val)).transpose()?;
         Ok(Evaluations { part, val, ema })
@@ -95,12 +108,17 @@ impl Run {
 
     fn evaluate_ema_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
         trainer.backend.swap_ema()?;
-        let report = self.evaluate_on(trainer, dataset);
+        let report = self.evaluate_on(trainer, dataset, None);
         trainer.backend.swap_ema()?;
         report
     }
 
-    fn evaluate_on(&self, trainer: &mut Trainer, dataset: &Arc<Dataset>) -> Result<EvalReport> {
+    fn evaluate_on(
+        &self,
+        trainer: &mut Trainer,
+        dataset: &Arc<Dataset>,
+        seen: Option<&mut Seen>,
+    ) -> Result<EvalReport> {
         let loss = Loss::plain(trainer.loss.kind);
         let (model, recipe, group) = (&trainer.model, &self.recipe, trainer.collective);
         let layout = SlotLayout {
@@ -124,7 +142,7 @@ impl Run {
             Ok(Loader::with(dataset.clone(), spec.clone(), delivery, slots))
         };
         let mut batches = loader(trainer)?;
-        let mut report = evaluate(&mut *trainer.backend, model, &mut batches, loss, &group)?;
+        let mut report = evaluate(&mut *trainer.backend, model, &mut batches, loss, &group, seen)?;
         if dataset.is_multi_label() {
             drop(batches);
             let mut batches = loader(trainer)?;
@@ -149,15 +167,5 @@ impl Run {
             self.state.stale_evals += 1;
         }
         self.state.best.is_some_and(|b| b.step == step)
-    }
-}
-
-fn scores(report: &EvalReport) -> Scores {
-    Scores {
-        loss: report.loss,
-        top1: report.top1,
-        top5: report.top5,
-        map: report.map,
-        images: report.count as u64,
     }
 }
