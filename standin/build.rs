@@ -1,4 +1,4 @@
-//! Builds the two libraries with the host's C++ compiler, into `<target>/<profile>/standin/`.
+//! Builds the three libraries with the host's C++ compiler, into `<target>/<profile>/standin/`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,7 +9,7 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
     // OUT_DIR is <target>/<profile>/build/<package>-<hash>/out.
     let libraries = out.ancestors().nth(3).expect("cargo's layout").join("standin");
-    for folder in ["runtime", "runtime/ptx", "blaslt", "include", "bugs", "../kernels"] {
+    for folder in ["runtime", "runtime/ptx", "blaslt", "nccl", "include", "bugs", "../kernels"] {
         watch(&here.join(folder));
     }
     println!("cargo:rerun-if-changed={}", here.join("build.sh").display());

@@ -3,8 +3,8 @@
 #
 #   standin/build.sh OUT [KERNEL.cu…]      default: every kernels/*.cu
 #
-# Leaves libcuda.so and libcublasLt.so in OUT, under the names that programs look for. Compiles only what changed, on as
-# many cores as there are. CXX, STANDIN_FLAGS and STANDIN_OBJECTS (a folder to keep object files in) are honoured.
+# Leaves libcuda.so, libcublasLt.so and libnccl.so.2 in OUT, under the names that programs look for. Compiles only what
+# changed, on as many cores as there are. CXX, STANDIN_FLAGS and STANDIN_OBJECTS (a folder to keep object files in) are honoured.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
@@ -47,6 +47,13 @@ for source in "$here"/blaslt/*.cc; do
   blas="$blas $object"
   stale "$object" && echo "$cxx $common $runtime_flags -c $source -o $object" >>"$jobs"
 done
+nccl=""
+for source in "$here"/nccl/*.cc; do
+  [ -e "$source" ] || continue
+  object=$objects/nccl_$(basename "$source").o
+  nccl="$nccl $object"
+  stale "$object" && echo "$cxx $common $runtime_flags -c $source -o $object" >>"$jobs"
+done
 for source in "$@"; do
   source=$(cd "$(dirname "$source")" && pwd)/$(basename "$source")
   object=$objects/$(basename "$source").o
@@ -66,4 +73,8 @@ if [ -n "$blas" ]; then
   mv "$out/libcublasLt.so.new" "$out/libcublasLt.so"
   ln -sf libcublasLt.so "$out/libcublasLt.so.13"
   ln -sf libcublasLt.so "$out/libcublasLt.so.12"
+fi
+if [ -n "$nccl" ]; then
+  $link -Wl,-soname,libnccl.so.2 -Wl,-rpath,'$ORIGIN' -o "$out/libnccl.so.2.new" $nccl "$out/libcuda.so" -lrt
+  mv "$out/libnccl.so.2.new" "$out/libnccl.so.2"
 fi

@@ -209,11 +209,7 @@ fn ranks_that_do_not_fit_together_are_refused() {
         assert!(!Path::new(&out).join("recipe.toml").exists(), "no run began");
     };
     let cpu = "--device=cpu";
-    refused(
-        &[(2, &["--device=cuda"])],
-        2,
-        &["2 ranks on GPUs need NCCL, which is not built yet", "--device cpu"],
-    );
+    refused(&[(2, &["--device=cuda:1"])], 2, &["`--device cuda:1` is one GPU, and ", " started 2 ranks"]);
     refused(&[(3, &[cpu])], 2, &["`train.batch` is 16, which 3 ranks cannot share", "train.batch=18"]);
     refused(
         &[(4, &[cpu])],

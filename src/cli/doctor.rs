@@ -13,7 +13,7 @@ use crate::backend::cpu::main_memory::MainMemory;
 use crate::backend::cuda::device::{self, DeviceProperties};
 use crate::backend::cuda::{Cuda, images, libraries};
 use crate::data::decode::JpegPath;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files;
 use crate::report::format;
 
@@ -42,6 +42,8 @@ struct Machine {
     /// The visible GPUs, by the number that `--device cuda:N` takes.
     visible: Vec<DeviceProperties>,
     cuda: std::result::Result<Gpu, Unusable>,
+    /// The version of NCCL, or why several ranks on GPUs cannot talk.
+    nccl: std::result::Result<String, Unusable>,
 }
 
 /// A GPU that Vitrum will use.
@@ -69,6 +71,7 @@ impl Machine {
             gpus: gpus(),
             visible: device::gpus().unwrap_or_default(),
             cuda: look_for_cuda(),
+            nccl: libraries::nccl_version().map_err(Unusable::from),
         }
     }
 
@@ -95,6 +98,13 @@ impl Machine {
                 format!("will compute on: cpu (no CUDA: {reason}{hint})")
             }
         };
+        let nccl = match &self.nccl {
+            Ok(version) => version.clone(),
+            Err(Unusable { reason, hint }) => {
+                let hint = hint.as_ref().map_or(String::new(), |hint| format!("; {hint}"));
+                format!("none: {reason}{hint}")
+            }
+        };
         let gpus = self.visible.iter().filter(|_| self.visible.len() > 1);
         let gpus: String = gpus.map(|gpu| format!("\ncuda:{}: {}", gpu.ordinal, gpu_text(gpu))).collect();
         let plural = if self.cores == 1 { "" } else { "s" };
@@ -108,6 +118,7 @@ impl Machine {
             format!("kernels: {}", images::summary()),
             format!("needs: {}", needs()),
             format!("gpu: {gpu}{gpus}"),
+            format!("nccl (for ranks on several GPUs): {nccl}"),
             device,
         ]
         .join("\n")
@@ -135,6 +146,8 @@ impl Machine {
             "device_reason": self.cuda.as_ref().err().map(|e| &e.reason),
             "cards": self.visible.iter().map(gpu_text).collect::<Vec<_>>(),
             "cuda": self.cuda.as_ref().ok().map(Gpu::json),
+            "nccl": self.nccl.as_ref().ok(),
+            "nccl_reason": self.nccl.as_ref().err().map(|e| &e.reason),
         })
     }
 }
@@ -143,7 +156,13 @@ impl Machine {
 fn look_for_cuda() -> std::result::Result<Gpu, Unusable> {
     match Cuda::open(0, &DeviceOptions::default()) {
         Ok(cuda) => Ok(Gpu { properties: cuda.properties().clone(), cublaslt: cuda.cublaslt_version() }),
-        Err(e) => Err(Unusable { reason: e.message().into(), hint: e.hint_text().map(Into::into) }),
+        Err(e) => Err(e.into()),
+    }
+}
+
+impl From<Error> for Unusable {
+    fn from(e: Error) -> Self {
+        Self { reason: e.message().into(), hint: e.hint_text().map(Into::into) }
     }
 }
 

@@ -1,6 +1,9 @@
-//! Which rank this process is, from the environment that a launcher gave it.
+//! Which rank this process is, from the environment that a launcher gave it, and which GPU is its own.
 
+use crate::backend::Device;
+use crate::backend::cuda::device;
 use crate::error::{Error, Result};
+use crate::terminal;
 
 /// The program that started the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +40,8 @@ pub struct Launch {
     pub rank: usize,
     /// Number of processes.
     pub size: usize,
+    /// Number of this process among those of its machine, from 0, if the launcher tells it.
+    pub local_rank: Option<usize>,
     /// Who started the ranks.
     pub launcher: Launcher,
 }
@@ -46,20 +51,45 @@ struct Variables {
     launcher: Launcher,
     rank: &'static str,
     size: &'static str,
+    local_rank: &'static str,
+    /// What is the same for all ranks of one start, and differs from one start to the next.
+    job: &'static [&'static str],
 }
 
-const OPEN_MPI: Variables =
-    Variables { launcher: Launcher::OpenMpi, rank: "OMPI_COMM_WORLD_RANK", size: "OMPI_COMM_WORLD_SIZE" };
-const MPICH: Variables = Variables { launcher: Launcher::Mpich, rank: "PMI_RANK", size: "PMI_SIZE" };
-const SLURM: Variables =
-    Variables { launcher: Launcher::Slurm, rank: "SLURM_PROCID", size: "SLURM_STEP_NUM_TASKS" };
+const OPEN_MPI: Variables = Variables {
+    launcher: Launcher::OpenMpi,
+    rank: "OMPI_COMM_WORLD_RANK",
+    size: "OMPI_COMM_WORLD_SIZE",
+    local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
+    job: &["PMIX_NAMESPACE"],
+};
+const MPICH: Variables = Variables {
+    launcher: Launcher::Mpich,
+    rank: "PMI_RANK",
+    size: "PMI_SIZE",
+    local_rank: "MPI_LOCALRANKID",
+    job: &[],
+};
+const SLURM: Variables = Variables {
+    launcher: Launcher::Slurm,
+    rank: "SLURM_PROCID",
+    size: "SLURM_STEP_NUM_TASKS",
+    local_rank: "SLURM_LOCALID",
+    job: &["SLURM_JOB_ID", "SLURM_STEP_ID"],
+};
 /// Older versions of Slurm set only this one.
 const SLURM_TASKS: &str = "SLURM_NTASKS";
-const TORCHRUN: Variables = Variables { launcher: Launcher::Torchrun, rank: "RANK", size: "WORLD_SIZE" };
+const TORCHRUN: Variables = Variables {
+    launcher: Launcher::Torchrun,
+    rank: "RANK",
+    size: "WORLD_SIZE",
+    local_rank: "LOCAL_RANK",
+    job: &["TORCHELASTIC_RUN_ID", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"],
+};
 
 impl Launch {
     /// One process by itself.
-    pub const ALONE: Launch = Launch { rank: 0, size: 1, launcher: Launcher::Nobody };
+    pub const ALONE: Launch = Launch { rank: 0, size: 1, local_rank: None, launcher: Launcher::Nobody };
 
     /// The place of this process.
     ///
@@ -107,6 +137,71 @@ impl Launch {
         Ok(Self::ALONE)
     }
 
+    /// The device of this rank: `auto` and `cuda` are the GPU of its number on its machine.
+    ///
+    /// # Errors
+    /// `cuda:N` for more than one rank; more ranks on this machine than GPUs.
+    pub fn device(&self, asked: Device) -> Result<Device> {
+        if self.size == 1 || asked == Device::Cpu {
+            return Ok(asked);
+        }
+        if let Device::Cuda(number @ 1..) = asked {
+            return Err(Error::usage(format!(
+                "`--device cuda:{number}` is one GPU, and {} started {} ranks",
+                self.launcher.name(),
+                self.size
+            ))
+            .hint("use `--device cuda`: each rank takes the GPU of its number on its machine"));
+        }
+        let own = self.gpu(device::gpus().map(|gpus| gpus.len()));
+        match (asked, own.and_then(|gpu| device::usable(gpu).map(|_| gpu))) {
+            (_, Ok(gpu)) => Ok(Device::Cuda(gpu)),
+            (Device::Auto, Err(why)) => {
+                terminal::note(&format!("computing on the CPU: {}", why.message()));
+                Ok(Device::Cpu)
+            }
+            (_, Err(why)) => Err(why.at("cannot compute on a GPU")),
+        }
+    }
+
+    /// The number of this rank's GPU, where its process sees `count` of them.
+    fn gpu(&self, count: Result<usize>) -> Result<usize> {
+        let count = count?;
+        // Without a number on the machine, ranks that come to the same GPU are told when they meet.
+        let local = self.local_rank.unwrap_or(self.rank % count);
+        match local {
+            number if number < count => Ok(number),
+            // Slurm can show each rank only its own GPU.
+            _ if count == 1 => Ok(0),
+            number => Err(Error::usage(format!(
+                "this is rank {number} of its machine, counted from 0, and {count} GPUs are visible"
+            ))
+            .hint(format!("start at most {count} ranks on this machine"))),
+        }
+    }
+
+    /// A word that is the same for all ranks of this start, and usually differs from that of other starts.
+    pub fn job(&self) -> String {
+        self.job_from(|key| std::env::var(key).ok())
+    }
+
+    fn job_from(&self, lookup: impl Fn(&str) -> Option<String>) -> String {
+        let variables = match self.launcher {
+            Launcher::Nobody => return "alone".into(),
+            Launcher::OpenMpi => OPEN_MPI,
+            Launcher::Mpich => MPICH,
+            Launcher::Slurm => SLURM,
+            Launcher::Torchrun => TORCHRUN,
+        };
+        let mut words: Vec<String> = variables.job.iter().filter_map(|key| lookup(key)).collect();
+        // MPICH has none. On one machine, its ranks have one parent.
+        if self.launcher == Launcher::Mpich && lookup("MPI_LOCALNRANKS") == lookup(MPICH.size) {
+            words.extend(rustix::process::getppid().map(|parent| parent.as_raw_nonzero().to_string()));
+        }
+        let text = format!("{:?}-{}", self.launcher, words.join("-"));
+        text.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect()
+    }
+
     /// Refuses ranks, for a command that runs in one process.
     ///
     /// # Errors
@@ -147,7 +242,9 @@ fn read(variables: &Variables, lookup: impl Fn(&str) -> Option<String>) -> Resul
     if size == 1 {
         return Ok(Launch::ALONE);
     }
-    Ok(Launch { rank, size, launcher: variables.launcher })
+    // Some clusters leave it out, or set it to nothing.
+    let local_rank = lookup(variables.local_rank).and_then(|number| number.parse().ok());
+    Ok(Launch { rank, size, local_rank, launcher: variables.launcher })
 }
 
 #[cfg(test)]
@@ -159,7 +256,8 @@ mod tests {
     }
 
     fn is(variables: &[(&str, &str)], rank: usize, size: usize, launcher: Launcher) {
-        assert_eq!(from(variables).unwrap(), Launch { rank, size, launcher }, "{variables:?}");
+        let launch = from(variables).unwrap();
+        assert_eq!((launch.rank, launch.size, launch.launcher), (rank, size, launcher), "{variables:?}");
     }
 
     #[test]
@@ -223,5 +321,42 @@ mod tests {
         refused(&[("OMPI_COMM_WORLD_SIZE", "2")], "`OMPI_COMM_WORLD_RANK` is not set");
         refused(&[("RANK", "2"), ("WORLD_SIZE", "2")], "`RANK=2` and `WORLD_SIZE=2` contradict");
         refused(&[("PMI_RANK", "x"), ("PMI_SIZE", "2")], "`PMI_RANK=x` is not a number");
+    }
+
+    #[test]
+    fn a_rank_takes_the_gpu_of_its_number_on_its_machine() {
+        let local = |variables: &[(&str, &str)]| from(variables).unwrap().local_rank;
+        let open_mpi = [("OMPI_COMM_WORLD_RANK", "5"), ("OMPI_COMM_WORLD_SIZE", "8")];
+        assert_eq!(local(&[&open_mpi[..], &[("OMPI_COMM_WORLD_LOCAL_RANK", "1")]].concat()), Some(1));
+        assert_eq!(local(&open_mpi), None);
+        assert_eq!(local(&[("PMI_RANK", "3"), ("PMI_SIZE", "4"), ("MPI_LOCALRANKID", "1")]), Some(1));
+        assert_eq!(local(&[("RANK", "9"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")]), Some(1));
+        let srun = [("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "3"), ("SLURM_NTASKS", "4")];
+        assert_eq!(local(&[&srun[..], &[("SLURM_LOCALID", "2")]].concat()), Some(2));
+
+        let launch = |local_rank| Launch { rank: 5, size: 8, local_rank, launcher: Launcher::Slurm };
+        assert_eq!(launch(Some(1)).gpu(Ok(4)).unwrap(), 1);
+        assert_eq!(launch(None).gpu(Ok(4)).unwrap(), 1);
+        assert_eq!(launch(Some(3)).gpu(Ok(1)).unwrap(), 0, "each rank sees its own");
+        let error = launch(Some(5)).gpu(Ok(4)).unwrap_err();
+        assert!(error.message().contains("rank 5 of its machine, counted from 0, and 4 GPUs"));
+        let error = launch(Some(1)).device(Device::Cuda(3)).unwrap_err();
+        assert!(error.message().contains("`--device cuda:3` is one GPU, and srun started 8 ranks"));
+        assert_eq!(Launch::ALONE.device(Device::Cuda(3)).unwrap(), Device::Cuda(3));
+        assert_eq!(launch(None).device(Device::Cpu).unwrap(), Device::Cpu);
+    }
+
+    #[test]
+    fn starts_have_names_of_their_own() {
+        let job = |launcher, variables: &[(&str, &str)]| {
+            let launch = Launch { rank: 1, size: 2, local_rank: None, launcher };
+            launch.job_from(|key| variables.iter().find(|(k, _)| *k == key).map(|(_, v)| v.to_string()))
+        };
+        let slurm = [("SLURM_JOB_ID", "41"), ("SLURM_STEP_ID", "0")];
+        assert_eq!(job(Launcher::Slurm, &slurm), "Slurm-41-0");
+        assert_eq!(job(Launcher::OpenMpi, &[("PMIX_NAMESPACE", "a/b@1")]), "OpenMpi-a_b_1");
+        let one_machine = [("PMI_SIZE", "2"), ("MPI_LOCALNRANKS", "2")];
+        assert!(job(Launcher::Mpich, &one_machine).len() > "Mpich-".len());
+        assert_eq!(job(Launcher::Mpich, &[("PMI_SIZE", "4"), ("MPI_LOCALNRANKS", "2")]), "Mpich-");
     }
 }

@@ -1,14 +1,22 @@
 //! Ranks: processes that train one model together (`docs/distributed.md`).
 //!
-//! [`launch`] says which rank this process is, `mpi` moves bytes between ranks. Ranks on CPUs are built; ranks
-//! on GPUs need NCCL, which is not.
+//! [`launch`] says which rank this process is, and which GPU is its own. Bytes of the host travel through `mpi` between
+//! ranks on CPUs, and through NCCL between ranks on GPUs, which meet by [`rendezvous`].
 
 pub mod launch;
 mod mpi;
+pub mod rendezvous;
 
-use crate::backend::Ranks;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use crate::backend::cuda::nccl::{self, Comm, Id};
+use crate::backend::cuda::peers::Peers;
+use crate::backend::cuda::{device, libraries};
+use crate::backend::{Device, Ranks};
 use crate::error::{Error, Result};
 use crate::terminal;
+use rendezvous::{Place, Rendezvous};
 
 pub use launch::{Launch, Launcher};
 
@@ -21,28 +29,63 @@ pub struct Collective {
     pub size: usize,
     /// How many ranks run on the cores of this one.
     sharing: usize,
-    /// `None` for one rank.
-    mpi: Option<&'static mpi::Mpi>,
+    transport: Transport,
+}
+
+/// What carries bytes from rank to rank.
+#[derive(Clone, Copy)]
+enum Transport {
+    /// There is one rank.
+    None,
+    Mpi(&'static mpi::Mpi),
+    Nccl(&'static Peers),
+}
+
+/// The other ranks, if they are on GPUs. A process joins them once.
+static PEERS: OnceLock<Peers> = OnceLock::new();
+
+/// How a process becomes one of the ranks.
+pub struct Joining<'a> {
+    /// The device that the user asked for.
+    pub device: Device,
+    /// The run's directory, in which ranks on GPUs meet. `None` if ranks may have chosen different ones.
+    pub out: Option<&'a Path>,
+    /// `train.deterministic`: sums over GPUs have the same order in every run.
+    pub deterministic: bool,
 }
 
 impl Collective {
     /// One process by itself.
-    pub const ALONE: Collective = Collective { rank: 0, size: 1, sharing: 1, mpi: None };
+    pub const ALONE: Collective = Collective { rank: 0, size: 1, sharing: 1, transport: Transport::None };
 
-    /// Joins the ranks that a launcher (mpirun, srun) started.
+    /// Joins the ranks that a launcher (mpirun, srun, torchrun) started. Also returns the device of this rank.
     ///
     /// # Errors
-    /// The launcher's variables contradict each other; MPI is missing, or belongs to another launcher.
-    pub fn from_env() -> Result<Self> {
+    /// The launcher's variables contradict each other; a device that ranks cannot have ([`Launch::device`]). On CPUs: MPI
+    /// is missing, or belongs to another launcher. On GPUs: NCCL is missing or too old, ranks are missing, or two have
+    /// one GPU.
+    pub fn join(joining: &Joining) -> Result<(Self, Device)> {
         let launch = Launch::from_env()?;
         if launch.size == 1 {
-            return Ok(Self::ALONE);
+            return Ok((Self::ALONE, joining.device));
         }
-        let mpi = mpi::Mpi::start(&launch)?;
-        let mut ranks = Self { rank: launch.rank, size: launch.size, sharing: 1, mpi: Some(mpi) };
+        let device = launch.device(joining.device)?;
+        let transport = match device {
+            Device::Cuda(gpu) => Transport::Nccl(join_gpus(&launch, gpu, joining)?),
+            _ => Transport::Mpi(mpi::Mpi::start(&launch)?),
+        };
+        let mut ranks = Self { rank: launch.rank, size: launch.size, sharing: 1, transport };
         let own = cores();
         ranks.sharing = ranks.gather_number(own)?.into_iter().filter(|cores| *cores == own).count();
-        Ok(ranks)
+        Ok((ranks, device))
+    }
+
+    /// The communicator of ranks on GPUs, for work on this rank's GPU.
+    pub fn comm(&self) -> Option<Comm> {
+        match self.transport {
+            Transport::Nccl(peers) => peers.comm(),
+            _ => None,
+        }
     }
 
     /// Whether this rank writes the run's files and speaks to people.
@@ -63,32 +106,42 @@ impl Collective {
     /// # Errors
     /// Another rank ended, as for all that follow.
     pub fn barrier(&self) -> Result<()> {
-        self.mpi.map_or(Ok(()), |mpi| mpi.barrier())
+        match self.transport {
+            Transport::None => Ok(()),
+            Transport::Mpi(mpi) => mpi.barrier(),
+            Transport::Nccl(peers) => peers.barrier(),
+        }
     }
 
     /// Gives every rank the bytes of the first one; those of the others are replaced, at any length.
     pub fn broadcast(&self, bytes: &mut Vec<u8>) -> Result<()> {
-        let Some(mpi) = self.mpi else { return Ok(()) };
+        let broadcast = |bytes: &mut [u8]| match self.transport {
+            Transport::None => Ok(()),
+            Transport::Mpi(mpi) => mpi.broadcast(bytes),
+            Transport::Nccl(peers) => peers.broadcast(bytes),
+        };
         let mut length = (bytes.len() as u64).to_le_bytes();
-        mpi.broadcast(&mut length)?;
+        broadcast(&mut length)?;
         bytes.resize(u64::from_le_bytes(length) as usize, 0);
-        mpi.broadcast(bytes)
+        broadcast(bytes)
     }
 
     /// Gives every rank the bytes of all ranks, in rank order. All pass the same length.
     pub fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
-        match self.mpi {
-            None => all.copy_from_slice(own),
-            Some(mpi) => mpi.all_gather(own, all)?,
+        match self.transport {
+            Transport::None => all.copy_from_slice(own),
+            Transport::Mpi(mpi) => mpi.all_gather(own, all)?,
+            Transport::Nccl(peers) => peers.all_gather(own, all)?,
         }
         Ok(())
     }
 
     /// Sends part `r` of `parts` to rank `r`, and receives this rank's part of each rank, in rank order.
     pub fn all_to_all(&self, parts: &[u8], own: &mut [u8]) -> Result<()> {
-        match self.mpi {
-            None => own.copy_from_slice(parts),
-            Some(mpi) => mpi.all_to_all(parts, own)?,
+        match self.transport {
+            Transport::None => own.copy_from_slice(parts),
+            Transport::Mpi(mpi) => mpi.all_to_all(parts, own)?,
+            Transport::Nccl(peers) => peers.all_to_all(parts, own)?,
         }
         Ok(())
     }
@@ -113,10 +166,18 @@ impl Collective {
         }
     }
 
-    /// Leaves the group together with all other ranks: nobody ends while another one still works.
+    /// Leaves the group together with all other ranks: nobody ends while another one still works. On GPUs the
+    /// communicator ends with its last user, which is a backend that works with it.
     pub fn leave(&self) -> Result<()> {
         self.barrier()?;
-        self.mpi.map_or(Ok(()), |mpi| mpi.finalize())
+        match self.transport {
+            Transport::None => Ok(()),
+            Transport::Mpi(mpi) => mpi.finalize(),
+            Transport::Nccl(peers) => {
+                peers.leave();
+                Ok(())
+            }
+        }
     }
 }
 
@@ -138,11 +199,34 @@ impl Ranks for Collective {
     }
 }
 
+/// Meets the other ranks on GPUs.
+fn join_gpus(launch: &Launch, gpu: usize, joining: &Joining) -> Result<&'static Peers> {
+    if let Some(peers) = PEERS.get() {
+        return Ok(peers);
+    }
+    libraries::nccl_version().map_err(|e| e.at(format!("{} ranks on GPUs cannot talk", launch.size)))?;
+    let out = joining.out.ok_or_else(|| {
+        Error::usage("ranks on GPUs meet in the run's directory, which needs a name").hint("use `--out DIR`")
+    })?;
+    if joining.deterministic {
+        nccl::fix_algorithms();
+    }
+    let place = Place { host: host(), gpu: device::pci_address(gpu)? };
+    let mut way = Rendezvous::new(launch, out, place)?;
+    let id = way.id(Id::new)?;
+    let peers = Peers::join(gpu, &id, launch.rank, launch.size, &mut || way.look())?;
+    way.done();
+    Ok(PEERS.get_or_init(|| peers))
+}
+
 /// Ends the whole group, for a process that ends without the others: they would wait for it for ever. Does
-/// nothing for a process that is in no group, or has left it.
+/// nothing for a process that is in no group, or has left it. The others of ranks on GPUs are ended by their launcher.
 pub fn end_all(code: i32) {
     if let Some(mpi) = mpi::running() {
         mpi.abort(code);
+    }
+    if nccl::has_failed() || PEERS.get().is_some_and(|peers| peers.comm().is_some()) {
+        nccl::exit_now(code);
     }
 }
 
@@ -166,10 +250,15 @@ pub fn silence(launch: &Launch) {
 
 /// A number for this machine and the cores that this process may use: ranks with equal ones share them.
 fn cores() -> u64 {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = host();
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let cores = status.lines().find(|line| line.starts_with("Cpus_allowed:")).unwrap_or_default();
     xxhash_rust::xxh3::xxh3_64(format!("{host}{cores}").as_bytes())
+}
+
+/// This machine's name.
+fn host() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or(String::new(), |name| name.trim().into())
 }
 
 #[cfg(test)]

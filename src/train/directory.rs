@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
+use crate::dist::rendezvous;
 use crate::error::{At, Error, Result};
 use crate::files;
 use crate::report::format;
@@ -93,8 +94,12 @@ fn has_run(path: &Path) -> bool {
 /// A file in the folder that no run wrote.
 fn stranger(path: &Path) -> Option<String> {
     let names = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.file_name());
-    // The leftovers of a run that was killed before it wrote its recipe.
-    let is_ours = |name: &str| name == LOCK || (name.starts_with(".recipe.toml.") && name.ends_with(".tmp"));
+    // Where its ranks met, and the leftovers of a run that was killed before it wrote its recipe.
+    let is_ours = |name: &str| {
+        name == LOCK
+            || name == rendezvous::FOLDER
+            || (name.starts_with(".recipe.toml.") && name.ends_with(".tmp"))
+    };
     names.map(|name| name.to_string_lossy().into_owned()).find(|name| !is_ours(name))
 }
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::backend::{Arena, Device};
+use crate::backend::Arena;
 use crate::dist::Collective;
 use crate::error::{Error, Kind, Result};
 use crate::recipe::{MicroBatch, Recipe};
@@ -13,21 +13,12 @@ use super::checkpoint::RunState;
 use super::evaluate::EvalReport;
 use super::state::SHARED;
 
-/// Refuses ranks on a GPU.
-pub(super) fn refuse_gpus(ranks: &Collective) -> Result<()> {
-    Err(Error::usage(format!("{} ranks on GPUs need NCCL, which is not built yet", ranks.size))
-        .hint("use `--device cpu`, or one process for one GPU"))
-}
-
 /// Checks that the ranks can share a resolved recipe's batch, and writes what depends on their number into
 /// it: samples are mixed within a rank, and a micro-batch is part of a rank's batch.
-pub(super) fn settle(mut recipe: Recipe, ranks: &Collective, device: Device) -> Result<Recipe> {
+pub(super) fn settle(mut recipe: Recipe, ranks: &Collective) -> Result<Recipe> {
     let n = ranks.size;
     if n == 1 {
         return Ok(recipe);
-    }
-    if matches!(device, Device::Cuda(_)) {
-        refuse_gpus(ranks)?;
     }
     let (train, augment) = (&mut recipe.train, &mut recipe.augment);
     if !train.batch.is_multiple_of(n) {

@@ -4,7 +4,7 @@
 //! owns the run directory, its checkpoints and its reports.
 
 use crate::backend::{Arena, Backend, Group, Loss, MemoryPlan, Micro, Slot, StepKeys, StepReport, Write};
-use crate::dist::Collective;
+use crate::dist::{Collective, Joining};
 use crate::error::{Error, Result};
 use crate::infer::loaded::load_weights;
 use crate::optim::Optimizer;
@@ -31,7 +31,13 @@ pub fn train_from(
     data: RunData,
     options: &RunOptions,
 ) -> Result<RunSummary> {
-    let group = Collective::from_env()?;
+    let (group, device) = Collective::join(&Joining {
+        device: options.device,
+        // Ranks may have found different numbers.
+        out: (!options.numbered).then_some(options.out.as_path()),
+        deterministic: recipe.train.deterministic,
+    })?;
+    let options = &RunOptions { device, ..options.clone() };
     let setup = Setup::for_run(recipe, &data, options, &group)?;
     let recipe = setup.recipe.clone();
     let notes = options.notes.iter().chain(&setup.notes).cloned().collect();
@@ -63,6 +69,8 @@ pub fn train_from(
         }
     };
     let summary = run.finish(&mut trainer, ending)?;
+    // Its graphs end before the communicator that they use.
+    drop(trainer);
     group.leave()?;
     Ok(summary)
 }
@@ -112,6 +120,7 @@ impl Trainer {
         if let Some(shards) = &shards {
             backend.join(Group {
                 ranks: Box::new(collective),
+                comm: collective.comm(),
                 shards: shards.clone(),
                 is_sharded,
                 segments: optimizer.segments().to_vec(),

@@ -242,7 +242,7 @@ int run(const Running& running, const Matmul& p) {
 #define API extern "C" __attribute__((visibility("default"))) int
 // Takes the driver's lock, as every call does, and notes its name. Returns whether refusals are printed.
 #define ENTER(refusals_are_printed)                            \
-  std::lock_guard<std::recursive_mutex> guard(machine().lock); \
+  std::lock_guard<Lock> guard(machine().lock);                 \
   Call call(__func__);                                         \
   loud = refusals_are_printed
 

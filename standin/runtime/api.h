@@ -6,10 +6,10 @@
 #include "options.h"
 
 #define API extern "C" __attribute__((visibility("default"))) int
-#define ENTER                                          \
-  Machine& m = machine();                              \
-  std::lock_guard<std::recursive_mutex> guard(m.lock); \
-  Call call(__func__);                                 \
+#define ENTER                           \
+  Machine& m = machine();               \
+  std::lock_guard<Lock> guard(m.lock);  \
+  Call call(__func__);                  \
   (void)m
 #define ENTER_INITIALIZED \
   ENTER;                  \

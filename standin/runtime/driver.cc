@@ -75,6 +75,35 @@ int find_stream(void* handle, Stream** stream) {
   return record.context->sticky;
 }
 
+void Lock::lock() {
+  std::unique_lock<std::mutex> hold(mutex_);
+  if (depth_ && owner_ == std::this_thread::get_id()) {
+    ++depth_;
+    return;
+  }
+  free_.wait(hold, [this] { return depth_ == 0; });
+  owner_ = std::this_thread::get_id();
+  depth_ = 1;
+}
+
+void Lock::unlock() {
+  std::lock_guard<std::mutex> hold(mutex_);
+  if (--depth_ == 0) free_.notify_one();
+}
+
+void Lock::pause(unsigned microseconds) {
+  std::unique_lock<std::mutex> hold(mutex_);
+  unsigned depth = depth_;
+  depth_ = 0;
+  free_.notify_one();
+  hold.unlock();
+  std::this_thread::sleep_for(std::chrono::microseconds(microseconds));
+  hold.lock();
+  free_.wait(hold, [this] { return depth_ == 0; });
+  owner_ = std::this_thread::get_id();
+  depth_ = depth;
+}
+
 int fail_sticky(const Running& running, int code) {
   return running.context->sticky = code;
 }
@@ -132,12 +161,12 @@ API cuDeviceGetName(char* name, int bytes, int device) {
 API cuDeviceGetUuid_v2(uint8_t* uuid, int device) {
   ENTER_CARD(device);
   memset(uuid, 0, 16);
-  uuid[15] = static_cast<uint8_t>(device);
+  uuid[15] = static_cast<uint8_t>(options().bus + device);
   return 0;
 }
 API cuDeviceGetPCIBusId(char* text, int bytes, int device) {
   ENTER_CARD(device);
-  snprintf(text, static_cast<size_t>(bytes), "0000:%02x:00.0", device);
+  snprintf(text, static_cast<size_t>(bytes), "0000:%02x:00.0", options().bus + device);
   return 0;
 }
 API cuDeviceTotalMem_v2(size_t* bytes, int device) {

@@ -3,8 +3,10 @@
 
 #include <stdint.h>
 
+#include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "handles.h"
@@ -31,8 +33,23 @@ struct Graph {
 
 int replay(Graph& graph, Stream& stream);
 
+// The lock of every call. A thread may take it several times.
+class STANDIN_EXPORT Lock {
+ public:
+  void lock();
+  void unlock();
+  // Lets other threads of the host in for a moment, however often this one has taken the lock.
+  void pause(unsigned microseconds);
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable free_;
+  std::thread::id owner_;
+  unsigned depth_ = 0;
+};
+
 struct Machine {
-  std::recursive_mutex lock;  // held by every call: the host's threads take turns
+  Lock lock;  // held by every call: the host's threads take turns
   bool initialized = false;
   StreamClock host;  // what the host has waited for
   Stream* streams[kStreams] = {};

@@ -89,6 +89,11 @@ bool set(Options& o, const std::string& key, const std::string& value) {
   else if (key == "slow_epilogue") o.slow_epilogue = number();
   else if (key == "slow_kernels") o.slow_kernels = number();
   else if (key == "skip_barrier") o.skip_barrier = value;
+  else if (key == "nccl") o.nccl = static_cast<int>(number());
+  else if (key == "bus") o.bus = static_cast<int>(number());
+  else if (key == "nccl_fault") o.nccl_fault = value;
+  else if (key == "nccl_timeout") o.nccl_timeout = number();
+  else if (key == "nccl_progress") o.nccl_progress = static_cast<int>(number());
   else return false;
   return good;
 }

@@ -53,6 +53,8 @@ struct Options {
   uint64_t gap = 0;  // bytes between allocations, at least: 4 KiB and more of addresses, not of memory
   std::string name = "Vitrum stand-in GPU";
   uint64_t blaslt = 130000;  // cublasLtGetVersion
+  int nccl = 22703;          // ncclGetVersion
+  int bus = 0;               // the PCI bus of the first GPU; the others follow
 
   bool truncate = false;  // tensor cores drop what does not fit, instead of rounding it (`truncate.h`)
 
@@ -76,6 +78,11 @@ struct Options {
   uint64_t slow_epilogue = 1;      // products with more than a bias take so many times as long
   uint64_t slow_kernels = 1;       // and so do kernels
   std::string skip_barrier;        // FILE:LINE: the barrier there does nothing
+
+  // NCCL.
+  std::string nccl_fault;     // RANK:OPERATION:WHAT, joined by `+`
+  uint64_t nccl_timeout = 300;  // seconds after which a collective that waits for another rank fails; 0: never
+  int nccl_progress = 0;      // calls on a non-blocking communicator are still in progress for so many polls
 };
 
 STANDIN_EXPORT const Options& options();

@@ -69,21 +69,34 @@ void abandon(const Primary* context) {
   }
 }
 
-void run_first(Stream& stream) {
+// Runs the first operation of a stream, or a part of it. False if that one waits for other processes.
+bool run_first(Stream& stream) {
   Machine& m = machine();
   Operation now = std::move(stream.queue.front());
   stream.queue.pop_front();
   if (now.point) {
     now.point->done = true;
     now.point->seconds = seconds_now();
-    return;
+    return true;
   }
-  m.done[stream.slot] = now.ordered.time[stream.slot];
-  uint32_t tag = next_tag();
-  issued[tag] = {stream.slot, now.ordered.time[stream.slot]};
+  uint64_t time = now.ordered.time[stream.slot];
+  if (!now.tag) {
+    now.tag = next_tag();
+    issued[now.tag] = {stream.slot, time};
+  }
   CallOf call(now.call);
-  if (!stream.context->sticky) now.task->run({tag, now.ordered.time, stream.context, now.launch});
+  Running running{now.tag, now.ordered.time, stream.context, now.launch};
+  if (now.part && !stream.context->sticky) {
+    Advance state = now.part(running);
+    if (state != Advance::done && !stream.context->sticky) {
+      stream.queue.push_front(std::move(now));
+      return state == Advance::moved;
+    }
+  }
+  m.done[stream.slot] = time;
+  if (!now.part && !stream.context->sticky) now.task->run(running);
   if (stream.context->sticky) abandon(stream.context);
+  return true;
 }
 
 // Passes the points whose work has run, and lets go of destroyed streams that are done.
@@ -113,9 +126,22 @@ bool run_any(const StreamClock* goal) {
     if (goal && first.ordered.time[s->slot] > goal->time[s->slot]) continue;
     found[count++] = s;
   }
-  if (count) run_first(*found[random(count)]);
+  bool moved = false;
+  while (count && !moved) {
+    uint64_t which = random(count);
+    moved = run_first(*found[which]);
+    found[which] = found[--count];
+  }
   settle();
-  return count;
+  return moved;
+}
+
+// Whether an operation has begun that needs other processes to go on.
+bool waits_for_others() {
+  for (Stream* s : machine().streams) {
+    if (s && !s->queue.empty() && s->queue.front().part && ready(*s)) return true;
+  }
+  return false;
 }
 
 void note_order(const Task& task, const Stream& stream, const StreamClock& ordered) {
@@ -158,6 +184,7 @@ int issue(Stream& stream, const std::shared_ptr<const Task>& task) {
   o.ordered = stream.clock;
   o.call = Call::name();
   if (task->kernel) o.launch = ++m.launches;
+  if (task->start) o.part = task->start();
   note_order(*task, stream, o.ordered);
   if (task->host) refuse_freed(task->host);
   // Until the copy is done, nobody may count on what is there.
@@ -166,7 +193,9 @@ int issue(Stream& stream, const std::shared_ptr<const Task>& task) {
   }
   stream.queue.push_back(std::move(o));
   if (!options().defer) {
-    run_first(stream);
+    StreamClock all = stream.clock;
+    if (task->start) wait_for(all);
+    else run_first(stream);
     return stream.context->sticky;
   }
   if (stream.queue.size() >= kMostQueued) {
@@ -219,10 +248,18 @@ void wait_for(const StreamClock& goal) {
   Machine& m = machine();
   bool others = random(4) == 0;
   settle();
-  while (!reached(goal, nullptr)) {
-    if (run_any(others ? nullptr : &goal)) continue;
-    fprintf(stderr, "stand-in GPU: work that can never run\n");
-    abort();
+  for (unsigned idle = 0; !reached(goal, nullptr);) {
+    // Operations of other processes may need ours of another stream first.
+    if (run_any(others ? nullptr : &goal) || (!others && run_any(nullptr))) {
+      idle = 0;
+      continue;
+    }
+    if (!waits_for_others()) {
+      fprintf(stderr, "stand-in GPU: work that can never run\n");
+      abort();
+    }
+    idle = idle < 1000 ? idle + 25 : idle;
+    m.lock.pause(idle);
   }
   m.eager = random(4) == 0;
 }

@@ -42,9 +42,16 @@ struct Running {
 };
 using Work = std::function<int(const Running&)>;
 
-// One kernel, copy, fill, product or call of the host.
+// How an operation that needs other processes stands after a part of its work.
+enum class Advance { blocked, moved, done };
+using Part = std::function<Advance(const Running&)>;
+
+// One kernel, copy, fill, product, collective or call of the host.
 struct Task {
   Work run;
+  // Instead of `run`, for work with other processes: called whenever the operation is queued. What it returns is called
+  // until it is done, or its context broken. Nothing waits inside it, so the host's other threads go on.
+  std::function<Part()> start;
   const char* what = nullptr;  // for the file of the option `order`; null: it has no line there
   uint64_t bytes = 0;
   const Record* kernel = nullptr;  // the function, if it is a launch
@@ -68,6 +75,8 @@ struct Operation {
   StreamClock ordered;  // what must have run before, and of its own stream: itself included
   uint64_t launch = 0;
   const char* call = nullptr;  // that submitted it
+  Part part;                   // of work with other processes
+  uint32_t tag = 0;            // once it has begun
 };
 
 struct Stream {

@@ -1,14 +1,15 @@
-//! The C functions of the CUDA driver and of cuBLASLt that we call: one table per library, opened at run
-//! time.
+//! The C functions of the CUDA driver, of cuBLASLt and of NCCL that we call: one table per library, opened at
+//! run time.
 //!
 //! Status codes are integers on this side of the boundary. A newer library may return a code that this
 //! program has no name for, and a Rust enum with a value outside its list is undefined behaviour. A table
 //! exists only when its library has all its functions, so no call can meet a missing one. Types are
-//! `cudarc`'s.
+//! `cudarc`'s, except for NCCL's.
 
 #![allow(non_snake_case)]
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use cudarc::cublaslt::sys as lt;
@@ -19,7 +20,7 @@ use libloading::Library;
 
 use crate::error::{Error, Result};
 
-/// What a function returns: 0 is success in both libraries.
+/// What a function returns: 0 is success in all libraries.
 pub(super) type Code = c_int;
 
 /// `cublasLtMatmulHeuristicResult_t`, its status as an integer.
@@ -86,7 +87,9 @@ library! {
         fn cuDriverGetVersion(version: *mut c_int) -> Code;
         fn cuEventCreate(event: *mut cu::CUevent, flags: c_uint) -> Code;
         fn cuEventDestroy_v2(event: cu::CUevent) -> Code;
+        fn cuDeviceGetPCIBusId(text: *mut c_char, bytes: c_int, device: cu::CUdevice) -> Code;
         fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: cu::CUevent, end: cu::CUevent) -> Code;
+        fn cuEventQuery(event: cu::CUevent) -> Code;
         fn cuEventRecord(event: cu::CUevent, stream: cu::CUstream) -> Code;
         fn cuEventSynchronize(event: cu::CUevent) -> Code;
         fn cuFuncSetAttribute(function: cu::CUfunction, attribute: cu::CUfunction_attribute, value: c_int) -> Code;
@@ -213,14 +216,120 @@ library! {
     }
 }
 
+/// `ncclUniqueId`
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct NcclId(pub(super) [u8; 128]);
+
+/// `ncclComm_t`
+pub(super) type NcclComm = *mut c_void;
+
+/// `ncclConfig_t` of NCCL 2.17. Later versions append fields and read no more than `size` bytes.
+#[repr(C)]
+pub(super) struct NcclConfig {
+    pub(super) size: usize,
+    pub(super) magic: c_uint,
+    pub(super) version: c_uint,
+    pub(super) blocking: c_int,
+    pub(super) cga_cluster: c_int,
+    pub(super) min_ctas: c_int,
+    pub(super) max_ctas: c_int,
+    pub(super) network: *const c_char,
+}
+
+library! {
+    /// libnccl
+    Nccl {
+        fn ncclAllGather(
+            from: *const c_void,
+            to: *mut c_void,
+            count: usize,
+            dtype: c_int,
+            comm: NcclComm,
+            stream: cu::CUstream,
+        ) -> Code;
+        fn ncclAllReduce(
+            from: *const c_void,
+            to: *mut c_void,
+            count: usize,
+            dtype: c_int,
+            op: c_int,
+            comm: NcclComm,
+            stream: cu::CUstream,
+        ) -> Code;
+        fn ncclBroadcast(
+            from: *const c_void,
+            to: *mut c_void,
+            count: usize,
+            dtype: c_int,
+            root: c_int,
+            comm: NcclComm,
+            stream: cu::CUstream,
+        ) -> Code;
+        fn ncclCommCount(comm: NcclComm, ranks: *mut c_int) -> Code;
+        fn ncclCommDestroy(comm: NcclComm) -> Code;
+        fn ncclCommFinalize(comm: NcclComm) -> Code;
+        fn ncclCommGetAsyncError(comm: NcclComm, error: *mut Code) -> Code;
+        fn ncclCommInitRankConfig(
+            comm: *mut NcclComm,
+            ranks: c_int,
+            id: NcclId,
+            rank: c_int,
+            config: *mut NcclConfig,
+        ) -> Code;
+        fn ncclCommSplit(
+            comm: NcclComm,
+            color: c_int,
+            key: c_int,
+            part: *mut NcclComm,
+            config: *mut NcclConfig,
+        ) -> Code;
+        fn ncclCommUserRank(comm: NcclComm, rank: *mut c_int) -> Code;
+        fn ncclGetErrorString(code: Code) -> *const c_char;
+        fn ncclGetLastError(comm: NcclComm) -> *const c_char;
+        fn ncclGetUniqueId(id: *mut NcclId) -> Code;
+        fn ncclGetVersion(version: *mut c_int) -> Code;
+        fn ncclGroupEnd() -> Code;
+        fn ncclGroupStart() -> Code;
+        fn ncclRecv(
+            to: *mut c_void,
+            count: usize,
+            dtype: c_int,
+            from: c_int,
+            comm: NcclComm,
+            stream: cu::CUstream,
+        ) -> Code;
+        fn ncclReduceScatter(
+            from: *const c_void,
+            to: *mut c_void,
+            count: usize,
+            dtype: c_int,
+            op: c_int,
+            comm: NcclComm,
+            stream: cu::CUstream,
+        ) -> Code;
+        fn ncclSend(
+            from: *const c_void,
+            count: usize,
+            dtype: c_int,
+            to: c_int,
+            comm: NcclComm,
+            stream: cu::CUstream,
+        ) -> Code;
+    }
+}
+
 static DRIVER: OnceLock<Driver> = OnceLock::new();
 static CUBLASLT: OnceLock<CublasLt> = OnceLock::new();
+static NCCL: OnceLock<Nccl> = OnceLock::new();
 
 /// How to find a library, and what to do if that fails.
 struct Search {
     what: &'static str,
     /// Tried in this order.
     names: &'static [&'static str],
+    /// Its folder in NVIDIA's Python packages, tried last.
+    package: Option<&'static str>,
     absent: &'static str,
     incomplete: &'static str,
 }
@@ -229,6 +338,7 @@ const FOR_DRIVER: Search = Search {
     what: "the CUDA driver",
     // The versioned name is the driver's own; the bare one comes with development packages and may be a stub.
     names: &["libcuda.so.1", "libcuda.so"],
+    package: None,
     absent: "install NVIDIA's driver; in a container, start it with `--gpus all`",
     incomplete: "update NVIDIA's driver; a `stubs` folder must not be on LD_LIBRARY_PATH",
 };
@@ -236,8 +346,17 @@ const FOR_DRIVER: Search = Search {
 const FOR_CUBLASLT: Search = Search {
     what: "cuBLASLt",
     names: &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"],
+    package: None,
     absent: "install CUDA's libraries (`pip install nvidia-cublas`) and put their folder on LD_LIBRARY_PATH",
     incomplete: "install CUDA 12 or newer",
+};
+
+const FOR_NCCL: Search = Search {
+    what: "NCCL, through which ranks on GPUs talk,",
+    names: &["libnccl.so.2"],
+    package: Some("nvidia/nccl/lib"),
+    absent: "`pip install nvidia-nccl-cu12` (or `-cu13`) and put its folder `nvidia/nccl/lib` on LD_LIBRARY_PATH",
+    incomplete: "install NCCL 2.18 or newer",
 };
 
 /// The driver's functions, looked up by the first call that finds them.
@@ -251,6 +370,11 @@ pub(super) fn find_driver() -> Result<&'static Driver> {
 /// cuBLASLt's functions, likewise.
 pub(super) fn find_cublaslt() -> Result<&'static CublasLt> {
     FOR_CUBLASLT.find(&CUBLASLT, CublasLt::load)
+}
+
+/// NCCL's functions, likewise.
+pub(super) fn find_nccl() -> Result<&'static Nccl> {
+    FOR_NCCL.find(&NCCL, Nccl::load)
 }
 
 /// The driver's functions. A device must be open.
@@ -282,9 +406,12 @@ impl Search {
     /// Opens the first library found. It stays open: unloading a driver is not safe.
     fn open(&self) -> Result<&'static Library> {
         let mut trouble = None;
-        for name in self.names {
+        let packaged = self.package.into_iter().flat_map(packages).flat_map(|folder| {
+            self.names.iter().map(move |name| folder.join(name)).filter(|path| path.exists())
+        });
+        for name in self.names.iter().map(PathBuf::from).chain(packaged) {
             // SAFETY: loading NVIDIA's libraries runs their initialisers, which is what every CUDA program does.
-            match unsafe { Library::new(*name) } {
+            match unsafe { Library::new(&name) } {
                 Ok(library) => return Ok(Box::leak(Box::new(library))),
                 // A library that exists and does not load is more informative than a missing one.
                 Err(error) => {
@@ -299,4 +426,27 @@ impl Search {
         }
         .hint(format!("{} (looked for {})", self.absent, self.names.join(", "))))
     }
+}
+
+/// Where NVIDIA's Python packages may have put `folder`: beside packages that are on LD_LIBRARY_PATH, and in the
+/// Python environments of this process.
+fn packages(folder: &str) -> Vec<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).unwrap_or_default();
+    let on_path = variable("LD_LIBRARY_PATH");
+    // `site-packages/nvidia/cublas/lib`
+    let beside =
+        std::env::split_paths(&on_path).filter_map(|path| Some(path.ancestors().nth(3)?.to_path_buf()));
+    let local = Path::new(&variable("HOME")).join(".local");
+    let roots = [variable("VIRTUAL_ENV").into(), variable("CONDA_PREFIX").into(), local, "/usr/local".into()];
+    let environments = roots.into_iter().filter(|root: &PathBuf| root.is_absolute()).flat_map(|root| {
+        let versions = std::fs::read_dir(root.join("lib")).into_iter().flatten().flatten();
+        let is_python = |path: &PathBuf| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python3"))
+        };
+        versions
+            .map(|version| version.path())
+            .filter(is_python)
+            .flat_map(|version| ["site-packages", "dist-packages"].map(|packages| version.join(packages)))
+    });
+    beside.chain(environments).map(|site| site.join(folder)).filter(|path| path.is_dir()).collect()
 }

@@ -208,6 +208,22 @@ impl Device {
     }
 }
 
+/// The PCI address of GPU `ordinal`, which tells GPUs of one machine apart whatever numbers a process sees.
+///
+/// # Errors
+/// No driver, no such GPU.
+pub fn pci_address(ordinal: usize) -> Result<String> {
+    libraries::driver()?;
+    let (mut device, mut text) = (0, [0; 32]);
+    // SAFETY: valid out-pointers; the driver writes at most `len` bytes and a NUL.
+    unsafe {
+        check(api::driver().cuDeviceGet(&mut device, ordinal as i32), format_args!("find GPU {ordinal}"))?;
+        let code = api::driver().cuDeviceGetPCIBusId(text.as_mut_ptr(), text.len() as i32, device);
+        check(code, "read the PCI address of the GPU")?;
+        Ok(CStr::from_ptr(text.as_ptr()).to_string_lossy().to_ascii_lowercase())
+    }
+}
+
 /// Reads a GPU's properties.
 fn describe(ordinal: usize, driver_version: i32) -> Result<(sys::CUdevice, DeviceProperties)> {
     let mut device = 0;

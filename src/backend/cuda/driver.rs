@@ -14,6 +14,7 @@ use cudarc::driver::sys;
 use super::api::{self, Code};
 use super::device::{Device, DeviceProperties, check};
 use super::launch::{Args, Kernel};
+use super::nccl::{self, Comm};
 use crate::error::{Error, Result};
 
 /// An address in device memory.
@@ -30,10 +31,13 @@ struct Inner {
     device: &'static Device,
     compute: sys::CUstream,
     copy: sys::CUstream,
+    communication: sys::CUstream,
     /// `train.check_launches`: waits after every launch, so that an error names its kernel.
     check_launches: Cell<bool>,
     /// Set between the begin and the end of [`Gpu::capture`].
     capturing: Cell<bool>,
+    /// The communicators of the operations captured so far.
+    captured: RefCell<Vec<Comm>>,
     /// The live [`Buffer`]s: address and bytes. Copies and fills check that they stay inside one.
     buffers: RefCell<Vec<(Address, usize)>>,
     /// Launches since [`Gpu::watch_launches`], for benchmarks that report what ran.
@@ -58,6 +62,7 @@ pub struct Launched {
 pub(super) enum Stream {
     Compute,
     Copy,
+    Communication,
 }
 
 impl Gpu {
@@ -78,8 +83,10 @@ impl Gpu {
             device,
             compute: stream()?,
             copy: stream()?,
+            communication: stream()?,
             check_launches: Cell::new(false),
             capturing: Cell::new(false),
+            captured: RefCell::default(),
             buffers: RefCell::default(),
             launches: RefCell::default(),
         })))
@@ -98,6 +105,7 @@ impl Gpu {
         match stream {
             Stream::Compute => self.0.compute,
             Stream::Copy => self.0.copy,
+            Stream::Communication => self.0.communication,
         }
     }
 
@@ -306,10 +314,26 @@ impl Gpu {
         shared: u32,
         args: &A,
     ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_on(Stream::Compute, kernel, grid, shared, args) }
+    }
+
+    /// The same on any stream.
+    ///
+    /// # Safety
+    /// As for [`Gpu::launch`].
+    pub(super) unsafe fn launch_on<A: Args>(
+        &self,
+        stream: Stream,
+        kernel: Kernel<A>,
+        grid: [u32; 3],
+        shared: u32,
+        args: &A,
+    ) -> Result<()> {
         let Kernel { name, threads, .. } = kernel;
         let function = self.0.device.kernel(name, shared)?;
         let [x, y, z] = grid;
-        let stream = self.0.compute;
+        let stream = self.stream(stream);
         let mut args = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the kernel takes one `A`, which the driver copies before it returns; the rest is the caller's
         // promise.
@@ -353,6 +377,7 @@ impl Gpu {
         self.0.capturing.set(true);
         let done = body();
         self.0.capturing.set(false);
+        let communicators = self.0.captured.take();
         let mut graph = ptr::null_mut();
         // SAFETY: the capture begun above; it is ended whether or not `body` failed.
         let code = unsafe { api::driver().cuStreamEndCapture(self.0.compute, &mut graph) };
@@ -365,7 +390,17 @@ impl Gpu {
             api::driver().cuGraphDestroy(graph);
             check(code, "instantiate the recorded step")?;
         }
-        Ok(Graph(exec))
+        Ok(Graph { exec, _communicators: communicators })
+    }
+
+    /// Keeps a communicator until the graph that is being captured, which uses it, is destroyed.
+    pub(super) fn keep_in_graph(&self, comm: &Comm) {
+        if self.is_capturing() {
+            let mut captured = self.0.captured.borrow_mut();
+            if !captured.iter().any(|known| known.is(comm)) {
+                captured.push(comm.clone());
+            }
+        }
     }
 
     pub(super) fn is_capturing(&self) -> bool {
@@ -374,15 +409,18 @@ impl Gpu {
 
     pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
         // SAFETY: an instantiated graph of this context.
-        unsafe { check(api::driver().cuGraphLaunch(graph.0, self.0.compute), "replay the recorded step") }
+        unsafe { check(api::driver().cuGraphLaunch(graph.exec, self.0.compute), "replay the recorded step") }
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if nccl::has_failed() {
+            return;
+        }
         // SAFETY: made by `Gpu::open`, destroyed once. Errors at the end of a run are of no use to anyone.
         unsafe {
-            for stream in [self.compute, self.copy] {
+            for stream in [self.compute, self.copy, self.communication] {
                 api::driver().cuStreamSynchronize(stream);
                 api::driver().cuStreamDestroy_v2(stream);
             }
@@ -407,13 +445,14 @@ pub(super) struct Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.bytes == 0 {
+        if self.bytes == 0 || nccl::has_failed() {
             return;
         }
         self.gpu.0.buffers.borrow_mut().retain(|(address, _)| *address != self.address);
         // SAFETY: allocated by `Gpu::reserve`, freed once, after the streams that may still use it.
         unsafe {
             api::driver().cuStreamSynchronize(self.gpu.0.compute);
+            api::driver().cuStreamSynchronize(self.gpu.0.communication);
             api::driver().cuMemFree_v2(self.address);
         }
     }
@@ -442,6 +481,9 @@ impl crate::backend::HostMemory for Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
+        if nccl::has_failed() {
+            return;
+        }
         // SAFETY: allocated by `Gpu::allocate_pinned`, freed once; a worker thread may have no context of its own.
         unsafe {
             let _ = self.device.make_current();
@@ -457,6 +499,17 @@ impl Event {
     pub(super) fn synchronize(&self) -> Result<()> {
         // SAFETY: a live event.
         unsafe { check(api::driver().cuEventSynchronize(self.0), "wait for the GPU") }
+    }
+
+    /// Whether all work before it is done.
+    pub(super) fn has_occurred(&self) -> Result<bool> {
+        /// CUDA_ERROR_NOT_READY
+        const NOT_READY: Code = 600;
+        // SAFETY: a live event.
+        match unsafe { api::driver().cuEventQuery(self.0) } {
+            NOT_READY => Ok(false),
+            code => check(code, "wait for the GPU").map(|()| true),
+        }
     }
 
     /// Milliseconds from `start` to this event. Both are timers and have occurred.
@@ -478,11 +531,18 @@ impl Drop for Event {
 }
 
 /// A recorded step that can be replayed.
-pub(super) struct Graph(sys::CUgraphExec);
+pub(super) struct Graph {
+    exec: sys::CUgraphExec,
+    /// A communicator cannot be destroyed while a graph uses it: NCCL would wait for the graph for ever.
+    _communicators: Vec<Comm>,
+}
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        if nccl::has_failed() {
+            return;
+        }
         // SAFETY: instantiated by `Gpu::capture`, destroyed once.
-        unsafe { api::driver().cuGraphExecDestroy(self.0) };
+        unsafe { api::driver().cuGraphExecDestroy(self.exec) };
     }
 }

@@ -1,7 +1,7 @@
-//! Finds the CUDA driver and cuBLASLt before anything calls them. A missing library, a stub or an old driver
+//! Finds the CUDA driver, cuBLASLt and NCCL before anything calls them. A missing library, a stub or an old driver
 //! becomes a one-sentence error that says what to do.
 
-use super::api::{self, Code, CublasLt, Driver};
+use super::api::{self, Code, CublasLt, Driver, Nccl};
 use super::images;
 use crate::error::{Error, Result};
 
@@ -18,6 +18,9 @@ pub fn oldest_driver() -> i32 {
 
 /// The oldest cuBLASLt that has every epilogue we use, in the form of `cublasLtGetVersion`.
 pub const OLDEST_CUBLASLT: usize = 120_000;
+
+/// The oldest NCCL that has every function we call, in the form of `ncclGetVersion`.
+pub const OLDEST_NCCL: i32 = 21_800;
 
 /// A usable library.
 #[derive(Clone, Copy)]
@@ -91,6 +94,42 @@ pub(super) fn cublaslt() -> Result<Found<CublasLt, usize>> {
         .hint("install CUDA 12 or newer"));
     }
     Ok(Found { api, version })
+}
+
+/// NCCL, if it is present, complete and new enough.
+pub(super) fn nccl() -> Result<Found<Nccl, i32>> {
+    let api = api::find_nccl()?;
+    let mut version = 0;
+    // SAFETY: a valid out-pointer; this function may be called at any time.
+    let code = unsafe { api.ncclGetVersion(&mut version) };
+    if code != 0 {
+        return Err(Error::new(format!("NCCL does not tell its version (code {code})")));
+    }
+    if version < OLDEST_NCCL {
+        return Err(Error::new(format!(
+            "NCCL is too old: version {}, {} is needed",
+            dotted_nccl(version),
+            dotted_nccl(OLDEST_NCCL)
+        ))
+        .hint("`pip install -U nvidia-nccl-cu12` (or `-cu13`) and put its folder first in LD_LIBRARY_PATH"));
+    }
+    Ok(Found { api, version })
+}
+
+/// The version of the NCCL that ranks on GPUs would use, as `2.27.3`.
+///
+/// # Errors
+/// There is none, or it is too old.
+pub fn nccl_version() -> Result<String> {
+    Ok(dotted_nccl(nccl()?.version))
+}
+
+/// `2.27.3` from 22703; versions before 2.9 counted otherwise.
+fn dotted_nccl(version: i32) -> String {
+    match version {
+        ..10_000 => format!("{}.{}.{}", version / 1000, version / 100 % 10, version % 100),
+        _ => format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100),
+    }
 }
 
 /// `12.4` from 12040.
