@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::cuda::nccl::Comm;
 use super::memory::TENSOR_ALIGN;
 use super::shards::{Piece, Shards};
 use super::{Micro, Segment, Storage};
@@ -30,6 +31,8 @@ pub trait Ranks: Send {
 pub struct Group {
     /// The way to the other ranks.
     pub ranks: Box<dyn Ranks>,
+    /// The way from GPU to GPU, where the ranks are several and on GPUs.
+    pub comm: Option<Comm>,
     /// How the gradients are divided.
     pub shards: Shards,
     /// Whether each rank updates its shard only, and holds the moments and the average of that. Otherwise all

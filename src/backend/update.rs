@@ -1,7 +1,7 @@
 //! An update of the parameters as a backend receives it: the rule, the slices of the flat buffers and their
 //! scalars; and the report of a step.
 
-use super::{Dtype, Storage, cuda};
+use super::{Dtype, Shards, Storage, cuda};
 
 /// How an optimiser turns a gradient into an update `u`; the group's scalars then give
 /// `θ ← θ - lr·u - decay·θ`. State is f32 unless stated otherwise. The constants are f64, because `1 - beta2`
@@ -218,7 +218,8 @@ pub struct StepReport {
     pub signal: i32,
 }
 
-/// Bytes of [`super::Arena::Update`] for an optimiser on a device with this storage.
-pub fn update_bytes(storage: Storage, rule: Rule, segments: &[Segment]) -> usize {
-    if storage.has_device_memory() { cuda::update_bytes(rule, segments) } else { 0 }
+/// Bytes of [`super::Arena::Update`] for an optimiser on a device with this storage. `shards` if each rank
+/// updates its own.
+pub fn update_bytes(storage: Storage, rule: Rule, segments: &[Segment], shards: Option<&Shards>) -> usize {
+    if storage.has_device_memory() { cuda::update_bytes(rule, segments, shards) } else { 0 }
 }

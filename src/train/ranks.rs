@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::backend::{Arena, Device};
+use crate::backend::Arena;
 use crate::dist::Collective;
 use crate::error::{Error, Kind, Result};
 use crate::recipe::{MicroBatch, Recipe};
@@ -11,18 +11,9 @@ use super::Trainer;
 use super::checkpoint::RunState;
 use super::state::SHARED;
 
-/// Refuses ranks on a GPU.
-pub(super) fn refuse_gpus(ranks: &Collective) -> Result<()> {
-    Err(Error::usage(format!("{} ranks on GPUs cannot share a step yet", ranks.size))
-        .hint("use `--device cpu`, or one process for one GPU"))
-}
-
 /// Checks that the ranks can share a resolved recipe's batch, and writes what depends on their number into
 /// it: samples are mixed within a rank, and a micro-batch is part of a rank's batch.
-pub(super) fn settle(recipe: Recipe, ranks: &Collective, device: Device) -> Result<Recipe> {
-    if ranks.size > 1 && matches!(device, Device::Cuda(_)) {
-        refuse_gpus(ranks)?;
-    }
+pub(super) fn settle(recipe: Recipe, ranks: &Collective) -> Result<Recipe> {
     shared(recipe, ranks.size)
 }
 

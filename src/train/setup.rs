@@ -119,7 +119,8 @@ impl Parts {
         let mut plan = self.model.plan();
         plan.set_batch(self.slot);
         let optimizer = &self.optimizer;
-        let update = backend::update_bytes(plan.storage(), optimizer.rule(), optimizer.segments());
+        let shards = self.shards.as_ref().filter(|_| self.is_sharded());
+        let update = backend::update_bytes(plan.storage(), optimizer.rule(), optimizer.segments(), shards);
         plan.set_bytes(Arena::Update, update);
         plan.set_bytes(Arena::Moment1, optimizer.moment1_bytes());
         plan.set_bytes(Arena::Moment2, optimizer.moment2_bytes());
@@ -249,7 +250,7 @@ impl Setup {
 /// The recipe with this device's precision and micro-batch, for one of `ranks` ranks.
 ///
 /// # Errors
-/// The device cannot sum in chunks; the run does not fit into the device's memory, and the hint names the largest
+/// The run does not fit into the device's memory, and the hint names the largest
 /// micro-batch that does.
 pub fn resolve_for_device(
     recipe: Recipe,
@@ -257,10 +258,6 @@ pub fn resolve_for_device(
     data: DataShape,
     ranks: usize,
 ) -> Result<Recipe> {
-    if recipe.train.reduce_chunks.is_some() && backend.storage().has_device_memory() {
-        return Err(Error::usage("`train.reduce_chunks` is not built yet for GPUs")
-            .hint("use `--device cpu`, or leave it out"));
-    }
     if recipe.train.on_spike == OnSpike::Skip && backend.storage().has_device_memory() {
         return Err(Error::usage("`train.on_spike = \"skip\"` is not built yet for GPUs")
             .hint("use `--set train.on_spike=report`, with `train.rewind_after` to go back after several such steps"));
@@ -337,7 +334,7 @@ fn open(
             t.micro_batch = before.train.micro_batch;
         }
     }
-    let recipe = ranks::settle(recipe, group, options.device)?;
+    let recipe = ranks::settle(recipe, group)?;
     let kept = recipe.train.precision;
     let words = in_words(&recipe.train);
     let threads = group.threads(recipe.train.threads);
@@ -353,9 +350,6 @@ fn open(
             "continue with `--set train.precision=f32`; results are then not bit-identical to the original run",
         )
     })?;
-    if group.size > 1 && backend.storage().has_device_memory() {
-        ranks::refuse_gpus(group)?;
-    }
     let mut recipe = resolve_for_device(recipe, &*backend, data, group.size)?;
     ranks::same_micro_batch(&mut recipe, group)?;
     let mut notes: Vec<String> = ranks::line(&recipe, group).into_iter().collect();
@@ -426,7 +420,8 @@ pub fn device_options(recipe: &Recipe) -> backend::DeviceOptions {
         threads: t.threads,
         graph: t.graph,
         check_launches: t.check_launches,
-        deterministic: t.deterministic,
+        // Ranks must compute a chunk in one way, whatever each of them would measure.
+        deterministic: t.deterministic || t.reduce_chunks.is_some(),
         kernels: t.kernels,
     }
 }

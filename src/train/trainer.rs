@@ -126,6 +126,7 @@ impl Trainer {
         if let Some(shards) = &shards {
             backend.join(Group {
                 ranks: Box::new(collective),
+                comm: collective.comm(),
                 shards: shards.clone(),
                 is_sharded,
                 segments: optimizer.segments().to_vec(),

@@ -351,10 +351,26 @@ impl Gpu {
         shared: u32,
         args: &A,
     ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_on(Stream::Compute, kernel, grid, shared, args) }
+    }
+
+    /// The same on any stream.
+    ///
+    /// # Safety
+    /// As for [`Gpu::launch`].
+    pub(super) unsafe fn launch_on<A: Args>(
+        &self,
+        stream: Stream,
+        kernel: Kernel<A>,
+        grid: [u32; 3],
+        shared: u32,
+        args: &A,
+    ) -> Result<()> {
         let Kernel { name, threads, .. } = kernel;
         let function = self.0.device.kernel(name, shared)?;
         let [x, y, z] = grid;
-        let stream = self.0.compute;
+        let stream = self.stream(stream);
         let mut args = [ptr::from_ref(args).cast_mut().cast::<c_void>()];
         // SAFETY: the kernel takes one `A`, which the driver copies before it returns; the rest is the caller's
         // promise.

@@ -27,6 +27,7 @@ pub mod peers;
 mod product;
 mod query_attention;
 mod race;
+mod reduce;
 mod rotate;
 mod stem;
 mod step_params;
@@ -36,9 +37,9 @@ mod update;
 mod ways;
 
 use super::{
-    Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, Health, HostMemory, Mat, MemoryPlan, Micro,
-    Op, Precision, Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update, Write,
-    memory,
+    Arena, Backend, Body, Choice, Device, DeviceOptions, Dtype, Group, Health, HostMemory, Mat, MemoryPlan,
+    Micro, Op, Precision, Recompute, Residual, Slot, SlotLayout, StepKeys, StepReport, Storage, Update,
+    Write, memory,
 };
 use crate::error::{Error, Result};
 
@@ -76,6 +77,8 @@ pub struct Cuda {
     micro: Micro,
     bias_sums: BiasSums,
     update: update::State,
+    /// The work with other ranks, and with chunks.
+    reduction: Option<reduce::Reduction>,
     /// Classes of the last loss: labels of later batches are checked when they are bound.
     classes: Option<usize>,
     /// Recorded work: a training step, an evaluation pass.
@@ -139,6 +142,7 @@ impl Cuda {
             micro: Micro { first: 0, samples: 0, global_first: 0, gradients: Write::Assign, mean_over: 1 },
             bias_sums: BiasSums::default(),
             update: update::State::new(&gpu)?,
+            reduction: None,
             classes: None,
             recorded: [Recorded::Never, Recorded::Never],
             nvml: None,
@@ -198,6 +202,19 @@ impl Cuda {
         // from the step's own cells of the workspace; arenas are freed after the streams are idle. Each operation
         // asserts the shapes that its kernels rely on.
         unsafe { self.gpu.launch(kernel, grid, shared, args) }
+    }
+
+    /// The same on any stream.
+    fn launch_on<A: Args>(
+        &self,
+        stream: Stream,
+        kernel: Kernel<A>,
+        grid: [u32; 3],
+        shared: u32,
+        args: &A,
+    ) -> Result<()> {
+        // SAFETY: as in `launch`.
+        unsafe { self.gpu.launch_on(stream, kernel, grid, shared, args) }
     }
 
     /// A matrix as a matrix product reads it: parameters from their bf16 copy, where there is one.
@@ -337,6 +354,7 @@ impl Backend for Cuda {
         let workspace = self.arena(Arena::Workspace).address;
         self.gpu.fill(workspace + STEP_PARAMS as u64, 0, WORKSPACE - STEP_PARAMS)?;
         self.recorded = [Recorded::Never, Recorded::Never];
+        self.reduction = None;
         self.step_params.place(workspace + STEP_PARAMS as u64);
         self.update.place(workspace + UPDATE_PARAMS as u64);
         self.gpu.synchronize(Stream::Compute)
@@ -411,10 +429,35 @@ impl Backend for Cuda {
     }
 
     fn swap_ema(&mut self) -> Result<()> {
+        if reduce::swap_ema(self)? {
+            return Ok(());
+        }
         let (params, ema) = (self.arena(Arena::Params), self.arena(Arena::Ema));
         assert_eq!(params.bytes, ema.bytes, "weights and EMA differ in size");
         update::swap(self, params.address, ema.address, params.bytes / 4)?;
         self.refresh_working_copy()
+    }
+
+    // Ranks -----------------------------------------------------------------------------------------------------
+
+    fn join(&mut self, group: Group) -> Result<()> {
+        reduce::join(self, group)
+    }
+
+    fn tell_signal(&mut self, signal: i32) {
+        self.step_params.set_signal(signal);
+    }
+
+    fn gradients_done(&mut self, from: usize) -> Result<()> {
+        reduce::with(self, |reduction, cuda| reduction.advance(cuda, from))
+    }
+
+    fn gather_rows(&mut self, rows: Mat) -> Result<()> {
+        reduce::with(self, |reduction, cuda| reduction.gather_rows(cuda, rows))
+    }
+
+    fn gather_ema(&mut self) -> Result<()> {
+        reduce::with(self, |reduction, cuda| reduction.gather_ema(cuda))
     }
 
     // Choices ---------------------------------------------------------------------------------------------------

@@ -70,6 +70,13 @@ impl StepParamsRing {
         self.stale = true;
     }
 
+    /// The signal that this rank got, or 0.
+    pub(super) fn set_signal(&mut self, signal: i32) {
+        let signal = signal.unsigned_abs().into();
+        self.stale |= self.now.signal != signal;
+        self.now.signal = signal;
+    }
+
     /// Binds `slot`, whose contents are, or will be, at `base`.
     pub(super) fn bind(&mut self, slot: &Slot, base: Address) {
         let [pixels, targets, partner, lambda, boxes, pixel_lambda, erase, _] =

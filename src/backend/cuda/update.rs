@@ -20,7 +20,8 @@ use super::launch::{
     UpdatePrepareArgs, kernel,
 };
 use super::{Arena, Cuda};
-use crate::backend::{HostMemory, Rule, Segment, StepReport, Update, ops};
+use crate::backend::shards::Piece;
+use crate::backend::{HostMemory, Rule, Segment, Shards, StepReport, Update, ops};
 use crate::error::Result;
 
 use adafactor::Tables;
@@ -123,7 +124,9 @@ pub(super) fn report(cuda: &mut Cuda) -> Result<StepReport> {
         send_report(cuda)?;
     }
     let (memory, arrived) = cuda.update.arrivals.pop_front().expect("sent above");
-    let waited = arrived.synchronize();
+    // A rank that is gone must not be waited for.
+    let comm = cuda.reduction.as_ref().and_then(|reduction| reduction.comm());
+    let waited = comm.map_or_else(|| arrived.synchronize(), |comm| comm.wait(&arrived));
     let raw: RawReport = bytemuck::pod_read_unaligned(&memory.bytes()[..size_of::<RawReport>()]);
     cuda.update.places.push((memory, arrived));
     waited?;
@@ -133,7 +136,7 @@ pub(super) fn report(cuda: &mut Cuda) -> Result<StepReport> {
         top5: raw.top5,
         grad_norm: raw.grad_norm,
         skipped: raw.skipped != 0,
-        signal: 0,
+        signal: raw.signal as i32,
     })
 }
 
@@ -156,31 +159,42 @@ const CHUNK: usize = 4096;
 /// Blocks of the update per multiprocessor.
 const UPDATE_BLOCKS: usize = 8;
 
-fn chunks(segments: &[Segment]) -> Vec<UpdateChunk> {
-    let of = |s: &Segment| {
-        let (param, grad, len, group) = (s.param, s.grad, s.len, s.group as u32);
+pub(super) fn chunks(segments: &[Segment], pieces: &[Piece]) -> Vec<UpdateChunk> {
+    let of = |piece: &Piece| {
+        let Piece { segment, param, grad, moment, ema, len } = *piece;
+        let group = segments[segment].group as u32;
         (0..len).step_by(CHUNK).map(move |start| UpdateChunk {
             param: (param + start) as u64,
             grad: (grad + start) as u64,
+            moment: (moment + start) as u64,
+            ema: (ema + start) as u64,
             len: CHUNK.min(len - start) as u32,
             group,
         })
     };
-    segments.iter().flat_map(of).collect()
+    pieces.iter().flat_map(of).collect()
 }
 
-/// Bytes of [`Arena::Update`].
-pub(in crate::backend) fn update_bytes(rule: Rule, segments: &[Segment]) -> usize {
-    match rule {
-        Rule::Adafactor { .. } => Tables::new(segments).bytes(),
-        _ => size_of_val(chunks(segments).as_slice()),
+/// Bytes of [`Arena::Update`]. A rank with a shard has a table of its pieces, of which there may be one more for
+/// each tensor and bucket than the shard's length says, and one of everything.
+pub(in crate::backend) fn update_bytes(rule: Rule, segments: &[Segment], shards: Option<&Shards>) -> usize {
+    let whole = || size_of_val(chunks(segments, &Piece::whole(segments)).as_slice());
+    match (rule, shards) {
+        (Rule::Adafactor { .. }, _) => Tables::new(segments).bytes(),
+        (_, Some(shards)) => most_own_chunks(segments, shards) * size_of::<UpdateChunk>() + whole(),
+        _ => whole(),
     }
+}
+
+/// The most chunks that any rank's shard has.
+pub(super) fn most_own_chunks(segments: &[Segment], shards: &Shards) -> usize {
+    shards.shard().div_ceil(CHUNK) + segments.len() + 2 * shards.buckets()
 }
 
 impl Table {
     /// Fills the arena. If the plan did not include an optimiser, allocates the arena now.
     fn new(cuda: &mut Cuda, update: &Update) -> Result<Self> {
-        let bytes = update_bytes(update.rule, update.segments);
+        let bytes = update_bytes(update.rule, update.segments, None);
         if cuda.arena(Arena::Update).bytes < bytes {
             cuda.arenas[Arena::Update as usize] = cuda.gpu.allocate(bytes)?;
         }
@@ -190,12 +204,25 @@ impl Table {
             tables.place(gpu, at)?;
             TableKind::Tensors(tables)
         } else {
-            let chunks = chunks(update.segments);
+            let chunks = chunks(update.segments, &Piece::whole(update.segments));
             gpu.upload(at, bytemuck::cast_slice(&chunks))?;
             TableKind::Chunks(chunks.len())
         };
         Ok(Self { segments: update.segments.to_vec(), kind })
     }
+}
+
+/// The length of the table of chunks.
+pub(super) fn own_chunks(cuda: &Cuda) -> usize {
+    match cuda.update.table.as_ref().map(|table| &table.kind) {
+        Some(TableKind::Chunks(count)) => *count,
+        _ => 0,
+    }
+}
+
+/// Uses a table that is in [`Arena::Update`] already.
+pub(super) fn set_table(cuda: &mut Cuda, segments: &[Segment], count: usize) {
+    cuda.update.table = Some(Table { segments: segments.to_vec(), kind: TableKind::Chunks(count) });
 }
 
 /// A constant that multiplies the stored first moment: JAX converts it to the moment's type first.
@@ -266,18 +293,26 @@ pub(super) fn update(cuda: &mut Cuda, update: &Update) -> Result<()> {
         cuda.update.table = Some(Table::new(cuda, update)?);
     }
     let cuda = &*cuda;
-    let constants = cuda.update.constants();
-    prepare(cuda, update)?;
-    let buffers = update_buffers(cuda, update);
-    let rule = rule_constants(&update.rule);
+    match &cuda.reduction {
+        None => prepare(cuda, update)?,
+        Some(reduction) => reduction.prepare(cuda, update)?,
+    }
     let Table { kind, .. } = cuda.update.table.as_ref().expect("made above");
     let (table, count) = match kind {
         TableKind::Chunks(count) => (cuda.arena(Arena::Update).address, *count),
-        TableKind::Tensors(tables) => return tables.update(cuda, update, constants, buffers, rule),
+        TableKind::Tensors(tables) => {
+            let (buffers, rule) = (update_buffers(cuda, update), rule_constants(&update.rule));
+            return tables.update(cuda, update, cuda.update.constants(), buffers, rule);
+        }
     };
-    if count == 0 {
-        return Ok(());
+    if count > 0 {
+        pass(cuda, update, table, count)?;
     }
+    cuda.reduction.as_ref().map_or(Ok(()), |reduction| reduction.give_weights(cuda))
+}
+
+/// The pass over all chunks of a table.
+fn pass(cuda: &Cuda, update: &Update, table: Address, count: usize) -> Result<()> {
     let kernel = match update.rule {
         Rule::Sgd { bf16: false, .. } => kernel!("update_sgd_f32"),
         Rule::Sgd { .. } => kernel!("update_sgd_bf16"),
@@ -289,12 +324,12 @@ pub(super) fn update(cuda: &mut Cuda, update: &Update) -> Result<()> {
     };
     let blocks = count.min(UPDATE_BLOCKS * cuda.properties().multiprocessors as usize) as u32;
     let args = UpdateArgs {
-        update: constants,
-        buffers,
+        update: cuda.update.constants(),
+        buffers: update_buffers(cuda, update),
         chunks: table,
         count: count as u32,
         groups: cuda.step_params.rates(),
-        rule,
+        rule: rule_constants(&update.rule),
     };
     cuda.launch(kernel, [blocks, 1, 1], 0, &args)
 }
@@ -308,11 +343,23 @@ fn prepare(cuda: &Cuda, update: &Update) -> Result<()> {
     let partials = cuda.update.partials();
     let args = GradientSquaresArgs { grads: grads.address, count: count as u64, partials };
     cuda.launch(kernel!("gradient_squares"), [blocks, 1, 1], 8 * 8, &args)?;
+    decide(cuda, update, (partials, blocks as usize), (0, 0))
+}
+
+/// From parts of the squares' sum to the norm, the clip factor, whether to skip, and the largest signal.
+pub(super) fn decide(
+    cuda: &Cuda,
+    update: &Update,
+    (partials, count): (Address, usize),
+    (signals, ranks): (Address, usize),
+) -> Result<()> {
     let args = UpdatePrepareArgs {
         params: cuda.step_params.address(),
         report: cuda.update.sums(),
         partials,
-        count: blocks,
+        signals,
+        count: count as u32,
+        ranks: ranks as u32,
         constants: update_constants(update),
         out: cuda.update.constants(),
     };

@@ -181,6 +181,7 @@ fn train_on(thread: Thread, rule: Rule, gradients: &[Vec<f32>]) -> Left {
     let pieces = shards.pieces(&segments(), rank);
     let group = Group {
         ranks: Box::new(thread),
+        comm: None,
         shards: shards.clone(),
         is_sharded,
         segments: segments(),
