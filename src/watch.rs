@@ -141,6 +141,16 @@ pub(crate) fn current() -> Option<Arc<Standing>> {
     CURRENT.with_borrow(Clone::clone)
 }
 
+/// From now on this thread works for the run with this standing.
+pub(crate) fn work_for(standing: Option<Arc<Standing>>) {
+    CURRENT.set(standing);
+}
+
+/// Reports progress of work for which the run waits in `stage`.
+pub(crate) fn progress(stage: Stage) {
+    CURRENT.with_borrow(|standing| standing.iter().for_each(|standing| standing.progress(stage)));
+}
+
 /// Notes that this thread's run is in `stage` until the result is dropped. Does nothing without a [`Watch`].
 pub(crate) fn enter(stage: Stage) -> Entered {
     let standing = current();

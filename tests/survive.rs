@@ -124,7 +124,7 @@ fn a_read_that_hangs_ends_the_run_with_a_sentence() {
         copy(Path::new(stripes()), Path::new(&data));
         let out = path(&format!("hung-{count}"));
         let place = format!("data.train={data}");
-        let args = run(&out, &[&place, "train.timeout=2"]);
+        let args = run(&out, &[&place, "train.timeout=5"]);
         let child = match count {
             1 => start(command(&args)),
             _ => start(match ranks(&[(2, &args)]) {
@@ -149,7 +149,7 @@ fn a_read_that_hangs_ends_the_run_with_a_sentence() {
 #[test]
 fn a_rank_that_stands_still_is_named_by_the_others() {
     let out = path("still");
-    let Some(command) = ranks(&[(2, &run(&out, &["train.steps=4000", "train.timeout=2"]))]) else { return };
+    let Some(command) = ranks(&[(2, &run(&out, &["train.steps=4000", "train.timeout=5"]))]) else { return };
     let mut child = start(command);
     until("a checkpoint", LONG, || has_saved(&out));
     kill_process(process(1, &out).expect("rank 1 is running"), Signal::STOP).unwrap();
@@ -212,6 +212,40 @@ fn ranks_on_a_full_disk_keep_a_whole_checkpoint_and_train_on() {
     let want = unbroken("not-full");
     vitrum(&run(&rescued, &[])).ok().says(&["from checkpoints/step-2"]);
     assert!(result(&rescued).0[0] == want.0[0], "the weights of an unbroken run");
+}
+
+#[test]
+fn a_folder_that_becomes_read_only_costs_checkpoints_and_not_the_run() {
+    let (disk, rescued) = (path("read-only"), path("read-only-rescued"));
+    fs::create_dir_all(&disk).unwrap();
+    let length = ["train.steps=600", "train.eval_every=600"];
+    let program = command(&run(&format!("{disk}/run"), &length));
+    let script = format!(
+        "mount -t tmpfs none {disk} && mkdir -p {disk}/run/checkpoints && cd {disk} \
+         && mount --bind run/checkpoints run/checkpoints || exit 77; \
+         \"$0\" \"$@\" & pid=$!; \
+         while kill -0 $pid && [ ! -e run/checkpoints/last ]; do sleep 0.02; done; \
+         mount -o remount,bind,ro run/checkpoints || exit 77; \
+         wait $pid; code=$?; cp -a run {rescued}; exit $code"
+    );
+    let mut shell = Command::new("unshare");
+    shell.args(["-rm", "bash", "-c", &script]).arg(program.get_program()).args(program.get_args());
+    shell.envs(program.get_envs().filter_map(|(key, value)| Some((key, value?))));
+    let done = finish(shell);
+    if done.code == 77 || done.stderr.contains("unshare failed") {
+        println!("skipped: this machine does not let a test make a folder read-only: {}", done.stderr);
+        return;
+    }
+    done.exits(1).says(&[
+        "warning: checkpoint at step ",
+        "Read-only file system",
+        "training goes on, the last whole checkpoint is ",
+        "step 600/600",
+        "error: checkpoint at step 600: ",
+        "train --resume ",
+    ]);
+    vitrum(&run(&rescued, &length)).ok().says(&["resume   from checkpoints/step-"]);
+    assert_eq!(fs::read_link(Path::new(&rescued).join("checkpoints/last")).unwrap(), Path::new("step-600"));
 }
 
 #[test]

@@ -162,11 +162,18 @@ impl Loader {
         };
         let feed = Arc::new(Mutex::new(Feed { free: free_slots, position, ended: false }));
         let filler = Filler::new(dataset, spec, delivery, order, stop.clone(), bad.clone());
+        let standing = watch::current();
         let start = |filler: Arc<Filler>| -> Result<Vec<_>> {
             let lane = |i: usize| {
                 let (filler, feed, done) = (filler.clone(), feed.clone(), done.clone());
+                let standing = standing.clone();
                 let thread = std::thread::Builder::new().name(format!("batches-{i}"));
-                thread.spawn(move || lane(&filler, &feed, &done)).map_err(|e| fill::threads(lanes, &e))
+                thread
+                    .spawn(move || {
+                        watch::work_for(standing);
+                        lane(&filler, &feed, &done)
+                    })
+                    .map_err(|e| fill::threads(lanes, &e))
             };
             // One lane is slower than two but makes the same batches.
             let mut running = vec![lane(0)?];

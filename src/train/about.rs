@@ -12,6 +12,11 @@ pub fn made_by() -> String {
     option_env!("VITRUM_COMMIT").map_or(version.into(), |commit| format!("{version} ({commit})"))
 }
 
+/// The bytes of the running program, or its name where they cannot be read: ranks must run the same one.
+pub fn program() -> Vec<u8> {
+    std::fs::read("/proc/self/exe").unwrap_or_else(|_| made_by().into())
+}
+
 /// The facts for `checkpoint.json`: the weights' metadata, plus command, machine and time, which may differ after
 /// a resume.
 pub fn facts(meta: &CheckpointMeta) -> Value {

@@ -160,6 +160,9 @@ impl Run {
         let digest = data.digest();
         let ranks = (group.size > 1).then_some(group.size);
         let now = Now { recipe: &recipe, data: &data, digest: &digest, accept, ranks };
+        if group.size > 1 {
+            group.agree("a program", &about::program())?;
+        }
         group.agree("a recipe", recipe.to_toml_of("").as_bytes())?;
         group.agree("data", format!("{digest:?}").as_bytes())?;
         let (mut state, mut notes) = (None, Vec::new());

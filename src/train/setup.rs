@@ -227,8 +227,7 @@ impl Setup {
         group: &Collective,
     ) -> Result<Self> {
         let weights = class_weights::of_list(recipe)?;
-        let device = if backend.storage().has_device_memory() { Device::Cuda(0) } else { Device::Cpu };
-        let recipe = ranks::settle(recipe.clone().in_chunks(), group, device)?;
+        let recipe = ranks::settle(recipe.clone().in_chunks(), group)?;
         let mut recipe = resolve_for_device(recipe, &*backend, data, group.size)?;
         ranks::same_micro_batch(&mut recipe, group)?;
         let mut setup = Self::with(backend, recipe, data, weights)?;

@@ -15,6 +15,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 use super::{Dataset, Records, locate};
 use crate::data::shard::Shard;
 use crate::data::source::Item;
+use crate::watch::{self, Stage};
 
 /// Larger packed sets are compared in the background.
 const AT_ONCE: usize = 1 << 30;
@@ -88,7 +89,10 @@ impl Dataset {
     pub fn verified(&self) -> crate::error::Result<()> {
         match &self.records {
             _ if self.chosen.is_some() => Ok(()),
-            Records::Packed { shards, .. } => shards.iter().try_for_each(Shard::verify),
+            Records::Packed { shards, .. } => shards.iter().try_for_each(|shard| {
+                watch::progress(Stage::Loader);
+                shard.verify()
+            }),
             Records::Listed { .. } => Ok(()),
             Records::Mixture { parts, .. } => parts.iter().try_for_each(|(part, _)| part.verified()),
         }
