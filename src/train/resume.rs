@@ -151,7 +151,7 @@ impl Now<'_> {
 }
 
 /// Whether evaluations before and after the resume cannot be compared.
-pub(super) fn other_evaluation(state: &RunState, now: &Recipe) -> Result<bool> {
+fn other_evaluation(state: &RunState, now: &Recipe) -> Result<bool> {
     Ok(differences(state, now)?.iter().any(is_evaluation))
 }
 

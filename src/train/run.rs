@@ -553,12 +553,3 @@ fn gpu_line(health: Health) -> GpuLine {
         throttled: health.throttled,
     }
 }
-
-/// The state of a run that continues with `recipe`. If evaluations can no longer be compared, the best one is
-/// forgotten.
-fn go_on(mut state: RunState, recipe: &Recipe) -> Result<RunState> {
-    if resume::other_evaluation(&state, recipe)? {
-        (state.best, state.stale_evals) = (None, 0);
-    }
-    Ok(state)
-}

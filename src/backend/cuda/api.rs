@@ -80,7 +80,6 @@ library! {
         fn cuDeviceGet(device: *mut cu::CUdevice, ordinal: c_int) -> Code;
         fn cuDeviceGetAttribute(value: *mut c_int, attribute: cu::CUdevice_attribute, device: cu::CUdevice) -> Code;
         fn cuDeviceGetCount(count: *mut c_int) -> Code;
-        fn cuDeviceGetPCIBusId(place: *mut c_char, bytes: c_int, device: cu::CUdevice) -> Code;
         fn cuDeviceGetName(name: *mut c_char, bytes: c_int, device: cu::CUdevice) -> Code;
         fn cuDevicePrimaryCtxRelease_v2(device: cu::CUdevice) -> Code;
         fn cuDevicePrimaryCtxRetain(context: *mut cu::CUcontext, device: cu::CUdevice) -> Code;

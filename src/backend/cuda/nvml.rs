@@ -3,11 +3,11 @@
 //! It is opened at run time. Where it is missing, or does not know the GPU (some containers, vGPUs), there is
 //! nothing to report, and nothing else changes. Codes are integers on this side, as for CUDA.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulonglong, c_void};
 
 use libloading::Library;
 
-use super::api;
+use super::device;
 use crate::backend::Health;
 
 type Code = c_int;
@@ -50,20 +50,14 @@ impl Nvml {
     pub(super) fn open(ordinal: usize) -> Option<Self> {
         // SAFETY: loading NVIDIA's libraries runs their initialisers, which is what every program for GPUs does.
         let library: &'static Library = Box::leak(Box::new(unsafe { Library::new(NAME) }.ok()?));
-        let mut device = 0;
-        let mut place: [c_char; 32] = [0; 32];
+        let place = CString::new(device::pci_address(ordinal).ok()?).ok()?;
         let mut gpu: Handle = std::ptr::null_mut();
-        // SAFETY: nvml.h declares both functions so; the driver writes at most 32 bytes with a NUL, and `gpu` is a
-        // valid out-pointer.
+        // SAFETY: nvml.h declares both functions so; `gpu` is a valid out-pointer.
         unsafe {
             let init: unsafe extern "C" fn() -> Code = *library.get(b"nvmlInit_v2\0").ok()?;
             let find: unsafe extern "C" fn(*const c_char, *mut Handle) -> Code =
                 *library.get(b"nvmlDeviceGetHandleByPciBusId_v2\0").ok()?;
-            if api::driver().cuDeviceGet(&mut device, ordinal as c_int) != 0
-                || api::driver().cuDeviceGetPCIBusId(place.as_mut_ptr(), place.len() as c_int, device) != 0
-                || init() != 0
-                || find(CStr::from_ptr(place.as_ptr()).as_ptr(), &mut gpu) != 0
-            {
+            if init() != 0 || find(place.as_ptr(), &mut gpu) != 0 {
                 return None;
             }
         }
