@@ -363,13 +363,17 @@ mod tests {
 
     const ID: Id = Id([7; 128]);
 
-    /// Rank `rank` of `size`, in a thread; `gpu` is its GPU's number. Returns the id, or the error's message.
+    /// Rank `rank` of `size`; `gpu` is its GPU's number. Returns the id, or the error's message.
     fn meet(out: &Path, rank: usize, size: usize, gpu: usize) -> Result<Id, String> {
-        let launch = launch(rank, size);
+        meet_as(out, launch(rank, size), gpu, ID)
+    }
+
+    fn meet_as(out: &Path, launch: Launch, gpu: usize, own: Id) -> Result<Id, String> {
+        let Launch { rank, size, .. } = launch;
         let mut way = Rendezvous::new(&launch, out, place(gpu)).map_err(|e| e.message().to_string())?;
         way.limit = Duration::from_millis(1500);
         let go = |way: &mut Rendezvous| -> Result<Id> {
-            let id = way.id(|| Ok(ID))?;
+            let id = way.id(|| Ok(own))?;
             // Connected once rank 0 has heard that of all, as with NCCL.
             let all = |way: &Rendezvous| {
                 (1..size).all(|r| way.read::<Member>(&member(r)).is_some_and(|member| member.connects))
@@ -444,6 +448,26 @@ mod tests {
         for told in all(dir.path(), &[0, 3, 3]) {
             assert_eq!(told.unwrap_err(), "ranks 1 and 2 both have the GPU 0000:03:00.0 of here");
         }
+    }
+
+    #[test]
+    fn two_starts_in_one_directory_do_not_mix() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path();
+        // The directory's lock then lets only one of them work there.
+        std::thread::scope(|scope| {
+            let ranks: Vec<_> = [(Launcher::Torchrun, 1u8), (Launcher::Slurm, 2)]
+                .into_iter()
+                .flat_map(|(launcher, start)| (0..3).map(move |rank| (launcher, start, rank)))
+                .map(|(launcher, start, rank)| {
+                    let launch = Launch { launcher, ..launch(rank, 3) };
+                    (start, scope.spawn(move || meet_as(out, launch, rank, Id([start; 128]))))
+                })
+                .collect();
+            for (start, rank) in ranks {
+                assert_eq!(rank.join().unwrap(), Ok(Id([start; 128])));
+            }
+        });
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A communicator never blocks the host. Each call may still be in progress when it returns, and is polled until it is
 //! done; an error of another rank is seen by polling, too ([`Comm::check`]), because the GPU itself would wait for ever.
 //!
-//! The end has an order. NCCL destroys a communicator only after every graph that uses it: a [`super::driver::Graph`]
+//! The end has an order. NCCL destroys a communicator only after every graph that uses it: a graph
 //! keeps its communicators. After a failure nothing is destroyed at all ([`has_failed`]): NCCL and the driver would wait
 //! for work that can never finish. The process then ends by [`exit_now`].
 
