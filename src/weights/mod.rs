@@ -267,9 +267,11 @@ fn metadata(
     ]))
 }
 
-/// A file of [`save`] before the values are known, and the fixed table in it, if it has one: its name and its
-/// values.
-pub fn outline(config: &ModelConfig, meta: &CheckpointMeta) -> Result<(Outline, Option<(String, Vec<f32>)>)> {
+/// The name and the values of a tensor that no parameter holds.
+pub type Table = (String, Vec<f32>);
+
+/// A file of [`save`] before the values are known, and the fixed table in it, if it has one.
+pub fn outline(config: &ModelConfig, meta: &CheckpointMeta) -> Result<(Outline, Option<Table>)> {
     let metadata = metadata(config, true, meta).at("the weights' metadata")?;
     let layout = ParamLayout::new(config, |_| false);
     let shapes: BTreeMap<&str, &[usize]> =
