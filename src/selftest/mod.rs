@@ -13,6 +13,7 @@
 
 mod apart;
 mod attention;
+mod group;
 mod harness;
 mod head;
 mod matmul;
@@ -83,6 +84,7 @@ fn cases() -> Vec<Case> {
         attention::cases(),
         head::cases(),
         update::cases(),
+        group::cases(),
     ];
     // The cases of an operation are adjacent; operations are in the order of their first case.
     for (group, cases) in groups.iter_mut().enumerate() {

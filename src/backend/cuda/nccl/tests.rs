@@ -260,7 +260,7 @@ fn failure_of_another(rank: &Rank) {
     let comm = rank.join(&gpu);
     let from = upload(&gpu, &rank.values(rank.rank));
     let event = gpu.new_event().unwrap();
-    let mut sum = || {
+    let sum = || {
         comm.group(&gpu, Stream::Communication, |group| {
             group.all_reduce(from.address, from.address, COUNT, F32, Reduction::Sum)
         })?;
