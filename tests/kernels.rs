@@ -14,7 +14,7 @@ use vitrum::backend::cuda::images::{KERNELS, TARGETS};
 
 /// Kernels of each source, counting every instance. An instance costs machine code for each target, build
 /// time, and a row in each table, so a new one must be listed here.
-const INSTANCES: [(&str, usize); 21] = [
+const INSTANCES: [(&str, usize); 22] = [
     ("activation", 14),
     ("adafactor", 6),
     ("attention_backward", 16),
@@ -31,6 +31,7 @@ const INSTANCES: [(&str, usize); 21] = [
     ("pool", 6),
     ("product", 8),
     ("query_attention", 6),
+    ("ranks", 5),
     ("report", 3),
     ("residual", 11),
     ("rotate", 2),

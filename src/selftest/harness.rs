@@ -354,6 +354,11 @@ impl<'a> Trial<'a> {
         self.images.push((arena, bytes));
     }
 
+    /// Makes an arena of this size, zeroed, that the case does not look at.
+    pub(super) fn reserve(&mut self, arena: Arena, bytes: usize) {
+        self.plan.set_bytes(arena, bytes);
+    }
+
     // Running ---------------------------------------------------------------------------------------------------
 
     /// The keys and the micro-batch of the case; call before [`Trial::mask`] and [`Trial::start`].

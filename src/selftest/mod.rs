@@ -14,6 +14,7 @@
 mod apart;
 mod attention;
 mod gated;
+mod group;
 mod harness;
 mod head;
 mod matmul;
@@ -85,6 +86,7 @@ fn cases() -> Vec<Case> {
         gated::cases(),
         head::cases(),
         update::cases(),
+        group::cases(),
     ];
     // The cases of an operation are adjacent; operations are in the order of their first case.
     for (group, cases) in groups.iter_mut().enumerate() {

@@ -4,8 +4,8 @@ use super::*;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cpu::compute::{Compute, Isa};
 use crate::backend::{
-    Arena, Body, Dtype, InputGrad, Join, Mat, MemoryPlan, Micro, Op, Slot, SlotLayout, StepKeys, StepReport,
-    Storage, Update, Write,
+    Arena, Body, Dtype, Group, InputGrad, Join, Mat, MemoryPlan, Micro, Op, Slot, SlotLayout, StepKeys,
+    StepReport, Storage, Update, Write,
 };
 
 fn cpu(isa: Isa, threads: usize) -> Result<Box<dyn Backend>> {
@@ -106,6 +106,7 @@ fn a_perturbed_value_is_found_in_every_operation() {
         "loss sigmoid",
         "update sgd",
         "update adafactor",
+        "update in a group",
     ];
     for operation in operations {
         let results = broken(Fault::Perturbed, operation);
@@ -210,6 +211,18 @@ impl Backend for Broken {
     }
     fn read_arena(&mut self, arena: Arena) -> Result<Vec<u8>> {
         self.inner.read_arena(arena)
+    }
+    fn join(&mut self, group: Group) -> Result<()> {
+        self.inner.join(group)
+    }
+    fn tell_signal(&mut self, signal: i32) {
+        self.inner.tell_signal(signal);
+    }
+    fn gradients_done(&mut self, from: usize) -> Result<()> {
+        self.inner.gradients_done(from)
+    }
+    fn gather_ema(&mut self) -> Result<()> {
+        self.inner.gather_ema()
     }
     fn algorithms(&self) -> Vec<String> {
         self.inner.algorithms()

@@ -50,7 +50,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-fn rules() -> Vec<Rule> {
+pub(super) fn rules() -> Vec<Rule> {
     let mut rules = Vec::new();
     for bf16 in [false, true] {
         rules.extend([
@@ -78,14 +78,14 @@ fn operation(rule: Rule) -> &'static str {
     }
 }
 
-fn is_bf16(rule: Rule) -> bool {
+pub(super) fn is_bf16(rule: Rule) -> bool {
     match rule {
         Rule::Sgd { bf16, .. } | Rule::Adam { bf16, .. } => bf16,
         Rule::Lion { bf16, .. } | Rule::Adafactor { bf16, .. } => bf16,
     }
 }
 
-fn name(rule: Rule) -> String {
+pub(super) fn name(rule: Rule) -> String {
     let form = match rule {
         Rule::Sgd { nesterov: true, .. } => "nesterov",
         Rule::Sgd { .. } => "momentum",
@@ -98,17 +98,17 @@ fn name(rule: Rule) -> String {
 }
 
 #[derive(Clone, Copy)]
-struct Setting {
+pub(super) struct Setting {
     t: u64,
     clip: Clip,
     ema: Option<f64>,
     gradient: Gradient,
-    more: More,
+    pub(super) more: More,
 }
 
 /// Tensors besides the usual ones.
 #[derive(Clone, Copy)]
-enum More {
+pub(super) enum More {
     None,
     /// More than a GPU has blocks for.
     Tensors,
@@ -131,6 +131,12 @@ enum Gradient {
 }
 
 impl Setting {
+    /// A later step, clipped, with an average.
+    pub(super) fn in_a_group() -> Self {
+        let (clip, ema) = (Clip::Optax(1.0), Some(0.9));
+        Setting { t: 7, clip, ema, gradient: Gradient::Normal, more: More::None }
+    }
+
     fn title(&self, rule: Rule) -> String {
         let gradient = match self.gradient {
             Gradient::Normal => "",
@@ -160,7 +166,7 @@ const FROZEN: usize = 64;
 const GROUPS: [GroupScalars; 2] =
     [GroupScalars { lr: 0.25, decay: 0.03125 }, GroupScalars { lr: 0.0625, decay: 0.0 }];
 
-fn segments(more: More) -> Vec<Segment> {
+pub(super) fn segments(more: More) -> Vec<Segment> {
     let view = |outer, rows, cols, outer_stride, row_stride, col_stride, factored| Factor {
         outer,
         rows,
@@ -223,17 +229,17 @@ fn places(f: Factor) -> impl Iterator<Item = (usize, usize, usize)> {
 
 /// The flat buffers, in float64.
 #[derive(Clone)]
-struct Buffers {
-    params: Vec<f64>,
-    grads: Vec<f64>,
-    moment1: Vec<f64>,
-    moment2: Vec<f64>,
-    ema: Vec<f64>,
+pub(super) struct Buffers {
+    pub(super) params: Vec<f64>,
+    pub(super) grads: Vec<f64>,
+    pub(super) moment1: Vec<f64>,
+    pub(super) moment2: Vec<f64>,
+    pub(super) ema: Vec<f64>,
 }
 
 impl Buffers {
     /// Plausible contents before update `t`; padding is zero.
-    fn new(t: &mut Trial, rule: Rule, segments: &[Segment], s: Setting) -> Self {
+    pub(super) fn new(t: &mut Trial, rule: Rule, segments: &[Segment], s: Setting) -> Self {
         let n = segments.last().map_or(0, |s| s.grad + s.len);
         let scale = match s.gradient {
             Gradient::Normal => 1.0,
@@ -266,7 +272,7 @@ impl Buffers {
         Self { params: with_frozen(weights), grads, moment1, moment2, ema }
     }
 
-    fn place(&self, t: &mut Trial, rule: Rule) {
+    pub(super) fn place(&self, t: &mut Trial, rule: Rule) {
         let f32s =
             |values: &[f64]| values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect::<Vec<u8>>();
         t.arena(Arena::Params, f32s(&self.params));
@@ -283,7 +289,7 @@ impl Buffers {
     }
 
     /// The device's current contents.
-    fn take(t: &mut Trial, rule: Rule) -> Result<Self> {
+    pub(super) fn take(t: &mut Trial, rule: Rule) -> Result<Self> {
         let mut now = |arena| -> Result<Vec<u8>> {
             t.may_change(arena);
             t.arena_now(arena)
@@ -324,7 +330,7 @@ fn clip_factor(clip: Clip, norm: f64) -> f64 {
 }
 
 /// One update of all tensors in float64; moments are not rounded.
-fn reference(b: &mut Buffers, rule: Rule, segments: &[Segment], s: Setting) -> f64 {
+pub(super) fn reference(b: &mut Buffers, rule: Rule, segments: &[Segment], s: Setting) -> f64 {
     let norm = b.grads.iter().map(|g| g * g).sum::<f64>().sqrt();
     let clip = clip_factor(s.clip, norm);
     // JAX converts a constant that multiplies a bf16 moment to bf16.
@@ -419,7 +425,7 @@ fn adafactor_direction(
 
 // Cases ----------------------------------------------------------------------------------------------------------
 
-fn request<'a>(rule: Rule, segments: &'a [Segment], s: Setting) -> Update<'a> {
+pub(super) fn request<'a>(rule: Rule, segments: &'a [Segment], s: Setting) -> Update<'a> {
     let (clip, clip_torch) = match s.clip {
         Clip::None => (None, false),
         Clip::Optax(max) => (Some(max), false),
@@ -450,8 +456,7 @@ fn update(t: &mut Trial, rule: Rule, s: Setting) -> Result<()> {
     let got = Buffers::take(t, rule)?;
 
     if is_bf16(rule) {
-        let moments = expected.moment1.iter_mut().zip(&got.moment1);
-        moments.for_each(|(expected, got)| *expected = rounded_to_bf16(*expected, *got));
+        rounded_like(&mut expected.moment1, &got.moment1);
     }
     for segment in &segments {
         let params = segment.param..segment.param + segment.len;
@@ -505,6 +510,11 @@ fn update(t: &mut Trial, rule: Rule, s: Setting) -> Result<()> {
         t.expect(&format!("padding of `{}` stays zero", segment.name), zero);
     }
     Ok(())
+}
+
+/// The bf16 values of exact ones, where the device has these.
+pub(super) fn rounded_like(exact: &mut [f64], got: &[f64]) {
+    exact.iter_mut().zip(got).for_each(|(exact, got)| *exact = rounded_to_bf16(*exact, *got));
 }
 
 /// The bf16 value of `exact`; if it is near the middle of two, the one that the device chose.

@@ -164,7 +164,7 @@ pub(super) fn gather_rows(cpu: &mut CpuBackend, rows: Mat) -> Result<()> {
 pub(super) fn gather_ema(cpu: &mut CpuBackend) -> Result<()> {
     let Some(reduction) = cpu.reduction.as_mut().filter(|r| r.group.is_sharded) else { return Ok(()) };
     let a = cpu.arenas.for_exchange();
-    let mut ema = &a.ema[..];
+    let mut ema = a.ema;
     for own in reduction.group.shards.own(reduction.group.ranks.rank()) {
         let (part, rest) = ema.split_at(own.len());
         a.grads[own].copy_from_slice(part);
