@@ -7,7 +7,8 @@
 
 Weak scaling: every rank has `--batch` samples, however many there are. Each number of ranks is timed `--repeats` times, in turn, and
 medians are compared. The plan gets the speed of one rank alone (`--measured`); its step of N ranks is then a prediction, which has to
-be within `--within` of the measured one (15 % by default), else the script ends with 1. On a CPU, the machine has to be quiet: the
+be within `--within` of the measured one (15 % by default), else the script ends with 1. *Beside others* is the step of each rank by
+itself, all at the same time, over the common step: what communication alone costs, without what ranks take from each other. On a CPU, the machine has to be quiet: the
 script writes the load that it found before it began. Needs Open MPI's mpirun. The curve is drawn where matplotlib is installed.
 """
 import argparse
@@ -67,7 +68,7 @@ def predicted(args, ranks, alone):
 
 
 def table(rows):
-    head = ["ranks", "batch", "ms/step", "of plan", "off by, %", "img/s", "efficiency, %", "of plan, %"]
+    head = ["ranks", "batch", "ms/step", "of plan", "off by, %", "img/s", "efficiency, %", "beside others, %", "of plan, %"]
     cells = [head, ["---"] * len(head)]
     for row in rows:
         cells.append(
@@ -79,6 +80,7 @@ def table(rows):
                 f"{100 * row['off_by']:+.1f}",
                 f"{row['img_per_s']:.1f}",
                 f"{100 * row['efficiency']:.1f}",
+                f"{100 * row['efficiency_beside']:.1f}",
                 f"{100 * row['plan_efficiency']:.1f}",
             ]
         )
@@ -154,6 +156,8 @@ def main():
                 "all_ms_per_step": [one["ms_per_step"] for one in runs[count]],
                 "img_per_s": run_["img_per_s"],
                 "efficiency": run_["img_per_s"] / count / middle[0]["img_per_s"],
+                # The same step of each rank by itself, while the others do the same, over the common step.
+                "efficiency_beside": (run_["row"] or {"efficiency": 1.0})["efficiency"],
                 "plan_ms_per_step": plan["ms_per_step"],
                 "plan_img_per_s": plan["img_per_s"],
                 "plan_efficiency": plan["efficiency"],
