@@ -39,16 +39,16 @@ impl MetricsFile {
 
     pub fn step(&mut self, line: &StepLine) -> Result<()> {
         self.write(line)?;
-        self.to_events(line.step, "train", line)
+        self.pass_on(line.step, "train", line)
     }
 
     pub fn eval(&mut self, line: &EvalLine) -> Result<()> {
         self.write(&json!({ "step": line.step, "eval": line }))?;
-        self.to_events(line.step, "val", line)
+        self.pass_on(line.step, "val", line)
     }
 
     /// Every number of a line as a scalar, `train/loss` or `val/ema/top1`.
-    fn to_events(&mut self, step: u64, group: &str, line: &impl Serialize) -> Result<()> {
+    fn pass_on(&mut self, step: u64, group: &str, line: &impl Serialize) -> Result<()> {
         let Some(events) = &mut self.events else { return Ok(()) };
         let mut values = Vec::new();
         let line = serde_json::to_value(line).expect("a line of numbers is JSON");
