@@ -310,7 +310,7 @@ mod tests {
                 let value = if whole { value.to_string() } else { format!("{value:?}") };
                 let set = format!("{}={value}", setting.key);
                 let name = setting.key.split('.').nth(1).unwrap();
-                match Recipe::read(Some("demo"), &[set.clone()]) {
+                match Recipe::read(Some("demo"), std::slice::from_ref(&set)) {
                     Err(error) if error.message().contains(name) => tried += 1,
                     Err(error) => wrong.push(format!("{set}: {error}")),
                     Ok(_) => wrong.push(format!("{set} is accepted")),

@@ -44,12 +44,12 @@ impl MetricsFile {
 
     pub fn step(&mut self, line: &StepLine) {
         self.write(line);
-        self.to_events(line.step, "train", line);
+        self.pass_on(line.step, "train", line);
     }
 
     pub fn eval(&mut self, line: &EvalLine) {
         self.write(&json!({ "step": line.step, "eval": line }));
-        self.to_events(line.step, "val", line);
+        self.pass_on(line.step, "val", line);
     }
 
     pub fn spike(&mut self, line: &SpikeLine) {
@@ -61,7 +61,7 @@ impl MetricsFile {
     }
 
     /// Every number of a line as a scalar, `train/loss` or `val/ema/top1`.
-    fn to_events(&mut self, step: u64, group: &str, line: &impl Serialize) {
+    fn pass_on(&mut self, step: u64, group: &str, line: &impl Serialize) {
         let Some(events) = &mut self.events else { return };
         let mut values = Vec::new();
         let line = serde_json::to_value(line).expect("a line of numbers is JSON");

@@ -53,7 +53,7 @@ pub(super) fn number(value: f64) -> String {
     match value.abs() {
         _ if !value.is_finite() => "-".into(),
         0.0 => "0".into(),
-        v if v >= 1e6 || v < 1e-3 => format!("{value:.2e}"),
+        v if !(1e-3..1e6).contains(&v) => format!("{value:.2e}"),
         v if v >= 1000.0 => {
             let sign = if value < 0.0 { "-" } else { "" };
             format!("{sign}{}", format::thousands(v.round() as u64))

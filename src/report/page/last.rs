@@ -30,7 +30,7 @@ pub(super) fn sections(details: &Details) -> String {
         text += "<h2 id=\"worst\">Most wrongly predicted</h2>\n<p class=\"soft\">The validation pictures whose true class \
                  got the least probability, as the model saw them. A wrong label is a common reason.</p>\n";
         let pictures: String = details.worst.iter().map(|wrong| picture(details, wrong)).collect();
-        write!(text, "<ul class=\"pictures\">{pictures}</ul>\n").unwrap();
+        writeln!(text, "<ul class=\"pictures\">{pictures}</ul>").unwrap();
     }
     text
 }

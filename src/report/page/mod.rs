@@ -78,7 +78,7 @@ impl RunPage {
     pub fn html(&self) -> String {
         let details = &self.details;
         let mut body = format!("<h1>{}</h1>\n", escape(&self.name));
-        write!(body, "<p class=\"soft\">After {} updates.</p>\n", format::thousands(self.history.steps()))
+        writeln!(body, "<p class=\"soft\">After {} updates.</p>", format::thousands(self.history.steps()))
             .unwrap();
         let classes = last::sections(details);
         let mut parts = vec![("curves", "Curves")];
