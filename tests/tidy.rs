@@ -191,9 +191,9 @@ fn forward_and_backward_lie_side_by_side() {
 
 /// The numbered steps of each function that has any. Every operation of such a function must have a number.
 fn passes(path: &str) -> BTreeMap<String, Vec<Step>> {
-    // Attention is a step of a block and has its own steps.
-    let head = Regex::new(r"^(?:pub\(super\) fn (attention)|fn (\w+))").unwrap();
-    let call = Regex::new(r"\b(?:b\.(\w+)|recompute::(matmul)_gelu)\(|^    (attention)\(").unwrap();
+    // Attention and MLP are steps of a block and have their own steps.
+    let head = Regex::new(r"^(?:pub\(super\) fn (attention|mlp)|fn (\w+))").unwrap();
+    let call = Regex::new(r"\b(?:b\.(\w+)|recompute::(matmul)_gelu)\(|^    (attention|mlp)\(").unwrap();
     let number = Regex::new(r"// (\d+)$").unwrap();
     let mut functions: BTreeMap<String, Vec<Step>> = BTreeMap::new();
     let (mut function, mut open) = (None, None);

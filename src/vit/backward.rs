@@ -94,8 +94,8 @@ fn map_head(b: &mut dyn Backend, m: &MapHead, g: &Graph) -> Result<()> {
 /// return, `s` holds those of its input.
 fn block(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     let above = &a.above;
-    mlp(b, a)?; // 6
-    b.matmul_backward(above.d_pre, a.ln2, &a.fc1, InputGrad::Plain(above.d_ln))?; // 5
+    b.matmul_backward(above.d_branch, a.act, &a.fc2, a.mlp.gradient(above))?; // 6
+    mlp(b, a)?; // 5
     let d_bias = a.proj.d_bias;
     b.layernorm_backward(
         above.d_ln,
@@ -112,19 +112,20 @@ fn block(b: &mut dyn Backend, a: &Block, s: &BlockScratch) -> Result<()> {
     b.layernorm_backward(s.d_ln, &a.x, &a.norm1, a.stats1, s.d_x, Write::Add, s.d_branch, a.bias_below) // 1
 }
 
-/// From `above.d_branch` to `above.d_pre`.
+/// From the gradient of what fc2 reads to `above.d_ln`. A GELU is done: fc2's product took it back.
 fn mlp(b: &mut dyn Backend, a: &Block) -> Result<()> {
     let s = &a.above;
-    let gate = match &a.mlp {
-        Mlp::Dense(gelu) => return b.matmul_backward(s.d_branch, a.act, &a.fc2, gelu.gradient(s.d_pre)),
-        Mlp::Gated(gate) => gate,
-    };
-    b.matmul_backward(s.d_branch, a.act, &a.fc2, InputGrad::Plain(s.d_act))?; // 3
-    if let Some((norm, stats)) = &gate.norm {
-        let (join, d) = (Join::Ready(gate.hidden), s.d_hidden);
-        b.layernorm_backward(s.d_act, &join, norm, *stats, d, Write::Assign, d, None)?; // 2
+    match &a.mlp {
+        Mlp::Dense(_) => b.matmul_backward(s.d_pre, a.ln2, &a.fc1, InputGrad::Plain(s.d_ln)), // 1
+        Mlp::Gated(gate) => {
+            if let Some((norm, stats)) = &gate.norm {
+                let (join, d) = (Join::Ready(gate.hidden), s.d_hidden);
+                b.layernorm_backward(s.d_act, &join, norm, *stats, d, Write::Assign, d, None)?; // 3
+            }
+            b.swiglu_backward(s.d_hidden, gate.pre, gate.dropout, s.d_pre, a.fc1.d_bias)?; // 2
+            b.matmul_backward(s.d_pre, a.ln2, &a.fc1, InputGrad::Plain(s.d_ln)) // 1
+        }
     }
-    b.swiglu_backward(s.d_hidden, gate.pre, gate.dropout, s.d_pre, a.fc1.d_bias) // 1
 }
 
 /// From `above.d_o` to `d_ln`. Below a block of class tokens alone, the stream has the rows of all tokens again.

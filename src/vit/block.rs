@@ -167,11 +167,22 @@ impl Block {
 
 /// What stands between the two layers of an MLP.
 #[derive(Clone, Copy)]
+#[allow(clippy::large_enum_variant, reason = "one per block, and no pass moves it")]
 pub enum Mlp {
     /// A GELU, at the end of fc1.
     Dense(MlpGelu),
     /// An operation of its own, and perhaps a LayerNorm.
     Gated(Gate),
+}
+
+impl Mlp {
+    /// Where the gradient of what fc2 reads goes: through the GELU at once, or to a buffer of its own.
+    pub fn gradient(&self, above: &BlockScratch) -> InputGrad {
+        match self {
+            Mlp::Dense(gelu) => gelu.gradient(above.d_pre),
+            Mlp::Gated(_) => InputGrad::Plain(above.d_act),
+        }
+    }
 }
 
 /// `act = norm(dropout(silu(g) ∘ u))` of `pre = [g | u]`.

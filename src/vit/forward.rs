@@ -3,7 +3,7 @@
 use crate::backend::{Backend, Epilogue, Join, Mask, Mat, Normalise};
 use crate::error::Result;
 
-use super::block::{Attention, Block};
+use super::block::{Attention, Block, Mlp};
 use super::graph::{Graph, Head, MapHead, Stem, Tail};
 use super::recompute;
 
@@ -33,8 +33,21 @@ fn block(b: &mut dyn Backend, a: &Block) -> Result<()> {
     attention(b, a)?; // 2
     b.matmul(a.o, &a.proj, a.proj_epilogue, a.proj_out)?; // 3
     b.layernorm(&a.mid, &a.norm2, a.ln2, a.stats2)?; // 4
-    recompute::fc1(b, a)?; // 5
+    mlp(b, a)?; // 5
     b.matmul(a.act, &a.fc2, a.fc2_epilogue, a.fc2_out) // 6
+}
+
+/// From `ln2` to `act`.
+pub(super) fn mlp(b: &mut dyn Backend, a: &Block) -> Result<()> {
+    match &a.mlp {
+        Mlp::Dense(gelu) => recompute::matmul_gelu(b, a, gelu), // 1
+        Mlp::Gated(gate) => {
+            b.matmul(a.ln2, &a.fc1, Epilogue::Bias, gate.pre)?; // 1
+            b.swiglu(gate.pre, gate.dropout, gate.hidden)?; // 2
+            let Some((norm, stats)) = &gate.norm else { return Ok(()) };
+            b.layernorm(&Join::Ready(gate.hidden), norm, a.act, *stats) // 3
+        }
+    }
 }
 
 /// From `ln1` to `o`. For the class token alone, its rows of the stream are copied first: everything after uses only

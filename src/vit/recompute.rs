@@ -7,29 +7,24 @@ use crate::error::Result;
 use super::block::{Block, Mlp, MlpGelu};
 use super::forward;
 
-/// From `ln2` to `act`. If `act` will be recomputed, the GELU is a separate kernel here too: a fused GELU may round
-/// differently.
-pub(super) fn fc1(b: &mut dyn Backend, a: &Block) -> Result<()> {
-    match &a.mlp {
-        Mlp::Dense(gelu) if a.recompute != Recompute::LnGelu => {
-            return b.matmul(a.ln2, &a.fc1, gelu.epilogue(), a.act);
-        }
-        Mlp::Dense(gelu) => b.matmul(a.ln2, &a.fc1, Epilogue::Bias, gelu.pre)?,
-        Mlp::Gated(gate) => b.matmul(a.ln2, &a.fc1, Epilogue::Bias, gate.pre)?,
+/// `act = gelu(fc1(ln2))`. If `act` will be recomputed, the GELU is a separate kernel here too: a fused GELU may
+/// round differently.
+pub(super) fn matmul_gelu(b: &mut dyn Backend, a: &Block, gelu: &MlpGelu) -> Result<()> {
+    if a.recompute != Recompute::LnGelu {
+        return b.matmul(a.ln2, &a.fc1, gelu.epilogue(), a.act);
     }
+    b.matmul(a.ln2, &a.fc1, Epilogue::Bias, gelu.pre)?;
     act(b, a)
 }
 
 /// `act` from what fc1 gave.
 fn act(b: &mut dyn Backend, a: &Block) -> Result<()> {
-    match a.mlp {
-        Mlp::Dense(MlpGelu { pre, form, dropout }) => b.gelu(pre, form, dropout, a.act),
+    match &a.mlp {
+        Mlp::Dense(MlpGelu { pre, form, dropout }) => b.gelu(*pre, *form, *dropout, a.act),
         Mlp::Gated(gate) => {
-            b.swiglu(gate.pre, gate.dropout, gate.hidden)?; // 1
-            match &gate.norm {
-                Some((norm, stats)) => b.layernorm(&Join::Ready(gate.hidden), norm, a.act, *stats), // 2
-                None => Ok(()),
-            }
+            b.swiglu(gate.pre, gate.dropout, gate.hidden)?;
+            let Some((norm, stats)) = &gate.norm else { return Ok(()) };
+            b.layernorm(&Join::Ready(gate.hidden), norm, a.act, *stats)
         }
     }
 }
@@ -50,7 +45,7 @@ pub(super) fn restore(b: &mut dyn Backend, a: &Block) -> Result<()> {
             forward::attention(b, a)?;
             b.matmul(a.o, &a.proj, a.proj_epilogue, a.proj_out)?;
             b.layernorm(&a.mid, &a.norm2, a.ln2, a.stats2)?;
-            fc1(b, a)
+            forward::mlp(b, a)
         }
     }
 }

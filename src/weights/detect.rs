@@ -7,6 +7,7 @@ use super::layouts::{LayoutKind, Plan, Shapes};
 use super::overrides::{MAX_SIDE, ModelOverrides};
 use super::tensor::shape_text;
 use super::usual::{Rotary, Usual};
+use crate::backend::Gelu;
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::vit::config::{
@@ -187,7 +188,11 @@ pub(super) fn detect(
     };
     let o = overrides;
     check_sizes(hub, &sizes)?;
-    let usual = if from_metadata { Usual::default() } else { hub.usual.or(plan.usual) };
+    let usual = match from_metadata {
+        true => Usual::default(),
+        false if hub.named => hub.usual.or(plan.usual),
+        false => hub.usual.or(plan.usual).or(siglip(&sizes, plan.kind)),
+    };
     let heads = o.heads.or(hub.heads).or(plan.heads).or(usual.heads);
     check_heads(plan.heads, from_metadata.then_some(config.heads), hub, o, sizes.width)?;
     config.heads = heads.unwrap_or(config.heads);
@@ -336,6 +341,21 @@ fn check_heads(
     Err(Error::new(format!("config.json: {said} heads, {which} {known}")).hint(format!(
         "if config.json is another model's than the weights, move it away; else use `--set model.heads={known}`"
     )))
+}
+
+/// timm's SigLIPs by their sizes: some have the tanh form, and the largest has heads of 96.
+fn siglip(sizes: &Sizes, kind: LayoutKind) -> Usual {
+    if kind != LayoutKind::Timm || !sizes.map || sizes.extra() > 0 {
+        return Usual::default();
+    }
+    let patch = sizes.patch.0;
+    let tanh = matches!((sizes.width, patch), (1152 | 1536, 16) | (768, 32))
+        || (sizes.width, patch, sizes.posemb_rows) == (1024, 16, Some(1024));
+    Usual {
+        gelu: tanh.then_some(Gelu::Tanh),
+        heads: (sizes.width == 1536 && patch == 16).then_some(16),
+        ..Usual::default()
+    }
 }
 
 /// The number of heads by the width, if nothing gives it: heads of size 64, except for the sizes beyond L.

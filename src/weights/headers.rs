@@ -11,11 +11,11 @@ use super::hub::Hub;
 use super::layouts::{self, LayoutKind, Plan, Shapes};
 use super::meta::{CheckpointMeta, META_KEY, MODEL_KEY};
 use super::overrides::ModelOverrides;
-use crate::backend::Normalise;
+use crate::backend::{Gelu, Normalise};
 use crate::error::{Error, Result};
 use crate::fail;
 use crate::recipe::DataSection;
-use crate::vit::config::ModelConfig;
+use crate::vit::config::{ModelConfig, PoolKind};
 
 #[derive(Debug)]
 pub(super) struct Headers {
@@ -53,12 +53,16 @@ impl Headers {
             plan.kind = LayoutKind::Vitrum;
         }
         let stored_heads = stored.as_ref().map(|s| s.config.heads);
+        let unnamed = stored.is_none() && !hub.named;
         let heads = hub.heads.or(plan.heads).or(stored_heads).or(hub.usual.heads);
         let mut meta = match container.metadata(META_KEY) {
             Some(text) => serde_json::from_str(text).map_err(|e| parse_error(META_KEY, e))?,
             None => CheckpointMeta::of_layout(plan.kind),
         };
         let detected = detect(&plan, stored, &hub, overrides)?;
+        if unnamed && overrides.gelu.is_none() {
+            plan.notes.extend(doubt(&detected.config));
+        }
         // What a file says about itself overrides what tensors and names suggest.
         let own = container.metadata(META_KEY).is_some();
         if !own && (plan.imagenet || named_after_imagenet(path)) {
@@ -86,6 +90,23 @@ impl Headers {
         }
         Ok(Self { plan, detected, heads, meta, unprepared: hub.unprepared })
     }
+}
+
+/// The note about a GELU that neither tensors nor names show, of models that come with several.
+fn doubt(config: &ModelConfig) -> Option<String> {
+    let taken = match config.gelu {
+        Gelu::Erf => "erf",
+        Gelu::Tanh => "tanh",
+        Gelu::Quick => "quick",
+    };
+    let others = match () {
+        () if config.norm_pre => "CLIP's of OpenAI, DFN and MetaCLIP want `--set model.gelu=quick`",
+        () if config.pool == PoolKind::Map && config.extra_tokens == 0 => {
+            "some SigLIPs want the other one of `--set model.gelu=erf` and `--set model.gelu=tanh`"
+        }
+        () => return None,
+    };
+    Some(format!("nothing says which GELU it has: {taken} is taken; {others}"))
 }
 
 /// Beginnings of the names of DeiT's, MAE's and DINO's own files; their pictures had ImageNet's mean.

@@ -4,6 +4,7 @@
 //! not read is left out as well.
 
 use super::{LayoutKind, Plan, Shapes, Source};
+use crate::backend::Gelu;
 use crate::error::Result;
 use crate::fail;
 use crate::vit::config::{PoolKind, PosembJoin, RopeKind};
@@ -27,6 +28,7 @@ pub(super) struct Family {
     blocks: &'static str,
     block: &'static [Row],
     ln_eps: f32,
+    gelu: Option<Gelu>,
     rope: RopeKind,
 }
 
@@ -69,6 +71,7 @@ const DINOV2: Family = Family {
         ("ls2.gamma", "layer_scale2.lambda1", Same),
     ],
     ln_eps: 1e-6,
+    gelu: None,
     rope: RopeKind::None,
 };
 
@@ -98,6 +101,7 @@ const DINOV3: Family = Family {
         ("ls2.gamma", "layer_scale2.lambda1", Same),
     ],
     ln_eps: 1e-5,
+    gelu: None,
     rope: RopeKind::Dinov3,
 };
 
@@ -156,6 +160,8 @@ const SIGLIP: Family = Family {
     blocks: "encoder.layers.",
     block: &TOWER_BLOCK,
     ln_eps: 1e-6,
+    // The default of its configuration.
+    gelu: Some(Gelu::Tanh),
     rope: RopeKind::None,
 };
 
@@ -175,6 +181,7 @@ const CLIP: Family = Family {
     blocks: "encoder.layers.",
     block: &TOWER_BLOCK,
     ln_eps: 1e-5,
+    gelu: None,
     rope: RopeKind::None,
 };
 
@@ -203,6 +210,7 @@ const OPENAI: Family = Family {
         ("ls2.gamma", "ls_2.gamma", Same),
     ],
     ln_eps: 1e-5,
+    gelu: None,
     rope: RopeKind::None,
 };
 
@@ -267,8 +275,12 @@ pub(super) fn of(shapes: &Shapes) -> Option<&'static Family> {
 impl Family {
     pub(super) fn plan(&self, shapes: &Shapes) -> Result<Plan> {
         let mut plan = Plan::new(self.kind);
-        plan.usual =
-            Usual { ln_eps: Some(self.ln_eps), rope: Some(Rotary::of(self.rope)), ..Usual::default() };
+        plan.usual = Usual {
+            ln_eps: Some(self.ln_eps),
+            gelu: self.gelu,
+            rope: Some(Rotary::of(self.rope)),
+            ..Usual::default()
+        };
         plan.key_without_bias = self.rope == RopeKind::Dinov3;
         let left_out = self.unread(shapes, &mut plan);
         let mut dropped: Vec<&str> = Vec::new();
