@@ -12,6 +12,7 @@ mod class_weights;
 mod compare;
 mod duration;
 mod load;
+mod meant;
 mod micro_batch;
 mod optim;
 mod resolve;
@@ -24,6 +25,7 @@ pub use class_weights::ClassWeights;
 pub use compare::Difference;
 pub use duration::Duration;
 pub use load::{BUILT_IN, RecipeFile, keys};
+pub(crate) use meant::meant;
 pub use micro_batch::MicroBatch;
 pub use optim::{
     DecayMode, DecayOn, GroupSection, LayerNumbering, MomentType, OptimName, OptimSection, ScheduleKind,
