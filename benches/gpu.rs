@@ -1,6 +1,6 @@
 //! Every operation of `vitrum bench --what kernels` under criterion, timed by the GPU's own events.
 //!
-//!     cargo bench --bench gpu -- "layernorm B/16"
+//!     cargo bench -p vitrum-benches --bench gpu -- "layernorm B/16"
 //!
 //! `VITRUM_BENCH_FEW=1` uses the small sizes. Without a GPU, one line says so.
 

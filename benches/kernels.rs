@@ -1,7 +1,7 @@
 //! The CPU kernels at the shapes of ViT-Ti and ViT-S, in FLOP per second (`elem/s` is FLOP/s), compared with
 //! crate `gemm` with its epilogues as separate passes over blocks of rows, on the same pool.
 //!
-//!     cargo bench --bench kernels -- ti16_224/fc1
+//!     cargo bench -p vitrum-benches --bench kernels -- ti16_224/fc1
 //!
 //! `VITRUM_ISA` chooses the instruction set of our kernels, `VITRUM_THREADS` the threads of both (default:
 //! one per core). Each product is first compared with crate `gemm`: a wrong kernel is not timed. `peak` is

@@ -4,7 +4,7 @@
     ~/.cache/vitrum/interop/bin/python benches/load.py            L/16 and B/16 (7 GB of temporary files)
     ~/.cache/vitrum/interop/bin/python benches/load.py B/16
 
-Needs torch and safetensors, as in the environment of `tests/interop/run.sh`. `cargo bench --bench load` writes each model in every
+Needs torch and safetensors, as in the environment of `tests/interop/run.sh`. `cargo bench -p vitrum-benches --bench load` writes each model in every
 layout. Then both sides take turns; each run is a separate process that reads its file once, from a warm page cache: `vitrum` opens it
 and sums all its tensors, `torch` does so with `safetensors.torch.load_file`. Medians. The rest of the table is Vitrum's: the model on
 the device, one image, the same layout written and synced, and anonymous memory after loading as a share of the file.
@@ -33,7 +33,7 @@ print(time.perf_counter() - start)
 def main():
     models = sys.argv[1:] or ["L/16", "B/16"]
     os.chdir(Path(__file__).parent.parent)
-    build = ["cargo", "bench", "--bench", "load", "--no-run", "--message-format=json"]
+    build = ["cargo", "bench", "-p", "vitrum-benches", "--bench", "load", "--no-run", "--message-format=json"]
     messages = map(json.loads, run(build).splitlines())
     program = next(m["executable"] for m in messages if m.get("executable") and m["target"]["name"] == "load")
     columns = ["vitrum", "torch", "ratio", "load", "run", "export", "memory"]

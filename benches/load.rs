@@ -1,10 +1,10 @@
 //! Loading weights: time until every value has been read once, and what it costs in memory.
 //!
-//!     cargo bench --bench load                      L/16 with random weights in every layout (5 GB of temporary files)
-//!     cargo bench --bench load -- --model B/16      another size
-//!     cargo bench --bench load -- FILE...           these files
-//!     cargo bench --bench load -- --keep DIR        leaves the files in DIR
-//!     cargo bench --bench load -- --json FILE       one run, one JSON object: for `benches/load.py`, which compares with torch
+//!     cargo bench -p vitrum-benches --bench load                      L/16 with random weights in every layout (5 GB of temporary files)
+//!     cargo bench -p vitrum-benches --bench load -- --model B/16      another size
+//!     cargo bench -p vitrum-benches --bench load -- FILE...           these files
+//!     cargo bench -p vitrum-benches --bench load -- --keep DIR        leaves the files in DIR
+//!     cargo bench -p vitrum-benches --bench load -- --json FILE       one run, one JSON object: for `benches/load.py`, which compares with torch
 //!
 //! Each file is written just before, so it is in the page cache. `read` opens a file and sums all its
 //! tensors; `load` puts the model on the device as `vitrum eval` does; `run` classifies one image; `export`

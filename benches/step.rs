@@ -1,6 +1,6 @@
 //! A whole training step on the CPU (forward, backward, clip, AdamW) at the sizes of the PyTorch comparison.
 //!
-//! `cargo bench --bench step`; throughput is in floating-point operations of the matrix products (3 x forward).
+//! `cargo bench -p vitrum-benches --bench step`; throughput is in floating-point operations of the matrix products (3 x forward).
 
 use std::time::Duration;
 

@@ -2,7 +2,7 @@
 //! programs: logits, pooled features, losses, every gradient, and the files themselves. The tests walk the folder of
 //! reference outputs and take every setting from its files. Skipped, with a line, where the folder is absent.
 
-mod support;
+use crate::support;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

@@ -2,7 +2,7 @@
 //! which product that is: tested for every architecture, with frozen parameters and recomputation. And the
 //! GPU's results, on the stand-in.
 
-mod support;
+use crate::support;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,6 +1,6 @@
 //! Errors of a real GPU's driver and cuBLASLt that a stand-in GPU reproduces.
 
-mod support;
+use crate::support;
 
 use std::path::Path;
 

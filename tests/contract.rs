@@ -1,7 +1,7 @@
 //! What the commands read and print, from outside: `eval`, `predict`, `inspect` on what a run leaves, and the files of
 //! `grad` and `replay`. Values are compared in `reference.rs`; here it is formats, and that the ways in agree.
 
-mod support;
+use crate::support;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

@@ -1,6 +1,6 @@
 //! Weights in and out: `vitrum convert` between all layouts, and what it refuses.
 
-mod support;
+use crate::support;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

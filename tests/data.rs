@@ -14,6 +14,7 @@ use vitrum::data::decode::Decoder;
 use vitrum::data::loader::{Loader, LoaderSpec, Mode};
 use vitrum::data::pack::{self, Format, PackOptions, Target};
 use vitrum::data::shard::Record;
+use vitrum::data::source::Source;
 use vitrum::recipe::{AugmentSection, Crop, EvalResize, OnBadRecord};
 
 fn test_data(name: &str) -> Option<PathBuf> {
@@ -441,6 +442,20 @@ fn folders_that_cannot_be_a_data_set_say_why() {
     fs::rename(dir("differ/val/dog"), dir("differ/val/cow")).unwrap();
     let text = reason(&dir("differ"));
     assert!(text.contains("only in training: `dog`; only in validation: `cow`"), "{text}");
+    // A class without training pictures is refused in folders, and the hint works; in a table it has a line.
+    small_folder(&dir("more/train"), 8, 8);
+    small_folder(&dir("more/val"), 8, 8);
+    save_png(&dir("more/val/emu/a.png"), 8, 8, 1);
+    let text = reason(&dir("more"));
+    assert!(text.contains("the validation data has 1 class without training pictures: `emu`"), "{text}");
+    fs::create_dir(dir("more/train/emu")).unwrap();
+    let said = |path: &Path| Source::open(path).unwrap().notes().join("\n");
+    assert!(said(&dir("more")).contains("1 class has no training picture: `emu`"), "{}", said(&dir("more")));
+    let rows =
+        "path,label,split\ntrain/cat/0.png,cat,train\ntrain/dog/0.png,dog,train\nval/emu/a.png,emu,val\n";
+    fs::write(dir("more/list.csv"), rows).unwrap();
+    let listed = said(&dir("more/list.csv"));
+    assert!(listed.contains("1 class has no training picture: `emu`"), "{listed}");
     fs::write(dir("file.txt"), "text").unwrap();
     assert!(reason(&dir("file.txt")).contains("not a folder, a tar archive"));
     fs::write(dir("archive.tar.gz"), b"\x1F\x8B\x08\x00").unwrap();

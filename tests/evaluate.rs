@@ -1,6 +1,6 @@
 //! Evaluating a model from outside: protocols, labels from a file, features, probes.
 
-mod support;
+use crate::support;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

@@ -1,7 +1,7 @@
 //! Fine-tuning from outside: from a weights file to a model for other pictures, with frozen parts, in sweeps,
 //! resumed.
 
-mod support;
+use crate::support;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

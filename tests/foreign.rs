@@ -1,6 +1,6 @@
 //! Weights files from elsewhere: in several parts, without some biases, and malicious ones.
 
-mod support;
+use crate::support;
 
 use std::collections::BTreeMap;
 use std::io::Write;

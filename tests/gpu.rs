@@ -3,7 +3,7 @@
 //! `cargo build -p vitrum-standin` (or `cargo test --workspace`) puts the libraries next to the program.
 //! Without them, each test prints a line and passes.
 
-mod support;
+use crate::support;
 
 use std::path::Path;
 
@@ -103,7 +103,17 @@ fn attention_fits_the_shared_memory_of_every_card() {
     // kernels run.
     for sm in [80, 89, 100, 120] {
         for filter in ["attention: B 1 T", "attention_backward: B 1 T"] {
-            let args = ["selftest", "--device", "cuda", "--precision", "bf16", "--filter", filter];
+            // Nothing is timed: that takes many launches.
+            let args = [
+                "selftest",
+                "--device",
+                "cuda",
+                "--deterministic",
+                "--precision",
+                "bf16",
+                "--filter",
+                filter,
+            ];
             let done = run(&folder, &format!("checks=bounds,sm={sm},driver=13030"), &args).ok();
             assert!(done.stdout.contains(&format!("(sm_{sm})")), "{}", done.stdout);
         }

@@ -2,7 +2,7 @@
 //!
 //! Without the stand-in, or in a build without nvcc, each test that needs them prints a line and passes.
 
-mod support;
+use crate::support;
 
 use std::fs;
 use std::path::PathBuf;

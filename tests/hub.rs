@@ -1,6 +1,6 @@
 //! Configurations beside weights, timm's and HuggingFace's: obeyed or refused by name.
 
-mod support;
+use crate::support;
 
 use std::collections::BTreeMap;
 use std::path::Path;

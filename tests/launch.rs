@@ -2,7 +2,7 @@
 //! Programs that are not on every machine (srun, torchrun) are stood in for by scripts that write down how they were
 //! called. What is here is used: mpirun, Slurm.
 
-mod support;
+use crate::support;
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};

@@ -4,7 +4,7 @@
 //! `cargo build -p vitrum-standin` puts the libraries next to the program. Without them, each test prints a line and
 //! passes.
 
-mod support;
+use crate::support;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

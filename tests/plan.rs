@@ -1,7 +1,7 @@
 //! `vitrum plan --gpus N`: the prediction of a run on many GPUs, against the tables of the documentation and against
 //! the plan of one.
 
-mod support;
+use crate::support;
 
 use serde_json::Value;
 

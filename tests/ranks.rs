@@ -1,6 +1,6 @@
 //! Several ranks that train one model, from outside: the same bits, one voice, and nobody left behind.
 
-mod support;
+use crate::support;
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};

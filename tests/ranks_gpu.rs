@@ -1,7 +1,7 @@
 //! Several ranks on GPUs, each a process on the stand-in GPU, through NCCL's stand-in: the same bits for any number
 //! of ranks, and the bits of a GPU alone.
 
-mod support;
+use crate::support;
 
 use std::path::Path;
 use std::process::Stdio;

@@ -1,6 +1,6 @@
 //! A run's page and event files, the comparison of runs, and the commands that explain the program, from outside.
 
-mod support;
+use crate::support;
 
 use std::fs;
 use std::path::Path;

@@ -1,6 +1,6 @@
 //! Bad input and full disks, from outside: a clear message, the right exit code, no partial files, no panic.
 
-mod support;
+use crate::support;
 
 use std::fs;
 use std::path::Path;

@@ -1,6 +1,6 @@
 //! Whole runs of the program, from outside: stopped, killed, resumed, diverging, learning.
 
-mod support;
+use crate::support;
 
 use std::path::Path;
 use std::process::{Child, Stdio};

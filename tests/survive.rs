@@ -1,7 +1,7 @@
 //! What may end a run of several days, from outside: hung disks and ranks, killed ranks, full disks. A resumed run
 //! has the bits of an unbroken one.
 
-mod support;
+use crate::support;
 
 use std::fs;
 use std::path::Path;

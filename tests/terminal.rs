@@ -1,7 +1,7 @@
 //! A closed terminal, a full disk, a closed pipe and signals: the worst that they do to a command is to end
 //! it.
 
-mod support;
+use crate::support;
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;

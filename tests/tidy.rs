@@ -87,6 +87,27 @@ fn files_have_one_subject() {
     }
 }
 
+/// Cargo does not look for them: each would be a program of its own.
+#[test]
+fn every_file_of_tests_is_built() {
+    let (suite, manifest) = (read("tests/suite.rs"), read("Cargo.toml"));
+    let mut count = 0;
+    for (path, _) in rust() {
+        let Some(name) = path.strip_prefix("tests/").and_then(|file| file.strip_suffix(".rs")) else {
+            continue;
+        };
+        let is_module =
+            suite.contains(&format!("\nmod {name};\n")) || suite.contains(&format!("\"{name}.rs\""));
+        let is_program = manifest.contains(&format!("\nname = \"{name}\"\n"));
+        assert!(
+            name.contains('/') || is_module != is_program,
+            "{path} is neither in tests/suite.rs nor in Cargo.toml"
+        );
+        count += 1;
+    }
+    assert!(count > 20, "only {count} files were found");
+}
+
 // ---- Rooms ----
 
 #[test]

@@ -1,6 +1,6 @@
 //! `vitrum bench`: how fast a model trains or infers on this machine.
 
-use super::{On, Settings, print, print_json};
+use super::{On, Settings, numbers, print, print_json};
 use crate::bench::step::{self, StepBench};
 use crate::bench::{data as pipeline, kernels};
 use crate::data::{Dataset, Split};
@@ -30,7 +30,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME/PATCH", default_value = "Ti/16")]
     pub model: String,
     /// Samples per step, of all ranks together
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = numbers::whole::<u32>(1..=u32::MAX.into()))]
     pub batch: Option<u32>,
     /// What to time: train, infer, data or kernels
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = What::Train)]
@@ -39,10 +39,10 @@ pub struct Args {
     #[arg(long, value_name = "DIR")]
     pub data: Option<String>,
     /// How many rounds to time; the median is reported
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = numbers::whole::<u32>(1..=u32::MAX.into()))]
     pub rounds: u32,
     /// Minimum seconds of one round [default: 3; 0.05 for kernels]
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", value_parser = numbers::real(0.0..=f64::MAX))]
     pub seconds: Option<f64>,
     /// For `--what data`: the GPU to feed
     #[arg(long, value_name = "NAME", value_enum, default_value_t = pipeline::GpuModel::H200)]
@@ -99,7 +99,7 @@ fn time_data(args: &Args) -> Result<()> {
 fn time_kernels(args: &Args) -> Result<()> {
     let gpu = args.on.device.gpu().ok_or_else(|| {
         Error::usage("`bench --what kernels` times a GPU's kernels")
-            .hint("`cargo bench --bench kernels` times those of the CPU")
+            .hint("`cargo bench -p vitrum-benches --bench kernels` times those of the CPU")
     })?;
     let options = kernels::KernelBench {
         gpu,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::{On, Settings, print, print_json};
+use super::{On, Settings, numbers, print, print_json};
 use crate::backend::DeviceOptions;
 use crate::data::{self, Split};
 use crate::error::Result;
@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long)]
     pub drop_last: bool,
     /// Pictures per batch
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = numbers::whole::<u16>(1..=u16::MAX.into()))]
     pub batch: u16,
     /// Labels that replace the data set's: one line (or one entry of a JSON list) per picture, names or
     /// numbers

@@ -139,6 +139,25 @@ const ELSEWHERE: [(&str, &str); 50] = [
     ("workers", "data.workers"),
 ];
 
+/// The same command line with `--lr=-1e-3` for `--lr -1e-3`: clap knows plain negative numbers for values, but not
+/// these. `None` if there are none, or something else is wrong.
+pub(super) fn with_negative_values(error: &clap::Error, args: &[OsString]) -> Option<Vec<OsString>> {
+    let is_flag = |word: &str| word.starts_with("--") && !word.contains('=');
+    let is_negative = |word: &str| word.starts_with('-') && word.parse::<f64>().is_ok();
+    let mut joined: Vec<OsString> = Vec::new();
+    for arg in args {
+        match (joined.last_mut().and_then(|last| last.to_str()), arg.to_str()) {
+            (Some(flag), Some(number)) if is_flag(flag) && is_negative(number) => {
+                let both = format!("{flag}={number}");
+                joined.pop();
+                joined.push(both.into());
+            }
+            _ => joined.push(arg.clone()),
+        }
+    }
+    (error.kind() == ErrorKind::UnknownArgument && joined.len() < args.len()).then_some(joined)
+}
+
 /// The error for a flag that the command does not have. `None` if something else is wrong with the command
 /// line.
 pub(super) fn unknown_flag(error: &clap::Error, args: &[OsString]) -> Option<Error> {
@@ -149,15 +168,6 @@ pub(super) fn unknown_flag(error: &clap::Error, args: &[OsString]) -> Option<Err
     let words: Vec<&str> = args.iter().filter_map(|arg| arg.to_str()).collect();
     let root = super::Cli::command();
     let command = words.iter().find_map(|word| root.find_subcommand(word))?;
-    // Clap takes plain negative numbers for values, but not `-1e-3`.
-    let is_number = |word: &str| word.starts_with('-') && word.parse::<f64>().is_ok();
-    let negative = words.windows(2).find(|pair| is_number(pair[1]) && pair[1].starts_with(flag.as_str()));
-    if let Some(&[of, number]) = negative.filter(|pair| pair[0].starts_with("--")) {
-        return Some(
-            Error::usage(format!("`{of} {number}`: the value begins as a flag does"))
-                .hint(format!("write `{of}={number}`")),
-        );
-    }
     let said = Error::usage(format!("`vitrum {}` has no flag `{flag}`", command.get_name()));
     let Some(name) = flag.strip_prefix("--") else {
         return Some(said.hint(format!("`vitrum {} --help` lists its flags", command.get_name())));

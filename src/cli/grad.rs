@@ -3,10 +3,10 @@
 
 use std::path::PathBuf;
 
-use super::{On, Settings};
+use super::{On, Settings, numbers};
 use crate::backend::{DeviceOptions, Loss, LossKind, Residual};
 use crate::check::batch_file::BatchFile;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::infer::loaded::{LoadedModel, gradients};
 use crate::terminal;
 use crate::vit::Mode;
@@ -27,8 +27,8 @@ pub struct Args {
     #[arg(long, value_enum, hide_possible_values = true)]
     pub loss: Option<LossKind>,
     /// Label smoothing: targets become (1-S)·onehot + S/C
-    #[arg(long, value_name = "S", default_value_t = 0.0)]
-    pub label_smoothing: f32,
+    #[arg(long, value_name = "S", default_value_t = 0.0, value_parser = numbers::real(0.0..=1.0))]
+    pub label_smoothing: f64,
     /// The type in which a GPU stores the residual stream: bf16 or f32
     #[arg(long, value_enum, hide_possible_values = true, default_value_t = Residual::Auto)]
     pub residual: Residual,
@@ -39,9 +39,6 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<()> {
-    if !(0.0..=1.0).contains(&args.label_smoothing) {
-        return Err(Error::usage(format!("`--label-smoothing {}`", args.label_smoothing)).hint("use 0 to 1"));
-    }
     let overrides = args.settings.model_overrides()?;
     let batch = BatchFile::open(&args.batch, false)?;
     let (samples, image) = (batch.layout.samples, batch.layout.image);
@@ -52,7 +49,7 @@ pub fn run(args: Args) -> Result<()> {
     batch.check_classes(run.model.config.classes)?;
     let slot = batch.slot(&*run.backend, 0)?;
     let kind = args.loss.or(overrides.loss).unwrap_or(LossKind::Softmax);
-    let loss = Loss { label_smoothing: args.label_smoothing, ..Loss::plain(kind) };
+    let loss = Loss { label_smoothing: args.label_smoothing as f32, ..Loss::plain(kind) };
     let report = gradients(&mut *run.backend, &run.model, loss, slot)?;
 
     let mut out = vec![("loss".to_string(), vec![1], vec![report.loss as f32])];

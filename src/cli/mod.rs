@@ -18,6 +18,7 @@ pub mod finetune;
 mod flags;
 pub mod grad;
 pub mod inspect;
+mod numbers;
 pub mod pack;
 pub mod plan;
 pub mod predict;
@@ -156,11 +157,14 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     dist::silence(&launch);
     let _group = dist::EndAllOnPanic;
     let args: Vec<OsString> = args.into_iter().collect();
-    let parsed = command().try_get_matches_from(&args).and_then(|found| Cli::from_arg_matches(&found));
+    let parse = |args: &[OsString]| {
+        command().try_get_matches_from(args).and_then(|found| Cli::from_arg_matches(&found))
+    };
+    let parsed = parse(&args).or_else(|e| parse(&flags::with_negative_values(&e, &args).ok_or(e)?));
     let cli = match parsed {
         Ok(cli) => cli,
         Err(e) => {
-            if let Some(e) = flags::unknown_flag(&e, &args) {
+            if let Some(e) = flags::unknown_flag(&e, &args).or_else(|| numbers::wrong_value(&e)) {
                 return fail(&e, &launch);
             }
             // Help and version are data and exit with 0; the rest is wrong usage. A closed pipe is not a

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::numbers;
 use crate::data::dataset::Manifest;
 use crate::data::decode::JpegPath;
 use crate::data::pack::{self, Format, PackOptions, Packed, Target};
@@ -30,7 +31,7 @@ pub struct Args {
     #[arg(long, value_name = "N|HxW")]
     pub size: Option<Target>,
     /// Re-encode every picture as JPEG with this quality
-    #[arg(long, value_name = "Q", value_parser = clap::value_parser!(u8).range(1..=100))]
+    #[arg(long, value_name = "Q", value_parser = numbers::whole::<u8>(1..=100))]
     pub quality: Option<u8>,
     /// What to do with a record that cannot be decoded
     #[arg(long, value_name = "WHAT", default_value = "skip")]
@@ -40,7 +41,7 @@ pub struct Args {
     pub exif: bool,
     /// Hold out this share of the training records (0.01 = 1 %), chosen by a hash of their names; the part is
     /// called `val`, or `minival` if the source has a validation part
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = numbers::real(0.0..=0.9))]
     pub minival: f64,
     /// Verify the packed data set: checksums and every picture
     #[arg(long)]
@@ -66,11 +67,6 @@ pub fn run(args: Args) -> Result<()> {
             exif: args.exif,
             minival: args.minival,
         };
-        if !(0.0..=0.9).contains(&options.minival) {
-            return Err(
-                Error::usage(format!("`--minival` is {}", args.minival)).hint("use a share from 0 to 0.9")
-            );
-        }
         let stop = signals::flag()?;
         signals::end_after(GRACE);
         report(&pack::pack(&args.source, dest, options, &stop)?, dest);

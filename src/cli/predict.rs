@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::{On, Settings, not_built, print, print_json};
+use super::{On, Settings, not_built, numbers, print, print_json};
 use crate::backend::DeviceOptions;
 use crate::data::{Split, encode_png, pictures, sheet};
 use crate::error::{At, Error, Result};
@@ -25,11 +25,11 @@ pub struct Args {
     #[arg(required = true, value_name = "IMAGE")]
     pub images: Vec<PathBuf>,
     /// How many classes to show [default: 5, or all above --threshold]
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "K", value_parser = numbers::whole::<u16>(1..=u16::MAX.into()))]
     pub top: Option<u16>,
     /// Show only classes with at least this probability, such as 0.5
-    #[arg(long, value_name = "P", value_parser = share)]
-    pub threshold: Option<f32>,
+    #[arg(long, value_name = "P", value_parser = numbers::real(0.0..=1.0))]
+    pub threshold: Option<f64>,
     /// For data sets, the part to use: train, val or test [default: every picture]
     #[arg(long, value_enum, hide_possible_values = true, value_name = "PART")]
     pub split: Option<Split>,
@@ -57,10 +57,6 @@ pub struct Args {
 /// How many classes are shown by default.
 const TOP: usize = 5;
 
-fn share(text: &str) -> std::result::Result<f32, String> {
-    text.parse().ok().filter(|p| (0.0..=1.0).contains(p)).ok_or_else(|| "give a number from 0 to 1".into())
-}
-
 pub fn run(args: Args) -> Result<()> {
     if args.attention.is_some() {
         return Err(not_built("vitrum predict --attention").hint("leave it out to get the classes"));
@@ -80,7 +76,7 @@ pub fn run(args: Args) -> Result<()> {
         Some(name) => Protocol::named(name)?,
         None => run.protocol()?,
     };
-    let least = args.threshold.unwrap_or(0.0);
+    let least = args.threshold.unwrap_or(0.0) as f32;
     // With a threshold, show all classes above it unless the user says how many.
     let most = args.top.map_or(if args.threshold.is_some() { usize::MAX } else { TOP }, usize::from);
     let (mut all, mut errors) = (Vec::new(), Vec::new());

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::Settings;
+use super::{Settings, numbers};
 use crate::data::{pair, sheet};
 use crate::error::Result;
 use crate::files;
@@ -21,10 +21,10 @@ pub struct Args {
     #[arg(long, value_name = "FILE.png")]
     pub out: PathBuf,
     /// How many samples to show
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = numbers::whole::<u32>(1..=1024))]
     pub samples: u32,
     /// Which batch of the run to show; the run sees the same samples
-    #[arg(long, value_name = "K", default_value_t = 0)]
+    #[arg(long, value_name = "K", default_value_t = 0, value_parser = numbers::whole::<u64>(0..=u64::MAX))]
     pub batch: u64,
     #[command(flatten)]
     pub settings: Settings,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::flags::Everyday;
 use super::runs::{self, Place, summarise};
-use super::{On, Settings};
+use super::{On, Settings, numbers};
 use crate::dist::Launch;
 use crate::error::Result;
 use crate::recipe::Recipe;
@@ -35,7 +35,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     pub resume: Option<Option<PathBuf>>,
     /// Check that the model can overfit N samples: no augmentation, loss below 0.01 within 300 steps
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = numbers::whole::<u64>(1..=u64::MAX))]
     pub overfit: Option<u64>,
     /// Show the full recipe, its memory and its FLOPs; do not train
     #[arg(long)]

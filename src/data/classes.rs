@@ -170,11 +170,11 @@ impl<'a> Known<'a> {
         let error = match self.names {
             Some(names) => {
                 let taken = |class: usize| found.contains(&Some(class));
-                let free = (0..names.len()).find(|class| !taken(*class)).map_or("", |class| &names[class]);
-                Error::new(format!(
-                    "the data set has a class `{missing}` that the model lacks (it has `{free}` and {} in all)",
-                    self.classes
-                ))
+                let own = match (0..names.len()).find(|class| !taken(*class)) {
+                    Some(free) => format!("it has `{}` and {} in all", names[free], self.classes),
+                    None => format!("all its {} classes are in the data, too", self.classes),
+                };
+                Error::new(format!("the data set has a class `{missing}` that the model lacks ({own})"))
             }
             None => Error::new(format!(
                 "the data set has {} classes (one is `{missing}`), but the model has {} without names",

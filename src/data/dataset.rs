@@ -19,7 +19,7 @@ use super::classes::Known;
 use super::demo;
 use super::place::{Place, say};
 use super::shard::{Kind, Record, Shard, ShardWriter};
-use super::source::{Source, named};
+use super::source::{Source, count, named};
 pub use super::split::Split;
 pub(super) use chosen::is_held_out;
 
@@ -515,16 +515,27 @@ pub(super) fn lacking(train: &[String], val: &[String]) -> Result<Option<String>
 }
 
 fn other_classes(train: &[String], val: &[String]) -> Error {
-    let missing = |from: &[String], of: &[String]| {
-        let names: Vec<_> = of.iter().filter(|c| !from.contains(c)).collect();
-        if names.is_empty() { "none".to_owned() } else { named(&names) }
+    let only = |of: &[String], other: &[String]| -> Vec<String> {
+        of.iter().filter(|class| !other.contains(class)).cloned().collect()
     };
+    let (in_train, in_val) = (only(train, val), only(val, train));
+    if in_train.is_empty() {
+        return Error::new(format!(
+            "the validation data has {} without training pictures: {}",
+            count(in_val.len(), "class"),
+            named(&in_val)
+        ))
+        .hint(
+            "move it out of the validation data, or train on pictures of it (an empty training folder of that name \
+             makes it a class that no picture teaches)",
+        );
+    }
     Error::new(format!(
         "the validation data has {} classes and the training data {}; only in training: {}; only in validation: {}",
         val.len(),
         train.len(),
-        missing(val, train),
-        missing(train, val)
+        named(&in_train),
+        named(&in_val)
     ))
     .hint("give both the same class folders (an empty folder counts as a class)")
 }

@@ -16,6 +16,7 @@ mod manifest;
 mod packing;
 #[cfg(feature = "parquet")]
 mod parquet;
+mod split_columns;
 mod strays;
 mod webdataset;
 
@@ -34,7 +35,7 @@ use super::split::Split;
 use folder::Paths;
 use index::Index;
 use listing::{Labels, Listing};
-pub(super) use strays::named;
+pub(super) use strays::{count, named};
 
 /// Unpacked pictures.
 #[derive(Debug)]

@@ -57,20 +57,30 @@ impl Schedule {
             .hint("use `--set schedule.warmup=10%`, or a longer run"));
         }
         let cooldown = steps("cooldown", section.cooldown, run)?;
-        if cooldown > 0 && total < run.steps {
+        let curve = curve(section)?;
+        if matches!(curve, Curve::Timm { .. }) {
+            if warmup.saturating_add(cooldown) >= total {
+                return Err(Error::usage(format!(
+                    "`schedule.warmup` and `schedule.cooldown` are {warmup} and {cooldown} steps, which leave \
+                     nothing of {total} for the cosine"
+                ))
+                .hint("use `--set schedule.cooldown=10%`, or a longer run"));
+            }
+        } else if cooldown > 0 && total < run.steps {
             return Err(Error::usage(format!(
                 "`schedule.cooldown` reaches 0 after {total} steps, but the run has {}",
                 run.steps
             ))
             .hint("remove `schedule.total`, or make it as long as the run"));
         }
-        Ok(Schedule { curve: curve(section)?, warmup, cooldown, total })
+        Ok(Schedule { curve, warmup, cooldown, total })
     }
 
     /// The rate after `t` updates for the base rate `base`. With `base = 1`, the relative schedule of
     /// big_vision.
     pub fn value(&self, t: u64, base: f64) -> f64 {
         let [updates, warmup, total] = [t, self.warmup, self.total].map(|n| n as f64);
+        let cooldown = self.cooldown as f64;
         let progress = ((updates - warmup) / (total - warmup)).clamp(0.0, 1.0);
         let rate = match &self.curve {
             Curve::Constant => base,
@@ -84,17 +94,18 @@ impl Schedule {
                 passed => base * mults[passed - 1],
             },
             Curve::Timm { first, .. } if t < self.warmup => first + updates * (base - first) / warmup,
-            // timm's cosine starts at update 0, during the warm-up, unless `warmup_prefix` is set.
+            // timm's cosine starts at update 0, during the warm-up, unless `warmup_prefix` is set. It ends where the
+            // cool-down begins, which stays at its end.
             Curve::Timm { least, prefix, .. } => {
-                let progress = if *prefix { progress } else { (updates / total).min(1.0) };
+                let start = if *prefix { warmup } else { 0.0 };
+                let progress = ((updates - start) / (total - cooldown - start)).min(1.0);
                 least + (base - least) * cosine(progress)
             }
         };
-        let warm = match self.curve {
-            Curve::Timm { .. } => 1.0,
-            _ => share(updates, warmup),
-        };
-        rate * warm * share(total - updates, self.cooldown as f64)
+        match self.curve {
+            Curve::Timm { .. } => rate,
+            _ => rate * share(updates, warmup) * share(total - updates, cooldown),
+        }
     }
 }
 
@@ -352,6 +363,32 @@ mod tests {
         let negative = ScheduleSection { cooldown: Duration::Steps(10), ..short };
         assert!(message(negative).contains("schedule.cooldown"), "the rate would fall below 0");
         assert!(Schedule::new(&section(Cosine, 0), RunLength { steps: 0, ..RUN }).is_err());
+    }
+
+    /// timm counts its cool-down epochs apart: they come after the cosine, at its least rate.
+    #[test]
+    fn the_cool_down_of_timm_stays_at_the_least_rate() {
+        let timm = |prefix: bool, cooldown: u64, steps: u64| {
+            let section = ScheduleSection {
+                warmup_lr: 1e-6,
+                min_lr: 1e-5,
+                warmup_prefix: prefix,
+                cooldown: Duration::Steps(cooldown),
+                ..section(ScheduleKind::TimmCosine, 5)
+            };
+            Schedule::new(&section, RunLength { steps, ..RUN })
+        };
+        for prefix in [false, true] {
+            let (long, short) = (timm(prefix, 10, 310).unwrap(), timm(prefix, 0, 300).unwrap());
+            for t in 0..300 {
+                assert_eq!(long.value(t, 1e-3), short.value(t, 1e-3), "update {t}");
+            }
+            for t in 300..310 {
+                close(long.value(t, 1e-3), 1e-5, 1e-18);
+            }
+        }
+        let text = timm(false, 295, 300).unwrap_err().to_string();
+        assert!(text.contains("5 and 295 steps, which leave nothing of 300"), "{text}");
     }
 
     #[test]

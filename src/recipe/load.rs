@@ -9,6 +9,7 @@ use std::path::Path;
 use serde::Deserialize;
 use toml::{Table, Value};
 
+use super::meant::meant;
 use super::{Duration, Recipe};
 use crate::error::{Error, Result};
 use crate::files;
@@ -493,14 +494,37 @@ fn wrong_value(path: &[String], value: &Value, message: &str) -> Error {
         };
         return Error::usage(format!("`{key}` cannot be {given}")).hint(hint);
     }
-    Error::usage(format!("`{key}` is {}, expected {}", describe(value), expected(message)))
+    // Where a list is the value, serde's message is about one of its elements.
+    let found = match value {
+        Value::Array(_) => {
+            literals(message).first().map_or("a list".into(), |one| format!("a list with {one}"))
+        }
+        _ => describe(value),
+    };
+    let expected = expected(message, value);
+    let error = Error::usage(format!("`{key}` is {found}, expected {expected}"));
+    let typed = match value {
+        Value::String(text) => meant(text, expected != "a number"),
+        Value::Float(number) => meant(&number.to_string(), true),
+        _ => Vec::new(),
+    };
+    let has_numbers = ["number", "duration", "pixels"].iter().any(|what| expected.contains(what));
+    match has_numbers && !typed.is_empty() {
+        true => error.hint(format!("write `{}`", typed.join("` or `"))),
+        false => error,
+    }
 }
 
 /// What serde's message for a wrong value expects, in plain words.
-fn expected(message: &str) -> &str {
+fn expected<'m>(message: &'m str, value: &Value) -> &'m str {
     match message.rsplit_once("expected ").map_or(message, |(_, expected)| expected) {
+        // TOML has no larger ones.
+        "u64" | "usize" if matches!(value, Value::Float(large) if *large > i64::MAX as f64) => {
+            "a whole number from 0 to 9223372036854775807"
+        }
         "u64" | "usize" | "u32" => "a whole number from 0 up",
         "i64" => "a whole number",
+        "u8" => "whole numbers from 0 to 255",
         "f32" | "f64" => "a number",
         "a boolean" => "`true` or `false`",
         "a string" => "text",
@@ -515,15 +539,17 @@ fn expected(message: &str) -> &str {
 pub(super) fn expected_at(path: &[String]) -> String {
     // No key is a section of this name.
     let probe = Table::from_iter([("?".to_string(), Value::Boolean(true))]);
-    let error = Recipe::deserialize(wrap(path, probe.into())).err();
-    error.map_or_else(String::new, |e| expected(e.message()).to_string())
+    let probe = Value::Table(probe);
+    let error = Recipe::deserialize(wrap(path, probe.clone())).err();
+    error.map_or_else(String::new, |e| expected(e.message(), &probe).to_string())
 }
 
 fn describe(value: &Value) -> String {
     match value {
         Value::String(text) => format!("the text `{text}`"),
         Value::Integer(number) => number.to_string(),
-        Value::Float(number) => number.to_string(),
+        // With a point or an exponent: it is no whole number.
+        Value::Float(number) => format!("{number:?}"),
         Value::Boolean(truth) => format!("`{truth}`"),
         Value::Datetime(date) => format!("the date {date}"),
         Value::Array(_) => "a list".into(),
@@ -565,11 +591,12 @@ fn lower_first(text: &str) -> String {
 /// they shrink in proportion. It is an error if the user set them, or if they never fitted.
 fn fit_warmup(recipe: &mut Recipe, written: &Recipe, set: &[String]) -> Result<Vec<String>> {
     let Some((total, warmup, cooldown)) = lengths(recipe) else { return Ok(Vec::new()) };
-    if warmup + cooldown < total || warmup + cooldown == 0 {
+    if warmup.saturating_add(cooldown) < total || (warmup, cooldown) == (0, 0) {
         return Ok(Vec::new());
     }
     let by_user = |key: &str| set.iter().any(|path| path == key);
-    let before = lengths(written).filter(|(total, warmup, cooldown)| warmup + cooldown < *total);
+    let before =
+        lengths(written).filter(|(total, warmup, cooldown)| warmup.saturating_add(*cooldown) < *total);
     let unchanged = recipe.train.steps == written.train.steps && recipe.train.epochs == written.train.epochs;
     if by_user("schedule.warmup") || by_user("schedule.cooldown") || (unchanged && before.is_none()) {
         let key = if warmup >= cooldown { "warmup" } else { "cooldown" };

@@ -13,6 +13,7 @@ mod compare;
 mod duration;
 mod head;
 mod load;
+mod meant;
 mod micro_batch;
 mod optim;
 mod resolve;
@@ -27,6 +28,7 @@ pub use compare::Difference;
 pub use duration::Duration;
 pub use head::{BuiltIn, built_in};
 pub use load::{BUILT_IN, RecipeFile, keys};
+pub(crate) use meant::meant;
 pub use micro_batch::MicroBatch;
 pub use optim::{
     DecayMode, DecayOn, GroupSection, LayerNumbering, MomentType, OptimName, OptimSection, ScheduleKind,

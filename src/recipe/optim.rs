@@ -201,7 +201,8 @@ pub struct ScheduleSection {
     pub kind: ScheduleKind,
     /// Length of the linear rise from 0 (`timm_cosine`: from `warmup_lr`) at the start.
     pub warmup: Duration,
-    /// Length of the linear fall to 0 at the end, which multiplies the curve.
+    /// Length of the linear fall to 0 at the end, which multiplies the curve (`timm_cosine`: of the end at `min_lr`,
+    /// after the cosine).
     pub cooldown: Duration,
     /// Length of the curve. Default: the run's. If it is longer, the run ends before the curve does.
     #[serde(skip_serializing_if = "Option::is_none")]

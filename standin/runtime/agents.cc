@@ -51,6 +51,7 @@ void Block::access_as(uint32_t agent, uint32_t time, uint64_t offset, uint32_t s
 
 void Block::land(uint32_t agent, uint32_t time, uint32_t offset, uint32_t size) {
   if (checking_ != Checks::on) return;
+  touch(offset, size);
   for (uint32_t g = offset / 2; g <= (offset + size - 1) / 2; ++g) {
     Cell& cell = cells_[g];
     cell.flags = static_cast<uint16_t>((cell.flags & ~kCellInFlight) | kCellWritten);

@@ -206,8 +206,16 @@ bool Block::run(Launch& of, uint64_t which) {
   if (of.shared_bytes) memset(shared, 0xff, of.shared_bytes);
   if (checking_ == Checks::on) {
     size_t granules = (of.shared_bytes + 1) / 2;
-    if (cells_.size() < granules) cells_.resize(granules);
-    memset(static_cast<void*>(cells_.data()), 0, granules * sizeof(Cell));
+    size_t parts = (granules + kCellsTogether - 1) / kCellsTogether;
+    if (touched_.size() < parts) {
+      touched_.resize(parts);
+      cells_.resize(parts * kCellsTogether);
+    }
+    for (size_t part = 0; part < parts; ++part) {
+      if (!touched_[part]) continue;
+      touched_[part] = 0;
+      memset(static_cast<void*>(&cells_[part * kCellsTogether]), 0, kCellsTogether * sizeof(Cell));
+    }
     reader_tables_.clear();
     free_tables_.clear();
   }
@@ -334,7 +342,7 @@ bool Block::arrive(uint32_t id, uint32_t threads, Site site) {
     fail(kLaunchFailed,
          format("barrier %u: %s expects %u threads at %s, others expect %u at %s", id, who(me).c_str(),
                 expected, place(site).c_str(), b.expected, place(b.site).c_str()));
-  } else if (b.site.line != site.line || strcmp(b.site.file, site.file)) {
+  } else if (!b.site.is(site)) {
     fail(kLaunchFailed, format("barrier %u: %s comes from %s, others wait at %s", id, who(me).c_str(),
                                place(site).c_str(), place(b.site).c_str()));
   }

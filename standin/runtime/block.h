@@ -120,6 +120,8 @@ struct Cell {
   uint32_t readers;  // 1 + index of a table of read times per thread, 0: at most one reader
 };
 constexpr uint16_t kCellWritten = 1, kCellInFlight = 2;
+// Granules that are cleared together before a block runs, if the block before has touched one of them.
+constexpr uint32_t kCellsTogether = 256;
 
 class Block {
  public:
@@ -217,6 +219,10 @@ class Block {
                      uint32_t now);
   void access_global(uint64_t address, uint32_t size, bool write, const void* pc, Site site);
   void access_elsewhere(uint64_t address, uint32_t size, bool write, const void* pc, Site site);
+  void touch(uint32_t offset, uint32_t size) {
+    for (uint32_t part = offset / 2 / kCellsTogether; part <= (offset + size - 1) / 2 / kCellsTogether; ++part)
+      touched_[part] = 1;
+  }
   void read_by_many(Cell& cell, uint32_t identity, uint32_t now);
   bool others_ordered(const Cell& cell, uint32_t* who) const;
   bool knows(const Fiber& fiber, uint32_t thread, uint32_t time) const {
@@ -245,6 +251,7 @@ class Block {
   std::vector<Fiber*> group_;  // scratch: who meets
   ClockPool clocks_;
   std::vector<Cell> cells_;
+  std::vector<uint8_t> touched_;  // whether one of each kCellsTogether granules may not be zero
   std::vector<uint32_t> reader_tables_;  // identities_ entries each
   std::vector<uint32_t> free_tables_;
   std::vector<uint64_t> acquired_;  // blocks whose published writes this block has seen

@@ -34,6 +34,9 @@ float high(uint32_t v) {
   return __builtin_bit_cast(float, v & 0xffff0000u);
 }
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("avx2", "default")))  // the same sums: none is fused or reordered
+#endif
 void compute_mma(void* const* operands, bool truncate) {
   float a[16][16], b[16][8], d[16][8];
   for (uint32_t l = 0; l < kLanes; ++l) {
@@ -151,8 +154,7 @@ bool Block::join(Collective kind, Site site, const char* name, uint32_t copy) {
     warp.kind = kind;
     warp.site = site;
     warp.copy = copy;
-  } else if (warp.kind != kind || warp.site.line != site.line || strcmp(warp.site.file, site.file) ||
-             warp.copy != copy) {
+  } else if (warp.kind != kind || !warp.site.is(site) || warp.copy != copy) {
     fail(kLaunchFailed, format("%s calls %s at %s while lanes %08x of its warp wait at %s%s", who(me).c_str(),
                                name, place(site).c_str(), warp.arrived, place(warp.site).c_str(),
                                warp.copy != copy ? " (another instruction)" : ""));

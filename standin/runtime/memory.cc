@@ -76,13 +76,16 @@ size_t room_for(size_t bytes) {
 }  // namespace
 
 namespace {
-// No two allocations share a page: the gap between them is one.
-void clear_traces(uint64_t start, size_t bytes) {
-  for (uint64_t a = start & ~uint64_t{kPage - 1}; a < start + bytes; a += kPage) {
-    PageTrace& page = device.page(a);
-    if (page.touched) memset(device.trace + device.granule(a), 0, kPage / 2 * sizeof(Trace));
-    page = {};
-  }
+// Calls `each` with the pages of an allocation and their addresses.
+template <class F>
+void for_pages(uint64_t start, size_t bytes, F each) {
+  for (uint64_t a = start & ~uint64_t{kPage - 1}; a < start + bytes; a += kPage) each(device.page(a), a);
+}
+
+void clear_traces(PageTrace& page, uint64_t at) {
+  if (page.touched) memset(device.trace + device.granule(at), 0, kPage / 2 * sizeof(Trace));
+  page.touched = false;
+  page.bulk = {};
 }
 }  // namespace
 
@@ -102,9 +105,10 @@ uint64_t allocate(size_t bytes, int card) {
     former.erase(over, former.lower_bound(start + room));
     live[start] = {bytes, room, card};
     used[card] += bytes;
-    size_t first = device.granule(start);
-    memset(device.state + first, kAllocated, bytes / 2);
-    if (bytes % 2) device.state[first + bytes / 2] = 1;
+    for_pages(start, bytes, [&](PageTrace& page, uint64_t at) {
+      page.first = static_cast<uint16_t>(start > at ? start - at : 0);
+      page.last = static_cast<uint16_t>(std::min<uint64_t>(start + bytes - at, kPage));
+    });
     // Fresh memory contains NaN in f32 and bf16. Filling the start of a large arena is enough.
     memset(reinterpret_cast<void*>(start), 0xff, bytes < kPoisoned ? bytes : kPoisoned);
     return start;
@@ -116,12 +120,15 @@ bool release(uint64_t address, const std::string& what) {
   std::lock_guard<std::mutex> guard(lock);
   auto it = live.find(address);
   if (it == live.end()) return false;
-  size_t bytes = it->second.bytes, room = it->second.room, first = device.granule(address);
+  size_t bytes = it->second.bytes, room = it->second.room;
   used[it->second.card] -= bytes;
   live.erase(it);
   former[address] = {bytes, what};
-  memset(device.state + first, 0, (bytes + 1) / 2);
-  clear_traces(address, bytes);
+  for_pages(address, bytes, [](PageTrace& page, uint64_t at) {
+    clear_traces(page, at);
+    if (page.written) memset(device.state + device.granule(at), 0, kPage / 2);
+    page = {};
+  });
   auto next = free_room.lower_bound(address);
   if (next != free_room.end() && address + room == next->first) {
     room += next->second;
@@ -171,46 +178,27 @@ const char* nearest_allocation(uint64_t address, char* buffer, size_t bytes) {
 
 void trust_all() {
   std::lock_guard<std::mutex> guard(lock);
-  for (auto& [start, allocation] : live) {
-    size_t bytes = allocation.bytes;
-    memset(device.state + device.granule(start), kAllocated | kWritten, bytes / 2);
-    if (bytes % 2) device.mark_written(start + bytes - 1, 1);
-  }
+  for (auto& [start, allocation] : live) device.mark_written(start, allocation.bytes);
 }
 
 void forget_traces() {
   std::lock_guard<std::mutex> guard(lock);
-  for (auto& [start, allocation] : live) {
-    clear_traces(start, allocation.bytes);
-  }
+  for (auto& [start, allocation] : live) for_pages(start, allocation.bytes, clear_traces);
 }
 
 namespace {
 
-// The first granule in `at .. end` whose state lacks a bit of `bits`; `end` if there is none.
-size_t first_without(const uint8_t* state, size_t at, size_t end, uint8_t bits) {
-  uint64_t all = 0x0101010101010101ull * bits, eight;
+// The first granule in `at .. end` that was not all written; `end` if there is none.
+size_t first_not_written(const uint8_t* state, size_t at, size_t end) {
+  constexpr uint64_t all = 0x0101010101010101ull * kWritten;
+  uint64_t eight;
   while (at + 8 <= end) {
     memcpy(&eight, state + at, 8);
-    if ((eight & all) != all) break;
+    if (eight != all) break;
     at += 8;
   }
-  while (at < end && (state[at] & bits) == bits) ++at;
+  while (at < end && state[at] == kWritten) ++at;
   return at;
-}
-
-// The first byte of the range without `bit` (that of a granule's first byte), or `size`.
-size_t first_byte_without(const Device& d, uint64_t address, size_t size, uint8_t bit) {
-  uint64_t at = address, end = address + size;
-  if (at % 2 && at < end) {
-    if (!(d.state[d.granule(at)] & bit << 1)) return 0;
-    ++at;
-  }
-  size_t whole = d.granule(at), last = d.granule(end);  // `end` may be the first byte past the range
-  size_t found = first_without(d.state, whole, last, static_cast<uint8_t>(bit * 3));
-  if (found < last) return at + 2 * (found - whole) - address + (d.state[found] & bit ? 1 : 0);
-  if (end % 2 && end > at && !(d.state[last] & bit)) return size - 1;
-  return size;
 }
 
 void set_written(Device& d, uint64_t address, size_t size, bool written) {
@@ -222,18 +210,21 @@ void set_written(Device& d, uint64_t address, size_t size, bool written) {
     else if ((__atomic_load_n(state, __ATOMIC_RELAXED) & bits) != bits)
       __atomic_fetch_or(state, bits, __ATOMIC_RELAXED);
   };
+  for (uint64_t a = at & ~uint64_t{kPage - 1}; written && a < end; a += kPage) {
+    PageTrace& page = d.page(a);
+    if (!__atomic_load_n(&page.written, __ATOMIC_RELAXED)) __atomic_store_n(&page.written, true, __ATOMIC_RELAXED);
+  }
   if (at % 2 && at < end) {
-    one(d.granule(at), 8);
+    one(d.granule(at), kWrittenSecond);
     ++at;
   }
   size_t whole = d.granule(at), last = d.granule(end);
   if (last - whole > 64) {
-    // All allocated, by the caller's check.
-    memset(d.state + whole, written ? kAllocated | kWritten : kAllocated, last - whole);
+    memset(d.state + whole, written ? kWritten : 0, last - whole);
   } else {
     for (size_t g = whole; g < last; ++g) one(g, kWritten);
   }
-  if (end % 2 && end > at) one(last, 4);
+  if (end % 2 && end > at) one(last, kWrittenFirst);
 }
 
 }  // namespace
@@ -241,10 +232,25 @@ void set_written(Device& d, uint64_t address, size_t size, bool written) {
 bool Device::allocated(uint64_t address, size_t size) const {
   if (size == 0) return true;
   if (!contains(address) || !contains(address + size)) return false;
-  return first_byte_without(*this, address, size, 1) == size;
+  for (uint64_t at = address, end = address + size; at < end;) {
+    const PageTrace& its = page(at);
+    uint64_t from = at % kPage, to = std::min<uint64_t>(from + (end - at), kPage);
+    if (from < its.first || to > its.last) return false;
+    at += to - from;
+  }
+  return true;
 }
 size_t Device::first_unwritten(uint64_t address, size_t size) const {
-  return first_byte_without(*this, address, size, 4);
+  uint64_t at = address, end = address + size;
+  if (at % 2 && at < end) {
+    if (!(state[granule(at)] & kWrittenSecond)) return 0;
+    ++at;
+  }
+  size_t whole = granule(at), last = granule(end);  // `end` may be the first byte past the range
+  size_t found = first_not_written(state, whole, last);
+  if (found < last) return at + 2 * (found - whole) - address + (state[found] & kWrittenFirst ? 1 : 0);
+  if (end % 2 && end > at && !(state[last] & kWrittenFirst)) return size - 1;
+  return size;
 }
 void Device::mark_written(uint64_t address, size_t size) {
   set_written(*this, address, size, true);

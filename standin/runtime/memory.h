@@ -2,7 +2,8 @@
 //
 // A device pointer is the host address of its byte, so kernels use it directly; addresses outside the range are not
 // device memory. Allocations are 256-byte aligned with a gap of 4 KiB between them, so an overrun is always noticed.
-// Each two-byte granule has a state (allocated? written?) and its last accesses (see `check.h`).
+// A page knows which of its bytes are allocated. Each two-byte granule has a state (which bytes were written?) and its
+// last accesses (see `check.h`).
 #pragma once
 
 #include <stddef.h>
@@ -19,14 +20,18 @@ struct Trace {
 
 // The same for a page of 4 KiB, left by copies, fills and products that covered all of it. Both count: an access must
 // come after those of its granule and after those of its page.
+// No two allocations share a page, and a large one costs little more than its pages: granules are cleared only where
+// something has touched them.
 struct PageTrace {
   Trace bulk;
-  bool touched;  // some granule of the page has a trace of its own
+  bool touched;          // some granule of the page has a trace of its own
+  bool written;          // some granule may have a state
+  uint16_t first, last;  // the allocated bytes are first .. last
 };
 constexpr size_t kPage = 4096;
 
-// Bits of a granule's state; the first two are for its first and second byte, the next two likewise.
-constexpr uint8_t kAllocated = 0x3, kWritten = 0xc;
+// Bits of a granule's state: its first and its second byte were written.
+constexpr uint8_t kWrittenFirst = 1, kWrittenSecond = 2, kWritten = 3;
 
 struct Device {
   uint8_t* base = nullptr;

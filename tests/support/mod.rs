@@ -1,14 +1,15 @@
 //! Shared by the tests of the program: running it, and a small data set that is drawn on the spot.
 
-// Every test binary compiles this file, and none uses all of it.
-#![allow(dead_code, unreachable_pub)]
+#![allow(unreachable_pub)]
 
 pub mod models;
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::panic::Location;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 use image::{Rgb, RgbImage};
 use rustix::process::Pid;
@@ -45,6 +46,15 @@ impl Done {
         self
     }
 
+    /// Printed all of these on stdout.
+    #[track_caller]
+    pub fn prints(self, texts: &[&str]) -> Self {
+        for text in texts {
+            assert!(self.stdout.contains(text), "`{text}` is not in: {}", self.stdout);
+        }
+        self
+    }
+
     /// The JSON object on stdout.
     #[track_caller]
     pub fn json(&self) -> Value {
@@ -52,7 +62,8 @@ impl Done {
     }
 }
 
-/// The program with these arguments. It uses the tests' own cache, and no settings from the environment.
+/// The program with these arguments. It uses a cache of the calling file, and no settings from the environment.
+#[track_caller]
 pub fn command<S: AsRef<OsStr>>(args: &[S]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vitrum"));
     command.args(args).env("VITRUM_CACHE", cache()).stdin(Stdio::null());
@@ -62,6 +73,7 @@ pub fn command<S: AsRef<OsStr>>(args: &[S]) -> Command {
 
 /// The program as several ranks under the `mpirun` on PATH: `programs` has the number of ranks and the arguments
 /// of each part. `None`, and a line, where there is no `mpirun`.
+#[track_caller]
 pub fn ranks(programs: &[(usize, &[String])]) -> Option<Command> {
     let Ok(version) = Command::new("mpirun").arg("--version").output() else {
         println!("skipped: there is no `mpirun` on PATH");
@@ -106,6 +118,7 @@ pub fn copy(from: &Path, to: &Path) {
 }
 
 /// Runs the program to its end.
+#[track_caller]
 pub fn vitrum<S: AsRef<OsStr>>(args: &[S]) -> Done {
     finish(command(args))
 }
@@ -137,6 +150,7 @@ pub fn stand_in() -> Option<PathBuf> {
 
 /// The program on a stand-in with these options. Those in VITRUM_STANDIN_FIRST come before them: `defer=2` repeats a
 /// test with another order of the GPU's work.
+#[track_caller]
 pub fn on_gpu<S: AsRef<OsStr>>(folder: &Path, options: &str, args: &[S]) -> Command {
     let mut command = command(args);
     let first = std::env::var("VITRUM_STANDIN_FIRST").unwrap_or_default();
@@ -144,6 +158,7 @@ pub fn on_gpu<S: AsRef<OsStr>>(folder: &Path, options: &str, args: &[S]) -> Comm
     command
 }
 
+#[track_caller]
 pub fn run_on_gpu<S: AsRef<OsStr>>(folder: &Path, options: &str, args: &[S]) -> Done {
     finish(on_gpu(folder, options, args))
 }
@@ -167,22 +182,27 @@ pub fn wait(child: Child) -> Done {
     }
 }
 
-/// A folder of this test binary, empty at its start.
+/// A folder of the calling file's tests, empty at the start of this process.
+#[track_caller]
 pub fn scratch() -> &'static Path {
-    static SCRATCH: OnceLock<PathBuf> = OnceLock::new();
-    SCRATCH.get_or_init(|| {
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(env!("CARGO_CRATE_NAME"));
+    static FOLDERS: Mutex<BTreeMap<&str, &Path>> = Mutex::new(BTreeMap::new());
+    let file = Location::caller().file();
+    FOLDERS.lock().unwrap().entry(file).or_insert_with(|| {
+        let name = Path::new(file).file_stem().unwrap();
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(&dir).unwrap();
-        dir
+        Box::leak(dir.into_boxed_path())
     })
 }
 
+#[track_caller]
 fn cache() -> PathBuf {
     scratch().join("cache")
 }
 
 /// `scratch()/name` as text, for arguments.
+#[track_caller]
 pub fn path(name: &str) -> String {
     scratch().join(name).display().to_string()
 }

@@ -17,6 +17,7 @@ pub fn json(path: &Path) -> Value {
 }
 
 /// A folder of its own for each test.
+#[track_caller]
 pub fn folder(name: &str) -> PathBuf {
     let dir = scratch().join(name);
     std::fs::create_dir_all(&dir).unwrap();

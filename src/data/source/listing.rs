@@ -70,14 +70,18 @@ impl Listing {
         let (classes, numbers) = self.classes(labels);
         let is_split = self.records.iter().any(|(split, _)| split.is_some());
         let mut parts = Parts { is_split, ..Parts::default() };
-        let mut seen = vec![false; classes.len()];
+        let (mut seen, mut taught) = (vec![false; classes.len()], vec![false; classes.len()]);
         for (split, mut item) in std::mem::take(&mut self.records) {
             item.label = numbers.get(item.label).copied().unwrap_or(0);
             if let Some(several) = &mut item.several {
                 several.iter_mut().for_each(|label| *label = numbers[*label as usize] as u32);
             }
-            item.labels().into_iter().for_each(|label| seen[label] = true);
-            parts.lists[split.unwrap_or(Split::Train) as usize].push(item);
+            let split = split.unwrap_or(Split::Train);
+            for label in item.labels() {
+                seen[label] = true;
+                taught[label] |= split == Split::Train;
+            }
+            parts.lists[split as usize].push(item);
         }
         let [train, val, test] = &mut parts.lists;
         if val.is_empty() && !test.is_empty() {
@@ -102,6 +106,13 @@ impl Listing {
                 count(without.len(), "class"),
                 named(&without)
             ));
+        }
+        let untaught = (0..classes.len()).filter(|class| seen[*class] && !taught[*class]);
+        let untaught: Vec<&String> = untaught.map(|class| &classes[class]).collect();
+        if !untaught.is_empty() && !parts.lists[Split::Train as usize].is_empty() {
+            let verb = if untaught.len() == 1 { "has" } else { "have" };
+            let classes = count(untaught.len(), "class");
+            self.notes.push(format!("{classes} {verb} no training picture: {}", named(&untaught)));
         }
         let name = store.path().display().to_string();
         Ok(Source { classes, parts, store, name, is_multi_label: self.several, notes: self.notes })

@@ -12,6 +12,7 @@ use crate::fail;
 use super::folder::Paths;
 use super::listing::Listing;
 use super::manifest::{self, Form, Table};
+use super::split_columns;
 use super::strays::{count, named};
 use super::{Item, Place};
 
@@ -58,7 +59,7 @@ pub(super) fn take(root: &Path, paths: &mut Paths, others: &mut Vec<String>) -> 
                 Err(error) if is_flat && error.hint_text().is_some_and(|hint| hint.contains("WordNet")) => {
                     return Err(error);
                 }
-                Err(error) if error.message().contains(manifest::NO_SPLIT) => return Err(error),
+                Err(error) if error.message().contains(split_columns::NO_SPLIT) => return Err(error),
                 Err(_) => continue,
             };
             let of_table = Split::of(table.rsplit('/').next().unwrap_or_default());

@@ -15,6 +15,7 @@ use crate::error::{At, Error, Result};
 use crate::{fail, files};
 
 use super::listing::{Labels, Listing};
+use super::split_columns;
 use super::{Item, Place, Source, Store};
 
 const PATHS: [&str; 9] =
@@ -22,25 +23,6 @@ const PATHS: [&str; 9] =
 /// `PredictionString` in ImageNet's `LOC_val_solution.csv` is a class and its boxes.
 const BOXES: &str = "predictionstring";
 const LABELS: [&str; 5] = ["label", "class", "labels", "classes", BOXES];
-
-/// How the error for an unknown split begins.
-pub(super) const NO_SPLIT: &str = "there is no split";
-
-/// The column of the split.
-const SPLIT: &str = "split";
-/// Columns that are the split's if each of their values is one.
-const PERHAPS_SPLIT: [&str; 8] =
-    ["subset", "set", "partition", "phase", "usage", "fold", "data_split", "part"];
-/// Columns that say for each row whether it is of one split.
-const FLAGS: [(&str, Split); 7] = [
-    ("is_train", Split::Train),
-    ("is_training", Split::Train),
-    ("is_val", Split::Val),
-    ("is_valid", Split::Val),
-    ("is_validation", Split::Val),
-    ("is_test", Split::Test),
-    ("is_testing", Split::Test),
-];
 
 /// The form of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,106 +88,11 @@ fn plain_path(path: &str) -> String {
     path.trim_start_matches("./").to_owned()
 }
 
-/// The split that a value names; none for an empty one.
-fn split_of(value: &str) -> Result<Option<Split>> {
-    match (value.trim(), Split::of_word(value)) {
-        ("", _) => Ok(None),
-        (_, Some(split)) => Ok(Some(split)),
-        (value, None) => Err(Error::new(format!("{NO_SPLIT} `{value}`"))
-            .hint("use `train`, `val` (`validation`, `dev`) or `test`")),
-    }
-}
-
-/// Gives each row its split, by the first column that holds splits, else by the [`FLAGS`]. `values` are those of a
-/// column, a value for each row. An unknown value is an error in the column [`SPLIT`]; any other column then holds
-/// something else. Returns sentences about the columns that look like splits and are not used.
+/// Gives each row its split by a column that says it; returns sentences about the columns.
 fn give_splits(rows: &mut [Row], values: impl Fn(&str) -> Option<Vec<String>>) -> Result<Vec<String>> {
-    let filled =
-        |name: &str| values(name).filter(|values| values.iter().any(|value| !value.trim().is_empty()));
-    let mut found: Option<(String, Vec<Option<Split>>)> = None;
-    let mut notes = Vec::new();
-    let mut offer = |name: String, splits: Result<Vec<Option<Split>>>| {
-        match (&found, splits) {
-        (_, Err(why)) => notes.push(format!(
-            "column `{name}` is not used: {}; a column `split` with `train` and `val` says which rows validate",
-            why.message()
-        )),
-        (Some((used, same)), Ok(splits)) if *same != splits => {
-            notes.push(format!("column `{name}` is not used: the splits are those of `{used}`"));
-        }
-        (Some(_), Ok(_)) => {}
-        (None, Ok(splits)) => found = Some((name, splits)),
-    }
-    };
-    for name in [SPLIT].iter().chain(&PERHAPS_SPLIT) {
-        let Some(values) = filled(name) else { continue };
-        let of =
-            |(row, value): (&Row, &String)| split_of(value).map_err(|e| e.at(format!("line {}", row.line)));
-        match rows.iter().zip(&values).map(of).collect::<Result<Vec<_>>>() {
-            Err(error) if *name == SPLIT => return Err(error),
-            splits => offer((*name).to_owned(), splits),
-        }
-    }
-    let mut flags: Vec<(&str, Split, Vec<bool>)> = Vec::new();
-    for (name, split) in FLAGS {
-        let Some(values) = filled(name) else { continue };
-        let of = |(row, value): (&Row, &String)| {
-            flag_of(value)
-                .ok_or_else(|| Error::new(format!("line {}: `{value}` is neither 0 nor 1", row.line)))
-        };
-        match rows.iter().zip(&values).map(of).collect::<Result<Vec<_>>>() {
-            Ok(values) => flags.push((name, split, values)),
-            Err(why) => offer(name.to_owned(), Err(why)),
-        }
-    }
-    if !flags.is_empty() {
-        let names = flags.iter().map(|(name, ..)| *name).collect::<Vec<_>>().join("`, `");
-        offer(names.clone(), splits_of(rows, &flags));
-        if let Some((used, splits)) = &found
-            && *used == names
-            && let Some(rest) = rest(&flags)
-        {
-            let count = |split| splits.iter().filter(|of| **of == Some(split)).count();
-            notes.push(format!(
-                "splits by column `{names}`: {} rows for train, {} for val, {} for test; a row of none is for {}",
-                count(Split::Train),
-                count(Split::Val),
-                count(Split::Test),
-                rest.name()
-            ));
-        }
-    }
-    if let Some((_, splits)) = found {
-        rows.iter_mut().zip(splits).for_each(|(row, split)| row.split = split);
-    }
+    let (splits, notes) = split_columns::read(rows.len(), |row| format!("line {}", rows[row].line), values)?;
+    rows.iter_mut().zip(splits).for_each(|(row, split)| row.split = split);
     Ok(notes)
-}
-
-fn flag_of(value: &str) -> Option<bool> {
-    match value.trim().to_ascii_lowercase().as_str() {
-        "1" | "1.0" | "true" | "t" | "yes" => Some(true),
-        "0" | "0.0" | "false" | "f" | "no" => Some(false),
-        _ => None,
-    }
-}
-
-/// The split of a row that has none of the flags: the first without a flag of its own.
-fn rest(flags: &[(&str, Split, Vec<bool>)]) -> Option<Split> {
-    Split::ALL.into_iter().find(|split| flags.iter().all(|(_, of, _)| of != split))
-}
-
-fn splits_of(rows: &[Row], flags: &[(&str, Split, Vec<bool>)]) -> Result<Vec<Option<Split>>> {
-    let of = |(i, row): (usize, &Row)| {
-        let set: BTreeSet<Split> =
-            flags.iter().filter(|(.., values)| values[i]).map(|(_, split, _)| *split).collect();
-        match (set.first(), set.len()) {
-            (Some(split), 1) => Ok(Some(*split)),
-            (None, _) if rest(flags).is_some() => Ok(rest(flags)),
-            (None, _) => fail!("line {} is of no split", row.line),
-            _ => fail!("line {} is of two splits", row.line),
-        }
-    };
-    rows.iter().enumerate().map(of).collect()
 }
 
 /// Lines of a path and a label; of more tab-separated columns, the first two.
@@ -368,14 +255,7 @@ fn arrange(path: &Path, Table { rows, several, notes }: Table) -> Result<Source>
     let mut listing = Listing::new(several);
     listing.notes = notes;
     let mut seen = BTreeSet::new();
-    let blank = rows.iter().filter(|row| row.split.is_none()).count();
-    if (1..rows.len()).contains(&blank) {
-        listing.notes.push(format!(
-            "{} of {} rows have no split: they are used for training",
-            blank,
-            rows.len()
-        ));
-    }
+    listing.notes.extend(split_columns::blank(rows.iter().map(|row| row.split)));
     for row in &rows {
         let at = || format!("{}, line {}", path.display(), row.line);
         if row.path.is_empty() {

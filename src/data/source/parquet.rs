@@ -1,15 +1,17 @@
 //! Parquet files with a column of encoded pictures, as on the HuggingFace hub: `image` is a group with
-//! `bytes`, or the bytes themselves; `label` is a number or a text. Files named like a split belong to that
-//! split.
+//! `bytes`, or the bytes themselves; `label` is a number or a text. A column may say each row's split, as in tables;
+//! else files named like a split belong to that split.
 //!
 //! Pictures are read one row group at a time, and the last group is kept: a pack reads in order, and training
 //! directly from Parquet is not supported.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use parquet::schema::types::{Type, TypePtr};
@@ -19,6 +21,7 @@ use crate::error::{At, Error, Result};
 use crate::fail;
 
 use super::listing::{Labels, Listing};
+use super::split_columns;
 use super::{Item, Place, Source, Store};
 use crate::data::split::Split;
 
@@ -67,34 +70,71 @@ fn projection(reader: &SerializedFileReader<File>, names: &[&str]) -> Result<Typ
     Type::group_type_builder(root.name()).with_fields(vec![field.clone()]).build().at("its schema")
 }
 
-/// Lists rows and labels; no picture is read.
+/// A projection to the column of this name, in any case, if there is one of plain values.
+fn plain_column(reader: &SerializedFileReader<File>, name: &str) -> Result<Option<Type>> {
+    let root = reader.metadata().file_metadata().schema();
+    let is_it = |field: &&TypePtr| field.is_primitive() && field.name().trim().eq_ignore_ascii_case(name);
+    let found = root.get_fields().iter().find(is_it);
+    let only =
+        |field: &TypePtr| Type::group_type_builder(root.name()).with_fields(vec![field.clone()]).build();
+    found.map(only).transpose().at("its schema")
+}
+
+/// The values of the one column of a projection, as texts, by row group. A null is an empty text.
+fn texts(
+    reader: &SerializedFileReader<File>,
+    column: &Type,
+) -> std::result::Result<Vec<Vec<String>>, ParquetError> {
+    let text = |row: Row| match row.get_column_iter().next() {
+        Some((_, Field::Str(text))) => text.clone(),
+        Some((_, Field::Null)) | None => String::new(),
+        Some((_, field)) => field.to_string(),
+    };
+    let of_group = |group: usize| {
+        let group = reader.get_row_group(group)?;
+        let rows = group.get_row_iter(Some(column.clone()))?;
+        rows.map(|row| row.map(text)).collect()
+    };
+    (0..reader.num_row_groups()).map(of_group).collect()
+}
+
+/// Lists rows, labels and splits; no picture is read.
 pub(super) fn open(path: &Path, files: &[PathBuf]) -> Result<Source> {
     let mut rows = Vec::new();
     let mut names: Option<Vec<String>> = None;
+    let mut columns: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for (file, path) in files.iter().enumerate() {
         let reader = reader(path)?;
         names = names.or_else(|| class_names(&reader));
         let labels = projection(&reader, &LABELS).map_err(|e| e.at(path.display()))?;
-        for group in 0..reader.num_row_groups() {
-            let group_reader = reader.get_row_group(group).at(path.display())?;
-            let iterator = group_reader.get_row_iter(Some(labels.clone())).at(path.display())?;
-            for (row, record) in iterator.enumerate() {
-                let record = record.at(path.display())?;
-                let text = match record.get_column_iter().next() {
-                    Some((_, Field::Str(text))) => text.clone(),
-                    Some((_, field)) => field.to_string(),
-                    None => String::new(),
-                };
+        let first = rows.len();
+        for (group, texts) in texts(&reader, &labels).at(path.display())?.into_iter().enumerate() {
+            for (row, text) in texts.into_iter().enumerate() {
                 rows.push((Place::Row { file, group, row }, text));
             }
         }
+        for name in split_columns::names() {
+            let Some(column) = plain_column(&reader, name)? else { continue };
+            let texts = texts(&reader, &column).at(path.display())?;
+            // A file without the column has no splits.
+            let values = columns.entry(name).or_default();
+            values.resize(first, String::new());
+            values.extend(texts.into_iter().flatten());
+        }
     }
-    let mut listing = Listing::default();
+    columns.values_mut().for_each(|values| values.resize(rows.len(), String::new()));
+    let place = |row: usize| match &rows[row].0 {
+        Place::Row { file, group, row } => format!("{}, group {group}, row {row}", files[*file].display()),
+        _ => format!("row {row}"),
+    };
+    let (splits, notes) = split_columns::read(rows.len(), place, |name| columns.get(name).cloned())?;
+    let mut listing = Listing { notes, ..Listing::default() };
     let numbers: Option<Vec<usize>> =
         rows.iter().map(|(_, t)| t.parse().ok().filter(|n| *n < 1 << 22)).collect();
     // If the file names its classes, a number is the index of its name.
     let names = names.filter(|names| numbers.as_ref().is_some_and(|ns| ns.iter().all(|n| *n < names.len())));
     names.iter().flatten().for_each(|name| listing.give(name.clone()));
+    let mut given = Vec::new();
     for (i, (place, text)) in rows.into_iter().enumerate() {
         let Place::Row { file, group, row } = place else { continue };
         let label = match (&numbers, &names) {
@@ -102,9 +142,11 @@ pub(super) fn open(path: &Path, files: &[PathBuf]) -> Result<Source> {
             _ => listing.label(&text),
         };
         let name = files[file].file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let split = if path.is_dir() { Split::of(&name) } else { None };
+        let split = splits[i].or_else(|| Split::of(&name).filter(|_| path.is_dir()));
+        given.push(split);
         listing.push(split, Item::new(format!("{name}:{group}:{row}"), label, place));
     }
+    listing.notes.extend(split_columns::blank(given.into_iter()));
     let files = Files { paths: files.to_vec(), last: Mutex::default() };
     let labels = if names.is_some() { Labels::Given } else { Labels::NamesOrIndices };
     listing.finish(labels, Store { parquet: files, ..Store::new(path, "parquet") })
@@ -226,5 +268,59 @@ mod tests {
         }
         fs::write(temp.path().join("val-9.parquet"), b"PAR1 and no more").unwrap();
         assert!(Source::open(temp.path()).unwrap_err().message().contains("val-9.parquet"));
+    }
+
+    #[test]
+    fn a_column_says_the_split_as_in_tables() {
+        let temp = tempfile::tempdir().unwrap();
+        let write = |file: &str, column: &str, values: &[&str]| {
+            let schema = format!(
+                "message m {{ required binary bytes; required int64 label; required binary {column} (UTF8); }}"
+            );
+            let schema = Arc::new(parse_message_type(&schema).unwrap());
+            let out = File::create(temp.path().join(file)).unwrap();
+            let mut writer = SerializedFileWriter::new(out, schema, Default::default()).unwrap();
+            let mut rows = writer.next_row_group().unwrap();
+            let mut of_splits = false;
+            while let Some(mut column) = rows.next_column().unwrap() {
+                match column.untyped() {
+                    ColumnWriter::ByteArrayColumnWriter(column) => {
+                        let value = |text: &&str| match of_splits {
+                            true => ByteArray::from(text.as_bytes().to_vec()),
+                            false => png(0).into(),
+                        };
+                        let values: Vec<ByteArray> = values.iter().map(value).collect();
+                        column.write_batch(&values, None, None).unwrap();
+                        of_splits = true;
+                    }
+                    ColumnWriter::Int64ColumnWriter(column) => {
+                        let labels: Vec<i64> = (0..values.len() as i64).map(|i| i % 2).collect();
+                        column.write_batch(&labels, None, None).unwrap();
+                    }
+                    _ => panic!("another column"),
+                }
+                column.close().unwrap();
+            }
+            rows.close().unwrap();
+            writer.close().unwrap();
+            temp.path().join(file)
+        };
+        let lens = |path: &Path| {
+            let source = Source::open(path).unwrap();
+            (Split::ALL.map(|split| source.items(split).len()), source.notes().join("\n"))
+        };
+        let file = write("all.parquet", "Split", &["train", "validation", "train", "test", "train"]);
+        assert_eq!(lens(&file).0, [3, 1, 1]);
+        let file = write("flags.parquet", "is_train", &["1", "0", "1"]);
+        let (parts, notes) = lens(&file);
+        assert_eq!(parts, [2, 1, 0]);
+        assert!(notes.contains("splits by column `is_train`: 2 rows for train, 1 for val"), "{notes}");
+        let file = write("fold.parquet", "fold", &["1", "2", "3"]);
+        let (parts, notes) = lens(&file);
+        assert_eq!(parts, [3, 0, 0]);
+        assert!(notes.contains("column `fold` is not used"), "{notes}");
+        let file = write("odd.parquet", "split", &["train", "later"]);
+        let error = Source::open(&file).unwrap_err();
+        assert!(error.message().contains("group 0, row 1: there is no split `later`"), "{error}");
     }
 }

@@ -63,7 +63,7 @@ pub(in crate::data) fn named<S: AsRef<str>>(names: &[S]) -> String {
 }
 
 /// `1 record`, `2 records`
-pub(super) fn count(n: usize, what: &str) -> String {
+pub(in crate::data) fn count(n: usize, what: &str) -> String {
     match (n, what.strip_suffix("ss")) {
         (1, _) => format!("1 {what}"),
         (_, Some(_)) => format!("{n} {what}es"),
