@@ -121,10 +121,7 @@ fn each_gpu_has_the_memory_of_its_part_of_the_batch_and_of_its_shard() {
     // A shard is an eighth, in whole blocks of 16,384 values.
     let values = moments / 8;
     let shard = values.div_ceil(8 * 16_384) * 16_384;
-    assert_eq!(
-        (bytes(&memory["moments_bytes"]), bytes(&memory["ema_bytes"])),
-        (8 * shard as u64, 4 * shard as u64)
-    );
+    assert_eq!((bytes(&memory["moments_bytes"]), bytes(&memory["ema_bytes"])), (8 * shard, 4 * shard));
     assert!(ema / 4 - values < 1 << 16, "the average mirrors the weights: {ema}, {values}");
     // What it receives of a bucket of 32 MiB comes on top, and the gradients' padding and all samples' metrics.
     let more = bytes(&memory["rest_bytes"]) as f64 - (bytes(&one["total_bytes"]) - moments - ema) as f64;

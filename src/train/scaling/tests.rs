@@ -148,7 +148,7 @@ fn a_row_says_what_a_node_has_to_load() {
     };
     near(row.img_per_s(), 81_920.0, 1e-9);
     near(row.loader(), 40_960.0, 1e-9);
-    let text = Row::text(&[row.clone()]);
+    let text = Row::text(std::slice::from_ref(&row));
     for part in ["16", "100.00", "-", "2.00", "1.00 GiB", "40,960", "81,920", "97.0 %", "2 h 00 min"] {
         assert!(text.contains(part), "{part}: {text}");
     }
