@@ -212,9 +212,9 @@ fn models_that_are_not_supported_are_named_and_no_hint_leads_to_another() {
     let config = ModelConfig { width: 64, heads: 1, ..tiny() };
     let picture = picture(&dir);
     for (extra, says) in [
-        ("reg_token", "register tokens"),
+        ("attn_pool.probe", "Perception Encoder"),
         ("blocks.0.attn.q_norm.weight", "norms of q and k"),
-        ("norm_pre.weight", "CLIP"),
+        ("patch_generator.embedder.weight", "RADIO"),
         ("blocks.0.attn.relative_position_bias_table", "BEiT"),
         ("rope.freqs", "rotary"),
     ] {

@@ -208,6 +208,12 @@ pub(super) fn detect(
     if sizes.extra() == 0 || config.pool != PoolKind::Map {
         config.map_tokens = MapTokens::All;
     }
+    if let Some(said) = hub.final_norm.filter(|said| *said == (sizes.norm == NormPlace::None)) {
+        fail!(
+            "config.json: `final_norm` is {said}, the tensors have {} norm behind the last block",
+            if said { "no" } else { "a" }
+        );
+    }
     if hub.silu && config.mlp_kind == MlpKind::Dense {
         fail!("config.json: the activation is `silu`, and the MLP has no gate: not supported");
     }

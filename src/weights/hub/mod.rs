@@ -34,6 +34,8 @@ pub(super) struct Hub {
     pub(super) pool: Option<PoolKind>,
     /// Properties of the named architecture, unless the file's own metadata differs.
     pub(super) usual: Usual,
+    /// Whether there is a norm behind the last block, if the file says it.
+    pub(super) final_norm: Option<bool>,
     /// The activation is SiLU, which only the gate of a SwiGLU has.
     pub(super) silu: bool,
     /// Whether the model's config gives an architecture.

@@ -11,7 +11,7 @@ use crate::vit::config::{MapTokens, PoolKind, RopeIndexing, RopeKind};
 use crate::weights::usual::Rotary;
 
 /// Arguments that follow from the tensors, or that only training uses.
-const SILENT: [&str; 40] = [
+const SILENT: [&str; 39] = [
     "embed_dim",
     "depth",
     "mlp_ratio",
@@ -51,7 +51,6 @@ const SILENT: [&str; 40] = [
     "use_post_transformer_norm",
     "attn_pool_mlp_ratio",
     "attn_type",
-    "final_norm",
 ];
 
 pub(super) fn read(hub: &mut Hub, json: &Value) -> Result<()> {
@@ -109,6 +108,7 @@ fn argument(hub: &mut Hub, key: &str, value: &Value) -> Result<()> {
         }
         "use_rot_pos_emb" | "rope_type" | "rope_temperature" | "rope_grid_offset" | "rope_grid_indexing"
         | "rope_rotate_half" | "ref_feat_shape" => rotary(hub, key, value).ok_or_else(wrong)?,
+        "final_norm" => hub.final_norm = Some(value.as_bool().ok_or_else(wrong)?),
         "proj_bias" => standard(true.into())?,
         "scale_attn_norm" | "scale_mlp_norm" | "use_post_norm" | "dynamic_rope" => standard(false.into())?,
         key if SILENT.contains(&key) => {}
