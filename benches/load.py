@@ -4,7 +4,7 @@
     ~/.cache/vitrum/interop/bin/python benches/load.py            L/16 and B/16 (7 GB of temporary files)
     ~/.cache/vitrum/interop/bin/python benches/load.py B/16
 
-Needs torch and safetensors, as in the environment of `tests/interop/run.sh`. `cargo bench -p vitrum-benches --bench load` writes each model in every
+Needs torch and safetensors, as in the environment of `tests/interop/run.sh`. `cargo bench --bench load` writes each model in every
 layout. Then both sides take turns; each run is a separate process that reads its file once, from a warm page cache: `vitrum` opens it
 and sums all its tensors, `torch` does so with `safetensors.torch.load_file`. Medians. The rest of the table is Vitrum's: the model on
 the device, one image, the same layout written and synced, and anonymous memory after loading as a share of the file.
