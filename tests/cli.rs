@@ -61,6 +61,17 @@ fn a_negative_number_is_a_value() {
         vitrum(&["train", flag, value]).exits(2).says(&[says]);
     }
     vitrum(&["predict", "--weights", "x", "--threshold", "-1", "y"]).exits(2).says(&["from 0 to 1"]);
+    refused(
+        &["doctor", "now"],
+        "`vitrum doctor` takes no argument `now`",
+        "`vitrum doctor --help` shows what it takes",
+    );
+    refused(
+        &["--device", "cpu", "train"],
+        "`--device` comes before the command",
+        "write it after, as in `vitrum train --device ...`",
+    );
+    assert!(!vitrum(&["bench", "--batch", "0"]).exits(2).stderr.contains("hint"));
     refused(&["train", "-1"], "`vitrum train` has no flag `-1`", "`vitrum train --help` lists its flags");
 }
 

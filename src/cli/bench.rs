@@ -122,7 +122,8 @@ fn recipe(args: &Args) -> Result<Recipe> {
     recipe.loss.label_smoothing = 0.1;
     recipe.optim.weight_decay = 0.05;
     recipe.schedule.kind = ScheduleKind::Constant;
-    if let Some(data) = &args.data {
+    // `--what data` takes the demo where nothing is named.
+    if let Some(data) = args.data.as_deref().or((args.what == What::Data).then_some("demo")) {
         recipe.model.classes = Some(Dataset::open(data, Split::Train)?.classes().len());
     }
     let recipe = recipe.with(&args.settings.set)?;

@@ -168,7 +168,23 @@ pub(super) fn unknown_flag(error: &clap::Error, args: &[OsString]) -> Option<Err
     let words: Vec<&str> = args.iter().filter_map(|arg| arg.to_str()).collect();
     let root = super::Cli::command();
     let command = words.iter().find_map(|word| root.find_subcommand(word))?;
-    let said = Error::usage(format!("`vitrum {}` has no flag `{flag}`", command.get_name()));
+    let name = command.get_name();
+    if !flag.starts_with('-') {
+        return Some(
+            Error::usage(format!("`vitrum {name}` takes no argument `{flag}`"))
+                .hint(format!("`vitrum {name} --help` shows what it takes")),
+        );
+    }
+    let before = words.iter().position(|word| *word == name).unwrap_or_default();
+    if words[..before].iter().any(|word| word.split('=').next() == Some(flag.as_str()))
+        && command.get_arguments().any(|arg| arg.get_long() == flag.strip_prefix("--"))
+    {
+        return Some(
+            Error::usage(format!("`{flag}` comes before the command"))
+                .hint(format!("write it after, as in `vitrum {name} {flag} ...`")),
+        );
+    }
+    let said = Error::usage(format!("`vitrum {name}` has no flag `{flag}`"));
     let Some(name) = flag.strip_prefix("--") else {
         return Some(said.hint(format!("`vitrum {} --help` lists its flags", command.get_name())));
     };
