@@ -103,17 +103,8 @@ fn attention_fits_the_shared_memory_of_every_card() {
     // kernels run.
     for sm in [80, 89, 100, 120] {
         for filter in ["attention: B 1 T", "attention_backward: B 1 T"] {
-            // Nothing is timed: that takes many launches.
-            let args = [
-                "selftest",
-                "--device",
-                "cuda",
-                "--deterministic",
-                "--precision",
-                "bf16",
-                "--filter",
-                filter,
-            ];
+            let which = ["--deterministic", "--precision", "bf16", "--filter", filter];
+            let args = [&["selftest", "--device", "cuda"], &which[..]].concat();
             let done = run(&folder, &format!("checks=bounds,sm={sm},driver=13030"), &args).ok();
             assert!(done.stdout.contains(&format!("(sm_{sm})")), "{}", done.stdout);
         }

@@ -219,7 +219,7 @@ fn the_library_prints_only_if_it_is_asked_to() {
     for shows in [false, true] {
         let out = path(if shows { "library-shows" } else { "library" });
         let mut program = std::process::Command::new(std::env::current_exe().unwrap());
-        program.args(["--exact", "the_library_prints_only_if_it_is_asked_to", "--nocapture"]);
+        program.args(["--exact", "terminal::the_library_prints_only_if_it_is_asked_to", "--nocapture"]);
         program.env("VITRUM_CACHE", path("cache")).env("OUT", &out).env_remove("SHOW");
         if shows {
             program.env("SHOW", "1");

@@ -9,7 +9,7 @@ use std::ffi::OsStr;
 use std::panic::Location;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, OnceLock};
+use std::sync::Mutex;
 
 use image::{Rgb, RgbImage};
 use rustix::process::Pid;
@@ -208,20 +208,23 @@ pub fn path(name: &str) -> String {
 }
 
 /// An image folder of three classes that differ in the direction of their stripes: 96 PNG files to train on
-/// and 40 to validate with, 16x16 pixels, each with its own colours, phase and noise.
+/// and 40 to validate with, 16x16 pixels, each with its own colours, phase and noise. It is in the folder of the calling
+/// file's tests.
+#[track_caller]
 pub fn stripes() -> &'static str {
-    static STRIPES: OnceLock<String> = OnceLock::new();
-    STRIPES.get_or_init(|| {
+    static DRAWN: Mutex<BTreeMap<String, &str>> = Mutex::new(BTreeMap::new());
+    let folder = path("stripes");
+    DRAWN.lock().unwrap().entry(folder.clone()).or_insert_with(|| {
         let mut random = Random(7);
         for (split, count) in [("train", 96), ("val", 40)] {
             for i in 0..count {
-                let (class, folder) = (i % 3, ["across", "checks", "down"][i % 3]);
-                let dir = scratch().join("stripes").join(split).join(folder);
+                let (class, name) = (i % 3, ["across", "checks", "down"][i % 3]);
+                let dir = Path::new(&folder).join(split).join(name);
                 std::fs::create_dir_all(&dir).unwrap();
                 stripe(class, &mut random).save(dir.join(format!("{i:03}.png"))).unwrap();
             }
         }
-        path("stripes")
+        folder.leak()
     })
 }
 
@@ -241,7 +244,9 @@ fn stripe(class: usize, random: &mut Random) -> RgbImage {
 
 /// The settings of a small run on [`stripes`], as `--set` takes them: a ViT of width 24, depth 2, 3 heads on
 /// 16 tokens, batches of 16 in two parts, six steps to an epoch, and every kind of randomness.
+#[track_caller]
 pub fn settings() -> Vec<String> {
+    let stripes = stripes();
     let settings = [
         "data.train=STRIPES model.image=16 model.patch=4 model.width=24 model.depth=2 model.heads=3",
         "model.dropout=0.1 model.attention_dropout=0.1 model.drop_path=0.1 augment.crop=pad augment.pad=2",
@@ -249,10 +254,11 @@ pub fn settings() -> Vec<String> {
         "train.batch=16 train.micro_batch=8 train.steps=24 train.log_every=4 train.eval_every=8",
         "train.checkpoint_every=5",
     ];
-    settings.iter().flat_map(|line| line.split(' ')).map(|s| s.replace("STRIPES", stripes())).collect()
+    settings.iter().flat_map(|line| line.split(' ')).map(|s| s.replace("STRIPES", stripes)).collect()
 }
 
 /// The arguments of a run with [`settings`]; those in `more` (`KEY=VALUE`, or a flag) come last and win.
+#[track_caller]
 pub fn train(out: &str, more: &[&str]) -> Vec<String> {
     let mut args: Vec<String> = ["train", "demo", "--out", out].map(str::to_owned).to_vec();
     for more in settings().iter().map(String::as_str).chain(more.iter().copied()) {
