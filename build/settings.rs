@@ -5,13 +5,14 @@ use std::fmt::Write as _;
 use std::fs;
 
 /// The files that declare sections of a recipe, and the enums that are values in them.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 10] = [
     "src/recipe/mod.rs",
     "src/recipe/augment.rs",
     "src/recipe/optim.rs",
     "src/recipe/class_weights.rs",
     "src/recipe/micro_batch.rs",
     "src/vit/config.rs",
+    "src/vit/rope.rs",
     "src/backend/memory.rs",
     "src/backend/operands.rs",
     "src/backend/options.rs",

@@ -251,7 +251,11 @@ fn wrong_settings_are_refused_before_anything_is_written() {
         "the patch height 8 does not divide the image height 30",
         "use `--set model.image=24` or another `model.patch`",
     );
-    train("model.pool=mean", "`model.pool` cannot be `mean`", "use one of `token`, `gap`, `map`");
+    train(
+        "model.pool=mean",
+        "`model.pool` cannot be `mean`",
+        "use one of `token`, `gap`, `map`, `token_gap`",
+    );
     train(
         "train.recompute=all",
         "`train.recompute` cannot be `all`",

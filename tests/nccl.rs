@@ -33,14 +33,15 @@ fn ranks(standin: &Path, test: &str, size: usize, options: &str) -> Vec<Done> {
     let children: Vec<Child> = (0..size)
         .map(|rank| {
             let mut command = Command::new(std::env::current_exe().unwrap());
-            command.args(["--exact", test, "--nocapture"]);
+            command.args(["--exact", &format!("nccl::{test}"), "--nocapture"]);
             torchrun(&mut command, rank, size, rank);
             command.env("LD_LIBRARY_PATH", standin).env("VITRUM_TEST_FOLDER", folder.path());
             command.env("VITRUM_STANDIN", format!("cards={size},nccl_timeout=60,{options}"));
             start(command)
         })
         .collect();
-    let done = children.into_iter().map(wait).collect();
+    let done: Vec<Done> = children.into_iter().map(wait).collect();
+    assert!(done.iter().all(|done| done.stdout.contains("running 1 test")), "there is no test `{test}`");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left of the meeting");
     done
 }
@@ -135,10 +136,10 @@ fn mpirun_starts_ranks_on_gpus_too() {
             command.args(["--allow-run-as-root", "--oversubscribe"]);
         }
         command.args(["-n", "2"]).arg(std::env::current_exe().unwrap());
-        command.args(["--exact", "mpirun_starts_ranks_on_gpus_too", "--nocapture"]);
+        command.args(["--exact", "nccl::mpirun_starts_ranks_on_gpus_too", "--nocapture"]);
         command.env("LD_LIBRARY_PATH", &standin).env("VITRUM_TEST_FOLDER", folder.path());
         command.env("VITRUM_STANDIN", "cards=2").env("VITRUM_JOIN_TIMEOUT", "60");
-        finish(command).ok();
+        finish(command).ok().prints(&["running 1 test"]);
     }
 }
 
