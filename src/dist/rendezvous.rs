@@ -32,6 +32,8 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How often a rank writes its file again: network file systems remember for a while that a file is absent, and a file
 /// in its folder that changes ends that.
 const REPEAT: Duration = Duration::from_secs(1);
+/// How often a file is made again at once that was taken away while it was made.
+const TRIES: usize = 100;
 
 /// Where a rank computes: two ranks cannot share a GPU.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -266,15 +268,24 @@ impl<'a> Rendezvous<'a> {
         self.write(&member(self.launch.rank), &word)
     }
 
-    /// Writes a file that is complete or not there. Rank 0 may remove the folder when all is done, so it is made again.
+    /// Writes a file that is complete or not there. Rank 0 removes files of earlier starts when it comes, and the folder
+    /// when all is done: what it takes away is made again.
     fn write(&self, name: &str, value: &impl Serialize) -> Result<()> {
         let path = self.folder.join(name);
         let part = self.folder.join(format!("{name}.{}", std::process::id()));
         let json = serde_json::to_vec(value).expect("plain values");
-        fs::create_dir_all(&self.folder)
-            .and_then(|()| fs::write(&part, json))
-            .and_then(|()| fs::rename(&part, &path))
-            .at(path.display())
+        let write = || {
+            fs::create_dir_all(&self.folder)?;
+            fs::write(&part, &json)?;
+            fs::rename(&part, &path)
+        };
+        let mut again = 0..TRIES;
+        loop {
+            match write() {
+                Err(e) if e.kind() == ErrorKind::NotFound && again.next().is_some() => {}
+                done => return done.at(path.display()),
+            }
+        }
     }
 
     /// The content of a file. `None` if it is absent, or not of this kind: a file of another version.
@@ -362,6 +373,25 @@ mod tests {
     }
 
     const ID: Id = Id([7; 128]);
+
+    #[test]
+    fn what_another_rank_takes_away_is_made_again() {
+        let out = tempfile::tempdir().unwrap();
+        let launch = launch(1, 2);
+        let mut way = Rendezvous::new(&launch, out.path(), place(1)).unwrap();
+        let (folder, ends) = (way.folder.clone(), std::sync::atomic::AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ends.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = fs::remove_dir_all(&folder);
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+            });
+            let left: Vec<Result<()>> = (0..300).map(|_| way.leave_word(false)).collect();
+            ends.store(true, std::sync::atomic::Ordering::Relaxed);
+            left.into_iter().for_each(|left| left.unwrap());
+        });
+    }
 
     /// Rank `rank` of `size`; `gpu` is its GPU's number. Returns the id, or the error's message.
     fn meet(out: &Path, rank: usize, size: usize, gpu: usize) -> Result<Id, String> {
