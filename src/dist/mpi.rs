@@ -1,6 +1,6 @@
 //! MPI, opened at run time: the program has no MPI library among those that it is linked to.
 //!
-//! Only bytes travel, and all sums are ours ([`super::sum`]), so of MPI's many constants two suffice:
+//! Only bytes travel, and all sums are ours, so of MPI's many constants two suffice:
 //! `MPI_COMM_WORLD` and `MPI_BYTE`. Their values are the only difference between the two families of
 //! libraries. In Open MPI they are addresses of objects, in MPICH and its relatives integers of 32 bits; both
 //! are passed in one register. Status codes are integers on this side of the boundary, as for CUDA.

@@ -10,7 +10,7 @@ use crate::files;
 /// Where the time of a step on one GPU comes from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Source {
-    /// Predicted from the operations' costs ([`chip`]).
+    /// Predicted from the operations' costs (`chip.rs`).
     Predicted,
     /// Images per second of one GPU, measured with a batch of so many samples, or with the plan's own.
     Measured {
