@@ -128,7 +128,8 @@ pub(super) fn open(path: &Path, files: &[PathBuf]) -> Result<Source> {
         _ => format!("row {row}"),
     };
     let (splits, notes) = split_columns::read(rows.len(), place, |name| columns.get(name).cloned())?;
-    let mut listing = Listing { notes, ..Listing::default() };
+    let mut listing = Listing::default();
+    listing.notes = notes;
     let numbers: Option<Vec<usize>> =
         rows.iter().map(|(_, t)| t.parse().ok().filter(|n| *n < 1 << 22)).collect();
     // If the file names its classes, a number is the index of its name.
