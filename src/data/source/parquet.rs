@@ -318,7 +318,8 @@ mod tests {
         assert!(notes.contains("splits by column `is_train`: 2 rows for train, 1 for val"), "{notes}");
         let file = write("fold.parquet", "fold", &["1", "2", "3"]);
         let (parts, notes) = lens(&file);
-        assert_eq!(parts, [3, 0, 0]);
+        // Without splits, every part is the whole.
+        assert_eq!(parts, [3, 3, 3]);
         assert!(notes.contains("column `fold` is not used"), "{notes}");
         let file = write("odd.parquet", "split", &["train", "later"]);
         let error = Source::open(&file).unwrap_err();
