@@ -1,5 +1,6 @@
 //! Benchmark of training and inference: medians over rounds, on synthetic batches or through the loader.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -120,7 +121,8 @@ pub fn run(recipe: &Recipe, name: &str, options: &StepBench) -> Result<Option<Me
     let (group, device) = match options.train {
         true => Collective::join(&Joining {
             device: options.device,
-            out: None,
+            // A benchmark has no directory: ranks on GPUs meet in the one that they were started in.
+            out: Some(Path::new(".")),
             deterministic: recipe.train.deterministic,
         })?,
         false => (Collective::ALONE, options.device),

@@ -282,7 +282,10 @@ impl<'a> Rendezvous<'a> {
         let mut again = 0..TRIES;
         loop {
             match write() {
-                Err(e) if e.kind() == ErrorKind::NotFound && again.next().is_some() => {}
+                // A folder that goes while it is made "exists".
+                Err(e)
+                    if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::AlreadyExists)
+                        && again.next().is_some() => {}
                 done => return done.at(path.display()),
             }
         }
@@ -384,7 +387,7 @@ mod tests {
             scope.spawn(|| {
                 while !ends.load(std::sync::atomic::Ordering::Relaxed) {
                     let _ = fs::remove_dir_all(&folder);
-                    std::thread::sleep(Duration::from_micros(50));
+                    std::thread::sleep(Duration::from_millis(1));
                 }
             });
             let left: Vec<Result<()>> = (0..300).map(|_| way.leave_word(false)).collect();
