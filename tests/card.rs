@@ -302,8 +302,8 @@ fn fused_or_apart_is_decided_by_the_clock() {
         command.env("VITRUM_CACHE", path(name));
         finish(command).ok().json()["products"].as_array().unwrap().clone()
     };
-    // So slow that no pause of a busy machine outweighs it. The time that bias sums add to a kernel is lost in noise, so `beside` may win where
-    // kernels are slow.
+    // So slow that no pause of a busy machine outweighs it. The time that bias sums add to a kernel is lost in noise,
+    // so `beside` may win where kernels are slow.
     for (options, hopeless) in [("slow_epilogue=3000", "fused"), ("slow_kernels=20000", "apart")] {
         let cache = format!("not-{hopeless}");
         let products = bench(&cache, options);
