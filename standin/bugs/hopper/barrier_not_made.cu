@@ -3,12 +3,12 @@
 #include "hopper.cuh"
 
 template <bool broken>
-__device__ void body(float* x, float* y, u32, const Map&, const Map&) {
+__device__ void body(float* x, float* y, u32, const TensorMap&, const TensorMap&) {
   u32 at = shared_address(smem_base()), t = threadIdx.x;
-  if (t == 0 && !broken) barrier_init(at, 32);
+  if (t == 0 && !broken) mbarrier_init(at, 32);
   block_sync();
-  barrier_arrive(at);  // BUG no mbarrier
-  barrier_wait(at, 0);
+  mbarrier_arrive(at);  // BUG no mbarrier
+  mbarrier_wait(at, 0);
   y[t] = x[t];
 }
 

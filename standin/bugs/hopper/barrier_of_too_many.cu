@@ -3,12 +3,12 @@
 #include "hopper.cuh"
 
 template <bool broken>
-__device__ void body(float* x, float* y, u32, const Map&, const Map&) {
+__device__ void body(float* x, float* y, u32, const TensorMap&, const TensorMap&) {
   u32 at = shared_address(smem_base()), t = threadIdx.x;
-  if (t == 0) barrier_init(at, broken ? 16 : 32);
+  if (t == 0) mbarrier_init(at, broken ? 16 : 32);
   block_sync();
-  barrier_arrive(at);   // BUG whose phase lacks
-  barrier_wait(at, 0);  // BUG deadlock:
+  mbarrier_arrive(at);   // BUG whose phase lacks
+  mbarrier_wait(at, 0);  // BUG deadlock:
   y[t] = x[t];
 }
 

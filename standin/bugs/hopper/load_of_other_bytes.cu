@@ -3,16 +3,16 @@
 #include "hopper.cuh"
 
 template <bool broken>
-__device__ void body(float* x, float* y, u32, const Map& from, const Map&) {
+__device__ void body(float* x, float* y, u32, const TensorMap& from, const TensorMap&) {
   u32 at = shared_address(smem_base()), full = at + 4096, t = threadIdx.x;
   const float* s = reinterpret_cast<const float*>(smem_base());
-  if (t == 0) barrier_init(full, 1);
+  if (t == 0) mbarrier_init(full, 1);
   block_sync();
   if (t == 0) {
-    barrier_expect(full, broken ? 2 * kBox : kBox);
+    mbarrier_expect(full, broken ? 2 * kBox : kBox);
     load_box(at, from, full, 0);
   }
-  barrier_wait(full, 0);  // BUG lacks 0 of 1 arrivals and 1024 bytes
+  mbarrier_wait(full, 0);  // BUG lacks 0 of 1 arrivals and 1024 bytes
   y[t] = s[t];
 }
 

@@ -3,7 +3,7 @@
 #include "hopper.cuh"
 
 template <bool broken>
-__device__ void body(float* x, float* y, u32, const Map&, const Map&) {
+__device__ void body(float* x, float* y, u32, const TensorMap&, const TensorMap&) {
   u32 at = shared_address(smem_base()), t = threadIdx.x;
   u32* s = reinterpret_cast<u32*>(smem_base());
   for (u32 i = t; i < 1024; i += 128) s[i] = pack_bf16(x[i % 256], 1.0f);

@@ -3,7 +3,7 @@
 #include "hopper.cuh"
 
 template <bool broken>
-__device__ void body(float* x, float*, u32, const Map&, const Map& to) {
+__device__ void body(float* x, float*, u32, const TensorMap&, const TensorMap& to) {
   u32 at = shared_address(smem_base()), t = threadIdx.x;
   float* s = reinterpret_cast<float*>(smem_base());
   for (u32 i = t; i < 256; i += 32) s[i] = x[i];
