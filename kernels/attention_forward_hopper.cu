@@ -108,6 +108,7 @@ __device__ __forceinline__ void compute_strip(const AttentionHopperArgs& args, u
     product_64x208(s, swizzled_tile(at + strip * 64 * 128 + 32 * k), swizzled_tile(keys + 32 * k), k > 0);
   product_commit();
   product_wait();
+  settle(s);
 
   const u32 row = 64 * strip + 16 * (warp_id() & 3), g = lane_id() >> 2, q = lane_id() & 3;
   // A warp past the last token has nothing to do but its part of the products.
@@ -121,6 +122,7 @@ __device__ __forceinline__ void compute_strip(const AttentionHopperArgs& args, u
   for (u32 k = 0; k < 13; ++k) product_64x64(o, p[k], swizzled_tile(values + 16 * 128 * k), k > 0);
   product_commit();
   product_wait();
+  settle(o);
   // All warps of the warpgroup have finished with Q.
   warpgroup_sync(warp_id() >> 2);
   if (!busy) return;

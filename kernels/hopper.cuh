@@ -92,6 +92,13 @@ __device__ __forceinline__ void product_commit() {
 __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
+// The compiler must not move what computes or uses these registers across this place: a product fills them until it has
+// been waited for, which it cannot see.
+template <int N>
+__device__ __forceinline__ void settle(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
 // A tile of rows of 128 bytes, swizzled by 128 bytes: groups of eight rows follow each other every 1024 bytes.
 __device__ __forceinline__ u64 swizzled_tile(u32 at) {
   return u64{(at & 0x3ffff) >> 4} | u64{1} << 16 | u64{1024 >> 4} << 32 | u64{1} << 62;

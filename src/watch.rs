@@ -314,9 +314,14 @@ impl Watcher {
             .zip(before.iter())
             .map(|(now, before)| now.filter(|now| before.as_ref() != Some(now)))
             .collect();
-        // A rank that makes progress will come, or will itself be found to hang.
+        // A rank that makes progress will come, or will itself be found to hang. One that writes a checkpoint may take
+        // as long as it would be given itself.
         let own = self.settings.rank;
-        let moves = |note: &Note| note.rank != own && note.seconds < limit.as_secs_f64() / 2.0;
+        let patience = |note: &Note| match note.stage {
+            Stage::Checkpoint if self.settings.timeout.is_none() => limit.max(UNKNOWN),
+            _ => limit,
+        };
+        let moves = |note: &Note| note.rank != own && note.seconds < patience(note).as_secs_f64() / 2.0;
         if fresh.iter().flatten().any(moves) {
             self.asked = None;
             return None;
@@ -500,6 +505,25 @@ mod tests {
             std::thread::sleep(LIMIT / 20);
         }
         assert!(verdict(&mut first, || ()).contains("rank 1 said nothing"));
+    }
+
+    #[test]
+    fn a_rank_waits_for_another_ones_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut first = watcher(dir.path(), 0, 2);
+        let mut second = watcher(dir.path(), 1, 2);
+        first.standing.set(Stage::Ranks);
+        // It writes one large file: there is no progress to tell.
+        second.standing.set(Stage::Checkpoint);
+        let start = Instant::now();
+        while start.elapsed() < 4 * LIMIT {
+            assert!(second.look(UNKNOWN).is_none() && first.look(LIMIT).is_none());
+            std::thread::sleep(LIMIT / 20);
+        }
+        second.settings.timeout = Some(LIMIT);
+        first.settings.timeout = Some(LIMIT);
+        let said = verdict(&mut first, || drop(second.look(UNKNOWN)));
+        assert!(said.contains("rank 1 on node1 waits for a checkpoint"), "{said}");
     }
 
     #[test]

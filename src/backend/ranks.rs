@@ -43,7 +43,7 @@ pub struct Group {
     /// Samples of a whole batch on this rank.
     pub samples: usize,
     /// Every micro-batch is a chunk. Its gradients are assigned, and added in a binary tree over the chunks of
-    /// all ranks. Otherwise micro-batches add up, and ranks are added in their order.
+    /// all ranks. Otherwise micro-batches add up, and ranks are added in their order, or in NCCL's.
     pub in_chunks: bool,
 }
 

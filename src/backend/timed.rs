@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use super::cost::{Cost, Setting};
 use super::{
-    Arena, Backend, Body, Group, Health, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot, SlotLayout,
-    StepKeys, StepReport, Storage, TargetKind, Update, Write,
+    Arena, Backend, Body, Group, Health, HostMemory, Mat, MemoryPlan, Micro, Op, Pixels, Precision, Slot,
+    SlotLayout, StepKeys, StepReport, Storage, TargetKind, Update, Write,
 };
 use crate::error::Result;
 
@@ -202,11 +202,23 @@ impl Backend for Timed {
         self.inner.prefer_algorithms(algorithms)
     }
 
-    // Batches ---------------------------------------------------------------------------------------------------
+    fn host_memory(&self, bytes: usize) -> Result<Box<dyn HostMemory>> {
+        self.inner.host_memory(bytes)
+    }
+
+    fn copy_arena(&mut self, arena: Arena, from: usize, to: &mut [u8]) -> Result<()> {
+        self.inner.copy_arena(arena, from, to)
+    }
+
+    fn checksum(&mut self, arena: Arena) -> Result<u64> {
+        self.inner.checksum(arena)
+    }
 
     fn health(&mut self) -> Option<Health> {
         self.inner.health()
     }
+
+    // Batches ---------------------------------------------------------------------------------------------------
 
     fn new_slot(&self, layout: SlotLayout) -> Result<Slot> {
         self.inner.new_slot(layout)

@@ -167,6 +167,9 @@ impl Launch {
     /// The number of this rank's GPU, where its process sees `count` of them.
     fn gpu(&self, count: Result<usize>) -> Result<usize> {
         let count = count?;
+        if count == 0 {
+            return Err(Error::new("there is no GPU"));
+        }
         // Without a number on the machine, ranks that come to the same GPU are told when they meet.
         let local = self.local_rank.unwrap_or(self.rank % count);
         match local {

@@ -422,7 +422,8 @@ pub struct TrainSection {
     pub patience: u64,
     /// Smallest improvement of the validation metric that counts, in its own unit (`top1` and `map`: shares).
     pub min_delta: f64,
-    /// Write the run's page, `report.html`, at evaluations and at the end. It takes at most a hundredth of the time.
+    /// Write the run's page, `report.html`, at evaluations and at the end. Evaluations in between are left
+    /// out while the pages have taken more than a hundredth of the time.
     pub report: bool,
     /// Write event files for TensorBoard into the run's directory.
     pub tensorboard: bool,

@@ -102,11 +102,11 @@ mod tests {
         let history = History::parse(
             "{\"step\":10,\"loss\":2.5,\"mfu\":null}\n\
              {\"step\":10,\"eval\":{\"top1\":0.5,\"ema\":{\"top1\":0.25},\"best\":true}}\n\
-             {\"step\":20,\"loss\":1.5,\"gpu_memory\":7}\n{\"step\":30,\"lo",
+             {\"step\":20,\"loss\":1.5,\"gpu\":{\"memory\":7}}\n{\"step\":30,\"lo",
         );
         assert_eq!(history.curve("loss"), [(10.0, 2.5), (20.0, 1.5)]);
         assert_eq!((history.last("ema.top1"), history.last("mfu"), history.steps()), (Some(0.25), None, 20));
-        let csv = "step,loss,val.top1,ema.top1,val.best,gpu_memory\n10,2.5,0.5,0.25,1,\n20,1.5,,,,7\n";
+        let csv = "step,loss,val.top1,ema.top1,val.best,gpu.memory\n10,2.5,0.5,0.25,1,\n20,1.5,,,,7\n";
         assert_eq!(history.csv(), csv);
     }
 }

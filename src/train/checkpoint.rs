@@ -202,11 +202,13 @@ impl Checkpoints {
         self.dir.join(format!(".step-{step}.{}.tmp", std::process::id()))
     }
 
-    /// Removes checkpoints that are neither among the newest nor the best, and leftovers of killed writers.
+    /// Removes checkpoints that are neither among the newest nor the one that `best` names, and leftovers of killed
+    /// writers. The best step may have no checkpoint: `best` then still names the one before.
     /// Checkpoints of later steps are damaged ones that the run skipped when it resumed; they are removed
     /// too. Best effort.
     fn prune(&self, state: &RunState) {
-        let best = state.best.map(|b| b.step);
+        let best = fs::read_link(self.dir.join("best")).ok();
+        let best = best.and_then(|to| to.to_str()?.strip_prefix("step-")?.parse().ok());
         let (past, beyond): (Vec<u64>, Vec<u64>) =
             self.steps().into_iter().partition(|step| *step <= state.step);
         let old = past.iter().rev().skip(self.keep);

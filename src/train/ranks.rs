@@ -11,14 +11,9 @@ use super::Trainer;
 use super::checkpoint::RunState;
 use super::state::SHARED;
 
-/// Checks that the ranks can share a resolved recipe's batch, and writes what depends on their number into
+/// Checks that `n` ranks can share a resolved recipe's batch, and writes what depends on their number into
 /// it: samples are mixed within a rank, and a micro-batch is part of a rank's batch.
-pub(super) fn settle(recipe: Recipe, ranks: &Collective) -> Result<Recipe> {
-    shared(recipe, ranks.size)
-}
-
-/// The same for `n` ranks, on any device.
-pub(super) fn shared(mut recipe: Recipe, n: usize) -> Result<Recipe> {
+pub(super) fn settle(mut recipe: Recipe, n: usize) -> Result<Recipe> {
     if n == 1 {
         return Ok(recipe);
     }
@@ -84,6 +79,7 @@ pub(super) fn line(recipe: &Recipe, ranks: &Collective) -> Option<String> {
     let own = recipe.train.batch / ranks.size;
     let sum = match recipe.train.reduce_chunks {
         Some(chunks) => format!("gradients summed in {chunks} chunks, on any number of ranks"),
+        None if ranks.comm().is_some() => "gradients summed by NCCL".into(),
         None => "gradients summed in rank order".into(),
     };
     (ranks.size > 1).then(|| format!("ranks    {} with {own} samples of each batch, {sum}", ranks.size))

@@ -1,7 +1,7 @@
 //! The page of a run, `report.html`: gathers what it shows, and writes it at evaluations and at the end.
 //!
-//! Pages take at most a hundredth of the run's time: after an evaluation that comes too soon, none is written, and the
-//! next one shows it.
+//! After an evaluation, no page is written while the pages so far have taken more than a hundredth of the run's time; the
+//! next one shows it. The first and the last page are always written.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -133,6 +133,8 @@ pub struct Reporter {
     began: Instant,
     /// Seconds that pages took so far.
     spent: f64,
+    /// What the last evaluation saw, if the page does not show it yet.
+    unseen: Option<Seen>,
     /// The files lack the last evaluation.
     is_behind: bool,
     /// A failure is said once.
@@ -148,6 +150,7 @@ impl Reporter {
             details: Details { facts: facts(recipe, meta, trainer), ..Details::default() },
             began: Instant::now(),
             spent: 0.0,
+            unseen: None,
             is_behind: false,
             has_failed: false,
         }
@@ -166,12 +169,10 @@ impl Reporter {
         let began = Instant::now();
         self.details.step = trainer.step;
         self.details.classes = data.train.classes().to_vec();
-        if let (Some(seen), Some(val)) = (seen, &data.val) {
-            self.take(seen, val);
-        }
+        self.unseen = seen;
         self.is_behind = true;
         if self.spent <= SHARE * self.began.elapsed().as_secs_f64() {
-            let written = self.pictures(trainer, data, metrics).and_then(|()| self.write());
+            let written = self.pictures(trainer, data, metrics).and_then(|()| self.write(data));
             self.say(written, log);
         }
         self.spent += began.elapsed().as_secs_f64();
@@ -198,9 +199,9 @@ impl Reporter {
     }
 
     /// Writes what is not written yet.
-    pub fn finish(&mut self, log: &Log) {
+    pub fn finish(&mut self, data: &RunData, log: &Log) {
         if self.is_behind {
-            let written = self.write();
+            let written = self.write(data);
             self.say(written, log);
         }
     }
@@ -214,7 +215,10 @@ impl Reporter {
         }
     }
 
-    fn write(&mut self) -> Result<()> {
+    fn write(&mut self, data: &RunData) -> Result<()> {
+        if let (Some(seen), Some(val)) = (self.unseen.take(), &data.val) {
+            self.take(seen, val);
+        }
         let text = serde_json::to_vec(&self.details).expect("numbers and text can be written");
         files::write_atomic(&self.out.join("report.json"), |out| out.write_all(&text))?;
         RunPage::write(&self.out)?;
@@ -272,7 +276,7 @@ pub(super) fn event_file(out: &Path, recipe: &Recipe, resumed: Option<u64>) -> R
     if !recipe.train.tensorboard {
         return Ok(None);
     }
-    let mut events = EventFile::create(out, resumed.unwrap_or(0))?;
+    let mut events = EventFile::create(out, resumed.map_or(0, |step| step + 1))?;
     events.settings(&settings(recipe))?;
     Ok(Some(events))
 }

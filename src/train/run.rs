@@ -523,7 +523,7 @@ impl Run {
             .hint("check the images and labels, then `optim.lr`"));
         }
         if let Some(reporter) = &mut self.reporter {
-            reporter.finish(&self.log);
+            reporter.finish(&self.data, &self.log);
         }
         Ok(RunSummary {
             out: self.options.out.clone(),

@@ -227,7 +227,7 @@ impl Setup {
         group: &Collective,
     ) -> Result<Self> {
         let weights = class_weights::of_list(recipe)?;
-        let recipe = ranks::settle(recipe.clone().in_chunks(), group)?;
+        let recipe = ranks::settle(recipe.clone().in_chunks(), group.size)?;
         let mut recipe = resolve_for_device(recipe, &*backend, data, group.size)?;
         ranks::same_micro_batch(&mut recipe, group)?;
         let mut setup = Self::with(backend, recipe, data, weights)?;
@@ -250,7 +250,7 @@ impl Setup {
 ///
 /// # Errors
 /// The run does not fit into the device's memory, and the hint names the largest
-/// micro-batch that does.
+/// micro-batch that does; `train.on_spike = "skip"` on a GPU.
 pub fn resolve_for_device(
     recipe: Recipe,
     backend: &dyn Backend,
@@ -333,7 +333,7 @@ fn open(
             t.micro_batch = before.train.micro_batch;
         }
     }
-    let recipe = ranks::settle(recipe, group)?;
+    let recipe = ranks::settle(recipe, group.size)?;
     let kept = recipe.train.precision;
     let words = in_words(&recipe.train);
     let threads = group.threads(recipe.train.threads);

@@ -185,7 +185,16 @@ impl Trainer {
             return Ok(());
         }
         let all = ranks.gather_number(self.backend.checksum(Arena::Params)?)?;
-        let most = *all.iter().max_by_key(|sum| all.iter().filter(|s| s == sum).count()).expect("a rank");
+        let count = |sum: &u64| all.iter().filter(|s| *s == sum).count();
+        let most = *all.iter().max_by_key(|sum| count(sum)).expect("a rank");
+        let hint = "continue from the last checkpoint with `--resume`, without the machine that makes errors";
+        if 2 * count(&most) <= ranks.size {
+            return Err(Error::new(format!(
+                "after step {}, the ranks have different weights: the memory or the device of one makes errors",
+                self.step
+            ))
+            .hint(hint));
+        }
         let others: Vec<_> =
             (0..ranks.size).filter(|rank| all[*rank] != most).map(|r| r.to_string()).collect();
         if others.is_empty() {
@@ -197,7 +206,7 @@ impl Trainer {
             self.step,
             others.join(" and rank ")
         ))
-        .hint("continue from the last checkpoint with `--resume`, without that machine"))
+        .hint(hint))
     }
 
     /// Makes one update from one batch and waits for it. Returns the slot that is free again, and the step's

@@ -291,13 +291,6 @@ library! {
             rank: c_int,
             config: *mut NcclConfig,
         ) -> Code;
-        fn ncclCommSplit(
-            comm: NcclComm,
-            color: c_int,
-            key: c_int,
-            part: *mut NcclComm,
-            config: *mut NcclConfig,
-        ) -> Code;
         fn ncclCommUserRank(comm: NcclComm, rank: *mut c_int) -> Code;
         fn ncclGetErrorString(code: Code) -> *const c_char;
         fn ncclGetLastError(comm: NcclComm) -> *const c_char;

@@ -533,6 +533,7 @@ impl Backend for Cuda {
         self.gpu.make_current()?;
         if let Some(update) = update {
             self.step_params.set_rates(update);
+            self.reduction.iter_mut().for_each(|reduction| reduction.forget_ema());
         }
         self.step_params.send(&self.gpu)?;
         self.run(body, update)?;

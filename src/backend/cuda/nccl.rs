@@ -80,13 +80,11 @@ impl Id {
 }
 
 /// The type of elements that travel.
-#[allow(dead_code, reason = "gradients and weights travel as f32 and bf16, norms as f64")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Element {
     U8,
     F32,
     F64,
-    Bf16,
 }
 
 impl Element {
@@ -95,7 +93,6 @@ impl Element {
             Element::U8 => 1,
             Element::F32 => 4,
             Element::F64 => 8,
-            Element::Bf16 => 2,
         }
     }
 
@@ -105,30 +102,12 @@ impl Element {
             Element::U8 => 1,
             Element::F32 => 7,
             Element::F64 => 8,
-            Element::Bf16 => 9,
         }
     }
 }
 
-/// How values of several ranks become one.
-#[allow(dead_code, reason = "a step sums its gradients")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reduction {
-    Sum,
-    Max,
-    Min,
-}
-
-impl Reduction {
-    /// `ncclRedOp_t`
-    fn code(self) -> c_int {
-        match self {
-            Reduction::Sum => 0,
-            Reduction::Max => 2,
-            Reduction::Min => 3,
-        }
-    }
-}
+/// `ncclSum`: values of several ranks are added.
+const SUM: c_int = 0;
 
 /// Ranks that communicate. Clones share the communicator; the last one destroys it, together with those of the
 /// other ranks.
@@ -201,28 +180,6 @@ impl Comm {
         let gpu = gpu.properties().ordinal;
         let (rank, size) = (rank as usize, size as usize);
         Ok(Self(Arc::new(Inner { handle, rank, size, gpu, calls: Mutex::new(()) })))
-    }
-
-    /// The communicator of those ranks that pass the same `color`, in the order of `key`; for `None` there is none. All
-    /// ranks call this, and none of its operations is under way.
-    ///
-    /// # Errors
-    /// NCCL's.
-    #[allow(dead_code, reason = "sums inside a machine, then across, are made with it")]
-    pub(super) fn split(&self, gpu: &Gpu, color: Option<usize>, key: usize) -> Result<Option<Self>> {
-        let color = color.map_or(-1, |color| color as c_int);
-        // NCCL writes the handle while this call is in progress.
-        let mut part = ptr::null_mut();
-        let one = self.lock();
-        // SAFETY: a live communicator; the pointers stay valid until the call is no longer in progress.
-        let code =
-            unsafe { nccl().ncclCommSplit(self.0.handle, color, key as c_int, &mut part, &mut config()) };
-        settle(self.0.handle, code, "split the ranks", &mut || Ok(()))?;
-        drop(one);
-        if color < 0 {
-            return Ok(None);
-        }
-        Self::made(gpu, part, IN_PROGRESS, &mut || Ok(())).map(Some)
     }
 
     /// Number of this process, from 0.
@@ -329,22 +286,20 @@ pub(super) struct Group<'a> {
     stream: Stream,
 }
 
-#[allow(dead_code, reason = "a step scatters sums and gathers weights")]
 impl Group<'_> {
-    /// `to` = the sums (or others) over the ranks of `from`; `count` elements each. May be in place.
+    /// `to` = the sums over the ranks of `from`; `count` elements each. May be in place.
     pub(super) fn all_reduce(
         &self,
         from: Address,
         to: Address,
         count: usize,
         element: Element,
-        how: Reduction,
     ) -> Result<()> {
         let (from, to) = (self.range(from, count, element), self.range(to, count, element));
         // SAFETY: `range` checked both; the buffers outlive the work of the stream.
         self.done(unsafe {
             let stream = self.gpu.stream(self.stream);
-            nccl().ncclAllReduce(from, to, count, element.code(), how.code(), self.comm.handle, stream)
+            nccl().ncclAllReduce(from, to, count, element.code(), SUM, self.comm.handle, stream)
         })
     }
 
@@ -356,14 +311,13 @@ impl Group<'_> {
         to: Address,
         count: usize,
         element: Element,
-        how: Reduction,
     ) -> Result<()> {
         self.only_in_place(from, to, count, element, true);
         let (from, to) = (self.range(from, count * self.comm.size, element), self.range(to, count, element));
         // SAFETY: as in `all_reduce`.
         self.done(unsafe {
             let stream = self.gpu.stream(self.stream);
-            nccl().ncclReduceScatter(from, to, count, element.code(), how.code(), self.comm.handle, stream)
+            nccl().ncclReduceScatter(from, to, count, element.code(), SUM, self.comm.handle, stream)
         })
     }
 

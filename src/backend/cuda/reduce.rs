@@ -10,7 +10,7 @@
 
 use super::driver::{Address, Event, Gpu, Stream};
 use super::launch::{AddArgs, SquaresOfBlocksArgs, UpdateChunk, WeightsArgs, kernel};
-use super::nccl::{Comm, Element, Reduction as How};
+use super::nccl::{Comm, Element};
 use super::{Cuda, update};
 use crate::backend::ranks::{Advance, Group, Progress, received_elements};
 use crate::backend::shards::{BLOCK, Piece};
@@ -77,6 +77,11 @@ pub(super) fn swap_ema(cuda: &mut Cuda) -> Result<bool> {
 }
 
 impl Reduction {
+    /// A step begins, whose gradients take the place of the average. Called for a replayed graph, too.
+    pub(super) fn forget_ema(&mut self) {
+        self.holds_ema = false;
+    }
+
     /// The way to the other ranks, if there are any.
     pub(super) fn comm(&self) -> Option<&Comm> {
         self.group.comm.as_ref()
@@ -121,7 +126,6 @@ impl Reduction {
     /// Gradients from `from` on are final in the current micro-batch.
     pub(super) fn advance(&mut self, cuda: &Cuda, from: usize) -> Result<()> {
         let Advance { fresh, chunk, buckets } = self.progress.advance(&self.group, cuda.micro, from);
-        self.holds_ema = false;
         if let Some((chunk, chunks)) = chunk.filter(|_| !fresh.is_empty()) {
             self.add_chunk(cuda, fresh, chunk, chunks)?;
         }
@@ -167,7 +171,7 @@ impl Reduction {
         if !in_chunks {
             let from = self.grads(cuda, bucket.start);
             return comm.group(&cuda.gpu, Stream::Communication, |group| {
-                group.reduce_scatter(from, own, part, Element::F32, How::Sum)
+                group.reduce_scatter(from, own, part, Element::F32)
             });
         }
         let received = cuda.arena(Arena::Exchange).address;
@@ -217,7 +221,7 @@ impl Reduction {
             Some(comm) => {
                 self.fork(&cuda.gpu)?;
                 comm.group(&cuda.gpu, Stream::Communication, |group| {
-                    group.all_reduce(own, all, self.squares_count(), Element::F64, How::Sum)
+                    group.all_reduce(own, all, self.squares_count(), Element::F64)
                 })?;
                 if !is_sharded {
                     self.gather(cuda, comm)?;

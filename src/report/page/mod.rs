@@ -197,9 +197,11 @@ impl RunPage {
             text += &one("Skipped updates", "skipped");
         }
         // Whatever else a line of training has, such as what a GPU says about itself.
-        let others = self.history.keys().filter(|key| !key.contains('.') && !KNOWN.contains(key));
+        let named = ["val.", "ema.", "spike.", "rewind."];
+        let is_other = |key: &&str| !named.iter().any(|of| key.starts_with(of)) && !KNOWN.contains(key);
+        let others = self.history.keys().filter(is_other);
         for key in others {
-            text += &one(&key.replace('_', " "), key);
+            text += &one(&key.replace(['_', '.'], " "), key);
         }
         text
     }

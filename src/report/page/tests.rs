@@ -13,7 +13,7 @@ fn run(name: &str, classes: usize, top1: [f64; 2]) -> (tempfile::TempDir, PathBu
         let loss = 2.0 / step as f64;
         lines += &format!(
             "{{\"step\":{},\"epoch\":1,\"loss\":{loss},\"lr\":0.1,\"grad_norm\":1,\"top1\":0.5,\"img_per_s\":900,\
-             \"data_wait\":0.01,\"mfu\":null,\"skipped\":0,\"seconds\":{step},\"gpu_temperature\":61}}\n",
+             \"data_wait\":0.01,\"mfu\":null,\"skipped\":0,\"seconds\":{step},\"gpu\":{{\"celsius\":61}}}}\n",
             step * 10
         );
     }
@@ -78,7 +78,7 @@ fn a_page_needs_nothing_else_and_shows_names_as_text() {
         "Top-1",
         "Learning rate",
         "Gradient norm",
-        "gpu temperature",
+        "gpu celsius",
         "Confusion",
         "Calibration",
         "Most confused",

@@ -199,7 +199,8 @@ impl Writer {
 }
 
 impl Drop for Writer {
-    /// A checkpoint that was begun is finished, whatever ends the run.
+    /// A process alone finishes a checkpoint that was begun, whatever ends the run. Of several ranks, the first one does
+    /// so only if the others have written: it does not wait for them.
     fn drop(&mut self) {
         self.abandon.store(true, Ordering::Relaxed);
         if let Some(Running { work: Work::Thread(thread), .. }) = self.running.take() {
@@ -411,6 +412,7 @@ impl Job {
                 other => other,
             };
             outcome = outcome.and(note);
+            self.standing.iter().for_each(|standing| standing.progress(Stage::Checkpoint));
         }
         outcome
     }

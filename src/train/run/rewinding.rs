@@ -6,7 +6,8 @@ use crate::data::Loader;
 use crate::error::{Error, Result};
 use crate::report::{MetricsFile, RewindLine, SpikeLine};
 use crate::train::checkpoint::RunState;
-use crate::train::{Trainer, ranks};
+use crate::train::report::event_file;
+use crate::train::{Trainer, ranks, resume};
 
 use super::Run;
 
@@ -71,10 +72,13 @@ impl Run {
         drop(trainer.backend.unbind_batch());
         let mut state: Option<RunState> = None;
         if trainer.collective.is_first() {
-            state = self.checkpoints.resume(trainer, |_| Ok(()))?.map(|resumed| resumed.state);
+            let resumed = self.checkpoints.resume(trainer, |_| Ok(()))?;
+            resumed.iter().flat_map(|resumed| &resumed.notes).for_each(|note| self.log.warn(note));
+            state = resumed.map(|resumed| resumed.state);
         }
         ranks::share_state(trainer, &mut state)?;
         let state = state.ok_or_else(|| Error::new("the checkpoint to go back to is gone"))?;
+        let state = resume::go_on(state, &self.recipe)?;
         let to = state.step;
         let start = state.spikes.batch_after(to);
         // What the checkpoint says about the run's settings is older than what the run knows.
@@ -93,6 +97,7 @@ impl Run {
         ));
         if self.metrics.is_some() {
             let mut metrics = MetricsFile::open(&self.options.out.join("metrics.jsonl"), Some(to))?;
+            metrics.events = event_file(&self.options.out, &self.recipe, Some(to))?;
             metrics.rewind(&RewindLine { step: to + 1, from, first_batch: start, batches: end - start });
             self.metrics = Some(metrics);
         }

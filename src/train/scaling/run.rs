@@ -100,7 +100,7 @@ impl ScalePlan {
         let cluster = Cluster { ranks: options.ranks, per_node: options.per_node, links, overlaps: !on_cpu };
         whole_nodes(&cluster)?;
         let (recipe, shape, _) = plan::with_data(recipe)?;
-        let recipe = ranks::shared(recipe, options.ranks)?;
+        let recipe = ranks::settle(recipe, options.ranks)?;
         let device = if on_cpu { Device::Cpu } else { Device::Cuda(0) };
         let planned = Planned { recipe, shape, device, chip };
         let batch = planned.recipe.train.batch;

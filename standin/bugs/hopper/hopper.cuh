@@ -27,10 +27,6 @@ __device__ __forceinline__ void wait_for_stores() {
 __device__ __forceinline__ u64 tile(u32 at) {
   return (at & 0x3ffff) >> 4 | u64{1024 >> 4} << 16 | u64{128 >> 4} << 32;
 }
-// The compiler must not move what computes or uses these registers across this place.
-__device__ __forceinline__ void settle(float (&d)[4]) {
-  asm volatile("" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])::"memory");
-}
 // d += a·bᵀ, 64 rows of a, 8 rows of b.
 __device__ __forceinline__ void product(float (&d)[4], u64 a, u64 b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
